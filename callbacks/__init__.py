@@ -1,0 +1,15 @@
+"""Callbacks: annealing, statistics, sync check, progress, and the report of a run."""
+
+from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
+from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
+from kdrl_lightning.callbacks.progress import RolloutProgress
+from kdrl_lightning.callbacks.report import RunReport
+from kdrl_lightning.callbacks.weight_sync import WeightSync
+
+__all__ = [
+    "KLCoefficientAnnealing",
+    "RolloutProgress",
+    "RunReport",
+    "SelectiveImitationStats",
+    "WeightSync",
+]

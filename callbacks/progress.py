@@ -1,0 +1,88 @@
+"""A progress bar in rollouts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+SHOWN = {
+    "val/accuracy": "val",
+    "reward/mean": "reward",
+    "kd/reverse_kl": "teacher_kl",
+    "rollout/length_mean": "length",
+    "loss/nll": "nll",
+}
+
+
+class RolloutProgress(pl.Callback):
+    """One bar over the whole run: rollouts done, time left, and the figures that matter.
+
+    Without a terminal it prints a line every few seconds instead.
+
+    Args:
+        description: text before the bar.
+    """
+
+    def __init__(self, description: str = "rollouts") -> None:
+        self.description = description
+        self._bar: tqdm[Any] | None = None
+        self._per = 1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Say how many rollouts ``max_steps`` means."""
+        self._per = getattr(trainer.datamodule, "updates_per_rollout", 1)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and hasattr(trainer.datamodule, "updates_per_rollout"):  # type: ignore[attr-defined]
+            self._announce(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open the bar."""
+        if not trainer.is_global_zero:
+            return
+        steps = int(min(trainer.estimated_stepping_batches, sys.maxsize))
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=-(-steps // self._per),
+            initial=trainer.global_step // self._per,
+            desc=self.description,
+            mininterval=0.2 if terminal else 5.0,
+            file=sys.stderr,
+            dynamic_ncols=terminal,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance by whole rollouts."""
+        if self._bar is None:
+            return
+        done = trainer.global_step // self._per
+        if done > self._bar.n:
+            metrics = trainer.callback_metrics
+            shown = {SHOWN[k]: f"{float(metrics[k]):.3g}" for k in SHOWN if k in metrics}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(done - self._bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar, so that the error stands on a line of its own."""
+        self._close()
+
+    def _announce(self, trainer: Any) -> None:
+        data = trainer.datamodule
+        steps = trainer.max_steps
+        amount = f"{-(-steps // self._per)} rollouts" if steps > 0 else "no limit of steps"
+        print(
+            f"{steps} optimizer steps = {amount} of {data.prompts_per_rollout} prompts x "
+            f"{data.group_size} completions, {self._per} updates each"
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,176 @@
+"""What a run leaves behind: summary, picture, trained student, and a table at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from kdrl_lightning.plots import plot_curves
+
+CURVES = (
+    "reward/correct_frac",
+    "reward/mean",
+    "kd/reverse_kl",
+    "kd/imitation_frac",
+    "kd/dead_frac_pos",
+    "kd/dead_frac_neg",
+    "rollout/length_mean",
+    "policy/entropy",
+)
+
+
+class RunReport(pl.Callback):
+    """Measures student and teacher before and after, and writes the run folder.
+
+    The run folder is the logger's (or ``default_root_dir``). It gets ``summary.json``,
+    ``curves.png`` and ``student/``, the trained student as a Hugging Face folder.
+
+    Args:
+        evaluate_teacher: measure the teacher on the validation prompts before training.
+        export: write the student.
+    """
+
+    def __init__(self, evaluate_teacher: bool = True, export: bool = True) -> None:
+        self.evaluate_teacher = evaluate_teacher
+        self.export = export
+        self.curves: list[dict[str, float]] = []
+        self.accuracy: list[tuple[int, float]] = []
+        self.teacher_accuracy: float | None = None
+        self._train_seconds = self._batch_started = 0.0
+        self._started = time.perf_counter()
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the teacher, and the student unless the sanity check just did."""
+        weights = None if pl_module.teacher is None else pl_module.teacher.weights()
+        if self.evaluate_teacher and weights is not None and self._can_evaluate(trainer):
+            self.teacher_accuracy = trainer.datamodule.evaluate(weights)
+        self._measure_student(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Note the accuracy; the sanity check counts if it covers the whole set."""
+        value = trainer.callback_metrics.get("val/accuracy")
+        whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
+        if value is not None and whole:
+            self._note(trainer.global_step, float(value))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock of an update."""
+        self._batch_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock of an update; keep the curves' values at the end of each rollout."""
+        self._train_seconds += time.perf_counter() - self._batch_started
+        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
+        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if step_done and trainer.global_step % per_rollout == 0:
+            metrics = trainer.callback_metrics
+            row = {name: float(metrics[name]) for name in CURVES if name in metrics}
+            self.curves.append({"rollout": trainer.global_step // per_rollout, **row})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure once more if need be, then write everything."""
+        self._measure_student(trainer, pl_module)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        summary = self._summary(trainer, pl_module, folder)
+        if not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.export:
+            pl_module.export(str(folder / "student"))
+        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
+        accuracy = [(step / per_rollout, value) for step, value in self.accuracy]
+        plot_curves(folder / "curves.png", self.curves, accuracy, summary)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(_table(summary, folder))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the curves over a resume."""
+        return {
+            "curves": self.curves,
+            "accuracy": self.accuracy,
+            "teacher_accuracy": self.teacher_accuracy,
+            "train_seconds": self._train_seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the curves."""
+        self.curves = state_dict["curves"]
+        self.accuracy = [(int(step), float(value)) for step, value in state_dict["accuracy"]]
+        self.teacher_accuracy = state_dict["teacher_accuracy"]
+        self._train_seconds = state_dict["train_seconds"]
+
+    def _measure_student(self, trainer: Any, pl_module: Any) -> None:
+        noted = bool(self.accuracy) and self.accuracy[-1][0] == trainer.global_step
+        if not noted and self._can_evaluate(trainer):
+            value = trainer.datamodule.evaluate(pl_module.weights())
+            self._note(trainer.global_step, value)
+
+    def _can_evaluate(self, trainer: Any) -> bool:
+        return getattr(trainer.datamodule, "val_prompts", None) is not None
+
+    def _note(self, step: int, value: float) -> None:
+        if self.accuracy and self.accuracy[-1][0] == step:
+            self.accuracy.pop()
+        self.accuracy.append((step, value))
+
+    def _summary(self, trainer: Any, pl_module: Any, folder: Path) -> dict[str, Any]:
+        watch = getattr(trainer.datamodule, "watch", None)
+        seconds = {} if watch is None else watch.seconds
+        rollout_seconds = seconds.get("time/rollout_s", 0.0) + seconds.get("time/sync_s", 0.0)
+        tokens = 0 if watch is None else watch.tokens
+        return {
+            "method": type(pl_module.objective).__name__,
+            "seed": getattr(trainer.datamodule, "seed", None),
+            "student": pl_module.student_path,
+            "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
+            "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,
+            "teacher_accuracy": self.teacher_accuracy,
+            "rollouts": -(-trainer.global_step // getattr(
+                trainer.datamodule, "updates_per_rollout", 1
+            )),
+            "optimizer_steps": trainer.global_step,
+            "skipped_steps": pl_module.skipped_steps,
+            "rollout_seconds": rollout_seconds,
+            "score_seconds": seconds.get("time/score_s", 0.0),
+            "train_seconds": self._train_seconds,
+            "wall_seconds": time.perf_counter() - self._started,
+            "tokens_per_second": tokens / rollout_seconds if rollout_seconds else None,
+            "export_path": str(folder / "student") if self.export else None,
+            "torch": torch.__version__,
+        }
+
+
+def _table(summary: dict[str, Any], folder: Path) -> str:
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    rows = [
+        ("method", summary["method"]),
+        ("student before", share(summary["student_accuracy_before"])),
+        ("student after", share(summary["student_accuracy_after"])),
+        ("teacher", share(summary["teacher_accuracy"])),
+        ("rollouts", f"{summary['rollouts']} ({summary['optimizer_steps']} optimizer steps)"),
+        (
+            "time",
+            f"{summary['wall_seconds']:.0f} s (rollouts {summary['rollout_seconds']:.0f} s, "
+            f"scoring {summary['score_seconds']:.0f} s, updates {summary['train_seconds']:.0f} s)",
+        ),
+        ("run folder", str(folder)),
+        ("trained student", summary["export_path"] or "-"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(["", *lines, ""])

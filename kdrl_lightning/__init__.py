@@ -1,0 +1,65 @@
+"""PyTorch-Lightning components for reinforcement learning and distillation at once (KDRL, RLAD).
+
+Names are loaded on first use: importing the package imports neither Lightning, nor transformers,
+nor vLLM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "KDRLModule": "module",
+    "RolloutDataModule": "datamodule",
+    "SupervisedDataModule": "supervised",
+    "RolloutBatch": "rollout_batch",
+    "GRPO": "objectives",
+    "KDRL": "objectives",
+    "RLAD": "objectives",
+    "OnPolicyDistillation": "objectives",
+    "SFT": "objectives",
+    "Objective": "objectives",
+    "LocalTeacher": "teachers",
+    "Teacher": "teachers",
+    "TransformersEngine": "rollout",
+    "RolloutEngine": "rollout",
+    "JSONLPrompts": "prompts",
+    "ExactMatch": "rewards",
+    "Sample": "rewards",
+    "Verdict": "rewards",
+    "ConfigurationError": "errors",
+    "TrainingStopped": "errors",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule
+    from kdrl_lightning.errors import ConfigurationError as ConfigurationError
+    from kdrl_lightning.errors import TrainingStopped as TrainingStopped
+    from kdrl_lightning.module import KDRLModule as KDRLModule
+    from kdrl_lightning.objectives import GRPO as GRPO
+    from kdrl_lightning.objectives import KDRL as KDRL
+    from kdrl_lightning.objectives import RLAD as RLAD
+    from kdrl_lightning.objectives import SFT as SFT
+    from kdrl_lightning.objectives import Objective as Objective
+    from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
+    from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts
+    from kdrl_lightning.rewards import ExactMatch as ExactMatch
+    from kdrl_lightning.rewards import Sample as Sample
+    from kdrl_lightning.rewards import Verdict as Verdict
+    from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
+    from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
+    from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
+    from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
+    from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
+    from kdrl_lightning.teachers import Teacher as Teacher
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kdrl_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"kdrl_lightning.{_HOME[name]}"), name)

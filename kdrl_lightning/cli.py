@@ -1,0 +1,89 @@
+"""The command line: LightningCLI over ``KDRLModule`` and ``RolloutDataModule``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import kdrl_lightning.callbacks  # noqa: F401  short class names work once a class is imported
+import kdrl_lightning.prompts
+import kdrl_lightning.rewards  # noqa: F401
+from kdrl_lightning.callbacks import (
+    RolloutProgress,
+    RunReport,
+    SelectiveImitationStats,
+    WeightSync,
+)
+from kdrl_lightning.datamodule import RolloutDataModule
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.module import KDRLModule
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, instead of after two screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the message; under ``JSONARGPARSE_DEBUG`` with the traceback, as usual."""
+        if os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        parts = [line.strip() for line in message.splitlines() if line.strip()]
+        command = self.prog.split(" [")[0].replace("__main__.py", "python -m kdrl_lightning")
+        raise ConfigurationError(f"{' '.join(parts)} (see `{command} --help`)") from ex
+
+
+class KDRLCLI(LightningCLI):
+    """fit, validate, test and predict, configured by YAML and flags.
+
+    Four callbacks are always there, each with a group of its own: ``report``, ``imitation_stats``,
+    ``weight_sync``, ``checkpoint``; others go to ``trainer.callbacks``.
+    """
+
+    @classmethod
+    def run(cls, args: Sequence[str] | None = None) -> KDRLCLI:
+        """Parse and run; ``args`` replaces the command line."""
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+        return cls(
+            KDRLModule,
+            RolloutDataModule,
+            args=None if args is None else list(args),
+            parser_class=OneLineParser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "inference_mode": False,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": -1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "logger": {
+                    "class_path": "CSVLogger",
+                    "init_args": {"save_dir": "runs", "name": "kdrl_lightning"},
+                },
+                "callbacks": RolloutProgress(),
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups of the callbacks, and one seed for everything."""
+        parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
+        parser.add_lightning_class_args(WeightSync, "weight_sync")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""
+
+
+def as_seed(value: bool | int | None) -> int:
+    """Seed of rollouts from ``seed_everything``: a flag means 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+

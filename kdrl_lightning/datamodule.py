@@ -1,0 +1,332 @@
+"""The LightningDataModule: prompts to scored rollout batches, on the fly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.evaluation import EvaluationBatch
+from kdrl_lightning.prompts.base import Prompts, encode_prompt
+from kdrl_lightning.rewards.base import Reward, RewardRunner
+from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
+from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
+from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
+from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
+from kdrl_lightning.rollout.transformers_engine import TransformersEngine
+from kdrl_lightning.rollout.watch import RolloutWatch
+from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.weights import ModelWeights
+
+Prompt = tuple[Mapping[str, Any], list[int]]
+TRAIN_NOISE, EVALUATION_NOISE = 0, 1
+
+
+class RolloutDataModule(pl.LightningDataModule):
+    """Turns prompts into rollouts with the current weights, and cuts them into micro-batches.
+
+    One rollout serves ``minibatches_per_rollout * epochs_per_rollout`` optimizer steps; each takes
+    ``trainer.accumulate_grad_batches`` micro-batches. The rollout to use follows from
+    ``trainer.global_step``, the noise of a completion from (seed, rollout, prompt, completion).
+
+    Args:
+        train_prompts: prompts to train on.
+        reward: callable of one ``Sample``; returns a number or a ``Verdict``.
+        val_prompts: prompts for validate, test and predict.
+        rollout_engine: samples completions; the transformers engine if None.
+        prompts_per_rollout: prompts of one rollout, over all processes.
+        group_size: completions per prompt.
+        max_tokens: longest completion, the end token included.
+        temperature: sampling temperature of rollouts; log-probabilities are taken at it.
+        minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
+        epochs_per_rollout: how often a rollout is replayed.
+        rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
+            take each prompt once.
+        mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
+        val_batch_size: prompts per evaluation batch and process.
+        val_samples: completions per evaluation prompt.
+        val_temperature: 0 is greedy.
+        max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
+        seed: order of prompts and noise of sampling.
+    """
+
+    def __init__(
+        self,
+        train_prompts: Prompts,
+        reward: Reward,
+        val_prompts: Prompts | None = None,
+        rollout_engine: RolloutEngine | None = None,
+        prompts_per_rollout: int = 32,
+        group_size: int = 8,
+        max_tokens: int = 512,
+        temperature: float = 1.0,
+        minibatches_per_rollout: int = 1,
+        epochs_per_rollout: int = 1,
+        rollouts_per_epoch: int | None = None,
+        mask_truncated: bool = False,
+        val_batch_size: int = 256,
+        val_samples: int = 1,
+        val_temperature: float = 0.0,
+        max_reward_failure_frac: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "prompts_per_rollout": prompts_per_rollout,
+            "group_size": group_size,
+            "max_tokens": max_tokens,
+            "minibatches_per_rollout": minibatches_per_rollout,
+            "epochs_per_rollout": epochs_per_rollout,
+            "val_batch_size": val_batch_size,
+            "val_samples": val_samples,
+        }
+        for name, value in counts.items():
+            require_between(name, value, 1, float("inf"))
+        require_between("seed", seed, 0, float("inf"))
+        require_between("val_temperature", val_temperature, 0.0, float("inf"), "0 is greedy.")
+        if not 0.0 < temperature < float("inf"):
+            raise ConfigurationError(
+                f"`temperature` must be above 0 for rollouts: got {temperature}. "
+                "Greedy sampling has no gradient; 1.0 is usual."
+            )
+        self.train_prompts = train_prompts
+        self.val_prompts = val_prompts
+        self.rollout_engine = rollout_engine or TransformersEngine()
+        self.prompts_per_rollout = prompts_per_rollout
+        self.group_size = group_size
+        self.train_sampling = Sampling(max_tokens, temperature)
+        self.val_sampling = Sampling(max_tokens, val_temperature)
+        self.minibatches_per_rollout = minibatches_per_rollout
+        self.epochs_per_rollout = epochs_per_rollout
+        self.rollouts_per_epoch = rollouts_per_epoch or max(
+            len(train_prompts) // prompts_per_rollout, 1
+        )
+        self.mask_truncated = mask_truncated
+        self.val_batch_size = val_batch_size
+        self.val_samples = val_samples
+        self.seed = seed
+        self.rewards = RewardRunner(reward, max_reward_failure_frac)
+        self.watch = RolloutWatch()
+        self._plan: RolloutPlan | None = None
+        self._train: list[Prompt] = []
+        self._val: list[Prompt] = []
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps taken on one rollout."""
+        return self.minibatches_per_rollout * self.epochs_per_rollout
+
+    def rollout_at(self, global_step: int) -> int:
+        """Index of the rollout that the update after ``global_step`` updates uses."""
+        return global_step // self.updates_per_rollout
+
+    def setup(self, stage: str) -> None:
+        """Encode the prompts and check what can be checked before training."""
+        if self.val_prompts is not None and not self._val:
+            self._val = self._encode(self.val_prompts, "val_prompts")
+        if stage == "fit" and not self._train:
+            self._check_trainer()
+            self._train = self._encode(self.train_prompts, "train_prompts")
+        for rows in (self._train, self._val):
+            if rows:
+                self.rewards.try_once(rows[0][0])
+
+    def train_dataloader(self) -> IndexLoader:
+        """Return indices of micro-batches within their optimizer step."""
+        micro = self.trainer.accumulate_grad_batches
+        return IndexLoader(self.rollouts_per_epoch * self.updates_per_rollout * micro, micro)
+
+    def val_dataloader(self) -> IndexLoader | list[Any]:
+        """Return indices of evaluation batches, as many on every rank."""
+        if not self._val:
+            return []
+        per_batch = self.val_batch_size * self.trainer.world_size
+        return IndexLoader(-(-len(self._val) // per_batch))
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn an index into a batch, on every rank, with the current weights."""
+        if not isinstance(batch, int):  # Lightning moves ints as they are
+            raise TypeError(f"expected an index, got {type(batch).__name__}")
+        if self.trainer.training:
+            return self._training_batch(batch)
+        size, world = self.val_batch_size, self.trainer.world_size
+        start = batch * size * world + self.trainer.global_rank
+        rows = range(start, min(len(self._val), (batch + 1) * size * world), world)
+        self._sync(self.rollout_engine, self._module().weights())
+        return self._evaluate(self.rollout_engine, rows)
+
+    def evaluate(self, weights: ModelWeights) -> float:
+        """Accuracy of any model at hand on the validation prompts (all ranks must call it)."""
+        engine = TransformersEngine()
+        module = self._module()
+        engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine = range(rank, len(self._val), world)
+        correct = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(mine), self.val_batch_size):
+            batch = self._evaluate(engine, mine[start : start + self.val_batch_size])
+            table = batch.correct.double()
+            correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
+        solved, prompts = module.reduce(correct, "sum").tolist()
+        return float(solved / prompts) if prompts else float("nan")
+
+    def _training_batch(self, micro: int) -> RolloutBatch:
+        rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
+        if self._plan is None or self._plan.rollout != rollout:
+            self._plan = None  # free the old one before the new one is made
+            self._plan = self._make_rollout(rollout)
+        return self._plan.micro_batch(update, micro)
+
+    def _make_rollout(self, rollout: int) -> RolloutPlan:
+        started = time.perf_counter()
+        module = self._module()
+        sync_seconds = self._sync(self.rollout_engine, module.weights())
+        batch = self._sample_rollout(rollout)
+        sampled = time.perf_counter()
+        plan = plan_updates(
+            batch.to(module.device),
+            rollout=rollout,
+            minibatches=self.minibatches_per_rollout,
+            epochs=self.epochs_per_rollout,
+            micro_batches=self.trainer.accumulate_grad_batches,
+            max_tokens=self.train_sampling.max_tokens,
+            score=module.score,
+            prepare=module.objective.prepare,
+            reduce=module.reduce,
+        )
+        seconds = {
+            "time/sync_s": sync_seconds,
+            "time/rollout_s": sampled - started - sync_seconds,
+            "time/score_s": time.perf_counter() - sampled,
+        }
+        metrics = self.watch.measure(plan.batch, self.rewards, seconds, module.reduce)
+        return plan.with_metrics(metrics)
+
+    def _sample_rollout(self, rollout: int) -> RolloutBatch:
+        """Sample this rank's share: of every mini-batch, every world-size-th group."""
+        share = self.prompts_per_rollout // self.minibatches_per_rollout
+        start = rollout * self.prompts_per_rollout
+        stream = prompt_stream(start, self.prompts_per_rollout, len(self._train), self.seed)
+        mine = [
+            m * share + g
+            for m in range(self.minibatches_per_rollout)
+            for g in range(self.trainer.global_rank, share, self.trainer.world_size)
+        ]
+        seeds = [
+            [noise_seed(self.seed, TRAIN_NOISE, rollout, p, k) for k in range(self.group_size)]
+            for p in mine
+        ]
+        prompts = [self._train[stream[p]] for p in mine]
+        judged = self._sample(self.rollout_engine, prompts, seeds, self.train_sampling)
+        groups = [g for g in range(len(mine)) for _ in range(self.group_size)]
+        return collate(
+            [j.prompt_ids for j in judged],
+            [j.completion.ids for j in judged],
+            groups,
+            pad_id=self._pad_id(),
+            rewards=[j.verdict.reward for j in judged],
+            correct=[j.verdict.correct for j in judged],
+            truncated=[j.completion.truncated for j in judged],
+            policy_version=[self.rollout_engine.version or 0] * len(judged),
+            rollout_logprobs=[j.completion.logprobs for j in judged],
+            temperature=self.train_sampling.temperature,
+            mask_truncated=self.mask_truncated,
+        )
+
+    def _evaluate(self, engine: RolloutEngine, rows: Sequence[int]) -> EvaluationBatch:
+        seeds = [
+            [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(self.val_samples)]
+            for r in rows
+        ]
+        judged = self._sample(engine, [self._val[r] for r in rows], seeds, self.val_sampling)
+        return EvaluationBatch.from_judged(judged, self.val_samples)
+
+    def _sample(
+        self,
+        engine: RolloutEngine,
+        prompts: list[Prompt],
+        seeds: list[list[int]],
+        sampling: Sampling,
+    ) -> list[Judged]:
+        tokenizer = self._module().tokenizer
+        with self.trainer.precision_plugin.forward_context():
+            return sample_and_judge(engine, tokenizer, self.rewards, prompts, seeds, sampling)
+
+    def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
+        """Bring the engine to the current weights before it samples; return the seconds."""
+        started = time.perf_counter()
+        if engine.version is None:
+            engine.setup(weights, self._module().tokenizer.eos_token_id, self._pad_id())
+        if engine.version != self.trainer.global_step:
+            engine.update_weights(weights, self.trainer.global_step)
+        return time.perf_counter() - started
+
+    def _encode(self, source: Prompts, name: str) -> list[Prompt]:
+        module = self._module()
+        limit = module.context_length - self.train_sampling.max_tokens
+        prompts = []
+        for i in range(len(source)):
+            row = source[i]
+            ids = encode_prompt(module.tokenizer, row)
+            if len(ids) > limit:
+                raise ConfigurationError(
+                    f"`{name}` must fit the context of {module.context_length} tokens with "
+                    f"`max_tokens` {self.train_sampling.max_tokens}: got {len(ids)} tokens in row "
+                    f"{i}. Drop or shorten the prompt, or lower `max_tokens`."
+                )
+            prompts.append((row, ids))
+        if not prompts:
+            raise ConfigurationError(f"`{name}` must have at least one row: got none.")
+        return prompts
+
+    def _check_trainer(self) -> None:
+        trainer, module = self.trainer, self._module()
+        if module.objective.needs_groups and self.group_size < 2:
+            raise ConfigurationError(
+                f"`group_size` must be at least 2 for {type(module.objective).__name__}, whose "
+                f"advantages compare the completions of one prompt: got {self.group_size}."
+            )
+        unit = self.minibatches_per_rollout * trainer.world_size
+        if self.prompts_per_rollout % unit:
+            raise ConfigurationError(
+                f"`prompts_per_rollout` must be a multiple of minibatches_per_rollout * processes "
+                f"= {unit}: got {self.prompts_per_rollout}."
+            )
+        rows = self.prompts_per_rollout // unit * self.group_size
+        if trainer.accumulate_grad_batches > rows:
+            raise ConfigurationError(
+                f"`accumulate_grad_batches` must be at most {rows}, the completions of one "
+                f"optimizer step on one process: got {trainer.accumulate_grad_batches}."
+            )
+        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):
+            raise ConfigurationError(
+                "`callbacks` must not change accumulate_grad_batches during a run: got "
+                "GradientAccumulationScheduler. Set `accumulate_grad_batches` once."
+            )
+        length = len(self.train_dataloader())
+        for name in ("limit_train_batches", "overfit_batches"):
+            limit = getattr(trainer, name)
+            batches = limit if isinstance(limit, int) else int(length * limit)
+            if batches % trainer.accumulate_grad_batches:
+                raise ConfigurationError(
+                    f"`{name}` must not cut an optimizer step of "
+                    f"{trainer.accumulate_grad_batches} micro-batches: got {limit}, which is "
+                    f"{batches} of {length}. Give a multiple."
+                )
+
+    def _pad_id(self) -> int:
+        tokenizer = self._module().tokenizer
+        pad = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if pad is None else pad)
+
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module

@@ -1,0 +1,21 @@
+"""The one exception for a user's mistake: the command line prints it as a single line."""
+
+from __future__ import annotations
+
+
+class ConfigurationError(ValueError):
+    """A value that cannot work; the message names the value, the rule and the cure."""
+
+
+def require_between(name: str, value: float, low: float, high: float, cure: str = "") -> None:
+    """Raise unless ``low <= value <= high`` (NaN fails too).
+
+    >>> require_between("trrd_alpha", 0.5, 0.0, 1.0)
+    """
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ConfigurationError(f"`{name}` must be {bounds}: got {value}. {cure}".rstrip())
+
+
+class TrainingStopped(RuntimeError):  # noqa: N818
+    """A run that cannot go on; the message says at which step and why."""

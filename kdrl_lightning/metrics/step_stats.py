@@ -1,0 +1,85 @@
+"""Statistics summed over the micro-batches and ranks of one optimizer step.
+
+Lightning keeps only the last micro-batch of an accumulating step, and torchmetrics would run one
+collective per metric; here a step's statistics cost two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor, str], Tensor]
+
+
+class StepStats:
+    """Weighted means, sums and maxima by name.
+
+    >>> stats = StepStats()
+    >>> stats.add_mean("length", torch.tensor([2.0, 4.0]), torch.tensor([True, True]))
+    >>> stats.add_sum("loss", torch.tensor(0.5))
+    >>> stats.compute()
+    {'length': 3.0, 'loss': 0.5}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def add_mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add values to a mean over those where ``mask`` is nonzero."""
+        values = values.detach().double()
+        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
+        total, count = values.masked_fill(~mask, 0.0).sum(), mask.double().sum()
+        if name in self._sums:
+            old_total, old_count = self._sums[name]
+            assert old_count is not None, f"{name} is a sum"
+            total, count = total + old_total, count + old_count
+        self._sums[name] = (total, count)
+
+    def add_sum(self, name: str, value: Tensor) -> None:
+        """Add to a sum."""
+        value = value.detach().double()
+        if name in self._sums:
+            value = value + self._sums[name][0]
+        self._sums[name] = (value, None)
+
+    def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Keep the largest value where ``mask`` is nonzero."""
+        values = values.detach().double().masked_fill(mask == 0, -torch.inf)
+        value = values.max() if values.numel() else values.new_tensor(-torch.inf)
+        old = self._maxima.get(name)
+        self._maxima[name] = value if old is None else torch.maximum(old, value)
+
+    def compute(self, reduce: Reduce | None = None) -> dict[str, float]:
+        """Return the step's values and forget them; a mean over nothing is left out.
+
+        Args:
+            reduce: ``(tensor, "sum" or "max") -> tensor`` over ranks; None for one process.
+        """
+        sums, maxima = self._sums, self._maxima
+        self._sums, self._maxima = {}, {}
+        out: dict[str, float] = {}
+        if sums:
+            pairs = [
+                torch.stack([total, torch.ones_like(total) if count is None else count])
+                for total, count in sums.values()
+            ]
+            table = torch.stack(pairs)
+            table = reduce(table, "sum") if reduce else table
+            for (name, (_, count)), (total, number) in zip(
+                sums.items(), table.tolist(), strict=True
+            ):
+                if count is None:
+                    out[name] = total
+                elif number:
+                    out[name] = total / number
+        if maxima:
+            row = torch.stack(list(maxima.values()))
+            row = reduce(row, "max") if reduce else row
+            for name, value in zip(maxima, row.tolist(), strict=True):
+                if value != -torch.inf:
+                    out[name] = value
+        return out

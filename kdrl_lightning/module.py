@@ -1,0 +1,281 @@
+"""The LightningModule: student, frozen teacher, objective and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.evaluation import EvaluationBatch
+from kdrl_lightning.metrics import PassAt1, StepStats
+from kdrl_lightning.models import (
+    ModelSource,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    model_path,
+)
+from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.weights import ModelWeights
+
+
+class KDRLModule(pl.LightningModule):
+    """Trains a student on rollouts, with a frozen teacher beside it.
+
+    The teacher is no submodule: parameters, optimizers, buckets and checkpoints hold the student
+    only.
+
+    Args:
+        student: Hugging Face folder, hub name, or model source of the student.
+        objective: the loss, e.g. ``KDRL`` or ``RLAD``.
+        teacher: the frozen teacher, where the objective needs one.
+        optimizer: any torch optimizer over the student's parameters.
+        lr_scheduler: any torch schedule, stepped once per optimizer step (``LinearLR`` warms up,
+            ``OneCycleLR`` with ``cycle_momentum: false`` warms up and decays).
+        max_nonfinite_steps: optimizer steps in a row whose loss or gradient may be NaN or infinite;
+            each is skipped and counted, one more stops the run.
+    """
+
+    def __init__(
+        self,
+        student: str | ModelSource,
+        objective: Objective,
+        teacher: Teacher | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_nonfinite_steps: int = 3,
+    ) -> None:
+        super().__init__()
+        require_between("max_nonfinite_steps", max_nonfinite_steps, 0, float("inf"))
+        if objective.needs_teacher and teacher is None:
+            raise ConfigurationError(
+                f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
+                "Name one, e.g. `teacher: {class_path: LocalTeacher, init_args: {model: ...}}`."
+            )
+        self.student_source = student
+        self.objective = objective
+        self.teacher = teacher
+        self.optimizer_callable = optimizer
+        self.lr_scheduler_callable = lr_scheduler
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.student: Scorer | None = None
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._stats = StepStats()
+        self._step_loss = 0.0
+        self._tokenizer: Any = None
+        # Plain attribute: metrics move with the module, but hold no parameters to train.
+        self.eval_metrics = torch.nn.ModuleDict(
+            {
+                "accuracy": PassAt1(),
+                "reward": MeanMetric(),
+                "length_mean": MeanMetric(),
+                "truncated_frac": MeanMetric(),
+            }
+        )
+
+    @property
+    def student_path(self) -> str:
+        """Folder or hub name of the student before training."""
+        return model_path(self.student_source)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.student_path)
+        return self._tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, prompt and completion together, that the student can take."""
+        config = load_config(self.student_path).get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+    def prepare_data(self) -> None:
+        """Let model sources make their models, on one process."""
+        model_path(self.student_source)
+        if self.teacher is not None:
+            self.teacher.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Check what can be checked before weights are loaded."""
+        if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):
+            raise ConfigurationError(
+                f"`precision` must keep float32 weights for training: got "
+                f"{self.trainer.precision}, in which an update of 1e-6 rounds away. "
+                "Use bf16-mixed."
+            )
+        if self.teacher is not None:
+            self.teacher.check(self.tokenizer, self.student_path)
+
+    def configure_model(self) -> None:
+        """Load student and teacher, once."""
+        if self.student is None:
+            model = load_causal_lm(self.student_path, torch.get_default_dtype())
+            self.student = Scorer(model)
+            self.student.verify(self.student_path)
+        if self.teacher is not None:
+            self.teacher.load(self.device)
+
+    def on_fit_start(self) -> None:
+        """Move the teacher to where the student is by now."""
+        if self.teacher is not None:
+            self.teacher.load(self.device)
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule from their callables."""
+        trainable = [p for p in self._student().parameters() if p.requires_grad]
+        optimizer: Any = self.optimizer_callable(trainable)
+        if self.lr_scheduler_callable is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @torch.no_grad()
+    def score(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add old and teacher log-probabilities to a rollout, under the trainer's precision.
+
+        Raises:
+            TrainingStopped: the teacher gives NaN or infinite values.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            scores = self._student().score(batch)
+            teacher = None if self.teacher is None else self.teacher.score(batch)
+        if teacher is not None and not bool(teacher.isfinite().all()):
+            raise TrainingStopped(
+                f"the teacher's log-probabilities must be finite: got "
+                f"{int((~teacher.isfinite()).sum())} NaN or infinite of "
+                f"{int(batch.completion_mask.sum())}. Check its weights and dtype."
+            )
+        return batch.replace(
+            old_logprobs=scores.logprobs, old_entropy=scores.entropy, teacher_logprobs=teacher
+        )
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return this micro-batch's share of the step's loss, scaled against later averaging."""
+        scores = self._student().score(batch)
+        loss, terms = self.objective(batch, scores)
+        self._stats.add_sum("loss/total", loss)
+        for name, value in terms.items():
+            self._stats.add_sum(f"loss/{name}", value)
+        self._stats.add_mean("policy/entropy", scores.entropy, batch.loss_mask)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            values = self._stats.compute(self.reduce)
+            self._step_loss = values["loss/total"]
+            self.log_dict(values)
+        if batch.metrics:
+            self.log_dict(dict(batch.metrics))
+        return {
+            "loss": loss * self._averaging(),
+            "logprobs": scores.logprobs.detach(),
+            "entropy": scores.entropy.detach(),
+        }
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip and count a step that is not finite; stop when that repeats."""
+        parameters = list(self._student().parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = _full(torch.nn.utils.get_total_norm(gradients))
+        finite = bool(torch.isfinite(norm)) and abs(self._step_loss) < float("inf")
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if not finite:
+            self.skipped_steps += 1
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer leaves such a parameter alone
+        if self._skipped_in_a_row > self.max_nonfinite_steps:
+            raise TrainingStopped(
+                f"loss or gradient was not finite for {self._skipped_in_a_row} optimizer steps in "
+                f"a row, the last at step {self.trainer.global_step}: loss {self._step_loss}, "
+                f"gradient norm {float(norm)}. Lower the learning rate, or clip gradients."
+            )
+        self.log("policy/grad_norm", norm if finite else torch.nan)
+        self.log("policy/skipped_steps", float(self.skipped_steps))
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Count correct completions."""
+        self._evaluation_step(batch)
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Count correct completions."""
+        self._evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/*``."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/*``."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return rows with completion, reward and verdict."""
+        return [
+            {
+                **j.row,
+                "completion": j.text,
+                "reward": j.verdict.reward,
+                "correct": j.verdict.correct,
+                "truncated": j.completion.truncated,
+            }
+            for j in batch.judged
+        ]
+
+    def weights(self) -> ModelWeights:
+        """Return the student's live weights, for a sampling engine."""
+        return ModelWeights(self._student().model, self.student_path)
+
+    def export(self, path: str) -> None:
+        """Write the student and its tokenizer as a Hugging Face folder."""
+        self._student().model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def reduce(self, value: Tensor, operation: str) -> Tensor:
+        """Reduce a tensor over ranks; ``sum`` or ``max``."""
+        reduced = self.trainer.strategy.reduce(value.to(self.device), reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _averaging(self) -> float:
+        # The one place: Lightning divides by the accumulation, data-parallel strategies average
+        # gradients over ranks, but our weights are already global.
+        return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def _evaluation_step(self, batch: EvaluationBatch) -> None:
+        metrics, prompts = self.eval_metrics, batch.correct.shape[0]
+        metrics["accuracy"].update(batch.correct.to(self.device))
+        for name, values in (
+            ("reward", batch.rewards),
+            ("length_mean", batch.lengths),
+            ("truncated_frac", batch.truncated.float()),
+        ):
+            mean = values.mean() if prompts else torch.zeros(())
+            metrics[name].update(mean.to(self.device), float(values.numel()))
+
+    def _log_evaluation(self, stage: str) -> None:
+        values = {f"{stage}/{name}": m.compute() for name, m in _items(self.eval_metrics)}
+        self.log_dict(values)
+        for _, metric in _items(self.eval_metrics):
+            metric.reset()
+
+    def _student(self) -> Scorer:
+        if self.student is None:
+            raise RuntimeError("the student is not loaded: call configure_model() first")
+        return self.student
+
+
+def _items(metrics: torch.nn.ModuleDict) -> Iterable[tuple[str, Any]]:
+    return metrics.items()
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

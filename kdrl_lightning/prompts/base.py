@@ -1,0 +1,55 @@
+"""The prompt protocol, and how a row becomes token ids."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from kdrl_lightning.errors import ConfigurationError
+
+
+class PromptSource(ABC):
+    """A sized sequence of rows; where one is asked for, a list of dicts will do as well.
+
+    A row has ``prompt``: a string, or a list of chat messages (``{"role": ..., "content": ...}``),
+    which is rendered with the tokenizer's chat template. Other columns reach the reward.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Return one row."""
+
+
+Prompts: TypeAlias = PromptSource | Sequence[Mapping[str, Any]]
+
+
+def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+    """Turn a row's prompt into token ids.
+
+    Raises:
+        ConfigurationError: no ``prompt`` column, an empty prompt, or messages without a template.
+    """
+    if "prompt" not in row:
+        raise ConfigurationError(
+            f"a prompt row must have the column `prompt`: got {sorted(row)}. Rename the column."
+        )
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif getattr(tokenizer, "chat_template", None):
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    else:
+        raise ConfigurationError(
+            "a prompt of messages needs a tokenizer with a chat template: got none. "
+            "Give plain text, or a model with a template."
+        )
+    if not ids:
+        raise ConfigurationError(f"a prompt must have at least one token: got {prompt!r}.")
+    return list(ids)

@@ -1,0 +1,69 @@
+"""Prompts from a JSON Lines file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.prompts.base import PromptSource
+
+
+class JSONLPrompts(PromptSource):
+    """One JSON object per line; all columns stay in the row.
+
+    Args:
+        path: the file.
+        prompt_column: column with the question.
+        chat: wrap the question as a user message, for the tokenizer's chat template.
+        system: system message in front of it (needs ``chat``).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        prompt_column: str = "prompt",
+        chat: bool = False,
+        system: str | None = None,
+    ) -> None:
+        if system is not None and not chat:
+            raise ConfigurationError(f"`system` must go with `chat: true`: got {system!r}.")
+        self.prompt_column = prompt_column
+        self.chat = chat
+        self.system = system
+        self.rows = _read(Path(path), prompt_column)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        prompt = row[self.prompt_column]
+        if self.chat and isinstance(prompt, str):
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            prompt = [*system, {"role": "user", "content": prompt}]
+        return {**row, "prompt": prompt}
+
+
+def _read(path: Path, column: str) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ConfigurationError(f"`path` must be a JSON Lines file: got {path}, which is no file.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"{path}:{number} must be JSON: got {error}.") from error
+        if not isinstance(row, dict) or column not in row:
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ConfigurationError(
+                f"{path}:{number} must have the column `{column}`: got {found}. "
+                "Name yours with `prompt_column`."
+            )
+        rows.append(row)
+    if not rows:
+        raise ConfigurationError(f"`path` must have at least one row: got {path}, which is empty.")
+    return rows

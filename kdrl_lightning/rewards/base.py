@@ -1,0 +1,103 @@
+"""The reward protocol, and the runner that keeps a bad reward from corrupting a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a reward sees.
+
+    Attributes:
+        text: the decoded completion, without special tokens.
+        ids: its tokens as the engine sampled them.
+        row: the prompt's row, with whatever columns the source has.
+        truncated: the completion was cut at the token limit.
+    """
+
+    text: str
+    ids: Sequence[int]
+    row: Mapping[str, Any]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A reward that differs from the verifier's answer (partial credit, penalties)."""
+
+    reward: float
+    correct: bool
+
+
+Reward: TypeAlias = Callable[[Sample], float | Verdict]
+
+
+class RewardRunner:
+    """Calls a reward; a failing one is counted and given 0.
+
+    Args:
+        reward: any callable of one sample. A plain number is its own verdict: correct from 1 on.
+        max_failure_frac: stop when more than this fraction of one call fails.
+    """
+
+    def __init__(self, reward: Reward, max_failure_frac: float = 0.1) -> None:
+        self.reward = reward
+        self.max_failure_frac = max_failure_frac
+        self.failures = 0
+
+    def try_once(self, row: Mapping[str, Any]) -> None:
+        """Try the reward on a real row, before anything is trained.
+
+        Raises:
+            ConfigurationError: it raises, or returns something that is not a finite number.
+        """
+        try:
+            self._verdict(Sample("", [], row))
+        except Exception as error:
+            raise ConfigurationError(
+                f"`reward` must return a finite number: got {_describe(error)} "
+                f"for an empty completion of the row {_shorten(row)}. Mend the reward function."
+            ) from error
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Judge the samples of one rollout.
+
+        Raises:
+            TrainingStopped: more than ``max_failure_frac`` of them fail.
+        """
+        verdicts, failures, last = [], 0, ""
+        for sample in samples:
+            try:
+                verdicts.append(self._verdict(sample))
+            except Exception as error:
+                failures, last = failures + 1, _describe(error)
+                verdicts.append(Verdict(0.0, False))
+        self.failures += failures
+        if failures > self.max_failure_frac * len(samples):
+            raise TrainingStopped(
+                f"the reward failed on {failures} of {len(samples)} completions, above "
+                f"{self.max_failure_frac:.0%}: last {last}. Mend the reward function."
+            )
+        return verdicts
+
+    def _verdict(self, sample: Sample) -> Verdict:
+        result = self.reward(sample)
+        verdict = result if isinstance(result, Verdict) else Verdict(float(result), result >= 1)
+        if not math.isfinite(verdict.reward):
+            raise ValueError(f"reward {verdict.reward}")
+        return Verdict(float(verdict.reward), bool(verdict.correct))
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _shorten(row: Mapping[str, Any], limit: int = 120) -> str:
+    text = repr(dict(row))
+    return text if len(text) <= limit else text[:limit] + "..."

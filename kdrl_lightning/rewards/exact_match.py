@@ -1,0 +1,30 @@
+"""Exact match with a reference answer."""
+
+from __future__ import annotations
+
+from kdrl_lightning.rewards.base import Sample
+
+
+class ExactMatch:
+    """1 if the completion's answer equals the row's, else 0; white space around both is ignored.
+
+    Args:
+        marker: the answer is what follows its last occurrence; None takes the whole completion.
+        answer_column: the row's column with the reference answer.
+
+    >>> ExactMatch(marker="#")(Sample("6*7=42 #42", [], {"answer": "42"}))
+    1.0
+    """
+
+    def __init__(self, marker: str | None = None, answer_column: str = "answer") -> None:
+        self.marker = marker
+        self.answer_column = answer_column
+
+    def __call__(self, sample: Sample) -> float:
+        """Judge one sample; a completion without the marker has no answer."""
+        text = sample.text
+        if self.marker is not None:
+            head, found, text = text.rpartition(self.marker)
+            if not found:
+                return 0.0
+        return float(text.strip() == str(sample.row[self.answer_column]).strip())

@@ -1,0 +1,6 @@
+"""From prompts to rollout batches: engines, sampling order, and the cut into micro-batches."""
+
+from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.transformers_engine import TransformersEngine
+
+__all__ = ["Completion", "RolloutEngine", "Sampling", "TransformersEngine"]

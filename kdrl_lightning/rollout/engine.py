@@ -1,0 +1,84 @@
+"""What the data module asks of a sampling engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdrl_lightning.weights import ModelWeights
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        max_tokens: longest completion, the end token included.
+        temperature: 0 is greedy.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion, as the engine's own token ids.
+
+    Attributes:
+        ids: sampled tokens; the end token, if reached, is the last.
+        logprobs: log-probability of each at the sampling temperature (at 1 if greedy).
+        truncated: cut at the token limit.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+
+
+class RolloutEngine(ABC):
+    """Samples completions from the student's current weights.
+
+    Attributes:
+        version: the ``policy_version`` of the weights it holds; None before the first sync.
+    """
+
+    version: int | None = None
+
+    @abstractmethod
+    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+        """Get ready to sample from a model; weights arrive with ``update_weights``."""
+
+    @abstractmethod
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        """Take the student's weights and remember their version."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Sample one completion per seed for each prompt.
+
+        A completion's noise is a function of its seed alone: neither the rank nor the other
+        prompts of the call change what is drawn.
+
+        Args:
+            prompts: P token lists.
+            seeds: P lists of seeds, one completion each.
+            sampling: length and temperature.
+
+        Returns:
+            P lists of completions, in the order of the seeds.
+        """
+
+
+def noise_seed(*key: int) -> int:
+    """Mix non-negative integers into one 63-bit seed.
+
+    >>> noise_seed(0, 1, 2) == noise_seed(0, 1, 2) != noise_seed(0, 2, 1)
+    True
+    """
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,52 @@
+"""What the trainer iterates over: integers. The data module turns them into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+class IndexLoader:
+    """Yields ``0 .. length-1``, each modulo ``modulus``.
+
+    Sized, because Lightning prefetches an unsized loader by one batch, and every rollout would then
+    be sampled from weights one optimizer step old. Stateless: what to do at an index follows from
+    ``trainer.global_step`` (the state methods tell Lightning that a resume in mid-epoch is fine).
+    """
+
+    def __init__(self, length: int, modulus: int | None = None) -> None:
+        self.length = length
+        self.modulus = modulus or length or 1
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return (i % self.modulus for i in range(self.length))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is ``trainer.global_step``."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore the state."""
+
+
+def prompt_stream(start: int, count: int, size: int, seed: int) -> list[int]:
+    """Rows at positions ``start ..`` of an endless stream of seeded shuffles of ``size`` rows.
+
+    >>> sorted(prompt_stream(0, 4, 4, seed=0))
+    [0, 1, 2, 3]
+    >>> prompt_stream(0, 6, 4, seed=0)[4:] == prompt_stream(4, 2, 4, seed=0)
+    True
+    """
+    orders: dict[int, list[int]] = {}
+    rows = []
+    for position in range(start, start + count):
+        epoch, offset = divmod(position, size)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(size).tolist()
+        rows.append(orders[epoch][offset])
+    return rows

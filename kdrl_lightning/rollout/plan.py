@@ -1,0 +1,115 @@
+"""From one rollout to its optimizer steps: mini-batches, micro-batches, scores and totals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.rollout.partition import partition
+from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
+
+SCORED = ("old_logprobs", "old_entropy", "teacher_logprobs")
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """A scored rollout and how its updates are cut.
+
+    Attributes:
+        rollout: its index.
+        batch: this rank's completions, scored and prepared.
+        updates: per optimizer step, per micro-batch, the rows of ``batch``.
+        totals: per optimizer step, its counts over all ranks.
+        metrics: measurements, handed out with the first micro-batch.
+    """
+
+    rollout: int
+    batch: RolloutBatch
+    updates: list[list[list[int]]]
+    totals: list[StepTotals]
+    metrics: Mapping[str, float]
+
+    def micro_batch(self, update: int, micro: int) -> RolloutBatch:
+        """Return one micro-batch, trimmed to its own longest row."""
+        first = update == 0 and micro == 0
+        part = self.batch.select(self.updates[update][micro])
+        return part.replace(totals=self.totals[update], metrics=self.metrics if first else {})
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> RolloutPlan:
+        """Return a copy with measurements."""
+        return RolloutPlan(self.rollout, self.batch, self.updates, self.totals, metrics)
+
+
+def plan_updates(
+    batch: RolloutBatch,
+    *,
+    rollout: int,
+    minibatches: int,
+    epochs: int,
+    micro_batches: int,
+    max_tokens: int,
+    score: Callable[[RolloutBatch], RolloutBatch],
+    prepare: Callable[[RolloutBatch], RolloutBatch],
+    reduce: Callable[[Tensor, str], Tensor],
+) -> RolloutPlan:
+    """Cut, score and prepare a rollout.
+
+    Scoring runs on the very micro-batches of the updates, so that old log-probabilities equal those
+    of the first update bit for bit, and need no more memory.
+
+    Args:
+        batch: this rank's completions; groups in the order of their mini-batches.
+        rollout: its index.
+        minibatches: disjoint parts, whole groups, one update each.
+        epochs: replays; every replay has the same mini-batches.
+        micro_batches: per update.
+        max_tokens: the token limit of a completion.
+        score: adds old and teacher scores to a part.
+        prepare: the objective's, on the whole rollout.
+        reduce: ``(tensor, "sum") -> tensor`` over ranks.
+    """
+    groups = int(batch.group_ids.max()) + 1
+    lengths = batch.lengths.tolist()
+    members: list[list[int]] = [[] for _ in range(minibatches)]
+    for row, group in enumerate(batch.group_ids.tolist()):
+        members[group * minibatches // groups].append(row)
+    updates = []
+    for rows in members:
+        parts = partition([lengths[r] for r in rows], micro_batches)
+        updates.append([[rows[i] for i in part] for part in parts])
+    batch = prepare(_scored(batch, [part for update in updates for part in update], score))
+    totals = [step_totals(batch.select(rows), max_tokens, reduce) for rows in members]
+    return RolloutPlan(rollout, batch, updates * epochs, totals * epochs, {})
+
+
+def _scored(
+    batch: RolloutBatch, parts: list[list[int]], score: Callable[[RolloutBatch], RolloutBatch]
+) -> RolloutBatch:
+    whole: dict[str, Tensor] = {}
+    for rows in parts:
+        part = score(batch.select(rows))
+        for name in SCORED:
+            value = getattr(part, name)
+            if value is None:
+                continue
+            if name not in whole:
+                whole[name] = value.new_zeros(batch.completion_ids.shape)
+            index = torch.tensor(rows, device=value.device)
+            whole[name][index, : value.shape[1]] = value
+    return batch.replace(**whole)
+
+
+def step_totals(
+    batch: RolloutBatch, max_tokens: int, reduce: Callable[[Tensor, str], Tensor]
+) -> StepTotals:
+    """Count one rank's completions of an optimizer step, summed over ranks."""
+    own = batch.count(max_tokens)
+    counts = torch.tensor(
+        [own.num_loss_tokens, own.num_imitated_tokens, own.num_completions, own.num_prompts],
+        dtype=torch.float64,
+    )
+    tokens, imitated, completions, prompts = reduce(counts, "sum").tolist()
+    return StepTotals(tokens, imitated, completions, prompts, max_tokens)

@@ -1,0 +1,49 @@
+"""Prompts in, judged completions out: the part that training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdrl_lightning.rewards.base import RewardRunner, Sample, Verdict
+from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One completion with its text and verdict."""
+
+    prompt_ids: list[int]
+    row: Mapping[str, Any]
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+def sample_and_judge(
+    engine: RolloutEngine,
+    tokenizer: Any,
+    rewards: RewardRunner,
+    prompts: Sequence[tuple[Mapping[str, Any], list[int]]],
+    seeds: Sequence[list[int]],
+    sampling: Sampling,
+) -> list[Judged]:
+    """Sample completions for ``(row, prompt ids)`` pairs and judge them.
+
+    Returns:
+        One entry per completion, those of a prompt next to each other.
+    """
+    if not prompts:
+        return []
+    groups = engine.generate([ids for _, ids in prompts], seeds, sampling)
+    flat = [(row, ids, c) for (row, ids), own in zip(prompts, groups, strict=True) for c in own]
+    texts = tokenizer.batch_decode([c.ids for _, _, c in flat], skip_special_tokens=True)
+    samples = [
+        Sample(text, c.ids, row, c.truncated)
+        for (row, _, c), text in zip(flat, texts, strict=True)
+    ]
+    return [
+        Judged(ids, row, c, sample.text, verdict)
+        for (row, ids, c), sample, verdict in zip(flat, samples, rewards(samples), strict=True)
+    ]

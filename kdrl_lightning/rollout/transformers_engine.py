@@ -1,0 +1,154 @@
+"""Sampling with transformers' own model: nothing to install, nothing to sync.
+
+The decode loop is written by hand because ``model.generate`` neither drops finished sequences from
+the batch, nor shares a prompt's cache among its group, nor draws each sequence's noise from its own
+seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.weights import ModelWeights
+
+
+class TransformersEngine(RolloutEngine):
+    """Batched sampling with a key-value cache, from the live student.
+
+    Prompts are sorted by length and prefilled once per group; finished sequences leave the batch.
+
+    Args:
+        max_sequences: completions decoded at once.
+    """
+
+    def __init__(self, max_sequences: int = 256) -> None:
+        require_between("max_sequences", max_sequences, 1, float("inf"))
+        self.max_sequences = max_sequences
+        self._model: Any = None
+        self._eos = self._pad = 0
+
+    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+        """Remember the live model."""
+        self._model = weights.model
+        self._eos, self._pad = eos_token_id, pad_token_id
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        """Note the version: the live model already has the weights."""
+        self._model, self.version = weights.model, version
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Sample; see ``RolloutEngine.generate``."""
+        out: list[list[Completion]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        # A chunk holds (prompt, its seeds); a group larger than the limit is cut.
+        jobs = [
+            (i, seeds[i][start : start + self.max_sequences])
+            for i in order
+            for start in range(0, len(seeds[i]), self.max_sequences)
+        ]
+        while jobs:
+            chunk, size = [], 0
+            while jobs and size + len(jobs[0][1]) <= self.max_sequences:
+                chunk.append(jobs.pop(0))
+                size += len(chunk[-1][1])
+            completions = iter(self._decode([prompts[i] for i, _ in chunk], chunk, sampling))
+            for i, own in chunk:
+                out[i] += [next(completions) for _ in own]
+        return out
+
+    def _decode(
+        self, prompts: list[list[int]], chunk: list[tuple[int, list[int]]], sampling: Sampling
+    ) -> list[Completion]:
+        device = self._model.device
+        groups = torch.tensor([len(own) for _, own in chunk], device=device)
+        cache, logits, mask = self._prefill(prompts, groups)
+        noise = _uniform_noise([s for _, own in chunk for s in own], sampling.max_tokens).to(device)
+        size = len(noise)
+        ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
+        logprobs = torch.zeros(size, sampling.max_tokens, device=device)
+        alive = torch.arange(size, device=device)
+        done = torch.zeros(size, dtype=torch.bool, device=device)
+        for t in range(sampling.max_tokens):
+            token, logprob = _draw(logits, noise[alive, t], sampling.temperature)
+            ids[alive, t], logprobs[alive, t] = token, logprob
+            done[alive] = token == self._eos
+            keep = (~done[alive]).nonzero().squeeze(-1)
+            if not len(keep) or t + 1 == sampling.max_tokens:
+                break
+            if len(keep) < len(alive):
+                alive, token = alive[keep], token[keep]
+                cache.batch_select_indices(keep)
+                mask = None if mask is None else mask[keep]
+            position = None
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+                position = mask.sum(1, keepdim=True) - 1
+            logits = self._model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        return _completions(ids, logprobs, done, self._eos)
+
+    def _prefill(self, prompts: list[list[int]], groups: Tensor) -> tuple[Any, Tensor, Any]:
+        """Run each prompt once, padded on the left, and repeat its cache over its group."""
+        from transformers import DynamicCache
+
+        width = max(map(len, prompts))
+        rows = [[self._pad] * (width - len(p)) + p for p in prompts]
+        ids = torch.tensor(rows, device=self._model.device)
+        mask = position = None
+        if any(len(p) < width for p in prompts):
+            lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
+            mask = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self._model.config)
+        logits = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        rows_of = torch.arange(len(prompts), device=ids.device).repeat_interleave(groups)
+        cache.batch_select_indices(rows_of)
+        return cache, logits[rows_of], None if mask is None else mask[rows_of]
+
+
+def _draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution at ``noise [N]``; the most likely token if greedy."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0.0:
+        token = logprobs.argmax(-1)
+    else:
+        # In float64: over 150k tokens a float32 sum would move the edges of rare ones.
+        edges = logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True).squeeze(-1)
+    return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+
+
+def _uniform_noise(seeds: list[int], tokens: int) -> Tensor:
+    rows = [np.random.default_rng(seed).random(tokens) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _completions(ids: Tensor, logprobs: Tensor, done: Tensor, eos: int) -> list[Completion]:
+    out = []
+    rows = zip(ids.tolist(), logprobs.tolist(), done.tolist(), strict=True)
+    for row, values, finished in rows:
+        end = row.index(eos) + 1 if finished else len(row)
+        out.append(Completion(row[:end], values[:end], truncated=not finished))
+    return out

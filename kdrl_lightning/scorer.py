@@ -1,0 +1,111 @@
+"""A causal language model as a function from completions to log-probabilities and entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
+from kdrl_lightning.objectives.base import TokenScores
+from kdrl_lightning.rollout_batch import RolloutBatch
+
+
+class Scorer(nn.Module):
+    """Wraps a Hugging Face model so that its forward returns token scores, never logits.
+
+    The head is applied inside this module's forward, to completion positions only; a parameter
+    sharding wrapper around it therefore sees every use of a weight. Rows are padded on the right,
+    where a causal model needs no attention mask.
+
+    Args:
+        model: a transformers causal language model.
+        vocab_size: use only the first rows of the head (a teacher with padding rows).
+    """
+
+    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+
+    def head(self) -> Head:
+        """Return the language-model head with everything that the architecture does to logits."""
+        output = self.model.get_output_embeddings()
+        config = self.model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return Head(
+            output.weight,
+            getattr(output, "bias", None),
+            scale,
+            getattr(config, "final_logit_softcapping", None),
+            self.vocab_size,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        temperature: float = 1.0,
+    ) -> TokenScores:
+        """Score the completions.
+
+        Args:
+            input_ids: ``[B, S]``, padded on the right.
+            prompt_lengths: ``[B]``, at least 1.
+            completion_ids: ``[B, T]``.
+            completion_mask: ``[B, T]`` bool.
+            temperature: logits are divided by it.
+
+        Returns:
+            ``logprobs [B, T]`` and ``entropy [B, T]``, 0 behind each completion's end.
+        """
+        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        rows, columns = completion_mask.nonzero(as_tuple=True)
+        states = hidden[rows, prompt_lengths[rows] - 1 + columns]
+        ids = completion_ids[rows, columns]
+        logprobs, entropy = chosen_logprobs(states, self.head(), ids, temperature)
+        blank = logprobs.new_zeros(completion_ids.shape)
+        return TokenScores(
+            blank.index_put((rows, columns), logprobs), blank.index_put((rows, columns), entropy)
+        )
+
+    def score(self, batch: RolloutBatch) -> TokenScores:
+        """Score a rollout batch at its sampling temperature."""
+        scores = self(
+            batch.input_ids,
+            batch.prompt_lengths,
+            batch.completion_ids,
+            batch.completion_mask,
+            batch.temperature,
+        )
+        return TokenScores(*scores)
+
+    @torch.no_grad()
+    def verify(self, name: str) -> None:
+        """Compare with ``model(...).logits`` on a few tokens.
+
+        Raises:
+            ConfigurationError: the architecture treats its logits in a way not known here.
+        """
+        weight = self.head().weight
+        if weight.is_meta:
+            return
+        ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]
+        mask = torch.ones(1, 7, dtype=torch.bool, device=weight.device)
+        ours = self(ids, torch.ones(1, dtype=torch.long, device=weight.device), ids[:, 1:], mask)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1, : self.vocab_size]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        worst = float((ours.logprobs[0] - theirs).abs().max())
+        bound = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+        if not worst <= bound:
+            raise ConfigurationError(
+                f"the language-model head of {name} must be one that is known here: got "
+                f"log-probabilities {worst:.2g} away from the model's own. "
+                "Please report the architecture."
+            )

@@ -1,0 +1,70 @@
+"""A data module for supervised fine-tuning on given completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.prompts.base import Prompts, encode_prompt
+from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
+from kdrl_lightning.rollout.partition import partition
+from kdrl_lightning.rollout.plan import step_totals
+from kdrl_lightning.rollout_batch import RolloutBatch, collate
+
+
+class SupervisedDataModule(pl.LightningDataModule):
+    """Yields batches of given completions, each closed by the tokenizer's end token.
+
+    Args:
+        traces: rows with ``prompt`` and ``completion``.
+        batch_size: completions per optimizer step, over all processes.
+        seed: order of the rows.
+    """
+
+    def __init__(self, traces: Prompts, batch_size: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        require_between("batch_size", batch_size, 1, float("inf"))
+        self.traces = traces
+        self.batch_size = batch_size
+        self.seed = seed
+        self._step: tuple[int, list[RolloutBatch]] = (-1, [])
+
+    def train_dataloader(self) -> IndexLoader:
+        """Return indices of micro-batches within their optimizer step."""
+        micro = self._trainer().accumulate_grad_batches
+        return IndexLoader(max(len(self.traces) // self.batch_size, 1) * micro, micro)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> RolloutBatch:
+        """Turn an index into a micro-batch."""
+        step = self._trainer().global_step
+        if self._step[0] != step:
+            self._step = (step, self._make_step(step))
+        return self._step[1][batch]
+
+    def _make_step(self, step: int) -> list[RolloutBatch]:
+        trainer = self._trainer()
+        module, tokenizer = trainer.lightning_module, trainer.lightning_module.tokenizer
+        stream = prompt_stream(
+            step * self.batch_size, self.batch_size, len(self.traces), self.seed
+        )
+        rows = [self.traces[i] for i in stream[trainer.global_rank :: trainer.world_size]]
+        completions = [
+            [*tokenizer(r["completion"], add_special_tokens=False)["input_ids"], end]
+            for r in rows
+            for end in (tokenizer.eos_token_id,)
+        ]
+        whole = collate(
+            [encode_prompt(tokenizer, r) for r in rows],
+            completions,
+            list(range(len(rows))),
+            pad_id=tokenizer.eos_token_id,
+        ).to(module.device)
+        totals = step_totals(whole, max(map(len, completions)), module.reduce)
+        parts = partition(whole.lengths.tolist(), trainer.accumulate_grad_batches)
+        return [whole.select(part).replace(totals=totals) for part in parts]
+
+    def _trainer(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer

@@ -1,0 +1,69 @@
+"""A frozen teacher in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.models import (
+    ModelSource,
+    check_same_vocabulary,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    model_path,
+)
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.weights import ModelWeights
+
+
+class LocalTeacher(Teacher):
+    """A teacher loaded beside the student, on the same device.
+
+    Args:
+        model: a Hugging Face folder, hub name, or model source.
+        dtype: torch dtype name of its weights; ``auto`` takes the checkpoint's.
+    """
+
+    def __init__(self, model: str | ModelSource, dtype: str = "auto") -> None:
+        self.model = model
+        self.dtype = dtype
+        self._scorer: Scorer | None = None
+        self._vocab_size: int | None = None
+
+    def prepare(self) -> None:
+        """Make the model if its source has to."""
+        model_path(self.model)
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Compare the two vocabularies; logits are cut to the student's rows."""
+        path = model_path(self.model)
+        check_same_vocabulary(student_tokenizer, load_tokenizer(path), student_path, path)
+        self._vocab_size = load_config(student_path).get_text_config().vocab_size
+
+    def load(self, device: torch.device) -> None:
+        """Load and freeze the model once, then move it to ``device``."""
+        if self._scorer is None:
+            path = model_path(self.model)
+            model = load_causal_lm(path, self.dtype)
+            self._scorer = Scorer(model.requires_grad_(False), self._vocab_size)
+            self._scorer.verify(path)
+        self._scorer.to(device)
+
+    @torch.no_grad()
+    def score(self, batch: RolloutBatch) -> Tensor:
+        """Score the sampled tokens in one forward pass."""
+        return self._loaded().score(batch).logprobs
+
+    def weights(self) -> ModelWeights:
+        """Return the loaded model and its folder."""
+        return ModelWeights(self._loaded().model, model_path(self.model))
+
+    def _loaded(self) -> Scorer:
+        if self._scorer is None:
+            raise RuntimeError("the teacher is not loaded: call load() first")
+        return self._scorer

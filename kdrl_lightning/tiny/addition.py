@@ -1,0 +1,129 @@
+"""Column addition with written carries: a task small enough to learn on a CPU in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.prompts.base import PromptSource
+from kdrl_lightning.rewards.base import Sample
+
+SYMBOLS = "0123456789+=,#"
+
+
+def worked_answer(a: int, b: int, digits: int, forget: Sequence[bool] | None = None) -> str:
+    """The column sums, least significant first, then ``#`` and the (digits + 1)-digit result.
+
+    ``forget[i]`` drops the carry out of column ``i``. The last column has no flag: its carry goes
+    to no other column, it is the leading digit of the result.
+
+    >>> worked_answer(1234, 5678, 4)
+    '12,11,09,06#06912'
+    >>> worked_answer(1234, 5678, 4, forget=[True, False, False])
+    '12,10,09,06#06902'
+    """
+    _at_least("digits", digits, 1)
+    for name, value in (("a", a), ("b", b)):
+        if not 0 <= value < 10**digits:
+            raise ConfigurationError(
+                f"`{name}` must have at most {digits} digits and no sign: got {value}. "
+                f"Pass a number from 0 to {10**digits - 1}."
+            )
+    if forget is None:
+        forget = [False] * (digits - 1)
+    if len(forget) != digits - 1:
+        raise ConfigurationError(
+            f"`forget` must have one flag for each column but the last: got {len(forget)}. "
+            f"Pass {digits - 1} flags."
+        )
+    carry = 0
+    sums: list[int] = []
+    for i in range(digits):
+        total = a // 10**i % 10 + b // 10**i % 10 + carry
+        sums.append(total)
+        carry = 0 if i < digits - 1 and forget[i] else total // 10
+    columns = ",".join(f"{total:02d}" for total in sums)
+    result = str(carry) + "".join(str(total % 10) for total in reversed(sums))
+    return f"{columns}#{result}"
+
+
+def addition_reward(sample: Sample) -> float:
+    """1 if the text after the only ``#`` is the row's answer, else 0."""
+    if sample.text.count("#") != 1:
+        return 0.0
+    return float(sample.text.partition("#")[2] == sample.row["answer"])
+
+
+class ColumnAddition(PromptSource):
+    """Addition problems with their answers; problem ``i`` depends on ``(seed, i)`` alone.
+
+    >>> ColumnAddition(size=1, digits=2)[0]
+    {'prompt': '85+63=', 'answer': '148'}
+    """
+
+    def __init__(self, size: int = 4096, seed: int = 0, digits: int = 4) -> None:
+        _at_least("size", size, 1)
+        _at_least("seed", seed, 0)
+        _at_least("digits", digits, 1)
+        self.size = size
+        self.seed = seed
+        self.digits = digits
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        a, b, _ = _problem(index, self.size, self.seed, self.digits)
+        answer = f"{a + b:0{self.digits + 1}d}"
+        return {"prompt": _prompt(a, b, self.digits), "answer": answer}
+
+
+class AdditionTraces(PromptSource):
+    """Worked additions whose annotator forgets each carry with probability ``slip``.
+
+    Problem ``i`` is the one that ``ColumnAddition`` of the same seed has at ``i``.
+    """
+
+    def __init__(self, size: int = 4096, seed: int = 0, digits: int = 4, slip: float = 0.0) -> None:
+        _at_least("size", size, 1)
+        _at_least("seed", seed, 0)
+        _at_least("digits", digits, 1)
+        if not 0.0 <= slip <= 1.0:
+            raise ConfigurationError(
+                f"`slip` must lie in [0, 1]: got {slip}. "
+                "Pass the probability that a carry is forgotten."
+            )
+        self.size = size
+        self.seed = seed
+        self.digits = digits
+        self.slip = slip
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        a, b, rng = _problem(index, self.size, self.seed, self.digits)
+        forget = [bool(draw < self.slip) for draw in rng.random(self.digits - 1)]
+        completion = worked_answer(a, b, self.digits, forget)
+        return {"prompt": _prompt(a, b, self.digits), "completion": completion}
+
+
+def _problem(i: int, size: int, seed: int, digits: int) -> tuple[int, int, np.random.Generator]:
+    if not 0 <= i < size:
+        raise IndexError(f"problem {i} of {size}")
+    rng = np.random.default_rng([seed, i])
+    a, b = (int(number) for number in rng.integers(0, 10**digits, size=2))
+    return a, b, rng
+
+
+def _prompt(a: int, b: int, digits: int) -> str:
+    return f"{a:0{digits}d}+{b:0{digits}d}="
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigurationError(
+            f"`{name}` must be at least {least}: got {value}. Pass a whole number from {least} on."
+        )
