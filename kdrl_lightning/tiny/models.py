@@ -93,8 +93,7 @@ class TinyModel(ModelSource):
             try:
                 # One thread: the order of additions, and so the weights, do not depend on cores.
                 torch.set_num_threads(1)
-                torch.manual_seed(self.seed)
-                _save_untrained(RECIPES[self.role], Path(start))
+                save_untrained(RECIPES[self.role], Path(start), self.seed)
                 self._train(start, folder)
             finally:
                 torch.set_num_threads(threads)
@@ -140,9 +139,11 @@ class TinyModel(ModelSource):
         print(f"embedded {self.role} made in {time.perf_counter() - began:.0f} s: {self.name}")
 
 
-def _save_untrained(recipe: Recipe, folder: Path) -> None:
+def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
+    """Write a randomly initialised Qwen2 model and its tokenizer as a Hugging Face folder."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),

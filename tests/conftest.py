@@ -1,0 +1,40 @@
+"""Fixtures: random models of the embedded task's architecture, small enough for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from kdrl_lightning.tiny.models import Recipe, save_untrained
+
+RECIPE = Recipe(width=64, layers=1, steps=1, batch_size=1, lr=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are fastest on one thread, and two can stall on a busy machine."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Hugging Face folder with a random Qwen2 and the character tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("student")
+    save_untrained(RECIPE, folder, seed=0)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another random model with the same tokenizer."""
+    folder: Path = tmp_path_factory.mktemp("teacher")
+    save_untrained(RECIPE, folder, seed=1)
+    return str(folder)
