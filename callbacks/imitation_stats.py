@@ -19,8 +19,8 @@ class SelectiveImitationStats(pl.Callback):
     - ``kd/imitation_frac``: loss tokens on which the teacher enters the gradient. KDRL and
       distillation: tokens of the KL term; RLAD: tokens with an advantage that the fence leaves
       alive.
-    - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: of the tokens with a positive (negative) advantage,
-      those whose policy gradient the fence removes.
+    - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: of the tokens with a positive (negative)
+      advantage, those whose policy gradient the fence removes.
     - ``kd/reverse_kl``: mean of log pi - log pi_T, an estimate of KL(student || teacher) per token;
       ``kd/reverse_kl_correct`` and ``_wrong`` split it by the verifier's answer.
     - ``kd/conflict_frac``: of the tokens with an advantage, those that the teacher would push the

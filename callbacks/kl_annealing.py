@@ -30,8 +30,9 @@ class KLCoefficientAnnealing(pl.Callback):
         unit: Literal["rollout", "optimizer_step"] = "rollout",
     ) -> None:
         require_between("floor", floor, 0.0, start, "The coefficient falls from start to floor.")
-        if not decrement > 0.0:
-            raise ConfigurationError(f"`decrement` must be above 0: got {decrement}.")
+        if not 0.0 < decrement < float("inf"):
+            raise ConfigurationError(f"`decrement` must be above 0 and finite: got {decrement}.")
+        require_between("start", start, 0.0, float("inf"))
         if unit not in ("rollout", "optimizer_step"):
             raise ConfigurationError(f"`unit` must be rollout or optimizer_step: got {unit}.")
         self.start = start

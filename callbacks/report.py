@@ -81,8 +81,11 @@ class RunReport(pl.Callback):
             self.curves.append({"rollout": trainer.global_step // per_rollout, **row})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure once more if need be, then write everything."""
+        """Measure once more if need be."""
         self._measure_student(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write everything, and print the table below a closed progress bar."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         summary = self._summary(trainer, pl_module, folder)
         if not trainer.is_global_zero:
@@ -138,9 +141,9 @@ class RunReport(pl.Callback):
             "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
             "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,
             "teacher_accuracy": self.teacher_accuracy,
-            "rollouts": -(-trainer.global_step // getattr(
-                trainer.datamodule, "updates_per_rollout", 1
-            )),
+            "rollouts": -(
+                -trainer.global_step // getattr(trainer.datamodule, "updates_per_rollout", 1)
+            ),
             "optimizer_steps": trainer.global_step,
             "skipped_steps": pl_module.skipped_steps,
             "rollout_seconds": rollout_seconds,

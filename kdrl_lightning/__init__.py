@@ -34,7 +34,7 @@ _HOME = {
     "TrainingStopped": "errors",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import kdrl_lightning.callbacks  # noqa: F401  short class names work once a class is imported
+import kdrl_lightning.callbacks
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
+from kdrl_lightning import config_base
 from kdrl_lightning.callbacks import (
     RolloutProgress,
     RunReport,
@@ -20,20 +21,8 @@ from kdrl_lightning.callbacks import (
     WeightSync,
 )
 from kdrl_lightning.datamodule import RolloutDataModule
-from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
-
-
-class OneLineParser(LightningArgumentParser):
-    """Says what is wrong in one line, instead of after two screens of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with the message; under ``JSONARGPARSE_DEBUG`` with the traceback, as usual."""
-        if os.environ.get("JSONARGPARSE_DEBUG"):
-            super().error(message, ex)
-        parts = [line.strip() for line in message.splitlines() if line.strip()]
-        command = self.prog.split(" [")[0].replace("__main__.py", "python -m kdrl_lightning")
-        raise ConfigurationError(f"{' '.join(parts)} (see `{command} --help`)") from ex
+from kdrl_lightning.parser import OneLineParser
 
 
 class KDRLCLI(LightningCLI):
@@ -46,7 +35,8 @@ class KDRLCLI(LightningCLI):
     @classmethod
     def run(cls, args: Sequence[str] | None = None) -> KDRLCLI:
         """Parse and run; ``args`` replaces the command line."""
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+        _quiet()
+        config_base.install()
         return cls(
             KDRLModule,
             RolloutDataModule,
@@ -87,3 +77,15 @@ def as_seed(value: bool | int | None) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
+def _quiet() -> None:
+    """Keep the screen for what concerns the run."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The student stays in evaluation mode on purpose: rollouts and updates must see one policy.
+    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")
+    # Lightning 2.6 against torch 2.13's tree specification.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from kdrl_lightning.checks import check_rollout_settings
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvaluationBatch
-from kdrl_lightning.prompts.base import Prompts, encode_prompt
+from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
 from kdrl_lightning.rewards.base import Reward, RewardRunner
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
@@ -23,7 +23,6 @@ from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.weights import ModelWeights
 
-Prompt = tuple[Mapping[str, Any], list[int]]
 TRAIN_NOISE, EVALUATION_NOISE = 0, 1
 
 
@@ -54,6 +53,8 @@ class RolloutDataModule(pl.LightningDataModule):
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
         seed: order of prompts and noise of sampling.
     """
+
+    trainer: Any  # attached by Lightning before any hook runs
 
     def __init__(
         self,
@@ -113,8 +114,8 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards = RewardRunner(reward, max_reward_failure_frac)
         self.watch = RolloutWatch()
         self._plan: RolloutPlan | None = None
-        self._train: list[Prompt] = []
-        self._val: list[Prompt] = []
+        self._train: list[EncodedPrompt] = []
+        self._val: list[EncodedPrompt] = []
 
     @property
     def updates_per_rollout(self) -> int:
@@ -130,7 +131,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is not None and not self._val:
             self._val = self._encode(self.val_prompts, "val_prompts")
         if stage == "fit" and not self._train:
-            self._check_trainer()
+            check_rollout_settings(self.trainer, self, self._module())
             self._train = self._encode(self.train_prompts, "train_prompts")
         for rows in (self._train, self._val):
             if rows:
@@ -252,7 +253,7 @@ class RolloutDataModule(pl.LightningDataModule):
     def _sample(
         self,
         engine: RolloutEngine,
-        prompts: list[Prompt],
+        prompts: list[EncodedPrompt],
         seeds: list[list[int]],
         sampling: Sampling,
     ) -> list[Judged]:
@@ -269,58 +270,18 @@ class RolloutDataModule(pl.LightningDataModule):
             engine.update_weights(weights, self.trainer.global_step)
         return time.perf_counter() - started
 
-    def _encode(self, source: Prompts, name: str) -> list[Prompt]:
+    def _encode(self, source: Prompts, name: str) -> list[EncodedPrompt]:
         module = self._module()
         limit = module.context_length - self.train_sampling.max_tokens
-        prompts = []
-        for i in range(len(source)):
-            row = source[i]
-            ids = encode_prompt(module.tokenizer, row)
+        prompts = encode_all(source, name, module.tokenizer)
+        for i, (_, ids) in enumerate(prompts):
             if len(ids) > limit:
                 raise ConfigurationError(
                     f"`{name}` must fit the context of {module.context_length} tokens with "
                     f"`max_tokens` {self.train_sampling.max_tokens}: got {len(ids)} tokens in row "
                     f"{i}. Drop or shorten the prompt, or lower `max_tokens`."
                 )
-            prompts.append((row, ids))
-        if not prompts:
-            raise ConfigurationError(f"`{name}` must have at least one row: got none.")
         return prompts
-
-    def _check_trainer(self) -> None:
-        trainer, module = self.trainer, self._module()
-        if module.objective.needs_groups and self.group_size < 2:
-            raise ConfigurationError(
-                f"`group_size` must be at least 2 for {type(module.objective).__name__}, whose "
-                f"advantages compare the completions of one prompt: got {self.group_size}."
-            )
-        unit = self.minibatches_per_rollout * trainer.world_size
-        if self.prompts_per_rollout % unit:
-            raise ConfigurationError(
-                f"`prompts_per_rollout` must be a multiple of minibatches_per_rollout * processes "
-                f"= {unit}: got {self.prompts_per_rollout}."
-            )
-        rows = self.prompts_per_rollout // unit * self.group_size
-        if trainer.accumulate_grad_batches > rows:
-            raise ConfigurationError(
-                f"`accumulate_grad_batches` must be at most {rows}, the completions of one "
-                f"optimizer step on one process: got {trainer.accumulate_grad_batches}."
-            )
-        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):
-            raise ConfigurationError(
-                "`callbacks` must not change accumulate_grad_batches during a run: got "
-                "GradientAccumulationScheduler. Set `accumulate_grad_batches` once."
-            )
-        length = len(self.train_dataloader())
-        for name in ("limit_train_batches", "overfit_batches"):
-            limit = getattr(trainer, name)
-            batches = limit if isinstance(limit, int) else int(length * limit)
-            if batches % trainer.accumulate_grad_batches:
-                raise ConfigurationError(
-                    f"`{name}` must not cut an optimizer step of "
-                    f"{trainer.accumulate_grad_batches} micro-batches: got {limit}, which is "
-                    f"{batches} of {length}. Give a multiple."
-                )
 
     def _pad_id(self) -> int:
         tokenizer = self._module().tokenizer
@@ -328,5 +289,4 @@ class RolloutDataModule(pl.LightningDataModule):
         return int(tokenizer.eos_token_id if pad is None else pad)
 
     def _module(self) -> Any:
-        assert self.trainer is not None
         return self.trainer.lightning_module

@@ -8,11 +8,11 @@ class ConfigurationError(ValueError):
 
 
 def require_between(name: str, value: float, low: float, high: float, cure: str = "") -> None:
-    """Raise unless ``low <= value <= high`` (NaN fails too).
+    """Raise unless ``low <= value <= high`` (NaN and infinity fail too).
 
     >>> require_between("trrd_alpha", 0.5, 0.0, 1.0)
     """
-    if not low <= value <= high:
+    if not (low <= value <= high and value < float("inf")):
         bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
         raise ConfigurationError(f"`{name}` must be {bounds}: got {value}. {cure}".rstrip())
 

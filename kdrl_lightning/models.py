@@ -98,6 +98,6 @@ def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
         local = "exists" if Path(path).is_dir() else "is not a local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigurationError(
-            f"a model path must be a Hugging Face folder or hub name: got {path} ({local}; {reason}). "
-            "Check the spelling, or download the model first."
+            f"a model path must be a Hugging Face folder or hub name: got {path} ({local}; "
+            f"{reason}). Check the spelling, or download the model first."
         ) from error

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
@@ -251,7 +252,8 @@ class KDRLModule(pl.LightningModule):
         return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _evaluation_step(self, batch: EvaluationBatch) -> None:
-        metrics, prompts = self.eval_metrics, batch.correct.shape[0]
+        metrics: dict[str, Any] = dict(_items(self.eval_metrics))
+        prompts = batch.correct.shape[0]
         metrics["accuracy"].update(batch.correct.to(self.device))
         for name, values in (
             ("reward", batch.rewards),
@@ -274,8 +276,10 @@ class KDRLModule(pl.LightningModule):
 
 
 def _items(metrics: torch.nn.ModuleDict) -> Iterable[tuple[str, Any]]:
-    return metrics.items()
+    items: Iterable[tuple[str, Any]] = metrics.items()
+    return items
 
 
 def _full(value: Tensor) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """Return a plain tensor also where parameters are sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -41,14 +41,12 @@ class SupervisedDataModule(pl.LightningDataModule):
         step = self._trainer().global_step
         if self._step[0] != step:
             self._step = (step, self._make_step(step))
-        return self._step[1][batch]
+        return self._step[1][int(batch)]
 
     def _make_step(self, step: int) -> list[RolloutBatch]:
         trainer = self._trainer()
         module, tokenizer = trainer.lightning_module, trainer.lightning_module.tokenizer
-        stream = prompt_stream(
-            step * self.batch_size, self.batch_size, len(self.traces), self.seed
-        )
+        stream = prompt_stream(step * self.batch_size, self.batch_size, len(self.traces), self.seed)
         rows = [self.traces[i] for i in stream[trainer.global_rank :: trainer.world_size]]
         completions = [
             [*tokenizer(r["completion"], add_special_tokens=False)["input_ids"], end]

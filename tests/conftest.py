@@ -13,7 +13,7 @@ import torch
 
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
-RECIPE = Recipe(width=64, layers=1, steps=1, batch_size=1, lr=1e-3)
+RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 
 
 @pytest.fixture(autouse=True)

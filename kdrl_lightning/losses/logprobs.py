@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kdrl_lightning.errors import ConfigurationError, require_between
+
 CHUNK_BYTES = 64 << 20
 MAX_CHUNK = 1024
 
@@ -67,10 +69,17 @@ def chosen_logprobs(
 
     Returns:
         ``(logprobs [N], entropy [N])`` in nats, float32 or float64, with gradient.
+
+    Raises:
+        ConfigurationError: temperature or chunk size out of range.
     """
+    if not 0.0 < temperature < float("inf"):
+        raise ConfigurationError(f"`temperature` must be above 0: got {temperature}.")
+    if chunk_size is not None:
+        require_between("chunk_size", chunk_size, 1, float("inf"))
     size = chunk_size or auto_chunk_size(head.vocab_size or head.weight.shape[0])
     if not len(ids):
-        empty = hidden.sum() * 0.0 + head.weight[:1].sum() * 0.0
+        empty = head.logits(hidden[:0]).sum() + hidden[:0].sum()
         nothing = empty.expand(0)
         return nothing, nothing
     parts = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,9 +107,14 @@ def trrd_log_ratio(
 
 
 def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    ratio = log_ratio.exp()
+    """``-min(r A, clip(r) A)``: only the bound on the side of A's sign ever acts.
+
+    It is applied before the exponential, so that a fenced ratio cannot overflow into 0 * inf.
+    """
     advantages = advantages.detach()
     if advantages.dim() == log_ratio.dim() - 1:
         advantages = advantages.unsqueeze(-1)
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    high, low = math.log1p(clip_high), math.log1p(-clip_low) if clip_low < 1 else -math.inf
+    fence = torch.where(advantages < 0, low, high).to(log_ratio)
+    dead = torch.where(advantages < 0, log_ratio < fence, log_ratio > fence)
+    return -advantages * torch.where(dead, fence, log_ratio).exp()

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses.reduction import (
     constant_length,
     group_token_mean,
@@ -64,8 +64,7 @@ class Objective(ABC):
     needs_groups: ClassVar[bool] = False
 
     def __init__(self, reduction: Reduction = "token_mean", entropy_coef: float = 0.0) -> None:
-        if not entropy_coef >= 0.0:
-            raise ConfigurationError(f"`entropy_coef` must be at least 0: got {entropy_coef}.")
+        require_between("entropy_coef", entropy_coef, 0.0, float("inf"))
         self.reduction = reduction
         self.entropy_coef = entropy_coef
 
@@ -85,8 +84,11 @@ class Objective(ABC):
         """``[B, T]`` bool: tokens on which the teacher enters the gradient; none here."""
         return torch.zeros_like(batch.loss_mask)
 
-    def __call__(self, batch: RolloutBatch, scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, batch: RolloutBatch, scores: TokenScores
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the step's loss, and of each term."""
+        batch, scores = _blank(batch, scores)
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
             terms.append(Term("entropy", -scores.entropy, self.entropy_coef))
@@ -118,6 +120,17 @@ class Objective(ABC):
                     "`reduction` must be token_mean, sequence_mean, constant_length or "
                     f"group_token_mean: got {self.reduction}."
                 )
+
+
+def _blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, TokenScores]:
+    """Set every log-probability outside the loss to 0: an inf there cannot reach a gradient."""
+    out = ~batch.loss_mask
+    fields = {
+        name: value.masked_fill(out, 0.0)
+        for name in ("old_logprobs", "teacher_logprobs")
+        if (value := getattr(batch, name)) is not None
+    }
+    return batch.replace(**fields), TokenScores(*(s.masked_fill(out, 0.0) for s in scores))
 
 
 def known(value: T | None, name: str) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import require_between
@@ -14,8 +15,12 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 def reverse_kl_loss(batch: RolloutBatch, scores: TokenScores, ratio_weight: bool) -> Tensor:
-    """``[B, T]`` k2 loss, weighted by the detached ratio where asked for."""
-    per_token = k2(scores.logprobs, known(batch.teacher_logprobs, "teacher_logprobs"))
+    """``[B, T]`` k2 loss on imitated tokens, weighted by the detached ratio where asked for."""
+    mask = known(batch.imitation_mask, "imitation_mask")
+    teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+    # Where nothing is imitated the teacher is ignored, even if its value there is -inf.
+    teacher = torch.where(mask, teacher, scores.logprobs.detach())
+    per_token = k2(scores.logprobs, teacher)
     if not ratio_weight:
         return per_token
     old = known(batch.old_logprobs, "old_logprobs")

@@ -46,9 +46,10 @@ class GRPO(Objective):
         sizes = rollout.group_ids.unique(return_counts=True)[1]
         if sizes.numel() and bool((sizes != sizes[0]).any()):
             raise ConfigurationError(f"groups must have one size: got {sizes.tolist()}.")
-        rewards = rollout.rewards[order].view(sizes.numel(), -1)
         advantages = rollout.rewards.new_zeros(len(rollout))
-        advantages[order] = group_relative(rewards, self.scale_by_std).flatten()
+        if len(rollout):
+            rewards = rollout.rewards[order].view(sizes.numel(), -1)
+            advantages[order] = group_relative(rewards, self.scale_by_std).flatten()
         return super().prepare(rollout).replace(advantages=advantages)
 
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:

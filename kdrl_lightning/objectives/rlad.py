@@ -23,7 +23,7 @@ class RLAD(GRPO):
 
     Args:
         trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.
-        offset_clamp: bound on ``|log pi_old - log pi_T|``, above 0 [one public implementation's
+        offset_clamp: bound on ``|log pi_old - log pi_T|``, at least 0 [one public implementation's
             value]; None for none.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.

@@ -26,6 +26,19 @@ class PromptSource(ABC):
 
 
 Prompts: TypeAlias = PromptSource | Sequence[Mapping[str, Any]]
+EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
+
+
+def encode_all(source: Prompts, name: str, tokenizer: Any) -> list[EncodedPrompt]:
+    """Return every row with its token ids.
+
+    Raises:
+        ConfigurationError: the source is empty, or a row cannot be encoded.
+    """
+    rows = [source[i] for i in range(len(source))]
+    if not rows:
+        raise ConfigurationError(f"`{name}` must have at least one row: got none.")
+    return [(row, encode_prompt(tokenizer, row)) for row in rows]
 
 
 def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:

@@ -24,7 +24,7 @@ class ExactMatch:
         """Judge one sample; a completion without the marker has no answer."""
         text = sample.text
         if self.marker is not None:
-            head, found, text = text.rpartition(self.marker)
+            _, found, text = text.rpartition(self.marker)
             if not found:
                 return 0.0
         return float(text.strip() == str(sample.row[self.answer_column]).strip())

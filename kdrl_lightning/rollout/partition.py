@@ -7,6 +7,7 @@ the smallest largest part whose padding stays within one percent of the least po
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
         else:
             low = limit
     bounds = [0, *cuts, len(order)]
-    return [order[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [order[a:b].tolist() for a, b in pairwise(bounds)]
 
 
 def _cost(ordered: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -63,9 +64,7 @@ def _cost(ordered: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.where(count > 0, count * ordered[None, :].astype(np.float64), np.inf)
 
 
-def _cheapest_cut(
-    cost: NDArray[np.float64], parts: int, limit: float
-) -> tuple[float, list[int]]:
+def _cheapest_cut(cost: NDArray[np.float64], parts: int, limit: float) -> tuple[float, list[int]]:
     """Least padded tokens with no part above ``limit``, by dynamic programming."""
     allowed = np.where(cost <= limit, cost, np.inf)
     n = len(cost)

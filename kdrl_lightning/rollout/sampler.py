@@ -40,8 +40,7 @@ def sample_and_judge(
     flat = [(row, ids, c) for (row, ids), own in zip(prompts, groups, strict=True) for c in own]
     texts = tokenizer.batch_decode([c.ids for _, _, c in flat], skip_special_tokens=True)
     samples = [
-        Sample(text, c.ids, row, c.truncated)
-        for (row, _, c), text in zip(flat, texts, strict=True)
+        Sample(text, c.ids, row, c.truncated) for (row, _, c), text in zip(flat, texts, strict=True)
     ]
     return [
         Judged(ids, row, c, sample.text, verdict)

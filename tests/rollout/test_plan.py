@@ -1,0 +1,234 @@
+"""How a rollout becomes optimizer steps, with scores that tell where they came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates, step_totals
+from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals, collate
+
+GROUPS, SIZE = 6, 3
+
+
+def rollout(cut: frozenset[int] = frozenset()) -> RolloutBatch:
+    """Six groups of three; every token of the rollout is another number."""
+    lengths = torch.randint(1, 9, (GROUPS * SIZE,), generator=torch.Generator().manual_seed(0))
+    start, completions = 100, []
+    for length in lengths.tolist():
+        completions.append(list(range(start, start + length)))
+        start += length
+    return collate(
+        [[5] * (1 + i // SIZE) for i in range(GROUPS * SIZE)],
+        completions,
+        [i // SIZE for i in range(GROUPS * SIZE)],
+        pad_id=0,
+        truncated=[i in cut for i in range(GROUPS * SIZE)],
+        mask_truncated=True,
+    )
+
+
+def fake_score(part: RolloutBatch) -> RolloutBatch:
+    """Scores that are functions of the token alone."""
+    ids, mask = part.completion_ids.double(), part.completion_mask
+    return part.replace(
+        old_logprobs=-ids * mask, old_entropy=2 * ids * mask, teacher_logprobs=-3 * ids * mask
+    )
+
+
+def imitate_even_tokens(batch: RolloutBatch) -> RolloutBatch:
+    return batch.replace(imitation_mask=batch.completion_mask & (batch.completion_ids % 2 == 0))
+
+
+def alone(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    assert operation == "sum"
+    return tensor
+
+
+def plan(batch: RolloutBatch | None = None, **changes: Any) -> RolloutPlan:
+    settings = {
+        "rollout": 4,
+        "minibatches": 3,
+        "epochs": 2,
+        "micro_batches": 2,
+        "max_tokens": 8,
+        "score": fake_score,
+        "prepare": imitate_even_tokens,
+        "reduce": alone,
+    }
+    return plan_updates(batch or rollout(), **{**settings, **changes})
+
+
+def rows_of(update: list[list[int]]) -> list[int]:
+    return sorted(row for micro in update for row in micro)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 3, 6])
+def test_minibatches_are_disjoint_and_hold_every_row(minibatches):
+    updates = plan(minibatches=minibatches, epochs=1).updates
+    assert len(updates) == minibatches
+    assert sorted(row for update in updates for row in rows_of(update)) == list(range(18))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 3, 4, 6])
+def test_minibatches_are_whole_groups_in_order(minibatches):
+    made = plan(minibatches=minibatches, epochs=1)
+    groups = [
+        sorted(set(made.batch.group_ids[rows_of(update)].tolist())) for update in made.updates
+    ]
+    assert sum(groups, []) == list(range(GROUPS))
+    assert [len(rows_of(update)) for update in made.updates] == [SIZE * len(g) for g in groups]
+
+
+def test_minibatches_have_as_many_groups_each_where_that_is_possible():
+    made = plan(minibatches=3, epochs=1)
+    assert [len(rows_of(update)) for update in made.updates] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_epochs_replay_the_same_minibatches(epochs):
+    once, made = plan(epochs=1), plan(epochs=epochs)
+    assert made.updates == once.updates * epochs
+    assert made.totals == once.totals * epochs
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 5, 6])
+def test_each_update_has_the_asked_number_of_micro_batches(micro_batches):
+    updates = plan(micro_batches=micro_batches).updates
+    assert {len(update) for update in updates} == {micro_batches}
+    assert all(micro for update in updates for micro in update)
+
+
+def test_more_micro_batches_than_completions_are_refused():
+    with pytest.raises(ConfigurationError, match=r"`accumulate_grad_batches` must be at most .* 6"):
+        plan(micro_batches=7)
+
+
+def test_groups_need_not_stand_together():
+    batch = rollout().select([i % GROUPS * SIZE + i // GROUPS for i in range(GROUPS * SIZE)])
+    made = plan(batch, epochs=1)
+    groups = [set(batch.group_ids[rows_of(update)].tolist()) for update in made.updates]
+    assert groups == [{0, 1}, {2, 3}, {4, 5}]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_scores_land_on_their_own_tokens(micro_batches):
+    made = plan(micro_batches=micro_batches).batch
+    ids, mask = made.completion_ids.double(), made.completion_mask
+    assert torch.equal(made.old_logprobs, -ids * mask)
+    assert torch.equal(made.old_entropy, 2 * ids * mask)
+    assert torch.equal(made.teacher_logprobs, -3 * ids * mask)
+
+
+def test_scores_are_0_behind_the_end():
+    made = plan().batch
+    behind = ~made.completion_mask
+    for values in (made.old_logprobs, made.old_entropy, made.teacher_logprobs):
+        assert not values[behind].any()
+
+
+def test_scores_keep_their_type():
+    assert plan().batch.old_logprobs.dtype == torch.float64
+
+
+def test_a_score_that_is_not_made_stays_missing():
+    made = plan(score=lambda part: part.replace(old_logprobs=part.completion_ids * -1.0)).batch
+    assert made.old_logprobs is not None
+    assert made.teacher_logprobs is None and made.old_entropy is None
+
+
+def test_scoring_sees_the_very_micro_batches_of_the_updates():
+    seen: list[RolloutBatch] = []
+
+    def score(part: RolloutBatch) -> RolloutBatch:
+        seen.append(part)
+        return fake_score(part)
+
+    made = plan(score=score, minibatches=3, epochs=2, micro_batches=2)
+    assert len(seen) == 6
+    for i, part in enumerate(seen):
+        micro = made.micro_batch(i // 2, i % 2)
+        assert torch.equal(part.input_ids, micro.input_ids)
+        assert torch.equal(part.completion_mask, micro.completion_mask)
+
+
+def test_prepare_sees_the_whole_scored_rollout_once():
+    seen: list[RolloutBatch] = []
+
+    def prepare(batch: RolloutBatch) -> RolloutBatch:
+        seen.append(batch)
+        return imitate_even_tokens(batch)
+
+    made = plan(prepare=prepare)
+    assert len(seen) == 1
+    assert len(seen[0]) == 18
+    assert torch.equal(seen[0].old_logprobs, made.batch.old_logprobs)
+
+
+def test_totals_count_each_step():
+    cut = frozenset({2, 9, 10, 11})
+    batch = rollout(cut)
+    made = plan(batch, epochs=1)
+    assert len(made.totals) == 3
+    for i, totals in enumerate(made.totals):
+        rows = [row for row in range(6 * i, 6 * i + 6) if row not in cut]
+        tokens = [t for r in rows for t in batch.completion_ids[r].tolist() if t]
+        assert totals == StepTotals(
+            num_loss_tokens=len(tokens),
+            num_imitated_tokens=sum(t % 2 == 0 for t in tokens),
+            num_completions=len(rows),
+            num_prompts=len({r // SIZE for r in rows}),
+            max_tokens=8,
+        )
+    assert made.totals[1].num_prompts == 1
+
+
+def test_totals_are_over_all_ranks():
+    mine, both = plan().totals, plan(reduce=lambda t, operation: t + 10).totals
+    for own, total in zip(mine, both, strict=True):
+        assert total.num_loss_tokens == own.num_loss_tokens + 10
+        assert total.num_imitated_tokens == own.num_imitated_tokens + 10
+        assert total.num_completions == own.num_completions + 10
+        assert total.num_prompts == own.num_prompts + 10
+        assert total.max_tokens == own.max_tokens
+
+
+def test_step_totals_of_one_rank_are_its_count():
+    batch = imitate_even_tokens(rollout())
+    assert step_totals(batch, 8, alone) == batch.count(8)
+
+
+def test_tokens_of_micro_batches_add_up_to_the_step():
+    made = plan()
+    for update, totals in enumerate(made.totals):
+        parts = [made.micro_batch(update, micro).count(8) for micro in range(2)]
+        assert sum(p.num_loss_tokens for p in parts) == totals.num_loss_tokens
+        assert sum(p.num_imitated_tokens for p in parts) == totals.num_imitated_tokens
+        assert sum(p.num_completions for p in parts) == totals.num_completions
+
+
+def test_a_micro_batch_is_trimmed_and_carries_its_steps_totals():
+    made = plan()
+    for update in range(6):
+        for micro in range(2):
+            part = made.micro_batch(update, micro)
+            assert part.totals == made.totals[update]
+            assert part.input_ids.shape[1] == int(part.lengths.max())
+            assert part.completion_ids.shape[1] == int(part.completion_lengths.max())
+
+
+def test_metrics_go_out_with_the_first_micro_batch_alone():
+    made = plan().with_metrics({"reward/mean": 0.5})
+    out = [made.micro_batch(u, m).metrics for u in range(6) for m in range(2)]
+    assert out == [{"reward/mean": 0.5}] + [{}] * 11
+
+
+def test_metrics_change_nothing_else():
+    made = plan()
+    other = made.with_metrics({"a": 1.0})
+    assert made.metrics == {}
+    assert (other.rollout, other.updates, other.totals) == (4, made.updates, made.totals)
+    assert other.batch is made.batch

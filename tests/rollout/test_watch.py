@@ -1,0 +1,202 @@
+"""Rollout metrics worked out by hand, and the two warnings."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from kdrl_lightning.rewards import RewardRunner
+from kdrl_lightning.rollout.watch import RolloutWatch
+from kdrl_lightning.rollout_batch import RolloutBatch, collate
+
+
+def alone(tensor, operation):
+    """Reduce over one rank."""
+    assert operation == "sum"
+    return tensor
+
+
+def rollout(
+    rewards: list[float], groups: list[int], cut: list[bool] | None = None, tokens: int = 2
+) -> RolloutBatch:
+    size = len(rewards)
+    return collate(
+        [[5]] * size,
+        [[6] * tokens] * size,
+        groups,
+        pad_id=0,
+        rewards=rewards,
+        correct=[r >= 1 for r in rewards],
+        truncated=cut or [False] * size,
+    )
+
+
+def judge(failures: int = 0) -> RewardRunner:
+    runner = RewardRunner(lambda sample: 0.0)
+    runner.failures = failures
+    return runner
+
+
+def measure(batch: RolloutBatch, watch: RolloutWatch | None = None, **seconds: float):
+    return (watch or RolloutWatch()).measure(batch, judge(), seconds, alone)
+
+
+def test_metrics_by_hand():
+    batch = collate(
+        [[5]] * 4,
+        [[6], [6, 7], [6, 7, 8], [6, 7]],
+        [0, 0, 1, 1],
+        pad_id=0,
+        rewards=[1.0, 0.0, 0.25, 0.25],
+        correct=[True, False, False, False],
+        truncated=[False, False, True, False],
+    )
+    metrics = RolloutWatch().measure(
+        batch, judge(3), {"time/rollout_s": 2.0, "time/score_s": 0.5}, alone
+    )
+    assert metrics == {
+        "reward/mean": 0.375,
+        "reward/correct_frac": 0.25,
+        "reward/failures": 3.0,
+        "rollout/length_mean": 2.0,
+        "rollout/truncated_frac": 0.25,
+        "rollout/flat_group_frac": 0.5,
+        "rollout/mismatch_kl": 0.0,
+        "tokens_per_s": 4.0,
+        "time/rollout_s": 2.0,
+        "time/score_s": 0.5,
+    }
+
+
+def test_ranks_are_summed_before_dividing():
+    # The other rank has three times the counts of this one, except for twice the tokens.
+    def two_ranks(tensor, operation):
+        other = 3 * tensor
+        other[3] = 2 * tensor[3]
+        return tensor + other
+
+    watch = RolloutWatch()
+    metrics = watch.measure(
+        rollout([1.0, 0.0], [0, 0]), judge(1), {"time/rollout_s": 3.0}, two_ranks
+    )
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/failures"] == 4.0
+    assert metrics["rollout/length_mean"] == 12 / 8
+    assert metrics["tokens_per_s"] == 4.0
+    assert watch.tokens == 12
+
+
+def test_the_run_is_added_up():
+    watch = RolloutWatch()
+    measure(rollout([1.0, 0.0], [0, 0], tokens=3), watch, **{"time/rollout_s": 1.0})
+    measure(
+        rollout([1.0, 0.0], [0, 0]), watch, **{"time/rollout_s": 0.5, "time/sync_s": 0.25}
+    )
+    assert watch.rollouts == 2
+    assert watch.tokens == 10
+    assert watch.seconds == {"time/rollout_s": 1.5, "time/sync_s": 0.25}
+
+
+def scored(ours: list[list[float]], engines: list[list[float]], batch: RolloutBatch):
+    return batch.replace(
+        old_logprobs=torch.tensor(ours), rollout_logprobs=torch.tensor(engines)
+    )
+
+
+def test_mismatch_is_zero_for_equal_logprobs():
+    same = [[-1.0, -2.0], [-0.5, -3.0]]
+    assert measure(scored(same, same, rollout([1, 0], [0, 0])))["rollout/mismatch_kl"] == 0.0
+
+
+def test_mismatch_is_the_mean_of_k3_over_tokens():
+    # With d = trainer - engine, k3 is exp(d) - 1 - d.
+    batch = scored([[-1.0, -2.0], [-0.5, -3.0]], [[-1.5, -1.75], [-0.5, -3.0]], rollout([1, 0], [0, 0]))
+    expected = (math.expm1(0.5) - 0.5 + math.expm1(-0.25) + 0.25) / 4
+    assert measure(batch)["rollout/mismatch_kl"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_mismatch_ignores_padding():
+    batch = collate([[5]] * 2, [[6, 7], [6]], [0, 0], pad_id=0, rewards=[1.0, 0.0])
+    gap = scored([[-1.0, -2.0], [-0.5, math.inf]], [[-1.0, -2.0], [-0.5, math.nan]], batch)
+    assert measure(gap)["rollout/mismatch_kl"] == 0.0
+
+
+def test_mismatch_is_zero_where_a_side_is_missing():
+    batch = rollout([1, 0], [0, 0]).replace(old_logprobs=torch.full((2, 2), -1.0))
+    assert measure(batch)["rollout/mismatch_kl"] == 0.0
+
+
+def test_mismatch_estimates_the_kl_from_engine_to_trainer():
+    generator = torch.Generator().manual_seed(0)
+    engine = torch.randn(7, generator=generator).log_softmax(-1)
+    trainer = (engine + 0.3 * torch.randn(7, generator=generator)).log_softmax(-1)
+    # Each token as often as the engine samples it in 20 000 draws.
+    counts = (engine.exp() * 20_000).round().long()
+    tokens = torch.arange(7).repeat_interleave(counts)
+    batch = collate([[5]], [[6] * len(tokens)], [0], pad_id=0)
+    gap = scored([trainer[tokens].tolist()], [engine[tokens].tolist()], batch)
+    exact = float((engine.exp() * (engine - trainer)).sum())
+    # Counts are rounded to one in twenty thousand.
+    assert measure(gap)["rollout/mismatch_kl"] == pytest.approx(exact, abs=1e-4)
+
+
+def test_flat_groups_warn_once_with_the_figure():
+    watch = RolloutWatch()
+    flat = rollout([0.0] * 12, [i // 2 for i in range(12)])
+    with pytest.warns(UserWarning, match=r"100% of the groups have equal rewards"):
+        measure(flat, watch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measure(flat, watch)["rollout/flat_group_frac"] == 1.0
+
+
+def test_truncated_completions_warn_once_with_the_figure():
+    watch = RolloutWatch()
+    cut = rollout([0.0, 1.0] * 2, [0, 0, 1, 1], cut=[True, True, True, False])
+    with pytest.warns(UserWarning, match=r"75% of the completions are cut at `max_tokens`"):
+        measure(cut, watch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(cut, watch)
+
+
+def test_both_warnings_may_come_from_one_rollout():
+    with pytest.warns(UserWarning) as caught:
+        measure(rollout([0.0, 0.0], [0, 0], cut=[True, True]))
+    assert [str(w.message).split(".")[0] for w in caught] == [
+        "100% of the groups have equal rewards and give no policy gradient",
+        "100% of the completions are cut at `max_tokens`",
+    ]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        # 4 of 5 groups flat: at the bound, not above it.
+        rollout([0.0, 0.0] * 4 + [0.0, 1.0], [i // 2 for i in range(10)]),
+        # Half of the completions cut.
+        rollout([0.0, 1.0], [0, 0], cut=[True, False]),
+        # Groups of one have no variance to speak of.
+        rollout([0.0, 0.0], [0, 1]),
+    ],
+)
+def test_no_warning_at_the_bounds(batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(batch)
+
+
+def test_the_warning_speaks_of_all_ranks():
+    def two_ranks(tensor, operation):
+        other = tensor.clone()
+        other[4] = 0.0  # truncated
+        return tensor + other
+
+    cut = rollout([0.0, 1.0], [0, 0], cut=[True, True])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = RolloutWatch().measure(cut, judge(), {}, two_ranks)
+    assert metrics["rollout/truncated_frac"] == 0.5
