@@ -47,6 +47,8 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
             f"`rewards` must be finite: got {int((~rewards.isfinite()).sum())} NaN or infinite "
             f"of {rewards.numel()}. Mend the reward function."
         )
+    if not rewards.shape[0]:
+        return rewards.clone()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -114,7 +112,8 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: 
     advantages = advantages.detach()
     if advantages.dim() == log_ratio.dim() - 1:
         advantages = advantages.unsqueeze(-1)
-    high, low = math.log1p(clip_high), math.log1p(-clip_low) if clip_low < 1 else -math.inf
-    fence = torch.where(advantages < 0, low, high).to(log_ratio)
+    high = log_ratio.new_tensor(clip_high).log1p()
+    low = log_ratio.new_tensor(-clip_low).log1p()
+    fence = torch.where(advantages < 0, low, high)
     dead = torch.where(advantages < 0, log_ratio < fence, log_ratio > fence)
     return -advantages * torch.where(dead, fence, log_ratio).exp()

@@ -75,7 +75,7 @@ class TransformersEngine(RolloutEngine):
         noise = _uniform_noise([s for _, own in chunk for s in own], sampling.max_tokens).to(device)
         size = len(noise)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
-        logprobs = torch.zeros(size, sampling.max_tokens, device=device)
+        logprobs = torch.zeros(size, sampling.max_tokens, device=device, dtype=torch.float32)
         alive = torch.arange(size, device=device)
         done = torch.zeros(size, dtype=torch.bool, device=device)
         for t in range(sampling.max_tokens):

@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Head, auto_chunk_size, chosen_logprobs
 
 N, H, V = 7, 3, 11
@@ -147,16 +148,35 @@ def test_excluded_tokens_leave_entropy_and_gradient_finite() -> None:
     assert (chosen_logprobs(hidden, Head(weight, bias), ids)[0] == -math.inf).all()
 
 
-def test_no_rows_give_nothing_with_a_graph() -> None:
-    hidden = torch.zeros(0, H, dtype=torch.float64, requires_grad=True)
-    weight = normal(V, H, seed=0).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_rows_give_nothing_with_a_graph(dtype: torch.dtype) -> None:
+    hidden = torch.zeros(0, H, dtype=dtype, requires_grad=True)
+    weight = normal(V, H, seed=0).to(dtype).requires_grad_()
     ids = torch.zeros(0, dtype=torch.long)
     logprobs, entropy = chosen_logprobs(hidden, Head(weight), ids)
     assert logprobs.shape == entropy.shape == (0,)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert logprobs.dtype == entropy.dtype == wide
     (logprobs.sum() + entropy.sum()).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     assert (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_temperature_is_refused_unless_above_zero(temperature: float) -> None:
+    hidden, weight, _ = parts()
+    message = rf"`temperature` must be above 0: got {temperature}\."
+    with pytest.raises(ConfigurationError, match=message):
+        chosen_logprobs(hidden, Head(weight), IDS, temperature)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3])
+def test_chunk_size_is_refused_below_one(chunk_size: int) -> None:
+    hidden, weight, _ = parts()
+    message = rf"`chunk_size` must be at least 1: got {chunk_size}\."
+    with pytest.raises(ConfigurationError, match=message):
+        chosen_logprobs(hidden, Head(weight), IDS, 1.0, chunk_size)
 
 
 class Largest(TorchDispatchMode):

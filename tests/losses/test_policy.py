@@ -249,6 +249,25 @@ def test_only_the_student_gets_gradient(alpha: float) -> None:
     assert advantages.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "value"),
+    [(1000.0, 2.0, -2.4), (1000.0, 0.0, 0.0), (-1000.0, -2.0, 1.6), (-1000.0, 0.0, 0.0)],
+)
+def test_a_fenced_ratio_cannot_overflow(
+    dtype: torch.dtype, log_ratio: float, advantage: float, value: float
+) -> None:
+    a = torch.tensor([advantage], dtype=dtype)
+    old = torch.zeros(1, 1, dtype=dtype)
+    now, teacher = old + log_ratio, old - log_ratio
+    for got in (
+        graded(clipped_surrogate, now, old, a),
+        graded(trrd_surrogate, old, old, teacher, a, trrd_alpha=0.0, offset_clamp=None),
+    ):
+        close(got[0], [[value]], 1e-6)  # float32
+        assert got[1].item() == 0.0
+
+
 def test_first_update_is_the_plain_policy_gradient() -> None:
     now, _, _, advantages = scores(90)
     loss, gradient = graded(clipped_surrogate, now, now, advantages)

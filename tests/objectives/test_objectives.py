@@ -454,11 +454,11 @@ def test_padding_side_changes_nothing(make: Callable[..., Objective], reduction:
 @every_reduction
 @every_objective
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_garbage_in_padding_does_not_leak(
+def test_garbage_outside_the_loss_does_not_leak(
     make: Callable[..., Objective], reduction: Any, garbage: float
 ) -> None:
     batch = make_batch()
-    padding = ~batch.completion_mask
+    padding = ~batch.loss_mask
     clean = student(batch)
     dirty = TokenScores(*(x.detach().masked_fill(padding, garbage).requires_grad_() for x in clean))
     spoilt = batch.replace(
@@ -470,9 +470,45 @@ def test_garbage_in_padding_does_not_leak(
     objective = make(reduction=reduction, entropy_coef=0.1)
     a, b = graded(objective, batch, clean), graded(objective, spoilt, dirty)
     close(b[0], a[0])
-    close(b[1][~padding], a[1][~padding])
+    close(b[1], a[1])
     for name, share in b[2].items():
         close(share, a[2][name])
+
+
+@every_reduction
+@every_objective
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_garbage_outside_the_loss_does_not_reach_the_parameters(
+    make: Callable[..., Objective], reduction: Any, garbage: float
+) -> None:
+    batch = make_batch()
+    spoilt = batch.replace(
+        **{
+            name: getattr(batch, name).masked_fill(~batch.loss_mask, garbage)
+            for name in ("old_logprobs", "teacher_logprobs")
+        }
+    )
+    objective = make(reduction=reduction, entropy_coef=0.1)
+    value, gradient = table_gradient(objective, batch, [range(8)])
+    other = table_gradient(objective, spoilt, [range(8)])
+    close(other[0], value)
+    close(other[1], gradient)
+
+
+@pytest.mark.parametrize("make", ALL[1:3] + ALL[4:6], ids=[*NAMES[1:3], *NAMES[4:6]])
+@pytest.mark.parametrize("garbage", [math.nan, -math.inf])
+def test_the_teacher_is_ignored_where_nothing_is_imitated(
+    make: Callable[..., Objective], garbage: float
+) -> None:
+    batch = make_batch()
+    batch = batch.replace(imitation_mask=some_mask(batch))
+    spoilt = batch.replace(
+        teacher_logprobs=batch.teacher_logprobs.masked_fill(~batch.imitation_mask, garbage)
+    )
+    value, gradient = table_gradient(make(), batch, [range(8)])
+    other = table_gradient(make(), spoilt, [range(8)])
+    close(other[0], value)
+    close(other[1], gradient)
 
 
 # --- What is prepared once per rollout ---
@@ -493,6 +529,11 @@ def test_prepare_gives_advantages_within_scattered_groups(
     ]
     close(got.advantages, [whole[i] for i in order])
     assert torch.equal(got.imitation_mask, batch.loss_mask)
+
+
+def test_prepare_takes_an_empty_rollout() -> None:
+    prepared = GRPO().prepare(make_batch().select([]))
+    assert prepared.advantages.shape == (0,)
 
 
 def test_prepare_refuses_unequal_groups() -> None:
@@ -546,6 +587,8 @@ REFUSALS: list[tuple[Callable[..., Objective], dict[str, Any], str]] = [
     (KDRL, {"clip_low": 1.1}, r"`clip_low` must be in \[0, 1\]: got 1\.1\."),
     (GRPO, {"clip_low": NAN}, r"`clip_low` must be in \[0, 1\]: got nan\."),
     (RLAD, {"clip_high": -0.1}, r"`clip_high` must be at least 0: got -0\.1\."),
+    (GRPO, {"clip_high": math.inf}, r"`clip_high` must be at least 0: got inf\."),
+    (KDRL, {"teacher_kl_coef": math.inf}, r"`teacher_kl_coef` must be at least 0: got inf\."),
     (GRPO, {"clip_high": NAN}, r"`clip_high` must be at least 0: got nan\."),
     (KDRL, {"teacher_kl_coef": -1.0}, r"`teacher_kl_coef` must be at least 0: got -1\.0\."),
     (KDRL, {"teacher_kl_coef": NAN}, r"`teacher_kl_coef` must be at least 0: got nan\."),
@@ -567,7 +610,7 @@ def test_bad_values_are_refused(
 
 def test_edge_values_are_taken() -> None:
     GRPO(clip_low=0.0, clip_high=0.0)
-    GRPO(clip_low=1.0, clip_high=math.inf)
+    GRPO(clip_low=1.0, clip_high=10.0)
     RLAD(trrd_alpha=0.0, offset_clamp=None)
     RLAD(trrd_alpha=1.0)
     KDRL(teacher_kl_coef=0.0, entropy_coef=0.0)

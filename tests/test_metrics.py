@@ -1,0 +1,217 @@
+"""pass@1 over uneven shards, and a step's statistics over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdrl_lightning.metrics import PassAt1, StepStats
+
+
+def test_pass_at_1_is_the_mean_of_the_prompts_rates():
+    metric = PassAt1()
+    metric.update(torch.tensor([[True, False, False, False], [True, True, True, True]]))
+    assert metric.compute().item() == 0.625
+
+
+def test_pass_at_1_counts_every_prompt_once_whatever_its_completions():
+    metric = PassAt1()
+    metric.update(torch.tensor([[True, False]]))
+    metric.update(torch.tensor([[True], [True], [False]]))
+    assert metric.compute().item() == 0.625
+
+
+@settings(derandomize=True, max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=8), st.data())
+def test_pass_at_1_does_not_depend_on_the_cut(table, data):
+    cut = data.draw(st.integers(0, len(table)))
+    whole, parts = PassAt1(), PassAt1()
+    correct = torch.tensor(table)
+    whole.update(correct)
+    parts.update(correct[:cut])
+    parts.update(correct[cut:])
+    assert parts.compute() == whole.compute()
+    assert whole.compute().item() == pytest.approx(sum(map(sum, table)) / 3 / len(table))
+
+
+def test_pass_at_1_of_uneven_ranks_is_that_of_all_prompts():
+    # A rank's state is summed with the others': 1 of 1 prompt here, 1 of 3 there.
+    ranks = [PassAt1(), PassAt1()]
+    ranks[0].update(torch.tensor([[True]]))
+    ranks[1].update(torch.tensor([[True], [False], [False]]))
+    assert {ranks[0]._reductions[name] for name in ("solved", "prompts")} == {torch.sum} or all(
+        "sum" in ranks[0]._reductions[name].__name__ for name in ("solved", "prompts")
+    )
+    merged = PassAt1()
+    merged.solved = ranks[0].solved + ranks[1].solved
+    merged.prompts = ranks[0].prompts + ranks[1].prompts
+    merged._update_count = 1
+    assert merged.compute().item() == 0.5
+
+
+def test_pass_at_1_without_prompts_is_nan():
+    metric = PassAt1()
+    metric.update(torch.zeros(0, 4, dtype=torch.bool))
+    assert math.isnan(metric.compute().item())
+
+
+def test_pass_at_1_starts_over_after_reset():
+    metric = PassAt1()
+    metric.update(torch.tensor([[False]]))
+    metric.reset()
+    metric.update(torch.tensor([[True]]))
+    assert metric.compute().item() == 1.0
+
+
+@pytest.mark.parametrize("shape", [[3], [2, 2, 2], []])
+def test_pass_at_1_refuses_other_shapes(shape):
+    with pytest.raises(ValueError) as caught:
+        PassAt1().update(torch.zeros(shape, dtype=torch.bool))
+    assert str(caught.value) == f"`correct` must have shape [P, n]: got {shape}."
+
+
+def masks(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.bool)
+
+
+def test_a_mean_is_weighted_over_all_micro_batches():
+    stats = StepStats()
+    stats.add_mean("a", torch.tensor([1.0, 2.0, 3.0]), masks(1, 1, 0))
+    stats.add_mean("a", torch.tensor([9.0]), masks(1))
+    assert stats.compute() == {"a": 4.0}
+
+
+def test_a_mean_without_mask_takes_all_values():
+    stats = StepStats()
+    stats.add_mean("a", torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    assert stats.compute() == {"a": 3.0}
+
+
+def test_a_mask_of_numbers_selects_where_it_is_not_0():
+    stats = StepStats()
+    stats.add_mean("a", torch.tensor([1.0, 5.0, 7.0]), torch.tensor([0.0, 0.5, 1.0]))
+    stats.add_max("b", torch.tensor([9.0, 5.0]), torch.tensor([0.0, 2.0]))
+    assert stats.compute() == {"a": 6.0, "b": 5.0}
+
+
+@pytest.mark.parametrize("hidden", [math.inf, -math.inf, math.nan])
+def test_what_is_masked_does_not_matter(hidden):
+    stats, values = StepStats(), torch.tensor([1.0, hidden, 3.0])
+    stats.add_mean("mean", values, masks(1, 0, 1))
+    stats.add_max("max", values, masks(1, 0, 1))
+    assert stats.compute() == {"max": 3.0, "mean": 2.0}
+
+
+def test_sums_add_up():
+    stats = StepStats()
+    for value in (0.25, 0.5, -1.0):
+        stats.add_sum("loss", torch.tensor(value))
+    assert stats.compute() == {"loss": -0.25}
+
+
+def test_a_sum_of_zero_is_reported():
+    stats = StepStats()
+    stats.add_sum("loss", torch.tensor(0.0))
+    assert stats.compute() == {"loss": 0.0}
+
+
+def test_the_largest_value_is_kept():
+    stats = StepStats()
+    stats.add_max("a", torch.tensor([-5.0, -2.0]), masks(1, 1))
+    stats.add_max("a", torch.tensor([-3.0, 8.0]), masks(1, 0))
+    assert stats.compute() == {"a": -2.0}
+
+
+def test_means_and_maxima_of_nothing_are_left_out():
+    stats = StepStats()
+    stats.add_mean("mean", torch.tensor([1.0]), masks(0))
+    stats.add_mean("none", torch.zeros(0))
+    stats.add_max("max", torch.tensor([1.0]), masks(0))
+    stats.add_max("void", torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    assert stats.compute() == {}
+
+
+def test_compute_forgets():
+    stats = StepStats()
+    stats.add_mean("a", torch.tensor([1.0]))
+    stats.add_max("b", torch.tensor([1.0]), masks(1))
+    stats.compute()
+    assert stats.compute() == {}
+
+
+def test_values_are_detached():
+    stats, values = StepStats(), torch.ones(3, requires_grad=True)
+    stats.add_mean("a", values)
+    stats.add_sum("b", values.sum())
+    stats.add_max("c", values, masks(1, 1, 1))
+    assert stats.compute() == {"a": 1.0, "b": 3.0, "c": 1.0}
+
+
+def test_small_values_are_not_lost_in_a_long_sum():
+    stats = StepStats()
+    stats.add_sum("a", torch.tensor(1e8))
+    for _ in range(10):
+        stats.add_sum("a", torch.tensor(1.0))
+    assert stats.compute() == {"a": 1e8 + 10}
+
+
+def two_ranks(fill: Callable[[StepStats, int], None]) -> list[dict[str, float]]:
+    """Run the same step on two ranks in turn: note what each would send, then answer both."""
+    sent: list[list[tuple[torch.Tensor, str]]] = []
+    for rank in range(2):
+        stats, log = StepStats(), []
+        fill(stats, rank)
+        stats.compute(lambda t, op, log=log: (log.append((t.clone(), op)), t)[1])
+        sent.append(log)
+    answers = [
+        a + b if op == "sum" else torch.maximum(a, b)
+        for (a, op), (b, other) in zip(*sent, strict=True)
+        if op == other
+    ]
+    out = []
+    for rank in range(2):
+        stats, replies = StepStats(), iter(answers)
+        fill(stats, rank)
+        out.append(stats.compute(lambda t, op, replies=replies: next(replies)))
+    return out
+
+
+def test_ranks_are_combined():
+    def fill(stats: StepStats, rank: int) -> None:
+        values = torch.tensor([1.0, 2.0, 3.0]) if rank == 0 else torch.tensor([10.0])
+        stats.add_mean("mean", values, torch.ones_like(values))
+        stats.add_sum("sum", torch.tensor(0.5 + rank))
+        stats.add_max("max", values, torch.ones_like(values))
+
+    expected = {"mean": 4.0, "sum": 2.0, "max": 10.0}
+    assert two_ranks(fill) == [expected, expected]
+
+
+def test_a_rank_without_values_changes_nothing():
+    def fill(stats: StepStats, rank: int) -> None:
+        stats.add_mean("mean", torch.tensor([5.0]), masks(1 - rank))
+        stats.add_max("max", torch.tensor([-4.0]), masks(1 - rank))
+
+    assert two_ranks(fill) == [{"mean": 5.0, "max": -4.0}] * 2
+
+
+def test_a_step_costs_two_reductions():
+    stats, operations = StepStats(), []
+    for name in "abc":
+        stats.add_mean(name, torch.ones(2))
+        stats.add_sum(name + "_sum", torch.ones(()))
+        stats.add_max(name + "_max", torch.ones(1), masks(1))
+    stats.compute(lambda t, op: (operations.append(op), t)[1])
+    assert operations == ["sum", "max"]
+
+
+def test_a_name_is_either_a_mean_or_a_sum():
+    stats = StepStats()
+    stats.add_sum("a", torch.tensor(1.0))
+    with pytest.raises(AssertionError, match="a is a sum"):
+        stats.add_mean("a", torch.tensor([1.0]))

@@ -1,0 +1,190 @@
+"""Loading models and tokenizers, and the check that two vocabularies are one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import (
+    ModelSource,
+    check_same_vocabulary,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    model_path,
+)
+
+LOADERS = [load_causal_lm, load_tokenizer, load_config]
+BASE = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}
+
+
+class Vocabulary:
+    """What the check reads of a tokenizer."""
+
+    def __init__(self, tokens: dict[str, int], eos: int = 1) -> None:
+        self.tokens = tokens
+        self.eos_token_id = eos
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.tokens
+
+
+def check(teacher: dict[str, int], student: dict[str, int] = BASE, eos: int = 1) -> None:
+    check_same_vocabulary(Vocabulary(student), Vocabulary(teacher, eos), "the/student", "the/teacher")
+
+
+def refused(found: str, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check(*args, **kwargs)
+    assert str(caught.value) == (
+        f"student and teacher must share one vocabulary: got {found} "
+        "(student the/student, teacher the/teacher). Choose a teacher of the same family."
+    )
+
+
+def test_the_same_vocabulary_is_accepted():
+    check(dict(BASE))
+
+
+def test_the_order_of_entries_does_not_matter():
+    check(dict(reversed(BASE.items())))
+
+
+def test_ids_that_only_the_teacher_has_are_accepted():
+    check({**BASE, "<extra>": 4, "<more>": 9})
+
+
+def test_another_token_at_an_id_is_named():
+    refused("1 ids differ, first 3: 'b' against 'c'", {"<pad>": 0, "<eos>": 1, "a": 2, "c": 3})
+
+
+def test_the_first_of_many_differences_is_named():
+    refused(
+        "2 ids differ, first 2: 'a' against 'b'", {"<pad>": 0, "<eos>": 1, "b": 2, "a": 3}
+    )
+
+
+def test_ids_that_the_teacher_lacks_are_named():
+    refused("2 of the student's ids are unknown, first 2: 'a'", {"<pad>": 0, "<eos>": 1})
+
+
+def test_a_token_that_moved_behind_the_end_is_refused():
+    refused("1 of the student's ids are unknown, first 3: 'b'", {"<pad>": 0, "<eos>": 1, "a": 2, "b": 7})
+
+
+def test_another_end_token_is_named():
+    refused("end tokens 1 and 2", dict(BASE), eos=2)
+
+
+def test_real_tokenizers_of_one_family_agree(student_folder, teacher_folder):
+    ours, theirs = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    check_same_vocabulary(ours, theirs, student_folder, teacher_folder)
+
+
+def test_a_token_added_to_the_student_alone_is_refused(student_folder, teacher_folder):
+    ours, theirs = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    ours.add_tokens(["<think>"])
+    with pytest.raises(ConfigurationError, match=r"1 of the student's ids .* 17: '<think>'"):
+        check_same_vocabulary(ours, theirs, student_folder, teacher_folder)
+    check_same_vocabulary(theirs, ours, teacher_folder, student_folder)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("path", ["/no/such/folder", "nobody/no-such-model", "./nothing"])
+def test_a_missing_path_is_one_line_with_the_path(load, path):
+    with pytest.raises(ConfigurationError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(
+        f"a model path must be a Hugging Face folder or hub name: got {path} (is not a local folder; "
+    )
+    assert message.endswith("Check the spelling, or download the model first.")
+    assert "\n" not in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_empty_folder_is_refused_and_said_to_exist(load, tmp_path):
+    with pytest.raises(ConfigurationError, match=rf"got {tmp_path} \(exists; .+\)\. Check") as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def copy(folder: str, to: Path, name: str, content: bytes | None) -> str:
+    """Copy a model's folder with one file changed, or left out if None."""
+    shutil.copytree(folder, to / "copy")
+    file = to / "copy" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    return str(to / "copy")
+
+
+@pytest.mark.parametrize("content", [None, b"half a file"])
+def test_weights_that_are_missing_or_broken_are_refused(student_folder, tmp_path, content):
+    path = copy(student_folder, tmp_path, "model.safetensors", content)
+    with pytest.raises(ConfigurationError, match=r"\(exists; .+\)\. Check"):
+        load_causal_lm(path)
+
+
+def test_weights_of_another_shape_are_refused(student_folder, tmp_path):
+    config = json.loads((Path(student_folder) / "config.json").read_text())
+    text = json.dumps({**config, "hidden_size": 32}).encode()
+    with pytest.raises(ConfigurationError, match=r"\(exists; .+\)\. Check"):
+        load_causal_lm(copy(student_folder, tmp_path, "config.json", text))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_config_that_is_no_json_is_refused(load, student_folder, tmp_path):
+    path = copy(student_folder, tmp_path, "config.json", b"{")
+    with pytest.raises(ConfigurationError, match=r"\(exists; .+\)\. Check"):
+        load(path)
+
+
+def test_a_folder_with_a_model_but_no_tokenizer_is_refused(student_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(student_folder) / name, tmp_path)
+    with pytest.raises(ConfigurationError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_end_token_is_refused(monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda path: Vocabulary({}, eos=None)  # type: ignore[arg-type]
+    )
+    words = r"^the tokenizer of `some/model` must have an end token: got None\. Set `eos_token` in it"
+    with pytest.raises(ConfigurationError, match=words):
+        load_tokenizer("some/model")
+
+
+def test_a_model_is_loaded_for_evaluation(student_folder):
+    model = load_causal_lm(student_folder)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_model_is_loaded_in_the_asked_type(student_folder, dtype):
+    assert {p.dtype for p in load_causal_lm(student_folder, dtype).parameters()} == {torch.bfloat16}
+
+
+def test_config_and_tokenizer_are_those_of_the_folder(student_folder):
+    assert load_config(student_folder).hidden_size == 64
+    assert load_tokenizer(student_folder).eos_token_id == 1
+
+
+def test_a_path_is_its_own_path():
+    assert model_path("some/model") == "some/model"
+
+
+def test_a_source_is_asked_for_its_path():
+    class Source(ModelSource):
+        def path(self) -> str:
+            return "made/here"
+
+    assert model_path(Source()) == "made/here"

@@ -1,0 +1,55 @@
+"""One token a character, there and back."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdrl_lightning.models import load_tokenizer
+from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
+from kdrl_lightning.tiny.models import make_tokenizer
+
+
+@pytest.fixture(scope="module", params=["made", "saved and loaded"])
+def tokenizer(request, student_folder):
+    return make_tokenizer() if request.param == "made" else load_tokenizer(student_folder)
+
+
+def test_vocabulary_is_three_special_tokens_and_the_symbols(tokenizer):
+    expected = ["<pad>", "<eos>", "<unk>", *SYMBOLS]
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(expected)}
+    assert len(tokenizer) == 17
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_every_symbol_is_one_token(tokenizer, symbol):
+    assert tokenizer(symbol)["input_ids"] == [3 + SYMBOLS.index(symbol)]
+    assert tokenizer.decode([3 + SYMBOLS.index(symbol)]) == symbol
+
+
+def test_all_symbols_together_survive(tokenizer):
+    ids = tokenizer(SYMBOLS)["input_ids"]
+    assert ids == list(range(3, 17))
+    assert tokenizer.decode(ids) == SYMBOLS
+
+
+def test_worked_answers_survive(tokenizer):
+    for row in AdditionTraces(100, seed=4, slip=0.5):
+        text = row["prompt"] + row["completion"]
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_prompt_and_completion_are_encoded_as_their_concatenation(tokenizer):
+    row = AdditionTraces(1)[0]
+    both = tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
+    assert both == tokenizer(row["prompt"] + row["completion"])["input_ids"]
+
+
+def test_special_tokens_are_left_out_when_decoding(tokenizer):
+    assert tokenizer.batch_decode([[4, 1, 0], [13, 1]], skip_special_tokens=True) == ["1", "+"]
+
+
+def test_an_unknown_character_is_the_unknown_token(tokenizer):
+    assert tokenizer("1x2")["input_ids"] == [4, 2, 5]
