@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand; exit with 2 on a user's mistake, 1 where training cannot go on."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from kdrl_lightning.cli import KDRLCLI
 
     try:
         KDRLCLI.run(args)
-    except ConfigurationError as error:
-        _exit(error, 2)
     except TrainingStopped as error:
         _exit(error, 1)
+    except MisconfigurationException as error:
+        _exit(error, 2)
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        _exit(mistake, 2)
 
 
-def _exit(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(code)
+def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
+    """Find the user's mistake where a parser has wrapped it in errors of its own."""
+    while error is not None and not isinstance(error, ConfigurationError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _exit(error: Exception, code: int) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(code) from error
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import kdrl_lightning.callbacks
@@ -28,13 +27,18 @@ from kdrl_lightning.parser import OneLineParser
 class KDRLCLI(LightningCLI):
     """fit, validate, test and predict, configured by YAML and flags.
 
-    Four callbacks are always there, each with a group of its own: ``report``, ``imitation_stats``,
-    ``weight_sync``, ``checkpoint``; others go to ``trainer.callbacks``.
+    Three callbacks are always there, each with a group of its own: ``report``, ``imitation_stats``
+    and ``weight_sync``; others go to ``trainer.callbacks``.
     """
 
     @classmethod
-    def run(cls, args: Sequence[str] | None = None) -> KDRLCLI:
-        """Parse and run; ``args`` replaces the command line."""
+    def run(cls, args: Sequence[str] | None = None, instantiate_only: bool = False) -> KDRLCLI:
+        """Parse and run a subcommand.
+
+        Args:
+            args: replaces the command line.
+            instantiate_only: build trainer, model and data from ``args`` without a subcommand.
+        """
         _quiet()
         config_base.install()
         return cls(
@@ -42,6 +46,7 @@ class KDRLCLI(LightningCLI):
             RolloutDataModule,
             args=None if args is None else list(args),
             parser_class=OneLineParser,
+            run=not instantiate_only,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
@@ -64,8 +69,6 @@ class KDRLCLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSync, "weight_sync")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
 
     def _parse_ckpt_path(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kdrl_lightning.errors import ConfigurationError
 
@@ -44,10 +45,18 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, path)
-    if tokenizer.eos_token_id is None:
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
+        # transformers would make one up.
         raise ConfigurationError(
-            f"the tokenizer of `{path}` must have an end token: got None. Set `eos_token` in it."
+            f"a model folder must hold its tokenizer: got {path} without one. "
+            "Save it there with `tokenizer.save_pretrained`."
+        )
+    tokenizer, end = _load(AutoTokenizer, path), load_config(path).get_text_config().vocab_size
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= end:
+        raise ConfigurationError(
+            f"the tokenizer of `{path}` must have an end token that the model knows (below {end}): "
+            f"got {tokenizer.eos_token_id}. Set `eos_token` in it."
         )
     return tokenizer
 
@@ -94,7 +103,9 @@ def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         local = "exists" if Path(path).is_dir() else "is not a local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigurationError(

@@ -95,7 +95,8 @@ class Scorer(nn.Module):
         weight = self.head().weight
         if weight.is_meta:
             return
-        ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]
+        rows = min(weight.shape[0], self.vocab_size or weight.shape[0])
+        ids = torch.arange(8, device=weight.device)[None] % rows
         mask = torch.ones(1, 7, dtype=torch.bool, device=weight.device)
         ours = self(ids, torch.ones(1, dtype=torch.long, device=weight.device), ids[:, 1:], mask)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1, : self.vocab_size]

@@ -28,6 +28,7 @@ DISTILL = "objectives/distillation.py", "objectives/test_objectives.py"
 GRPO = "objectives/grpo.py", "objectives/test_objectives.py"
 KDRL = "objectives/kdrl.py", "objectives/test_objectives.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
+TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 RLAD_STATS = "objectives/rlad.py", "test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 ANNEALING = "callbacks/kl_annealing.py", "test_kl_annealing.py"
@@ -98,8 +99,14 @@ MUTATIONS = [
     Mutation(
         "surrogate: clip sides swapped",
         POLICY,
-        "math.log1p(clip_high), math.log1p(-clip_low) if clip_low < 1",
-        "math.log1p(clip_low), math.log1p(-clip_high) if clip_high < 1",
+        "advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:",
+        "advantages: Tensor, clip_high: float, clip_low: float) -> Tensor:",
+    ),
+    Mutation(
+        "surrogate: fence in float32",
+        POLICY,
+        "torch.where(advantages < 0, low, high)",
+        "torch.where(advantages < 0, low, high).float().to(log_ratio)",
     ),
     Mutation(
         "surrogate: max for min",
@@ -216,6 +223,7 @@ MUTATIONS = [
         "if False",
     ),
     Mutation("term: mask replaces the loss mask", BASE, "batch.loss_mask & term.mask", "term.mask"),
+    Mutation("term: mask ignored", BASE, "batch.loss_mask & term.mask", "batch.loss_mask"),
     Mutation(
         "term: divided by its own tokens",
         BASE,
@@ -243,6 +251,13 @@ MUTATIONS = [
         "(old - scores.logprobs).detach().exp()",
     ),
     Mutation(
+        "KD: teacher read where nothing is imitated",
+        DISTILL,
+        "torch.where(mask, teacher, scores.logprobs.detach())",
+        "teacher",
+    ),
+    Mutation("GRPO: division by std forced", GRPO, "(rewards, self.scale_by_std)", "(rewards)"),
+    Mutation(
         "GRPO: groups out of order",
         GRPO,
         "advantages[order] = group_rel",
@@ -253,9 +268,6 @@ MUTATIONS = [
         KDRL,
         "per_token, self.teacher_kl_coef",
         "per_token, -self.teacher_kl_coef",
-    ),
-    Mutation(
-        "KDRL: imitation mask ignored", KDRL, "self.teacher_kl_coef, mask)", "self.teacher_kl_coef)"
     ),
     Mutation(
         "RLAD: clip sides swapped",
@@ -280,6 +292,18 @@ MUTATIONS = [
         "statistics: agreement for conflict", STATS, "gap * advantages > 0", "gap * advantages < 0"
     ),
     Mutation("statistics: correct for wrong", STATS, "mask & ~correct", "mask & correct"),
+    Mutation(
+        "totals: empty completions count",
+        TOTALS,
+        "used = self.loss_mask.any(1)",
+        "used = self.completion_mask.any(1)",
+    ),
+    Mutation(
+        "totals: left-out tokens count for the group",
+        TOTALS,
+        "index_add_(0, groups, loss_mask",
+        "index_add_(0, groups, mask",
+    ),
     Mutation("annealing: rises", ANNEALING, "self.start - self.dec", "self.start + self.dec"),
     Mutation("annealing: no floor", ANNEALING, "return max(self.start", "return min(self.start"),
 ]
@@ -298,7 +322,8 @@ def main(words: list[str]) -> int:
             survived += verdict != "passed"
         for mutation in wanted:
             verdict, seconds = _try(copy, mutation)
-            print(f"{mutation.name:48} {verdict:10} {seconds:5.1f} s", flush=True)
+            by = _killer(copy) if verdict == "killed" else ""
+            print(f"{mutation.name:48} {verdict:10} {seconds:5.1f} s  {by}", flush=True)
             survived += verdict != "killed"
     print(f"{len(wanted)} mutations, {survived} problems")
     return int(survived > 0)
@@ -306,6 +331,7 @@ def main(words: list[str]) -> int:
 
 def _preload() -> None:
     os.environ.pop("PYTEST_ADDOPTS", None)
+    os.environ["COLUMNS"] = "300"  # room for the reason of a failure in pytest's summary
     sys.dont_write_bytecode = True  # two edits within a second can share a stale .pyc
     import hypothesis.strategies  # noqa: F401
     import lightning.pytorch  # noqa: F401
@@ -338,6 +364,14 @@ def _try(copy: Path, mutation: Mutation) -> tuple[str, float]:
     verdict, seconds = _run(copy, tests)
     path.write_text(text)
     return {"passed": "SURVIVED", "failed": "killed"}.get(verdict, verdict), seconds
+
+
+def _killer(copy: Path) -> str:
+    """Name the failing test and what it raised."""
+    lines = (copy / "output.txt").read_text().splitlines()
+    line = next((x for x in lines if x.startswith("FAILED ")), "")
+    name, _, reason = line.rpartition("::")[2].partition(" - ")
+    return f"{name.partition('[')[0]}: {reason.partition(':')[0][:50]}"
 
 
 def _run(copy: Path, tests: str) -> tuple[str, float]:

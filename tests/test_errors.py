@@ -22,11 +22,12 @@ def test_values_outside_are_refused(value):
 
 
 def test_the_cure_stands_at_the_end():
-    with pytest.raises(ConfigurationError, match=r"^`x` must be in \[0\.5, 2\]: got 3\. Halve it\.$"):
+    with pytest.raises(ConfigurationError) as caught:
         require_between("x", 3, 0.5, 2.0, "Halve it.")
+    assert str(caught.value) == "`x` must be in [0.5, 2]: got 3. Halve it."
 
 
-@pytest.mark.parametrize("value", [0, -3, math.nan])
+@pytest.mark.parametrize("value", [0, -3, math.nan, math.inf])
 def test_without_upper_bound_only_the_lower_is_named(value):
     with pytest.raises(ConfigurationError) as caught:
         require_between("x", value, 1, math.inf)

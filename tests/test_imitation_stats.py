@@ -21,7 +21,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 # Completion 2: wrong, A = 0, one token.
 RATIO = [[1.0, 1.3, 0.7, 1.1], [0.7, 1.5, 9.0, 9.0], [1.25, 9.0, 9.0, 9.0]]
 # log pi - log pi_T of the current student
-GAP = [[0.5, -0.25, 0.1, -2.0], [-1.0, 0.25, 9.0, 9.0], [0.3, 9.0, 9.0, 9.0]]
+GAP = [[0.5, 0.25, 0.1, -2.0], [-1.0, 0.25, 9.0, 9.0], [0.3, 9.0, 9.0, 9.0]]
 TOKENS = 7
 
 
@@ -53,11 +53,11 @@ def check(got: dict[str, float], expected: dict[str, float]) -> None:
 
 
 TEACHER = {
-    "kd/reverse_kl": (0.5 - 0.25 + 0.1 - 2.0 - 1.0 + 0.25 + 0.3) / TOKENS,
-    "kd/reverse_kl_correct": (0.5 - 0.25 + 0.1 - 2.0) / 4,
+    "kd/reverse_kl": (0.5 + 0.25 + 0.1 - 2.0 - 1.0 + 0.25 + 0.3) / TOKENS,
+    "kd/reverse_kl_correct": (0.5 + 0.25 + 0.1 - 2.0) / 4,
     "kd/reverse_kl_wrong": (-1.0 + 0.25 + 0.3) / 3,
-    # Rewarded but disliked: .5 and .1. Punished but liked: -1. Six tokens have an advantage.
-    "kd/conflict_frac": 3 / 6,
+    # Rewarded but disliked: .5, .25, .1. Punished but liked: -1. Six tokens have an advantage.
+    "kd/conflict_frac": 4 / 6,
 }
 CLIPPED = {
     "policy/ratio_mean": (1.0 + 1.3 + 0.7 + 1.1 + 0.7 + 1.5 + 1.25) / TOKENS,
@@ -120,14 +120,14 @@ def test_rlad() -> None:
     ratios = [
         r * math.exp(min(max(o, -1.0), 1.0) / 2) for r, o in zip(rhos(), offsets, strict=True)
     ]
-    # 1.284, 1.006, .880, .667 | .507, 1.388 | 1.299: fences at .8 and 1.2.
+    # 1.284, 1.292, .880, .667 | .507, 1.388 | 1.299: fences at .8 and 1.2.
     expected = {
         "policy/ratio_mean": sum(ratios) / TOKENS,
         "policy/ratio_max": ratios[5],
-        "policy/clip_frac": 5 / TOKENS,
-        "kd/dead_frac_pos": 1 / 4,  # 1.284
+        "policy/clip_frac": 6 / TOKENS,  # all but .880
+        "kd/dead_frac_pos": 2 / 4,  # 1.284, 1.292
         "kd/dead_frac_neg": 1 / 2,  # .507
-        "kd/imitation_frac": 4 / TOKENS,  # 1.006, .880, .667; 1.388; A = 0 does not count
+        "kd/imitation_frac": 3 / TOKENS,  # .880, .667; 1.388; A = 0 does not count
         "kd/offset_clamp_frac": 1 / TOKENS,
         **TEACHER,
     }

@@ -27,7 +27,7 @@ BASE = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}
 class Vocabulary:
     """What the check reads of a tokenizer."""
 
-    def __init__(self, tokens: dict[str, int], eos: int = 1) -> None:
+    def __init__(self, tokens: dict[str, int], eos: int | None = 1) -> None:
         self.tokens = tokens
         self.eos_token_id = eos
 
@@ -36,7 +36,8 @@ class Vocabulary:
 
 
 def check(teacher: dict[str, int], student: dict[str, int] = BASE, eos: int = 1) -> None:
-    check_same_vocabulary(Vocabulary(student), Vocabulary(teacher, eos), "the/student", "the/teacher")
+    ours, theirs = Vocabulary(student), Vocabulary(teacher, eos)
+    check_same_vocabulary(ours, theirs, "the/student", "the/teacher")
 
 
 def refused(found: str, *args: Any, **kwargs: Any) -> None:
@@ -65,9 +66,7 @@ def test_another_token_at_an_id_is_named():
 
 
 def test_the_first_of_many_differences_is_named():
-    refused(
-        "2 ids differ, first 2: 'a' against 'b'", {"<pad>": 0, "<eos>": 1, "b": 2, "a": 3}
-    )
+    refused("2 ids differ, first 2: 'a' against 'b'", {"<pad>": 0, "<eos>": 1, "b": 2, "a": 3})
 
 
 def test_ids_that_the_teacher_lacks_are_named():
@@ -75,7 +74,8 @@ def test_ids_that_the_teacher_lacks_are_named():
 
 
 def test_a_token_that_moved_behind_the_end_is_refused():
-    refused("1 of the student's ids are unknown, first 3: 'b'", {"<pad>": 0, "<eos>": 1, "a": 2, "b": 7})
+    found = "1 of the student's ids are unknown, first 3: 'b'"
+    refused(found, {"<pad>": 0, "<eos>": 1, "a": 2, "b": 7})
 
 
 def test_another_end_token_is_named():
@@ -102,7 +102,8 @@ def test_a_missing_path_is_one_line_with_the_path(load, path):
         load(path)
     message = str(caught.value)
     assert message.startswith(
-        f"a model path must be a Hugging Face folder or hub name: got {path} (is not a local folder; "
+        "a model path must be a Hugging Face folder or hub name: "
+        f"got {path} (is not a local folder; "
     )
     assert message.endswith("Check the spelling, or download the model first.")
     assert "\n" not in message and "Traceback" not in message
@@ -110,8 +111,9 @@ def test_a_missing_path_is_one_line_with_the_path(load, path):
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_an_empty_folder_is_refused_and_said_to_exist(load, tmp_path):
-    with pytest.raises(ConfigurationError, match=rf"got {tmp_path} \(exists; .+\)\. Check") as caught:
+    with pytest.raises(ConfigurationError) as caught:
         load(str(tmp_path))
+    assert f"got {tmp_path} (exists; " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -154,12 +156,12 @@ def test_a_folder_with_a_model_but_no_tokenizer_is_refused(student_folder, tmp_p
 def test_a_tokenizer_without_end_token_is_refused(monkeypatch):
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda path: Vocabulary({}, eos=None)  # type: ignore[arg-type]
-    )
-    words = r"^the tokenizer of `some/model` must have an end token: got None\. Set `eos_token` in it"
-    with pytest.raises(ConfigurationError, match=words):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path: Vocabulary({}, eos=None))
+    with pytest.raises(ConfigurationError) as caught:
         load_tokenizer("some/model")
+    assert str(caught.value) == (
+        "the tokenizer of `some/model` must have an end token: got None. Set `eos_token` in it."
+    )
 
 
 def test_a_model_is_loaded_for_evaluation(student_folder):

@@ -10,6 +10,7 @@ import pytest
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import JSONLPrompts, encode_prompt
+from kdrl_lightning.prompts.base import encode_all
 from kdrl_lightning.tiny.models import make_tokenizer
 
 TEMPLATE = (
@@ -185,3 +186,20 @@ def test_an_empty_prompt_is_refused():
         ConfigurationError, match=r"^a prompt must have at least one token: got ''\.$"
     ):
         encode_prompt(make_tokenizer(), {"prompt": ""})
+
+
+def test_a_whole_source_is_encoded_in_order(file):
+    expected = [
+        ({"prompt": "1+1=", "answer": 2}, [4, 13, 4, 14]),
+        ({"prompt": "2+2=", "answer": 4}, [5, 13, 5, 14]),
+    ]
+    source = JSONLPrompts(file)
+    assert encode_all(source, "prompts", make_tokenizer()) == expected
+    assert encode_all([row for row, _ in expected], "prompts", make_tokenizer()) == expected
+
+
+def test_a_source_without_rows_is_refused_by_its_name():
+    with pytest.raises(
+        ConfigurationError, match=r"^`val_prompts` must have at least one row: got none\.$"
+    ):
+        encode_all([], "val_prompts", make_tokenizer())

@@ -78,7 +78,9 @@ def test_verdicts_are_in_the_order_of_the_samples():
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "one", Verdict(math.nan, True)])
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, -math.inf, None, "one", Verdict(math.nan, True)]
+)
 def test_a_result_that_is_no_finite_number_is_a_failure(bad):
     runner = RewardRunner(lambda s: bad, max_failure_frac=1.0)
     assert runner([sample()]) == [Verdict(0.0, False)]
@@ -160,7 +162,7 @@ def test_try_once_calls_with_the_row_and_an_empty_completion():
     ],
 )
 def test_try_once_refuses_a_reward_that_fails(reward, found):
-    words = rf"^`reward` must return a finite number: got {found} for an empty completion of the row "
+    words = rf"^`reward` must return a finite number: got {found} for an empty completion of the "
     with pytest.raises(ConfigurationError, match=words) as caught:
         RewardRunner(reward).try_once(ROW)
     assert str(caught.value).endswith(f"row {ROW!r}. Mend the reward function.")

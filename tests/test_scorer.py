@@ -1,4 +1,4 @@
-"""The scorer against ``model(...).logits`` for each way in which architectures treat their logits."""
+"""The scorer against ``model(...).logits``, for each way in which logits are treated."""
 
 from __future__ import annotations
 
@@ -249,9 +249,7 @@ def test_rows_do_not_depend_on_each_other():
 @pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "PhiForCausalLM"])
 def test_vocab_size_cuts_the_heads_rows(name):
     model, batch = build(name), rollout()
-    small = batch.replace(
-        input_ids=batch.input_ids % 20, completion_ids=batch.completion_ids % 20
-    )
+    small = batch.replace(input_ids=batch.input_ids % 20, completion_ids=batch.completion_ids % 20)
     with torch.no_grad():
         scores = Scorer(model, vocab_size=20).score(small)
         logprobs, entropy = reference(model, small, vocab_size=20)

@@ -43,7 +43,9 @@ class StepStats:
         """Add to a sum."""
         value = value.detach().double()
         if name in self._sums:
-            value = value + self._sums[name][0]
+            old, count = self._sums[name]
+            assert count is None, f"{name} is a mean"
+            value = value + old
         self._sums[name] = (value, None)
 
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:

@@ -50,7 +50,7 @@ def _read(path: Path, column: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigurationError(f"`path` must be a JSON Lines file: got {path}, which is no file.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.models import (
     ModelSource,
     check_same_vocabulary,
@@ -56,8 +57,19 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> Tensor:
-        """Score the sampled tokens in one forward pass."""
-        return self._loaded().score(batch).logprobs
+        """Score the sampled tokens in one forward pass.
+
+        Raises:
+            TrainingStopped: the student sampled a padding row that the teacher does not have.
+        """
+        scorer = self._loaded()
+        rows, highest = scorer.head().weight.shape[0], int(batch.input_ids.max())
+        if highest >= rows:
+            raise TrainingStopped(
+                f"sampled tokens must be among the teacher's {rows}: got {highest}, a row of the "
+                "student's embedding that stands for no token. Train it to avoid such rows first."
+            )
+        return scorer.score(batch).logprobs
 
     def weights(self) -> ModelWeights:
         """Return the loaded model and its folder."""

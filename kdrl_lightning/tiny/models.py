@@ -43,7 +43,7 @@ class Recipe:
 
 RECIPES = {
     "teacher": Recipe(width=128, layers=3, steps=600, lr=3e-3, muon=False),
-    "student": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True),
+    "student": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48),
 }
 
 
@@ -82,7 +82,7 @@ class TinyModel(ModelSource):
         """Name in the cache; it changes with everything that the weights depend on."""
         recipe = repr((RECIPES[self.role], torch.__version__))
         key = hashlib.sha256(recipe.encode()).hexdigest()[:8]
-        slip = f"-slip{self.slip:g}" if self.role == "student" else ""
+        slip = f"-slip{float(self.slip)!r}" if self.role == "student" else ""
         return f"addition{self.digits}-{self.role}{slip}-seed{self.seed}-{key}"
 
     def path(self) -> str:
@@ -169,16 +169,15 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
 
 
 def make_tokenizer() -> Any:
-    """One token a character, plus padding and end."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """One token a character, plus padding and end.
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *SYMBOLS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    transformers gives every Qwen2 folder a Qwen2 tokenizer, so that is what it has to be.
+    """
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *SYMBOLS])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>", unk_token=None
     )
 
 
@@ -188,7 +187,7 @@ def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Opti
     if not recipe.muon:
         return torch.optim.AdamW(parameters, lr=recipe.lr, betas=betas, weight_decay=0.0)
     # Embedding and head, too, are matrices, but have only as many rows as there are symbols.
-    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > len(SYMBOLS) + 3]
+    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > len(SYMBOLS) + 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in chosen]
     return Chained(

@@ -215,6 +215,21 @@ def test_no_tensor_has_all_rows_times_the_vocabulary(chunk_size: int, with_bias:
     assert (backward.numel == rows * vocab) == (chunk_size == rows)
 
 
+def test_no_logits_are_kept_for_the_backward_pass() -> None:
+    rows, width, vocab = 64, 2, 50
+    hidden = normal(rows, width, seed=1).requires_grad_()
+    weight = normal(vocab, width, seed=2).requires_grad_()
+    kept: list[int] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        chosen_logprobs(hidden, Head(weight), torch.arange(rows) % vocab, chunk_size=4)
+    assert sum(kept) < rows * vocab
+
+
 def test_automatic_chunk_is_used() -> None:
     # 64 MiB of float32 logits at V = 2^21 are 8 rows.
     assert auto_chunk_size(1 << 21) == 8

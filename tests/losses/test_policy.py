@@ -242,7 +242,8 @@ def test_square_tables_spread_advantages_over_rows() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_only_the_student_gets_gradient(alpha: float) -> None:
     now, old, teacher, advantages = (x.requires_grad_() for x in scores(80))
-    trrd_surrogate(now, old, teacher, advantages, alpha).sum().backward()
+    loss = trrd_surrogate(now, old, teacher, advantages, alpha)
+    (loss + clipped_surrogate(now, old, advantages)).sum().backward()
     assert now.grad is not None
     assert old.grad is None
     assert teacher.grad is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from kdrl_lightning.objectives import (
     SFT,
     Objective,
     OnPolicyDistillation,
+    Term,
     TokenScores,
 )
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -325,6 +326,34 @@ def test_empty_imitation_mask_leaves_no_teacher(
         close(gradient, graded(GRPO(reduction=reduction), batch, scores)[1])
     else:
         assert gradient.eq(0).all()
+
+
+class Count(Objective):
+    """Counts 1 on each token, wherever its mask is true."""
+
+    def __init__(self, mask: Tensor | None, reduction: Any) -> None:
+        super().__init__(reduction)
+        self.mask = mask
+
+    def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
+        yield Term("one", torch.ones_like(scores.logprobs) + 0.0 * scores.logprobs, 2.0, self.mask)
+
+
+@every_reduction
+@pytest.mark.parametrize("masked", ["nowhere", "everywhere", "some"])
+def test_a_terms_mask_acts_within_the_loss_tokens_and_leaves_the_denominator(
+    reduction: Any, masked: str
+) -> None:
+    batch = make_batch()
+    mask = {
+        "nowhere": None,
+        "everywhere": torch.ones_like(batch.loss_mask),
+        "some": some_mask(batch),
+    }[masked]
+    loss, shares = Count(mask, reduction)(batch, student(batch))
+    value, _ = slow(batch, reduction, lambda i, t: (1.0, 0.0), mask)
+    close(loss, 2.0 * value)
+    close(shares["one"], value)
 
 
 # --- Cuts, order, padding ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_minibatches_are_whole_groups_in_order(minibatches):
     groups = [
         sorted(set(made.batch.group_ids[rows_of(update)].tolist())) for update in made.updates
     ]
-    assert sum(groups, []) == list(range(GROUPS))
+    assert list(chain.from_iterable(groups)) == list(range(GROUPS))
     assert [len(rows_of(update)) for update in made.updates] == [SIZE * len(g) for g in groups]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import load_causal_lm
@@ -41,10 +43,14 @@ def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
     return [[c.ids for c in group] for group in groups]
 
 
+def flatten(groups: list[list[Completion]]) -> list[Completion]:
+    return list(chain.from_iterable(groups))
+
+
 def close(a: list[list[Completion]], b: list[list[Completion]]) -> None:
     """Same tokens and flags, log-probabilities within float32 noise."""
     assert ids(a) == ids(b)
-    for one, other in zip(sum(a, []), sum(b, []), strict=True):
+    for one, other in zip(flatten(a), flatten(b), strict=True):
         assert one.truncated == other.truncated
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
@@ -75,6 +81,61 @@ def test_greedy_equals_generate_where_the_end_token_comes_early(build, model):
         end = whole.ids.index(eos) + 1 if eos in whole.ids else 12
         assert stopped.ids == whole.ids[:end]
         assert stopped.truncated == (eos not in whole.ids)
+
+
+OTHERS = {
+    "LlamaForCausalLM": ("LlamaConfig", {}),
+    "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    # Its window is shorter than the prompts: the cache forgets, and rows leave it all the same.
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 4}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_decode_as_generate_and_score_as_the_scorer(name):
+    config, own = OTHERS[name]
+    settings = {
+        "vocab_size": 17,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+    }
+    torch.manual_seed(0)
+    other = getattr(transformers, name)(getattr(transformers, config)(**{**settings, **own}))
+    engine = TransformersEngine(5)
+    engine.setup(ModelWeights(other.eval(), name), EOS, PAD)
+    greedy = engine.generate(PROMPTS, [[0]] * 6, Sampling(10, temperature=0.0))
+    for prompt, (completion,) in zip(PROMPTS, greedy, strict=True):
+        reference = other.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=10,
+        )
+        assert completion.ids == reference[0, len(prompt) :].tolist()
+    groups = engine.generate(PROMPTS, SEEDS, Sampling(10, 0.8))
+    for i, group in enumerate(groups):
+        batch = collate([PROMPTS[i]] * 4, [c.ids for c in group], [i] * 4, pad_id=PAD)
+        with torch.no_grad():
+            scores = Scorer(other).score(batch.replace(temperature=0.8))
+        for c, row in zip(group, scores.logprobs.tolist(), strict=True):
+            assert c.logprobs == pytest.approx(row[: len(c.ids)], abs=1e-5)
+
+
+def test_the_default_type_changes_nothing(build):
+    expected = build().generate(PROMPTS, SEEDS, Sampling(8))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert build().generate(PROMPTS, SEEDS, Sampling(8)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_greedy_ignores_the_seeds(build):
@@ -211,7 +272,7 @@ def test_second_token_follows_the_softmax_given_the_first(build, model):
 
 
 def test_the_end_token_is_kept_and_nothing_follows_it(build):
-    flat = sum(build().generate(PROMPTS, SEEDS, Sampling(40)), [])
+    flat = flatten(build().generate(PROMPTS, SEEDS, Sampling(40)))
     finished = [c for c in flat if EOS in c.ids]
     assert len(finished) > len(flat) // 2
     assert all(c.ids.index(EOS) == len(c.ids) - 1 for c in finished)
@@ -219,7 +280,7 @@ def test_the_end_token_is_kept_and_nothing_follows_it(build):
 
 
 def test_truncated_says_that_the_end_token_was_not_reached(build):
-    flat = sum(build().generate(PROMPTS, SEEDS, Sampling(12)), [])
+    flat = flatten(build().generate(PROMPTS, SEEDS, Sampling(12)))
     assert {c.truncated for c in flat} == {True, False}
     for completion in flat:
         assert completion.truncated == (EOS not in completion.ids)
@@ -252,7 +313,7 @@ def rows_seen(model: Any, generate: Callable[[], Any]) -> tuple[Any, list[tuple[
 
 def test_finished_sequences_leave_the_batch(build, model):
     groups, seen = rows_seen(model, lambda: build().generate(PROMPTS, SEEDS, Sampling(16)))
-    flat = sum(groups, [])
+    flat = flatten(groups)
     longest = max(len(c.ids) for c in flat)
     alive = [sum(len(c.ids) > t for c in flat) for t in range(1, longest)]
     # One row per prompt at first, then one per completion that still lacks its end.

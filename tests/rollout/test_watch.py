@@ -92,18 +92,14 @@ def test_ranks_are_summed_before_dividing():
 def test_the_run_is_added_up():
     watch = RolloutWatch()
     measure(rollout([1.0, 0.0], [0, 0], tokens=3), watch, **{"time/rollout_s": 1.0})
-    measure(
-        rollout([1.0, 0.0], [0, 0]), watch, **{"time/rollout_s": 0.5, "time/sync_s": 0.25}
-    )
+    measure(rollout([1.0, 0.0], [0, 0]), watch, **{"time/rollout_s": 0.5, "time/sync_s": 0.25})
     assert watch.rollouts == 2
     assert watch.tokens == 10
     assert watch.seconds == {"time/rollout_s": 1.5, "time/sync_s": 0.25}
 
 
 def scored(ours: list[list[float]], engines: list[list[float]], batch: RolloutBatch):
-    return batch.replace(
-        old_logprobs=torch.tensor(ours), rollout_logprobs=torch.tensor(engines)
-    )
+    return batch.replace(old_logprobs=torch.tensor(ours), rollout_logprobs=torch.tensor(engines))
 
 
 def test_mismatch_is_zero_for_equal_logprobs():
@@ -113,7 +109,8 @@ def test_mismatch_is_zero_for_equal_logprobs():
 
 def test_mismatch_is_the_mean_of_k3_over_tokens():
     # With d = trainer - engine, k3 is exp(d) - 1 - d.
-    batch = scored([[-1.0, -2.0], [-0.5, -3.0]], [[-1.5, -1.75], [-0.5, -3.0]], rollout([1, 0], [0, 0]))
+    ours, engines = [[-1.0, -2.0], [-0.5, -3.0]], [[-1.5, -1.75], [-0.5, -3.0]]
+    batch = scored(ours, engines, rollout([1, 0], [0, 0]))
     expected = (math.expm1(0.5) - 0.5 + math.expm1(-0.25) + 0.25) / 4
     assert measure(batch)["rollout/mismatch_kl"] == pytest.approx(expected, abs=1e-12)
 

@@ -181,6 +181,11 @@ def test_a_folder_that_is_not_there_is_not_sound(tmp_path):
     assert not is_sound(tmp_path / "none")
 
 
+def test_a_folder_with_an_empty_manifest_alone_is_not_sound(tmp_path):
+    (tmp_path / MANIFEST).write_text("{}")
+    assert not is_sound(tmp_path)
+
+
 def test_the_own_variable_names_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("KDRL_LIGHTNING_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

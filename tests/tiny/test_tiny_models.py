@@ -72,7 +72,7 @@ def test_path_is_the_cached_folder_and_made_once(monkeypatch, tmp_path):
 
 
 def test_untrained_weights_follow_the_seed(tmp_path):
-    recipe = models.Recipe(width=32, layers=1, steps=1, batch_size=1, lr=1e-3)
+    recipe = replace(models.RECIPES["student"], width=32, layers=1)
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         save_untrained(recipe, tmp_path / name, seed)

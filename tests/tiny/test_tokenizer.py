@@ -14,22 +14,22 @@ def tokenizer(request, student_folder):
     return make_tokenizer() if request.param == "made" else load_tokenizer(student_folder)
 
 
-def test_vocabulary_is_three_special_tokens_and_the_symbols(tokenizer):
-    expected = ["<pad>", "<eos>", "<unk>", *SYMBOLS]
+def test_vocabulary_is_two_special_tokens_and_the_symbols(tokenizer):
+    expected = ["<pad>", "<eos>", *SYMBOLS]
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(expected)}
-    assert len(tokenizer) == 17
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 16
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
 @pytest.mark.parametrize("symbol", SYMBOLS)
 def test_every_symbol_is_one_token(tokenizer, symbol):
-    assert tokenizer(symbol)["input_ids"] == [3 + SYMBOLS.index(symbol)]
-    assert tokenizer.decode([3 + SYMBOLS.index(symbol)]) == symbol
+    assert tokenizer(symbol)["input_ids"] == [2 + SYMBOLS.index(symbol)]
+    assert tokenizer.decode([2 + SYMBOLS.index(symbol)]) == symbol
 
 
 def test_all_symbols_together_survive(tokenizer):
     ids = tokenizer(SYMBOLS)["input_ids"]
-    assert ids == list(range(3, 17))
+    assert ids == list(range(2, 16))
     assert tokenizer.decode(ids) == SYMBOLS
 
 
@@ -48,8 +48,4 @@ def test_prompt_and_completion_are_encoded_as_their_concatenation(tokenizer):
 
 
 def test_special_tokens_are_left_out_when_decoding(tokenizer):
-    assert tokenizer.batch_decode([[4, 1, 0], [13, 1]], skip_special_tokens=True) == ["1", "+"]
-
-
-def test_an_unknown_character_is_the_unknown_token(tokenizer):
-    assert tokenizer("1x2")["input_ids"] == [4, 2, 5]
+    assert tokenizer.batch_decode([[3, 1, 0], [12, 1]], skip_special_tokens=True) == ["1", "+"]

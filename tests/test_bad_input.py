@@ -1,0 +1,161 @@
+"""A user's mistake gets one clear line and a non-zero exit, before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from kdrl_lightning.__main__ import main
+from kdrl_lightning.tiny.models import Recipe, save_untrained
+
+ROOT = Path(__file__).parents[1]
+
+
+def raising(sample: object) -> float:
+    raise KeyError("gold")
+
+
+def not_a_number(sample: object) -> float:
+    return float("nan")
+
+
+@pytest.fixture
+def config(tmp_path: Path, student_folder: str, teacher_folder: str) -> dict[str, object]:
+    """RLAD on random models: everything but the mistake is right."""
+    prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 8}}
+    return {
+        "model": {
+            "student": student_folder,
+            "teacher": {"class_path": "LocalTeacher", "init_args": {"model": teacher_folder}},
+            "objective": {"class_path": "RLAD"},
+        },
+        "data": {
+            "train_prompts": prompts,
+            "val_prompts": prompts,
+            "reward": "kdrl_lightning.tiny.addition_reward",
+            "prompts_per_rollout": 4,
+            "group_size": 2,
+            "max_tokens": 8,
+        },
+        "trainer": {
+            "max_steps": 1,
+            "accelerator": "cpu",
+            "default_root_dir": str(tmp_path),
+            "logger": False,
+            "enable_checkpointing": False,
+        },
+    }
+
+
+def refuse(
+    config: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *flags: str,
+) -> str:
+    """Run fit, expect a refusal; return its one line."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", str(file), *flags])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert not (tmp_path / "summary.json").exists()
+    return lines[0]
+
+
+CASES = {
+    "misspelt flag": (["--data.group_sise=3"], "did you mean group_size?"),
+    "misspelt class": (["--model.objective=RLDA"], "did you mean RLAD?"),
+    "misspelt argument": (["--model.objective.trrd_alfa=0.3"], "trrd_alfa"),
+    "wrong type": (["--trainer.max_steps=many"], "trainer.max_steps"),
+    "group of one": (["--data.group_size=1"], "`group_size` must be at least 2 for RLAD"),
+    "no teacher": (["--model.teacher=null"], "`teacher` must be given for the objective RLAD"),
+    "alpha": (["--model.objective.trrd_alpha=1.5"], r"`trrd_alpha` must be in [0, 1]: got 1.5"),
+    "temperature": (["--data.temperature=0"], "`temperature` must be above 0"),
+    "no such model": (["--model.student=/no/such/model"], "got /no/such/model"),
+    "no such teacher": (["--model.teacher.model=/no/such/model"], "got /no/such/model"),
+    "context": (["--data.max_tokens=125"], "must fit the context of 128 tokens"),
+    "cut step": (
+        ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=3"],
+        "`limit_train_batches` must not cut an optimizer step of 2 micro-batches",
+    ),
+    "accumulation": (
+        ["--trainer.accumulate_grad_batches=9"],
+        "`accumulate_grad_batches` must be at most 8",
+    ),
+    "uneven mini-batches": (
+        ["--data.minibatches_per_rollout=3"],
+        "`prompts_per_rollout` must be a multiple",
+    ),
+    "bf16 weights": (["--trainer.precision=bf16-true"], "Use bf16-mixed"),
+    "reward raises": (["--data.reward=test_bad_input.raising"], "KeyError"),
+    "reward is NaN": (["--data.reward=test_bad_input.not_a_number"], "must return a finite number"),
+    "no such file": (
+        ["--data.train_prompts=JSONLPrompts", "--data.train_prompts.path=/no/file.jsonl"],
+        "/no/file.jsonl, which is no file",
+    ),
+    "rows without prompt": (['--data.train_prompts=[{"question": "1"}]'], "the column `prompt`"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_one_line(
+    case: str,
+    config: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    flags, words = CASES[case]
+    assert words in refuse(config, tmp_path, capsys, *flags)
+
+
+def test_another_vocabulary_is_refused(
+    config: dict[str, object],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path_factory.mktemp("other")
+    save_untrained(Recipe(64, 1, 1, 1e-3, False), folder, seed=0)
+    file = folder / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(text.replace('"7"', '"@"').replace('"8"', '"7"').replace('"@"', '"8"'))
+    assert AutoTokenizer.from_pretrained(folder).get_vocab()["7"] != 10
+    line = refuse(config, tmp_path, capsys, f"--model.teacher.model={folder}")
+    assert "must share one vocabulary" in line and "2 ids differ" in line
+
+
+def test_unknown_subcommand_and_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, words in (
+        (["fti"], "invalid choice: 'fti'"),
+        (["fit", "--config", "/no/such.yaml"], "/no/such.yaml"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(args)
+        assert error.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and words in lines[0]
+
+
+def test_a_reward_that_fails_later_is_counted_then_stops(
+    config: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    flags = ["--data.reward=reward_that_fails_late.judge", "--trainer.num_sanity_val_steps=0"]
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", str(file), *flags, "--report.evaluate_teacher=false"])
+    assert error.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the reward failed on" in last and "ZeroDivisionError" in last

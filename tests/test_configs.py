@@ -1,0 +1,103 @@
+"""Every configuration instantiates, prints, and takes overrides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdrl_lightning.cli import KDRLCLI, as_seed
+from kdrl_lightning.config_base import load_with_base, merge
+from kdrl_lightning.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_instantiates(path: Path) -> None:
+    cli = KDRLCLI.run(["--config", str(path)], instantiate_only=True)
+    assert cli.trainer.max_steps > 0
+    assert cli.datamodule.updates_per_rollout >= 1
+    if cli.model.lr_scheduler_callable is not None:
+        config = cli.config.model.lr_scheduler
+        assert config.init_args.total_iters == cli.trainer.max_steps
+
+
+def test_the_five_methods_are_there() -> None:
+    assert {p.stem for p in CONFIGS} >= {
+        "grpo",
+        "kdrl",
+        "kdrl_annealing",
+        "on_policy_distillation",
+        "rlad",
+    }
+
+
+def test_overrides_win_over_the_file() -> None:
+    cli = KDRLCLI.run(
+        [
+            f"--config={ROOT / 'configs/rlad.yaml'}",
+            "--model.objective.trrd_alpha=0.7",
+            "--model.student=some/folder",
+            "--data.group_size=4",
+            "--seed_everything=7",
+        ],
+        instantiate_only=True,
+    )
+    assert cli.model.objective.trrd_alpha == 0.7
+    assert cli.model.student_source == "some/folder"
+    assert (cli.datamodule.group_size, cli.datamodule.seed) == (4, 7)
+
+
+@pytest.mark.parametrize(("value", "seed"), [(3, 3), (0, 0), (True, 0), (False, 0), (None, 0)])
+def test_one_seed_for_everything(value: bool | int | None, seed: int) -> None:
+    assert as_seed(value) == seed
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["fit", "--help"]])
+def test_help_reads(flags: list[str]) -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "kdrl_lightning", *flags], capture_output=True, text=True, cwd=ROOT
+    )
+    assert out.returncode == 0, out.stderr
+    if "fit" in flags:
+        for text in ("--data.group_size", "completions per prompt", "--report.export"):
+            assert text in out.stdout
+
+
+def test_print_config_can_be_run_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kdrl_lightning", "fit", "--print_config"]
+    source = ["--config", str(ROOT / "configs/kdrl_annealing.yaml")]
+    once = subprocess.run([*command, *source], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "whole.yaml").write_text(once)
+    again = subprocess.run(
+        [*command, "--config", "whole.yaml"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert again.stdout == once
+    assert "teacher_kl_coef: 0.3" in once and "decrement: 0.03" in once
+
+
+def test_base_is_merged_and_another_class_replaces_all_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("x: {class_path: A, init_args: {p: 1}}\ny: [1, 2]\nz: 1\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nx: {init_args: {q: 2}}\ny: [3]\n")
+    text = "base: b.yaml\nz: 2\n"
+    assert load_with_base(text, str(tmp_path / "c.yaml")) == {
+        "x": {"class_path": "A", "init_args": {"p": 1, "q": 2}},
+        "y": [3],
+        "z": 2,
+    }
+    assert merge({"class_path": "A", "init_args": {"p": 1}}, {"class_path": "B"}) == {
+        "class_path": "B"
+    }
+
+
+def test_a_missing_or_circular_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigurationError, match=r"a.yaml, which is its own base"):
+        load_with_base("base: a.yaml", str(tmp_path / "c.yaml"))
+    with pytest.raises(ConfigurationError, match=r"nothing.yaml, which is no file"):
+        load_with_base("base: nothing.yaml", str(tmp_path / "c.yaml"))

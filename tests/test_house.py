@@ -1,0 +1,105 @@
+"""The arrows of the house: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "kdrl_lightning"
+FILES = sorted(
+    p
+    for p in [*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py")]
+    if "__pycache__" not in p.parts
+)
+
+# A room may import from itself and from the rooms named here.
+FLOOR = {"errors", "rollout_batch"}
+ALLOWED = {
+    "errors": set(),
+    "rollout_batch": set(),
+    "losses": FLOOR,
+    "advantages": FLOOR,
+    "objectives": FLOOR | {"losses", "advantages"},
+    "models": FLOOR,
+    "weights": FLOOR,
+    "scorer": FLOOR | {"losses", "objectives"},
+    "teachers": FLOOR | {"models", "scorer", "weights"},
+    "rewards": FLOOR,
+    "prompts": FLOOR,
+    "metrics": FLOOR,
+    "rollout": FLOOR | {"weights", "rewards"},
+    "evaluation": FLOOR | {"rollout"},
+    "module": FLOOR
+    | {"evaluation", "metrics", "models", "objectives", "scorer", "teachers", "weights"},
+    "checks": FLOOR | {"datamodule"},
+    "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
+    "supervised": FLOOR | {"prompts", "rollout"},
+    "plots": set(),
+    "callbacks": FLOOR | {"losses", "metrics", "objectives", "plots"},
+    "tiny": FLOOR
+    | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
+}
+LIGHTNING = {"module", "datamodule", "checks", "supervised", "callbacks", "tiny", "cli", "parser"}
+TRANSFORMERS = {"models", "tiny", "rollout", "cli"}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            out.add(node.module)
+    return out
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_down(path: Path) -> None:
+    own = room(path)
+    for name in imports(path):
+        if name.startswith("kdrl_lightning.") and own in ALLOWED:
+            target = name.split(".")[1]
+            assert target == own or target in ALLOWED[own], f"{own} imports {target}"
+        if name.split(".")[0] == "lightning":
+            assert own in LIGHTNING, f"{own} imports Lightning"
+        if name.split(".")[0] == "transformers":
+            assert own in TRANSFORMERS, f"{own} imports transformers"
+        assert name.split(".")[0] not in ("pytorch_lightning", "vllm", "callbacks"), name
+
+
+def test_every_room_has_its_arrows() -> None:
+    outside = {"__init__", "__main__", "cli", "config_base", "parser"}
+    assert {room(p) for p in FILES} - outside == set(ALLOWED)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, kdrl_lightning; "
+        "print([m for m in ('vllm', 'transformers', 'lightning', 'torch') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    import kdrl_lightning
+
+    for name in kdrl_lightning.__all__:
+        assert getattr(kdrl_lightning, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = kdrl_lightning.Nothing
+
+
+def test_callbacks_are_real_files_behind_one_link() -> None:
+    link = PACKAGE / "callbacks"
+    assert link.is_symlink(), "git must check out symbolic links (core.symlinks)"
+    assert link.resolve() == PACKAGE.parent / "callbacks"
