@@ -188,9 +188,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             rollouts = [x for x, _ in runs[0]]
             columns = list(zip(*[[a for _, a in run] for run in runs], strict=True))
             color = f"C{i}"
-            axis.plot(
-                rollouts, [statistics.mean(c) for c in columns], color=color, label=method
-            )
+            axis.plot(rollouts, [statistics.mean(c) for c in columns], color=color, label=method)
             axis.fill_between(
                 rollouts,
                 [min(c) for c in columns],

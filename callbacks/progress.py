@@ -33,18 +33,25 @@ class RolloutProgress(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say how many rollouts ``max_steps`` means."""
-        self._per = getattr(trainer.datamodule, "updates_per_rollout", 1)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and hasattr(trainer.datamodule, "updates_per_rollout"):  # type: ignore[attr-defined]
-            self._announce(trainer)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._per = getattr(data, "updates_per_rollout", 1)
+        if trainer.is_global_zero and hasattr(data, "updates_per_rollout"):
+            steps = trainer.max_steps
+            amount = f"{-(-steps // self._per)} rollouts" if steps > 0 else "rollouts without limit"
+            print(
+                f"{steps if steps > 0 else 'unlimited'} optimizer steps = {amount} of "
+                f"{data.prompts_per_rollout} prompts x {data.group_size} completions, "
+                f"{self._per} updates each"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the bar."""
         if not trainer.is_global_zero:
             return
-        steps = int(min(trainer.estimated_stepping_batches, sys.maxsize))
+        steps = trainer.estimated_stepping_batches
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=-(-steps // self._per),
+            total=None if steps == float("inf") else -(-int(steps) // self._per),
             initial=trainer.global_step // self._per,
             desc=self.description,
             mininterval=0.2 if terminal else 5.0,
@@ -72,15 +79,6 @@ class RolloutProgress(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Close the bar, so that the error stands on a line of its own."""
         self._close()
-
-    def _announce(self, trainer: Any) -> None:
-        data = trainer.datamodule
-        steps = trainer.max_steps
-        amount = f"{-(-steps // self._per)} rollouts" if steps > 0 else "no limit of steps"
-        print(
-            f"{steps} optimizer steps = {amount} of {data.prompts_per_rollout} prompts x "
-            f"{data.group_size} completions, {self._per} updates each"
-        )
 
     def _close(self) -> None:
         if self._bar is not None:

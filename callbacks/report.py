@@ -52,6 +52,8 @@ class RunReport(pl.Callback):
         """Measure the teacher, and the student unless the sanity check just did."""
         weights = None if pl_module.teacher is None else pl_module.teacher.weights()
         if self.evaluate_teacher and weights is not None and self._can_evaluate(trainer):
+            if trainer.is_global_zero:
+                print(f"measuring the teacher on {len(trainer.datamodule.val_prompts)} prompts")
             self.teacher_accuracy = trainer.datamodule.evaluate(weights)
         self._measure_student(trainer, pl_module)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.checks import check_rollout_settings
 from kdrl_lightning.errors import ConfigurationError, require_between
@@ -128,6 +129,13 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Encode the prompts and check what can be checked before training."""
+        if self.val_prompts is None:
+            if stage != "fit":
+                raise ConfigurationError(
+                    f"`val_prompts` must be given to {TrainerFn(stage).value}: got None. "
+                    "Name a prompt source."
+                )
+            self.trainer.limit_val_batches = 0
         if self.val_prompts is not None and not self._val:
             self._val = self._encode(self.val_prompts, "val_prompts")
         if stage == "fit" and not self._train:

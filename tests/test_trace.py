@@ -21,7 +21,6 @@ from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rewards import Sample
 from kdrl_lightning.tiny import ColumnAddition
 
-
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
 
@@ -130,9 +129,7 @@ def test_engine_and_trainer_agree_on_logprobs(
     module = make_module(student_folder, teacher_folder)
     trace = fit(tmp_path, module, make_data(temperature=0.7), max_steps=4)
     for _, batch in trace.seen:
-        torch.testing.assert_close(
-            batch.rollout_logprobs, batch.old_logprobs, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(batch.rollout_logprobs, batch.old_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_minibatches_are_disjoint_whole_groups_and_epochs_replay_them(
@@ -381,7 +378,7 @@ def test_weight_sync_stops_a_stale_or_lying_engine(
     with pytest.raises(TrainingStopped, match="2 optimizer steps old at step 2"):
         fit(tmp_path, module, make_data(rollout_engine=Stale()), [WeightSync()])
     module = make_module(student_folder, teacher_folder)
-    with pytest.raises(TrainingStopped, match="must agree with the trainer's within 0.1 nats"):
+    with pytest.raises(TrainingStopped, match=r"must agree with the trainer's within 0\.1 nats"):
         fit(tmp_path, module, make_data(rollout_engine=Lying()), [WeightSync()])
 
 
