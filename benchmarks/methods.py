@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("grpo", "on_policy_distillation", "kdrl", "kdrl_annealing", "rlad")
-SETTINGS = {"easy": 0.9, "hard": 0.95}
+SETTINGS = {"easy": 0.9, "medium": 0.95, "hard": 0.98}
 RATES = (1.5e-4, 3e-4, 6e-4)
 ROLLOUTS, EVERY = 80, 5
 
@@ -92,22 +92,22 @@ def reached(curve: list[list[float]], level: float) -> float | None:
     return next((rollout for rollout, accuracy in curve if accuracy >= level), None)
 
 
-def search(pool: Any, seeds: list[int], methods: list[str]) -> list[dict[str, Any]]:
+def search(pool: Any, seeds: list[int], settings: list[str]) -> list[dict[str, Any]]:
     """Run the equal search, then the remaining seeds with each method's best rate."""
-    first = [(m, s, r, seeds[0]) for s in SETTINGS for m in methods for r in RATES]
+    first = [(m, s, r, seeds[0]) for s in settings for m in METHODS for r in RATES]
     results = []
     for result in pool.imap_unordered(run, first):
         results.append(result)
         show(result, len(results), len(first))
     best = {}
-    for setting in SETTINGS:
-        for method in methods:
+    for setting in settings:
+        for method in METHODS:
             tried = [r for r in results if (r["method"], r["setting"]) == (method, setting)]
             # Mean over the curve: of two that end alike, the faster.
             best[method, setting] = max(
                 tried, key=lambda r: statistics.mean(a for _, a in r["curve"])
             )["lr"]
-    rest = [(m, s, best[m, s], seed) for s in SETTINGS for m in methods for seed in seeds[1:]]
+    rest = [(m, s, best[m, s], seed) for s in settings for m in METHODS for seed in seeds[1:]]
     for done, result in enumerate(pool.imap_unordered(run, rest), 1):
         results.append(result)
         show(result, done, len(rest))
@@ -130,6 +130,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown: mean (lowest - highest) over seeds, for each setting."""
     lines = []
     for setting, slip in SETTINGS.items():
+        if not any(r["setting"] == setting for r in results):
+            continue
         lines += [
             f"**{setting}** (slip {slip})",
             "",
@@ -173,10 +175,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    shown = {s: slip for s, slip in SETTINGS.items() if any(r["setting"] == s for r in results)}
+    figure = Figure(figsize=(1 + 4.5 * len(shown), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(SETTINGS), sharey=True)
-    for axis, (setting, slip) in zip(axes, SETTINGS.items(), strict=True):
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, (setting, slip) in zip(axes, shown.items(), strict=True):
         for i, method in enumerate(METHODS):
             runs = [
                 r["curve"]
@@ -210,17 +213,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for table and plot")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=list(SETTINGS),
+        choices=SETTINGS,
+        help="run these; what --out already holds of the others is kept",
+    )
     parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2), 1))
     args = parser.parse_args()
     from kdrl_lightning.tiny import TinyModel
 
-    for slip in SETTINGS.values():
-        TinyModel("student", slip).path()
+    for setting in args.settings:
+        TinyModel("student", SETTINGS[setting]).path()
     TinyModel("teacher").path()
     args.out.mkdir(parents=True, exist_ok=True)
     with mp.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
-        results = search(pool, args.seeds, args.methods)
+        results = search(pool, args.seeds, args.settings)
+    file = args.out / "methods.json"
+    if file.exists():
+        kept = json.loads(file.read_text())["results"]
+        results += [r for r in kept if r["setting"] not in args.settings]
     import torch
 
     machine = (
@@ -228,7 +241,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
     record = {"machine": machine, "rollouts": ROLLOUTS, "rates": RATES, "results": results}
-    (args.out / "methods.json").write_text(json.dumps(record, indent=1) + "\n")
+    file.write_text(json.dumps(record, indent=1) + "\n")
     text = table(results)
     (args.out / "methods.md").write_text(text)
     plot(results, args.out / "methods.png")

@@ -31,28 +31,28 @@ class RolloutProgress(pl.Callback):
         self._bar: tqdm[Any] | None = None
         self._per = 1
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Say how many rollouts ``max_steps`` means."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._per = getattr(data, "updates_per_rollout", 1)
-        if trainer.is_global_zero and hasattr(data, "updates_per_rollout"):
-            steps = trainer.max_steps
-            amount = f"{-(-steps // self._per)} rollouts" if steps > 0 else "rollouts without limit"
-            print(
-                f"{steps if steps > 0 else 'unlimited'} optimizer steps = {amount} of "
-                f"{data.prompts_per_rollout} prompts x {data.group_size} completions, "
-                f"{self._per} updates each"
-            )
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Open the bar."""
+        """Say how many rollouts the run means, and open the bar."""
         if not trainer.is_global_zero:
             return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._per = getattr(data, "updates_per_rollout", 1)
         steps = trainer.estimated_stepping_batches
+        total = None if steps == float("inf") else -(-int(steps) // self._per)
+        if hasattr(data, "updates_per_rollout"):
+            amount = "no limit of steps" if total is None else f"{steps} steps = {total} rollouts"
+            print(
+                f"{amount}, each of {data.prompts_per_rollout} prompts x {data.group_size} "
+                f"completions for {self._per} optimizer steps",
+                flush=True,
+            )
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=None if steps == float("inf") else -(-int(steps) // self._per),
-            initial=trainer.global_step // self._per,
+            total=total,
+            initial=trainer.global_step / self._per,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} "
+            "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            unit="rollout" if hasattr(data, "updates_per_rollout") else "step",
             desc=self.description,
             mininterval=0.2 if terminal else 5.0,
             file=sys.stderr,
@@ -62,15 +62,27 @@ class RolloutProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance by whole rollouts."""
+        """Advance by one update, a fraction of a rollout."""
         if self._bar is None:
             return
-        done = trainer.global_step // self._per
+        done = trainer.global_step / self._per
         if done > self._bar.n:
             metrics = trainer.callback_metrics
             shown = {SHOWN[k]: f"{float(metrics[k]):.3g}" for k in SHOWN if k in metrics}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(done - self._bar.n)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Say that it validates."""
+        if self._bar is not None:
+            self._bar.set_description(f"{self.description} (validating)")
+        elif trainer.is_global_zero:
+            print("measuring the student on the validation prompts", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Go back to the rollouts."""
+        if self._bar is not None:
+            self._bar.set_description(self.description, refresh=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the bar."""

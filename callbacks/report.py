@@ -16,6 +16,7 @@ CURVES = (
     "reward/correct_frac",
     "reward/mean",
     "kd/reverse_kl",
+    "kd/reverse_kl_wrong",
     "kd/imitation_frac",
     "kd/dead_frac_pos",
     "kd/dead_frac_neg",
@@ -29,6 +30,8 @@ class RunReport(pl.Callback):
 
     The run folder is the logger's (or ``default_root_dir``). It gets ``summary.json``,
     ``curves.png`` and ``student/``, the trained student as a Hugging Face folder.
+
+    Put it behind the callbacks whose values it shows, e.g. ``SelectiveImitationStats``.
 
     Args:
         evaluate_teacher: measure the teacher on the validation prompts before training.
@@ -53,7 +56,7 @@ class RunReport(pl.Callback):
         weights = None if pl_module.teacher is None else pl_module.teacher.weights()
         if self.evaluate_teacher and weights is not None and self._can_evaluate(trainer):
             if trainer.is_global_zero:
-                print(f"measuring the teacher on {len(trainer.datamodule.val_prompts)} prompts")
+                print("measuring the teacher on the validation prompts", flush=True)
             self.teacher_accuracy = trainer.datamodule.evaluate(weights)
         self._measure_student(trainer, pl_module)
 
@@ -124,7 +127,8 @@ class RunReport(pl.Callback):
             self._note(trainer.global_step, value)
 
     def _can_evaluate(self, trainer: Any) -> bool:
-        return getattr(trainer.datamodule, "val_prompts", None) is not None
+        wanted = trainer.limit_val_batches != 0
+        return wanted and getattr(trainer.datamodule, "val_prompts", None) is not None
 
     def _note(self, step: int, value: float) -> None:
         if self.accuracy and self.accuracy[-1][0] == step:

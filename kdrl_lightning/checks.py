@@ -44,7 +44,7 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
     length = len(data.train_dataloader())
     for name in ("limit_train_batches", "overfit_batches"):
         limit = getattr(trainer, name)
-        batches = limit if isinstance(limit, int) else int(length * limit)
+        batches = min(limit, length) if isinstance(limit, int) else int(length * limit)
         if batches % accumulate:
             raise ConfigurationError(
                 f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "

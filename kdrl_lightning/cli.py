@@ -66,9 +66,10 @@ class KDRLCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups of the callbacks, and one seed for everything."""
-        parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSync, "weight_sync")
+        # Last: it reads what the others have logged.
+        parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
 
     def _parse_ckpt_path(self) -> None:

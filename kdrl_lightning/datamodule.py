@@ -86,6 +86,7 @@ class RolloutDataModule(pl.LightningDataModule):
             "epochs_per_rollout": epochs_per_rollout,
             "val_batch_size": val_batch_size,
             "val_samples": val_samples,
+            "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
         }
         for name, value in counts.items():
             require_between(name, value, 1, float("inf"))
@@ -136,9 +137,11 @@ class RolloutDataModule(pl.LightningDataModule):
                     "Name a prompt source."
                 )
             self.trainer.limit_val_batches = 0
-        if self.val_prompts is not None and not self._val:
+        # Another module or trainer may have used this object: its rollout and weights are not ours.
+        self._plan, self.rollout_engine.version = None, None
+        if self.val_prompts is not None:
             self._val = self._encode(self.val_prompts, "val_prompts")
-        if stage == "fit" and not self._train:
+        if stage == "fit":
             check_rollout_settings(self.trainer, self, self._module())
             self._train = self._encode(self.train_prompts, "train_prompts")
         for rows in (self._train, self._val):
@@ -173,12 +176,18 @@ class RolloutDataModule(pl.LightningDataModule):
         return self._evaluate(self.rollout_engine, rows)
 
     def evaluate(self, weights: ModelWeights) -> float:
-        """Accuracy of any model at hand on the validation prompts (all ranks must call it)."""
+        """Accuracy of any model at hand on the prompts that a validation takes.
+
+        All ranks must call it.
+        """
         engine = TransformersEngine()
         module = self._module()
         engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        mine = range(rank, len(self._val), world)
+        limit = self.trainer.limit_val_batches
+        batches = len(self.val_dataloader())
+        batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+        mine = range(rank, min(len(self._val), batches * self.val_batch_size * world), world)
         correct = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(mine), self.val_batch_size):
             batch = self._evaluate(engine, mine[start : start + self.val_batch_size])
@@ -216,7 +225,8 @@ class RolloutDataModule(pl.LightningDataModule):
             "time/rollout_s": sampled - started - sync_seconds,
             "time/score_s": time.perf_counter() - sampled,
         }
-        metrics = self.watch.measure(plan.batch, self.rewards, seconds, module.reduce)
+        compares = module.objective.needs_groups
+        metrics = self.watch.measure(plan.batch, self.rewards, seconds, module.reduce, compares)
         return plan.with_metrics(metrics)
 
     def _sample_rollout(self, rollout: int) -> RolloutBatch:
@@ -255,7 +265,8 @@ class RolloutDataModule(pl.LightningDataModule):
             [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(self.val_samples)]
             for r in rows
         ]
-        judged = self._sample(engine, [self._val[r] for r in rows], seeds, self.val_sampling)
+        prompts = [self._val[r] for r in rows]
+        judged = self._sample(engine, prompts, seeds, self.val_sampling, training=False)
         return EvaluationBatch.from_judged(judged, self.val_samples)
 
     def _sample(
@@ -264,10 +275,13 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts: list[EncodedPrompt],
         seeds: list[list[int]],
         sampling: Sampling,
+        training: bool = True,
     ) -> list[Judged]:
         tokenizer = self._module().tokenizer
         with self.trainer.precision_plugin.forward_context():
-            return sample_and_judge(engine, tokenizer, self.rewards, prompts, seeds, sampling)
+            return sample_and_judge(
+                engine, tokenizer, self.rewards, prompts, seeds, sampling, training
+            )
 
     def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
         """Bring the engine to the current weights before it samples; return the seconds."""

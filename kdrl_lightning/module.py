@@ -265,7 +265,7 @@ class KDRLModule(pl.LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         values = {f"{stage}/{name}": m.compute() for name, m in _items(self.eval_metrics)}
-        self.log_dict(values)
+        self.log_dict(values, sync_dist=True)  # equal on all ranks already; silences a warning
         for _, metric in _items(self.eval_metrics):
             metric.reset()
 

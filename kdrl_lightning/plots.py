@@ -44,6 +44,7 @@ def plot_curves(
     axis.set_ylim(-0.02, 1.02)
     axis = grid[0, 1]
     axis.set_title("KL(student || teacher), nats per token")
+    line(axis, "kd/reverse_kl_wrong", "wrong completions", color="tab:red", alpha=0.45)
     line(axis, "kd/reverse_kl", "all", color="tab:red")
     axis = grid[1, 0]
     axis.set_title("share of tokens")
@@ -54,7 +55,8 @@ def plot_curves(
     axis = grid[1, 1]
     axis.set_title("completion length, tokens")
     line(axis, "rollout/length_mean", "mean", color="tab:gray")
-    axis.set_ylim(bottom=0)
+    lengths = [row["rollout/length_mean"] for row in curves if "rollout/length_mean" in row]
+    axis.set_ylim(0, 1.15 * max(lengths, default=1.0))
     for axis in grid.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

@@ -91,7 +91,7 @@ def test_progress_is_shown_in_rollouts(
 ) -> None:
     fit(tmp_path, make_module(student_folder, teacher_folder), make_data(), [RolloutProgress()])
     shown = capsys.readouterr()
-    assert "8 optimizer steps = 4 rollouts of 4 prompts x 4 completions, 2 updates" in shown.out
+    assert "8 steps = 4 rollouts, each of 4 prompts x 4 completions for 2 optimizer steps" in shown.out
     assert "4/4" in shown.err and "reward=" in shown.err
 
 
@@ -162,3 +162,23 @@ def test_parts_that_are_used_too_early_say_so(student_folder: str) -> None:
         module.weights()
     with pytest.raises(TypeError, match="expected an index, got str"):
         make_data().on_after_batch_transfer("row", 0)
+
+
+def test_one_data_module_serves_several_modules(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    data = make_data(val_prompts=[{"prompt": "1+2="}] * 4, val_temperature=1.0)
+
+    def completions(folder: str) -> list[str]:
+        module = make_module(folder, teacher_folder)
+        batches = make_trainer(tmp_path).predict(module, datamodule=data) or []
+        return [row["completion"] for batch in batches for row in batch]
+
+    assert completions(student_folder) != completions(teacher_folder)
+    first = make_module(student_folder, teacher_folder)
+    fit(tmp_path, first, data, max_steps=2, limit_val_batches=0)
+    second = make_module(teacher_folder, student_folder)
+    trace = fit(tmp_path, second, data, max_steps=2, limit_val_batches=0)
+    assert data.watch.rollouts == 2
+    for _, batch in trace.seen:
+        torch.testing.assert_close(batch.rollout_logprobs, batch.old_logprobs, rtol=1e-4, atol=1e-4)

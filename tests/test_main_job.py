@@ -46,7 +46,7 @@ def test_rlad_learns_the_embedded_task(tmp_path: Path) -> None:
     assert list((folder / "checkpoints").glob("*.ckpt"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / summary["export_path"])
     assert sum(p.numel() for p in model.parameters()) > 200_000
-    assert "student after" in out.stdout and "320 optimizer steps = 80 rollouts" in out.stdout
+    assert "student after" in out.stdout and "320 steps = 80 rollouts" in out.stdout
 
 
 def llama(folder: Path, seed: int) -> str:

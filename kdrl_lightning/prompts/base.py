@@ -54,6 +54,10 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
+    elif not isinstance(prompt, list | tuple):
+        raise ConfigurationError(
+            f"a prompt must be a string or a list of chat messages: got {prompt!r}."
+        )
     elif getattr(tokenizer, "chat_template", None):
         ids = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ Reward: TypeAlias = Callable[[Sample], float | Verdict]
 
 
 class RewardRunner:
-    """Calls a reward; a failing one is counted and given 0.
+    """Calls a reward; a failing one is counted, and its completion gets 0 and counts as wrong.
 
     Args:
         reward: any callable of one sample. A plain number is its own verdict: correct from 1 on.
-        max_failure_frac: stop when more than this fraction of one call fails.
+        max_failure_frac: stop when more than this fraction of a rollout (and more than one
+            completion) fails, in [0, 1].
     """
 
     def __init__(self, reward: Reward, max_failure_frac: float = 0.1) -> None:
+        require_between("max_reward_failure_frac", max_failure_frac, 0.0, 1.0)
         self.reward = reward
         self.max_failure_frac = max_failure_frac
         self.failures = 0
@@ -65,11 +68,15 @@ class RewardRunner:
                 f"for an empty completion of the row {_shorten(row)}. Mend the reward function."
             ) from error
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """Judge the samples of one rollout.
+    def __call__(self, samples: Sequence[Sample], training: bool = True) -> list[Verdict]:
+        """Judge samples.
+
+        Args:
+            samples: of one rollout, or of one evaluation batch.
+            training: stop on too many failures; an evaluation only warns of them.
 
         Raises:
-            TrainingStopped: more than ``max_failure_frac`` of them fail.
+            TrainingStopped: too many of a rollout's samples fail.
         """
         verdicts, failures, last = [], 0, ""
         for sample in samples:
@@ -79,7 +86,13 @@ class RewardRunner:
                 failures, last = failures + 1, _describe(error)
                 verdicts.append(Verdict(0.0, False))
         self.failures += failures
-        if failures > self.max_failure_frac * len(samples):
+        if failures and not training:
+            warnings.warn(
+                f"the reward failed on {failures} of {len(samples)} completions of an evaluation, "
+                f"which count as wrong: last {last}.",
+                stacklevel=2,
+            )
+        elif failures > max(1.0, self.max_failure_frac * len(samples)):
             raise TrainingStopped(
                 f"the reward failed on {failures} of {len(samples)} completions, above "
                 f"{self.max_failure_frac:.0%}: last {last}. Mend the reward function."

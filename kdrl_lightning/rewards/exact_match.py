@@ -9,7 +9,8 @@ class ExactMatch:
     """1 if the completion's answer equals the row's, else 0; white space around both is ignored.
 
     Args:
-        marker: the answer is what follows its last occurrence; None takes the whole completion.
+        marker: the answer is what follows its last occurrence, in the completion (one without it
+            has no answer) and, where it occurs there, in the reference; None takes all of both.
         answer_column: the row's column with the reference answer.
 
     >>> ExactMatch(marker="#")(Sample("6*7=42 #42", [], {"answer": "42"}))
@@ -21,10 +22,11 @@ class ExactMatch:
         self.answer_column = answer_column
 
     def __call__(self, sample: Sample) -> float:
-        """Judge one sample; a completion without the marker has no answer."""
-        text = sample.text
+        """Judge one sample; a row without the answer's column is an error."""
+        reference, text = str(sample.row[self.answer_column]), sample.text
         if self.marker is not None:
+            reference = reference.rpartition(self.marker)[2]
             _, found, text = text.rpartition(self.marker)
             if not found:
                 return 0.0
-        return float(text.strip() == str(sample.row[self.answer_column]).strip())
+        return float(text.strip() == reference.strip())

@@ -28,6 +28,7 @@ def sample_and_judge(
     prompts: Sequence[tuple[Mapping[str, Any], list[int]]],
     seeds: Sequence[list[int]],
     sampling: Sampling,
+    training: bool = True,
 ) -> list[Judged]:
     """Sample completions for ``(row, prompt ids)`` pairs and judge them.
 
@@ -42,7 +43,8 @@ def sample_and_judge(
     samples = [
         Sample(text, c.ids, row, c.truncated) for (row, _, c), text in zip(flat, texts, strict=True)
     ]
+    verdicts = rewards(samples, training)
     return [
         Judged(ids, row, c, sample.text, verdict)
-        for (row, ids, c), sample, verdict in zip(flat, samples, rewards(samples), strict=True)
+        for (row, ids, c), sample, verdict in zip(flat, samples, verdicts, strict=True)
     ]

@@ -35,6 +35,7 @@ class RolloutWatch:
         rewards: RewardRunner,
         seconds: Mapping[str, float],
         reduce: Callable[[Tensor, str], Tensor],
+        compares_group: bool = True,
     ) -> dict[str, float]:
         """Return the rollout's metrics, and warn once for each way in which it is wasted.
 
@@ -43,6 +44,7 @@ class RolloutWatch:
             rewards: its failures are reported.
             seconds: time of each phase.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
+            compares_group: the objective learns from differences within a group.
         """
         sizes = batch.group_ids.bincount()
         low = torch.full((len(sizes),), torch.inf, device=batch.rewards.device)
@@ -72,7 +74,7 @@ class RolloutWatch:
         self.tokens += int(tokens)
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
-        if int(sizes.max()) > 1:
+        if compares_group:
             self._warn_above(
                 MAX_WITHOUT_VARIANCE,
                 flat / groups,
