@@ -92,28 +92,37 @@ def reached(curve: list[list[float]], level: float) -> float | None:
     return next((rollout for rollout, accuracy in curve if accuracy >= level), None)
 
 
-def search(pool: Any, seeds: list[int], settings: list[str]) -> list[dict[str, Any]]:
-    """Run the equal search, then the remaining seeds with each method's best rate."""
-    first = [(m, s, r, seeds[0]) for s in settings for m in METHODS for r in RATES]
-    results = []
-    for result in pool.imap_unordered(run, first):
-        results.append(result)
-        show(result, len(results), len(first))
+def search(pool: Any, seeds: list[int], settings: list[str], results: list[dict[str, Any]]) -> None:
+    """Run the equal search, then the remaining seeds with each method's best rate.
+
+    Appends to ``results``; a run that is there already is not repeated.
+    """
+
+    def run_all(jobs: list[tuple[str, str, float, int]]) -> None:
+        known = {(r["method"], r["setting"], r["lr"], r["seed"]) for r in results}
+        jobs = [job for job in jobs if job not in known]
+        for done, result in enumerate(pool.imap_unordered(run, jobs), 1):
+            results.append(result)
+            show(result, done, len(jobs))
+
+    run_all([(m, s, r, seeds[0]) for s in settings for m in METHODS for r in RATES])
     best = {}
-    for setting in settings:
+    for setting in {r["setting"] for r in results}:
         for method in METHODS:
-            tried = [r for r in results if (r["method"], r["setting"]) == (method, setting)]
-            # Mean over the curve: of two that end alike, the faster.
+            tried = [
+                r
+                for r in results
+                if (r["method"], r["setting"], r["seed"]) == (method, setting, seeds[0])
+            ]
+            # The best end; of those within two points, the fastest (mean over the curve).
+            end = max(r["greedy"] for r in tried)
             best[method, setting] = max(
-                tried, key=lambda r: statistics.mean(a for _, a in r["curve"])
+                (r for r in tried if r["greedy"] >= end - 0.02),
+                key=lambda r: statistics.mean(a for _, a in r["curve"]),
             )["lr"]
-    rest = [(m, s, best[m, s], seed) for s in settings for m in METHODS for seed in seeds[1:]]
-    for done, result in enumerate(pool.imap_unordered(run, rest), 1):
-        results.append(result)
-        show(result, done, len(rest))
+    run_all([(m, s, best[m, s], seed) for s in settings for m in METHODS for seed in seeds])
     for result in results:
         result["chosen"] = result["lr"] == best[result["method"], result["setting"]]
-    return results
 
 
 def show(result: dict[str, Any], done: int, total: int) -> None:
@@ -218,7 +227,7 @@ def main() -> None:
         nargs="+",
         default=list(SETTINGS),
         choices=SETTINGS,
-        help="run these; what --out already holds of the others is kept",
+        help="run these; runs that --out already holds are kept",
     )
     parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2), 1))
     args = parser.parse_args()
@@ -228,12 +237,10 @@ def main() -> None:
         TinyModel("student", SETTINGS[setting]).path()
     TinyModel("teacher").path()
     args.out.mkdir(parents=True, exist_ok=True)
-    with mp.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
-        results = search(pool, args.seeds, args.settings)
     file = args.out / "methods.json"
-    if file.exists():
-        kept = json.loads(file.read_text())["results"]
-        results += [r for r in kept if r["setting"] not in args.settings]
+    results = json.loads(file.read_text())["results"] if file.exists() else []
+    with mp.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
+        search(pool, args.seeds, args.settings, results)
     import torch
 
     machine = (

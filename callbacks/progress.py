@@ -50,7 +50,7 @@ class RolloutProgress(pl.Callback):
         self._bar = tqdm(
             total=total,
             initial=trainer.global_step / self._per,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} "
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             unit="rollout" if hasattr(data, "updates_per_rollout") else "step",
             desc=self.description,
@@ -75,14 +75,14 @@ class RolloutProgress(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say that it validates."""
         if self._bar is not None:
-            self._bar.set_description(f"{self.description} (validating)")
+            self._bar.set_description_str(f"{self.description} (validating)")
         elif trainer.is_global_zero:
             print("measuring the student on the validation prompts", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Go back to the rollouts."""
         if self._bar is not None:
-            self._bar.set_description(self.description, refresh=False)
+            self._bar.set_description_str(self.description, refresh=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the bar."""

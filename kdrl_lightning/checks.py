@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.objectives.sft import SFT
 
 if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule
@@ -18,6 +19,11 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
     Raises:
         ConfigurationError: they do not, or the objective cannot use such groups.
     """
+    if isinstance(module.objective, SFT):
+        raise ConfigurationError(
+            "`objective` SFT must train on given completions: got rollouts of the student. "
+            "Use SupervisedDataModule."
+        )
     if module.objective.needs_groups and data.group_size < 2:
         raise ConfigurationError(
             f"`group_size` must be at least 2 for {type(module.objective).__name__}, whose "

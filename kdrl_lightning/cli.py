@@ -6,7 +6,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import kdrl_lightning.callbacks
@@ -20,6 +23,7 @@ from kdrl_lightning.callbacks import (
     WeightSync,
 )
 from kdrl_lightning.datamodule import RolloutDataModule
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
 
@@ -27,8 +31,8 @@ from kdrl_lightning.parser import OneLineParser
 class KDRLCLI(LightningCLI):
     """fit, validate, test and predict, configured by YAML and flags.
 
-    Three callbacks are always there, each with a group of its own: ``report``, ``imitation_stats``
-    and ``weight_sync``; others go to ``trainer.callbacks``.
+    Always there: a progress bar, and three callbacks with a group of settings each,
+    ``imitation_stats``, ``weight_sync`` and ``report``. Others go to ``trainer.callbacks``.
     """
 
     @classmethod
@@ -46,11 +50,16 @@ class KDRLCLI(LightningCLI):
             RolloutDataModule,
             args=None if args is None else list(args),
             parser_class=OneLineParser,
+            parser_kwargs={
+                "prog": "python -m kdrl_lightning",
+                "description": "Post-train a language model with rewards and a frozen teacher.",
+            },
             run=not instantiate_only,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
+                "default_root_dir": "runs",
                 "inference_mode": False,
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": -1,
@@ -71,6 +80,20 @@ class KDRLCLI(LightningCLI):
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """Check that a checkpoint is there before anything is built."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        path = config.get("ckpt_path")
+        if path and path not in ("last", "best", "hpc") and not Path(path).exists():
+            raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; what Lightning refuses is the user's mistake."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""

@@ -14,13 +14,11 @@ from jsonargparse import get_loader, set_loader
 
 from kdrl_lightning.errors import ConfigurationError
 
+_yaml = get_loader("yaml")
+
 
 def install() -> None:
     """Make jsonargparse's YAML loader understand ``base``."""
-    plain = get_loader("yaml")
-    if plain is load_with_base:
-        return
-    globals()["_plain_load"] = plain
     set_loader("yaml", load_with_base)
 
 
@@ -32,9 +30,9 @@ def load_with_base(text: str, path: str = "") -> Any:
         path: where it comes from; ``base`` is relative to it.
 
     Raises:
-        ConfigurationError: the base file does not exist, or bases form a circle.
+        ConfigurationError: a file is not YAML, a base does not exist, or bases form a circle.
     """
-    return _resolve(_plain_load(text), Path(path), ())
+    return _resolve(_load(text, path), Path(path), ())
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -52,8 +50,13 @@ def merge(base: Any, over: Any) -> Any:
     return {k: merge(base.get(k), over[k]) if k in over else base[k] for k in {**base, **over}}
 
 
-def _plain_load(text: str) -> Any:
-    return yaml.safe_load(text)
+def _load(text: str, path: str) -> Any:
+    try:
+        return _yaml(text)
+    except yaml.YAMLError as error:
+        if not path:  # a value on the command line: jsonargparse tries other readings of it
+            raise
+        raise ConfigurationError(f"{path} must be YAML: {error}") from error
 
 
 def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
@@ -64,4 +67,4 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not file.is_file() or file in seen:
         what = "which is its own base" if file in seen else "which is no file"
         raise ConfigurationError(f"`base` must name a YAML file: got {file}, {what}.")
-    return merge(_resolve(_plain_load(file.read_text()), file, (*seen, file)), own)
+    return merge(_resolve(_load(file.read_text(), str(file)), file, (*seen, file)), own)

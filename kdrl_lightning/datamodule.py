@@ -227,7 +227,7 @@ class RolloutDataModule(pl.LightningDataModule):
         }
         compares = module.objective.needs_groups
         metrics = self.watch.measure(plan.batch, self.rewards, seconds, module.reduce, compares)
-        return plan.with_metrics(metrics)
+        return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
     def _sample_rollout(self, rollout: int) -> RolloutBatch:
         """Sample this rank's share: of every mini-batch, every world-size-th group."""

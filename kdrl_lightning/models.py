@@ -45,7 +45,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
         # transformers would make one up.
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,10 +72,12 @@ class KDRLModule(pl.LightningModule):
         self.student: Scorer | None = None
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._warned_of_rate = False
+        self._uses_teacher = teacher is not None
         self._stats = StepStats()
         self._step_loss = 0.0
         self._tokenizer: Any = None
-        # Plain attribute: metrics move with the module, but hold no parameters to train.
+        # A submodule, so that metrics move with the module; their states are not saved.
         self.eval_metrics = torch.nn.ModuleDict(
             {
                 "accuracy": PassAt1(),
@@ -110,22 +113,23 @@ class KDRLModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before weights are loaded."""
-        if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true"):
+        if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(
-                f"`precision` must keep float32 weights for training: got "
-                f"{self.trainer.precision}, in which an update of 1e-6 rounds away. "
-                "Use bf16-mixed."
+                "`precision` must keep float32 weights, without a loss scaler, for training: got "
+                f"{self.trainer.precision}. Use bf16-mixed or 32-true: in 16-bit weights an update "
+                "of 1e-6 rounds away."
             )
-        if self.teacher is not None:
+        self._uses_teacher = stage == "fit" and self.teacher is not None
+        if self._uses_teacher and self.teacher is not None:
             self.teacher.check(self.tokenizer, self.student_path)
 
     def configure_model(self) -> None:
-        """Load student and teacher, once."""
+        """Load the student and, for training, the teacher, once."""
         if self.student is None:
             model = load_causal_lm(self.student_path, torch.get_default_dtype())
             self.student = Scorer(model)
             self.student.verify(self.student_path)
-        if self.teacher is not None:
+        if self._uses_teacher and self.teacher is not None:
             self.teacher.load(self.device)
 
     def on_fit_start(self) -> None:
@@ -136,11 +140,17 @@ class KDRLModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from their callables."""
         trainable = [p for p in self._student().parameters() if p.requires_grad]
-        optimizer: Any = self.optimizer_callable(trainable)
-        if self.lr_scheduler_callable is None:
-            return optimizer
-        schedule = {"scheduler": self.lr_scheduler_callable(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        try:
+            optimizer: Any = self.optimizer_callable(trainable)
+            if self.lr_scheduler_callable is None:
+                return optimizer
+            scheduler = self.lr_scheduler_callable(optimizer)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"`optimizer` or `lr_scheduler`: {error}.") from error
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:
@@ -184,6 +194,14 @@ class KDRLModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip and count a step that is not finite; stop when that repeats."""
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self.trainer.global_step and not any(rates) and not self._warned_of_rate:
+            self._warned_of_rate = True
+            warnings.warn(
+                f"the learning rate is 0 from step {self.trainer.global_step} on: `lr_scheduler` "
+                "ends before the run. Give it as many steps as `max_steps`.",
+                stacklevel=2,
+            )
         parameters = list(self._student().parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = _full(torch.nn.utils.get_total_norm(gradients))

@@ -23,8 +23,9 @@ class OneLineParser(LightningArgumentParser):
             super().error(message, ex)
         text = one_line(message)
         if "--help`" not in text:
-            command = self.prog.split(" [")[0].replace("__main__.py", "python -m kdrl_lightning")
-            text += f"{self._suggestion(text)} (see `{command} --help`)"
+            prog = self.prog.split(" [")[0].removesuffix(" fit")
+            where = "" if text.startswith("argument subcommand") else " fit"
+            text += f"{self._suggestion(text)} (see `{prog}{where} --help`)"
         raise ConfigurationError(text) from ex
 
     def _suggestion(self, text: str) -> str:

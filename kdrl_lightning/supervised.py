@@ -31,6 +31,10 @@ class SupervisedDataModule(pl.LightningDataModule):
         self.seed = seed
         self._step: tuple[int, list[RolloutBatch]] = (-1, [])
 
+    def setup(self, stage: str) -> None:
+        """Switch validation off: there are no prompts to sample from."""
+        self._trainer().limit_val_batches = 0
+
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
         micro = self._trainer().accumulate_grad_batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and two can stall on a busy machine."""
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, on which such small models are fastest; no arguments of pytest's for a CLI."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield

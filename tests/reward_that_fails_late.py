@@ -1,4 +1,4 @@
-"""A reward that is fine on the empty completion of the setup check and fails on real ones."""
+"""A reward that passes the check in setup and fails on real completions."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from kdrl_lightning.rewards import Sample
 
 
 def judge(sample: Sample) -> float:
-    return 1 / 0 if sample.ids else 0.0
+    return 0.0 if sample.text in ("", sample.row["prompt"]) else 1 / 0

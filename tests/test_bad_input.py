@@ -127,7 +127,7 @@ def test_another_vocabulary_is_refused(
     file = folder / "tokenizer.json"
     text = file.read_text()
     file.write_text(text.replace('"7"', '"@"').replace('"8"', '"7"').replace('"@"', '"8"'))
-    assert AutoTokenizer.from_pretrained(folder).get_vocab()["7"] != 10
+    assert AutoTokenizer.from_pretrained(folder).get_vocab()["7"] == 10
     line = refuse(config, tmp_path, capsys, f"--model.teacher.model={folder}")
     assert "must share one vocabulary" in line and "2 ids differ" in line
 
@@ -144,6 +144,7 @@ def test_unknown_subcommand_and_missing_file(capsys: pytest.CaptureFixture[str])
         assert len(lines) == 1 and words in lines[0]
 
 
+@pytest.mark.filterwarnings("ignore:the reward failed on .* of an evaluation:UserWarning")
 def test_a_reward_that_fails_later_is_counted_then_stops(
     config: dict[str, object],
     tmp_path: Path,
@@ -159,3 +160,47 @@ def test_a_reward_that_fails_later_is_counted_then_stops(
     assert error.value.code == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the reward failed on" in last and "ZeroDivisionError" in last
+
+
+CLI_CASES = {
+    "no such checkpoint": (["--ckpt_path=nothing.ckpt"], "`ckpt_path` must be a checkpoint"),
+    "no such accelerator": (["--trainer.accelerator=abacus"], "abacus"),
+    "no such strategy": (["--trainer.strategy=luck"], "luck"),
+    "negative rate": (
+        ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"],
+        "Invalid learning rate",
+    ),
+    "supervised loss on rollouts": (["--model.objective=SFT"], "must train on given completions"),
+}
+
+
+@pytest.mark.parametrize("case", CLI_CASES)
+def test_what_lightning_or_torch_refuse_is_one_line_too(
+    case: str, config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, words = CLI_CASES[case]
+    assert words in refuse(config, tmp_path, capsys, *flags)
+
+
+def test_a_file_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("trainer: {max_steps: 4\n")
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", str(file)])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "broken.yaml must be YAML" in lines[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
+def test_an_own_config_file_is_never_overwritten(
+    config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del config["trainer"]["default_root_dir"]  # type: ignore[attr-defined]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    before = file.read_text()
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "config.yaml", "--report.evaluate_teacher=false"])
+    assert file.read_text() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "runs"}

@@ -11,7 +11,7 @@ import torch
 from test_trace import fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, SFT, KDRLModule, SupervisedDataModule
-from kdrl_lightning.callbacks import CPUThreads, RolloutProgress
+from kdrl_lightning.callbacks import CPUThreads, RolloutProgress, RunReport
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.tiny import AdditionTraces
 
@@ -91,7 +91,9 @@ def test_progress_is_shown_in_rollouts(
 ) -> None:
     fit(tmp_path, make_module(student_folder, teacher_folder), make_data(), [RolloutProgress()])
     shown = capsys.readouterr()
-    assert "8 steps = 4 rollouts, each of 4 prompts x 4 completions for 2 optimizer steps" in shown.out
+    assert (
+        "8 steps = 4 rollouts, each of 4 prompts x 4 completions for 2 optimizer steps" in shown.out
+    )
     assert "4/4" in shown.err and "reward=" in shown.err
 
 
@@ -182,3 +184,32 @@ def test_one_data_module_serves_several_modules(
     assert data.watch.rollouts == 2
     for _, batch in trace.seen:
         torch.testing.assert_close(batch.rollout_logprobs, batch.old_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_that_ends_before_the_run_is_noticed(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    module = make_module(student_folder, teacher_folder)
+    module.lr_scheduler_callable = lambda o: torch.optim.lr_scheduler.LinearLR(
+        o, start_factor=1.0, end_factor=0.0, total_iters=2
+    )
+    with pytest.warns(UserWarning, match="the learning rate is 0 from step 2 on"):
+        fit(tmp_path, module, make_data(), max_steps=4)
+
+
+def test_predictions_are_written(tmp_path: Path, student_folder: str, teacher_folder: str) -> None:
+    import json
+
+    module = make_module(student_folder, teacher_folder)
+    make_trainer(tmp_path, callbacks=[RunReport()]).predict(module, datamodule=make_data())
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 10
+    assert {"prompt", "completion", "reward", "correct"} <= set(json.loads(lines[0]))
+
+
+def test_fast_dev_run_writes_nothing(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    module = make_module(student_folder, teacher_folder)
+    fit(tmp_path, module, make_data(), [RunReport()], fast_dev_run=1)
+    assert not list(tmp_path.iterdir())

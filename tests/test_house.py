@@ -35,7 +35,7 @@ ALLOWED = {
     "evaluation": FLOOR | {"rollout"},
     "module": FLOOR
     | {"evaluation", "metrics", "models", "objectives", "scorer", "teachers", "weights"},
-    "checks": FLOOR | {"datamodule"},
+    "checks": FLOOR | {"datamodule", "objectives"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": set(),
@@ -43,7 +43,17 @@ ALLOWED = {
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
 }
-LIGHTNING = {"module", "datamodule", "checks", "supervised", "callbacks", "tiny", "cli", "parser"}
+LIGHTNING = {
+    "__main__",
+    "module",
+    "datamodule",
+    "checks",
+    "supervised",
+    "callbacks",
+    "tiny",
+    "cli",
+    "parser",
+}
 TRANSFORMERS = {"models", "tiny", "rollout", "cli"}
 
 

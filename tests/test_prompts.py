@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from kdrl_lightning.prompts import JSONLPrompts, encode_prompt
 from kdrl_lightning.prompts.base import encode_all
 from kdrl_lightning.tiny.models import make_tokenizer
 
+# In symbols that the tokenizer knows: # is the user, + the system, = the answer to come.
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ';' }}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
+    "{% for m in messages %}{{ {'user': '#', 'system': '+'}[m['role']] + m['content'] + ',' }}"
+    "{% endfor %}{% if add_generation_prompt %}={% endif %}"
 )
 
 
@@ -136,7 +138,7 @@ def test_a_file_without_rows_is_refused(tmp_path, text):
 
 
 def test_text_is_encoded_token_by_token():
-    assert encode_prompt(make_tokenizer(), {"prompt": "12+3="}) == [4, 5, 13, 6, 14]
+    assert encode_prompt(make_tokenizer(), {"prompt": "12+3="}) == [3, 4, 12, 5, 13]
 
 
 def test_messages_are_rendered_with_the_template_and_a_generation_prompt():
@@ -158,10 +160,11 @@ def test_messages_are_rendered_with_the_template_and_a_generation_prompt():
 def test_messages_are_rendered_by_a_real_tokenizer():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    ids = encode_prompt(tokenizer, {"prompt": [{"role": "user", "content": "1+2"}]})
-    unknown = tokenizer.unk_token_id
-    # u : 1 + 2 ; a :
-    assert ids == [unknown, unknown, 4, 13, 5, unknown, unknown, unknown]
+    messages = [{"role": "system", "content": "0"}, {"role": "user", "content": "1+2"}]
+    #      +   0   ,   #  1   +  2   ,   =
+    ids = [12, 2, 14, 15, 3, 12, 4, 14, 13]
+    assert encode_prompt(tokenizer, {"prompt": messages}) == ids
+    assert encode_prompt(tokenizer, {"prompt": tuple(messages)}) == ids
 
 
 def test_ids_are_a_plain_list():
@@ -181,17 +184,37 @@ def test_messages_without_template_are_refused():
         encode_prompt(make_tokenizer(), {"prompt": [{"role": "user", "content": "1"}]})
 
 
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(
-        ConfigurationError, match=r"^a prompt must have at least one token: got ''\.$"
-    ):
-        encode_prompt(make_tokenizer(), {"prompt": ""})
+# The tokenizer has no unknown token: what it does not know leaves nothing.
+@pytest.mark.parametrize("prompt", ["", "why?"])
+def test_an_empty_prompt_is_refused(prompt):
+    words = rf"^a prompt must have at least one token: got {re.escape(repr(prompt))}\.$"
+    with pytest.raises(ConfigurationError, match=words):
+        encode_prompt(make_tokenizer(), {"prompt": prompt})
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("prompt", [5, 0, 1.5, None, True, b"1", {"role": "user", "content": "1"}])
+def test_a_prompt_that_is_neither_text_nor_messages_is_refused(prompt, template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigurationError) as caught:
+        encode_prompt(tokenizer, {"prompt": prompt})
+    assert str(caught.value) == (
+        f"a prompt must be a string or a list of chat messages: got {prompt!r}."
+    )
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_number_in_the_file_is_no_prompt(tmp_path, chat):
+    source = JSONLPrompts(write(tmp_path, '{"prompt": 5}'), chat=chat)
+    with pytest.raises(ConfigurationError, match=r"a list of chat messages: got 5\.$"):
+        encode_all(source, "prompts", make_tokenizer())
 
 
 def test_a_whole_source_is_encoded_in_order(file):
     expected = [
-        ({"prompt": "1+1=", "answer": 2}, [4, 13, 4, 14]),
-        ({"prompt": "2+2=", "answer": 4}, [5, 13, 5, 14]),
+        ({"prompt": "1+1=", "answer": 2}, [3, 12, 3, 13]),
+        ({"prompt": "2+2=", "answer": 4}, [4, 12, 4, 13]),
     ]
     source = JSONLPrompts(file)
     assert encode_all(source, "prompts", make_tokenizer()) == expected

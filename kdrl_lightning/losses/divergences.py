@@ -15,7 +15,7 @@ def k1(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """Sampled-token value ``-R``: a metric, not a loss.
 
     Its value is an unbiased estimate of KL(student || teacher); its expected gradient is **zero**
-    (the score function has mean 0), so objectives refuse it as a loss.
+    (the score function has mean 0), so no objective takes it as a loss.
 
     Args:
         logprobs: ``[B, T]`` student log-probabilities of the sampled tokens.

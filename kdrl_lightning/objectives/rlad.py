@@ -81,4 +81,5 @@ class RLAD(GRPO):
         alive = ((advantages > 0) & (ratio < 1 + self.clip_high)) | (
             (advantages < 0) & (ratio > 1 - self.clip_low)
         )
-        return alive & batch.loss_mask if self.trrd_alpha < 1 else alive & False
+        anchored = self.trrd_alpha < 1 and self.offset_clamp != 0
+        return alive & batch.loss_mask if anchored else alive & False

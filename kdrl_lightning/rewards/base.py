@@ -57,16 +57,20 @@ class RewardRunner:
     def try_once(self, row: Mapping[str, Any]) -> None:
         """Try the reward on a real row, before anything is trained.
 
+        Once with an empty completion, which students do produce, and once with a text.
+
         Raises:
             ConfigurationError: it raises, or returns something that is not a finite number.
         """
-        try:
-            self._verdict(Sample("", [], row))
-        except Exception as error:
-            raise ConfigurationError(
-                f"`reward` must return a finite number: got {_describe(error)} "
-                f"for an empty completion of the row {_shorten(row)}. Mend the reward function."
-            ) from error
+        for text in ("", str(row.get("prompt", "text"))):
+            try:
+                self._verdict(Sample(text, [0] * len(text), row))
+            except Exception as error:
+                raise ConfigurationError(
+                    f"`reward` must return a finite number: got {_describe(error)} for the "
+                    f"completion {text[:40]!r} of the row {_shorten(row)}. "
+                    "Mend the reward function."
+                ) from error
 
     def __call__(self, samples: Sequence[Sample], training: bool = True) -> list[Verdict]:
         """Judge samples.
@@ -92,7 +96,7 @@ class RewardRunner:
                 f"which count as wrong: last {last}.",
                 stacklevel=2,
             )
-        elif failures > max(1.0, self.max_failure_frac * len(samples)):
+        elif failures > max(1, math.floor(self.max_failure_frac * len(samples) + 1e-9)):
             raise TrainingStopped(
                 f"the reward failed on {failures} of {len(samples)} completions, above "
                 f"{self.max_failure_frac:.0%}: last {last}. Mend the reward function."

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from kdrl_lightning.errors import ConfigurationError
 
 SLACK = 0.01
+OVER_LIMIT = 1e9
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 def partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -41,43 +44,66 @@ def partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
     order = np.argsort(np.asarray(lengths), kind="stable")
     if parts == 1:
         return [order.tolist()]
-    cost = _cost(np.asarray(lengths)[order])
-    best, _ = _cheapest_cut(cost, parts, np.inf)
-    allowed = best + SLACK * best
-    low, high = float(cost.diagonal().max()), float(cost[0, -1])
-    cuts = _cheapest_cut(cost, parts, np.inf)[1]
+    ordered = np.asarray(lengths, dtype=np.float64)[order]
+    best, bounds = _cheapest_cut(ordered, parts, np.inf)
+    low = max(best / parts, ordered[-1])
+    high = max((b - a) * ordered[b - 1] for a, b in pairwise(bounds))
     while high - low > max(1.0, 0.005 * high):
         limit = (low + high) / 2
-        total, found = _cheapest_cut(cost, parts, limit)
-        if total <= allowed:
-            high, cuts = limit, found
+        total, found = _cheapest_cut(ordered, parts, limit)
+        if total <= best * (1 + SLACK):
+            high, bounds = limit, found
         else:
             low = limit
-    bounds = [0, *cuts, len(order)]
     return [order[a:b].tolist() for a, b in pairwise(bounds)]
 
 
-def _cost(ordered: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``cost[i, j]``: padded tokens of a part that holds the sorted rows i..j."""
+def _cheapest_cut(ordered: Floats, parts: int, limit: float) -> tuple[float, list[int]]:
+    """Least padded tokens with no part above ``limit``, by dynamic programming over the parts.
+
+    Returns:
+        The tokens (huge where the limit cannot be kept), and the bounds ``0 .. n`` of the parts.
+    """
     n = len(ordered)
-    count = np.arange(n)[None, :] - np.arange(n)[:, None] + 1
-    return np.where(count > 0, count * ordered[None, :].astype(np.float64), np.inf)
-
-
-def _cheapest_cut(cost: NDArray[np.float64], parts: int, limit: float) -> tuple[float, list[int]]:
-    """Least padded tokens with no part above ``limit``, by dynamic programming."""
-    allowed = np.where(cost <= limit, cost, np.inf)
-    n = len(cost)
-    total = allowed[0]
-    steps = []
-    for _ in range(parts - 1):
-        # through[i, j]: the last part starts at row i + 1 and ends at row j.
-        through = total[: n - 1, None] + allowed[1:, :]
-        steps.append(through.argmin(0))
-        total = through.min(0)
-    cuts: list[int] = []
-    end = n - 1
-    for choice in reversed(steps):
+    total = _padded(ordered, np.full(n, -1), np.arange(n), limit)
+    last_of_previous = []
+    for part in range(1, parts):
+        total, choice = _add_part(ordered, total, part, limit)
+        last_of_previous.append(choice)
+    bounds, end = [n], n - 1
+    for choice in reversed(last_of_previous):
         end = int(choice[end])
-        cuts.append(end + 1)
-    return float(total[-1]), cuts[::-1]
+        bounds.append(end + 1)
+    return float(total[-1]), [0, *bounds[::-1]]
+
+
+def _add_part(ordered: Floats, total: Floats, part: int, limit: float) -> tuple[Floats, Ints]:
+    """Best row after which to start one more part, for every row at which that part may end.
+
+    The best start never moves left when the end moves right, so the ends are solved by halving:
+    each between the answers of its two solved neighbours. ``O(n log n)`` instead of ``O(n^2)``.
+    """
+    ends = len(ordered) - part
+    start, value = np.zeros(ends, dtype=np.int64), np.empty(ends)
+    step = 1 << (ends.bit_length() - 1)
+    while step:
+        x = np.arange(step - 1, ends, 2 * step)
+        end = part + x
+        low = np.where(x >= step, start[np.maximum(x - step, 0)], part - 1)
+        high = np.where(x + step < ends, start[np.minimum(x + step, ends - 1)], end - 1)
+        size = np.minimum(high, end - 1) - low + 1
+        first = np.cumsum(size) - size
+        candidate = np.arange(size.sum()) - np.repeat(first - low, size)
+        cost = total[candidate] + _padded(ordered, candidate, np.repeat(end, size), limit)
+        value[x] = np.minimum.reduceat(cost, first)
+        hits = np.flatnonzero(cost == np.repeat(value[x], size))
+        start[x] = candidate[hits[np.searchsorted(hits, first)]]
+        step >>= 1
+    pad = np.zeros(part, dtype=np.int64)
+    return np.concatenate([np.full(part, np.inf), value]), np.concatenate([pad, start])
+
+
+def _padded(ordered: Floats, before: Ints, end: Ints, limit: float) -> Floats:
+    """Padded tokens of the rows ``before + 1 .. end``; what exceeds the limit costs dearly."""
+    tokens = (end - before) * ordered[end]
+    return tokens if np.isinf(limit) else tokens + OVER_LIMIT * np.maximum(tokens - limit, 0.0)

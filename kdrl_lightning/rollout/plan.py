@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class RolloutPlan:
         updates: per optimizer step, per micro-batch, the rows of ``batch``.
         totals: per optimizer step, its counts over all ranks.
         metrics: measurements, handed out with the first micro-batch.
+        first_update: the update at which the rollout was made; not 0 after a resume in between.
     """
 
     rollout: int
@@ -31,16 +32,17 @@ class RolloutPlan:
     updates: list[list[list[int]]]
     totals: list[StepTotals]
     metrics: Mapping[str, float]
+    first_update: int = 0
 
     def micro_batch(self, update: int, micro: int) -> RolloutBatch:
         """Return one micro-batch, trimmed to its own longest row."""
-        first = update == 0 and micro == 0
+        first = update == self.first_update and micro == 0
         part = self.batch.select(self.updates[update][micro])
         return part.replace(totals=self.totals[update], metrics=self.metrics if first else {})
 
-    def with_metrics(self, metrics: Mapping[str, float]) -> RolloutPlan:
-        """Return a copy with measurements."""
-        return RolloutPlan(self.rollout, self.batch, self.updates, self.totals, metrics)
+    def with_metrics(self, metrics: Mapping[str, float], first_update: int = 0) -> RolloutPlan:
+        """Return a copy with measurements, and the update that is to carry them."""
+        return replace(self, metrics=metrics, first_update=first_update)
 
 
 def plan_updates(

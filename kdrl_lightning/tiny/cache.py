@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kdrl_lightning.errors import ConfigurationError
+
 MANIFEST = "checksums.json"
 
 
@@ -31,7 +33,13 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     others wait. A broken or half-written copy is made anew.
     """
     root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the cache folder must be writable: got {root} ({error.strerror}). "
+            "Set KDRL_LIGHTNING_CACHE to another one."
+        ) from error
     folder = root / name
     with FileLock(root / f"{name}.lock"):
         if is_sound(folder):

@@ -1,9 +1,12 @@
-"""The embedded teacher and student: small Qwen2 models, trained on first use and cached."""
+"""The embedded teacher and student: small Qwen2 models from a seed.
+
+The pair of the configurations is shipped, so that every machine starts from the same weights; any
+other (another slip, seed or number of digits) is trained on first use. Both end in the cache.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import tempfile
 import time
 from dataclasses import dataclass
@@ -11,8 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kdrl_lightning import __version__
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models import ModelSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
@@ -46,9 +51,11 @@ RECIPES = {
     "student": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48),
 }
 
+SHIPPED = Path(__file__).parent / "shipped"
+
 
 class TinyModel(ModelSource):
-    """A model source for column addition: made from a seed on first use, then taken from the cache.
+    """A model source for column addition: shipped, or made from a seed on first use; then cached.
 
     The student has a misconception: the annotator of its training data forgets each carry with
     probability ``slip``. So the right step is in its distribution, but rarely.
@@ -78,18 +85,30 @@ class TinyModel(ModelSource):
         self.seed = seed
 
     @property
-    def name(self) -> str:
-        """Name in the cache; it changes with everything that the weights depend on."""
-        recipe = repr((RECIPES[self.role], torch.__version__))
-        key = hashlib.sha256(recipe.encode()).hexdigest()[:8]
+    def recipe_name(self) -> str:
+        """Name of what the weights are made from."""
         slip = f"-slip{float(self.slip)!r}" if self.role == "student" else ""
+        key = hashlib.sha256(repr(RECIPES[self.role]).encode()).hexdigest()[:8]
         return f"addition{self.digits}-{self.role}{slip}-seed{self.seed}-{key}"
+
+    @property
+    def name(self) -> str:
+        """Name in the cache; it changes with recipe, library and torch version."""
+        return f"{self.recipe_name}-{__version__}-torch{torch.__version__}"
 
     def path(self) -> str:
         """Return the model's folder, making it if need be."""
         return str(cached_folder(self.name, self._make))
 
     def _make(self, folder: Path) -> None:
+        shipped = SHIPPED / f"{self.recipe_name}.safetensors"
+        if shipped.exists():
+            unpack(shipped, RECIPES[self.role], folder)
+        else:
+            self.train(folder)
+
+    def train(self, folder: Path) -> None:
+        """Train the model from its seed into ``folder``, without any cache."""
         from lightning.pytorch.utilities.seed import isolate_rng
 
         threads = torch.get_num_threads()
@@ -125,13 +144,11 @@ class TinyModel(ModelSource):
             lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
         )
         traces = AdditionTraces(recipe.steps * recipe.batch_size, self.seed, self.digits, self.slip)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         trainer = pl.Trainer(
             strategy=SingleDeviceStrategy("cpu"),
             max_steps=recipe.steps,
             gradient_clip_val=1.0,
             callbacks=[RolloutProgress(f"making the embedded {self.role}")],
-            limit_val_batches=0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -140,6 +157,37 @@ class TinyModel(ModelSource):
         trainer.fit(module, datamodule=SupervisedDataModule(traces, recipe.batch_size, self.seed))
         module.export(str(folder))
         print(f"embedded {self.role} made in {time.perf_counter() - began:.0f} s: {self.name}")
+
+
+def pack(folder: Path, file: Path) -> str:
+    """Write a model folder's weights in half precision; return the file's SHA-256."""
+    weights = load_file(folder / "model.safetensors")
+    file.parent.mkdir(exist_ok=True)
+    save_file({name: tensor.half() for name, tensor in weights.items()}, file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def shipped_checksum(name: str) -> str | None:
+    """Return the SHA-256 that a shipped file must have; None if it is not listed."""
+    lines = (SHIPPED / "SHA256SUMS").read_text().splitlines()
+    return {file: checksum for checksum, file in map(str.split, lines)}.get(name)
+
+
+def unpack(file: Path, recipe: Recipe, folder: Path) -> None:
+    """Write the Hugging Face folder of a shipped model.
+
+    Raises:
+        ConfigurationError: the file is not the one that was shipped.
+    """
+    found, expected = hashlib.sha256(file.read_bytes()).hexdigest(), shipped_checksum(file.name)
+    if found != expected:
+        raise ConfigurationError(
+            f"{file.name} must have the checksum {expected}: got {found}. Install the package "
+            "again, or run `python -m kdrl_lightning.tiny`."
+        )
+    save_untrained(recipe, folder, seed=0)
+    weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
@@ -177,9 +225,7 @@ def make_tokenizer() -> Any:
 
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *SYMBOLS])}
     make: Any = Qwen2Tokenizer  # its annotation forbids having no unknown token
-    return make(
-        vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>", unk_token=None
-    )
+    return make(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>", unk_token=None)
 
 
 def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:

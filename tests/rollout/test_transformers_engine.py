@@ -241,7 +241,7 @@ def test_torchs_random_state_is_neither_read_nor_moved(build):
 def test_first_token_follows_the_softmax(build, model, temperature):
     draws = 4000
     groups = build(1000).generate([PROMPTS[0]], [list(range(draws))], Sampling(1, temperature))
-    counts = np.bincount([c.ids[0] for c in groups[0]], minlength=17)
+    counts = np.bincount([c.ids[0] for c in groups[0]], minlength=model.config.vocab_size)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()
     expected = draws * (logits / temperature).softmax(-1).numpy()
@@ -263,7 +263,7 @@ def test_second_token_follows_the_softmax_given_the_first(build, model):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*PROMPTS[1], first]])).logits[0, -1].double()
     due = len(seconds) * logits.softmax(-1).numpy()
-    counts = np.bincount(seconds, minlength=17)
+    counts = np.bincount(seconds, minlength=model.config.vocab_size)
     common = due >= 5
     statistic = float(((counts - due)[common] ** 2 / due[common]).sum())
     freedom = int(common.sum())

@@ -40,8 +40,13 @@ def judge(failures: int = 0) -> RewardRunner:
     return runner
 
 
-def measure(batch: RolloutBatch, watch: RolloutWatch | None = None, **seconds: float):
-    return (watch or RolloutWatch()).measure(batch, judge(), seconds, alone)
+def measure(
+    batch: RolloutBatch,
+    watch: RolloutWatch | None = None,
+    compares_group: bool = True,
+    **seconds: float,
+):
+    return (watch or RolloutWatch()).measure(batch, judge(), seconds, alone, compares_group)
 
 
 def test_metrics_by_hand():
@@ -137,7 +142,8 @@ def test_mismatch_estimates_the_kl_from_engine_to_trainer():
     gap = scored([trainer[tokens].tolist()], [engine[tokens].tolist()], batch)
     exact = float((engine.exp() * (engine - trainer)).sum())
     # Counts are rounded to one in twenty thousand.
-    assert measure(gap)["rollout/mismatch_kl"] == pytest.approx(exact, abs=1e-4)
+    metrics = measure(gap, compares_group=False)
+    assert metrics["rollout/mismatch_kl"] == pytest.approx(exact, abs=1e-4)
 
 
 def test_flat_groups_warn_once_with_the_figure():
@@ -148,6 +154,36 @@ def test_flat_groups_warn_once_with_the_figure():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert measure(flat, watch)["rollout/flat_group_frac"] == 1.0
+
+
+def test_flat_groups_are_no_worry_where_groups_are_not_compared():
+    watch = RolloutWatch()
+    flat = rollout([0.0] * 12, [i // 2 for i in range(12)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measure(flat, watch, compares_group=False)["rollout/flat_group_frac"] == 1.0
+    # Nothing was said so far, so it still can be.
+    with pytest.warns(UserWarning, match=r"100% of the groups have equal rewards"):
+        measure(flat, watch)
+
+
+def test_groups_are_compared_unless_said_otherwise():
+    with pytest.warns(UserWarning, match=r"100% of the groups have equal rewards"):
+        RolloutWatch().measure(rollout([0.0, 0.0], [0, 0]), judge(), {}, alone)
+
+
+def test_groups_of_one_have_equal_rewards():
+    alone_in_its_group = rollout([0.0, 1.0], [0, 1])
+    with pytest.warns(UserWarning, match=r"100% of the groups have equal rewards"):
+        assert measure(alone_in_its_group)["rollout/flat_group_frac"] == 1.0
+
+
+def test_truncated_completions_warn_where_groups_are_not_compared():
+    with pytest.warns(UserWarning) as caught:
+        measure(rollout([0.0, 0.0], [0, 0], cut=[True, True]), compares_group=False)
+    assert [str(w.message).split(".")[0] for w in caught] == [
+        "100% of the completions are cut at `max_tokens`"
+    ]
 
 
 def test_truncated_completions_warn_once_with_the_figure():
@@ -176,8 +212,6 @@ def test_both_warnings_may_come_from_one_rollout():
         rollout([0.0, 0.0] * 4 + [0.0, 1.0], [i // 2 for i in range(10)]),
         # Half of the completions cut.
         rollout([0.0, 1.0], [0, 0], cut=[True, False]),
-        # Groups of one have no variance to speak of.
-        rollout([0.0, 0.0], [0, 1]),
     ],
 )
 def test_no_warning_at_the_bounds(batch):

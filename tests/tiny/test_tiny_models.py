@@ -1,16 +1,18 @@
-"""Names and refusals of the embedded models; nothing is trained here."""
+"""Names and refusals of the embedded models; the shipped pair; equal seeds, equal bits."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.tiny import models
-from kdrl_lightning.tiny.models import TinyModel, save_untrained
+from kdrl_lightning.tiny.models import Recipe, TinyModel, save_untrained
 
 
 @pytest.mark.parametrize(
@@ -35,15 +37,32 @@ def test_whatever_the_weights_depend_on_changes_the_name():
         TinyModel("teacher"),
         TinyModel("student", slip=0.5),
         TinyModel("student", slip=0.9000001),
+        TinyModel("student", slip=math.nextafter(0.9, 1.0)),
         TinyModel("student", digits=5),
         TinyModel("student", seed=1),
     ]
     assert len({model.name for model in variants}) == len(variants)
 
 
-def test_the_recipe_changes_the_name(monkeypatch):
+@pytest.mark.parametrize(
+    ("slip", "written"), [(0.9, "0.9"), (1, "1.0"), (0.1 + 0.2, "0.30000000000000004")]
+)
+def test_the_name_has_the_slip_in_full(slip, written):
+    name = TinyModel("student", slip=slip, digits=3, seed=5).name
+    assert name.startswith(f"addition3-student-slip{written}-seed5-")
+
+
+def test_a_recipe_takes_32_additions_per_step_unless_said_otherwise():
+    assert Recipe(width=32, layers=1, steps=1, lr=1e-3, muon=False).batch_size == 32
+    assert models.RECIPES["teacher"].batch_size == 32
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 7}, {"batch_size": 7}, {"lr": 7e-3}, {"muon": False}, {"width": 64}]
+)
+def test_the_recipe_changes_the_name(monkeypatch, change):
     before = TinyModel("student").name
-    changed = replace(models.RECIPES["student"], steps=7)
+    changed = replace(models.RECIPES["student"], **change)
     monkeypatch.setitem(models.RECIPES, "student", changed)
     assert TinyModel("student").name != before
 
@@ -79,3 +98,36 @@ def test_untrained_weights_follow_the_seed(tmp_path):
         weights.append(load_causal_lm(str(tmp_path / name)).lm_head.weight)
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
+
+
+def test_the_shipped_pair_is_unpacked_and_a_changed_file_is_refused(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    import kdrl_lightning.tiny.models as models
+
+    monkeypatch.setenv("KDRL_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    for role in ("teacher", "student"):
+        model = TinyModel(role)
+        file = models.SHIPPED / f"{model.recipe_name}.safetensors"
+        assert file.stat().st_size < 1_500_000
+        made = load_file(Path(model.path()) / "model.safetensors")
+        for name, tensor in load_file(file).items():
+            assert torch.equal(made[name], tensor.float()), name
+    broken = tmp_path / file.name
+    weights = load_file(file)
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, broken)
+    with pytest.raises(ConfigurationError, match="must have the checksum 4718"):
+        models.unpack(broken, models.RECIPES["student"], tmp_path / "folder")
+
+
+def test_a_pair_of_one_seed_is_the_same_to_the_bit(tmp_path, monkeypatch):
+    import kdrl_lightning.tiny.models as models
+
+    small = Recipe(width=32, layers=1, steps=10, lr=1e-3, muon=True, batch_size=4)
+    monkeypatch.setitem(models.RECIPES, "student", small)
+    sums = []
+    for name in ("one", "two"):
+        TinyModel("student").train(tmp_path / name)
+        sums.append(models.pack(tmp_path / name, tmp_path / "packed" / f"{name}.safetensors"))
+    assert sums[0] == sums[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import Qwen2Tokenizer
 
 from kdrl_lightning.models import load_tokenizer
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
@@ -19,6 +20,16 @@ def test_vocabulary_is_two_special_tokens_and_the_symbols(tokenizer):
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(expected)}
     assert len(tokenizer) == 16
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_it_is_what_transformers_makes_of_a_qwen2_folder(tokenizer):
+    assert type(tokenizer) is Qwen2Tokenizer
+
+
+def test_there_is_no_unknown_token_other_characters_are_left_out(tokenizer):
+    assert tokenizer.unk_token_id is None
+    assert tokenizer("why?")["input_ids"] == []
+    assert tokenizer("a1 +\n2ß")["input_ids"] == [3, 12, 4]
 
 
 @pytest.mark.parametrize("symbol", SYMBOLS)
