@@ -40,6 +40,10 @@ class SupervisedDataModule(pl.LightningDataModule):
         micro = self._trainer().accumulate_grad_batches
         return IndexLoader(max(len(self.traces) // self.batch_size, 1) * micro, micro)
 
+    def val_dataloader(self) -> list[Any]:
+        """Return nothing."""
+        return []
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> RolloutBatch:
         """Turn an index into a micro-batch."""
         step = self._trainer().global_step
