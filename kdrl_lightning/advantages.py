@@ -26,6 +26,7 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
     Raises:
         ConfigurationError: shape is not ``[P, G]``, G = 1, or a reward is not finite.
 
+    >>> import torch
     >>> group_relative(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), scale_by_std=False)
     tensor([[ 0.5000, -0.5000],
             [ 0.0000,  0.0000]])

@@ -163,6 +163,10 @@ def test_a_reward_that_fails_later_is_counted_then_stops(
 
 
 CLI_CASES = {
+    "short name of a callable": (
+        ["--data.reward=ExactMatch"],
+        "did you mean kdrl_lightning.ExactMatch?",
+    ),
     "no such checkpoint": (["--ckpt_path=nothing.ckpt"], "`ckpt_path` must be a checkpoint"),
     "no such accelerator": (["--trainer.accelerator=abacus"], "abacus"),
     "no such strategy": (["--trainer.strategy=luck"], "luck"),

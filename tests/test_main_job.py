@@ -80,7 +80,7 @@ def test_another_model_and_prompt_source_run_the_same_configuration(tmp_path: Pa
         f"--model.student={llama(tmp_path / 'student', 0)}",
         f"--model.teacher.model={llama(tmp_path / 'teacher', 1)}",
         *[flag.format(name) for name in ("train", "val") for flag in prompts],
-        "--data.reward=ExactMatch",
+        "--data.reward=kdrl_lightning.ExactMatch",
         "--trainer.max_steps=4",
         cwd=tmp_path,
     )

@@ -30,10 +30,12 @@ def some_reward(sample: Sample) -> float:
     return float(len(sample.ids) % 2)
 
 
-def make_module(student: str, teacher: str, objective: Objective | None = None) -> KDRLModule:
+def make_module(
+    student: str, teacher: str, objective: Objective | None = None, dtype: str = "auto"
+) -> KDRLModule:
     return KDRLModule(
         student=student,
-        teacher=LocalTeacher(teacher),
+        teacher=LocalTeacher(teacher, dtype),
         objective=objective or RLAD(),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
     )
@@ -217,7 +219,7 @@ def test_micro_batches_leave_the_gradient_of_a_step_unchanged(
             ) -> None:
                 grads.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone())
 
-        module = make_module(student_folder, teacher_folder, objective)
+        module = make_module(student_folder, teacher_folder, objective, "float64")
         fit(
             tmp_path,
             module,
