@@ -19,6 +19,7 @@ from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
+from kdrl_lightning.rollout.together import require_finite, stop_together
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -207,7 +208,7 @@ class RolloutDataModule(pl.LightningDataModule):
         started = time.perf_counter()
         module = self._module()
         sync_seconds = self._sync(self.rollout_engine, module.weights())
-        batch = self._sample_rollout(rollout)
+        batch = stop_together(lambda: self._sample_rollout(rollout), module.reduce)
         sampled = time.perf_counter()
         plan = plan_updates(
             batch.to(module.device),
@@ -220,6 +221,8 @@ class RolloutDataModule(pl.LightningDataModule):
             prepare=module.objective.prepare,
             reduce=module.reduce,
         )
+        teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
+        stop_together(lambda: require_finite(teacher, tokens), module.reduce)
         seconds = {
             "time/sync_s": sync_seconds,
             "time/rollout_s": sampled - started - sync_seconds,

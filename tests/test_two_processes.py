@@ -55,13 +55,38 @@ def fit(folder: Path, student: str, teacher: str, *flags: str) -> Path:
     out = subprocess.run(
         [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "run.yaml", *flags],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{folder}:{folder.parent}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     return folder / "runs/kdrl_lightning/version_0"
+
+
+def test_a_reward_that_fails_on_one_rank_stops_both(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    (tmp_path / "sick_rank.py").write_text(
+        "import os\n\n\ndef reward(sample):\n"
+        "    sick = os.environ.get('LOCAL_RANK') == '1'\n"
+        "    return 1 / 0 if sick and sample.text not in ('', sample.row['prompt']) else 1.0\n"
+    )
+    with pytest.raises(AssertionError, match=r"another process had to stop|the reward failed on"):
+        fit(
+            tmp_path / "run",
+            student_folder,
+            teacher_folder,
+            "--data.reward=sick_rank.reward",
+            "--data.val_prompts=null",
+            "--trainer.max_steps=2",
+            "--trainer.strategy=ddp",
+            "--trainer.devices=2",
+        )
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
