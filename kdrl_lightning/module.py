@@ -73,7 +73,7 @@ class KDRLModule(pl.LightningModule):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._warned_of_rate = False
-        self._uses_teacher = teacher is not None
+        self._active_teacher = teacher
         self._stats = StepStats()
         self._step_loss = 0.0
         self._tokenizer: Any = None
@@ -119,9 +119,10 @@ class KDRLModule(pl.LightningModule):
                 f"{self.trainer.precision}. Use bf16-mixed or 32-true: in 16-bit weights an update "
                 "of 1e-6 rounds away."
             )
-        self._uses_teacher = stage == "fit" and self.teacher is not None
-        if self._uses_teacher and self.teacher is not None:
-            self.teacher.check(self.tokenizer, self.student_path)
+        # Evaluation needs no teacher: do not load it for nothing.
+        self._active_teacher = self.teacher if stage == "fit" else None
+        if self._active_teacher is not None:
+            self._active_teacher.check(self.tokenizer, self.student_path)
 
     def configure_model(self) -> None:
         """Load the student and, for training, the teacher, once."""
@@ -129,13 +130,13 @@ class KDRLModule(pl.LightningModule):
             model = load_causal_lm(self.student_path, torch.get_default_dtype())
             self.student = Scorer(model)
             self.student.verify(self.student_path)
-        if self._uses_teacher and self.teacher is not None:
-            self.teacher.load(self.device)
+        if self._active_teacher is not None:
+            self._active_teacher.load(self.device)
 
     def on_fit_start(self) -> None:
         """Move the teacher to where the student is by now."""
-        if self.teacher is not None:
-            self.teacher.load(self.device)
+        if self._active_teacher is not None:
+            self._active_teacher.load(self.device)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from their callables."""
