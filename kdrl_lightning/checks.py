@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.sft import SFT
+from kdrl_lightning.rollout.loader import limited
 
 if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule
@@ -50,7 +51,7 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
     length = len(data.train_dataloader())
     for name in ("limit_train_batches", "overfit_batches"):
         limit = getattr(trainer, name)
-        batches = min(limit, length) if isinstance(limit, int) else int(length * limit)
+        batches = limited(length, limit)
         if batches % accumulate:
             raise ConfigurationError(
                 f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "

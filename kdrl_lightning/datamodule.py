@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ from kdrl_lightning.evaluation import EvaluationBatch
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
 from kdrl_lightning.rewards.base import Reward, RewardRunner
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
-from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
+from kdrl_lightning.rollout.loader import IndexLoader, limited, prompt_stream
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.together import require_finite, stop_together
@@ -170,11 +169,8 @@ class RolloutDataModule(pl.LightningDataModule):
             raise TypeError(f"expected an index, got {type(batch).__name__}")
         if self.trainer.training:
             return self._training_batch(batch)
-        size, world = self.val_batch_size, self.trainer.world_size
-        start = batch * size * world + self.trainer.global_rank
-        rows = range(start, min(len(self._val), (batch + 1) * size * world), world)
         self._sync(self.rollout_engine, self._module().weights())
-        return self._evaluate(self.rollout_engine, rows)
+        return self._evaluate(self.rollout_engine, batch)
 
     def evaluate(self, weights: ModelWeights) -> float:
         """Accuracy of any model at hand on the prompts that a validation takes.
@@ -184,15 +180,9 @@ class RolloutDataModule(pl.LightningDataModule):
         engine = TransformersEngine()
         module = self._module()
         engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        limit = self.trainer.limit_val_batches
-        batches = len(self.val_dataloader())
-        batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-        mine = range(rank, min(len(self._val), batches * self.val_batch_size * world), world)
         correct = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(mine), self.val_batch_size):
-            batch = self._evaluate(engine, mine[start : start + self.val_batch_size])
-            table = batch.correct.double()
+        for batch in range(limited(len(self.val_dataloader()), self.trainer.limit_val_batches)):
+            table = self._evaluate(engine, batch).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
         solved, prompts = module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
@@ -263,7 +253,11 @@ class RolloutDataModule(pl.LightningDataModule):
             mask_truncated=self.mask_truncated,
         )
 
-    def _evaluate(self, engine: RolloutEngine, rows: Sequence[int]) -> EvaluationBatch:
+    def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
+        """Sample this rank's rows of one evaluation batch; there may be none left."""
+        world = self.trainer.world_size
+        start, end = (b * self.val_batch_size * world for b in (batch, batch + 1))
+        rows = range(start + self.trainer.global_rank, min(len(self._val), end), world)
         seeds = [
             [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(self.val_samples)]
             for r in rows

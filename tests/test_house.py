@@ -35,7 +35,7 @@ ALLOWED = {
     "evaluation": FLOOR | {"rollout"},
     "module": FLOOR
     | {"evaluation", "metrics", "models", "objectives", "scorer", "teachers", "weights"},
-    "checks": FLOOR | {"datamodule", "objectives"},
+    "checks": FLOOR | {"datamodule", "objectives", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": set(),

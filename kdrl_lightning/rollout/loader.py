@@ -34,6 +34,15 @@ class IndexLoader:
         """Ignore the state."""
 
 
+def limited(length: int, limit: int | float) -> int:
+    """Batches that one of Lightning's ``limit_*_batches`` leaves: a count, or a fraction.
+
+    >>> limited(6, 1000), limited(6, 0.5), limited(6, 1.0)
+    (6, 3, 6)
+    """
+    return min(limit, length) if isinstance(limit, int) else int(length * limit)
+
+
 def prompt_stream(start: int, count: int, size: int, seed: int) -> list[int]:
     """Rows at positions ``start ..`` of an endless stream of seeded shuffles of ``size`` rows.
 
