@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
@@ -56,3 +57,56 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
     # Equal rewards can leave a rounding residue of the mean, which the division would blow up.
     constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
     return advantages.masked_fill(constant, 0.0)
+
+
+def shaped(
+    rewards: Tensor,
+    mean_gaps: Tensor,
+    teacher_kl_coef: float,
+    scale_by_std: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Group-relative advantages of rewards shaped by the teacher: ``r' = r + beta mean_t d``.
+
+    KDRL (arXiv 2506.02208) compares the joint loss with a reward shaping whose exact form was not
+    recovered; this one is our choice. The standard deviation is that of the **unshaped** rewards:
+    that of the shaped ones would cancel beta in a group of equal rewards and train it on KL noise
+    at full size. Where it is 0, the shaped reward's own difference from the group's mean stands.
+
+    Args:
+        rewards: ``[P, G]`` finite rewards, G >= 2.
+        mean_gaps: ``[P, G]`` mean over a completion's tokens of log pi_T - log pi_old.
+        teacher_kl_coef: beta.
+        scale_by_std: divide by the group's standard deviation of ``rewards``.
+        eps: added to the standard deviation.
+
+    Returns:
+        ``[P, G]`` advantages.
+    """
+    plain = group_relative(rewards, scale_by_std=False)  # checks shape and values as well
+    gaps = mean_gaps - mean_gaps.mean(1, keepdim=True)
+    advantages = plain + teacher_kl_coef * gaps
+    if not scale_by_std or not rewards.shape[0]:
+        return advantages
+    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    std = rewards.to(plain.dtype).std(1, keepdim=True) + eps
+    return advantages / torch.where(constant, 1.0, std)
+
+
+def reweighted(advantages: Tensor, gap: Tensor, mix: float = 0.5, width: float = 0.2) -> Tensor:
+    """Self-distilled reweighting: the teacher scales an advantage, never flips it.
+
+    RLSD (arXiv 2604.03128), with lambda = mix and eps_w = width:
+    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
+
+    Args:
+        advantages: ``[B, T]`` or broadcastable to it.
+        gap: ``[B, T]`` d = log pi_T - log pi.
+        mix: in [0, 1]; 0 leaves the advantage alone.
+        width: in [0, 1].
+
+    Returns:
+        ``[B, T]``.
+    """
+    weight = (advantages.sign() * gap).exp().clamp(1.0 - width, 1.0 + width)
+    return advantages * (1.0 - mix + mix * weight)

@@ -1,9 +1,23 @@
 """Losses as pure functions of tensors: per-token values out, the caller reduces."""
 
-from kdrl_lightning.losses.divergences import forward_kl, k1, k2, k3, reverse_kl
-from kdrl_lightning.losses.logprobs import chosen_logprobs
+from kdrl_lightning.losses.divergences import (
+    forward_kl,
+    generalized_jsd,
+    k1,
+    k2,
+    k3,
+    policy_gradient_kl,
+    reverse_kl,
+    with_tail,
+)
+from kdrl_lightning.losses.importance import importance_mask, importance_weights
+from kdrl_lightning.losses.logprobs import TokenScores, chosen_logprobs, token_scores
 from kdrl_lightning.losses.policy import (
+    cispo_surrogate,
     clipped_surrogate,
+    luffy_surrogate,
+    sequence_log_ratio,
+    sequence_surrogate,
     trrd_log_ratio,
     trrd_surrogate,
 )
@@ -13,19 +27,42 @@ from kdrl_lightning.losses.reduction import (
     sequence_mean,
     token_mean,
 )
+from kdrl_lightning.losses.selection import (
+    aligned,
+    beneficial,
+    certain,
+    wrong_completions,
+    wrong_groups,
+)
 
 __all__ = [
+    "TokenScores",
+    "aligned",
+    "beneficial",
+    "certain",
     "chosen_logprobs",
+    "cispo_surrogate",
     "clipped_surrogate",
     "constant_length",
     "forward_kl",
+    "generalized_jsd",
     "group_token_mean",
+    "importance_mask",
+    "importance_weights",
     "k1",
     "k2",
     "k3",
+    "luffy_surrogate",
+    "policy_gradient_kl",
     "reverse_kl",
+    "sequence_log_ratio",
     "sequence_mean",
+    "sequence_surrogate",
     "token_mean",
+    "token_scores",
     "trrd_log_ratio",
     "trrd_surrogate",
+    "with_tail",
+    "wrong_completions",
+    "wrong_groups",
 ]

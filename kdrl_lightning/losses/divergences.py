@@ -7,6 +7,8 @@ from what its value estimates, and stands in each docstring.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,21 @@ def k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     return gap.expm1() - gap
 
 
+def policy_gradient_kl(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Sampled-token loss ``-sg(R) log pi``: a policy gradient with advantage R.
+
+    Its gradient is k2's, and so reverse KL's, exactly; the value has no meaning of its own.
+
+    Args:
+        logprobs: ``[B, T]`` student log-probabilities of the sampled tokens, with gradient.
+        teacher_logprobs: ``[B, T]`` the teacher's; detached here.
+
+    Returns:
+        ``[B, T]`` loss.
+    """
+    return -(teacher_logprobs - logprobs).detach() * logprobs
+
+
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(student || teacher) over the full vocabulary, mode-seeking; teacher detached.
 
@@ -94,6 +111,55 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         ``[...]`` nats, at least 0; infinite where the student excludes what the teacher allows.
     """
     return _kl(teacher_logits.detach().log_softmax(-1), student_logits.log_softmax(-1))
+
+
+def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence over the full vocabulary; teacher detached.
+
+    GKD (arXiv 2306.13649): ``beta KL(T || M) + (1 - beta) KL(S || M)`` with the mixture
+    ``M = beta T + (1 - beta) S``. The ends are defined as KL(T || S) at 0 and KL(S || T) at 1,
+    the limits of the divergence over ``beta`` and over ``1 - beta``.
+
+    Args:
+        student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.
+        teacher_logits: ``[..., V]`` the teacher's; detached here.
+        jsd_beta: weight of the teacher in the mixture, in [0, 1].
+
+    Returns:
+        ``[...]`` nats, at least 0; between the ends finite whatever the supports.
+
+    >>> generalized_jsd(torch.zeros(1, 4), torch.zeros(1, 4), 0.5)
+    tensor([0.])
+    """
+    if jsd_beta == 0.0:
+        return forward_kl(student_logits, teacher_logits)
+    if jsd_beta == 1.0:
+        return reverse_kl(student_logits, teacher_logits)
+    student = student_logits.log_softmax(-1)
+    teacher = teacher_logits.detach().log_softmax(-1)
+    # Where both are -inf the gradient of logaddexp is NaN; e^-10000 is 0 as well.
+    student_part = student.clamp(min=-1e4) + math.log1p(-jsd_beta)
+    mixture = torch.logaddexp(student_part, teacher.clamp(min=-1e4) + math.log(jsd_beta))
+    return jsd_beta * _kl(teacher, mixture) + (1.0 - jsd_beta) * _kl(student, mixture)
+
+
+def with_tail(topk_logprobs: Tensor) -> Tensor:
+    """Add one bucket with the mass of all tokens that are not among the K.
+
+    Log-probabilities are unnormalised ones too: the divergences take the result as logits.
+
+    Args:
+        topk_logprobs: ``[..., K]`` log-probabilities of K different tokens.
+
+    Returns:
+        ``[..., K + 1]``, summing to 1 after exp; the last is at least about e^-16 (float32).
+
+    >>> with_tail(torch.tensor([0.5, 0.25]).log()).exp()
+    tensor([0.5000, 0.2500, 0.2500])
+    """
+    tiny = torch.finfo(topk_logprobs.dtype).eps
+    mass = topk_logprobs.exp().sum(-1, keepdim=True)
+    return torch.cat([topk_logprobs, (1.0 - mass).clamp(min=tiny).log()], -1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of chosen tokens, straight from hidden states, in chunks.
+"""Scores of chosen tokens, straight from hidden states, in chunks.
 
 Written by hand because no library at hand gives per-token log-probabilities *and* entropy at a
 temperature with a soft-capped head: torch's ``linear_cross_entropy`` returns neither entropy nor,
@@ -7,7 +7,9 @@ on its chunked path, unreduced values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 
+Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.
+LOGPROB_FLOOR = -30.0
 CHUNK_BYTES = 64 << 20
 MAX_CHUNK = 1024
 
@@ -48,6 +53,37 @@ class Head:
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
+class TokenScores(NamedTuple):
+    """What a model says of chosen tokens; N stands for any leading shape, ``[B, T]`` in a batch.
+
+    Attributes:
+        logprobs: ``[N]`` of the chosen tokens.
+        entropy: ``[N]`` nats.
+        topk_ids: ``[N, K]`` int64, the model's own most likely tokens, best first.
+        topk_logprobs: ``[N, K]`` at the ids that were asked for.
+        divergence: ``[N]`` from another model's distribution, over the full vocabulary.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    topk_ids: Tensor | None = None
+    topk_logprobs: Tensor | None = None
+    divergence: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
+        """Return a copy with ``function`` of every field that is there."""
+        logprobs, entropy, *rest = self
+        changed = (None if value is None else function(value) for value in rest)
+        return TokenScores(function(logprobs), function(entropy), *changed)
+
+
+class Other(NamedTuple):
+    """Another model's last hidden states ``[N, H]`` for the same tokens, and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
 def chosen_logprobs(
     hidden: Tensor,
     head: Head,
@@ -56,6 +92,26 @@ def chosen_logprobs(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each chosen token and the entropy of its distribution.
+
+    See ``token_scores``, of which these are the first two fields.
+    """
+    scores = token_scores(hidden, head, ids, temperature, chunk_size)
+    return scores.logprobs, scores.entropy
+
+
+def token_scores(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    *,
+    top_k: int = 0,
+    topk_ids: Tensor | None = None,
+    other: Other | None = None,
+    divergence: Divergence | None = None,
+) -> TokenScores:
+    """Score chosen tokens.
 
     Only one chunk of logits exists at a time, forward and backward: chunks are recomputed in the
     backward pass, so memory grows with ``chunk_size * V`` and not with ``N * V``.
@@ -66,9 +122,13 @@ def chosen_logprobs(
         ids: ``[N]`` int64, the chosen tokens.
         temperature: logits are divided by it; above 0.
         chunk_size: rows per chunk; None takes about 64 MiB of float32 logits, at most 1024 rows.
+        top_k: how many of its own most likely tokens to name.
+        topk_ids: ``[N, K]``, tokens whose log-probabilities are wanted as well.
+        other: the model that ``divergence`` compares with, at the same temperature.
+        divergence: ``(logits [n, V], other logits [n, V]) -> [n]``.
 
     Returns:
-        ``(logprobs [N], entropy [N])`` in nats, float32 or float64, with gradient.
+        Scores in nats, float32 or float64, with gradient; fields not asked for are None.
 
     Raises:
         ConfigurationError: temperature or chunk size out of range.
@@ -77,18 +137,43 @@ def chosen_logprobs(
         raise ConfigurationError(f"`temperature` must be above 0: got {temperature}.")
     if chunk_size is not None:
         require_between("chunk_size", chunk_size, 1, float("inf"))
-    size = chunk_size or auto_chunk_size(head.vocab_size or head.weight.shape[0])
-    if not len(ids):
-        empty = head.logits(hidden[:0]).sum() + hidden[:0].sum()
-        nothing = empty.expand(0)
-        return nothing, nothing
-    parts = [
-        checkpoint(_chunk, h, head, i, temperature, use_reentrant=False, preserve_rng_state=False)
-        if torch.is_grad_enabled()
-        else _chunk(h, head, i, temperature)
-        for h, i in zip(hidden.split(size), ids.split(size), strict=True)
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    vocab = head.vocab_size or head.weight.shape[0]
+    size = chunk_size or auto_chunk_size(vocab)
+
+    def score(
+        states: Tensor, chosen: Tensor, asked: Tensor | None, others: Tensor | None
+    ) -> TokenScores:
+        logits = head.logits(states) / temperature
+        log_norm = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, chosen[:, None]).squeeze(-1) - log_norm
+        # A softmax entry of 0 times a logit of -inf is no contribution, not NaN.
+        expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
+        own = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
+        at = None if asked is None else logits.gather(-1, asked) - log_norm[:, None]
+        gap = None
+        if divergence is not None and other is not None and others is not None:
+            gap = divergence(logits, other.head.logits(others) / temperature)
+        return TokenScores(logprobs, log_norm - expected, own, at, gap)
+
+    parts = []
+    for start in range(0, max(len(ids), 1), size):  # once at least: a graph also without tokens
+        rows = slice(start, start + size)
+        chunk = (
+            hidden[rows],
+            ids[rows],
+            None if topk_ids is None else topk_ids[rows],
+            None if other is None else other.hidden[rows],
+        )
+        parts.append(
+            checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else score(*chunk)
+        )
+    if len(parts) == 1:
+        return TokenScores(*parts[0])
+    logprobs, entropy, *rest = zip(*parts, strict=True)
+    joined = (None if c[0] is None else torch.cat(c) for c in rest)
+    return TokenScores(torch.cat(logprobs), torch.cat(entropy), *joined)
 
 
 def auto_chunk_size(vocab_size: int) -> int:
@@ -98,12 +183,3 @@ def auto_chunk_size(vocab_size: int) -> int:
     (110, 1024)
     """
     return max(1, min(CHUNK_BYTES // (4 * vocab_size), MAX_CHUNK))
-
-
-def _chunk(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head.logits(hidden) / temperature
-    log_norm = logits.logsumexp(-1)
-    chosen = logits.gather(-1, ids[:, None]).squeeze(-1) - log_norm
-    # A softmax entry of 0 times a logit of -inf is no contribution, not NaN.
-    expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
-    return chosen, log_norm - expected
