@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.rollout_batch import STUDENT
 
 
 class WeightSync(pl.Callback):
@@ -43,7 +44,10 @@ class WeightSync(pl.Callback):
             )
         if batch.rollout_logprobs is None or batch.old_logprobs is None:
             return
-        gap = (batch.rollout_logprobs - batch.old_logprobs).abs()[batch.completion_mask]
+        own = batch.completion_mask & (batch.source == STUDENT)[:, None]
+        if not own.any():
+            return
+        gap = (batch.rollout_logprobs - batch.old_logprobs).abs()[own]
         pl_module.log("rollout/logprob_diff_max", gap.max())
         if not float(gap.mean()) <= self.max_mean_diff:
             raise TrainingStopped(

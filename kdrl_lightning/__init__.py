@@ -21,13 +21,23 @@ _HOME = {
     "RLAD": "objectives",
     "OnPolicyDistillation": "objectives",
     "SFT": "objectives",
+    "CISPO": "objectives",
+    "GKD": "objectives",
+    "GSPO": "objectives",
+    "RLSD": "objectives",
+    "SRPO": "objectives",
+    "PolicyObjective": "objectives",
+    "WeightedSum": "objectives",
     "Objective": "objectives",
     "LocalTeacher": "teachers",
+    "CachedTeacher": "teachers",
+    "RoutedTeacher": "teachers",
     "Teacher": "teachers",
     "TransformersEngine": "rollout",
     "RolloutEngine": "rollout",
     "JSONLPrompts": "prompts",
     "ExactMatch": "rewards",
+    "OverlongPenalty": "rewards",
     "Sample": "rewards",
     "Verdict": "rewards",
     "ConfigurationError": "errors",
@@ -41,21 +51,31 @@ if TYPE_CHECKING:
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
     from kdrl_lightning.module import KDRLModule as KDRLModule
+    from kdrl_lightning.objectives import CISPO as CISPO
+    from kdrl_lightning.objectives import GKD as GKD
     from kdrl_lightning.objectives import GRPO as GRPO
+    from kdrl_lightning.objectives import GSPO as GSPO
     from kdrl_lightning.objectives import KDRL as KDRL
     from kdrl_lightning.objectives import RLAD as RLAD
+    from kdrl_lightning.objectives import RLSD as RLSD
     from kdrl_lightning.objectives import SFT as SFT
+    from kdrl_lightning.objectives import SRPO as SRPO
     from kdrl_lightning.objectives import Objective as Objective
     from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
+    from kdrl_lightning.objectives import PolicyObjective as PolicyObjective
+    from kdrl_lightning.objectives import WeightedSum as WeightedSum
     from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts
     from kdrl_lightning.rewards import ExactMatch as ExactMatch
+    from kdrl_lightning.rewards import OverlongPenalty as OverlongPenalty
     from kdrl_lightning.rewards import Sample as Sample
     from kdrl_lightning.rewards import Verdict as Verdict
     from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
+    from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
+    from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
     from kdrl_lightning.teachers import Teacher as Teacher
 
 

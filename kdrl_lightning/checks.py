@@ -20,23 +20,14 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
     Raises:
         ConfigurationError: they do not, or the objective cannot use such groups.
     """
-    if isinstance(module.objective, SFT):
-        raise ConfigurationError(
-            "`objective` SFT must train on given completions: got rollouts of the student. "
-            "Use SupervisedDataModule."
-        )
-    if module.objective.needs_groups and data.group_size < 2:
-        raise ConfigurationError(
-            f"`group_size` must be at least 2 for {type(module.objective).__name__}, whose "
-            f"advantages compare the completions of one prompt: got {data.group_size}."
-        )
+    check_completions(data, module)
     unit = data.minibatches_per_rollout * trainer.world_size
     if data.prompts_per_rollout % unit:
         raise ConfigurationError(
             f"`prompts_per_rollout` must be a multiple of minibatches_per_rollout * processes "
             f"= {unit}: got {data.prompts_per_rollout}."
         )
-    rows = data.prompts_per_rollout // unit * data.group_size
+    rows = data.prompts_per_rollout // unit * data.completions_per_prompt
     accumulate = trainer.accumulate_grad_batches
     if accumulate > rows:
         raise ConfigurationError(
@@ -57,3 +48,34 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
                 f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "
                 f"{limit}, which is {batches} of {length}. Give a multiple."
             )
+
+
+def check_completions(data: RolloutDataModule, module: Any) -> None:
+    """Check that the objective can use the completions that student and teacher sample."""
+    objective, name = module.objective, type(module.objective).__name__
+    if isinstance(objective, SFT) and data.group_size:
+        raise ConfigurationError(
+            f"`group_size` must be 0 for SFT, which trains on given completions: got "
+            f"{data.group_size}. Let the teacher sample them with `teacher_completions`, or use "
+            "SupervisedDataModule."
+        )
+    size = data.completions_per_prompt
+    if objective.needs_groups and size < 2:
+        raise ConfigurationError(
+            f"`group_size` must be at least 2 for {name}, whose advantages compare the completions "
+            f"of one prompt: got {size}."
+        )
+    if not data.teacher_completions:
+        return
+    if not objective.takes_teacher_completions:
+        raise ConfigurationError(
+            f"`teacher_completions` must be 0 for {name} without a rule for them: got "
+            f"{data.teacher_completions}. Give `teacher_tokens`, e.g. ShapedProbability (LUFFY) or "
+            "BehaviorRatio."
+        )
+    if module.teacher is None or not module.teacher.generates:
+        found = "no teacher" if module.teacher is None else type(module.teacher).__name__
+        raise ConfigurationError(
+            f"`teacher` must be one that can generate for `teacher_completions` "
+            f"{data.teacher_completions}: got {found}. Use a LocalTeacher."
+        )

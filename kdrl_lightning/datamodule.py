@@ -15,16 +15,21 @@ from kdrl_lightning.evaluation import EvaluationBatch
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
 from kdrl_lightning.rewards.base import Reward, RewardRunner
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
+from kdrl_lightning.rollout.groups import (
+    EVALUATION_NOISE,
+    TEACHER_NOISE,
+    TRAIN_NOISE,
+    Slots,
+    fill_groups,
+)
 from kdrl_lightning.rollout.loader import IndexLoader, limited, prompt_stream
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.together import require_finite, stop_together
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.watch import RolloutWatch
-from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch, collate
 from kdrl_lightning.weights import ModelWeights
-
-TRAIN_NOISE, EVALUATION_NOISE = 0, 1
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -40,7 +45,14 @@ class RolloutDataModule(pl.LightningDataModule):
         val_prompts: prompts for validate, test and predict.
         rollout_engine: samples completions; the transformers engine if None.
         prompts_per_rollout: prompts of one rollout, over all processes.
-        group_size: completions per prompt.
+        group_size: completions per prompt that the student samples; 0 with ``teacher_completions``
+            trains on the teacher's alone.
+        teacher_completions: completions per prompt that the teacher adds to the group; they are
+            rewarded like the student's.
+        teacher_temperature: sampling temperature of the teacher; None: ``temperature``.
+        teacher_engine: samples the teacher's completions; the transformers engine if None.
+        max_refills: how often a group whose rewards are all equal is replaced by another prompt's
+            (DAPO's dynamic sampling).
         max_tokens: longest completion, the end token included.
         temperature: sampling temperature of rollouts; log-probabilities are taken at it.
         minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
@@ -65,6 +77,10 @@ class RolloutDataModule(pl.LightningDataModule):
         rollout_engine: RolloutEngine | None = None,
         prompts_per_rollout: int = 32,
         group_size: int = 8,
+        teacher_completions: int = 0,
+        teacher_temperature: float | None = None,
+        teacher_engine: RolloutEngine | None = None,
+        max_refills: int = 0,
         max_tokens: int = 512,
         temperature: float = 1.0,
         minibatches_per_rollout: int = 1,
@@ -80,7 +96,6 @@ class RolloutDataModule(pl.LightningDataModule):
         super().__init__()
         counts = {
             "prompts_per_rollout": prompts_per_rollout,
-            "group_size": group_size,
             "max_tokens": max_tokens,
             "minibatches_per_rollout": minibatches_per_rollout,
             "epochs_per_rollout": epochs_per_rollout,
@@ -90,18 +105,37 @@ class RolloutDataModule(pl.LightningDataModule):
         }
         for name, value in counts.items():
             require_between(name, value, 1, float("inf"))
-        require_between("seed", seed, 0, float("inf"))
-        require_between("val_temperature", val_temperature, 0.0, float("inf"), "0 is greedy.")
-        if not 0.0 < temperature < float("inf"):
+        for name, value in {
+            "group_size": group_size,
+            "teacher_completions": teacher_completions,
+            "max_refills": max_refills,
+            "seed": seed,
+        }.items():
+            require_between(name, value, 0, float("inf"))
+        if group_size + teacher_completions < 1:
             raise ConfigurationError(
-                f"`temperature` must be above 0 for rollouts: got {temperature}. "
-                "Greedy sampling has no gradient; 1.0 is usual."
+                f"`group_size` must be at least 1 without `teacher_completions`: got {group_size}."
             )
+        require_between("val_temperature", val_temperature, 0.0, float("inf"), "0 is greedy.")
+        teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+        for name, heat in (
+            ("temperature", temperature),
+            ("teacher_temperature", teacher_temperature),
+        ):
+            if not 0.0 < heat < float("inf"):
+                raise ConfigurationError(
+                    f"`{name}` must be above 0 for rollouts: got {heat}. "
+                    "Greedy sampling has no gradient; 1.0 is usual."
+                )
         self.train_prompts = train_prompts
         self.val_prompts = val_prompts
         self.rollout_engine = rollout_engine or TransformersEngine()
         self.prompts_per_rollout = prompts_per_rollout
         self.group_size = group_size
+        self.teacher_completions = teacher_completions
+        self.teacher_sampling = Sampling(max_tokens, teacher_temperature)
+        self.teacher_engine = teacher_engine or TransformersEngine()
+        self.slots = Slots(prompts_per_rollout, minibatches_per_rollout, max_refills, seed)
         self.train_sampling = Sampling(max_tokens, temperature)
         self.val_sampling = Sampling(max_tokens, val_temperature)
         self.minibatches_per_rollout = minibatches_per_rollout
@@ -124,6 +158,11 @@ class RolloutDataModule(pl.LightningDataModule):
         """Optimizer steps taken on one rollout."""
         return self.minibatches_per_rollout * self.epochs_per_rollout
 
+    @property
+    def completions_per_prompt(self) -> int:
+        """Size of a group: the student's completions and the teacher's."""
+        return self.group_size + self.teacher_completions
+
     def rollout_at(self, global_step: int) -> int:
         """Index of the rollout that the update after ``global_step`` updates uses."""
         return global_step // self.updates_per_rollout
@@ -138,7 +177,7 @@ class RolloutDataModule(pl.LightningDataModule):
                 )
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self._plan, self.rollout_engine.version = None, None
+        self._plan, self.rollout_engine.version, self.teacher_engine.version = None, None, None
         if self.val_prompts is not None:
             self._val = self._encode(self.val_prompts, "val_prompts")
         if stage == "fit":
@@ -198,7 +237,9 @@ class RolloutDataModule(pl.LightningDataModule):
         started = time.perf_counter()
         module = self._module()
         sync_seconds = self._sync(self.rollout_engine, module.weights())
-        batch = stop_together(lambda: self._sample_rollout(rollout), module.reduce)
+        if self.teacher_completions and self.teacher_engine.version is None:
+            self._sync(self.teacher_engine, module.teacher.weights())
+        batch, refills = stop_together(lambda: self._sample_rollout(rollout), module.reduce)
         sampled = time.perf_counter()
         plan = plan_updates(
             batch.to(module.device),
@@ -219,39 +260,60 @@ class RolloutDataModule(pl.LightningDataModule):
             "time/score_s": time.perf_counter() - sampled,
         }
         compares = module.objective.needs_groups
-        metrics = self.watch.measure(plan.batch, self.rewards, seconds, module.reduce, compares)
+        metrics = self.watch.measure(
+            plan.batch, self.rewards, seconds, module.reduce, compares, refills
+        )
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
-    def _sample_rollout(self, rollout: int) -> RolloutBatch:
-        """Sample this rank's share: of every mini-batch, every world-size-th group."""
-        share = self.prompts_per_rollout // self.minibatches_per_rollout
-        start = rollout * self.prompts_per_rollout
-        stream = prompt_stream(start, self.prompts_per_rollout, len(self._train), self.seed)
-        mine = [
-            m * share + g
-            for m in range(self.minibatches_per_rollout)
-            for g in range(self.trainer.global_rank, share, self.trainer.world_size)
-        ]
-        seeds = [
-            [noise_seed(self.seed, TRAIN_NOISE, rollout, p, k) for k in range(self.group_size)]
-            for p in mine
-        ]
-        prompts = [self._train[stream[p]] for p in mine]
-        judged = self._sample(self.rollout_engine, prompts, seeds, self.train_sampling)
-        groups = [g for g in range(len(mine)) for _ in range(self.group_size)]
-        return collate(
+    def _sample_rollout(self, rollout: int) -> tuple[RolloutBatch, int]:
+        """Sample this rank's share of a rollout; return it and how many groups were replaced."""
+        groups, refills = fill_groups(
+            self.slots.of_rank(self.trainer.global_rank, self.trainer.world_size),
+            lambda slots, attempt: self._sample_groups(rollout, slots, attempt),
+            self.slots.max_refills,
+        )
+        judged = [j for group in groups for j in group]
+        teacher = self._module().teacher
+        batch = collate(
             [j.prompt_ids for j in judged],
             [j.completion.ids for j in judged],
-            groups,
+            [g for g, group in enumerate(groups) for _ in group],
             pad_id=self._pad_id(),
             rewards=[j.verdict.reward for j in judged],
             correct=[j.verdict.correct for j in judged],
             truncated=[j.completion.truncated for j in judged],
             policy_version=[self.rollout_engine.version or 0] * len(judged),
             rollout_logprobs=[j.completion.logprobs for j in judged],
+            source=[j.source for j in judged],
+            teacher_route=None if teacher is None else [teacher.route(j.row) for j in judged],
             temperature=self.train_sampling.temperature,
             mask_truncated=self.mask_truncated,
         )
+        return batch, refills
+
+    def _sample_groups(self, rollout: int, slots: list[int], attempt: int) -> list[list[Judged]]:
+        """Sample one group per slot: the student's completions, then the teacher's."""
+        positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
+        size = len(self._train)
+        prompts = [self._train[prompt_stream(p, 1, size, self.seed)[0]] for p in positions]
+        groups: list[list[Judged]] = [[] for _ in slots]
+        for engine, count, stream, sampling, source in (
+            (self.rollout_engine, self.group_size, TRAIN_NOISE, self.train_sampling, STUDENT),
+            (
+                self.teacher_engine,
+                self.teacher_completions,
+                TEACHER_NOISE,
+                self.teacher_sampling,
+                TEACHER,
+            ),
+        ):
+            if not count:
+                continue
+            seeds = [self.slots.seeds(rollout, s, attempt, stream, count) for s in slots]
+            judged = self._sample(engine, prompts, seeds, sampling, source=source)
+            for i, group in enumerate(groups):
+                group += judged[i * count : (i + 1) * count]
+        return groups
 
     def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
         """Sample this rank's rows of one evaluation batch; there may be none left."""
@@ -273,11 +335,12 @@ class RolloutDataModule(pl.LightningDataModule):
         seeds: list[list[int]],
         sampling: Sampling,
         training: bool = True,
+        source: int = STUDENT,
     ) -> list[Judged]:
         tokenizer = self._module().tokenizer
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
-                engine, tokenizer, self.rewards, prompts, seeds, sampling, training
+                engine, tokenizer, self.rewards, prompts, seeds, sampling, training, source
             )
 
     def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.metrics import PassAt1, StepStats
 from kdrl_lightning.models import (
     ModelSource,
@@ -27,6 +28,7 @@ from kdrl_lightning.objectives.base import Objective
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.weights import ModelWeights
 
 
@@ -74,6 +76,7 @@ class KDRLModule(pl.LightningModule):
         self._skipped_in_a_row = 0
         self._warned_of_rate = False
         self._active_teacher = teacher
+        self._reference: LocalTeacher | None = None
         self._stats = StepStats()
         self._step_loss = 0.0
         self._tokenizer: Any = None
@@ -121,8 +124,11 @@ class KDRLModule(pl.LightningModule):
             )
         # Evaluation needs no teacher: do not load it for nothing.
         self._active_teacher = self.teacher if stage == "fit" else None
-        if self._active_teacher is not None:
-            self._active_teacher.check(self.tokenizer, self.student_path)
+        # The initial student, for a reference KL, is one more frozen model.
+        wanted = stage == "fit" and self.objective.needs_reference
+        self._reference = LocalTeacher(self.student_source, "float32") if wanted else None
+        for frozen in self._frozen():
+            frozen.check(self.tokenizer, self.student_path)
 
     def configure_model(self) -> None:
         """Load the student and, for training, the teacher, once."""
@@ -130,13 +136,13 @@ class KDRLModule(pl.LightningModule):
             model = load_causal_lm(self.student_path, torch.get_default_dtype())
             self.student = Scorer(model)
             self.student.verify(self.student_path)
-        if self._active_teacher is not None:
-            self._active_teacher.load(self.device)
+        for frozen in self._frozen():
+            frozen.load(self.device)
 
     def on_fit_start(self) -> None:
-        """Move the teacher to where the student is by now."""
-        if self._active_teacher is not None:
-            self._active_teacher.load(self.device)
+        """Move the frozen models to where the student is by now."""
+        for frozen in self._frozen():
+            frozen.load(self.device)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from their callables."""
@@ -155,17 +161,41 @@ class KDRLModule(pl.LightningModule):
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add old and teacher log-probabilities to a rollout, under the trainer's precision."""
+        """Add what student, teacher and reference say of a rollout, under the trainer's precision.
+
+        A teacher's log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
+        """
         with self.trainer.precision_plugin.forward_context():
-            scores = self._student().score(batch)
-            teacher = None if self.teacher is None else self.teacher.score(batch)
+            scores = self._student().score(batch, top_k=max(self.objective.top_k, 1))
+            asked = scores.topk_ids if self.objective.top_k else None
+            batch = batch.replace(
+                old_logprobs=scores.logprobs, old_entropy=scores.entropy, topk_ids=scores.topk_ids
+            )
+            if self._reference is not None:
+                batch = batch.replace(ref_logprobs=self._reference.score(batch).logprobs)
+            if self.teacher is None:
+                return batch
+            teacher = self.teacher.score(batch, asked)
+        best = teacher.topk_ids
         return batch.replace(
-            old_logprobs=scores.logprobs, old_entropy=scores.entropy, teacher_logprobs=teacher
+            teacher_logprobs=teacher.logprobs.clamp(min=LOGPROB_FLOOR),
+            teacher_entropy=teacher.entropy,
+            teacher_top_ids=None if best is None else best[..., 0],
+            teacher_topk_logprobs=teacher.topk_logprobs,
         )
+
+    def _update_scores(self, batch: RolloutBatch) -> TokenScores:
+        """Run the student with gradient, and what the objective compares it with."""
+        divergence, other = self.objective.divergence, None
+        if divergence is not None:
+            assert self.teacher is not None
+            other = self.teacher.states(batch)
+        asked = batch.topk_ids if self.objective.top_k else None
+        return self._student().score(batch, topk_ids=asked, other=other, divergence=divergence)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return this micro-batch's share of the step's loss, scaled against later averaging."""
-        scores = self._student().score(batch)
+        scores = self._update_scores(batch)
         loss, terms = self.objective(batch, scores)
         self._stats.add_sum("loss/total", loss)
         for name, value in terms.items():
@@ -277,6 +307,9 @@ class KDRLModule(pl.LightningModule):
         self.log_dict(values, sync_dist=True)  # equal on all ranks already; silences a warning
         for _, metric in _items(self.eval_metrics):
             metric.reset()
+
+    def _frozen(self) -> list[Teacher]:
+        return [f for f in (self._active_teacher, self._reference) if f is not None]
 
     def _student(self) -> Scorer:
         if self.student is None:

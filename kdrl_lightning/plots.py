@@ -1,10 +1,13 @@
-"""The picture of a run."""
+"""The pictures of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdrl_lightning.metrics import Histogram
 
 
 def plot_curves(
@@ -65,4 +68,72 @@ def plot_curves(
             axis.text(0.5, 0.5, "no teacher", ha="center", transform=axis.transAxes)
     for axis in grid[1]:
         axis.set_xlabel("rollouts")
+    figure.savefig(path, dpi=110)
+
+
+PANELS = (
+    (
+        "imitated share",
+        {
+            "kd/imitation_frac": "tokens",
+            "kd/imitated_completions_frac": "completions",
+            "kd/imitated_groups_frac": "groups",
+        },
+    ),
+    (
+        "policy gradient removed, share",
+        {"kd/dead_frac_pos": "of tokens with A > 0", "kd/dead_frac_neg": "of tokens with A < 0"},
+    ),
+    (
+        "KL(student || teacher), nats per token",
+        {"kd/reverse_kl_correct": "correct", "kd/reverse_kl_wrong": "wrong"},
+    ),
+    (
+        "agreement, share",
+        {"kd/top_token_agreement": "same best token", "kd/conflict_frac": "A against teacher"},
+    ),
+    ("TRRD weight w", {"kd/offset_weight_p99": "99 %", "kd/offset_weight_max": "max"}),
+)
+
+
+def plot_imitation(
+    path: Path,
+    rows: Sequence[Mapping[str, float]],
+    histograms: Mapping[int, Mapping[str, Histogram]],
+) -> None:
+    """Draw where the teacher acted over rollouts, and its gap at the first and the last histogram.
+
+    Args:
+        path: PNG to write.
+        rows: one per rollout with ``rollout`` and statistics.
+        histograms: by rollout and name.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3).flat
+    for axis, (title, names) in zip(axes, PANELS, strict=False):
+        axis.set_title(title)
+        axis.set_xlabel("rollouts")
+        for name, label in names.items():
+            points = [(row["rollout"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+    axis = axes[-1]
+    axis.set_title("teacher gap d = log π_T − log π, tokens")
+    axis.set_xlabel("nats")
+    shown = [r for r in sorted(histograms) if "hist/teacher_gap" in histograms[r]]
+    for rollout in dict.fromkeys(shown[:1] + shown[-1:]):
+        histogram = histograms[rollout]["hist/teacher_gap"]
+        axis.stairs(histogram.counts, histogram.edges, label=f"rollout {rollout}", fill=False)
+        if histogram.counts.any():
+            axis.set_yscale("log")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+        else:
+            axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
     figure.savefig(path, dpi=110)

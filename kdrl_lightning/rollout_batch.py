@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STUDENT, TEACHER = 0, 1
+
 
 @dataclass(frozen=True)
 class StepTotals:
@@ -62,10 +64,19 @@ class RolloutBatch:
         truncated: ``[B]`` bool, cut at the token limit.
         policy_version: ``[B]`` int64, optimizer steps that the sampling weights had seen.
         temperature: sampling temperature; all log-probabilities are taken at it.
-        rollout_logprobs: ``[B, T]``, what the sampling engine reported.
+        source: ``[B]`` int64, who sampled the completion: ``STUDENT`` or ``TEACHER``.
+        teacher_route: ``[B]`` int64, which of several teachers scores it.
+        rollout_logprobs: ``[B, T]``, what the engine that sampled the row reported: the behavior
+            log-probabilities, the teacher's on its own rows.
         old_logprobs: ``[B, T]``, student at rollout time, recomputed by the trainer.
         old_entropy: ``[B, T]`` nats, the student's at rollout time.
+        topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
         teacher_logprobs: ``[B, T]``, the frozen teacher's.
+        teacher_entropy: ``[B, T]`` nats.
+        teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
+        teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.
+        ref_logprobs: ``[B, T]``, the initial student's.
+        importance_weights: ``[B, T]``, correction of the sampling engine.
         advantages: ``[B]`` or ``[B, T]``.
         imitation_mask: ``[B, T]`` bool, a decision: where the teacher's term applies.
         totals: counts of the optimizer step that this batch belongs to.
@@ -83,11 +94,19 @@ class RolloutBatch:
     correct: Tensor
     truncated: Tensor
     policy_version: Tensor
+    source: Tensor
+    teacher_route: Tensor
     temperature: float = 1.0
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
+    topk_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    teacher_top_ids: Tensor | None = None
+    teacher_topk_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
     advantages: Tensor | None = None
     imitation_mask: Tensor | None = None
     totals: StepTotals | None = None
@@ -101,6 +120,11 @@ class RolloutBatch:
     def completion_lengths(self) -> Tensor:
         """``[B]`` int64: sampled tokens of each completion."""
         return self.completion_mask.sum(1)
+
+    @property
+    def student_mask(self) -> Tensor:
+        """``[B, T]`` bool: loss tokens that the student sampled."""
+        return self.loss_mask & (self.source == STUDENT)[:, None]
 
     @property
     def lengths(self) -> Tensor:
@@ -129,7 +153,7 @@ class RolloutBatch:
         cut = {"input_ids": picked.input_ids[:, :width]}
         for item in fields(picked):
             value = getattr(picked, item.name)
-            if isinstance(value, Tensor) and value.dim() == 2 and item.name != "input_ids":
+            if isinstance(value, Tensor) and value.dim() >= 2 and item.name != "input_ids":
                 cut[item.name] = value[:, :tokens]
         return replace(picked, **cut)  # type: ignore[arg-type]
 
@@ -181,6 +205,8 @@ def collate(
     truncated: Sequence[bool] | None = None,
     policy_version: Sequence[int] | None = None,
     rollout_logprobs: Sequence[Sequence[float]] | None = None,
+    source: Sequence[int] | None = None,
+    teacher_route: Sequence[int] | None = None,
     temperature: float = 1.0,
     mask_truncated: bool = False,
 ) -> RolloutBatch:
@@ -196,6 +222,8 @@ def collate(
         truncated: B flags; False if None.
         policy_version: B versions; zeros if None.
         rollout_logprobs: B lists aligned with ``completions``.
+        source: B of ``STUDENT`` or ``TEACHER``; the student if None.
+        teacher_route: B indices of teachers; zeros if None.
         temperature: sampling temperature.
         mask_truncated: leave truncated completions out of the loss.
     """
@@ -221,6 +249,10 @@ def collate(
         truncated=cut,
         policy_version=torch.tensor(
             policy_version if policy_version is not None else [0] * size, dtype=torch.long
+        ),
+        source=torch.tensor(source if source is not None else [STUDENT] * size, dtype=torch.long),
+        teacher_route=torch.tensor(
+            teacher_route if teacher_route is not None else [0] * size, dtype=torch.long
         ),
         temperature=temperature,
         rollout_logprobs=None

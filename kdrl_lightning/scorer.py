@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
-from kdrl_lightning.objectives.base import TokenScores
+from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 
@@ -51,6 +50,10 @@ class Scorer(nn.Module):
         completion_ids: Tensor,
         completion_mask: Tensor,
         temperature: float = 1.0,
+        top_k: int = 0,
+        topk_ids: Tensor | None = None,
+        other: Other | None = None,
+        divergence: Divergence | None = None,
     ) -> TokenScores:
         """Score the completions.
 
@@ -60,21 +63,54 @@ class Scorer(nn.Module):
             completion_ids: ``[B, T]``.
             completion_mask: ``[B, T]`` bool.
             temperature: logits are divided by it.
+            top_k: how many of its own most likely tokens to name.
+            topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+            other: another model's states at the same tokens, see ``states``.
+            divergence: from that model, over the full vocabulary.
 
         Returns:
-            ``logprobs [B, T]`` and ``entropy [B, T]``, 0 behind each completion's end.
+            Scores ``[B, T]``, 0 behind each completion's end.
         """
-        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = self._hidden(input_ids, prompt_lengths, completion_mask)
         rows, columns = completion_mask.nonzero(as_tuple=True)
-        states = hidden[rows, prompt_lengths[rows] - 1 + columns]
-        ids = completion_ids[rows, columns]
-        logprobs, entropy = chosen_logprobs(states, self.head(), ids, temperature)
-        blank = logprobs.new_zeros(completion_ids.shape)
-        return TokenScores(
-            blank.index_put((rows, columns), logprobs), blank.index_put((rows, columns), entropy)
+        scores = token_scores(
+            hidden,
+            self.head(),
+            completion_ids[rows, columns],
+            temperature,
+            top_k=top_k,
+            topk_ids=None if topk_ids is None else topk_ids[rows, columns],
+            other=other,
+            divergence=divergence,
         )
 
-    def score(self, batch: RolloutBatch) -> TokenScores:
+        def spread(value: Tensor) -> Tensor:
+            blank = value.new_zeros(*completion_ids.shape, *value.shape[1:])
+            return blank.index_put((rows, columns), value)
+
+        return scores.map(spread)
+
+    def _hidden(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
+        """``[N, H]``: the states that predict the completions' tokens, row by row."""
+        hidden: Tensor = self.model.get_decoder()(
+            input_ids=input_ids, use_cache=False
+        ).last_hidden_state
+        rows, columns = mask.nonzero(as_tuple=True)
+        return hidden[rows, prompt_lengths[rows] - 1 + columns]
+
+    def states(self, batch: RolloutBatch) -> Other:
+        """Return hidden states of a batch's completions and the head, for another's divergence."""
+        hidden = self._hidden(batch.input_ids, batch.prompt_lengths, batch.completion_mask)
+        return Other(hidden, self.head())
+
+    def score(
+        self,
+        batch: RolloutBatch,
+        top_k: int = 0,
+        topk_ids: Tensor | None = None,
+        other: Other | None = None,
+        divergence: Divergence | None = None,
+    ) -> TokenScores:
         """Score a rollout batch at its sampling temperature."""
         scores = self(
             batch.input_ids,
@@ -82,6 +118,10 @@ class Scorer(nn.Module):
             batch.completion_ids,
             batch.completion_mask,
             batch.temperature,
+            top_k,
+            topk_ids,
+            other,
+            divergence,
         )
         return TokenScores(*scores)
 

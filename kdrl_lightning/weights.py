@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +27,16 @@ class ModelWeights:
         """Yield the weights by their Hugging Face names, one at a time, tied ones under each."""
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
             yield name, tensor.detach()
+
+    def fingerprint(self) -> str:
+        """Return a digest of names, shapes, types and about 1024 values of each tensor.
+
+        It is cheap, and other weights differ nearly everywhere.
+        """
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, tensor in self.named_tensors():
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(flat.numel() // 1024, 1)].cpu().contiguous().view(torch.uint8)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()

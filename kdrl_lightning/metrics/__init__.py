@@ -1,6 +1,7 @@
-"""Metrics: pass@1 for evaluation, and statistics summed over one optimizer step."""
+"""Metrics: pass@1 for evaluation; statistics and histograms of one optimizer step."""
 
+from kdrl_lightning.metrics.histograms import Histogram, Histograms
 from kdrl_lightning.metrics.pass_at_1 import PassAt1
 from kdrl_lightning.metrics.step_stats import StepStats
 
-__all__ = ["PassAt1", "StepStats"]
+__all__ = ["Histogram", "Histograms", "PassAt1", "StepStats"]

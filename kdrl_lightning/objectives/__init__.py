@@ -1,20 +1,86 @@
-"""Objectives: small classes, chosen by ``class_path``, that compose pure losses."""
+"""Objectives: presets chosen by ``class_path``, and the parts that they are built from."""
 
-from kdrl_lightning.objectives.base import Objective, Reduction, Term, TokenScores
-from kdrl_lightning.objectives.distillation import OnPolicyDistillation
-from kdrl_lightning.objectives.grpo import GRPO
+from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.objectives.advantage_rules import (
+    Advantage,
+    GapAdvantage,
+    ReweightedAdvantage,
+    ShapedAdvantage,
+    SumAdvantage,
+    VerdictAdvantage,
+)
+from kdrl_lightning.objectives.base import Objective, Part, Reduction, Term
+from kdrl_lightning.objectives.corrections import (
+    EngineCorrection,
+    MaskedImportance,
+    TruncatedImportance,
+)
+from kdrl_lightning.objectives.distill_terms import DistillTerm, SampledKL, VocabularyKL
+from kdrl_lightning.objectives.distillation import GKD, OnPolicyDistillation
+from kdrl_lightning.objectives.grpo import CISPO, GRPO, GSPO
 from kdrl_lightning.objectives.kdrl import KDRL
+from kdrl_lightning.objectives.mixtures import RLSD, SRPO
+from kdrl_lightning.objectives.policy import PolicyObjective
+from kdrl_lightning.objectives.ratios import (
+    BehaviorRatio,
+    Ratio,
+    SequenceRatio,
+    ShapedProbability,
+    TokenRatio,
+    TrustRegionRatio,
+    WeightRatio,
+)
 from kdrl_lightning.objectives.rlad import RLAD
+from kdrl_lightning.objectives.selections import (
+    ExceptEndToken,
+    Gates,
+    Selection,
+    WrongCompletions,
+    WrongGroups,
+)
 from kdrl_lightning.objectives.sft import SFT
+from kdrl_lightning.objectives.weighted_sum import WeightedSum
 
 __all__ = [
+    "CISPO",
+    "GKD",
     "GRPO",
+    "GSPO",
     "KDRL",
     "RLAD",
+    "RLSD",
     "SFT",
+    "SRPO",
+    "Advantage",
+    "BehaviorRatio",
+    "DistillTerm",
+    "EngineCorrection",
+    "ExceptEndToken",
+    "GapAdvantage",
+    "Gates",
+    "MaskedImportance",
     "Objective",
     "OnPolicyDistillation",
+    "Part",
+    "PolicyObjective",
+    "Ratio",
     "Reduction",
+    "ReweightedAdvantage",
+    "SampledKL",
+    "Selection",
+    "SequenceRatio",
+    "ShapedAdvantage",
+    "ShapedProbability",
+    "SumAdvantage",
     "Term",
+    "TokenRatio",
     "TokenScores",
+    "TruncatedImportance",
+    "TrustRegionRatio",
+    "VerdictAdvantage",
+    "VocabularyKL",
+    "WeightRatio",
+    "WeightedSum",
+    "WrongCompletions",
+    "WrongGroups",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses.logprobs import Divergence, TokenScores
 from kdrl_lightning.losses.reduction import (
     constant_length,
     group_token_mean,
@@ -22,12 +23,38 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 Reduction = Literal["token_mean", "sequence_mean", "constant_length", "group_token_mean"]
 T = TypeVar("T")
 
+# What a schedule may set, and the range of each.
+COEFFICIENTS = {
+    "rl_coef": (0.0, float("inf")),
+    "reward_coef": (0.0, float("inf")),
+    "distill_coef": (0.0, float("inf")),
+    "teacher_kl_coef": (0.0, float("inf")),
+    "ref_kl_coef": (0.0, float("inf")),
+    "entropy_coef": (0.0, float("inf")),
+    "trrd_alpha": (0.0, 1.0),
+}
 
-class TokenScores(NamedTuple):
-    """The student's forward pass: ``logprobs [B, T]`` and ``entropy [B, T]``, with gradient."""
 
-    logprobs: Tensor
-    entropy: Tensor
+def check_coefficient(name: str, value: float) -> float:
+    """Return ``value`` if it lies in the coefficient's range.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    low, high = COEFFICIENTS[name]
+    cure = "1 is GRPO, 0 anchors at the teacher." if name == "trrd_alpha" else ""
+    require_between(name, value, low, high, cure)
+    return value
+
+
+class Part:
+    """A piece of an objective: a ratio rule, an advantage rule, a distillation term, a selection.
+
+    Attributes:
+        needs_teacher: it reads the teacher's log-probabilities.
+    """
+
+    needs_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,35 +65,47 @@ class Term:
         name: logged as ``loss/<name>``, without the coefficient.
         per_token: ``[B, T]`` loss values.
         coef: weight in the sum.
-        mask: ``[B, T]`` bool, where the term applies; None: on every loss token. The denominator
-            counts all loss tokens either way, so that ``coef`` keeps its meaning.
+        mask: ``[B, T]`` bool, where the term applies; None: on every loss token.
+        per_masked_token: divide by the step's imitated tokens. By default a term is divided by what
+            the whole step's loss tokens give, so that ``coef`` does not depend on the mask.
     """
 
     name: str
     per_token: Tensor
     coef: float = 1.0
     mask: Tensor | None = None
+    per_masked_token: bool = False
 
 
 class Objective(ABC):
     """A loss over rollouts.
 
     A subclass yields its terms; what must be known about a whole rollout (advantages, where to
-    imitate) it computes once in ``prepare``. Coefficients are plain attributes, so that a schedule
-    can set them.
+    imitate) it computes once in ``prepare``.
 
     Args:
         reduction: how per-token values become one number.
         entropy_coef: weight of the entropy bonus, at least 0.
+
+    Attributes:
+        needs_teacher: a frozen teacher has to score the rollouts.
+        needs_reference: the initial student has to score them as well.
+        needs_groups: it compares the completions of one prompt.
+        takes_teacher_completions: it has a rule for completions that the teacher sampled.
+        top_k: most likely tokens of the student at which the teacher is scored.
+        divergence: from the teacher, over the full vocabulary, in each update.
     """
 
-    needs_teacher: ClassVar[bool] = False
-    needs_groups: ClassVar[bool] = False
+    needs_teacher: bool = False
+    needs_reference: bool = False
+    needs_groups: bool = False
+    takes_teacher_completions: bool = False
+    top_k: int = 0
+    divergence: Divergence | None = None
 
     def __init__(self, reduction: Reduction = "token_mean", entropy_coef: float = 0.0) -> None:
-        require_between("entropy_coef", entropy_coef, 0.0, float("inf"))
         self.reduction = reduction
-        self.entropy_coef = entropy_coef
+        self.entropy_coef = check_coefficient("entropy_coef", entropy_coef)
 
     @abstractmethod
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
@@ -80,15 +119,53 @@ class Objective(ABC):
         """``[B, T]`` log of the ratio that the surrogate clips; log rho unless overridden."""
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
+    def clip_range(self) -> tuple[float, float] | None:
+        """Return the bounds of that ratio; None without a clip."""
+        return None
+
+    def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+        """``[B, T]`` advantage that multiplies the ratio; 0 without one."""
+        return torch.zeros_like(logprobs)
+
+    def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """``[B, T]`` bool: tokens whose policy gradient the clip removes."""
+        return torch.zeros_like(batch.loss_mask)
+
     def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """``[B, T]`` bool: tokens on which the teacher enters the gradient; none here."""
         return torch.zeros_like(batch.loss_mask)
+
+    def parts(self) -> Iterator[Any]:
+        """Yield this object and the parts that it is built from."""
+        yield self
+        yield from (value for value in vars(self).values() if isinstance(value, Part))
+
+    def coefficient(self, name: str) -> float:
+        """Return a coefficient of this objective or of its parts.
+
+        Raises:
+            ConfigurationError: it has none of that name.
+        """
+        return float(getattr(self._owner(name), name))
+
+    def set_coefficient(self, name: str, value: float) -> None:
+        """Set a coefficient, in its range."""
+        setattr(self._owner(name), name, check_coefficient(name, value))
+
+    def _owner(self, name: str) -> Any:
+        owners = {c: part for part in self.parts() for c in COEFFICIENTS if hasattr(part, c)}
+        if name not in owners:
+            raise ConfigurationError(
+                f"`coefficient` must be one of {type(self).__name__}'s ({', '.join(owners)}): "
+                f"got {name}."
+            )
+        return owners[name]
 
     def __call__(
         self, batch: RolloutBatch, scores: TokenScores
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the step's loss, and of each term."""
-        batch, scores = _blank(batch, scores)
+        batch, scores = blank(batch, scores)
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
             terms.append(Term("entropy", -scores.entropy, self.entropy_coef))
@@ -99,6 +176,8 @@ class Objective(ABC):
     def _reduce(self, term: Term, batch: RolloutBatch) -> Tensor:
         totals = known(batch.totals, "totals")
         mask = batch.loss_mask if term.mask is None else batch.loss_mask & term.mask
+        if term.per_masked_token:
+            return token_mean(term.per_token, mask, totals.num_imitated_tokens)
         match self.reduction:
             case "token_mean":
                 return token_mean(term.per_token, mask, totals.num_loss_tokens)
@@ -122,15 +201,23 @@ class Objective(ABC):
                 )
 
 
-def _blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, TokenScores]:
-    """Set every log-probability outside the loss to 0: an inf there cannot reach a gradient."""
+def blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, TokenScores]:
+    """Set every score outside the loss to 0: an inf there cannot reach a gradient."""
     out = ~batch.loss_mask
-    fields = {
-        name: value.masked_fill(out, 0.0)
-        for name in ("old_logprobs", "teacher_logprobs")
-        if (value := getattr(batch, name)) is not None
-    }
-    return batch.replace(**fields), TokenScores(*(s.masked_fill(out, 0.0) for s in scores))
+
+    def zero(value: Tensor) -> Tensor:
+        return value.masked_fill(out.unsqueeze(-1) if value.dim() == 3 else out, 0)
+
+    names = (
+        "old_logprobs",
+        "rollout_logprobs",
+        "teacher_logprobs",
+        "teacher_topk_logprobs",
+        "ref_logprobs",
+        "importance_weights",
+    )
+    fields = {n: zero(value) for n in names if (value := getattr(batch, n)) is not None}
+    return batch.replace(**fields), scores.map(zero)
 
 
 def known(value: T | None, name: str) -> T:

@@ -1,66 +1,68 @@
-"""On-policy distillation: reverse KL to a teacher on the student's own rollouts, without reward."""
+"""Distillation without rewards: on-policy reverse KL, and GKD's generalised divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from kdrl_lightning.errors import require_between
-from kdrl_lightning.losses import k2
-from kdrl_lightning.objectives.base import Objective, Reduction, Term, TokenScores, known
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.objectives.distill_terms import VocabularyKL
+from kdrl_lightning.objectives.kdrl import Estimator, teacher_kl
+from kdrl_lightning.objectives.policy import PolicyObjective
 
 
-def reverse_kl_loss(batch: RolloutBatch, scores: TokenScores, ratio_weight: bool) -> Tensor:
-    """``[B, T]`` k2 loss on imitated tokens, weighted by the detached ratio where asked for."""
-    mask = known(batch.imitation_mask, "imitation_mask")
-    teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-    # Where nothing is imitated the teacher is ignored, even if its value there is -inf.
-    teacher = torch.where(mask, teacher, scores.logprobs.detach())
-    per_token = k2(scores.logprobs, teacher)
-    if not ratio_weight:
-        return per_token
-    old = known(batch.old_logprobs, "old_logprobs")
-    return per_token * (scores.logprobs - old).detach().exp()
-
-
-class OnPolicyDistillation(Objective):
+class OnPolicyDistillation(PolicyObjective):
     """KD-RKL, the distillation baseline of KDRL (arXiv 2506.02208, section 2.2).
 
     Rewards are measured but do not enter the loss.
 
     Args:
-        teacher_kl_coef: weight of the KL term, at least 0.
-        kd_ratio_weight: weight the term by the detached ratio, which keeps it unbiased with several
-            updates per rollout [our choice].
-        reduction: how per-token values become one number.
-        entropy_coef: weight of the entropy bonus.
+        teacher_kl_coef: weight of the KL, at least 0.
+        kd_ratio_weight: weight the sampled KL by the detached ratio, which keeps it unbiased with
+            several updates per rollout [our choice].
+        kl_estimator: see ``KDRL``.
+        kd_top_k: K of the estimator ``top_k``.
+        kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
+        policy: further settings of ``PolicyObjective``.
     """
-
-    needs_teacher: ClassVar[bool] = True
 
     def __init__(
         self,
         teacher_kl_coef: float = 1.0,
         kd_ratio_weight: bool = False,
-        reduction: Reduction = "token_mean",
-        entropy_coef: float = 0.0,
+        kl_estimator: Estimator = "k2",
+        kd_top_k: int = 64,
+        kd_per_imitated_token: bool = False,
+        **policy: Any,
     ) -> None:
-        super().__init__(reduction, entropy_coef)
-        require_between("teacher_kl_coef", teacher_kl_coef, 0.0, float("inf"))
-        self.teacher_kl_coef = teacher_kl_coef
-        self.kd_ratio_weight = kd_ratio_weight
+        term = teacher_kl(
+            teacher_kl_coef, kl_estimator, kd_ratio_weight, kd_top_k, kd_per_imitated_token
+        )
+        super().__init__(None, None, term, **policy)
 
-    def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
-        """Yield the reverse KL."""
-        per_token = reverse_kl_loss(batch, scores, self.kd_ratio_weight)
-        mask = known(batch.imitation_mask, "imitation_mask")
-        yield Term("teacher_kl", per_token, self.teacher_kl_coef, mask)
 
-    def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the tokens of the KL term."""
-        mask = known(batch.imitation_mask, "imitation_mask") & batch.loss_mask
-        return mask if self.teacher_kl_coef else mask & False
+class GKD(PolicyObjective):
+    """Generalised knowledge distillation (arXiv 2306.13649): whole distributions are compared.
+
+    It takes completions of student and teacher: the paper's student-data fraction is
+    ``group_size / (group_size + teacher_completions)``.
+
+    Args:
+        jsd_beta: 0 is KL(teacher || student), 1 is KL(student || teacher), in [0, 1].
+        teacher_kl_coef: weight of the divergence, at least 0.
+        top_k: compare the student's most likely tokens and one bucket for the rest; None compares
+            the full vocabulary, with the teacher run in every update.
+        kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
+        policy: further settings of ``PolicyObjective``.
+    """
+
+    takes_teacher_completions = True
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        teacher_kl_coef: float = 1.0,
+        top_k: int | None = None,
+        kd_per_imitated_token: bool = False,
+        **policy: Any,
+    ) -> None:
+        term = VocabularyKL(teacher_kl_coef, jsd_beta, top_k, kd_per_imitated_token)
+        super().__init__(None, None, term, **policy)

@@ -1,66 +1,71 @@
-"""GRPO: a clipped policy gradient with group-relative advantages."""
+"""GRPO and its variants: a clipped policy gradient with group-relative advantages, no teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any
 
-from kdrl_lightning.advantages import group_relative
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses import clipped_surrogate
-from kdrl_lightning.objectives.base import Objective, Reduction, Term, TokenScores, known
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.objectives.advantage_rules import Advantage
+from kdrl_lightning.objectives.policy import PolicyObjective
+from kdrl_lightning.objectives.ratios import SequenceRatio, TokenRatio, WeightRatio
 
 
-class GRPO(Objective):
-    """Group Relative Policy Optimization (arXiv 2402.03300), without a reference KL.
+class GRPO(PolicyObjective):
+    """Group Relative Policy Optimization (arXiv 2402.03300), by default without a reference KL.
+
+    Dr.GRPO (2503.20783): ``scale_by_std: false, reduction: constant_length``. DAPO (2503.14476):
+    ``clip_high: 0.28``. LUFFY (2504.14945): ``teacher_tokens: ShapedProbability``.
 
     Args:
         clip_low: the ratio is clipped below at ``1 - clip_low``, in [0, 1].
         clip_high: the ratio is clipped above at ``1 + clip_high``, at least 0.
+        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
         scale_by_std: divide advantages by the group's standard deviation.
-        reduction: the paper takes ``sequence_mean``; the default is DAPO's global token mean.
-        entropy_coef: weight of the entropy bonus.
+        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+            ``reduction``; the default is DAPO's global token mean.
     """
-
-    needs_groups: ClassVar[bool] = True
 
     def __init__(
         self,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        dual_clip: float | None = None,
         scale_by_std: bool = True,
-        reduction: Reduction = "token_mean",
-        entropy_coef: float = 0.0,
+        **policy: Any,
     ) -> None:
-        super().__init__(reduction, entropy_coef)
-        require_between("clip_low", clip_low, 0.0, 1.0)
-        require_between("clip_high", clip_high, 0.0, float("inf"))
-        self.clip_low = clip_low
-        self.clip_high = clip_high
-        self.scale_by_std = scale_by_std
-
-    def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Add advantages; groups must have one size."""
-        order = rollout.group_ids.argsort(stable=True)
-        sizes = rollout.group_ids.unique(return_counts=True)[1]
-        if sizes.numel() and bool((sizes != sizes[0]).any()):
-            raise ConfigurationError(f"groups must have one size: got {sizes.tolist()}.")
-        advantages = rollout.rewards.new_zeros(len(rollout))
-        if len(rollout):
-            rewards = rollout.rewards[order].view(sizes.numel(), -1)
-            advantages[order] = group_relative(rewards, self.scale_by_std).flatten()
-        return super().prepare(rollout).replace(advantages=advantages)
-
-    def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
-        """Yield the clipped surrogate."""
-        yield Term(
-            "policy",
-            clipped_surrogate(
-                scores.logprobs,
-                known(batch.old_logprobs, "old_logprobs"),
-                known(batch.advantages, "advantages"),
-                self.clip_low,
-                self.clip_high,
-            ),
+        super().__init__(
+            TokenRatio(clip_low, clip_high, dual_clip), Advantage(scale_by_std), **policy
         )
+
+
+class GSPO(PolicyObjective):
+    """Group Sequence Policy Optimization (arXiv 2507.18071): one ratio per completion.
+
+    Args:
+        clip_low: the ratio is clipped below at ``1 - clip_low``.
+        clip_high: the ratio is clipped above at ``1 + clip_high``.
+        scale_by_std: divide advantages by the group's standard deviation.
+        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+            ``reduction``.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 3e-4,
+        clip_high: float = 4e-4,
+        scale_by_std: bool = True,
+        **policy: Any,
+    ) -> None:
+        super().__init__(SequenceRatio(clip_low, clip_high), Advantage(scale_by_std), **policy)
+
+
+class CISPO(PolicyObjective):
+    """Clipped importance weights, unclipped gradients (arXiv 2506.13585).
+
+    Args:
+        clip_high: the weight is at most ``1 + clip_high``.
+        scale_by_std: divide advantages by the group's standard deviation.
+        policy: further settings of ``PolicyObjective``.
+    """
+
+    def __init__(self, clip_high: float = 0.28, scale_by_std: bool = True, **policy: Any) -> None:
+        super().__init__(WeightRatio(clip_high), Advantage(scale_by_std), **policy)

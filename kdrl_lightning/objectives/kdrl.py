@@ -2,61 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, Literal
 
-from torch import Tensor
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.objectives.advantage_rules import Advantage, ShapedAdvantage, SumAdvantage
+from kdrl_lightning.objectives.distill_terms import DistillTerm, SampledKL, VocabularyKL
+from kdrl_lightning.objectives.policy import PolicyObjective
+from kdrl_lightning.objectives.ratios import TokenRatio
 
-from kdrl_lightning.errors import require_between
-from kdrl_lightning.objectives.base import Reduction, Term, TokenScores, known
-from kdrl_lightning.objectives.distillation import reverse_kl_loss
-from kdrl_lightning.objectives.grpo import GRPO
-from kdrl_lightning.rollout_batch import RolloutBatch
+Estimator = Literal["k2", "k3", "policy_gradient", "full_vocabulary", "top_k"]
 
 
-class KDRL(GRPO):
-    """Knowledge distillation and RL in one loss (arXiv 2506.02208, Eq. 8).
+class KDRL(PolicyObjective):
+    """Knowledge distillation and RL together (arXiv 2506.02208, Eq. 8).
 
     ``GRPO + teacher_kl_coef * k2(student, teacher)``. At ratio 1 its gradient is that of a policy
-    gradient with per-token advantage ``A + teacher_kl_coef * (log pi_T - log pi)``.
+    gradient with per-token advantage ``A + teacher_kl_coef * (log pi_T - log pi)``, the form
+    ``advantage``. KDRL-mask: ``selection: [WrongCompletions]`` or ``[WrongGroups]``.
 
     Args:
-        teacher_kl_coef: weight of the KL term, at least 0. Published: 2e-3 constant, or 5e-3
-            annealed to 1e-3 (see ``KLCoefficientAnnealing``); 0.2 on Knights and Knaves.
-        kd_ratio_weight: weight the KL term by the detached ratio, which keeps it unbiased with
-            several updates per rollout [our choice]. Without effect at the first update.
+        teacher_kl_coef: weight of the KL, at least 0. Published: 2e-3 constant, or 5e-3 annealed to
+            1e-3 (see ``KLCoefficientAnnealing``); 0.2 on Knights and Knaves.
+        kd_ratio_weight: weight the sampled KL by the detached ratio, which keeps it unbiased with
+            several updates per rollout [our choice].
+        kl_estimator: ``k2`` (the paper's) and ``policy_gradient``: reverse KL's gradient, on
+            sampled tokens; ``k3``: **forward** KL's; ``full_vocabulary``: reverse KL, exact, the
+            teacher runs in every update; ``top_k``: reverse KL over the student's most likely
+            tokens and a tail bucket.
+        form: ``joint``: a loss beside GRPO's (the paper's choice); ``advantage``: A + beta d inside
+            the clipped surrogate; ``reward_shaping``: the mean gap in the reward.
+        kd_top_k: K of ``top_k``.
+        kd_per_imitated_token: divide the KL by the imitated tokens, not by all loss tokens.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
+        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
         scale_by_std: divide advantages by the group's standard deviation.
-        reduction: the paper takes ``group_token_mean``.
-        entropy_coef: weight of the entropy bonus.
+        policy: further settings of ``PolicyObjective``. The paper takes ``group_token_mean`` for
+            ``reduction``.
     """
-
-    needs_teacher: ClassVar[bool] = True
 
     def __init__(
         self,
         teacher_kl_coef: float = 2e-3,
         kd_ratio_weight: bool = False,
+        kl_estimator: Estimator = "k2",
+        form: Literal["joint", "advantage", "reward_shaping"] = "joint",
+        kd_top_k: int = 64,
+        kd_per_imitated_token: bool = False,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        dual_clip: float | None = None,
         scale_by_std: bool = True,
-        reduction: Reduction = "token_mean",
-        entropy_coef: float = 0.0,
+        **policy: Any,
     ) -> None:
-        super().__init__(clip_low, clip_high, scale_by_std, reduction, entropy_coef)
-        require_between("teacher_kl_coef", teacher_kl_coef, 0.0, float("inf"))
-        self.teacher_kl_coef = teacher_kl_coef
-        self.kd_ratio_weight = kd_ratio_weight
+        advantage, distill = Advantage(scale_by_std), None
+        if form == "joint":
+            distill = teacher_kl(
+                teacher_kl_coef, kl_estimator, kd_ratio_weight, kd_top_k, kd_per_imitated_token
+            )
+        elif kl_estimator != "k2" or kd_ratio_weight or kd_per_imitated_token:
+            raise ConfigurationError(
+                f"`form` must be joint for `kl_estimator`, `kd_ratio_weight` and "
+                f"`kd_per_imitated_token`, which belong to its loss: got {form}."
+            )
+        elif form == "advantage":
+            advantage = SumAdvantage(teacher_kl_coef, scale_by_std=scale_by_std)
+        elif form == "reward_shaping":
+            advantage = ShapedAdvantage(teacher_kl_coef, scale_by_std)
+        else:
+            raise ConfigurationError(
+                f"`form` must be joint, advantage or reward_shaping: got {form}."
+            )
+        super().__init__(TokenRatio(clip_low, clip_high, dual_clip), advantage, distill, **policy)
 
-    def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
-        """Yield the clipped surrogate and the reverse KL."""
-        yield from super().terms(batch, scores)
-        per_token = reverse_kl_loss(batch, scores, self.kd_ratio_weight)
-        mask = known(batch.imitation_mask, "imitation_mask")
-        yield Term("teacher_kl", per_token, self.teacher_kl_coef, mask)
 
-    def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the tokens of the KL term."""
-        mask = known(batch.imitation_mask, "imitation_mask") & batch.loss_mask
-        return mask if self.teacher_kl_coef else mask & False
+def teacher_kl(
+    teacher_kl_coef: float,
+    kl_estimator: str,
+    ratio_weight: bool,
+    top_k: int,
+    per_imitated_token: bool,
+) -> DistillTerm:
+    """Return the distillation term of an estimator's name."""
+    if kl_estimator not in ("full_vocabulary", "top_k"):
+        return SampledKL(teacher_kl_coef, kl_estimator, ratio_weight, per_imitated_token)
+    if ratio_weight:
+        raise ConfigurationError(
+            f"`kd_ratio_weight` must be false for `kl_estimator` {kl_estimator}, which is exact at "
+            "each position: got true."
+        )
+    k = top_k if kl_estimator == "top_k" else None
+    return VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)

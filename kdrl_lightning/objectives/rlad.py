@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any
 
-from torch import Tensor
-
-from kdrl_lightning.errors import require_between
-from kdrl_lightning.losses import trrd_log_ratio, trrd_surrogate
-from kdrl_lightning.objectives.base import Reduction, Term, TokenScores, known
-from kdrl_lightning.objectives.grpo import GRPO
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.objectives.advantage_rules import Advantage
+from kdrl_lightning.objectives.policy import PolicyObjective
+from kdrl_lightning.objectives.ratios import TrustRegionRatio
 
 
-class RLAD(GRPO):
-    """RL-aware distillation (arXiv 2602.22495, Eq. 3 and 4), without a reference KL.
+class RLAD(PolicyObjective):
+    """RL-aware distillation (arXiv 2602.22495, Eq. 3 and 4), by default without a reference KL.
 
     The clipped surrogate of GRPO with a ratio anchored at the old student and at the teacher: a
     rewarded token that the teacher dislikes is not reinforced, a punished one that it likes is
@@ -27,12 +22,10 @@ class RLAD(GRPO):
             value]; None for none.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
+        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
         scale_by_std: divide advantages by the group's standard deviation.
-        reduction: how per-token values become one number.
-        entropy_coef: weight of the entropy bonus.
+        policy: further settings of ``PolicyObjective``.
     """
-
-    needs_teacher: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -40,46 +33,9 @@ class RLAD(GRPO):
         offset_clamp: float | None = 1.0,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        dual_clip: float | None = None,
         scale_by_std: bool = True,
-        reduction: Reduction = "token_mean",
-        entropy_coef: float = 0.0,
+        **policy: Any,
     ) -> None:
-        super().__init__(clip_low, clip_high, scale_by_std, reduction, entropy_coef)
-        require_between("trrd_alpha", trrd_alpha, 0.0, 1.0, "1 is GRPO, 0 anchors at the teacher.")
-        if offset_clamp is not None:
-            require_between("offset_clamp", offset_clamp, 0.0, float("inf"), "Use null for none.")
-        self.trrd_alpha = trrd_alpha
-        self.offset_clamp = offset_clamp
-
-    def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
-        """Yield the trust region ratio surrogate."""
-        yield Term(
-            "policy",
-            trrd_surrogate(
-                scores.logprobs,
-                known(batch.old_logprobs, "old_logprobs"),
-                known(batch.teacher_logprobs, "teacher_logprobs"),
-                known(batch.advantages, "advantages"),
-                self.trrd_alpha,
-                self.clip_low,
-                self.clip_high,
-                self.offset_clamp,
-            ),
-        )
-
-    def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the log of TRRD's ratio."""
-        old = known(batch.old_logprobs, "old_logprobs")
-        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-        return trrd_log_ratio(logprobs, old, teacher, self.trrd_alpha, self.offset_clamp)
-
-    def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the tokens with an advantage that the teacher's fence leaves alive."""
-        ratio = self.log_ratio(batch, logprobs).exp()
-        advantages = known(batch.advantages, "advantages")
-        advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-        alive = ((advantages > 0) & (ratio < 1 + self.clip_high)) | (
-            (advantages < 0) & (ratio > 1 - self.clip_low)
-        )
-        anchored = self.trrd_alpha < 1 and self.offset_clamp != 0
-        return alive & batch.loss_mask if anchored else alive & False
+        ratio = TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high, dual_clip)
+        super().__init__(ratio, Advantage(scale_by_std), **policy)

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kdrl_lightning.objectives.base import Objective, Term, TokenScores
+import torch
+
+from kdrl_lightning.losses import TokenScores
+from kdrl_lightning.objectives.base import Objective, Reduction, Term
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class SFT(Objective):
-    """Cross-entropy of the completion's tokens; also the objective that makes the embedded pair."""
+    """Cross-entropy of given completions: the teacher's (``group_size: 0``), or a dataset's.
+
+    Args:
+        only_correct: keep the completions that the verifier accepts: rejection-sampled SFT.
+        reduction: how per-token values become one number.
+        entropy_coef: weight of the entropy bonus.
+    """
+
+    takes_teacher_completions = True
+
+    def __init__(
+        self,
+        only_correct: bool = False,
+        reduction: Reduction = "token_mean",
+        entropy_coef: float = 0.0,
+    ) -> None:
+        super().__init__(reduction, entropy_coef)
+        self.only_correct = only_correct
+
+    def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
+        """Leave wrong completions out of the loss."""
+        if self.only_correct:
+            kept = rollout.loss_mask & rollout.correct[:, None]
+            tokens = kept.new_zeros(int(rollout.group_ids.max()) + 1, dtype=torch.float32)
+            tokens.index_add_(0, rollout.group_ids, kept.sum(1).float())
+            rollout = rollout.replace(loss_mask=kept, group_tokens=tokens[rollout.group_ids])
+        return super().prepare(rollout)
 
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield the negative log-likelihood."""

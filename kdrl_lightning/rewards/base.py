@@ -35,6 +35,11 @@ class Verdict:
     reward: float
     correct: bool
 
+    @classmethod
+    def of(cls, result: float | Verdict) -> Verdict:
+        """Return a reward's result as a verdict; a number is correct from 1 on."""
+        return result if isinstance(result, Verdict) else cls(float(result), result >= 1)
+
 
 Reward: TypeAlias = Callable[[Sample], float | Verdict]
 
@@ -104,8 +109,7 @@ class RewardRunner:
         return verdicts
 
     def _verdict(self, sample: Sample) -> Verdict:
-        result = self.reward(sample)
-        verdict = result if isinstance(result, Verdict) else Verdict(float(result), result >= 1)
+        verdict = Verdict.of(self.reward(sample))
         if not math.isfinite(verdict.reward):
             raise ValueError(f"reward {verdict.reward}")
         return Verdict(float(verdict.reward), bool(verdict.correct))

@@ -11,7 +11,16 @@ from torch import Tensor
 from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 
-SCORED = ("old_logprobs", "old_entropy", "teacher_logprobs")
+SCORED = (
+    "old_logprobs",
+    "old_entropy",
+    "topk_ids",
+    "teacher_logprobs",
+    "teacher_entropy",
+    "teacher_top_ids",
+    "teacher_topk_logprobs",
+    "ref_logprobs",
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def _scored(
             if value is None:
                 continue
             if name not in whole:
-                whole[name] = value.new_zeros(batch.completion_ids.shape)
+                whole[name] = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
             index = torch.tensor(rows, device=value.device)
             whole[name][index, : value.shape[1]] = value
     return batch.replace(**whole)

@@ -8,17 +8,19 @@ from typing import Any
 
 from kdrl_lightning.rewards.base import RewardRunner, Sample, Verdict
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout_batch import STUDENT
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One completion with its text and verdict."""
+    """One completion with its text and verdict; ``source`` says whose it is."""
 
     prompt_ids: list[int]
     row: Mapping[str, Any]
     completion: Completion
     text: str
     verdict: Verdict
+    source: int = STUDENT
 
 
 def sample_and_judge(
@@ -29,6 +31,7 @@ def sample_and_judge(
     seeds: Sequence[list[int]],
     sampling: Sampling,
     training: bool = True,
+    source: int = STUDENT,
 ) -> list[Judged]:
     """Sample completions for ``(row, prompt ids)`` pairs and judge them.
 
@@ -45,6 +48,6 @@ def sample_and_judge(
     ]
     verdicts = rewards(samples, training)
     return [
-        Judged(ids, row, c, sample.text, verdict)
+        Judged(ids, row, c, sample.text, verdict, source)
         for (row, ids, c), sample, verdict in zip(flat, samples, verdicts, strict=True)
     ]

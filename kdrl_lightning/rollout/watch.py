@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.rewards.base import RewardRunner
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
 
@@ -36,6 +37,7 @@ class RolloutWatch:
         seconds: Mapping[str, float],
         reduce: Callable[[Tensor, str], Tensor],
         compares_group: bool = True,
+        refills: int = 0,
     ) -> dict[str, float]:
         """Return the rollout's metrics, and warn once for each way in which it is wasted.
 
@@ -45,33 +47,44 @@ class RolloutWatch:
             seconds: time of each phase.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
             compares_group: the objective learns from differences within a group.
+            refills: groups of this rank that were replaced for having equal rewards.
         """
         sizes = batch.group_ids.bincount()
         low = torch.full((len(sizes),), torch.inf, device=batch.rewards.device)
         high = -low
         low = low.scatter_reduce(0, batch.group_ids, batch.rewards, "amin")
         high = high.scatter_reduce(0, batch.group_ids, batch.rewards, "amax")
-        real = batch.completion_mask
-        gap = torch.zeros(())
+        own = batch.source == STUDENT
+        real = batch.completion_mask & own[:, None]
+        gap, floored = torch.zeros(()), torch.zeros(())
         if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
             # Unbiased, non-negative estimate (k3) of KL(engine || trainer) on engine samples.
             log_ratio = (batch.old_logprobs - batch.rollout_logprobs).double()
             gap = (log_ratio.expm1() - log_ratio)[real].sum()
+        if batch.teacher_logprobs is not None:
+            floored = (batch.teacher_logprobs <= LOGPROB_FLOOR)[batch.completion_mask].sum()
         values = [
-            float(len(batch)),
-            float(batch.rewards.double().sum()),
-            float(batch.correct.sum()),
+            float(own.sum()),
+            float(batch.rewards[own].double().sum()),
+            float(batch.correct[own].sum()),
             float(real.sum()),
-            float(batch.truncated.sum()),
+            float(batch.truncated[own].sum()),
             float(len(sizes)),
             float((low == high).sum()),
             float(gap),
             float(rewards.failures),
+            float((~own).sum()),
+            float(batch.rewards[~own].double().sum()),
+            float(batch.correct[~own].sum()),
+            float(batch.completion_mask.sum()),
+            float(floored),
+            float(refills),
         ]
         totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
-        count, reward, correct, tokens, truncated, groups, flat, mismatch, failures = totals
+        count, reward, correct, tokens, truncated, groups, flat, mismatch, failures = totals[:9]
+        theirs, their_reward, their_correct, all_tokens, floored_tokens, refilled = totals[9:]
         self.rollouts += 1
-        self.tokens += int(tokens)
+        self.tokens += int(all_tokens)
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         if compares_group:
@@ -83,20 +96,33 @@ class RolloutWatch:
             )
         self._warn_above(
             MAX_TRUNCATED,
-            truncated / count,
+            truncated / max(count, 1.0),
             "of the completions are cut at `max_tokens`. Raise it, or shorten the prompts' task",
         )
-        return {
-            "reward/mean": reward / count,
-            "reward/correct_frac": correct / count,
+        metrics = {
             "reward/failures": failures,
-            "rollout/length_mean": tokens / count,
-            "rollout/truncated_frac": truncated / count,
             "rollout/flat_group_frac": flat / groups,
-            "rollout/mismatch_kl": mismatch / tokens,
-            "tokens_per_s": tokens / max(seconds.get("time/rollout_s", 0.0), 1e-9),
+            "rollout/refilled_groups": refilled,
+            "tokens_per_s": all_tokens / max(seconds.get("time/rollout_s", 0.0), 1e-9),
             **seconds,
         }
+        if count:
+            metrics |= {
+                "reward/mean": reward / count,
+                "reward/correct_frac": correct / count,
+                "rollout/length_mean": tokens / count,
+                "rollout/truncated_frac": truncated / count,
+                "rollout/mismatch_kl": mismatch / tokens,
+            }
+        if theirs:
+            metrics |= {
+                "teacher/reward_mean": their_reward / theirs,
+                "teacher/correct_frac": their_correct / theirs,
+                "teacher/length_mean": (all_tokens - tokens) / theirs,
+            }
+        if batch.teacher_logprobs is not None:
+            metrics["kd/floored_frac"] = floored_tokens / all_tokens
+        return metrics
 
     def _warn_above(self, limit: float, value: float, text: str) -> None:
         if value > limit and text not in self._warned:

@@ -1,6 +1,8 @@
 """Frozen teachers behind one protocol."""
 
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.cached import CachedTeacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.routed import RoutedTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["CachedTeacher", "LocalTeacher", "RoutedTeacher", "Teacher"]

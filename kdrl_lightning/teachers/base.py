@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.weights import ModelWeights
 
 
 class Teacher(ABC):
-    """Scores the student's tokens. A plain object, so that no optimizer or checkpoint sees it."""
+    """Scores the student's tokens. A plain object, so that no optimizer or checkpoint sees it.
+
+    Attributes:
+        generates: its weights are at hand, so that it can sample completions.
+    """
+
+    generates: bool = False
 
     @abstractmethod
     def prepare(self) -> None:
@@ -28,9 +37,43 @@ class Teacher(ABC):
         """Load the weights; a second call only moves them."""
 
     @abstractmethod
-    def score(self, batch: RolloutBatch) -> Tensor:
-        """``[B, T]`` log-probabilities of the sampled tokens, without gradient, 0 on padding."""
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Score the sampled tokens, without gradient, at the batch's temperature.
+
+        Args:
+            batch: completions.
+            topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+
+        Returns:
+            ``[B, T]`` scores, 0 on padding, with the teacher's own best token in ``topk_ids`` and
+            its values at the given ids in ``topk_logprobs``.
+        """
+
+    def states(self, batch: RolloutBatch) -> Other:
+        """Return hidden states and head, for a divergence over the full vocabulary.
+
+        Raises:
+            ConfigurationError: the teacher can only score tokens.
+        """
+        raise ConfigurationError(
+            f"`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
+            f"{type(self).__name__}. Use one, or a sampled or top-k estimator."
+        )
+
+    def route(self, row: Mapping[str, Any]) -> int:
+        """Return which of several teachers scores the completions of a prompt row."""
+        return 0
+
+    def fingerprint(self) -> str:
+        """Return what tells its scores from another teacher's, once it is loaded."""
+        weights = self.weights()
+        if weights is None:
+            raise ConfigurationError(
+                f"`teacher` must have a fingerprint to be cached: got {type(self).__name__}, whose "
+                "weights are not at hand. Cache the teachers behind it."
+            )
+        return weights.fingerprint()
 
     def weights(self) -> ModelWeights | None:
-        """Return the weights if they are at hand, so that the teacher can be evaluated."""
+        """Return the weights if they are at hand, so that the teacher can generate."""
         return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models import (
     ModelSource,
     check_same_vocabulary,
@@ -29,6 +30,8 @@ class LocalTeacher(Teacher):
         model: a Hugging Face folder, hub name, or model source.
         dtype: torch dtype name of its weights; ``auto`` takes the checkpoint's.
     """
+
+    generates = True
 
     def __init__(self, model: str | ModelSource, dtype: str = "auto") -> None:
         self.model = model
@@ -56,12 +59,20 @@ class LocalTeacher(Teacher):
         self._scorer.to(device)
 
     @torch.no_grad()
-    def score(self, batch: RolloutBatch) -> Tensor:
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Score the sampled tokens in one forward pass.
 
         Raises:
             TrainingStopped: the student sampled a padding row that the teacher does not have.
         """
+        return self._known_tokens(batch).score(batch, top_k=1, topk_ids=topk_ids)
+
+    @torch.no_grad()
+    def states(self, batch: RolloutBatch) -> Other:
+        """Run the forward pass up to the head."""
+        return self._known_tokens(batch).states(batch)
+
+    def _known_tokens(self, batch: RolloutBatch) -> Scorer:
         scorer = self._loaded()
         rows, highest = scorer.head().weight.shape[0], int(batch.input_ids.max())
         if highest >= rows:
@@ -69,7 +80,7 @@ class LocalTeacher(Teacher):
                 f"sampled tokens must be among the teacher's {rows}: got {highest}, a row of the "
                 "student's embedding that stands for no token. Train it to avoid such rows first."
             )
-        return scorer.score(batch).logprobs
+        return scorer
 
     def weights(self) -> ModelWeights:
         """Return the loaded model and its folder."""

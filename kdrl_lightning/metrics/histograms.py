@@ -1,0 +1,74 @@
+"""Histograms with fixed edges, summed over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values.
+
+    Attributes:
+        counts: ``[N]``; the first and the last bin also take what lies beyond.
+        low: left edge of the first bin.
+        high: right edge of the last bin.
+    """
+
+    counts: Tensor
+    low: float
+    high: float
+
+    @property
+    def edges(self) -> Tensor:
+        """``[N + 1]`` edges of the bins."""
+        return torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.float64)
+
+    def quantile(self, share: float) -> float:
+        """Right edge of the bin that holds the quantile; NaN without values.
+
+        >>> Histogram(torch.tensor([1.0, 2.0, 1.0, 0.0]), 0.0, 4.0).quantile(0.5)
+        2.0
+        """
+        total = self.counts.sum()
+        if not total:
+            return float("nan")
+        reached = (self.counts.cumsum(0) >= share * total).nonzero()[0]
+        return float(self.edges[reached + 1])
+
+
+class Histograms:
+    """Histograms by name, each over a range of its own.
+
+    Args:
+        ranges: per name the range that is told apart.
+        bins: of each histogram.
+    """
+
+    def __init__(self, ranges: Mapping[str, tuple[float, float]], bins: int = 500) -> None:
+        self.ranges = ranges
+        self.bins = bins
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add the values where ``mask`` is True."""
+        low, high = self.ranges[name]
+        inside = values.detach()[mask].float().clamp(low, high)
+        counts = torch.histc(inside, self.bins, low, high).double()
+        self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+
+    def compute(self, reduce: Callable[[Tensor, str], Tensor] | None) -> dict[str, Histogram]:
+        """Return the histograms over all ranks and forget them."""
+        counts, self._counts = self._counts, {}
+        if not counts:
+            return {}
+        table = torch.stack(list(counts.values()))
+        table = (reduce(table, "sum") if reduce else table).cpu()
+        return {
+            name: Histogram(row, *self.ranges[name])
+            for name, row in zip(counts, table, strict=True)
+        }

@@ -1,0 +1,169 @@
+"""Advantage rules: from rewards, verdicts and the teacher's gap to one advantage per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.advantages import group_relative, reweighted, shaped
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.objectives.base import Part, check_coefficient, known
+from kdrl_lightning.rollout_batch import RolloutBatch
+
+
+class Advantage(Part):
+    """The group-relative advantage A of the completion on each of its tokens: GRPO.
+
+    Args:
+        scale_by_std: divide by the group's standard deviation; Dr.GRPO (arXiv 2503.20783) leaves
+            the division out.
+
+    Attributes:
+        needs_groups: it compares the completions of one prompt.
+    """
+
+    needs_groups: bool = True
+
+    def __init__(self, scale_by_std: bool = True) -> None:
+        self.scale_by_std = scale_by_std
+
+    def prepare(self, rollout: RolloutBatch) -> Tensor:
+        """``[B]``: what is known once the rollout is judged."""
+        return by_group(rollout, lambda r: group_relative(r, self.scale_by_std), rollout.rewards)
+
+    def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
+        """``[B, T]`` advantage of each token.
+
+        Args:
+            batch: with the advantages of ``prepare``.
+            gap: ``[B, T]`` d = log pi_T - log pi of the current forward, detached; 0 where nothing
+                is imitated.
+        """
+        advantages = known(batch.advantages, "advantages")
+        return advantages if advantages.dim() == 2 else advantages[:, None].expand_as(gap)
+
+
+class GapAdvantage(Advantage):
+    """d alone: on-policy distillation as a policy gradient (arXiv 2506.02208, section 2.2)."""
+
+    needs_teacher = True
+    needs_groups = False
+
+    def __init__(self) -> None:
+        super().__init__(scale_by_std=False)
+
+    def prepare(self, rollout: RolloutBatch) -> Tensor:
+        """Return zeros: rewards are measured only."""
+        return torch.zeros_like(rollout.rewards)
+
+    def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
+        """Return d."""
+        return gap
+
+
+class SumAdvantage(Advantage):
+    """``reward_coef A + teacher_kl_coef d``: KDRL as a policy gradient (arXiv 2506.02208).
+
+    With a selection of wrong completions KDRL-mask, of wrong groups HDPO (2603.23871); with
+    schedules on both coefficients OPD-then-RL (2609.04108).
+
+    Args:
+        teacher_kl_coef: weight of d, at least 0.
+        reward_coef: weight of A, at least 0.
+        scale_by_std: divide A by the group's standard deviation.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self, teacher_kl_coef: float = 2e-3, reward_coef: float = 1.0, scale_by_std: bool = True
+    ) -> None:
+        super().__init__(scale_by_std)
+        self.teacher_kl_coef = check_coefficient("teacher_kl_coef", teacher_kl_coef)
+        self.reward_coef = check_coefficient("reward_coef", reward_coef)
+
+    def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
+        """Add the two."""
+        return self.reward_coef * super().__call__(batch, gap) + self.teacher_kl_coef * gap
+
+
+class VerdictAdvantage(Advantage):
+    """A on correct completions, d on wrong ones: SRPO (arXiv 2604.02288)."""
+
+    needs_teacher = True
+
+    def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
+        """Choose by the verdict."""
+        return torch.where(batch.correct[:, None], super().__call__(batch, gap), gap)
+
+
+class ReweightedAdvantage(Advantage):
+    """A scaled by the teacher: RLSD (arXiv 2604.03128).
+
+    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
+
+    Args:
+        mix: lambda, in [0, 1].
+        width: eps_w, in [0, 1].
+        scale_by_std: divide A by the group's standard deviation.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, mix: float = 0.5, width: float = 0.2, scale_by_std: bool = True) -> None:
+        super().__init__(scale_by_std)
+        require_between("mix", mix, 0.0, 1.0, "0 is GRPO.")
+        require_between("width", width, 0.0, 1.0)
+        self.mix = mix
+        self.width = width
+
+    def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
+        """Scale A."""
+        return reweighted(super().__call__(batch, gap), gap, self.mix, self.width)
+
+
+class ShapedAdvantage(Advantage):
+    """A of rewards shaped by the teacher's mean gap: KDRL's reward shaping [form is our choice].
+
+    Args:
+        teacher_kl_coef: weight of the mean gap in the reward, at least 0.
+        scale_by_std: divide by the standard deviation of the unshaped rewards.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, teacher_kl_coef: float = 2e-3, scale_by_std: bool = True) -> None:
+        super().__init__(scale_by_std)
+        self.teacher_kl_coef = check_coefficient("teacher_kl_coef", teacher_kl_coef)
+
+    def prepare(self, rollout: RolloutBatch) -> Tensor:
+        """Shape the rewards with old log-probabilities, once per rollout."""
+        old = known(rollout.old_logprobs, "old_logprobs")
+        gap = known(rollout.teacher_logprobs, "teacher_logprobs") - old
+        mask = known(rollout.imitation_mask, "imitation_mask") & rollout.student_mask
+        tokens = rollout.loss_mask.sum(1).clamp(min=1)
+        mean = gap.masked_fill(~mask, 0.0).sum(1) / tokens
+
+        def advantages(rewards: Tensor, means: Tensor) -> Tensor:
+            return shaped(rewards, means, self.teacher_kl_coef, self.scale_by_std)
+
+        return by_group(rollout, advantages, rollout.rewards, mean.to(rollout.rewards.dtype))
+
+
+def by_group(rollout: RolloutBatch, function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """Apply ``function([P, G], ...) -> [P, G]`` to columns ``[B]`` in any order of rows.
+
+    Raises:
+        ConfigurationError: groups differ in size.
+    """
+    order = rollout.group_ids.argsort(stable=True)
+    sizes = rollout.group_ids.unique(return_counts=True)[1]
+    if sizes.numel() and bool((sizes != sizes[0]).any()):
+        raise ConfigurationError(f"groups must have one size: got {sizes.tolist()}.")
+    out = torch.zeros_like(columns[0])
+    if len(rollout):
+        tables = [column[order].view(sizes.numel(), -1) for column in columns]
+        out[order] = function(*tables).flatten()
+    return out

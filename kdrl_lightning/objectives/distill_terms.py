@@ -1,0 +1,148 @@
+"""Distillation terms: losses that pull the student to the teacher, beside a policy loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses import (
+    TokenScores,
+    generalized_jsd,
+    k2,
+    k3,
+    policy_gradient_kl,
+    with_tail,
+)
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Divergence
+from kdrl_lightning.objectives.base import Part, check_coefficient, known
+from kdrl_lightning.rollout_batch import RolloutBatch
+
+SAMPLED = {"k2": k2, "k3": k3, "policy_gradient": policy_gradient_kl}
+
+
+class DistillTerm(Part):
+    """A per-token loss against the teacher, summed with weight ``teacher_kl_coef``.
+
+    Args:
+        teacher_kl_coef: weight of the term, at least 0.
+        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+
+    Attributes:
+        top_k: student's most likely tokens at which the teacher must be scored.
+        divergence: full-vocabulary divergence to evaluate in each update.
+        sampled: an estimate on the student's sampled tokens, to be corrected for their engine.
+    """
+
+    needs_teacher = True
+    sampled: bool = False
+    top_k: int = 0
+    divergence: Divergence | None = None
+
+    def __init__(self, teacher_kl_coef: float = 2e-3, per_imitated_token: bool = False) -> None:
+        self.teacher_kl_coef = check_coefficient("teacher_kl_coef", teacher_kl_coef)
+        self.per_imitated_token = per_imitated_token
+
+    @abstractmethod
+    def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
+        """``[B, T]`` loss; ``mask [B, T]`` says where it will count."""
+
+    def where(self, batch: RolloutBatch) -> Tensor:
+        """``[B, T]`` bool: tokens of the term."""
+        return known(batch.imitation_mask, "imitation_mask") & batch.loss_mask
+
+
+class SampledKL(DistillTerm):
+    """A KL estimate on the sampled tokens; on the student's own completions only.
+
+    Args:
+        teacher_kl_coef: weight of the term, at least 0.
+        estimator: ``k2`` and ``policy_gradient`` have reverse KL's gradient, ``k3`` **forward**
+            KL's. ``k1`` is refused: its expected gradient is zero.
+        ratio_weight: weight by the detached ratio, which keeps the gradient unbiased with several
+            updates per rollout. Without effect at the first.
+        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+    """
+
+    sampled = True
+
+    def __init__(
+        self,
+        teacher_kl_coef: float = 2e-3,
+        estimator: str = "k2",
+        ratio_weight: bool = False,
+        per_imitated_token: bool = False,
+    ) -> None:
+        super().__init__(teacher_kl_coef, per_imitated_token)
+        if estimator not in SAMPLED:
+            why = " The expected gradient of k1 as a loss is zero." if estimator == "k1" else ""
+            raise ConfigurationError(
+                f"`estimator` must be one of {', '.join(SAMPLED)}: got {estimator}.{why}"
+            )
+        self.estimator = estimator
+        self.ratio_weight = ratio_weight
+
+    def where(self, batch: RolloutBatch) -> Tensor:
+        """Leave out the teacher's completions: the estimate holds for the student's samples."""
+        return super().where(batch) & batch.student_mask
+
+    def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
+        """Estimate at each sampled token."""
+        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+        # Where nothing is imitated the teacher is ignored, even if its value there is -inf.
+        teacher = torch.where(mask, teacher, scores.logprobs.detach())
+        per_token = SAMPLED[self.estimator](scores.logprobs, teacher)
+        if not self.ratio_weight:
+            return per_token
+        old = known(batch.old_logprobs, "old_logprobs")
+        return per_token * (scores.logprobs - old).detach().exp()
+
+
+class VocabularyKL(DistillTerm):
+    """The generalised Jensen-Shannon divergence of whole distributions: GKD (arXiv 2306.13649).
+
+    Exact at each position, on completions of student and teacher alike. Over the full vocabulary
+    the teacher runs in every update; over the student's top-k with a tail bucket it is scored once
+    per rollout.
+
+    Args:
+        teacher_kl_coef: weight of the term, at least 0.
+        jsd_beta: 0 is KL(teacher || student), 1 is KL(student || teacher), in [0, 1].
+        top_k: take the student's most likely tokens at rollout time, and one bucket for the rest;
+            None: all tokens.
+        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+    """
+
+    def __init__(
+        self,
+        teacher_kl_coef: float = 1.0,
+        jsd_beta: float = 1.0,
+        top_k: int | None = None,
+        per_imitated_token: bool = False,
+    ) -> None:
+        super().__init__(teacher_kl_coef, per_imitated_token)
+        require_between("jsd_beta", jsd_beta, 0.0, 1.0, "1 is reverse KL.")
+        if top_k is None:
+            self.divergence = partial(floored_jsd, jsd_beta=jsd_beta)
+        else:
+            require_between("top_k", top_k, 1, float("inf"), "Use null for the full vocabulary.")
+            self.top_k = top_k
+        self.jsd_beta = jsd_beta
+
+    def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
+        """Return the divergence at each position."""
+        if self.divergence is not None:
+            return known(scores.divergence, "divergence")
+        student = known(scores.topk_logprobs, "topk_logprobs")
+        teacher = known(batch.teacher_topk_logprobs, "teacher_topk_logprobs")
+        teacher = teacher.clamp(min=LOGPROB_FLOOR)
+        return generalized_jsd(with_tail(student), with_tail(teacher), self.jsd_beta)
+
+
+def floored_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:
+    """``generalized_jsd`` with the teacher's log-probabilities at least ``LOGPROB_FLOOR``."""
+    teacher = teacher_logits.log_softmax(-1).clamp(min=LOGPROB_FLOOR)
+    return generalized_jsd(student_logits, teacher, jsd_beta)

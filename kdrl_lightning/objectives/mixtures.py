@@ -1,0 +1,58 @@
+"""Advantages mixed from rewards and teacher: SRPO and RLSD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdrl_lightning.objectives.advantage_rules import ReweightedAdvantage, VerdictAdvantage
+from kdrl_lightning.objectives.policy import PolicyObjective
+from kdrl_lightning.objectives.ratios import TokenRatio
+
+
+class SRPO(PolicyObjective):
+    """Rewards teach the correct completions, the teacher the wrong ones (arXiv 2604.02288).
+
+    Per-token advantage ``c A + (1 - c) d``.
+
+    Args:
+        clip_low: the ratio is clipped below at ``1 - clip_low``.
+        clip_high: the ratio is clipped above at ``1 + clip_high``.
+        scale_by_std: divide A by the group's standard deviation.
+        policy: further settings of ``PolicyObjective``.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        scale_by_std: bool = True,
+        **policy: Any,
+    ) -> None:
+        super().__init__(TokenRatio(clip_low, clip_high), VerdictAdvantage(scale_by_std), **policy)
+
+
+class RLSD(PolicyObjective):
+    """The teacher scales each token's advantage, and never flips it (arXiv 2604.03128).
+
+    Per-token advantage ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
+
+    Args:
+        mix: lambda, in [0, 1]; 0 is GRPO.
+        width: eps_w, in [0, 1].
+        clip_low: the ratio is clipped below at ``1 - clip_low``.
+        clip_high: the ratio is clipped above at ``1 + clip_high``.
+        scale_by_std: divide A by the group's standard deviation.
+        policy: further settings of ``PolicyObjective``.
+    """
+
+    def __init__(
+        self,
+        mix: float = 0.5,
+        width: float = 0.2,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        scale_by_std: bool = True,
+        **policy: Any,
+    ) -> None:
+        advantage = ReweightedAdvantage(mix, width, scale_by_std)
+        super().__init__(TokenRatio(clip_low, clip_high), advantage, **policy)

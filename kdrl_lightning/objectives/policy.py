@@ -1,0 +1,185 @@
+"""The frame of all policy methods: ratio rule x advantage rule, and what may stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses import TokenScores, k3
+from kdrl_lightning.objectives.advantage_rules import Advantage
+from kdrl_lightning.objectives.base import (
+    Objective,
+    Reduction,
+    Term,
+    check_coefficient,
+    known,
+)
+from kdrl_lightning.objectives.corrections import EngineCorrection
+from kdrl_lightning.objectives.distill_terms import DistillTerm
+from kdrl_lightning.objectives.ratios import Ratio
+from kdrl_lightning.objectives.selections import Selection
+from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
+
+
+class PolicyObjective(Objective):
+    """``policy(ratio, advantage) + distill + ref_kl_coef KL(pi || pi_ref)``, from parts.
+
+    GRPO, KDRL, RLAD and the others are this class with their parts filled in; a mixture of them is
+    this class by hand.
+
+    Args:
+        ratio: which ratio multiplies the advantage, and its clip; None for no policy loss.
+        advantage: what rewards and teacher make of each token; None for no policy loss.
+        distill: a distillation loss beside the policy loss.
+        selection: where the teacher is imitated; several intersect, none means everywhere.
+        teacher_tokens: ratio rule for completions that the teacher sampled.
+        engine_correction: weights against a sampling engine that disagrees with the trainer, on the
+            student's sampled tokens.
+        rl_coef: weight of the policy loss, at least 0.
+        ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
+            the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.
+        reduction: how per-token values become one number.
+        entropy_coef: weight of the entropy bonus.
+    """
+
+    def __init__(
+        self,
+        ratio: Ratio | None,
+        advantage: Advantage | None,
+        distill: DistillTerm | None = None,
+        selection: Sequence[Selection] = (),
+        teacher_tokens: Ratio | None = None,
+        engine_correction: EngineCorrection | None = None,
+        rl_coef: float = 1.0,
+        ref_kl_coef: float = 0.0,
+        reduction: Reduction = "token_mean",
+        entropy_coef: float = 0.0,
+    ) -> None:
+        super().__init__(reduction, entropy_coef)
+        if (ratio is None) != (advantage is None) or (ratio is None and distill is None):
+            raise ConfigurationError(
+                "`ratio` and `advantage` must go together, or `distill` stand alone: got "
+                f"{_names(ratio, advantage, distill)}."
+            )
+        self.ratio = ratio
+        self.advantage = advantage
+        self.distill = distill
+        self.selection = tuple(selection)
+        self.teacher_tokens = teacher_tokens
+        self.engine_correction = engine_correction
+        self.rl_coef = check_coefficient("rl_coef", rl_coef)
+        self.ref_kl_coef = check_coefficient("ref_kl_coef", ref_kl_coef)
+        parts = [ratio, advantage, distill, *self.selection]
+        self.needs_teacher = any(p is not None and p.needs_teacher for p in parts)
+        self.needs_reference = ref_kl_coef > 0.0
+        self.needs_groups = advantage is not None and advantage.needs_groups
+        self.takes_teacher_completions |= teacher_tokens is not None
+        if distill is not None:
+            self.top_k, self.divergence = distill.top_k, distill.divergence
+
+    def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
+        """Decide once per rollout: advantages, where to imitate, the engine's correction."""
+        # Selections may read the advantages, and shaped advantages the selection.
+        mask = rollout.loss_mask
+        rollout = rollout.replace(imitation_mask=mask)
+        if self.advantage is not None:
+            rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
+        for selection in self.selection:
+            chosen = selection(rollout)
+            mask = mask & (chosen[:, None] if chosen.dim() == 1 else chosen)
+        rollout = rollout.replace(imitation_mask=mask)
+        if self.advantage is not None and self.selection:
+            rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
+        if self.engine_correction is None:
+            return rollout
+        weights = self.engine_correction(rollout)
+        return rollout.replace(importance_weights=torch.where(rollout.student_mask, weights, 1.0))
+
+    def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
+        """Yield the policy loss, the distillation term and the reference KL."""
+        weights = 1.0 if batch.importance_weights is None else batch.importance_weights
+        if self.ratio is not None:
+            advantages = self.token_advantages(batch, scores.logprobs)
+            policy = self.ratio.loss(batch, scores.logprobs, advantages) * weights
+            if self.teacher_tokens is not None:
+                theirs = self.teacher_tokens.loss(batch, scores.logprobs, advantages)
+                policy = torch.where(_theirs(batch), theirs, policy)
+            yield Term("policy", policy, self.rl_coef)
+        if self.distill is not None:
+            where = self.distill.where(batch)
+            loss = self.distill.per_token(batch, scores, where)
+            yield Term(
+                "teacher_kl",
+                loss * weights if self.distill.sampled else loss,
+                self.distill.teacher_kl_coef,
+                where,
+                self.distill.per_imitated_token,
+            )
+        if self.needs_reference:
+            ref = known(batch.ref_logprobs, "ref_logprobs")
+            reference = k3(scores.logprobs, ref) * weights
+            yield Term("ref_kl", reference, self.ref_kl_coef, batch.student_mask)
+
+    def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+        """Apply the advantage rule, with the teacher's gap where it is imitated."""
+        gap = torch.zeros_like(logprobs)
+        if self.advantage is None:
+            return gap
+        if self.advantage.needs_teacher:
+            teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+            mask = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
+            gap = torch.where(mask, teacher - logprobs.detach(), 0.0)
+        return self.advantage(batch, gap)
+
+    def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+        """Return the log of the ratio that is clipped, by who sampled the token."""
+        if self.ratio is None:
+            return super().log_ratio(batch, logprobs)
+        ours = self.ratio.log_ratio(batch, logprobs)
+        if self.teacher_tokens is None:
+            return ours
+        return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
+
+    def clip_range(self) -> tuple[float, float] | None:
+        """Return the ratio rule's bounds."""
+        return None if self.ratio is None else (1 - self.ratio.clip_low, 1 + self.ratio.clip_high)
+
+    def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """Return the tokens whose policy gradient the clip removes."""
+        if self.ratio is None:
+            return torch.zeros_like(batch.loss_mask)
+        ours = self.ratio.dead(batch, logprobs, advantages)
+        if self.teacher_tokens is None:
+            return ours
+        theirs = self.teacher_tokens.dead(batch, logprobs, advantages)
+        return torch.where(_theirs(batch), theirs, ours)
+
+    def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+        """Return the tokens on which the teacher enters the gradient.
+
+        Those of the distillation term, and those of the policy loss whose ratio or advantage the
+        teacher changes and whose gradient is alive.
+        """
+        out = torch.zeros_like(batch.loss_mask)
+        if self.distill is not None and self.distill.teacher_kl_coef:
+            out = self.distill.where(batch)
+        if self.ratio is None or self.advantage is None or not self.rl_coef:
+            return out
+        advantages = self.token_advantages(batch, logprobs)
+        changed = advantages != self.advantage(batch, torch.zeros_like(advantages))
+        if self.ratio.anchored:
+            mask = known(batch.imitation_mask, "imitation_mask")
+            changed = changed | (mask & (advantages != 0))
+        alive = ~self.ratio.dead(batch, logprobs, advantages)
+        return out | (changed & alive & batch.student_mask)
+
+
+def _theirs(batch: RolloutBatch) -> Tensor:
+    return (batch.source == TEACHER)[:, None]
+
+
+def _names(*parts: object) -> str:
+    return ", ".join("None" if p is None else type(p).__name__ for p in parts)

@@ -1,0 +1,76 @@
+"""Which groups make a rollout: slots, their prompts and noise, and refills for flat groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kdrl_lightning.rollout.engine import noise_seed
+from kdrl_lightning.rollout.sampler import Judged
+
+# Streams of noise: student rollouts, evaluation, the teacher's completions.
+TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The places for groups in each rollout, over all processes.
+
+    Prompt and noise of a slot depend on seed, rollout, slot and attempt alone.
+
+    Attributes:
+        count: groups of a rollout.
+        minibatches: parts of a rollout; each rank holds its share of every part.
+        max_refills: attempts beyond the first for a group whose rewards are all equal.
+        seed: of the run.
+    """
+
+    count: int
+    minibatches: int
+    max_refills: int
+    seed: int
+
+    def of_rank(self, rank: int, world_size: int) -> list[int]:
+        """Return a rank's slots: of every mini-batch, every world-size-th."""
+        share = self.count // self.minibatches
+        return [
+            m * share + g for m in range(self.minibatches) for g in range(rank, share, world_size)
+        ]
+
+    def position(self, rollout: int, slot: int, attempt: int) -> int:
+        """Return the position in the stream of prompts; no two attempts share one."""
+        return (rollout * (1 + self.max_refills) + attempt) * self.count + slot
+
+    def seeds(self, rollout: int, slot: int, attempt: int, stream: int, size: int) -> list[int]:
+        """Return the noise of ``size`` completions."""
+        index = attempt * self.count + slot
+        return [noise_seed(self.seed, stream, rollout, index, k) for k in range(size)]
+
+
+def fill_groups(
+    slots: Sequence[int],
+    sample: Callable[[list[int], int], list[list[Judged]]],
+    max_refills: int,
+) -> tuple[list[list[Judged]], int]:
+    """Sample a group for each slot, and another prompt's where all rewards are equal.
+
+    DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy gradient.
+    What is still flat after the last refill stays.
+
+    Args:
+        slots: to be filled.
+        sample: ``(slots, attempt) -> groups``.
+        max_refills: attempts beyond the first.
+
+    Returns:
+        The groups in the order of the slots, and how many were replaced.
+    """
+    filled: dict[int, list[Judged]] = {}
+    flat, replaced = list(slots), 0
+    for attempt in range(max_refills + 1):
+        filled.update(zip(flat, sample(flat, attempt), strict=True))
+        flat = [s for s in flat if len({j.verdict.reward for j in filled[s]}) == 1]
+        if not flat or attempt == max_refills:
+            break
+        replaced += len(flat)
+    return [filled[s] for s in slots], replaced

@@ -1,0 +1,147 @@
+"""Teacher scores kept on disk, by content."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.routed import scatter
+from kdrl_lightning.weights import ModelWeights
+
+
+class CachedTeacher(Teacher):
+    """Another teacher, whose scores of a completion are looked up on disk first.
+
+    The key is the content: the teacher's fingerprint, prompt, completion, temperature and the ids
+    asked for. It pays where the same completions come again: after a resume, with other
+    hyper-parameters of the same seed, and on the teacher's own completions.
+
+    Args:
+        teacher: the teacher that scores what is not known yet.
+        path: SQLite file; made if it is not there. Several processes may share it.
+    """
+
+    def __init__(self, teacher: Teacher, path: str) -> None:
+        if Path(path).is_dir():
+            raise ConfigurationError(f"`path` must be a file: got {path}, which is a folder.")
+        self.teacher = teacher
+        self.path = path
+        self.hits = self.misses = 0
+        self._database: sqlite3.Connection | None = None
+        self._fingerprint = ""
+
+    @property
+    def generates(self) -> bool:  # type: ignore[override]
+        """Whether the teacher behind it does."""
+        return self.teacher.generates
+
+    def prepare(self) -> None:
+        """Prepare the teacher."""
+        self.teacher.prepare()
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Check the teacher."""
+        self.teacher.check(student_tokenizer, student_path)
+
+    def load(self, device: torch.device) -> None:
+        """Load the teacher and open the file."""
+        self.teacher.load(device)
+        self._fingerprint = self.teacher.fingerprint()
+        if self._database is None:
+            self._database = _open(Path(self.path))
+
+    def route(self, row: Mapping[str, Any]) -> int:
+        """Ask the teacher."""
+        return self.teacher.route(row)
+
+    def weights(self) -> ModelWeights | None:
+        """Return the teacher's."""
+        return self.teacher.weights()
+
+    def states(self, batch: RolloutBatch) -> Other:
+        """Ask the teacher: hidden states are too large to keep."""
+        return self.teacher.states(batch)
+
+    def fingerprint(self) -> str:
+        """Return the teacher's."""
+        return self.teacher.fingerprint()
+
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Look every row up; let the teacher score the others, and keep what it says."""
+        if self._database is None:
+            raise RuntimeError("the teacher is not loaded: call load() first")
+        keys = [self._key(batch, row, topk_ids) for row in range(len(batch))]
+        found = {k: self._read(k, batch.input_ids.device) for k in dict.fromkeys(keys)}
+        new = [row for row, key in enumerate(keys) if found[key] is None]
+        self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
+        whole: TokenScores | None = None
+        if new:
+            rows = torch.tensor(new, device=batch.input_ids.device)
+            part = batch.select(rows)
+            asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
+            scores = self.teacher.score(part, asked)
+            lengths = part.completion_lengths.tolist()
+            with self._database:
+                for i, row in enumerate(new):
+                    self._write(keys[row], scores.map(lambda v, i=i: v[i, : lengths[i]]))  # type: ignore[misc]
+            whole = scatter(whole, scores, rows, batch)
+        for row, key in enumerate(keys):
+            known = found[key]
+            if known is not None:
+                at = torch.tensor([row], device=batch.input_ids.device)
+                whole = scatter(whole, known.map(lambda v: v[None]), at, batch)
+        assert whole is not None, "a batch has rows"
+        return whole
+
+    def _key(self, batch: RolloutBatch, row: int, topk_ids: Tensor | None) -> str:
+        tokens = int(batch.completion_lengths[row])
+        content = [
+            self._fingerprint,
+            int(batch.teacher_route[row]),
+            batch.temperature,
+            int(batch.prompt_lengths[row]),
+            batch.input_ids[row, : int(batch.lengths[row])].tolist(),
+            None if topk_ids is None else topk_ids[row, :tokens].tolist(),
+        ]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def _read(self, key: str, device: torch.device) -> TokenScores | None:
+        assert self._database is not None
+        row = self._database.execute("SELECT scores FROM scores WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        fields = load(row[0])
+        return TokenScores(*(fields.get(n) for n in TokenScores._fields)).map(  # type: ignore[arg-type]
+            lambda v: v.to(device)
+        )
+
+    def _write(self, key: str, scores: TokenScores) -> None:
+        assert self._database is not None
+        fields = {n: v.cpu().contiguous() for n, v in scores._asdict().items() if v is not None}
+        self._database.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", (key, save(fields)))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=60.0)
+        database.execute("PRAGMA journal_mode = WAL")  # readers do not wait for a writer
+        database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, scores BLOB)")
+        database.commit()
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigurationError(
+            f"`path` must be a SQLite file that can be written: got {path} ({error}). "
+            "Give another one, or delete it."
+        ) from error
+    return database

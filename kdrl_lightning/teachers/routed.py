@@ -1,0 +1,90 @@
+"""Several teachers, each for its own kind of prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.base import Teacher
+
+
+class RoutedTeacher(Teacher):
+    """The teacher of a completion is named by a column of its prompt's row.
+
+    All of them share the student's vocabulary. It scores; it does not generate.
+
+    Args:
+        teachers: by name.
+        column: the row's column with the name.
+    """
+
+    def __init__(self, teachers: dict[str, Teacher], column: str = "teacher") -> None:
+        if not teachers:
+            raise ConfigurationError("`teachers` must have at least one: got none.")
+        self.teachers = teachers
+        self.column = column
+        self._order = list(teachers)
+
+    def prepare(self) -> None:
+        """Prepare each."""
+        for teacher in self.teachers.values():
+            teacher.prepare()
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Check each."""
+        for teacher in self.teachers.values():
+            teacher.check(student_tokenizer, student_path)
+
+    def load(self, device: torch.device) -> None:
+        """Load each."""
+        for teacher in self.teachers.values():
+            teacher.load(device)
+
+    def route(self, row: Mapping[str, Any]) -> int:
+        """Return the index of the row's teacher.
+
+        Raises:
+            TrainingStopped: the row names none of them.
+        """
+        name = row.get(self.column)
+        if name not in self.teachers:
+            raise TrainingStopped(
+                f"the column `{self.column}` of a prompt row must name one of "
+                f"{', '.join(self._order)}: got {name!r}. Add the column, or the teacher."
+            )
+        return self._order.index(str(name))
+
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Let each teacher score its own rows."""
+        whole: TokenScores | None = None
+        for index in batch.teacher_route.unique().tolist():
+            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
+            part = batch.select(rows)
+            asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
+            scores = self.teachers[self._order[index]].score(part, asked)
+            whole = scatter(whole, scores, rows, batch)
+        assert whole is not None, "a batch has rows"
+        return whole
+
+
+def scatter(
+    whole: TokenScores | None, part: TokenScores, rows: Tensor, batch: RolloutBatch
+) -> TokenScores:
+    """Write the scores of some rows into those of the batch; a field that a part lacks is None."""
+    shape = batch.completion_ids.shape
+
+    def blank(value: Tensor) -> Tensor:
+        return value.new_zeros(*shape, *value.shape[2:])
+
+    out = []
+    for into, value in zip(part.map(blank) if whole is None else whole, part, strict=True):
+        if into is not None and value is not None:
+            into[rows, : value.shape[1]] = value
+        out.append(None if value is None else into)
+    return TokenScores(*out)  # type: ignore[arg-type]
