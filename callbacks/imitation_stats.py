@@ -2,46 +2,122 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
-from kdrl_lightning.losses import k1
-from kdrl_lightning.metrics import StepStats
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.losses import k1, k3
+from kdrl_lightning.metrics import Histogram, Histograms, StepStats
 from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.plots import plot_imitation
 from kdrl_lightning.rollout_batch import RolloutBatch
+
+RANGES = {
+    "hist/teacher_gap": (-10.0, 10.0),
+    "hist/log_ratio": (-2.0, 2.0),
+    "hist/log_offset_weight": (-5.0, 5.0),
+    "hist/entropy": (0.0, 5.0),
+}
 
 
 class SelectiveImitationStats(pl.Callback):
     """Logs ``kd/*`` and ``policy/*`` once per optimizer step, token-weighted over all ranks.
 
-    - ``kd/imitation_frac``: loss tokens on which the teacher enters the gradient. KDRL and
-      distillation: tokens of the KL term; RLAD: tokens with an advantage that the fence leaves
-      alive.
+    ``docs/statistics.md`` says how to read each. Histograms of the teacher's gap, the log ratio,
+    TRRD's weight and the entropy go to a TensorBoard or W&B logger. At the end it prints a table of
+    the first and the last rollouts, and writes ``imitation.png`` into the run folder.
+
+    - ``kd/imitation_frac``: loss tokens on which the teacher enters the gradient;
+      ``kd/imitated_completions_frac``, ``kd/imitated_groups_frac``: with at least one such token.
     - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: of the tokens with a positive (negative)
-      advantage, those whose policy gradient the fence removes.
-    - ``kd/reverse_kl``: mean of log pi - log pi_T, an estimate of KL(student || teacher) per token;
-      ``kd/reverse_kl_correct`` and ``_wrong`` split it by the verifier's answer.
+      advantage, those whose policy gradient the clip removes.
+    - ``kd/reverse_kl``: mean of log pi - log pi_T (k1), an estimate of KL(student || teacher) per
+      token; ``kd/reverse_kl_k3`` another that is never negative; ``_correct`` and ``_wrong`` split
+      both by the verifier's answer.
     - ``kd/conflict_frac``: of the tokens with an advantage, those that the teacher would push the
       other way.
-    - ``kd/offset_clamp_frac``: tokens whose teacher offset RLAD clamps.
-    - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range.
+    - ``kd/top_token_agreement``: tokens at which both find the same token most likely.
+    - ``kd/teacher_entropy``, beside ``policy/entropy``.
+    - ``kd/offset_clamp_frac``: tokens whose teacher offset RLAD clamps; ``kd/offset_weight_max``
+      and ``_p99``: of TRRD's weight ``(pi_old / pi_T)^(1 - alpha)``.
+    - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range; ``_low``,
+      ``_high``.
     - ``policy/ratio_mean``, ``policy/ratio_max``: of the ratio that is clipped.
+
+    Args:
+        histogram_every: rollouts between two histograms.
+        table_rollouts: rollouts that each column of the table averages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, histogram_every: int = 10, table_rollouts: int = 5) -> None:
+        require_between("histogram_every", histogram_every, 1, float("inf"))
+        require_between("table_rollouts", table_rollouts, 1, float("inf"))
+        self.histogram_every = histogram_every
+        self.table_rollouts = table_rollouts
+        self.rows: list[dict[str, float]] = []
+        self.histograms: dict[int, dict[str, Histogram]] = {}
         self._stats = StepStats()
+        self._hist = Histograms(RANGES)
+        self._groups: dict[int, bool] = {}
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add a micro-batch; log at the end of the step."""
         if batch.old_logprobs is None:
             return
-        add_imitation_stats(self._stats, pl_module.objective, batch, outputs["logprobs"])
+        objective, logprobs = pl_module.objective, outputs["logprobs"]
+        add_imitation_stats(self._stats, objective, batch, logprobs)
+        add_histograms(self._hist, objective, batch, logprobs, outputs["entropy"])
+        hits = (objective.imitated(batch, logprobs) & batch.loss_mask).any(1).tolist()
+        for group, hit, used in zip(
+            batch.group_ids.tolist(), hits, batch.loss_mask.any(1).tolist(), strict=True
+        ):
+            if used:  # a group's completions may lie in several micro-batches
+                self._groups[group] = self._groups.get(group, False) or hit
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            pl_module.log_dict(self._stats.compute(pl_module.reduce))
+            self._end_step(trainer, pl_module)
+
+    def _end_step(self, trainer: Any, pl_module: Any) -> None:
+        groups, self._groups = torch.tensor(list(self._groups.values())), {}
+        if len(groups):
+            self._stats.add_mean("kd/imitated_groups_frac", groups.to(pl_module.device))
+        values = self._stats.compute(pl_module.reduce)
+        histograms = self._hist.compute(pl_module.reduce)
+        weight = histograms.get("hist/log_offset_weight")
+        if weight is not None and weight.counts.sum():
+            values["kd/offset_weight_p99"] = math.exp(weight.quantile(0.99))
+        pl_module.log_dict(values)
+        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
+        rollout, left = divmod(trainer.global_step, per_rollout)
+        if left:
+            return
+        self.rows.append({"rollout": rollout, **values})
+        if (rollout - 1) % self.histogram_every == 0:
+            self.histograms[rollout] = histograms
+            log_histograms(trainer, histograms)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Print the table and draw the picture."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        if not trainer.is_global_zero or not self.rows or trainer.fast_dev_run:
+            return
+        print(table(self.rows, self.table_rollouts))
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_imitation(folder / "imitation.png", self.rows, self.histograms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the rows over a resume."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the rows."""
+        self.rows = state_dict["rows"]
 
 
 def add_imitation_stats(
@@ -57,29 +133,123 @@ def add_imitation_stats(
     """
     mask = batch.loss_mask
     ratio = objective.log_ratio(batch, logprobs).exp()
+    imitated = objective.imitated(batch, logprobs) & mask
     stats.add_mean("policy/ratio_mean", ratio, mask)
     stats.add_max("policy/ratio_max", ratio, mask)
-    stats.add_mean("kd/imitation_frac", objective.imitated(batch, logprobs), mask)
-    advantages = batch.advantages
-    if advantages is not None and advantages.dim() == 1:
-        advantages = advantages[:, None].expand_as(ratio)
-    clip_low = getattr(objective, "clip_low", None)
-    clip_high = getattr(objective, "clip_high", None)
-    if advantages is not None and clip_low is not None and clip_high is not None:
-        above, below = ratio > 1 + clip_high, ratio < 1 - clip_low
+    stats.add_mean("kd/imitation_frac", imitated, mask)
+    stats.add_mean("kd/imitated_completions_frac", imitated.any(1), mask.any(1))
+    bounds = objective.clip_range()
+    if bounds is not None:
+        low, high = bounds
+        above, below = ratio > high, ratio < low
         stats.add_mean("policy/clip_frac", above | below, mask)
-        stats.add_mean("kd/dead_frac_pos", above, mask & (advantages > 0))
-        stats.add_mean("kd/dead_frac_neg", below, mask & (advantages < 0))
+        stats.add_mean("policy/clip_frac_low", below, mask)
+        stats.add_mean("policy/clip_frac_high", above, mask)
+        advantages = objective.token_advantages(batch, logprobs)
+        dead = objective.dead(batch, logprobs, advantages)
+        stats.add_mean("kd/dead_frac_pos", dead, mask & (advantages > 0))
+        stats.add_mean("kd/dead_frac_neg", dead, mask & (advantages < 0))
+    if batch.teacher_logprobs is not None:
+        _add_teacher(stats, objective, batch, logprobs, batch.teacher_logprobs)
+
+
+def _add_teacher(
+    stats: StepStats, objective: Objective, batch: RolloutBatch, logprobs: Tensor, teacher: Tensor
+) -> None:
+    # The estimates hold for the student's own samples.
+    mask, correct = batch.student_mask, batch.correct[:, None]
+    for name, value in (
+        ("kd/reverse_kl", k1(logprobs, teacher)),
+        ("kd/reverse_kl_k3", k3(logprobs, teacher)),
+    ):
+        stats.add_mean(name, value, mask)
+        stats.add_mean(f"{name}_correct", value, mask & correct)
+        stats.add_mean(f"{name}_wrong", value, mask & ~correct)
+    if batch.advantages is not None:
+        wanted = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
+        against = (teacher - logprobs) * wanted < 0
+        stats.add_mean("kd/conflict_frac", against, mask & (wanted != 0))
+    if batch.teacher_entropy is not None:
+        stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, batch.loss_mask)
+    if batch.teacher_top_ids is not None and batch.topk_ids is not None:
+        same = batch.teacher_top_ids == batch.topk_ids[..., 0]
+        stats.add_mean("kd/top_token_agreement", same, batch.loss_mask)
+    if batch.old_logprobs is None:
+        return
+    weight = _offset_weight(objective, batch, logprobs)
+    if weight is not None:
+        stats.add_max("kd/offset_weight_max", weight.exp(), mask)
+    clamp = next((v for p in objective.parts() if (v := getattr(p, "offset_clamp", None))), None)
+    if clamp is not None:
+        offset = batch.old_logprobs - teacher
+        stats.add_mean("kd/offset_clamp_frac", offset.abs() > clamp, mask)
+
+
+def add_histograms(
+    histograms: Histograms,
+    objective: Objective,
+    batch: RolloutBatch,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> None:
+    """Add one micro-batch to ``histograms``; arguments as in ``add_imitation_stats``."""
+    mask = batch.loss_mask
+    histograms.add("hist/log_ratio", objective.log_ratio(batch, logprobs), mask)
+    histograms.add("hist/entropy", entropy, mask)
     if batch.teacher_logprobs is None:
         return
-    gap = k1(logprobs, batch.teacher_logprobs)
-    correct = batch.correct[:, None]
-    stats.add_mean("kd/reverse_kl", gap, mask)
-    stats.add_mean("kd/reverse_kl_correct", gap, mask & correct)
-    stats.add_mean("kd/reverse_kl_wrong", gap, mask & ~correct)
-    if advantages is not None:
-        stats.add_mean("kd/conflict_frac", gap * advantages > 0, mask & (advantages != 0))
-    clamp = getattr(objective, "offset_clamp", None)
-    if clamp is not None and batch.old_logprobs is not None:
-        offset = batch.old_logprobs - batch.teacher_logprobs
-        stats.add_mean("kd/offset_clamp_frac", offset.abs() > clamp, mask)
+    histograms.add("hist/teacher_gap", batch.teacher_logprobs - logprobs, mask)
+    weight = _offset_weight(objective, batch, logprobs)
+    if weight is not None:
+        histograms.add("hist/log_offset_weight", weight, mask)
+
+
+def _offset_weight(objective: Objective, batch: RolloutBatch, logprobs: Tensor) -> Tensor | None:
+    """``[B, T]`` log of TRRD's weight w: what its ratio has beyond rho."""
+    if batch.old_logprobs is None or not any(
+        getattr(p, "anchored", False) for p in objective.parts()
+    ):
+        return None
+    return objective.log_ratio(batch, logprobs) - (logprobs - batch.old_logprobs)
+
+
+def log_histograms(trainer: Any, histograms: dict[str, Histogram]) -> None:
+    """Send histograms to the loggers that can show them."""
+    for logger in trainer.loggers:
+        experiment = logger.experiment
+        for name, histogram in histograms.items():
+            counts, edges = histogram.counts, histogram.edges
+            if hasattr(experiment, "add_histogram_raw"):  # TensorBoard
+                centers = (edges[1:] + edges[:-1]) / 2
+                experiment.add_histogram_raw(
+                    name,
+                    min=histogram.low,
+                    max=histogram.high,
+                    num=int(counts.sum()),
+                    sum=float((counts * centers).sum()),
+                    sum_squares=float((counts * centers.square()).sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=trainer.global_step,
+                )
+            elif type(logger).__name__ == "WandbLogger":
+                import wandb  # type: ignore[import-not-found]
+
+                pair = (counts.numpy(), edges.numpy())
+                experiment.log({name: wandb.Histogram(np_histogram=pair)})
+
+
+def table(rows: list[dict[str, float]], rollouts: int) -> str:
+    """Render the mean of each statistic over the first and the last rollouts."""
+    first, last = rows[:rollouts], rows[-rollouts:]
+
+    def mean(part: list[dict[str, float]], name: str) -> str:
+        values = [row[name] for row in part if name in row]
+        return f"{sum(values) / len(values):10.3f}" if values else f"{'-':>10}"
+
+    names = sorted({name for row in rows for name in row} - {"rollout"})
+    width = max(map(len, names))
+    head = f"  {'imitation, mean over rollouts':<{width}}  {'first ' + str(len(first)):>10}"
+    lines = [f"{head}  {'last ' + str(len(last)):>10}"]
+    lines += [f"  {n:<{width}}  {mean(first, n)}  {mean(last, n)}" for n in names]
+    return "\n".join(["", *lines])

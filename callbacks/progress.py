@@ -42,8 +42,8 @@ class RolloutProgress(pl.Callback):
         if hasattr(data, "updates_per_rollout"):
             amount = "no limit of steps" if total is None else f"{steps} steps = {total} rollouts"
             print(
-                f"{amount}, each of {data.prompts_per_rollout} prompts x {data.group_size} "
-                f"completions for {self._per} optimizer steps",
+                f"{amount}, each of {data.prompts_per_rollout} prompts x "
+                f"{data.completions_per_prompt} completions for {self._per} optimizer steps",
                 flush=True,
             )
         terminal = sys.stderr.isatty()

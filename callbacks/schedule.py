@@ -1,0 +1,125 @@
+"""A coefficient that follows a schedule."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
+from kdrl_lightning.schedules import PlateauSwitch, Schedule
+
+METRICS = {
+    "teacher_kl_coef": "kd/teacher_kl_coef",
+    "trrd_alpha": "kd/trrd_alpha",
+    "distill_coef": "kd/distill_coef",
+}
+
+
+class CoefficientSchedule(pl.Callback):
+    """Sets one coefficient of the objective before each rollout or optimizer step.
+
+    It is a function of ``trainer.global_step``, so that a resumed run needs no state; only
+    ``PlateauSwitch`` remembers, and its memory is saved. Several of them may stand side by side.
+
+    Args:
+        coefficient: ``teacher_kl_coef``, ``trrd_alpha``, ``entropy_coef``, ``ref_kl_coef``,
+            ``rl_coef``, ``reward_coef`` or ``distill_coef``.
+        schedule: its values.
+        unit: what a step of the schedule is.
+    """
+
+    def __init__(
+        self,
+        coefficient: str,
+        schedule: Schedule,
+        unit: Literal["rollout", "optimizer_step"] = "rollout",
+    ) -> None:
+        if coefficient not in COEFFICIENTS:
+            raise ConfigurationError(
+                f"`coefficient` must be one of {', '.join(COEFFICIENTS)}: got {coefficient}."
+            )
+        if unit not in ("rollout", "optimizer_step"):
+            raise ConfigurationError(f"`unit` must be rollout or optimizer_step: got {unit}.")
+        for value in schedule.extremes():
+            check_coefficient(coefficient, value)
+        self.coefficient = coefficient
+        self.schedule = schedule
+        self.unit = unit
+
+    @property
+    def state_key(self) -> str:
+        """Several schedules keep their states apart."""
+        return self._generate_state_key(coefficient=self.coefficient)
+
+    @property
+    def metric(self) -> str:
+        """Name under which the coefficient is logged."""
+        return METRICS.get(self.coefficient, f"policy/{self.coefficient}")
+
+    def coef_at(self, step: int) -> float:
+        """Coefficient at a step of the schedule's unit."""
+        return self.schedule.coef_at(step)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Check that there is such a coefficient, that no other callback sets it, and set it."""
+        if stage != "fit":
+            return
+        twins = [
+            c
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(c, CoefficientSchedule) and c.coefficient == self.coefficient
+        ]
+        if len(twins) > 1:
+            raise ConfigurationError(
+                f"`callbacks` must have one schedule for {self.coefficient}: got {len(twins)}."
+            )
+        objective = pl_module.objective
+        objective.coefficient(self.coefficient)
+        if self.coefficient == "ref_kl_coef" and max(self.schedule.extremes()) > 0.0:
+            objective.needs_reference = True  # also where the schedule starts at 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Set the coefficient before the first rollout."""
+        self._set(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the coefficient that was used, and set the next one."""
+        pl_module.log(self.metric, pl_module.objective.coefficient(self.coefficient))
+        self._set(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Let a plateau switch see the validation."""
+        schedule = self.schedule
+        if not isinstance(schedule, PlateauSwitch) or trainer.sanity_checking:
+            return
+        if schedule.monitor not in trainer.callback_metrics:
+            raise ConfigurationError(
+                f"`monitor` must be a metric of the validation: got {schedule.monitor}. "
+                f"Known: {', '.join(sorted(trainer.callback_metrics))}."
+            )
+        value = float(trainer.callback_metrics[schedule.monitor])
+        schedule.observe(value, self._step(trainer))
+        self._set(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a plateau switch's memory."""
+        return self.schedule.state_dict() if isinstance(self.schedule, PlateauSwitch) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        if isinstance(self.schedule, PlateauSwitch):
+            self.schedule.load_state_dict(state_dict)
+
+    def _step(self, trainer: pl.Trainer) -> int:
+        step = trainer.global_step
+        if self.unit == "rollout":
+            step = trainer.datamodule.rollout_at(step)  # type: ignore[attr-defined]
+        return step
+
+    def _set(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        value = self.coef_at(self._step(trainer))
+        pl_module.objective.set_coefficient(self.coefficient, value)
