@@ -70,7 +70,7 @@ def refuse(
 
 CASES = {
     "misspelt flag": (["--data.group_sise=3"], "did you mean group_size?"),
-    "misspelt class": (["--model.objective=RLDA"], "did you mean RLAD?"),
+    "misspelt class": (["--model.objective=RLADD"], "did you mean RLAD?"),
     "misspelt argument": (["--model.objective.trrd_alfa=0.3"], "trrd_alfa"),
     "wrong type": (["--trainer.max_steps=many"], "trainer.max_steps"),
     "group of one": (["--data.group_size=1"], "`group_size` must be at least 2 for RLAD"),
@@ -174,7 +174,10 @@ CLI_CASES = {
         ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"],
         "Invalid learning rate",
     ),
-    "supervised loss on rollouts": (["--model.objective=SFT"], "must train on given completions"),
+    "supervised loss on rollouts": (
+        ["--model.objective=SFT"],
+        "`group_size` must be 0 for SFT, which trains on given",
+    ),
 }
 
 

@@ -47,7 +47,7 @@ def test_overrides_win_over_the_file() -> None:
         ],
         instantiate_only=True,
     )
-    assert cli.model.objective.trrd_alpha == 0.7
+    assert cli.model.objective.coefficient("trrd_alpha") == 0.7
     assert cli.model.student_source == "some/folder"
     assert (cli.datamodule.group_size, cli.datamodule.seed) == (4, 7)
 

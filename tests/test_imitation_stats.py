@@ -59,22 +59,37 @@ TEACHER = {
     # Rewarded but disliked: .5, .25, .1. Punished but liked: -1. Six tokens have an advantage.
     "kd/conflict_frac": 4 / 6,
 }
+
+
+def k3_mean(gaps: list[float]) -> float:
+    return sum(math.exp(-g) - 1 + g for g in gaps) / len(gaps)
+
+
+WRONG = GAP[1][:2] + GAP[2][:1]
+TEACHER |= {
+    "kd/reverse_kl_k3": k3_mean(GAP[0] + WRONG),
+    "kd/reverse_kl_k3_correct": k3_mean(GAP[0]),
+    "kd/reverse_kl_k3_wrong": k3_mean(WRONG),
+}
+NOTHING = {"kd/imitation_frac": 0.0, "kd/imitated_completions_frac": 0.0}
 CLIPPED = {
     "policy/ratio_mean": (1.0 + 1.3 + 0.7 + 1.1 + 0.7 + 1.5 + 1.25) / TOKENS,
     "policy/ratio_max": 1.5,
     "policy/clip_frac": 5 / TOKENS,  # 1.3, .7; .7, 1.5; 1.25
+    "policy/clip_frac_low": 2 / TOKENS,
+    "policy/clip_frac_high": 3 / TOKENS,
     "kd/dead_frac_pos": 1 / 4,  # 1.3
     "kd/dead_frac_neg": 1 / 2,  # .7
 }
 
 
 def test_grpo() -> None:
-    check(stats_of(GRPO(), *case()), {"kd/imitation_frac": 0.0, **CLIPPED, **TEACHER})
+    check(stats_of(GRPO(), *case()), {**NOTHING, **CLIPPED, **TEACHER})
 
 
 def test_grpo_without_teacher() -> None:
     got = stats_of(GRPO(), *case(teacher_logprobs=None))
-    check(got, {"kd/imitation_frac": 0.0, **CLIPPED})
+    check(got, {**NOTHING, **CLIPPED})
 
 
 def test_asymmetric_clip() -> None:
@@ -89,7 +104,15 @@ def test_kdrl() -> None:
     mask[0, :3] = False
     mask[1, 3] = True  # padding does not count, whatever the decision says
     got = stats_of(KDRL(), batch.replace(imitation_mask=mask), logprobs)
-    check(got, {"kd/imitation_frac": 4 / TOKENS, **CLIPPED, **TEACHER})
+    check(
+        got,
+        {
+            "kd/imitation_frac": 4 / TOKENS,
+            "kd/imitated_completions_frac": 1.0,
+            **CLIPPED,
+            **TEACHER,
+        },
+    )
 
 
 @pytest.mark.parametrize("make", [KDRL, OnPolicyDistillation])
@@ -102,6 +125,7 @@ def test_distillation_clips_nothing() -> None:
     got = stats_of(OnPolicyDistillation(), *case(advantages=None))
     expected = {
         "kd/imitation_frac": 1.0,
+        "kd/imitated_completions_frac": 1.0,
         **{k: v for k, v in CLIPPED.items() if "ratio" in k},
         **{k: v for k, v in TEACHER.items() if "conflict" not in k},
     }
@@ -125,10 +149,14 @@ def test_rlad() -> None:
         "policy/ratio_mean": sum(ratios) / TOKENS,
         "policy/ratio_max": ratios[5],
         "policy/clip_frac": 6 / TOKENS,  # all but .880
+        "policy/clip_frac_low": 2 / TOKENS,  # .667, .507
+        "policy/clip_frac_high": 4 / TOKENS,
         "kd/dead_frac_pos": 2 / 4,  # 1.284, 1.292
         "kd/dead_frac_neg": 1 / 2,  # .507
         "kd/imitation_frac": 3 / TOKENS,  # .880, .667; 1.388; A = 0 does not count
+        "kd/imitated_completions_frac": 2 / 3,
         "kd/offset_clamp_frac": 1 / TOKENS,
+        "kd/offset_weight_max": max(math.exp(min(max(o, -1.0), 1.0) / 2) for o in offsets),
         **TEACHER,
     }
     check(got, expected)
@@ -196,6 +224,7 @@ class Module:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.reduce = lambda value, operation: value
+        self.device = torch.device("cpu")
         self.logged: list[dict[str, float]] = []
 
     def log_dict(self, values: dict[str, float]) -> None:
@@ -204,16 +233,20 @@ class Module:
 
 def test_callback_logs_once_per_step() -> None:
     batch, logprobs = case()
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=2)
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=2, global_step=1, loggers=[], datamodule=None
+    )
     module, callback = Module(KDRL()), SelectiveImitationStats()
     for index in range(4):
         rows = [0] if index % 2 == 0 else [1, 2]
         part = batch.select(rows)
-        outputs = {"logprobs": logprobs[rows][:, : part.loss_mask.shape[1]]}
+        now = logprobs[rows][:, : part.loss_mask.shape[1]]
+        outputs = {"logprobs": now, "entropy": -now}
         callback.on_train_batch_end(trainer, module, outputs, part, index)
         assert len(module.logged) == (index + 1) // 2
     for values in module.logged:
-        check(values, stats_of(KDRL(), batch, logprobs))
+        # One group, whose completions lie in two micro-batches.
+        check(values, {**stats_of(KDRL(), batch, logprobs), "kd/imitated_groups_frac": 1.0})
 
 
 def test_callback_is_silent_without_old_logprobs() -> None:

@@ -63,8 +63,8 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
 
 def test_objective_without_coefficient_is_refused_for_fit_only() -> None:
     module = SimpleNamespace(objective=GRPO())
-    trainer: Any = None
-    message = r"needs an objective with a `teacher_kl_coef`: got GRPO\. Use KDRL or OnPolicy"
+    trainer: Any = SimpleNamespace(callbacks=[])
+    message = r"`coefficient` must be one of GRPO's \(.*\): got teacher_kl_coef\."
     with pytest.raises(ConfigurationError, match=message):
         KLCoefficientAnnealing().setup(trainer, module, "fit")
     KLCoefficientAnnealing().setup(trainer, module, "validate")
@@ -81,17 +81,19 @@ def test_coefficient_follows_the_unit(unit: Any, per_step: int) -> None:
         global_step=0, datamodule=SimpleNamespace(rollout_at=lambda step: step // 4)
     )
     annealing.on_train_start(trainer, module)
-    assert module.objective.teacher_kl_coef == 5e-3
+    assert module.objective.coefficient("teacher_kl_coef") == 5e-3
     for step in range(1, 13):
-        used = module.objective.teacher_kl_coef
+        used = module.objective.coefficient("teacher_kl_coef")
         trainer.global_step = step
         annealing.on_train_batch_end(trainer, module, None, None, step - 1)
         assert logged[-1] == used
-        assert module.objective.teacher_kl_coef == annealing.coef_at(step // per_step)
+        assert module.objective.coefficient("teacher_kl_coef") == annealing.coef_at(
+            step // per_step
+        )
 
 
 def test_resumed_run_starts_where_it_stopped() -> None:
     module = SimpleNamespace(objective=KDRL())
     trainer: Any = SimpleNamespace(global_step=60)
     KLCoefficientAnnealing(unit="optimizer_step").on_train_start(trainer, module)
-    close(module.objective.teacher_kl_coef, 2e-3, 1e-15)
+    close(module.objective.coefficient("teacher_kl_coef"), 2e-3, 1e-15)

@@ -39,6 +39,7 @@ def test_rlad_learns_the_embedded_task(tmp_path: Path) -> None:
         "checkpoints",
         "config.yaml",
         "curves.png",
+        "imitation.png",
         "metrics.csv",
         "student",
         "summary.json",

@@ -63,4 +63,4 @@ def test_the_example_configuration_parses(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     cli = KDRLCLI.run(["--config", "own.yaml", "--trainer.precision=32"], instantiate_only=True)
     assert cli.datamodule.train_prompts[0]["prompt"] == [{"role": "user", "content": "1+1?"}]
-    assert cli.model.objective.teacher_kl_coef == 0.002
+    assert cli.model.objective.coefficient("teacher_kl_coef") == 0.002

@@ -81,7 +81,8 @@ class Trace(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         self.seen.append((trainer.global_step, batch))
-        self.coefs.append(getattr(pl_module.objective, "teacher_kl_coef", 0.0))
+        distill = getattr(pl_module.objective, "distill", None)
+        self.coefs.append(0.0 if distill is None else distill.teacher_kl_coef)
 
 
 def fit(
@@ -279,7 +280,7 @@ def test_annealing_refuses_an_objective_without_the_coefficient(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     module = make_module(student_folder, teacher_folder, GRPO())
-    with pytest.raises(ConfigurationError, match="needs an objective with a `teacher_kl_coef`"):
+    with pytest.raises(ConfigurationError, match="must be one of GRPO's"):
         fit(tmp_path, module, make_data(), [KLCoefficientAnnealing()])
 
 

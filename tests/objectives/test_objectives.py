@@ -19,8 +19,10 @@ from kdrl_lightning.objectives import (
     SFT,
     Objective,
     OnPolicyDistillation,
+    SampledKL,
     Term,
     TokenScores,
+    TrustRegionRatio,
 )
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
@@ -199,7 +201,7 @@ def test_kdrl_and_distillation_match_slow_reference(
     close(got[1], rl_gradient + 0.3 * kd_gradient)
     close(got[2]["policy"], rl)
     close(got[2]["teacher_kl"], kd)  # without the coefficient
-    got = graded(OnPolicyDistillation(0.7, weighted, reduction), batch, scores)
+    got = graded(OnPolicyDistillation(0.7, weighted, reduction=reduction), batch, scores)
     close(got[0], 0.7 * kd)
     close(got[1], 0.7 * kd_gradient)
     close(got[2]["teacher_kl"], kd)
@@ -210,7 +212,7 @@ def test_sft_is_cross_entropy(reduction: Any) -> None:
     batch = make_batch()
     scores = student(batch)
     lp = scores.logprobs.tolist()
-    got = graded(SFT(reduction), batch, scores)
+    got = graded(SFT(reduction=reduction), batch, scores)
     value, gradient = slow(batch, reduction, lambda i, t: (-lp[i][t], -1.0))
     close(got[0], value)
     close(got[1], gradient)
@@ -474,7 +476,7 @@ def test_padding_side_changes_nothing(make: Callable[..., Objective], reduction:
             for name in ("loss_mask", "imitation_mask", "old_logprobs", "teacher_logprobs")
         }
     )
-    turned = TokenScores(*(x.detach().flip(1).requires_grad_() for x in scores))
+    turned = TokenScores(*(x.detach().flip(1).requires_grad_() for x in scores[:2]))
     a, b = graded(objective, batch, scores), graded(objective, flipped, turned)
     close(a[0], b[0])
     close(a[1], b[1].flip(1))
@@ -489,7 +491,9 @@ def test_garbage_outside_the_loss_does_not_leak(
     batch = make_batch()
     padding = ~batch.loss_mask
     clean = student(batch)
-    dirty = TokenScores(*(x.detach().masked_fill(padding, garbage).requires_grad_() for x in clean))
+    dirty = TokenScores(
+        *(x.detach().masked_fill(padding, garbage).requires_grad_() for x in clean[:2])
+    )
     spoilt = batch.replace(
         **{
             name: getattr(batch, name).masked_fill(padding, garbage)
@@ -585,25 +589,27 @@ def test_prepare_without_groups_needs_no_rewards(make: Callable[..., Objective])
 
 
 def test_what_an_objective_needs() -> None:
-    needs = {c.__name__: (c.needs_teacher, c.needs_groups) for c in (GRPO, KDRL, RLAD, SFT)}
+    needs = {c.__name__: (c().needs_teacher, c().needs_groups) for c in (GRPO, KDRL, RLAD, SFT)}
     assert needs == {
         "GRPO": (False, True),
         "KDRL": (True, True),
         "RLAD": (True, True),
         "SFT": (False, False),
     }
-    assert OnPolicyDistillation.needs_teacher
-    assert not OnPolicyDistillation.needs_groups
+    assert OnPolicyDistillation().needs_teacher
+    assert not OnPolicyDistillation().needs_groups
 
 
 def test_defaults_are_the_contracts() -> None:
     kdrl, rlad, grpo = KDRL(), RLAD(), GRPO()
-    assert (kdrl.teacher_kl_coef, kdrl.kd_ratio_weight) == (2e-3, False)
-    assert (rlad.trrd_alpha, rlad.offset_clamp) == (0.5, 1.0)
+    assert isinstance(kdrl.distill, SampledKL) and isinstance(rlad.ratio, TrustRegionRatio)
+    assert (kdrl.coefficient("teacher_kl_coef"), kdrl.distill.ratio_weight) == (2e-3, False)
+    assert (rlad.coefficient("trrd_alpha"), rlad.ratio.offset_clamp) == (0.5, 1.0)
     for objective in (kdrl, rlad, grpo):
-        assert (objective.clip_low, objective.clip_high, objective.scale_by_std) == (0.2, 0.2, True)
+        assert objective.clip_range() == (0.8, 1.2)
+        assert objective.advantage is not None and objective.advantage.scale_by_std
         assert (objective.reduction, objective.entropy_coef) == ("token_mean", 0.0)
-    assert OnPolicyDistillation().teacher_kl_coef == 1.0
+    assert OnPolicyDistillation().coefficient("teacher_kl_coef") == 1.0
 
 
 # --- Refusals ---

@@ -69,6 +69,7 @@ def test_metrics_by_hand():
         "rollout/length_mean": 2.0,
         "rollout/truncated_frac": 0.25,
         "rollout/flat_group_frac": 0.5,
+        "rollout/refilled_groups": 0.0,
         "rollout/mismatch_kl": 0.0,
         "tokens_per_s": 4.0,
         "time/rollout_s": 2.0,
@@ -80,7 +81,8 @@ def test_ranks_are_summed_before_dividing():
     # The other rank has three times the counts of this one, except for twice the tokens.
     def two_ranks(tensor, operation):
         other = 3 * tensor
-        other[3] = 2 * tensor[3]
+        for tokens in (3, 12):  # the student's, all
+            other[tokens] = 2 * tensor[tokens]
         return tensor + other
 
     watch = RolloutWatch()

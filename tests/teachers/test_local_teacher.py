@@ -29,15 +29,15 @@ def teacher(teacher_folder: str) -> LocalTeacher:
 def test_scores_are_the_models_at_the_sampling_temperature(teacher, teacher_folder, batch):
     with torch.no_grad():
         expected = Scorer(load_causal_lm(teacher_folder)).score(batch).logprobs
-    torch.testing.assert_close(teacher.score(batch), expected, atol=1e-6, rtol=1e-6)
-    assert not teacher.score(batch)[~batch.completion_mask].any()
+    torch.testing.assert_close(teacher.score(batch).logprobs, expected, atol=1e-6, rtol=1e-6)
+    assert not teacher.score(batch).logprobs[~batch.completion_mask].any()
 
 
 def test_a_teacher_is_frozen(teacher, batch):
     model = teacher.weights().model
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
-    assert not teacher.score(batch).requires_grad
+    assert not teacher.score(batch).logprobs.requires_grad
 
 
 def test_a_teacher_is_loaded_once(teacher):
@@ -74,7 +74,7 @@ def test_rows_behind_the_students_vocabulary_do_not_count(
     padded = LocalTeacher(str(tmp_path))
     padded.check(load_tokenizer(student_folder), student_folder)
     padded.load(CPU)
-    torch.testing.assert_close(padded.score(batch), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(padded.score(batch).logprobs, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_model_source_is_made_in_prepare(teacher_folder):
