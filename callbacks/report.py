@@ -182,6 +182,7 @@ class RunReport(pl.Callback):
             "rollout_seconds": rollout_seconds,
             "score_seconds": seconds.get("time/score_s", 0.0),
             "train_seconds": self._train_seconds,
+            "teacher_seconds": pl_module.teacher_seconds,
             "wall_seconds": time.perf_counter() - self._started,
             "tokens_per_second": tokens / rollout_seconds if rollout_seconds else None,
             "export_path": str(folder / "student") if self.export else None,
@@ -202,7 +203,8 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
         (
             "time",
             f"{summary['wall_seconds']:.0f} s (rollouts {summary['rollout_seconds']:.0f} s, "
-            f"scoring {summary['score_seconds']:.0f} s, updates {summary['train_seconds']:.0f} s)",
+            f"scoring {summary['score_seconds']:.0f} s, updates {summary['train_seconds']:.0f} s; "
+            f"of these the teacher {summary['teacher_seconds']:.1f} s)",
         ),
         ("run folder", str(folder)),
         ("trained student", summary["export_path"] or "-"),

@@ -150,6 +150,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards = RewardRunner(reward, max_reward_failure_frac)
         self.watch = RolloutWatch()
         self._plan: RolloutPlan | None = None
+        self._teacher_seconds = 0.0
         self._train: list[EncodedPrompt] = []
         self._val: list[EncodedPrompt] = []
 
@@ -177,7 +178,8 @@ class RolloutDataModule(pl.LightningDataModule):
                 )
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self._plan, self.rollout_engine.version, self.teacher_engine.version = None, None, None
+        self._plan, self._teacher_seconds = None, 0.0
+        self.rollout_engine.version = self.teacher_engine.version = None
         if self.val_prompts is not None:
             self._val = self._encode(self.val_prompts, "val_prompts")
         if stage == "fit":
@@ -258,7 +260,10 @@ class RolloutDataModule(pl.LightningDataModule):
             "time/sync_s": sync_seconds,
             "time/rollout_s": sampled - started - sync_seconds,
             "time/score_s": time.perf_counter() - sampled,
+            # Of the two above, and of the updates since the last rollout.
+            "time/teacher_s": module.teacher_seconds - self._teacher_seconds,
         }
+        self._teacher_seconds = module.teacher_seconds
         compares = module.objective.needs_groups
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, refills
@@ -310,7 +315,10 @@ class RolloutDataModule(pl.LightningDataModule):
             if not count:
                 continue
             seeds = [self.slots.seeds(rollout, s, attempt, stream, count) for s in slots]
+            started = time.perf_counter()
             judged = self._sample(engine, prompts, seeds, sampling, source=source)
+            if source == TEACHER:
+                self._module().teacher_seconds += time.perf_counter() - started
             for i, group in enumerate(groups):
                 group += judged[i * count : (i + 1) * count]
         return groups

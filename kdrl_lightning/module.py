@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +49,9 @@ class KDRLModule(pl.LightningModule):
             ``OneCycleLR`` with ``cycle_momentum: false`` warms up and decays).
         max_nonfinite_steps: optimizer steps in a row whose loss or gradient may be NaN or infinite;
             each is skipped and counted, one more stops the run.
+
+    Attributes:
+        teacher_seconds: time that the teacher took to score.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class KDRLModule(pl.LightningModule):
         self.max_nonfinite_steps = max_nonfinite_steps
         self.student: Scorer | None = None
         self.skipped_steps = 0
+        self.teacher_seconds = 0.0
         self._skipped_in_a_row = 0
         self._warned_of_rate = False
         self._active_teacher = teacher
@@ -175,7 +181,8 @@ class KDRLModule(pl.LightningModule):
                 batch = batch.replace(ref_logprobs=self._reference.score(batch).logprobs)
             if self.teacher is None:
                 return batch
-            teacher = self.teacher.score(batch, asked)
+            with self._teacher_clock():
+                teacher = self.teacher.score(batch, asked)
         best = teacher.topk_ids
         return batch.replace(
             teacher_logprobs=teacher.logprobs.clamp(min=LOGPROB_FLOOR),
@@ -189,7 +196,8 @@ class KDRLModule(pl.LightningModule):
         divergence, other = self.objective.divergence, None
         if divergence is not None:
             assert self.teacher is not None
-            other = self.teacher.states(batch)
+            with self._teacher_clock():
+                other = self.teacher.states(batch)
         asked = batch.topk_ids if self.objective.top_k else None
         return self._student().score(batch, topk_ids=asked, other=other, divergence=divergence)
 
@@ -307,6 +315,15 @@ class KDRLModule(pl.LightningModule):
         self.log_dict(values, sync_dist=True)  # equal on all ranks already; silences a warning
         for _, metric in _items(self.eval_metrics):
             metric.reset()
+
+    @contextmanager
+    def _teacher_clock(self) -> Iterator[None]:
+        """Add to ``teacher_seconds``."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.teacher_seconds += time.perf_counter() - started
 
     def _frozen(self) -> list[Teacher]:
         return [f for f in (self._active_teacher, self._reference) if f is not None]

@@ -1,0 +1,199 @@
+"""Teacher and student for Knights and Knaves: small Llama models, made from a seed on first use.
+
+The student is a smaller model that has seen few worked puzzles: it knows the form of an answer, and
+evaluates simple statements. It has no planted misconception.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.knights.task import KnightsTraces, make_tokenizer
+from kdrl_lightning import __version__
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.models import ModelSource
+from kdrl_lightning.tiny.cache import cached_folder
+
+# Seeds of the puzzles that models are made from start here, away from those of the configurations.
+TRACES_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shape of a model and its supervised training.
+
+    Attributes:
+        width: hidden size; heads are 32 wide.
+        layers: transformer layers.
+        steps: optimizer steps; the rate rises over the first tenth and then falls to 0.
+        batch_size: worked puzzles per step, each seen once.
+        lr: peak learning rate.
+    """
+
+    width: int
+    layers: int
+    steps: int
+    batch_size: int
+    lr: float
+
+
+RECIPES = {
+    "teacher": Recipe(width=128, layers=4, steps=600, batch_size=48, lr=4e-3),
+    "student": Recipe(width=96, layers=3, steps=220, batch_size=48, lr=4e-3),
+}
+
+
+class KnightsModel(ModelSource):
+    """A model source for Knights and Knaves, made on first use; then cached.
+
+    Args:
+        role: ``teacher`` or ``student``.
+        depth: deepest nesting of a statement in its training puzzles.
+        seed: of initialisation and data.
+        steps: optimizer steps instead of the recipe's: the student's strength.
+    """
+
+    def __init__(
+        self,
+        role: Literal["teacher", "student"],
+        depth: int = 2,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> None:
+        if role not in RECIPES:
+            raise ConfigurationError(f"`role` must be teacher or student: got {role}.")
+        require_between("depth", depth, 2, float("inf"))
+        require_between("seed", seed, 0, float("inf"))
+        recipe = RECIPES[role]
+        self.role = role
+        self.depth = depth
+        self.seed = seed
+        self.steps = recipe.steps if steps is None else steps
+        require_between("steps", self.steps, 10, float("inf"))
+
+    @property
+    def name(self) -> str:
+        """Name in the cache; it changes with recipe, library, reasoning-gym and torch version."""
+        from importlib.metadata import version
+
+        versions = f"{__version__}-rg{version('reasoning-gym')}-torch{torch.__version__}"
+        key = hashlib.sha256(repr(RECIPES[self.role]).encode()).hexdigest()[:8]
+        own = f"depth{self.depth}-steps{self.steps}-seed{self.seed}"
+        return f"knights-{self.role}-{own}-{key}-{versions}"
+
+    def path(self) -> str:
+        """Return the model's folder, making it if need be."""
+        return str(cached_folder(self.name, self.train))
+
+    def train(self, folder: Path) -> None:
+        """Train the model from its seed into ``folder``, without any cache."""
+        from lightning.pytorch.utilities.seed import isolate_rng
+
+        threads = torch.get_num_threads()
+        with isolate_rng(), tempfile.TemporaryDirectory() as start:
+            try:
+                # One thread: the order of additions, and so the weights, do not depend on cores.
+                torch.set_num_threads(1)
+                save_untrained(RECIPES[self.role], Path(start), self.seed)
+                self._train(start, folder)
+            finally:
+                torch.set_num_threads(threads)
+
+    def _train(self, start: str, folder: Path) -> None:
+        import lightning.pytorch as pl
+        from lightning.pytorch.strategies import SingleDeviceStrategy
+
+        from kdrl_lightning.callbacks.progress import RolloutProgress
+        from kdrl_lightning.module import KDRLModule
+        from kdrl_lightning.objectives import SFT
+        from kdrl_lightning.supervised import SupervisedDataModule
+
+        recipe, steps, began = RECIPES[self.role], self.steps, time.perf_counter()
+        traces = KnightsTraces(steps * recipe.batch_size, TRACES_SEED + self.seed, self.depth)
+        warmup = steps // 10
+
+        def factor(step: int) -> float:
+            return min((step + 1) / warmup, (steps - step) / (steps - warmup))
+
+        module = KDRLModule(
+            student=start,
+            objective=SFT(),
+            optimizer=lambda p: MuonAndAdamW(p, recipe.lr),
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
+        )
+        trainer = pl.Trainer(
+            strategy=SingleDeviceStrategy("cpu"),
+            max_steps=steps,
+            gradient_clip_val=1.0,
+            callbacks=[RolloutProgress(f"making the knights {self.role}")],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=SupervisedDataModule(traces, recipe.batch_size, self.seed))
+        module.export(str(folder))
+        print(
+            f"knights {self.role} made in {time.perf_counter() - began:.0f} s from {len(traces)} "
+            f"puzzles ({traces.dropped} of the validation part left out)"
+        )
+
+
+def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
+    """Write a randomly initialised Llama model and its tokenizer as a Hugging Face folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.width * 8 // 3,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.width // 32,
+        num_key_value_heads=recipe.width // 32,
+        max_position_embeddings=256,
+        # Short sequences: these two make the models learn quickly.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon on the layers' matrices, AdamW on embedding, head and norms, as one optimizer."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        every = list(parameters)
+        super().__init__(every, {})
+        words = len(make_tokenizer())
+        matrices = [p for p in every if p.ndim == 2 and words not in p.shape]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in every if id(p) not in chosen]
+        muon: Any = torch.optim.Muon
+        self.parts = (
+            muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+        )
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> Any:
+        """Evaluate the closure once, then let each part take its step."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
