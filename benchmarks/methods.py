@@ -1,10 +1,10 @@
-"""All methods on the embedded task, with an equal search over learning rates for each.
+"""All methods on the embedded task and on Knights and Knaves, with an equal search for each.
 
-For each setting (slip of the student's annotator) and each method: one run per learning rate on the
-first seed, then all seeds with the best. Every run has the same number of rollouts. Writes
-``methods.json``, ``methods.md`` (the table) and ``methods.png`` into --out.
+For each setting and method: one run per learning rate on the first seed, then all seeds with the
+best. Every run of a setting has the same prompts, the same number of rollouts and completions.
+Writes ``methods.json``, ``methods.md`` (the tables) and ``methods.png`` into --out.
 
-    python benchmarks/methods.py --out docs/methods
+    python benchmarks/methods.py --out docs/comparison
 """
 
 from __future__ import annotations
@@ -19,17 +19,70 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("grpo", "on_policy_distillation", "kdrl", "kdrl_annealing", "rlad")
-SETTINGS = {"easy": 0.9, "medium": 0.95, "hard": 0.98}
-RATES = (1.5e-4, 3e-4, 6e-4)
-ROLLOUTS, EVERY = 80, 5
+sys.path.insert(0, str(ROOT))
+FAMILY = (
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "on_policy_distillation",
+    "kdrl",
+    "kdrl_annealing",
+    "kdrl_mask_response",
+    "kdrl_mask_group",
+    "hdpo",
+    "srpo",
+    "rlsd",
+    "rlad",
+    "opd_then_rl",
+    "luffy",
+    "gkd",
+    "gkd_top_k",
+    "sft",
+    "rejection_sft",
+)
+
+
+class Setting(NamedTuple):
+    """A task at a difficulty: where the configurations lie, and how long runs are."""
+
+    title: str
+    configs: str
+    methods: tuple[str, ...]
+    rollouts: int
+    rates: tuple[float, ...]
+    overrides: tuple[str, ...] = ()
+
+
+SETTINGS = {
+    "easy": Setting(
+        "addition, slip 0.9", "configs", FAMILY, 40, (3e-4, 6e-4), ("--model.student.slip=0.9",)
+    ),
+    "hard": Setting(
+        "addition, slip 0.98",
+        "configs",
+        FAMILY,
+        60,
+        (3e-4, 6e-4, 1.2e-3),
+        ("--model.student.slip=0.98",),
+    ),
+    "knights": Setting(
+        "Knights and Knaves",
+        "benchmarks/knights",
+        ("grpo", "on_policy_distillation", "kdrl", "rlad"),
+        60,
+        (3e-4, 6e-4, 1.2e-3),
+    ),
+}
+EVERY = 10
 
 
 def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
-    """One run; returns its curve, final accuracies and seconds."""
+    """One run; returns its curve, final accuracies, lengths and seconds."""
     method, setting, rate, seed = job
     import torch
     from lightning.pytorch.callbacks import Callback
@@ -39,14 +92,14 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
     from kdrl_lightning.rollout import Sampling
 
     torch.set_num_threads(1)
-    config = ["--config", str(ROOT / "configs" / f"{method}.yaml")]
+    task = SETTINGS[setting]
+    config = ["--config", str(ROOT / task.configs / f"{method}.yaml"), *task.overrides]
     updates = KDRLCLI.run(config, instantiate_only=True).datamodule.updates_per_rollout
-    steps = ROLLOUTS * updates
+    steps = task.rollouts * updates
     cli = KDRLCLI.run(
         [
             *config,
             f"--seed_everything={seed}",
-            f"--model.student.slip={SETTINGS[setting]}",
             f"--model.optimizer.lr={rate}",
             f"--model.lr_scheduler.total_iters={steps}",
             f"--trainer.max_steps={steps}",
@@ -55,23 +108,26 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
             "--trainer.logger=false",
             f"--trainer.default_root_dir={tempfile.mkdtemp()}",
             "--report.export=false",
+            "--report.evaluate_teacher=false",
         ],
         instantiate_only=True,
     )
-    sampled: list[float] = []
+    after: dict[str, float] = {}
 
-    class SampledAccuracy(Callback):
+    class Afterwards(Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             data = trainer.datamodule
-            greedy, data.val_sampling = data.val_sampling, Sampling(24, 1.0)
-            sampled.append(data.evaluate(pl_module.weights()))
+            after["length"] = float(trainer.callback_metrics["val/length_mean"])
+            greedy, data.val_sampling = data.val_sampling, Sampling(data.val_sampling.max_tokens)
+            after["sampled"] = data.evaluate(pl_module.weights())
             data.val_sampling = greedy
 
-    cli.trainer.callbacks.append(SampledAccuracy())
+    cli.trainer.callbacks.append(Afterwards())
     started = time.perf_counter()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     report = next(c for c in cli.trainer.callbacks if isinstance(c, RunReport))
-    watch = cli.datamodule.watch.seconds
+    seconds = cli.datamodule.watch.seconds
+    phases = ("time/sync_s", "time/rollout_s", "time/score_s")
     return {
         "method": method,
         "setting": setting,
@@ -80,10 +136,10 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
         "updates": updates,
         "curve": [[step / updates, accuracy] for step, accuracy in report.accuracy],
         "greedy": report.accuracy[-1][1],
-        "sampled": sampled[0],
-        "teacher": report.teacher_accuracy,
+        **after,
         "seconds": time.perf_counter() - started,
-        "work_seconds": sum(watch.values()) + report._train_seconds,
+        "work_seconds": sum(seconds[name] for name in phases) + report._train_seconds,
+        "teacher_seconds": cli.model.teacher_seconds,
     }
 
 
@@ -92,10 +148,12 @@ def reached(curve: list[list[float]], level: float) -> float | None:
     return next((rollout for rollout, accuracy in curve if accuracy >= level), None)
 
 
-def search(pool: Any, seeds: list[int], settings: list[str], results: list[dict[str, Any]]) -> None:
+def search(
+    pool: Any, seeds: list[int], settings: list[str], results: list[dict[str, Any]], file: Path
+) -> None:
     """Run the equal search, then the remaining seeds with each method's best rate.
 
-    Appends to ``results``; a run that is there already is not repeated.
+    Appends to ``results`` and writes them to ``file``; a run that is there is not repeated.
     """
 
     def run_all(jobs: list[tuple[str, str, float, int]]) -> None:
@@ -103,12 +161,20 @@ def search(pool: Any, seeds: list[int], settings: list[str], results: list[dict[
         jobs = [job for job in jobs if job not in known]
         for done, result in enumerate(pool.imap_unordered(run, jobs), 1):
             results.append(result)
+            file.write_text(json.dumps({"results": results}) + "\n")
             show(result, done, len(jobs))
 
-    run_all([(m, s, r, seeds[0]) for s in settings for m in METHODS for r in RATES])
+    run_all(
+        [
+            (m, s, r, seeds[0])
+            for s in settings
+            for m in SETTINGS[s].methods
+            for r in SETTINGS[s].rates
+        ]
+    )
     best = {}
     for setting in {r["setting"] for r in results}:
-        for method in METHODS:
+        for method in SETTINGS[setting].methods:
             tried = [
                 r
                 for r in results
@@ -116,13 +182,15 @@ def search(pool: Any, seeds: list[int], settings: list[str], results: list[dict[
             ]
             # The best end; of those within two points, the fastest (mean over the curve).
             end = max(r["greedy"] for r in tried)
-            best[method, setting] = max(
+            best[setting, method] = max(
                 (r for r in tried if r["greedy"] >= end - 0.02),
                 key=lambda r: statistics.mean(a for _, a in r["curve"]),
             )["lr"]
-    run_all([(m, s, best[m, s], seed) for s in settings for m in METHODS for seed in seeds])
+    run_all(
+        [(m, s, best[s, m], seed) for s in settings for m in SETTINGS[s].methods for seed in seeds]
+    )
     for result in results:
-        result["chosen"] = result["lr"] == best[result["method"], result["setting"]]
+        result["chosen"] = result["lr"] == best[result["setting"], result["method"]]
 
 
 def show(result: dict[str, Any], done: int, total: int) -> None:
@@ -135,25 +203,26 @@ def show(result: dict[str, Any], done: int, total: int) -> None:
     )
 
 
+def chosen(results: list[dict[str, Any]], setting: str, method: str) -> list[dict[str, Any]]:
+    """Return the runs of a method with its best rate."""
+    return [r for r in results if (r["setting"], r["method"]) == (setting, method) and r["chosen"]]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: mean (lowest - highest) over seeds, for each setting."""
     lines = []
-    for setting, slip in SETTINGS.items():
+    for setting, task in SETTINGS.items():
         if not any(r["setting"] == setting for r in results):
             continue
         lines += [
-            f"**{setting}** (slip {slip})",
+            f"**{setting}**: {task.title}, {task.rollouts} rollouts",
             "",
-            "| method | lr | updates per rollout | greedy | sampled | rollouts to 0.5 | to 0.8 "
-            "| seconds |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| method | lr | updates per rollout | greedy | sampled | tokens | rollouts to 0.5 "
+            "| s per step | teacher |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for method in METHODS:
-            runs = [
-                r
-                for r in results
-                if (r["method"], r["setting"]) == (method, setting) and r["chosen"]
-            ]
+        for method in task.methods:
+            runs = chosen(results, setting, method)
             if not runs:
                 continue
 
@@ -161,61 +230,63 @@ def table(results: list[dict[str, Any]]) -> str:
                 values = [r[name] for r in runs]
                 return f"{statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
-            def first(level: float, runs: list[dict[str, Any]] = runs) -> str:
-                found = [reached(r["curve"], level) for r in runs]
-                known = [f for f in found if f is not None]
-                if not known:
-                    return "–"
-                return f"{statistics.median(known):g}" + (
-                    "" if len(known) == len(found) else f" ({len(known)} of {len(found)})"
-                )
-
+            found = [reached(r["curve"], 0.5) for r in runs]
+            known = [f for f in found if f is not None]
+            first = "–" if not known else f"{statistics.median(known):g}"
+            first += "" if len(known) in (0, len(found)) else f" ({len(known)} of {len(found)})"
+            steps = task.rollouts * runs[0]["updates"]
+            step = statistics.median(r["work_seconds"] / steps for r in runs)
+            share = statistics.median(r["teacher_seconds"] / r["work_seconds"] for r in runs)
             lines.append(
                 f"| {method} | {runs[0]['lr']:g} | {runs[0]['updates']} | {spread('greedy')} "
-                f"| {spread('sampled')} | {first(0.5)} | {first(0.8)} "
-                f"| {statistics.median(r['work_seconds'] for r in runs):.0f} |"
+                f"| {spread('sampled')} | {statistics.mean(r['length'] for r in runs):.1f} "
+                f"| {first} | {step:.2f} | {share:.0%} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Greedy accuracy over rollouts: mean over seeds, band from lowest to highest."""
+    """Greedy accuracy over rollouts, mean over seeds; few methods a panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = {s: slip for s, slip in SETTINGS.items() if any(r["setting"] == s for r in results)}
-    figure = Figure(figsize=(1 + 4.5 * len(shown), 4.2), layout="constrained")
+    rows = [s for s in SETTINGS if any(r["setting"] == s for r in results)]
+    families = {
+        "rewards": ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "luffy"),
+        "teacher": ("on_policy_distillation", "gkd", "gkd_top_k", "sft", "rejection_sft"),
+        "both, in the loss": (
+            "kdrl",
+            "kdrl_annealing",
+            "kdrl_mask_response",
+            "kdrl_mask_group",
+            "opd_then_rl",
+        ),
+        "both, in ratio or advantage": ("rlad", "hdpo", "srpo", "rlsd"),
+    }
+    figure = Figure(figsize=(15, 3.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axis, (setting, slip) in zip(axes, shown.items(), strict=True):
-        for i, method in enumerate(METHODS):
-            runs = [
-                r["curve"]
-                for r in results
-                if (r["method"], r["setting"]) == (method, setting) and r["chosen"]
-            ]
-            if not runs:
-                continue
-            rollouts = [x for x, _ in runs[0]]
-            columns = list(zip(*[[a for _, a in run] for run in runs], strict=True))
-            color = f"C{i}"
-            axis.plot(rollouts, [statistics.mean(c) for c in columns], color=color, label=method)
-            axis.fill_between(
-                rollouts,
-                [min(c) for c in columns],
-                [max(c) for c in columns],
-                color=color,
-                alpha=0.15,
-                linewidth=0,
-            )
-        axis.set_title(f"{setting}: slip {slip}")
+    grid = figure.subplots(len(rows), len(families), sharey=True, squeeze=False)
+    for axes, setting in zip(grid, rows, strict=True):
+        for axis, (family, methods) in zip(axes, families.items(), strict=True):
+            for i, method in enumerate(m for m in methods if m in SETTINGS[setting].methods):
+                curves = [r["curve"] for r in chosen(results, setting, method)]
+                if not curves:
+                    continue
+                rollouts = [x for x, _ in curves[0]]
+                columns = list(zip(*[[a for _, a in curve] for curve in curves], strict=True))
+                axis.plot(rollouts, [statistics.mean(c) for c in columns], f"C{i}", label=method)
+                low, high = [min(c) for c in columns], [max(c) for c in columns]
+                axis.fill_between(rollouts, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+            axis.set_title(f"{SETTINGS[setting].title}: {family}", fontsize="medium")
+            axis.set_ylim(0, 1.02)
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize="small")
+        axes[0].set_ylabel("greedy accuracy")
+    for axis in grid[-1]:
         axis.set_xlabel("rollouts")
-        axis.set_ylim(0, 1.02)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("greedy accuracy")
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -231,23 +302,27 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2), 1))
     args = parser.parse_args()
-    from kdrl_lightning.tiny import TinyModel
+    from kdrl_lightning.cli import KDRLCLI
+    from kdrl_lightning.models import model_path
 
-    for setting in args.settings:
-        TinyModel("student", SETTINGS[setting]).path()
-    TinyModel("teacher").path()
+    for setting in args.settings:  # make the models once, before processes ask for them
+        task = SETTINGS[setting]
+        config = ["--config", str(ROOT / task.configs / "rlad.yaml"), *task.overrides]
+        module = KDRLCLI.run(config, instantiate_only=True).model
+        model_path(module.student_source)
+        module.teacher.prepare()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "methods.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else []
+    results: list[dict[str, Any]] = json.loads(file.read_text())["results"] if file.exists() else []
     with mp.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
-        search(pool, args.seeds, args.settings, results)
+        search(pool, args.seeds, args.settings, results, file)
     import torch
 
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {args.processes} runs at a time, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
-    record = {"machine": machine, "rollouts": ROLLOUTS, "rates": RATES, "results": results}
+    record = {"machine": machine, "results": results}
     file.write_text(json.dumps(record, indent=1) + "\n")
     text = table(results)
     (args.out / "methods.md").write_text(text)
@@ -256,5 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()
