@@ -85,8 +85,7 @@ class SelectiveImitationStats(pl.Callback):
 
     def _end_step(self, trainer: Any, pl_module: Any) -> None:
         groups, self._groups = torch.tensor(list(self._groups.values())), {}
-        if len(groups):
-            self._stats.add_mean("kd/imitated_groups_frac", groups.to(pl_module.device))
+        self._stats.add_mean("kd/imitated_groups_frac", groups.to(pl_module.device))
         values = self._stats.compute(pl_module.reduce)
         histograms = self._hist.compute(pl_module.reduce)
         weight = histograms.get("hist/log_offset_weight")

@@ -65,7 +65,23 @@ def check_completions(data: RolloutDataModule, module: Any) -> None:
             f"`group_size` must be at least 2 for {name}, whose advantages compare the completions "
             f"of one prompt: got {size}."
         )
+    if data.slots.max_refills and not objective.needs_groups:
+        raise ConfigurationError(
+            f"`max_refills` must be 0 for {name}, which does not compare a group: got "
+            f"{data.slots.max_refills}."
+        )
+    limit = getattr(data.rewards.reward, "max_tokens", data.train_sampling.max_tokens)
+    if limit != data.train_sampling.max_tokens:
+        raise ConfigurationError(
+            f"`max_tokens` of the reward must be that of the data, "
+            f"{data.train_sampling.max_tokens}: got {limit}."
+        )
     if not data.teacher_completions:
+        if getattr(objective, "teacher_tokens", None) is not None:
+            raise ConfigurationError(
+                "`teacher_completions` must be at least 1 for an objective with `teacher_tokens`: "
+                "got 0. Set data.teacher_completions, or drop the rule."
+            )
         return
     if not objective.takes_teacher_completions:
         raise ConfigurationError(

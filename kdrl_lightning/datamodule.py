@@ -22,7 +22,7 @@ from kdrl_lightning.rollout.groups import (
     Slots,
     fill_groups,
 )
-from kdrl_lightning.rollout.loader import IndexLoader, limited, prompt_stream
+from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.together import require_finite, stop_together
@@ -299,8 +299,7 @@ class RolloutDataModule(pl.LightningDataModule):
     def _sample_groups(self, rollout: int, slots: list[int], attempt: int) -> list[list[Judged]]:
         """Sample one group per slot: the student's completions, then the teacher's."""
         positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
-        size = len(self._train)
-        prompts = [self._train[prompt_stream(p, 1, size, self.seed)[0]] for p in positions]
+        prompts = [self._train[r] for r in rows_at(positions, len(self._train), self.seed)]
         groups: list[list[Judged]] = [[] for _ in slots]
         for engine, count, stream, sampling, source in (
             (self.rollout_engine, self.group_size, TRAIN_NOISE, self.train_sampling, STUDENT),

@@ -132,7 +132,8 @@ class KDRLModule(pl.LightningModule):
         self._active_teacher = self.teacher if stage == "fit" else None
         # The initial student, for a reference KL, is one more frozen model.
         wanted = stage == "fit" and self.objective.needs_reference
-        self._reference = LocalTeacher(self.student_source, "float32") if wanted else None
+        dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+        self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
         for frozen in self._frozen():
             frozen.check(self.tokenizer, self.student_path)
 

@@ -149,10 +149,14 @@ def token_scores(
         # A softmax entry of 0 times a logit of -inf is no contribution, not NaN.
         expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
         own = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
-        at = None if asked is None else logits.gather(-1, asked) - log_norm[:, None]
+        at = None
+        if asked is not None:
+            at = logits.gather(-1, asked.clamp(max=logits.shape[-1] - 1)) - log_norm[:, None]
+            at = at.masked_fill(asked >= logits.shape[-1], -torch.inf)  # rows it does not have
         gap = None
         if divergence is not None and other is not None and others is not None:
-            gap = divergence(logits, other.head.logits(others) / temperature)
+            theirs = other.head.logits(others) / temperature
+            gap = divergence(logits[:, : theirs.shape[-1]], theirs)
         return TokenScores(logprobs, log_norm - expected, own, at, gap)
 
     parts = []

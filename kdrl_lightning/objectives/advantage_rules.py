@@ -44,6 +44,10 @@ class Advantage(Part):
         advantages = known(batch.advantages, "advantages")
         return advantages if advantages.dim() == 2 else advantages[:, None].expand_as(gap)
 
+    def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
+        """``[B, T]`` bool: where ``advantages`` are others than without the teacher."""
+        return advantages != self(batch, torch.zeros_like(advantages))
+
 
 class GapAdvantage(Advantage):
     """d alone: on-policy distillation as a policy gradient (arXiv 2506.02208, section 2.2)."""
@@ -150,6 +154,10 @@ class ShapedAdvantage(Advantage):
             return shaped(rewards, means, self.teacher_kl_coef, self.scale_by_std)
 
         return by_group(rollout, advantages, rollout.rewards, mean.to(rollout.rewards.dtype))
+
+    def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
+        """Everywhere: one token's gap moves the rewards of its whole group."""
+        return torch.full_like(batch.loss_mask, self.teacher_kl_coef > 0.0)
 
 
 def by_group(rollout: RolloutBatch, function: Callable[..., Tensor], *columns: Tensor) -> Tensor:

@@ -153,13 +153,20 @@ class Objective(ABC):
         setattr(self._owner(name), name, check_coefficient(name, value))
 
     def _owner(self, name: str) -> Any:
-        owners = {c: part for part in self.parts() for c in COEFFICIENTS if hasattr(part, c)}
-        if name not in owners:
+        parts = list(self.parts())
+        owners = [part for part in parts if name in COEFFICIENTS and hasattr(part, name)]
+        if len(owners) == 1:
+            return owners[0]
+        if owners:
+            found = " and ".join(type(part).__name__ for part in owners)
             raise ConfigurationError(
-                f"`coefficient` must be one of {type(self).__name__}'s ({', '.join(owners)}): "
-                f"got {name}."
+                f"`coefficient` must belong to one part: got {name}, which {found} have."
             )
-        return owners[name]
+        known_names = [c for c in COEFFICIENTS if any(hasattr(part, c) for part in parts)]
+        raise ConfigurationError(
+            f"`coefficient` must be one of {type(self).__name__}'s ({', '.join(known_names)}): "
+            f"got {name}."
+        )
 
     def __call__(
         self, batch: RolloutBatch, scores: TokenScores

@@ -72,8 +72,13 @@ class PolicyObjective(Objective):
         self.engine_correction = engine_correction
         self.rl_coef = check_coefficient("rl_coef", rl_coef)
         self.ref_kl_coef = check_coefficient("ref_kl_coef", ref_kl_coef)
-        parts = [ratio, advantage, distill, *self.selection]
-        self.needs_teacher = any(p is not None and p.needs_teacher for p in parts)
+        self.needs_teacher = any(p and p.needs_teacher for p in (ratio, advantage, distill))
+        if self.selection and not self.needs_teacher:
+            raise ConfigurationError(
+                f"`selection` must go with a part that imitates the teacher: got "
+                f"{_names(*self.selection)} beside {_names(ratio, advantage)}. Drop it, or take "
+                "an objective with a teacher."
+            )
         self.needs_reference = ref_kl_coef > 0.0
         self.needs_groups = advantage is not None and advantage.needs_groups
         self.takes_teacher_completions |= teacher_tokens is not None
@@ -169,7 +174,7 @@ class PolicyObjective(Objective):
         if self.ratio is None or self.advantage is None or not self.rl_coef:
             return out
         advantages = self.token_advantages(batch, logprobs)
-        changed = advantages != self.advantage(batch, torch.zeros_like(advantages))
+        changed = self.advantage.changed(batch, advantages)
         if self.ratio.anchored:
             mask = known(batch.imitation_mask, "imitation_mask")
             changed = changed | (mask & (advantages != 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,9 +51,14 @@ def prompt_stream(start: int, count: int, size: int, seed: int) -> list[int]:
     >>> prompt_stream(0, 6, 4, seed=0)[4:] == prompt_stream(4, 2, 4, seed=0)
     True
     """
+    return rows_at(range(start, start + count), size, seed)
+
+
+def rows_at(positions: Iterable[int], size: int, seed: int) -> list[int]:
+    """Rows at any positions of that stream."""
     orders: dict[int, list[int]] = {}
     rows = []
-    for position in range(start, start + count):
+    for position in positions:
         epoch, offset = divmod(position, size)
         if epoch not in orders:
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(size).tolist()
