@@ -67,7 +67,7 @@ SETTINGS = {
         "configs",
         FAMILY,
         60,
-        (3e-4, 6e-4, 1.2e-3),
+        (3e-4, 6e-4),
         ("--model.student.slip=0.98",),
     ),
     "knights": Setting(
@@ -75,15 +75,23 @@ SETTINGS = {
         "benchmarks/knights",
         ("grpo", "on_policy_distillation", "kdrl", "rlad"),
         60,
-        (3e-4, 6e-4, 1.2e-3),
+        (1.5e-4, 3e-4, 6e-4),
     ),
 }
 EVERY = 10
 
 
 def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
-    """One run; returns its curve, final accuracies, lengths and seconds."""
+    """One run of the comparison."""
     method, setting, rate, seed = job
+    task = SETTINGS[setting]
+    config = ["--config", str(ROOT / task.configs / f"{method}.yaml"), *task.overrides]
+    job_of = {"method": method, "setting": setting, "lr": rate, "seed": seed}
+    return {**job_of, **train(config, task.rollouts, rate, seed)}
+
+
+def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str, Any]:
+    """Train and return curve, final accuracies, lengths and seconds."""
     import torch
     from lightning.pytorch.callbacks import Callback
 
@@ -92,10 +100,8 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
     from kdrl_lightning.rollout import Sampling
 
     torch.set_num_threads(1)
-    task = SETTINGS[setting]
-    config = ["--config", str(ROOT / task.configs / f"{method}.yaml"), *task.overrides]
     updates = KDRLCLI.run(config, instantiate_only=True).datamodule.updates_per_rollout
-    steps = task.rollouts * updates
+    steps = rollouts * updates
     cli = KDRLCLI.run(
         [
             *config,
@@ -129,10 +135,6 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
     seconds = cli.datamodule.watch.seconds
     phases = ("time/sync_s", "time/rollout_s", "time/score_s")
     return {
-        "method": method,
-        "setting": setting,
-        "lr": rate,
-        "seed": seed,
         "updates": updates,
         "curve": [[step / updates, accuracy] for step, accuracy in report.accuracy],
         "greedy": report.accuracy[-1][1],
