@@ -141,7 +141,7 @@ def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str,
         **after,
         "seconds": time.perf_counter() - started,
         "work_seconds": sum(seconds[name] for name in phases) + report._train_seconds,
-        "teacher_seconds": cli.model.teacher_seconds,
+        "teacher_seconds": cli.datamodule.teacher_seconds,
     }
 
 

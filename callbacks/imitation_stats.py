@@ -40,7 +40,7 @@ class SelectiveImitationStats(pl.Callback):
       token; ``kd/reverse_kl_k3`` another that is never negative; ``_correct`` and ``_wrong`` split
       both by the verifier's answer.
     - ``kd/conflict_frac``: of the tokens with an advantage, those that the teacher would push the
-      other way.
+      other way; ``kd/strong_conflict_frac``: by more than a factor of two in probability.
     - ``kd/top_token_agreement``: tokens at which both find the same token most likely.
     - ``kd/teacher_entropy``, beside ``policy/entropy``.
     - ``kd/offset_clamp_frac``: tokens whose teacher offset RLAD clamps; ``kd/offset_weight_max``
@@ -90,7 +90,8 @@ class SelectiveImitationStats(pl.Callback):
         histograms = self._hist.compute(pl_module.reduce)
         weight = histograms.get("hist/log_offset_weight")
         if weight is not None and weight.counts.sum():
-            values["kd/offset_weight_p99"] = math.exp(weight.quantile(0.99))
+            edge = math.exp(weight.quantile(0.99))  # of a bin: it may lie beyond the largest value
+            values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
         pl_module.log_dict(values)
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         rollout, left = divmod(trainer.global_step, per_rollout)
@@ -166,8 +167,10 @@ def _add_teacher(
         stats.add_mean(f"{name}_wrong", value, mask & ~correct)
     if batch.advantages is not None:
         wanted = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
-        against = (teacher - logprobs) * wanted < 0
-        stats.add_mean("kd/conflict_frac", against, mask & (wanted != 0))
+        gap = teacher - logprobs
+        against, used = gap * wanted < 0, mask & (wanted != 0)
+        stats.add_mean("kd/conflict_frac", against, used)
+        stats.add_mean("kd/strong_conflict_frac", against & (gap.abs() > math.log(2)), used)
     if batch.teacher_entropy is not None:
         stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, batch.loss_mask)
     if batch.teacher_top_ids is not None and batch.topk_ids is not None:

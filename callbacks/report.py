@@ -182,7 +182,7 @@ class RunReport(pl.Callback):
             "rollout_seconds": rollout_seconds,
             "score_seconds": seconds.get("time/score_s", 0.0),
             "train_seconds": self._train_seconds,
-            "teacher_seconds": pl_module.teacher_seconds,
+            "teacher_seconds": getattr(trainer.datamodule, "teacher_seconds", 0.0),
             "wall_seconds": time.perf_counter() - self._started,
             "tokens_per_second": tokens / rollout_seconds if rollout_seconds else None,
             "export_path": str(folder / "student") if self.export else None,

@@ -65,10 +65,10 @@ def check_completions(data: RolloutDataModule, module: Any) -> None:
             f"`group_size` must be at least 2 for {name}, whose advantages compare the completions "
             f"of one prompt: got {size}."
         )
-    if data.slots.max_refills and not objective.needs_groups:
+    if data.collector.slots.max_refills and not objective.needs_groups:
         raise ConfigurationError(
             f"`max_refills` must be 0 for {name}, which does not compare a group: got "
-            f"{data.slots.max_refills}."
+            f"{data.collector.slots.max_refills}."
         )
     limit = getattr(data.rewards.reward, "max_tokens", data.train_sampling.max_tokens)
     if limit != data.train_sampling.max_tokens:

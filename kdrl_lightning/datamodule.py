@@ -14,21 +14,16 @@ from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvaluationBatch
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
 from kdrl_lightning.rewards.base import Reward, RewardRunner
+from kdrl_lightning.rollout.collector import Collector, Source
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
-from kdrl_lightning.rollout.groups import (
-    EVALUATION_NOISE,
-    TEACHER_NOISE,
-    TRAIN_NOISE,
-    Slots,
-    fill_groups,
-)
-from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
+from kdrl_lightning.rollout.groups import EVALUATION_NOISE, Slots
+from kdrl_lightning.rollout.loader import IndexLoader, limited
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.together import require_finite, stop_together
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.watch import RolloutWatch
-from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch, collate
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.weights import ModelWeights
 
 
@@ -133,17 +128,25 @@ class RolloutDataModule(pl.LightningDataModule):
         self.prompts_per_rollout = prompts_per_rollout
         self.group_size = group_size
         self.teacher_completions = teacher_completions
-        self.teacher_sampling = Sampling(max_tokens, teacher_temperature)
         self.teacher_engine = teacher_engine or TransformersEngine()
-        self.slots = Slots(prompts_per_rollout, minibatches_per_rollout, max_refills, seed)
         self.train_sampling = Sampling(max_tokens, temperature)
         self.val_sampling = Sampling(max_tokens, val_temperature)
+        self.collector = Collector(
+            Slots(prompts_per_rollout, minibatches_per_rollout, max_refills, seed),
+            Source(STUDENT, self.rollout_engine, group_size, self.train_sampling),
+            Source(
+                TEACHER,
+                self.teacher_engine,
+                teacher_completions,
+                Sampling(max_tokens, teacher_temperature),
+            ),
+            mask_truncated,
+        )
         self.minibatches_per_rollout = minibatches_per_rollout
         self.epochs_per_rollout = epochs_per_rollout
         self.rollouts_per_epoch = rollouts_per_epoch or max(
             len(train_prompts) // prompts_per_rollout, 1
         )
-        self.mask_truncated = mask_truncated
         self.val_batch_size = val_batch_size
         self.val_samples = val_samples
         self.seed = seed
@@ -163,6 +166,11 @@ class RolloutDataModule(pl.LightningDataModule):
     def completions_per_prompt(self) -> int:
         """Size of a group: the student's completions and the teacher's."""
         return self.group_size + self.teacher_completions
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Time that the teacher took so far, to generate and to score."""
+        return float(self.collector.teacher_seconds + self._module().teacher_seconds)
 
     def rollout_at(self, global_step: int) -> int:
         """Index of the rollout that the update after ``global_step`` updates uses."""
@@ -241,7 +249,7 @@ class RolloutDataModule(pl.LightningDataModule):
         sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
             self._sync(self.teacher_engine, module.teacher.weights())
-        batch, refills = stop_together(lambda: self._sample_rollout(rollout), module.reduce)
+        batch, refills = stop_together(lambda: self._collect(rollout), module.reduce)
         sampled = time.perf_counter()
         plan = plan_updates(
             batch.to(module.device),
@@ -261,66 +269,27 @@ class RolloutDataModule(pl.LightningDataModule):
             "time/rollout_s": sampled - started - sync_seconds,
             "time/score_s": time.perf_counter() - sampled,
             # Of the two above, and of the updates since the last rollout.
-            "time/teacher_s": module.teacher_seconds - self._teacher_seconds,
+            "time/teacher_s": self.teacher_seconds - self._teacher_seconds,
         }
-        self._teacher_seconds = module.teacher_seconds
+        self._teacher_seconds = self.teacher_seconds
         compares = module.objective.needs_groups
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, refills
         )
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
-    def _sample_rollout(self, rollout: int) -> tuple[RolloutBatch, int]:
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, int]:
         """Sample this rank's share of a rollout; return it and how many groups were replaced."""
-        groups, refills = fill_groups(
-            self.slots.of_rank(self.trainer.global_rank, self.trainer.world_size),
-            lambda slots, attempt: self._sample_groups(rollout, slots, attempt),
-            self.slots.max_refills,
-        )
-        judged = [j for group in groups for j in group]
         teacher = self._module().teacher
-        batch = collate(
-            [j.prompt_ids for j in judged],
-            [j.completion.ids for j in judged],
-            [g for g, group in enumerate(groups) for _ in group],
-            pad_id=self._pad_id(),
-            rewards=[j.verdict.reward for j in judged],
-            correct=[j.verdict.correct for j in judged],
-            truncated=[j.completion.truncated for j in judged],
-            policy_version=[self.rollout_engine.version or 0] * len(judged),
-            rollout_logprobs=[j.completion.logprobs for j in judged],
-            source=[j.source for j in judged],
-            teacher_route=None if teacher is None else [teacher.route(j.row) for j in judged],
-            temperature=self.train_sampling.temperature,
-            mask_truncated=self.mask_truncated,
+        return self.collector.collect(
+            rollout,
+            self._train,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self._sample,
+            (lambda row: 0) if teacher is None else teacher.route,
+            self._pad_id(),
         )
-        return batch, refills
-
-    def _sample_groups(self, rollout: int, slots: list[int], attempt: int) -> list[list[Judged]]:
-        """Sample one group per slot: the student's completions, then the teacher's."""
-        positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
-        prompts = [self._train[r] for r in rows_at(positions, len(self._train), self.seed)]
-        groups: list[list[Judged]] = [[] for _ in slots]
-        for engine, count, stream, sampling, source in (
-            (self.rollout_engine, self.group_size, TRAIN_NOISE, self.train_sampling, STUDENT),
-            (
-                self.teacher_engine,
-                self.teacher_completions,
-                TEACHER_NOISE,
-                self.teacher_sampling,
-                TEACHER,
-            ),
-        ):
-            if not count:
-                continue
-            seeds = [self.slots.seeds(rollout, s, attempt, stream, count) for s in slots]
-            started = time.perf_counter()
-            judged = self._sample(engine, prompts, seeds, sampling, source=source)
-            if source == TEACHER:
-                self._module().teacher_seconds += time.perf_counter() - started
-            for i, group in enumerate(groups):
-                group += judged[i * count : (i + 1) * count]
-        return groups
 
     def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
         """Sample this rank's rows of one evaluation batch; there may be none left."""
@@ -341,8 +310,8 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts: list[EncodedPrompt],
         seeds: list[list[int]],
         sampling: Sampling,
-        training: bool = True,
         source: int = STUDENT,
+        training: bool = True,
     ) -> list[Judged]:
         tokenizer = self._module().tokenizer
         with self.trainer.precision_plugin.forward_context():

@@ -58,6 +58,7 @@ TEACHER = {
     "kd/reverse_kl_wrong": (-1.0 + 0.25 + 0.3) / 3,
     # Rewarded but disliked: .5, .25, .1. Punished but liked: -1. Six tokens have an advantage.
     "kd/conflict_frac": 4 / 6,
+    "kd/strong_conflict_frac": 1 / 6,  # -1: more than a factor of two
 }
 
 
