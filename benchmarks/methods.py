@@ -60,7 +60,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "easy": Setting(
-        "addition, slip 0.9", "configs", FAMILY, 40, (3e-4, 6e-4), ("--model.student.slip=0.9",)
+        "addition, slip 0.9", "configs", FAMILY, 30, (3e-4, 6e-4), ("--model.student.slip=0.9",)
     ),
     "hard": Setting(
         "addition, slip 0.98",
@@ -73,7 +73,7 @@ SETTINGS = {
     "knights": Setting(
         "Knights and Knaves",
         "benchmarks/knights",
-        ("grpo", "on_policy_distillation", "kdrl", "rlad"),
+        ("grpo", "kdrl", "rlad"),
         60,
         (1.5e-4, 3e-4, 6e-4),
     ),
