@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.evaluation import EvaluationBatch
+from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
-from kdrl_lightning.metrics import PassAt1, StepStats
+from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.models import (
     ModelSource,
     load_causal_lm,
@@ -87,14 +86,7 @@ class KDRLModule(pl.LightningModule):
         self._step_loss = 0.0
         self._tokenizer: Any = None
         # A submodule, so that metrics move with the module; their states are not saved.
-        self.eval_metrics = torch.nn.ModuleDict(
-            {
-                "accuracy": PassAt1(),
-                "reward": MeanMetric(),
-                "length_mean": MeanMetric(),
-                "truncated_frac": MeanMetric(),
-            }
-        )
+        self.eval_metrics = EvaluationMetrics()
 
     @property
     def student_path(self) -> str:
@@ -252,19 +244,19 @@ class KDRLModule(pl.LightningModule):
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Count correct completions."""
-        self._evaluation_step(batch)
+        self.eval_metrics.add(batch, self.device)
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Count correct completions."""
-        self._evaluation_step(batch)
+        self.eval_metrics.add(batch, self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/*``."""
-        self._log_evaluation("val")
+        self.log_dict(self.eval_metrics.take("val"), sync_dist=True)  # equal on all ranks already
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/*``."""
-        self._log_evaluation("test")
+        self.log_dict(self.eval_metrics.take("test"), sync_dist=True)  # equal on all ranks already
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return rows with completion, reward and verdict."""
@@ -299,24 +291,6 @@ class KDRLModule(pl.LightningModule):
         # gradients over ranks, but our weights are already global.
         return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
-    def _evaluation_step(self, batch: EvaluationBatch) -> None:
-        metrics: dict[str, Any] = dict(_items(self.eval_metrics))
-        prompts = batch.correct.shape[0]
-        metrics["accuracy"].update(batch.correct.to(self.device))
-        for name, values in (
-            ("reward", batch.rewards),
-            ("length_mean", batch.lengths),
-            ("truncated_frac", batch.truncated.float()),
-        ):
-            mean = values.mean() if prompts else torch.zeros(())
-            metrics[name].update(mean.to(self.device), float(values.numel()))
-
-    def _log_evaluation(self, stage: str) -> None:
-        values = {f"{stage}/{name}": m.compute() for name, m in _items(self.eval_metrics)}
-        self.log_dict(values, sync_dist=True)  # equal on all ranks already; silences a warning
-        for _, metric in _items(self.eval_metrics):
-            metric.reset()
-
     @contextmanager
     def _teacher_clock(self) -> Iterator[None]:
         """Add to ``teacher_seconds``."""
@@ -333,11 +307,6 @@ class KDRLModule(pl.LightningModule):
         if self.student is None:
             raise RuntimeError("the student is not loaded: call configure_model() first")
         return self.student
-
-
-def _items(metrics: torch.nn.ModuleDict) -> Iterable[tuple[str, Any]]:
-    items: Iterable[tuple[str, Any]] = metrics.items()
-    return items
 
 
 def _full(value: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ ALLOWED = {
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "weights", "rewards"},
-    "evaluation": FLOOR | {"rollout"},
+    "evaluation": FLOOR | {"metrics", "rollout"},
     "module": FLOOR
     | {"evaluation", "losses", "metrics", "models", "objectives", "scorer", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
