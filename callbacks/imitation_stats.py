@@ -138,10 +138,9 @@ def add_imitation_stats(
     stats.add_max("policy/ratio_max", ratio, mask)
     stats.add_mean("kd/imitation_frac", imitated, mask)
     stats.add_mean("kd/imitated_completions_frac", imitated.any(1), mask.any(1))
-    bounds = objective.clip_range()
-    if bounds is not None:
-        low, high = bounds
-        above, below = ratio > high, ratio < low
+    outside = objective.outside(batch, logprobs)
+    if outside is not None:
+        below, above = outside
         stats.add_mean("policy/clip_frac", above | below, mask)
         stats.add_mean("policy/clip_frac_low", below, mask)
         stats.add_mean("policy/clip_frac_high", above, mask)
@@ -203,7 +202,7 @@ def add_histograms(
     histograms.add("hist/teacher_gap", batch.teacher_logprobs - logprobs, mask)
     weight = _offset_weight(objective, batch, logprobs)
     if weight is not None:
-        histograms.add("hist/log_offset_weight", weight, mask)
+        histograms.add("hist/log_offset_weight", weight, batch.student_mask)
 
 
 def _offset_weight(objective: Objective, batch: RolloutBatch, logprobs: Tensor) -> Tensor | None:

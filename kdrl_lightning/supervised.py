@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts, encode_prompt
 from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
 from kdrl_lightning.rollout.partition import partition
@@ -33,6 +33,11 @@ class SupervisedDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Switch validation off: there are no prompts to sample from."""
+        if getattr(self._trainer().lightning_module.objective, "only_correct", False):
+            raise ConfigurationError(
+                "`only_correct` must be false for SupervisedDataModule, without verdicts: "
+                "got true. Leave the wrong rows out of `traces`."
+            )
         self._trainer().limit_val_batches = 0
 
     def train_dataloader(self) -> IndexLoader:

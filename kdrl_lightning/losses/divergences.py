@@ -33,7 +33,7 @@ def k2(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """Sampled-token loss ``R^2 / 2``: its gradient is reverse KL's, exactly.
 
     KDRL (arXiv 2506.02208, Eq. 8; its default). The expected gradient over student samples is that
-    of KL(student || teacher); the value is biased upwards.
+    of KL(student || teacher); the value is a biased estimate of it.
 
     Args:
         logprobs: ``[B, T]`` student log-probabilities of the sampled tokens, with gradient.

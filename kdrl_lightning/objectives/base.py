@@ -119,8 +119,8 @@ class Objective(ABC):
         """``[B, T]`` log of the ratio that the surrogate clips; log rho unless overridden."""
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
-    def clip_range(self) -> tuple[float, float] | None:
-        """Return the bounds of that ratio; None without a clip."""
+    def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``[B, T]`` bool each: that ratio lies below, above its clip range; None without one."""
         return None
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:

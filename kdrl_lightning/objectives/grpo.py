@@ -62,7 +62,7 @@ class CISPO(PolicyObjective):
     """Clipped importance weights, unclipped gradients (arXiv 2506.13585).
 
     Args:
-        clip_high: the weight is at most ``1 + clip_high``.
+        clip_high: the weight is at most ``1 + clip_high`` [our choice: DAPO's value].
         scale_by_std: divide advantages by the group's standard deviation.
         policy: further settings of ``PolicyObjective``.
     """

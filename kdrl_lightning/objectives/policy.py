@@ -64,6 +64,16 @@ class PolicyObjective(Objective):
                 "`ratio` and `advantage` must go together, or `distill` stand alone: got "
                 f"{_names(ratio, advantage, distill)}."
             )
+        if teacher_tokens is not None and ratio is None:
+            raise ConfigurationError(
+                f"`teacher_tokens` must go with a policy loss: got {_names(teacher_tokens)} beside "
+                f"{_names(distill)} alone."
+            )
+        if advantage is None and any(s.needs_advantages for s in selection):
+            raise ConfigurationError(
+                "`advantage_threshold` must go with an objective that has advantages: got "
+                f"{_names(distill)} alone. Use KDRL, or drop the gate."
+            )
         self.ratio = ratio
         self.advantage = advantage
         self.distill = distill
@@ -89,6 +99,8 @@ class PolicyObjective(Objective):
         """Decide once per rollout: advantages, where to imitate, the engine's correction."""
         # Selections may read the advantages, and shaped advantages the selection.
         mask = rollout.loss_mask
+        if self.distill is None or self.distill.sampled:
+            mask = rollout.student_mask  # only whole distributions compare on the teacher's samples
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None:
             rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
@@ -148,9 +160,15 @@ class PolicyObjective(Objective):
             return ours
         return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
 
-    def clip_range(self) -> tuple[float, float] | None:
-        """Return the ratio rule's bounds."""
-        return None if self.ratio is None else (1 - self.ratio.clip_low, 1 + self.ratio.clip_high)
+    def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Ask the ratio rule, by who sampled the token."""
+        if self.ratio is None:
+            return None
+        below, above = self.ratio.outside(batch, logprobs)
+        if self.teacher_tokens is None:
+            return below, above
+        low, high = self.teacher_tokens.outside(batch, logprobs)
+        return torch.where(_theirs(batch), low, below), torch.where(_theirs(batch), high, above)
 
     def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Return the tokens whose policy gradient the clip removes."""

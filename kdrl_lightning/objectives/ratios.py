@@ -59,14 +59,18 @@ class Ratio(Part):
         """``[B, T]`` log of the ratio."""
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
+    def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, T]`` bool each: the ratio lies below, above the clip range."""
+        log_ratio = self.log_ratio(batch, logprobs)
+        low = math.log1p(-self.clip_low) if self.clip_low < 1.0 else -math.inf
+        return log_ratio < low, log_ratio > math.log1p(self.clip_high)
+
     def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """``[B, T]`` bool: the clip removes the gradient."""
-        log_ratio = self.log_ratio(batch, logprobs)
-        above = log_ratio > math.log1p(self.clip_high)
-        below = log_ratio < (math.log1p(-self.clip_low) if self.clip_low < 1.0 else -math.inf)
+        below, above = self.outside(batch, logprobs)
         far = torch.zeros_like(above)
         if self.dual_clip is not None:
-            far = log_ratio > math.log(self.dual_clip)
+            far = self.log_ratio(batch, logprobs) > math.log(self.dual_clip)
         return torch.where(advantages < 0, below | far, above & (advantages > 0))
 
 

@@ -14,7 +14,9 @@ class RLAD(PolicyObjective):
 
     The clipped surrogate of GRPO with a ratio anchored at the old student and at the teacher: a
     rewarded token that the teacher dislikes is not reinforced, a punished one that it likes is
-    protected. Run it with 2 to 4 updates per rollout: the fence acts on what they can use.
+    protected. An ``offset_clamp`` c takes an edge away: the first where ``(1 - alpha) c`` is below
+    ``log(1 + clip_high)``, the second where it is below ``-log(1 - clip_low)``. Run it with 2 to 4
+    updates per rollout: the fence acts on what they can use.
 
     Args:
         trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.

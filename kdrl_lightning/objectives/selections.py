@@ -11,13 +11,18 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses import aligned, beneficial, certain, wrong_completions, wrong_groups
 from kdrl_lightning.objectives.base import Part, known
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 
 class Selection(Part):
-    """Tokens on which the teacher is imitated; several selections intersect."""
+    """Tokens on which the teacher is imitated; several selections intersect.
+
+    Attributes:
+        needs_advantages: it reads the advantages.
+    """
 
     needs_teacher = True
+    needs_advantages: bool = False
 
     @abstractmethod
     def __call__(self, rollout: RolloutBatch) -> Tensor:
@@ -33,11 +38,11 @@ class WrongCompletions(Selection):
 
 
 class WrongGroups(Selection):
-    """Completions of prompts that none solves: KDRL's group-level mask, HDPO (2603.23871)."""
+    """Completions of prompts that the student never solves: KDRL's group-level mask, and HDPO's."""
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Select by the group's verdicts."""
-        return wrong_groups(rollout.correct, rollout.group_ids)
+        """Select by the verdicts on the student's completions of the group."""
+        return wrong_groups(rollout.correct & (rollout.source == STUDENT), rollout.group_ids)
 
 
 class ExceptEndToken(Selection):
@@ -90,6 +95,7 @@ class Gates(Selection):
         self.advantage_threshold = advantage_threshold
         self.exploration_entropy = exploration_entropy
         self.alignment_per = alignment_per
+        self.needs_advantages = advantage_threshold is not None
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Select by old log-probabilities, advantages and old entropy."""

@@ -45,6 +45,10 @@ class WeightedSum(Objective):
                 f"`rl` must be an objective without a teacher: got {type(rl).__name__}. "
                 "Give that one as `distill`."
             )
+        if distill.engine_correction is not None:
+            raise ConfigurationError(
+                "`engine_correction` must be given to `rl`, for both: got one in `distill`."
+            )
         self.rl = rl
         self.distill = distill
         self.rl_coef = check_coefficient("rl_coef", rl_coef)
@@ -80,9 +84,9 @@ class WeightedSum(Objective):
         """Return the ratio of ``distill`` if it has one: it is the one with the teacher."""
         return self._shown().log_ratio(batch, logprobs)
 
-    def clip_range(self) -> tuple[float, float] | None:
-        """Return the bounds of ``distill``, or else of ``rl``."""
-        return self.distill.clip_range() or self.rl.clip_range()
+    def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Ask the one whose ratio is shown."""
+        return self._shown().outside(batch, logprobs)
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return the advantages of the one whose ratio is shown."""
