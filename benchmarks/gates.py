@@ -18,8 +18,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 ROLLOUTS, RATE = 40, 6e-4
+# A gate also lowers the weight of the KL as a whole, hence the second control.
+BETA = {"none, β 0.1": 0.1}
 GATES: dict[str, dict[str, float]] = {
     "none": {},
+    "none, β 0.1": {},
     "alignment ≤ 1 nat": {"alignment_threshold": 1.0},
     "advantage ≥ 0": {"advantage_threshold": 0.0},
     "entropy ≤ 0.3 nats": {"exploration_entropy": 0.3},
@@ -41,6 +44,8 @@ def run(gate: str, seed: int) -> dict[str, Any]:
         "--model.teacher.init_args.model.init_args.role=student",
         "--model.teacher.init_args.model.init_args.slip=0.5",
     ]
+    if gate in BETA:
+        config.append(f"--model.objective.init_args.teacher_kl_coef={BETA[gate]}")
     if GATES[gate]:
         selection = [{"class_path": "Gates", "init_args": GATES[gate]}]
         config.append(f"--model.objective.init_args.selection={json.dumps(selection)}")

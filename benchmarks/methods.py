@@ -1,7 +1,9 @@
-"""All methods on the embedded task and on Knights and Knaves, with an equal search for each.
+"""All methods on the embedded task and on Knights and Knaves.
 
-For each setting and method: one run per learning rate on the first seed, then all seeds with the
-best. Every run of a setting has the same prompts, the same number of rollouts and completions.
+The search of the learning rate is equal for all: for each setting and method, one run per learning rate on the first seed, then all seeds with the
+best; other settings are those of the configurations. Every run of a setting has the same number of
+rollouts and completions to learn from, and the same prompts; DAPO samples more, and other prompts,
+to replace groups without variance.
 Writes ``methods.json``, ``methods.md`` (the tables) and ``methods.png`` into --out.
 
     python benchmarks/methods.py --out docs/comparison
@@ -87,7 +89,7 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
     task = SETTINGS[setting]
     config = ["--config", str(ROOT / task.configs / f"{method}.yaml"), *task.overrides]
     job_of = {"method": method, "setting": setting, "lr": rate, "seed": seed}
-    return {**job_of, **train(config, task.rollouts, rate, seed)}
+    return {**job_of, "rollouts": task.rollouts, **train(config, task.rollouts, rate, seed)}
 
 
 def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str, Any]:
@@ -159,8 +161,8 @@ def search(
     """
 
     def run_all(jobs: list[tuple[str, str, float, int]]) -> None:
-        known = {(r["method"], r["setting"], r["lr"], r["seed"]) for r in results}
-        jobs = [job for job in jobs if job not in known]
+        known = {(r["method"], r["setting"], r["lr"], r["seed"], r["rollouts"]) for r in results}
+        jobs = [job for job in jobs if (*job, SETTINGS[job[1]].rollouts) not in known]
         for done, result in enumerate(pool.imap_unordered(run, jobs), 1):
             results.append(result)
             file.write_text(json.dumps({"results": results}) + "\n")
@@ -175,12 +177,13 @@ def search(
         ]
     )
     best = {}
-    for setting in {r["setting"] for r in results}:
+    for setting in settings:
         for method in SETTINGS[setting].methods:
             tried = [
                 r
                 for r in results
                 if (r["method"], r["setting"], r["seed"]) == (method, setting, seeds[0])
+                and r["rollouts"] == SETTINGS[setting].rollouts
             ]
             # The best end; of those within two points, the fastest (mean over the curve).
             end = max(r["greedy"] for r in tried)
@@ -192,7 +195,8 @@ def search(
         [(m, s, best[s, m], seed) for s in settings for m in SETTINGS[s].methods for seed in seeds]
     )
     for result in results:
-        result["chosen"] = result["lr"] == best[result["setting"], result["method"]]
+        if result["setting"] in settings:
+            result["chosen"] = result["lr"] == best[result["setting"], result["method"]]
 
 
 def show(result: dict[str, Any], done: int, total: int) -> None:
@@ -220,7 +224,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"**{setting}**: {task.title}, {task.rollouts} rollouts",
             "",
             "| method | lr | updates per rollout | greedy | sampled | tokens | rollouts to 0.5 "
-            "| s per step | teacher |",
+            "| s per rollout | teacher |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for method in task.methods:
@@ -236,13 +240,12 @@ def table(results: list[dict[str, Any]]) -> str:
             known = [f for f in found if f is not None]
             first = "–" if not known else f"{statistics.median(known):g}"
             first += "" if len(known) in (0, len(found)) else f" ({len(known)} of {len(found)})"
-            steps = task.rollouts * runs[0]["updates"]
-            step = statistics.median(r["work_seconds"] / steps for r in runs)
+            rollout = statistics.median(r["work_seconds"] / task.rollouts for r in runs)
             share = statistics.median(r["teacher_seconds"] / r["work_seconds"] for r in runs)
             lines.append(
                 f"| {method} | {runs[0]['lr']:g} | {runs[0]['updates']} | {spread('greedy')} "
                 f"| {spread('sampled')} | {statistics.mean(r['length'] for r in runs):.1f} "
-                f"| {first} | {step:.2f} | {share:.0%} |"
+                f"| {first} | {rollout:.2f} | {share:.0%} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -65,6 +65,11 @@ class SelectiveImitationStats(pl.Callback):
         self._hist = Histograms(RANGES)
         self._groups: dict[int, bool] = {}
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget an earlier run."""
+        if stage == "fit":
+            self.rows, self.histograms = [], {}
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -112,12 +117,20 @@ class SelectiveImitationStats(pl.Callback):
         plot_imitation(folder / "imitation.png", self.rows, self.histograms)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the rows over a resume."""
-        return {"rows": self.rows}
+        """Keep rows and histograms over a resume."""
+        counts = {
+            rollout: {name: h.counts.tolist() for name, h in histograms.items()}
+            for rollout, histograms in self.histograms.items()
+        }
+        return {"rows": self.rows, "histograms": counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows."""
+        """Restore them."""
         self.rows = state_dict["rows"]
+        self.histograms = {
+            rollout: {n: Histogram(torch.tensor(c), *RANGES[n]) for n, c in counts.items()}
+            for rollout, counts in state_dict["histograms"].items()
+        }
 
 
 def add_imitation_stats(
@@ -249,8 +262,9 @@ def table(rows: list[dict[str, float]], rollouts: int) -> str:
         return f"{sum(values) / len(values):10.3f}" if values else f"{'-':>10}"
 
     names = sorted({name for row in rows for name in row} - {"rollout"})
-    width = max(map(len, names))
-    head = f"  {'imitation, mean over rollouts':<{width}}  {'first ' + str(len(first)):>10}"
+    title = "imitation, mean over rollouts"
+    width = max(map(len, [title, *names]))
+    head = f"  {title:<{width}}  {'first ' + str(len(first)):>10}"
     lines = [f"{head}  {'last ' + str(len(last)):>10}"]
     lines += [f"  {n:<{width}}  {mean(first, n)}  {mean(last, n)}" for n in names]
     return "\n".join(["", *lines])

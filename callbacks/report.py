@@ -50,8 +50,11 @@ class RunReport(pl.Callback):
         self._started = time.perf_counter()
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Start the clock."""
+        """Start the clock, and forget an earlier run."""
         self._started = time.perf_counter()
+        if stage == "fit":
+            self.curves, self.accuracy, self.teacher_accuracy = [], [], None
+            self._train_seconds = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure the teacher, and the student unless the sanity check just did."""

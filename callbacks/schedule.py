@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
@@ -44,6 +46,7 @@ class CoefficientSchedule(pl.Callback):
             raise ConfigurationError(f"`unit` must be rollout or optimizer_step: got {unit}.")
         for value in schedule.extremes():
             check_coefficient(coefficient, value)
+        self._before: tuple[float, bool] | None = None
         self.coefficient = coefficient
         self.schedule = schedule
         self.unit = unit
@@ -75,10 +78,25 @@ class CoefficientSchedule(pl.Callback):
             raise ConfigurationError(
                 f"`callbacks` must have one schedule for {self.coefficient}: got {len(twins)}."
             )
+        if isinstance(self.schedule, PlateauSwitch):
+            self.schedule.reset()
+            if trainer.limit_val_batches == 0:
+                raise ConfigurationError(
+                    "`schedule` PlateauSwitch must have a validation to watch: got none. "
+                    "Give `val_prompts`, or take Switch."
+                )
         objective = pl_module.objective
-        objective.coefficient(self.coefficient)
+        self._before = objective.coefficient(self.coefficient), objective.needs_reference
+        _put_last(trainer)
         if self.coefficient == "ref_kl_coef" and max(self.schedule.extremes()) > 0.0:
             objective.needs_reference = True  # also where the schedule starts at 0
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Give the objective back as it was."""
+        if self._before is not None:
+            coefficient, pl_module.objective.needs_reference = self._before
+            pl_module.objective.set_coefficient(self.coefficient, coefficient)
+            self._before = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Set the coefficient before the first rollout."""
@@ -94,7 +112,8 @@ class CoefficientSchedule(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Let a plateau switch see the validation."""
         schedule = self.schedule
-        if not isinstance(schedule, PlateauSwitch) or trainer.sanity_checking:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not isinstance(schedule, PlateauSwitch) or not fitting:
             return
         if schedule.monitor not in trainer.callback_metrics:
             raise ConfigurationError(
@@ -116,10 +135,21 @@ class CoefficientSchedule(pl.Callback):
 
     def _step(self, trainer: pl.Trainer) -> int:
         step = trainer.global_step
-        if self.unit == "rollout":
-            step = trainer.datamodule.rollout_at(step)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self.unit == "rollout" and hasattr(data, "rollout_at"):
+            step = data.rollout_at(step)  # without rollouts every step counts
         return step
 
     def _set(self, trainer: pl.Trainer, pl_module: Any) -> None:
         value = self.coef_at(self._step(trainer))
         pl_module.objective.set_coefficient(self.coefficient, value)
+
+
+def _put_last(trainer: Any) -> None:
+    """Let statistics see the coefficient of their update: schedules set the next one after them."""
+    callbacks = trainer.callbacks
+    schedules = [c for c in callbacks if isinstance(c, CoefficientSchedule)]
+    savers = [c for c in callbacks if isinstance(c, Checkpoint)]
+    others = [c for c in callbacks if not isinstance(c, CoefficientSchedule | Checkpoint)]
+    # A new list: Lightning is going through the old one.
+    trainer.callbacks = [*others, *schedules, *savers]

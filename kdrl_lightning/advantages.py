@@ -108,5 +108,6 @@ def reweighted(advantages: Tensor, gap: Tensor, mix: float = 0.5, width: float =
     Returns:
         ``[B, T]``.
     """
-    weight = (advantages.sign() * gap).exp().clamp(1.0 - width, 1.0 + width)
+    tilt = torch.where(advantages == 0, 0.0, advantages.sign() * gap)  # not 0 * inf
+    weight = tilt.exp().clamp(1.0 - width, 1.0 + width)
     return advantages * (1.0 - mix + mix * weight)

@@ -92,7 +92,7 @@ class KDRLCLI(LightningCLI):
         """Build the trainer; what Lightning refuses is the user's mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ConfigurationError(str(error)) from error
 
     def _parse_ckpt_path(self) -> None:

@@ -47,7 +47,7 @@ class RolloutDataModule(pl.LightningDataModule):
         teacher_temperature: sampling temperature of the teacher; None: ``temperature``.
         teacher_engine: samples the teacher's completions; the transformers engine if None.
         max_refills: how often a group whose rewards are all equal is replaced by another prompt's
-            (DAPO's dynamic sampling).
+            (DAPO's dynamic sampling). Prompts kept for refills are skipped where none is needed.
         max_tokens: longest completion, the end token included.
         temperature: sampling temperature of rollouts; log-probabilities are taken at it.
         minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
@@ -112,6 +112,11 @@ class RolloutDataModule(pl.LightningDataModule):
                 f"`group_size` must be at least 1 without `teacher_completions`: got {group_size}."
             )
         require_between("val_temperature", val_temperature, 0.0, float("inf"), "0 is greedy.")
+        if teacher_temperature is not None and not teacher_completions:
+            raise ConfigurationError(
+                f"`teacher_temperature` must go with `teacher_completions`: got "
+                f"{teacher_temperature} and no completions."
+            )
         teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
         for name, heat in (
             ("temperature", temperature),
@@ -186,13 +191,17 @@ class RolloutDataModule(pl.LightningDataModule):
                 )
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self._plan, self._teacher_seconds = None, 0.0
+        self._plan, self._teacher_seconds = None, self.teacher_seconds
+        self.watch = RolloutWatch() if stage == "fit" else self.watch
         self.rollout_engine.version = self.teacher_engine.version = None
         if self.val_prompts is not None:
             self._val = self._encode(self.val_prompts, "val_prompts")
         if stage == "fit":
             check_rollout_settings(self.trainer, self, self._module())
             self._train = self._encode(self.train_prompts, "train_prompts")
+            if self._module().teacher is not None:
+                for row, _ in self._train:  # a row without a teacher is found before the run
+                    self._module().teacher.route(row)
         for rows in (self._train, self._val):
             if rows:
                 self.rewards.try_once(rows[0][0])

@@ -12,6 +12,8 @@ def require_between(name: str, value: float, low: float, high: float, cure: str 
 
     >>> require_between("trrd_alpha", 0.5, 0.0, 1.0)
     """
+    if not isinstance(value, int | float):
+        raise ConfigurationError(f"`{name}` must be a number: got {value}. {cure}".rstrip())
     if not (low <= value <= high and value < float("inf")):
         bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
         raise ConfigurationError(f"`{name}` must be {bounds}: got {value}. {cure}".rstrip())

@@ -126,6 +126,12 @@ class KDRLModule(pl.LightningModule):
         wanted = stage == "fit" and self.objective.needs_reference
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
+        teacher = self._active_teacher
+        if self.objective.divergence is not None and teacher and not teacher.gives_states:
+            raise ConfigurationError(
+                "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
+                f"{type(teacher).__name__}. Use one, or a sampled or top-k estimator."
+            )
         for frozen in self._frozen():
             frozen.check(self.tokenizer, self.student_path)
 

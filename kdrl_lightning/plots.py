@@ -131,9 +131,12 @@ def plot_imitation(
     shown = [r for r in sorted(histograms) if "hist/teacher_gap" in histograms[r]]
     for rollout in dict.fromkeys(shown[:1] + shown[-1:]):
         histogram = histograms[rollout]["hist/teacher_gap"]
-        counts, edges = histogram.counts.view(50, -1).sum(1), histogram.edges
-        axis.stairs(counts, edges[:: len(histogram.counts) // 50], label=f"rollout {rollout}")
-        if counts.any():
+        width = max(len(histogram.counts) // 50, 1)  # 50 bars, where the bins allow it
+        starts = range(0, len(histogram.counts), width)
+        counts = [float(histogram.counts[i : i + width].sum()) for i in starts]
+        edges = [float(histogram.edges[i]) for i in starts] + [histogram.high]
+        axis.stairs(counts, edges, label=f"rollout {rollout}")
+        if any(counts):
             axis.set_yscale("log")
     for axis in axes:
         axis.grid(alpha=0.3)

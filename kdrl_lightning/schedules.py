@@ -200,9 +200,14 @@ class PlateauSwitch(Schedule):
         self.patience = patience
         self.min_delta = min_delta
         self.monitor = monitor
+        self.switched_at: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
         self.best = -math.inf
         self.waited = 0
-        self.switched_at: int | None = None
+        self.switched_at = None
 
     def observe(self, value: float, step: int) -> None:
         """Take a validation's value, measured before ``step``."""

@@ -68,8 +68,9 @@ def sequence_surrogate(
 ) -> Tensor:
     """GSPO's surrogate: one clipped ratio for a whole completion.
 
-    GSPO (arXiv 2507.18071). Every token of a row carries the row's loss, so that the mean over
-    completions (``sequence_mean``) is the paper's.
+    GSPO (arXiv 2507.18071), in its token form: the ratio's value is the completion's, its gradient
+    each token's own, ``sg(s) pi / sg(pi)``. With one advantage per completion it is the paper's
+    loss under ``sequence_mean``; advantages per token stay with their token.
 
     Args:
         logprobs: ``[B, T]`` student now, with gradient.
@@ -82,8 +83,8 @@ def sequence_surrogate(
     Returns:
         ``[B, T]`` loss.
     """
-    log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)
-    return _clipped(log_ratio, advantages, clip_low, clip_high)
+    value = sequence_log_ratio(logprobs, old_logprobs, mask).detach()
+    return _clipped(value + logprobs - logprobs.detach(), advantages, clip_low, clip_high)
 
 
 def cispo_surrogate(

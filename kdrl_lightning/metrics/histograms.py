@@ -57,8 +57,10 @@ class Histograms:
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values where ``mask`` is True."""
         low, high = self.ranges[name]
-        inside = values.detach()[mask].float().clamp(low, high)
-        counts = torch.histc(inside, self.bins, low, high).double()
+        inside = values.detach()[mask].float()
+        share = (inside[~inside.isnan()].clamp(low, high) - low) / (high - low)
+        bins = (share * self.bins).long().clamp(max=self.bins - 1)
+        counts = torch.bincount(bins, minlength=self.bins).double()
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def compute(self, reduce: Callable[[Tensor, str], Tensor] | None) -> dict[str, Histogram]:

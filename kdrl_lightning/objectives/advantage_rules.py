@@ -44,6 +44,12 @@ class Advantage(Part):
         advantages = known(batch.advantages, "advantages")
         return advantages if advantages.dim() == 2 else advantages[:, None].expand_as(gap)
 
+    def same_scores(self, other: Advantage | None) -> bool:
+        """Whether ``prepare`` of the other gives the same."""
+        plain = type(self).prepare is Advantage.prepare
+        same = other is not None and type(other).prepare is Advantage.prepare
+        return plain and same and other is not None and self.scale_by_std == other.scale_by_std
+
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
         """``[B, T]`` bool: where ``advantages`` are others than without the teacher."""
         return advantages != self(batch, torch.zeros_like(advantages))
@@ -156,8 +162,11 @@ class ShapedAdvantage(Advantage):
         return by_group(rollout, advantages, rollout.rewards, mean.to(rollout.rewards.dtype))
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
-        """Everywhere: one token's gap moves the rewards of its whole group."""
-        return torch.full_like(batch.loss_mask, self.teacher_kl_coef > 0.0)
+        """In groups with an imitated token, which moves the rewards of all of them."""
+        used = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
+        groups = batch.group_ids[used.any(1)]
+        rows = torch.isin(batch.group_ids, groups) & (self.teacher_kl_coef > 0.0)
+        return rows[:, None].expand_as(batch.loss_mask)
 
 
 def by_group(rollout: RolloutBatch, function: Callable[..., Tensor], *columns: Tensor) -> Tensor:

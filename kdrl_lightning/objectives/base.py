@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -104,6 +104,10 @@ class Objective(ABC):
     divergence: Divergence | None = None
 
     def __init__(self, reduction: Reduction = "token_mean", entropy_coef: float = 0.0) -> None:
+        if reduction not in get_args(Reduction):
+            raise ConfigurationError(
+                f"`reduction` must be one of {', '.join(get_args(Reduction))}: got {reduction}."
+            )
         self.reduction = reduction
         self.entropy_coef = check_coefficient("entropy_coef", entropy_coef)
 
@@ -176,6 +180,12 @@ class Objective(ABC):
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
             terms.append(Term("entropy", -scores.entropy, self.entropy_coef))
+        names = [term.name for term in terms]
+        if len(set(names)) < len(names) or "total" in names:
+            raise ConfigurationError(
+                f"terms of an objective must have names of their own, and none is `total`: got "
+                f"{', '.join(names)}."
+            )
         shares = {term.name: self._reduce(term, batch) for term in terms}
         loss = torch.stack([term.coef * shares[term.name] for term in terms]).sum()
         return loss, {name: share.detach() for name, share in shares.items()}
@@ -197,14 +207,9 @@ class Objective(ABC):
                 return constant_length(
                     term.per_token, mask, totals.num_completions, totals.max_tokens
                 )
-            case "group_token_mean":
+            case _:
                 return group_token_mean(
                     term.per_token, mask, batch.group_tokens, totals.num_prompts
-                )
-            case _:
-                raise ConfigurationError(
-                    "`reduction` must be token_mean, sequence_mean, constant_length or "
-                    f"group_token_mean: got {self.reduction}."
                 )
 
 

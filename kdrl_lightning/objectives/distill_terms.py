@@ -97,8 +97,8 @@ class SampledKL(DistillTerm):
         per_token = SAMPLED[self.estimator](scores.logprobs, teacher)
         if not self.ratio_weight:
             return per_token
-        old = known(batch.old_logprobs, "old_logprobs")
-        return per_token * (scores.logprobs - old).detach().exp()
+        log_ratio = (scores.logprobs - known(batch.old_logprobs, "old_logprobs")).detach()
+        return per_token * torch.where(mask, log_ratio, 0.0).exp()
 
 
 class VocabularyKL(DistillTerm):
@@ -138,7 +138,7 @@ class VocabularyKL(DistillTerm):
             return known(scores.divergence, "divergence")
         student = known(scores.topk_logprobs, "topk_logprobs")
         teacher = known(batch.teacher_topk_logprobs, "teacher_topk_logprobs")
-        teacher = teacher.clamp(min=LOGPROB_FLOOR)
+        teacher = torch.where(mask[..., None], teacher, student.detach()).clamp(min=LOGPROB_FLOOR)
         return generalized_jsd(with_tail(student), with_tail(teacher), self.jsd_beta)
 
 

@@ -69,15 +69,16 @@ class PolicyObjective(Objective):
                 f"`teacher_tokens` must go with a policy loss: got {_names(teacher_tokens)} beside "
                 f"{_names(distill)} alone."
             )
-        if advantage is None and any(s.needs_advantages for s in selection):
+        compares = advantage is not None and advantage.needs_groups
+        if not compares and any(s.needs_advantages for s in selection or ()):
             raise ConfigurationError(
-                "`advantage_threshold` must go with an objective that has advantages: got "
-                f"{_names(distill)} alone. Use KDRL, or drop the gate."
+                "`advantage_threshold` must go with advantages from rewards: got "
+                f"{_names(advantage, distill)}. Use KDRL, or drop the gate."
             )
         self.ratio = ratio
         self.advantage = advantage
         self.distill = distill
-        self.selection = tuple(selection)
+        self.selection = tuple(selection or ())
         self.teacher_tokens = teacher_tokens
         self.engine_correction = engine_correction
         self.rl_coef = check_coefficient("rl_coef", rl_coef)
@@ -90,7 +91,7 @@ class PolicyObjective(Objective):
                 "an objective with a teacher."
             )
         self.needs_reference = ref_kl_coef > 0.0
-        self.needs_groups = advantage is not None and advantage.needs_groups
+        self.needs_groups = compares
         self.takes_teacher_completions |= teacher_tokens is not None
         if distill is not None:
             self.top_k, self.divergence = distill.top_k, distill.divergence
@@ -119,11 +120,17 @@ class PolicyObjective(Objective):
         """Yield the policy loss, the distillation term and the reference KL."""
         weights = 1.0 if batch.importance_weights is None else batch.importance_weights
         if self.ratio is not None:
-            advantages = self.token_advantages(batch, scores.logprobs)
-            policy = self.ratio.loss(batch, scores.logprobs, advantages) * weights
-            if self.teacher_tokens is not None:
-                theirs = self.teacher_tokens.loss(batch, scores.logprobs, advantages)
-                policy = torch.where(_theirs(batch), theirs, policy)
+            advantages, logprobs = self.token_advantages(batch, scores.logprobs), scores.logprobs
+            if self.teacher_tokens is None:
+                policy = self.ratio.loss(batch, logprobs, advantages)
+            else:
+                rows = _theirs(batch)
+                ours = self.ratio.loss(_neutral(batch, rows, logprobs), logprobs, advantages)
+                theirs = self.teacher_tokens.loss(
+                    _neutral(batch, ~rows, logprobs), logprobs, advantages
+                )
+                policy = torch.where(rows, theirs, ours)
+            policy = policy * weights
             yield Term("policy", policy, self.rl_coef)
         if self.distill is not None:
             where = self.distill.where(batch)
@@ -187,8 +194,11 @@ class PolicyObjective(Objective):
         teacher changes and whose gradient is alive.
         """
         out = torch.zeros_like(batch.loss_mask)
+        weights = batch.importance_weights
+        kept = batch.loss_mask if weights is None else batch.loss_mask & (weights != 0)
         if self.distill is not None and self.distill.teacher_kl_coef:
             out = self.distill.where(batch)
+            out = out & kept if self.distill.sampled else out
         if self.ratio is None or self.advantage is None or not self.rl_coef:
             return out
         advantages = self.token_advantages(batch, logprobs)
@@ -197,7 +207,15 @@ class PolicyObjective(Objective):
             mask = known(batch.imitation_mask, "imitation_mask")
             changed = changed | (mask & (advantages != 0))
         alive = ~self.ratio.dead(batch, logprobs, advantages)
-        return out | (changed & alive & batch.student_mask)
+        return out | (changed & alive & kept & batch.student_mask)
+
+
+def _neutral(batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> RolloutBatch:
+    """Let every ratio be 1 on rows of the other rule: an overflow there is a NaN gradient."""
+    names = ("old_logprobs", "rollout_logprobs", "teacher_logprobs")
+    fields = {n: v for n in names if (v := getattr(batch, n)) is not None}
+    same = logprobs.detach()
+    return batch.replace(**{n: torch.where(rows, same, v) for n, v in fields.items()})
 
 
 def _theirs(batch: RolloutBatch) -> Tensor:

@@ -33,7 +33,7 @@ class SFT(Objective):
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Leave wrong completions out of the loss."""
-        if self.only_correct:
+        if self.only_correct and len(rollout):
             kept = rollout.loss_mask & rollout.correct[:, None]
             tokens = kept.new_zeros(int(rollout.group_ids.max()) + 1, dtype=torch.float32)
             tokens.index_add_(0, rollout.group_ids, kept.sum(1).float())

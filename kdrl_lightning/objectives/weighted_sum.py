@@ -49,6 +49,12 @@ class WeightedSum(Objective):
             raise ConfigurationError(
                 "`engine_correction` must be given to `rl`, for both: got one in `distill`."
             )
+        theirs = distill.advantage
+        if theirs is not None and theirs.needs_groups and not theirs.same_scores(rl.advantage):
+            raise ConfigurationError(
+                f"`distill` must take its advantages as `rl` does, for they are shared: got "
+                f"{type(theirs).__name__} with scale_by_std {theirs.scale_by_std}."
+            )
         self.rl = rl
         self.distill = distill
         self.rl_coef = check_coefficient("rl_coef", rl_coef)

@@ -20,9 +20,11 @@ class Teacher(ABC):
 
     Attributes:
         generates: its weights are at hand, so that it can sample completions.
+        gives_states: it can give hidden states, for divergences over the full vocabulary.
     """
 
     generates: bool = False
+    gives_states: bool = False
 
     @abstractmethod
     def prepare(self) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -23,9 +25,9 @@ from kdrl_lightning.weights import ModelWeights
 class CachedTeacher(Teacher):
     """Another teacher, whose scores of a completion are looked up on disk first.
 
-    The key is the content: the teacher's fingerprint, prompt, completion, temperature and the ids
-    asked for. It pays where the same completions come again: after a resume, with other
-    hyper-parameters of the same seed, and on the teacher's own completions.
+    The key is the content: the teacher's fingerprint, the precision, prompt, completion,
+    temperature and the ids asked for. It pays where the same completions come again: after a
+    resume, with other hyper-parameters of the same seed, and on the teacher's own completions.
 
     Args:
         teacher: the teacher that scores what is not known yet.
@@ -45,6 +47,11 @@ class CachedTeacher(Teacher):
     def generates(self) -> bool:  # type: ignore[override]
         """Whether the teacher behind it does."""
         return self.teacher.generates
+
+    @property
+    def gives_states(self) -> bool:  # type: ignore[override]
+        """Whether the teacher behind it does."""
+        return self.teacher.gives_states
 
     def prepare(self) -> None:
         """Prepare the teacher."""
@@ -105,9 +112,11 @@ class CachedTeacher(Teacher):
         return whole
 
     def _key(self, batch: RolloutBatch, row: int, topk_ids: Tensor | None) -> str:
-        tokens = int(batch.completion_lengths[row])
+        tokens, device = int(batch.completion_lengths[row]), batch.input_ids.device.type
+        autocast = torch.is_autocast_enabled(device)
         content = [
             self._fingerprint,
+            str(torch.get_autocast_dtype(device)) if autocast else None,
             int(batch.teacher_route[row]),
             batch.temperature,
             int(batch.prompt_lengths[row]),
@@ -121,7 +130,10 @@ class CachedTeacher(Teacher):
         row = self._database.execute("SELECT scores FROM scores WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
-        fields = load(row[0])
+        try:
+            fields = load(row[0])
+        except SafetensorError:
+            return None  # damaged: it is scored and written again
         return TokenScores(*(fields.get(n) for n in TokenScores._fields)).map(  # type: ignore[arg-type]
             lambda v: v.to(device)
         )
@@ -135,10 +147,14 @@ class CachedTeacher(Teacher):
 def _open(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(path, timeout=60.0)
-        database.execute("PRAGMA journal_mode = WAL")  # readers do not wait for a writer
-        database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, scores BLOB)")
-        database.commit()
+        with FileLock(f"{path}.lock"):  # switching to WAL does not wait for others
+            database = sqlite3.connect(path, timeout=60.0)
+            database.execute("PRAGMA journal_mode = WAL")  # readers do not wait for a writer
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, scores BLOB)"
+            )
+            database.execute("SELECT key, scores FROM scores LIMIT 1")
+            database.commit()
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(
             f"`path` must be a SQLite file that can be written: got {path} ({error}). "

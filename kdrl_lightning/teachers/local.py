@@ -32,6 +32,7 @@ class LocalTeacher(Teacher):
     """
 
     generates = True
+    gives_states = True
 
     def __init__(self, model: str | ModelSource, dtype: str = "auto") -> None:
         self.model = model
@@ -81,6 +82,10 @@ class LocalTeacher(Teacher):
                 "student's embedding that stands for no token. Train it to avoid such rows first."
             )
         return scorer
+
+    def fingerprint(self) -> str:
+        """Digest weights, configuration, and how many rows of the head count."""
+        return f"{self.weights().fingerprint()} {self._vocab_size}"
 
     def weights(self) -> ModelWeights:
         """Return the loaded model and its folder."""

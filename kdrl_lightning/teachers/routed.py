@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
@@ -50,11 +50,11 @@ class RoutedTeacher(Teacher):
         """Return the index of the row's teacher.
 
         Raises:
-            TrainingStopped: the row names none of them.
+            ConfigurationError: the row names none of them.
         """
         name = row.get(self.column)
-        if name not in self.teachers:
-            raise TrainingStopped(
+        if name not in self._order:
+            raise ConfigurationError(
                 f"the column `{self.column}` of a prompt row must name one of "
                 f"{', '.join(self._order)}: got {name!r}. Add the column, or the teacher."
             )
