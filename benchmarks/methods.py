@@ -1,10 +1,10 @@
 """All methods on the embedded task and on Knights and Knaves.
 
-The search of the learning rate is equal for all: for each setting and method, one run per learning rate on the first seed, then all seeds with the
-best; other settings are those of the configurations. Every run of a setting has the same number of
-rollouts and completions to learn from, and the same prompts; DAPO samples more, and other prompts,
-to replace groups without variance.
-Writes ``methods.json``, ``methods.md`` (the tables) and ``methods.png`` into --out.
+The search of the learning rate is equal for all: for each setting and method, one run per learning
+rate on the first seed, then all seeds with the best; other settings are those of the
+configurations. Every run of a setting has the same number of rollouts and completions to learn
+from, and the same prompts; DAPO samples more, and other prompts, to replace groups without
+variance. Writes ``methods.json``, ``methods.md`` (the tables) and ``methods.png`` into --out.
 
     python benchmarks/methods.py --out docs/comparison
 """

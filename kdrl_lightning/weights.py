@@ -35,5 +35,5 @@ class ModelWeights:
         for name, tensor in self.named_tensors():
             raw = tensor.reshape(-1).cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(memoryview(raw.numpy()))
+            digest.update(raw.numpy().data)
         return digest.hexdigest()
