@@ -19,19 +19,44 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120
 
 DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
+EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
+JSD = "losses/divergences.py", "losses/test_jsd.py"
 POLICY = "losses/policy.py", "losses/test_policy.py"
+POLICY_FAMILY = "losses/policy.py", "losses/test_policy_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
+SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
+IMPORTANCE = "losses/importance.py", "losses/test_selection.py"
+SELECTION = "losses/selection.py", "losses/test_selection.py"
 ADVANTAGES = "advantages.py", "test_advantages.py"
+SHAPED = "advantages.py", "losses/test_selection.py"
 BASE = "objectives/base.py", "objectives/test_objectives.py"
-DISTILL = "objectives/distillation.py", "objectives/test_objectives.py"
-GRPO = "objectives/grpo.py", "objectives/test_objectives.py"
-KDRL = "objectives/kdrl.py", "objectives/test_objectives.py"
+BASE_LAWS = "objectives/base.py", "objectives/test_laws.py"
+COEFFICIENTS = "objectives/base.py", "objectives/test_coefficients.py"
+RULES = "objectives/advantage_rules.py", "objectives/test_family.py"
+TERMS = "objectives/distill_terms.py", "objectives/test_family.py"
+TERMS_SELECTIONS = "objectives/distill_terms.py", "objectives/test_selections.py"
+FRAME = "objectives/policy.py", "objectives/test_family.py"
+FRAME_PARTS = "objectives/policy.py", "objectives/test_parts.py"
+FRAME_SELECTIONS = "objectives/policy.py", "objectives/test_selections.py"
+FRAME_TEACHERS = "objectives/policy.py", "objectives/test_teacher_completions.py"
+RATIOS = "objectives/ratios.py", "objectives/test_family.py"
+RATIOS_PARTS = "objectives/ratios.py", "objectives/test_parts.py"
+RATIOS_LAWS = "objectives/ratios.py", "objectives/test_laws.py"
+RATIOS_SELECTIONS = "objectives/ratios.py", "objectives/test_selections.py"
+CORRECTIONS = "objectives/corrections.py", "objectives/test_family.py"
+SELECTIONS = "objectives/selections.py", "objectives/test_selections.py"
+GRPO = "objectives/grpo.py", "objectives/test_family.py"
+KDRL = "objectives/kdrl.py", "objectives/test_family.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
+MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
+SUM = "objectives/weighted_sum.py", "objectives/test_family.py"
+SUM_PARTS = "objectives/weighted_sum.py", "objectives/test_parts.py"
+SFT = "objectives/sft.py", "objectives/test_family.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
-RLAD_STATS = "objectives/rlad.py", "test_imitation_stats.py"
+FRAME_STATS = "objectives/policy.py", "test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
-ANNEALING = "callbacks/kl_annealing.py", "test_kl_annealing.py"
+ANNEALING = "schedules.py", "test_kl_annealing.py"
 
 
 class Mutation(NamedTuple):
@@ -80,15 +105,15 @@ MUTATIONS = [
     Mutation(
         "surrogate: ratio upside down",
         POLICY,
-        "_clipped(logprobs - old_logprobs.detach()",
-        "_clipped(old_logprobs.detach() - logprobs",
+        "log_ratio = logprobs - old_logprobs.detach()",
+        "log_ratio = old_logprobs.detach() - logprobs",
     ),
     Mutation("surrogate: sign", POLICY, "return -advantages *", "return advantages *"),
     Mutation(
         "surrogate: old attached",
         POLICY,
-        "_clipped(logprobs - old_logprobs.detach()",
-        "_clipped(logprobs - old_logprobs",
+        "log_ratio = logprobs - old_logprobs.detach()",
+        "log_ratio = logprobs - old_logprobs",
     ),
     Mutation(
         "surrogate: advantages attached",
@@ -99,8 +124,8 @@ MUTATIONS = [
     Mutation(
         "surrogate: clip sides swapped",
         POLICY,
-        "advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:",
-        "advantages: Tensor, clip_high: float, clip_low: float) -> Tensor:",
+        "    clip_low: float,\n    clip_high: float,\n    dual_clip: float | None = None,\n",
+        "    clip_high: float,\n    clip_low: float,\n    dual_clip: float | None = None,\n",
     ),
     Mutation(
         "surrogate: fence in float32",
@@ -201,21 +226,24 @@ MUTATIONS = [
         "/ group_tokens.clamp(min=1)",
         "/ (mask != 0).sum(1).clamp(min=1)",
     ),
-    Mutation("log-probs: temperature multiplies", LOGPROBS, ") / temperature", ") * temperature"),
+    Mutation(
+        "log-probs: temperature multiplies",
+        LOGPROBS,
+        "head.logits(states) / temperature",
+        "head.logits(states) * temperature",
+    ),
     Mutation(
         "log-probs: temperature before the soft cap",
         LOGPROBS,
-        "head.logits(hidden) / temperature",
-        "head.logits(hidden / temperature)",
+        "head.logits(states) / temperature",
+        "head.logits(states / temperature)",
     ),
     Mutation(
         "log-probs: padding rows count", LOGPROBS, "slice(None, self.vocab_size)", "slice(None)"
     ),
     Mutation("log-probs: bias forgotten", LOGPROBS, "self.bias[rows])", "None)"),
     Mutation("log-probs: entropy's sign", LOGPROBS, "log_norm - expected", "expected - log_norm"),
-    Mutation(
-        "log-probs: one chunk", LOGPROBS, "hidden.split(size), ids.split(size)", "[hidden], [ids]"
-    ),
+    Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
         LOGPROBS,
@@ -240,56 +268,69 @@ MUTATIONS = [
     ),
     Mutation(
         "KD: ratio attached",
-        DISTILL,
+        TERMS,
         "(scores.logprobs - old).detach().exp()",
         "(scores.logprobs - old).exp()",
     ),
     Mutation(
         "KD: ratio upside down",
-        DISTILL,
+        TERMS,
         "(scores.logprobs - old).detach().exp()",
         "(old - scores.logprobs).detach().exp()",
     ),
     Mutation(
         "KD: teacher read where nothing is imitated",
-        DISTILL,
+        (TERMS[0], "objectives/test_laws.py"),
         "torch.where(mask, teacher, scores.logprobs.detach())",
         "teacher",
     ),
-    Mutation("GRPO: division by std forced", GRPO, "(rewards, self.scale_by_std)", "(rewards)"),
+    Mutation(
+        "GRPO: division by std forced",
+        RULES,
+        "group_relative(r, self.scale_by_std)",
+        "group_relative(r)",
+    ),
     Mutation(
         "GRPO: groups out of order",
-        GRPO,
-        "advantages[order] = group_rel",
-        "advantages[:] = group_rel",
+        (RULES[0], "objectives/test_objectives.py"),
+        "out[order] = function",
+        "out[:] = function",
     ),
     Mutation(
         "KDRL: KL subtracted",
-        KDRL,
-        "per_token, self.teacher_kl_coef",
-        "per_token, -self.teacher_kl_coef",
+        FRAME,
+        "                self.distill.teacher_kl_coef,\n",
+        "                -self.distill.teacher_kl_coef,\n",
     ),
     Mutation(
         "RLAD: clip sides swapped",
         RLAD,
-        "self.clip_low,\n                self.clip_high,\n                self.offset",
-        "self.clip_high,\n                self.clip_low,\n                self.offset",
+        "TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high",
+        "TrustRegionRatio(trrd_alpha, offset_clamp, clip_high, clip_low",
     ),
-    Mutation("RLAD: clamp ignored", RLAD, "self.offset_clamp,\n            ),", "),"),
+    Mutation(
+        "RLAD: clamp ignored",
+        RATIOS,
+        "            self.offset_clamp,\n            self.dual_clip,\n",
+        "            None,\n            self.dual_clip,\n",
+    ),
     Mutation(
         "statistics: a fenced token counts",
-        RLAD_STATS,
-        "(advantages > 0) & (ratio < 1 + self.clip_high)",
-        "(advantages > 0)",
+        FRAME_STATS,
+        "alive = ~self.ratio.dead(batch, logprobs, advantages)",
+        "alive = batch.loss_mask",
     ),
     Mutation(
-        "statistics: dead sides swapped",
+        "statistics: clip sides swapped",
         STATS,
-        "above, below = ratio > 1 + clip_high, ratio < 1 - clip_low",
-        "below, above = ratio > 1 + clip_high, ratio < 1 - clip_low",
+        "below, above = outside",
+        "above, below = outside",
     ),
     Mutation(
-        "statistics: agreement for conflict", STATS, "gap * advantages > 0", "gap * advantages < 0"
+        "statistics: agreement for conflict",
+        STATS,
+        "against, used = gap * wanted < 0",
+        "against, used = gap * wanted > 0",
     ),
     Mutation("statistics: correct for wrong", STATS, "mask & ~correct", "mask & correct"),
     Mutation(
@@ -304,8 +345,559 @@ MUTATIONS = [
         "index_add_(0, groups, loss_mask",
         "index_add_(0, groups, mask",
     ),
-    Mutation("annealing: rises", ANNEALING, "self.start - self.dec", "self.start + self.dec"),
-    Mutation("annealing: no floor", ANNEALING, "return max(self.start", "return min(self.start"),
+    Mutation(
+        "annealing: rises",
+        ANNEALING,
+        "self.start - self.decrement * step",
+        "self.start + self.decrement * step",
+    ),
+    Mutation(
+        "annealing: no floor", ANNEALING, "return max(self.start - ", "return min(self.start - "
+    ),
+    # The losses of the family.
+    Mutation(
+        "policy gradient KL: sign",
+        EXPECTED,
+        "-(teacher_logprobs - logprobs)",
+        "(teacher_logprobs - logprobs)",
+    ),
+    Mutation(
+        "policy gradient KL: gap attached",
+        EXPECTED,
+        "(teacher_logprobs - logprobs).detach() * logprobs",
+        "(teacher_logprobs - logprobs) * logprobs",
+    ),
+    Mutation(
+        "JSD: ends swapped",
+        JSD,
+        "if jsd_beta == 0.0:\n        return forward_kl",
+        "if jsd_beta == 0.0:\n        return reverse_kl",
+    ),
+    Mutation(
+        "JSD: mixture's weights swapped",
+        JSD,
+        "    student = student_logits.log_softmax(-1)\n",
+        "    student = student_logits.log_softmax(-1)\n    jsd_beta = 1.0 - jsd_beta\n",
+    ),
+    Mutation(
+        "JSD: sides swapped",
+        JSD,
+        "jsd_beta * _kl(teacher, mixture) + (1.0 - jsd_beta) * _kl(student, mixture)",
+        "jsd_beta * _kl(student, mixture) + (1.0 - jsd_beta) * _kl(teacher, mixture)",
+    ),
+    Mutation(
+        "JSD: mixture detached", JSD, "_kl(student, mixture)", "_kl(student, mixture.detach())"
+    ),
+    Mutation(
+        "JSD: teacher attached",
+        JSD,
+        "    teacher = teacher_logits.detach().log_softmax(-1)\n",
+        "    teacher = teacher_logits.log_softmax(-1)\n",
+    ),
+    Mutation(
+        "JSD: both excluded",
+        JSD,
+        "student.clamp(min=-1e4) + math.log1p(-jsd_beta)\n"
+        "    mixture = torch.logaddexp(student_part, teacher.clamp(min=-1e4)",
+        "student + math.log1p(-jsd_beta)\n    mixture = torch.logaddexp(student_part, teacher",
+    ),
+    Mutation(
+        "top-k: tail dropped",
+        JSD,
+        "torch.cat([topk_logprobs, (1.0 - mass).clamp(min=tiny).log()], -1)",
+        "topk_logprobs",
+    ),
+    Mutation(
+        "top-k: tail detached",
+        JSD,
+        "(1.0 - mass).clamp(min=tiny)",
+        "(1.0 - mass.detach()).clamp(min=tiny)",
+    ),
+    Mutation("top-k: tail may be empty", JSD, ".clamp(min=tiny)", ""),
+    Mutation(
+        "dual clip: for rewarded tokens",
+        POLICY_FAMILY,
+        "far = (advantages < 0) & (log_ratio",
+        "far = (advantages > 0) & (log_ratio",
+    ),
+    Mutation(
+        "dual clip: not in logs",
+        POLICY_FAMILY,
+        "torch.where(far, math.log(dual_clip), fence)",
+        "torch.where(far, dual_clip, fence)",
+    ),
+    Mutation("dual clip: gradient stays", POLICY_FAMILY, "dead | far", "dead"),
+    Mutation(
+        "dual clip: forgotten by TRRD",
+        POLICY_FAMILY,
+        "teacher_logprobs, trrd_alpha, offset_clamp)\n",
+        "teacher_logprobs, trrd_alpha, offset_clamp)\n    dual_clip = None\n",
+    ),
+    Mutation(
+        "sequence ratio: sum for mean",
+        POLICY_FAMILY,
+        "log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)",
+        "log_rho.sum(1, keepdim=True)",
+    ),
+    Mutation(
+        "sequence ratio: mean over the padding",
+        POLICY_FAMILY,
+        "/ mask.sum(1, keepdim=True).clamp(min=1)",
+        "/ mask.shape[1]",
+    ),
+    Mutation(
+        "sequence ratio: padding counts",
+        POLICY_FAMILY,
+        ".masked_fill(~mask, 0.0)\n    mean",
+        "\n    mean",
+    ),
+    Mutation(
+        "sequence ratio: old attached",
+        POLICY_FAMILY,
+        "(logprobs - old_logprobs.detach()).masked_fill",
+        "(logprobs - old_logprobs).masked_fill",
+    ),
+    Mutation(
+        "GSPO: clip sides swapped",
+        POLICY_FAMILY,
+        "    return _clipped(log_ratio, advantages, clip_low, clip_high)\n",
+        "    return _clipped(log_ratio, advantages, clip_high, clip_low)\n",
+    ),
+    Mutation(
+        "CISPO: weight attached",
+        POLICY_FAMILY,
+        "log_ratio = (logprobs - old_logprobs).detach()",
+        "log_ratio = logprobs - old_logprobs",
+    ),
+    Mutation(
+        "CISPO: clipped below",
+        POLICY_FAMILY,
+        "log_ratio.clamp(max=math.log1p(clip_high))",
+        "log_ratio.clamp(min=math.log1p(clip_high))",
+    ),
+    Mutation(
+        "CISPO: bound not in logs",
+        POLICY_FAMILY,
+        "clamp(max=math.log1p(clip_high))",
+        "clamp(max=clip_high)",
+    ),
+    Mutation("CISPO: sign", POLICY_FAMILY, "return -weight *", "return weight *"),
+    Mutation("LUFFY: gamma upside down", POLICY_FAMILY, "- math.log(gamma)", "+ math.log(gamma)"),
+    Mutation(
+        "LUFFY: log of the shaping",
+        POLICY_FAMILY,
+        "(logprobs - math.log(gamma)).sigmoid()",
+        "torch.nn.functional.logsigmoid(logprobs - math.log(gamma))",
+    ),
+    Mutation(
+        "importance: upside down",
+        IMPORTANCE,
+        "(old_logprobs - rollout_logprobs).detach().clamp",
+        "(rollout_logprobs - old_logprobs).detach().clamp",
+    ),
+    Mutation("importance: not truncated", IMPORTANCE, ".clamp(max=math.log(cap))", ""),
+    Mutation("importance: attached", IMPORTANCE, ".detach().clamp(max", ".clamp(max"),
+    Mutation(
+        "importance mask: one-sided",
+        IMPORTANCE,
+        "(log_ratio >= math.log(low)) & (log_ratio <= math.log(high))",
+        "log_ratio <= math.log(high)",
+    ),
+    Mutation("wrong completions: the correct ones", SELECTION, "return ~correct", "return correct"),
+    Mutation(
+        "wrong groups: any wrong",
+        SELECTION,
+        "index_add_(0, group_ids, correct.long())\n    return (solved == 0)",
+        "index_add_(0, group_ids, (~correct).long())\n    return (solved > 0)",
+    ),
+    Mutation(
+        "alignment: signed gap",
+        SELECTION,
+        "(teacher_logprobs - old_logprobs).abs()",
+        "(teacher_logprobs - old_logprobs)",
+    ),
+    Mutation(
+        "alignment: mean over the padding",
+        SELECTION,
+        "mask.sum(1).clamp(min=1))[:, None]",
+        "mask.shape[1])[:, None]",
+    ),
+    Mutation(
+        "benefit: other side", SELECTION, "advantages >= threshold", "advantages <= threshold"
+    ),
+    Mutation(
+        "certainty: other side", SELECTION, "old_entropy <= threshold", "old_entropy >= threshold"
+    ),
+    Mutation(
+        "shaped: std of the shaped rewards",
+        SHAPED,
+        "std = rewards.to(plain.dtype).std(1, keepdim=True) + eps",
+        "std = (rewards + teacher_kl_coef * mean_gaps).std(1, keepdim=True) + eps",
+    ),
+    Mutation(
+        "shaped: gap subtracted",
+        SHAPED,
+        "plain + teacher_kl_coef * gaps",
+        "plain - teacher_kl_coef * gaps",
+    ),
+    Mutation(
+        "shaped: gap not centred",
+        SHAPED,
+        "gaps = mean_gaps - mean_gaps.mean(1, keepdim=True)",
+        "gaps = mean_gaps",
+    ),
+    Mutation("shaped: equal groups blown up", SHAPED, "torch.where(constant, 1.0, std)", "std"),
+    Mutation("reweighted: sign forgotten", SHAPED, "(advantages.sign() * gap).exp()", "gap.exp()"),
+    Mutation(
+        "reweighted: mix and width swapped",
+        SHAPED,
+        "clamp(1.0 - width, 1.0 + width)\n    return advantages * (1.0 - mix + mix * weight)",
+        "clamp(1.0 - mix, 1.0 + mix)\n    return advantages * (1.0 - width + width * weight)",
+    ),
+    Mutation(
+        "reweighted: mix upside down",
+        SHAPED,
+        "(1.0 - mix + mix * weight)",
+        "(mix + (1.0 - mix) * weight)",
+    ),
+    Mutation(
+        "scores: top-k of the least likely",
+        SCORES,
+        "topk(min(top_k, vocab), -1)",
+        "topk(min(top_k, vocab), -1, False)",
+    ),
+    Mutation("scores: logits for log-probs", SCORES, " - log_norm[:, None]", ""),
+    Mutation(
+        "scores: the other at temperature one",
+        SCORES,
+        "other.head.logits(others) / temperature",
+        "other.head.logits(others)",
+    ),
+    Mutation(
+        "scores: student and other swapped",
+        SCORES,
+        "divergence(logits[:, : theirs.shape[-1]], theirs)",
+        "divergence(theirs, logits[:, : theirs.shape[-1]])",
+    ),
+    Mutation(
+        "scores: first rows asked again", SCORES, "topk_ids[rows]", "topk_ids[: len(ids[rows])]"
+    ),
+    # The parts of an objective.
+    Mutation(
+        "gap advantage: sign",
+        RULES,
+        '"""Return d."""\n        return gap',
+        '"""Return d."""\n        return -gap',
+    ),
+    Mutation(
+        "sum advantage: coefficients swapped",
+        RULES,
+        "self.reward_coef * super().__call__(batch, gap) + self.teacher_kl_coef * gap",
+        "self.teacher_kl_coef * super().__call__(batch, gap) + self.reward_coef * gap",
+    ),
+    Mutation(
+        "SRPO: verdict swapped",
+        RULES,
+        "torch.where(batch.correct[:, None], super().__call__(batch, gap), gap)",
+        "torch.where(batch.correct[:, None], gap, super().__call__(batch, gap))",
+    ),
+    Mutation(
+        "RLSD: mix and width swapped",
+        RULES,
+        "gap, self.mix, self.width)",
+        "gap, self.width, self.mix)",
+    ),
+    Mutation(
+        "reward shaping: student's gap reversed",
+        RULES,
+        'known(rollout.teacher_logprobs, "teacher_logprobs") - old',
+        'old - known(rollout.teacher_logprobs, "teacher_logprobs")',
+    ),
+    Mutation(
+        "reward shaping: teacher's rows shaped",
+        (RULES[0], "objectives/test_teacher_completions.py"),
+        '"imitation_mask") & rollout.student_mask',
+        '"imitation_mask")',
+    ),
+    Mutation(
+        "reward shaping: divided by the selected",
+        (RULES[0], "objectives/test_selections.py"),
+        "tokens = rollout.loss_mask.sum(1)",
+        "tokens = mask.sum(1)",
+    ),
+    Mutation(
+        "sampled KD: on the teacher's rows",
+        (TERMS[0], "objectives/test_teacher_completions.py"),
+        "super().where(batch) & batch.student_mask",
+        "super().where(batch)",
+    ),
+    Mutation(
+        "KD: selection ignored",
+        TERMS_SELECTIONS,
+        'known(batch.imitation_mask, "imitation_mask") & batch.loss_mask',
+        "batch.loss_mask",
+    ),
+    Mutation(
+        "top-k KL: student and teacher swapped",
+        TERMS,
+        "generalized_jsd(with_tail(student), with_tail(teacher)",
+        "generalized_jsd(with_tail(teacher), with_tail(student)",
+    ),
+    Mutation(
+        "teacher's floor forgotten",
+        (TERMS[0], "losses/test_jsd.py"),
+        "teacher_logits.log_softmax(-1).clamp(min=LOGPROB_FLOOR)",
+        "teacher_logits.log_softmax(-1)",
+    ),
+    Mutation(
+        "engine correction: on the teacher's rows",
+        FRAME,
+        "torch.where(rollout.student_mask, weights, 1.0)",
+        "weights",
+    ),
+    Mutation("engine correction: not on the policy", FRAME, "advantages) * weights", "advantages)"),
+    Mutation("engine correction: not on KD", FRAME, "loss * weights if", "loss if"),
+    Mutation(
+        "engine correction: on whole distributions",
+        FRAME_TEACHERS,
+        "loss * weights if self.distill.sampled else loss",
+        "loss * weights",
+    ),
+    Mutation(
+        "reference KL: on the teacher's rows",
+        FRAME,
+        'Term("ref_kl", reference, self.ref_kl_coef, batch.student_mask)',
+        'Term("ref_kl", reference, self.ref_kl_coef)',
+    ),
+    Mutation(
+        "reference KL: swapped", FRAME, "k3(scores.logprobs, ref)", "k3(ref, scores.logprobs)"
+    ),
+    Mutation(
+        "rl_coef ignored", FRAME, 'Term("policy", policy, self.rl_coef)', 'Term("policy", policy)'
+    ),
+    Mutation(
+        "teacher's rule for the student",
+        FRAME,
+        "torch.where(_theirs(batch), theirs, policy)",
+        "torch.where(_theirs(batch), policy, theirs)",
+    ),
+    Mutation(
+        "gap: on the teacher's rows",
+        FRAME_TEACHERS,
+        '"imitation_mask") & batch.student_mask\n            gap',
+        '"imitation_mask")\n            gap',
+    ),
+    Mutation(
+        "gap: sign",
+        FRAME,
+        "teacher - logprobs.detach(), 0.0",
+        "logprobs.detach() - teacher, 0.0",
+    ),
+    Mutation(
+        "selections: the last one only",
+        FRAME_SELECTIONS,
+        "mask = mask & (chosen",
+        "mask = rollout.student_mask & (chosen",
+    ),
+    Mutation(
+        "selections: shaped before selected",
+        FRAME_SELECTIONS,
+        "if self.advantage is not None and self.selection:",
+        "if False:",
+    ),
+    Mutation(
+        "imitation: on what the teacher sampled",
+        FRAME_SELECTIONS,
+        "mask = rollout.student_mask  #",
+        "mask = rollout.loss_mask  #",
+    ),
+    Mutation(
+        "outside: by the student's rule only",
+        FRAME_PARTS,
+        "if self.teacher_tokens is None:\n            return below, above",
+        "if True:\n            return below, above",
+    ),
+    Mutation(
+        "wrong groups: the teacher's answers count",
+        SELECTIONS,
+        "rollout.correct & (rollout.source == STUDENT)",
+        "rollout.correct",
+    ),
+    Mutation(
+        "imitated: dead tokens count", FRAME_PARTS, "(changed & alive & batch", "(changed & batch"
+    ),
+    Mutation(
+        "imitated: teacher's rows count",
+        FRAME_PARTS,
+        "alive & batch.student_mask)",
+        "alive & batch.loss_mask)",
+    ),
+    Mutation("imitated: without an advantage", FRAME_PARTS, "(mask & (advantages != 0))", "mask"),
+    Mutation(
+        "imitated: outside the selection",
+        FRAME_PARTS,
+        "(mask & (advantages != 0))",
+        "(advantages != 0)",
+    ),
+    Mutation(
+        "dead: by the student's rule only",
+        FRAME_PARTS,
+        "return torch.where(_theirs(batch), theirs, ours)",
+        "return ours",
+    ),
+    Mutation("dead: dual clip unknown", RATIOS_PARTS, "below | far, above", "below, above"),
+    Mutation(
+        "dead: sides swapped",
+        RATIOS_PARTS,
+        "torch.where(advantages < 0, below | far, above & (advantages > 0))",
+        "torch.where(advantages > 0, below | far, above & (advantages < 0))",
+    ),
+    Mutation(
+        "CISPO: counted as dead",
+        RATIOS_PARTS,
+        'the gradient stays."""\n',
+        'the gradient stays."""\n        return super().dead(batch, logprobs, advantages)\n',
+    ),
+    Mutation(
+        "anchor: teacher everywhere",
+        RATIOS_SELECTIONS,
+        "torch.where(batch.imitation_mask & batch.student_mask, teacher, old)",
+        "teacher",
+    ),
+    Mutation(
+        "anchor: on the teacher's rows",
+        (RATIOS[0], "objectives/test_teacher_completions.py"),
+        "batch.imitation_mask & batch.student_mask",
+        "batch.imitation_mask",
+    ),
+    Mutation(
+        "GSPO: over the padding",
+        RATIOS_LAWS,
+        "logprobs, old, advantages, batch.loss_mask, self.clip_low",
+        "logprobs, old, advantages, batch.loss_mask | True, self.clip_low",
+    ),
+    Mutation(
+        "behavior: the old student's ratio",
+        RATIOS,
+        "        behavior = known(batch.rollout_logprobs",
+        "        behavior = known(batch.old_logprobs",
+    ),
+    Mutation(
+        "behavior: statistics of rho",
+        RATIOS_PARTS,
+        "return logprobs - known(batch.rollout_logprobs",
+        "return logprobs - known(batch.old_logprobs",
+    ),
+    Mutation(
+        "LUFFY: gamma ignored",
+        (RATIOS[0], "objectives/test_teacher_completions.py"),
+        "advantages, self.gamma)",
+        "advantages)",
+    ),
+    Mutation(
+        "masked importance: bounds swapped",
+        CORRECTIONS,
+        "rollout_logprobs, self.low, self.high)",
+        "rollout_logprobs, 1 / self.high, 1 / self.low)",
+    ),
+    Mutation(
+        "truncated importance: cap ignored",
+        CORRECTIONS,
+        "*_pair(rollout), self.cap)",
+        "*_pair(rollout))",
+    ),
+    Mutation(
+        "end token: of cut completions",
+        SELECTIONS,
+        "~(last & ~rollout.truncated[:, None])",
+        "~last",
+    ),
+    Mutation(
+        "end token: one too early",
+        SELECTIONS,
+        "(rollout.completion_lengths - 1)",
+        "(rollout.completion_lengths - 2)",
+    ),
+    Mutation(
+        "gates: completion for token",
+        SELECTIONS,
+        'self.alignment_per == "completion"',
+        'self.alignment_per == "token"',
+    ),
+    Mutation(
+        "gates: the last one only",
+        SELECTIONS,
+        "kept = kept & certain(",
+        "kept = rollout.loss_mask & certain(",
+    ),
+    Mutation(
+        "GRPO: dual clip forgotten",
+        GRPO,
+        "TokenRatio(clip_low, clip_high, dual_clip)",
+        "TokenRatio(clip_low, clip_high)",
+    ),
+    Mutation(
+        "GSPO: clip sides swapped by name",
+        GRPO,
+        "SequenceRatio(clip_low, clip_high)",
+        "SequenceRatio(clip_high, clip_low)",
+    ),
+    Mutation(
+        "KDRL: whole distributions by forward KL",
+        KDRL,
+        "VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)",
+        "VocabularyKL(teacher_kl_coef, 0.0, k, per_imitated_token)",
+    ),
+    Mutation(
+        "RLSD: mix and width swapped by name",
+        MIXTURES,
+        "ReweightedAdvantage(mix, width",
+        "ReweightedAdvantage(width, mix",
+    ),
+    Mutation(
+        "sum: weights swapped",
+        SUM,
+        '("rl", self.rl, self.rl_coef)',
+        '("rl", self.rl, self.distill_coef)',
+    ),
+    Mutation("sum: inner coefficients lost", SUM, "coef=weight * term.coef", "coef=weight"),
+    Mutation(
+        "sum: imitated without a weight",
+        SUM_PARTS,
+        "mask if self.distill_coef else mask & False",
+        "mask",
+    ),
+    Mutation(
+        "SFT: wrong completions stay",
+        SFT,
+        "rollout.loss_mask & rollout.correct[:, None]",
+        "rollout.loss_mask",
+    ),
+    Mutation(
+        "SFT: groups count what is left out",
+        SFT,
+        "kept.sum(1).float())",
+        "rollout.loss_mask.sum(1).float())",
+    ),
+    Mutation(
+        "KD per imitated token: all tokens",
+        (BASE[0], "objectives/test_family.py"),
+        "mask, totals.num_imitated_tokens)",
+        "mask, totals.num_loss_tokens)",
+    ),
+    Mutation("blank: the student's scores stay", BASE_LAWS, ", scores.map(zero)", ", scores"),
+    Mutation(
+        "coefficient: of the first of two parts",
+        COEFFICIENTS,
+        "if len(owners) == 1:",
+        "if owners:",
+    ),
+    Mutation(
+        "coefficient: out of range is set",
+        COEFFICIENTS,
+        "check_coefficient(name, value))",
+        "value)",
+    ),
 ]
 
 

@@ -189,6 +189,174 @@ def test_what_lightning_or_torch_refuse_is_one_line_too(
     assert words in refuse(config, tmp_path, capsys, *flags)
 
 
+METHOD_CASES = {
+    "alpha below 0": (
+        ["--model.objective.trrd_alpha=-0.1"],
+        "`trrd_alpha` must be in [0, 1]: got -0.1. 1 is GRPO, 0 anchors at the teacher.",
+    ),
+    "negative coefficient": (
+        ["--model.objective=KDRL", "--model.objective.teacher_kl_coef=-1"],
+        "`teacher_kl_coef` must be at least 0: got -1.0.",
+    ),
+    "selection that has nothing to select": (
+        [
+            "--model.objective=GRPO",
+            '--model.objective.selection=[{"class_path": "Gates", "init_args": '
+            '{"alignment_threshold": 1}}]',
+            "--model.teacher=null",
+        ],
+        "`selection` must go with a part that imitates the teacher: got Gates",
+    ),
+    "divergence without teacher": (
+        ["--model.objective=GKD", "--model.teacher=null"],
+        "`teacher` must be given for the objective GKD: got None.",
+    ),
+    "teacher completions without a rule": (
+        ["--data.teacher_completions=2"],
+        "`teacher_completions` must be 0 for RLAD without a rule for them: got 2. Give",
+    ),
+    "teacher completions without a teacher": (
+        [
+            "--model.objective=GRPO",
+            "--model.objective.teacher_tokens=ShapedProbability",
+            "--model.teacher=null",
+            "--data.teacher_completions=2",
+        ],
+        "one that can generate for `teacher_completions` 2: got no teacher. Use a LocalTeacher.",
+    ),
+    "a rule without teacher completions": (
+        ["--model.objective=GRPO", "--model.objective.teacher_tokens=ShapedProbability"],
+        "`teacher_completions` must be at least 1 for an objective with `teacher_tokens`: got 0.",
+    ),
+    "k1 as a loss": (
+        [
+            "--model.objective=PolicyObjective",
+            "--model.objective.ratio=null",
+            "--model.objective.advantage=null",
+            '--model.objective.distill={"class_path": "SampledKL", "init_args": '
+            '{"estimator": "k1"}}',
+        ],
+        "got k1. The expected gradient of k1 as a loss is zero.",
+    ),
+    "supervised loss beside own completions": (
+        ["--model.objective=SFT", "--data.teacher_completions=2"],
+        "`group_size` must be 0 for SFT, which trains on given completions: got 2. Let the",
+    ),
+    "form against estimator": (
+        [
+            "--model.objective=KDRL",
+            "--model.objective.form=advantage",
+            "--model.objective.kl_estimator=full_vocabulary",
+        ],
+        "`form` must be joint for `kl_estimator`",
+    ),
+    "no completions at all": (
+        ["--data.group_size=0"],
+        "`group_size` must be at least 1 without `teacher_completions`: got 0.",
+    ),
+    "refills for an objective that compares nothing": (
+        ["--model.objective=OnPolicyDistillation", "--data.max_refills=2"],
+        "`max_refills` must be 0 for OnPolicyDistillation, which does not compare a group: got 2.",
+    ),
+    "penalty at another length": (
+        [
+            "--data.reward=kdrl_lightning.OverlongPenalty",
+            "--data.reward.reward=kdrl_lightning.tiny.addition_reward",
+            "--data.reward.max_tokens=24",
+            "--data.reward.buffer_tokens=4",
+        ],
+        "`max_tokens` of the reward must be that of the data, 8: got 24.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", METHOD_CASES)
+def test_methods_that_cannot_be_are_refused_in_one_line(
+    case: str, config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, words = METHOD_CASES[case]
+    assert words in refuse(config, tmp_path, capsys, *flags)
+
+
+SCHEDULE_CASES = {
+    "end before start": (
+        "trrd_alpha",
+        {"class_path": "Linear", "init_args": {"start": 1.0, "end": 0.5, "end_step": 0}},
+        "`end_step` must come after begin_step 0: got 0. For a jump use Switch.",
+    ),
+    "another objective's coefficient": (
+        "teacher_kl_coef",
+        {"class_path": "Constant", "init_args": {"value": 0.5}},
+        "`coefficient` must be one of RLAD's (",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULE_CASES)
+def test_schedules_that_cannot_be_are_refused_in_one_line(
+    case: str, config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coefficient, schedule, words = SCHEDULE_CASES[case]
+    arguments = {"coefficient": coefficient, "schedule": schedule}
+    config["trainer"]["callbacks"] = [  # type: ignore[index]
+        {"class_path": "CoefficientSchedule", "init_args": arguments}
+    ]
+    assert words in refuse(config, tmp_path, capsys)
+
+
+def test_two_schedules_of_one_coefficient_are_refused_in_one_line(
+    config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = {"class_path": "Constant", "init_args": {"value": 0.5}}
+    arguments = {"coefficient": "teacher_kl_coef", "schedule": constant}
+    config["trainer"]["callbacks"] = [  # type: ignore[index]
+        {"class_path": "KLCoefficientAnnealing"},
+        {"class_path": "CoefficientSchedule", "init_args": arguments},
+    ]
+    line = refuse(config, tmp_path, capsys, "--model.objective=KDRL")
+    assert "`callbacks` must have one schedule for teacher_kl_coef: got 2." in line
+
+
+def test_a_broken_cache_is_refused_in_one_line(
+    config: dict[str, object],
+    tmp_path: Path,
+    teacher_folder: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "scores.db"
+    file.write_bytes(b"this is no database" * 100)
+    config["model"]["teacher"] = {  # type: ignore[index]
+        "class_path": "CachedTeacher",
+        "init_args": {
+            "path": str(file),
+            "teacher": {"class_path": "LocalTeacher", "init_args": {"model": teacher_folder}},
+        },
+    }
+    line = refuse(config, tmp_path, capsys)
+    assert "`path` must be a SQLite file that can be written: got" in line
+    assert file.read_bytes().startswith(b"this is no database")
+
+
+def test_a_row_without_a_teacher_stops_in_one_line(
+    config: dict[str, object],
+    tmp_path: Path,
+    teacher_folder: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    local = {"class_path": "LocalTeacher", "init_args": {"model": teacher_folder}}
+    config["model"]["teacher"] = {  # type: ignore[index]
+        "class_path": "RoutedTeacher",
+        "init_args": {"teachers": {"sums": local}},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", str(file), "--trainer.num_sanity_val_steps=0"])
+    assert error.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: the column `teacher` of a prompt row must name one of sums")
+
+
 def test_a_file_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text("trainer: {max_steps: 4\n")

@@ -1,0 +1,162 @@
+"""Top-k and another model's divergence, straight from hidden states, in chunks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from reference import close, f64, normal
+from torch import Tensor
+
+from kdrl_lightning.losses import TokenScores, generalized_jsd, reverse_kl, token_scores
+from kdrl_lightning.losses.logprobs import Head, Other
+
+N, H, V, K = 7, 3, 11, 4
+IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])
+CHUNKS = [None, 1, 2, 3, 7, 20]
+
+
+def student() -> tuple[Tensor, Head]:
+    weight, bias = normal(V, H, seed=1), normal(V, seed=2)
+    hidden = normal(N, H, seed=0).requires_grad_()
+    return hidden, Head(weight.requires_grad_(), bias.requires_grad_(), scale=1.5)
+
+
+def other(vocab: int = V) -> Other:
+    """Of another width, with padding rows behind its vocabulary."""
+    return Other(normal(N, 2, seed=3), Head(normal(vocab + 2, 2, seed=4), vocab_size=vocab))
+
+
+def dense(head: Head, hidden: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ head.weight.T + (0.0 if head.bias is None else head.bias)) * head.scale
+    return logits[:, : head.vocab_size] / temperature
+
+
+def leaves(hidden: Tensor, head: Head) -> list[Tensor]:
+    assert head.bias is not None
+    return [hidden, head.weight, head.bias]
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_asked_log_probabilities_match_dense(chunk_size: int | None, temperature: float) -> None:
+    hidden, head = student()
+    asked = normal(N, V, seed=8).argsort(-1)[:, :K]
+    got = token_scores(hidden, head, IDS, temperature, chunk_size, topk_ids=asked)
+    expected = dense(head, hidden, temperature).log_softmax(-1).gather(-1, asked)
+    assert got.topk_logprobs is not None and got.topk_ids is None and got.divergence is None
+    close(got.topk_logprobs, expected)
+    weights = normal(N, K, seed=9)
+    for a, b in zip(
+        torch.autograd.grad((got.topk_logprobs * weights).sum(), leaves(hidden, head)),
+        torch.autograd.grad((expected * weights).sum(), leaves(hidden, head)),
+        strict=True,
+    ):
+        close(a, b)
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("top_k", [1, K, V, V + 5])
+def test_top_k_names_the_most_likely_best_first(chunk_size: int | None, top_k: int) -> None:
+    hidden, head = student()
+    got = token_scores(hidden, head, IDS, 0.7, chunk_size, top_k=top_k)
+    assert got.topk_ids is not None and got.topk_logprobs is None
+    order = dense(head, hidden, 0.7).argsort(-1, descending=True)
+    assert torch.equal(got.topk_ids, order[:, :top_k])
+    assert got.topk_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("jsd_beta", [0.0, 0.4, 1.0])
+def test_divergence_is_that_of_whole_distributions_at_one_temperature(
+    chunk_size: int | None, temperature: float, jsd_beta: float
+) -> None:
+    hidden, head = student()
+    divergence = partial(generalized_jsd, jsd_beta=jsd_beta)
+    got = token_scores(
+        hidden, head, IDS, temperature, chunk_size, other=other(), divergence=divergence
+    ).divergence
+    theirs = dense(other().head, other().hidden, temperature)
+    expected = divergence(dense(head, hidden, temperature), theirs)
+    assert got is not None
+    close(got, expected)
+    weights = normal(N, seed=9)
+    for a, b in zip(
+        torch.autograd.grad((got * weights).sum(), leaves(hidden, head)),
+        torch.autograd.grad((expected * weights).sum(), leaves(hidden, head)),
+        strict=True,
+    ):
+        close(a, b)
+
+
+def test_a_smaller_vocabulary_is_compared_on_its_own_rows() -> None:
+    hidden, head = student()
+    got = token_scores(hidden, head, IDS, other=other(8), divergence=reverse_kl).divergence
+    theirs = dense(other(8).head, other(8).hidden, 1.0)
+    close(got, reverse_kl(dense(head, hidden, 1.0)[:, :8], theirs))
+    # As the one that is asked, it gives what it does not have no probability.
+    asked = torch.tensor([[0, 7, 8, 10]]).expand(N, 4)
+    at = token_scores(*other(8)[:1], other(8).head, IDS.clamp(max=7), topk_ids=asked).topk_logprobs
+    assert at is not None
+    close(at[:, :2], theirs.log_softmax(-1)[:, [0, 7]])
+    assert at[:, 2:].eq(-math.inf).all()
+
+
+def test_the_other_model_gets_no_gradient() -> None:
+    hidden, head = student()
+    states = normal(N, 2, seed=3).requires_grad_()
+    weight = normal(V, 2, seed=4).requires_grad_()
+    scores = token_scores(
+        hidden, head, IDS, chunk_size=2, other=Other(states, Head(weight)), divergence=reverse_kl
+    )
+    assert scores.divergence is not None
+    scores.divergence.sum().backward()
+    assert states.grad is None and weight.grad is None
+    assert hidden.grad is not None and hidden.grad.ne(0).any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_all_fields_together_are_those_apart(grad: bool) -> None:
+    hidden, head = student()
+    asked = normal(N, V, seed=8).argsort(-1)[:, :K]
+    options = {"top_k": 2, "topk_ids": asked, "other": other(), "divergence": reverse_kl}
+    with torch.set_grad_enabled(grad):
+        for chunk_size in CHUNKS:
+            both = token_scores(hidden, head, IDS, 0.8, chunk_size, **options)
+            plain = token_scores(hidden, head, IDS, 0.8)
+            close(both.logprobs, plain.logprobs)
+            close(both.entropy, plain.entropy)
+            assert all(x is not None and len(x) == N for x in both)
+            assert plain[2:] == (None, None, None)
+            assert both.logprobs.requires_grad == grad
+            only = token_scores(hidden, head, IDS, 0.8, chunk_size, other=other())
+            assert only.divergence is None
+
+
+def test_no_rows_give_empty_fields_with_a_graph() -> None:
+    hidden, head = student()
+    none = slice(0, 0)
+    scores = token_scores(
+        hidden[none],
+        head,
+        IDS[none],
+        top_k=2,
+        topk_ids=IDS[none, None],
+        other=Other(other().hidden[none], other().head),
+        divergence=reverse_kl,
+    )
+    assert [None if x is None else tuple(x.shape) for x in scores] == [
+        (0,), (0,), (0, 2), (0, 1), (0,)
+    ]  # fmt: skip
+    assert scores.divergence is not None
+    scores.divergence.sum().backward()
+    assert head.weight.grad is not None and head.weight.grad.eq(0).all()
+
+
+def test_map_changes_every_field_that_is_there() -> None:
+    scores = TokenScores(f64([1.0]), f64([2.0]), None, f64([[3.0]]), None)
+    got = scores.map(lambda x: 2 * x)
+    assert [None if x is None else x.tolist() for x in got] == [[2.0], [4.0], None, [[6.0]], None]

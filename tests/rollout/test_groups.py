@@ -1,0 +1,129 @@
+"""Slots of a rollout, their prompts and noise, and the refill of flat groups."""
+
+from __future__ import annotations
+
+import pytest
+import reference  # noqa: F401  (the hypothesis profile)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdrl_lightning.rewards import Verdict
+from kdrl_lightning.rollout.engine import Completion, noise_seed
+from kdrl_lightning.rollout.groups import (
+    EVALUATION_NOISE,
+    TEACHER_NOISE,
+    TRAIN_NOISE,
+    Slots,
+    fill_groups,
+)
+from kdrl_lightning.rollout.sampler import Judged
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_ranks_share_all_slots_and_every_mini_batch(
+    minibatches: int, world_size: int, each: int
+) -> None:
+    share = world_size * each
+    slots = Slots(minibatches * share, minibatches, 0, seed=0)
+    of_ranks = [slots.of_rank(rank, world_size) for rank in range(world_size)]
+    assert sorted(s for own in of_ranks for s in own) == list(range(slots.count))
+    for own in of_ranks:
+        # In the order of the mini-batches, and as many of each.
+        assert [s // share for s in own] == [m for m in range(minibatches) for _ in range(each)]
+
+
+def test_slots_of_two_ranks_by_hand() -> None:
+    slots = Slots(count=8, minibatches=2, max_refills=0, seed=0)
+    assert slots.of_rank(0, 2) == [0, 2, 4, 6]
+    assert slots.of_rank(1, 2) == [1, 3, 5, 7]
+    assert slots.of_rank(0, 1) == list(range(8))
+
+
+@given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 5))
+def test_no_position_comes_twice(count: int, max_refills: int, rollouts: int) -> None:
+    slots = Slots(count, 1, max_refills, seed=0)
+    positions = [
+        slots.position(rollout, slot, attempt)
+        for rollout in range(rollouts)
+        for attempt in range(max_refills + 1)
+        for slot in range(count)
+    ]
+    assert positions == list(range(rollouts * (max_refills + 1) * count))
+
+
+def test_without_refills_positions_run_through_the_prompts() -> None:
+    slots = Slots(count=4, minibatches=2, max_refills=0, seed=3)
+    for rollout in range(5):
+        for slot in range(4):
+            assert slots.position(rollout, slot, 0) == rollout * 4 + slot
+            assert slots.seeds(rollout, slot, 0, TRAIN_NOISE, 2) == [
+                noise_seed(3, TRAIN_NOISE, rollout, slot, k) for k in range(2)
+            ]
+
+
+def test_noise_of_the_first_attempt_does_not_depend_on_refills() -> None:
+    few, many = Slots(4, 1, 0, seed=1), Slots(4, 1, 5, seed=1)
+    for slot in range(4):
+        assert few.seeds(7, slot, 0, TRAIN_NOISE, 3) == many.seeds(7, slot, 0, TRAIN_NOISE, 3)
+
+
+def test_no_noise_comes_twice() -> None:
+    slots = Slots(count=3, minibatches=1, max_refills=2, seed=0)
+    seeds = [
+        seed
+        for stream in (TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE)
+        for rollout in range(3)
+        for attempt in range(3)
+        for slot in range(3)
+        for seed in slots.seeds(rollout, slot, attempt, stream, 4)
+    ]
+    assert len(set(seeds)) == len(seeds) == 3 * 3 * 3 * 3 * 4
+
+
+def test_a_longer_group_begins_like_a_shorter_one() -> None:
+    slots = Slots(count=3, minibatches=1, max_refills=0, seed=0)
+    assert slots.seeds(1, 2, 0, 0, 6)[:4] == slots.seeds(1, 2, 0, 0, 4)
+
+
+def group(*rewards: float) -> list[Judged]:
+    return [Judged([1], {}, Completion([1], [0.0], False), "", Verdict(r, False)) for r in rewards]
+
+
+class Sampler:
+    """Answers each slot with the rewards written down for its attempts."""
+
+    def __init__(self, rewards: dict[int, list[tuple[float, ...]]]) -> None:
+        self.rewards = rewards
+        self.asked: list[list[int]] = []
+
+    def __call__(self, slots: list[int], attempt: int) -> list[list[Judged]]:
+        self.asked.append(slots)
+        assert attempt == len(self.asked) - 1
+        return [group(*self.rewards[s][attempt]) for s in slots]
+
+
+def rewards_of(groups: list[list[Judged]]) -> list[list[float]]:
+    return [[j.verdict.reward for j in g] for g in groups]
+
+
+def test_flat_groups_are_replaced_in_their_place() -> None:
+    sampler = Sampler({5: [(1, 1), (0, 1)], 2: [(0, 1)], 9: [(0, 0), (2, 2), (3, 0)], 4: [(1, 0)]})
+    groups, replaced = fill_groups([5, 2, 9, 4], sampler, max_refills=3)
+    assert rewards_of(groups) == [[0, 1], [0, 1], [3, 0], [1, 0]]
+    assert sampler.asked == [[5, 2, 9, 4], [5, 9], [9]]
+    assert replaced == 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_what_is_still_flat_at_the_limit_stays(limit: int) -> None:
+    sampler = Sampler({0: [(1, 1), (2, 2), (3, 3), (4, 4)], 1: [(0, 1)]})
+    groups, replaced = fill_groups([0, 1], sampler, limit)
+    assert rewards_of(groups) == [[limit + 1, limit + 1], [0, 1]]
+    assert len(sampler.asked) == limit + 1
+    assert replaced == limit
+
+
+def test_no_slots_sample_nothing_twice() -> None:
+    sampler = Sampler({})
+    assert fill_groups([], sampler, 3) == ([], 0)
+    assert sampler.asked == [[]]

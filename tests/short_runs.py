@@ -1,0 +1,105 @@
+"""Short runs on random models: the pieces that tests of whole runs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, RolloutDataModule
+from kdrl_lightning.objectives import Objective
+from kdrl_lightning.rewards import Sample
+from kdrl_lightning.teachers import Teacher
+from kdrl_lightning.tiny import ColumnAddition
+
+
+def some_reward(sample: Sample) -> float:
+    """A reward with variance under a random model."""
+    return float(len(sample.ids) % 2)
+
+
+def make_module(
+    student: str,
+    teacher: str | Teacher | None,
+    objective: Objective | None = None,
+    dtype: str = "auto",
+) -> KDRLModule:
+    return KDRLModule(
+        student=student,
+        teacher=LocalTeacher(teacher, dtype) if isinstance(teacher, str) else teacher,
+        objective=objective or RLAD(),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
+    )
+
+
+def make_data(**changes: Any) -> RolloutDataModule:
+    settings: dict[str, Any] = {
+        "train_prompts": ColumnAddition(64, seed=1),
+        "val_prompts": ColumnAddition(10, seed=2),
+        "reward": some_reward,
+        "prompts_per_rollout": 4,
+        "group_size": 4,
+        "max_tokens": 10,
+        "minibatches_per_rollout": 2,
+        "rollouts_per_epoch": 2,
+    }
+    return RolloutDataModule(**{**settings, **changes})
+
+
+def make_trainer(tmp_path: Path, **changes: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "max_steps": 8,
+        "default_root_dir": tmp_path,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "inference_mode": False,
+    }
+    return pl.Trainer(**{**settings, **changes})
+
+
+class Trace(pl.Callback):
+    """Keeps every micro-batch with the step at which it arrived."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Any]] = []
+        self.coefs: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append((trainer.global_step, batch))
+        distill = getattr(pl_module.objective, "distill", None)
+        self.coefs.append(0.0 if distill is None else distill.teacher_kl_coef)
+
+
+def fit(
+    tmp_path: Path,
+    module: KDRLModule,
+    data: RolloutDataModule,
+    callbacks: list[pl.Callback] | None = None,
+    **trainer: Any,
+) -> Trace:
+    trace = Trace()
+    make_trainer(tmp_path, callbacks=[trace, *(callbacks or [])], **trainer).fit(
+        module, datamodule=data
+    )
+    return trace
+
+
+class Log(pl.Callback):
+    """Keeps the logged metrics of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
