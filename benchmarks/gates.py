@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-ROLLOUTS, RATE = 40, 6e-4
+ROLLOUTS, RATE = 30, 6e-4
 # A gate also lowers the weight of the KL as a whole, hence the second control.
 BETA = {"none, β 0.1": 0.1}
 GATES: dict[str, dict[str, float]] = {
