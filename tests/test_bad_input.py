@@ -228,6 +228,10 @@ METHOD_CASES = {
         ["--model.objective=GRPO", "--model.objective.teacher_tokens=ShapedProbability"],
         "`teacher_completions` must be at least 1 for an objective with `teacher_tokens`: got 0.",
     ),
+    "k1 by its name": (
+        ["--model.objective=KDRL", "--model.objective.kl_estimator=k1"],
+        "got k1. The expected gradient of k1 as a loss is zero.",
+    ),
     "k1 as a loss": (
         [
             "--model.objective=PolicyObjective",

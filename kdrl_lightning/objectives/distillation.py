@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kdrl_lightning.objectives.distill_terms import VocabularyKL
-from kdrl_lightning.objectives.kdrl import Estimator, teacher_kl
+from kdrl_lightning.objectives.kdrl import teacher_kl
 from kdrl_lightning.objectives.policy import PolicyObjective
 
 
@@ -28,7 +28,7 @@ class OnPolicyDistillation(PolicyObjective):
         self,
         teacher_kl_coef: float = 1.0,
         kd_ratio_weight: bool = False,
-        kl_estimator: Estimator = "k2",
+        kl_estimator: str = "k2",
         kd_top_k: int = 64,
         kd_per_imitated_token: bool = False,
         **policy: Any,

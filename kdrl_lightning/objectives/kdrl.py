@@ -10,7 +10,7 @@ from kdrl_lightning.objectives.distill_terms import DistillTerm, SampledKL, Voca
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
 
-Estimator = Literal["k2", "k3", "policy_gradient", "full_vocabulary", "top_k"]
+ESTIMATORS = ("k2", "k3", "policy_gradient", "full_vocabulary", "top_k")
 
 
 class KDRL(PolicyObjective):
@@ -28,7 +28,7 @@ class KDRL(PolicyObjective):
         kl_estimator: ``k2`` (the paper's) and ``policy_gradient``: reverse KL's gradient, on
             sampled tokens; ``k3``: **forward** KL's; ``full_vocabulary``: reverse KL, exact, the
             teacher runs in every update; ``top_k``: reverse KL over the student's most likely
-            tokens and a tail bucket.
+            tokens and a tail bucket. ``k1`` is refused: as a loss its expected gradient is zero.
         form: ``joint``: a loss beside GRPO's (the paper's choice); ``advantage``: A + beta d inside
             the clipped surrogate; ``reward_shaping``: the mean gap in the reward.
         kd_top_k: K of ``top_k``.
@@ -45,7 +45,7 @@ class KDRL(PolicyObjective):
         self,
         teacher_kl_coef: float = 2e-3,
         kd_ratio_weight: bool = False,
-        kl_estimator: Estimator = "k2",
+        kl_estimator: str = "k2",
         form: Literal["joint", "advantage", "reward_shaping"] = "joint",
         kd_top_k: int = 64,
         kd_per_imitated_token: bool = False,
@@ -83,7 +83,16 @@ def teacher_kl(
     top_k: int,
     per_imitated_token: bool,
 ) -> DistillTerm:
-    """Return the distillation term of an estimator's name."""
+    """Return the distillation term of an estimator's name.
+
+    Raises:
+        ConfigurationError: there is no such estimator, k1 among them.
+    """
+    if kl_estimator not in ESTIMATORS:
+        why = " The expected gradient of k1 as a loss is zero." if kl_estimator == "k1" else ""
+        raise ConfigurationError(
+            f"`kl_estimator` must be one of {', '.join(ESTIMATORS)}: got {kl_estimator}.{why}"
+        )
     if kl_estimator not in ("full_vocabulary", "top_k"):
         return SampledKL(teacher_kl_coef, kl_estimator, ratio_weight, per_imitated_token)
     if ratio_weight:
