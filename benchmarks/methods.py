@@ -69,13 +69,13 @@ SETTINGS = {
         "configs",
         FAMILY,
         60,
-        (3e-4, 6e-4),
+        (3e-4, 6e-4, 1.2e-3),
         ("--model.student.slip=0.98",),
     ),
     "knights": Setting(
         "Knights and Knaves",
         "benchmarks/knights",
-        ("grpo", "kdrl", "rlad"),
+        ("grpo", "on_policy_distillation", "kdrl", "rlad"),
         60,
         (1.5e-4, 3e-4, 6e-4),
     ),
@@ -144,6 +144,7 @@ def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str,
         "seconds": time.perf_counter() - started,
         "work_seconds": sum(seconds[name] for name in phases) + report._train_seconds,
         "teacher_seconds": cli.datamodule.teacher_seconds,
+        "completions": cli.datamodule.watch.completions,
     }
 
 
@@ -223,9 +224,9 @@ def table(results: list[dict[str, Any]]) -> str:
         lines += [
             f"**{setting}**: {task.title}, {task.rollouts} rollouts",
             "",
-            "| method | lr | updates per rollout | greedy | sampled | tokens | rollouts to 0.5 "
+            "| method | lr | updates | completions | greedy | sampled | tokens | rollouts to 0.5 "
             "| s per rollout | teacher |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for method in task.methods:
             runs = chosen(results, setting, method)
@@ -241,9 +242,11 @@ def table(results: list[dict[str, Any]]) -> str:
             first = "–" if not known else f"{statistics.median(known):g}"
             first += "" if len(known) in (0, len(found)) else f" ({len(known)} of {len(found)})"
             rollout = statistics.median(r["work_seconds"] / task.rollouts for r in runs)
+            made = [r["completions"] / task.rollouts for r in runs]
             share = statistics.median(r["teacher_seconds"] / r["work_seconds"] for r in runs)
             lines.append(
-                f"| {method} | {runs[0]['lr']:g} | {runs[0]['updates']} | {spread('greedy')} "
+                f"| {method} | {runs[0]['lr']:g} | {runs[0]['updates']} "
+                f"| {statistics.mean(made):.0f} | {spread('greedy')} "
                 f"| {spread('sampled')} | {statistics.mean(r['length'] for r in runs):.1f} "
                 f"| {first} | {rollout:.2f} | {share:.0%} |"
             )

@@ -102,11 +102,16 @@ class CoefficientSchedule(pl.Callback):
         """Set the coefficient before the first rollout."""
         self._set(trainer, pl_module)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the coefficient of this update."""
+        pl_module.log(self.metric, pl_module.objective.coefficient(self.coefficient))
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the coefficient that was used, and set the next one."""
-        pl_module.log(self.metric, pl_module.objective.coefficient(self.coefficient))
+        """Set the next one."""
         self._set(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -135,9 +140,10 @@ class CoefficientSchedule(pl.Callback):
 
     def _step(self, trainer: pl.Trainer) -> int:
         step = trainer.global_step
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if self.unit == "rollout" and hasattr(data, "rollout_at"):
-            step = data.rollout_at(step)  # without rollouts every step counts
+        if self.unit == "rollout":
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            if hasattr(data, "rollout_at"):  # without rollouts every step counts
+                return int(data.rollout_at(step))
         return step
 
     def _set(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -258,7 +258,7 @@ class RolloutDataModule(pl.LightningDataModule):
         sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
             self._sync(self.teacher_engine, module.teacher.weights())
-        batch, refills = stop_together(lambda: self._collect(rollout), module.reduce)
+        batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         sampled = time.perf_counter()
         plan = plan_updates(
             batch.to(module.device),
@@ -283,12 +283,12 @@ class RolloutDataModule(pl.LightningDataModule):
         self._teacher_seconds = self.teacher_seconds
         compares = module.objective.needs_groups
         metrics = self.watch.measure(
-            plan.batch, self.rewards, seconds, module.reduce, compares, refills
+            plan.batch, self.rewards, seconds, module.reduce, compares, replaced
         )
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
-    def _collect(self, rollout: int) -> tuple[RolloutBatch, int]:
-        """Sample this rank's share of a rollout; return it and how many groups were replaced."""
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:
+        """Sample this rank's share of a rollout; return it and the groups that were replaced."""
         teacher = self._module().teacher
         return self.collector.collect(
             rollout,

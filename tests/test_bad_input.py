@@ -356,7 +356,7 @@ def test_a_row_without_a_teacher_stops_in_one_line(
     file.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as error:
         main(["fit", "--config", str(file), "--trainer.num_sanity_val_steps=0"])
-    assert error.value.code == 1
+    assert error.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: the column `teacher` of a prompt row must name one of sums")
 

@@ -84,6 +84,7 @@ def test_coefficient_follows_the_unit(unit: Any, per_step: int) -> None:
     assert module.objective.coefficient("teacher_kl_coef") == 5e-3
     for step in range(1, 13):
         used = module.objective.coefficient("teacher_kl_coef")
+        annealing.on_train_batch_start(trainer, module, None, step - 1)
         trainer.global_step = step
         annealing.on_train_batch_end(trainer, module, None, None, step - 1)
         assert logged[-1] == used

@@ -40,7 +40,8 @@ class KnightsAndKnaves(PromptSource):
 
     Names, roles and phrases make nearly every text unique, but there are only some hundred pairs of
     statements of depth 2. So one pair of statements in five is held out, chosen by its checksum:
-    none of them occurs in the part ``train``, none of the others in ``validation``.
+    none of them occurs in the part ``train``, none of the others in ``validation``. A pair and its
+    mirror image (the two inhabitants exchanged) are on the same side.
 
     Args:
         size: number of puzzles.
@@ -104,7 +105,21 @@ class KnightsAndKnaves(PromptSource):
 def held_out(entry: dict[str, Any]) -> bool:
     """Whether the statements, as they read, belong to the validation part."""
     form = [reading(statement) for statement in entry["metadata"]["statements"]]
-    return zlib.crc32(repr(form).encode()) % 5 == 0
+    same = min(repr(form), repr([mirrored(statement) for statement in reversed(form)]))
+    return zlib.crc32(same.encode()) % 5 == 0
+
+
+def mirrored(statement: Any) -> Any:
+    """Return what the other inhabitant says in the mirror image.
+
+    >>> mirrored(("and", ("telling-truth", 1), ("lying", 0)))
+    ('and', ('telling-truth', 0), ('lying', 1))
+    """
+    if isinstance(statement, int):
+        return 1 - statement
+    if isinstance(statement, tuple):
+        return tuple(mirrored(part) for part in statement)
+    return statement
 
 
 def reading(statement: Any) -> Any:

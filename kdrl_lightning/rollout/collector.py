@@ -74,7 +74,7 @@ class Collector:
         sample: SampleAndJudge,
         route: Callable[[Mapping[str, Any]], int],
         pad_id: int,
-    ) -> tuple[RolloutBatch, int]:
+    ) -> tuple[RolloutBatch, list[list[Judged]]]:
         """Sample this rank's groups of a rollout.
 
         Args:
@@ -87,9 +87,9 @@ class Collector:
             pad_id: token behind the end of a row.
 
         Returns:
-            The batch, and how many groups were replaced.
+            The batch, and the groups that were replaced.
         """
-        groups, refills = fill_groups(
+        groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
             lambda slots, attempt: self._groups(rollout, prompts, slots, attempt, sample),
             self.slots.max_refills,
@@ -110,7 +110,7 @@ class Collector:
             temperature=self.student.sampling.temperature,
             mask_truncated=self.mask_truncated,
         )
-        return batch, refills
+        return batch, replaced
 
     def _groups(
         self,

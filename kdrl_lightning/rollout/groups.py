@@ -51,7 +51,7 @@ def fill_groups(
     slots: Sequence[int],
     sample: Callable[[list[int], int], list[list[Judged]]],
     max_refills: int,
-) -> tuple[list[list[Judged]], int]:
+) -> tuple[list[list[Judged]], list[list[Judged]]]:
     """Sample a group for each slot, and another prompt's where all rewards are equal.
 
     DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy gradient.
@@ -63,14 +63,15 @@ def fill_groups(
         max_refills: attempts beyond the first.
 
     Returns:
-        The groups in the order of the slots, and how many were replaced.
+        The groups in the order of the slots, and those that were replaced.
     """
     filled: dict[int, list[Judged]] = {}
-    flat, replaced = list(slots), 0
+    replaced: list[list[Judged]] = []
+    flat = list(slots)
     for attempt in range(max_refills + 1):
         filled.update(zip(flat, sample(flat, attempt), strict=True))
         flat = [s for s in flat if len({j.verdict.reward for j in filled[s]}) == 1]
         if not flat or attempt == max_refills:
             break
-        replaced += len(flat)
+        replaced += [filled[s] for s in flat]
     return [filled[s] for s in slots], replaced

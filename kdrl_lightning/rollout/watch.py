@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.rewards.base import RewardRunner
+from kdrl_lightning.rollout.sampler import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
@@ -20,12 +21,14 @@ class RolloutWatch:
 
     Attributes:
         rollouts: rollouts made.
-        tokens: tokens sampled.
+        completions: completions sampled, those of replaced groups too.
+        tokens: their tokens.
         seconds: spent in each phase, by metric name.
     """
 
     def __init__(self) -> None:
         self.rollouts = 0
+        self.completions = 0
         self.tokens = 0
         self.seconds: dict[str, float] = {}
         self._warned: set[str] = set()
@@ -37,7 +40,7 @@ class RolloutWatch:
         seconds: Mapping[str, float],
         reduce: Callable[[Tensor, str], Tensor],
         compares_group: bool = True,
-        refills: int = 0,
+        replaced: Sequence[Sequence[Judged]] = (),
     ) -> dict[str, float]:
         """Return the rollout's metrics, and warn once for each way in which it is wasted.
 
@@ -47,7 +50,7 @@ class RolloutWatch:
             seconds: time of each phase.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
             compares_group: the objective learns from differences within a group.
-            refills: groups of this rank that were replaced for having equal rewards.
+            replaced: groups of this rank that others took the place of, for their equal rewards.
         """
         sizes = batch.group_ids.bincount()
         low = torch.full((len(sizes),), torch.inf, device=batch.rewards.device)
@@ -78,13 +81,18 @@ class RolloutWatch:
             float(batch.correct[~own].sum()),
             float(batch.completion_mask.sum()),
             float(floored),
-            float(refills),
+            float(len(replaced)),
+            float(sum(len(group) for group in replaced)),
+            float(sum(len(j.completion.ids) for group in replaced for j in group)),
         ]
         totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
         count, reward, correct, tokens, truncated, groups, flat, mismatch, failures = totals[:9]
-        theirs, their_reward, their_correct, all_tokens, floored_tokens, refilled = totals[9:]
+        theirs, their_reward, their_correct, all_tokens, floored_tokens = totals[9:14]
+        refilled, dropped, dropped_tokens = totals[14:]
+        sampled = all_tokens + dropped_tokens
         self.rollouts += 1
-        self.tokens += int(all_tokens)
+        self.completions += int(count + theirs + dropped)
+        self.tokens += int(sampled)
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         if compares_group:
@@ -103,7 +111,7 @@ class RolloutWatch:
             "reward/failures": failures,
             "rollout/flat_group_frac": flat / groups,
             "rollout/refilled_groups": refilled,
-            "tokens_per_s": all_tokens / max(seconds.get("time/rollout_s", 0.0), 1e-9),
+            "tokens_per_s": sampled / max(seconds.get("time/rollout_s", 0.0), 1e-9),
             **seconds,
         }
         if count:

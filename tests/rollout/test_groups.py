@@ -111,7 +111,7 @@ def test_flat_groups_are_replaced_in_their_place() -> None:
     groups, replaced = fill_groups([5, 2, 9, 4], sampler, max_refills=3)
     assert rewards_of(groups) == [[0, 1], [0, 1], [3, 0], [1, 0]]
     assert sampler.asked == [[5, 2, 9, 4], [5, 9], [9]]
-    assert replaced == 3
+    assert rewards_of(replaced) == [[1, 1], [0, 0], [2, 2]]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
@@ -120,10 +120,10 @@ def test_what_is_still_flat_at_the_limit_stays(limit: int) -> None:
     groups, replaced = fill_groups([0, 1], sampler, limit)
     assert rewards_of(groups) == [[limit + 1, limit + 1], [0, 1]]
     assert len(sampler.asked) == limit + 1
-    assert replaced == limit
+    assert rewards_of(replaced) == [[k, k] for k in range(1, limit + 1)]
 
 
 def test_no_slots_sample_nothing_twice() -> None:
     sampler = Sampler({})
-    assert fill_groups([], sampler, 3) == ([], 0)
+    assert fill_groups([], sampler, 3) == ([], [])
     assert sampler.asked == [[]]
