@@ -25,6 +25,8 @@ from kdrl_lightning.tiny.cache import cached_folder
 
 # Seeds of the puzzles that models are made from start here, away from those of the configurations.
 TRACES_SEED = 1000
+# Raise it when puzzles, traces or the parts change: models are made anew.
+TRACES_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ class KnightsModel(ModelSource):
 
     @property
     def name(self) -> str:
-        """Name in the cache; it changes with recipe, library, reasoning-gym and torch version."""
+        """Name in the cache; it changes with recipe, traces and versions of the libraries."""
         from importlib.metadata import version
 
         versions = f"{__version__}-rg{version('reasoning-gym')}-torch{torch.__version__}"
-        key = hashlib.sha256(repr(RECIPES[self.role]).encode()).hexdigest()[:8]
+        made_from = repr((RECIPES[self.role], TRACES_VERSION))
+        key = hashlib.sha256(made_from.encode()).hexdigest()[:8]
         own = f"depth{self.depth}-steps{self.steps}-seed{self.seed}"
         return f"knights-{self.role}-{own}-{key}-{versions}"
 
