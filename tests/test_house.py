@@ -33,14 +33,18 @@ ALLOWED = {
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "weights", "rewards"},
     "evaluation": FLOOR | {"metrics", "rollout"},
+    "resume": FLOOR,
+    "checkpoints": FLOOR | {"rollout"},
+    "export": FLOOR | {"checkpoints", "models", "resume"},
     "module": FLOOR
-    | {"evaluation", "losses", "metrics", "models", "objectives", "scorer", "teachers", "weights"},
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
+    | {"scorer", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
-    "callbacks": FLOOR | {"losses", "metrics", "objectives", "plots", "schedules"},
+    "callbacks": FLOOR | {"checkpoints", "losses", "metrics", "objectives", "plots", "schedules"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
 }
@@ -48,6 +52,7 @@ LIGHTNING = {
     "__main__",
     "module",
     "datamodule",
+    "checkpoints",
     "checks",
     "supervised",
     "callbacks",
