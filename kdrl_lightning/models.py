@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
 
     model = _load(AutoModelForCausalLM, path, dtype=dtype)
     return model.eval()
+
+
+def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
+    """Build a model of the same class, configuration and type, with weights yet to be filled in.
+
+    Buffers that no checkpoint holds, such as rotary frequencies, have their values.
+    """
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(like.config)
+    with no_init_weights(), torch.device(device):
+        model = type(like)._from_config(
+            config, dtype=like.dtype, attn_implementation=config._attn_implementation
+        )
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(path: str) -> Any:
