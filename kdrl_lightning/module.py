@@ -130,7 +130,7 @@ class KDRLModule(pl.LightningModule):
         self._active_teacher = self.teacher if stage == "fit" else None
         # The initial student, for a reference KL, is one more frozen model.
         wanted = stage == "fit" and self.objective.needs_reference
-        dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+        dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
         self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
         teacher = self._active_teacher
         if self.objective.divergence is not None and teacher and not teacher.gives_states:
