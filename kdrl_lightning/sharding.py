@@ -123,7 +123,8 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
         shared = any(id(p) in head for p in module.parameters())
-        if type(module).__name__ in names and not inside and not shared:
+        named = any(c.__name__ in names for c in type(module).__mro__)  # sharding makes subclasses
+        if named and not inside and not shared:
             found[path] = module
     if not found:
         warnings.warn(

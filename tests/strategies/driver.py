@@ -82,13 +82,8 @@ class Record(pl.Callback):
         rows = plan.batch
         for row in range(len(rows)):
             length = int(rows.lengths[row])
-            self.seen["completions"].append(
-                (
-                    trainer.global_step,
-                    rows.input_ids[row, :length].tolist(),
-                    float(rows.rewards[row]),
-                )
-            )
+            ids, value = rows.input_ids[row, :length].tolist(), float(rows.rewards[row])
+            self.seen["completions"].append((trainer.global_step, ids, value))
         parts = [part for update in plan.updates for part in update]
         self.seen["masked"].append([not rows.select(p).loss_mask.any().item() for p in parts])
         by_group = [rows.rewards[rows.group_ids == g] for g in rows.group_ids.unique()]
