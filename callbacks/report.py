@@ -35,7 +35,8 @@ class RunReport(pl.Callback):
     Put it behind the callbacks whose values it shows, e.g. ``SelectiveImitationStats``.
 
     Args:
-        evaluate_teacher: measure the teacher on the validation prompts before training.
+        evaluate_teacher: measure the teacher on the validation prompts before training. A sharded
+            one is gathered whole on every rank for it: switch it off where that does not fit.
         export: write the student.
     """
 
@@ -98,14 +99,14 @@ class RunReport(pl.Callback):
         """Write everything, and print the table below a closed progress bar."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         summary = self._summary(trainer, pl_module, folder)
+        if self.export and not trainer.fast_dev_run:
+            pl_module.export(str(folder / "student"))  # a collective: all ranks
         if not trainer.is_global_zero:
             return
         if trainer.fast_dev_run:
             print("fast_dev_run: nothing is written")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if self.export:
-            pl_module.export(str(folder / "student"))
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         accuracy = [(step / per_rollout, value) for step, value in self.accuracy]
         plot_curves(folder / "curves.png", self.curves, accuracy, summary)

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.rollout.together import stop_together
 from kdrl_lightning.rollout_batch import STUDENT
 
 
@@ -31,9 +32,16 @@ class WeightSync(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check a rollout at its first micro-batch."""
-        if not batch.metrics:
-            return
+        """Check a rollout at its first micro-batch; where one rank has to stop, all do."""
+        if batch.metrics:
+            stop_together(lambda: self.check(trainer, pl_module, batch), pl_module.reduce)
+
+    def check(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Check this rank's completions.
+
+        Raises:
+            TrainingStopped: they are stale, or their log-probabilities are another policy's.
+        """
         staleness = int(trainer.global_step - batch.policy_version.min())
         pl_module.log("rollout/staleness", float(staleness))
         if staleness:

@@ -27,6 +27,7 @@ from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
+from kdrl_lightning.strategies import refuse_fsdp1
 
 
 class KDRLCLI(LightningCLI):
@@ -86,8 +87,9 @@ class KDRLCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
 
     def before_instantiate_classes(self) -> None:
-        """Check that a checkpoint is there before anything is built."""
+        """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")

@@ -244,6 +244,7 @@ class RolloutDataModule(pl.LightningDataModule):
         engine = TransformersEngine()
         module = self._module()
         engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
+        engine.update_weights(weights, self.trainer.global_step)
         correct = torch.zeros(2, dtype=torch.float64)
         for batch in range(limited(len(self.val_dataloader()), self.trainer.limit_val_batches)):
             table = self._evaluate(engine, batch).correct.double()
@@ -335,7 +336,7 @@ class RolloutDataModule(pl.LightningDataModule):
     def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:
         """Sample this rank's share of a rollout; return it and the groups that were replaced."""
         teacher = self._module().teacher
-        return self.collector.collect(
+        batch, replaced = self.collector.collect(
             rollout,
             self._train,
             self.trainer.global_rank,
@@ -344,6 +345,9 @@ class RolloutDataModule(pl.LightningDataModule):
             (lambda row: 0) if teacher is None else teacher.route,
             self._pad_id(),
         )
+        if teacher is not None:
+            teacher.accept(batch)
+        return batch, replaced
 
     def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
         """Sample this rank's rows of one evaluation batch; there may be none left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -56,6 +57,22 @@ def build_causal_lm(
     if generation_config is not None:
         model.generation_config = GenerationConfig.from_dict(json.loads(generation_config))
     return model
+
+
+def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
+    """Build a model of the same class, configuration and type, with weights yet to be filled in.
+
+    Buffers that no checkpoint holds, such as rotary frequencies, have their values.
+    """
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(like.config)
+    with no_init_weights(), torch.device(device):
+        model = type(like)._from_config(
+            config, dtype=like.dtype, attn_implementation=config._attn_implementation
+        )
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(path: str) -> Any:

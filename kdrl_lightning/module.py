@@ -21,7 +21,6 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.models import (
     ModelSource,
-    load_causal_lm,
     load_config,
     load_tokenizer,
     model_path,
@@ -30,6 +29,8 @@ from kdrl_lightning.objectives.base import Objective
 from kdrl_lightning.resume import KEY, Settings, check_identity, identity
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.sharding import load_scorer
+from kdrl_lightning.strategies import refuse_fsdp1, sharding_of
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.weights import ModelWeights
@@ -50,6 +51,8 @@ class KDRLModule(pl.LightningModule):
             ``OneCycleLR`` with ``cycle_momentum: false`` warms up and decays).
         max_nonfinite_steps: optimizer steps in a row whose loss or gradient may be NaN or infinite;
             each is skipped and counted, one more stops the run.
+        activation_checkpointing: keep only the inputs of the student's layers for the backward
+            pass, and recompute the rest: less memory for a third more time.
 
     Attributes:
         teacher_seconds: time that the teacher took to score.
@@ -63,6 +66,7 @@ class KDRLModule(pl.LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_nonfinite_steps: int = 3,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         require_between("max_nonfinite_steps", max_nonfinite_steps, 0, float("inf"))
@@ -77,6 +81,7 @@ class KDRLModule(pl.LightningModule):
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.max_nonfinite_steps = max_nonfinite_steps
+        self.activation_checkpointing = activation_checkpointing
         self.student: Scorer | None = None
         self.skipped_steps = 0
         self.teacher_seconds = 0.0
@@ -117,6 +122,7 @@ class KDRLModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before weights are loaded."""
+        refuse_fsdp1(self.trainer.strategy)
         if path := self.trainer.ckpt_path:
             saved = read_metadata(str(path)).get(KEY)
             if saved is not None:
@@ -132,7 +138,7 @@ class KDRLModule(pl.LightningModule):
         self._active_teacher = self.teacher if stage == "fit" else None
         # The initial student, for a reference KL, is one more frozen model.
         wanted = stage == "fit" and self.objective.needs_reference
-        dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+        dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
         self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
         teacher = self._active_teacher
         if self.objective.divergence is not None and teacher and not teacher.gives_states:
@@ -144,12 +150,19 @@ class KDRLModule(pl.LightningModule):
             frozen.check(self.tokenizer, self.student_path)
 
     def configure_model(self) -> None:
-        """Load the student and, for training, the teacher, once."""
+        """Load the student and, for training, the teacher, once; shard each where asked to."""
+        sharding = sharding_of(self._trainer)
         if self.student is None:
-            model = load_causal_lm(self.student_path, torch.get_default_dtype())
-            self.student = Scorer(model)
-            self.student.verify(self.student_path)
+            self.student = load_scorer(
+                self.student_path,
+                torch.get_default_dtype(),
+                sharding,
+                activation_checkpointing=self.activation_checkpointing,
+            )
+        elif sharding is not None and not self.student.sharded:
+            sharding.shard(self.student)
         for frozen in self._frozen():
+            frozen.spread(sharding)
             frozen.load(self.device)
 
     def on_fit_start(self) -> None:
@@ -315,9 +328,13 @@ class KDRLModule(pl.LightningModule):
         return ModelWeights(self._student().model, self.student_path)
 
     def export(self, path: str) -> None:
-        """Write the student and its tokenizer as a Hugging Face folder."""
-        self._student().model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write the student and its tokenizer as a Hugging Face folder; all ranks must call it."""
+        writes = self._trainer is None or self.trainer.is_global_zero
+        self.weights().save(path, writes)
+        if writes:
+            self.tokenizer.save_pretrained(path)
+        if self._trainer is not None:
+            self.trainer.strategy.barrier()
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """Reduce a tensor over ranks; ``sum`` or ``max``."""

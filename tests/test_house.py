@@ -27,28 +27,32 @@ ALLOWED = {
     "models": FLOOR,
     "weights": FLOOR,
     "scorer": FLOOR | {"losses"},
-    "teachers": FLOOR | {"losses", "models", "scorer", "weights"},
+    "sharding": FLOOR | {"models", "scorer"},
+    "strategies": {"errors", "sharding"},
+    "teachers": FLOOR | {"losses", "models", "scorer", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
-    "rollout": FLOOR | {"losses", "weights", "rewards"},
+    "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
     "evaluation": FLOOR | {"metrics", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "models", "resume"},
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
-    | {"scorer", "teachers", "weights"},
+    | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
-    "callbacks": FLOOR | {"checkpoints", "losses", "metrics", "objectives", "plots", "schedules"},
+    "callbacks": FLOOR
+    | {"checkpoints", "losses", "metrics", "objectives", "plots", "rollout", "schedules"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
 }
 LIGHTNING = {
+    "strategies",
     "__main__",
     "module",
     "datamodule",

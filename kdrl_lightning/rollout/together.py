@@ -17,17 +17,17 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
     """Run ``work`` (without collectives); if it stops anywhere, stop everywhere.
 
     Args:
-        work: may raise ``TrainingStopped`` on some ranks only.
+        work: may raise on some ranks only.
         reduce: ``(tensor, "sum") -> tensor`` over ranks.
 
     Raises:
-        TrainingStopped: on every rank, with the reason on those that have it.
+        TrainingStopped: where ``work`` did not raise, but did on another rank.
     """
     result: list[T] = []
-    reason: TrainingStopped | None = None
+    reason: Exception | None = None
     try:
         result.append(work())
-    except TrainingStopped as error:
+    except Exception as error:
         reason = error
     stopped = reduce(torch.tensor([float(reason is not None)]), "sum")
     if reason is not None:

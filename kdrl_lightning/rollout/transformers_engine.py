@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.weights import ModelWeights
 
 
@@ -23,6 +24,11 @@ class TransformersEngine(RolloutEngine):
     """Batched sampling with a key-value cache, from the live student.
 
     Prompts are sorted by length and prefilled once per group; finished sequences leave the batch.
+
+    Ranks decode a different number of steps, which the collectives of a sharded model would not
+    survive. From a sharded student it therefore keeps a whole copy on every rank, refreshed at each
+    ``update_weights``: as many bytes as the student's weights, beside the shards. Models for which
+    that is too much take vLLM.
 
     Args:
         max_sequences: completions decoded at once.
@@ -32,16 +38,20 @@ class TransformersEngine(RolloutEngine):
         require_between("max_sequences", max_sequences, 1, float("inf"))
         self.max_sequences = max_sequences
         self._model: Any = None
+        self._replica: Any = None
         self._eos = self._pad = 0
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
         """Remember the live model."""
-        self._model = weights.model
+        self._model, self._replica = weights.model, None
         self._eos, self._pad = eos_token_id, pad_token_id
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Note the version: the live model already has the weights."""
-        self._model, self.version = weights.model, version
+        """Note the version: the live model already has the weights, unless it is sharded."""
+        if weights.sharded:
+            self._replica = filled_replica(weights, self._replica)
+        self._model = self._replica if weights.sharded else weights.model
+        self.version = version
 
     @torch.no_grad()
     def generate(

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.sharding import Sharding
 from kdrl_lightning.weights import ModelWeights
 
 
@@ -21,10 +22,12 @@ class Teacher(ABC):
     Attributes:
         generates: its weights are at hand, so that it can sample completions.
         gives_states: it can give hidden states, for divergences over the full vocabulary.
+        collective: it lies over several ranks, so that all must score equally often.
     """
 
     generates: bool = False
     gives_states: bool = False
+    collective: bool = False
 
     @abstractmethod
     def prepare(self) -> None:
@@ -33,6 +36,12 @@ class Teacher(ABC):
     @abstractmethod
     def check(self, student_tokenizer: Any, student_path: str) -> None:
         """Raise ``ConfigurationError`` unless token ids mean the same to student and teacher."""
+
+    def spread(self, sharding: Sharding | None) -> None:  # noqa: B027
+        """Say how weights in this process are to lie over ranks, before they are loaded."""
+
+    def accept(self, batch: RolloutBatch) -> None:  # noqa: B027
+        """Raise ``TrainingStopped`` for completions that it cannot score, before it has to."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:

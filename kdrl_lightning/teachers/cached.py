@@ -17,6 +17,7 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.sharding import Sharding, on_any_rank
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
 from kdrl_lightning.weights import ModelWeights
@@ -61,6 +62,19 @@ class CachedTeacher(Teacher):
         """Check the teacher."""
         self.teacher.check(student_tokenizer, student_path)
 
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        """Whether the teacher behind it is."""
+        return self.teacher.collective
+
+    def spread(self, sharding: Sharding | None) -> None:
+        """Tell the teacher."""
+        self.teacher.spread(sharding)
+
+    def accept(self, batch: RolloutBatch) -> None:
+        """Ask the teacher."""
+        self.teacher.accept(batch)
+
     def load(self, device: torch.device) -> None:
         """Load the teacher and open the file."""
         self.teacher.load(device)
@@ -91,6 +105,10 @@ class CachedTeacher(Teacher):
         keys = [self._key(batch, row, topk_ids) for row in range(len(batch))]
         found = {k: self._read(k, batch.input_ids.device) for k in dict.fromkeys(keys)}
         new = [row for row, key in enumerate(keys) if found[key] is None]
+        if self.collective and on_any_rank(bool(new), batch.input_ids.device) and not new:
+            # All know it here, but another rank's forward pass needs this one's part.
+            first = torch.tensor([0], device=batch.input_ids.device)
+            self.teacher.score(batch.select(first), None)
         self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
         whole: TokenScores | None = None
         if new:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.sharding import Sharding
 from kdrl_lightning.teachers.base import Teacher
 
 
@@ -41,6 +42,22 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.check(student_tokenizer, student_path)
 
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        """Whether one of them is."""
+        return any(teacher.collective for teacher in self.teachers.values())
+
+    def spread(self, sharding: Sharding | None) -> None:
+        """Tell each."""
+        for teacher in self.teachers.values():
+            teacher.spread(sharding)
+
+    def accept(self, batch: RolloutBatch) -> None:
+        """Ask each for its own rows."""
+        for index in batch.teacher_route.unique().tolist():
+            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
+            self.teachers[self._order[index]].accept(batch.select(rows))
+
     def load(self, device: torch.device) -> None:
         """Load each."""
         for teacher in self.teachers.values():
@@ -63,11 +80,16 @@ class RoutedTeacher(Teacher):
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Let each teacher score its own rows."""
         whole: TokenScores | None = None
-        for index in batch.teacher_route.unique().tolist():
+        for index, name in enumerate(self._order):
             rows = (batch.teacher_route == index).nonzero().squeeze(-1)
+            if not len(rows):
+                if self.teachers[name].collective:  # other ranks may have rows for it
+                    first = torch.tensor([0], device=rows.device)
+                    self.teachers[name].score(batch.select(first), None)
+                continue
             part = batch.select(rows)
             asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
-            scores = self.teachers[self._order[index]].score(part, asked)
+            scores = self.teachers[name].score(part, asked)
             whole = scatter(whole, scores, rows, batch)
         assert whole is not None, "a batch has rows"
         return whole

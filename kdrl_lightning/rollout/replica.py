@@ -1,0 +1,40 @@
+"""A whole copy of a sharded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from kdrl_lightning.models import empty_causal_lm
+from kdrl_lightning.weights import ModelWeights
+
+
+@torch.no_grad()
+def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
+    """Gather a sharded model's weights into a plain model; all ranks must call it.
+
+    One tensor is gathered at a time, so beyond the copy itself only the largest is held twice.
+
+    Args:
+        weights: of the sharded model.
+        replica: an earlier copy to fill again; None builds one on the ranks' device.
+    """
+    if replica is None:
+        replica = empty_causal_lm(weights.model, _device(weights))
+    into = dict(replica.named_parameters(remove_duplicate=False))
+    for name, tensor in weights.named_tensors():
+        into.pop(name).copy_(tensor)
+    if into:
+        raise RuntimeError(f"weights without a source: {sorted(into)}")
+    for name, buffer in weights.model.named_buffers():
+        replica.get_buffer(name).copy_(buffer)
+    return replica
+
+
+def _device(weights: ModelWeights) -> torch.device:
+    mesh = next(p.device_mesh for p in weights.model.parameters() if isinstance(p, DTensor))
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)

@@ -1,0 +1,167 @@
+"""How a model lies over ranks: FSDP2's ``fully_shard``, layer by layer, around a scorer.
+
+Written against torch's own API: the model is any transformers causal language model, and the head
+has to lie inside the wrapped forward, which no trainer at hand arranges.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils.checkpoint import checkpoint
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Parameters split over all ranks, each decoder layer a unit, the scorer the last one.
+
+    A rank holds ``1 / ranks`` of every parameter, gradient and optimizer state. In a forward or
+    backward pass it also holds one layer (two while the next is on its way), embedding and head.
+
+    Attributes:
+        mesh: one-dimensional, over all ranks.
+        param_dtype: what a trained model computes in, over weights of its own type; gradients are
+            reduced in float32. None computes in the weights' type.
+    """
+
+    mesh: DeviceMesh
+    param_dtype: torch.dtype | None = None
+
+    def shard(self, scorer: Scorer, offload: bool = False) -> Scorer:
+        """Shard a scorer in place; frozen models keep their own type.
+
+        Args:
+            scorer: with all its weights, on any device.
+            offload: keep the parts on the CPU, and move them over for each pass.
+        """
+        trained = any(p.requires_grad for p in scorer.parameters())
+        policy = MixedPrecisionPolicy()
+        if trained and self.param_dtype is not None:
+            policy = MixedPrecisionPolicy(self.param_dtype, reduce_dtype=torch.float32)
+        pin = self.mesh.device_type == "cuda"
+        wrap = partial(
+            fully_shard,
+            mesh=self.mesh,
+            # The root too: else embedding and head stay gathered, in the computing type, after a
+            # pass without gradient, and whoever reads the weights then finds no DTensor.
+            reshard_after_forward=True,
+            mp_policy=policy,
+            offload_policy=CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy(),
+        )
+        for layer in decoder_layers(scorer.model):
+            wrap(layer)
+        wrap(scorer)
+        for method in ("states", "largest_gap"):
+            register_fsdp_forward_method(scorer, method)
+        scorer.sharded = True
+        return scorer
+
+
+def load_scorer(
+    path: str,
+    dtype: torch.dtype | str,
+    sharding: Sharding | None = None,
+    *,
+    vocab_size: int | None = None,
+    frozen: bool = False,
+    offload: bool = False,
+    activation_checkpointing: bool = False,
+) -> Scorer:
+    """Load a model, spread it if need be, and compare its scores with its own logits.
+
+    Args:
+        path: Hugging Face folder or hub name.
+        dtype: of the weights.
+        sharding: spreads them; None keeps them whole.
+        vocab_size: rows of the head that count.
+        frozen: without gradient.
+        offload: see ``Sharding.shard``.
+        activation_checkpointing: recompute each layer in the backward pass.
+
+    Raises:
+        ConfigurationError: no model at ``path``, or an architecture that is not known.
+    """
+    scorer = Scorer(load_causal_lm(path, dtype).requires_grad_(not frozen), vocab_size)
+    if activation_checkpointing:
+        recompute_layers(scorer.model)
+    if sharding is not None:
+        sharding.shard(scorer, offload)
+    scorer.verify(path)
+    return scorer
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers that transformers says must not be split (``_no_split_modules``).
+
+    Nested ones count once, and one that shares its weights with the head is left to the root.
+    An architecture that names none gives none, with a warning: its root is then the only unit.
+    """
+    # transformers gives a list, a set, or nothing, on the model or on the one inside.
+    names = {
+        name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
+    }
+    head = {id(p) for p in model.get_output_embeddings().parameters()}
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        shared = any(id(p) in head for p in module.parameters())
+        named = any(c.__name__ in names for c in type(module).__mro__)  # sharding makes subclasses
+        if named and not inside and not shared:
+            found[path] = module
+    if not found:
+        warnings.warn(
+            f"{type(model).__name__} names no layers (`_no_split_modules`): it is one unit, and "
+            "a pass holds all of its weights on every rank.",
+            stacklevel=2,
+        )
+    return list(found.values())
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only the input of each decoder layer for the backward pass; recompute the rest.
+
+    transformers' ``gradient_checkpointing_enable`` acts in training mode alone, which a policy is
+    never in (dropout), and switches off the cache that sampling needs. Names stay as they are.
+
+    Raises:
+        ConfigurationError: the architecture names no layers.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ConfigurationError(
+            "`activation_checkpointing` must be false for an architecture without named layers: "
+            f"got true for {type(model).__name__}."
+        )
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether ``flag`` holds on at least one rank; all of them must ask."""
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)

@@ -1,0 +1,99 @@
+"""Strategy flags: ``fsdp2`` and ``fsdp2_full`` over Lightning's ModelParallelStrategy."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.sharding import Sharding
+
+REFUSED = ("fsdp", "fsdp_cpu_offload")
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards student, teacher and reference over all processes of all nodes (FSDP2).
+
+    ``--trainer.strategy fsdp2`` writes checkpoints as folders, each rank its part;
+    ``fsdp2_full`` gathers one file on rank 0.
+
+    Args:
+        save_distributed_checkpoint: write the parts; else one file.
+        process_group_backend: of torch.distributed; None follows the device.
+        timeout: of collectives.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        """Take every process as data-parallel; Lightning's "auto" means one per node."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def register() -> None:
+    """Make the names known to ``Trainer(strategy=...)``."""
+    for name, parts in (("fsdp2", True), ("fsdp2_full", False)):
+        StrategyRegistry.register(
+            name,
+            FSDP2Strategy,
+            description=f"FSDP2, {'sharded' if parts else 'full'} checkpoints",
+            override=True,
+            save_distributed_checkpoint=parts,
+        )
+
+
+def refuse_fsdp1(strategy: Any) -> None:
+    """Refuse FSDP1 by flag, by configured class, or as an object.
+
+    Raises:
+        ConfigurationError: it is FSDP1.
+    """
+    named = getattr(strategy, "class_path", strategy)
+    if isinstance(strategy, FSDPStrategy):
+        named = "FSDPStrategy"
+    if named in REFUSED or str(named).split(".")[-1] == "FSDPStrategy":
+        raise ConfigurationError(
+            f"`strategy` must be fsdp2 for sharding: got {named}, which is FSDP1: it cannot clip "
+            "by norm, refuses the CPU, and flattens the weights that engines and export read by "
+            "name. Use `--trainer.strategy fsdp2`."
+        )
+
+
+def sharding_of(trainer: Any) -> Sharding | None:
+    """Return how the trainer's strategy shards models; None where every rank holds all.
+
+    Raises:
+        ConfigurationError: FSDP1, tensor parallelism, or evaluation in inference mode.
+    """
+    if trainer is None:
+        return None
+    strategy = trainer.strategy
+    refuse_fsdp1(strategy)
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
+    if tensor_parallel != 1:
+        raise ConfigurationError(
+            f"`tensor_parallel_size` must be 1: got {tensor_parallel}. "
+            "Use `--trainer.strategy fsdp2`, which shards over all processes."
+        )
+    if trainer.validate_loop.inference_mode:
+        # A sharded model that first runs in inference mode cannot be trained afterwards.
+        raise ConfigurationError(
+            "`inference_mode` must be false under fsdp2: got true. Set `inference_mode: false`."
+        )
+    mixed = trainer.precision == "bf16-mixed"
+    return Sharding(strategy.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
+
+
+register()

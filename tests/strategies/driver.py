@@ -1,0 +1,206 @@
+"""Runs named cases on every rank and writes what rank 0 has gathered; started by ``runs.py``.
+
+``python driver.py FOLDER STRATEGY CASE...``, by itself or under ``torch.distributed.run``: one
+start of the processes serves all cases. ``FOLDER`` holds the models.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from kdrl_lightning import (
+    GKD,
+    KDRL,
+    RLAD,
+    CachedTeacher,
+    KDRLModule,
+    LocalTeacher,
+    RolloutDataModule,
+    RoutedTeacher,
+)
+from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
+from kdrl_lightning.prompts import PromptSource
+from kdrl_lightning.rewards import Sample
+from kdrl_lightning.tiny import ColumnAddition
+from kdrl_lightning.weights import full_tensor, plain_name
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
+
+
+def reward(sample: Sample) -> float:
+    """Variance in some groups and not in others, under a random model."""
+    return float(len(sample.ids) % 2)
+
+
+class TwoTeachers(PromptSource):
+    """Rows whose teacher changes in blocks, so that a rank may need only one of them."""
+
+    def __init__(self) -> None:
+        self.rows = ColumnAddition(24, seed=3)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "teacher": "a" if index % 5 else "b"}
+
+
+class Sick(KDRLModule):
+    """Its second step has a gradient that is not a number, from the last rank alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out = super().training_step(batch, batch_idx)
+        if (
+            self.trainer.global_step == 1
+            and self.trainer.global_rank + 1 == self.trainer.world_size
+        ):
+            out["loss"] = out["loss"] * torch.nan
+        return out
+
+
+class Record(pl.Callback):
+    """Keeps what the tests compare; gradients and weights as whole tensors."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Any]] = {
+            k: [] for k in ("completions", "masked", "flat", "logged", "gradients")
+        }
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, _: int) -> None:
+        if not batch.metrics:
+            return
+        plan = trainer.datamodule._plan
+        rows = plan.batch
+        for row in range(len(rows)):
+            length = int(rows.lengths[row])
+            ids, value = rows.input_ids[row, :length].tolist(), float(rows.rewards[row])
+            self.seen["completions"].append((trainer.global_step, ids, value))
+        parts = [part for update in plan.updates for part in update]
+        self.seen["masked"].append([not rows.select(p).loss_mask.any().item() for p in parts])
+        by_group = [rows.rewards[rows.group_ids == g] for g in rows.group_ids.unique()]
+        self.seen["flat"].append(sum(float(g.max()) == float(g.min()) for g in by_group))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen["gradients"].append(
+            {
+                plain_name(name): full_tensor(p.grad).clone()
+                for name, p in pl_module.student.named_parameters()
+                if p.grad is not None
+            }
+        )
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.seen["logged"].append(row)
+
+
+def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any], dict[str, Any]]:
+    """Return module, data settings and trainer settings of a case."""
+    dtype = "float32" if case == "kdrl32" else "float64"
+    student, teacher = str(folder / "student"), LocalTeacher(str(folder / "teacher"), dtype)
+    data: dict[str, Any] = {}
+    trainer: dict[str, Any] = {"precision": "32-true" if case == "kdrl32" else "64-true"}
+    make: Any = partial(KDRLModule, student, optimizer=SGD)
+    if case in ("kdrl", "kdrl32", "sick"):
+        make = partial(Sick, student, optimizer=SGD) if case == "sick" else make
+        module = make(KDRL(teacher_kl_coef=0.5, ref_kl_coef=0.1), teacher)
+    elif case == "rlad":
+        module = make(RLAD(), teacher, optimizer=ADAMW)
+        trainer["gradient_clip_val"] = 0.05
+    elif case == "gkd":
+        # Its distribution over the full vocabulary needs the teacher's head outside its forward.
+        module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
+        data["teacher_completions"] = 1
+    elif case == "routed":
+        cached = CachedTeacher(
+            LocalTeacher(str(folder / "student"), dtype, offload=True), str(out / "scores.db")
+        )
+        module = make(KDRL(teacher_kl_coef=0.5), RoutedTeacher({"a": teacher, "b": cached}))
+        data["train_prompts"] = TwoTeachers()
+    elif case == "bf16":
+        module = make(KDRL(teacher_kl_coef=0.5, kl_estimator="full_vocabulary"), teacher)
+        trainer["precision"] = "bf16-mixed"
+    else:
+        raise ValueError(case)
+    return module, data, trainer
+
+
+def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
+    """Train a few steps and return what was seen, of all ranks."""
+    module, data, settings = build(case, folder, out)
+    record = Record()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices="auto" if strategy == "auto" else 2,
+        accumulate_grad_batches=2,
+        max_steps=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=-1,
+        inference_mode=False,
+        callbacks=[record, SelectiveImitationStats(), WeightSync()],
+        default_root_dir=out,
+        **settings,
+    )
+    datamodule = RolloutDataModule(
+        **{
+            "train_prompts": ColumnAddition(24, seed=1),
+            "val_prompts": ColumnAddition(5, seed=2),
+            "reward": reward,
+            "prompts_per_rollout": 8,
+            "group_size": 4,
+            "max_tokens": 16,
+            "minibatches_per_rollout": 2,
+            "mask_truncated": True,
+            **data,
+        }
+    )
+    trainer.fit(module, datamodule=datamodule)
+    module.export(str(out / case))
+    weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}
+    own = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
+    ranks: list[Any] = [own]
+    if trainer.world_size > 1:
+        ranks = [None] * trainer.world_size
+        dist.all_gather_object(ranks, own)
+    return {
+        **record.seen,
+        "ranks": ranks,
+        "weights": weights,
+        "skipped": module.skipped_steps,
+        "bytes": sum(
+            getattr(p, "_local_tensor", p).untyped_storage().nbytes()
+            for p in module.student.parameters()
+        ),
+        "imitation": trainer.callbacks[1].rows,
+    }
+
+
+def main() -> None:
+    """Run the cases one after the other."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder, strategy, *cases = sys.argv[1:]
+    out = Path(folder) / strategy
+    out.mkdir(exist_ok=True)
+    for case in cases:
+        seen = run(case, Path(folder), out, strategy)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            torch.save(seen, out / f"{case}.pt")
+            print(case, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""One process, two under ddp and two under fsdp2 take the same steps on the same global batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from strategy_runs import Runs
+from torch import Tensor
+
+two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+EXACT = ("kdrl", "rlad", "gkd", "routed")
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Relative, over all tensors, in float64."""
+    assert ours.keys() == theirs.keys()
+    a, b = (torch.cat([t[n].double().flatten() for n in sorted(ours)]) for t in (ours, theirs))
+    assert a.norm() > 0
+    return float((a - b).norm() / a.norm())
+
+
+def change(seen: dict[str, Any], start: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() - start[name] for name, tensor in seen["weights"].items()}
+
+
+def completions(seen: dict[str, Any]) -> list[Any]:
+    return sorted(row for rank in seen["ranks"] for row in rank["completions"])
+
+
+@two
+@pytest.mark.parametrize("case", [*EXACT, "kdrl32", "sick"])
+def test_completions_losses_and_statistics_are_the_same(runs: Runs, strategy: str, case: str):
+    one, both = runs("auto", case), runs(strategy, case)
+    assert completions(one) == completions(both)
+    # Statistics of clips and histograms are kept in float32.
+    bound = 1e-5 if case == "kdrl32" else 1e-6
+    for a, b in zip(one["logged"], both["logged"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not name.startswith(("time/", "tokens_per_s")):
+                near = pytest.approx(b[name], rel=bound, abs=bound, nan_ok=True)
+                assert a[name] == near, name
+    assert len(one["imitation"]) == len(both["imitation"]) == 2
+
+
+@two
+@pytest.mark.parametrize("case", [*EXACT, "kdrl32"])
+def test_gradients_and_weights_are_the_same(runs: Runs, strategy: str, case: str):
+    one, both = runs("auto", case), runs(strategy, case)
+    bound = 1e-5 if case == "kdrl32" else 1e-10
+    assert len(one["gradients"]) == len(both["gradients"]) == 4
+    for ours, theirs in zip(one["gradients"], both["gradients"], strict=True):
+        assert distance(ours, theirs) <= bound
+    start = load_file(runs.folder / "student/model.safetensors")
+    assert distance(change(one, start), change(both, start)) <= bound
+
+
+@two
+def test_the_hard_shapes_are_among_them(runs: Runs, strategy: str):
+    ranks = runs(strategy, "kdrl")["ranks"]
+    assert len(ranks) == 2
+    lengths = {len(ids) for rank in ranks for _, ids, _ in rank["completions"]}
+    assert len(lengths) > 5
+    # [rollout][micro-batch]: one that is fully masked on one rank alone.
+    pairs = [p for r in range(2) for p in zip(*(rank["masked"][r] for rank in ranks), strict=True)]
+    assert (True, False) in pairs or (False, True) in pairs
+    assert any(a != b for a, b in zip(*(rank["flat"] for rank in ranks), strict=True))
+
+
+@two
+def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(runs: Runs, strategy: str):
+    one, both = runs("auto", "sick"), runs(strategy, "sick")
+    assert one["skipped"] == both["skipped"] == 1
+    sick = both["gradients"][1].values()
+    assert any(bool(gradient.isnan().any()) for gradient in sick)
+    start = load_file(runs.folder / "student/model.safetensors")
+    assert distance(change(one, start), change(both, start)) <= 1e-10
+
+
+def test_fsdp2_splits_the_student(runs: Runs):
+    whole, half = runs("ddp", "kdrl")["bytes"], runs("fsdp2", "kdrl")["bytes"]
+    assert whole == runs("auto", "kdrl")["bytes"] == 2 * half
+
+
+@pytest.mark.parametrize("case", ["kdrl", "kdrl32"])
+def test_export_is_the_one_of_a_single_process(runs: Runs, case: str):
+    folders = [runs.folder / strategy / case for strategy in ("auto", "fsdp2")]
+    names = [sorted(p.name for p in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(names[0])
+    assert (folders[0] / "config.json").read_text() == (folders[1] / "config.json").read_text()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
+    assert distance(ours, theirs) <= (1e-5 if case == "kdrl32" else 1e-10)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+
+
+def test_bf16_mixed_keeps_float32_masters(runs: Runs):
+    mixed, exact = runs("fsdp2", "bf16"), runs("auto", "kdrl32")
+    assert {t.dtype for t in mixed["weights"].values()} == {torch.float32}
+    assert {t.dtype for g in mixed["gradients"] for t in g.values()} == {torch.float32}
+    assert mixed["bytes"] * 2 == exact["bytes"]
+    start = load_file(runs.folder / "student/model.safetensors")
+    assert change(mixed, start)["lm_head.weight"].norm() > 0
+    # The engine samples under the same autocast as the trainer scores.
+    assert mixed["logged"][0]["rollout/logprob_diff_max"] < 0.1

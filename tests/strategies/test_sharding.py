@@ -1,0 +1,208 @@
+"""Sharded scorers of every architecture against plain ones, in a group of one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_scorer import ARCHITECTURES, build, reference, rollout
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses import generalized_jsd
+from kdrl_lightning.losses.logprobs import Head
+from kdrl_lightning.rollout.replica import filled_replica
+from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.sharding import Sharding, decoder_layers, recompute_layers
+from kdrl_lightning.teachers import LocalTeacher
+from kdrl_lightning.weights import ModelWeights, full_tensor, plain_name
+
+CASES = [(name, tied) for name in ARCHITECTURES for tied in (True, False)]
+every = pytest.mark.parametrize(("name", "tied"), CASES)
+
+
+@pytest.fixture(scope="module")
+def sharding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharding]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield Sharding(init_device_mesh("cpu", (1,)))
+    dist.destroy_process_group()
+
+
+def shard(sharding: Sharding, model: Any, **settings: Any) -> Scorer:
+    return sharding.shard(Scorer(copy.deepcopy(model)), **settings)
+
+
+@every
+def test_scores_and_gradients_are_those_of_the_plain_model(sharding, name, tied):
+    model, batch = build(name, tied), rollout(0.7)
+    plain, spread = Scorer(model), shard(sharding, model)
+    for scorer in (plain, spread):
+        scores = scorer.score(batch, top_k=2)
+        (scores.logprobs.sum() + scores.entropy.square().sum()).backward()
+    logprobs, _ = reference(model, batch)
+    torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-5, rtol=1e-5)
+    theirs = dict(plain.named_parameters())
+    for key, parameter in spread.named_parameters():
+        assert isinstance(parameter, DTensor), key
+        assert isinstance(parameter.grad, DTensor), key
+        torch.testing.assert_close(full_tensor(parameter.grad), theirs[key].grad)
+    spread.verify(name)
+
+
+@every
+def test_every_layer_is_a_unit_of_its_own(sharding, name, tied):
+    model = build(name, tied)
+    spread = shard(sharding, model)
+    layers = decoder_layers(spread.model)
+    assert len(layers) == model.config.num_hidden_layers
+    assert all(isinstance(layer, FSDPModule) for layer in layers)
+    assert sum(isinstance(m, FSDPModule) for m in spread.modules()) == len(layers) + 1
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "PhiForCausalLM", "CohereForCausalLM"])
+def test_the_states_of_a_sharded_teacher_give_the_same_divergence(sharding, name):
+    teacher, student, batch = build(name), Scorer(build("LlamaForCausalLM")), rollout(0.7)
+
+    def divergence(scorer: Scorer) -> torch.Tensor:
+        with torch.no_grad():
+            other = scorer.states(batch)
+            scorer.score(batch)  # gathers and frees its weights once more
+        student.zero_grad()
+        scores = student.score(
+            batch, other=other, divergence=lambda a, b: generalized_jsd(a, b, 0.5)
+        )
+        scores.divergence.sum().backward()
+        gradient = student.model.lm_head.weight.grad
+        return torch.cat([scores.divergence.detach().flatten(), gradient.flatten()])
+
+    ours, theirs = divergence(Scorer(teacher)), divergence(shard(sharding, teacher))
+    assert ours.norm() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_verify_refuses_a_sharded_head_that_is_not_known(sharding, monkeypatch):
+    scorer = shard(sharding, build("GraniteForCausalLM"))
+    monkeypatch.setattr(scorer, "head", lambda: Head(scorer.model.get_output_embeddings().weight))
+    with pytest.raises(ConfigurationError, match="the language-model head of it must be"):
+        scorer.verify("it")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_replica_is_the_model_again_after_every_filling(sharding, tied):
+    model = build("Qwen2ForCausalLM", tied)
+    scorer = shard(sharding, model)
+    weights = ModelWeights(scorer.model, "it")
+    assert weights.sharded and not ModelWeights(model, "it").sharded
+    replica = filled_replica(weights)
+    assert (replica.lm_head.weight is replica.model.embed_tokens.weight) == tied
+    ids = torch.arange(2, 12)[None]
+    for _ in range(2):
+        assert torch.equal(replica(ids).logits, model(ids).logits)
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *scorer.model.parameters()):
+                parameter.mul_(1.5)
+        assert not torch.equal(replica(ids).logits, model(ids).logits)
+        assert filled_replica(weights, replica) is replica
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_fingerprint_and_export_are_those_of_the_plain_model(sharding, tmp_path, tied):
+    model = build("Gemma2ForCausalLM", tied)
+    spread = ModelWeights(shard(sharding, model).model, "it")
+    plain = ModelWeights(model, "it")
+    for (a, x), (b, y) in zip(spread.named_tensors(), plain.named_tensors(), strict=True):
+        assert a == b and not isinstance(x, DTensor) and torch.equal(x, y)
+    assert spread.fingerprint() == plain.fingerprint()
+    for weights in (spread, plain):
+        weights.save(str(tmp_path / str(weights.sharded)))
+    one, other = (tmp_path / name / "model.safetensors" for name in ("True", "False"))
+    assert one.read_bytes() == other.read_bytes()
+    spread.save(str(tmp_path / "silent"), writes=False)
+    assert not (tmp_path / "silent").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "True")
+    ids = torch.arange(2, 12)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_names_of_wrapped_models_are_plain():
+    assert plain_name("module.model.layers.0._orig_mod.weight") == "model.layers.0.weight"
+    compiled = torch.compile(build("LlamaForCausalLM"), backend="eager")
+    names = [name for name, _ in ModelWeights(compiled, "it").named_tensors()]
+    assert names == [name for name, _ in build("LlamaForCausalLM").named_parameters()]
+
+
+def test_mixed_precision_is_for_trained_models_alone(sharding):
+    mixed = Sharding(sharding.mesh, torch.bfloat16)
+    seen = []
+
+    def score(model: Any) -> Scorer:
+        scorer = mixed.shard(Scorer(model))
+        layer = decoder_layers(scorer.model)[0]
+        layer.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].dtype))
+        scorer.score(rollout())
+        return scorer
+
+    student = score(build("LlamaForCausalLM"))
+    score(build("LlamaForCausalLM").requires_grad_(False))
+    assert seen == [torch.bfloat16, torch.float32]
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_an_offloaded_teacher_scores_the_same(sharding, teacher_folder, student_folder, spread):
+    batch = rollout()
+    batch = batch.replace(input_ids=batch.input_ids % 16, completion_ids=batch.completion_ids % 16)
+    plain, away = LocalTeacher(teacher_folder), LocalTeacher(teacher_folder, offload=True)
+    away.spread(sharding if spread else None)
+    for teacher in (plain, away):
+        teacher.load(torch.device("cpu"))
+    assert away.collective == spread and not plain.collective
+    torch.testing.assert_close(away.score(batch), plain.score(batch))
+    torch.testing.assert_close(away.states(batch).hidden, plain.states(batch).hidden)
+    assert away.weights().sharded == spread
+    assert away.fingerprint() == plain.fingerprint()
+
+
+@every
+def test_recomputed_layers_run_twice_for_the_same_gradient(name, tied):
+    model, batch, runs = build(name, tied), rollout(), []
+    plain = Scorer(copy.deepcopy(model))
+    for layer in decoder_layers(model):
+        # Before it: the second run ends inside, once nothing more is missing.
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    recompute_layers(model)
+    recomputed = Scorer(model)
+    with torch.no_grad():
+        recomputed.score(batch)
+    layers = model.config.num_hidden_layers
+    assert len(runs) == layers
+    for scorer in (plain, recomputed):
+        scorer.score(batch).logprobs.sum().backward()
+    assert len(runs) == 3 * layers
+    for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in recomputed.named_parameters()]
+
+
+def test_gpt2_layers_are_found_and_a_model_without_names_is_one_unit(sharding):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=40)).eval()
+    assert decoder_layers(model) == list(model.transformer.h)
+    for module in model.modules():
+        module._no_split_modules = None
+    words = r"GPT2LMHeadModel names no layers \(`_no_split_modules`\): it is one unit"
+    with pytest.warns(UserWarning, match=words):
+        scorer = sharding.shard(Scorer(model))
+    assert sum(isinstance(m, FSDPModule) for m in scorer.modules()) == 1
+    with (
+        pytest.warns(UserWarning, match=words),
+        pytest.raises(ConfigurationError, match="`activation_checkpointing` must be false for"),
+    ):
+        recompute_layers(model)
