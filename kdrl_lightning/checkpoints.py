@@ -188,6 +188,20 @@ def read_metadata(path: str) -> dict[str, Any]:
     return values
 
 
+def check_readable(path: str, strategy: Any) -> None:
+    """Check that a strategy reads this form of checkpoint.
+
+    Raises:
+        ConfigurationError: it is a folder of shards, and the strategy holds whole models.
+    """
+    if Path(path).is_dir() and not isinstance(strategy, ModelParallelStrategy):
+        raise ConfigurationError(
+            f"`ckpt_path` must be a file for {type(strategy).__name__}: got {path}, a folder of "
+            "shards. Go on with `--trainer.strategy fsdp2` on any number of processes, or start "
+            "from its `export`."
+        )
+
+
 def check_shards(folder: Path) -> None:
     """Check that the shards of a folder are all there, and that its index is safe to read.
 

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kdrl_lightning.checkpoints import read_metadata
+from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
@@ -124,6 +124,7 @@ class KDRLModule(pl.LightningModule):
         """Check what can be checked before weights are loaded."""
         refuse_fsdp1(self.trainer.strategy)
         if path := self.trainer.ckpt_path:
+            check_readable(str(path), self.trainer.strategy)
             saved = read_metadata(str(path)).get(KEY)
             if saved is not None:
                 config = load_config(self.student_path)
