@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,5 +78,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
         for name, entry in index.items()
         if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=folder, no_dist=True)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)  # type: ignore[attr-defined]
     return {name.removeprefix("state_dict."): tensor for name, tensor in state.items()}

@@ -1,0 +1,200 @@
+"""Memory per process and time per step, for one and two processes under ddp and fsdp2.
+
+Random weights of one shape for student and teacher; measured peak memory beside what the
+calculation of ``docs/scale.md`` says. Prints a table, and writes ``scale.json`` and ``scale.md``
+into --out.
+
+    python benchmarks/scale.py --out docs/scale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+ROOT = Path(__file__).parents[1]
+RUNS = (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 1))
+STEPS = 4
+MB = 1 << 20
+
+
+def peak() -> float:
+    """Return the largest memory that this process has held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Measure(Callback):
+    """Writes a rank's memory before and after, its step times and its checkpoint's."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.seconds: list[float] = []
+        self._last = self.before = 0.0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.before = peak()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self._last)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        held = peak()
+        path = self.folder / "saved.ckpt"
+        started = time.perf_counter()
+        trainer.save_checkpoint(path)
+        save = time.perf_counter() - started
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        record = {
+            "before": self.before,
+            "peak": held,
+            "step_seconds": statistics.median(self.seconds[1:]),
+            "save_seconds": save,
+            "saved_mb": sum(p.stat().st_size for p in files) / MB,
+        }
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
+
+
+def make_model(folder: Path, width: int, layers: int) -> int:
+    """Write a random Qwen2 with the embedded task's tokenizer; return its number of weights."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from kdrl_lightning.tiny import TinyModel
+
+    tokenizer = AutoTokenizer.from_pretrained(TinyModel("teacher").path())
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def expected(weights: int, strategy: str, processes: int) -> float:
+    """Return MB per process: the terms of the calculation, in float32.
+
+    Weights, gradients and two moments of the student, the teacher's weights, all split by fsdp2;
+    ddp's buckets hold the gradients once more; under fsdp2 the transformers engine's whole copy.
+    """
+    parts = processes if strategy == "fsdp2" else 1
+    state = 16 * weights / parts + 4 * weights / parts
+    extra = {"ddp": 4.0 * weights, "fsdp2": 4.0 * weights}.get(strategy, 0.0)
+    return (state + extra) / MB
+
+
+def run(model: Path, strategy: str, processes: int) -> dict[str, Any]:
+    """Run a few steps in fresh processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 64}}
+        config = {
+            "model": {
+                "student": str(model),
+                "teacher": {"class_path": "LocalTeacher", "init_args": {"model": str(model)}},
+                "objective": {"class_path": "KDRL", "init_args": {"teacher_kl_coef": 0.1}},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6}},
+            },
+            "data": {
+                "train_prompts": prompts,
+                "reward": "kdrl_lightning.tiny.addition_reward",
+                "prompts_per_rollout": 4,
+                "group_size": 4,
+                "max_tokens": 16,
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": processes,
+                "strategy": strategy,
+                "max_steps": STEPS,
+                "enable_checkpointing": False,
+                "logger": False,
+                "callbacks": [
+                    {"class_path": "CPUThreads"},
+                    {"class_path": "benchmarks.scale.Measure", "init_args": {"folder": folder}},
+                ],
+            },
+            "report": {"export": False},
+        }
+        file = Path(folder) / "run.yaml"
+        file.write_text(yaml.safe_dump(config))
+        out = subprocess.run(
+            [sys.executable, "-m", "kdrl_lightning", "fit", "--config", str(file)],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if out.returncode:
+            raise RuntimeError(out.stderr[-2000:])
+        ranks = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]
+    return {
+        "strategy": strategy,
+        "processes": processes,
+        "peak_mb": max(r["peak"] - r["before"] for r in ranks),
+        "step_seconds": max(r["step_seconds"] for r in ranks),
+        "save_seconds": max(r["save_seconds"] for r in ranks),
+        "saved_mb": ranks[0]["saved_mb"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = make_model(Path(folder), args.width, args.layers)
+        records = []
+        for strategy, processes in RUNS:
+            record = run(Path(folder), strategy, processes)
+            records.append({**record, "expected_mb": expected(weights, strategy, processes)})
+            print(records[-1], flush=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine, "weights": weights, "runs": records}
+    (args.out / "scale.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [
+        f"{weights / 1e6:.1f} M weights in student and teacher each, float32; {machine}.",
+        "",
+        "| strategy | processes | peak MB per process | calculated | s per step | s to save | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {r['strategy']} | {r['processes']} | {r['peak_mb']:.0f} | {r['expected_mb']:.0f} "
+            f"| {r['step_seconds']:.2f} | {r['save_seconds']:.2f} | {r['saved_mb']:.0f} |"
+            for r in records
+        ),
+        "",
+    ]
+    (args.out / "scale.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
