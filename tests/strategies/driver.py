@@ -122,7 +122,7 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
         data["teacher_completions"] = 1
     elif case == "routed":
         cached = CachedTeacher(
-            LocalTeacher(str(folder / "student"), dtype, offload=True), str(out / "scores.db")
+            LocalTeacher(str(folder / "other"), dtype, offload=True), str(out / "scores.db")
         )
         module = make(KDRL(teacher_kl_coef=0.5), RoutedTeacher({"a": teacher, "b": cached}))
         data["train_prompts"] = TwoTeachers()

@@ -24,7 +24,7 @@ def save_phi(folder: Path, seed: int) -> None:
     config = PhiConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=49,  # odd: the ranks hold parts of different sizes
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
@@ -44,6 +44,7 @@ class Runs:
         self.folder = folder
         save_phi(folder / "student", 0)
         save_phi(folder / "teacher", 1)
+        save_phi(folder / "other", 2)
 
     def start(self, strategy: str, cases: tuple[str, ...]) -> None:
         """Run cases in one start of the processes."""

@@ -81,8 +81,9 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(runs: Runs, strate
 
 
 def test_fsdp2_splits_the_student(runs: Runs):
-    whole, half = runs("ddp", "kdrl")["bytes"], runs("fsdp2", "kdrl")["bytes"]
-    assert whole == runs("auto", "kdrl")["bytes"] == 2 * half
+    whole, part = runs("ddp", "kdrl")["bytes"], runs("fsdp2", "kdrl")["bytes"]
+    assert whole == runs("auto", "kdrl")["bytes"]
+    assert whole / 2 <= part < 0.51 * whole  # rank 0 has the larger part of odd sizes
 
 
 @pytest.mark.parametrize("case", ["kdrl", "kdrl32"])
@@ -98,10 +99,10 @@ def test_export_is_the_one_of_a_single_process(runs: Runs, case: str):
 
 
 def test_bf16_mixed_keeps_float32_masters(runs: Runs):
-    mixed, exact = runs("fsdp2", "bf16"), runs("auto", "kdrl32")
+    mixed, exact = runs("fsdp2", "bf16"), runs("fsdp2", "kdrl32")
     assert {t.dtype for t in mixed["weights"].values()} == {torch.float32}
     assert {t.dtype for g in mixed["gradients"] for t in g.values()} == {torch.float32}
-    assert mixed["bytes"] * 2 == exact["bytes"]
+    assert mixed["bytes"] == exact["bytes"]
     start = load_file(runs.folder / "student/model.safetensors")
     assert change(mixed, start)["lm_head.weight"].norm() > 0
     # The engine samples under the same autocast as the trainer scores.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from kdrl_lightning.losses import generalized_jsd
 from kdrl_lightning.losses.logprobs import Head
 from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding, decoder_layers, recompute_layers
+from kdrl_lightning.sharding import Sharding, decoder_layers, load_scorer, recompute_layers
 from kdrl_lightning.teachers import LocalTeacher
 from kdrl_lightning.weights import ModelWeights, full_tensor, plain_name
 
@@ -206,3 +207,55 @@ def test_gpt2_layers_are_found_and_a_model_without_names_is_one_unit(sharding):
         pytest.raises(ConfigurationError, match="`activation_checkpointing` must be false for"),
     ):
         recompute_layers(model)
+
+
+def save(model: Any, folder: Path, **settings: Any) -> str:
+    model.save_pretrained(folder, **settings)
+    return str(folder)
+
+
+@every
+def test_a_model_is_read_in_parts_and_equals_the_loaded_one(
+    sharding, tmp_path, monkeypatch, name, tied
+):
+    path, batch = save(build(name, tied), tmp_path, max_shard_size="20KB"), rollout()
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    plain = load_scorer(path, torch.float32)
+    monkeypatch.setattr("kdrl_lightning.sharding.load_causal_lm", None)  # would hold all of it
+    spread = load_scorer(path, torch.float32, sharding)
+    assert spread.model.generation_config.to_dict() == plain.model.generation_config.to_dict()
+    ours, theirs = (dict(s.model.named_buffers()) for s in (plain, spread))
+    assert ours.keys() == theirs.keys()
+    for key, buffer in ours.items():
+        assert torch.equal(buffer, theirs[key]), key
+    for (key, tensor), (other, parameter) in zip(
+        plain.named_parameters(), spread.named_parameters(), strict=True
+    ):
+        assert key == other and isinstance(parameter, DTensor) and parameter.requires_grad
+        assert torch.equal(full_tensor(parameter.detach()), tensor), key
+    with torch.no_grad():
+        torch.testing.assert_close(spread.score(batch).logprobs, plain.score(batch).logprobs)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.float64])
+@pytest.mark.parametrize("offload", [False, True])
+def test_types_are_those_of_the_loaded_model(sharding, tmp_path, dtype, offload):
+    path = save(build("LlamaForCausalLM", dtype=torch.float16), tmp_path)
+    plain = load_scorer(path, dtype, frozen=True)
+    spread = load_scorer(path, dtype, sharding, frozen=True, offload=offload)
+    for ours, theirs in zip(plain.parameters(), spread.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype and not theirs.requires_grad
+    torch.testing.assert_close(spread.score(rollout()).logprobs, plain.score(rollout()).logprobs)
+
+
+def test_weights_that_need_a_conversion_are_loaded_whole_with_a_warning(sharding, tmp_path):
+    model = build("LlamaForCausalLM")
+    path = save(model, tmp_path)
+    state = {f"old.{n}": t.detach().clone() for n, t in model.state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(
+        {n.removeprefix("old."): t for n, t in state.items()}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.warns(UserWarning, match="cannot be read in parts"):
+        scorer = load_scorer(path, torch.float32, sharding)
+    torch.testing.assert_close(scorer.score(rollout()), Scorer(model).score(rollout()))
