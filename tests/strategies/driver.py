@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from kdrl_lightning import (
     LocalTeacher,
     RolloutDataModule,
     RoutedTeacher,
+    TrainingStopped,
+    TransformersEngine,
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample
+from kdrl_lightning.rollout.engine import Completion
 from kdrl_lightning.tiny import ColumnAddition
 from kdrl_lightning.weights import full_tensor, plain_name
 
@@ -65,6 +69,30 @@ class Sick(KDRLModule):
         ):
             out["loss"] = out["loss"] * torch.nan
         return out
+
+
+def on_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+class OtherPolicy(TransformersEngine):
+    """Its log-probabilities are another policy's, on the last rank alone."""
+
+    def generate(self, *args: Any) -> list[list[Completion]]:
+        groups = super().generate(*args)
+        gap = 5.0 * on_last_rank()
+        return [
+            [replace(c, logprobs=[value - gap for value in c.logprobs]) for c in group]
+            for group in groups
+        ]
+
+
+class Choosy(LocalTeacher):
+    """Knows not all tokens, on the last rank alone."""
+
+    def accept(self, batch: Any) -> None:
+        if on_last_rank():
+            raise TrainingStopped("sampled tokens must be among the teacher's")
 
 
 class Record(pl.Callback):
@@ -129,6 +157,11 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
     elif case == "bf16":
         module = make(KDRL(teacher_kl_coef=0.5, kl_estimator="full_vocabulary"), teacher)
         trainer["precision"] = "bf16-mixed"
+    elif case == "stale":
+        module = make(RLAD(), teacher)
+        data["rollout_engine"] = OtherPolicy()
+    elif case == "choosy":
+        module = make(RLAD(), Choosy(str(folder / "teacher"), dtype))
     else:
         raise ValueError(case)
     return module, data, trainer
@@ -167,6 +200,15 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             **data,
         }
     )
+    if case in ("stale", "choosy"):
+        reason = ""
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except TrainingStopped as stop:
+            reason = str(stop)
+        reasons: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        return {"reasons": reasons}
     trainer.fit(module, datamodule=datamodule)
     module.export(str(out / case))
     weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}

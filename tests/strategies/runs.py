@@ -15,6 +15,7 @@ from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CASES = ("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed")
+OWN = {"auto": (), "ddp": ("stale",), "fsdp2": ("bf16", "stale", "choosy")}
 
 
 def save_phi(folder: Path, seed: int) -> None:
@@ -63,7 +64,6 @@ class Runs:
         """Return what a case's run has seen."""
         file = self.folder / strategy / f"{case}.pt"
         if not file.exists():
-            own = ("bf16",) if strategy == "fsdp2" else ()
-            self.start(strategy, CASES + own)
+            self.start(strategy, CASES + OWN[strategy])
         seen: dict[str, Any] = torch.load(file, weights_only=True)
         return seen

@@ -107,3 +107,17 @@ def test_bf16_mixed_keeps_float32_masters(runs: Runs):
     assert change(mixed, start)["lm_head.weight"].norm() > 0
     # The engine samples under the same autocast as the trainer scores.
     assert mixed["logged"][0]["rollout/logprob_diff_max"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case", "words"),
+    [
+        ("ddp", "stale", "the engine's log-probabilities must agree"),
+        ("fsdp2", "stale", "the engine's log-probabilities must agree"),
+        ("fsdp2", "choosy", "sampled tokens must be among the teacher's"),
+    ],
+)
+def test_what_stops_one_rank_stops_all(runs: Runs, strategy: str, case: str, words: str):
+    first, last = runs(strategy, case)["reasons"]
+    assert first.startswith("another process had to stop")
+    assert last.startswith(words)
