@@ -6,6 +6,7 @@ start of the processes serves all cases. ``FOLDER`` holds the models.
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import warnings
 from dataclasses import replace
@@ -69,6 +70,14 @@ class Sick(KDRLModule):
         ):
             out["loss"] = out["loss"] * torch.nan
         return out
+
+
+def forget_half(database: Path) -> None:
+    """Drop every other score, so that what one rank finds another has to compute."""
+    if dist.get_rank() == 0:
+        with sqlite3.connect(database) as connection:
+            connection.execute("DELETE FROM scores WHERE rowid % 2")
+    dist.barrier()
 
 
 def on_last_rank() -> bool:
@@ -148,7 +157,9 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
         # Its distribution over the full vocabulary needs the teacher's head outside its forward.
         module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
         data["teacher_completions"] = 1
-    elif case == "routed":
+    elif case in ("routed", "half"):
+        if case == "half":
+            forget_half(out / "scores.db")
         cached = CachedTeacher(
             LocalTeacher(str(folder / "other"), dtype, offload=True), str(out / "scores.db")
         )
@@ -212,7 +223,10 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
     trainer.fit(module, datamodule=datamodule)
     module.export(str(out / case))
     weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}
-    own = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
+    own: dict[str, Any] = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
+    if isinstance(module.teacher, RoutedTeacher):
+        cached = module.teacher.teachers["b"]
+        own["found"] = (cached.hits, cached.misses)
     ranks: list[Any] = [own]
     if trainer.world_size > 1:
         ranks = [None] * trainer.world_size

@@ -70,6 +70,15 @@ def test_the_hard_shapes_are_among_them(runs: Runs, strategy: str):
     assert any(a != b for a, b in zip(*(rank["flat"] for rank in ranks), strict=True))
 
 
+def test_scores_that_only_some_ranks_have_to_compute_are_the_same(runs: Runs):
+    before, after = runs("fsdp2", "routed"), runs("fsdp2", "half")
+    for rank in after["ranks"]:
+        hits, misses = rank["found"]
+        assert hits > 0 and misses > 0
+    assert completions(before) == completions(after)
+    assert distance(before["weights"], after["weights"]) <= 1e-12
+
+
 @two
 def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(runs: Runs, strategy: str):
     one, both = runs("auto", "sick"), runs(strategy, "sick")
