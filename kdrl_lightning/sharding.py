@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,8 @@ class Sharding:
         )
         for layer in decoder_layers(scorer.model):
             wrap(layer)
-        wrap(scorer)
+        # Its only floats are another model's states, which keep that model's type.
+        wrap(scorer, mp_policy=replace(policy, cast_forward_inputs=False))
         for method in ("states", "largest_gap"):
             register_fsdp_forward_method(scorer, method)
         scorer.sharded = True

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import generalized_jsd
-from kdrl_lightning.losses.logprobs import Head
+from kdrl_lightning.losses.logprobs import Head, Other
 from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import Sharding, decoder_layers, load_scorer, recompute_layers
@@ -152,9 +152,15 @@ def test_mixed_precision_is_for_trained_models_alone(sharding):
         scorer = mixed.shard(Scorer(model))
         layer = decoder_layers(scorer.model)[0]
         layer.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].dtype))
-        scorer.score(rollout())
+        other = Other(torch.full((15, 5), 1.001), Head(torch.eye(5)))  # bfloat16 has no 1.001
+
+        scores = scorer.score(rollout(), other=other, divergence=lambda _, theirs: theirs.sum(-1))
+        assert bool((scores.divergence[rollout().completion_mask] > 5.004).all())
+        expected = Scorer(plain).score(rollout())
+        torch.testing.assert_close(scores.logprobs, expected.logprobs, atol=0.2, rtol=0.02)
         return scorer
 
+    plain = build("LlamaForCausalLM")
     student = score(build("LlamaForCausalLM"))
     score(build("LlamaForCausalLM").requires_grad_(False))
     assert seen == [torch.bfloat16, torch.float32]
