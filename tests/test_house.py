@@ -36,15 +36,19 @@ ALLOWED = {
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
     "evaluation": FLOOR | {"metrics", "rollout"},
+    "resume": FLOOR,
+    "checkpoints": FLOOR | {"rollout"},
+    "export": FLOOR | {"checkpoints", "models", "resume"},
     "module": FLOOR
-    | {"evaluation", "losses", "metrics", "models", "objectives", "scorer", "teachers", "weights"}
-    | {"sharding", "strategies"},
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
+    | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
-    "callbacks": FLOOR | {"losses", "metrics", "objectives", "plots", "rollout", "schedules"},
+    "callbacks": FLOOR
+    | {"checkpoints", "losses", "metrics", "objectives", "plots", "rollout", "schedules"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
 }
@@ -53,6 +57,7 @@ LIGHTNING = {
     "__main__",
     "module",
     "datamodule",
+    "checkpoints",
     "checks",
     "supervised",
     "callbacks",

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Runs
 from safetensors.torch import load_file
+from strategy_runs import Runs
 from torch import Tensor
 
 two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

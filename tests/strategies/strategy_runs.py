@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PhiConfig, PhiForCausalLM
 
 from kdrl_lightning.tiny.models import make_tokenizer
@@ -43,9 +44,10 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        save_phi(folder / "student", 0)
-        save_phi(folder / "teacher", 1)
-        save_phi(folder / "other", 2)
+        with FileLock(f"{folder}.lock"):  # workers of a parallel session share the runs
+            for seed, name in enumerate(("student", "teacher", "other")):
+                if not (folder / name / "tokenizer.json").exists():
+                    save_phi(folder / name, seed)
 
     def start(self, strategy: str, cases: tuple[str, ...]) -> None:
         """Run cases in one start of the processes."""
@@ -63,7 +65,8 @@ class Runs:
     def __call__(self, strategy: str, case: str) -> dict[str, Any]:
         """Return what a case's run has seen."""
         file = self.folder / strategy / f"{case}.pt"
-        if not file.exists():
-            self.start(strategy, CASES + OWN[strategy])
+        with FileLock(self.folder / f"{strategy}.lock"):
+            if not file.exists():
+                self.start(strategy, CASES + OWN[strategy])
         seen: dict[str, Any] = torch.load(file, weights_only=True)
         return seen
