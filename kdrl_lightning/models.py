@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,34 @@ def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
+    """Build the model of a folder with weights that take no memory until they are written.
+
+    Returns:
+        The model on the CPU in evaluation mode, and the folder with its weight files.
+
+    Raises:
+        ConfigurationError: there is no model at ``path``.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    config = load_config(path)
+    chosen = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    with _reading(path), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
+    model.tie_weights()
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), folder
+
+
 def load_tokenizer(path: str) -> Any:
     """Load the tokenizer that lies beside a model; it must know an end token.
 
@@ -139,8 +168,14 @@ def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher
 
 
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
-    try:
+    with _reading(path):
         return auto_class.from_pretrained(path, **kwargs)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

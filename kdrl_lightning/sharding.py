@@ -7,12 +7,15 @@ has to lie inside the wrapped forward, which no trainer at hand arranges.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -25,8 +28,9 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.models import load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.shard_loading import WeightFiles, fill, sources, to_meta
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Sharding:
         )
         for layer in decoder_layers(scorer.model):
             wrap(layer)
-        wrap(scorer)
+        # Its only floats are another model's states, which keep that model's type.
+        wrap(scorer, mp_policy=replace(policy, cast_forward_inputs=False))
         for method in ("states", "largest_gap"):
             register_fsdp_forward_method(scorer, method)
         scorer.sharded = True
@@ -99,12 +104,45 @@ def load_scorer(
     Raises:
         ConfigurationError: no model at ``path``, or an architecture that is not known.
     """
-    scorer = Scorer(load_causal_lm(path, dtype).requires_grad_(not frozen), vocab_size)
-    if activation_checkpointing:
-        recompute_layers(scorer.model)
-    if sharding is not None:
-        sharding.shard(scorer, offload)
+
+    def wrap(model: Any) -> Scorer:
+        scorer = Scorer(model.requires_grad_(not frozen), vocab_size)
+        if activation_checkpointing:
+            recompute_layers(model)
+        return scorer if sharding is None else sharding.shard(scorer, offload)
+
+    scorer = None if sharding is None else _from_slices(path, dtype, wrap, sharding, offload)
+    if scorer is None:
+        scorer = wrap(load_causal_lm(path, dtype))
     scorer.verify(path)
+    return scorer
+
+
+def _from_slices(
+    path: str,
+    dtype: torch.dtype | str,
+    wrap: Callable[[Any], Scorer],
+    sharding: Sharding,
+    offload: bool,
+) -> Scorer | None:
+    """Shard an empty model and read each rank's rows; None where the files need a conversion."""
+    model, folder = unfilled_causal_lm(path, dtype)
+    found = None
+    if getattr(model.config, "quantization_config", None) is None:
+        with suppress(SafetensorError):  # damaged: loading all of it says so in proper words
+            files = WeightFiles(folder)
+            found = sources(model, files)
+    if found is None:
+        warnings.warn(
+            f"the weights of {path} cannot be read in parts (no safetensors under the model's own "
+            "names): every rank loads all of them on the CPU before it keeps its own.",
+            stacklevel=2,
+        )
+        return None
+    names = {n: found[id(t)] for n, t in model.state_dict(keep_vars=True).items()}
+    to_meta(model)
+    scorer = wrap(model)
+    fill(scorer, model, names, files, "cpu" if offload else sharding.mesh.device_type)
     return scorer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts, encode_prompt
@@ -38,7 +39,14 @@ class SupervisedDataModule(pl.LightningDataModule):
                 "`only_correct` must be false for SupervisedDataModule, without verdicts: "
                 "got true. Leave the wrong rows out of `traces`."
             )
-        self._trainer().limit_val_batches = 0
+        trainer = self._trainer()
+        ranks, micro = trainer.world_size, trainer.accumulate_grad_batches
+        if self.batch_size % ranks or self.batch_size < ranks * micro:
+            raise ConfigurationError(
+                f"`batch_size` must be a multiple of the {ranks} processes, with at least {micro} "
+                f"rows (`accumulate_grad_batches`) for each: got {self.batch_size}."
+            )
+        trainer.limit_val_batches = 0
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
@@ -72,7 +80,8 @@ class SupervisedDataModule(pl.LightningDataModule):
             list(range(len(rows))),
             pad_id=tokenizer.eos_token_id,
         ).to(module.device)
-        totals = step_totals(whole, max(map(len, completions)), module.reduce)
+        longest = module.reduce(torch.tensor(float(max(map(len, completions)))), "max")
+        totals = step_totals(whole, int(longest), module.reduce)
         parts = partition(whole.lengths.tolist(), trainer.accumulate_grad_batches)
         return [whole.select(part).replace(totals=totals) for part in parts]
 

@@ -32,7 +32,8 @@ class ModelWeights:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights by their Hugging Face names, one at a time, tied ones under each.
 
-        Sharded ones are gathered, whole on every rank for as long as the caller keeps them.
+        Sharded ones are gathered, whole on every rank for as long as the caller keeps them. Every
+        rank must then take all of them, also one that has no use for them.
         """
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
             yield plain_name(name), full_tensor(tensor.detach())
@@ -48,7 +49,7 @@ class ModelWeights:
             if writes:
                 self.model.save_pretrained(path)
             return
-        gathered: dict[int, Tensor] = {}  # tied weights once, so that they are saved as tied
+        gathered: dict[int, Tensor] = {}  # by id: tied weights once
         state: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if id(tensor) not in gathered:

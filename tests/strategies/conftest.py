@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from strategy_runs import Runs
 
@@ -9,4 +11,6 @@ from strategy_runs import Runs
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The runs of this session; each strategy's processes start when first asked for."""
-    return Runs(tmp_path_factory.mktemp("strategies"))
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return Runs(root / "strategies")

@@ -1,4 +1,4 @@
-"""Runs named cases on every rank and writes what rank 0 has gathered; started by ``runs.py``.
+"""Runs named cases on every rank and writes what rank 0 has gathered; started by ``strategy_runs.py``.
 
 ``python driver.py FOLDER STRATEGY CASE...``, by itself or under ``torch.distributed.run``: one
 start of the processes serves all cases. ``FOLDER`` holds the models.
@@ -6,8 +6,10 @@ start of the processes serves all cases. ``FOLDER`` holds the models.
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from kdrl_lightning import (
     LocalTeacher,
     RolloutDataModule,
     RoutedTeacher,
+    TrainingStopped,
+    TransformersEngine,
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample
+from kdrl_lightning.rollout.engine import Completion
 from kdrl_lightning.tiny import ColumnAddition
 from kdrl_lightning.weights import full_tensor, plain_name
 
@@ -65,6 +70,38 @@ class Sick(KDRLModule):
         ):
             out["loss"] = out["loss"] * torch.nan
         return out
+
+
+def forget_half(database: Path) -> None:
+    """Drop every other score, so that what one rank finds another has to compute."""
+    if dist.get_rank() == 0:
+        with sqlite3.connect(database) as connection:
+            connection.execute("DELETE FROM scores WHERE rowid % 2")
+    dist.barrier()
+
+
+def on_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+class OtherPolicy(TransformersEngine):
+    """Its log-probabilities are another policy's, on the last rank alone."""
+
+    def generate(self, *args: Any) -> list[list[Completion]]:
+        groups = super().generate(*args)
+        gap = 5.0 * on_last_rank()
+        return [
+            [replace(c, logprobs=[value - gap for value in c.logprobs]) for c in group]
+            for group in groups
+        ]
+
+
+class Choosy(LocalTeacher):
+    """Knows not all tokens, on the last rank alone."""
+
+    def accept(self, batch: Any) -> None:
+        if on_last_rank():
+            raise TrainingStopped("sampled tokens must be among the teacher's")
 
 
 class Record(pl.Callback):
@@ -120,15 +157,22 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
         # Its distribution over the full vocabulary needs the teacher's head outside its forward.
         module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
         data["teacher_completions"] = 1
-    elif case == "routed":
+    elif case in ("routed", "half"):
+        if case == "half":
+            forget_half(out / "scores.db")
         cached = CachedTeacher(
-            LocalTeacher(str(folder / "student"), dtype, offload=True), str(out / "scores.db")
+            LocalTeacher(str(folder / "other"), dtype, offload=True), str(out / "scores.db")
         )
         module = make(KDRL(teacher_kl_coef=0.5), RoutedTeacher({"a": teacher, "b": cached}))
         data["train_prompts"] = TwoTeachers()
     elif case == "bf16":
         module = make(KDRL(teacher_kl_coef=0.5, kl_estimator="full_vocabulary"), teacher)
         trainer["precision"] = "bf16-mixed"
+    elif case == "stale":
+        module = make(RLAD(), teacher)
+        data["rollout_engine"] = OtherPolicy()
+    elif case == "choosy":
+        module = make(RLAD(), Choosy(str(folder / "teacher"), dtype))
     else:
         raise ValueError(case)
     return module, data, trainer
@@ -167,10 +211,22 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             **data,
         }
     )
+    if case in ("stale", "choosy"):
+        reason = ""
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except TrainingStopped as stop:
+            reason = str(stop)
+        reasons: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        return {"reasons": reasons}
     trainer.fit(module, datamodule=datamodule)
     module.export(str(out / case))
     weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}
-    own = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
+    own: dict[str, Any] = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
+    if isinstance(module.teacher, RoutedTeacher):
+        cached = module.teacher.teachers["b"]
+        own["found"] = (cached.hits, cached.misses)
     ranks: list[Any] = [own]
     if trainer.world_size > 1:
         ranks = [None] * trainer.world_size

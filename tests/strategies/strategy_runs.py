@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PhiConfig, PhiForCausalLM
 
 from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CASES = ("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed")
+OWN = {"auto": (), "ddp": ("stale",), "fsdp2": ("bf16", "half", "stale", "choosy")}
 
 
 def save_phi(folder: Path, seed: int) -> None:
@@ -24,7 +26,7 @@ def save_phi(folder: Path, seed: int) -> None:
     config = PhiConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=49,  # odd: the ranks hold parts of different sizes
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
@@ -42,8 +44,10 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        save_phi(folder / "student", 0)
-        save_phi(folder / "teacher", 1)
+        with FileLock(f"{folder}.lock"):  # workers of a parallel session share the runs
+            for seed, name in enumerate(("student", "teacher", "other")):
+                if not (folder / name / "tokenizer.json").exists():
+                    save_phi(folder / name, seed)
 
     def start(self, strategy: str, cases: tuple[str, ...]) -> None:
         """Run cases in one start of the processes."""
@@ -61,8 +65,8 @@ class Runs:
     def __call__(self, strategy: str, case: str) -> dict[str, Any]:
         """Return what a case's run has seen."""
         file = self.folder / strategy / f"{case}.pt"
-        if not file.exists():
-            own = ("bf16",) if strategy == "fsdp2" else ()
-            self.start(strategy, CASES + own)
+        with FileLock(self.folder / f"{strategy}.lock"):
+            if not file.exists():
+                self.start(strategy, CASES + OWN[strategy])
         seen: dict[str, Any] = torch.load(file, weights_only=True)
         return seen

@@ -70,6 +70,15 @@ def test_the_hard_shapes_are_among_them(runs: Runs, strategy: str):
     assert any(a != b for a, b in zip(*(rank["flat"] for rank in ranks), strict=True))
 
 
+def test_scores_that_only_some_ranks_have_to_compute_are_the_same(runs: Runs):
+    before, after = runs("fsdp2", "routed"), runs("fsdp2", "half")
+    for rank in after["ranks"]:
+        hits, misses = rank["found"]
+        assert hits > 0 and misses > 0
+    assert completions(before) == completions(after)
+    assert distance(before["weights"], after["weights"]) <= 1e-12
+
+
 @two
 def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(runs: Runs, strategy: str):
     one, both = runs("auto", "sick"), runs(strategy, "sick")
@@ -81,8 +90,9 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(runs: Runs, strate
 
 
 def test_fsdp2_splits_the_student(runs: Runs):
-    whole, half = runs("ddp", "kdrl")["bytes"], runs("fsdp2", "kdrl")["bytes"]
-    assert whole == runs("auto", "kdrl")["bytes"] == 2 * half
+    whole, part = runs("ddp", "kdrl")["bytes"], runs("fsdp2", "kdrl")["bytes"]
+    assert whole == runs("auto", "kdrl")["bytes"]
+    assert whole / 2 <= part < 0.51 * whole  # rank 0 has the larger part of odd sizes
 
 
 @pytest.mark.parametrize("case", ["kdrl", "kdrl32"])
@@ -98,11 +108,25 @@ def test_export_is_the_one_of_a_single_process(runs: Runs, case: str):
 
 
 def test_bf16_mixed_keeps_float32_masters(runs: Runs):
-    mixed, exact = runs("fsdp2", "bf16"), runs("auto", "kdrl32")
+    mixed, exact = runs("fsdp2", "bf16"), runs("fsdp2", "kdrl32")
     assert {t.dtype for t in mixed["weights"].values()} == {torch.float32}
     assert {t.dtype for g in mixed["gradients"] for t in g.values()} == {torch.float32}
-    assert mixed["bytes"] * 2 == exact["bytes"]
+    assert mixed["bytes"] == exact["bytes"]
     start = load_file(runs.folder / "student/model.safetensors")
     assert change(mixed, start)["lm_head.weight"].norm() > 0
     # The engine samples under the same autocast as the trainer scores.
     assert mixed["logged"][0]["rollout/logprob_diff_max"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case", "words"),
+    [
+        ("ddp", "stale", "the engine's log-probabilities must agree"),
+        ("fsdp2", "stale", "the engine's log-probabilities must agree"),
+        ("fsdp2", "choosy", "sampled tokens must be among the teacher's"),
+    ],
+)
+def test_what_stops_one_rank_stops_all(runs: Runs, strategy: str, case: str, words: str):
+    first, last = runs(strategy, case)["reasons"]
+    assert first.startswith("another process had to stop")
+    assert last.startswith(words)

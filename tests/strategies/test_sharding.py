@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import generalized_jsd
-from kdrl_lightning.losses.logprobs import Head
+from kdrl_lightning.losses.logprobs import Head, Other
 from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding, decoder_layers, recompute_layers
+from kdrl_lightning.sharding import Sharding, decoder_layers, load_scorer, recompute_layers
 from kdrl_lightning.teachers import LocalTeacher
 from kdrl_lightning.weights import ModelWeights, full_tensor, plain_name
 
@@ -116,7 +117,11 @@ def test_a_replica_is_the_model_again_after_every_filling(sharding, tied):
 @pytest.mark.parametrize("tied", [True, False])
 def test_names_fingerprint_and_export_are_those_of_the_plain_model(sharding, tmp_path, tied):
     model = build("Gemma2ForCausalLM", tied)
-    spread = ModelWeights(shard(sharding, model).model, "it")
+    # In bfloat16 passes: what was gathered for one must not be taken for the weights.
+    scorer = shard(Sharding(sharding.mesh, torch.bfloat16), model)
+    with torch.no_grad():
+        scorer.score(rollout())
+    spread = ModelWeights(scorer.model, "it")
     plain = ModelWeights(model, "it")
     for (a, x), (b, y) in zip(spread.named_tensors(), plain.named_tensors(), strict=True):
         assert a == b and not isinstance(x, DTensor) and torch.equal(x, y)
@@ -147,9 +152,15 @@ def test_mixed_precision_is_for_trained_models_alone(sharding):
         scorer = mixed.shard(Scorer(model))
         layer = decoder_layers(scorer.model)[0]
         layer.mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].dtype))
-        scorer.score(rollout())
+        other = Other(torch.full((15, 5), 1.001), Head(torch.eye(5)))  # bfloat16 has no 1.001
+
+        scores = scorer.score(rollout(), other=other, divergence=lambda _, theirs: theirs.sum(-1))
+        assert bool((scores.divergence[rollout().completion_mask] > 5.004).all())
+        expected = Scorer(plain).score(rollout())
+        torch.testing.assert_close(scores.logprobs, expected.logprobs, atol=0.2, rtol=0.02)
         return scorer
 
+    plain = build("LlamaForCausalLM")
     student = score(build("LlamaForCausalLM"))
     score(build("LlamaForCausalLM").requires_grad_(False))
     assert seen == [torch.bfloat16, torch.float32]
@@ -206,3 +217,55 @@ def test_gpt2_layers_are_found_and_a_model_without_names_is_one_unit(sharding):
         pytest.raises(ConfigurationError, match="`activation_checkpointing` must be false for"),
     ):
         recompute_layers(model)
+
+
+def save(model: Any, folder: Path, **settings: Any) -> str:
+    model.save_pretrained(folder, **settings)
+    return str(folder)
+
+
+@every
+def test_a_model_is_read_in_parts_and_equals_the_loaded_one(
+    sharding, tmp_path, monkeypatch, name, tied
+):
+    path, batch = save(build(name, tied), tmp_path, max_shard_size="20KB"), rollout()
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    plain = load_scorer(path, torch.float32)
+    monkeypatch.setattr("kdrl_lightning.sharding.load_causal_lm", None)  # would hold all of it
+    spread = load_scorer(path, torch.float32, sharding)
+    assert spread.model.generation_config.to_dict() == plain.model.generation_config.to_dict()
+    ours, theirs = (dict(s.model.named_buffers()) for s in (plain, spread))
+    assert ours.keys() == theirs.keys()
+    for key, buffer in ours.items():
+        assert torch.equal(buffer, theirs[key]), key
+    for (key, tensor), (other, parameter) in zip(
+        plain.named_parameters(), spread.named_parameters(), strict=True
+    ):
+        assert key == other and isinstance(parameter, DTensor) and parameter.requires_grad
+        assert torch.equal(full_tensor(parameter.detach()), tensor), key
+    with torch.no_grad():
+        torch.testing.assert_close(spread.score(batch).logprobs, plain.score(batch).logprobs)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", torch.float64])
+@pytest.mark.parametrize("offload", [False, True])
+def test_types_are_those_of_the_loaded_model(sharding, tmp_path, dtype, offload):
+    path = save(build("LlamaForCausalLM", dtype=torch.float16), tmp_path)
+    plain = load_scorer(path, dtype, frozen=True)
+    spread = load_scorer(path, dtype, sharding, frozen=True, offload=offload)
+    for ours, theirs in zip(plain.parameters(), spread.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype and not theirs.requires_grad
+    torch.testing.assert_close(spread.score(rollout()).logprobs, plain.score(rollout()).logprobs)
+
+
+def test_weights_that_need_a_conversion_are_loaded_whole_with_a_warning(sharding, tmp_path):
+    model = build("LlamaForCausalLM")
+    path = save(model, tmp_path)
+    state = {f"old.{n}": t.detach().clone() for n, t in model.state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(
+        {n.removeprefix("old."): t for n, t in state.items()}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.warns(UserWarning, match="cannot be read in parts"):
+        scorer = load_scorer(path, torch.float32, sharding)
+    torch.testing.assert_close(scorer.score(rollout()), Scorer(model).score(rollout()))

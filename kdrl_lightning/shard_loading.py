@@ -1,0 +1,98 @@
+"""Loading a model straight into its shards, so that no rank ever holds all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+
+class WeightFiles:
+    """The safetensors files of a Hugging Face folder, read slice by slice.
+
+    Args:
+        folder: with ``model.safetensors``, or several files and their index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        files = [folder / "model.safetensors"]
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        self._files: list[Any] = [safe_open(file, "pt") for file in files if file.is_file()]
+        self._home: dict[str, Any] = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+
+    def name_of(self, names: list[str], shape: torch.Size) -> str | None:
+        """Return under which of a tensor's names it is here, in this shape."""
+        for name in names:
+            if name in self._home:
+                same = list(self._home[name].get_slice(name).get_shape()) == list(shape)
+                return name if same else None
+        return None
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Read some rows of a tensor, and nothing else of it."""
+        part: Tensor = self._home[name].get_slice(name)[start:end]
+        return part
+
+
+def sources(model: nn.Module, files: WeightFiles) -> dict[int, str] | None:
+    """Map the id of each parameter and stored buffer to its name in the files; None if one lacks.
+
+    Checkpoints that transformers has to convert (renamed, fused or quantised weights) lack some.
+    """
+    names: dict[int, list[str]] = {}
+    shapes: dict[int, torch.Size] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)  # tied weights lie under one of theirs
+        shapes[id(tensor)] = tensor.shape
+    found = {key: files.name_of(own, shapes[key]) for key, own in names.items()}
+    known = {key: name for key, name in found.items() if name is not None}
+    return known if len(known) == len(found) else None
+
+
+def to_meta(model: nn.Module) -> None:
+    """Drop the storage of all parameters, tied ones staying tied; buffers keep their values."""
+    seen: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None:
+                if id(own) not in seen:
+                    seen[id(own)] = nn.Parameter(own.detach().to("meta"), own.requires_grad)
+                module._parameters[name] = seen[id(own)]
+
+
+@torch.no_grad()
+def fill(module: nn.Module, model: Any, names: dict[str, str], files: WeightFiles, on: str) -> None:
+    """Give a sharded model on the meta device its storage, and read this rank's rows into it.
+
+    Args:
+        module: the root of the sharding.
+        model: the transformers model inside.
+        names: of each parameter and stored buffer, its name in the files.
+        files: to read from.
+        on: device of the parts.
+    """
+    buffers = {name: buffer for name, buffer in module.named_buffers()}
+    module.to_empty(device=on)
+    for name, buffer in buffers.items():  # to_empty forgets them
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._buffers[own] = buffer
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in names:
+            continue
+        local, start = tensor, 0
+        if isinstance(tensor, DTensor):
+            assert tensor.placements == (Shard(0),)
+            local = tensor.to_local()
+            start = tensor.device_mesh.get_local_rank() * -(
+                -tensor.shape[0] // tensor.device_mesh.size()
+            )
+        if local.numel():
+            local.copy_(files.rows(names[name], start, start + local.shape[0]))
