@@ -1,4 +1,4 @@
-"""Runs named cases on every rank, writes what rank 0 has gathered; see ``strategy_runs.py``.
+"""Runs named cases on every rank and writes what rank 0 has gathered (see ``strategy_runs.py``).
 
 ``python driver.py FOLDER STRATEGY CASE...``, by itself or under ``torch.distributed.run``: one
 start of the processes serves all cases. ``FOLDER`` holds the models.
