@@ -34,6 +34,7 @@ _HOME = {
     "RoutedTeacher": "teachers",
     "Teacher": "teachers",
     "TransformersEngine": "rollout",
+    "VLLMEngine": "rollout",
     "RolloutEngine": "rollout",
     "JSONLPrompts": "prompts",
     "ExactMatch": "rewards",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.rewards import Verdict as Verdict
     from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
+    from kdrl_lightning.rollout import VLLMEngine as VLLMEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
