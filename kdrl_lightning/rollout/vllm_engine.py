@@ -135,7 +135,8 @@ class VLLMEngine(RolloutEngine):
             if self.sleep:
                 llm.wake_up(tags=["kv_cache"])
             # Keys and values of the old weights must not meet the new ones.
-            llm.reset_prefix_cache()
+            if llm.reset_prefix_cache() is False:
+                raise RuntimeError("the prefix cache is still in use")
         self.version = version
 
     def generate(
