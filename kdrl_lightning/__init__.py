@@ -35,6 +35,7 @@ _HOME = {
     "Teacher": "teachers",
     "TransformersEngine": "rollout",
     "VLLMEngine": "rollout",
+    "VLLMServerEngine": "rollout",
     "RolloutEngine": "rollout",
     "JSONLPrompts": "prompts",
     "ExactMatch": "rewards",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
     from kdrl_lightning.rollout import VLLMEngine as VLLMEngine
+    from kdrl_lightning.rollout import VLLMServerEngine as VLLMServerEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher

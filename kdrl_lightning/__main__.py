@@ -11,6 +11,14 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand; exit with 2 on a user's mistake, 1 where training cannot go on."""
+    given = sys.argv[1:] if args is None else list(args)
+    if given[:1] == ["serve"]:  # no trainer, so no LightningCLI
+        from kdrl_lightning.serve import serve
+
+        try:
+            serve(given[1:])
+        except ConfigurationError as error:
+            _exit(error, 2)
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from kdrl_lightning.cli import KDRLCLI

@@ -40,6 +40,7 @@ ALLOWED = {
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
+    "serve": {"errors", "rollout"},
     "callbacks": FLOOR | {"losses", "metrics", "objectives", "plots", "schedules"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},

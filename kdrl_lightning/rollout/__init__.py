@@ -3,5 +3,13 @@
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.vllm_engine import VLLMEngine
+from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
 
-__all__ = ["Completion", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine"]
+__all__ = [
+    "Completion",
+    "RolloutEngine",
+    "Sampling",
+    "TransformersEngine",
+    "VLLMEngine",
+    "VLLMServerEngine",
+]
