@@ -39,8 +39,8 @@ def serve(args: Sequence[str]) -> NoReturn:
     if not key:
         key = secrets.token_urlsafe(24)
         print(f"VLLM_API_KEY={key}  # give it to the trainer's environment", flush=True)
-    os.environ |= {"VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    os.execv(sys.executable, [sys.executable, *command(settings)])
+    needed = {"VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    os.execve(sys.executable, [sys.executable, *command(settings)], {**os.environ, **needed})
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import httpx
@@ -35,6 +36,7 @@ class ServerClient:
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=False,  # a proxy of the environment is not for a neighbour
         )
+        weakref.finalize(self, self._http.close)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send a request; return the JSON of its answer, None where it is empty.

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -79,8 +80,14 @@ class VLLMServerEngine(RolloutEngine):
         """Ask every server whether it serves this model.
 
         Raises:
-            TrainingStopped: one is away or serves another model.
+            ConfigurationError: there is no ``weights_folder``.
+            TrainingStopped: a server is away or serves another model.
         """
+        if self.weights_folder is not None and not Path(self.weights_folder).is_dir():
+            raise ConfigurationError(
+                f"`weights_folder` must be a folder that trainer and servers see: got "
+                f"{self.weights_folder}, which is none."
+            )
         config = weights.model.config.get_text_config()
         self._eos, self._vocab_size = eos_token_id, int(config.vocab_size)
         wanted = {
@@ -128,6 +135,7 @@ class VLLMServerEngine(RolloutEngine):
                 self._on_all(self._load)
             except TrainingStopped as error:
                 failure[0] = str(error)
+            weakref.finalize(self, shutil.rmtree, folder[0], ignore_errors=True)
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
         if world > 1:
