@@ -49,8 +49,8 @@ def test_rlad_learns_through_a_server(tmp_path: Path) -> None:
             f"--config={ROOT / 'configs/rlad.yaml'}",
             f"--config={ROOT / 'configs/engine/vllm_server.yaml'}",
             f"--data.rollout_engine.urls=[{server.url}]",
-            "--trainer.max_steps=100",
-            "--data.val_prompts.size=128",
+            "--trainer.max_steps=80",
+            "--data.val_prompts.size=64",
             "--report.evaluate_teacher=false",
         ]
         out = run(["kdrl_lightning", "fit", *flags], tmp_path, timeout=400, VLLM_API_KEY=KEY)
