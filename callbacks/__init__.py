@@ -1,5 +1,6 @@
-"""Callbacks: annealing, statistics, sync check, progress, and the report of a run."""
+"""Callbacks: annealing, statistics, sync check, checkpoints, progress, a run's report."""
 
+from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
 from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
 from kdrl_lightning.callbacks.progress import RolloutProgress
@@ -11,6 +12,7 @@ from kdrl_lightning.callbacks.weight_sync import WeightSync
 __all__ = [
     "CPUThreads",
     "CoefficientSchedule",
+    "FSDPCheckpoint",
     "KLCoefficientAnnealing",
     "RolloutProgress",
     "RunReport",

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopped
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exit with 2 on a user's mistake, 1 where training cannot go on."""
-    given = sys.argv[1:] if args is None else list(args)
-    if given[:1] == ["serve"]:  # no trainer, so no LightningCLI
-        from kdrl_lightning.serve import serve
+    """Run a subcommand.
 
-        try:
-            serve(given[1:])
-        except ConfigurationError as error:
-            _exit(error, 2)
+    Exit with 2 on a user's mistake, 1 where training cannot go on, 143 where SIGTERM stopped it.
+    """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from kdrl_lightning.cli import KDRLCLI
+    from kdrl_lightning.serve import serve
 
     try:
-        KDRLCLI.run(args)
+        given = sys.argv[1:] if args is None else list(args)
+        if given[:1] == ["export"]:
+            run_export(given[1:])
+        elif given[:1] == ["serve"]:
+            serve(given[1:])
+        else:
+            KDRLCLI.run(args)
+    except Interrupted as error:
+        _exit(error, 128 + signal.SIGTERM)
     except TrainingStopped as error:
         _exit(error, 1)
     except MisconfigurationException as error:
@@ -34,6 +39,26 @@ def main(args: Sequence[str] | None = None) -> None:
         if mistake is None:
             raise
         _exit(mistake, 2)
+
+
+def run_export(args: Sequence[str]) -> None:
+    """Run the subcommand that needs no trainer."""
+    from jsonargparse import auto_cli
+
+    from kdrl_lightning.cli import quiet
+    from kdrl_lightning.export import export
+    from kdrl_lightning.parser import OneLineParser
+
+    quiet()
+    auto_cli(
+        export,
+        args=list(args),
+        prog="python -m kdrl_lightning export",
+        description="Write a checkpoint's student, with its tokenizer, as a Hugging Face folder.",
+        as_positional=False,
+        allow_abbrev=False,
+        parser_class=OneLineParser,
+    )
 
 
 def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:

@@ -17,6 +17,7 @@ import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
 from kdrl_lightning import config_base
 from kdrl_lightning.callbacks import (
+    FSDPCheckpoint,
     RolloutProgress,
     RunReport,
     SelectiveImitationStats,
@@ -31,8 +32,9 @@ from kdrl_lightning.parser import OneLineParser
 class KDRLCLI(LightningCLI):
     """fit, validate, test and predict, configured by YAML and flags.
 
-    Always there: a progress bar, and three callbacks with a group of settings each,
-    ``imitation_stats``, ``weight_sync`` and ``report``. Others go to ``trainer.callbacks``.
+    Always there: a progress bar, and four callbacks with a group of settings each,
+    ``imitation_stats``, ``weight_sync``, ``checkpoint`` and ``report``. Others go to
+    ``trainer.callbacks``.
     """
 
     @classmethod
@@ -43,7 +45,7 @@ class KDRLCLI(LightningCLI):
             args: replaces the command line.
             instantiate_only: build trainer, model and data from ``args`` without a subcommand.
         """
-        _quiet()
+        quiet()
         config_base.install()
         return cls(
             KDRLModule,
@@ -52,7 +54,8 @@ class KDRLCLI(LightningCLI):
             parser_class=OneLineParser,
             parser_kwargs={
                 "prog": "python -m kdrl_lightning",
-                "description": "Post-train a language model with rewards and a frozen teacher.",
+                "description": "Post-train a language model with rewards and a frozen teacher. "
+                "One more subcommand, `export`, writes a checkpoint's student as a model folder.",
             },
             run=not instantiate_only,
             seed_everything_default=0,
@@ -77,6 +80,7 @@ class KDRLCLI(LightningCLI):
         """Add the groups of the callbacks, and one seed for everything."""
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSync, "weight_sync")
+        parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
@@ -95,6 +99,11 @@ class KDRLCLI(LightningCLI):
         except (ValueError, RuntimeError) as error:
             raise ConfigurationError(str(error)) from error
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        if config.get("enable_checkpointing") is False:
+            callbacks = [c for c in callbacks if not isinstance(c, FSDPCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""
 
@@ -104,7 +113,7 @@ def as_seed(value: bool | int | None) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the screen for what concerns the run."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)

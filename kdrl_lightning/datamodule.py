@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -20,11 +21,14 @@ from kdrl_lightning.rollout.groups import EVALUATION_NOISE, Slots
 from kdrl_lightning.rollout.loader import IndexLoader, limited
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
+from kdrl_lightning.rollout.store import pack, unpack
 from kdrl_lightning.rollout.together import require_finite, stop_together
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.weights import ModelWeights
+
+BatchChange: TypeAlias = Callable[[RolloutBatch], RolloutBatch]
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -158,6 +162,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards = RewardRunner(reward, max_reward_failure_frac)
         self.watch = RolloutWatch()
         self._plan: RolloutPlan | None = None
+        self._stored: dict[str, Any] | None = None
         self._teacher_seconds = 0.0
         self._train: list[EncodedPrompt] = []
         self._val: list[EncodedPrompt] = []
@@ -191,7 +196,8 @@ class RolloutDataModule(pl.LightningDataModule):
                 )
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self._plan, self._teacher_seconds = None, self.teacher_seconds
+        self._plan = self._stored = None
+        self._teacher_seconds = self.teacher_seconds
         self.watch = RolloutWatch() if stage == "fit" else self.watch
         self.rollout_engine.version = self.teacher_engine.version = None
         if self.val_prompts is not None:
@@ -247,12 +253,61 @@ class RolloutDataModule(pl.LightningDataModule):
         solved, prompts = module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals and, between two updates of a rollout, the rollout; collective."""
+        rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
+        stored = self._stored
+        if update and self._plan is not None:
+            tensors = pack(self._plan.batch, self._slots(), self._pad_id())
+            stored = {"rollout": rollout, "layout": self._layout(), "tensors": tensors}
+        return {"watch": self.watch.state_dict(), "stored": stored if update else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back.
+
+        Raises:
+            ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
+        """
+        self.watch.load_state_dict(state_dict["watch"])
+        self._stored = state_dict["stored"]
+        for name, value in {} if self._stored is None else self._stored["layout"].items():
+            if (here := self._layout()[name]) != value:
+                raise ConfigurationError(
+                    f"`{name}` must be {value} to go on in the middle of a rollout, as this "
+                    f"checkpoint does: got {here}. Give {value}, or take a checkpoint at a "
+                    "rollout's end."
+                )
+
     def _training_batch(self, micro: int) -> RolloutBatch:
         rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
         if self._plan is None or self._plan.rollout != rollout:
             self._plan = None  # free the old one before the new one is made
-            self._plan = self._make_rollout(rollout)
+            self._plan = self._make_rollout(rollout) if not update else self._resumed(rollout)
         return self._plan.micro_batch(update, micro)
+
+    def _resumed(self, rollout: int) -> RolloutPlan:
+        """Return the half-used rollout of a checkpoint; without one it is made anew."""
+        if self._stored is None or self._stored["rollout"] != rollout:
+            return self._make_rollout(rollout)
+        batch = unpack(self._stored["tensors"], self._slots())
+        self._stored = None
+        return self._planned(batch, rollout, lambda b: b, lambda b: b)
+
+    def _planned(
+        self, batch: RolloutBatch, rollout: int, score: BatchChange, prepare: BatchChange
+    ) -> RolloutPlan:
+        module = self._module()
+        return plan_updates(
+            batch.to(module.device),
+            rollout=rollout,
+            minibatches=self.minibatches_per_rollout,
+            epochs=self.epochs_per_rollout,
+            micro_batches=self.trainer.accumulate_grad_batches,
+            max_tokens=self.train_sampling.max_tokens,
+            score=score,
+            prepare=prepare,
+            reduce=module.reduce,
+        )
 
     def _make_rollout(self, rollout: int) -> RolloutPlan:
         started = time.perf_counter()
@@ -263,17 +318,7 @@ class RolloutDataModule(pl.LightningDataModule):
         batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
         sampled = time.perf_counter()
-        plan = plan_updates(
-            batch.to(module.device),
-            rollout=rollout,
-            minibatches=self.minibatches_per_rollout,
-            epochs=self.epochs_per_rollout,
-            micro_batches=self.trainer.accumulate_grad_batches,
-            max_tokens=self.train_sampling.max_tokens,
-            score=module.score,
-            prepare=module.objective.prepare,
-            reduce=module.reduce,
-        )
+        plan = self._planned(batch, rollout, module.score, module.objective.prepare)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
         seconds = {
@@ -352,6 +397,20 @@ class RolloutDataModule(pl.LightningDataModule):
                     f"{i}. Drop or shorten the prompt, or lower `max_tokens`."
                 )
         return prompts
+
+    def _slots(self) -> list[int]:
+        return self.collector.slots.of_rank(self.trainer.global_rank, self.trainer.world_size)
+
+    def _layout(self) -> dict[str, int]:
+        """What decides which completions a rollout has, and when they are used."""
+        return {
+            "seed": self.seed,
+            "prompts_per_rollout": self.prompts_per_rollout,
+            "group_size": self.group_size,
+            "teacher_completions": self.teacher_completions,
+            "minibatches_per_rollout": self.minibatches_per_rollout,
+            "epochs_per_rollout": self.epochs_per_rollout,
+        }
 
     def _pad_id(self) -> int:
         tokenizer = self._module().tokenizer

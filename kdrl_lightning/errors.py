@@ -21,3 +21,7 @@ def require_between(name: str, value: float, low: float, high: float, cure: str 
 
 class TrainingStopped(RuntimeError):  # noqa: N818
     """A run that cannot go on; the message says at which step and why."""
+
+
+class Interrupted(TrainingStopped):
+    """A run that was asked to stop, and has saved; the message says where to go on."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 
@@ -35,6 +38,24 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
 
     model = _load(AutoModelForCausalLM, path, dtype=dtype)
     return model.eval()
+
+
+def build_causal_lm(
+    config: str, generation_config: str | None, weights: Mapping[str, Tensor]
+) -> Any:
+    """Return a model of a configuration, as JSON, that holds ``weights`` without copying them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    values = json.loads(config)
+    own = AutoConfig.for_model(values.pop("model_type"), **values)
+    own.dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    if generation_config is not None:
+        model.generation_config = GenerationConfig.from_dict(json.loads(generation_config))
+    return model
 
 
 def load_tokenizer(path: str) -> Any:

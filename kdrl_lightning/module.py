@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kdrl_lightning.checkpoints import read_metadata
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
@@ -26,6 +27,7 @@ from kdrl_lightning.models import (
     model_path,
 )
 from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.resume import KEY, Settings, check_identity, identity
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.teachers.base import Teacher
@@ -80,6 +82,7 @@ class KDRLModule(pl.LightningModule):
         self.teacher_seconds = 0.0
         self._skipped_in_a_row = 0
         self._warned_of_rate = False
+        self._settings: Settings | None = None
         self._active_teacher = teacher
         self._reference: LocalTeacher | None = None
         self._stats = StepStats()
@@ -114,6 +117,11 @@ class KDRLModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before weights are loaded."""
+        if path := self.trainer.ckpt_path:
+            saved = read_metadata(str(path)).get(KEY)
+            if saved is not None:
+                config = load_config(self.student_path)
+                check_identity(saved, self, config, stage == "fit", str(path))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(
                 "`precision` must keep float32 weights, without a loss scaler, for training: got "
@@ -152,17 +160,42 @@ class KDRLModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from their callables."""
         trainable = [p for p in self._student().parameters() if p.requires_grad]
+        make = self.lr_scheduler_callable
         try:
             optimizer: Any = self.optimizer_callable(trainable)
-            if self.lr_scheduler_callable is None:
-                return optimizer
-            scheduler = self.lr_scheduler_callable(optimizer)
+            scheduler = None if make is None else make(optimizer)
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"`optimizer` or `lr_scheduler`: {error}.") from error
+        self._settings = Settings(optimizer, scheduler)
+        if scheduler is None:
+            return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Let the configuration win over what a checkpoint says of optimizer and schedule."""
+        if self.trainer.global_step and self._settings is not None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            self._settings.reapply(optimizer, self.lr_schedulers(), self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add whose checkpoint it is, and what the module counts."""
+        checkpoint[KEY] = {
+            **identity(self),
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "teacher_seconds": self.teacher_seconds,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        saved = checkpoint.get(KEY)
+        if saved is not None:
+            self.skipped_steps = saved["skipped_steps"]
+            self._skipped_in_a_row = saved["skipped_in_a_row"]
+            self.teacher_seconds = saved["teacher_seconds"]
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:

@@ -33,15 +33,19 @@ ALLOWED = {
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "weights", "rewards"},
     "evaluation": FLOOR | {"metrics", "rollout"},
+    "resume": FLOOR,
+    "checkpoints": FLOOR | {"rollout"},
+    "export": FLOOR | {"checkpoints", "models", "resume"},
     "module": FLOOR
-    | {"evaluation", "losses", "metrics", "models", "objectives", "scorer", "teachers", "weights"},
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
+    | {"scorer", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
     "serve": {"errors", "rollout"},
-    "callbacks": FLOOR | {"losses", "metrics", "objectives", "plots", "schedules"},
+    "callbacks": FLOOR | {"checkpoints", "losses", "metrics", "objectives", "plots", "schedules"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
 }
@@ -49,6 +53,7 @@ LIGHTNING = {
     "__main__",
     "module",
     "datamodule",
+    "checkpoints",
     "checks",
     "supervised",
     "callbacks",

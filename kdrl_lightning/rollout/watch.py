@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,16 @@ class RolloutWatch:
         if batch.teacher_logprobs is not None:
             metrics["kd/floored_frac"] = floored_tokens / all_tokens
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals."""
+        totals = {"rollouts": self.rollouts, "completions": self.completions, "tokens": self.tokens}
+        return {**totals, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the totals back."""
+        self.rollouts, self.completions = state["rollouts"], state["completions"]
+        self.tokens, self.seconds = state["tokens"], dict(state["seconds"])
 
     def _warn_above(self, limit: float, value: float, text: str) -> None:
         if value > limit and text not in self._warned:

@@ -1,0 +1,205 @@
+"""Checkpoints of a run, for one device, ddp and fsdp2 alike."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from kdrl_lightning.checkpoints import CheckpointWriter, together, unfinished
+from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
+
+
+class FSDPCheckpoint(ModelCheckpoint):
+    """Saves the student, the optimizer and the run's progress, so that a killed run goes on.
+
+    A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards; a path holds a
+    whole one or nothing. The frozen models are not in it. A half-used rollout is.
+
+    It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
+    follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
+    On SIGTERM all processes finish the optimizer step, save, and stop. After an exception the last
+    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest one under the logger's name,
+    whatever its version; ``best`` is that of this run.
+
+    A subclass, so that Lightning knows where the last and the best are; hooks and names are its
+    own: those of ``ModelCheckpoint`` save before a validation that a resume then leaves out.
+
+    Args:
+        dirpath: folder; ``checkpoints`` in the run folder if None.
+        monitor: metric of the validation that ranks checkpoints; None: only the newest stay.
+        mode: ``max`` or ``min``: which end of the metric is best.
+        save_top_k: best checkpoints to keep.
+        keep_last: newest checkpoints to keep.
+        every_n_rollouts: rollouts (without rollouts: optimizer steps) between two checkpoints.
+        asynchronous: write while training goes on; needs host memory for a copy of the state.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        monitor: str | None = "val/accuracy",
+        mode: Literal["max", "min"] = "max",
+        save_top_k: int = 1,
+        keep_last: int = 1,
+        every_n_rollouts: int = 1,
+        asynchronous: bool = False,
+    ) -> None:
+        require_between("save_top_k", save_top_k, 0, float("inf"))
+        require_between("keep_last", keep_last, 1, float("inf"))
+        require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
+        if mode not in ("max", "min"):
+            raise ConfigurationError(f"`mode` must be max or min: got {mode}.")
+        super().__init__(dirpath, monitor=monitor, mode=mode, save_top_k=save_top_k or 1)
+        self.save_top_k = save_top_k
+        self.keep_last = keep_last
+        self.every_n_rollouts = every_n_rollouts
+        self.entries: list[dict[str, Any]] = []
+        self._writer = CheckpointWriter(asynchronous)
+        self._folder = Path()
+        self._due = self._terminated = False
+        self._handler: Any = None
+
+    @property
+    def state_key(self) -> str:
+        """Name in a checkpoint."""
+        return type(self).__name__
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the folder."""
+        self._folder = Path(trainer.strategy.broadcast(str(self._place(trainer))))
+        self.dirpath = str(self._folder)
+        self.entries, self._due, self._terminated = [], False, False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say where the run goes on, and listen for SIGTERM."""
+        if trainer.ckpt_path and trainer.is_global_zero:
+            print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
+        if threading.current_thread() is threading.main_thread():
+            # Instead of Lightning's handler, which runs a collective inside the signal's.
+            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at the end of a rollout, or stop at the end of a step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:
+            return
+        flag = pl_module.reduce(torch.tensor(float(self._terminated)), "max")
+        self._terminated = bool(flag)
+        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
+        at_end = trainer.global_step == trainer.max_steps
+        self._due = at_end or not trainer.global_step % (per_rollout * self.every_n_rollouts)
+        loop = trainer.fit_loop
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save_if_due(trainer, None)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save with the validation's score."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        score = None
+        if self.monitor is not None:
+            if self.monitor not in trainer.callback_metrics:
+                raise ConfigurationError(
+                    f"`monitor` must be a metric of the validation: got {self.monitor}. "
+                    f"Known: {', '.join(sorted(trainer.callback_metrics))}."
+                )
+            score = float(trainer.callback_metrics[self.monitor])
+        self._save_if_due(trainer, score)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Do nothing: epochs mean nothing here."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Do nothing: the other ranks may be somewhere else."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait for the last one."""
+        self._writer.wait(trainer)
+        self._prune(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the signal back."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which checkpoints there are, with their scores."""
+        return {"entries": [dict(entry) for entry in self.entries]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.entries = [dict(entry) for entry in state_dict["entries"]]
+        self._name_best()
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self._terminated = True
+
+    def _save_if_due(self, trainer: Any, score: float | None) -> None:
+        if self._due or self._terminated:
+            self._due = False
+            self._save(trainer, score)
+        if self._terminated:
+            self._writer.wait(trainer)
+            raise Interrupted(
+                f"stopped by SIGTERM after step {trainer.global_step}: saved "
+                f"{self.last_model_path}. Go on with `--ckpt_path last`."
+            )
+
+    def _save(self, trainer: Any, score: float | None) -> None:
+        step = trainer.global_step
+        path = self._folder / f"step={step:08d}.ckpt"
+        self._writer.wait(trainer)
+        self.entries = [e for e in self.entries if e["step"] != step]
+        self.entries.append({"step": step, "path": str(path), "score": score})
+        self._name_best()
+        self._writer.write(trainer, path)
+        if not self._writer.asynchronous:
+            self._prune(trainer)
+
+    def _ranked(self) -> list[dict[str, Any]]:
+        sign = 1.0 if self.mode == "max" else -1.0
+        scored = [e for e in self.entries if e["score"] is not None]
+        return sorted(scored, key=lambda e: (sign * e["score"], e["step"]), reverse=True)
+
+    def _name_best(self) -> None:
+        ranked = self._ranked()
+        self.best_model_path = ranked[0]["path"] if ranked else ""
+        self.best_model_score = torch.tensor(ranked[0]["score"]) if ranked else None
+        self.last_model_path = self.entries[-1]["path"] if self.entries else ""
+
+    def _prune(self, trainer: Any) -> None:
+        """Delete what is neither among the best nor among the newest."""
+        keep = [*self.entries[-self.keep_last :], *self._ranked()[: self.save_top_k]]
+        gone = [e for e in self.entries if e not in keep]
+        self.entries = [e for e in self.entries if e in keep]
+
+        def delete() -> None:
+            for entry in gone if trainer.is_global_zero else []:
+                path = Path(entry["path"])
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+        together(trainer, delete)
+
+    def _place(self, trainer: Any) -> Path:
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        """Return the newest one of any run under this name, for ``ckpt_path="last"``."""
+        folder = self._place(trainer)
+        folders = [folder]
+        if self.dirpath is None and trainer.loggers:
+            folders = list(folder.parent.parent.glob("*/checkpoints"))
+        found = [p for f in folders for p in f.glob("step=*.ckpt") if p != unfinished(p)]
+        newest = max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+        return set() if newest is None else {str(newest)}

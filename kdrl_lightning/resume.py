@@ -1,0 +1,106 @@
+"""What a resumed run takes from its checkpoint, and what from its configuration.
+
+Weights, moments and progress come from the checkpoint; everything that a user can set comes from
+the configuration, so that the command line wins.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from typing import Any
+
+import torch
+
+from kdrl_lightning.errors import ConfigurationError
+
+KEY = "kdrl_lightning"
+# Of a model's configuration: what says nothing about the meaning of its weights.
+NOT_COMPARED = {
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def identity(module: Any) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that wrote it, in plain values."""
+    model = module.weights().model
+    generation = getattr(model, "generation_config", None)
+    return {
+        "objective": type(module.objective).__name__,
+        "student": module.student_path,
+        "config": model.config.to_json_string(use_diff=False),
+        "generation_config": None if generation is None else generation.to_json_string(),
+    }
+
+
+def check_identity(
+    saved: dict[str, Any], module: Any, config: Any, fitting: bool, path: str
+) -> None:
+    """Refuse the checkpoint of another model or, to train on, of another method.
+
+    Args:
+        saved: what ``identity`` returned.
+        module: the module that is to take the checkpoint.
+        config: the configuration of its student.
+        fitting: training goes on: the method counts.
+        path: of the checkpoint.
+
+    Raises:
+        ConfigurationError: they differ; the message names the difference.
+    """
+    here, there = json.loads(config.to_json_string(use_diff=False)), json.loads(saved["config"])
+    different = sorted(
+        name
+        for name in (here.keys() | there.keys()) - NOT_COMPARED
+        if here.get(name) != there.get(name)
+    )
+    if different:
+        name = different[0]
+        raise ConfigurationError(
+            f"`ckpt_path` must hold this student: got {path}, whose {name} is {there.get(name)!r} "
+            f"instead of {here.get(name)!r}. Give the student that it was made from, "
+            f"{saved['student']}."
+        )
+    objective = type(module.objective).__name__
+    if fitting and objective != saved["objective"]:
+        raise ConfigurationError(
+            f"`ckpt_path` must be of a run with the objective {objective}: got {path}, made by "
+            f"{saved['objective']}. To go on with another method, export that student and start "
+            "from it."
+        )
+
+
+class Settings:
+    """The optimizer's and the schedule's settings, as configured.
+
+    Optimizers and schedules keep settings among their state (learning rate, betas, length of a
+    schedule), and loading a checkpoint brings back the old ones. ``reapply`` undoes that: settings
+    as configured, and the schedule stepped to where the run is. A schedule is a function of the
+    number of steps, so an unchanged configuration gives the very same learning rates.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any | None) -> None:
+        self._groups = [
+            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+
+    def reapply(self, optimizer: torch.optim.Optimizer, scheduler: Any | None, steps: int) -> None:
+        """Set them again, for a run that has taken ``steps`` optimizer steps."""
+        for group, settings in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update(copy.deepcopy(settings))
+        if scheduler is None:
+            return
+        scheduler.load_state_dict(copy.deepcopy(self._schedule))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no optimizer step comes before these
+            for _ in range(steps):
+                scheduler.step()

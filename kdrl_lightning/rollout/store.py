@@ -1,0 +1,86 @@
+"""A half-used rollout in a checkpoint, so that a run goes on with the completions that it had.
+
+Rows are kept by the slot of their group over all processes. So another number of processes finds
+its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kdrl_lightning.rollout_batch import RolloutBatch
+
+
+def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, Any] | None:
+    """Collect a rollout from all processes; collective.
+
+    Args:
+        batch: this rank's completions, scored and prepared.
+        slots: of this rank's groups, by ``group_ids``.
+        pad_id: token behind the end of a row.
+
+    Returns:
+        On rank 0 the tensors of all ranks by field name, on the CPU, rows in the order of their
+        slots, which ``group_ids`` holds; None on other ranks.
+    """
+    group_ids = torch.tensor(slots)[batch.group_ids.cpu()]
+    own = _tensors(batch.to("cpu").replace(group_ids=group_ids))
+    parts = _gather(own)
+    if parts is None:
+        return None
+    whole = {name: _stack([p[name] for p in parts], _filler(name, pad_id)) for name in own}
+    order = torch.argsort(whole["group_ids"], stable=True)
+    return {name: value[order] for name, value in whole.items()} | {
+        "temperature": batch.temperature,
+        "engine_exact": batch.engine_exact,
+    }
+
+
+def unpack(state: Mapping[str, Any], slots: Sequence[int]) -> RolloutBatch:
+    """Return the rows of a rank's slots, as they were when the rollout was made there.
+
+    Args:
+        state: what ``pack`` returned.
+        slots: of this rank's groups, in their order.
+    """
+    everything = RolloutBatch(**state)
+    rows, groups = [], []
+    for group, slot in enumerate(slots):
+        members = (everything.group_ids == slot).nonzero().squeeze(-1).tolist()
+        rows += members
+        groups += [group] * len(members)
+    return everything.select(rows).replace(group_ids=torch.tensor(groups))
+
+
+def _tensors(batch: RolloutBatch) -> dict[str, Tensor]:
+    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _gather(own: dict[str, Tensor]) -> list[dict[str, Tensor]] | None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    first = distributed.get_rank() == 0
+    parts: list[Any] | None = [None] * distributed.get_world_size() if first else None
+    distributed.gather_object(own, parts)
+    return parts
+
+
+def _filler(name: str, pad_id: int) -> int:
+    return pad_id if name in ("input_ids", "completion_ids") else 0
+
+
+def _stack(values: list[Tensor], filler: int) -> Tensor:
+    if values[0].dim() > 1:
+        width = max(v.shape[1] for v in values)
+        values = [
+            pad(v, (0, 0) * (v.dim() - 2) + (0, width - v.shape[1]), value=filler) for v in values
+        ]
+    return torch.cat(values)
