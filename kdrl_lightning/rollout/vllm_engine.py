@@ -147,12 +147,12 @@ class VLLMEngine(RolloutEngine):
         Raises:
             TrainingStopped: a prompt is empty, too long, or holds an unknown id; vLLM fails.
         """
-        from vllm import SamplingParams
-
         check_requests(prompts, sampling, self._vocab_size, self._context)
         llm = self._running()
         if self.version is None or self.version == ASLEEP:
             raise TrainingStopped("the engine must have weights to sample from: call update first.")
+        from vllm import SamplingParams
+
         requests = [(p, s) for p, own in zip(prompts, seeds, strict=True) for s in own]
         parameters = [
             SamplingParams(
