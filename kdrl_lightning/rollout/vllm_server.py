@@ -71,7 +71,7 @@ class VLLMServerEngine(RolloutEngine):
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
         key = api_key or os.environ.get("VLLM_API_KEY")
-        self._servers = [ServerClient(url, key, timeout_s, max_sequences) for url in urls]
+        self._servers = [ServerClient(url, key, timeout_s) for url in urls]
         self._folder: Path | None = None
         self._label = ""
         self._vocab_size = self._context = self._eos = 0

@@ -86,6 +86,8 @@ class Scripted:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_GET(self) -> None:
                 self.reply(200, {})
 
@@ -178,7 +180,7 @@ def test_faults_that_last_stop_in_time_and_name_the_url(
 def test_a_server_that_hangs_stops_in_time(server: Scripted, weights: ModelWeights) -> None:
     engine = engine_of(weights, server.url, timeout_s=0.3, max_away_s=1.0)
     server.wait_s, started = 0.8, time.monotonic()
-    with pytest.raises(TrainingStopped, match=rf"{server.url} .* got ReadTimeout"):
+    with pytest.raises(TrainingStopped, match=rf"{server.url} .* got TimeoutError"):
         engine.generate([[7]], [[0]], Sampling(4))
     assert time.monotonic() - started < 4.0
 
@@ -273,7 +275,9 @@ def test_answers_that_cannot_be_are_refused(
 
 
 def test_a_dead_address_is_one_error(weights: ModelWeights) -> None:
-    with pytest.raises(TrainingStopped, match=r"http://127\.0\.0\.1:9 must answer .* ConnectError"):
+    with pytest.raises(
+        TrainingStopped, match=r"http://127\.0\.0\.1:9 must answer .* ConnectionRefusedError"
+    ):
         engine_of(weights, "http://127.0.0.1:9", max_away_s=0.6)
 
 

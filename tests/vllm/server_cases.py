@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from models import EOS, PAD, make_model, worst_gap
@@ -165,6 +164,4 @@ def test_killed_for_good(engine: VLLMServerEngine, server: RealServer) -> None:
     with pytest.raises(TrainingStopped, match=rf"{server.url} must answer within `max_away_s` 2"):
         engine.generate(PROMPTS, SEEDS, Sampling(4))
     assert time.monotonic() - started < 10
-    with pytest.raises(httpx.TransportError):
-        httpx.get(server.url)
     server.start()  # so that the fixture has something to stop
