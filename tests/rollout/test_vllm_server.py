@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
 from need import ROOT, need_vllm, run
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -31,7 +31,7 @@ EOS, PAD = 1, 0
 
 def test_the_real_server(tmp_path: Path) -> None:
     need_vllm()
-    cases = str(ROOT / "tests/vllm/server_cases.py")
+    cases = str(ROOT / "tests/vllm_cases/server_cases.py")
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=400)
     assert out.returncode == 0, out.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 9 and "skipped" not in out.stdout  # type: ignore[index]
