@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rollout.together import stop_together
@@ -17,17 +18,30 @@ class WeightSync(pl.Callback):
     The data module pushes weights before every rollout; this callback checks the result. At a
     rollout's first update the version that travels with each completion must be the trainer's step,
     and the engine's log-probabilities must agree with the trainer's own on the same tokens. Logs
-    ``rollout/staleness`` (optimizer steps) and ``rollout/logprob_diff_max``.
+    ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
+    ``rollout/logprob_diff_max``.
 
     Args:
-        max_mean_diff: bound on the mean absolute difference of log-probabilities, in nats. Equal
-            float32 weights differ by about 1e-6, bfloat16 engines by about 1e-2, stale weights by
-            more.
+        max_mean_diff: bound on the mean absolute difference of log-probabilities, in nats. None:
+            0.001 where trainer and engine compute in float32 or above, and 0.1 in bfloat16. Equal
+            weights differ by about 1e-6 in float32 and 1e-2 in bfloat16, old ones by more.
     """
 
-    def __init__(self, max_mean_diff: float = 0.1) -> None:
-        require_between("max_mean_diff", max_mean_diff, 0.0, float("inf"))
+    def __init__(self, max_mean_diff: float | None = None) -> None:
+        if max_mean_diff is not None:
+            require_between("max_mean_diff", max_mean_diff, 0.0, float("inf"))
         self.max_mean_diff = max_mean_diff
+
+    def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
+        """Return the bound for the trainer's precision and the engine's type.
+
+        >>> WeightSync().bound("32-true", torch.float32), WeightSync().bound("bf16-mixed", None)
+        (0.001, 0.1)
+        """
+        if self.max_mean_diff is not None:
+            return self.max_mean_diff
+        narrow = engine_dtype in (torch.bfloat16, torch.float16) or "16" in precision
+        return 0.1 if narrow else 0.001
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
@@ -55,12 +69,19 @@ class WeightSync(pl.Callback):
         own = batch.completion_mask & (batch.source == STUDENT)[:, None]
         if not own.any():
             return
-        gap = (batch.rollout_logprobs - batch.old_logprobs).abs()[own]
+        gap = (batch.rollout_logprobs - batch.old_logprobs).abs().masked_fill(~own, 0.0)
+        mean = float(gap.sum() / own.sum())
+        pl_module.log("rollout/logprob_diff_mean", mean)
         pl_module.log("rollout/logprob_diff_max", gap.max())
-        if not float(gap.mean()) <= self.max_mean_diff:
+        engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
+        bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
+        if not mean <= bound:
+            row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
-                f"the engine's log-probabilities must agree with the trainer's within "
-                f"{self.max_mean_diff} nats on average: got {float(gap.mean()):.3g} (largest "
-                f"{float(gap.max()):.3g}) at step {trainer.global_step}. The engine holds other "
-                "weights, or samples with settings that change its log-probabilities."
+                f"the engine's log-probabilities must agree with the trainer's within {bound} nats "
+                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at "
+                f"token {place} of completion {row} (id {int(batch.completion_ids[row, place])}): "
+                f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
+                f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, or "
+                "samples with settings that change its log-probabilities."
             )

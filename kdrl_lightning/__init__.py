@@ -34,6 +34,8 @@ _HOME = {
     "RoutedTeacher": "teachers",
     "Teacher": "teachers",
     "TransformersEngine": "rollout",
+    "VLLMEngine": "rollout",
+    "VLLMServerEngine": "rollout",
     "RolloutEngine": "rollout",
     "JSONLPrompts": "prompts",
     "ExactMatch": "rewards",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from kdrl_lightning.rewards import Verdict as Verdict
     from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
+    from kdrl_lightning.rollout import VLLMEngine as VLLMEngine
+    from kdrl_lightning.rollout import VLLMServerEngine as VLLMServerEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher

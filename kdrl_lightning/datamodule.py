@@ -234,7 +234,9 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.trainer.training:
             return self._training_batch(batch)
         self._sync(self.rollout_engine, self._module().weights())
-        return self._evaluate(self.rollout_engine, batch)
+        evaluated = self._evaluate(self.rollout_engine, batch)
+        self.rollout_engine.release()
+        return evaluated
 
     def evaluate(self, weights: ModelWeights) -> float:
         """Accuracy of any model at hand on the prompts that a validation takes.
@@ -315,6 +317,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.teacher_completions and self.teacher_engine.version is None:
             self._sync(self.teacher_engine, module.teacher.weights())
         batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
+        self.rollout_engine.release()
         sampled = time.perf_counter()
         plan = self._planned(batch, rollout, module.score, module.objective.prepare)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())

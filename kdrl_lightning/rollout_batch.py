@@ -64,6 +64,7 @@ class RolloutBatch:
         truncated: ``[B]`` bool, cut at the token limit.
         policy_version: ``[B]`` int64, optimizer steps that the sampling weights had seen.
         temperature: sampling temperature; all log-probabilities are taken at it.
+        engine_exact: the student's ``rollout_logprobs`` are the trainer's own, by construction.
         source: ``[B]`` int64, who sampled the completion: ``STUDENT`` or ``TEACHER``.
         teacher_route: ``[B]`` int64, which of several teachers scores it.
         rollout_logprobs: ``[B, T]``, what the engine that sampled the row reported: the behavior
@@ -97,6 +98,7 @@ class RolloutBatch:
     source: Tensor
     teacher_route: Tensor
     temperature: float = 1.0
+    engine_exact: bool = True
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
@@ -208,6 +210,7 @@ def collate(
     source: Sequence[int] | None = None,
     teacher_route: Sequence[int] | None = None,
     temperature: float = 1.0,
+    engine_exact: bool = True,
     mask_truncated: bool = False,
 ) -> RolloutBatch:
     """Build a batch from token lists, one entry per completion.
@@ -225,6 +228,7 @@ def collate(
         source: B of ``STUDENT`` or ``TEACHER``; the student if None.
         teacher_route: B indices of teachers; zeros if None.
         temperature: sampling temperature.
+        engine_exact: the sampling engine is the trainer's own model.
         mask_truncated: leave truncated completions out of the loss.
     """
     size = len(prompts)
@@ -255,6 +259,7 @@ def collate(
             teacher_route if teacher_route is not None else [0] * size, dtype=torch.long
         ),
         temperature=temperature,
+        engine_exact=engine_exact,
         rollout_logprobs=None
         if rollout_logprobs is None
         else pad_rows(rollout_logprobs, 0.0, torch.float32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kdrl_lightning import callbacks, objectives
+from kdrl_lightning import callbacks, objectives, rollout
 from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
@@ -109,3 +111,29 @@ def test_named_files_exist(page: Path) -> None:
         heads = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
         anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}
         assert not anchor or anchor in anchors, target
+
+
+@pytest.mark.parametrize("name", ["VLLMEngine", "VLLMServerEngine"])
+def test_settings_of_the_engines_are_those_of_the_class(name: str) -> None:
+    text = (ROOT / "docs/vllm.md").read_text()
+    part = re.search(rf"^## [^\n]*`{name}`\n(.*?)(?=^## )", text, re.M | re.S)
+    assert part is not None
+    shown = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", part[1], re.M))
+    parameters = inspect.signature(getattr(rollout, name)).parameters.values()
+    assert shown == {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/engine").glob("*.yaml")), ids=str)
+def test_an_engine_lies_over_any_method(path: Path) -> None:
+    from kdrl_lightning.cli import KDRLCLI
+
+    assert f"configs/engine/{path.name}" in (ROOT / "docs/vllm.md").read_text()
+    wanted = loaded(path)["data"]["rollout_engine"]
+    for method in ("rlad", "kdrl_mask_group"):
+        flags = ["--config", str(ROOT / f"configs/{method}.yaml"), "--config", str(path)]
+        if importlib.util.find_spec("vllm") is None and wanted["class_path"] == "VLLMEngine":
+            with pytest.raises(ConfigurationError, match="where vLLM is not installed"):
+                KDRLCLI.run(flags, instantiate_only=True)
+            continue
+        cli = KDRLCLI.run(flags, instantiate_only=True)
+        assert type(cli.datamodule.rollout_engine).__name__ == wanted["class_path"]

@@ -47,6 +47,7 @@ ALLOWED = {
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
+    "serve": {"errors", "rollout"},
     "callbacks": FLOOR
     | {"checkpoints", "losses", "metrics", "objectives", "plots", "rollout", "schedules"},
     "tiny": FLOOR
@@ -94,7 +95,9 @@ def test_arrows_point_down(path: Path) -> None:
             assert own in LIGHTNING, f"{own} imports Lightning"
         if name.split(".")[0] == "transformers":
             assert own in TRANSFORMERS, f"{own} imports transformers"
-        assert name.split(".")[0] not in ("pytorch_lightning", "vllm", "callbacks"), name
+        assert name.split(".")[0] not in ("pytorch_lightning", "callbacks"), name
+        if name.split(".")[0] == "vllm":
+            assert path.relative_to(PACKAGE) == Path("rollout/vllm_engine.py"), "imports vLLM"
 
 
 def test_every_room_has_its_arrows() -> None:

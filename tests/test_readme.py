@@ -28,7 +28,7 @@ def test_ci_calls_the_second_command() -> None:
 
 def test_commands_name_files_that_exist() -> None:
     for block in blocks("bash"):
-        for path in re.findall(r"[\w/]+\.(?:yaml|txt|py)", block):
+        for path in re.findall(r"[\w/-]+\.(?:yaml|txt|py)", block):
             assert (ROOT / path).is_file(), path
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path

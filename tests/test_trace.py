@@ -306,7 +306,7 @@ def test_weight_sync_stops_a_stale_or_lying_engine(
     with pytest.raises(TrainingStopped, match="2 optimizer steps old at step 2"):
         fit(tmp_path, module, make_data(rollout_engine=Stale()), [WeightSync()])
     module = make_module(student_folder, teacher_folder)
-    with pytest.raises(TrainingStopped, match=r"must agree with the trainer's within 0\.1 nats"):
+    with pytest.raises(TrainingStopped, match=r"must agree with the trainer's within 0\.001 nats"):
         fit(tmp_path, module, make_data(rollout_engine=Lying()), [WeightSync()])
 
 

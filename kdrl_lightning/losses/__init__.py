@@ -10,7 +10,11 @@ from kdrl_lightning.losses.divergences import (
     reverse_kl,
     with_tail,
 )
-from kdrl_lightning.losses.importance import importance_mask, importance_weights
+from kdrl_lightning.losses.importance import (
+    importance_mask,
+    importance_weights,
+    sequence_sum,
+)
 from kdrl_lightning.losses.logprobs import TokenScores, chosen_logprobs, token_scores
 from kdrl_lightning.losses.policy import (
     cispo_surrogate,
@@ -57,6 +61,7 @@ __all__ = [
     "reverse_kl",
     "sequence_log_ratio",
     "sequence_mean",
+    "sequence_sum",
     "sequence_surrogate",
     "token_mean",
     "token_scores",

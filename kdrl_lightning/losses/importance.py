@@ -1,6 +1,6 @@
 """Correction for a sampling engine that disagrees with the trainer about log-probabilities.
 
-Both take the trainer's log-probabilities at rollout time, never the current ones: a correction by
+All take the trainer's log-probabilities at rollout time, never the current ones: a correction by
 the current ones would be a second, unclipped policy ratio.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -41,3 +42,22 @@ def importance_mask(
     """
     log_ratio = (old_logprobs - rollout_logprobs).detach()
     return (log_ratio >= math.log(low)) & (log_ratio <= math.log(high))
+
+
+def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over each completion, at each of its tokens.
+
+    The log of a whole completion's ratio from those of its tokens; with it in place of
+    ``old_logprobs``, and 0 for ``rollout_logprobs``, the functions above weight whole completions.
+
+    Args:
+        values: ``[B, T]``.
+        mask: ``[B, T]`` bool, the completion's tokens.
+
+    Returns:
+        ``[B, T]``, equal along T.
+
+    >>> sequence_sum(torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[-3., -3., -3.]])
+    """
+    return torch.where(mask, values, 0.0).sum(1, keepdim=True).expand_as(values)

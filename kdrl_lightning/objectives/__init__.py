@@ -13,6 +13,7 @@ from kdrl_lightning.objectives.base import Objective, Part, Reduction, Term
 from kdrl_lightning.objectives.corrections import (
     EngineCorrection,
     MaskedImportance,
+    NoCorrection,
     TruncatedImportance,
 )
 from kdrl_lightning.objectives.distill_terms import DistillTerm, SampledKL, VocabularyKL
@@ -59,6 +60,7 @@ __all__ = [
     "GapAdvantage",
     "Gates",
     "MaskedImportance",
+    "NoCorrection",
     "Objective",
     "OnPolicyDistillation",
     "Part",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses import importance_mask, importance_weights
+from kdrl_lightning.losses import importance_mask, importance_weights, sequence_sum
 from kdrl_lightning.objectives.base import Part, known
 from kdrl_lightning.rollout_batch import RolloutBatch
+
+Level = Literal["token", "sequence"]
 
 
 class EngineCorrection(Part):
@@ -20,43 +24,65 @@ class EngineCorrection(Part):
         """``[B, T]`` weights, once per rollout."""
 
 
+class NoCorrection(EngineCorrection):
+    """Take the engine's samples as they are, also where the engine is not exact."""
+
+    def __call__(self, rollout: RolloutBatch) -> Tensor:
+        """Weight by 1."""
+        return torch.ones_like(known(rollout.rollout_logprobs, "rollout_logprobs"))
+
+
 class TruncatedImportance(EngineCorrection):
-    """Importance weights ``min(pi_old / mu, cap)`` of each token.
+    """Importance weights ``min(pi_old / mu, cap)``.
 
     Args:
         cap: largest weight, at least 1.
+        level: the ratio of each ``token``, or the product over the whole completion (``sequence``):
+            unbiased up to the cap, but of larger variance.
     """
 
-    def __init__(self, cap: float = 2.0) -> None:
+    def __init__(self, cap: float = 2.0, level: Level = "token") -> None:
         require_between("cap", cap, 1.0, float("inf"), "2 is usual.")
         self.cap = cap
+        self.level = _checked(level)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Weight by the truncated ratio."""
-        return importance_weights(*_pair(rollout), self.cap)
+        log_ratio = _log_ratio(rollout, self.level)
+        return importance_weights(log_ratio, torch.zeros_like(log_ratio), self.cap)
 
 
 class MaskedImportance(EngineCorrection):
-    """Leave out tokens whose ratio ``pi_old / mu`` lies outside ``[low, high]``.
+    """Leave out tokens, or completions, whose ratio ``pi_old / mu`` lies outside ``[low, high]``.
 
     Args:
         low: smallest ratio kept, above 0 and at most 1.
         high: largest ratio kept, at least 1.
+        level: the ratio of each ``token``, or the product over the whole completion (``sequence``).
     """
 
-    def __init__(self, low: float = 0.5, high: float = 2.0) -> None:
+    def __init__(self, low: float = 0.5, high: float = 2.0, level: Level = "token") -> None:
         if not 0.0 < low <= 1.0:
             raise ConfigurationError(f"`low` must be above 0 and at most 1: got {low}.")
         require_between("high", high, 1.0, float("inf"))
         self.low = low
         self.high = high
+        self.level = _checked(level)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Weight by 1 or 0."""
-        old, rollout_logprobs = _pair(rollout)
-        return importance_mask(old, rollout_logprobs, self.low, self.high).to(old.dtype)
+        log_ratio = _log_ratio(rollout, self.level)
+        kept = importance_mask(log_ratio, torch.zeros_like(log_ratio), self.low, self.high)
+        return kept.to(log_ratio.dtype)
 
 
-def _pair(rollout: RolloutBatch) -> tuple[Tensor, Tensor]:
+def _checked(level: Level) -> Level:
+    if level not in get_args(Level):
+        raise ConfigurationError(f"`level` must be token or sequence: got {level}.")
+    return level
+
+
+def _log_ratio(rollout: RolloutBatch, level: Level) -> Tensor:
     old = known(rollout.old_logprobs, "old_logprobs")
-    return old, known(rollout.rollout_logprobs, "rollout_logprobs")
+    log_ratio = old - known(rollout.rollout_logprobs, "rollout_logprobs")
+    return sequence_sum(log_ratio, rollout.completion_mask) if level == "sequence" else log_ratio

@@ -17,7 +17,11 @@ from kdrl_lightning.objectives.base import (
     check_coefficient,
     known,
 )
-from kdrl_lightning.objectives.corrections import EngineCorrection
+from kdrl_lightning.objectives.corrections import (
+    EngineCorrection,
+    NoCorrection,
+    TruncatedImportance,
+)
 from kdrl_lightning.objectives.distill_terms import DistillTerm
 from kdrl_lightning.objectives.ratios import Ratio
 from kdrl_lightning.objectives.selections import Selection
@@ -37,7 +41,8 @@ class PolicyObjective(Objective):
         selection: where the teacher is imitated; several intersect, none means everywhere.
         teacher_tokens: ratio rule for completions that the teacher sampled.
         engine_correction: weights against a sampling engine that disagrees with the trainer, on the
-            student's sampled tokens.
+            student's sampled tokens; None: ``TruncatedImportance`` where the engine is not exact,
+            nothing else. ``NoCorrection`` switches it off.
         rl_coef: weight of the policy loss, at least 0.
         ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
             the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.
@@ -111,10 +116,17 @@ class PolicyObjective(Objective):
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None and self.selection:
             rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
-        if self.engine_correction is None:
+        correction = self.engine_correction or self._default_correction(rollout)
+        if isinstance(correction, NoCorrection):
             return rollout
-        weights = self.engine_correction(rollout)
+        weights = correction(rollout)
         return rollout.replace(importance_weights=torch.where(rollout.student_mask, weights, 1.0))
+
+    def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
+        # A ratio to what the engine reported corrects already.
+        if rollout.engine_exact or (self.ratio is not None and self.ratio.to_behavior):
+            return NoCorrection()
+        return TruncatedImportance()
 
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield the policy loss, the distillation term and the reference KL."""

@@ -51,6 +51,11 @@ class Ratio(Part):
         """Whether the teacher stands in the ratio."""
         return False
 
+    @property
+    def to_behavior(self) -> bool:
+        """Whether it divides by what the engine reported: nothing is left to correct."""
+        return False
+
     @abstractmethod
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """``[B, T]`` surrogate for advantages ``[B, T]``."""
@@ -194,6 +199,11 @@ class BehaviorRatio(Ratio):
 
     For the teacher's completions, whose log-probabilities are at its own sampling temperature.
     """
+
+    @property
+    def to_behavior(self) -> bool:
+        """It is."""
+        return True
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Clip the ratio to the behavior policy."""

@@ -2,5 +2,14 @@
 
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
+from kdrl_lightning.rollout.vllm_engine import VLLMEngine
+from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
 
-__all__ = ["Completion", "RolloutEngine", "Sampling", "TransformersEngine"]
+__all__ = [
+    "Completion",
+    "RolloutEngine",
+    "Sampling",
+    "TransformersEngine",
+    "VLLMEngine",
+    "VLLMServerEngine",
+]

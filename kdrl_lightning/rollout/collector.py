@@ -108,6 +108,7 @@ class Collector:
             source=[j.source for j in judged],
             teacher_route=[route(j.row) for j in judged],
             temperature=self.student.sampling.temperature,
+            engine_exact=self.student.engine.exact,
             mask_truncated=self.mask_truncated,
         )
         return batch, replaced

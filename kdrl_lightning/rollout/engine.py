@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from kdrl_lightning.weights import ModelWeights
 
@@ -44,9 +45,13 @@ class RolloutEngine(ABC):
 
     Attributes:
         version: the ``policy_version`` of the weights it holds; None before the first sync.
+        exact: its log-probabilities are the trainer's own, so that nothing has to be corrected.
+        dtype: the type that it computes in; None: the trainer's.
     """
 
     version: int | None = None
+    exact: bool = True
+    dtype: torch.dtype | None = None
 
     @abstractmethod
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
@@ -73,6 +78,9 @@ class RolloutEngine(ABC):
         Returns:
             P lists of completions, in the order of the seeds.
         """
+
+    def release(self) -> None:  # noqa: B027 (most engines hold nothing)
+        """Free what the updates may need; ``update_weights`` comes before the next rollout."""
 
 
 def noise_seed(*key: int) -> int:

@@ -37,7 +37,8 @@ def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, An
     whole = {name: _stack([p[name] for p in parts], _filler(name, pad_id)) for name in own}
     order = torch.argsort(whole["group_ids"], stable=True)
     return {name: value[order] for name, value in whole.items()} | {
-        "temperature": batch.temperature
+        "temperature": batch.temperature,
+        "engine_exact": batch.engine_exact,
     }
 
 

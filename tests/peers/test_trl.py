@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,9 @@ from kdrl_lightning.rewards.base import Sample
 from kdrl_lightning.rewards.overlong import OverlongPenalty
 
 trl: Any = pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[peers]'")
+# Its trainers import vLLM where it is installed, of whatever version; nothing here needs it.
+import_utils: Any = import_module("trl.import_utils")
+import_utils.is_vllm_available = lambda min_version=None: False
 
 SEEDS = range(4)
 PROMPTS, GROUP, LENGTH = 4, 4, 9

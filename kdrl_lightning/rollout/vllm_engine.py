@@ -1,0 +1,277 @@
+"""Sampling with vLLM inside the training process, one engine per rank.
+
+The only module that imports vLLM, and only when an engine is built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.weights import ModelWeights
+
+# Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
+# over as they are; and quiet, for the screen belongs to the run.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+CPU_CACHE_BYTES = 512 << 20
+ASLEEP = -1
+
+
+class VLLMEngine(RolloutEngine):
+    """vLLM in the training process: fast sampling from a copy of the student's weights.
+
+    The copy is refreshed before every rollout that finds it old, and the prefix cache is emptied
+    with it. Prompts go in and completions come out as token ids; nothing is tokenised again. The
+    engine's log-probabilities differ from the trainer's by rounding (about 1e-5 in float32, 1e-2
+    in bfloat16), so an importance weight corrects for it unless the objective says otherwise.
+
+    Args:
+        gpu_memory_utilization: part of the GPU's memory that the engine may take in all, weights
+            and cache, in (0, 1].
+        max_model_len: longest prompt and completion together, in tokens; None: the model's context.
+        dtype: ``auto`` is bfloat16 on a GPU and the student's own type on a CPU.
+        sleep: on a GPU, free weights and cache between rollouts, for the updates.
+        kv_cache_memory_bytes: size of the cache; None: what ``gpu_memory_utilization`` leaves on a
+            GPU, 512 MiB on a CPU.
+        max_sequences: completions decoded at once.
+        enforce_eager: no CUDA graphs: starts sooner, samples slower. A CPU has none.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        gpu_memory_utilization: float = 0.4,
+        max_model_len: int | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        sleep: bool = False,
+        kv_cache_memory_bytes: int | None = None,
+        max_sequences: int = 256,
+        enforce_eager: bool = False,
+    ) -> None:
+        if not 0.0 < gpu_memory_utilization <= 1.0:
+            raise ConfigurationError(
+                f"`gpu_memory_utilization` must be above 0 and at most 1: got "
+                f"{gpu_memory_utilization}. The rest is the trainer's."
+            )
+        for name, value in {
+            "max_model_len": max_model_len,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "max_sequences": max_sequences,
+        }.items():
+            if value is not None:
+                require_between(name, value, 1, float("inf"))
+        if sleep and not torch.cuda.is_available():
+            raise ConfigurationError(
+                "`sleep` must be false without a GPU: got true. vLLM cannot sleep on a CPU."
+            )
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigurationError(
+                "`rollout_engine` must be TransformersEngine where vLLM is not installed: got "
+                "VLLMEngine. Install it: pip install 'kdrl_lightning[vllm]'."
+            )
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.max_model_len = max_model_len
+        self.dtype_name = dtype
+        self.sleep = sleep
+        self.kv_cache_memory_bytes = kv_cache_memory_bytes
+        self.max_sequences = max_sequences
+        self.enforce_eager = enforce_eager
+        self._llm: Any = None
+        self._made_for: tuple[str, torch.dtype] | None = None
+        self._vocab_size = self._context = self._eos = 0
+
+    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+        """Start the engine with random weights; a second call with the same model keeps it.
+
+        Raises:
+            ConfigurationError: vLLM cannot run this model here.
+        """
+        config = weights.model.config.get_text_config()
+        self._eos, self._vocab_size = eos_token_id, int(config.vocab_size)
+        self._context = context_of(config, self.max_model_len)
+        own = next(weights.model.parameters())
+        on_gpu = own.device.type == "cuda"
+        auto = torch.bfloat16 if on_gpu else own.dtype
+        self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+        wanted = (weights.path, self.dtype)
+        if self._llm is not None and self._made_for == wanted:
+            return
+        self._llm = None
+        self._llm = self._start(weights.path, on_gpu)
+        self._made_for = wanted
+        if self.sleep:
+            self._llm.sleep(level=2)
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        """Copy the student's weights, one tensor at a time, and forget what the old ones cached.
+
+        Raises:
+            TrainingStopped: the engine does not take them.
+        """
+        llm = self._running()
+        with _stopping("take the weights"):
+            if self.sleep:
+                torch.cuda.empty_cache()
+                llm.wake_up(tags=["weights"])
+            llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": weights.named_tensors()}
+            )
+            if self.sleep:
+                llm.wake_up(tags=["kv_cache"])
+            # Keys and values of the old weights must not meet the new ones.
+            if llm.reset_prefix_cache() is False:
+                raise RuntimeError("the prefix cache is still in use")
+        self.version = version
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Sample; see ``RolloutEngine.generate``.
+
+        Raises:
+            TrainingStopped: a prompt is empty, too long, or holds an unknown id; vLLM fails.
+        """
+        check_requests(prompts, sampling, self._vocab_size, self._context)
+        llm = self._running()
+        if self.version is None or self.version == ASLEEP:
+            raise TrainingStopped("the engine must have weights to sample from: call update first.")
+        from vllm import SamplingParams
+
+        requests = [(p, s) for p, own in zip(prompts, seeds, strict=True) for s in own]
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                seed=seed,
+                max_tokens=sampling.max_tokens,
+                logprobs=0,
+                stop_token_ids=[self._eos],
+                ignore_eos=True,  # the end token is the one above, whatever the model's files say
+                detokenize=False,
+            )
+            for _, seed in requests
+        ]
+        # The trainer's autocast, under which rollouts are made, is not the engine's.
+        with _stopping("sample", self._forget), torch.autocast(_device_type(), enabled=False):
+            outputs = llm.generate(
+                [{"prompt_token_ids": list(p)} for p, _ in requests], parameters, use_tqdm=False
+            )
+        made = iter(outputs)
+        return [[self._completion(next(made).outputs[0]) for _ in own] for own in seeds]
+
+    def release(self) -> None:
+        """Free the GPU's memory for the updates, if ``sleep`` is on."""
+        if self.sleep and self.version not in (None, ASLEEP):
+            self._running().sleep(level=2)  # forgets the weights: the next rollout pushes them
+            self.version = ASLEEP
+
+    def _completion(self, output: Any) -> Completion:
+        ids = list(output.token_ids)
+        values = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
+        return completion(ids, values, self._eos)
+
+    def _start(self, path: str, on_gpu: bool) -> Any:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        cache = self.kv_cache_memory_bytes
+        if cache is None and not on_gpu:
+            cache = CPU_CACHE_BYTES
+        try:
+            with _undisturbed() as launcher:
+                from vllm import LLM
+
+                return LLM(
+                    model=path,
+                    dtype=str(self.dtype).removeprefix("torch."),
+                    load_format="dummy",  # the weights come from the trainer
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # not the model's top-p, top-k and penalties
+                    logprobs_mode="processed_logprobs",
+                    max_model_len=self._context,
+                    max_num_seqs=self.max_sequences,
+                    gpu_memory_utilization=self.gpu_memory_utilization,
+                    kv_cache_memory_bytes=cache,
+                    enforce_eager=self.enforce_eager or not on_gpu,
+                    enable_prefix_caching=True,
+                    enable_sleep_mode=self.sleep,
+                    distributed_executor_backend=launcher,
+                    seed=0,
+                )
+        except Exception as error:
+            raise ConfigurationError(
+                f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "
+                f"{_short(error)}. Check vLLM's versions and memory, or use TransformersEngine."
+            ) from error
+
+    def _running(self) -> Any:
+        if self._llm is None:
+            raise TrainingStopped(
+                "the engine must be running: vLLM has stopped. Start the run anew."
+            )
+        return self._llm
+
+    def _forget(self) -> None:
+        # After a fault inside, vLLM waits for requests that never end.
+        self._llm = self._made_for = self.version = None
+
+
+@contextmanager
+def _stopping(what: str, then: Any = lambda: None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        then()
+        raise TrainingStopped(
+            f"vLLM could not {what}: {_short(error)}. Start the run anew from its last checkpoint."
+        ) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[str | None]:
+    """Keep the process as it was while vLLM starts: seeds, threads, the launcher's variables.
+
+    Yields:
+        vLLM's way to start: ``external_launcher`` beside other ranks, else its own choice.
+    """
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    launcher = {name: os.environ.pop(name, None) for name in LAUNCHER}
+    if several:
+        local = launcher["LOCAL_RANK"] or "0"
+        os.environ |= {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": local}
+    threads = torch.set_num_threads
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield "external_launcher" if several else None
+    finally:
+        torch.set_num_threads = threads  # vLLM's CPU worker takes it away
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for name, value in launcher.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

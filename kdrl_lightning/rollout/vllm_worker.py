@@ -1,0 +1,46 @@
+"""What ``python -m kdrl_lightning serve`` adds to vLLM's worker, called by ``/collective_rpc``.
+
+vLLM mixes the class into its worker; nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdrl_lightning.rollout.weight_files import read_shards
+
+NAME = f"{__name__}.StudentWorker"
+
+
+class StudentWorker:
+    """Takes the student's weights from files, and says which ones it holds."""
+
+    student_label = ""
+
+    def load_student(self: Any, folder: str, label: str) -> dict[str, str]:
+        """Load all safetensors files of a folder, one tensor at a time.
+
+        Args:
+            folder: written by ``write_shards``, on a file system that both sides see.
+            label: what ``student`` returns from now on.
+        """
+        self.student_label = ""  # until all of it is there
+        try:
+            self.reload_weights(weights_iterator=read_shards(Path(folder)))
+        except Exception as error:  # the server's own answer would only be `500`
+            return {"error": f"{type(error).__name__}: {error}"}
+        self.student_label = label
+        return {"label": label}
+
+    def student(self: Any) -> dict[str, str]:
+        """Return the label of the weights, empty before the first, and what else must fit."""
+        model = self.vllm_config.model_config
+        return {
+            "label": self.student_label,
+            "architecture": model.hf_config.architectures[0],
+            "vocab_size": str(model.hf_text_config.vocab_size),
+            "max_model_len": str(model.max_model_len),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": str(model.logprobs_mode),
+        }

@@ -1,0 +1,108 @@
+"""``python -m kdrl_lightning serve``: a vLLM server with the flags that rollouts need."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rollout.vllm_worker import NAME
+
+WARNING = """\
+warning: whoever reaches {host}:{port} can replace the weights, pause the server and call any method
+of its workers: vLLM's key guards /v1 only. Expose it to a private network, behind a firewall."""
+
+
+def serve(args: Sequence[str]) -> NoReturn:
+    """Become the server; the process is replaced.
+
+    Args:
+        args: the command line behind ``serve``.
+
+    Raises:
+        ConfigurationError: the flags contradict each other, or vLLM is not installed.
+    """
+    settings = parse(args)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError(
+            "`serve` must have vLLM: got none. Install it: pip install 'kdrl_lightning[vllm]'."
+        )
+    if not is_loopback(settings.host):
+        print(WARNING.format(host=settings.host, port=settings.port), file=sys.stderr)
+    key = os.environ.get("VLLM_API_KEY")
+    if not key:
+        key = secrets.token_urlsafe(24)
+        print(f"VLLM_API_KEY={key}  # give it to the trainer's environment", flush=True)
+    needed = {"VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    os.execve(sys.executable, [sys.executable, *command(settings)], {**os.environ, **needed})
+
+
+def parse(args: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the flags.
+
+    Raises:
+        ConfigurationError: the host is no loopback address and ``--expose`` is missing.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m kdrl_lightning serve",
+        description="Start a vLLM server for rollouts by VLLMServerEngine. Its key is taken from "
+        "VLLM_API_KEY, or made and printed. Flags behind -- go to vLLM as they are.",
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder or name of the student")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind; others need --expose")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--expose", action="store_true", help="allow an address that other machines reach"
+    )
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; as vLLM's flag")
+    parser.add_argument("--max-model-len", type=int, help="prompt and completion together")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="needed on a CPU")
+    parser.add_argument("vllm", nargs="*", help="further flags of vLLM, behind --")
+    settings = parser.parse_args(list(args))
+    if not is_loopback(settings.host) and not settings.expose:
+        raise ConfigurationError(
+            f"`--host` must be a loopback address without `--expose`: got {settings.host}. vLLM's "
+            "key does not guard the routes that change weights: expose it to a private network "
+            "only."
+        )
+    return settings
+
+
+def command(settings: argparse.Namespace) -> list[str]:
+    """Return the arguments of the Python that runs vLLM's server."""
+    flags = {
+        "--model": settings.model,
+        "--host": settings.host,
+        "--port": settings.port,
+        "--dtype": settings.dtype,
+        "--gpu-memory-utilization": settings.gpu_memory_utilization,
+        "--max-model-len": settings.max_model_len,
+        "--kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
+        "--worker-extension-cls": NAME,
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # not the model's top-p, top-k and penalties
+    }
+    given = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
+    quiet = ["--disable-uvicorn-access-log"]
+    return ["-m", "vllm.entrypoints.openai.api_server", *given, *quiet, *settings.vllm]
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("gpu7")
+    (True, True, False, False)
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

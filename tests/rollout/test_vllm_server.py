@@ -1,0 +1,376 @@
+"""The client of servers: faults by a scripted server, and the real one in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
+from need import ROOT, need_vllm, run
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.rollout import Sampling, VLLMServerEngine
+from kdrl_lightning.rollout.weight_files import read_shards, write_shards
+from kdrl_lightning.serve import command, parse, serve
+from kdrl_lightning.weights import ModelWeights
+
+EOS, PAD = 1, 0
+
+
+def test_the_real_server(tmp_path: Path) -> None:
+    need_vllm()
+    cases = str(ROOT / "tests/vllm_cases/server_cases.py")
+    out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=400)
+    assert out.returncode == 0, out.stdout[-6000:]
+    assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 9 and "skipped" not in out.stdout  # type: ignore[index]
+
+
+def test_rlad_learns_through_a_server(tmp_path: Path) -> None:
+    need_vllm()
+    from servers import KEY, RealServer
+
+    from kdrl_lightning.tiny import TinyModel
+
+    server = RealServer(TinyModel("student").path(), tmp_path / "server.log")
+    try:
+        flags = [
+            f"--config={ROOT / 'configs/rlad.yaml'}",
+            f"--config={ROOT / 'configs/engine/vllm_server.yaml'}",
+            f"--data.rollout_engine.urls=[{server.url}]",
+            "--trainer.max_steps=80",
+            "--data.val_prompts.size=64",
+            "--report.evaluate_teacher=false",
+        ]
+        out = run(["kdrl_lightning", "fit", *flags], tmp_path, timeout=400, VLLM_API_KEY=KEY)
+    finally:
+        server.kill()
+    assert out.returncode == 0, out.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs/rlad/version_0/summary.json").read_text())
+    assert summary["student_accuracy_before"] < 0.3
+    assert summary["student_accuracy_after"] >= 0.9
+
+
+class Scripted:
+    """Answers like a server with ``vocab`` tokens; ``faults`` go first, one per completion."""
+
+    def __init__(self, architecture: str, vocab: int) -> None:
+        self.faults: list[tuple[int, str]] = []
+        self.routes: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "/collective_rpc": self.rpc,
+            "/v1/completions": self.complete,
+            "/pause": lambda body: {},
+            "/resume": lambda body: {},
+            "/reset_prefix_cache": lambda body: {"success": True},
+        }
+        self.describe = {
+            "architecture": architecture,
+            "vocab_size": str(vocab),
+            "max_model_len": "64",
+            "dtype": "float32",
+            "logprobs_mode": "processed_logprobs",
+        }
+        self.label, self.asked, self.loads = "", 0, 0
+        self.wait_s = 0.0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.reply(200, {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+                route = outer.routes.get(self.path.split("?")[0])
+                if route is None:
+                    return self.reply(404, {"detail": "Not Found"})
+                if self.path == "/v1/completions":
+                    outer.asked += 1
+                    time.sleep(outer.wait_s)
+                    if outer.faults:
+                        status, text = outer.faults.pop(0)
+                        return self.reply(status, {"error": text})
+                self.reply(200, route(body))
+
+            def reply(self, status: int, answer: Any) -> None:
+                raw = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *args: Any) -> None:
+                """Keep quiet."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def rpc(self, body: dict[str, Any]) -> Any:
+        if body["method"] == "load_student":
+            self.loads += 1
+            assert load_file(Path(body["args"][0]) / "00000.safetensors")
+            self.label = body["args"][1]
+            return {"results": [{"label": self.label}]}
+        return {"results": [{"label": self.label, **self.describe}]}
+
+    def complete(self, body: dict[str, Any]) -> Any:
+        choice = {
+            "prompt_token_ids": body["prompt"],
+            "token_ids": [5, EOS],
+            "logprobs": {"token_logprobs": [-0.5, -body["seed"] - 1.0]},
+        }
+        return {"choices": [choice]}
+
+
+@pytest.fixture(scope="module")
+def weights(student_folder: str) -> ModelWeights:
+    return ModelWeights(load_causal_lm(student_folder), student_folder)
+
+
+@pytest.fixture
+def server(weights: ModelWeights) -> Iterator[Scripted]:
+    made = Scripted("Qwen2ForCausalLM", weights.model.config.vocab_size)
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def engine_of(weights: ModelWeights, *urls: str, **settings: Any) -> VLLMServerEngine:
+    made = VLLMServerEngine(list(urls), **{"max_away_s": 3.0, "timeout_s": 2.0, **settings})
+    made.setup(weights, EOS, PAD)
+    made.update_weights(weights, 0)
+    return made
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_transient_fault_is_tried_again(
+    server: Scripted, weights: ModelWeights, status: int
+) -> None:
+    engine = engine_of(weights, server.url)
+    server.faults = [(status, "later")]
+    ((one, two),) = engine.generate([[7]], [[0, 1]], Sampling(4))
+    assert (one.ids, one.logprobs, one.truncated) == ([5, EOS], [-0.5, -1.0], False)
+    assert two.logprobs == [-0.5, -2.0]
+    assert server.loads == 1
+
+
+def test_faults_that_last_stop_in_time_and_name_the_url(
+    server: Scripted, weights: ModelWeights
+) -> None:
+    engine = engine_of(weights, server.url)
+    server.faults = [(503, "overloaded")] * 100
+    with pytest.raises(TrainingStopped, match=rf"{server.url} .* 3: got status 503: .*overloaded"):
+        engine.generate([[7]], [[0]], Sampling(4))
+    assert 2 <= server.asked <= 5
+
+
+def test_a_server_that_hangs_stops_in_time(server: Scripted, weights: ModelWeights) -> None:
+    engine = engine_of(weights, server.url, timeout_s=0.3, max_away_s=1.0)
+    server.wait_s, started = 0.8, time.monotonic()
+    with pytest.raises(TrainingStopped, match=rf"{server.url} .* got TimeoutError"):
+        engine.generate([[7]], [[0]], Sampling(4))
+    assert time.monotonic() - started < 4.0
+
+
+def test_a_lasting_fault_is_not_tried_again(server: Scripted, weights: ModelWeights) -> None:
+    engine = engine_of(weights, server.url)
+    server.faults = [(400, "no such model")]
+    with pytest.raises(TrainingStopped, match=r"/v1/completions: got status 400: .*no such model"):
+        engine.generate([[7]], [[0]], Sampling(4))
+    assert server.asked == 1
+
+
+def test_a_restarted_server_gets_the_weights_again(server: Scripted, weights: ModelWeights) -> None:
+    engine = engine_of(weights, server.url)
+    server.label = ""
+    engine.generate([[7]], [[0]], Sampling(4))
+    assert (server.loads, server.asked) == (2, 1)
+    whole = server.complete
+
+    def restarts_after(body: dict[str, Any]) -> Any:
+        server.label, server.routes["/v1/completions"] = "", whole
+        return whole(body)
+
+    server.routes["/v1/completions"] = restarts_after
+    engine.generate([[7]], [[0]], Sampling(4))
+    assert (server.loads, server.asked) == (3, 3)  # the answers from unknown weights are not used
+
+
+def test_several_servers_share_the_prompts(server: Scripted, weights: ModelWeights) -> None:
+    other = Scripted("Qwen2ForCausalLM", weights.model.config.vocab_size)
+    try:
+        engine = engine_of(weights, server.url, other.url)
+        groups = engine.generate([[7], [8], [9], [10]], [[0, 1], [2], [], [3, 4, 5]], Sampling(4))
+    finally:
+        other.http.shutdown()
+        other.http.server_close()
+    assert (server.asked, other.asked, server.loads, other.loads) == (2, 4, 1, 1)
+    assert [[-c.logprobs[1] - 1 for c in group] for group in groups] == [[0, 1], [2], [], [3, 4, 5]]
+
+
+def test_without_development_mode_the_cure_is_named(
+    server: Scripted, weights: ModelWeights
+) -> None:
+    del server.routes["/collective_rpc"]
+    with pytest.raises(TrainingStopped, match=r"status 404.*It does not run in development mode"):
+        engine_of(weights, server.url)
+
+
+def test_without_the_extension_the_cure_is_named(weights: ModelWeights, server: Scripted) -> None:
+    def fails(body: dict[str, Any]) -> Any:
+        raise AssertionError  # never called: the handler below answers
+
+    server.routes["/collective_rpc"] = fails
+    handler: Any = server.http.RequestHandlerClass
+    handler.do_POST = lambda self: (
+        self.rfile.read(int(self.headers["Content-Length"])),
+        self.reply(500, {"error": "no attribute student"}),
+    )
+    with pytest.raises(TrainingStopped, match=r"/collective_rpc: got status 500: .*no attribute"):
+        engine_of(weights, server.url)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vocab_size", "99"), ("architecture", "Other"), ("logprobs_mode", "raw_logprobs")],
+)
+def test_a_server_of_something_else_is_refused(
+    server: Scripted, weights: ModelWeights, name: str, value: str
+) -> None:
+    server.describe[name] = value
+    with pytest.raises(TrainingStopped, match=rf"whose {name} is .*: got {value}\. Start it with"):
+        engine_of(weights, server.url)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("token_ids", [EOS, 5]), ("token_ids", []), ("prompt_token_ids", [7, 7])],
+)
+def test_answers_that_cannot_be_are_refused(
+    server: Scripted, weights: ModelWeights, field: str, value: list[int]
+) -> None:
+    engine, whole = engine_of(weights, server.url), server.complete
+
+    def wrong(body: dict[str, Any]) -> Any:
+        answer = whole(body)
+        answer["choices"][0][field] = value
+        return answer
+
+    server.routes["/v1/completions"] = wrong
+    with pytest.raises(TrainingStopped, match=r"must return one log-prob|got another prompt back"):
+        engine.generate([[7]], [[0]], Sampling(4))
+
+
+def test_a_dead_address_is_one_error(weights: ModelWeights) -> None:
+    with pytest.raises(
+        TrainingStopped, match=r"http://127\.0\.0\.1:9 must answer .* ConnectionRefusedError"
+    ):
+        engine_of(weights, "http://127.0.0.1:9", max_away_s=0.6)
+
+
+@pytest.mark.parametrize("urls", [[], "http://a", ["127.0.0.1:8000"]])
+def test_urls_that_cannot_be_are_refused(urls: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"`urls` must be a list of at least one http"):
+        VLLMServerEngine(urls)
+
+
+def test_a_missing_folder_is_refused(server: Scripted, weights: ModelWeights) -> None:
+    with pytest.raises(ConfigurationError, match=r"`weights_folder` must be a folder .*: got /no"):
+        engine_of(weights, server.url, weights_folder="/no/folder")
+
+
+def test_the_folder_holds_one_version_and_nothing_at_the_end(
+    server: Scripted, weights: ModelWeights, tmp_path: Path
+) -> None:
+    engine = engine_of(weights, server.url, weights_folder=str(tmp_path))
+    engine.update_weights(weights, 1)
+    assert len(list(tmp_path.iterdir())) == 1
+    del engine
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_hold_every_tensor_once_and_tied_ones_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = torch.arange(6.0).view(2, 3)
+    tensors = {"a": shared, "b": shared, "c": shared.t(), "d": torch.ones(1)}
+    monkeypatch.setattr("kdrl_lightning.rollout.weight_files.SHARD_BYTES", 40)
+    write_shards(iter(tensors.items()), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    found = dict(read_shards(tmp_path))
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    write_shards(iter(tensors.items()), None)  # a rank that only takes part in the reading
+    with pytest.raises(FileNotFoundError, match=r"shared file system"):
+        list(read_shards(tmp_path / "none"))
+
+
+def test_another_address_needs_the_flag_and_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for host in ("0.0.0.0", "gpu7", "::"):
+        with pytest.raises(
+            ConfigurationError, match=rf"`--host` .* without `--expose`: got {host}"
+        ):
+            parse(["--model", "m", "--host", host])
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("os.execve", lambda path, *rest: started.append(rest))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    serve(["--model", "m", "--host", "0.0.0.0", "--expose"])
+    told = capsys.readouterr()
+    assert "can replace the weights" in told.err and "0.0.0.0:8000" in told.err
+    key = re.match(r"VLLM_API_KEY=(\S{32})  # give it", told.out)
+    ((arguments, environment),) = started
+    assert key is not None and key[1] not in " ".join(arguments)
+    assert (environment["VLLM_API_KEY"], environment["VLLM_SERVER_DEV_MODE"]) == (key[1], "1")
+
+
+def test_a_key_that_is_given_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.execve", lambda path, *rest: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("VLLM_API_KEY", "mine")
+    serve(["--model", "m"])
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "")
+
+
+def test_the_command_has_what_rollouts_need() -> None:
+    made = command(parse(["--model", "m", "--dtype", "float32", "--", "--enforce-eager"]))
+    text = " ".join(made)
+    for part in (
+        "--host 127.0.0.1",
+        "--logprobs-mode processed_logprobs",
+        "--generation-config vllm",
+        "--worker-extension-cls kdrl_lightning.rollout.vllm_worker.StudentWorker",
+        "--dtype float32",
+    ):
+        assert part in text
+    assert made[-1] == "--enforce-eager" and "--max-model-len" not in made
+
+
+def test_serve_without_vllm_names_the_cure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdrl_lightning.__main__ import main
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as error:
+        main(["serve", "--model", "m"])
+    assert error.value.code == 2
+    assert "pip install 'kdrl_lightning[vllm]'" in capsys.readouterr().err
