@@ -1,10 +1,11 @@
 """Memory per process and time per step, for one and two processes under ddp and fsdp2.
 
 Random weights of one shape for student and teacher; measured peak memory beside what the
-calculation of ``docs/scale.md`` says. Prints a table, and writes ``scale.json`` and ``scale.md``
-into --out.
+calculation of ``docs/scale.md`` says. The C library is told to give freed memory back at once
+(``MALLOC_MMAP_THRESHOLD_``): else a process keeps what has passed by. Prints a
+table, and writes ``scale.json`` and ``scale.md`` into --out.
 
-    python benchmarks/scale.py --out docs/scale
+    python benchmarks/scale.py --out docs/scale --width 512 --layers 6
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,24 @@ STEPS = 4
 MB = 1 << 20
 
 
-def peak() -> float:
-    """Return the largest memory that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Memory(threading.Thread):
+    """Watches this process's own memory (not pages of mapped files) every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = self.now()
+        self.start()
+
+    def now(self) -> float:
+        """Return MB."""
+        with open("/proc/self/status") as file:
+            line = next(x for x in file if x.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.003)
 
 
 class Measure(Callback):
@@ -43,10 +59,13 @@ class Measure(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.seconds: list[float] = []
+        self.memory: Memory | None = None
         self._last = self.before = 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.before = peak()
+        if self.memory is None:
+            self.memory = Memory()
+            self.before = self.memory.now()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         self._last = time.perf_counter()
@@ -57,7 +76,8 @@ class Measure(Callback):
         self.seconds.append(time.perf_counter() - self._last)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        held = peak()
+        assert self.memory is not None
+        held = self.memory.peak
         path = self.folder / "saved.ckpt"
         started = time.perf_counter()
         trainer.save_checkpoint(path)
@@ -97,15 +117,17 @@ def make_model(folder: Path, width: int, layers: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def expected(weights: int, strategy: str, processes: int) -> float:
+def expected(weights: int, layers: int, strategy: str, processes: int) -> float:
     """Return MB per process: the terms of the calculation, in float32.
 
     Weights, gradients and two moments of the student, the teacher's weights, all split by fsdp2;
-    ddp's buckets hold the gradients once more; under fsdp2 the transformers engine's whole copy.
+    ddp's buckets hold the gradients once more; under fsdp2 the transformers engine has a whole
+    copy, and two layers with their gradients pass by.
     """
     parts = processes if strategy == "fsdp2" else 1
     state = 16 * weights / parts + 4 * weights / parts
-    extra = {"ddp": 4.0 * weights, "fsdp2": 4.0 * weights}.get(strategy, 0.0)
+    passing = 2 * 8 * weights / layers
+    extra = {"ddp": 4.0 * weights, "fsdp2": 4.0 * weights + passing}.get(strategy, 0.0)
     return (state + extra) / MB
 
 
@@ -146,7 +168,12 @@ def run(model: Path, strategy: str, processes: int) -> dict[str, Any]:
         out = subprocess.run(
             [sys.executable, "-m", "kdrl_lightning", "fit", "--config", str(file)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+            },
             capture_output=True,
             text=True,
         )
@@ -174,7 +201,9 @@ def main() -> None:
         records = []
         for strategy, processes in RUNS:
             record = run(Path(folder), strategy, processes)
-            records.append({**record, "expected_mb": expected(weights, strategy, processes)})
+            records.append(
+                {**record, "expected_mb": expected(weights, args.layers, strategy, processes)}
+            )
             print(records[-1], flush=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     args.out.mkdir(parents=True, exist_ok=True)
