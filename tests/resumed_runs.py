@@ -15,7 +15,8 @@ from torch import Tensor
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SelectiveImitationStats
 from kdrl_lightning.objectives import Objective
 
-CLOCKS = ("time/", "tokens_per_s")
+# Clocks, and what the report keeps by its step.
+LEFT_OUT = ("time/", "tokens_per_s", "val/")
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Run:
         return {name: value.clone() for name, value in self.module.weights().named_tensors()}
 
     def logged(self) -> list[dict[str, float]]:
-        return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in self.rows]
+        return [{k: v for k, v in row.items() if not k.startswith(LEFT_OUT)} for row in self.rows]
 
 
 class Rates(pl.Callback):
