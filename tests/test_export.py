@@ -196,7 +196,7 @@ def test_a_student_that_is_gone_needs_a_tokenizer(tmp_path: Path) -> None:
     start = save_model(tmp_path / "start", "qwen2", True)
     _, path = trained(tmp_path, start)
     (tmp_path / "start").rename(tmp_path / "moved")
-    with pytest.raises(ConfigurationError, match="got .*start"):
+    with pytest.raises(ConfigurationError, match=r"got .*start"):
         export(path, str(tmp_path / "out"))
     export(path, str(tmp_path / "out"), tokenizer=str(tmp_path / "moved"))
     same_files(tmp_path / "out", tmp_path / "student")
