@@ -107,3 +107,22 @@ def test_stopped_behind_any_step_it_goes_on_as_if_nothing_had_happened(
     for step in range(1, 8):
         rest = run(tmp_path / f"rest{step}", setting, whole.checkpoints[step])
         equal_from(step, whole, rest, accumulate)
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_full"])
+def test_sharded_it_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, student_folder: str, teacher_folder: str, strategy: str
+) -> None:
+    objective = KDRL(0.5, ref_kl_coef=0.1)
+    changes = {"strategy": strategy, "devices": 1, "max_steps": 6}
+    folders = student_folder, teacher_folder
+    setting = Setting(*folders, lambda: objective, {"epochs_per_rollout": 2}, changes)
+    try:
+        whole = run(tmp_path / "whole", setting, save="steps")
+        assert all(Path(p).is_dir() == (strategy == "fsdp2") for p in whole.checkpoints.values())
+        for step in (1, 4, 5):
+            rest = run(tmp_path / f"rest{step}", setting, whole.checkpoints[step])
+            equal_from(step, whole, rest, 1)
+    finally:
+        torch.distributed.destroy_process_group()
