@@ -146,8 +146,8 @@ class KDRLModule(pl.LightningModule):
             frozen.check(self.tokenizer, self.student_path)
 
     def _check_checkpoint(self, path: str, stage: str) -> None:
-        check_readable(path, self.trainer.strategy)
         saved = read_metadata(path).get(KEY)
+        check_readable(path, self.trainer.strategy)
         if saved is not None:
             check_identity(saved, self, load_config(self.student_path), stage == "fit", path)
 
