@@ -170,27 +170,27 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(
     assert set(samples(tmp_path)) == set(samples(whole)) and len(samples(whole)) == STEPS
 
 
-TWO = ("--trainer.strategy=ddp", "--trainer.devices=2")
-
-
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_killed_stopped_and_gone_on_with_by_one(
-    tmp_path: Path, whole: Path, student_folder: str, teacher_folder: str
+    tmp_path: Path, whole: Path, student_folder: str, teacher_folder: str, strategy: str
 ) -> None:
+    two = (f"--trainer.strategy={strategy}", "--trainer.devices=2")
     models, last = (student_folder, teacher_folder), "--ckpt_path=last"
     never, killed = tmp_path / "never", tmp_path / "killed"
-    fit(never, models, *TWO, killer(""))
-    fit(killed, models, *TWO, killer("step:6"), code=-signal.SIGKILL)
+    fit(never, models, *two, killer(""))
+    fit(killed, models, *two, killer("step:6"), code=-signal.SIGKILL)
     began = time.monotonic()
-    _, err = fit(killed, models, *TWO, last, killer("start:8", signal.SIGTERM, rank=1), code=143)
+    _, err = fit(killed, models, *two, last, killer("start:8", signal.SIGTERM, rank=1), code=143)
     assert time.monotonic() - began < 120
     assert "stopped by SIGTERM after step 9: saved " in err
     path = next((killed / "runs").rglob("step=00000009.ckpt"))
-    fit(killed, models, *TWO, f"--ckpt_path={path}", killer(""))
+    fit(killed, models, *two, f"--ckpt_path={path}", killer(""))
     assert student(killed).read_bytes() == student(never).read_bytes()
     assert [set(samples(killed, r)) for r in (0, 1)] == [set(samples(never, r)) for r in (0, 1)]
     # From two processes to one: what was sampled before is used, and the rest is sampled alike.
     alone = tmp_path / "alone"
-    fit(alone, models, f"--ckpt_path={path}", killer(""))
+    one = () if strategy == "ddp" else (two[0], "--trainer.devices=1")
+    fit(alone, models, *one, f"--ckpt_path={path}", killer(""))
     assert samples(alone) == samples(whole)[9:]
     ours, theirs = load_file(student(alone)), load_file(student(never))
     begun = load_file(Path(student_folder) / "model.safetensors")
