@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checkpoints import CheckpointWriter, together, unfinished
+from kdrl_lightning.checkpoints import CheckpointWriter, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 
 
@@ -63,7 +63,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.entries: list[dict[str, Any]] = []
         self._writer = CheckpointWriter(asynchronous)
         self._folder = Path()
-        self._due = self._terminated = False
+        self._due = self._terminated = self._signalled = self._continues = False
         self._handler: Any = None
 
     @property
@@ -75,7 +75,8 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Find the folder."""
         self._folder = Path(trainer.strategy.broadcast(str(self._place(trainer))))
         self.dirpath = str(self._folder)
-        self.entries, self._due, self._terminated = [], False, False
+        self.entries = []
+        self._due = self._terminated = self._signalled = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say where the run goes on, and listen for SIGTERM."""
@@ -91,7 +92,8 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Save at the end of a rollout, or stop at the end of a step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:
             return
-        flag = pl_module.reduce(torch.tensor(float(self._terminated)), "max")
+        # Agreed over ranks here and nowhere else: a signal may reach one of them at any time.
+        flag = pl_module.reduce(torch.tensor(float(self._signalled)), "max")
         self._terminated = bool(flag)
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         at_end = trainer.global_step == trainer.max_steps
@@ -141,7 +143,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self._name_best()
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
-        self._terminated = True
+        self._signalled = True
 
     def _save_if_due(self, trainer: Any, score: float | None) -> None:
         if self._due or self._terminated:
@@ -158,6 +160,8 @@ class FSDPCheckpoint(ModelCheckpoint):
         step = trainer.global_step
         path = self._folder / f"step={step:08d}.ckpt"
         self._writer.wait(trainer)
+        if self._writer.asynchronous:
+            self._prune(trainer)
         self.entries = [e for e in self.entries if e["step"] != step]
         self.entries.append({"step": step, "path": str(path), "score": score})
         self._name_best()
@@ -177,9 +181,15 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.last_model_path = self.entries[-1]["path"] if self.entries else ""
 
     def _prune(self, trainer: Any) -> None:
-        """Delete what is neither among the best nor among the newest."""
+        """Delete what is neither among the best nor among the newest.
+
+        That of an earlier run goes only where ``last`` has found it: a path that a user names may
+        be the start of several runs.
+        """
         keep = [*self.entries[-self.keep_last :], *self._ranked()[: self.save_top_k]]
         gone = [e for e in self.entries if e not in keep]
+        if not self._continues:
+            gone = [e for e in gone if Path(e["path"]).parent == self._folder]
         self.entries = [e for e in self.entries if e in keep]
 
         def delete() -> None:
@@ -200,6 +210,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         folders = [folder]
         if self.dirpath is None and trainer.loggers:
             folders = list(folder.parent.parent.glob("*/checkpoints"))
-        found = [p for f in folders for p in f.glob("step=*.ckpt") if p != unfinished(p)]
+        found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
         newest = max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+        self._continues = True
         return set() if newest is None else {str(newest)}

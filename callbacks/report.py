@@ -47,6 +47,7 @@ class RunReport(pl.Callback):
         self.accuracy: list[tuple[int, float]] = []
         self.teacher_accuracy: float | None = None
         self._predictions: list[str] = []
+        self._latest: dict[str, float] = {}
         self._train_seconds = self._batch_started = 0.0
         self._started = time.perf_counter()
 
@@ -55,10 +56,16 @@ class RunReport(pl.Callback):
         self._started = time.perf_counter()
         if stage == "fit":
             self.curves, self.accuracy, self.teacher_accuracy = [], [], None
+            self._latest = {}
             self._train_seconds = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the teacher, and the student unless the sanity check just did."""
+        """Measure the teacher, and the student unless the sanity check just did.
+
+        A resumed run has both from its start.
+        """
+        if self.accuracy and trainer.ckpt_path:
+            return
         weights = None if pl_module.teacher is None else pl_module.teacher.weights()
         if self.evaluate_teacher and weights is not None and self._can_evaluate(trainer):
             if trainer.is_global_zero:
@@ -85,11 +92,14 @@ class RunReport(pl.Callback):
         """Stop the clock of an update; keep the curves' values at the end of each rollout."""
         self._train_seconds += time.perf_counter() - self._batch_started
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if step_done and trainer.global_step % per_rollout == 0:
-            metrics = trainer.callback_metrics
-            row = {name: float(metrics[name]) for name in CURVES if name in metrics}
-            self.curves.append({"rollout": trainer.global_step // per_rollout, **row})
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # Some are logged at a rollout's start, which may lie before a resume.
+        metrics = trainer.callback_metrics
+        self._latest |= {name: float(metrics[name]) for name in CURVES if name in metrics}
+        if trainer.global_step % per_rollout == 0:
+            rollout = trainer.global_step // per_rollout
+            self.curves.append({"rollout": rollout, **self._latest})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure once more if need be."""
@@ -139,6 +149,7 @@ class RunReport(pl.Callback):
         """Keep the curves over a resume."""
         return {
             "curves": self.curves,
+            "latest": self._latest,
             "accuracy": self.accuracy,
             "teacher_accuracy": self.teacher_accuracy,
             "train_seconds": self._train_seconds,
@@ -146,7 +157,7 @@ class RunReport(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curves."""
-        self.curves = state_dict["curves"]
+        self.curves, self._latest = state_dict["curves"], state_dict["latest"]
         self.accuracy = [(int(step), float(value)) for step, value in state_dict["accuracy"]]
         self.teacher_accuracy = state_dict["teacher_accuracy"]
         self._train_seconds = state_dict["train_seconds"]

@@ -16,6 +16,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit with 2 on a user's mistake, 1 where training cannot go on, 143 where SIGTERM stopped it.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from kdrl_lightning.cli import KDRLCLI
     from kdrl_lightning.serve import serve
@@ -30,6 +31,8 @@ def main(args: Sequence[str] | None = None) -> None:
             KDRLCLI.run(args)
     except Interrupted as error:
         _exit(error, 128 + signal.SIGTERM)
+    except SIGTERMException as error:  # before the first step, or without training
+        _exit(Interrupted("stopped by SIGTERM: nothing was saved."), 128 + signal.SIGTERM, error)
     except TrainingStopped as error:
         _exit(error, 1)
     except MisconfigurationException as error:
@@ -68,9 +71,9 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
     return error
 
 
-def _exit(error: Exception, code: int) -> NoReturn:
+def _exit(error: Exception, code: int, cause: BaseException | None = None) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(code) from error
+    raise SystemExit(code) from cause or error
 
 
 if __name__ == "__main__":

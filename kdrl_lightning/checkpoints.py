@@ -7,6 +7,7 @@ that a kill in between leaves a broken one, and know no asynchronous folder.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -19,6 +20,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils import _pytree as pytree
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -26,7 +29,23 @@ from kdrl_lightning.rollout.together import stop_together
 
 SHARDS, META = ".metadata", "meta.pt"
 # What the index of shards may be made of; it is a pickle, and torch would run any other.
-INDEX_MODULES = ("torch", "collections", "pathlib")
+INDEX_NAMES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
 
 
 class CheckpointWriter:
@@ -105,7 +124,10 @@ class CheckpointWriter:
             )
             self._pending = future, finish  # type: ignore[assignment]
         else:
-            dcp.save(tensors, checkpoint_id=half)  # type: ignore[attr-defined]
+            together(
+                trainer,
+                lambda: dcp.save(tensors, checkpoint_id=half),  # type: ignore[attr-defined]
+            )
             self._pending = _done(), finish
 
 
@@ -115,9 +137,12 @@ def together(trainer: Any, work: Callable[[], Any]) -> None:
     def tried() -> None:
         try:
             work()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):  # torch's, of all ranks
+                cause = next(iter(error.failures.values()))[0]
             raise TrainingStopped(
-                f"a checkpoint must be writable: got {type(error).__name__}: {error} at step "
+                f"a checkpoint must be writable: got {type(cause).__name__}: {cause} at step "
                 f"{trainer.global_step}. Earlier checkpoints are whole; make room, or mend the "
                 "folder, and resume."
             ) from error
@@ -203,26 +228,37 @@ def check_readable(path: str, strategy: Any) -> None:
 
 
 def check_shards(folder: Path) -> None:
-    """Check that the shards of a folder are all there, and that its index is safe to read.
+    """Check that the shards of a folder are all there, and safe to read.
 
     Raises:
-        ValueError: they are not, or the index names something that is not of torch.
+        ValueError: they are not there.
+        UnpicklingError: index or shards hold more than an index, tensors and plain values.
     """
     for name in (SHARDS, META):
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing: it was not finished")
-    with (folder / SHARDS).open("rb") as file:
-        index = _IndexReader(file).load()
-    for part in index.storage_data.values():
+    try:
+        with (folder / SHARDS).open("rb") as file:
+            index = _IndexReader(file).load()
+        parts, entries = index.storage_data, index.state_dict_metadata
+    except (AttributeError, ImportError, LookupError, TypeError) as error:
+        raise ValueError(f"its index cannot be read: {error!r}") from error
+    for key, part in parts.items():
         file_path = folder / part.relative_path
         size = file_path.stat().st_size if file_path.is_file() else -1
         if size < part.offset + part.length:
             raise ValueError(f"{part.relative_path} has {size} bytes, too few")
+        if isinstance(entries[key.fqn], BytesStorageMetadata):
+            # torch would unpickle it without asking what it is.
+            with file_path.open("rb") as file:
+                file.seek(part.offset)
+                torch.load(io.BytesIO(file.read(part.length)), weights_only=True)
 
 
 class _IndexReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] not in INDEX_MODULES or name.startswith("_load"):
+        kind = isinstance(vars(torch).get(name), torch.dtype) and module == "torch"
+        if not kind and name not in INDEX_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"its index names {module}.{name}")
         return super().find_class(module, name)
 

@@ -269,6 +269,8 @@ class RolloutDataModule(pl.LightningDataModule):
         Raises:
             ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
         """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
         self.watch.load_state_dict(state_dict["watch"])
         self._stored = state_dict["stored"]
         for name, value in {} if self._stored is None else self._stored["layout"].items():

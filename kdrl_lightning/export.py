@@ -36,8 +36,10 @@ def export(
             there, or there is no tokenizer.
     """
     wanted = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(wanted, torch.dtype):
-        raise ConfigurationError(f"`dtype` must be one of torch, e.g. bfloat16: got {dtype}.")
+    if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ConfigurationError(
+            f"`dtype` must be a floating-point one of torch, e.g. bfloat16: got {dtype}."
+        )
     folder = Path(output)
     if (folder / "config.json").exists():
         raise ConfigurationError(

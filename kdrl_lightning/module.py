@@ -26,7 +26,7 @@ from kdrl_lightning.models import (
     model_path,
 )
 from kdrl_lightning.objectives.base import Objective
-from kdrl_lightning.resume import KEY, Settings, check_identity, identity
+from kdrl_lightning.resume import KEY, Settings, check_before_loading, check_identity, identity
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import load_scorer
@@ -123,12 +123,7 @@ class KDRLModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Check what can be checked before weights are loaded."""
         refuse_fsdp1(self.trainer.strategy)
-        if path := self.trainer.ckpt_path:
-            check_readable(str(path), self.trainer.strategy)
-            saved = read_metadata(str(path)).get(KEY)
-            if saved is not None:
-                config = load_config(self.student_path)
-                check_identity(saved, self, config, stage == "fit", str(path))
+        check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(
                 "`precision` must keep float32 weights, without a loss scaler, for training: got "
@@ -149,6 +144,12 @@ class KDRLModule(pl.LightningModule):
             )
         for frozen in self._frozen():
             frozen.check(self.tokenizer, self.student_path)
+
+    def _check_checkpoint(self, path: str, stage: str) -> None:
+        saved = read_metadata(path).get(KEY)
+        check_readable(path, self.trainer.strategy)
+        if saved is not None:
+            check_identity(saved, self, load_config(self.student_path), stage == "fit", path)
 
     def configure_model(self) -> None:
         """Load the student and, for training, the teacher, once; shard each where asked to."""

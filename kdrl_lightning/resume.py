@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,10 +35,30 @@ def identity(module: Any) -> dict[str, Any]:
     generation = getattr(model, "generation_config", None)
     return {
         "objective": type(module.objective).__name__,
+        "optimizer": optimizer_name(module),
         "student": module.student_path,
         "config": model.config.to_json_string(use_diff=False),
         "generation_config": None if generation is None else generation.to_json_string(),
     }
+
+
+def optimizer_name(module: Any) -> str:
+    """Return the class of a module's optimizer, which need not be there yet."""
+    return type(module.optimizer_callable([torch.nn.Parameter(torch.zeros(1))])).__name__
+
+
+def check_before_loading(strategy: Any, check: Callable[[str], None]) -> None:
+    """Let a strategy check a checkpoint before it reads it.
+
+    Lightning tells the path to no hook before that.
+    """
+    load = type(strategy).load_checkpoint
+
+    def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        check(str(checkpoint_path))
+        return load(strategy, checkpoint_path, *args, **kwargs)
+
+    strategy.load_checkpoint = checked
 
 
 def check_identity(
@@ -75,6 +96,12 @@ def check_identity(
             f"{saved['objective']}. To go on with another method, export that student and start "
             "from it."
         )
+    optimizer = optimizer_name(module)
+    if fitting and optimizer != saved["optimizer"]:
+        raise ConfigurationError(
+            f"`optimizer` must be {saved['optimizer']} to go on from {path}, for its moments: got "
+            f"{optimizer}. To go on with another one, export that student and start from it."
+        )
 
 
 class Settings:
@@ -102,5 +129,11 @@ class Settings:
         scheduler.load_state_dict(copy.deepcopy(self._schedule))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no optimizer step comes before these
-            for _ in range(steps):
-                scheduler.step()
+            try:
+                for _ in range(steps):
+                    scheduler.step()
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"`lr_scheduler` must not end before step {steps}, where this run goes on: "
+                    f"{error}."
+                ) from error

@@ -57,6 +57,10 @@ TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 ANNEALING = "schedules.py", "test_kl_annealing.py"
+STORE = "rollout/store.py", "rollout/test_store.py"
+CHECKPOINTS = "checkpoints.py", "test_checkpoint_files.py"
+EXPORT = "export.py", "test_export.py"
+BUILD = "models.py", "test_export.py"
 
 
 class Mutation(NamedTuple):
@@ -898,6 +902,106 @@ MUTATIONS = [
         "check_coefficient(name, value))",
         "value)",
     ),
+    Mutation(
+        "store: groups keep the numbers of their rank",
+        STORE,
+        "group_ids = torch.tensor(slots)[batch.group_ids.cpu()]",
+        "group_ids = batch.group_ids.cpu()",
+    ),
+    Mutation(
+        "store: rows stay in the order of ranks",
+        STORE,
+        'torch.argsort(whole["group_ids"], stable=True)',
+        'torch.arange(len(whole["group_ids"]))',
+    ),
+    Mutation("store: 0 behind the end", STORE, "return pad_id if", "return 0 if"),
+    Mutation(
+        "store: the temperature is lost",
+        STORE,
+        '"temperature": batch.temp',
+        '"temperature": 1.0 or batch.temp',
+    ),
+    Mutation(
+        "store: a rank finds all rows",
+        STORE,
+        "return everything.select(rows).replace(",
+        "return everything.replace(",
+    ),
+    Mutation(
+        "store: a group keeps its slot's number", STORE, "groups += [group] *", "groups += [slot] *"
+    ),
+    Mutation(
+        "save: in place",
+        CHECKPOINTS,
+        'with half.open("wb") as file:\n        torch.save',
+        'half.touch()\n    with path.open("wb") as file:\n        torch.save',
+    ),
+    Mutation(
+        "save: the bytes are not forced to the disk",
+        CHECKPOINTS,
+        "        os.fsync(file.fileno())\n",
+        "",
+    ),
+    Mutation(
+        "save: the name is not forced to the disk",
+        CHECKPOINTS,
+        "    os.replace(half, path)\n    sync(path.parent)\n",
+        "    os.replace(half, path)\n",
+    ),
+    Mutation(
+        "save: shards in place",
+        CHECKPOINTS,
+        "half, first = unfinished(path), trainer",
+        "half, first = path, trainer",
+    ),
+    Mutation(
+        "save: a full disk under shards is a traceback",
+        CHECKPOINTS,
+        "except (Exception, CheckpointException) as",
+        "except Exception as",
+    ),
+    Mutation(
+        "read: pickles run",
+        CHECKPOINTS,
+        'map_location="cpu", mmap=True, weights_only=True',
+        'map_location="cpu", mmap=True, weights_only=False',
+    ),
+    Mutation(
+        "read: an index may name what torch has imported",
+        CHECKPOINTS,
+        "if not kind and name not in INDEX_NAMES.get(module, ()):",
+        'if not kind and module.split(".")[0] not in ("torch", "pathlib"):',
+    ),
+    Mutation(
+        "read: what is no tensor in a shard runs",
+        CHECKPOINTS,
+        "file.read(part.length)), weights_only=True)",
+        "file.read(part.length)), weights_only=False)",
+    ),
+    Mutation(
+        "read: shards may be cut",
+        CHECKPOINTS,
+        "if size < part.offset + part.length:",
+        "if size < 0:",
+    ),
+    Mutation(
+        "read: a missing part is not missed",
+        CHECKPOINTS,
+        "for name in (SHARDS, META):",
+        "for name in (META,):",
+    ),
+    Mutation("export: moments are weights", EXPORT, 'startswith("state_dict.")', 'startswith("")'),
+    Mutation(
+        "export: over a model",
+        EXPORT,
+        'if (folder / "config.json").exists():',
+        "if folder.is_file():",
+    ),
+    Mutation("export: the dtype is left", EXPORT, "tensor.to(wanted)", "tensor"),
+    Mutation(
+        "export: no generation settings", BUILD, "if generation_config is not None:", "if False:"
+    ),
+    Mutation("export: tied weights are untied", BUILD, "    model.tie_weights()\n", ""),
 ]
 
 
