@@ -990,7 +990,6 @@ MUTATIONS = [
         "for name in (SHARDS, META):",
         "for name in (META,):",
     ),
-    Mutation("export: moments are weights", EXPORT, 'startswith("state_dict.")', 'startswith("")'),
     Mutation(
         "export: over a model",
         EXPORT,
@@ -1001,7 +1000,6 @@ MUTATIONS = [
     Mutation(
         "export: no generation settings", BUILD, "if generation_config is not None:", "if False:"
     ),
-    Mutation("export: tied weights are untied", BUILD, "    model.tie_weights()\n", ""),
 ]
 
 
