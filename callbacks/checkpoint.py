@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import threading
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checkpoints import CheckpointWriter, together
+from kdrl_lightning.checkpoints import CheckpointWriter, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 
 
@@ -79,9 +80,11 @@ class FSDPCheckpoint(ModelCheckpoint):
         self._due = self._terminated = self._signalled = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say where the run goes on, and listen for SIGTERM."""
+        """Say where the run goes on, clear up behind a kill, and listen for SIGTERM."""
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
+        if trainer.is_global_zero:
+            remove_unfinished(self._folder)
         if threading.current_thread() is threading.main_thread():
             # Instead of Lightning's handler, which runs a collective inside the signal's.
             self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -208,8 +211,8 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Return the newest one of any run under this name, for ``ckpt_path="last"``."""
         folder = self._place(trainer)
         folders = [folder]
-        if self.dirpath is None and trainer.loggers:
-            folders = list(folder.parent.parent.glob("*/checkpoints"))
+        if self.dirpath is None and re.fullmatch(r"version_\d+", folder.parent.name):
+            folders = list(folder.parent.parent.glob("version_*/checkpoints"))
         found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
         newest = max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
         self._continues = True

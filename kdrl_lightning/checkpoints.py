@@ -111,9 +111,12 @@ class CheckpointWriter:
         def finish() -> None:
             if first:
                 sync(half)
-                shutil.rmtree(path, ignore_errors=True)
+                old = unfinished(path.with_name(path.name + ".old"))
+                if path.exists():
+                    os.replace(path, old)
                 os.replace(half, path)
                 sync(path.parent)
+                shutil.rmtree(old, ignore_errors=True)
 
         together(trainer, prepare)
         if self.asynchronous:
@@ -170,6 +173,12 @@ def save_file(state: dict[str, Any], path: Path) -> None:
 def unfinished(path: Path) -> Path:
     """Name of a checkpoint while it is written."""
     return path.with_name(path.name + ".unfinished")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed runs left half-written in a folder."""
+    for path in folder.glob("*.unfinished"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync(folder: Path) -> None:

@@ -19,11 +19,17 @@ RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, on which such small models are fastest; no arguments of pytest's for a CLI."""
+    """One thread, on which such small models are fastest; no arguments of pytest's for a CLI.
+
+    What a test leaves in the environment (a process group's address, say) ends with it.
+    """
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    before = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

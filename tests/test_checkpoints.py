@@ -351,3 +351,11 @@ def test_a_finished_run_that_is_gone_on_with_stays_as_it_is(
     assert again.global_step == 8 and file.read_bytes() == before
     ours, theirs = (t.lightning_module.state_dict() for t in (first, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_a_killed_save_left_is_cleared_up(tmp_path: Path, folders: Folders) -> None:
+    root = tmp_path / "checkpoints"
+    (root / "step=00000004.ckpt.unfinished").mkdir(parents=True)
+    (root / "step=00000006.ckpt.unfinished").write_bytes(b"half")
+    fit(tmp_path, folders, FSDPCheckpoint(monitor=None))
+    assert steps(root) == [8]

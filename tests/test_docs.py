@@ -13,7 +13,6 @@ import yaml
 
 from kdrl_lightning import callbacks, objectives, rollout
 from kdrl_lightning.config_base import load_with_base
-from kdrl_lightning.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
@@ -132,7 +131,7 @@ def test_an_engine_lies_over_any_method(path: Path) -> None:
     for method in ("rlad", "kdrl_mask_group"):
         flags = ["--config", str(ROOT / f"configs/{method}.yaml"), "--config", str(path)]
         if importlib.util.find_spec("vllm") is None and wanted["class_path"] == "VLLMEngine":
-            with pytest.raises(ConfigurationError, match="where vLLM is not installed"):
+            with pytest.raises(ValueError, match="where vLLM is not installed"):
                 KDRLCLI.run(flags, instantiate_only=True)
             continue
         cli = KDRLCLI.run(flags, instantiate_only=True)
