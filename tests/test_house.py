@@ -42,7 +42,7 @@ ALLOWED = {
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
-    "checks": FLOOR | {"datamodule", "objectives", "rollout"},
+    "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
