@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.rewards.answers import answer_of
 from kdrl_lightning.rewards.base import Reward, Sample, Verdict
 
 
@@ -39,3 +40,7 @@ class OverlongPenalty:
         over = len(sample.ids) - (self.max_tokens - self.buffer_tokens)
         penalty = min(max(over / self.buffer_tokens, 0.0), 1.0)
         return Verdict(verdict.reward - penalty, verdict.correct)
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return the answer that the task's reward finds."""
+        return answer_of(self.reward, sample)
