@@ -15,6 +15,7 @@ _HOME = {
     "KDRLModule": "module",
     "RolloutDataModule": "datamodule",
     "SupervisedDataModule": "supervised",
+    "EvalSet": "evaluation",
     "RolloutBatch": "rollout_batch",
     "GRPO": "objectives",
     "KDRL": "objectives",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
+    from kdrl_lightning.evaluation import EvalSet as EvalSet
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO
     from kdrl_lightning.objectives import GKD as GKD

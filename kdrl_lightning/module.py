@@ -93,7 +93,6 @@ class KDRLModule(pl.LightningModule):
         self._stats = StepStats()
         self._step_loss = 0.0
         self._tokenizer: Any = None
-        # A submodule, so that metrics move with the module; their states are not saved.
         self.eval_metrics = EvaluationMetrics()
 
     @property
@@ -296,11 +295,13 @@ class KDRLModule(pl.LightningModule):
         self.log("policy/grad_norm", norm if finite else torch.nan)
         self.log("policy/skipped_steps", float(self.skipped_steps))
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Count correct completions."""
         self.eval_metrics.add(batch, self.device)
 
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count correct completions."""
         self.eval_metrics.add(batch, self.device)
 
@@ -312,18 +313,11 @@ class KDRLModule(pl.LightningModule):
         """Log ``test/*``."""
         self.log_dict(self.eval_metrics.take("test"), sync_dist=True)  # equal on all ranks already
 
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return rows with completion, reward and verdict."""
-        return [
-            {
-                **j.row,
-                "completion": j.text,
-                "reward": j.verdict.reward,
-                "correct": j.verdict.correct,
-                "truncated": j.completion.truncated,
-            }
-            for j in batch.judged
-        ]
+    def predict_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return a row per completion, with its prompt's columns, reward and verdict."""
+        return batch.predictions()
 
     def weights(self) -> ModelWeights:
         """Return the student's live weights, for a sampling engine."""

@@ -35,7 +35,7 @@ ALLOWED = {
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
-    "evaluation": FLOOR | {"metrics", "rollout"},
+    "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "models", "resume"},
