@@ -11,7 +11,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checks import check_rollout_settings
+from kdrl_lightning.checks import (
+    check_groups,
+    check_layout,
+    check_off_policy,
+    check_rollout_settings,
+)
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
 from kdrl_lightning.prompts.base import (
@@ -23,6 +28,7 @@ from kdrl_lightning.prompts.base import (
 )
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rewards.runner import RewardRunner
+from kdrl_lightning.rollout.ahead import Ahead
 from kdrl_lightning.rollout.collector import Collector, Source
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
 from kdrl_lightning.rollout.groups import Slots
@@ -68,6 +74,9 @@ class RolloutDataModule(pl.LightningDataModule):
         temperature: sampling temperature of rollouts; log-probabilities are taken at it.
         minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
         epochs_per_rollout: how often a rollout is replayed.
+        max_off_policy_steps: how many rollouts old the weights may be that sample one. 0: none. 1:
+            the next rollout is sampled while the present one trains, by an engine that can
+            (``VLLMServerEngine``); the importance weight corrects for it.
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
@@ -103,6 +112,7 @@ class RolloutDataModule(pl.LightningDataModule):
         temperature: float = 1.0,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
+        max_off_policy_steps: int = 0,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
         val_batch_size: int = 256,
@@ -137,28 +147,12 @@ class RolloutDataModule(pl.LightningDataModule):
             raise ConfigurationError(
                 f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
             )
-        if group_size + teacher_completions < 1:
-            raise ConfigurationError(
-                f"`group_size` must be at least 1 without `teacher_completions`: got {group_size}."
-            )
-        if teacher_temperature is not None and not teacher_completions:
-            raise ConfigurationError(
-                f"`teacher_temperature` must go with `teacher_completions`: got "
-                f"{teacher_temperature} and no completions."
-            )
-        teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-        for name, heat in (
-            ("temperature", temperature),
-            ("teacher_temperature", teacher_temperature),
-        ):
-            if not 0.0 < heat < float("inf"):
-                raise ConfigurationError(
-                    f"`{name}` must be above 0 for rollouts: got {heat}. "
-                    "Greedy sampling has no gradient; 1.0 is usual."
-                )
+        check_groups(group_size, teacher_completions, temperature, teacher_temperature)
         self.train_prompts = train_prompts
         self.val_prompts = val_prompts
         self.rollout_engine = rollout_engine or TransformersEngine()
+        check_off_policy(max_off_policy_steps, self.rollout_engine)
+        self.max_off_policy_steps = max_off_policy_steps
         self.prompts_per_rollout = prompts_per_rollout
         self.group_size = group_size
         self.teacher_completions = teacher_completions
@@ -171,7 +165,7 @@ class RolloutDataModule(pl.LightningDataModule):
                 TEACHER,
                 self.teacher_engine,
                 teacher_completions,
-                Sampling(max_tokens, teacher_temperature),
+                Sampling(max_tokens, teacher_temperature or temperature),
             ),
             mask_truncated,
         )
@@ -188,6 +182,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.overlong_prompts = overlong_prompts
         self.max_prompt_tokens = max_prompt_tokens
         self.watch = RolloutWatch()
+        self.ahead = Ahead()
         self._plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
         self._teacher_seconds = 0.0
@@ -217,6 +212,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
+        self.ahead.drop()
         self._plan = self._stored = None
         self._teacher_seconds = self.teacher_seconds
         self.watch = RolloutWatch() if stage == "fit" else self.watch
@@ -254,6 +250,8 @@ class RolloutDataModule(pl.LightningDataModule):
             raise TypeError(f"expected an index, got {type(batch).__name__}")
         if self.trainer.training:
             return self._training_batch(batch)
+        if self.ahead.rollout is not None:
+            stop_together(self.ahead.wait, self._module().reduce)
         self._sync(self.rollout_engine, self._module().weights())
         # A rank that fails must not leave the others waiting for its metrics.
         evaluated = stop_together(
@@ -274,14 +272,27 @@ class RolloutDataModule(pl.LightningDataModule):
         """
         engine = TransformersEngine()
         module = self._module()
-        engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
-        engine.update_weights(weights, self.trainer.global_step)
+        self._sync(engine, weights)
         correct = torch.zeros(2, dtype=torch.float64)
         for batch in range(limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)):
             table = self._evaluate(engine, 0, batch, temperature).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
         solved, prompts = module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
+
+    def probe(self) -> RolloutBatch:
+        """Sample a few tokens from the weights that the engine holds now, and score them.
+
+        All ranks must call it. Where a rollout is from older weights, it cannot prove the sync.
+        """
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rollout, module = self.rollout_at(self.trainer.global_step), self._module()
+        batch = stop_together(
+            lambda: self.collector.probe(rollout, self._train, rank, world, self._pad_id()),
+            module.reduce,
+        )
+        scored: RolloutBatch = module.score(batch.to(module.device))
+        return scored
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals and, between two updates of a rollout, the rollout; collective."""
@@ -302,13 +313,8 @@ class RolloutDataModule(pl.LightningDataModule):
             return
         self.watch.load_state_dict(state_dict["watch"])
         self._stored = state_dict["stored"]
-        for name, value in {} if self._stored is None else self._stored["layout"].items():
-            if (here := self._layout()[name]) != value:
-                raise ConfigurationError(
-                    f"`{name}` must be {value} to go on in the middle of a rollout, as this "
-                    f"checkpoint does: got {here}. Give {value}, or take a checkpoint at a "
-                    "rollout's end."
-                )
+        if self._stored is not None:
+            check_layout(self._stored["layout"], self._layout())
 
     def _training_batch(self, micro: int) -> RolloutBatch:
         rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
@@ -344,11 +350,15 @@ class RolloutDataModule(pl.LightningDataModule):
     def _make_rollout(self, rollout: int) -> RolloutPlan:
         started = time.perf_counter()
         module = self._module()
-        sync_seconds = self._sync(self.rollout_engine, module.weights())
+        sync_seconds = 0.0
+        if self.ahead.rollout != rollout:
+            sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
             self._sync(self.teacher_engine, module.teacher.weights())
         batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
+        if self.max_off_policy_steps:
+            sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
         plan = self._planned(batch, rollout, module.score, module.objective.prepare)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
@@ -368,6 +378,17 @@ class RolloutDataModule(pl.LightningDataModule):
         own = [j.verdict for group in groups for j in group if j.source == STUDENT]
         metrics |= part_means(own)
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
+
+    def _start_next(self, rollout: int) -> float:
+        """Sample a rollout beside the updates of the one before; return the seconds of the sync."""
+        self.ahead.drop()
+        if rollout * self.updates_per_rollout >= self.trainer.estimated_stepping_batches:
+            return 0.0  # there are no updates left for it
+        seconds = self._sync(self.rollout_engine, self._module().weights())
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        requests = self.collector.ahead(rollout, self._train, rank, world)
+        self.ahead.start(rollout, self.rollout_engine.version or 0, requests)
+        return seconds
 
     def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
         """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
@@ -407,10 +428,10 @@ class RolloutDataModule(pl.LightningDataModule):
         source: int = STUDENT,
         training: bool = True,
     ) -> list[Judged]:
-        tokenizer = self._module().tokenizer
+        own, tokenizer = self.ahead.over(engine), self._module().tokenizer
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
-                engine, tokenizer, self.rewards, prompts, seeds, sampling, training, source
+                own, tokenizer, self.rewards, prompts, seeds, sampling, training, source
             )
 
     def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
