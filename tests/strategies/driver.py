@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from family import run_family
 
 from kdrl_lightning import (
     GKD,
@@ -252,7 +253,8 @@ def main() -> None:
     out = Path(folder) / strategy
     out.mkdir(exist_ok=True)
     for case in cases:
-        seen = run(case, Path(folder), out, strategy)
+        arguments = Path(folder), out, strategy
+        seen = run_family(*arguments) if case == "family" else run(case, *arguments)
         if not dist.is_initialized() or dist.get_rank() == 0:
             torch.save(seen, out / f"{case}.pt")
             print(case, "done", flush=True)

@@ -15,7 +15,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
-CASES = ("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed")
+CASES = ("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "family")
 OWN = {"auto": (), "ddp": ("stale",), "fsdp2": ("bf16", "half", "stale", "choosy")}
 
 

@@ -59,6 +59,16 @@ def test_gradients_and_weights_are_the_same(runs: Runs, strategy: str, case: str
 
 
 @two
+def test_every_kind_of_objective_takes_the_same_steps(runs: Runs, strategy: str):
+    one, both = runs("auto", "family"), runs(strategy, "family")
+    assert one.keys() == both.keys() and len(one) == 15
+    start = load_file(runs.folder / "student/model.safetensors")
+    for name in one:
+        assert one[name]["losses"] == pytest.approx(both[name]["losses"], rel=1e-10), name
+        assert distance(change(one[name], start), change(both[name], start)) <= 1e-10, name
+
+
+@two
 def test_the_hard_shapes_are_among_them(runs: Runs, strategy: str):
     ranks = runs(strategy, "kdrl")["ranks"]
     assert len(ranks) == 2
