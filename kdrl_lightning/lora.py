@@ -98,10 +98,11 @@ class LoRA:
         modules, head = dict(model.named_modules()), model.get_output_embeddings()
         # The scorer reads the head's weight; an adapter there would be passed by.
         linear = {p for p, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
-        names = self.target_modules
-        if isinstance(names, str):
-            names, wrong = sorted(linear), [] if linear else [names]
+        wrong: list[str] = []
+        if isinstance(self.target_modules, str):
+            names, wrong = sorted(linear), [] if linear else [self.target_modules]
         else:
+            names = self.target_modules
             found = {n: {p for p in modules if f".{p}".endswith(f".{n}")} for n in names}
             wrong = [name for name, paths in found.items() if not paths or paths - linear]
         if wrong:

@@ -27,7 +27,14 @@ from kdrl_lightning.models import (
     model_path,
 )
 from kdrl_lightning.objectives.base import Objective
-from kdrl_lightning.resume import KEY, Settings, check_before_loading, check_identity, identity
+from kdrl_lightning.resume import (
+    KEY,
+    Settings,
+    check_before_loading,
+    check_identity,
+    identity,
+    number_by_place,
+)
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import load_scorer
@@ -172,7 +179,7 @@ class KDRLModule(pl.LightningModule):
                 sharding,
                 activation_checkpointing=self.activation_checkpointing,
                 lora=self.lora,
-                seed=0 if self._trainer is None else getattr(self.trainer.datamodule, "seed", 0),
+                seed=getattr(getattr(self._trainer, "datamodule", None), "seed", 0),
             )
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
@@ -217,6 +224,10 @@ class KDRLModule(pl.LightningModule):
             "skipped_in_a_row": self._skipped_in_a_row,
             "teacher_seconds": self.teacher_seconds,
         }
+        if sharding_of(self.trainer) is None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            for state in checkpoint.get("optimizer_states", []):
+                number_by_place(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""

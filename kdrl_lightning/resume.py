@@ -134,6 +134,20 @@ def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
+def number_by_place(state: dict[str, Any], optimizer: Any, module: torch.nn.Module) -> None:
+    """Number an optimizer's parameters in its state by their place in the module.
+
+    torch counts those of the optimizer alone, Lightning's fsdp strategies all, frozen ones too: a
+    file that one of them wrote would be misread by the other. Loading into the same goes by order.
+    """
+    places = {id(p): place for place, p in enumerate(module.parameters())}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    number = {old: places[id(p)] for old, p in enumerate(trained)}
+    state["state"] = {number[old]: value for old, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [number[old] for old in group["params"]]
+
+
 class Settings:
     """The optimizer's and the schedule's settings, as configured.
 
