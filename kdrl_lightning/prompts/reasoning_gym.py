@@ -47,7 +47,7 @@ class ReasoningGymPrompts(PromptSource):
         suffix: str = "",
     ) -> None:
         require_between("size", size, 1, SEED_STRIDE)
-        require_between("seed", seed, 0, 2**32 // SEED_STRIDE - 1)
+        require_between("seed", seed, 0, float("inf"))
         self.form = PromptForm(chat, system, template_args, examples, suffix)
         self.size = size
         self.items = create_task(task, {**(config or {}), "seed": seed * SEED_STRIDE, "size": size})

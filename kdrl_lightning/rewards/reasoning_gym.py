@@ -9,6 +9,8 @@ from kdrl_lightning.optional import load_library
 from kdrl_lightning.rewards.answers import after_marker, last_tagged
 from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
 
+NONSENSE = "no answer at all"
+
 
 class ReasoningGymReward(TaskReward):
     """The score of the row's task for the answer; correct is what gets the full score.
@@ -32,33 +34,46 @@ class ReasoningGymReward(TaskReward):
         self.partial = partial
         self._scorers: dict[str, Any] = {}
         if task is not None:
-            self._scorer(task)
+            load_scorer(task)
 
     def __call__(self, sample: Sample) -> Verdict:
         """Judge one sample."""
-        task = self.task or str(sample.row["metadata"]["source_dataset"])
-        scorer = self._scorer(task)
+        row = dict(sample.row)
+        score = self._scorer(self.task or str(row["metadata"]["source_dataset"]), row)
         text, marker = sample.text, self.marker
         answer = last_tagged(text, "answer") if marker is None else after_marker(text, marker)
         if not answer:
             return Verdict(0.0, False)
         try:
-            score = float(scorer(answer, dict(sample.row)))
-        except Exception as error:
+            value = float(score(answer, row))
+        except Exception:
             # Some scorers raise at an answer that they cannot read; the right one they must.
-            if float(scorer(str(sample.row["answer"]), dict(sample.row))) < 1.0:
-                raise RuntimeError(f"the scorer of {task} does not work: {error}") from error
-            score = 0.0
-        correct = score >= 1.0
-        return Verdict(score if self.partial else float(correct), correct)
+            if row.get("answer") is not None:
+                score(str(row["answer"]), row)
+            value = 0.0
+        correct = value >= 1.0
+        return Verdict(value if self.partial else float(correct), correct)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scorers": {}}
 
-    def _scorer(self, task: str) -> Any:
+    def _scorer(self, task: str, row: dict[str, Any]) -> Any:
         if task not in self._scorers:
-            self._scorers[task] = load_scorer(task)
+            score = load_scorer(task)
+            if _accepts_nonsense(score, row):  # as game_of_life_halting does in 0.1.25
+                raise ConfigurationError(
+                    f"`task` must have a scorer that tells right from wrong: got {task}, which "
+                    f"accepts {NONSENSE!r}."
+                )
+            self._scorers[task] = score
         return self._scorers[task]
+
+
+def _accepts_nonsense(score: Any, row: dict[str, Any]) -> bool:
+    try:
+        return float(score(NONSENSE, row)) >= 1.0
+    except Exception:  # cannot read it, which is as well
+        return False
 
 
 def load_scorer(task: str) -> Any:

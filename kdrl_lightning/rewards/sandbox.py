@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from secrets import token_hex
 from shutil import which
-from typing import IO
 
 from kdrl_lightning.errors import ConfigurationError
 
@@ -75,11 +74,13 @@ class Sandbox:
 
     def _run(self, program: str, text: str, word: str) -> tuple[int | None, str, str]:
         limits = [self.memory_mb << 20, int(self.seconds) + 1, (self.output_kb << 10) + len(word)]
-        with ExitStack() as files:
-            source, given, rules, output, errors = (
-                _file(files, content)
-                for content in (_bytes(program), _bytes(text), _filter(), b"", b"")
-            )
+        with ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(5)]
+            source, given, rules, output, errors = files
+            contents = (_bytes(program), _bytes(text), _filter())
+            for file, content in zip(files[:3], contents, strict=True):
+                file.write(content)
+                file.seek(0)
             command = [
                 *_bubblewrap(),
                 *("--ro-bind-data", str(source.fileno()), "/program.py", "--remount-ro", "/"),
@@ -162,13 +163,6 @@ def _filter() -> bytes:
         (answer, 0, 0, denied),
     ]
     return b"".join(struct.pack("HBBI", *rule) for rule in rules)
-
-
-def _file(files: ExitStack, content: bytes) -> IO[bytes]:
-    file = files.enter_context(tempfile.TemporaryFile())
-    file.write(content)
-    file.seek(0)
-    return file
 
 
 def _bytes(text: str) -> bytes:
