@@ -45,13 +45,19 @@ _HOME = {
     "KnightsAndKnavesPrompts": "prompts",
     "MixedPrompts": "prompts",
     "ReasoningGymPrompts": "prompts",
+    "CodeReward": "rewards",
     "ExactMatch": "rewards",
+    "FormatReward": "rewards",
+    "KnightsAndKnavesReward": "rewards",
     "LengthPenalty": "rewards",
+    "MathReward": "rewards",
+    "ReasoningGymReward": "rewards",
+    "RewardFunction": "rewards",
     "RoutedReward": "rewards",
-    "TaskReward": "rewards",
-    "WeightedRewards": "rewards",
     "Sample": "rewards",
+    "TaskReward": "rewards",
     "Verdict": "rewards",
+    "WeightedRewards": "rewards",
     "ConfigurationError": "errors",
     "TrainingStopped": "errors",
 }
@@ -83,8 +89,14 @@ if TYPE_CHECKING:
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
     from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
     from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
+    from kdrl_lightning.rewards import CodeReward as CodeReward
     from kdrl_lightning.rewards import ExactMatch as ExactMatch
+    from kdrl_lightning.rewards import FormatReward as FormatReward
+    from kdrl_lightning.rewards import KnightsAndKnavesReward as KnightsAndKnavesReward
     from kdrl_lightning.rewards import LengthPenalty as LengthPenalty
+    from kdrl_lightning.rewards import MathReward as MathReward
+    from kdrl_lightning.rewards import ReasoningGymReward as ReasoningGymReward
+    from kdrl_lightning.rewards import RewardFunction as RewardFunction
     from kdrl_lightning.rewards import RoutedReward as RoutedReward
     from kdrl_lightning.rewards import Sample as Sample
     from kdrl_lightning.rewards import TaskReward as TaskReward

@@ -225,6 +225,7 @@ class RolloutDataModule(pl.LightningDataModule):
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
+        self.rewards.start()
         for row in first_of_each_kind(row for row, _ in [*self._train, *tried]):
             self.rewards.try_once(row)
 

@@ -17,9 +17,10 @@ FILES = sorted(
 )
 
 # A room may import from itself and from the rooms named here.
-FLOOR = {"errors", "rollout_batch"}
+FLOOR = {"errors", "optional", "rollout_batch"}
 ALLOWED = {
     "errors": set(),
+    "optional": {"errors"},
     "rollout_batch": set(),
     "losses": FLOOR,
     "advantages": FLOOR,
