@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
@@ -30,10 +30,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reward that differs from the verifier's answer (partial credit, penalties)."""
+    """A reward that differs from the verifier's answer (partial credit, penalties).
+
+    Attributes:
+        reward: what the policy is trained on.
+        correct: the verifier's answer.
+        parts: what the reward is made of, by name.
+    """
 
     reward: float
     correct: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, result: float | Verdict) -> Verdict:
@@ -112,7 +119,7 @@ class RewardRunner:
         verdict = Verdict.of(self.reward(sample))
         if not math.isfinite(verdict.reward):
             raise ValueError(f"reward {verdict.reward}")
-        return Verdict(float(verdict.reward), bool(verdict.correct))
+        return Verdict(float(verdict.reward), bool(verdict.correct), verdict.parts)
 
 
 def _describe(error: Exception) -> str:
