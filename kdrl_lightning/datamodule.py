@@ -5,21 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checks import check_rollout_settings
+from kdrl_lightning.checks import (
+    check_groups,
+    check_layout,
+    check_off_policy,
+    check_rollout_settings,
+)
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
-from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
-from kdrl_lightning.rewards.base import Reward, RewardRunner
+from kdrl_lightning.prompts.base import (
+    EncodedPrompt,
+    Prompts,
+    encode_all,
+    first_of_each_kind,
+    within,
+)
+from kdrl_lightning.rewards.base import Reward
+from kdrl_lightning.rewards.runner import RewardRunner
+from kdrl_lightning.rollout.ahead import Ahead
 from kdrl_lightning.rollout.collector import Collector, Source
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
 from kdrl_lightning.rollout.groups import Slots
 from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.store import pack, unpack
@@ -41,7 +55,8 @@ class RolloutDataModule(pl.LightningDataModule):
 
     Args:
         train_prompts: prompts to train on.
-        reward: callable of one ``Sample``; returns a number or a ``Verdict``.
+        reward: a ``TaskReward``, or any callable of one ``Sample`` that returns a number or a
+            ``Verdict``.
         val_prompts: prompts to validate on: a source, or several sets by name, whose ``EvalSet``
             says how they are sampled. ``val/accuracy`` is that of the first.
         test_prompts: likewise for test and predict; None: those of ``val_prompts``.
@@ -59,6 +74,9 @@ class RolloutDataModule(pl.LightningDataModule):
         temperature: sampling temperature of rollouts; log-probabilities are taken at it.
         minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
         epochs_per_rollout: how often a rollout is replayed.
+        max_off_policy_steps: how many rollouts old the weights may be that sample one. 0: none. 1:
+            the next rollout is sampled while the present one trains, by an engine that can
+            (``VLLMServerEngine``); the importance weight corrects for it.
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
@@ -67,7 +85,11 @@ class RolloutDataModule(pl.LightningDataModule):
         val_temperature: 0 is greedy.
         val_k: of pass@k and majority@k, each from 1 to ``val_samples``; None: ``val_samples``,
             where that is above 1.
+        overlong_prompts: a prompt that is too long stops the run before it starts (``refuse``), or
+            is left out, and their number printed (``drop``).
+        max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
+        failed_reward: what a completion gets on which the reward fails; it counts as wrong.
         seed: order of prompts and noise of sampling.
     """
 
@@ -90,13 +112,17 @@ class RolloutDataModule(pl.LightningDataModule):
         temperature: float = 1.0,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
+        max_off_policy_steps: int = 0,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
         val_k: Sequence[int] | None = None,
+        overlong_prompts: Literal["refuse", "drop"] = "refuse",
+        max_prompt_tokens: int | None = None,
         max_reward_failure_frac: float = 0.1,
+        failed_reward: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -105,6 +131,7 @@ class RolloutDataModule(pl.LightningDataModule):
             "max_tokens": max_tokens,
             "minibatches_per_rollout": minibatches_per_rollout,
             "epochs_per_rollout": epochs_per_rollout,
+            "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
         }
         for name, value in counts.items():
@@ -116,28 +143,16 @@ class RolloutDataModule(pl.LightningDataModule):
             "seed": seed,
         }.items():
             require_between(name, value, 0, float("inf"))
-        if group_size + teacher_completions < 1:
+        if overlong_prompts not in ("refuse", "drop"):
             raise ConfigurationError(
-                f"`group_size` must be at least 1 without `teacher_completions`: got {group_size}."
+                f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
             )
-        if teacher_temperature is not None and not teacher_completions:
-            raise ConfigurationError(
-                f"`teacher_temperature` must go with `teacher_completions`: got "
-                f"{teacher_temperature} and no completions."
-            )
-        teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-        for name, heat in (
-            ("temperature", temperature),
-            ("teacher_temperature", teacher_temperature),
-        ):
-            if not 0.0 < heat < float("inf"):
-                raise ConfigurationError(
-                    f"`{name}` must be above 0 for rollouts: got {heat}. "
-                    "Greedy sampling has no gradient; 1.0 is usual."
-                )
+        check_groups(group_size, teacher_completions, temperature, teacher_temperature)
         self.train_prompts = train_prompts
         self.val_prompts = val_prompts
         self.rollout_engine = rollout_engine or TransformersEngine()
+        check_off_policy(max_off_policy_steps, self.rollout_engine)
+        self.max_off_policy_steps = max_off_policy_steps
         self.prompts_per_rollout = prompts_per_rollout
         self.group_size = group_size
         self.teacher_completions = teacher_completions
@@ -150,7 +165,7 @@ class RolloutDataModule(pl.LightningDataModule):
                 TEACHER,
                 self.teacher_engine,
                 teacher_completions,
-                Sampling(max_tokens, teacher_temperature),
+                Sampling(max_tokens, teacher_temperature or temperature),
             ),
             mask_truncated,
         )
@@ -163,8 +178,11 @@ class RolloutDataModule(pl.LightningDataModule):
         default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
         self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
         self.seed = seed
-        self.rewards = RewardRunner(reward, max_reward_failure_frac)
+        self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
+        self.overlong_prompts = overlong_prompts
+        self.max_prompt_tokens = max_prompt_tokens
         self.watch = RolloutWatch()
+        self.ahead = Ahead()
         self._plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
         self._teacher_seconds = 0.0
@@ -194,6 +212,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
+        self.ahead.drop()
         self._plan = self._stored = None
         self._teacher_seconds = self.teacher_seconds
         self.watch = RolloutWatch() if stage == "fit" else self.watch
@@ -203,12 +222,15 @@ class RolloutDataModule(pl.LightningDataModule):
             check_rollout_settings(self.trainer, self, self._module())
             limit = self.train_sampling.max_tokens
             self._train = self._encode(self.train_prompts, "train_prompts", limit)
-            tried = [self._train[0], *tried]
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
-        for row, _ in tried:
+        for row in first_of_each_kind(row for row, _ in [*self._train, *tried]):
             self.rewards.try_once(row)
+
+    def teardown(self, stage: str) -> None:
+        """End the reward's processes."""
+        self.rewards.close()
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
@@ -228,6 +250,8 @@ class RolloutDataModule(pl.LightningDataModule):
             raise TypeError(f"expected an index, got {type(batch).__name__}")
         if self.trainer.training:
             return self._training_batch(batch)
+        if self.ahead.rollout is not None:
+            stop_together(self.ahead.wait, self._module().reduce)
         self._sync(self.rollout_engine, self._module().weights())
         # A rank that fails must not leave the others waiting for its metrics.
         evaluated = stop_together(
@@ -248,14 +272,27 @@ class RolloutDataModule(pl.LightningDataModule):
         """
         engine = TransformersEngine()
         module = self._module()
-        engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
-        engine.update_weights(weights, self.trainer.global_step)
+        self._sync(engine, weights)
         correct = torch.zeros(2, dtype=torch.float64)
         for batch in range(limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)):
             table = self._evaluate(engine, 0, batch, temperature).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
         solved, prompts = module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
+
+    def probe(self) -> RolloutBatch:
+        """Sample a few tokens from the weights that the engine holds now, and score them.
+
+        All ranks must call it. Where a rollout is from older weights, it cannot prove the sync.
+        """
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rollout, module = self.rollout_at(self.trainer.global_step), self._module()
+        batch = stop_together(
+            lambda: self.collector.probe(rollout, self._train, rank, world, self._pad_id()),
+            module.reduce,
+        )
+        scored: RolloutBatch = module.score(batch.to(module.device))
+        return scored
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals and, between two updates of a rollout, the rollout; collective."""
@@ -276,13 +313,8 @@ class RolloutDataModule(pl.LightningDataModule):
             return
         self.watch.load_state_dict(state_dict["watch"])
         self._stored = state_dict["stored"]
-        for name, value in {} if self._stored is None else self._stored["layout"].items():
-            if (here := self._layout()[name]) != value:
-                raise ConfigurationError(
-                    f"`{name}` must be {value} to go on in the middle of a rollout, as this "
-                    f"checkpoint does: got {here}. Give {value}, or take a checkpoint at a "
-                    "rollout's end."
-                )
+        if self._stored is not None:
+            check_layout(self._stored["layout"], self._layout())
 
     def _training_batch(self, micro: int) -> RolloutBatch:
         rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
@@ -318,11 +350,15 @@ class RolloutDataModule(pl.LightningDataModule):
     def _make_rollout(self, rollout: int) -> RolloutPlan:
         started = time.perf_counter()
         module = self._module()
-        sync_seconds = self._sync(self.rollout_engine, module.weights())
+        sync_seconds = 0.0
+        if self.ahead.rollout != rollout:
+            sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
             self._sync(self.teacher_engine, module.teacher.weights())
-        batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
+        batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
+        if self.max_off_policy_steps:
+            sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
         plan = self._planned(batch, rollout, module.score, module.objective.prepare)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
@@ -339,12 +375,25 @@ class RolloutDataModule(pl.LightningDataModule):
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, replaced
         )
+        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
+        metrics |= part_means(own)
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
-    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:
-        """Sample this rank's share of a rollout; return it and the groups that were replaced."""
+    def _start_next(self, rollout: int) -> float:
+        """Sample a rollout beside the updates of the one before; return the seconds of the sync."""
+        self.ahead.drop()
+        if rollout * self.updates_per_rollout >= self.trainer.estimated_stepping_batches:
+            return 0.0  # there are no updates left for it
+        seconds = self._sync(self.rollout_engine, self._module().weights())
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        requests = self.collector.ahead(rollout, self._train, rank, world)
+        self.ahead.start(rollout, self.rollout_engine.version or 0, requests)
+        return seconds
+
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
+        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
         teacher = self._module().teacher
-        batch, replaced = self.collector.collect(
+        batch, groups, replaced = self.collector.collect(
             rollout,
             self._train,
             self.trainer.global_rank,
@@ -355,7 +404,7 @@ class RolloutDataModule(pl.LightningDataModule):
         )
         if teacher is not None:
             teacher.accept(batch)
-        return batch, replaced
+        return batch, groups, replaced
 
     def _evaluate(
         self, engine: RolloutEngine, which: int, batch: int, temperature: float | None = None
@@ -379,10 +428,10 @@ class RolloutDataModule(pl.LightningDataModule):
         source: int = STUDENT,
         training: bool = True,
     ) -> list[Judged]:
-        tokenizer = self._module().tokenizer
+        own, tokenizer = self.ahead.over(engine), self._module().tokenizer
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
-                engine, tokenizer, self.rewards, prompts, seeds, sampling, training, source
+                own, tokenizer, self.rewards, prompts, seeds, sampling, training, source
             )
 
     def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
@@ -396,15 +445,27 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def _encode(self, source: Prompts, name: str, max_tokens: int) -> list[EncodedPrompt]:
         module = self._module()
-        prompts = encode_all(source, name, module.tokenizer)
-        for i, (_, ids) in enumerate(prompts):
-            if len(ids) > module.context_length - max_tokens:
-                raise ConfigurationError(
-                    f"`{name}` must fit the context of {module.context_length} tokens with "
-                    f"`max_tokens` {max_tokens}: got {len(ids)} tokens in row {i}. "
-                    "Drop or shorten the prompt, or lower `max_tokens`."
-                )
-        return prompts
+        limit = module.context_length - max_tokens
+        if self.max_prompt_tokens is not None:
+            limit = min(limit, self.max_prompt_tokens)
+        kept, dropped = within(encode_all(source, name, module.tokenizer), limit)
+        if not dropped:
+            return kept
+        if self.overlong_prompts == "refuse" or not kept:
+            row, tokens = dropped[0]
+            raise ConfigurationError(
+                f"`{name}` must have at most {limit} tokens a prompt (context "
+                f"{module.context_length}, `max_tokens` {max_tokens}): got "
+                f"{tokens} in row {row}, and {len(dropped)} such rows of {len(dropped) + len(kept)}"
+                ". Set `overlong_prompts: drop`, or lower `max_tokens`."
+            )
+        if self.trainer.is_global_zero:
+            print(
+                f"{name}: {len(dropped)} of {len(dropped) + len(kept)} prompts left out, which "
+                f"have more than {limit} tokens",
+                flush=True,
+            )
+        return kept
 
     def _slots(self) -> list[int]:
         return self.collector.slots.of_rank(self.trainer.global_rank, self.trainer.world_size)

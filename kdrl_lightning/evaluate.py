@@ -79,7 +79,8 @@ def evaluate(args: Sequence[str]) -> None:
         raise ConfigurationError(
             "`models` must name at least one model: got none. Give `--models.NAME PATH`."
         )
-    config.trainer.update(Namespace({name: False for name in SWITCHED_OFF}))
+    for name in SWITCHED_OFF:
+        config[f"trainer.{name}"] = False
     results: dict[str, Any] = {}
     for name in config.models:
         results[name], data, trainer = evaluate_one(parser, config, name)

@@ -47,7 +47,7 @@ class EvaluationSource:
     def setup(
         self, stage: str, encode: Callable[[Prompts, str, int], list[EncodedPrompt]]
     ) -> list[EncodedPrompt]:
-        """Encode the sets of a stage; return the first prompt of each.
+        """Encode the sets of a stage; return their prompts.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -66,7 +66,7 @@ class EvaluationSource:
         for one in sets:
             name = f"{setting}.{one.name}" if one.name else setting
             self._sets.append((one, encode(one.prompts, name, one.sampling.max_tokens)))
-        return [rows[0] for _, rows in self._sets]
+        return [prompt for _, rows in self._sets for prompt in rows]
 
     def loaders(self, world_size: int) -> list[IndexLoader]:
         """Return one loader of batch indices per set, as long on every rank."""

@@ -9,10 +9,11 @@ import pytest
 import torch
 from short_runs import fit, make_data, make_module, make_trainer
 
-from kdrl_lightning import GRPO, EvalSet, ExactMatch, OverlongPenalty, Sample
+from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation import NamedSet, named_sets
+from kdrl_lightning.rewards import WeightedRewards
 from kdrl_lightning.rewards.answers import answer_of
 from kdrl_lightning.rollout import Sampling
 from kdrl_lightning.tiny import ColumnAddition
@@ -106,7 +107,7 @@ def test_a_run_chooses_its_checkpoint_by_the_first_set(tmp_path: Path, student_f
 def test_answers_are_the_rewards_own() -> None:
     match, sample = ExactMatch(marker="#"), Sample("so 6*7 is # 42 ", [], {"answer": "42"})
     assert answer_of(match, sample) == "42"
-    assert answer_of(OverlongPenalty(match, 8, 2), sample) == "42"
+    assert answer_of(WeightedRewards({"match": match, "any": len}), sample) == "42"
     assert answer_of(match, Sample("no marker", [], {})) is None
     assert answer_of(lambda s: 1.0, sample) == "so 6*7 is # 42"
 
