@@ -24,7 +24,7 @@ class OneLineParser(LightningArgumentParser):
         text = one_line(message)
         if "--help`" not in text:
             prog = self.prog.split(" [")[0].removesuffix(" fit")
-            alone = prog.endswith("export") or text.startswith("argument subcommand")
+            alone = prog.endswith(("export", "evaluate")) or text.startswith("argument subcommand")
             where = "" if alone else " fit"
             text += f"{self._suggestion(text)} (see `{prog}{where} --help`)"
         raise ConfigurationError(text) from ex
