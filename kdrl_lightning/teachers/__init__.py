@@ -4,5 +4,6 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.cached import CachedTeacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.routed import RoutedTeacher
+from kdrl_lightning.teachers.server import ServerTeacher
 
-__all__ = ["CachedTeacher", "LocalTeacher", "RoutedTeacher", "Teacher"]
+__all__ = ["CachedTeacher", "LocalTeacher", "RoutedTeacher", "ServerTeacher", "Teacher"]

@@ -40,6 +40,9 @@ class Teacher(ABC):
     def spread(self, sharding: Sharding | None) -> None:  # noqa: B027
         """Say how weights in this process are to lie over ranks, before they are loaded."""
 
+    def check_temperature(self, temperature: float) -> None:  # noqa: B027
+        """Raise ``ConfigurationError`` for a temperature that it cannot score at."""
+
     def accept(self, batch: RolloutBatch) -> None:  # noqa: B027
         """Raise ``TrainingStopped`` for completions that it cannot score, before it has to."""
 

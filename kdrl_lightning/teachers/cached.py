@@ -71,6 +71,10 @@ class CachedTeacher(Teacher):
         """Tell the teacher."""
         self.teacher.spread(sharding)
 
+    def check_temperature(self, temperature: float) -> None:
+        """Ask the teacher."""
+        self.teacher.check_temperature(temperature)
+
     def accept(self, batch: RolloutBatch) -> None:
         """Ask the teacher."""
         self.teacher.accept(batch)

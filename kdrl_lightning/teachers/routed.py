@@ -52,6 +52,11 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.spread(sharding)
 
+    def check_temperature(self, temperature: float) -> None:
+        """Ask each."""
+        for teacher in self.teachers.values():
+            teacher.check_temperature(temperature)
+
     def accept(self, batch: RolloutBatch) -> None:
         """Ask each for its own rows."""
         for index in batch.teacher_route.unique().tolist():
