@@ -179,6 +179,26 @@ def test_transient_faults_are_tried_again_and_lasting_ones_name_the_url(
         teacher_of(teacher_folder, "http://127.0.0.1:9", max_away_s=0.1)
 
 
+def test_where_one_process_has_to_stop_all_do(
+    server: Teaching, teacher_folder: str, batch: RolloutBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, asked = teacher_of(teacher_folder, server.url, max_away_s=0.1), []
+
+    def on_any_rank(flag: bool, device: torch.device) -> bool:
+        asked.append(flag)
+        return True
+
+    assert not teacher.collective
+    monkeypatch.setattr(ServerTeacher, "collective", True)
+    monkeypatch.setattr("kdrl_lightning.teachers.server.on_any_rank", on_any_rank)
+    with pytest.raises(TrainingStopped, match="another process had to stop"):
+        teacher.score(batch)
+    server.faults = [(503, "down")] * 9
+    with pytest.raises(TrainingStopped, match=rf"{server.url} must answer within"):
+        teacher.score(batch)
+    assert asked == [False, True]  # both tell the others before they stop
+
+
 def test_servers_share_the_completions_of_one_model(
     server: Teaching, teacher_folder: str, batch: RolloutBatch
 ) -> None:

@@ -22,6 +22,8 @@ def free_port() -> int:
 class RealServer:
     """``python -m kdrl_lightning serve`` for a folder; healthy some 20 s later."""
 
+    key = KEY
+
     def __init__(
         self, model: str, log: Path, max_model_len: int = 128, flags: Sequence[str] = ()
     ) -> None:
