@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.corrections import NoCorrection
 from kdrl_lightning.objectives.sft import SFT
+from kdrl_lightning.rewards.base import walk
 from kdrl_lightning.rollout.engine import RolloutEngine
 from kdrl_lightning.rollout.loader import limited
 
@@ -96,23 +97,6 @@ def check_groups(
             )
 
 
-def check_lengths(
-    prompts: Sequence[list[int]], name: str, context_length: int, max_tokens: int
-) -> None:
-    """Check that prompts leave room for their completions.
-
-    Raises:
-        ConfigurationError: one is too long.
-    """
-    for i, ids in enumerate(prompts):
-        if len(ids) + max_tokens > context_length:
-            raise ConfigurationError(
-                f"`{name}` must fit the context of {context_length} tokens with `max_tokens` "
-                f"{max_tokens}: got {len(ids)} tokens in row {i}. Drop or shorten the prompt, or "
-                "lower `max_tokens`."
-            )
-
-
 def check_layout(stored: Mapping[str, int], here: Mapping[str, int]) -> None:
     """Check that a half-used rollout is laid out as rollouts are here.
 
@@ -164,12 +148,13 @@ def check_completions(data: RolloutDataModule, module: Any) -> None:
             f"`max_refills` must be 0 for {name}, which does not compare a group: got "
             f"{data.collector.slots.max_refills}."
         )
-    limit = getattr(data.rewards.reward, "max_tokens", data.train_sampling.max_tokens)
-    if limit != data.train_sampling.max_tokens:
-        raise ConfigurationError(
-            f"`max_tokens` of the reward must be that of the data, "
-            f"{data.train_sampling.max_tokens}: got {limit}."
-        )
+    for reward in walk(data.rewards.reward):
+        limit = getattr(reward, "max_tokens", data.train_sampling.max_tokens)
+        if limit != data.train_sampling.max_tokens:
+            raise ConfigurationError(
+                f"`max_tokens` of the reward must be that of the data, "
+                f"{data.train_sampling.max_tokens}: got {limit}."
+            )
     if not data.teacher_completions:
         if getattr(objective, "teacher_tokens", None) is not None:
             raise ConfigurationError(

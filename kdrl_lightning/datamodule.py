@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -13,19 +14,26 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kdrl_lightning.checks import (
     check_groups,
     check_layout,
-    check_lengths,
     check_off_policy,
     check_rollout_settings,
 )
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.evaluation import EvaluationBatch
-from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
-from kdrl_lightning.rewards.base import Reward, RewardRunner
+from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
+from kdrl_lightning.prompts.base import (
+    EncodedPrompt,
+    Prompts,
+    encode_all,
+    first_of_each_kind,
+    within,
+)
+from kdrl_lightning.rewards.base import Reward
+from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.ahead import Ahead
 from kdrl_lightning.rollout.collector import Collector, Source
-from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
-from kdrl_lightning.rollout.groups import EVALUATION_NOISE, Slots
+from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
+from kdrl_lightning.rollout.groups import Slots
 from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.store import pack, unpack
@@ -47,8 +55,11 @@ class RolloutDataModule(pl.LightningDataModule):
 
     Args:
         train_prompts: prompts to train on.
-        reward: callable of one ``Sample``; returns a number or a ``Verdict``.
-        val_prompts: prompts for validate, test and predict.
+        reward: a ``TaskReward``, or any callable of one ``Sample`` that returns a number or a
+            ``Verdict``.
+        val_prompts: prompts to validate on: a source, or several sets by name, whose ``EvalSet``
+            says how they are sampled. ``val/accuracy`` is that of the first.
+        test_prompts: likewise for test and predict; None: those of ``val_prompts``.
         rollout_engine: samples completions; the transformers engine if None.
         prompts_per_rollout: prompts of one rollout, over all processes.
         group_size: completions per prompt that the student samples; 0 with ``teacher_completions``
@@ -72,7 +83,13 @@ class RolloutDataModule(pl.LightningDataModule):
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
+        val_k: of pass@k and majority@k, each from 1 to ``val_samples``; None: ``val_samples``,
+            where that is above 1.
+        overlong_prompts: a prompt that is too long stops the run before it starts (``refuse``), or
+            is left out, and their number printed (``drop``).
+        max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
+        failed_reward: what a completion gets on which the reward fails; it counts as wrong.
         seed: order of prompts and noise of sampling.
     """
 
@@ -82,7 +99,8 @@ class RolloutDataModule(pl.LightningDataModule):
         self,
         train_prompts: Prompts,
         reward: Reward,
-        val_prompts: Prompts | None = None,
+        val_prompts: EvalSets | None = None,
+        test_prompts: EvalSets | None = None,
         rollout_engine: RolloutEngine | None = None,
         prompts_per_rollout: int = 32,
         group_size: int = 8,
@@ -100,7 +118,11 @@ class RolloutDataModule(pl.LightningDataModule):
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
+        val_k: Sequence[int] | None = None,
+        overlong_prompts: Literal["refuse", "drop"] = "refuse",
+        max_prompt_tokens: int | None = None,
         max_reward_failure_frac: float = 0.1,
+        failed_reward: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -109,8 +131,7 @@ class RolloutDataModule(pl.LightningDataModule):
             "max_tokens": max_tokens,
             "minibatches_per_rollout": minibatches_per_rollout,
             "epochs_per_rollout": epochs_per_rollout,
-            "val_batch_size": val_batch_size,
-            "val_samples": val_samples,
+            "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
         }
         for name, value in counts.items():
@@ -122,7 +143,10 @@ class RolloutDataModule(pl.LightningDataModule):
             "seed": seed,
         }.items():
             require_between(name, value, 0, float("inf"))
-        require_between("val_temperature", val_temperature, 0.0, float("inf"), "0 is greedy.")
+        if overlong_prompts not in ("refuse", "drop"):
+            raise ConfigurationError(
+                f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
+            )
         check_groups(group_size, teacher_completions, temperature, teacher_temperature)
         self.train_prompts = train_prompts
         self.val_prompts = val_prompts
@@ -134,7 +158,6 @@ class RolloutDataModule(pl.LightningDataModule):
         self.teacher_completions = teacher_completions
         self.teacher_engine = teacher_engine or TransformersEngine()
         self.train_sampling = Sampling(max_tokens, temperature)
-        self.val_sampling = Sampling(max_tokens, val_temperature)
         self.collector = Collector(
             Slots(prompts_per_rollout, minibatches_per_rollout, max_refills, seed),
             Source(STUDENT, self.rollout_engine, group_size, self.train_sampling),
@@ -151,17 +174,19 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rollouts_per_epoch = rollouts_per_epoch or max(
             len(train_prompts) // prompts_per_rollout, 1
         )
-        self.val_batch_size = val_batch_size
-        self.val_samples = val_samples
+        sampled = Sampling(max_tokens, val_temperature)
+        default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
+        self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
         self.seed = seed
-        self.rewards = RewardRunner(reward, max_reward_failure_frac)
+        self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
+        self.overlong_prompts = overlong_prompts
+        self.max_prompt_tokens = max_prompt_tokens
         self.watch = RolloutWatch()
         self.ahead = Ahead()
         self._plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
         self._teacher_seconds = 0.0
         self._train: list[EncodedPrompt] = []
-        self._val: list[EncodedPrompt] = []
 
     @property
     def updates_per_rollout(self) -> int:
@@ -185,11 +210,6 @@ class RolloutDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Encode the prompts and check what can be checked before training."""
         if self.val_prompts is None:
-            if stage != "fit":
-                raise ConfigurationError(
-                    f"`val_prompts` must be given to {TrainerFn(stage).value}: got None. "
-                    "Name a prompt source."
-                )
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
         self.ahead.drop()
@@ -197,29 +217,29 @@ class RolloutDataModule(pl.LightningDataModule):
         self._teacher_seconds = self.teacher_seconds
         self.watch = RolloutWatch() if stage == "fit" else self.watch
         self.rollout_engine.version = self.teacher_engine.version = None
-        if self.val_prompts is not None:
-            self._val = self._encode(self.val_prompts, "val_prompts")
+        tried = self.evaluation.setup(TrainerFn(stage).value, self._encode)
         if stage == "fit":
             check_rollout_settings(self.trainer, self, self._module())
-            self._train = self._encode(self.train_prompts, "train_prompts")
+            limit = self.train_sampling.max_tokens
+            self._train = self._encode(self.train_prompts, "train_prompts", limit)
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
-        for rows in (self._train, self._val):
-            if rows:
-                self.rewards.try_once(rows[0][0])
+        for row in first_of_each_kind(row for row, _ in [*self._train, *tried]):
+            self.rewards.try_once(row)
+
+    def teardown(self, stage: str) -> None:
+        """End the reward's processes."""
+        self.rewards.close()
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
         micro = self.trainer.accumulate_grad_batches
         return IndexLoader(self.rollouts_per_epoch * self.updates_per_rollout * micro, micro)
 
-    def val_dataloader(self) -> IndexLoader | list[Any]:
-        """Return indices of evaluation batches, as many on every rank."""
-        if not self._val:
-            return []
-        per_batch = self.val_batch_size * self.trainer.world_size
-        return IndexLoader(-(-len(self._val) // per_batch))
+    def val_dataloader(self) -> list[IndexLoader]:
+        """Return indices of evaluation batches, a loader per set."""
+        return self.evaluation.loaders(self.trainer.world_size)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -233,21 +253,29 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.ahead.rollout is not None:
             stop_together(self.ahead.wait, self._module().reduce)
         self._sync(self.rollout_engine, self._module().weights())
-        evaluated = self._evaluate(self.rollout_engine, batch)
+        # A rank that fails must not leave the others waiting for its metrics.
+        evaluated = stop_together(
+            lambda: self._evaluate(self.rollout_engine, dataloader_idx, batch),
+            self._module().reduce,
+        )
         self.rollout_engine.release()
         return evaluated
 
-    def evaluate(self, weights: ModelWeights) -> float:
-        """Accuracy of any model at hand on the prompts that a validation takes.
+    def evaluate(self, weights: ModelWeights, temperature: float | None = None) -> float:
+        """Accuracy of any model at hand on the first set that a validation takes.
 
         All ranks must call it.
+
+        Args:
+            weights: of the model.
+            temperature: instead of the set's.
         """
         engine = TransformersEngine()
         module = self._module()
         self._sync(engine, weights)
         correct = torch.zeros(2, dtype=torch.float64)
-        for batch in range(limited(len(self.val_dataloader()), self.trainer.limit_val_batches)):
-            table = self._evaluate(engine, batch).correct.double()
+        for batch in range(limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)):
+            table = self._evaluate(engine, 0, batch, temperature).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
         solved, prompts = module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
@@ -328,7 +356,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.teacher_completions and self.teacher_engine.version is None:
             theirs = module if self.teacher_engine.fixed else module.teacher
             self._sync(self.teacher_engine, theirs.weights())
-        batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
+        batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
         if self.max_off_policy_steps:
             sync_seconds += self._start_next(rollout + 1)
@@ -348,6 +376,8 @@ class RolloutDataModule(pl.LightningDataModule):
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, replaced
         )
+        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
+        metrics |= part_means(own)
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
     def _start_next(self, rollout: int) -> float:
@@ -361,10 +391,10 @@ class RolloutDataModule(pl.LightningDataModule):
         self.ahead.start(rollout, self.rollout_engine.version or 0, requests)
         return seconds
 
-    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:
-        """Sample this rank's share of a rollout; return it and the groups that were replaced."""
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
+        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
         teacher = self._module().teacher
-        batch, replaced = self.collector.collect(
+        batch, groups, replaced = self.collector.collect(
             rollout,
             self._train,
             self.trainer.global_rank,
@@ -375,20 +405,20 @@ class RolloutDataModule(pl.LightningDataModule):
         )
         if teacher is not None:
             teacher.accept(batch)
-        return batch, replaced
+        return batch, groups, replaced
 
-    def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
-        """Sample this rank's rows of one evaluation batch; there may be none left."""
-        world = self.trainer.world_size
-        start, end = (b * self.val_batch_size * world for b in (batch, batch + 1))
-        rows = range(start + self.trainer.global_rank, min(len(self._val), end), world)
-        seeds = [
-            [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(self.val_samples)]
-            for r in rows
-        ]
-        prompts = [self._val[r] for r in rows]
-        judged = self._sample(engine, prompts, seeds, self.val_sampling, training=False)
-        return EvaluationBatch.from_judged(judged, self.val_samples)
+    def _evaluate(
+        self, engine: RolloutEngine, which: int, batch: int, temperature: float | None = None
+    ) -> EvaluationBatch:
+        """Sample this rank's rows of one batch of a set; there may be none left."""
+        return self.evaluation.batch(
+            which,
+            batch,
+            (self.trainer.global_rank, self.trainer.world_size),
+            partial(self._sample, engine, training=False),
+            self.rewards.reward,
+            temperature,
+        )
 
     def _sample(
         self,
@@ -414,12 +444,29 @@ class RolloutDataModule(pl.LightningDataModule):
             engine.update_weights(weights, self.trainer.global_step)
         return time.perf_counter() - started
 
-    def _encode(self, source: Prompts, name: str) -> list[EncodedPrompt]:
+    def _encode(self, source: Prompts, name: str, max_tokens: int) -> list[EncodedPrompt]:
         module = self._module()
-        prompts = encode_all(source, name, module.tokenizer)
-        limit = self.train_sampling.max_tokens
-        check_lengths([ids for _, ids in prompts], name, module.context_length, limit)
-        return prompts
+        limit = module.context_length - max_tokens
+        if self.max_prompt_tokens is not None:
+            limit = min(limit, self.max_prompt_tokens)
+        kept, dropped = within(encode_all(source, name, module.tokenizer), limit)
+        if not dropped:
+            return kept
+        if self.overlong_prompts == "refuse" or not kept:
+            row, tokens = dropped[0]
+            raise ConfigurationError(
+                f"`{name}` must have at most {limit} tokens a prompt (context "
+                f"{module.context_length}, `max_tokens` {max_tokens}): got "
+                f"{tokens} in row {row}, and {len(dropped)} such rows of {len(dropped) + len(kept)}"
+                ". Set `overlong_prompts: drop`, or lower `max_tokens`."
+            )
+        if self.trainer.is_global_zero:
+            print(
+                f"{name}: {len(dropped)} of {len(dropped) + len(kept)} prompts left out, which "
+                f"have more than {limit} tokens",
+                flush=True,
+            )
+        return kept
 
     def _slots(self) -> list[int]:
         return self.collector.slots.of_rank(self.trainer.global_rank, self.trainer.world_size)

@@ -25,25 +25,28 @@ ALLOWED = {
     "advantages": FLOOR,
     "objectives": FLOOR | {"losses", "advantages"},
     "models": FLOOR,
-    "weights": FLOOR,
+    "lora": FLOOR,
+    "weights": FLOOR | {"lora"},
     "scorer": FLOOR | {"losses"},
     "server_client": {"errors"},
     "shard_loading": set(),
-    "sharding": FLOOR | {"models", "scorer", "shard_loading"},
+    "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
-    "teachers": FLOOR | {"losses", "models", "scorer", "server_client", "sharding", "weights"},
+    "teachers": FLOOR
+    | {"lora", "losses", "models", "scorer"}
+    | {"server_client", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "rewards", "server_client", "weights"},
-    "evaluation": FLOOR | {"metrics", "rollout"},
+    "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
-    "export": FLOOR | {"checkpoints", "models", "resume"},
+    "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
+    | {"checkpoints", "evaluation", "lora", "losses", "metrics", "models", "objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
-    "checks": FLOOR | {"datamodule", "objectives", "rollout"},
+    "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
@@ -97,6 +100,8 @@ def test_arrows_point_down(path: Path) -> None:
         if name.split(".")[0] == "transformers":
             assert own in TRANSFORMERS, f"{own} imports transformers"
         assert name.split(".")[0] not in ("pytorch_lightning", "callbacks"), name
+        if name.split(".")[0] == "peft":
+            assert own == "lora", "imports peft"
         if name.split(".")[0] == "vllm":
             assert path.relative_to(PACKAGE) == Path("rollout/vllm_engine.py"), "imports vLLM"
 
