@@ -35,10 +35,12 @@ _HOME = {
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "RoutedTeacher": "teachers",
+    "ServerTeacher": "teachers",
     "Teacher": "teachers",
     "TransformersEngine": "rollout",
     "VLLMEngine": "rollout",
     "VLLMServerEngine": "rollout",
+    "VLLMTeacherEngine": "rollout",
     "RolloutEngine": "rollout",
     "HFPrompts": "prompts",
     "JSONLPrompts": "prompts",
@@ -106,12 +108,14 @@ if TYPE_CHECKING:
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
     from kdrl_lightning.rollout import VLLMEngine as VLLMEngine
     from kdrl_lightning.rollout import VLLMServerEngine as VLLMServerEngine
+    from kdrl_lightning.rollout import VLLMTeacherEngine as VLLMTeacherEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
+    from kdrl_lightning.teachers import ServerTeacher as ServerTeacher
     from kdrl_lightning.teachers import Teacher as Teacher
 
 

@@ -26,6 +26,13 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
         ConfigurationError: they do not, or the objective cannot use such groups.
     """
     check_completions(data, module)
+    if data.rollout_engine.fixed:
+        raise ConfigurationError(
+            f"`rollout_engine` must be one that takes the student's weights: got "
+            f"{type(data.rollout_engine).__name__}. Use VLLMServerEngine."
+        )
+    if module.teacher is not None:
+        module.teacher.check_temperature(data.train_sampling.temperature)
     parts = list(module.objective.parts())
     if data.max_off_policy_steps and any(isinstance(p, NoCorrection) for p in parts):
         warnings.warn(
@@ -161,9 +168,10 @@ def check_completions(data: RolloutDataModule, module: Any) -> None:
             f"{data.teacher_completions}. Give `teacher_tokens`, e.g. ShapedProbability (LUFFY) or "
             "BehaviorRatio."
         )
-    if module.teacher is None or not module.teacher.generates:
+    if module.teacher is None or not (module.teacher.generates or data.teacher_engine.fixed):
         found = "no teacher" if module.teacher is None else type(module.teacher).__name__
         raise ConfigurationError(
             f"`teacher` must be one that can generate for `teacher_completions` "
-            f"{data.teacher_completions}: got {found}. Use a LocalTeacher."
+            f"{data.teacher_completions}: got {found}. Use a LocalTeacher, or a server with "
+            "`teacher_engine` VLLMTeacherEngine."
         )

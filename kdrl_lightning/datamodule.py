@@ -355,7 +355,8 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.ahead.rollout != rollout:
             sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
-            self._sync(self.teacher_engine, module.teacher.weights())
+            theirs = module if self.teacher_engine.fixed else module.teacher
+            self._sync(self.teacher_engine, theirs.weights())
         batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
         if self.max_off_policy_steps:

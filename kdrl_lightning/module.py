@@ -26,7 +26,7 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
-from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.resume import (
     KEY,
     Settings,
@@ -276,10 +276,11 @@ class KDRLModule(pl.LightningModule):
         """Return this micro-batch's share of the step's loss, scaled against later averaging."""
         scores = self._update_scores(batch)
         loss, terms = self.objective(batch, scores)
+        entropy = known(scores.entropy, "entropy")
         self._stats.add_sum("loss/total", loss)
         for name, value in terms.items():
             self._stats.add_sum(f"loss/{name}", value)
-        self._stats.add_mean("policy/entropy", scores.entropy, batch.loss_mask)
+        self._stats.add_mean("policy/entropy", entropy, batch.loss_mask)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             values = self._stats.compute(self.reduce)
             self._step_loss = values["loss/total"]
@@ -289,7 +290,7 @@ class KDRLModule(pl.LightningModule):
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
-            "entropy": scores.entropy.detach(),
+            "entropy": entropy.detach(),
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

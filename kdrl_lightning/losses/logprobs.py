@@ -58,23 +58,23 @@ class TokenScores(NamedTuple):
 
     Attributes:
         logprobs: ``[N]`` of the chosen tokens.
-        entropy: ``[N]`` nats.
+        entropy: ``[N]`` nats; None from a teacher that cannot tell.
         topk_ids: ``[N, K]`` int64, the model's own most likely tokens, best first.
         topk_logprobs: ``[N, K]`` at the ids that were asked for.
         divergence: ``[N]`` from another model's distribution, over the full vocabulary.
     """
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     divergence: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` of every field that is there."""
-        logprobs, entropy, *rest = self
+        logprobs, *rest = self
         changed = (None if value is None else function(value) for value in rest)
-        return TokenScores(function(logprobs), function(entropy), *changed)
+        return TokenScores(function(logprobs), *changed)
 
 
 class Other(NamedTuple):
@@ -96,6 +96,7 @@ def chosen_logprobs(
     See ``token_scores``, of which these are the first two fields.
     """
     scores = token_scores(hidden, head, ids, temperature, chunk_size)
+    assert scores.entropy is not None, "a model at hand knows its entropy"
     return scores.logprobs, scores.entropy
 
 

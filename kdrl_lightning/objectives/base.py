@@ -179,7 +179,7 @@ class Objective(ABC):
         batch, scores = blank(batch, scores)
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
-            terms.append(Term("entropy", -scores.entropy, self.entropy_coef))
+            terms.append(Term("entropy", -known(scores.entropy, "entropy"), self.entropy_coef))
         names = [term.name for term in terms]
         if len(set(names)) < len(names) or "total" in names:
             raise ConfigurationError(
