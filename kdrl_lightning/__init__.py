@@ -29,6 +29,7 @@ _HOME = {
     "PolicyObjective": "objectives",
     "WeightedSum": "objectives",
     "Objective": "objectives",
+    "GGUFModel": "gguf",
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "RoutedTeacher": "teachers",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
+    from kdrl_lightning.gguf import GGUFModel as GGUFModel
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO
     from kdrl_lightning.objectives import GKD as GKD

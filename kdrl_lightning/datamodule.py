@@ -245,7 +245,7 @@ class RolloutDataModule(pl.LightningDataModule):
         """
         engine = TransformersEngine()
         module = self._module()
-        engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
+        engine.setup(weights, self._end_id(weights), self._pad_id())
         engine.update_weights(weights, self.trainer.global_step)
         correct = torch.zeros(2, dtype=torch.float64)
         for batch in range(limited(len(self.val_dataloader()), self.trainer.limit_val_batches)):
@@ -386,7 +386,7 @@ class RolloutDataModule(pl.LightningDataModule):
         """Bring the engine to the current weights before it samples; return the seconds."""
         started = time.perf_counter()
         if engine.version is None:
-            engine.setup(weights, self._module().tokenizer.eos_token_id, self._pad_id())
+            engine.setup(weights, self._end_id(weights), self._pad_id())
         if engine.version != self.trainer.global_step:
             engine.update_weights(weights, self.trainer.global_step)
         return time.perf_counter() - started
@@ -417,6 +417,11 @@ class RolloutDataModule(pl.LightningDataModule):
             "minibatches_per_rollout": self.minibatches_per_rollout,
             "epochs_per_rollout": self.epochs_per_rollout,
         }
+
+    def _end_id(self, weights: ModelWeights) -> int:
+        """Return the token that stops a model: a teacher may have one of its own."""
+        own = weights.end_token_id
+        return int(self._module().tokenizer.eos_token_id if own is None else own)
 
     def _pad_id(self) -> int:
         tokenizer = self._module().tokenizer

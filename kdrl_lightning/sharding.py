@@ -86,6 +86,7 @@ def load_scorer(
     sharding: Sharding | None = None,
     *,
     vocab_size: int | None = None,
+    swap: tuple[int, int] | None = None,
     frozen: bool = False,
     offload: bool = False,
     activation_checkpointing: bool = False,
@@ -97,6 +98,7 @@ def load_scorer(
         dtype: of the weights.
         sharding: spreads them; None keeps them whole.
         vocab_size: rows of the head that count.
+        swap: two ids whose logits change places.
         frozen: without gradient.
         offload: see ``Sharding.shard``.
         activation_checkpointing: recompute each layer in the backward pass.
@@ -106,7 +108,7 @@ def load_scorer(
     """
 
     def wrap(model: Any) -> Scorer:
-        scorer = Scorer(model.requires_grad_(not frozen), vocab_size)
+        scorer = Scorer(model.requires_grad_(not frozen), vocab_size, swap)
         if activation_checkpointing:
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)

@@ -19,10 +19,14 @@ class ModelWeights:
     Attributes:
         model: the live transformers model; an engine in this process may sample from it directly.
         path: the folder or hub name that it was loaded from.
+        end_token_id: where a teacher ends with another token than the student: the token.
+        vocab_size: where a teacher has more rows than the student: the student's.
     """
 
     model: Any
     path: str
+    end_token_id: int | None = None
+    vocab_size: int | None = None
 
     @property
     def sharded(self) -> bool:

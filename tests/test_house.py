@@ -25,12 +25,15 @@ ALLOWED = {
     "advantages": FLOOR,
     "objectives": FLOOR | {"losses", "advantages"},
     "models": FLOOR,
+    "cache": {"errors"},
+    "gguf": {"cache", "errors", "models"},
     "weights": FLOOR,
+    "compatibility": {"errors"},
     "scorer": FLOOR | {"losses"},
     "shard_loading": set(),
     "sharding": FLOOR | {"models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
-    "teachers": FLOOR | {"losses", "models", "scorer", "sharding", "weights"},
+    "teachers": FLOOR | {"compatibility", "losses", "models", "scorer", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
@@ -40,7 +43,8 @@ ALLOWED = {
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "models", "resume"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
+    | {"checkpoints", "compatibility", "evaluation", "losses", "metrics", "models"}
+    | {"objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
@@ -51,7 +55,8 @@ ALLOWED = {
     "callbacks": FLOOR
     | {"checkpoints", "losses", "metrics", "objectives", "plots", "rollout", "schedules"},
     "tiny": FLOOR
-    | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
+    | {"cache", "callbacks", "models", "module", "objectives", "prompts", "rewards"}
+    | {"supervised"},
 }
 LIGHTNING = {
     "strategies",
@@ -66,7 +71,7 @@ LIGHTNING = {
     "cli",
     "parser",
 }
-TRANSFORMERS = {"models", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"models", "gguf", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

@@ -47,6 +47,11 @@ class RoutedTeacher(Teacher):
         """Whether one of them is."""
         return any(teacher.collective for teacher in self.teachers.values())
 
+    @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """Return the first teacher's that has one."""
+        return next((t.other_end for t in self.teachers.values() if t.other_end), None)
+
     def spread(self, sharding: Sharding | None) -> None:
         """Tell each."""
         for teacher in self.teachers.values():
