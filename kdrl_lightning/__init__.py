@@ -38,9 +38,16 @@ _HOME = {
     "VLLMEngine": "rollout",
     "VLLMServerEngine": "rollout",
     "RolloutEngine": "rollout",
+    "HFPrompts": "prompts",
     "JSONLPrompts": "prompts",
+    "KnightsAndKnavesPrompts": "prompts",
+    "MixedPrompts": "prompts",
+    "ReasoningGymPrompts": "prompts",
     "ExactMatch": "rewards",
-    "OverlongPenalty": "rewards",
+    "LengthPenalty": "rewards",
+    "RoutedReward": "rewards",
+    "TaskReward": "rewards",
+    "WeightedRewards": "rewards",
     "Sample": "rewards",
     "Verdict": "rewards",
     "ConfigurationError": "errors",
@@ -68,11 +75,18 @@ if TYPE_CHECKING:
     from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
     from kdrl_lightning.objectives import PolicyObjective as PolicyObjective
     from kdrl_lightning.objectives import WeightedSum as WeightedSum
+    from kdrl_lightning.prompts import HFPrompts as HFPrompts
     from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts
+    from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
+    from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
+    from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
     from kdrl_lightning.rewards import ExactMatch as ExactMatch
-    from kdrl_lightning.rewards import OverlongPenalty as OverlongPenalty
+    from kdrl_lightning.rewards import LengthPenalty as LengthPenalty
+    from kdrl_lightning.rewards import RoutedReward as RoutedReward
     from kdrl_lightning.rewards import Sample as Sample
+    from kdrl_lightning.rewards import TaskReward as TaskReward
     from kdrl_lightning.rewards import Verdict as Verdict
+    from kdrl_lightning.rewards import WeightedRewards as WeightedRewards
     from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
     from kdrl_lightning.rollout import VLLMEngine as VLLMEngine

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.sft import SFT
+from kdrl_lightning.rewards.base import walk
 from kdrl_lightning.rollout.loader import limited
 
 if TYPE_CHECKING:
@@ -70,12 +71,13 @@ def check_completions(data: RolloutDataModule, module: Any) -> None:
             f"`max_refills` must be 0 for {name}, which does not compare a group: got "
             f"{data.collector.slots.max_refills}."
         )
-    limit = getattr(data.rewards.reward, "max_tokens", data.train_sampling.max_tokens)
-    if limit != data.train_sampling.max_tokens:
-        raise ConfigurationError(
-            f"`max_tokens` of the reward must be that of the data, "
-            f"{data.train_sampling.max_tokens}: got {limit}."
-        )
+    for reward in walk(data.rewards.reward):
+        limit = getattr(reward, "max_tokens", data.train_sampling.max_tokens)
+        if limit != data.train_sampling.max_tokens:
+            raise ConfigurationError(
+                f"`max_tokens` of the reward must be that of the data, "
+                f"{data.train_sampling.max_tokens}: got {limit}."
+            )
     if not data.teacher_completions:
         if getattr(objective, "teacher_tokens", None) is not None:
             raise ConfigurationError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -13,12 +13,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kdrl_lightning.checks import check_rollout_settings
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvaluationBatch
-from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
-from kdrl_lightning.rewards.base import Reward, RewardRunner
+from kdrl_lightning.prompts.base import (
+    EncodedPrompt,
+    Prompts,
+    encode_all,
+    first_of_each_kind,
+    within,
+)
+from kdrl_lightning.rewards.base import Reward
+from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.collector import Collector, Source
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.rollout.groups import EVALUATION_NOISE, Slots
 from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.store import pack, unpack
@@ -40,7 +48,8 @@ class RolloutDataModule(pl.LightningDataModule):
 
     Args:
         train_prompts: prompts to train on.
-        reward: callable of one ``Sample``; returns a number or a ``Verdict``.
+        reward: a ``TaskReward``, or any callable of one ``Sample`` that returns a number or a
+            ``Verdict``.
         val_prompts: prompts for validate, test and predict.
         rollout_engine: samples completions; the transformers engine if None.
         prompts_per_rollout: prompts of one rollout, over all processes.
@@ -62,7 +71,11 @@ class RolloutDataModule(pl.LightningDataModule):
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
+        overlong_prompts: a prompt that is too long stops the run before it starts (``refuse``), or
+            is left out, and their number printed (``drop``).
+        max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
+        failed_reward: what a completion gets on which the reward fails; it counts as wrong.
         seed: order of prompts and noise of sampling.
     """
 
@@ -89,7 +102,10 @@ class RolloutDataModule(pl.LightningDataModule):
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
+        overlong_prompts: Literal["refuse", "drop"] = "refuse",
+        max_prompt_tokens: int | None = None,
         max_reward_failure_frac: float = 0.1,
+        failed_reward: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -100,6 +116,7 @@ class RolloutDataModule(pl.LightningDataModule):
             "epochs_per_rollout": epochs_per_rollout,
             "val_batch_size": val_batch_size,
             "val_samples": val_samples,
+            "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
         }
         for name, value in counts.items():
@@ -111,6 +128,10 @@ class RolloutDataModule(pl.LightningDataModule):
             "seed": seed,
         }.items():
             require_between(name, value, 0, float("inf"))
+        if overlong_prompts not in ("refuse", "drop"):
+            raise ConfigurationError(
+                f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
+            )
         if group_size + teacher_completions < 1:
             raise ConfigurationError(
                 f"`group_size` must be at least 1 without `teacher_completions`: got {group_size}."
@@ -159,7 +180,9 @@ class RolloutDataModule(pl.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.val_samples = val_samples
         self.seed = seed
-        self.rewards = RewardRunner(reward, max_reward_failure_frac)
+        self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
+        self.overlong_prompts = overlong_prompts
+        self.max_prompt_tokens = max_prompt_tokens
         self.watch = RolloutWatch()
         self._plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
@@ -209,8 +232,12 @@ class RolloutDataModule(pl.LightningDataModule):
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
         for rows in (self._train, self._val):
-            if rows:
-                self.rewards.try_once(rows[0][0])
+            for row in first_of_each_kind(row for row, _ in rows):
+                self.rewards.try_once(row)
+
+    def teardown(self, stage: str) -> None:
+        """End the reward's processes."""
+        self.rewards.close()
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
@@ -318,7 +345,7 @@ class RolloutDataModule(pl.LightningDataModule):
         sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
             self._sync(self.teacher_engine, module.teacher.weights())
-        batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
+        batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
         sampled = time.perf_counter()
         plan = self._planned(batch, rollout, module.score, module.objective.prepare)
@@ -336,12 +363,14 @@ class RolloutDataModule(pl.LightningDataModule):
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, replaced
         )
+        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
+        metrics |= part_means(own)
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
-    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:
-        """Sample this rank's share of a rollout; return it and the groups that were replaced."""
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
+        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
         teacher = self._module().teacher
-        batch, replaced = self.collector.collect(
+        batch, groups, replaced = self.collector.collect(
             rollout,
             self._train,
             self.trainer.global_rank,
@@ -352,7 +381,7 @@ class RolloutDataModule(pl.LightningDataModule):
         )
         if teacher is not None:
             teacher.accept(batch)
-        return batch, replaced
+        return batch, groups, replaced
 
     def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
         """Sample this rank's rows of one evaluation batch; there may be none left."""
@@ -394,15 +423,26 @@ class RolloutDataModule(pl.LightningDataModule):
     def _encode(self, source: Prompts, name: str) -> list[EncodedPrompt]:
         module = self._module()
         limit = module.context_length - self.train_sampling.max_tokens
-        prompts = encode_all(source, name, module.tokenizer)
-        for i, (_, ids) in enumerate(prompts):
-            if len(ids) > limit:
-                raise ConfigurationError(
-                    f"`{name}` must fit the context of {module.context_length} tokens with "
-                    f"`max_tokens` {self.train_sampling.max_tokens}: got {len(ids)} tokens in row "
-                    f"{i}. Drop or shorten the prompt, or lower `max_tokens`."
-                )
-        return prompts
+        if self.max_prompt_tokens is not None:
+            limit = min(limit, self.max_prompt_tokens)
+        kept, dropped = within(encode_all(source, name, module.tokenizer), limit)
+        if not dropped:
+            return kept
+        if self.overlong_prompts == "refuse" or not kept:
+            row, tokens = dropped[0]
+            raise ConfigurationError(
+                f"`{name}` must have at most {limit} tokens a prompt (context "
+                f"{module.context_length}, `max_tokens` {self.train_sampling.max_tokens}): got "
+                f"{tokens} in row {row}, and {len(dropped)} such rows of {len(dropped) + len(kept)}"
+                ". Set `overlong_prompts: drop`, or lower `max_tokens`."
+            )
+        if self.trainer.is_global_zero:
+            print(
+                f"{name}: {len(dropped)} of {len(dropped) + len(kept)} prompts left out, which "
+                f"have more than {limit} tokens",
+                flush=True,
+            )
+        return kept
 
     def _slots(self) -> list[int]:
         return self.collector.slots.of_rank(self.trainer.global_rank, self.trainer.world_size)

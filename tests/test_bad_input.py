@@ -264,8 +264,7 @@ METHOD_CASES = {
     ),
     "penalty at another length": (
         [
-            "--data.reward=kdrl_lightning.OverlongPenalty",
-            "--data.reward.reward=kdrl_lightning.tiny.addition_reward",
+            "--data.reward=LengthPenalty",
             "--data.reward.max_tokens=24",
             "--data.reward.buffer_tokens=4",
         ],

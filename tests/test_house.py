@@ -46,7 +46,7 @@ ALLOWED = {
     | {"checkpoints", "compatibility", "evaluation", "losses", "metrics", "models"}
     | {"objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
-    "checks": FLOOR | {"datamodule", "objectives", "rollout"},
+    "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},

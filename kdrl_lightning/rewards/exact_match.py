@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.rewards.base import Sample
+from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
-class ExactMatch:
+class ExactMatch(TaskReward):
     """1 if the completion's answer equals the row's, else 0; white space around both is ignored.
 
     Args:

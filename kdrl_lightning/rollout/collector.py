@@ -74,7 +74,7 @@ class Collector:
         sample: SampleAndJudge,
         route: Callable[[Mapping[str, Any]], int],
         pad_id: int,
-    ) -> tuple[RolloutBatch, list[list[Judged]]]:
+    ) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
         """Sample this rank's groups of a rollout.
 
         Args:
@@ -87,7 +87,7 @@ class Collector:
             pad_id: token behind the end of a row.
 
         Returns:
-            The batch, and the groups that were replaced.
+            The batch, its groups, and the groups that were replaced.
         """
         groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
@@ -111,7 +111,7 @@ class Collector:
             engine_exact=self.student.engine.exact,
             mask_truncated=self.mask_truncated,
         )
-        return batch, replaced
+        return batch, groups, replaced
 
     def _groups(
         self,

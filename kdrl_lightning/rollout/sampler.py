@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdrl_lightning.rewards.base import RewardRunner, Sample, Verdict
+from kdrl_lightning.rewards.base import Sample, Verdict
+from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout_batch import STUDENT
 

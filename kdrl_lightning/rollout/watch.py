@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
-from kdrl_lightning.rewards.base import RewardRunner
+from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.sampler import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
