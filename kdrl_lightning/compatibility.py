@@ -7,7 +7,7 @@ warning.
 from __future__ import annotations
 
 import warnings
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
@@ -102,7 +102,8 @@ def warn_of_templates(student: Any, teacher: Any, student_path: str, teacher_pat
     for messages in PROBES:
         ours, theirs = _render(student, messages), _render(teacher, messages)
         if ours != theirs:
-            at = len(commonprefix([ours, theirs]))
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+            at = len(list(same))
             warnings.warn(
                 f"the chat templates of student {student_path} and teacher {teacher_path} differ, "
                 f"first at character {at} of {len(messages)} rendered messages: "
