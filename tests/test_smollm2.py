@@ -88,6 +88,7 @@ def test_the_conversion_keeps_weights_tokens_and_template(source: GGUFModel) -> 
     assert "Paris" in tokenizer.decode(answer.ids) and not answer.truncated
 
 
+@pytest.mark.filterwarnings("ignore:.*of the completions are cut:UserWarning")
 def test_rlad_takes_a_step_towards_a_supervised_copy_and_the_export_is_that_model(
     source: GGUFModel, tmp_path: Path
 ) -> None:
