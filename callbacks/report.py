@@ -186,6 +186,9 @@ class RunReport(pl.Callback):
             "method": type(pl_module.objective).__name__,
             "seed": getattr(trainer.datamodule, "seed", None),
             "student": pl_module.student_path,
+            "trainable_parameters": sum(
+                p.numel() for p in pl_module.student.parameters() if p.requires_grad
+            ),
             "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
             "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,
             "teacher_accuracy": self.teacher_accuracy,

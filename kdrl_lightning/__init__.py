@@ -15,6 +15,7 @@ _HOME = {
     "KDRLModule": "module",
     "RolloutDataModule": "datamodule",
     "SupervisedDataModule": "supervised",
+    "EvalSet": "evaluation",
     "RolloutBatch": "rollout_batch",
     "GRPO": "objectives",
     "KDRL": "objectives",
@@ -30,6 +31,8 @@ _HOME = {
     "WeightedSum": "objectives",
     "Objective": "objectives",
     "GGUFModel": "gguf",
+    "LoRA": "lora",
+    "AdapterOffTeacher": "teachers",
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "RoutedTeacher": "teachers",
@@ -60,7 +63,9 @@ if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
+    from kdrl_lightning.evaluation import EvalSet as EvalSet
     from kdrl_lightning.gguf import GGUFModel as GGUFModel
+    from kdrl_lightning.lora import LoRA as LoRA
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO
     from kdrl_lightning.objectives import GKD as GKD
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.rollout import VLLMServerEngine as VLLMServerEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
+    from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher

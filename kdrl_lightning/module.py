@@ -18,6 +18,7 @@ from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
+from kdrl_lightning.lora import LoRA
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.models import (
@@ -27,11 +28,19 @@ from kdrl_lightning.models import (
     model_path,
 )
 from kdrl_lightning.objectives.base import Objective
-from kdrl_lightning.resume import KEY, Settings, check_before_loading, check_identity, identity
+from kdrl_lightning.resume import (
+    KEY,
+    Settings,
+    check_before_loading,
+    check_identity,
+    identity,
+    number_by_place,
+)
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import load_scorer
 from kdrl_lightning.strategies import refuse_fsdp1, sharding_of
+from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.weights import ModelWeights
@@ -54,6 +63,7 @@ class KDRLModule(pl.LightningModule):
             each is skipped and counted, one more stops the run.
         activation_checkpointing: keep only the inputs of the student's layers for the backward
             pass, and recompute the rest: less memory for a third more time.
+        lora: train low-rank adapters in the student's linear layers instead of all its weights.
 
     Attributes:
         teacher_seconds: time that the teacher took to score.
@@ -68,6 +78,7 @@ class KDRLModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_nonfinite_steps: int = 3,
         activation_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         require_between("max_nonfinite_steps", max_nonfinite_steps, 0, float("inf"))
@@ -76,6 +87,11 @@ class KDRLModule(pl.LightningModule):
                 f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
                 "Name one, e.g. `teacher: {class_path: LocalTeacher, init_args: {model: ...}}`."
             )
+        if teacher is not None and teacher.needs_lora and lora is None:
+            raise ConfigurationError(
+                f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
+                "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
+            )
         self.student_source = student
         self.objective = objective
         self.teacher = teacher
@@ -83,6 +99,9 @@ class KDRLModule(pl.LightningModule):
         self.lr_scheduler_callable = lr_scheduler
         self.max_nonfinite_steps = max_nonfinite_steps
         self.activation_checkpointing = activation_checkpointing
+        self.lora = lora
+        # A checkpoint holds the adapters; the base comes from its folder.
+        self.strict_loading = lora is None
         self.student: Scorer | None = None
         self.skipped_steps = 0
         self.teacher_seconds = 0.0
@@ -90,11 +109,11 @@ class KDRLModule(pl.LightningModule):
         self._warned_of_rate = False
         self._settings: Settings | None = None
         self._active_teacher = teacher
-        self._reference: LocalTeacher | None = None
+        self._reference: Teacher | None = None
         self._stats = StepStats()
         self._step_loss = 0.0
+        self._base_digest: str | None = None
         self._tokenizer: Any = None
-        # A submodule, so that metrics move with the module; their states are not saved.
         self.eval_metrics = EvaluationMetrics()
 
     @property
@@ -133,10 +152,8 @@ class KDRLModule(pl.LightningModule):
             )
         # Evaluation needs no teacher: do not load it for nothing.
         self._active_teacher = self.teacher if stage == "fit" else None
-        # The initial student, for a reference KL, is one more frozen model.
         wanted = stage == "fit" and self.objective.needs_reference
-        dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
-        self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
+        self._reference = self._initial_student() if wanted else None
         teacher = self._active_teacher
         if self.objective.divergence is not None and teacher and not teacher.gives_states:
             raise ConfigurationError(
@@ -162,11 +179,14 @@ class KDRLModule(pl.LightningModule):
                 torch.get_default_dtype(),
                 sharding,
                 activation_checkpointing=self.activation_checkpointing,
+                lora=self.lora,
+                seed=getattr(getattr(self._trainer, "datamodule", None), "seed", 0),
             )
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
         for frozen in self._frozen():
             frozen.spread(sharding)
+            frozen.look_at(self.student, self.student_path)
             frozen.load(self.device)
 
     def on_fit_start(self) -> None:
@@ -205,6 +225,10 @@ class KDRLModule(pl.LightningModule):
             "skipped_in_a_row": self._skipped_in_a_row,
             "teacher_seconds": self.teacher_seconds,
         }
+        if sharding_of(self.trainer) is None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            for state in checkpoint.get("optimizer_states", []):
+                number_by_place(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
@@ -298,11 +322,13 @@ class KDRLModule(pl.LightningModule):
         self.log("policy/grad_norm", norm if finite else torch.nan)
         self.log("policy/skipped_steps", float(self.skipped_steps))
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Count correct completions."""
         self.eval_metrics.add(batch, self.device)
 
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count correct completions."""
         self.eval_metrics.add(batch, self.device)
 
@@ -314,18 +340,17 @@ class KDRLModule(pl.LightningModule):
         """Log ``test/*``."""
         self.log_dict(self.eval_metrics.take("test"), sync_dist=True)  # equal on all ranks already
 
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return rows with completion, reward and verdict."""
-        return [
-            {
-                **j.row,
-                "completion": j.text,
-                "reward": j.verdict.reward,
-                "correct": j.verdict.correct,
-                "truncated": j.completion.truncated,
-            }
-            for j in batch.judged
-        ]
+    def predict_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return a row per completion, with its prompt's columns, reward and verdict."""
+        return batch.predictions()
+
+    def base_digest(self) -> str:
+        """Return what tells a LoRA student's base model from another; all ranks must ask."""
+        if self._base_digest is None:  # it is frozen
+            self._base_digest = self.weights().base_digest()
+        return self._base_digest
 
     def weights(self) -> ModelWeights:
         """Return the student's live weights, for a sampling engine."""
@@ -359,6 +384,13 @@ class KDRLModule(pl.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.teacher_seconds += time.perf_counter() - started
+
+    def _initial_student(self) -> Teacher:
+        """For a reference KL: a view of a LoRA student, else one more frozen model."""
+        if self.lora is not None:
+            return AdapterOffTeacher()
+        dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
+        return LocalTeacher(self.student_source, dtype)
 
     def _frozen(self) -> list[Teacher]:
         return [f for f in (self._active_teacher, self._reference) if f is not None]

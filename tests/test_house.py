@@ -27,23 +27,25 @@ ALLOWED = {
     "models": FLOOR,
     "cache": {"errors"},
     "gguf": {"cache", "errors", "models"},
-    "weights": FLOOR,
+    "lora": FLOOR,
+    "weights": FLOOR | {"lora"},
     "compatibility": {"errors"},
     "scorer": FLOOR | {"losses"},
     "shard_loading": set(),
-    "sharding": FLOOR | {"models", "scorer", "shard_loading"},
+    "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
-    "teachers": FLOOR | {"compatibility", "losses", "models", "scorer", "sharding", "weights"},
+    "teachers": FLOOR
+    | {"compatibility", "lora", "losses", "models", "scorer", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
-    "evaluation": FLOOR | {"metrics", "rollout"},
+    "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
-    "export": FLOOR | {"checkpoints", "models", "resume"},
+    "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "compatibility", "evaluation", "losses", "metrics", "models"}
+    | {"checkpoints", "compatibility", "evaluation", "lora", "losses", "metrics", "models"}
     | {"objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
@@ -101,6 +103,8 @@ def test_arrows_point_down(path: Path) -> None:
         if name.split(".")[0] == "transformers":
             assert own in TRANSFORMERS, f"{own} imports transformers"
         assert name.split(".")[0] not in ("pytorch_lightning", "callbacks"), name
+        if name.split(".")[0] == "peft":
+            assert own == "lora", "imports peft"
         if name.split(".")[0] == "vllm":
             assert path.relative_to(PACKAGE) == Path("rollout/vllm_engine.py"), "imports vLLM"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rewards.answers import answer_of
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, Verdict, judge
 
 
@@ -54,6 +55,10 @@ class WeightedRewards(BatchReward):
         """Return the rewards."""
         return list(self.rewards.values())
 
+    def answer(self, sample: Sample) -> str | None:
+        """Return the answer that the deciding reward finds."""
+        return answer_of(self.rewards[self.correct], sample)
+
     def _sum(self, results: dict[str, Verdict | Exception]) -> Verdict | Exception:
         total, correct, parts = 0.0, False, {}
         for name, result in results.items():
@@ -96,3 +101,7 @@ class RoutedReward(BatchReward):
     def children(self) -> Sequence[Reward]:
         """Return the rewards."""
         return list(self.rewards.values())
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return the answer that the row's own reward finds."""
+        return answer_of(self.rewards[sample.row[self.column]], sample)

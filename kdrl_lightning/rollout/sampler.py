@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.runner import RewardRunner
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.engine import Completion, Sampling
 from kdrl_lightning.rollout_batch import STUDENT
 
 
@@ -24,8 +24,17 @@ class Judged:
     source: int = STUDENT
 
 
+class Generates(Protocol):
+    """An engine, or what stands for one."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Sample; see ``RolloutEngine.generate``."""
+
+
 def sample_and_judge(
-    engine: RolloutEngine,
+    engine: Generates,
     tokenizer: Any,
     rewards: RewardRunner,
     prompts: Sequence[tuple[Mapping[str, Any], list[int]]],

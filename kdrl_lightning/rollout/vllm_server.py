@@ -46,6 +46,7 @@ class VLLMServerEngine(RolloutEngine):
     """
 
     exact = False
+    beside = True
 
     def __init__(
         self,

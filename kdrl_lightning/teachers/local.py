@@ -151,7 +151,8 @@ class LocalTeacher(Teacher):
         model, path = self._loaded().model, model_path(self.model)
         rows = model.get_output_embeddings().weight.shape[0]
         cut = self._vocab_size if self._vocab_size and self._vocab_size < rows else None
-        return ModelWeights(model, path, self._ends and self._ends[1], cut)
+        own = self._ends and self._ends[1]
+        return ModelWeights(model, path, end_token_id=own, vocab_size=cut)
 
     @property
     def _swap(self) -> tuple[int, int] | None:
