@@ -30,6 +30,7 @@ _HOME = {
     "PolicyObjective": "objectives",
     "WeightedSum": "objectives",
     "Objective": "objectives",
+    "GGUFModel": "gguf",
     "LoRA": "lora",
     "AdapterOffTeacher": "teachers",
     "LocalTeacher": "teachers",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
     from kdrl_lightning.evaluation import EvalSet as EvalSet
+    from kdrl_lightning.gguf import GGUFModel as GGUFModel
     from kdrl_lightning.lora import LoRA as LoRA
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO

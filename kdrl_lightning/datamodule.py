@@ -440,7 +440,7 @@ class RolloutDataModule(pl.LightningDataModule):
         """Bring the engine to the current weights before it samples; return the seconds."""
         started = time.perf_counter()
         if engine.version is None:
-            engine.setup(weights, self._module().tokenizer.eos_token_id, self._pad_id())
+            engine.setup(weights, self._end_id(weights), self._pad_id())
         if engine.version != self.trainer.global_step:
             engine.update_weights(weights, self.trainer.global_step)
         return time.perf_counter() - started
@@ -482,6 +482,11 @@ class RolloutDataModule(pl.LightningDataModule):
             "minibatches_per_rollout": self.minibatches_per_rollout,
             "epochs_per_rollout": self.epochs_per_rollout,
         }
+
+    def _end_id(self, weights: ModelWeights) -> int:
+        """Return the token that stops a model: a teacher may have one of its own."""
+        own = weights.end_token_id
+        return int(self._module().tokenizer.eos_token_id if own is None else own)
 
     def _pad_id(self) -> int:
         tokenizer = self._module().tokenizer

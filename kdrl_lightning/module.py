@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
+from kdrl_lightning.compatibility import check_end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
@@ -161,6 +162,7 @@ class KDRLModule(pl.LightningModule):
             )
         for frozen in self._frozen():
             frozen.check(self.tokenizer, self.student_path)
+            check_end_tokens(frozen.other_end, self.objective)
 
     def _check_checkpoint(self, path: str, stage: str) -> None:
         saved = read_metadata(path).get(KEY)

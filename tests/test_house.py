@@ -26,15 +26,18 @@ ALLOWED = {
     "advantages": FLOOR,
     "objectives": FLOOR | {"losses", "advantages"},
     "models": FLOOR,
+    "cache": {"errors"},
+    "gguf": {"cache", "errors", "models"},
     "lora": FLOOR,
     "weights": FLOOR | {"lora"},
+    "compatibility": {"errors"},
     "scorer": FLOOR | {"losses"},
     "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
     "teachers": FLOOR
-    | {"lora", "losses", "models", "scorer"}
+    | {"compatibility", "lora", "losses", "models", "scorer"}
     | {"server_client", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
@@ -45,7 +48,8 @@ ALLOWED = {
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "lora", "losses", "metrics", "models", "objectives", "resume"}
+    | {"checkpoints", "compatibility", "evaluation", "lora", "losses", "metrics", "models"}
+    | {"objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
@@ -65,7 +69,8 @@ ALLOWED = {
         "schedules",
     },
     "tiny": FLOOR
-    | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
+    | {"cache", "callbacks", "models", "module", "objectives", "prompts", "rewards"}
+    | {"supervised"},
 }
 LIGHTNING = {
     "strategies",
@@ -81,7 +86,7 @@ LIGHTNING = {
     "evaluate",
     "parser",
 }
-TRANSFORMERS = {"models", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"models", "gguf", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

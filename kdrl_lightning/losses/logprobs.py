@@ -35,6 +35,7 @@ class Head:
         scale: factor on the logits (Granite divides them, Cohere multiplies them).
         softcap: ``c * tanh(logits / c)`` (Gemma 2), or None.
         vocab_size: rows that count; a teacher's padding rows behind it are cut off.
+        swap: two ids whose logits change places (a teacher's end token and the student's), or None.
     """
 
     weight: Tensor
@@ -42,6 +43,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
+    swap: tuple[int, int] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[N, H]`` hidden states to ``[N, V]`` logits, in float32 at least."""
@@ -50,7 +52,15 @@ class Head:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        logits = logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return self.order(logits)
+
+    def order(self, logits: Tensor) -> Tensor:
+        """Let the two ids of ``swap`` change places in ``[..., V]``."""
+        if self.swap is None:
+            return logits
+        there, back = list(self.swap), list(reversed(self.swap))
+        return logits.index_copy(-1, logits.new_tensor(there, dtype=torch.long), logits[..., back])
 
 
 class TokenScores(NamedTuple):

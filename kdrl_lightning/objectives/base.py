@@ -94,6 +94,7 @@ class Objective(ABC):
         takes_teacher_completions: it has a rule for completions that the teacher sampled.
         top_k: most likely tokens of the student at which the teacher is scored.
         divergence: from the teacher, over the full vocabulary, in each update.
+        leaves_out_end: what it reads of the teacher leaves out where a completion ends.
     """
 
     needs_teacher: bool = False
@@ -102,6 +103,7 @@ class Objective(ABC):
     takes_teacher_completions: bool = False
     top_k: int = 0
     divergence: Divergence | None = None
+    leaves_out_end: bool = False
 
     def __init__(self, reduction: Reduction = "token_mean", entropy_coef: float = 0.0) -> None:
         if reduction not in get_args(Reduction):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from kdrl_lightning.rewards.base import Sample, Verdict
@@ -45,13 +45,20 @@ def sample_and_judge(
 ) -> list[Judged]:
     """Sample completions for ``(row, prompt ids)`` pairs and judge them.
 
+    A completion ends with the tokenizer's end token, the student's: a teacher may have stopped with
+    one of its own, or have gone on behind it.
+
     Returns:
         One entry per completion, those of a prompt next to each other.
     """
     if not prompts:
         return []
     groups = engine.generate([ids for _, ids in prompts], seeds, sampling)
-    flat = [(row, ids, c) for (row, ids), own in zip(prompts, groups, strict=True) for c in own]
+    flat = [
+        (row, ids, _ended(c, tokenizer.eos_token_id))
+        for (row, ids), own in zip(prompts, groups, strict=True)
+        for c in own
+    ]
     texts = tokenizer.batch_decode([c.ids for _, _, c in flat], skip_special_tokens=True)
     samples = [
         Sample(text, c.ids, row, c.truncated) for (row, _, c), text in zip(flat, texts, strict=True)
@@ -61,3 +68,13 @@ def sample_and_judge(
         Judged(ids, row, c, sample.text, verdict, source)
         for (row, ids, c), sample, verdict in zip(flat, samples, verdicts, strict=True)
     ]
+
+
+def _ended(completion: Completion, end: int) -> Completion:
+    """Stop at the first end token, and write it where another one stopped the completion."""
+    ids, logprobs = completion.ids, completion.logprobs
+    if end in ids:
+        length = ids.index(end) + 1
+        cut = completion.truncated and length == len(ids)
+        return Completion(ids[:length], logprobs[:length], cut)
+    return completion if completion.truncated else replace(completion, ids=[*ids[:-1], end])
