@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checks import check_rollout_settings
+from kdrl_lightning.checks import check_micro_batches, check_rollout_settings
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvaluationBatch
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
@@ -59,6 +59,8 @@ class RolloutDataModule(pl.LightningDataModule):
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
+        max_tokens_per_micro_batch: tokens, padding included, for which memory is enough. The worst
+            case is checked before training, and no micro-batch is larger; None: no limit.
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
@@ -86,6 +88,7 @@ class RolloutDataModule(pl.LightningDataModule):
         epochs_per_rollout: int = 1,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
+        max_tokens_per_micro_batch: int | None = None,
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
@@ -101,6 +104,9 @@ class RolloutDataModule(pl.LightningDataModule):
             "val_batch_size": val_batch_size,
             "val_samples": val_samples,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
+            "max_tokens_per_micro_batch": (
+                1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch
+            ),
         }
         for name, value in counts.items():
             require_between(name, value, 1, float("inf"))
@@ -156,6 +162,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rollouts_per_epoch = rollouts_per_epoch or max(
             len(train_prompts) // prompts_per_rollout, 1
         )
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.val_batch_size = val_batch_size
         self.val_samples = val_samples
         self.seed = seed
@@ -205,6 +212,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if stage == "fit":
             check_rollout_settings(self.trainer, self, self._module())
             self._train = self._encode(self.train_prompts, "train_prompts")
+            check_micro_batches(self.trainer, self, max(len(ids) for _, ids in self._train))
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
@@ -307,6 +315,7 @@ class RolloutDataModule(pl.LightningDataModule):
             epochs=self.epochs_per_rollout,
             micro_batches=self.trainer.accumulate_grad_batches,
             max_tokens=self.train_sampling.max_tokens,
+            max_micro_tokens=self.max_tokens_per_micro_batch or float("inf"),
             score=score,
             prepare=prepare,
             reduce=module.reduce,
