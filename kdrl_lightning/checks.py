@@ -128,6 +128,31 @@ def check_off_policy(max_off_policy_steps: int, engine: RolloutEngine) -> None:
         )
 
 
+def check_micro_batches(trainer: Any, data: RolloutDataModule, longest_prompt: int) -> None:
+    """Check that a micro-batch of the longest completions fits the limit of tokens.
+
+    Raises:
+        ConfigurationError: it does not; the message names the accumulation that would fit.
+    """
+    limit = data.max_tokens_per_micro_batch
+    if limit is None:
+        return
+    unit = data.minibatches_per_rollout * trainer.world_size
+    rows = data.prompts_per_rollout // unit * data.completions_per_prompt
+    longest = longest_prompt + data.train_sampling.max_tokens
+    worst = -(-rows // trainer.accumulate_grad_batches) * longest
+    if worst <= limit:
+        return
+    cure = f"Set `accumulate_grad_batches` {-(-rows // max(limit // longest, 1))}."
+    if longest > limit:
+        cure = f"One alone may have {longest}: lower `max_tokens`, or drop long prompts."
+    raise ConfigurationError(
+        f"`max_tokens_per_micro_batch` must hold the longest completions with their prompts, "
+        f"{worst} tokens with accumulate_grad_batches {trainer.accumulate_grad_batches}: got "
+        f"{limit}. {cure}"
+    )
+
+
 def check_completions(data: RolloutDataModule, module: Any) -> None:
     """Check that the objective can use the completions that student and teacher sample."""
     objective, name = module.objective, type(module.objective).__name__

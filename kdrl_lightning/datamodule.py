@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kdrl_lightning.checks import (
     check_groups,
     check_layout,
+    check_micro_batches,
     check_off_policy,
     check_rollout_settings,
 )
@@ -80,6 +81,8 @@ class RolloutDataModule(pl.LightningDataModule):
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
+        max_tokens_per_micro_batch: tokens, padding included, for which memory is enough. The worst
+            case is checked before training, and no micro-batch is larger; None: no limit.
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
@@ -115,6 +118,7 @@ class RolloutDataModule(pl.LightningDataModule):
         max_off_policy_steps: int = 0,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
+        max_tokens_per_micro_batch: int | None = None,
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
@@ -133,6 +137,9 @@ class RolloutDataModule(pl.LightningDataModule):
             "epochs_per_rollout": epochs_per_rollout,
             "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
+            "max_tokens_per_micro_batch": (
+                1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch
+            ),
         }
         for name, value in counts.items():
             require_between(name, value, 1, float("inf"))
@@ -177,6 +184,7 @@ class RolloutDataModule(pl.LightningDataModule):
         sampled = Sampling(max_tokens, val_temperature)
         default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
         self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.seed = seed
         self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
         self.overlong_prompts = overlong_prompts
@@ -222,6 +230,7 @@ class RolloutDataModule(pl.LightningDataModule):
             check_rollout_settings(self.trainer, self, self._module())
             limit = self.train_sampling.max_tokens
             self._train = self._encode(self.train_prompts, "train_prompts", limit)
+            check_micro_batches(self.trainer, self, max(len(ids) for _, ids in self._train))
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
@@ -343,6 +352,7 @@ class RolloutDataModule(pl.LightningDataModule):
             epochs=self.epochs_per_rollout,
             micro_batches=self.trainer.accumulate_grad_batches,
             max_tokens=self.train_sampling.max_tokens,
+            max_micro_tokens=self.max_tokens_per_micro_batch or float("inf"),
             score=score,
             prepare=prepare,
             reduce=module.reduce,

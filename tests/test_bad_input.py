@@ -88,6 +88,14 @@ CASES = {
         ["--trainer.accumulate_grad_batches=9"],
         "`accumulate_grad_batches` must be at most 8",
     ),
+    "micro-batches that do not fit": (
+        ["--data.max_tokens_per_micro_batch=60"],
+        "got 60. Set `accumulate_grad_batches` 3.",
+    ),
+    "a completion that does not fit": (
+        ["--data.max_tokens_per_micro_batch=10"],
+        "got 10. One alone may have 18: lower `max_tokens`, or drop long prompts.",
+    ),
     "uneven mini-batches": (
         ["--data.minibatches_per_rollout=3"],
         "`prompts_per_rollout` must be a multiple",

@@ -62,6 +62,7 @@ def plan_updates(
     epochs: int,
     micro_batches: int,
     max_tokens: int,
+    max_micro_tokens: float,
     score: Callable[[RolloutBatch], RolloutBatch],
     prepare: Callable[[RolloutBatch], RolloutBatch],
     reduce: Callable[[Tensor, str], Tensor],
@@ -78,6 +79,7 @@ def plan_updates(
         epochs: replays; every replay has the same mini-batches.
         micro_batches: per update.
         max_tokens: the token limit of a completion.
+        max_micro_tokens: of a micro-batch, padding included.
         score: adds old and teacher scores to a part.
         prepare: the objective's, on the whole rollout.
         reduce: ``(tensor, "sum") -> tensor`` over ranks.
@@ -89,7 +91,7 @@ def plan_updates(
         members[group * minibatches // groups].append(row)
     updates = []
     for rows in members:
-        parts = partition([lengths[r] for r in rows], micro_batches)
+        parts = partition([lengths[r] for r in rows], micro_batches, max_micro_tokens)
         updates.append([[rows[i] for i in part] for part in parts])
     batch = prepare(_scored(batch, [part for update in updates for part in update], score))
     totals = [step_totals(batch.select(rows), max_tokens, reduce) for rows in members]
