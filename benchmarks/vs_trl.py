@@ -1,6 +1,6 @@
 """Ours against TRL's trainers on the same work: seconds, memory and tokens per second.
 
-    python benchmarks/vs_trl.py --out results [--cases smollm2-grpo ...] [--runs 5]
+python benchmarks/vs_trl.py --out results [--cases smollm2-grpo ...] [--runs 5]
 """
 
 from __future__ import annotations

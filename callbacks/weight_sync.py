@@ -17,7 +17,8 @@ class WeightSync(pl.Callback):
 
     The data module pushes weights before every rollout; this callback checks the result. At a
     rollout's first update the version that travels with each completion must be the trainer's step,
-    and the engine's log-probabilities must agree with the trainer's own on the same tokens. Logs
+    and the engine's log-probabilities must agree with the trainer's own on the same tokens; where
+    only the update's forward pass gives those, they are compared behind it. Logs
     ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
     ``rollout/logprob_diff_max``.
 
@@ -48,13 +49,22 @@ class WeightSync(pl.Callback):
     ) -> None:
         """Check a rollout at its first micro-batch; where one rank has to stop, all do."""
         if batch.metrics:
-            stop_together(lambda: self.check(trainer, pl_module, batch), pl_module.reduce)
+            stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
+        if batch.metrics and not batch.old_pending:
+            stop_together(lambda: self.check_logprobs(trainer, pl_module, batch), pl_module.reduce)
 
-    def check(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
-        """Check this rank's completions.
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare what the update's own forward pass said."""
+        if batch.metrics and batch.old_pending:
+            stop_together(lambda: self.check_logprobs(trainer, pl_module, batch), pl_module.reduce)
+
+    def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Check the age of this rank's completions.
 
         Raises:
-            TrainingStopped: they are stale, or their log-probabilities are another policy's.
+            TrainingStopped: they are stale.
         """
         staleness = int(trainer.global_step - batch.policy_version.min())
         pl_module.log("rollout/staleness", float(staleness))
@@ -64,6 +74,13 @@ class WeightSync(pl.Callback):
                 f"{staleness} optimizer steps old at step {trainer.global_step}. "
                 "Check the engine's update_weights."
             )
+
+    def check_logprobs(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Check the log-probabilities of this rank's completions.
+
+        Raises:
+            TrainingStopped: they are another policy's.
+        """
         if batch.rollout_logprobs is None or batch.old_logprobs is None:
             return
         own = batch.completion_mask & (batch.source == STUDENT)[:, None]
@@ -79,7 +96,7 @@ class WeightSync(pl.Callback):
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
                 f"the engine's log-probabilities must agree with the trainer's within {bound} nats "
-                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at "
+                f"on average: got {mean:.3g} at step {int(batch.policy_version.min())}. They differ most at "
                 f"token {place} of completion {row} (id {int(batch.completion_ids[row, place])}): "
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
                 f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, or "

@@ -9,7 +9,16 @@ import lightning.pytorch as pl
 import torch
 from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
-from kdrl_lightning import GKD, GRPO, KDRL, RLAD, KDRLModule, LocalTeacher, RolloutDataModule, Sample
+from kdrl_lightning import (
+    GKD,
+    GRPO,
+    KDRL,
+    RLAD,
+    KDRLModule,
+    LocalTeacher,
+    RolloutDataModule,
+    Sample,
+)
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
 
