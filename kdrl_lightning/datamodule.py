@@ -342,7 +342,12 @@ class RolloutDataModule(pl.LightningDataModule):
         return self._planned(batch, rollout, lambda b: b, lambda b: b)
 
     def _planned(
-        self, batch: RolloutBatch, rollout: int, score: BatchChange, prepare: BatchChange
+        self,
+        batch: RolloutBatch,
+        rollout: int,
+        score: BatchChange,
+        prepare: BatchChange,
+        score_first: BatchChange | None = None,
     ) -> RolloutPlan:
         module = self._module()
         return plan_updates(
@@ -356,6 +361,7 @@ class RolloutDataModule(pl.LightningDataModule):
             score=score,
             prepare=prepare,
             reduce=module.reduce,
+            score_first=score_first,
         )
 
     def _make_rollout(self, rollout: int) -> RolloutPlan:
@@ -372,7 +378,11 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.max_off_policy_steps:
             sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
-        plan = self._planned(batch, rollout, module.score, module.objective.prepare)
+        prepare = module.objective.prepare
+        # Its old scores are its own where nothing else reads them and nothing replays it.
+        pending = self.epochs_per_rollout == 1 and not module.objective.reads_old_scores(batch)
+        first = module.score_pending if pending else None
+        plan = self._planned(batch, rollout, module.score, prepare, first)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
         seconds = {

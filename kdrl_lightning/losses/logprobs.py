@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses.chosen import ChosenTokens, Transform
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.
@@ -150,6 +151,14 @@ def token_scores(
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
     size = chunk_size or auto_chunk_size(vocab)
+    if topk_ids is None and divergence is None:
+        bias = None if head.bias is None else head.bias[:vocab]
+        transform = Transform(head.scale, head.softcap, temperature)
+        chosen = ChosenTokens.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight[:vocab], bias, ids, transform, size, min(top_k, vocab)
+        )
+        logprobs, entropy, best = chosen
+        return TokenScores(logprobs, entropy, best if top_k else None)
 
     def score(
         states: Tensor, chosen: Tensor, asked: Tensor | None, others: Tensor | None
