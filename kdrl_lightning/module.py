@@ -31,6 +31,7 @@ from kdrl_lightning.resume import (
     KEY,
     Settings,
     check_before_loading,
+    check_complete,
     check_identity,
     identity,
     number_by_place,
@@ -164,10 +165,13 @@ class KDRLModule(pl.LightningModule):
             frozen.check(self.tokenizer, self.student_path)
 
     def _check_checkpoint(self, path: str, stage: str) -> None:
-        saved = read_metadata(path).get(KEY)
+        values = read_metadata(path)
+        saved, held = values.get(KEY), values.get("state_dict")
         check_readable(path, self.trainer.strategy)
         if saved is not None:
             check_identity(saved, self, load_config(self.student_path), stage == "fit", path)
+        if self.lora is not None and held is not None:  # shards say so themselves
+            check_complete(held.keys(), self.state_dict().keys(), path)
 
     def configure_model(self) -> None:
         """Load the student and, for training, the teacher, once; shard each where asked to."""
