@@ -45,7 +45,7 @@ class MathReward(BatchReward):
     ) -> None:
         self.marker = marker
         self.answer_column = answer_column
-        self.pool = WorkerPool(equal, time_limit_s, workers)
+        self.pool = WorkerPool(equal, time_limit_s, workers, ["math_verify"])
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
         """Judge many; each pair of reference and answer once."""

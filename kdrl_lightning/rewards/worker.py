@@ -16,6 +16,8 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from kdrl_lightning.optional import load_library
+
 MEMORY_BYTES = 4 << 30
 CLOSED = 113  # how a child ends whose pipe was closed
 
@@ -23,13 +25,15 @@ CLOSED = 113  # how a child ends whose pipe was closed
 def main(descriptor: int) -> None:
     """Serve until the pipe is closed.
 
-    First comes what to import and the time limit, then one argument after the other. Answers are
+    First come what to import and the time limit, then one argument after the other. Answers are
     ``("ready", process)`` from each child, ``("done", result, error)``, or ``("failed", error)``
     where the function cannot be imported.
     """
     pipe = Connection(descriptor)
     try:
-        sys.path[:], module, name, seconds = pipe.recv()
+        sys.path[:], module, name, libraries, seconds = pipe.recv()
+        for library in libraries:
+            load_library(library)
         function: Any = import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
