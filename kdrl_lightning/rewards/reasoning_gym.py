@@ -19,7 +19,8 @@ class ReasoningGymReward(BatchReward):
 
     The answer is what stands between the last ``<answer>`` tags, or follows the last marker; a
     completion without is wrong. Never the whole completion: many scorers give credit to any text
-    that contains the answer. Scorers run in other processes, since some compute what they are given.
+    that contains the answer. Scorers run in other processes: some compute what they are
+    given.
 
     Args:
         marker: what stands before the answer; None: it is in ``<answer>`` tags.

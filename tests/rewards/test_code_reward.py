@@ -39,11 +39,7 @@ def test_ci_has_the_sandbox() -> None:
     [
         (ADD, ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], 1.0),
         (ADD, "assert add(1, 2) == 4", 0.0),
-        (
-            f"First\n{ADD}\nbut no:\n```python\ndef add(a, b): return 0\n```",
-            "assert add(1, 1)",
-            0.0,
-        ),
+        (f"{ADD}\nNo:\n```python\ndef add(a, b): return 0\n```", "assert add(1, 1)", 0.0),
         ("def add(a, b): return a + b", "assert add(1, 2) == 3", 0.0),
         ("```python\ndef add(a, b): return a + b", "assert add(1, 2) == 3", 0.0),
         ("", "assert True", 0.0),
@@ -124,10 +120,8 @@ def test_an_endless_program_is_ended_with_all_that_it_is(code: str) -> None:
 @needs_sandbox
 def test_the_environment_and_the_arguments_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    out = Sandbox().run(
-        "import os, sys; print(sorted(os.environ), sys.argv, os.listdir('/dev/shm'))"
-    )
-    assert out == "['LC_CTYPE', 'PWD'] ['program.py'] []\n"
+    out = Sandbox().run("import os, sys; print(sorted(os.environ), sys.argv)")
+    assert out == "['LC_CTYPE', 'PWD'] ['program.py']\n"
 
 
 @needs_sandbox
@@ -170,14 +164,10 @@ def test_where_bubblewrap_cannot_make_a_sandbox_nothing_is_run(
     elsewhere: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "bwrap"
-    broken.write_text(
-        "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"
-    )
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create' >&2\nexit 1\n")
     broken.chmod(0o755)
     elsewhere.setattr(sandbox, "which", lambda name: str(broken))
-    words = (
-        r"^`bwrap` must be able to make a sandbox here: got bwrap: No permissions .*install bubb"
-    )
+    words = r"^`bwrap` must be able to make a sandbox here: got bwrap: No permissions to.* Run"
     with pytest.raises(ConfigurationError, match=words) as caught:
         CodeReward().judge([Sample(ADD, [], {"tests": "assert True"})])
     assert "\n" not in str(caught.value)

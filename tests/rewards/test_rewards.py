@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ from kdrl_lightning.rewards import (
     WeightedRewards,
 )
 from kdrl_lightning.rewards.base import judge, walk
+from kdrl_lightning.rewards.reasoning_gym import score
+from kdrl_lightning.rewards.workers import WorkerPool
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 RIGHT = "<think>so</think>\n<answer>42</answer>\n"
@@ -115,46 +117,75 @@ def test_a_solution_that_cannot_be_read_is_an_error(answer: str) -> None:
         KnightsAndKnavesReward()(sample("", answer=answer))
 
 
-def test_a_task_is_scored_by_its_own_scorer_and_strictly_extracted() -> None:
+@pytest.fixture(scope="module")
+def gym() -> Iterator[ReasoningGymReward]:
+    reward = ReasoningGymReward(workers=1, time_limit_s=20.0)
+    yield reward
+    reward.close()
+
+
+def another(gym: ReasoningGymReward, **arguments: Any) -> ReasoningGymReward:
+    """One with other arguments and the same process."""
+    reward = ReasoningGymReward(**arguments)
+    reward.pool = gym.pool
+    return reward
+
+
+def test_a_task_is_scored_by_its_own_scorer_and_strictly_extracted(
+    gym: ReasoningGymReward,
+) -> None:
     row = ReasoningGymPrompts("chain_sum", size=1)[0]
-    right, tagged, marked = row["answer"], ReasoningGymReward(), ReasoningGymReward(marker="####")
+    right, marked, partial = row["answer"], another(gym, marker="#"), another(gym, partial=True)
     for text, in_tags, behind_marker in (
         (f"<answer> {right} </answer>", 1.0, 0.0),
-        (f"#### {right}", 0.0, 1.0),
+        (f"# {right}", 0.0, 1.0),
         (right, 0.0, 0.0),
         (f"<answer>{right}</answer><answer>0.5</answer>", 0.0, 0.0),
         (f"<answer>It is {right}.</answer>", 0.0, 0.0),
         ("<answer></answer>", 0.0, 0.0),
     ):
-        assert tagged(Sample(text, [], row)) == Verdict(in_tags, in_tags == 1.0)
+        assert gym(Sample(text, [], row)) == Verdict(in_tags, in_tags == 1.0)
         assert marked(Sample(text, [], row)) == Verdict(behind_marker, behind_marker == 1.0)
-    partial = ReasoningGymReward(partial=True)(Sample(f"<answer>It is {right}.</answer>", [], row))
-    assert 0.0 < partial.reward < 1.0 and not partial.correct
+    some = Verdict.of(partial(Sample(f"<answer>It is {right}.</answer>", [], row)))
+    assert 0.0 < some.reward < 1.0 and not some.correct
 
 
-def test_an_answer_that_a_scorer_cannot_read_is_wrong() -> None:
+def test_an_answer_that_a_scorer_cannot_read_is_wrong(gym: ReasoningGymReward) -> None:
     row = ReasoningGymPrompts("prime_factorization", size=1)[0]
-    reward = ReasoningGymReward(task="prime_factorization")
-    assert reward(Sample(f"<answer>{row['answer']}</answer>", [], row)).correct
+    reward = another(gym, task="prime_factorization")
+    assert reward(Sample(f"<answer>{row['answer']}</answer>", [], row)) == Verdict(1.0, True)
     assert reward(Sample("<answer>x × 7</answer>", [], row)) == Verdict(0.0, False)
     # A row that is itself unreadable is a failure of the reward.
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="invalid literal"):
         reward(Sample("<answer>x × 7</answer>", [], {**row, "answer": "y × 7"}))
 
 
-def test_a_scorer_that_accepts_anything_is_refused() -> None:
+def test_an_answer_that_a_scorer_computes_for_ever_is_a_failure() -> None:
+    row = ReasoningGymPrompts("simple_integration", size=1)[0]
+    reward = ReasoningGymReward(workers=1, time_limit_s=2.0)
+    texts = [f"<answer>{answer}</answer>" for answer in (row["answer"], "9**9**9**9")]
+    right, hung = reward.judge([Sample(text, [], row) for text in texts])
+    assert right == Verdict(1.0, True) and isinstance(hung, TimeoutError)
+    reward.close()
+
+
+def test_a_scorer_that_accepts_anything_or_is_not_there_is_refused(
+    gym: ReasoningGymReward,
+) -> None:
     row = ReasoningGymPrompts("game_of_life_halting", size=1)[0]
-    with pytest.raises(
-        ConfigurationError, match="`task` must have a scorer that tells right from w"
-    ):
-        ReasoningGymReward()(Sample("<answer>x</answer>", [], row))
-
-
-def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="`task` must have a scorer that tells right fro"):
+        RewardRunner(gym).try_once(row)
     with pytest.raises(ConfigurationError, match="`task` must be one of reasoning-gym's: got nope"):
-        ReasoningGymReward(task="nope")
-    reward = pickle.loads(pickle.dumps(ReasoningGymReward(task="chain_sum")))
-    assert reward.task == "chain_sum"
+        RewardRunner(another(gym, task="nope")).try_once(row)
+    with pytest.raises(ConfigurationError, match="got KeyError: 'metadata'"):
+        RewardRunner(gym).try_once({"prompt": "", "answer": ""})
+
+
+def test_what_is_not_installed_is_named_with_the_command() -> None:
+    pool = WorkerPool(score, 1.0, 1, ["no_such_library"])
+    words = r"^`no_such_library` must be installed: .*pip install 'kdrl_lightning\[tasks\]'`\.$"
+    with pytest.raises(ConfigurationError, match=words):
+        pool.map([1])
 
 
 class Lengths(BatchReward):
