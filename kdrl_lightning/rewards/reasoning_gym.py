@@ -12,6 +12,7 @@ from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.workers import WorkerPool
 
 NONSENSE = "no answer at all"
+WARM_UP = [("chain_sum", "1", {"answer": "1"})]  # imports the library
 
 
 class ReasoningGymReward(BatchReward):
@@ -42,7 +43,7 @@ class ReasoningGymReward(BatchReward):
         self.marker = marker
         self.task = task
         self.partial = partial
-        self.pool = WorkerPool(score, time_limit_s, workers, ["reasoning_gym"])
+        self.pool = WorkerPool(score, time_limit_s, workers, WARM_UP)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
         """Judge many."""

@@ -35,7 +35,8 @@ class WorkerPool:
         function: at the top level of a module, so that another process can import it.
         seconds: time limit of a call.
         workers: processes.
-        libraries: of the extra ``tasks``, imported once and not within a call's time.
+        first: arguments of calls that are made once, before any other, without a time limit: what
+            they import and cache, all processes share.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class WorkerPool:
         function: Callable[[Any], Any],
         seconds: float,
         workers: int,
-        libraries: Sequence[str] = (),
+        first: Sequence[Any] = (),
     ) -> None:
         require_between("time_limit_s", seconds, 1e-3, 1e6)
         require_between("workers", workers, 1, 1024)
@@ -54,7 +55,7 @@ class WorkerPool:
                 f"{'.'.join(self.target)}. Put it at the top level of a module, or set "
                 "`time_limit_s: null`."
             )
-        self.libraries = tuple(libraries)
+        self.first = list(first)
         self.seconds = seconds
         self.count = workers
         self._workers: list[_Worker] = []
@@ -67,7 +68,7 @@ class WorkerPool:
             (``TimeoutError`` for one that hung).
 
         Raises:
-            Exception: the function cannot be imported by the processes.
+            Exception: the function cannot be imported by the processes, or fails at ``first``.
         """
         results: list[Any] = [None] * len(arguments)
         waiting = deque(range(len(arguments)))
@@ -75,7 +76,7 @@ class WorkerPool:
             weakref.finalize(self, _end, self._workers)
         try:
             while len(self._workers) < min(self.count, len(arguments)):
-                self._workers.append(_Worker((*self.target, self.libraries), self.seconds))
+                self._workers.append(_Worker((*self.target, self.first), self.seconds))
             while waiting or any(worker.call is not None for worker in self._workers):
                 for worker in self._workers:
                     if waiting and worker.ready:

@@ -122,9 +122,9 @@ def test_what_cannot_be_read_is_one_line(folder: Path, case: str) -> None:
 
 
 def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "none.parquet")
+    (tmp_path / "none.csv").write_text("prompt,answer\n")
     with pytest.raises(ConfigurationError, match=r"`path` must have at least one row: got .*none"):
-        HFPrompts(str(tmp_path / "none.parquet"))
+        HFPrompts(str(tmp_path / "none.csv"), streaming=True, take=3)
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line() -> None:

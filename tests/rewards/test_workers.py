@@ -165,7 +165,7 @@ def test_a_function_of_a_batch_in_this_process_and_in_another() -> None:
         with pytest.raises(KeyError, match="why"):
             function(samples("raise")[0])
         runner = RewardRunner(function, max_failure_frac=1.0)
-        with pytest.warns(UserWarning, match="2 of 2 .*: ValueError: 1 results for 2 samples"):
+        with pytest.warns(UserWarning, match="2 of 2 .*ValueError: 1 results for 2 samples"):
             assert runner(samples("short", "b")) == [Verdict(0.0, False)] * 2
         function.close()
 
