@@ -28,11 +28,6 @@ READ = "```python\nprint(sum(map(int, input().split())))\n```"
 PAIRS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
 
 
-def test_ci_has_the_sandbox() -> None:
-    if os.environ.get("CI_REQUIRE_SANDBOX"):
-        assert not MISSING
-
-
 @needs_sandbox
 @pytest.mark.parametrize(
     ("text", "tests", "expected"),
