@@ -37,6 +37,7 @@ ALLOWED = {
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
+    "samples": FLOOR | {"objectives", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
@@ -58,6 +59,7 @@ ALLOWED = {
         "objectives",
         "plots",
         "rollout",
+        "samples",
         "schedules",
     },
     "tiny": FLOOR
