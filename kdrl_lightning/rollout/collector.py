@@ -66,6 +66,7 @@ class Collector:
         teacher: the teacher's part of each group.
         mask_truncated: leave completions cut at the token limit out of the loss.
         teacher_seconds: time that the teacher took to generate.
+        latest: this rank's completions of the last rollout, in the order of the batch.
     """
 
     slots: Slots
@@ -73,6 +74,7 @@ class Collector:
     teacher: Source
     mask_truncated: bool = False
     teacher_seconds: float = 0.0
+    latest: Sequence[Judged] = ()
 
     def collect(
         self,
@@ -103,7 +105,7 @@ class Collector:
             lambda slots, attempt: self._groups(rollout, prompts, slots, attempt, sample),
             self.slots.max_refills,
         )
-        judged = [j for group in groups for j in group]
+        self.latest = judged = [j for group in groups for j in group]
         batch = collate(
             [j.prompt_ids for j in judged],
             [j.completion.ids for j in judged],
