@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kdrl_lightning.checks import (
     check_groups,
     check_layout,
+    check_micro_batches,
     check_off_policy,
     check_rollout_settings,
 )
@@ -80,6 +81,8 @@ class RolloutDataModule(pl.LightningDataModule):
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
+        max_tokens_per_micro_batch: tokens, padding included, for which memory is enough. The worst
+            case is checked before training, and no micro-batch is larger; None: no limit.
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
@@ -115,6 +118,7 @@ class RolloutDataModule(pl.LightningDataModule):
         max_off_policy_steps: int = 0,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
+        max_tokens_per_micro_batch: int | None = None,
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
@@ -133,6 +137,9 @@ class RolloutDataModule(pl.LightningDataModule):
             "epochs_per_rollout": epochs_per_rollout,
             "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
+            "max_tokens_per_micro_batch": (
+                1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch
+            ),
         }
         for name, value in counts.items():
             require_between(name, value, 1, float("inf"))
@@ -177,6 +184,7 @@ class RolloutDataModule(pl.LightningDataModule):
         sampled = Sampling(max_tokens, val_temperature)
         default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
         self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.seed = seed
         self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
         self.overlong_prompts = overlong_prompts
@@ -222,9 +230,11 @@ class RolloutDataModule(pl.LightningDataModule):
             check_rollout_settings(self.trainer, self, self._module())
             limit = self.train_sampling.max_tokens
             self._train = self._encode(self.train_prompts, "train_prompts", limit)
+            check_micro_batches(self.trainer, self, max(len(ids) for _, ids in self._train))
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
+        self.rewards.start()
         for row in first_of_each_kind(row for row, _ in [*self._train, *tried]):
             self.rewards.try_once(row)
 
@@ -332,7 +342,12 @@ class RolloutDataModule(pl.LightningDataModule):
         return self._planned(batch, rollout, lambda b: b, lambda b: b)
 
     def _planned(
-        self, batch: RolloutBatch, rollout: int, score: BatchChange, prepare: BatchChange
+        self,
+        batch: RolloutBatch,
+        rollout: int,
+        score: BatchChange,
+        prepare: BatchChange,
+        score_first: BatchChange | None = None,
     ) -> RolloutPlan:
         module = self._module()
         return plan_updates(
@@ -342,9 +357,11 @@ class RolloutDataModule(pl.LightningDataModule):
             epochs=self.epochs_per_rollout,
             micro_batches=self.trainer.accumulate_grad_batches,
             max_tokens=self.train_sampling.max_tokens,
+            max_micro_tokens=self.max_tokens_per_micro_batch or float("inf"),
             score=score,
             prepare=prepare,
             reduce=module.reduce,
+            score_first=score_first,
         )
 
     def _make_rollout(self, rollout: int) -> RolloutPlan:
@@ -354,13 +371,18 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.ahead.rollout != rollout:
             sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
-            self._sync(self.teacher_engine, module.teacher.weights())
+            theirs = module if self.teacher_engine.fixed else module.teacher
+            self._sync(self.teacher_engine, theirs.weights())
         batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
         if self.max_off_policy_steps:
             sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
-        plan = self._planned(batch, rollout, module.score, module.objective.prepare)
+        prepare = module.objective.prepare
+        # Its old scores are its own where nothing else reads them and nothing replays it.
+        pending = self.epochs_per_rollout == 1 and not module.objective.reads_old_scores(batch)
+        first = module.score_pending if pending else None
+        plan = self._planned(batch, rollout, module.score, prepare, first)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
         seconds = {

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses.chosen import ChosenTokens, Transform
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.
@@ -68,23 +69,23 @@ class TokenScores(NamedTuple):
 
     Attributes:
         logprobs: ``[N]`` of the chosen tokens.
-        entropy: ``[N]`` nats.
+        entropy: ``[N]`` nats; None from a teacher that cannot tell.
         topk_ids: ``[N, K]`` int64, the model's own most likely tokens, best first.
         topk_logprobs: ``[N, K]`` at the ids that were asked for.
         divergence: ``[N]`` from another model's distribution, over the full vocabulary.
     """
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     divergence: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` of every field that is there."""
-        logprobs, entropy, *rest = self
+        logprobs, *rest = self
         changed = (None if value is None else function(value) for value in rest)
-        return TokenScores(function(logprobs), function(entropy), *changed)
+        return TokenScores(function(logprobs), *changed)
 
 
 class Other(NamedTuple):
@@ -106,6 +107,7 @@ def chosen_logprobs(
     See ``token_scores``, of which these are the first two fields.
     """
     scores = token_scores(hidden, head, ids, temperature, chunk_size)
+    assert scores.entropy is not None, "a model at hand knows its entropy"
     return scores.logprobs, scores.entropy
 
 
@@ -149,6 +151,14 @@ def token_scores(
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
     size = chunk_size or auto_chunk_size(vocab)
+    if topk_ids is None and divergence is None:
+        bias = None if head.bias is None else head.bias[:vocab]
+        transform = Transform(head.scale, head.softcap, temperature)
+        chosen = ChosenTokens.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight[:vocab], bias, ids, transform, size, min(top_k, vocab)
+        )
+        logprobs, entropy, best = chosen
+        return TokenScores(logprobs, entropy, best if top_k else None)
 
     def score(
         states: Tensor, chosen: Tensor, asked: Tensor | None, others: Tensor | None

@@ -52,9 +52,11 @@ class Part:
 
     Attributes:
         needs_teacher: it reads the teacher's log-probabilities.
+        reads_old_scores: what it decides once per rollout follows from the student's scores then.
     """
 
     needs_teacher: bool = False
+    reads_old_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,14 @@ class Objective(ABC):
         """Add to a scored rollout what the terms need; whole groups are present."""
         return rollout.replace(imitation_mask=rollout.loss_mask)
 
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """Whether ``prepare`` reads the student's scores of such a rollout.
+
+        Where it does not, the student is not run for them: at the first update they are those of
+        that update's own forward pass, and the terms find them in the batch all the same.
+        """
+        return True
+
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """``[B, T]`` log of the ratio that the surrogate clips; log rho unless overridden."""
         return logprobs - known(batch.old_logprobs, "old_logprobs")
@@ -181,7 +191,7 @@ class Objective(ABC):
         batch, scores = blank(batch, scores)
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
-            terms.append(Term("entropy", -scores.entropy, self.entropy_coef))
+            terms.append(Term("entropy", -known(scores.entropy, "entropy"), self.entropy_coef))
         names = [term.name for term in terms]
         if len(set(names)) < len(names) or "total" in names:
             raise ConfigurationError(
@@ -239,6 +249,7 @@ def known(value: T | None, name: str) -> T:
     if value is None:
         raise ConfigurationError(
             f"`{name}` must be present in the rollout batch: got None. "
-            "Score the rollout first; teacher scores need a teacher."
+            "Score the rollout first; teacher scores need a teacher, and what `prepare` reads of "
+            "the student must be declared by `reads_old_scores`."
         )
     return value

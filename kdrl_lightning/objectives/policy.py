@@ -123,6 +123,14 @@ class PolicyObjective(Objective):
         weights = correction(rollout)
         return rollout.replace(importance_weights=torch.where(rollout.student_mask, weights, 1.0))
 
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """Ask the parts of ``prepare``; one of another kind may read everything."""
+        if type(self).prepare is not PolicyObjective.prepare or self.top_k:
+            return True
+        correction = self.engine_correction or self._default_correction(rollout)
+        parts = (self.advantage, correction, *self.selection)
+        return any(part.reads_old_scores for part in parts if part is not None)
+
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
         # A ratio to what the engine reported corrects already.
         if rollout.engine_exact or (self.ratio is not None and self.ratio.to_behavior):

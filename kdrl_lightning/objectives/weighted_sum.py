@@ -78,6 +78,10 @@ class WeightedSum(Objective):
             advantages=rl.advantages, importance_weights=rl.importance_weights
         )
 
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """Ask both."""
+        return self.rl.reads_old_scores(rollout) or self.distill.reads_old_scores(rollout)
+
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield the terms of both, named apart."""
         for prefix, objective, weight in (

@@ -46,6 +46,9 @@ class Teacher(ABC):
     def spread(self, sharding: Sharding | None) -> None:  # noqa: B027
         """Say how weights in this process are to lie over ranks, before they are loaded."""
 
+    def check_temperature(self, temperature: float) -> None:  # noqa: B027
+        """Raise ``ConfigurationError`` for a temperature that it cannot score at."""
+
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
         """Get the student, loaded from ``path``, for a teacher that is a view of it."""
 

@@ -82,6 +82,10 @@ class CachedTeacher(Teacher):
         """Tell the teacher."""
         self.teacher.spread(sharding)
 
+    def check_temperature(self, temperature: float) -> None:
+        """Ask the teacher."""
+        self.teacher.check_temperature(temperature)
+
     def look_at(self, student: Scorer, path: str) -> None:
         """Show it to the teacher."""
         self.teacher.look_at(student, path)

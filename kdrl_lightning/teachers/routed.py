@@ -63,6 +63,11 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.spread(sharding)
 
+    def check_temperature(self, temperature: float) -> None:
+        """Ask each."""
+        for teacher in self.teachers.values():
+            teacher.check_temperature(temperature)
+
     def look_at(self, student: Scorer, path: str) -> None:
         """Show it to each."""
         for teacher in self.teachers.values():
