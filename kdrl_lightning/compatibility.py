@@ -53,6 +53,26 @@ def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher
     )
 
 
+def compare(
+    student: Any, teacher: Any, student_path: str, teacher_path: str, vocab_size: int
+) -> str | None:
+    """Compare two tokenizers in everything.
+
+    Args:
+        student: its tokenizer.
+        teacher: its tokenizer.
+        student_path: its folder or hub name.
+        teacher_path: its folder or hub name.
+        vocab_size: rows of the student's embedding.
+
+    Returns:
+        Both end tokens in words, where they differ.
+    """
+    check_same_vocabulary(student, teacher, student_path, teacher_path)
+    warn_of_templates(student, teacher, student_path, teacher_path)
+    return different_ends(student, teacher, vocab_size)
+
+
 def different_ends(student: Any, teacher: Any, vocab_size: int) -> str | None:
     """Return student's and teacher's end token in words where they differ, else None.
 
@@ -78,7 +98,7 @@ def check_end_tokens(ends: str | None, objective: Any) -> None:
     one gives it next to no probability, and would teach the student not to end.
 
     Args:
-        ends: what ``different_ends`` returned, None also where the teacher translates.
+        ends: what ``compare`` returned, None also where the teacher translates.
         objective: says whether it reads the teacher there.
 
     Raises:
@@ -88,8 +108,8 @@ def check_end_tokens(ends: str | None, objective: Any) -> None:
         return
     raise ConfigurationError(
         f"student and teacher must end with the same token: got {ends}. Set "
-        "`translate_end_token: true` of the teacher, which reads its own end as the student's, or "
-        "leave the end out of its term with the selection ExceptEndToken."
+        "`translate_end_token: true` of a LocalTeacher, which reads its own end as the student's, "
+        "or leave the end out of the teacher's term with the selection ExceptEndToken."
     )
 
 

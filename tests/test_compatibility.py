@@ -251,8 +251,8 @@ def test_another_end_token_is_refused_in_setup_with_both_cures(
         fit(tmp_path, make_module(student_folder, teacher, KDRL()), make_data())
     assert str(caught.value) == (
         "student and teacher must end with the same token: got '<eos>' (1) and '#' (15). Set "
-        "`translate_end_token: true` of the teacher, which reads its own end as the student's, or "
-        "leave the end out of its term with the selection ExceptEndToken."
+        "`translate_end_token: true` of a LocalTeacher, which reads its own end as the student's, "
+        "or leave the end out of the teacher's term with the selection ExceptEndToken."
     )
 
 
@@ -273,6 +273,10 @@ def test_a_translated_end_is_the_teachers_own(
     torch.testing.assert_close(got.logprobs, expected.logprobs)
     torch.testing.assert_close(got.topk_logprobs, expected.topk_logprobs)
     torch.testing.assert_close(got.entropy, expected.entropy)
+    got, best = teacher.score(batch), plain.score(batch).topk_ids  # another way to compute it
+    torch.testing.assert_close(got.logprobs, expected.logprobs)
+    swapped = torch.where(best == EOS, HASH, torch.where(best == HASH, EOS, best))
+    assert torch.equal(got.topk_ids, torch.where(batch.completion_mask[..., None], swapped, 0))
     whole = [t.states(batch).head.logits(t.states(batch).hidden) for t in (teacher, plain)]
     order = torch.arange(16)
     order[EOS], order[HASH] = HASH, EOS

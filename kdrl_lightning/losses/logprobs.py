@@ -63,6 +63,13 @@ class Head:
         there, back = list(self.swap), list(reversed(self.swap))
         return logits.index_copy(-1, logits.new_tensor(there, dtype=torch.long), logits[..., back])
 
+    def renamed(self, ids: Tensor) -> Tensor:
+        """Exchange the two ids of ``swap``: the rows that these ids are scored by."""
+        if self.swap is None:
+            return ids
+        first, second = self.swap
+        return torch.where(ids == first, second, torch.where(ids == second, first, ids))
+
 
 class TokenScores(NamedTuple):
     """What a model says of chosen tokens; N stands for any leading shape, ``[B, T]`` in a batch.
@@ -155,10 +162,10 @@ def token_scores(
         bias = None if head.bias is None else head.bias[:vocab]
         transform = Transform(head.scale, head.softcap, temperature)
         chosen = ChosenTokens.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight[:vocab], bias, ids, transform, size, min(top_k, vocab)
+            hidden, head.weight[:vocab], bias, head.renamed(ids), transform, size, min(top_k, vocab)
         )
         logprobs, entropy, best = chosen
-        return TokenScores(logprobs, entropy, best if top_k else None)
+        return TokenScores(logprobs, entropy, head.renamed(best) if top_k else None)
 
     def score(
         states: Tensor, chosen: Tensor, asked: Tensor | None, others: Tensor | None

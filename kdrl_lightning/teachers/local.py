@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.compatibility import (
-    check_same_vocabulary,
-    different_ends,
-    warn_of_templates,
-)
+from kdrl_lightning.compatibility import compare
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models import (
@@ -75,10 +71,8 @@ class LocalTeacher(Teacher):
         """Compare tokens, end tokens and chat templates; logits are cut to the student's rows."""
         path = model_path(self.model)
         tokenizer = load_tokenizer(path)
-        check_same_vocabulary(student_tokenizer, tokenizer, student_path, path)
-        warn_of_templates(student_tokenizer, tokenizer, student_path, path)
         self._vocab_size = int(load_config(student_path).get_text_config().vocab_size)
-        ends = different_ends(student_tokenizer, tokenizer, self._vocab_size)
+        ends = compare(student_tokenizer, tokenizer, student_path, path, self._vocab_size)
         self._ends = ends and (student_tokenizer.eos_token_id, tokenizer.eos_token_id)
         self.other_end = None if self.translate_end_token else ends
 
