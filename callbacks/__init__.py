@@ -1,8 +1,9 @@
-"""Callbacks: annealing, statistics, sync check, checkpoints, progress, a run's report."""
+"""Callbacks: annealing, statistics, sync check, checkpoints, progress, report, predictions."""
 
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
 from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
+from kdrl_lightning.callbacks.predictions import PredictionWriter
 from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
@@ -14,6 +15,7 @@ __all__ = [
     "CoefficientSchedule",
     "FSDPCheckpoint",
     "KLCoefficientAnnealing",
+    "PredictionWriter",
     "RolloutProgress",
     "RunReport",
     "SelectiveImitationStats",

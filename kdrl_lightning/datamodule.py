@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checks import check_micro_batches, check_rollout_settings
+from kdrl_lightning.checks import (
+    check_groups,
+    check_layout,
+    check_micro_batches,
+    check_off_policy,
+    check_rollout_settings,
+)
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.evaluation import EvaluationBatch
-from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
-from kdrl_lightning.rewards.base import Reward, RewardRunner
+from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
+from kdrl_lightning.prompts.base import (
+    EncodedPrompt,
+    Prompts,
+    encode_all,
+    first_of_each_kind,
+    within,
+)
+from kdrl_lightning.rewards.base import Reward
+from kdrl_lightning.rewards.runner import RewardRunner
+from kdrl_lightning.rollout.ahead import Ahead
 from kdrl_lightning.rollout.collector import Collector, Source
-from kdrl_lightning.rollout.engine import RolloutEngine, Sampling, noise_seed
-from kdrl_lightning.rollout.groups import EVALUATION_NOISE, Slots
+from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
+from kdrl_lightning.rollout.groups import Slots
 from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
 from kdrl_lightning.rollout.store import pack, unpack
@@ -40,8 +56,11 @@ class RolloutDataModule(pl.LightningDataModule):
 
     Args:
         train_prompts: prompts to train on.
-        reward: callable of one ``Sample``; returns a number or a ``Verdict``.
-        val_prompts: prompts for validate, test and predict.
+        reward: a ``TaskReward``, or any callable of one ``Sample`` that returns a number or a
+            ``Verdict``.
+        val_prompts: prompts to validate on: a source, or several sets by name, whose ``EvalSet``
+            says how they are sampled. ``val/accuracy`` is that of the first.
+        test_prompts: likewise for test and predict; None: those of ``val_prompts``.
         rollout_engine: samples completions; the transformers engine if None.
         prompts_per_rollout: prompts of one rollout, over all processes.
         group_size: completions per prompt that the student samples; 0 with ``teacher_completions``
@@ -56,6 +75,9 @@ class RolloutDataModule(pl.LightningDataModule):
         temperature: sampling temperature of rollouts; log-probabilities are taken at it.
         minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
         epochs_per_rollout: how often a rollout is replayed.
+        max_off_policy_steps: how many rollouts old the weights may be that sample one. 0: none. 1:
+            the next rollout is sampled while the present one trains, by an engine that can
+            (``VLLMServerEngine``); the importance weight corrects for it.
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
@@ -64,7 +86,13 @@ class RolloutDataModule(pl.LightningDataModule):
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
+        val_k: of pass@k and majority@k, each from 1 to ``val_samples``; None: ``val_samples``,
+            where that is above 1.
+        overlong_prompts: a prompt that is too long stops the run before it starts (``refuse``), or
+            is left out, and their number printed (``drop``).
+        max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
+        failed_reward: what a completion gets on which the reward fails; it counts as wrong.
         seed: order of prompts and noise of sampling.
     """
 
@@ -74,7 +102,8 @@ class RolloutDataModule(pl.LightningDataModule):
         self,
         train_prompts: Prompts,
         reward: Reward,
-        val_prompts: Prompts | None = None,
+        val_prompts: EvalSets | None = None,
+        test_prompts: EvalSets | None = None,
         rollout_engine: RolloutEngine | None = None,
         prompts_per_rollout: int = 32,
         group_size: int = 8,
@@ -86,13 +115,18 @@ class RolloutDataModule(pl.LightningDataModule):
         temperature: float = 1.0,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
+        max_off_policy_steps: int = 0,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
         max_tokens_per_micro_batch: int | None = None,
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
+        val_k: Sequence[int] | None = None,
+        overlong_prompts: Literal["refuse", "drop"] = "refuse",
+        max_prompt_tokens: int | None = None,
         max_reward_failure_frac: float = 0.1,
+        failed_reward: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -101,8 +135,7 @@ class RolloutDataModule(pl.LightningDataModule):
             "max_tokens": max_tokens,
             "minibatches_per_rollout": minibatches_per_rollout,
             "epochs_per_rollout": epochs_per_rollout,
-            "val_batch_size": val_batch_size,
-            "val_samples": val_samples,
+            "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
             "max_tokens_per_micro_batch": (
                 1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch
@@ -117,35 +150,21 @@ class RolloutDataModule(pl.LightningDataModule):
             "seed": seed,
         }.items():
             require_between(name, value, 0, float("inf"))
-        if group_size + teacher_completions < 1:
+        if overlong_prompts not in ("refuse", "drop"):
             raise ConfigurationError(
-                f"`group_size` must be at least 1 without `teacher_completions`: got {group_size}."
+                f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
             )
-        require_between("val_temperature", val_temperature, 0.0, float("inf"), "0 is greedy.")
-        if teacher_temperature is not None and not teacher_completions:
-            raise ConfigurationError(
-                f"`teacher_temperature` must go with `teacher_completions`: got "
-                f"{teacher_temperature} and no completions."
-            )
-        teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-        for name, heat in (
-            ("temperature", temperature),
-            ("teacher_temperature", teacher_temperature),
-        ):
-            if not 0.0 < heat < float("inf"):
-                raise ConfigurationError(
-                    f"`{name}` must be above 0 for rollouts: got {heat}. "
-                    "Greedy sampling has no gradient; 1.0 is usual."
-                )
+        check_groups(group_size, teacher_completions, temperature, teacher_temperature)
         self.train_prompts = train_prompts
         self.val_prompts = val_prompts
         self.rollout_engine = rollout_engine or TransformersEngine()
+        check_off_policy(max_off_policy_steps, self.rollout_engine)
+        self.max_off_policy_steps = max_off_policy_steps
         self.prompts_per_rollout = prompts_per_rollout
         self.group_size = group_size
         self.teacher_completions = teacher_completions
         self.teacher_engine = teacher_engine or TransformersEngine()
         self.train_sampling = Sampling(max_tokens, temperature)
-        self.val_sampling = Sampling(max_tokens, val_temperature)
         self.collector = Collector(
             Slots(prompts_per_rollout, minibatches_per_rollout, max_refills, seed),
             Source(STUDENT, self.rollout_engine, group_size, self.train_sampling),
@@ -153,7 +172,7 @@ class RolloutDataModule(pl.LightningDataModule):
                 TEACHER,
                 self.teacher_engine,
                 teacher_completions,
-                Sampling(max_tokens, teacher_temperature),
+                Sampling(max_tokens, teacher_temperature or temperature),
             ),
             mask_truncated,
         )
@@ -162,17 +181,20 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rollouts_per_epoch = rollouts_per_epoch or max(
             len(train_prompts) // prompts_per_rollout, 1
         )
+        sampled = Sampling(max_tokens, val_temperature)
+        default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
+        self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
-        self.val_batch_size = val_batch_size
-        self.val_samples = val_samples
         self.seed = seed
-        self.rewards = RewardRunner(reward, max_reward_failure_frac)
+        self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
+        self.overlong_prompts = overlong_prompts
+        self.max_prompt_tokens = max_prompt_tokens
         self.watch = RolloutWatch()
+        self.ahead = Ahead()
         self._plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
         self._teacher_seconds = 0.0
         self._train: list[EncodedPrompt] = []
-        self._val: list[EncodedPrompt] = []
 
     @property
     def updates_per_rollout(self) -> int:
@@ -196,41 +218,38 @@ class RolloutDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Encode the prompts and check what can be checked before training."""
         if self.val_prompts is None:
-            if stage != "fit":
-                raise ConfigurationError(
-                    f"`val_prompts` must be given to {TrainerFn(stage).value}: got None. "
-                    "Name a prompt source."
-                )
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
+        self.ahead.drop()
         self._plan = self._stored = None
         self._teacher_seconds = self.teacher_seconds
         self.watch = RolloutWatch() if stage == "fit" else self.watch
         self.rollout_engine.version = self.teacher_engine.version = None
-        if self.val_prompts is not None:
-            self._val = self._encode(self.val_prompts, "val_prompts")
+        tried = self.evaluation.setup(TrainerFn(stage).value, self._encode)
         if stage == "fit":
             check_rollout_settings(self.trainer, self, self._module())
-            self._train = self._encode(self.train_prompts, "train_prompts")
+            limit = self.train_sampling.max_tokens
+            self._train = self._encode(self.train_prompts, "train_prompts", limit)
             check_micro_batches(self.trainer, self, max(len(ids) for _, ids in self._train))
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
-        for rows in (self._train, self._val):
-            if rows:
-                self.rewards.try_once(rows[0][0])
+        self.rewards.start()
+        for row in first_of_each_kind(row for row, _ in [*self._train, *tried]):
+            self.rewards.try_once(row)
+
+    def teardown(self, stage: str) -> None:
+        """End the reward's processes."""
+        self.rewards.close()
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
         micro = self.trainer.accumulate_grad_batches
         return IndexLoader(self.rollouts_per_epoch * self.updates_per_rollout * micro, micro)
 
-    def val_dataloader(self) -> IndexLoader | list[Any]:
-        """Return indices of evaluation batches, as many on every rank."""
-        if not self._val:
-            return []
-        per_batch = self.val_batch_size * self.trainer.world_size
-        return IndexLoader(-(-len(self._val) // per_batch))
+    def val_dataloader(self) -> list[IndexLoader]:
+        """Return indices of evaluation batches, a loader per set."""
+        return self.evaluation.loaders(self.trainer.world_size)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -241,26 +260,49 @@ class RolloutDataModule(pl.LightningDataModule):
             raise TypeError(f"expected an index, got {type(batch).__name__}")
         if self.trainer.training:
             return self._training_batch(batch)
+        if self.ahead.rollout is not None:
+            stop_together(self.ahead.wait, self._module().reduce)
         self._sync(self.rollout_engine, self._module().weights())
-        evaluated = self._evaluate(self.rollout_engine, batch)
+        # A rank that fails must not leave the others waiting for its metrics.
+        evaluated = stop_together(
+            lambda: self._evaluate(self.rollout_engine, dataloader_idx, batch),
+            self._module().reduce,
+        )
         self.rollout_engine.release()
         return evaluated
 
-    def evaluate(self, weights: ModelWeights) -> float:
-        """Accuracy of any model at hand on the prompts that a validation takes.
+    def evaluate(self, weights: ModelWeights, temperature: float | None = None) -> float:
+        """Accuracy of any model at hand on the first set that a validation takes.
 
         All ranks must call it.
+
+        Args:
+            weights: of the model.
+            temperature: instead of the set's.
         """
         engine = TransformersEngine()
         module = self._module()
-        engine.setup(weights, module.tokenizer.eos_token_id, self._pad_id())
-        engine.update_weights(weights, self.trainer.global_step)
+        self._sync(engine, weights)
         correct = torch.zeros(2, dtype=torch.float64)
-        for batch in range(limited(len(self.val_dataloader()), self.trainer.limit_val_batches)):
-            table = self._evaluate(engine, batch).correct.double()
+        for batch in range(limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)):
+            table = self._evaluate(engine, 0, batch, temperature).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
         solved, prompts = module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
+
+    def probe(self) -> RolloutBatch:
+        """Sample a few tokens from the weights that the engine holds now, and score them.
+
+        All ranks must call it. Where a rollout is from older weights, it cannot prove the sync.
+        """
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        rollout, module = self.rollout_at(self.trainer.global_step), self._module()
+        batch = stop_together(
+            lambda: self.collector.probe(rollout, self._train, rank, world, self._pad_id()),
+            module.reduce,
+        )
+        scored: RolloutBatch = module.score(batch.to(module.device))
+        return scored
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals and, between two updates of a rollout, the rollout; collective."""
@@ -281,13 +323,8 @@ class RolloutDataModule(pl.LightningDataModule):
             return
         self.watch.load_state_dict(state_dict["watch"])
         self._stored = state_dict["stored"]
-        for name, value in {} if self._stored is None else self._stored["layout"].items():
-            if (here := self._layout()[name]) != value:
-                raise ConfigurationError(
-                    f"`{name}` must be {value} to go on in the middle of a rollout, as this "
-                    f"checkpoint does: got {here}. Give {value}, or take a checkpoint at a "
-                    "rollout's end."
-                )
+        if self._stored is not None:
+            check_layout(self._stored["layout"], self._layout())
 
     def _training_batch(self, micro: int) -> RolloutBatch:
         rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
@@ -305,7 +342,12 @@ class RolloutDataModule(pl.LightningDataModule):
         return self._planned(batch, rollout, lambda b: b, lambda b: b)
 
     def _planned(
-        self, batch: RolloutBatch, rollout: int, score: BatchChange, prepare: BatchChange
+        self,
+        batch: RolloutBatch,
+        rollout: int,
+        score: BatchChange,
+        prepare: BatchChange,
+        score_first: BatchChange | None = None,
     ) -> RolloutPlan:
         module = self._module()
         return plan_updates(
@@ -319,18 +361,28 @@ class RolloutDataModule(pl.LightningDataModule):
             score=score,
             prepare=prepare,
             reduce=module.reduce,
+            score_first=score_first,
         )
 
     def _make_rollout(self, rollout: int) -> RolloutPlan:
         started = time.perf_counter()
         module = self._module()
-        sync_seconds = self._sync(self.rollout_engine, module.weights())
+        sync_seconds = 0.0
+        if self.ahead.rollout != rollout:
+            sync_seconds = self._sync(self.rollout_engine, module.weights())
         if self.teacher_completions and self.teacher_engine.version is None:
-            self._sync(self.teacher_engine, module.teacher.weights())
-        batch, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
+            theirs = module if self.teacher_engine.fixed else module.teacher
+            self._sync(self.teacher_engine, theirs.weights())
+        batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.rollout_engine.release()
+        if self.max_off_policy_steps:
+            sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
-        plan = self._planned(batch, rollout, module.score, module.objective.prepare)
+        prepare = module.objective.prepare
+        # Its old scores are its own where nothing else reads them and nothing replays it.
+        pending = self.epochs_per_rollout == 1 and not module.objective.reads_old_scores(batch)
+        first = module.score_pending if pending else None
+        plan = self._planned(batch, rollout, module.score, prepare, first)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
         seconds = {
@@ -345,12 +397,25 @@ class RolloutDataModule(pl.LightningDataModule):
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, replaced
         )
+        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
+        metrics |= part_means(own)
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
-    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:
-        """Sample this rank's share of a rollout; return it and the groups that were replaced."""
+    def _start_next(self, rollout: int) -> float:
+        """Sample a rollout beside the updates of the one before; return the seconds of the sync."""
+        self.ahead.drop()
+        if rollout * self.updates_per_rollout >= self.trainer.estimated_stepping_batches:
+            return 0.0  # there are no updates left for it
+        seconds = self._sync(self.rollout_engine, self._module().weights())
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        requests = self.collector.ahead(rollout, self._train, rank, world)
+        self.ahead.start(rollout, self.rollout_engine.version or 0, requests)
+        return seconds
+
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
+        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
         teacher = self._module().teacher
-        batch, replaced = self.collector.collect(
+        batch, groups, replaced = self.collector.collect(
             rollout,
             self._train,
             self.trainer.global_rank,
@@ -361,20 +426,20 @@ class RolloutDataModule(pl.LightningDataModule):
         )
         if teacher is not None:
             teacher.accept(batch)
-        return batch, replaced
+        return batch, groups, replaced
 
-    def _evaluate(self, engine: RolloutEngine, batch: int) -> EvaluationBatch:
-        """Sample this rank's rows of one evaluation batch; there may be none left."""
-        world = self.trainer.world_size
-        start, end = (b * self.val_batch_size * world for b in (batch, batch + 1))
-        rows = range(start + self.trainer.global_rank, min(len(self._val), end), world)
-        seeds = [
-            [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(self.val_samples)]
-            for r in rows
-        ]
-        prompts = [self._val[r] for r in rows]
-        judged = self._sample(engine, prompts, seeds, self.val_sampling, training=False)
-        return EvaluationBatch.from_judged(judged, self.val_samples)
+    def _evaluate(
+        self, engine: RolloutEngine, which: int, batch: int, temperature: float | None = None
+    ) -> EvaluationBatch:
+        """Sample this rank's rows of one batch of a set; there may be none left."""
+        return self.evaluation.batch(
+            which,
+            batch,
+            (self.trainer.global_rank, self.trainer.world_size),
+            partial(self._sample, engine, training=False),
+            self.rewards.reward,
+            temperature,
+        )
 
     def _sample(
         self,
@@ -385,33 +450,44 @@ class RolloutDataModule(pl.LightningDataModule):
         source: int = STUDENT,
         training: bool = True,
     ) -> list[Judged]:
-        tokenizer = self._module().tokenizer
+        own, tokenizer = self.ahead.over(engine), self._module().tokenizer
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
-                engine, tokenizer, self.rewards, prompts, seeds, sampling, training, source
+                own, tokenizer, self.rewards, prompts, seeds, sampling, training, source
             )
 
     def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
         """Bring the engine to the current weights before it samples; return the seconds."""
         started = time.perf_counter()
         if engine.version is None:
-            engine.setup(weights, self._module().tokenizer.eos_token_id, self._pad_id())
+            engine.setup(weights, self._end_id(weights), self._pad_id())
         if engine.version != self.trainer.global_step:
             engine.update_weights(weights, self.trainer.global_step)
         return time.perf_counter() - started
 
-    def _encode(self, source: Prompts, name: str) -> list[EncodedPrompt]:
+    def _encode(self, source: Prompts, name: str, max_tokens: int) -> list[EncodedPrompt]:
         module = self._module()
-        limit = module.context_length - self.train_sampling.max_tokens
-        prompts = encode_all(source, name, module.tokenizer)
-        for i, (_, ids) in enumerate(prompts):
-            if len(ids) > limit:
-                raise ConfigurationError(
-                    f"`{name}` must fit the context of {module.context_length} tokens with "
-                    f"`max_tokens` {self.train_sampling.max_tokens}: got {len(ids)} tokens in row "
-                    f"{i}. Drop or shorten the prompt, or lower `max_tokens`."
-                )
-        return prompts
+        limit = module.context_length - max_tokens
+        if self.max_prompt_tokens is not None:
+            limit = min(limit, self.max_prompt_tokens)
+        kept, dropped = within(encode_all(source, name, module.tokenizer), limit)
+        if not dropped:
+            return kept
+        if self.overlong_prompts == "refuse" or not kept:
+            row, tokens = dropped[0]
+            raise ConfigurationError(
+                f"`{name}` must have at most {limit} tokens a prompt (context "
+                f"{module.context_length}, `max_tokens` {max_tokens}): got "
+                f"{tokens} in row {row}, and {len(dropped)} such rows of {len(dropped) + len(kept)}"
+                ". Set `overlong_prompts: drop`, or lower `max_tokens`."
+            )
+        if self.trainer.is_global_zero:
+            print(
+                f"{name}: {len(dropped)} of {len(dropped) + len(kept)} prompts left out, which "
+                f"have more than {limit} tokens",
+                flush=True,
+            )
+        return kept
 
     def _slots(self) -> list[int]:
         return self.collector.slots.of_rank(self.trainer.global_rank, self.trainer.world_size)
@@ -426,6 +502,11 @@ class RolloutDataModule(pl.LightningDataModule):
             "minibatches_per_rollout": self.minibatches_per_rollout,
             "epochs_per_rollout": self.epochs_per_rollout,
         }
+
+    def _end_id(self, weights: ModelWeights) -> int:
+        """Return the token that stops a model: a teacher may have one of its own."""
+        own = weights.end_token_id
+        return int(self._module().tokenizer.eos_token_id if own is None else own)
 
     def _pad_id(self) -> int:
         tokenizer = self._module().tokenizer

@@ -14,14 +14,21 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kdrl_lightning.checkpoints import read_metadata
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import build_causal_lm, load_tokenizer
+from kdrl_lightning.lora import LoRA, adapter_weights, is_adapter, save_adapters
+from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer
 from kdrl_lightning.resume import KEY
+from kdrl_lightning.weights import ModelWeights
 
 PREFIX = "student.model."
 
 
 def export(
-    ckpt_path: str, output: str, tokenizer: str | None = None, dtype: str | None = None
+    ckpt_path: str,
+    output: str,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+    adapter: bool = False,
 ) -> None:
     """Write the student of a checkpoint, with its tokenizer, as a Hugging Face folder.
 
@@ -30,10 +37,13 @@ def export(
         output: the folder; it must not hold a model yet.
         tokenizer: folder or hub name; the student that the run started from if None.
         dtype: torch dtype of the weights, e.g. ``bfloat16``; as trained if None.
+        base: folder or hub name of a LoRA student's base model; the student that the run started
+            from if None.
+        adapter: write a LoRA student's adapters alone, as peft does, instead of merging them.
 
     Raises:
         ConfigurationError: the checkpoint is broken or not of this library, a model is already
-            there, or there is no tokenizer.
+            there, there is no tokenizer, or the base model is another.
     """
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
@@ -41,7 +51,7 @@ def export(
             f"`dtype` must be a floating-point one of torch, e.g. bfloat16: got {dtype}."
         )
     folder = Path(output)
-    if (folder / "config.json").exists():
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ConfigurationError(
             f"`output` must be a folder without a model: got {output}. Name another."
         )
@@ -51,15 +61,54 @@ def export(
             f"`ckpt_path` must be a checkpoint of a KDRLModule: got {ckpt_path}."
         )
     identity = saved[KEY]
-    words = load_tokenizer(tokenizer or identity["student"])  # before the weights are read
+    if identity.get("lora") is None and (adapter or base is not None):
+        raise ConfigurationError(
+            f"`{'adapter' if adapter else 'base'}` must go with a LoRA student: got {ckpt_path}, "
+            "which holds all weights. Leave it out."
+        )
+    words = load_tokenizer(tokenizer or base or identity["student"])  # before weights are read
     weights = student_weights(Path(ckpt_path), saved)
+    if identity.get("lora") is not None:
+        path = base or identity["student"]
+        student = with_adapters(path, identity["lora"], weights, ckpt_path)
+        weights = adapter_weights(student) if adapter else ModelWeights(student, path).state()
     if isinstance(wanted, torch.dtype):
         weights = {name: tensor.to(wanted) for name, tensor in weights.items()}
-    model = build_causal_lm(identity["config"], identity["generation_config"], weights)
-    model.save_pretrained(folder)
+    if adapter:
+        save_adapters(student, weights, folder, path)
+    else:
+        model = build_causal_lm(identity["config"], identity["generation_config"], weights)
+        model.save_pretrained(folder)
     words.save_pretrained(folder)
     size = sum(tensor.nbytes for tensor in weights.values())
     print(f"step {saved['global_step']}: {size / 1e6:.1f} MB of weights written to {folder}")
+
+
+def with_adapters(
+    path: str, lora: dict[str, Any], adapters: dict[str, Tensor], ckpt_path: str
+) -> Any:
+    """Load a base model and put a checkpoint's adapters on it.
+
+    Raises:
+        ConfigurationError: it is not the model that they were trained on, or they do not fit.
+    """
+    kind = dict(lora)
+    digest = kind.pop("base")
+    model = load_causal_lm(path, next(iter(adapters.values())).dtype)
+    if ModelWeights(model, path).base_digest() != digest:
+        raise ConfigurationError(
+            f"`base` must be the model that the adapters in {ckpt_path} were trained on: got "
+            f"{path}, with other weights. Name the folder that holds it."
+        )
+    LoRA(**kind).inject(model, seed=0)
+    keys = model.load_state_dict(adapters, strict=False)
+    stray = [*keys.unexpected_keys, *(name for name in keys.missing_keys if is_adapter(name))]
+    if stray:
+        raise ConfigurationError(
+            f"`ckpt_path` must hold the adapters that it names: got {ckpt_path}, where {stray[0]} "
+            "is missing or unknown. It was written with another version of peft, or changed."
+        )
+    return model
 
 
 def student_weights(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:

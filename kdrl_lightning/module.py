@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
+from kdrl_lightning.compatibility import check_end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
+from kdrl_lightning.lora import LoRA
+from kdrl_lightning.losses import k3
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.models import (
@@ -25,12 +28,20 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
-from kdrl_lightning.objectives.base import Objective
-from kdrl_lightning.resume import KEY, Settings, check_before_loading, check_identity, identity
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.objectives.base import Objective, known
+from kdrl_lightning.resume import (
+    KEY,
+    Settings,
+    check_before_loading,
+    check_identity,
+    identity,
+    number_by_place,
+)
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import load_scorer
 from kdrl_lightning.strategies import refuse_fsdp1, sharding_of
+from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.weights import ModelWeights
@@ -53,6 +64,7 @@ class KDRLModule(pl.LightningModule):
             each is skipped and counted, one more stops the run.
         activation_checkpointing: keep only the inputs of the student's layers for the backward
             pass, and recompute the rest: less memory for a third more time.
+        lora: train low-rank adapters in the student's linear layers instead of all its weights.
 
     Attributes:
         teacher_seconds: time that the teacher took to score.
@@ -67,6 +79,7 @@ class KDRLModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_nonfinite_steps: int = 3,
         activation_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         require_between("max_nonfinite_steps", max_nonfinite_steps, 0, float("inf"))
@@ -75,6 +88,11 @@ class KDRLModule(pl.LightningModule):
                 f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
                 "Name one, e.g. `teacher: {class_path: LocalTeacher, init_args: {model: ...}}`."
             )
+        if teacher is not None and teacher.needs_lora and lora is None:
+            raise ConfigurationError(
+                f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
+                "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
+            )
         self.student_source = student
         self.objective = objective
         self.teacher = teacher
@@ -82,6 +100,9 @@ class KDRLModule(pl.LightningModule):
         self.lr_scheduler_callable = lr_scheduler
         self.max_nonfinite_steps = max_nonfinite_steps
         self.activation_checkpointing = activation_checkpointing
+        self.lora = lora
+        # A checkpoint holds the adapters; the base comes from its folder.
+        self.strict_loading = lora is None
         self.student: Scorer | None = None
         self.skipped_steps = 0
         self.teacher_seconds = 0.0
@@ -89,11 +110,11 @@ class KDRLModule(pl.LightningModule):
         self._warned_of_rate = False
         self._settings: Settings | None = None
         self._active_teacher = teacher
-        self._reference: LocalTeacher | None = None
+        self._reference: Teacher | None = None
         self._stats = StepStats()
         self._step_loss = 0.0
+        self._base_digest: str | None = None
         self._tokenizer: Any = None
-        # A submodule, so that metrics move with the module; their states are not saved.
         self.eval_metrics = EvaluationMetrics()
 
     @property
@@ -132,10 +153,8 @@ class KDRLModule(pl.LightningModule):
             )
         # Evaluation needs no teacher: do not load it for nothing.
         self._active_teacher = self.teacher if stage == "fit" else None
-        # The initial student, for a reference KL, is one more frozen model.
         wanted = stage == "fit" and self.objective.needs_reference
-        dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
-        self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
+        self._reference = self._initial_student() if wanted else None
         teacher = self._active_teacher
         if self.objective.divergence is not None and teacher and not teacher.gives_states:
             raise ConfigurationError(
@@ -144,6 +163,7 @@ class KDRLModule(pl.LightningModule):
             )
         for frozen in self._frozen():
             frozen.check(self.tokenizer, self.student_path)
+            check_end_tokens(frozen.other_end, self.objective)
 
     def _check_checkpoint(self, path: str, stage: str) -> None:
         saved = read_metadata(path).get(KEY)
@@ -160,11 +180,14 @@ class KDRLModule(pl.LightningModule):
                 torch.get_default_dtype(),
                 sharding,
                 activation_checkpointing=self.activation_checkpointing,
+                lora=self.lora,
+                seed=getattr(getattr(self._trainer, "datamodule", None), "seed", 0),
             )
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
         for frozen in self._frozen():
             frozen.spread(sharding)
+            frozen.look_at(self.student, self.student_path)
             frozen.load(self.device)
 
     def on_fit_start(self) -> None:
@@ -203,6 +226,10 @@ class KDRLModule(pl.LightningModule):
             "skipped_in_a_row": self._skipped_in_a_row,
             "teacher_seconds": self.teacher_seconds,
         }
+        if sharding_of(self.trainer) is None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            for state in checkpoint.get("optimizer_states", []):
+                number_by_place(state, optimizer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
@@ -219,11 +246,35 @@ class KDRLModule(pl.LightningModule):
         A teacher's log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
         """
         with self.trainer.precision_plugin.forward_context():
-            scores = self._student().score(batch, top_k=max(self.objective.top_k, 1))
-            asked = scores.topk_ids if self.objective.top_k else None
+            top_k = self.objective.top_k or int(self.teacher is not None)
+            scores = self._student().score(batch, top_k=top_k)
             batch = batch.replace(
                 old_logprobs=scores.logprobs, old_entropy=scores.entropy, topk_ids=scores.topk_ids
             )
+        return self.score_frozen(batch)
+
+    def score_pending(self, batch: RolloutBatch) -> RolloutBatch:
+        """Do the same, with room for the student's scores, which the coming update writes in."""
+        double = self._student().head().weight.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        old = [
+            batch.completion_mask.new_full(batch.completion_mask.shape, torch.nan, dtype=dtype)
+            for _ in range(2)
+        ]
+        ids = torch.zeros_like(batch.completion_ids)[..., None]
+        return self.score_frozen(
+            batch.replace(
+                old_logprobs=old[0],
+                old_entropy=old[1],
+                topk_ids=None if self.teacher is None else ids,
+            )
+        )
+
+    @torch.no_grad()
+    def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add what teacher and reference say."""
+        asked = batch.topk_ids if self.objective.top_k else None
+        with self.trainer.precision_plugin.forward_context():
             if self._reference is not None:
                 batch = batch.replace(ref_logprobs=self._reference.score(batch).logprobs)
             if self.teacher is None:
@@ -246,16 +297,35 @@ class KDRLModule(pl.LightningModule):
             with self._teacher_clock():
                 other = self.teacher.states(batch)
         asked = batch.topk_ids if self.objective.top_k else None
-        return self._student().score(batch, topk_ids=asked, other=other, divergence=divergence)
+        top_k = int(batch.old_pending and batch.topk_ids is not None)
+        scores = self._student().score(batch, top_k, asked, other, divergence)
+        if batch.old_pending:
+            self._write_old(batch, scores)
+        return scores
+
+    def _write_old(self, batch: RolloutBatch, scores: TokenScores) -> None:
+        """Write the student's scores into a batch that waits for them, for callbacks too."""
+        for field, value in (
+            (batch.old_logprobs, scores.logprobs),
+            (batch.old_entropy, scores.entropy),
+            (batch.topk_ids, scores.topk_ids),
+        ):
+            if field is not None and value is not None:
+                field.copy_(value.detach())
+        if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
+            mismatch = k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())
+            own = batch.completion_mask & (batch.source == STUDENT)[:, None]
+            self._stats.add_mean("rollout/mismatch_kl", mismatch, own)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return this micro-batch's share of the step's loss, scaled against later averaging."""
         scores = self._update_scores(batch)
         loss, terms = self.objective(batch, scores)
+        entropy = known(scores.entropy, "entropy")
         self._stats.add_sum("loss/total", loss)
         for name, value in terms.items():
             self._stats.add_sum(f"loss/{name}", value)
-        self._stats.add_mean("policy/entropy", scores.entropy, batch.loss_mask)
+        self._stats.add_mean("policy/entropy", entropy, batch.loss_mask)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             values = self._stats.compute(self.reduce)
             self._step_loss = values["loss/total"]
@@ -265,7 +335,7 @@ class KDRLModule(pl.LightningModule):
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
-            "entropy": scores.entropy.detach(),
+            "entropy": entropy.detach(),
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -296,11 +366,13 @@ class KDRLModule(pl.LightningModule):
         self.log("policy/grad_norm", norm if finite else torch.nan)
         self.log("policy/skipped_steps", float(self.skipped_steps))
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Count correct completions."""
         self.eval_metrics.add(batch, self.device)
 
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count correct completions."""
         self.eval_metrics.add(batch, self.device)
 
@@ -312,18 +384,17 @@ class KDRLModule(pl.LightningModule):
         """Log ``test/*``."""
         self.log_dict(self.eval_metrics.take("test"), sync_dist=True)  # equal on all ranks already
 
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return rows with completion, reward and verdict."""
-        return [
-            {
-                **j.row,
-                "completion": j.text,
-                "reward": j.verdict.reward,
-                "correct": j.verdict.correct,
-                "truncated": j.completion.truncated,
-            }
-            for j in batch.judged
-        ]
+    def predict_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return a row per completion, with its prompt's columns, reward and verdict."""
+        return batch.predictions()
+
+    def base_digest(self) -> str:
+        """Return what tells a LoRA student's base model from another; all ranks must ask."""
+        if self._base_digest is None:  # it is frozen
+            self._base_digest = self.weights().base_digest()
+        return self._base_digest
 
     def weights(self) -> ModelWeights:
         """Return the student's live weights, for a sampling engine."""
@@ -357,6 +428,13 @@ class KDRLModule(pl.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.teacher_seconds += time.perf_counter() - started
+
+    def _initial_student(self) -> Teacher:
+        """For a reference KL: a view of a LoRA student, else one more frozen model."""
+        if self.lora is not None:
+            return AdapterOffTeacher()
+        dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
+        return LocalTeacher(self.student_source, dtype)
 
     def _frozen(self) -> list[Teacher]:
         return [f for f in (self._active_teacher, self._reference) if f is not None]

@@ -32,6 +32,7 @@ NOT_COMPARED = {
 def identity(module: Any) -> dict[str, Any]:
     """Return what a checkpoint says of the run that wrote it, in plain values."""
     model = module.weights().model
+    lora = module.lora
     generation = getattr(model, "generation_config", None)
     return {
         "objective": type(module.objective).__name__,
@@ -39,6 +40,7 @@ def identity(module: Any) -> dict[str, Any]:
         "student": module.student_path,
         "config": model.config.to_json_string(use_diff=False),
         "generation_config": None if generation is None else generation.to_json_string(),
+        "lora": None if lora is None else {**lora.identity(), "base": module.base_digest()},
     }
 
 
@@ -89,6 +91,7 @@ def check_identity(
             f"instead of {here.get(name)!r}. Give the student that it was made from, "
             f"{saved['student']}."
         )
+    check_adapters(saved, module, path)
     objective = type(module.objective).__name__
     if fitting and objective != saved["objective"]:
         raise ConfigurationError(
@@ -102,6 +105,47 @@ def check_identity(
             f"`optimizer` must be {saved['optimizer']} to go on from {path}, for its moments: got "
             f"{optimizer}. To go on with another one, export that student and start from it."
         )
+
+
+def check_adapters(saved: dict[str, Any], module: Any, path: str) -> None:
+    """Refuse adapters of another kind, or of another base model.
+
+    Raises:
+        ConfigurationError: they differ; the message names the difference.
+    """
+    here = None if module.lora is None else module.lora.identity()
+    there = dict(saved.get("lora") or {})
+    base = there.pop("base", None)
+    if here != (there or None):
+        found = "all weights" if not there else f"adapters with {_pairs(there)}"
+        wanted = "all weights" if here is None else f"adapters with {_pairs(here)}"
+        raise ConfigurationError(
+            f"`lora` must be that of the checkpoint: got {wanted}, and {path} holds {found}. Set "
+            "`model.lora` to it, or export that student and start from it."
+        )
+    if base is not None and base != module.base_digest():
+        raise ConfigurationError(
+            f"`student` must be the base model of the adapters in {path}: got "
+            f"{module.student_path}, with other weights. They were trained on {saved['student']}."
+        )
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def number_by_place(state: dict[str, Any], optimizer: Any, module: torch.nn.Module) -> None:
+    """Number an optimizer's parameters in its state by their place in the module.
+
+    torch counts those of the optimizer alone, Lightning's fsdp strategies all, frozen ones too: a
+    file that one of them wrote would be misread by the other. Loading into the same goes by order.
+    """
+    places = {id(p): place for place, p in enumerate(module.parameters())}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    number = {old: places[id(p)] for old, p in enumerate(trained)}
+    state["state"] = {number[old]: value for old, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [number[old] for old in group["params"]]
 
 
 class Settings:

@@ -69,7 +69,14 @@ def to_meta(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill(module: nn.Module, model: Any, names: dict[str, str], files: WeightFiles, on: str) -> None:
+def fill(
+    module: nn.Module,
+    model: Any,
+    names: dict[str, str],
+    files: WeightFiles,
+    given: dict[str, Tensor],
+    on: str,
+) -> None:
     """Give a sharded model on the meta device its storage, and read this rank's rows into it.
 
     Args:
@@ -77,6 +84,7 @@ def fill(module: nn.Module, model: Any, names: dict[str, str], files: WeightFile
         model: the transformers model inside.
         names: of each parameter and stored buffer, its name in the files.
         files: to read from.
+        given: whole tensors that are in no file.
         on: device of the parts.
     """
     buffers = {name: buffer for name, buffer in module.named_buffers()}
@@ -85,7 +93,7 @@ def fill(module: nn.Module, model: Any, names: dict[str, str], files: WeightFile
         owner, _, own = name.rpartition(".")
         module.get_submodule(owner)._buffers[own] = buffer
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in names:
+        if name not in names and name not in given:
             continue
         local, start = tensor, 0
         if isinstance(tensor, DTensor):
@@ -95,4 +103,6 @@ def fill(module: nn.Module, model: Any, names: dict[str, str], files: WeightFile
                 -tensor.shape[0] // tensor.device_mesh.size()
             )
         if local.numel():
-            local.copy_(files.rows(names[name], start, start + local.shape[0]))
+            end = start + local.shape[0]
+            known = given.get(name)
+            local.copy_(files.rows(names[name], start, end) if known is None else known[start:end])

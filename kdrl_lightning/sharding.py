@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.lora import LoRA, leave_frozen_out
 from kdrl_lightning.models import load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.shard_loading import WeightFiles, fill, sources, to_meta
@@ -86,9 +87,12 @@ def load_scorer(
     sharding: Sharding | None = None,
     *,
     vocab_size: int | None = None,
+    swap: tuple[int, int] | None = None,
     frozen: bool = False,
     offload: bool = False,
     activation_checkpointing: bool = False,
+    lora: LoRA | None = None,
+    seed: int = 0,
 ) -> Scorer:
     """Load a model, spread it if need be, and compare its scores with its own logits.
 
@@ -97,23 +101,37 @@ def load_scorer(
         dtype: of the weights.
         sharding: spreads them; None keeps them whole.
         vocab_size: rows of the head that count.
+        swap: two ids whose logits change places.
         frozen: without gradient.
         offload: see ``Sharding.shard``.
         activation_checkpointing: recompute each layer in the backward pass.
+        lora: trains adapters in place of the model.
+        seed: of the adapters.
 
     Raises:
         ConfigurationError: no model at ``path``, or an architecture that is not known.
     """
 
+    def adapt(model: Any) -> None:
+        model.requires_grad_(not frozen)
+        if lora is not None:
+            lora.inject(model, seed)
+
     def wrap(model: Any) -> Scorer:
-        scorer = Scorer(model.requires_grad_(not frozen), vocab_size)
+        scorer = Scorer(model, vocab_size, swap)
+        if lora is not None:
+            leave_frozen_out(scorer)
         if activation_checkpointing:
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)
 
-    scorer = None if sharding is None else _from_slices(path, dtype, wrap, sharding, offload)
+    scorer = None
+    if sharding is not None:
+        scorer = _from_slices(path, dtype, adapt, wrap, sharding, offload)
     if scorer is None:
-        scorer = wrap(load_causal_lm(path, dtype))
+        model = load_causal_lm(path, dtype)
+        adapt(model)
+        scorer = wrap(model)
     scorer.verify(path)
     return scorer
 
@@ -121,6 +139,7 @@ def load_scorer(
 def _from_slices(
     path: str,
     dtype: torch.dtype | str,
+    adapt: Callable[[Any], None],
     wrap: Callable[[Any], Scorer],
     sharding: Sharding,
     offload: bool,
@@ -139,10 +158,14 @@ def _from_slices(
             stacklevel=2,
         )
         return None
-    names = {n: found[id(t)] for n, t in model.state_dict(keep_vars=True).items()}
+    adapt(model)
+    state = model.state_dict(keep_vars=True)
+    names = {n: found[id(t)] for n, t in state.items() if id(t) in found}
+    adapters = {n: t.detach() for n, t in state.items() if id(t) not in found}
     to_meta(model)
     scorer = wrap(model)
-    fill(scorer, model, names, files, "cpu" if offload else sharding.mesh.device_type)
+    on = "cpu" if offload else sharding.mesh.device_type
+    fill(scorer, model, names, files, adapters, on)
     return scorer
 
 

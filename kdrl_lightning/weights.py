@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from kdrl_lightning.lora import ADAPTER, adapted_layers, is_adapter
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,16 @@ class ModelWeights:
     Attributes:
         model: the live transformers model; an engine in this process may sample from it directly.
         path: the folder or hub name that it was loaded from.
+        merged: adapters are added to the weights below them; else they are left out.
+        end_token_id: where a teacher ends with another token than the student: the token.
+        vocab_size: where a teacher has more rows than the student: the student's.
     """
 
     model: Any
     path: str
+    merged: bool = True
+    end_token_id: int | None = None
+    vocab_size: int | None = None
 
     @property
     def sharded(self) -> bool:
@@ -35,8 +43,10 @@ class ModelWeights:
         Sharded ones are gathered, whole on every rank for as long as the caller keeps them. Every
         rank must then take all of them, also one that has no use for them.
         """
+        layers = adapted_layers(self.model)
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            yield plain_name(name), full_tensor(tensor.detach())
+            if not is_adapter(name):
+                yield plain_name(name), self._whole(name, tensor, layers)
 
     def save(self, path: str, writes: bool = True) -> None:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.
@@ -45,19 +55,45 @@ class ModelWeights:
             path: of the folder.
             writes: on the one rank that does; it alone holds all weights, on the CPU.
         """
-        if not self.sharded:
+        if not self.sharded and not adapted_layers(self.model):
             if writes:
                 self.model.save_pretrained(path)
             return
+        state = self.state(writes)
+        if writes:
+            self.model.save_pretrained(path, state_dict=state)
+
+    def state(self, keeps: bool = True) -> dict[str, Tensor]:
+        """Gather weights and stored buffers on the CPU; all ranks must call it if sharded.
+
+        Args:
+            keeps: on the ranks that want them; others get placeholders.
+        """
+        layers = adapted_layers(self.model)
         gathered: dict[int, Tensor] = {}  # by id: tied weights once
         state: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if is_adapter(name):
+                continue
             if id(tensor) not in gathered:
-                whole = full_tensor(tensor.detach())
-                gathered[id(tensor)] = whole.cpu() if writes else torch.empty(0)
+                whole = self._whole(name, tensor, layers)
+                gathered[id(tensor)] = whole.cpu() if keeps else torch.empty(0)
             state[plain_name(name)] = gathered[id(tensor)]
-        if writes:
-            self.model.save_pretrained(path, state_dict=state)
+        return state
+
+    def _whole(self, name: str, tensor: Tensor, layers: dict[str, Any]) -> Tensor:
+        """Gather a tensor; add what the adapter of its layer has learned, in float32 or wider."""
+        whole = full_tensor(tensor.detach())
+        layer = layers.get(name.removesuffix(".base_layer.weight")) if self.merged else None
+        if layer is None:
+            return whole
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        a, b = (
+            full_tensor(part[ADAPTER].weight.detach()).to(wide)
+            for part in (layer.lora_A, layer.lora_B)
+        )
+        with torch.autocast(whole.device.type, enabled=False):
+            return torch.addmm(whole.to(wide), b, a, alpha=layer.scaling[ADAPTER]).to(whole.dtype)
 
     def fingerprint(self) -> str:
         """Digest the configuration and every tensor, about a second per gigabyte."""
@@ -67,6 +103,19 @@ class ModelWeights:
             raw = tensor.reshape(-1).cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(raw.numpy().data)
+        return digest.hexdigest()
+
+    def base_digest(self) -> str:
+        """Digest some values of every tensor, without adapters.
+
+        Rounded to bfloat16, so that it does not depend on the type that they are loaded in. Costs
+        as much as a sync of an engine: sharded tensors are gathered.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in replace(self, merged=False).named_tensors():
+            flat = tensor.reshape(-1)
+            some = flat[:: max(1, len(flat) // 4096)].bfloat16().view(torch.int16)
+            digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
         return digest.hexdigest()
 
 
@@ -80,11 +129,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def plain_name(name: str) -> str:
-    """Strip what wrappers (DDP, ``torch.compile``, activation checkpointing) put into a name.
+    """Strip what wrappers (DDP, ``torch.compile``, checkpointing, adapters) put into a name.
 
     >>> plain_name("module.model._orig_mod.layers.0._checkpoint_wrapped_module.mlp.weight")
     'model.layers.0.mlp.weight'
     """
-    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "base_layer."):
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")

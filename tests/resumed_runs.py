@@ -12,8 +12,10 @@ import torch
 from short_runs import Log, Trace, make_data, make_module, make_trainer
 from torch import Tensor
 
+from kdrl_lightning import LoRA
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SelectiveImitationStats
 from kdrl_lightning.objectives import Objective
+from kdrl_lightning.teachers import Teacher
 
 # Clocks, and what the report keeps by its step.
 LEFT_OUT = ("time/", "tokens_per_s", "val/")
@@ -24,13 +26,14 @@ class Setting:
     """What a run is made of; each run gets new objects."""
 
     student: str
-    teacher: str
+    teacher: str | Teacher
     objective: Callable[[], Objective]
     data: dict[str, Any]
     trainer: dict[str, Any]
     callbacks: Callable[[], list[pl.Callback]] = list
     optimizer: Callable[[Any], Any] | None = None
     lr_scheduler: Callable[[Any], Any] | None = None
+    lora: Callable[[], LoRA] | None = None
 
 
 @dataclass
@@ -75,7 +78,8 @@ def run(
     folder: Path, setting: Setting, ckpt_path: str | None = None, save: str = "rollouts"
 ) -> Run:
     """Run to the end, from the start or from a checkpoint; save per step, per rollout or never."""
-    module = make_module(setting.student, setting.teacher, setting.objective())
+    lora = None if setting.lora is None else setting.lora()
+    module = make_module(setting.student, setting.teacher, setting.objective(), lora=lora)
     module.optimizer_callable = setting.optimizer or module.optimizer_callable
     module.lr_scheduler_callable = setting.lr_scheduler
     data = make_data(**setting.data)

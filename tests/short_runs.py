@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, RolloutDataModule
+from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, LoRA, RolloutDataModule
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rewards import Sample
 from kdrl_lightning.teachers import Teacher
@@ -25,12 +25,14 @@ def make_module(
     teacher: str | Teacher | None,
     objective: Objective | None = None,
     dtype: str = "auto",
+    lora: LoRA | None = None,
 ) -> KDRLModule:
     return KDRLModule(
         student=student,
         teacher=LocalTeacher(teacher, dtype) if isinstance(teacher, str) else teacher,
         objective=objective or RLAD(),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
+        lora=lora,
     )
 
 

@@ -1,8 +1,17 @@
 """Frozen teachers behind one protocol."""
 
+from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.cached import CachedTeacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.routed import RoutedTeacher
+from kdrl_lightning.teachers.server import ServerTeacher
 
-__all__ = ["CachedTeacher", "LocalTeacher", "RoutedTeacher", "Teacher"]
+__all__ = [
+    "AdapterOffTeacher",
+    "CachedTeacher",
+    "LocalTeacher",
+    "RoutedTeacher",
+    "ServerTeacher",
+    "Teacher",
+]

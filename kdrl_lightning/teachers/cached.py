@@ -17,6 +17,7 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import Sharding, on_any_rank
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
@@ -63,13 +64,31 @@ class CachedTeacher(Teacher):
         self.teacher.check(student_tokenizer, student_path)
 
     @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """Return the teacher's."""
+        return self.teacher.other_end
+
+    @property
     def collective(self) -> bool:  # type: ignore[override]
         """Whether the teacher behind it is."""
         return self.teacher.collective
 
+    @property
+    def needs_lora(self) -> bool:  # type: ignore[override]
+        """Whether the teacher behind it does."""
+        return self.teacher.needs_lora
+
     def spread(self, sharding: Sharding | None) -> None:
         """Tell the teacher."""
         self.teacher.spread(sharding)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Ask the teacher."""
+        self.teacher.check_temperature(temperature)
+
+    def look_at(self, student: Scorer, path: str) -> None:
+        """Show it to the teacher."""
+        self.teacher.look_at(student, path)
 
     def accept(self, batch: RolloutBatch) -> None:
         """Ask the teacher."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import Sharding
 from kdrl_lightning.teachers.base import Teacher
 
@@ -47,10 +48,30 @@ class RoutedTeacher(Teacher):
         """Whether one of them is."""
         return any(teacher.collective for teacher in self.teachers.values())
 
+    @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """Return the first teacher's that has one."""
+        return next((t.other_end for t in self.teachers.values() if t.other_end), None)
+
+    @property
+    def needs_lora(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(teacher.needs_lora for teacher in self.teachers.values())
+
     def spread(self, sharding: Sharding | None) -> None:
         """Tell each."""
         for teacher in self.teachers.values():
             teacher.spread(sharding)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Ask each."""
+        for teacher in self.teachers.values():
+            teacher.check_temperature(temperature)
+
+    def look_at(self, student: Scorer, path: str) -> None:
+        """Show it to each."""
+        for teacher in self.teachers.values():
+            teacher.look_at(student, path)
 
     def accept(self, batch: RolloutBatch) -> None:
         """Ask each for its own rows."""

@@ -23,15 +23,17 @@ from kdrl_lightning import (
     GKD,
     KDRL,
     RLAD,
+    AdapterOffTeacher,
     CachedTeacher,
     KDRLModule,
     LocalTeacher,
+    LoRA,
     RolloutDataModule,
     RoutedTeacher,
     TrainingStopped,
     TransformersEngine,
 )
-from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
+from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSync
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample
 from kdrl_lightning.rollout.engine import Completion
@@ -169,6 +171,18 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
     elif case == "bf16":
         module = make(KDRL(teacher_kl_coef=0.5, kl_estimator="full_vocabulary"), teacher)
         trainer["precision"] = "bf16-mixed"
+    elif case in ("lora", "lora_resumed", "lora_bf16"):
+        objective = KDRL(0.5, kl_estimator="full_vocabulary", ref_kl_coef=0.1)
+        lora = LoRA(3, 8.0, ["q_proj", "v_proj", "dense", "fc1"])  # an odd rank
+        module = make(
+            objective,
+            AdapterOffTeacher(),
+            optimizer=ADAMW,
+            activation_checkpointing=True,
+            lora=lora,
+        )
+        if case == "lora_bf16":
+            trainer["precision"] = "bf16-mixed"
     elif case == "stale":
         module = make(RLAD(), teacher)
         data["rollout_engine"] = OtherPolicy()
@@ -183,6 +197,8 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
     """Train a few steps and return what was seen, of all ranks."""
     module, data, settings = build(case, folder, out)
     record = Record()
+    saver = FSDPCheckpoint(str(out / "checkpoints"), monitor=None, keep_last=9)
+    saves = case == "lora"
     trainer = pl.Trainer(
         accelerator="cpu",
         strategy=strategy,
@@ -190,12 +206,12 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
         accumulate_grad_batches=2,
         max_steps=4,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=saves,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=-1,
         inference_mode=False,
-        callbacks=[record, SelectiveImitationStats(), WeightSync()],
+        callbacks=[record, SelectiveImitationStats(), WeightSync(), *([saver] if saves else [])],
         default_root_dir=out,
         **settings,
     )
@@ -221,7 +237,8 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
         reasons: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
         return {"reasons": reasons}
-    trainer.fit(module, datamodule=datamodule)
+    start = out / "checkpoints/step=00000002.ckpt" if case == "lora_resumed" else None
+    trainer.fit(module, datamodule=datamodule, ckpt_path=start)
     module.export(str(out / case))
     weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}
     own: dict[str, Any] = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}

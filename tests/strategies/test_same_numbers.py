@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 from strategy_runs import Runs
 from torch import Tensor
 
+from kdrl_lightning.export import export
+
 two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-EXACT = ("kdrl", "rlad", "gkd", "routed")
+EXACT = ("kdrl", "rlad", "gkd", "routed", "lora")
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -97,6 +100,37 @@ def test_a_gradient_that_is_nan_on_one_rank_is_skipped_by_all(runs: Runs, strate
     assert any(bool(gradient.isnan().any()) for gradient in sick)
     start = load_file(runs.folder / "student/model.safetensors")
     assert distance(change(one, start), change(both, start)) <= 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
+def test_a_lora_student_goes_on_byte_for_byte(runs: Runs, strategy: str):
+    whole, rest = runs(strategy, "lora"), runs(strategy, "lora_resumed")
+    assert (len(whole["gradients"]), len(rest["gradients"])) == (4, 2)
+    for ours, theirs in zip(whole["gradients"][2:], rest["gradients"], strict=True):
+        assert all(".lora_" in name for name in ours)
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert all(torch.equal(t, rest["weights"][name]) for name, t in whole["weights"].items())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_lora_students_checkpoint_becomes_its_export(runs: Runs, strategy: str, tmp_path: Path):
+    seen = runs(strategy, "lora")
+    start = runs.folder / "student"
+    export(str(runs.folder / strategy / "checkpoints/step=00000004.ckpt"), str(tmp_path / "whole"))
+    ours, theirs = (load_file(f / "model.safetensors")
+                    for f in (tmp_path / "whole", runs.folder / strategy / "lora"))  # fmt: skip
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    moved = {n for n, t in change(seen, load_file(start / "model.safetensors")).items() if t.any()}
+    assert {n.split(".")[-2] for n in moved} == {"q_proj", "v_proj", "dense", "fc1"}
+
+
+def test_a_lora_student_in_bf16_mixed_keeps_float32_adapters(runs: Runs):
+    seen = runs("fsdp2", "lora_bf16")
+    assert {t.dtype for t in seen["weights"].values()} == {torch.float32}
+    assert {t.dtype for g in seen["gradients"] for t in g.values()} == {torch.float32}
+    # The engine samples from merged weights.
+    assert seen["logged"][-1]["rollout/logprob_diff_max"] < 0.1
+    assert seen["logged"][-1]["loss/ref_kl"] > 0
 
 
 def test_fsdp2_splits_the_student(runs: Runs):
