@@ -33,7 +33,7 @@ def test_they_are_left_out_and_counted(
     for name in ("train_prompts", "val_prompts"):
         words = f"{name}: 2 of 8 prompts left out, which have more than 8 tokens\n"
         assert out.count(words) == 1
-    assert len(data._train) == len(data._val) == 6
+    assert len(data.rollouts.prompts) == 6
     lengths = {int(n) for _, batch in trace.seen for n in batch.lengths - batch.completion_lengths}
     assert max(lengths) <= 8
 

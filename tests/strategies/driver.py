@@ -119,7 +119,7 @@ class Record(pl.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, _: int) -> None:
         if not batch.metrics:
             return
-        plan = trainer.datamodule._plan
+        plan = trainer.datamodule.rollouts.plan
         rows = plan.batch
         for row in range(len(rows)):
             length = int(rows.lengths[row])
