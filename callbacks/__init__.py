@@ -1,4 +1,4 @@
-"""Callbacks: annealing, statistics, sync check, checkpoints, progress, report, predictions."""
+"""Callbacks: annealing, statistics, checks, checkpoints, progress, report, predictions, samples."""
 
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
@@ -6,6 +6,7 @@ from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
 from kdrl_lightning.callbacks.predictions import PredictionWriter
 from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
+from kdrl_lightning.callbacks.samples import SamplePage
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
 from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSync
@@ -18,6 +19,7 @@ __all__ = [
     "PredictionWriter",
     "RolloutProgress",
     "RunReport",
+    "SamplePage",
     "SelectiveImitationStats",
     "WeightSync",
 ]

@@ -38,6 +38,7 @@ class WeightSync(pl.Callback):
         require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         self.max_mean_diff = max_mean_diff
         self.every_n_rollouts = every_n_rollouts
+        self._step = 0  # of the rollout's first update, behind which the trainer's has gone on
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
@@ -57,7 +58,7 @@ class WeightSync(pl.Callback):
         if not batch.metrics:
             return
         stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
-        step = trainer.global_step
+        self._step = step = trainer.global_step
         if not batch.old_pending:
             self._compare_together(trainer, pl_module, batch, step)
         data: Any = getattr(trainer, "datamodule", None)
@@ -71,9 +72,9 @@ class WeightSync(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare what the update's own forward pass said; global_step has gone on by now."""
+        """Compare what the update's own forward pass said."""
         if batch.metrics and batch.old_pending:
-            self._compare_together(trainer, pl_module, batch, int(batch.policy_version.min()))
+            self._compare_together(trainer, pl_module, batch, self._step)
 
     def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
         """Check the age of this rank's completions.

@@ -48,6 +48,7 @@ _HOME = {
     "KnightsAndKnavesPrompts": "prompts",
     "MixedPrompts": "prompts",
     "ReasoningGymPrompts": "prompts",
+    "BatchReward": "rewards",
     "CodeReward": "rewards",
     "ExactMatch": "rewards",
     "FormatReward": "rewards",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
     from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
     from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
+    from kdrl_lightning.rewards import BatchReward as BatchReward
     from kdrl_lightning.rewards import CodeReward as CodeReward
     from kdrl_lightning.rewards import ExactMatch as ExactMatch
     from kdrl_lightning.rewards import FormatReward as FormatReward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -94,20 +93,6 @@ def check_groups(
             raise ConfigurationError(
                 f"`{name}` must be above 0 for rollouts: got {heat}. "
                 "Greedy sampling has no gradient; 1.0 is usual."
-            )
-
-
-def check_layout(stored: Mapping[str, int], here: Mapping[str, int]) -> None:
-    """Check that a half-used rollout is laid out as rollouts are here.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    for name, value in stored.items():
-        if here[name] != value:
-            raise ConfigurationError(
-                f"`{name}` must be {value} to go on in the middle of a rollout, as this checkpoint "
-                f"does: got {here[name]}. Give {value}, or take a checkpoint at a rollout's end."
             )
 
 

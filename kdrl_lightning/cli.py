@@ -22,6 +22,7 @@ from kdrl_lightning.callbacks import (
     PredictionWriter,
     RolloutProgress,
     RunReport,
+    SamplePage,
     SelectiveImitationStats,
     WeightSync,
 )
@@ -36,8 +37,8 @@ class KDRLCLI(LightningCLI):
     """fit, validate, test and predict, configured by YAML and flags.
 
     Always there: a progress bar, and callbacks with a group of settings each, ``imitation_stats``,
-    ``weight_sync``, ``checkpoint``, ``predictions`` and ``report``. Others go to
-    ``trainer.callbacks``.
+    ``weight_sync``, ``checkpoint``, ``predictions``, ``samples`` and ``report``. Others
+    go to ``trainer.callbacks``.
     """
 
     @classmethod
@@ -86,6 +87,7 @@ class KDRLCLI(LightningCLI):
         parser.add_lightning_class_args(WeightSync, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(SamplePage, "samples")
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)

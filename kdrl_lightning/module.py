@@ -33,6 +33,7 @@ from kdrl_lightning.resume import (
     KEY,
     Settings,
     check_before_loading,
+    check_complete,
     check_identity,
     identity,
     number_by_place,
@@ -166,10 +167,13 @@ class KDRLModule(pl.LightningModule):
             check_end_tokens(frozen.other_end, self.objective)
 
     def _check_checkpoint(self, path: str, stage: str) -> None:
-        saved = read_metadata(path).get(KEY)
+        values = read_metadata(path)
+        saved, held = values.get(KEY), values.get("state_dict")
         check_readable(path, self.trainer.strategy)
         if saved is not None:
             check_identity(saved, self, load_config(self.student_path), stage == "fit", path)
+        if self.lora is not None and held is not None:  # shards say so themselves
+            check_complete(held.keys(), self.state_dict().keys(), path)
 
     def configure_model(self) -> None:
         """Load the student and, for training, the teacher, once; shard each where asked to."""

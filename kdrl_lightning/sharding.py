@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import LoRA, leave_frozen_out
+from kdrl_lightning.lora import LoRA, leave_base_out
 from kdrl_lightning.models import load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.shard_loading import WeightFiles, fill, sources, to_meta
@@ -120,7 +120,7 @@ def load_scorer(
     def wrap(model: Any) -> Scorer:
         scorer = Scorer(model, vocab_size, swap)
         if lora is not None:
-            leave_frozen_out(scorer)
+            leave_base_out(scorer)
         if activation_checkpointing:
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)

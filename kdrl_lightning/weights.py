@@ -55,11 +55,10 @@ class ModelWeights:
             path: of the folder.
             writes: on the one rank that does; it alone holds all weights, on the CPU.
         """
-        if not self.sharded and not adapted_layers(self.model):
-            if writes:
-                self.model.save_pretrained(path)
+        if not (self.sharded or writes):
             return
-        state = self.state(writes)
+        plain = not (self.sharded or adapted_layers(self.model))
+        state = None if plain else self.state(writes)
         if writes:
             self.model.save_pretrained(path, state_dict=state)
 

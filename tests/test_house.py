@@ -44,6 +44,7 @@ ALLOWED = {
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "rewards", "server_client", "weights"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
+    "samples": FLOOR | {"objectives", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
@@ -66,6 +67,7 @@ ALLOWED = {
         "objectives",
         "plots",
         "rollout",
+        "samples",
         "schedules",
     },
     "tiny": FLOOR

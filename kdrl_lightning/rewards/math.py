@@ -17,6 +17,8 @@ from kdrl_lightning.rewards.workers import WorkerPool
 LONGEST_ANSWER = 1000
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z ]*")
+# Parsers are built at their first use, which takes longer than all others.
+WARM_UP = [(r"\frac{1}{2}", "0.5"), ("x+1", r"1+\sqrt{x^2}"), ("(1, 2)", r"\{1, 2\}")]
 STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
@@ -45,7 +47,7 @@ class MathReward(BatchReward):
     ) -> None:
         self.marker = marker
         self.answer_column = answer_column
-        self.pool = WorkerPool(equal, time_limit_s, workers)
+        self.pool = WorkerPool(equal, time_limit_s, workers, WARM_UP)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
         """Judge many; each pair of reference and answer once."""

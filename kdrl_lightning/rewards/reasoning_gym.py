@@ -2,76 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.optional import load_library
 from kdrl_lightning.rewards.answers import after_marker, last_tagged
-from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
+from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
+from kdrl_lightning.rewards.workers import WorkerPool
 
 NONSENSE = "no answer at all"
+WARM_UP = [("chain_sum", "1", {"answer": "1"})]  # imports the library
 
 
-class ReasoningGymReward(TaskReward):
+class ReasoningGymReward(BatchReward):
     """The score of the row's task for the answer; correct is what gets the full score.
 
     The answer is what stands between the last ``<answer>`` tags, or follows the last marker; a
     completion without is wrong. Never the whole completion: many scorers give credit to any text
-    that contains the answer.
+    that contains the answer. Scorers run in other processes: some compute what they are
+    given.
 
     Args:
         marker: what stands before the answer; None: it is in ``<answer>`` tags.
         task: whose scorer; None: the row's ``metadata.source_dataset``, which
             ``ReasoningGymPrompts`` writes.
         partial: keep the scorer's partial credit; else that is 0.
+        time_limit_s: of one scoring.
+        workers: processes that score.
     """
 
     def __init__(
-        self, marker: str | None = None, task: str | None = None, partial: bool = False
+        self,
+        marker: str | None = None,
+        task: str | None = None,
+        partial: bool = False,
+        time_limit_s: float = 5.0,
+        workers: int = 4,
     ) -> None:
         self.marker = marker
         self.task = task
         self.partial = partial
-        self._scorers: dict[str, Any] = {}
-        if task is not None:
-            load_scorer(task)
+        self.pool = WorkerPool(score, time_limit_s, workers, WARM_UP)
 
-    def __call__(self, sample: Sample) -> Verdict:
-        """Judge one sample."""
-        row = dict(sample.row)
-        score = self._scorer(self.task or str(row["metadata"]["source_dataset"]), row)
+    def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
+        """Judge many."""
+        return [self._verdict(value) for value in self.pool.map([self._asked(s) for s in samples])]
+
+    def close(self) -> None:
+        """End the processes."""
+        self.pool.close()
+
+    def _asked(self, sample: Sample) -> tuple[str | None, str | None, dict[str, Any]]:
         text, marker = sample.text, self.marker
         answer = last_tagged(text, "answer") if marker is None else after_marker(text, marker)
-        if not answer:
-            return Verdict(0.0, False)
-        try:
-            value = float(score(answer, row))
-        except Exception:
-            # Some scorers raise at an answer that they cannot read; the right one they must.
-            if row.get("answer") is not None:
-                score(str(row["answer"]), row)
-            value = 0.0
+        return self.task, answer, dict(sample.row)
+
+    def _verdict(self, value: float | Exception) -> Verdict | Exception:
+        if isinstance(value, Exception):
+            return value
         correct = value >= 1.0
         return Verdict(value if self.partial else float(correct), correct)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scorers": {}}
 
-    def _scorer(self, task: str, row: dict[str, Any]) -> Any:
-        if task not in self._scorers:
-            score = load_scorer(task)
-            if _accepts_nonsense(score, row):  # as game_of_life_halting does in 0.1.25
-                raise ConfigurationError(
-                    f"`task` must have a scorer that tells right from wrong: got {task}, which "
-                    f"accepts {NONSENSE!r}."
-                )
-            self._scorers[task] = score
-        return self._scorers[task]
+def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
+    """Score an answer; runs in a worker.
 
-
-def _accepts_nonsense(score: Any, row: dict[str, Any]) -> bool:
+    Raises:
+        ConfigurationError: there is no such task, or its scorer accepts anything.
+    """
+    task, answer, row = asked
+    scorer = trusted_scorer(task or str(row["metadata"]["source_dataset"]), row)
+    if not answer:
+        return 0.0
     try:
-        return float(score(NONSENSE, row)) >= 1.0
+        return float(scorer(answer, row))
+    except Exception:
+        # Some scorers raise at an answer that they cannot read; the right one they must.
+        if row.get("answer") is not None:
+            scorer(str(row["answer"]), row)
+        return 0.0
+
+
+_trusted: dict[str, Any] = {}
+
+
+def trusted_scorer(task: str, row: dict[str, Any]) -> Any:
+    """Return a task's scorer, if nonsense does not satisfy it.
+
+    Raises:
+        ConfigurationError: there is no such task, or it does.
+    """
+    if task not in _trusted:
+        scorer = load_scorer(task)
+        if _accepts_nonsense(scorer, row):  # as game_of_life_halting's does in 0.1.25
+            raise ConfigurationError(
+                f"`task` must have a scorer that tells right from wrong: got {task}, which "
+                f"accepts {NONSENSE!r}."
+            )
+        _trusted[task] = scorer
+    return _trusted[task]
+
+
+def _accepts_nonsense(scorer: Any, row: dict[str, Any]) -> bool:
+    try:
+        return float(scorer(NONSENSE, row)) >= 1.0
     except Exception:  # cannot read it, which is as well
         return False
 

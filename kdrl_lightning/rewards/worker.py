@@ -23,16 +23,18 @@ CLOSED = 113  # how a child ends whose pipe was closed
 def main(descriptor: int) -> None:
     """Serve until the pipe is closed.
 
-    First comes what to import and the time limit, then one argument after the other. Answers are
-    ``("ready", process)`` from each child, ``("done", result, error)``, or ``("failed", error)``
-    where the function cannot be imported.
+    First come what to import, arguments to try it on, and the time limit; then one argument after
+    the other. Answers are ``("ready", process)`` from each child, ``("done", result, error)``, or
+    ``("failed", error)`` where the function cannot be imported, or fails at what it is tried on.
     """
     pipe = Connection(descriptor)
     try:
-        sys.path[:], module, name, seconds = pipe.recv()
+        sys.path[:], module, name, first, seconds = pipe.recv()
         function: Any = import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
+        for argument in first:  # what it imports and caches, all children have
+            function(argument)
     except Exception as error:
         pipe.send(("failed", portable(error)))
         return

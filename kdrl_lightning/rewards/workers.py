@@ -35,9 +35,17 @@ class WorkerPool:
         function: at the top level of a module, so that another process can import it.
         seconds: time limit of a call.
         workers: processes.
+        first: arguments of calls that are made once, before any other, without a time limit: what
+            they import and cache, all processes share.
     """
 
-    def __init__(self, function: Callable[[Any], Any], seconds: float, workers: int) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        seconds: float,
+        workers: int,
+        first: Sequence[Any] = (),
+    ) -> None:
         require_between("time_limit_s", seconds, 1e-3, 1e6)
         require_between("workers", workers, 1, 1024)
         self.target = (function.__module__, function.__qualname__)
@@ -47,6 +55,7 @@ class WorkerPool:
                 f"{'.'.join(self.target)}. Put it at the top level of a module, or set "
                 "`time_limit_s: null`."
             )
+        self.first = list(first)
         self.seconds = seconds
         self.count = workers
         self._workers: list[_Worker] = []
@@ -59,7 +68,7 @@ class WorkerPool:
             (``TimeoutError`` for one that hung).
 
         Raises:
-            Exception: the function cannot be imported by the processes.
+            Exception: the function cannot be imported by the processes, or fails at ``first``.
         """
         results: list[Any] = [None] * len(arguments)
         waiting = deque(range(len(arguments)))
@@ -67,7 +76,7 @@ class WorkerPool:
             weakref.finalize(self, _end, self._workers)
         try:
             while len(self._workers) < min(self.count, len(arguments)):
-                self._workers.append(_Worker(self.target, self.seconds))
+                self._workers.append(_Worker((*self.target, self.first), self.seconds))
             while waiting or any(worker.call is not None for worker in self._workers):
                 for worker in self._workers:
                     if waiting and worker.ready:
@@ -103,7 +112,7 @@ class WorkerPool:
 class _Worker:
     """A process, and what it does: starts, is ready, or works on a call, until a deadline."""
 
-    def __init__(self, target: tuple[str, str], seconds: float) -> None:
+    def __init__(self, target: tuple[Any, ...], seconds: float) -> None:
         self.seconds = seconds
         self.child: int | None = None
         self.call: int | None = None

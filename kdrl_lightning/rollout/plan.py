@@ -99,9 +99,9 @@ def plan_updates(
     for rows in members:
         parts = partition([lengths[r] for r in rows], micro_batches, max_micro_tokens)
         updates.append([[rows[i] for i in part] for part in parts])
-    parts = [(rows, score_first or score) for rows in updates[0]]
-    parts += [(rows, score) for update in updates[1:] for rows in update]
-    batch = _scored(batch, parts)
+    scored = [(rows, score_first or score) for rows in updates[0]]
+    scored += [(rows, score) for update in updates[1:] for rows in update]
+    batch = _scored(batch, scored)
     if score_first is None:
         batch = prepare(batch)
     else:  # hidden, so that whoever reads them after all is told

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.engine import Completion, Sampling
 from kdrl_lightning.rollout_batch import STUDENT
+
+EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def sample_and_judge(
     engine: Generates,
     tokenizer: Any,
     rewards: RewardRunner,
-    prompts: Sequence[tuple[Mapping[str, Any], list[int]]],
+    prompts: Sequence[EncodedPrompt],
     seeds: Sequence[list[int]],
     sampling: Sampling,
     training: bool = True,

@@ -73,8 +73,7 @@ class LocalTeacher(Teacher):
         tokenizer = load_tokenizer(path)
         self._vocab_size = int(load_config(student_path).get_text_config().vocab_size)
         ends = compare(student_tokenizer, tokenizer, student_path, path, self._vocab_size)
-        own = (student_tokenizer.eos_token_id, tokenizer.eos_token_id)
-        self._ends = None if ends is None else own
+        self._ends = (student_tokenizer.eos_token_id, tokenizer.eos_token_id) if ends else None
         self.other_end = None if self.translate_end_token else ends
 
     def spread(self, sharding: Sharding | None) -> None:

@@ -122,10 +122,9 @@ def test_what_cannot_be_read_is_one_line(folder: Path, case: str) -> None:
 
 
 def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "none.csv"
-    path.write_text("prompt\n")
+    (tmp_path / "none.csv").write_text("prompt,answer\n")
     with pytest.raises(ConfigurationError, match=r"`path` must have at least one row: got .*none"):
-        HFPrompts(str(path))
+        HFPrompts(str(tmp_path / "none.csv"), streaming=True, take=3)
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line() -> None:

@@ -27,7 +27,7 @@ def texts(mixture: MixedPrompts) -> list[str]:
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.floats(0.05, 20.0)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0.05, 20.0)), min_size=1, max_size=9),
     st.integers(1, 80),
     st.integers(0, 5),
 )
