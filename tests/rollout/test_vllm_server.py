@@ -270,6 +270,27 @@ def test_the_transfer_api_is_used_where_all_servers_offer_it(
     assert isinstance(made._route_of(weights), TransferRoute)
 
 
+@pytest.mark.gpu
+def test_weights_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for the trainer and another for the server")
+    from models import make_model, save_model, worst_gap
+    from servers import KEY, RealServer
+
+    folder, model = save_model("qwen2", tmp_path / "model"), make_model("qwen2", 1).cuda()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # this process has its device already
+    server = RealServer(folder, tmp_path / "server.log", flags=["--transfer", "nccl"])
+    try:
+        engine = VLLMServerEngine([server.url], KEY)
+        engine.setup(ModelWeights(model, folder), EOS, PAD)
+        engine.update_weights(ModelWeights(model, folder), 1)
+        groups = engine.generate([[5, 6]], [[0, 1]], Sampling(8))
+    finally:
+        server.kill()
+    assert isinstance(engine._route, TransferRoute)
+    assert worst_gap(model.cpu(), [[5, 6]], groups) < 1e-2
+
+
 def test_a_missing_folder_is_refused(server: Scripted, weights: ModelWeights) -> None:
     with pytest.raises(ConfigurationError, match=r"`weights_folder` must be a folder .*: got /no"):
         engine_of(weights, server.url, weights_folder="/no/folder")

@@ -124,7 +124,7 @@ def test_weights_by_the_transfer_api(
         groups = other.generate(PROMPTS, SEEDS, Sampling(16))
         assert worst_gap(now, PROMPTS, groups) < BOUND
     assert isinstance(other._route, TransferRoute)
-    # Another engine's files replace them: as behind a restart, they cannot come again by themselves.
+    # Another engine's files replace them: as behind a restart, they cannot come again alone.
     engine.generate(PROMPTS, SEEDS, Sampling(4))
     with pytest.raises(TrainingStopped, match=rf"{server.url} must keep the weights until the"):
         other.generate(PROMPTS, SEEDS, Sampling(4))
