@@ -12,7 +12,7 @@ import torch
 from test_trace import fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, SFT, KDRLModule, SupervisedDataModule
-from kdrl_lightning.callbacks import CPUThreads, RolloutProgress, RunReport
+from kdrl_lightning.callbacks import CPUThreads, PredictionWriter, RolloutProgress, RunReport
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.tiny import AdditionTraces
 
@@ -206,7 +206,7 @@ def test_predictions_are_written(tmp_path: Path, student_folder: str, teacher_fo
     import json
 
     module = make_module(student_folder, teacher_folder)
-    make_trainer(tmp_path, callbacks=[RunReport()]).predict(module, datamodule=make_data())
+    make_trainer(tmp_path, callbacks=[PredictionWriter()]).predict(module, datamodule=make_data())
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 10
     assert {"prompt", "completion", "reward", "correct"} <= set(json.loads(lines[0]))

@@ -83,6 +83,7 @@ class EvaluationBatch:
                 "completion": judged.text,
                 "answer_found": answer,
                 "reward": judged.verdict.reward,
+                "parts": dict(judged.verdict.parts),
                 "correct": judged.verdict.correct,
                 "truncated": judged.completion.truncated,
                 "length": len(judged.completion.ids),

@@ -24,12 +24,15 @@ class Teacher(ABC):
         generates: its weights are at hand, so that it can sample completions.
         gives_states: it can give hidden states, for divergences over the full vocabulary.
         collective: it lies over several ranks, so that all must score equally often.
+        other_end: student's and teacher's end token in words, where they differ and its scores are
+            not translated; set by ``check``.
         needs_lora: it is the student without its adapters.
     """
 
     generates: bool = False
     gives_states: bool = False
     collective: bool = False
+    other_end: str | None = None
     needs_lora: bool = False
 
     @abstractmethod

@@ -64,6 +64,11 @@ class CachedTeacher(Teacher):
         self.teacher.check(student_tokenizer, student_path)
 
     @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """Return the teacher's."""
+        return self.teacher.other_end
+
+    @property
     def collective(self) -> bool:  # type: ignore[override]
         """Whether the teacher behind it is."""
         return self.teacher.collective

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdrl_lightning.compatibility import compare
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.models import (
     ModelSource,
-    check_same_vocabulary,
     load_config,
     load_tokenizer,
     model_path,
@@ -84,9 +84,11 @@ class ServerTeacher(Teacher):
         model_path(self.model)
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Compare the two vocabularies."""
+        """Compare tokens, end tokens and chat templates."""
         path = model_path(self.model)
-        check_same_vocabulary(student_tokenizer, load_tokenizer(path), student_path, path)
+        rows = int(load_config(student_path).get_text_config().vocab_size)
+        tokenizer = load_tokenizer(path)
+        self.other_end = compare(student_tokenizer, tokenizer, student_path, path, rows)
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse every temperature but 1.

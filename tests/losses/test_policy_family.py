@@ -140,6 +140,9 @@ def test_sequence_ratio_is_one_value_per_row() -> None:
         n = int(mask[i].sum())
         mean = sum(float(now[i, t] - old[i, t]) for t in range(n)) / max(n, 1)
         close(ratio[i], [mean] * 5)
+    leaf, then = now.clone().requires_grad_(), old.clone().requires_grad_()
+    sequence_log_ratio(leaf, then, mask).sum().backward()
+    assert leaf.grad is not None and then.grad is None
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
