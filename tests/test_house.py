@@ -123,7 +123,7 @@ def test_arrows_point_down(path: Path) -> None:
         if name.split(".")[0] == "peft":
             assert own == "lora", "imports peft"
         if name.split(".")[0] == "vllm":
-            assert path.relative_to(PACKAGE) == Path("rollout/vllm_engine.py"), "imports vLLM"
+            assert path.name in ("vllm_engine.py", "vllm_transfer.py"), "imports vLLM"
 
 
 def test_every_room_has_its_arrows() -> None:
