@@ -99,7 +99,6 @@ def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str,
 
     from kdrl_lightning.callbacks import RunReport
     from kdrl_lightning.cli import KDRLCLI
-    from kdrl_lightning.rollout import Sampling
 
     torch.set_num_threads(1)
     updates = KDRLCLI.run(config, instantiate_only=True).datamodule.updates_per_rollout
@@ -126,9 +125,7 @@ def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str,
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             data = trainer.datamodule
             after["length"] = float(trainer.callback_metrics["val/length_mean"])
-            greedy, data.val_sampling = data.val_sampling, Sampling(data.val_sampling.max_tokens)
-            after["sampled"] = data.evaluate(pl_module.weights())
-            data.val_sampling = greedy
+            after["sampled"] = data.evaluate(pl_module.weights(), temperature=1.0)
 
     cli.trainer.callbacks.append(Afterwards())
     started = time.perf_counter()

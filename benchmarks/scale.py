@@ -29,6 +29,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
+from kdrl_lightning.checkpoints import CheckpointWriter
+
 ROOT = Path(__file__).parents[1]
 RUNS = (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 1))
 STEPS = 4
@@ -56,7 +58,10 @@ class Memory(threading.Thread):
 
 
 class Measure(Callback):
-    """Writes a rank's memory before and after, its step times and its checkpoint's."""
+    """Writes a rank's memory before and after, its step times and its checkpoint's.
+
+    Loading is what a resume does: the checks, the student and the optimizer's moments.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -82,14 +87,22 @@ class Measure(Callback):
         held = self.memory.peak
         path = self.folder / "saved.ckpt"
         started = time.perf_counter()
-        trainer.save_checkpoint(path)
+        CheckpointWriter().write(trainer, path)
         save = time.perf_counter() - started
+        trainer.strategy.barrier()
+        started = time.perf_counter()
+        connector = trainer._checkpoint_connector
+        connector.resume_start(path)
+        connector.restore_model()
+        connector.restore_optimizers_and_schedulers()
+        load = time.perf_counter() - started
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         record = {
             "before": self.before,
             "peak": held,
             "step_seconds": statistics.median(self.seconds[1:]),
             "save_seconds": save,
+            "load_seconds": load,
             "saved_mb": sum(p.stat().st_size for p in files) / MB,
         }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
@@ -205,6 +218,7 @@ def run(model: Path, strategy: str, processes: int, rank: int = 0) -> dict[str, 
         "peak_mb": max(r["peak"] - r["before"] for r in ranks),
         "step_seconds": max(r["step_seconds"] for r in ranks),
         "save_seconds": max(r["save_seconds"] for r in ranks),
+        "load_seconds": max(r["load_seconds"] for r in ranks),
         "saved_mb": ranks[0]["saved_mb"],
     }
 
@@ -235,11 +249,13 @@ def main() -> None:
         else f"{weights / 1e6:.1f} M weights below {adapters / 1e6:.2f} M of adapters, float32; "
         f"{machine}.",
         "",
-        "| strategy | processes | peak MB per process | calculated | s per step | s to save | MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| strategy | processes | peak MB per process | calculated | s per step | s to save "
+        "| s to load | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {r['strategy']} | {r['processes']} | {r['peak_mb']:.0f} | {r['expected_mb']:.0f} "
-            f"| {r['step_seconds']:.2f} | {r['save_seconds']:.2f} | {r['saved_mb']:.0f} |"
+            f"| {r['step_seconds']:.2f} | {r['save_seconds']:.2f} | {r['load_seconds']:.2f} "
+            f"| {r['saved_mb']:.0f} |"
             for r in records
         ),
         "",

@@ -1,10 +1,12 @@
-"""Callbacks: annealing, statistics, sync check, checkpoints, progress, a run's report."""
+"""Callbacks: annealing, statistics, checks, checkpoints, progress, report, predictions, samples."""
 
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
 from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
+from kdrl_lightning.callbacks.predictions import PredictionWriter
 from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
+from kdrl_lightning.callbacks.samples import SamplePage
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
 from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSync
@@ -14,8 +16,10 @@ __all__ = [
     "CoefficientSchedule",
     "FSDPCheckpoint",
     "KLCoefficientAnnealing",
+    "PredictionWriter",
     "RolloutProgress",
     "RunReport",
+    "SamplePage",
     "SelectiveImitationStats",
     "WeightSync",
 ]

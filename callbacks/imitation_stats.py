@@ -193,10 +193,11 @@ def _add_teacher(
     weight = _offset_weight(objective, batch, logprobs)
     if weight is not None:
         stats.add_max("kd/offset_weight_max", weight.exp(), mask)
-    clamp = next((v for p in objective.parts() if (v := getattr(p, "offset_clamp", None))), None)
-    if clamp is not None:
-        offset = batch.old_logprobs - teacher
-        stats.add_mean("kd/offset_clamp_frac", offset.abs() > clamp, mask)
+    part = next((p for p in objective.parts() if getattr(p, "offset_clamp", None)), None)
+    if part is not None:
+        cut = (batch.old_logprobs - teacher).abs() > part.offset_clamp
+        where = batch.loss_mask if batch.imitation_mask is None else batch.imitation_mask
+        stats.add_mean("kd/offset_clamp_frac", cut & where & part.anchored, mask)
 
 
 def add_histograms(

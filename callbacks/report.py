@@ -29,8 +29,7 @@ class RunReport(pl.Callback):
     """Measures student and teacher before and after, and writes the run folder.
 
     The run folder is the logger's (or ``default_root_dir``). It gets ``summary.json``,
-    ``curves.png`` and ``student/``, the trained student as a Hugging Face folder; ``predict``
-    leaves ``predictions.jsonl`` there.
+    ``curves.png`` and ``student/``, the trained student as a Hugging Face folder.
 
     Put it behind the callbacks whose values it shows, e.g. ``SelectiveImitationStats``.
 
@@ -46,7 +45,6 @@ class RunReport(pl.Callback):
         self.curves: list[dict[str, float]] = []
         self.accuracy: list[tuple[int, float]] = []
         self.teacher_accuracy: float | None = None
-        self._predictions: list[str] = []
         self._latest: dict[str, float] = {}
         self._train_seconds = self._batch_started = 0.0
         self._started = time.perf_counter()
@@ -122,28 +120,6 @@ class RunReport(pl.Callback):
         plot_curves(folder / "curves.png", self.curves, accuracy, summary)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(_table(summary, folder))
-
-    def on_predict_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep predictions for ``predictions.jsonl``, one file per process."""
-        self._predictions += [json.dumps(row, default=str) for row in outputs]
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the predictions."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        file = folder / f"predictions{rank}.jsonl"
-        file.write_text("".join(f"{line}\n" for line in self._predictions))
-        print(f"{len(self._predictions)} completions written to {file}")
-        self._predictions = []
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the curves over a resume."""

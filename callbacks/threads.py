@@ -9,10 +9,11 @@ from kdrl_lightning.errors import require_between
 
 
 class CPUThreads(pl.Callback):
-    """Sets torch's intra-operation threads: for models of under a million parameters, one.
+    """Sets torch's intra-operation threads on a CPU: for models of under a million parameters, one.
 
     Threads that wait for each other after every small matrix product are slower than one thread
-    alone, and many times slower where other processes hold a core.
+    alone, and many times slower where other processes hold a core. Where the models are on a GPU
+    nothing is set.
 
     Args:
         threads: number of threads.
@@ -24,4 +25,5 @@ class CPUThreads(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set the number before any model runs."""
-        torch.set_num_threads(self.threads)
+        if trainer.strategy.root_device.type == "cpu":
+            torch.set_num_threads(self.threads)

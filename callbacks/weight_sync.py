@@ -1,4 +1,4 @@
-"""Proof, on every rollout, that the engine sampled from the current weights."""
+"""Proof that the engine samples from the student's weights, and how old they may be."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from kdrl_lightning.rollout_batch import STUDENT
 class WeightSync(pl.Callback):
     """Stops a run whose rollouts do not come from the student as it is.
 
-    The data module pushes weights before every rollout; this callback checks the result. At a
-    rollout's first update the version that travels with each completion must be the trainer's step,
-    and the engine's log-probabilities must agree with the trainer's own on the same tokens. Logs
+    The data module pushes weights once per rollout; this callback checks the result. At a rollout's
+    first update the version that travels with each completion must be the trainer's step, and the
+    engine's log-probabilities must agree with the trainer's own on the same tokens. With
+    ``max_off_policy_steps`` 1 the version may be one rollout older; the log-probabilities of such
+    completions differ by right, so a few fresh ones are sampled and compared now and then. Where
+    only the update's own forward pass gives the trainer's, they are compared behind it. Logs
     ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
     ``rollout/logprob_diff_max``.
 
@@ -25,12 +28,17 @@ class WeightSync(pl.Callback):
         max_mean_diff: bound on the mean absolute difference of log-probabilities, in nats. None:
             0.001 where trainer and engine compute in float32 or above, and 0.1 in bfloat16. Equal
             weights differ by about 1e-6 in float32 and 1e-2 in bfloat16, old ones by more.
+        every_n_rollouts: rollouts between two samples of fresh completions, where rollouts are
+            stale. Where they are not, every rollout is compared.
     """
 
-    def __init__(self, max_mean_diff: float | None = None) -> None:
+    def __init__(self, max_mean_diff: float | None = None, every_n_rollouts: int = 10) -> None:
         if max_mean_diff is not None:
             require_between("max_mean_diff", max_mean_diff, 0.0, float("inf"))
+        require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         self.max_mean_diff = max_mean_diff
+        self.every_n_rollouts = every_n_rollouts
+        self._step = 0  # of the rollout's first update, behind which the trainer's has gone on
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
@@ -47,26 +55,59 @@ class WeightSync(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check a rollout at its first micro-batch; where one rank has to stop, all do."""
-        if batch.metrics:
-            stop_together(lambda: self.check(trainer, pl_module, batch), pl_module.reduce)
+        if not batch.metrics:
+            return
+        stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
+        self._step = step = trainer.global_step
+        if not batch.old_pending:
+            self._compare_together(trainer, pl_module, batch, step)
+        data: Any = getattr(trainer, "datamodule", None)
+        if not getattr(data, "max_off_policy_steps", 0):
+            return
+        # The same on all ranks. Behind the last rollout nothing was pushed any more.
+        due = data.rollout_at(step) % self.every_n_rollouts == 0
+        if due and data.rollout_engine.version == step:
+            self._compare_together(trainer, pl_module, data.probe(), step)
 
-    def check(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
-        """Check this rank's completions.
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare what the update's own forward pass said."""
+        if batch.metrics and batch.old_pending:
+            self._compare_together(trainer, pl_module, batch, self._step)
+
+    def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Check the age of this rank's completions.
 
         Raises:
-            TrainingStopped: they are stale, or their log-probabilities are another policy's.
+            TrainingStopped: they are too old.
         """
+        data: Any = getattr(trainer, "datamodule", None)
+        rollouts = getattr(data, "max_off_policy_steps", 0)
+        allowed = rollouts * getattr(data, "updates_per_rollout", 1)
         staleness = int(trainer.global_step - batch.policy_version.min())
         pl_module.log("rollout/staleness", float(staleness))
-        if staleness:
+        if staleness > allowed:
+            limit = f"at most {allowed} optimizer steps old" if allowed else "from current weights"
             raise TrainingStopped(
-                f"rollouts must come from the current weights: got completions that are "
-                f"{staleness} optimizer steps old at step {trainer.global_step}. "
-                "Check the engine's update_weights."
+                f"rollouts must be {limit} (`max_off_policy_steps` {rollouts}): got completions "
+                f"that are {staleness} optimizer steps old at step {trainer.global_step}. Check "
+                "the engine's update_weights."
             )
+
+    def _compare_together(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> None:
+        stop_together(lambda: self.compare(trainer, pl_module, batch, step), pl_module.reduce)
+
+    def compare(self, trainer: pl.Trainer, pl_module: Any, batch: Any, step: int) -> None:
+        """Compare log-probabilities, engine against trainer, on completions of ``step``'s weights.
+
+        Raises:
+            TrainingStopped: they differ by more than the bound.
+        """
         if batch.rollout_logprobs is None or batch.old_logprobs is None:
             return
-        own = batch.completion_mask & (batch.source == STUDENT)[:, None]
+        fresh = (batch.source == STUDENT) & (batch.policy_version == step)
+        own = batch.completion_mask & fresh[:, None]
         if not own.any():
             return
         gap = (batch.rollout_logprobs - batch.old_logprobs).abs().masked_fill(~own, 0.0)
@@ -79,7 +120,7 @@ class WeightSync(pl.Callback):
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
                 f"the engine's log-probabilities must agree with the trainer's within {bound} nats "
-                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at "
+                f"on average: got {mean:.3g} at step {step}. They differ most at "
                 f"token {place} of completion {row} (id {int(batch.completion_ids[row, place])}): "
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
                 f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, or "

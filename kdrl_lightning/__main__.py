@@ -19,12 +19,15 @@ def main(args: Sequence[str] | None = None) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from kdrl_lightning.cli import KDRLCLI
+    from kdrl_lightning.evaluate import evaluate
     from kdrl_lightning.serve import serve
 
     try:
         given = sys.argv[1:] if args is None else list(args)
         if given[:1] == ["export"]:
             run_export(given[1:])
+        elif given[:1] == ["evaluate"]:
+            evaluate(given[1:])
         elif given[:1] == ["serve"]:
             serve(given[1:])
         else:

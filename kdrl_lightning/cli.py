@@ -13,13 +13,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import kdrl_lightning.callbacks
+import kdrl_lightning.gguf
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
 from kdrl_lightning import config_base
 from kdrl_lightning.callbacks import (
     FSDPCheckpoint,
+    PredictionWriter,
     RolloutProgress,
     RunReport,
+    SamplePage,
     SelectiveImitationStats,
     WeightSync,
 )
@@ -33,9 +36,9 @@ from kdrl_lightning.strategies import refuse_fsdp1
 class KDRLCLI(LightningCLI):
     """fit, validate, test and predict, configured by YAML and flags.
 
-    Always there: a progress bar, and four callbacks with a group of settings each,
-    ``imitation_stats``, ``weight_sync``, ``checkpoint`` and ``report``. Others go to
-    ``trainer.callbacks``.
+    Always there: a progress bar, and callbacks with a group of settings each, ``imitation_stats``,
+    ``weight_sync``, ``checkpoint``, ``predictions``, ``samples`` and ``report``. Others
+    go to ``trainer.callbacks``.
     """
 
     @classmethod
@@ -56,7 +59,8 @@ class KDRLCLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m kdrl_lightning",
                 "description": "Post-train a language model with rewards and a frozen teacher. "
-                "One more subcommand, `export`, writes a checkpoint's student as a model folder.",
+                "Two more subcommands: `export` writes a checkpoint's student as a model folder, "
+                "`evaluate` compares models and checkpoints in one table.",
             },
             run=not instantiate_only,
             seed_everything_default=0,
@@ -82,6 +86,8 @@ class KDRLCLI(LightningCLI):
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSync, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(SamplePage, "samples")
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
@@ -105,6 +111,12 @@ class KDRLCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, FSDPCheckpoint)]
         return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":  # they are written as they come, and need not be kept
+            kwargs["return_predictions"] = False
+        return kwargs
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""

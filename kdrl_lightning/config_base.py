@@ -14,6 +14,7 @@ from jsonargparse import get_loader, set_loader
 
 from kdrl_lightning.errors import ConfigurationError
 
+CLASS = {"class_path", "init_args", "dict_kwargs"}
 _yaml = get_loader("yaml")
 
 
@@ -38,7 +39,8 @@ def load_with_base(text: str, path: str = "") -> Any:
 def merge(base: Any, over: Any) -> Any:
     """Merge mappings key by key; anything else in ``over`` replaces what ``base`` has.
 
-    A different ``class_path`` replaces the whole class, so that no argument leaks into another.
+    A different ``class_path`` replaces the whole class, so that no argument leaks into another;
+    so does a mapping of other names, e.g. of evaluation sets.
 
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2]}
@@ -46,6 +48,8 @@ def merge(base: Any, over: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "class_path" in over and over["class_path"] != base.get("class_path"):
+        return over
+    if "class_path" in base and not set(over) <= CLASS:
         return over
     return {k: merge(base.get(k), over[k]) if k in over else base[k] for k in {**base, **over}}
 

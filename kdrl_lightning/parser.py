@@ -24,7 +24,7 @@ class OneLineParser(LightningArgumentParser):
         text = one_line(message)
         if "--help`" not in text:
             prog = self.prog.split(" [")[0].removesuffix(" fit")
-            alone = prog.endswith("export") or text.startswith("argument subcommand")
+            alone = prog.endswith(("export", "evaluate")) or text.startswith("argument subcommand")
             where = "" if alone else " fit"
             text += f"{self._suggestion(text)} (see `{prog}{where} --help`)"
         raise ConfigurationError(text) from ex
@@ -37,8 +37,6 @@ class OneLineParser(LightningArgumentParser):
         if found is None:
             return ""
         word = found[1].split(".")[-1]
-        if word in kdrl_lightning.__all__:  # a callable's short name is not searched for
-            return f"; did you mean kdrl_lightning.{word}?"
         close = get_close_matches(word, sorted(self._known_names()), n=1)
         return f"; did you mean {close[0]}?" if close else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ import torch
 from test_trace import fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, SFT, KDRLModule, SupervisedDataModule
-from kdrl_lightning.callbacks import CPUThreads, RolloutProgress, RunReport
+from kdrl_lightning.callbacks import CPUThreads, PredictionWriter, RolloutProgress, RunReport
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.tiny import AdditionTraces
 
@@ -100,6 +101,9 @@ def test_progress_is_shown_in_rollouts(
 def test_threads_are_set(tmp_path: Path, student_folder: str, teacher_folder: str) -> None:
     module = make_module(student_folder, teacher_folder)
     fit(tmp_path, module, make_data(), [CPUThreads(2)], max_steps=1)
+    assert torch.get_num_threads() == 2
+    gpu: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    CPUThreads(1).setup(gpu, module, "fit")
     assert torch.get_num_threads() == 2
     with pytest.raises(ConfigurationError, match="`threads` must be at least 1: got 0"):
         CPUThreads(0)
@@ -202,7 +206,7 @@ def test_predictions_are_written(tmp_path: Path, student_folder: str, teacher_fo
     import json
 
     module = make_module(student_folder, teacher_folder)
-    make_trainer(tmp_path, callbacks=[RunReport()]).predict(module, datamodule=make_data())
+    make_trainer(tmp_path, callbacks=[PredictionWriter()]).predict(module, datamodule=make_data())
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 10
     assert {"prompt", "completion", "reward", "correct"} <= set(json.loads(lines[0]))

@@ -26,27 +26,6 @@ def test_every_config_instantiates(path: Path) -> None:
         assert config.init_args.total_iters == cli.trainer.max_steps
 
 
-@pytest.mark.parametrize("names", [["gpu1"], ["node8"], ["node8", "nodes"]])
-def test_hardware_overlays_lie_on_top_of_a_method(names: list[str]) -> None:
-    overlays = [f"--config={ROOT / 'configs/hardware' / f'{name}.yaml'}" for name in names]
-    cli = KDRLCLI.run(
-        [
-            f"--config={ROOT / 'configs/rlad.yaml'}",
-            *overlays,
-            "--trainer.accelerator=cpu",  # the rest as on a GPU machine
-            "--trainer.devices=2",
-        ],
-        instantiate_only=True,
-    )
-    config = cli.config.trainer
-    assert (config.precision, config.callbacks) == ("bf16-mixed", [])
-    assert cli.model.objective.coefficient("trrd_alpha") == 0.8
-    if "node8" in names:
-        assert type(cli.trainer.strategy).__name__ == "FSDP2Strategy"
-        assert cli.model.activation_checkpointing
-    assert cli.trainer.num_nodes == (2 if "nodes" in names else 1)
-
-
 def test_the_five_methods_are_there() -> None:
     assert {p.stem for p in CONFIGS} >= {
         "grpo",

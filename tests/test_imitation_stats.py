@@ -173,6 +173,16 @@ def test_rlad_with_alpha_one_imitates_nothing() -> None:
     check({k: got[k] for k in CLIPPED}, CLIPPED)
 
 
+def test_a_clamp_counts_where_it_acts() -> None:
+    batch, logprobs = case()
+    keep = batch.loss_mask.clone()
+    assert stats_of(RLAD(), batch, logprobs)["kd/offset_clamp_frac"] == 1 / TOKENS
+    keep[0, 3] = False  # the token whose offset is clamped is not imitated
+    unselected = batch.replace(imitation_mask=keep)
+    assert stats_of(RLAD(), unselected, logprobs)["kd/offset_clamp_frac"] == 0.0
+    assert stats_of(RLAD(trrd_alpha=1.0), batch, logprobs)["kd/offset_clamp_frac"] == 0.0
+
+
 def test_rlad_without_clamp_reports_no_clamp() -> None:
     assert "kd/offset_clamp_frac" not in stats_of(RLAD(offset_clamp=None), *case())
 

@@ -1,4 +1,4 @@
-"""pass@1 over uneven shards, and a step's statistics over micro-batches and ranks."""
+"""A step's statistics over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -7,66 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kdrl_lightning.metrics import PassAt1, StepStats
-
-
-def test_pass_at_1_is_the_mean_of_the_prompts_rates():
-    metric = PassAt1()
-    metric.update(torch.tensor([[True, False, False, False], [True, True, True, True]]))
-    assert metric.compute().item() == 0.625
-
-
-def test_pass_at_1_counts_every_prompt_once_whatever_its_completions():
-    metric = PassAt1()
-    metric.update(torch.tensor([[True, False]]))
-    metric.update(torch.tensor([[True], [True], [False]]))
-    assert metric.compute().item() == 0.625
-
-
-@settings(derandomize=True, max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=8), st.data())
-def test_pass_at_1_does_not_depend_on_the_cut(table, data):
-    cut = data.draw(st.integers(0, len(table)))
-    whole, parts = PassAt1(), PassAt1()
-    correct = torch.tensor(table)
-    whole.update(correct)
-    parts.update(correct[:cut])
-    parts.update(correct[cut:])
-    assert parts.compute() == whole.compute()
-    assert whole.compute().item() == pytest.approx(sum(map(sum, table)) / 3 / len(table))
-
-
-def test_pass_at_1_of_uneven_ranks_is_that_of_all_prompts():
-    # A rank's state is summed with the others': 1 of 1 prompt here, 1 of 3 there.
-    ranks = [PassAt1(), PassAt1()]
-    ranks[0].update(torch.tensor([[True]]))
-    ranks[1].update(torch.tensor([[True], [False], [False]]))
-    ranks[0].merge_state(ranks[1])
-    assert ranks[0].compute().item() == 0.5
-
-
-def test_pass_at_1_without_prompts_is_nan():
-    metric = PassAt1()
-    metric.update(torch.zeros(0, 4, dtype=torch.bool))
-    assert math.isnan(metric.compute().item())
-
-
-def test_pass_at_1_starts_over_after_reset():
-    metric = PassAt1()
-    metric.update(torch.tensor([[False]]))
-    metric.reset()
-    metric.update(torch.tensor([[True]]))
-    assert metric.compute().item() == 1.0
-
-
-@pytest.mark.parametrize("shape", [[3], [2, 2, 2], []])
-def test_pass_at_1_refuses_other_shapes(shape):
-    with pytest.raises(ValueError) as caught:
-        PassAt1().update(torch.zeros(shape, dtype=torch.bool))
-    assert str(caught.value) == f"`correct` must have shape [P, n]: got {shape}."
+from kdrl_lightning.metrics import StepStats
 
 
 def masks(*values: int) -> torch.Tensor:

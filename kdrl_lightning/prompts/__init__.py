@@ -7,13 +7,21 @@ from kdrl_lightning.prompts.base import (
     encode_all,
     encode_prompt,
 )
+from kdrl_lightning.prompts.hugging_face import HFPrompts
 from kdrl_lightning.prompts.jsonl import JSONLPrompts
+from kdrl_lightning.prompts.knights import KnightsAndKnavesPrompts
+from kdrl_lightning.prompts.mixed import MixedPrompts
+from kdrl_lightning.prompts.reasoning_gym import ReasoningGymPrompts
 
 __all__ = [
     "EncodedPrompt",
+    "HFPrompts",
     "JSONLPrompts",
+    "KnightsAndKnavesPrompts",
+    "MixedPrompts",
     "PromptSource",
     "Prompts",
+    "ReasoningGymPrompts",
     "encode_all",
     "encode_prompt",
 ]

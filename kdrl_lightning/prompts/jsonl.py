@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import PromptSource
+from kdrl_lightning.prompts.messages import PromptForm
 
 
 class JSONLPrompts(PromptSource):
-    """One JSON object per line; all columns stay in the row.
+    """One JSON object per line, read without another library; all columns stay in the row.
 
     Args:
         path: the file.
         prompt_column: column with the question.
-        chat: wrap the question as a user message, for the tokenizer's chat template.
-        system: system message in front of it (needs ``chat``).
+        chat: as messages, for the tokenizer's chat template.
+        system: system message (needs ``chat``).
+        template_args: arguments of the chat template (needs ``chat``).
+        examples: solved questions before it, each with ``prompt`` and ``answer``.
+        suffix: put behind every question.
     """
 
     def __init__(
@@ -26,12 +31,12 @@ class JSONLPrompts(PromptSource):
         prompt_column: str = "prompt",
         chat: bool = False,
         system: str | None = None,
+        template_args: dict[str, Any] | None = None,
+        examples: Sequence[dict[str, str]] = (),
+        suffix: str = "",
     ) -> None:
-        if system is not None and not chat:
-            raise ConfigurationError(f"`system` must go with `chat: true`: got {system!r}.")
+        self.form = PromptForm(chat, system, template_args, examples, suffix)
         self.prompt_column = prompt_column
-        self.chat = chat
-        self.system = system
         self.rows = _read(Path(path), prompt_column)
 
     def __len__(self) -> int:
@@ -39,18 +44,18 @@ class JSONLPrompts(PromptSource):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        prompt = row[self.prompt_column]
-        if self.chat and isinstance(prompt, str):
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            prompt = [*system, {"role": "user", "content": prompt}]
-        return {**row, "prompt": prompt}
+        return self.form.row(row, row[self.prompt_column])
 
 
 def _read(path: Path, column: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigurationError(f"`path` must be a JSON Lines file: got {path}, which is no file.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"`path` must be readable UTF-8: got {path} ({error}).") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reward that differs from the verifier's answer (partial credit, penalties)."""
+    """A reward that differs from the verifier's answer (partial credit, penalties).
+
+    Attributes:
+        reward: what is learned from.
+        correct: the verifier accepts the completion.
+        parts: what the reward is made of, by name; each is logged as ``reward/<name>_mean``.
+    """
 
     reward: float
     correct: bool
+    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, result: float | Verdict) -> Verdict:
@@ -41,84 +46,94 @@ class Verdict:
         return result if isinstance(result, Verdict) else cls(float(result), result >= 1)
 
 
-Reward: TypeAlias = Callable[[Sample], float | Verdict]
+class TaskReward(ABC):
+    """A reward with a class of its own; a plain callable of one sample will do as well."""
 
+    @abstractmethod
+    def __call__(self, sample: Sample) -> float | Verdict:
+        """Judge one sample; an error is a failure of the reward, not of the completion."""
 
-class RewardRunner:
-    """Calls a reward; a failing one is counted, and its completion gets 0 and counts as wrong.
+    def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
+        """Judge many; where one fails, its error stands in place of the verdict."""
+        return [_attempt(self, sample) for sample in samples]
 
-    Args:
-        reward: any callable of one sample. A plain number is its own verdict: correct from 1 on.
-        max_failure_frac: stop when more than this fraction of a rollout (and more than one
-            completion) fails, in [0, 1].
-    """
+    def children(self) -> Sequence[Reward]:
+        """Return the rewards that this one is made of."""
+        return ()
 
-    def __init__(self, reward: Reward, max_failure_frac: float = 0.1) -> None:
-        require_between("max_reward_failure_frac", max_failure_frac, 0.0, 1.0)
-        self.reward = reward
-        self.max_failure_frac = max_failure_frac
-        self.failures = 0
-
-    def try_once(self, row: Mapping[str, Any]) -> None:
-        """Try the reward on a real row, before anything is trained.
-
-        Once with an empty completion, which students do produce, and once with a text.
+    def start(self) -> None:
+        """Check before training that it can work here: libraries, processes.
 
         Raises:
-            ConfigurationError: it raises, or returns something that is not a finite number.
+            ConfigurationError: something is missing.
         """
-        for text in ("", str(row.get("prompt", "text"))):
-            try:
-                self._verdict(Sample(text, [0] * len(text), row))
-            except Exception as error:
-                raise ConfigurationError(
-                    f"`reward` must return a finite number: got {_describe(error)} for the "
-                    f"completion {text[:40]!r} of the row {_shorten(row)}. "
-                    "Mend the reward function."
-                ) from error
+        for child in self.children():
+            if isinstance(child, TaskReward):
+                child.start()
 
-    def __call__(self, samples: Sequence[Sample], training: bool = True) -> list[Verdict]:
-        """Judge samples.
-
-        Args:
-            samples: of one rollout, or of one evaluation batch.
-            training: stop on too many failures; an evaluation only warns of them.
-
-        Raises:
-            TrainingStopped: too many of a rollout's samples fail.
-        """
-        verdicts, failures, last = [], 0, ""
-        for sample in samples:
-            try:
-                verdicts.append(self._verdict(sample))
-            except Exception as error:
-                failures, last = failures + 1, _describe(error)
-                verdicts.append(Verdict(0.0, False))
-        self.failures += failures
-        if failures and not training:
-            warnings.warn(
-                f"the reward failed on {failures} of {len(samples)} completions of an evaluation, "
-                f"which count as wrong: last {last}.",
-                stacklevel=2,
-            )
-        elif failures > max(1, math.floor(self.max_failure_frac * len(samples) + 1e-9)):
-            raise TrainingStopped(
-                f"the reward failed on {failures} of {len(samples)} completions, above "
-                f"{self.max_failure_frac:.0%}: last {last}. Mend the reward function."
-            )
-        return verdicts
-
-    def _verdict(self, sample: Sample) -> Verdict:
-        verdict = Verdict.of(self.reward(sample))
-        if not math.isfinite(verdict.reward):
-            raise ValueError(f"reward {verdict.reward}")
-        return Verdict(float(verdict.reward), bool(verdict.correct))
+    def close(self) -> None:
+        """End what it has started; it may be used again afterwards."""
+        for child in self.children():
+            if isinstance(child, TaskReward):
+                child.close()
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+class BatchReward(TaskReward):
+    """A reward that judges many samples at once, e.g. in several processes."""
+
+    @abstractmethod
+    def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
+        """Judge many; where one fails, its error stands in place of the verdict."""
+
+    def __call__(self, sample: Sample) -> float | Verdict:
+        """Judge one sample."""
+        (result,) = self.judge([sample])
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
-def _shorten(row: Mapping[str, Any], limit: int = 120) -> str:
-    text = repr(dict(row))
-    return text if len(text) <= limit else text[:limit] + "..."
+Reward: TypeAlias = TaskReward | Callable[[Sample], float | Verdict]
+
+
+def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception]:
+    """Judge samples by any reward; every result is a finite verdict or the error in its place."""
+    results: Sequence[Any]
+    if isinstance(reward, TaskReward):
+        try:
+            results = reward.judge(samples)
+            if len(results) != len(samples):
+                raise ValueError(f"{len(results)} results for {len(samples)} samples")
+        except Exception as error:
+            return [error] * len(samples)
+    else:
+        results = [_attempt(reward, sample) for sample in samples]
+    return [_checked(result) for result in results]
+
+
+def walk(reward: Reward) -> Iterator[Reward]:
+    """Yield a reward and all that it is made of."""
+    yield reward
+    for child in reward.children() if isinstance(reward, TaskReward) else ():
+        yield from walk(child)
+
+
+def _attempt(reward: Reward, sample: Sample) -> float | Verdict | Exception:
+    try:
+        return reward(sample)
+    except Exception as error:
+        return error
+
+
+def _checked(result: Any) -> Verdict | Exception:
+    if isinstance(result, Exception):
+        return result
+    try:
+        verdict = Verdict.of(result)
+        parts = {name: float(value) for name, value in verdict.parts.items()}
+        for name, value in {"reward": verdict.reward, **parts}.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} {value}")
+        return Verdict(float(verdict.reward), bool(verdict.correct), parts)
+    except Exception as error:  # whatever a foreign type raises when it is read as a number
+        return error

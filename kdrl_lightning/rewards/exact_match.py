@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.rewards.base import Sample
+from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
-class ExactMatch:
+class ExactMatch(TaskReward):
     """1 if the completion's answer equals the row's, else 0; white space around both is ignored.
 
     Args:
@@ -23,10 +23,14 @@ class ExactMatch:
 
     def __call__(self, sample: Sample) -> float:
         """Judge one sample; a row without the answer's column is an error."""
-        reference, text = str(sample.row[self.answer_column]), sample.text
+        reference = str(sample.row[self.answer_column])
         if self.marker is not None:
             reference = reference.rpartition(self.marker)[2]
-            _, found, text = text.rpartition(self.marker)
-            if not found:
-                return 0.0
-        return float(text.strip() == reference.strip())
+        return float(self.answer(sample) == reference.strip())
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return what follows the marker; None without one."""
+        if self.marker is None:
+            return sample.text.strip()
+        _, found, text = sample.text.rpartition(self.marker)
+        return text.strip() if found else None

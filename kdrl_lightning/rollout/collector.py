@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from kdrl_lightning.rollout.ahead import Request
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
-from kdrl_lightning.rollout.groups import TEACHER_NOISE, TRAIN_NOISE, Slots, fill_groups
+from kdrl_lightning.rollout.groups import (
+    PROBE_NOISE,
+    TEACHER_NOISE,
+    TRAIN_NOISE,
+    Slots,
+    fill_groups,
+)
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
-Prompt = tuple[Mapping[str, Any], list[int]]
+# Enough to tell weights apart, and little beside a rollout.
+PROBES, PROBE_TOKENS = 4, 64
 
 
 class SampleAndJudge(Protocol):
@@ -22,7 +30,7 @@ class SampleAndJudge(Protocol):
     def __call__(
         self,
         engine: RolloutEngine,
-        prompts: list[Prompt],
+        prompts: list[EncodedPrompt],
         seeds: list[list[int]],
         sampling: Sampling,
         source: int,
@@ -57,6 +65,7 @@ class Collector:
         teacher: the teacher's part of each group.
         mask_truncated: leave completions cut at the token limit out of the loss.
         teacher_seconds: time that the teacher took to generate.
+        latest: this rank's completions of the last rollout, in the order of the batch.
     """
 
     slots: Slots
@@ -64,17 +73,18 @@ class Collector:
     teacher: Source
     mask_truncated: bool = False
     teacher_seconds: float = 0.0
+    latest: Sequence[Judged] = ()
 
     def collect(
         self,
         rollout: int,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EncodedPrompt],
         rank: int,
         world_size: int,
         sample: SampleAndJudge,
         route: Callable[[Mapping[str, Any]], int],
         pad_id: int,
-    ) -> tuple[RolloutBatch, list[list[Judged]]]:
+    ) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
         """Sample this rank's groups of a rollout.
 
         Args:
@@ -87,14 +97,14 @@ class Collector:
             pad_id: token behind the end of a row.
 
         Returns:
-            The batch, and the groups that were replaced.
+            The batch, its groups, and the groups that were replaced.
         """
         groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
             lambda slots, attempt: self._groups(rollout, prompts, slots, attempt, sample),
             self.slots.max_refills,
         )
-        judged = [j for group in groups for j in group]
+        self.latest = judged = [j for group in groups for j in group]
         batch = collate(
             [j.prompt_ids for j in judged],
             [j.completion.ids for j in judged],
@@ -103,7 +113,7 @@ class Collector:
             rewards=[j.verdict.reward for j in judged],
             correct=[j.verdict.correct for j in judged],
             truncated=[j.completion.truncated for j in judged],
-            policy_version=[self.student.engine.version or 0] * len(judged),
+            policy_version=[self._version(j) for j in judged],
             rollout_logprobs=[j.completion.logprobs for j in judged],
             source=[j.source for j in judged],
             teacher_route=[route(j.row) for j in judged],
@@ -111,24 +121,75 @@ class Collector:
             engine_exact=self.student.engine.exact,
             mask_truncated=self.mask_truncated,
         )
-        return batch, replaced
+        return batch, groups, replaced
+
+    def ahead(
+        self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
+    ) -> list[Request]:
+        """Return what ``collect`` will ask first of the engines that can sample beside training."""
+        slots = self.slots.of_rank(rank, world_size)
+        ids = [ids for _, ids in self._prompts(rollout, prompts, slots)]
+        return [
+            Request(own.engine, ids, seeds, own.sampling)
+            for own, seeds in self._seeded(rollout, slots)
+            if own.engine.beside
+        ]
+
+    def probe(
+        self,
+        rollout: int,
+        prompts: Sequence[EncodedPrompt],
+        rank: int,
+        world_size: int,
+        pad_id: int,
+    ) -> RolloutBatch:
+        """Sample the beginning of a completion for a few prompts of a rollout, without rewards."""
+        slots = self.slots.of_rank(rank, world_size)[:PROBES]
+        asked = [ids for _, ids in self._prompts(rollout, prompts, slots)]
+        seeds = [self.slots.seeds(rollout, slot, 0, PROBE_NOISE, 1) for slot in slots]
+        engine, sampling = self.student.engine, self.student.sampling
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, PROBE_TOKENS))
+        made = [c for (c,) in engine.generate(asked, seeds, sampling)]
+        return collate(
+            asked,
+            [c.ids for c in made],
+            list(range(len(made))),
+            pad_id=pad_id,
+            policy_version=[engine.version or 0] * len(made),
+            rollout_logprobs=[c.logprobs for c in made],
+            temperature=sampling.temperature,
+            engine_exact=engine.exact,
+        )
+
+    def _version(self, judged: Judged) -> int:
+        own = judged.completion.version
+        return self.student.engine.version or 0 if own is None else own
+
+    def _prompts(
+        self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
+    ) -> list[EncodedPrompt]:
+        positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
+        return [prompts[row] for row in rows_at(positions, len(prompts), self.slots.seed)]
+
+    def _seeded(
+        self, rollout: int, slots: list[int], attempt: int = 0
+    ) -> Iterator[tuple[Source, list[list[int]]]]:
+        for own, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
+            if own.count:
+                yield own, [self.slots.seeds(rollout, s, attempt, stream, own.count) for s in slots]
 
     def _groups(
         self,
         rollout: int,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EncodedPrompt],
         slots: list[int],
         attempt: int,
         sample: SampleAndJudge,
     ) -> list[list[Judged]]:
-        positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
-        chosen = [prompts[row] for row in rows_at(positions, len(prompts), self.slots.seed)]
+        chosen = self._prompts(rollout, prompts, slots, attempt)
         groups: list[list[Judged]] = [[] for _ in slots]
-        for own, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
-            if not own.count:
-                continue
+        for own, seeds in self._seeded(rollout, slots, attempt):
             started = time.perf_counter()
-            seeds = [self.slots.seeds(rollout, s, attempt, stream, own.count) for s in slots]
             judged = sample(own.engine, chosen, seeds, own.sampling, own.source)
             for i, group in enumerate(groups):
                 group += judged[i * own.count : (i + 1) * own.count]

@@ -33,11 +33,13 @@ class Completion:
         ids: sampled tokens; the end token, if reached, is the last.
         logprobs: log-probability of each at the sampling temperature (at 1 if greedy).
         truncated: cut at the token limit.
+        version: ``policy_version`` of the weights; None: of those that the engine holds.
     """
 
     ids: list[int]
     logprobs: list[float]
     truncated: bool
+    version: int | None = None
 
 
 class RolloutEngine(ABC):
@@ -46,11 +48,16 @@ class RolloutEngine(ABC):
     Attributes:
         version: the ``policy_version`` of the weights it holds; None before the first sync.
         exact: its log-probabilities are the trainer's own, so that nothing has to be corrected.
+        beside: it samples elsewhere, from a copy of the weights, so that a thread may ask it while
+            the student trains.
+        fixed: its weights are its own: nothing is pushed to it.
         dtype: the type that it computes in; None: the trainer's.
     """
 
     version: int | None = None
     exact: bool = True
+    beside: bool = False
+    fixed: bool = False
     dtype: torch.dtype | None = None
 
     @abstractmethod

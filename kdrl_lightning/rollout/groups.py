@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from kdrl_lightning.rollout.engine import noise_seed
 from kdrl_lightning.rollout.sampler import Judged
 
-# Streams of noise: student rollouts, evaluation, the teacher's completions.
-TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE = 0, 1, 2
+# Streams of noise: student rollouts, evaluation, the teacher's completions, probes of the sync.
+TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE, PROBE_NOISE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from kdrl_lightning.losses import (
 )
 from kdrl_lightning.losses.logprobs import Head
 from kdrl_lightning.rewards.base import Sample
-from kdrl_lightning.rewards.overlong import OverlongPenalty
+from kdrl_lightning.rewards.length import LengthPenalty
 
 trl: Any = pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[peers]'")
 # Its trainers import vLLM where it is installed, of whatever version; nothing here needs it.
@@ -598,7 +598,6 @@ def test_overlong_penalty(limit: int, buffer: int) -> None:
 
     completions = [[1] * n for n in range(limit + 4)]
     expected = get_soft_overlong_punishment(limit, buffer)(completions)
-    penalised = OverlongPenalty(lambda sample: 0.25, max_tokens=limit, buffer_tokens=buffer)
-    verdicts = [penalised(Sample("", ids, {})) for ids in completions]
-    close([v.reward - 0.25 for v in verdicts], expected)
+    penalty = LengthPenalty(max_tokens=limit, buffer_tokens=buffer)
+    close([penalty(Sample("", ids, {})).reward for ids in completions], expected)
     assert {0.0, -1.0} <= set(expected)

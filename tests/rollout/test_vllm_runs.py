@@ -47,20 +47,22 @@ def test_rlad_learns_on_vllms_rollouts(tmp_path: Path) -> None:
 def test_two_processes_with_an_engine_each_are_one(tmp_path: Path) -> None:
     found = []
     flags = ["--trainer.max_steps=8", "--report.evaluate_teacher=false", "--report.export=false"]
-    for name, more in (("one", []), ("two", ["--trainer.strategy=ddp", "--trainer.devices=2"])):
+    for name in ("auto", "ddp", "fsdp2"):
+        more = [f"--trainer.strategy={name}", f"--trainer.devices={1 if name == 'auto' else 2}"]
         (tmp_path / name).mkdir()
         command = ["kdrl_lightning", "fit", *ENGINE, *SMALL, *flags, *more]
         out = run(command, tmp_path / name, timeout=280)
         assert out.returncode == 0, out.stderr[-3000:]
         found.append(rows(tmp_path / name / "runs/rlad/version_0"))
-    one, two = found
-    assert len(one) == len(two) == 8
-    for a, b in zip(one, two, strict=True):
-        # The same tokens were sampled, whatever the process; the sums differ by rounding.
-        for key in ("loss/total", "reward/mean", "rollout/length_mean", "policy/grad_norm"):
-            if a[key]:
-                assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-3, abs=1e-5), key
-    assert float(two[4]["rollout/logprob_diff_max"]) < 1e-3
+    one, *others = found
+    for two in others:
+        assert len(one) == len(two) == 8
+        for a, b in zip(one, two, strict=True):
+            # The same tokens were sampled, whatever the process; the sums differ by rounding.
+            for key in ("loss/total", "reward/mean", "rollout/length_mean", "policy/grad_norm"):
+                if a[key]:
+                    assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-3, abs=1e-5), key
+        assert float(two[4]["rollout/logprob_diff_max"]) < 1e-3
 
 
 def test_an_engine_with_old_weights_stops_the_run(tmp_path: Path) -> None:

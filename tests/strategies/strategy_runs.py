@@ -15,7 +15,10 @@ from transformers import PhiConfig, PhiForCausalLM
 from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
-CASES = ("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "lora", "lora_resumed")
+CASES = (
+    *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "family"),
+    *("lora", "lora_resumed"),
+)
 OWN = {"auto": (), "ddp": ("stale",), "fsdp2": ("bf16", "lora_bf16", "half", "stale", "choosy")}
 
 

@@ -47,6 +47,9 @@ def test_completions_losses_and_statistics_are_the_same(runs: Runs, strategy: st
                 near = pytest.approx(b[name], rel=bound, abs=bound, nan_ok=True)
                 assert a[name] == near, name
     assert len(one["imitation"]) == len(both["imitation"]) == 2
+    # Each rank saw some of the parts of the rewards; all are logged.
+    assert sum(name.startswith("reward/begins_with_") for name in both["logged"][-1]) > 2
+    assert both["logged"][0]["reward/odd_mean"] == pytest.approx(both["logged"][0]["reward/mean"])
 
 
 @two
@@ -59,6 +62,16 @@ def test_gradients_and_weights_are_the_same(runs: Runs, strategy: str, case: str
         assert distance(ours, theirs) <= bound
     start = load_file(runs.folder / "student/model.safetensors")
     assert distance(change(one, start), change(both, start)) <= bound
+
+
+@two
+def test_every_kind_of_objective_takes_the_same_steps(runs: Runs, strategy: str):
+    one, both = runs("auto", "family"), runs(strategy, "family")
+    assert one.keys() == both.keys() and len(one) == 15
+    start = load_file(runs.folder / "student/model.safetensors")
+    for name in one:
+        assert one[name]["losses"] == pytest.approx(both[name]["losses"], rel=1e-10), name
+        assert distance(change(one[name], start), change(both[name], start)) <= 1e-10, name
 
 
 @two

@@ -1,0 +1,69 @@
+"""The completions that ``predict`` makes, in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
+from kdrl_lightning.rollout.together import stop_together
+
+
+class PredictionWriter(pl.Callback):
+    """Writes ``predictions.jsonl`` or ``.parquet`` into the run folder, batch by batch.
+
+    One file for all processes, a row per completion, in the order of sets, prompts and samples. It
+    has its name once it is whole, and ``.part`` behind it until then. Nothing is kept in memory.
+
+    Args:
+        format: ``jsonl``: the prompt's columns beside ours. ``parquet``: ours, and the prompt's
+            columns as JSON in ``row``; needs pyarrow.
+    """
+
+    def __init__(self, format: Literal["jsonl", "parquet"] = "jsonl") -> None:
+        if format not in ("jsonl", "parquet"):
+            raise ConfigurationError(f"`format` must be jsonl or parquet: got {format}.")
+        self.format = format
+        self._file: PredictionFile | None = None
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open the file on the first rank."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        kind = JSONLFile if self.format == "jsonl" else ParquetFile
+
+        def opened() -> PredictionFile | None:
+            if not trainer.is_global_zero:
+                return None
+            folder.mkdir(parents=True, exist_ok=True)
+            return kind(folder / f"predictions.{self.format}")
+
+        self._file = stop_together(opened, pl_module.reduce)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Gather a batch from all ranks and write it."""
+        parts: list[Any] | None = [outputs]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size if trainer.is_global_zero else None
+            dist.gather_object(outputs, parts)
+        rows = [row for part in parts or [] for row in part]
+        rows.sort(key=lambda row: (row["index"], row["sample"]))
+        stop_together(lambda: self._file and self._file.write(rows), pl_module.reduce)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            print(f"{self._file.rows} completions written to {self._file.path}")
+            self._file = None

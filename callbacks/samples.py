@@ -1,0 +1,150 @@
+"""A few completions to read: a page in the run folder, and the loggers that show text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.rollout.together import stop_together
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.samples import (
+    SampleView,
+    Section,
+    choose,
+    log_samples,
+    render,
+    scored_views,
+    text_view,
+)
+
+SCORED = (
+    "Completions of the last rollout, with the log-probabilities of the update that they were part "
+    "of last."
+)
+UNSCORED = "Completions of the validation: no teacher has scored them, so there is only the text."
+
+
+class SamplePage(pl.Callback):
+    """Shows a few completions at each validation and at the end of training.
+
+    ``samples.html`` in the run folder colours each token of the last rollout by the teacher's gap
+    and marks what became of it; of the validation it shows the text. A TensorBoard or W&B logger
+    gets the text of both. All are the first rank's share. A resumed run begins a new page.
+
+    ``docs/evaluation.md`` says how to read it.
+
+    Args:
+        completions: of the rollout, and of each set of the validation; 0 writes nothing.
+        moments: newest validations that stay on the page.
+        max_tokens: tokens shown of a completion.
+    """
+
+    def __init__(self, completions: int = 4, moments: int = 10, max_tokens: int = 512) -> None:
+        require_between("completions", completions, 0, float("inf"))
+        require_between("moments", moments, 1, float("inf"))
+        require_between("max_tokens", max_tokens, 1, float("inf"))
+        self.completions = completions
+        self.moments = moments
+        self.max_tokens = max_tokens
+        self.sections: list[Section] = []
+        self._step: list[tuple[RolloutBatch, Tensor]] = []
+        self._validated: dict[str, list[SampleView]] = {}
+        self._shown = -1
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget an earlier run."""
+        if stage == "fit":
+            self.sections, self._step, self._validated, self._shown = [], [], {}, -1
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the micro-batches of one optimizer step; they exist anyway."""
+        if not trainer.is_global_zero or batch.old_logprobs is None:
+            return
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._step = []
+        self._step.append((batch.replace(metrics={}), outputs["logprobs"]))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first completions of each set."""
+        own = self._validated.setdefault(batch.of.name, [])
+        for i in range(min(self.completions - len(own), len(batch.judged))):
+            row, sample = batch.rows[i // batch.of.samples], i % batch.of.samples
+            title = f"prompt {row}, sample {sample}"
+            own.append(text_view(batch.judged[i], title, pl_module.tokenizer))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the page."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._show(trainer, pl_module)
+        self._validated = {}
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write it once more, unless the last validation just did."""
+        if self._shown != trainer.global_step:
+            self._show(trainer, pl_module)
+        self._step = []
+
+    def section(self, trainer: Any, pl_module: Any) -> Section:
+        """Return what there is to show at this step."""
+        groups, notes = {}, {}
+        scored = self._scored(trainer, pl_module)
+        if scored:
+            data = trainer.datamodule
+            rollout = (trainer.global_step - 1) // getattr(data, "updates_per_rollout", 1)
+            groups[f"rollout {rollout}"] = scored
+            notes[f"rollout {rollout}"] = SCORED
+        for name, views in self._validated.items():
+            title = f"validation on {name}" if name else "validation"
+            groups[title], notes[title] = views, UNSCORED
+        return Section(f"after {trainer.global_step} optimizer steps", notes, groups)
+
+    def _scored(self, trainer: Any, pl_module: Any) -> list[SampleView]:
+        places = [(n, row) for n, (batch, _) in enumerate(self._step) for row in range(len(batch))]
+        groups = [int(self._step[n][0].group_ids[row]) for n, row in places]
+        correct = [bool(self._step[n][0].correct[row]) for n, row in places]
+        judged = getattr(getattr(trainer.datamodule, "collector", None), "latest", ())
+        views = []
+        for place in choose(groups, correct, self.completions):
+            (batch, logprobs), row = self._step[places[place][0]], places[place][1]
+            one = batch.select([row])
+            scores = logprobs[row : row + 1, : one.completion_ids.shape[1]]
+            views += scored_views(one, scores, pl_module.objective, pl_module.tokenizer, judged)
+        return views
+
+    def _show(self, trainer: Any, pl_module: Any) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        self._shown = trainer.global_step
+        if trainer.fast_dev_run or not self.completions:
+            return
+
+        def write() -> None:
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, folder)
+
+        stop_together(write, pl_module.reduce)
+
+    def _write(self, trainer: Any, pl_module: Any, folder: Path) -> None:
+        section = self.section(trainer, pl_module)
+        if not section.groups:
+            return
+        self.sections = [section, *self.sections][: self.moments]
+        folder.mkdir(parents=True, exist_ok=True)
+        heading = f"Samples of {type(pl_module.objective).__name__}"
+        page = render(heading, self.sections, self.max_tokens)
+        (folder / "samples.html").write_text(page, encoding="utf-8", errors="replace")
+        log_samples(trainer.loggers, section, trainer.global_step)

@@ -1,0 +1,191 @@
+"""``python -m kdrl_lightning evaluate``: several models on the same prompts, in one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer, seed_everything
+
+import kdrl_lightning.callbacks
+import kdrl_lightning.prompts
+import kdrl_lightning.rewards  # noqa: F401
+from kdrl_lightning.checkpoints import META
+from kdrl_lightning.cli import as_seed, quiet
+from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.datamodule import RolloutDataModule
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.evaluation.table import by_set, markdown_table
+from kdrl_lightning.export import export
+from kdrl_lightning.models import ModelSource
+from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.objectives import SFT
+from kdrl_lightning.parser import OneLineParser
+
+SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+# What is read of a configuration; the rest concerns training.
+GROUPS = ("models", "output", "seed_everything", "data", "trainer")
+
+
+class CheckpointStudent(ModelSource):
+    """A checkpoint's student, exported when it is first asked for.
+
+    Args:
+        ckpt_path: a checkpoint of ``fit``: a file, or a folder of shards.
+        output: folder under which the model goes.
+    """
+
+    def __init__(self, ckpt_path: str, output: str) -> None:
+        self.ckpt_path = ckpt_path
+        stamp = f"{Path(ckpt_path).resolve()} {Path(ckpt_path).stat().st_mtime_ns}"
+        digest = hashlib.sha256(stamp.encode()).hexdigest()[:12]
+        self.folder = Path(output) / f"exported-{digest}"
+
+    def path(self) -> str:
+        """Return the folder."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.folder}.lock"):
+            if not self.folder.exists():
+                half = self.folder.with_suffix(".part")
+                shutil.rmtree(half, ignore_errors=True)
+                export(self.ckpt_path, str(half))
+                half.rename(self.folder)
+        return str(self.folder)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        Path(f"{self.folder}.lock").unlink(missing_ok=True)
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Sample every model on the sets of ``test``, and write ``evaluation.json`` and ``.md``.
+
+    Raises:
+        ConfigurationError: no model is named, or a setting cannot be.
+    """
+    quiet()
+    parser = make_parser()
+    config = parser.parse_args(pruned(args))
+    if not config.models:
+        raise ConfigurationError(
+            "`models` must name at least one model: got none. Give `--models.NAME PATH`."
+        )
+    for name in SWITCHED_OFF:
+        config[f"trainer.{name}"] = False
+    results: dict[str, Any] = {}
+    for name in config.models:
+        results[name], data, trainer = evaluate_one(parser, config, name)
+    if not trainer.is_global_zero:
+        return
+    sets = data.evaluation.test
+    table = markdown_table(results, sets)
+    folder = Path(config.output)
+    named = config.models.items()
+    report = {
+        "models": {n: m if isinstance(m, str) else m.as_dict() for n, m in named},
+        "sets": {
+            one.name: {
+                "prompts": len(one.prompts),
+                "samples": one.samples,
+                "temperature": one.sampling.temperature,
+                "max_tokens": one.sampling.max_tokens,
+                "k": one.ks,
+            }
+            for one in sets
+        },
+        "results": results,
+        "seed": data.seed,
+        "torch": torch.__version__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "evaluation.md").write_text(table + "\n")
+    print(f"\n{table}\n\nwritten to {folder}/evaluation.json and evaluation.md")
+
+
+def evaluate_one(
+    parser: OneLineParser, config: Namespace, name: str
+) -> tuple[dict[str, dict[str, float]], RolloutDataModule, Trainer]:
+    """Sample one model; return its metrics by set, and what they were measured with."""
+    made = parser.instantiate_classes(config)
+    seed_everything(made.data.seed, verbose=False)
+    trainer = Trainer(**made.trainer)
+    source = made.models[name]
+    if isinstance(source, str) and is_checkpoint(source):
+        source = CheckpointStudent(source, config.output)
+    # An evaluation asks no objective: the one that needs nothing stands in its place.
+    module = KDRLModule(source, SFT())
+    if trainer.is_global_zero:
+        print(f"measuring {name}", flush=True)
+    trainer.test(module, datamodule=made.data, verbose=False)
+    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if isinstance(source, CheckpointStudent) and trainer.is_global_zero:
+        source.remove()
+    return by_set(values, made.data.evaluation.test), made.data, trainer
+
+
+def make_parser() -> OneLineParser:
+    """Return the parser of the subcommand."""
+    parser = OneLineParser(
+        prog="python -m kdrl_lightning evaluate",
+        description="Compare models and checkpoints on the prompts of `data.test_prompts` (or "
+        "`data.val_prompts`), without training. Of a configuration for `fit`, `data` and `trainer` "
+        "are read.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="a configuration, also one of `fit`.")
+    parser.add_argument(
+        "--models",
+        type=dict[str, str | ModelSource],
+        default={},
+        help="models by name: Hugging Face folder, hub name, checkpoint, or model source.",
+    )
+    parser.add_argument("--output", type=str, default="evaluation", help="folder of the table.")
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_lightning_class_args(RolloutDataModule, "data")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
+    parser.set_defaults({"data.train_prompts": [], "trainer.inference_mode": False})
+    return parser
+
+
+def pruned(args: Sequence[str]) -> list[str]:
+    """Replace each ``--config FILE`` by what an evaluation needs of it."""
+    out, rest = [], list(args)
+    while rest:
+        word = rest.pop(0)
+        if word == "--config" and rest:
+            out.append(f"--config={_needed(rest.pop(0))}")
+        elif word.startswith("--config="):
+            out.append(f"--config={_needed(word.removeprefix('--config='))}")
+        else:
+            out.append(word)
+    return out
+
+
+def _needed(name: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigurationError(f"`config` must be a YAML file: got {name}, which is no file.")
+    config = load_with_base(path.read_text(), name)
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"`config` must hold settings by name: got {name}.")
+    kept = {group: config[group] for group in GROUPS if group in config}
+    for group, name in (("data", "train_prompts"), ("trainer", "logger")):
+        if isinstance(kept.get(group), dict):
+            kept[group] = {k: v for k, v in kept[group].items() if k != name}
+    return str(yaml.safe_dump(kept, sort_keys=False))
+
+
+def is_checkpoint(path: str) -> bool:
+    """Return whether a path is a checkpoint of ``fit``, and not a model folder."""
+    return Path(path).is_file() or (Path(path) / META).is_file()

@@ -1,0 +1,95 @@
+"""What an evaluation step gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.evaluation.sets import NamedSet
+from kdrl_lightning.rewards.answers import answer_of
+from kdrl_lightning.rewards.base import Reward, Sample
+from kdrl_lightning.rollout.sampler import Judged
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """P prompts with n completions each; P may be 0 on a rank whose shard has run out.
+
+    Attributes:
+        of: the set that the prompts are from.
+        rows: their P numbers in it.
+        judged: ``P * n`` completions, those of a prompt next to each other.
+        answers: of each completion; None: it has none.
+    """
+
+    of: NamedSet
+    rows: Sequence[int]
+    judged: Sequence[Judged]
+    answers: Sequence[str | None]
+
+    @classmethod
+    def from_judged(
+        cls, of: NamedSet, rows: Sequence[int], judged: Sequence[Judged], reward: Reward
+    ) -> EvaluationBatch:
+        """Let the reward name each completion's answer."""
+        samples = (Sample(j.text, j.completion.ids, j.row, j.completion.truncated) for j in judged)
+        return cls(of, rows, judged, [answer_of(reward, sample) for sample in samples])
+
+    @property
+    def correct(self) -> Tensor:
+        """``[P, n]`` bool: the verifier's answer."""
+        return self._table([j.verdict.correct for j in self.judged]).bool()
+
+    @property
+    def rewards(self) -> Tensor:
+        """``[P, n]`` float64."""
+        return self._table([j.verdict.reward for j in self.judged])
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[P, n]`` sampled tokens."""
+        return self._table([len(j.completion.ids) for j in self.judged])
+
+    @property
+    def truncated(self) -> Tensor:
+        """``[P, n]`` bool: cut at the token limit."""
+        return self._table([j.completion.truncated for j in self.judged]).bool()
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """``[P, n]`` int64: the answers of a prompt, numbered; -1 is none."""
+        n, ids = self.of.samples, []
+        for start in range(0, len(self.answers), n):
+            own = self.answers[start : start + n]
+            numbers: dict[str, int] = {}
+            for answer in own:
+                ids.append(-1 if answer is None else numbers.setdefault(answer, len(numbers)))
+        return self._table(ids).long()
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """Return a row per completion: the prompt's columns, and what was made of it."""
+        n = self.of.samples
+        named = {"set": self.of.name} if self.of.name else {}
+        return [
+            {
+                **judged.row,
+                **named,
+                "index": self.rows[i // n],
+                "sample": i % n,
+                "completion": judged.text,
+                "answer_found": answer,
+                "reward": judged.verdict.reward,
+                "parts": dict(judged.verdict.parts),
+                "correct": judged.verdict.correct,
+                "truncated": judged.completion.truncated,
+                "length": len(judged.completion.ids),
+            }
+            for i, (judged, answer) in enumerate(zip(self.judged, self.answers, strict=True))
+        ]
+
+    def _table(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).view(-1, self.of.samples)

@@ -1,0 +1,116 @@
+"""Files of predictions, written as rows come."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError
+
+Row = Mapping[str, Any]
+# Columns of a Parquet file; what else a row has is JSON in ``row``.
+COLUMNS = {
+    "set": "string",
+    "index": "int64",
+    "sample": "int64",
+    "prompt": "string",
+    "completion": "string",
+    "answer_found": "string",
+    "reward": "float64",
+    "correct": "bool",
+    "truncated": "bool",
+    "length": "int64",
+}
+
+
+class PredictionFile(ABC):
+    """A file that has its name once it is closed.
+
+    Args:
+        path: its name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.half = path.with_name(path.name + ".part")
+        self.rows = 0
+
+    @abstractmethod
+    def write(self, rows: Sequence[Row]) -> None:
+        """Add rows."""
+
+    def close(self) -> None:
+        """Give the file its name."""
+        os.replace(self.half, self.path)
+
+
+class JSONLFile(PredictionFile):
+    """One JSON object per row."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = open(self.half, "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Add lines."""
+        self._file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+class ParquetFile(PredictionFile):
+    """The columns of ``COLUMNS``, ``parts`` of the reward, and ``row`` as JSON.
+
+    A source's own columns are JSON because their types may change from row to row, and a Parquet
+    file has one schema.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ConfigurationError(
+                "`format` must be jsonl where pyarrow is not installed: got parquet. "
+                "Install it: pip install 'kdrl_lightning[tasks]'."
+            ) from error
+        fields = [(name, pyarrow.type_for_alias(kind)) for name, kind in COLUMNS.items()]
+        parts = pyarrow.map_(pyarrow.string(), pyarrow.float64())
+        self._schema = pyarrow.schema([*fields, ("parts", parts), ("row", pyarrow.string())])
+        self._table = pyarrow.Table
+        self._writer = parquet.ParquetWriter(self.half, self._schema)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Add a row group."""
+        if rows:
+            made = [_columns(row) for row in rows]
+            self._writer.write_table(self._table.from_pylist(made, schema=self._schema))
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Write the footer."""
+        self._writer.close()
+        super().close()
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    own = {name: row.get(name) for name in COLUMNS}
+    prompt = own["prompt"]
+    own["prompt"] = prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
+    rest = {k: v for k, v in row.items() if k not in COLUMNS and k != "parts"}
+    texts = {k: _utf8(v) if isinstance(v, str) else v for k, v in own.items()}
+    return {**texts, "parts": list(row["parts"].items()), "row": json.dumps(rest, default=str)}
+
+
+def _utf8(text: str) -> str:
+    """Replace what UTF-8 cannot say (halves of surrogate pairs)."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,107 @@
+"""The sets of a stage, encoded and cut into batches that every rank counts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.evaluation.batch import EvaluationBatch
+from kdrl_lightning.evaluation.sets import EvalSets, NamedSet, named_sets
+from kdrl_lightning.prompts.base import EncodedPrompt, Prompts
+from kdrl_lightning.rewards.base import Reward
+from kdrl_lightning.rollout.engine import Sampling, noise_seed
+from kdrl_lightning.rollout.groups import EVALUATION_NOISE
+from kdrl_lightning.rollout.loader import IndexLoader
+from kdrl_lightning.rollout.sampler import Judged
+
+
+class SampleAndJudge(Protocol):
+    """Samples and judges completions of prompts, one per seed."""
+
+    def __call__(
+        self, prompts: list[EncodedPrompt], seeds: list[list[int]], sampling: Sampling
+    ) -> list[Judged]:
+        """Return the completions, those of a prompt next to each other."""
+
+
+class EvaluationSource:
+    """Hands out prompts by the index of set and batch.
+
+    Args:
+        val: sets of validations, and of tests that have none of their own.
+        test: sets of ``test`` and ``predict``.
+        default: how a set is sampled that does not say so itself.
+        seed: of the sampling noise, which depends on it, the row and the sample alone.
+    """
+
+    def __init__(
+        self, val: EvalSets | None, test: EvalSets | None, default: NamedSet, seed: int
+    ) -> None:
+        self.val = named_sets(val, "val_prompts", default)
+        self.test = named_sets(test, "test_prompts", default) or self.val
+        self.seed = seed
+        self._sets: list[tuple[NamedSet, list[EncodedPrompt]]] = []
+
+    def setup(
+        self, stage: str, encode: Callable[[Prompts, str, int], list[EncodedPrompt]]
+    ) -> list[EncodedPrompt]:
+        """Encode the sets of a stage; return their prompts.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+            encode: ``(prompts, name, max_tokens) -> encoded prompts``.
+
+        Raises:
+            ConfigurationError: a stage that is all evaluation has no set.
+        """
+        own_tests = stage in ("test", "predict") and self.test is not self.val
+        sets, setting = (self.test, "test_prompts") if own_tests else (self.val, "val_prompts")
+        if not sets and stage != "fit":
+            raise ConfigurationError(
+                f"`val_prompts` must be given to {stage}: got None. Name a prompt source."
+            )
+        self._sets = []
+        for one in sets:
+            name = f"{setting}.{one.name}" if one.name else setting
+            self._sets.append((one, encode(one.prompts, name, one.sampling.max_tokens)))
+        return [prompt for _, rows in self._sets for prompt in rows]
+
+    def loaders(self, world_size: int) -> list[IndexLoader]:
+        """Return one loader of batch indices per set, as long on every rank."""
+        return [
+            IndexLoader(-(-len(rows) // (one.batch_size * world_size))) for one, rows in self._sets
+        ]
+
+    def batch(
+        self,
+        which: int,
+        index: int,
+        ranks: tuple[int, int],
+        sample: SampleAndJudge,
+        reward: Reward,
+        temperature: float | None = None,
+    ) -> EvaluationBatch:
+        """Sample a rank's rows of one batch, every world-size-th; there may be none left.
+
+        Args:
+            which: of the sets.
+            index: of its batches.
+            ranks: this one, and how many there are.
+            sample: samples and judges.
+            reward: names the answers.
+            temperature: instead of the set's.
+        """
+        (one, prompts), (rank, world_size) = self._sets[which], ranks
+        start, end = (b * one.batch_size * world_size for b in (index, index + 1))
+        rows = list(range(start + rank, min(len(prompts), end), world_size))
+        seeds = [
+            [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(one.samples)]
+            for r in rows
+        ]
+        sampling = one.sampling
+        if temperature is not None:
+            sampling = replace(sampling, temperature=temperature)
+        judged = sample([prompts[r] for r in rows], seeds, sampling)
+        return EvaluationBatch.from_judged(one, rows, judged, reward)

@@ -1,0 +1,127 @@
+"""Prompts from a Hugging Face dataset: by its name on the hub, or from local files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.optional import load_library
+from kdrl_lightning.prompts.base import PromptSource
+from kdrl_lightning.prompts.messages import PromptForm
+
+READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+
+
+class HFPrompts(PromptSource):
+    """Rows of a dataset; all columns stay in the row, beside ``prompt`` (and ``answer``).
+
+    A column inside another is named with a dot: ``reward_model.ground_truth``.
+
+    Args:
+        path: name on the hub, a file (JSONL, JSON, Parquet, CSV, Arrow), or a folder that
+            ``save_to_disk`` wrote.
+        name: the dataset's configuration on the hub.
+        split: its split. A file has no other than ``train``.
+        prompt_column: column with the question, a text or chat messages.
+        answer_column: column that becomes ``answer``; None leaves the columns alone.
+        take: the first so many rows; None: all.
+        streaming: read no more than that (needs ``take``, since a source has a size).
+        chat: as messages, for the tokenizer's chat template.
+        system: system message (needs ``chat``).
+        template_args: arguments of the chat template (needs ``chat``).
+        examples: solved questions before it, each with ``prompt`` and ``answer``.
+        suffix: put behind every question.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        prompt_column: str = "prompt",
+        answer_column: str | None = None,
+        take: int | None = None,
+        streaming: bool = False,
+        chat: bool = False,
+        system: str | None = None,
+        template_args: dict[str, Any] | None = None,
+        examples: Sequence[dict[str, str]] = (),
+        suffix: str = "",
+    ) -> None:
+        if take is not None:
+            require_between("take", take, 1, float("inf"))
+        elif streaming:
+            raise ConfigurationError("`take` must be given with `streaming: true`: got None.")
+        self.form = PromptForm(chat, system, template_args, examples, suffix)
+        self.prompt_column = prompt_column
+        self.answer_column = answer_column
+        self.rows = _load(path, name, split, take, streaming)
+        if not len(self.rows):
+            raise ConfigurationError(f"`path` must have at least one row: got {path}, without any.")
+        for argument, column in (
+            ("prompt_column", prompt_column),
+            ("answer_column", answer_column),
+        ):
+            if column is not None:
+                _look_up(self.rows[0], column, argument)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        if self.answer_column is not None:
+            row = {**row, "answer": _look_up(row, self.answer_column, "answer_column")}
+        return self.form.row(row, _look_up(row, self.prompt_column, "prompt_column"))
+
+
+def _look_up(row: Mapping[str, Any], column: str, argument: str) -> Any:
+    value: Any = row
+    for key in [column] if column in row else column.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise ConfigurationError(
+                f"`{argument}` must be a column of the dataset: got {column}. "
+                f"It has {', '.join(map(str, row))}."
+            )
+        value = value[key]
+    return value
+
+
+def _load(path: str, name: str | None, split: str, take: int | None, streaming: bool) -> Any:
+    datasets = load_library("datasets")
+    local = Path(path)
+    if not local.exists() and local.suffix in READERS:
+        raise ConfigurationError(f"`path` must be a file that exists: got {path}.")
+    try:
+        if local.is_dir() and any(
+            (local / f"{s}.json").is_file() for s in ("state", "dataset_dict")
+        ):
+            rows = datasets.load_from_disk(path)
+            rows = rows[split] if isinstance(rows, Mapping) else rows
+        elif local.is_file():
+            if local.suffix not in READERS:
+                raise ValueError(f"a file must end in one of {', '.join(READERS)}")
+            rows = datasets.load_dataset(
+                READERS[local.suffix], data_files=path, split=split, streaming=streaming
+            )
+        else:
+            rows = datasets.load_dataset(path, name, split=split, streaming=streaming)
+        if streaming and not isinstance(rows, Sequence | datasets.Dataset):
+            return list(itertools.islice(rows, take))
+        return rows if take is None else rows.select(range(min(take, len(rows))))
+    except Exception as error:
+        cause = error.__cause__ or error  # datasets hides what a reader says behind its own words
+        first = (str(cause).splitlines() or ["no rows"])[0]
+        raise ConfigurationError(
+            f"`path` must be a dataset that can be read: got {path}, split {split} "
+            f"({type(cause).__name__}: {first[:300]})."
+        ) from error

@@ -1,0 +1,52 @@
+"""Knights and Knaves with any number of people: the paper's PPL2 to PPL8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.prompts.reasoning_gym import ReasoningGymPrompts
+
+
+class KnightsAndKnavesPrompts(ReasoningGymPrompts):
+    """Puzzles of inhabitants who each say something about who tells the truth; one solution fits.
+
+    reasoning-gym's generator, after arXiv 2410.23123: statements are drawn until one assignment of
+    roles alone fits them (about 1 ms a puzzle with 2 people, 16 ms with 8). The names of the two
+    roles change from puzzle to puzzle. With 2 people and depth 2 there are only some hundred pairs
+    of statements: other seeds bring other names, but many of the same pairs.
+
+    Args:
+        people: inhabitants, from 2 to 8.
+        size: number of puzzles.
+        seed: of the generator.
+        depth: deepest nesting of a statement, from 1 on.
+        width: most branches of a statement, from 2 on.
+        chat: as messages, for the tokenizer's chat template.
+        system: system message (needs ``chat``).
+        template_args: arguments of the chat template (needs ``chat``).
+        examples: solved questions before it, each with ``prompt`` and ``answer``.
+        suffix: put behind every question.
+    """
+
+    def __init__(
+        self,
+        people: int = 3,
+        size: int = 4096,
+        seed: int = 0,
+        depth: int = 2,
+        width: int = 2,
+        chat: bool = False,
+        system: str | None = None,
+        template_args: dict[str, Any] | None = None,
+        examples: Sequence[dict[str, str]] = (),
+        suffix: str = "",
+    ) -> None:
+        require_between("people", people, 2, 8)
+        require_between("depth", depth, 2, float("inf"))
+        require_between("width", width, 2, float("inf"))
+        config = {"n_people": people, "depth_constraint": depth, "width_constraint": width}
+        super().__init__(
+            "knights_knaves", size, seed, config, chat, system, template_args, examples, suffix
+        )

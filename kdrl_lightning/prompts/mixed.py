@@ -1,0 +1,89 @@
+"""A mixture of prompt sources in fixed proportions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.prompts.base import Prompts, PromptSource
+
+
+class MixedPrompts(PromptSource):
+    """Rows of several sources by weight; each row gets ``source``, the name of its own.
+
+    Every beginning of the mixture has the proportions of the weights, to within one row per source:
+    of the sources behind their share the one goes next whose next row is due first. Within a source
+    rows come in a seeded shuffle; where it is used up, in another one.
+
+    Args:
+        sources: prompt sources by name.
+        weights: share of each name, above 0, in any unit; None: the sources' sizes.
+        size: rows; None: as many as there are without taking a row twice.
+        seed: of the shuffles.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Prompts],
+        weights: dict[str, float] | None = None,
+        size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not sources or not all(len(source) for source in sources.values()):
+            raise ConfigurationError(
+                "`sources` must be sources with at least one row each: got "
+                f"{ {name: len(source) for name, source in sources.items()} }."
+            )
+        weights = {n: float(len(s)) for n, s in sources.items()} if weights is None else weights
+        if set(weights) != set(sources):
+            raise ConfigurationError(
+                f"`weights` must have the names of `sources`, {', '.join(sources)}: got "
+                f"{', '.join(map(str, weights)) or 'none'}."
+            )
+        for name, weight in weights.items():
+            if not 0.0 < weight < float("inf"):
+                raise ConfigurationError(
+                    f"`weights` must be above 0 and finite: got {weight} for {name}. "
+                    "Leave a source out that has no share."
+                )
+        require_between("seed", seed, 0, float("inf"))
+        if size is not None:
+            require_between("size", size, 1, float("inf"))
+        total = sum(weights.values())
+        sizes = [len(source) for source in sources.values()]
+        self.sources = sources
+        self.names = list(sources)
+        self._rows = _interleave([weights[n] / total for n in sources], sizes, size, seed)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        which, row = self._rows[index]
+        name = self.names[which]
+        return {**self.sources[name][row], "source": name}
+
+
+def _interleave(
+    shares: list[float], sizes: list[int], size: int | None, seed: int
+) -> list[tuple[int, int]]:
+    """Return source and row of each place; without a size it ends where a source is used up."""
+    taken = [0] * len(shares)
+    orders: list[list[int]] = [[] for _ in shares]
+    rows: list[tuple[int, int]] = []
+    while size is None or len(rows) < size:
+        due = [k for k, share in enumerate(shares) if share * (len(rows) + 1) > taken[k] + 1e-9]
+        which = min(due, key=lambda k: (taken[k] + 1) / shares[k])
+        turn, offset = divmod(taken[which], sizes[which])
+        if turn and size is None:
+            break
+        if not offset:
+            orders[which] = (
+                np.random.default_rng([seed, which, turn]).permutation(sizes[which]).tolist()
+            )
+        rows.append((which, orders[which][offset]))
+        taken[which] += 1
+    return rows

@@ -1,0 +1,85 @@
+"""Prompts from the generators of reasoning-gym."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.optional import load_library
+from kdrl_lightning.prompts.base import PromptSource
+from kdrl_lightning.prompts.messages import PromptForm
+
+# reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds are
+# one item apart. Ours are this far apart.
+SEED_STRIDE = 10_000_000
+
+
+class ReasoningGymPrompts(PromptSource):
+    """Items of one task; a row has ``prompt``, ``question``, ``answer`` and ``metadata``.
+
+    A row depends on its index, the seed and the task's arguments alone: no two seeds share items of
+    the generator, though small tasks repeat themselves.
+
+    Args:
+        task: name of the data set, e.g. ``chain_sum``.
+        size: number of rows.
+        seed: of the generator.
+        config: arguments of the task, its difficulty.
+        chat: as messages, for the tokenizer's chat template.
+        system: system message (needs ``chat``).
+        template_args: arguments of the chat template (needs ``chat``).
+        examples: solved questions before it, each with ``prompt`` and ``answer``.
+        suffix: put behind every question.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        size: int = 4096,
+        seed: int = 0,
+        config: dict[str, Any] | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        template_args: dict[str, Any] | None = None,
+        examples: Sequence[dict[str, str]] = (),
+        suffix: str = "",
+    ) -> None:
+        require_between("size", size, 1, SEED_STRIDE)
+        require_between("seed", seed, 0, float("inf"))
+        self.form = PromptForm(chat, system, template_args, examples, suffix)
+        self.size = size
+        self.items = create_task(task, {**(config or {}), "seed": seed * SEED_STRIDE, "size": size})
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        item = self.items[index]
+        return self.form.row(item, item["question"])
+
+
+def create_task(task: str, config: Mapping[str, Any]) -> Any:
+    """Return a data set of reasoning-gym.
+
+    Raises:
+        ConfigurationError: there is no such task, or it refuses its arguments.
+    """
+    gym = load_library("reasoning_gym")
+    known = load_library("reasoning_gym.factory").DATASETS
+    if task not in known:
+        close = get_close_matches(task, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"It has {len(known)}, e.g. chain_sum."
+        raise ConfigurationError(f"`task` must be one of reasoning-gym's: got {task}. {hint}")
+    try:
+        items = gym.create_dataset(task, **config)
+        items[0]
+    except Exception as error:  # an assertion, a TypeError, or whatever the generator meets
+        own = {k: v for k, v in config.items() if k not in ("seed", "size")}
+        raise ConfigurationError(
+            f"`config` must be arguments that {task} takes: got {own} ({error})."
+        ) from error
+    return items

@@ -1,0 +1,107 @@
+"""Rewards made of rewards: added up with weights, or chosen by a column of the row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rewards.answers import answer_of
+from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, Verdict, judge
+
+
+class WeightedRewards(BatchReward):
+    """The weighted sum of several rewards; one of them decides what is correct.
+
+    Each is logged, unweighted, as ``reward/<name>_mean``, and its own parts as
+    ``reward/<name>.<part>_mean``. Where one fails, the completion's reward fails.
+
+    Args:
+        rewards: rewards by name.
+        correct: name of the reward whose verdict on correctness counts; None: the first.
+        weights: factor of each name; a name that is not there has 1.
+
+    >>> both = WeightedRewards({"short": lambda s: len(s.ids) < 3, "any": lambda s: 1.0},
+    ...                        correct="short", weights={"any": 0.5})
+    >>> both(Sample("", [1, 2], {}))
+    Verdict(reward=1.5, correct=True, parts={'short': 1.0, 'any': 1.0})
+    """
+
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        correct: str | None = None,
+        weights: dict[str, float] | None = None,
+    ) -> None:
+        if not rewards:
+            raise ConfigurationError("`rewards` must have at least one reward: got none.")
+        names = ", ".join(rewards)
+        if correct is not None and correct not in rewards:
+            raise ConfigurationError(f"`correct` must be one of {names}: got {correct}.")
+        for name, weight in (weights or {}).items():
+            if name not in rewards:
+                raise ConfigurationError(f"`weights` must be of {names}: got one of {name}.")
+            if not abs(weight) < float("inf"):
+                raise ConfigurationError(f"`weights` must be finite: got {weight} for {name}.")
+        self.rewards = rewards
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
+        self.correct = correct or next(iter(rewards))
+
+    def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
+        """Judge by each reward in turn, all samples at once."""
+        results = {name: judge(reward, samples) for name, reward in self.rewards.items()}
+        return [self._sum({n: r[i] for n, r in results.items()}) for i in range(len(samples))]
+
+    def children(self) -> Sequence[Reward]:
+        """Return the rewards."""
+        return list(self.rewards.values())
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return the answer that the deciding reward finds."""
+        return answer_of(self.rewards[self.correct], sample)
+
+    def _sum(self, results: dict[str, Verdict | Exception]) -> Verdict | Exception:
+        total, correct, parts = 0.0, False, {}
+        for name, result in results.items():
+            if isinstance(result, Exception):
+                return result
+            total += self.weights[name] * result.reward
+            parts[name] = result.reward
+            parts |= {f"{name}.{part}": value for part, value in result.parts.items()}
+            correct = result.correct if name == self.correct else correct
+        return Verdict(total, correct, parts)
+
+
+class RoutedReward(BatchReward):
+    """Another reward for each kind of row, as ``MixedPrompts`` puts them together.
+
+    Args:
+        rewards: rewards by the column's value.
+        column: the row's column that says which.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], column: str = "source") -> None:
+        if not rewards:
+            raise ConfigurationError("`rewards` must have at least one reward: got none.")
+        self.rewards = rewards
+        self.column = column
+
+    def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
+        """Judge the samples of each kind together."""
+        results: list[float | Verdict | Exception] = [
+            KeyError(f"no reward for {self.column} {sample.row.get(self.column)!r}")
+            for sample in samples
+        ]
+        for name, reward in self.rewards.items():
+            own = [i for i, s in enumerate(samples) if s.row.get(self.column) == name]
+            judged = judge(reward, [samples[i] for i in own])
+            for i, result in zip(own, judged, strict=True):
+                results[i] = result
+        return results
+
+    def children(self) -> Sequence[Reward]:
+        """Return the rewards."""
+        return list(self.rewards.values())
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return the answer that the row's own reward finds."""
+        return answer_of(self.rewards[sample.row[self.column]], sample)

@@ -1,0 +1,38 @@
+"""DAPO's soft penalty for completions near the token limit."""
+
+from __future__ import annotations
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
+
+
+class LengthPenalty(TaskReward):
+    """A penalty that grows over the last tokens before the limit; put it beside a task's reward.
+
+    DAPO (arXiv 2503.14476, Eq. 13): 0 up to ``max_tokens - buffer_tokens``, then falling linearly
+    to -1 at ``max_tokens``. It says nothing about correctness: ``WeightedRewards`` adds it to the
+    reward that does.
+
+    Args:
+        max_tokens: token limit of a completion, as in ``data.max_tokens``.
+        buffer_tokens: width of the penalty, from 1 to ``max_tokens``.
+
+    >>> penalty = LengthPenalty(max_tokens=10, buffer_tokens=4)
+    >>> [penalty(Sample("", [0] * n, {})).reward for n in (6, 8, 10)]
+    [0.0, -0.5, -1.0]
+    """
+
+    def __init__(self, max_tokens: int, buffer_tokens: int) -> None:
+        require_between("max_tokens", max_tokens, 1, float("inf"))
+        if not 1 <= buffer_tokens <= max_tokens:
+            raise ConfigurationError(
+                f"`buffer_tokens` must be from 1 to max_tokens {max_tokens}: got {buffer_tokens}. "
+                "DAPO takes a fifth of it."
+            )
+        self.max_tokens = max_tokens
+        self.buffer_tokens = buffer_tokens
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Judge one sample."""
+        over = len(sample.ids) - (self.max_tokens - self.buffer_tokens)
+        return Verdict(0.0 - min(max(over / self.buffer_tokens, 0.0), 1.0), False)

@@ -1,0 +1,171 @@
+"""What became of each token of a completion, decided by the objective's own methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
+from kdrl_lightning.samples.text import token_texts
+
+REWARDED, PUNISHED, DEAD, PROTECTED = "rewarded", "punished", "dead", "protected"
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token.
+
+    Attributes:
+        text: what it adds to the completion.
+        student: its log-probability under the student, at the update that is shown.
+        teacher: under the teacher; None without one.
+        advantage: what multiplies its ratio.
+        fate: ``rewarded`` (advantage above 0) or ``punished`` (below 0) where the policy gradient
+            is alive; ``dead`` (above 0) or ``protected`` (below 0) where the clip removes it; empty
+            without an advantage.
+        imitated: the teacher enters its gradient.
+        used: it is part of the loss.
+    """
+
+    text: str
+    student: float
+    teacher: float | None
+    advantage: float
+    fate: str
+    imitated: bool
+    used: bool
+
+    @property
+    def gap(self) -> float | None:
+        """The teacher's gap d = log pi_T - log pi, in nats."""
+        return None if self.teacher is None else self.teacher - self.student
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One completion.
+
+    Attributes:
+        title: where it is from.
+        prompt: its text.
+        completion: its text.
+        reward: of the completion.
+        correct: the verifier's answer.
+        truncated: cut at the token limit.
+        parts: what the reward is made of.
+        tokens: empty where nobody has scored them.
+    """
+
+    title: str
+    prompt: str
+    completion: str
+    reward: float
+    correct: bool
+    truncated: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
+    tokens: Sequence[TokenView] = ()
+
+
+def choose(groups: Sequence[int], correct: Sequence[bool], count: int) -> list[int]:
+    """Return ``count`` positions, first a right and a wrong one of each group that has both.
+
+    >>> choose([0, 0, 1, 1, 1], [True, True, True, False, False], 3)
+    [2, 3, 0]
+    """
+    first: dict[int, dict[bool, int]] = {}
+    for i, (group, c) in enumerate(zip(groups, correct, strict=True)):
+        first.setdefault(group, {}).setdefault(c, i)
+    pairs = [[own[True], own[False]] for own in first.values() if len(own) == 2]
+    ordered = [i for pair in pairs for i in pair]
+    singles = [next(iter(own.values())) for own in first.values() if len(own) == 1]
+    chosen = [*ordered, *singles]
+    rest = [i for i in range(len(groups)) if i not in set(chosen)]
+    return [*chosen, *rest][:count]
+
+
+def scored_views(
+    batch: RolloutBatch,
+    logprobs: Tensor,
+    objective: Objective,
+    tokenizer: Any,
+    judged: Sequence[Judged] = (),
+) -> list[SampleView]:
+    """Describe scored completions.
+
+    Args:
+        batch: a few rows of a micro-batch, as the update got it.
+        logprobs: ``[B, T]``, the student's in that update.
+        objective: decides what is imitated and what is dead.
+        tokenizer: the student's.
+        judged: completions with the parts of their rewards, these among them.
+    """
+    advantages = objective.token_advantages(batch, logprobs)
+    dead = objective.dead(batch, logprobs, advantages) & batch.loss_mask
+    imitated = objective.imitated(batch, logprobs) & batch.loss_mask
+    known = {(tuple(j.prompt_ids), tuple(j.completion.ids)): j for j in judged}
+    return [
+        _scored(batch, row, (logprobs, advantages, dead, imitated), tokenizer, known)
+        for row in range(len(batch))
+    ]
+
+
+def _scored(
+    batch: RolloutBatch,
+    row: int,
+    columns: tuple[Tensor, ...],
+    tokenizer: Any,
+    known: Mapping[Any, Judged],
+) -> SampleView:
+    length, width = int(batch.completion_lengths[row]), int(batch.prompt_lengths[row])
+    ids = batch.completion_ids[row, :length].tolist()
+    prompt = batch.input_ids[row, :width].tolist()
+    student, advantage, dead, imitated = (c[row, :length].tolist() for c in columns)
+    used = batch.loss_mask[row, :length].tolist()
+    scores: list[float | None] = [None] * length
+    if batch.teacher_logprobs is not None:
+        scores = batch.teacher_logprobs[row, :length].tolist()
+    texts = token_texts(tokenizer, ids)
+    tokens = [
+        TokenView(
+            texts[t], student[t], scores[t], a, _fate(a, dead[t], used[t]), imitated[t], used[t]
+        )
+        for t, a in enumerate(advantage)
+    ]
+    found = known.get((tuple(prompt), tuple(ids)))
+    by = "the teacher's own" if int(batch.source[row]) == TEACHER else "the student's"
+    return SampleView(
+        f"group {int(batch.group_ids[row])}, {by} completion",
+        tokenizer.decode(prompt, skip_special_tokens=False),
+        "".join(texts),
+        float(batch.rewards[row]),
+        bool(batch.correct[row]),
+        bool(batch.truncated[row]),
+        {} if found is None else found.verdict.parts,
+        tokens,
+    )
+
+
+def _fate(advantage: float, dead: bool, used: bool) -> str:
+    if not used or advantage == 0.0:
+        return ""
+    if advantage > 0.0:
+        return DEAD if dead else REWARDED
+    return PROTECTED if dead else PUNISHED
+
+
+def text_view(judged: Judged, title: str, tokenizer: Any) -> SampleView:
+    """Describe a completion that nobody has scored."""
+    return SampleView(
+        title,
+        tokenizer.decode(judged.prompt_ids, skip_special_tokens=False),
+        judged.text,
+        judged.verdict.reward,
+        judged.verdict.correct,
+        judged.completion.truncated,
+        judged.verdict.parts,
+    )

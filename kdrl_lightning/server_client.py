@@ -1,0 +1,203 @@
+"""HTTP to vLLM servers: what can be tried again, and what cannot.
+
+Python's own client: a pool of kept connections is all that is needed of a library.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import queue
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+
+# Overload, a proxy in between, a server that is starting or going down.
+TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+KEPT_S = 2.0  # vLLM closes idle connections after 5 s
+# The model's own distribution, whatever its files or the server's flags say.
+AS_IT_IS = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+T = TypeVar("T")
+Pool = queue.LifoQueue[tuple[HTTPConnection, float]]
+
+
+class AwayError(Exception):
+    """The server did not answer, or asks to come back later."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status and text of an answer."""
+
+    status: int
+    text: str
+
+    def __str__(self) -> str:
+        text = " ".join(self.text.split())
+        return f"status {self.status}: {text if len(text) <= 300 else f'{text[:300]}...'}"
+
+
+class ServerClient:
+    """Posts JSON to a server and names its URL in every error; for any number of threads.
+
+    Args:
+        url: of the server; a path in it goes before every other.
+        api_key: sent as a bearer token; None for none.
+        timeout_s: longest wait for any part of an answer, in seconds.
+        max_away_s: how long the server may be unreachable, in seconds.
+
+    Raises:
+        ConfigurationError: this is no URL.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float, max_away_s: float) -> None:
+        self.url, self.max_away_s = url.rstrip("/"), max_away_s
+        parts = urlsplit(self.url)
+        try:
+            self._address = (parts.hostname or "", parts.port)
+        except ValueError as error:
+            raise ConfigurationError(f"`urls` must be http addresses: got {url}.") from error
+        self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._path, self._timeout = parts.path, timeout_s
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._kept: Pool = queue.LifoQueue()
+        weakref.finalize(self, _close, self._kept)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request; return the JSON of its answer, None where it is empty.
+
+        Raises:
+            AwayError: it may work later.
+            TrainingStopped: it will not.
+        """
+        return self._answer("POST", path, json.dumps(body or {}))
+
+    def get(self, path: str) -> Any:
+        """Ask for a page, as ``post`` does."""
+        return self._answer("GET", path)
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Try again, after longer and longer pauses, until the server has been away too long.
+
+        Raises:
+            TrainingStopped: it has.
+        """
+        deadline = time.monotonic() + self.max_away_s
+        for pause in itertools.chain([0.5, 1.0, 2.0, 4.0], itertools.repeat(5.0)):
+            try:
+                return work()
+            except AwayError as error:
+                if time.monotonic() + pause > deadline:
+                    raise TrainingStopped(
+                        f"the server {self.url} must answer within `max_away_s` "
+                        f"{self.max_away_s:g}: got {error}. Check that it runs; start it with "
+                        "`python -m kdrl_lightning serve`."
+                    ) from error
+            time.sleep(pause)
+        raise AssertionError("the pauses have no end")
+
+    def _answer(self, method: str, path: str, body: str | None = None) -> Any:
+        answer = self._send(method, path, body)
+        if answer.status in TRANSIENT and not self._broken(path, answer.status):
+            raise AwayError(str(answer))
+        if answer.status >= 300:
+            raise self.stopped(path, str(answer), answer.status)
+        try:
+            return json.loads(answer.text) if answer.text else None
+        except ValueError as error:
+            raise self.stopped(path, f"no JSON: {answer}") from error
+
+    def rpc(self, method: str, *arguments: str) -> list[Any]:
+        """Call a method of all of the server's workers.
+
+        Returns:
+            What each of them returned.
+
+        Raises:
+            AwayError: it may work later.
+            TrainingStopped: it will not.
+        """
+        body = {"method": method, "args": list(arguments)}
+        results: list[Any] = self.post("/collective_rpc", body)["results"]
+        return results
+
+    def stopped(self, path: str, reason: str, status: int | None = None) -> Exception:
+        """Return the error of a request that will not work, with its likely cure."""
+        cure = "Start it with `python -m kdrl_lightning serve`."
+        if status in (401, 403):
+            cure = "Give the server's key as `api_key` or in VLLM_API_KEY."
+        elif status == 404 and path == "/collective_rpc":
+            cure = f"It does not run in development mode. {cure}"
+        return TrainingStopped(f"the server {self.url} must answer {path}: got {reason}. {cure}")
+
+    def _send(self, method: str, path: str, body: str | None = None) -> Answer:
+        connection = self._connection()
+        try:
+            connection.request(method, self._path + path, body, self._headers)
+            response = connection.getresponse()
+            answer = Answer(response.status, response.read().decode(errors="replace"))
+        except (OSError, HTTPException) as error:
+            connection.close()
+            raise AwayError(f"{type(error).__name__}: {error}") from error
+        self._kept.put((connection, time.monotonic()))
+        return answer
+
+    def _connection(self) -> HTTPConnection:
+        while True:
+            try:
+                connection, used = self._kept.get_nowait()
+            except queue.Empty:
+                return self._kind(*self._address, timeout=self._timeout)
+            if time.monotonic() - used < KEPT_S:
+                return connection
+            connection.close()
+
+    def _broken(self, path: str, status: int) -> bool:
+        """Whether a healthy server fails to call a method: it does not have it."""
+        if status != 500 or path != "/collective_rpc":
+            return False
+        try:
+            return self._send("GET", "/health").status == 200
+        except AwayError:
+            return False
+
+
+def clients(
+    urls: Sequence[str], api_key: str | None, timeout_s: float, max_away_s: float
+) -> list[ServerClient]:
+    """Return a client for each server; without a key, that of ``VLLM_API_KEY``.
+
+    Raises:
+        ConfigurationError: there is no URL, one is none, or a time is negative.
+    """
+    if isinstance(urls, str) or not urls or not all(u.startswith("http") for u in urls):
+        raise ConfigurationError(
+            f"`urls` must be a list of at least one http address: got {urls}. For example "
+            "[http://127.0.0.1:8000]."
+        )
+    for name, value in {"timeout_s": timeout_s, "max_away_s": max_away_s}.items():
+        require_between(name, value, 0.0, float("inf"))
+    key = api_key or os.environ.get("VLLM_API_KEY")
+    return [ServerClient(url, key, timeout_s, max_away_s) for url in urls]
+
+
+def _close(pool: Pool) -> None:
+    while not pool.empty():
+        pool.get_nowait()[0].close()

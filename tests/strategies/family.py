@@ -1,0 +1,114 @@
+"""One objective of each kind, two updates of one rollout, for the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from kdrl_lightning import (
+    CISPO,
+    GKD,
+    GRPO,
+    GSPO,
+    KDRL,
+    RLAD,
+    RLSD,
+    SFT,
+    SRPO,
+    KDRLModule,
+    LocalTeacher,
+    OnPolicyDistillation,
+    RolloutDataModule,
+    SupervisedDataModule,
+    WeightedSum,
+)
+from kdrl_lightning.objectives import (
+    BehaviorRatio,
+    Objective,
+    PolicyObjective,
+    ShapedProbability,
+    SumAdvantage,
+    TokenRatio,
+    WrongGroups,
+)
+from kdrl_lightning.rewards import Sample
+from kdrl_lightning.tiny import AdditionTraces, ColumnAddition
+
+OWN: dict[str, Callable[[], Objective]] = {
+    "dr-grpo": lambda: GRPO(scale_by_std=False, reduction="constant_length", ref_kl_coef=0.1),
+    "gspo": lambda: GSPO(reduction="sequence_mean"),
+    "cispo": lambda: CISPO(entropy_coef=0.01),
+    "distillation": lambda: OnPolicyDistillation(kl_estimator="top_k", kd_top_k=5),
+    "kdrl-group": lambda: KDRL(
+        0.5, selection=[WrongGroups()], reduction="group_token_mean", kd_per_imitated_token=True
+    ),
+    "kdrl-shaping": lambda: KDRL(0.5, form="reward_shaping"),
+    "hdpo": lambda: PolicyObjective(TokenRatio(), SumAdvantage(0.5), selection=[WrongGroups()]),
+    "srpo": SRPO,
+    "rlsd": RLSD,
+    "sum": lambda: WeightedSum(GRPO(), RLAD(), distill_coef=0.5, reduction="sequence_mean"),
+}
+MIXED: dict[str, Callable[[], Objective]] = {
+    "luffy": lambda: GRPO(teacher_tokens=ShapedProbability()),
+    "behavior": lambda: RLAD(teacher_tokens=BehaviorRatio()),
+    "gkd-top-k": lambda: GKD(jsd_beta=0.3, top_k=5),
+}
+GIVEN: dict[str, Callable[[], Objective]] = {"sft-correct": partial(SFT, only_correct=True)}
+
+
+def judge(sample: Sample) -> float:
+    """A third of a random model's completions is right; a group may hold none."""
+    return float(len(sample.ids) % 3 == 1)
+
+
+def cases() -> Iterator[tuple[str, Objective, pl.LightningDataModule]]:
+    for objectives, group_size, theirs in ((OWN, 3, 0), (MIXED, 2, 1), (GIVEN, 0, 3)):
+        for name, make in objectives.items():
+            data = RolloutDataModule(
+                ColumnAddition(24, seed=1),
+                judge,
+                prompts_per_rollout=8,
+                group_size=group_size,
+                teacher_completions=theirs,
+                max_tokens=12,
+                minibatches_per_rollout=2,
+                mask_truncated=objectives is OWN,
+            )
+            yield name, make(), data
+    yield "supervised", SFT(), SupervisedDataModule(AdditionTraces(40, seed=4), batch_size=8)
+
+
+def run_family(folder: Path, out: Path, strategy: str) -> dict[str, Any]:
+    """Return losses and weights of each case."""
+    seen: dict[str, Any] = {}
+    for name, objective, data in cases():
+        module = KDRLModule(
+            str(folder / "student"),
+            objective,
+            LocalTeacher(str(folder / "teacher"), "float64"),
+            partial(torch.optim.SGD, lr=0.05),
+        )
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            strategy=strategy,
+            devices="auto" if strategy == "auto" else 2,
+            precision="64-true",
+            accumulate_grad_batches=2,
+            max_steps=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            inference_mode=False,
+            default_root_dir=out,
+        )
+        trainer.fit(module, datamodule=data)
+        values = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("loss/")}
+        weights = {n: tensor.clone() for n, tensor in module.weights().named_tensors()}
+        seen[name] = {"losses": values, "weights": weights}
+    return seen
