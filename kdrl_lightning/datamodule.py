@@ -174,6 +174,7 @@ class RolloutDataModule(pl.LightningDataModule):
         )
         self.minibatches_per_rollout = minibatches_per_rollout
         self.epochs_per_rollout = epochs_per_rollout
+        self._one_pass_per_epoch = rollouts_per_epoch is None
         self.rollouts_per_epoch = rollouts_per_epoch or max(
             len(train_prompts) // prompts_per_rollout, 1
         )
@@ -226,8 +227,10 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is not None:
             self._val = self._encode(self.val_prompts, "val_prompts")
         if stage == "fit":
-            check_rollout_settings(self.trainer, self, self._module())
             self._train = self._encode(self.train_prompts, "train_prompts")
+            if self._one_pass_per_epoch:
+                self.rollouts_per_epoch = max(len(self._train) // self.prompts_per_rollout, 1)
+            check_rollout_settings(self.trainer, self, self._module())
             if self._module().teacher is not None:
                 for row, _ in self._train:  # a row without a teacher is found before the run
                     self._module().teacher.route(row)
