@@ -118,7 +118,7 @@ def hanging(count: int, workers: int, limit: float) -> str:
     right = sum(verdict.correct for verdict in runner(honest))
     alone = time.perf_counter() - started
     hung = count - len(honest)
-    bound = alone + -(-hung // workers) * limit
+    bound = alone + (hung / workers + 1) * limit
     started = time.perf_counter()
     verdicts = runner(samples)
     seconds = time.perf_counter() - started
@@ -127,7 +127,7 @@ def hanging(count: int, workers: int, limit: float) -> str:
     return (
         f"{count} completions, {hung} of which hang, {workers} workers, time limit {limit:g} s: "
         f"{seconds:.1f} s. Bound: {bound:.1f} s = {alone:.1f} s for the others + "
-        f"ceil({hung} / {workers}) * {limit:g} s. All others are right."
+        f"({hung} / {workers} + 1) * {limit:g} s. All others are right."
     )
 
 
