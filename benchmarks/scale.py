@@ -3,9 +3,11 @@
 Random weights of one shape for student and teacher; measured peak memory beside what the
 calculation of ``docs/scale.md`` says. The C library is told to give freed memory back at once
 (``MALLOC_MMAP_THRESHOLD_``): else a process keeps what has passed by. Prints a
-table, and writes ``scale.json`` and ``scale.md`` into --out.
+table, and writes ``scale.json`` and ``scale.md`` into --out. With --lora the student trains
+adapters of that rank, and the teacher is the base below them.
 
     python benchmarks/scale.py --out docs/scale --width 512 --layers 6
+    python benchmarks/scale.py --out docs/scale/lora --width 512 --layers 6 --lora 16
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback
+
+from kdrl_lightning.checkpoints import CheckpointWriter
 
 ROOT = Path(__file__).parents[1]
 RUNS = (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 1))
@@ -54,7 +58,10 @@ class Memory(threading.Thread):
 
 
 class Measure(Callback):
-    """Writes a rank's memory before and after, its step times and its checkpoint's."""
+    """Writes a rank's memory before and after, its step times and its checkpoint's.
+
+    Loading is what a resume does: the checks, the student and the optimizer's moments.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -80,14 +87,22 @@ class Measure(Callback):
         held = self.memory.peak
         path = self.folder / "saved.ckpt"
         started = time.perf_counter()
-        trainer.save_checkpoint(path)
+        CheckpointWriter().write(trainer, path)
         save = time.perf_counter() - started
+        trainer.strategy.barrier()
+        started = time.perf_counter()
+        connector = trainer._checkpoint_connector
+        connector.resume_start(path)
+        connector.restore_model()
+        connector.restore_optimizers_and_schedulers()
+        load = time.perf_counter() - started
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         record = {
             "before": self.before,
             "peak": held,
             "step_seconds": statistics.median(self.seconds[1:]),
             "save_seconds": save,
+            "load_seconds": load,
             "saved_mb": sum(p.stat().st_size for p in files) / MB,
         }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
@@ -117,25 +132,39 @@ def make_model(folder: Path, width: int, layers: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def expected(weights: int, layers: int, strategy: str, processes: int) -> float:
+def expected(weights: int, layers: int, strategy: str, processes: int, adapters: int) -> float:
     """Return MB per process: the terms of the calculation, in float32.
 
     Weights, gradients and two moments of the student, the teacher's weights, all split by fsdp2;
     ddp's buckets hold the gradients once more; under fsdp2 the transformers engine has a whole
-    copy, and two layers with their gradients pass by.
+    copy, and two layers with their gradients pass by. With adapters the base has neither
+    gradients nor moments, and no teacher beside it.
     """
     parts = processes if strategy == "fsdp2" else 1
-    state = 16 * weights / parts + 4 * weights / parts
-    passing = 2 * 8 * weights / layers
-    extra = {"ddp": 4.0 * weights, "fsdp2": 4.0 * weights + passing}.get(strategy, 0.0)
-    return (state + extra) / MB
+    trained = adapters or weights
+    other = weights  # the teacher's, or the base below the adapters
+    passing = 2 * 4 * (weights + trained) / layers
+    extra = {"ddp": 4.0 * trained, "fsdp2": 4.0 * weights + passing}.get(strategy, 0.0)
+    return ((16 * trained + 4 * other) / parts + extra) / MB
 
 
-def run(model: Path, strategy: str, processes: int) -> dict[str, Any]:
+def adapter_weights(model: Path, rank: int) -> int:
+    """Return how many weights adapters of a rank have; 0 for rank 0."""
+    if not rank:
+        return 0
+    from kdrl_lightning import LoRA
+    from kdrl_lightning.models import load_causal_lm
+
+    adapted = load_causal_lm(str(model))
+    LoRA(rank).inject(adapted, seed=0)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def run(model: Path, strategy: str, processes: int, rank: int = 0) -> dict[str, Any]:
     """Run a few steps in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 64}}
-        config = {
+        config: dict[str, Any] = {
             "model": {
                 "student": str(model),
                 "teacher": {"class_path": "LocalTeacher", "init_args": {"model": str(model)}},
@@ -163,6 +192,9 @@ def run(model: Path, strategy: str, processes: int) -> dict[str, Any]:
             },
             "report": {"export": False},
         }
+        if rank:
+            config["model"]["lora"] = {"rank": rank}
+            config["model"]["teacher"] = {"class_path": "AdapterOffTeacher"}
         file = Path(folder) / "run.yaml"
         file.write_text(yaml.safe_dump(config))
         out = subprocess.run(
@@ -186,6 +218,7 @@ def run(model: Path, strategy: str, processes: int) -> dict[str, Any]:
         "peak_mb": max(r["peak"] - r["before"] for r in ranks),
         "step_seconds": max(r["step_seconds"] for r in ranks),
         "save_seconds": max(r["save_seconds"] for r in ranks),
+        "load_seconds": max(r["load_seconds"] for r in ranks),
         "saved_mb": ranks[0]["saved_mb"],
     }
 
@@ -195,28 +228,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         weights = make_model(Path(folder), args.width, args.layers)
+        adapters = adapter_weights(Path(folder), args.lora)
         records = []
         for strategy, processes in RUNS:
-            record = run(Path(folder), strategy, processes)
-            records.append(
-                {**record, "expected_mb": expected(weights, args.layers, strategy, processes)}
-            )
+            record = run(Path(folder), strategy, processes, args.lora)
+            due = expected(weights, args.layers, strategy, processes, adapters)
+            records.append({**record, "expected_mb": due})
             print(records[-1], flush=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "weights": weights, "runs": records}
+    record = {"machine": machine, "weights": weights, "adapters": adapters, "runs": records}
     (args.out / "scale.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [
-        f"{weights / 1e6:.1f} M weights in student and teacher each, float32; {machine}.",
+        f"{weights / 1e6:.1f} M weights in student and teacher each, float32; {machine}."
+        if not adapters
+        else f"{weights / 1e6:.1f} M weights below {adapters / 1e6:.2f} M of adapters, float32; "
+        f"{machine}.",
         "",
-        "| strategy | processes | peak MB per process | calculated | s per step | s to save | MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| strategy | processes | peak MB per process | calculated | s per step | s to save "
+        "| s to load | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {r['strategy']} | {r['processes']} | {r['peak_mb']:.0f} | {r['expected_mb']:.0f} "
-            f"| {r['step_seconds']:.2f} | {r['save_seconds']:.2f} | {r['saved_mb']:.0f} |"
+            f"| {r['step_seconds']:.2f} | {r['save_seconds']:.2f} | {r['load_seconds']:.2f} "
+            f"| {r['saved_mb']:.0f} |"
             for r in records
         ),
         "",

@@ -30,28 +30,38 @@ _HOME = {
     "PolicyObjective": "objectives",
     "WeightedSum": "objectives",
     "Objective": "objectives",
+    "GGUFModel": "gguf",
     "LoRA": "lora",
     "AdapterOffTeacher": "teachers",
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "RoutedTeacher": "teachers",
+    "ServerTeacher": "teachers",
     "Teacher": "teachers",
     "TransformersEngine": "rollout",
     "VLLMEngine": "rollout",
     "VLLMServerEngine": "rollout",
+    "VLLMTeacherEngine": "rollout",
     "RolloutEngine": "rollout",
     "HFPrompts": "prompts",
     "JSONLPrompts": "prompts",
     "KnightsAndKnavesPrompts": "prompts",
     "MixedPrompts": "prompts",
     "ReasoningGymPrompts": "prompts",
+    "BatchReward": "rewards",
+    "CodeReward": "rewards",
     "ExactMatch": "rewards",
+    "FormatReward": "rewards",
+    "KnightsAndKnavesReward": "rewards",
     "LengthPenalty": "rewards",
+    "MathReward": "rewards",
+    "ReasoningGymReward": "rewards",
+    "RewardFunction": "rewards",
     "RoutedReward": "rewards",
-    "TaskReward": "rewards",
-    "WeightedRewards": "rewards",
     "Sample": "rewards",
+    "TaskReward": "rewards",
     "Verdict": "rewards",
+    "WeightedRewards": "rewards",
     "ConfigurationError": "errors",
     "TrainingStopped": "errors",
 }
@@ -63,6 +73,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
     from kdrl_lightning.evaluation import EvalSet as EvalSet
+    from kdrl_lightning.gguf import GGUFModel as GGUFModel
     from kdrl_lightning.lora import LoRA as LoRA
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO
@@ -83,8 +94,15 @@ if TYPE_CHECKING:
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
     from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
     from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
+    from kdrl_lightning.rewards import BatchReward as BatchReward
+    from kdrl_lightning.rewards import CodeReward as CodeReward
     from kdrl_lightning.rewards import ExactMatch as ExactMatch
+    from kdrl_lightning.rewards import FormatReward as FormatReward
+    from kdrl_lightning.rewards import KnightsAndKnavesReward as KnightsAndKnavesReward
     from kdrl_lightning.rewards import LengthPenalty as LengthPenalty
+    from kdrl_lightning.rewards import MathReward as MathReward
+    from kdrl_lightning.rewards import ReasoningGymReward as ReasoningGymReward
+    from kdrl_lightning.rewards import RewardFunction as RewardFunction
     from kdrl_lightning.rewards import RoutedReward as RoutedReward
     from kdrl_lightning.rewards import Sample as Sample
     from kdrl_lightning.rewards import TaskReward as TaskReward
@@ -94,12 +112,14 @@ if TYPE_CHECKING:
     from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
     from kdrl_lightning.rollout import VLLMEngine as VLLMEngine
     from kdrl_lightning.rollout import VLLMServerEngine as VLLMServerEngine
+    from kdrl_lightning.rollout import VLLMTeacherEngine as VLLMTeacherEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
+    from kdrl_lightning.teachers import ServerTeacher as ServerTeacher
     from kdrl_lightning.teachers import Teacher as Teacher
 
 

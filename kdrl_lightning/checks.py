@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -26,6 +25,13 @@ def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -
         ConfigurationError: they do not, or the objective cannot use such groups.
     """
     check_completions(data, module)
+    if data.rollout_engine.fixed:
+        raise ConfigurationError(
+            f"`rollout_engine` must be one that takes the student's weights: got "
+            f"{type(data.rollout_engine).__name__}. Use VLLMServerEngine."
+        )
+    if module.teacher is not None:
+        module.teacher.check_temperature(data.train_sampling.temperature)
     parts = list(module.objective.parts())
     if data.max_off_policy_steps and any(isinstance(p, NoCorrection) for p in parts):
         warnings.warn(
@@ -90,20 +96,6 @@ def check_groups(
             )
 
 
-def check_layout(stored: Mapping[str, int], here: Mapping[str, int]) -> None:
-    """Check that a half-used rollout is laid out as rollouts are here.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    for name, value in stored.items():
-        if here[name] != value:
-            raise ConfigurationError(
-                f"`{name}` must be {value} to go on in the middle of a rollout, as this checkpoint "
-                f"does: got {here[name]}. Give {value}, or take a checkpoint at a rollout's end."
-            )
-
-
 def check_off_policy(max_off_policy_steps: int, engine: RolloutEngine) -> None:
     """Check that rollouts can be sampled as far ahead.
 
@@ -119,6 +111,31 @@ def check_off_policy(max_off_policy_steps: int, engine: RolloutEngine) -> None:
             f"`max_off_policy_steps` must be 0 for an engine that shares the trainer's process: "
             f"got {max_off_policy_steps} and {type(engine).__name__}. Use VLLMServerEngine."
         )
+
+
+def check_micro_batches(trainer: Any, data: RolloutDataModule, longest_prompt: int) -> None:
+    """Check that a micro-batch of the longest completions fits the limit of tokens.
+
+    Raises:
+        ConfigurationError: it does not; the message names the accumulation that would fit.
+    """
+    limit = data.max_tokens_per_micro_batch
+    if limit is None:
+        return
+    unit = data.minibatches_per_rollout * trainer.world_size
+    rows = data.prompts_per_rollout // unit * data.completions_per_prompt
+    longest = longest_prompt + data.train_sampling.max_tokens
+    worst = -(-rows // trainer.accumulate_grad_batches) * longest
+    if worst <= limit:
+        return
+    cure = f"Set `accumulate_grad_batches` {-(-rows // max(limit // longest, 1))}."
+    if longest > limit:
+        cure = f"One alone may have {longest}: lower `max_tokens`, or drop long prompts."
+    raise ConfigurationError(
+        f"`max_tokens_per_micro_batch` must hold the longest completions with their prompts, "
+        f"{worst} tokens with accumulate_grad_batches {trainer.accumulate_grad_batches}: got "
+        f"{limit}. {cure}"
+    )
 
 
 def check_completions(data: RolloutDataModule, module: Any) -> None:
@@ -161,9 +178,10 @@ def check_completions(data: RolloutDataModule, module: Any) -> None:
             f"{data.teacher_completions}. Give `teacher_tokens`, e.g. ShapedProbability (LUFFY) or "
             "BehaviorRatio."
         )
-    if module.teacher is None or not module.teacher.generates:
+    if module.teacher is None or not (module.teacher.generates or data.teacher_engine.fixed):
         found = "no teacher" if module.teacher is None else type(module.teacher).__name__
         raise ConfigurationError(
             f"`teacher` must be one that can generate for `teacher_completions` "
-            f"{data.teacher_completions}: got {found}. Use a LocalTeacher."
+            f"{data.teacher_completions}: got {found}. Use a LocalTeacher, or a server with "
+            "`teacher_engine` VLLMTeacherEngine."
         )

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import kdrl_lightning.callbacks
+import kdrl_lightning.gguf
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
 from kdrl_lightning import config_base

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.checks import (
     check_groups,
-    check_layout,
+    check_micro_batches,
     check_off_policy,
     check_rollout_settings,
 )
@@ -28,22 +27,17 @@ from kdrl_lightning.prompts.base import (
 )
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rewards.runner import RewardRunner
-from kdrl_lightning.rollout.ahead import Ahead
 from kdrl_lightning.rollout.collector import Collector, Source
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
 from kdrl_lightning.rollout.groups import Slots
+from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.loader import IndexLoader, limited
-from kdrl_lightning.rollout.parts import part_means
-from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
-from kdrl_lightning.rollout.sampler import Judged, sample_and_judge
-from kdrl_lightning.rollout.store import pack, unpack
-from kdrl_lightning.rollout.together import require_finite, stop_together
+from kdrl_lightning.rollout.source import RolloutSource
+from kdrl_lightning.rollout.together import stop_together
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.weights import ModelWeights
-
-BatchChange: TypeAlias = Callable[[RolloutBatch], RolloutBatch]
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -80,6 +74,8 @@ class RolloutDataModule(pl.LightningDataModule):
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
+        max_tokens_per_micro_batch: tokens, padding included, for which memory is enough. The worst
+            case is checked before training, and no micro-batch is larger; None: no limit.
         val_batch_size: prompts per evaluation batch and process.
         val_samples: completions per evaluation prompt.
         val_temperature: 0 is greedy.
@@ -115,6 +111,7 @@ class RolloutDataModule(pl.LightningDataModule):
         max_off_policy_steps: int = 0,
         rollouts_per_epoch: int | None = None,
         mask_truncated: bool = False,
+        max_tokens_per_micro_batch: int | None = None,
         val_batch_size: int = 256,
         val_samples: int = 1,
         val_temperature: float = 0.0,
@@ -133,6 +130,9 @@ class RolloutDataModule(pl.LightningDataModule):
             "epochs_per_rollout": epochs_per_rollout,
             "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
             "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
+            "max_tokens_per_micro_batch": (
+                1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch
+            ),
         }
         for name, value in counts.items():
             require_between(name, value, 1, float("inf"))
@@ -177,16 +177,19 @@ class RolloutDataModule(pl.LightningDataModule):
         sampled = Sampling(max_tokens, val_temperature)
         default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
         self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.seed = seed
         self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
+        self.live = LiveSampler(self.rewards)
+        self.rollouts = RolloutSource(
+            self.collector,
+            self.live,
+            epochs_per_rollout,
+            max_tokens_per_micro_batch or float("inf"),
+            max_off_policy_steps,
+        )
         self.overlong_prompts = overlong_prompts
         self.max_prompt_tokens = max_prompt_tokens
-        self.watch = RolloutWatch()
-        self.ahead = Ahead()
-        self._plan: RolloutPlan | None = None
-        self._stored: dict[str, Any] | None = None
-        self._teacher_seconds = 0.0
-        self._train: list[EncodedPrompt] = []
 
     @property
     def updates_per_rollout(self) -> int:
@@ -201,7 +204,12 @@ class RolloutDataModule(pl.LightningDataModule):
     @property
     def teacher_seconds(self) -> float:
         """Time that the teacher took so far, to generate and to score."""
-        return float(self.collector.teacher_seconds + self._module().teacher_seconds)
+        return self.rollouts.teacher_seconds
+
+    @property
+    def watch(self) -> RolloutWatch:
+        """What the run's rollouts were like."""
+        return self.rollouts.watch
 
     def rollout_at(self, global_step: int) -> int:
         """Index of the rollout that the update after ``global_step`` updates uses."""
@@ -212,20 +220,21 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self.ahead.drop()
-        self._plan = self._stored = None
-        self._teacher_seconds = self.teacher_seconds
-        self.watch = RolloutWatch() if stage == "fit" else self.watch
-        self.rollout_engine.version = self.teacher_engine.version = None
+        self.live.trainer = self.trainer
+        self.rollouts.reset(stage == "fit")
         tried = self.evaluation.setup(TrainerFn(stage).value, self._encode)
         if stage == "fit":
-            check_rollout_settings(self.trainer, self, self._module())
+            check_rollout_settings(self.trainer, self, self.live.module)
             limit = self.train_sampling.max_tokens
-            self._train = self._encode(self.train_prompts, "train_prompts", limit)
-            if self._module().teacher is not None:
-                for row, _ in self._train:  # a row without a teacher is found before the run
-                    self._module().teacher.route(row)
-        for row in first_of_each_kind(row for row, _ in [*self._train, *tried]):
+            prompts = self._encode(self.train_prompts, "train_prompts", limit)
+            check_micro_batches(self.trainer, self, max(len(ids) for _, ids in prompts))
+            if self.live.module.teacher is not None:
+                for row, _ in prompts:  # a row without a teacher is found before the run
+                    self.live.module.teacher.route(row)
+            self.rollouts.prompts = prompts
+            tried = [*prompts, *tried]
+        self.rewards.start()
+        for row in first_of_each_kind(row for row, _ in tried):
             self.rewards.try_once(row)
 
     def teardown(self, stage: str) -> None:
@@ -249,16 +258,15 @@ class RolloutDataModule(pl.LightningDataModule):
         if not isinstance(batch, int):  # Lightning moves ints as they are
             raise TypeError(f"expected an index, got {type(batch).__name__}")
         if self.trainer.training:
-            return self._training_batch(batch)
-        if self.ahead.rollout is not None:
-            stop_together(self.ahead.wait, self._module().reduce)
-        self._sync(self.rollout_engine, self._module().weights())
+            return self.rollouts.micro_batch(batch)
+        self.rollouts.drain()
+        engine, module = self.rollout_engine, self.live.module
+        self.live.sync(engine, module.weights())
         # A rank that fails must not leave the others waiting for its metrics.
         evaluated = stop_together(
-            lambda: self._evaluate(self.rollout_engine, dataloader_idx, batch),
-            self._module().reduce,
+            lambda: self._evaluate(engine, dataloader_idx, batch), module.reduce
         )
-        self.rollout_engine.release()
+        engine.release()
         return evaluated
 
     def evaluate(self, weights: ModelWeights, temperature: float | None = None) -> float:
@@ -271,140 +279,26 @@ class RolloutDataModule(pl.LightningDataModule):
             temperature: instead of the set's.
         """
         engine = TransformersEngine()
-        module = self._module()
-        self._sync(engine, weights)
+        self.live.sync(engine, weights)
         correct = torch.zeros(2, dtype=torch.float64)
         for batch in range(limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)):
             table = self._evaluate(engine, 0, batch, temperature).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
-        solved, prompts = module.reduce(correct, "sum").tolist()
+        solved, prompts = self.live.module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
 
     def probe(self) -> RolloutBatch:
-        """Sample a few tokens from the weights that the engine holds now, and score them.
-
-        All ranks must call it. Where a rollout is from older weights, it cannot prove the sync.
-        """
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        rollout, module = self.rollout_at(self.trainer.global_step), self._module()
-        batch = stop_together(
-            lambda: self.collector.probe(rollout, self._train, rank, world, self._pad_id()),
-            module.reduce,
-        )
-        scored: RolloutBatch = module.score(batch.to(module.device))
-        return scored
+        """Sample a few tokens from the weights that the engine holds now; see ``RolloutSource``."""
+        return self.rollouts.probe()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals and, between two updates of a rollout, the rollout; collective."""
-        rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
-        stored = self._stored
-        if update and self._plan is not None:
-            tensors = pack(self._plan.batch, self._slots(), self._pad_id())
-            stored = {"rollout": rollout, "layout": self._layout(), "tensors": tensors}
-        return {"watch": self.watch.state_dict(), "stored": stored if update else None}
+        return self.rollouts.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back.
-
-        Raises:
-            ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
-        """
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        self.watch.load_state_dict(state_dict["watch"])
-        self._stored = state_dict["stored"]
-        if self._stored is not None:
-            check_layout(self._stored["layout"], self._layout())
-
-    def _training_batch(self, micro: int) -> RolloutBatch:
-        rollout, update = divmod(self.trainer.global_step, self.updates_per_rollout)
-        if self._plan is None or self._plan.rollout != rollout:
-            self._plan = None  # free the old one before the new one is made
-            self._plan = self._make_rollout(rollout) if not update else self._resumed(rollout)
-        return self._plan.micro_batch(update, micro)
-
-    def _resumed(self, rollout: int) -> RolloutPlan:
-        """Return the half-used rollout of a checkpoint; without one it is made anew."""
-        if self._stored is None or self._stored["rollout"] != rollout:
-            return self._make_rollout(rollout)
-        batch = unpack(self._stored["tensors"], self._slots())
-        self._stored = None
-        return self._planned(batch, rollout, lambda b: b, lambda b: b)
-
-    def _planned(
-        self, batch: RolloutBatch, rollout: int, score: BatchChange, prepare: BatchChange
-    ) -> RolloutPlan:
-        module = self._module()
-        return plan_updates(
-            batch.to(module.device),
-            rollout=rollout,
-            minibatches=self.minibatches_per_rollout,
-            epochs=self.epochs_per_rollout,
-            micro_batches=self.trainer.accumulate_grad_batches,
-            max_tokens=self.train_sampling.max_tokens,
-            score=score,
-            prepare=prepare,
-            reduce=module.reduce,
-        )
-
-    def _make_rollout(self, rollout: int) -> RolloutPlan:
-        started = time.perf_counter()
-        module = self._module()
-        sync_seconds = 0.0
-        if self.ahead.rollout != rollout:
-            sync_seconds = self._sync(self.rollout_engine, module.weights())
-        if self.teacher_completions and self.teacher_engine.version is None:
-            self._sync(self.teacher_engine, module.teacher.weights())
-        batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
-        self.rollout_engine.release()
-        if self.max_off_policy_steps:
-            sync_seconds += self._start_next(rollout + 1)
-        sampled = time.perf_counter()
-        plan = self._planned(batch, rollout, module.score, module.objective.prepare)
-        teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
-        stop_together(lambda: require_finite(teacher, tokens), module.reduce)
-        seconds = {
-            "time/sync_s": sync_seconds,
-            "time/rollout_s": sampled - started - sync_seconds,
-            "time/score_s": time.perf_counter() - sampled,
-            # Of the two above, and of the updates since the last rollout.
-            "time/teacher_s": self.teacher_seconds - self._teacher_seconds,
-        }
-        self._teacher_seconds = self.teacher_seconds
-        compares = module.objective.needs_groups
-        metrics = self.watch.measure(
-            plan.batch, self.rewards, seconds, module.reduce, compares, replaced
-        )
-        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
-        metrics |= part_means(own)
-        return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
-
-    def _start_next(self, rollout: int) -> float:
-        """Sample a rollout beside the updates of the one before; return the seconds of the sync."""
-        self.ahead.drop()
-        if rollout * self.updates_per_rollout >= self.trainer.estimated_stepping_batches:
-            return 0.0  # there are no updates left for it
-        seconds = self._sync(self.rollout_engine, self._module().weights())
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        requests = self.collector.ahead(rollout, self._train, rank, world)
-        self.ahead.start(rollout, self.rollout_engine.version or 0, requests)
-        return seconds
-
-    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
-        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
-        teacher = self._module().teacher
-        batch, groups, replaced = self.collector.collect(
-            rollout,
-            self._train,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            self._sample,
-            (lambda row: 0) if teacher is None else teacher.route,
-            self._pad_id(),
-        )
-        if teacher is not None:
-            teacher.accept(batch)
-        return batch, groups, replaced
+        """Take them back; an evaluation needs none of it."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.rollouts.load_state_dict(state_dict)
 
     def _evaluate(
         self, engine: RolloutEngine, which: int, batch: int, temperature: float | None = None
@@ -413,78 +307,33 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.evaluation.batch(
             which,
             batch,
-            (self.trainer.global_rank, self.trainer.world_size),
-            partial(self._sample, engine, training=False),
+            self.live.ranks,
+            partial(self.live.sample, engine, training=False),
             self.rewards.reward,
             temperature,
         )
 
-    def _sample(
-        self,
-        engine: RolloutEngine,
-        prompts: list[EncodedPrompt],
-        seeds: list[list[int]],
-        sampling: Sampling,
-        source: int = STUDENT,
-        training: bool = True,
-    ) -> list[Judged]:
-        own, tokenizer = self.ahead.over(engine), self._module().tokenizer
-        with self.trainer.precision_plugin.forward_context():
-            return sample_and_judge(
-                own, tokenizer, self.rewards, prompts, seeds, sampling, training, source
-            )
-
-    def _sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
-        """Bring the engine to the current weights before it samples; return the seconds."""
-        started = time.perf_counter()
-        if engine.version is None:
-            engine.setup(weights, self._module().tokenizer.eos_token_id, self._pad_id())
-        if engine.version != self.trainer.global_step:
-            engine.update_weights(weights, self.trainer.global_step)
-        return time.perf_counter() - started
-
     def _encode(self, source: Prompts, name: str, max_tokens: int) -> list[EncodedPrompt]:
-        module = self._module()
+        module = self.live.module
         limit = module.context_length - max_tokens
         if self.max_prompt_tokens is not None:
             limit = min(limit, self.max_prompt_tokens)
         kept, dropped = within(encode_all(source, name, module.tokenizer), limit)
         if not dropped:
             return kept
+        count = len(dropped) + len(kept)
         if self.overlong_prompts == "refuse" or not kept:
             row, tokens = dropped[0]
             raise ConfigurationError(
                 f"`{name}` must have at most {limit} tokens a prompt (context "
-                f"{module.context_length}, `max_tokens` {max_tokens}): got "
-                f"{tokens} in row {row}, and {len(dropped)} such rows of {len(dropped) + len(kept)}"
-                ". Set `overlong_prompts: drop`, or lower `max_tokens`."
+                f"{module.context_length}, `max_tokens` {max_tokens}): got {tokens} in row {row}, "
+                f"and {len(dropped)} such rows of {count}. Set `overlong_prompts: drop`, or lower "
+                "`max_tokens`."
             )
         if self.trainer.is_global_zero:
             print(
-                f"{name}: {len(dropped)} of {len(dropped) + len(kept)} prompts left out, which "
-                f"have more than {limit} tokens",
+                f"{name}: {len(dropped)} of {count} prompts left out, which have more than "
+                f"{limit} tokens",
                 flush=True,
             )
         return kept
-
-    def _slots(self) -> list[int]:
-        return self.collector.slots.of_rank(self.trainer.global_rank, self.trainer.world_size)
-
-    def _layout(self) -> dict[str, int]:
-        """What decides which completions a rollout has, and when they are used."""
-        return {
-            "seed": self.seed,
-            "prompts_per_rollout": self.prompts_per_rollout,
-            "group_size": self.group_size,
-            "teacher_completions": self.teacher_completions,
-            "minibatches_per_rollout": self.minibatches_per_rollout,
-            "epochs_per_rollout": self.epochs_per_rollout,
-        }
-
-    def _pad_id(self) -> int:
-        tokenizer = self._module().tokenizer
-        pad = tokenizer.pad_token_id
-        return int(tokenizer.eos_token_id if pad is None else pad)
-
-    def _module(self) -> Any:
-        return self.trainer.lightning_module

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kdrl_lightning.checkpoints import read_metadata
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import LoRA, adapter_weights, is_adapter, save_adapters
+from kdrl_lightning.lora import LoRA, adapter_weights, save_adapters
 from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer
-from kdrl_lightning.resume import KEY
+from kdrl_lightning.resume import KEY, check_complete
 from kdrl_lightning.weights import ModelWeights
 
 PREFIX = "student.model."
@@ -101,13 +101,8 @@ def with_adapters(
             f"{path}, with other weights. Name the folder that holds it."
         )
     LoRA(**kind).inject(model, seed=0)
-    keys = model.load_state_dict(adapters, strict=False)
-    stray = [*keys.unexpected_keys, *(name for name in keys.missing_keys if is_adapter(name))]
-    if stray:
-        raise ConfigurationError(
-            f"`ckpt_path` must hold the adapters that it names: got {ckpt_path}, where {stray[0]} "
-            "is missing or unknown. It was written with another version of peft, or changed."
-        )
+    check_complete(adapters.keys(), adapter_weights(model).keys(), ckpt_path)
+    model.load_state_dict(adapters, strict=False)
     return model
 
 

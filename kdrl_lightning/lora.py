@@ -60,10 +60,11 @@ class LoRA:
             raise ConfigurationError(
                 "`target_modules` must name a layer: got none. `all-linear` takes all."
             )
+        if isinstance(target_modules, str) and target_modules != "all-linear":
+            target_modules = [target_modules]
         self.rank = rank
         self.alpha = alpha
-        one = isinstance(target_modules, str) and target_modules != "all-linear"
-        self.target_modules = [target_modules] if one else target_modules
+        self.target_modules = target_modules
 
     def identity(self) -> dict[str, Any]:
         """Return what tells one kind of adapter from another, in plain values."""
@@ -137,6 +138,7 @@ def adapters_off(model: Any) -> Iterator[None]:
     # have looked at once and for all.
     for layer in layers:
         layer._disable_adapters = True
+        assert layer.disable_adapters, "peft has renamed its switch"
     try:
         yield
     finally:
@@ -144,13 +146,13 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def leave_frozen_out(module: nn.Module) -> None:
-    """Let a module's ``state_dict`` hold what is trained, and not the base beside it."""
+def leave_base_out(module: nn.Module) -> None:
+    """Let a module's ``state_dict`` hold what is trained, and nothing of the base beside it."""
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad:
-                state.pop(prefix + name, None)
+        trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}
+        for name in [n for n in state if n.startswith(prefix) and n not in trained]:
+            del state[name]
 
     module.register_state_dict_post_hook(drop)
 

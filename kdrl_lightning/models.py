@@ -139,34 +139,6 @@ def load_config(path: str) -> Any:
     return _load(AutoConfig, path)
 
 
-def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher_path: str) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
-
-    Rows that only one of the two has (padding of the embedding matrix) are allowed.
-
-    Raises:
-        ConfigurationError: an id stands for different tokens, or the end tokens differ.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    by_id = {index: token for token, index in theirs.items()}
-    different = [(i, t, by_id[i]) for t, i in ours.items() if i in by_id and by_id[i] != t]
-    missing = [(i, t) for t, i in ours.items() if i not in by_id]
-    if not different and not missing and student.eos_token_id == teacher.eos_token_id:
-        return
-    if different:
-        index, token, other = min(different)
-        found = f"{len(different)} ids differ, first {index}: {token!r} against {other!r}"
-    elif missing:
-        index, token = min(missing)
-        found = f"{len(missing)} of the student's ids are unknown, first {index}: {token!r}"
-    else:
-        found = f"end tokens {student.eos_token_id} and {teacher.eos_token_id}"
-    raise ConfigurationError(
-        f"student and teacher must share one vocabulary: got {found} "
-        f"(student {student_path}, teacher {teacher_path}). Choose a teacher of the same family."
-    )
-
-
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     with _reading(path):
         return auto_class.from_pretrained(path, **kwargs)

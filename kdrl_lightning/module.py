@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
+from kdrl_lightning.compatibility import check_end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
+from kdrl_lightning.losses import k3
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.models import (
@@ -26,16 +28,17 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
-from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.resume import (
     KEY,
     Settings,
     check_before_loading,
+    check_complete,
     check_identity,
     identity,
     number_by_place,
 )
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import load_scorer
 from kdrl_lightning.strategies import refuse_fsdp1, sharding_of
@@ -161,12 +164,16 @@ class KDRLModule(pl.LightningModule):
             )
         for frozen in self._frozen():
             frozen.check(self.tokenizer, self.student_path)
+            check_end_tokens(frozen.other_end, self.objective)
 
     def _check_checkpoint(self, path: str, stage: str) -> None:
-        saved = read_metadata(path).get(KEY)
+        values = read_metadata(path)
+        saved, held = values.get(KEY), values.get("state_dict")
         check_readable(path, self.trainer.strategy)
         if saved is not None:
             check_identity(saved, self, load_config(self.student_path), stage == "fit", path)
+        if self.lora is not None and held is not None:  # shards say so themselves
+            check_complete(held.keys(), self.state_dict().keys(), path)
 
     def configure_model(self) -> None:
         """Load the student and, for training, the teacher, once; shard each where asked to."""
@@ -243,11 +250,35 @@ class KDRLModule(pl.LightningModule):
         A teacher's log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
         """
         with self.trainer.precision_plugin.forward_context():
-            scores = self._student().score(batch, top_k=max(self.objective.top_k, 1))
-            asked = scores.topk_ids if self.objective.top_k else None
+            top_k = self.objective.top_k or int(self.teacher is not None)
+            scores = self._student().score(batch, top_k=top_k)
             batch = batch.replace(
                 old_logprobs=scores.logprobs, old_entropy=scores.entropy, topk_ids=scores.topk_ids
             )
+        return self.score_frozen(batch)
+
+    def score_pending(self, batch: RolloutBatch) -> RolloutBatch:
+        """Do the same, with room for the student's scores, which the coming update writes in."""
+        double = self._student().head().weight.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        old = [
+            batch.completion_mask.new_full(batch.completion_mask.shape, torch.nan, dtype=dtype)
+            for _ in range(2)
+        ]
+        ids = torch.zeros_like(batch.completion_ids)[..., None]
+        return self.score_frozen(
+            batch.replace(
+                old_logprobs=old[0],
+                old_entropy=old[1],
+                topk_ids=None if self.teacher is None else ids,
+            )
+        )
+
+    @torch.no_grad()
+    def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add what teacher and reference say."""
+        asked = batch.topk_ids if self.objective.top_k else None
+        with self.trainer.precision_plugin.forward_context():
             if self._reference is not None:
                 batch = batch.replace(ref_logprobs=self._reference.score(batch).logprobs)
             if self.teacher is None:
@@ -270,16 +301,35 @@ class KDRLModule(pl.LightningModule):
             with self._teacher_clock():
                 other = self.teacher.states(batch)
         asked = batch.topk_ids if self.objective.top_k else None
-        return self._student().score(batch, topk_ids=asked, other=other, divergence=divergence)
+        top_k = int(batch.old_pending and batch.topk_ids is not None)
+        scores = self._student().score(batch, top_k, asked, other, divergence)
+        if batch.old_pending:
+            self._write_old(batch, scores)
+        return scores
+
+    def _write_old(self, batch: RolloutBatch, scores: TokenScores) -> None:
+        """Write the student's scores into a batch that waits for them, for callbacks too."""
+        for field, value in (
+            (batch.old_logprobs, scores.logprobs),
+            (batch.old_entropy, scores.entropy),
+            (batch.topk_ids, scores.topk_ids),
+        ):
+            if field is not None and value is not None:
+                field.copy_(value.detach())
+        if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
+            mismatch = k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())
+            own = batch.completion_mask & (batch.source == STUDENT)[:, None]
+            self._stats.add_mean("rollout/mismatch_kl", mismatch, own)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return this micro-batch's share of the step's loss, scaled against later averaging."""
         scores = self._update_scores(batch)
         loss, terms = self.objective(batch, scores)
+        entropy = known(scores.entropy, "entropy")
         self._stats.add_sum("loss/total", loss)
         for name, value in terms.items():
             self._stats.add_sum(f"loss/{name}", value)
-        self._stats.add_mean("policy/entropy", scores.entropy, batch.loss_mask)
+        self._stats.add_mean("policy/entropy", entropy, batch.loss_mask)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             values = self._stats.compute(self.reduce)
             self._step_loss = values["loss/total"]
@@ -289,7 +339,7 @@ class KDRLModule(pl.LightningModule):
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
-            "entropy": scores.entropy.detach(),
+            "entropy": entropy.detach(),
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

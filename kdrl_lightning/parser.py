@@ -37,8 +37,6 @@ class OneLineParser(LightningArgumentParser):
         if found is None:
             return ""
         word = found[1].split(".")[-1]
-        if word in kdrl_lightning.__all__:  # a callable's short name is not searched for
-            return f"; did you mean kdrl_lightning.{word}?"
         close = get_close_matches(word, sorted(self._known_names()), n=1)
         return f"; did you mean {close[0]}?" if close else ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -127,6 +127,20 @@ def check_adapters(saved: dict[str, Any], module: Any, path: str) -> None:
         raise ConfigurationError(
             f"`student` must be the base model of the adapters in {path}: got "
             f"{module.student_path}, with other weights. They were trained on {saved['student']}."
+        )
+
+
+def check_complete(held: Collection[str], wanted: Collection[str], path: str) -> None:
+    """Refuse adapters that are not all there, or unknown; torch passes over them in silence.
+
+    Raises:
+        ConfigurationError: their names differ.
+    """
+    stray = sorted(set(held) ^ set(wanted))
+    if stray:
+        raise ConfigurationError(
+            f"`ckpt_path` must hold the adapters that it names: got {path}, where {stray[0]} is "
+            "missing or unknown. It was changed, or written with another version of peft."
         )
 
 

@@ -71,6 +71,8 @@ class RolloutBatch:
             log-probabilities, the teacher's on its own rows.
         old_logprobs: ``[B, T]``, student at rollout time, recomputed by the trainer.
         old_entropy: ``[B, T]`` nats, the student's at rollout time.
+        old_pending: the student's scores at rollout time are those of the coming update, whose
+            forward pass writes them in; NaN until then.
         topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
         teacher_logprobs: ``[B, T]``, the frozen teacher's.
         teacher_entropy: ``[B, T]`` nats.
@@ -102,6 +104,7 @@ class RolloutBatch:
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
+    old_pending: bool = False
     topk_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     teacher_entropy: Tensor | None = None

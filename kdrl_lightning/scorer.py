@@ -23,15 +23,19 @@ class Scorer(nn.Module):
     Args:
         model: a transformers causal language model.
         vocab_size: use only the first rows of the head (a teacher with padding rows).
+        swap: two ids whose logits change places (a teacher with another end token).
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, vocab_size: int | None = None, swap: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.swap = swap
         self.sharded = False
 
     def head(self) -> Head:
@@ -46,6 +50,7 @@ class Scorer(nn.Module):
             scale,
             getattr(config, "final_logit_softcapping", None),
             self.vocab_size,
+            self.swap,
         )
 
     def forward(
@@ -165,6 +170,7 @@ class Scorer(nn.Module):
         # Not ``self(...)``: under a sharding wrapper this method is a forward of its own.
         ours = self.forward(ids, torch.ones_like(ids[:, 0]), ids[:, 1:], mask)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1, : self.vocab_size]
+        logits = self.head().order(logits)
         bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.1
         logits = logits if logits.dtype == torch.float64 else logits.float()
         theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)

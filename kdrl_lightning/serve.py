@@ -33,13 +33,15 @@ def serve(args: Sequence[str]) -> NoReturn:
         raise ConfigurationError(
             "`serve` must have vLLM: got none. Install it: pip install 'kdrl_lightning[vllm]'."
         )
-    if not is_loopback(settings.host):
+    if not is_loopback(settings.host) and not settings.teacher:
         print(WARNING.format(host=settings.host, port=settings.port), file=sys.stderr)
     key = os.environ.get("VLLM_API_KEY")
     if not key:
         key = secrets.token_urlsafe(24)
         print(f"VLLM_API_KEY={key}  # give it to the trainer's environment", flush=True)
-    needed = {"VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    needed = {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1"}
+    if not settings.teacher:
+        needed["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that take weights
     os.execve(sys.executable, [sys.executable, *command(settings)], {**os.environ, **needed})
 
 
@@ -51,10 +53,14 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         "python -m kdrl_lightning serve",
-        description="Start a vLLM server for rollouts by VLLMServerEngine. Its key is taken from "
-        "VLLM_API_KEY, or made and printed. Flags behind -- go to vLLM as they are.",
+        description="Start a vLLM server for rollouts by VLLMServerEngine, or for a ServerTeacher. "
+        "Its key is taken from VLLM_API_KEY, or made and printed. Flags behind -- go to vLLM as "
+        "they are.",
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder or name of the student")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or name")
+    parser.add_argument(
+        "--teacher", action="store_true", help="fixed weights: without the routes that change them"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to bind; others need --expose")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
@@ -85,7 +91,7 @@ def command(settings: argparse.Namespace) -> list[str]:
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
         "--max-model-len": settings.max_model_len,
         "--kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
-        "--worker-extension-cls": NAME,
+        "--worker-extension-cls": None if settings.teacher else NAME,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # not the model's top-p, top-k and penalties
     }

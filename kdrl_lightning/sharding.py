@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import LoRA, leave_frozen_out
+from kdrl_lightning.lora import LoRA, leave_base_out
 from kdrl_lightning.models import load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.shard_loading import WeightFiles, fill, sources, to_meta
@@ -87,6 +87,7 @@ def load_scorer(
     sharding: Sharding | None = None,
     *,
     vocab_size: int | None = None,
+    swap: tuple[int, int] | None = None,
     frozen: bool = False,
     offload: bool = False,
     activation_checkpointing: bool = False,
@@ -100,6 +101,7 @@ def load_scorer(
         dtype: of the weights.
         sharding: spreads them; None keeps them whole.
         vocab_size: rows of the head that count.
+        swap: two ids whose logits change places.
         frozen: without gradient.
         offload: see ``Sharding.shard``.
         activation_checkpointing: recompute each layer in the backward pass.
@@ -116,9 +118,9 @@ def load_scorer(
             lora.inject(model, seed)
 
     def wrap(model: Any) -> Scorer:
-        scorer = Scorer(model, vocab_size)
+        scorer = Scorer(model, vocab_size, swap)
         if lora is not None:
-            leave_frozen_out(scorer)
+            leave_base_out(scorer)
         if activation_checkpointing:
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)

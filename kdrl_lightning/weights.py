@@ -22,11 +22,15 @@ class ModelWeights:
         model: the live transformers model; an engine in this process may sample from it directly.
         path: the folder or hub name that it was loaded from.
         merged: adapters are added to the weights below them; else they are left out.
+        end_token_id: where a teacher ends with another token than the student: the token.
+        vocab_size: where a teacher has more rows than the student: the student's.
     """
 
     model: Any
     path: str
     merged: bool = True
+    end_token_id: int | None = None
+    vocab_size: int | None = None
 
     @property
     def sharded(self) -> bool:
@@ -51,11 +55,10 @@ class ModelWeights:
             path: of the folder.
             writes: on the one rank that does; it alone holds all weights, on the CPU.
         """
-        if not self.sharded and not adapted_layers(self.model):
-            if writes:
-                self.model.save_pretrained(path)
+        if not (self.sharded or writes):
             return
-        state = self.state(writes)
+        plain = not (self.sharded or adapted_layers(self.model))
+        state = None if plain else self.state(writes)
         if writes:
             self.model.save_pretrained(path, state_dict=state)
 

@@ -1,7 +1,8 @@
 """Breaks the maths of a copy of the package on purpose, and checks that the tests notice.
 
-Run it as ``python tests/mutations.py``; with words, only mutations whose name contains one of them.
-The real tree is never touched. Needs ``fork``, so that each run starts with torch loaded.
+Run it as ``python tests/mutations.py``; with words, only mutations whose name contains one of them;
+with ``--markdown`` it writes ``docs/mutations.md``. The rest of the tree is never touched. Needs
+``fork``, so that each run starts with torch loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "mutations.md"
 SECONDS = 120
 
 DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
@@ -263,7 +265,7 @@ MUTATIONS = [
         "term.per_token",
     ),
     Mutation("term: coefficient forgotten", BASE, "term.coef * shares[", "shares["),
-    Mutation("entropy: punished", BASE, '"entropy", -scores', '"entropy", scores'),
+    Mutation("entropy: punished", BASE, '"entropy", -known', '"entropy", known'),
     Mutation(
         "values outside the loss stay",
         BASE,
@@ -273,14 +275,14 @@ MUTATIONS = [
     Mutation(
         "KD: ratio attached",
         TERMS,
-        "(scores.logprobs - old).detach().exp()",
-        "(scores.logprobs - old).exp()",
+        '(scores.logprobs - known(batch.old_logprobs, "old_logprobs")).detach()',
+        '(scores.logprobs - known(batch.old_logprobs, "old_logprobs"))',
     ),
     Mutation(
         "KD: ratio upside down",
         TERMS,
-        "(scores.logprobs - old).detach().exp()",
-        "(old - scores.logprobs).detach().exp()",
+        "torch.where(mask, log_ratio, 0.0).exp()",
+        "torch.where(mask, -log_ratio, 0.0).exp()",
     ),
     Mutation(
         "KD: teacher read where nothing is imitated",
@@ -464,8 +466,8 @@ MUTATIONS = [
     Mutation(
         "GSPO: clip sides swapped",
         POLICY_FAMILY,
-        "    return _clipped(log_ratio, advantages, clip_low, clip_high)\n",
-        "    return _clipped(log_ratio, advantages, clip_high, clip_low)\n",
+        "logprobs.detach(), advantages, clip_low, clip_high)",
+        "logprobs.detach(), advantages, clip_high, clip_low)",
     ),
     Mutation(
         "CISPO: weight attached",
@@ -551,7 +553,7 @@ MUTATIONS = [
         "gaps = mean_gaps",
     ),
     Mutation("shaped: equal groups blown up", SHAPED, "torch.where(constant, 1.0, std)", "std"),
-    Mutation("reweighted: sign forgotten", SHAPED, "(advantages.sign() * gap).exp()", "gap.exp()"),
+    Mutation("reweighted: sign forgotten", SHAPED, "advantages.sign() * gap)", "gap)"),
     Mutation(
         "reweighted: mix and width swapped",
         SHAPED,
@@ -659,7 +661,7 @@ MUTATIONS = [
         "torch.where(rollout.student_mask, weights, 1.0)",
         "weights",
     ),
-    Mutation("engine correction: not on the policy", FRAME, "advantages) * weights", "advantages)"),
+    Mutation("engine correction: not on the policy", FRAME, "policy = policy * weights", "pass"),
     Mutation("engine correction: not on KD", FRAME, "loss * weights if", "loss if"),
     Mutation(
         "engine correction: on whole distributions",
@@ -682,8 +684,8 @@ MUTATIONS = [
     Mutation(
         "teacher's rule for the student",
         FRAME,
-        "torch.where(_theirs(batch), theirs, policy)",
-        "torch.where(_theirs(batch), policy, theirs)",
+        "torch.where(rows, theirs, ours)",
+        "torch.where(rows, ours, theirs)",
     ),
     Mutation(
         "gap: on the teacher's rows",
@@ -728,13 +730,13 @@ MUTATIONS = [
         "rollout.correct",
     ),
     Mutation(
-        "imitated: dead tokens count", FRAME_PARTS, "(changed & alive & batch", "(changed & batch"
+        "imitated: dead tokens count", FRAME_PARTS, "(changed & alive & kept", "(changed & kept"
     ),
     Mutation(
         "imitated: teacher's rows count",
         FRAME_PARTS,
-        "alive & batch.student_mask)",
-        "alive & batch.loss_mask)",
+        "alive & kept & batch.student_mask)",
+        "alive & kept)",
     ),
     Mutation("imitated: without an advantage", FRAME_PARTS, "(mask & (advantages != 0))", "mask"),
     Mutation(
@@ -801,14 +803,14 @@ MUTATIONS = [
     Mutation(
         "masked importance: bounds swapped",
         CORRECTIONS,
-        "rollout_logprobs, self.low, self.high)",
-        "rollout_logprobs, 1 / self.high, 1 / self.low)",
+        "zeros_like(log_ratio), self.low, self.high)",
+        "zeros_like(log_ratio), 1 / self.high, 1 / self.low)",
     ),
     Mutation(
         "truncated importance: cap ignored",
         CORRECTIONS,
-        "*_pair(rollout), self.cap)",
-        "*_pair(rollout))",
+        "zeros_like(log_ratio), self.cap)",
+        "zeros_like(log_ratio))",
     ),
     Mutation(
         "end token: of cut completions",
@@ -993,8 +995,8 @@ MUTATIONS = [
     Mutation(
         "export: over a model",
         EXPORT,
-        'if (folder / "config.json").exists():',
-        "if folder.is_file():",
+        "if any((folder / name).exists() for name in",
+        "if any((folder / name).is_symlink() for name in",
     ),
     Mutation("export: the dtype is left", EXPORT, "tensor.to(wanted)", "tensor"),
     Mutation(
@@ -1006,7 +1008,9 @@ MUTATIONS = [
 def main(words: list[str]) -> int:
     """Print a table of all mutations; 1 if one survives, is out of date, or nothing passes."""
     _preload()
-    survived = 0
+    markdown = "--markdown" in words
+    words = [w for w in words if w != "--markdown"]
+    survived, rows = 0, []
     with tempfile.TemporaryDirectory() as folder:
         copy = _copy(Path(folder))
         wanted = [m for m in MUTATIONS if not words or any(w in m.name for w in words)]
@@ -1019,8 +1023,26 @@ def main(words: list[str]) -> int:
             by = _killer(copy) if verdict == "killed" else ""
             print(f"{mutation.name:48} {verdict:10} {seconds:5.1f} s  {by}", flush=True)
             survived += verdict != "killed"
+            rows.append((mutation, by.partition(":")[0] or f"none: {verdict}"))
     print(f"{len(wanted)} mutations, {survived} problems")
+    if markdown:
+        PAGE.write_text(page(rows))
     return int(survived > 0)
+
+
+def page(rows: list[tuple[Mutation, str]]) -> str:
+    """Render the page of the docs: what is broken, file by file, and the test that dies first."""
+    lines = [
+        "# What the tests notice",
+        "",
+        f"`python tests/mutations.py --markdown` breaks a copy of the package in {len(rows)} ways,",
+        "one at a time, runs one test file on each, and wrote this page. Each line names what is",
+        "wrong and the first test that fails.",
+    ]
+    for file in dict.fromkeys(m.where[0] for m, _ in rows):
+        lines += ["", f"## {file}", "", "| broken | the test that dies |", "| --- | --- |"]
+        lines += [f"| {m.name} | `{m.where[1]}` {by} |" for m, by in rows if m.where[0] == file]
+    return "\n".join([*lines, ""])
 
 
 def _preload() -> None:
@@ -1063,7 +1085,7 @@ def _try(copy: Path, mutation: Mutation) -> tuple[str, float]:
 def _killer(copy: Path) -> str:
     """Name the failing test and what it raised."""
     lines = (copy / "output.txt").read_text().splitlines()
-    line = next((x for x in lines if x.startswith("FAILED ")), "")
+    line = next((x for x in lines if x.startswith(("FAILED ", "ERROR "))), "")
     name, _, reason = line.rpartition("::")[2].partition(" - ")
     return f"{name.partition('[')[0]}: {reason.partition(':')[0][:50]}"
 

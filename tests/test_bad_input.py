@@ -79,7 +79,7 @@ CASES = {
     "temperature": (["--data.temperature=0"], "`temperature` must be above 0"),
     "no such model": (["--model.student=/no/such/model"], "got /no/such/model"),
     "no such teacher": (["--model.teacher.model=/no/such/model"], "got /no/such/model"),
-    "context": (["--data.max_tokens=125"], "must fit the context of 128 tokens"),
+    "context": (["--data.max_tokens=125"], "must have at most 3 tokens a prompt (context 128"),
     "cut step": (
         ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=3"],
         "`limit_train_batches` must not cut an optimizer step of 2 micro-batches",
@@ -87,6 +87,14 @@ CASES = {
     "accumulation": (
         ["--trainer.accumulate_grad_batches=9"],
         "`accumulate_grad_batches` must be at most 8",
+    ),
+    "micro-batches that do not fit": (
+        ["--data.max_tokens_per_micro_batch=60"],
+        "got 60. Set `accumulate_grad_batches` 3.",
+    ),
+    "a completion that does not fit": (
+        ["--data.max_tokens_per_micro_batch=10"],
+        "got 10. One alone may have 18: lower `max_tokens`, or drop long prompts.",
     ),
     "uneven mini-batches": (
         ["--data.minibatches_per_rollout=3"],
@@ -163,10 +171,7 @@ def test_a_reward_that_fails_later_is_counted_then_stops(
 
 
 CLI_CASES = {
-    "short name of a callable": (
-        ["--data.reward=ExactMatch"],
-        "did you mean kdrl_lightning.ExactMatch?",
-    ),
+    "misspelt reward": (["--data.reward=ExactMatsh"], "did you mean ExactMatch?"),
     "no such checkpoint": (["--ckpt_path=nothing.ckpt"], "`ckpt_path` must be a checkpoint"),
     "no such accelerator": (["--trainer.accelerator=abacus"], "abacus"),
     "no such strategy": (["--trainer.strategy=luck"], "luck"),

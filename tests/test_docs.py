@@ -127,7 +127,9 @@ def test_an_engine_lies_over_any_method(path: Path) -> None:
     from kdrl_lightning.cli import KDRLCLI
 
     assert f"configs/engine/{path.name}" in (ROOT / "docs/vllm.md").read_text()
-    wanted = loaded(path)["data"]["rollout_engine"]
+    config = loaded(path)
+    teaches = "model" in config
+    wanted = config["model"]["teacher"] if teaches else config["data"]["rollout_engine"]
     for method in ("rlad", "kdrl_mask_group"):
         flags = ["--config", str(ROOT / f"configs/{method}.yaml"), "--config", str(path)]
         if importlib.util.find_spec("vllm") is None and wanted["class_path"] == "VLLMEngine":
@@ -135,4 +137,5 @@ def test_an_engine_lies_over_any_method(path: Path) -> None:
                 KDRLCLI.run(flags, instantiate_only=True)
             continue
         cli = KDRLCLI.run(flags, instantiate_only=True)
-        assert type(cli.datamodule.rollout_engine).__name__ == wanted["class_path"]
+        built = cli.model.teacher if teaches else cli.datamodule.rollout_engine
+        assert type(built).__name__ == wanted["class_path"]

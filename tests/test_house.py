@@ -17,32 +17,40 @@ FILES = sorted(
 )
 
 # A room may import from itself and from the rooms named here.
-FLOOR = {"errors", "rollout_batch"}
+FLOOR = {"errors", "optional", "rollout_batch"}
 ALLOWED = {
     "errors": set(),
+    "optional": {"errors"},
     "rollout_batch": set(),
     "losses": FLOOR,
     "advantages": FLOOR,
     "objectives": FLOOR | {"losses", "advantages"},
     "models": FLOOR,
+    "cache": {"errors"},
+    "gguf": {"cache", "errors", "models"},
     "lora": FLOOR,
     "weights": FLOOR | {"lora"},
+    "compatibility": {"errors"},
     "scorer": FLOOR | {"losses"},
+    "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
-    "teachers": FLOOR | {"lora", "losses", "models", "scorer", "sharding", "weights"},
+    "teachers": FLOOR
+    | {"compatibility", "lora", "losses", "models", "scorer"}
+    | {"server_client", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
-    "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
+    "rollout": FLOOR | {"losses", "models", "rewards", "server_client", "weights"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "samples": FLOOR | {"objectives", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "lora", "losses", "metrics", "models", "objectives", "resume"}
+    | {"checkpoints", "compatibility", "evaluation", "lora", "losses", "metrics", "models"}
+    | {"objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
@@ -63,7 +71,8 @@ ALLOWED = {
         "schedules",
     },
     "tiny": FLOOR
-    | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
+    | {"cache", "callbacks", "models", "module", "objectives", "prompts", "rewards"}
+    | {"supervised"},
 }
 LIGHTNING = {
     "strategies",
@@ -79,7 +88,7 @@ LIGHTNING = {
     "evaluate",
     "parser",
 }
-TRANSFORMERS = {"models", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"models", "gguf", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

@@ -250,6 +250,8 @@ def test_what_cannot_be_exported_is_refused(
     torch.save(saved, tmp_path / "less.ckpt")
     with pytest.raises(ConfigurationError, match="`ckpt_path` must hold the adapters that it name"):
         export(str(tmp_path / "less.ckpt"), str(tmp_path / "less"))
+    with pytest.raises(ConfigurationError, match="`ckpt_path` must hold the adapters that it name"):
+        resumed(tmp_path, student_folder, LoRA(**SAME), str(tmp_path / "less.ckpt"))  # type: ignore[arg-type]
 
 
 def test_from_the_command_line(

@@ -1,11 +1,10 @@
-"""Loading models and tokenizers, and the check that two vocabularies are one."""
+"""Loading models and tokenizers."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import (
     ModelSource,
-    check_same_vocabulary,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -21,78 +19,6 @@ from kdrl_lightning.models import (
 )
 
 LOADERS = [load_causal_lm, load_tokenizer, load_config]
-BASE = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}
-
-
-class Vocabulary:
-    """What the check reads of a tokenizer."""
-
-    def __init__(self, tokens: dict[str, int], eos: int | None = 1) -> None:
-        self.tokens = tokens
-        self.eos_token_id = eos
-
-    def get_vocab(self) -> dict[str, int]:
-        return self.tokens
-
-
-def check(teacher: dict[str, int], student: dict[str, int] = BASE, eos: int = 1) -> None:
-    ours, theirs = Vocabulary(student), Vocabulary(teacher, eos)
-    check_same_vocabulary(ours, theirs, "the/student", "the/teacher")
-
-
-def refused(found: str, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        check(*args, **kwargs)
-    assert str(caught.value) == (
-        f"student and teacher must share one vocabulary: got {found} "
-        "(student the/student, teacher the/teacher). Choose a teacher of the same family."
-    )
-
-
-def test_the_same_vocabulary_is_accepted():
-    check(dict(BASE))
-
-
-def test_the_order_of_entries_does_not_matter():
-    check(dict(reversed(BASE.items())))
-
-
-def test_ids_that_only_the_teacher_has_are_accepted():
-    check({**BASE, "<extra>": 4, "<more>": 9})
-
-
-def test_another_token_at_an_id_is_named():
-    refused("1 ids differ, first 3: 'b' against 'c'", {"<pad>": 0, "<eos>": 1, "a": 2, "c": 3})
-
-
-def test_the_first_of_many_differences_is_named():
-    refused("2 ids differ, first 2: 'a' against 'b'", {"<pad>": 0, "<eos>": 1, "b": 2, "a": 3})
-
-
-def test_ids_that_the_teacher_lacks_are_named():
-    refused("2 of the student's ids are unknown, first 2: 'a'", {"<pad>": 0, "<eos>": 1})
-
-
-def test_a_token_that_moved_behind_the_end_is_refused():
-    found = "1 of the student's ids are unknown, first 3: 'b'"
-    refused(found, {"<pad>": 0, "<eos>": 1, "a": 2, "b": 7})
-
-
-def test_another_end_token_is_named():
-    refused("end tokens 1 and 2", dict(BASE), eos=2)
-
-
-def test_real_tokenizers_of_one_family_agree(student_folder, teacher_folder):
-    ours, theirs = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
-    check_same_vocabulary(ours, theirs, student_folder, teacher_folder)
-
-
-def test_a_token_added_to_the_student_alone_is_refused(student_folder, teacher_folder):
-    ours, theirs = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
-    ours.add_tokens(["<think>"])
-    with pytest.raises(ConfigurationError, match=r"1 of the student's ids .* 16: '<think>'"):
-        check_same_vocabulary(ours, theirs, student_folder, teacher_folder)
-    check_same_vocabulary(theirs, ours, teacher_folder, student_folder)
 
 
 @pytest.mark.parametrize("load", LOADERS)

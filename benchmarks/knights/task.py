@@ -1,7 +1,6 @@
 """Knights and Knaves of reasoning-gym: its puzzles, its answers and its scorer.
 
-Two inhabitants each say something about who tells the truth; one assignment of roles fits. Needs
-``pip install reasoning-gym``.
+``KnightsAndKnavesPrompts`` with two inhabitants, in fewer words, and parted by what they say.
 """
 
 from __future__ import annotations
@@ -12,21 +11,13 @@ import zlib
 from typing import Any, Literal
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.prompts.base import PromptSource
-from kdrl_lightning.rewards.base import Sample, Verdict
+from kdrl_lightning.optional import load_library
+from kdrl_lightning.prompts import KnightsAndKnavesPrompts, PromptSource
+from kdrl_lightning.prompts.reasoning_gym import SEED_STRIDE
+from kdrl_lightning.rewards import Sample, Verdict
+from kdrl_lightning.rewards.reasoning_gym import load_scorer
 
-try:
-    import reasoning_gym
-    from reasoning_gym.logic import knights_knaves as generator
-except ImportError as error:
-    raise ConfigurationError(
-        f"the knights benchmark must have reasoning-gym: got {error}. "
-        "Run `pip install reasoning-gym`."
-    ) from error
-
-# reasoning-gym draws puzzle i of a data set from seed + i alone, so that the sets of neighbouring
-# seeds are one puzzle apart. Ours are this far apart.
-SEED_STRIDE = 10_000_000
+generator = load_library("reasoning_gym.logic.knights_knaves")
 
 PUZZLE = re.compile(r"You meet \d+ inhabitants: (.*) So who is ")
 CONNECTIVES = "is if then and or only it not the case that true false yes no ; ( )"
@@ -63,22 +54,12 @@ class KnightsAndKnaves(PromptSource):
         part: Literal["train", "validation", "all"] = "train",
     ) -> None:
         require_between("size", size, 1, SEED_STRIDE // 100)
-        require_between("seed", seed, 0, float("inf"))
-        require_between("depth", depth, 2, float("inf"))
-        require_between("width", width, 2, float("inf"))
         if part not in ("train", "validation", "all"):
             raise ConfigurationError(f"`part` must be train, validation or all: got {part}.")
-        data: Any = reasoning_gym.create_dataset(
-            "knights_knaves",
-            n_people=2,
-            depth_constraint=depth,
-            width_constraint=width,
-            seed=seed * SEED_STRIDE,
-            size=SEED_STRIDE,
-        )
+        puzzles = KnightsAndKnavesPrompts(2, SEED_STRIDE, seed, depth, width)
         self.dropped = 0
         self._rows: list[dict[str, Any]] = []
-        entries = (data[i] for i in itertools.count())
+        entries = (puzzles[i] for i in itertools.count())
         while len(self._rows) < size:
             entry = next(entries)
             if part == "all" or held_out(entry) == (part == "validation"):
@@ -172,12 +153,12 @@ class KnightsReward:
 
     def __init__(self, partial: bool = False) -> None:
         self.partial = partial
-        self._scorer: Any = reasoning_gym.create_dataset("knights_knaves", n_people=2)
+        self._score = load_scorer("knights_knaves")
 
     def __call__(self, sample: Sample) -> Verdict:
         """Judge one sample; what stands before the answer does not count."""
         answer = sample.text.rpartition(";")[2]
-        score = float(self._scorer.score_answer(answer, sample.row))
+        score = float(self._score(answer, dict(sample.row)))
         correct = score >= 1.0
         return Verdict(score if self.partial else float(correct), correct)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses.chosen import ChosenTokens, Transform
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.
@@ -35,6 +36,7 @@ class Head:
         scale: factor on the logits (Granite divides them, Cohere multiplies them).
         softcap: ``c * tanh(logits / c)`` (Gemma 2), or None.
         vocab_size: rows that count; a teacher's padding rows behind it are cut off.
+        swap: two ids whose logits change places (a teacher's end token and the student's), or None.
     """
 
     weight: Tensor
@@ -42,6 +44,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
+    swap: tuple[int, int] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[N, H]`` hidden states to ``[N, V]`` logits, in float32 at least."""
@@ -50,7 +53,22 @@ class Head:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        logits = logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return self.order(logits)
+
+    def order(self, logits: Tensor) -> Tensor:
+        """Let the two ids of ``swap`` change places in ``[..., V]``."""
+        if self.swap is None:
+            return logits
+        there, back = list(self.swap), list(reversed(self.swap))
+        return logits.index_copy(-1, logits.new_tensor(there, dtype=torch.long), logits[..., back])
+
+    def renamed(self, ids: Tensor) -> Tensor:
+        """Exchange the two ids of ``swap``: the rows that these ids are scored by."""
+        if self.swap is None:
+            return ids
+        first, second = self.swap
+        return torch.where(ids == first, second, torch.where(ids == second, first, ids))
 
 
 class TokenScores(NamedTuple):
@@ -58,23 +76,23 @@ class TokenScores(NamedTuple):
 
     Attributes:
         logprobs: ``[N]`` of the chosen tokens.
-        entropy: ``[N]`` nats.
+        entropy: ``[N]`` nats; None from a teacher that cannot tell.
         topk_ids: ``[N, K]`` int64, the model's own most likely tokens, best first.
         topk_logprobs: ``[N, K]`` at the ids that were asked for.
         divergence: ``[N]`` from another model's distribution, over the full vocabulary.
     """
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     divergence: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` of every field that is there."""
-        logprobs, entropy, *rest = self
+        logprobs, *rest = self
         changed = (None if value is None else function(value) for value in rest)
-        return TokenScores(function(logprobs), function(entropy), *changed)
+        return TokenScores(function(logprobs), *changed)
 
 
 class Other(NamedTuple):
@@ -96,6 +114,7 @@ def chosen_logprobs(
     See ``token_scores``, of which these are the first two fields.
     """
     scores = token_scores(hidden, head, ids, temperature, chunk_size)
+    assert scores.entropy is not None, "a model at hand knows its entropy"
     return scores.logprobs, scores.entropy
 
 
@@ -139,6 +158,14 @@ def token_scores(
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
     size = chunk_size or auto_chunk_size(vocab)
+    if topk_ids is None and divergence is None:
+        bias = None if head.bias is None else head.bias[:vocab]
+        transform = Transform(head.scale, head.softcap, temperature)
+        chosen = ChosenTokens.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight[:vocab], bias, head.renamed(ids), transform, size, min(top_k, vocab)
+        )
+        logprobs, entropy, best = chosen
+        return TokenScores(logprobs, entropy, head.renamed(best) if top_k else None)
 
     def score(
         states: Tensor, chosen: Tensor, asked: Tensor | None, others: Tensor | None

@@ -143,6 +143,7 @@ class ShapedAdvantage(Advantage):
     """
 
     needs_teacher = True
+    reads_old_scores = True
 
     def __init__(self, teacher_kl_coef: float = 2e-3, scale_by_std: bool = True) -> None:
         super().__init__(scale_by_std)

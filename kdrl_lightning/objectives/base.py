@@ -52,9 +52,11 @@ class Part:
 
     Attributes:
         needs_teacher: it reads the teacher's log-probabilities.
+        reads_old_scores: what it decides once per rollout follows from the student's scores then.
     """
 
     needs_teacher: bool = False
+    reads_old_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Objective(ABC):
         takes_teacher_completions: it has a rule for completions that the teacher sampled.
         top_k: most likely tokens of the student at which the teacher is scored.
         divergence: from the teacher, over the full vocabulary, in each update.
+        leaves_out_end: what it reads of the teacher leaves out where a completion ends.
     """
 
     needs_teacher: bool = False
@@ -102,6 +105,7 @@ class Objective(ABC):
     takes_teacher_completions: bool = False
     top_k: int = 0
     divergence: Divergence | None = None
+    leaves_out_end: bool = False
 
     def __init__(self, reduction: Reduction = "token_mean", entropy_coef: float = 0.0) -> None:
         if reduction not in get_args(Reduction):
@@ -118,6 +122,14 @@ class Objective(ABC):
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Add to a scored rollout what the terms need; whole groups are present."""
         return rollout.replace(imitation_mask=rollout.loss_mask)
+
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """Whether ``prepare`` reads the student's scores of such a rollout.
+
+        Where it does not, the student is not run for them: at the first update they are those of
+        that update's own forward pass, and the terms find them in the batch all the same.
+        """
+        return True
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """``[B, T]`` log of the ratio that the surrogate clips; log rho unless overridden."""
@@ -179,7 +191,7 @@ class Objective(ABC):
         batch, scores = blank(batch, scores)
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
-            terms.append(Term("entropy", -scores.entropy, self.entropy_coef))
+            terms.append(Term("entropy", -known(scores.entropy, "entropy"), self.entropy_coef))
         names = [term.name for term in terms]
         if len(set(names)) < len(names) or "total" in names:
             raise ConfigurationError(
@@ -237,6 +249,7 @@ def known(value: T | None, name: str) -> T:
     if value is None:
         raise ConfigurationError(
             f"`{name}` must be present in the rollout batch: got None. "
-            "Score the rollout first; teacher scores need a teacher."
+            "Score the rollout first; teacher scores need a teacher, and what `prepare` reads of "
+            "the student must be declared by `reads_old_scores`."
         )
     return value

@@ -19,6 +19,8 @@ Level = Literal["token", "sequence"]
 class EngineCorrection(Part):
     """Weights of the student's sampled tokens, from the engine's and the trainer's log-probs."""
 
+    reads_old_scores = True
+
     @abstractmethod
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """``[B, T]`` weights, once per rollout."""
@@ -26,6 +28,8 @@ class EngineCorrection(Part):
 
 class NoCorrection(EngineCorrection):
     """Take the engine's samples as they are, also where the engine is not exact."""
+
+    reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Weight by 1."""

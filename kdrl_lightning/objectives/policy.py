@@ -24,7 +24,7 @@ from kdrl_lightning.objectives.corrections import (
 )
 from kdrl_lightning.objectives.distill_terms import DistillTerm
 from kdrl_lightning.objectives.ratios import Ratio
-from kdrl_lightning.objectives.selections import Selection
+from kdrl_lightning.objectives.selections import ExceptEndToken, Selection
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
 
 
@@ -95,6 +95,7 @@ class PolicyObjective(Objective):
                 f"{_names(*self.selection)} beside {_names(ratio, advantage)}. Drop it, or take "
                 "an objective with a teacher."
             )
+        self.leaves_out_end = any(isinstance(s, ExceptEndToken) for s in self.selection)
         self.needs_reference = ref_kl_coef > 0.0
         self.needs_groups = compares
         self.takes_teacher_completions |= teacher_tokens is not None
@@ -121,6 +122,14 @@ class PolicyObjective(Objective):
             return rollout
         weights = correction(rollout)
         return rollout.replace(importance_weights=torch.where(rollout.student_mask, weights, 1.0))
+
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """Ask the parts of ``prepare``; one of another kind may read everything."""
+        if type(self).prepare is not PolicyObjective.prepare or self.top_k:
+            return True
+        correction = self.engine_correction or self._default_correction(rollout)
+        parts = (self.advantage, correction, *self.selection)
+        return any(part.reads_old_scores for part in parts if part is not None)
 
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
         # A ratio to what the engine reported corrects already.

@@ -22,6 +22,7 @@ class Selection(Part):
     """
 
     needs_teacher = True
+    reads_old_scores = True
     needs_advantages: bool = False
 
     @abstractmethod
@@ -32,6 +33,8 @@ class Selection(Part):
 class WrongCompletions(Selection):
     """Completions that the verifier rejects: KDRL's response-level mask (arXiv 2506.02208)."""
 
+    reads_old_scores = False
+
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Select by the verdict."""
         return wrong_completions(rollout.correct)
@@ -39,6 +42,8 @@ class WrongCompletions(Selection):
 
 class WrongGroups(Selection):
     """Completions of prompts that the student never solves: KDRL's group-level mask, and HDPO's."""
+
+    reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Select by the verdicts on the student's completions of the group."""
@@ -51,6 +56,8 @@ class ExceptEndToken(Selection):
     A replication of KDRL masks it in the teacher's term (arXiv 2609.04108): a base student and a
     chat teacher close their answers differently.
     """
+
+    reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Leave out the last token of each completion that was not cut."""
@@ -96,6 +103,7 @@ class Gates(Selection):
         self.exploration_entropy = exploration_entropy
         self.alignment_per = alignment_per
         self.needs_advantages = advantage_threshold is not None
+        self.reads_old_scores = (alignment_threshold, exploration_entropy) != (None, None)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Select by old log-probabilities, advantages and old entropy."""

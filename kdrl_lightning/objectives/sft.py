@@ -40,6 +40,10 @@ class SFT(Objective):
             rollout = rollout.replace(loss_mask=kept, group_tokens=tokens[rollout.group_ids])
         return super().prepare(rollout)
 
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """It reads the verdict alone."""
+        return False
+
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield the negative log-likelihood."""
         yield Term("nll", -scores.logprobs)

@@ -60,6 +60,7 @@ class WeightedSum(Objective):
         self.rl_coef = check_coefficient("rl_coef", rl_coef)
         self.distill_coef = check_coefficient("distill_coef", distill_coef)
         self.needs_teacher = distill.needs_teacher
+        self.leaves_out_end = distill.leaves_out_end
         self.needs_reference = rl.needs_reference or distill.needs_reference
         self.needs_groups = rl.needs_groups or distill.needs_groups
         self.takes_teacher_completions = all(o.takes_teacher_completions for o in (rl, distill))
@@ -76,6 +77,10 @@ class WeightedSum(Objective):
         return self.distill.prepare(rollout).replace(
             advantages=rl.advantages, importance_weights=rl.importance_weights
         )
+
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        """Ask both."""
+        return self.rl.reads_old_scores(rollout) or self.distill.reads_old_scores(rollout)
 
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield the terms of both, named apart."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.optional import load_library
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
-from kdrl_lightning.prompts.optional import load_library
 
 READERS = {
     ".jsonl": "json",

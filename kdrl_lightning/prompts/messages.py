@@ -12,7 +12,7 @@ TEMPLATE_ARGS = "template_args"
 
 
 class PromptForm:
-    """How a question is put to the model.
+    r"""How a question is put to the model.
 
     Args:
         chat: as messages, for the tokenizer's chat template; else as text.
@@ -23,7 +23,7 @@ class PromptForm:
         suffix: put behind every question, e.g. what the answer must look like.
 
     >>> PromptForm(examples=[{"prompt": "1+1=", "answer": "2"}])("2+2=")
-    '1+1=2\\n\\n2+2='
+    '1+1=2\n\n2+2='
     >>> PromptForm(chat=True, system="Be brief.")("2+2=")
     [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '2+2='}]
     """

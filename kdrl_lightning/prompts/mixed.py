@@ -14,9 +14,9 @@ from kdrl_lightning.prompts.base import Prompts, PromptSource
 class MixedPrompts(PromptSource):
     """Rows of several sources by weight; each row gets ``source``, the name of its own.
 
-    Every stretch of the mixture has the proportions of the weights, to within one row per source:
-    the next row is that of the source furthest behind its share. Within a source rows come in a
-    seeded shuffle; where it is used up, in another one. Row i depends on the arguments and i alone.
+    Every beginning of the mixture has the proportions of the weights, to within one row per source:
+    of the sources behind their share the one goes next whose next row is due first. Within a source
+    rows come in a seeded shuffle; where it is used up, in another one.
 
     Args:
         sources: prompt sources by name.
@@ -75,8 +75,8 @@ def _interleave(
     orders: list[list[int]] = [[] for _ in shares]
     rows: list[tuple[int, int]] = []
     while size is None or len(rows) < size:
-        behind = [share * (len(rows) + 1) - done for share, done in zip(shares, taken, strict=True)]
-        which = max(range(len(shares)), key=behind.__getitem__)
+        due = [k for k, share in enumerate(shares) if share * (len(rows) + 1) > taken[k] + 1e-9]
+        which = min(due, key=lambda k: (taken[k] + 1) / shares[k])
         turn, offset = divmod(taken[which], sizes[which])
         if turn and size is None:
             break

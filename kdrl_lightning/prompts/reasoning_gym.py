@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.optional import load_library
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
-from kdrl_lightning.prompts.optional import load_library
 
 # reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds are
 # one item apart. Ours are this far apart.
@@ -47,7 +47,7 @@ class ReasoningGymPrompts(PromptSource):
         suffix: str = "",
     ) -> None:
         require_between("size", size, 1, SEED_STRIDE)
-        require_between("seed", seed, 0, 2**32 // SEED_STRIDE - 1)
+        require_between("seed", seed, 0, float("inf"))
         self.form = PromptForm(chat, system, template_args, examples, suffix)
         self.size = size
         self.items = create_task(task, {**(config or {}), "seed": seed * SEED_STRIDE, "size": size})

@@ -1,12 +1,74 @@
-"""The answer of a completion, as majority@k compares it."""
+"""Where a completion's answer stands: strictly the last one, found in one pass over the text."""
 
 from __future__ import annotations
 
+import re
+
 from kdrl_lightning.rewards.base import Reward, Sample
+
+BOXES = ("\\boxed", "\\fbox")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last ``\boxed{...}``; None without one, or if it is not closed.
+
+    >>> last_boxed(r"\boxed{41} or \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
+    start = max(text.rfind(box + "{") for box in BOXES)
+    if start < 0:
+        return None
+    start = text.index("{", start) + 1
+    depth, escaped = 1, False
+    for i in range(start, len(text)):
+        char = text[i]
+        if escaped or char == "\\":
+            escaped = not escaped  # \{ and \} are set braces
+        elif char in "{}":
+            depth += 1 if char == "{" else -1
+            if not depth:
+                return text[start:i].strip()
+    return None
+
+
+def after_marker(text: str, marker: str) -> str | None:
+    """Return what follows the last marker; None without one.
+
+    >>> after_marker("#### 41, no: #### 42 ", "####")
+    '42'
+    """
+    _, found, rest = text.rpartition(marker)
+    return rest.strip() if found else None
+
+
+def last_tagged(text: str, tag: str) -> str | None:
+    """Return the content of the last ``<tag>...</tag>``; None without one.
+
+    >>> last_tagged("<answer>41</answer> no, <answer> 42 </answer>.", "answer")
+    '42'
+    """
+    end = text.rfind(f"</{tag}>")
+    start = text.rfind(f"<{tag}>", 0, max(end, 0))
+    return text[start + len(tag) + 2 : end].strip() if start >= 0 else None
+
+
+def in_think_format(text: str, opened: bool) -> bool:
+    """Whether the text is ``<think>...</think> <answer>...</answer>``, each once, nothing else.
+
+    Args:
+        text: the completion.
+        opened: the prompt ends with ``<think>``, so the completion does not begin with it.
+    """
+    tags = re.findall(r"</?(?:think|answer)>", text)
+    wanted = ["<think>", "</think>", "<answer>", "</answer>"][1 if opened else 0 :]
+    stripped = text.strip()
+    between = stripped.partition("</think>")[2].partition("<answer>")[0]
+    starts = opened or stripped.startswith("<think>")
+    return tags == wanted and starts and stripped.endswith("</answer>") and not between.strip()
 
 
 def answer_of(reward: Reward, sample: Sample) -> str | None:
-    """Return what the reward takes as the completion's answer; None where it finds none.
+    """Return what the reward takes as the answer, for majority@k to compare; None for none.
 
     A reward says so by a method ``answer(sample) -> str | None``: the extraction that its verdict
     is based on. A failing one finds none. Without the method the answer is the completion's whole

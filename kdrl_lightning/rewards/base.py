@@ -61,6 +61,16 @@ class TaskReward(ABC):
         """Return the rewards that this one is made of."""
         return ()
 
+    def start(self) -> None:
+        """Check before training that it can work here: libraries, processes.
+
+        Raises:
+            ConfigurationError: something is missing.
+        """
+        for child in self.children():
+            if isinstance(child, TaskReward):
+                child.start()
+
     def close(self) -> None:
         """End what it has started; it may be used again afterwards."""
         for child in self.children():
@@ -92,10 +102,9 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
     if isinstance(reward, TaskReward):
         try:
             results = reward.judge(samples)
+            if len(results) != len(samples):
+                raise ValueError(f"{len(results)} results for {len(samples)} samples")
         except Exception as error:
-            return [error] * len(samples)
-        if len(results) != len(samples):
-            error = ValueError(f"{len(results)} results for {len(samples)} samples")
             return [error] * len(samples)
     else:
         results = [_attempt(reward, sample) for sample in samples]

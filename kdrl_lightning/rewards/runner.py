@@ -70,6 +70,15 @@ class RewardRunner:
             self._report(errors, len(samples), training)
         return [self.failed if isinstance(result, Exception) else result for result in results]
 
+    def start(self) -> None:
+        """Check that the reward can work here.
+
+        Raises:
+            ConfigurationError: something is missing.
+        """
+        if isinstance(self.reward, TaskReward):
+            self.reward.start()
+
     def close(self) -> None:
         """End the reward's processes."""
         if isinstance(self.reward, TaskReward):

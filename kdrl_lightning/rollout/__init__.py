@@ -4,6 +4,7 @@ from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.vllm_engine import VLLMEngine
 from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
+from kdrl_lightning.rollout.vllm_teacher import VLLMTeacherEngine
 
 __all__ = [
     "Completion",
@@ -12,4 +13,5 @@ __all__ = [
     "TransformersEngine",
     "VLLMEngine",
     "VLLMServerEngine",
+    "VLLMTeacherEngine",
 ]

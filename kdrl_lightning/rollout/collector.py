@@ -17,12 +17,11 @@ from kdrl_lightning.rollout.groups import (
     fill_groups,
 )
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
 # Enough to tell weights apart, and little beside a rollout.
 PROBES, PROBE_TOKENS = 4, 64
-Prompt = tuple[Mapping[str, Any], list[int]]
 
 
 class SampleAndJudge(Protocol):
@@ -31,7 +30,7 @@ class SampleAndJudge(Protocol):
     def __call__(
         self,
         engine: RolloutEngine,
-        prompts: list[Prompt],
+        prompts: list[EncodedPrompt],
         seeds: list[list[int]],
         sampling: Sampling,
         source: int,
@@ -79,7 +78,7 @@ class Collector:
     def collect(
         self,
         rollout: int,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EncodedPrompt],
         rank: int,
         world_size: int,
         sample: SampleAndJudge,
@@ -125,7 +124,7 @@ class Collector:
         return batch, groups, replaced
 
     def ahead(
-        self, rollout: int, prompts: Sequence[Prompt], rank: int, world_size: int
+        self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
     ) -> list[Request]:
         """Return what ``collect`` will ask first of the engines that can sample beside training."""
         slots = self.slots.of_rank(rank, world_size)
@@ -137,7 +136,12 @@ class Collector:
         ]
 
     def probe(
-        self, rollout: int, prompts: Sequence[Prompt], rank: int, world_size: int, pad_id: int
+        self,
+        rollout: int,
+        prompts: Sequence[EncodedPrompt],
+        rank: int,
+        world_size: int,
+        pad_id: int,
     ) -> RolloutBatch:
         """Sample the beginning of a completion for a few prompts of a rollout, without rewards."""
         slots = self.slots.of_rank(rank, world_size)[:PROBES]
@@ -162,8 +166,8 @@ class Collector:
         return self.student.engine.version or 0 if own is None else own
 
     def _prompts(
-        self, rollout: int, prompts: Sequence[Prompt], slots: list[int], attempt: int = 0
-    ) -> list[Prompt]:
+        self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
+    ) -> list[EncodedPrompt]:
         positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
         return [prompts[row] for row in rows_at(positions, len(prompts), self.slots.seed)]
 
@@ -177,7 +181,7 @@ class Collector:
     def _groups(
         self,
         rollout: int,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[EncodedPrompt],
         slots: list[int],
         attempt: int,
         sample: SampleAndJudge,

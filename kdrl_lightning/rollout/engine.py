@@ -50,12 +50,14 @@ class RolloutEngine(ABC):
         exact: its log-probabilities are the trainer's own, so that nothing has to be corrected.
         beside: it samples elsewhere, from a copy of the weights, so that a thread may ask it while
             the student trains.
+        fixed: its weights are its own: nothing is pushed to it.
         dtype: the type that it computes in; None: the trainer's.
     """
 
     version: int | None = None
     exact: bool = True
     beside: bool = False
+    fixed: bool = False
     dtype: torch.dtype | None = None
 
     @abstractmethod

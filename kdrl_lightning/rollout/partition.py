@@ -1,7 +1,8 @@
 """Cut the completions of one optimizer step into micro-batches.
 
 Sorted by length and cut into contiguous parts, so that little is padded; the cut is the one with
-the smallest largest part whose padding stays within one percent of the least possible.
+the smallest largest part whose padding stays within one percent of the least possible. Little
+padding can mean one large part of all long rows: a limit, for memory, comes first.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
+def partition(
+    lengths: Sequence[int], parts: int, max_tokens: float = float("inf")
+) -> list[list[int]]:
     """Split row indices into ``parts`` micro-batches.
 
     Args:
         lengths: tokens of each row.
         parts: number of micro-batches, at most the number of rows.
+        max_tokens: of a part, padding included; it is kept where it can be, as always from
+            ``ceil(rows / parts)`` times the longest row on.
 
     Returns:
         ``parts`` non-empty lists of row indices, shortest rows first.
@@ -45,7 +50,7 @@ def partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
     if parts == 1:
         return [order.tolist()]
     ordered = np.asarray(lengths, dtype=np.float64)[order]
-    best, bounds = _cheapest_cut(ordered, parts, np.inf)
+    best, bounds = _cheapest_cut(ordered, parts, max_tokens)
     low = max(best / parts, ordered[-1])
     high = max((b - a) * ordered[b - 1] for a, b in pairwise(bounds))
     while high - low > max(1.0, 0.005 * high):

@@ -11,10 +11,9 @@ from torch import Tensor
 from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 
+OLD = ("old_logprobs", "old_entropy", "topk_ids")
 SCORED = (
-    "old_logprobs",
-    "old_entropy",
-    "topk_ids",
+    *OLD,
     "teacher_logprobs",
     "teacher_entropy",
     "teacher_top_ids",
@@ -47,7 +46,11 @@ class RolloutPlan:
         """Return one micro-batch, trimmed to its own longest row."""
         first = update == self.first_update and micro == 0
         part = self.batch.select(self.updates[update][micro])
-        return part.replace(totals=self.totals[update], metrics=self.metrics if first else {})
+        return part.replace(
+            totals=self.totals[update],
+            metrics=self.metrics if first else {},
+            old_pending=self.batch.old_pending and update == 0,
+        )
 
     def with_metrics(self, metrics: Mapping[str, float], first_update: int = 0) -> RolloutPlan:
         """Return a copy with measurements, and the update that is to carry them."""
@@ -62,9 +65,11 @@ def plan_updates(
     epochs: int,
     micro_batches: int,
     max_tokens: int,
+    max_micro_tokens: float,
     score: Callable[[RolloutBatch], RolloutBatch],
     prepare: Callable[[RolloutBatch], RolloutBatch],
     reduce: Callable[[Tensor, str], Tensor],
+    score_first: Callable[[RolloutBatch], RolloutBatch] | None = None,
 ) -> RolloutPlan:
     """Cut, score and prepare a rollout.
 
@@ -78,9 +83,12 @@ def plan_updates(
         epochs: replays; every replay has the same mini-batches.
         micro_batches: per update.
         max_tokens: the token limit of a completion.
+        max_micro_tokens: of a micro-batch, padding included.
         score: adds old and teacher scores to a part.
         prepare: the objective's, on the whole rollout.
         reduce: ``(tensor, "sum") -> tensor`` over ranks.
+        score_first: instead of ``score`` on the parts of the first update, where that update's own
+            forward pass gives the student's scores and ``prepare`` does not read them.
     """
     groups = int(batch.group_ids.max()) + 1
     lengths = batch.lengths.tolist()
@@ -89,18 +97,25 @@ def plan_updates(
         members[group * minibatches // groups].append(row)
     updates = []
     for rows in members:
-        parts = partition([lengths[r] for r in rows], micro_batches)
+        parts = partition([lengths[r] for r in rows], micro_batches, max_micro_tokens)
         updates.append([[rows[i] for i in part] for part in parts])
-    batch = prepare(_scored(batch, [part for update in updates for part in update], score))
+    scored = [(rows, score_first or score) for rows in updates[0]]
+    scored += [(rows, score) for update in updates[1:] for rows in update]
+    batch = _scored(batch, scored)
+    if score_first is None:
+        batch = prepare(batch)
+    else:  # hidden, so that whoever reads them after all is told
+        old = {name: getattr(batch, name) for name in OLD}
+        batch = prepare(batch.replace(**dict.fromkeys(OLD))).replace(**old, old_pending=True)
     totals = [step_totals(batch.select(rows), max_tokens, reduce) for rows in members]
     return RolloutPlan(rollout, batch, updates * epochs, totals * epochs, {})
 
 
 def _scored(
-    batch: RolloutBatch, parts: list[list[int]], score: Callable[[RolloutBatch], RolloutBatch]
+    batch: RolloutBatch, parts: list[tuple[list[int], Callable[[RolloutBatch], RolloutBatch]]]
 ) -> RolloutBatch:
     whole: dict[str, Tensor] = {}
-    for rows in parts:
+    for rows, score in parts:
         part = score(batch.select(rows))
         for name in SCORED:
             value = getattr(part, name)

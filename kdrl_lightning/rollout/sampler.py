@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.engine import Completion, Sampling
 from kdrl_lightning.rollout_batch import STUDENT
+
+EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def sample_and_judge(
     engine: Generates,
     tokenizer: Any,
     rewards: RewardRunner,
-    prompts: Sequence[tuple[Mapping[str, Any], list[int]]],
+    prompts: Sequence[EncodedPrompt],
     seeds: Sequence[list[int]],
     sampling: Sampling,
     training: bool = True,
@@ -45,13 +47,20 @@ def sample_and_judge(
 ) -> list[Judged]:
     """Sample completions for ``(row, prompt ids)`` pairs and judge them.
 
+    A completion ends with the tokenizer's end token, the student's: a teacher may have stopped with
+    one of its own, or have gone on behind it.
+
     Returns:
         One entry per completion, those of a prompt next to each other.
     """
     if not prompts:
         return []
     groups = engine.generate([ids for _, ids in prompts], seeds, sampling)
-    flat = [(row, ids, c) for (row, ids), own in zip(prompts, groups, strict=True) for c in own]
+    flat = [
+        (row, ids, _ended(c, tokenizer.eos_token_id))
+        for (row, ids), own in zip(prompts, groups, strict=True)
+        for c in own
+    ]
     texts = tokenizer.batch_decode([c.ids for _, _, c in flat], skip_special_tokens=True)
     samples = [
         Sample(text, c.ids, row, c.truncated) for (row, _, c), text in zip(flat, texts, strict=True)
@@ -61,3 +70,13 @@ def sample_and_judge(
         Judged(ids, row, c, sample.text, verdict, source)
         for (row, ids, c), sample, verdict in zip(flat, samples, verdicts, strict=True)
     ]
+
+
+def _ended(completion: Completion, end: int) -> Completion:
+    """Stop at the first end token, and write it where another one stopped the completion."""
+    ids, logprobs = completion.ids, completion.logprobs
+    if end in ids:
+        length = ids.index(end) + 1
+        cut = completion.truncated and length == len(ids)
+        return replace(completion, ids=ids[:length], logprobs=logprobs[:length], truncated=cut)
+    return completion if completion.truncated else replace(completion, ids=[*ids[:-1], end])

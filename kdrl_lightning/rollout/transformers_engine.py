@@ -40,11 +40,13 @@ class TransformersEngine(RolloutEngine):
         self._model: Any = None
         self._replica: Any = None
         self._eos = self._pad = 0
+        self._rows: int | None = None
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
         """Remember the live model."""
         self._model, self._replica = weights.model, None
         self._eos, self._pad = eos_token_id, pad_token_id
+        self._rows = weights.vocab_size
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         """Note the version: the live model already has the weights, unless it is sharded."""
@@ -89,7 +91,7 @@ class TransformersEngine(RolloutEngine):
         alive = torch.arange(size, device=device)
         done = torch.zeros(size, dtype=torch.bool, device=device)
         for t in range(sampling.max_tokens):
-            token, logprob = _draw(logits, noise[alive, t], sampling.temperature)
+            token, logprob = _draw(logits[:, : self._rows], noise[alive, t], sampling.temperature)
             ids[alive, t], logprobs[alive, t] = token, logprob
             done[alive] = token == self._eos
             keep = (~done[alive]).nonzero().squeeze(-1)

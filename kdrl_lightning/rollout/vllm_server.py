@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import shutil
 import tempfile
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
-from kdrl_lightning.rollout.server_client import AwayError, ServerClient
 from kdrl_lightning.rollout.weight_files import write_shards
+from kdrl_lightning.server_client import AS_IT_IS, AwayError, ServerClient, clients
 from kdrl_lightning.weights import ModelWeights
-
-T = TypeVar("T")
 
 
 class VLLMServerEngine(RolloutEngine):
@@ -58,21 +53,11 @@ class VLLMServerEngine(RolloutEngine):
         max_sequences: int = 128,
         max_model_len: int | None = None,
     ) -> None:
-        if isinstance(urls, str) or not urls or not all(u.startswith("http") for u in urls):
-            raise ConfigurationError(
-                f"`urls` must be a list of at least one http address: got {urls}. For example "
-                "[http://127.0.0.1:8000]."
-            )
-        for name, value in {"timeout_s": timeout_s, "max_away_s": max_away_s}.items():
-            require_between(name, value, 0.0, float("inf"))
         require_between("max_sequences", max_sequences, 1, float("inf"))
-        self.urls = list(urls)
         self.weights_folder = weights_folder
-        self.max_away_s = max_away_s
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
-        key = api_key or os.environ.get("VLLM_API_KEY")
-        self._servers = [ServerClient(url, key, timeout_s) for url in urls]
+        self._servers = clients(urls, api_key, timeout_s, max_away_s)
         self._folder: Path | None = None
         self._label = ""
         self._vocab_size = self._context = self._eos = 0
@@ -98,7 +83,7 @@ class VLLMServerEngine(RolloutEngine):
         }
         limits = []
         for server in self._servers:
-            found = self._patiently(server, partial(server.rpc, "student"))[0]
+            found = server.patiently(partial(server.rpc, "student"))[0]
             for name, value in wanted.items():
                 if found[name] != value:
                     raise TrainingStopped(
@@ -168,7 +153,7 @@ class VLLMServerEngine(RolloutEngine):
         def work(server: ServerClient) -> None:
             share = shares[self._servers.index(server)]
             if share:
-                made = self._patiently(server, lambda: self._batch(server, share, bodies))
+                made = server.patiently(lambda: self._batch(server, share, bodies))
                 answers.update(zip(share, made, strict=True))
 
         self._on_all(work)
@@ -183,7 +168,7 @@ class VLLMServerEngine(RolloutEngine):
         self._load(server, only_if_missing=True)
         with ThreadPoolExecutor(min(self.max_sequences, len(share))) as pool:
             made = list(pool.map(lambda r: self._ask(server, bodies[r]), share))
-        if server.rpc("student")[0]["label"] != self._label:
+        if not self._holds(server):
             raise AwayError("it was restarted meanwhile, with other weights")
         return made
 
@@ -197,13 +182,7 @@ class VLLMServerEngine(RolloutEngine):
             "return_token_ids": True,
             "stop_token_ids": [self._eos],
             "ignore_eos": True,
-            # Whatever the model's files or the server's flags say.
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            **AS_IT_IS,
         }
 
     def _ask(self, server: ServerClient, body: dict[str, Any]) -> Completion:
@@ -214,7 +193,7 @@ class VLLMServerEngine(RolloutEngine):
 
     def _load(self, server: ServerClient, only_if_missing: bool = False) -> None:
         def load() -> None:
-            if only_if_missing and server.rpc("student")[0]["label"] == self._label:
+            if only_if_missing and self._holds(server):
                 return
             server.post("/pause?mode=wait")
             try:
@@ -227,23 +206,11 @@ class VLLMServerEngine(RolloutEngine):
                 if "error" in answer:
                     raise server.stopped("load_student", answer["error"])
 
-        self._patiently(server, load)
+        server.patiently(load)
 
-    def _patiently(self, server: ServerClient, work: Callable[[], T]) -> T:
-        """Try again, after longer and longer pauses, until the server has been away too long."""
-        deadline = time.monotonic() + self.max_away_s
-        for pause in itertools.chain([0.5, 1.0, 2.0, 4.0], itertools.repeat(5.0)):
-            try:
-                return work()
-            except AwayError as error:
-                if time.monotonic() + pause > deadline:
-                    raise TrainingStopped(
-                        f"the server {server.url} must answer within `max_away_s` "
-                        f"{self.max_away_s:g}: got {error}. Check that it runs; start it with "
-                        "`python -m kdrl_lightning serve`."
-                    ) from error
-            time.sleep(pause)
-        raise AssertionError("the pauses have no end")
+    def _holds(self, server: ServerClient) -> bool:
+        """Whether a server has the weights that are to sample."""
+        return bool(server.rpc("student")[0]["label"] == self._label)
 
     def _on_all(self, work: Callable[[ServerClient], None]) -> None:
         with ThreadPoolExecutor(len(self._servers)) as pool:

@@ -61,7 +61,8 @@ class RolloutWatch:
         own = batch.source == STUDENT
         real = batch.completion_mask & own[:, None]
         gap, floored = torch.zeros(()), torch.zeros(())
-        if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
+        known = batch.old_logprobs is not None and not batch.old_pending
+        if batch.rollout_logprobs is not None and batch.old_logprobs is not None and known:
             # Unbiased, non-negative estimate (k3) of KL(engine || trainer) on engine samples.
             log_ratio = (batch.old_logprobs - batch.rollout_logprobs).double()
             gap = (log_ratio.expm1() - log_ratio)[real].sum()
@@ -121,8 +122,9 @@ class RolloutWatch:
                 "reward/correct_frac": correct / count,
                 "rollout/length_mean": tokens / count,
                 "rollout/truncated_frac": truncated / count,
-                "rollout/mismatch_kl": mismatch / tokens,
             }
+            if not batch.old_pending:  # else the update reports it
+                metrics["rollout/mismatch_kl"] = mismatch / tokens
         if theirs:
             metrics |= {
                 "teacher/reward_mean": their_reward / theirs,

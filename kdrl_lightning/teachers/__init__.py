@@ -5,5 +5,13 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.cached import CachedTeacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.routed import RoutedTeacher
+from kdrl_lightning.teachers.server import ServerTeacher
 
-__all__ = ["AdapterOffTeacher", "CachedTeacher", "LocalTeacher", "RoutedTeacher", "Teacher"]
+__all__ = [
+    "AdapterOffTeacher",
+    "CachedTeacher",
+    "LocalTeacher",
+    "RoutedTeacher",
+    "ServerTeacher",
+    "Teacher",
+]

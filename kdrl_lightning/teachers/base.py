@@ -24,12 +24,15 @@ class Teacher(ABC):
         generates: its weights are at hand, so that it can sample completions.
         gives_states: it can give hidden states, for divergences over the full vocabulary.
         collective: it lies over several ranks, so that all must score equally often.
+        other_end: student's and teacher's end token in words, where they differ and its scores are
+            not translated; set by ``check``.
         needs_lora: it is the student without its adapters.
     """
 
     generates: bool = False
     gives_states: bool = False
     collective: bool = False
+    other_end: str | None = None
     needs_lora: bool = False
 
     @abstractmethod
@@ -42,6 +45,9 @@ class Teacher(ABC):
 
     def spread(self, sharding: Sharding | None) -> None:  # noqa: B027
         """Say how weights in this process are to lie over ranks, before they are loaded."""
+
+    def check_temperature(self, temperature: float) -> None:  # noqa: B027
+        """Raise ``ConfigurationError`` for a temperature that it cannot score at."""
 
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
         """Get the student, loaded from ``path``, for a teacher that is a view of it."""

@@ -64,6 +64,11 @@ class CachedTeacher(Teacher):
         self.teacher.check(student_tokenizer, student_path)
 
     @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """Return the teacher's."""
+        return self.teacher.other_end
+
+    @property
     def collective(self) -> bool:  # type: ignore[override]
         """Whether the teacher behind it is."""
         return self.teacher.collective
@@ -76,6 +81,10 @@ class CachedTeacher(Teacher):
     def spread(self, sharding: Sharding | None) -> None:
         """Tell the teacher."""
         self.teacher.spread(sharding)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Ask the teacher."""
+        self.teacher.check_temperature(temperature)
 
     def look_at(self, student: Scorer, path: str) -> None:
         """Show it to the teacher."""

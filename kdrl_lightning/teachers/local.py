@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.compatibility import compare
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models import (
     ModelSource,
-    check_same_vocabulary,
     load_config,
     load_tokenizer,
     model_path,
@@ -33,20 +33,29 @@ class LocalTeacher(Teacher):
         dtype: torch dtype name of its weights; ``auto`` takes the checkpoint's.
         offload: keep the weights on the CPU and move them over to score: layer by layer under
             fsdp2, else all at once. It then samples slowly where it is not sharded.
+        translate_end_token: where it ends with another token than the student (a chat teacher's
+            ``<|im_end|>``, a base student's ``<|endoftext|>``), read its end as the student's: the
+            two tokens change places in all that it says of a completion.
     """
 
     generates = True
     gives_states = True
 
     def __init__(
-        self, model: str | ModelSource, dtype: str = "auto", offload: bool = False
+        self,
+        model: str | ModelSource,
+        dtype: str = "auto",
+        offload: bool = False,
+        translate_end_token: bool = False,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self.offload = offload
+        self.translate_end_token = translate_end_token
         self._scorer: Scorer | None = None
         self._sharding: Sharding | None = None
         self._vocab_size: int | None = None
+        self._ends: tuple[int, int] | None = None  # the student's, its own, where they differ
         self._device = torch.device("cpu")
 
     @property
@@ -59,10 +68,13 @@ class LocalTeacher(Teacher):
         model_path(self.model)
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Compare the two vocabularies; logits are cut to the student's rows."""
+        """Compare tokens, end tokens and chat templates; logits are cut to the student's rows."""
         path = model_path(self.model)
-        check_same_vocabulary(student_tokenizer, load_tokenizer(path), student_path, path)
-        self._vocab_size = load_config(student_path).get_text_config().vocab_size
+        tokenizer = load_tokenizer(path)
+        self._vocab_size = int(load_config(student_path).get_text_config().vocab_size)
+        ends = compare(student_tokenizer, tokenizer, student_path, path, self._vocab_size)
+        self._ends = (student_tokenizer.eos_token_id, tokenizer.eos_token_id) if ends else None
+        self.other_end = None if self.translate_end_token else ends
 
     def spread(self, sharding: Sharding | None) -> None:
         """Shard the model over ranks, apart from the student."""
@@ -77,6 +89,7 @@ class LocalTeacher(Teacher):
                 self.dtype,
                 self._sharding,
                 vocab_size=self._vocab_size,
+                swap=self._swap,
                 frozen=True,
                 offload=self.offload,
             )
@@ -104,10 +117,11 @@ class LocalTeacher(Teacher):
             return scorer.states(batch)
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Refuse padding rows of the student's vocabulary that the teacher does not have.
+        """Refuse tokens that only one of the two has a row for.
 
         Raises:
-            TrainingStopped: the student sampled one.
+            TrainingStopped: the student sampled a padding row, or the teacher a token, that is
+                behind the other's last row.
         """
         rows, highest = self._loaded().head().weight.shape[0], int(batch.input_ids.max())
         if highest >= rows:
@@ -115,14 +129,28 @@ class LocalTeacher(Teacher):
                 f"sampled tokens must be among the teacher's {rows}: got {highest}, a row of the "
                 "student's embedding that stands for no token. Train it to avoid such rows first."
             )
+        if self._vocab_size is not None and highest >= self._vocab_size:
+            raise TrainingStopped(
+                f"the teacher's completions must be of the student's {self._vocab_size} tokens: "
+                f"got {highest}. Let the teacher only score, or take the transformers engine as "
+                "`teacher_engine`, which samples from those alone."
+            )
 
     def fingerprint(self) -> str:
-        """Digest weights, configuration, and how many rows of the head count."""
-        return f"{self.weights().fingerprint()} {self._vocab_size}"
+        """Digest weights, configuration, how many rows of the head count, and which ones swap."""
+        return f"{self.weights().fingerprint()} {self._vocab_size} {self._swap}"
 
     def weights(self) -> ModelWeights:
-        """Return the loaded model and its folder."""
-        return ModelWeights(self._loaded().model, model_path(self.model))
+        """Return the loaded model and its folder, and how it differs from the student."""
+        model, path = self._loaded().model, model_path(self.model)
+        rows = model.get_output_embeddings().weight.shape[0]
+        cut = self._vocab_size if self._vocab_size and self._vocab_size < rows else None
+        own = self._ends and self._ends[1]
+        return ModelWeights(model, path, end_token_id=own, vocab_size=cut)
+
+    @property
+    def _swap(self) -> tuple[int, int] | None:
+        return self._ends if self.translate_end_token else None
 
     @contextmanager
     def _at_hand(self) -> Iterator[Scorer]:

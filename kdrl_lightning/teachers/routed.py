@@ -49,6 +49,11 @@ class RoutedTeacher(Teacher):
         return any(teacher.collective for teacher in self.teachers.values())
 
     @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """Return the first teacher's that has one."""
+        return next((t.other_end for t in self.teachers.values() if t.other_end), None)
+
+    @property
     def needs_lora(self) -> bool:  # type: ignore[override]
         """Whether one of them does."""
         return any(teacher.needs_lora for teacher in self.teachers.values())
@@ -57,6 +62,11 @@ class RoutedTeacher(Teacher):
         """Tell each."""
         for teacher in self.teachers.values():
             teacher.spread(sharding)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Ask each."""
+        for teacher in self.teachers.values():
+            teacher.check_temperature(temperature)
 
     def look_at(self, student: Scorer, path: str) -> None:
         """Show it to each."""

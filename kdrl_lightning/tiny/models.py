@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdrl_lightning import __version__
+from kdrl_lightning.cache import cached_folder
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models import ModelSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
-from kdrl_lightning.tiny.cache import cached_folder
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,21 @@ def scores(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return now, old, normal(6, seed=seed + 2), mask
 
 
+# --- The surrogate itself ---
+
+
+@given(LOGP, LOGP, ADVANTAGE, st.floats(0.0, 0.9), st.floats(0.0, 3.0))
+def test_the_surrogate_is_the_worse_of_two_and_dead_where_the_clip_wins(
+    lp: float, old: float, a: float, low: float, high: float
+) -> None:
+    ratio = math.exp(lp - old)
+    assume(min(abs(ratio - 1 + low), abs(ratio - 1 - high)) > 1e-9)
+    loss, gradient = graded(clipped_surrogate, one(lp), one(old), f64([a]), low, high)
+    clipped = min(max(ratio, 1 - low), 1 + high)
+    close(loss, [[-min(ratio * a, clipped * a)]])
+    close(gradient, [[-ratio * a if ratio * a <= clipped * a else 0.0]])
+
+
 # --- Dual clip ---
 
 
@@ -125,6 +140,20 @@ def test_sequence_surrogate_is_the_papers(low: float, high: float) -> None:
         close(gradient[i, :n], [slope] * n)
 
 
+@given(st.lists(st.tuples(LOGP, LOGP), min_size=1, max_size=5), ADVANTAGE)
+def test_a_completions_ratio_is_that_of_its_likelihoods_per_token(
+    pairs: list[tuple[float, float]], a: float
+) -> None:
+    now, old = (f64([list(column)]) for column in zip(*pairs, strict=True))
+    s = math.exp((now - old).mean().item())
+    assume(min(abs(s - 0.9), abs(s - 1.2)) > 1e-9)
+    mask = torch.ones_like(now, dtype=torch.bool)
+    loss, gradient = graded(sequence_surrogate, now, old, f64([a]), mask, 0.1, 0.2)
+    value, slope = surrogate(s, a, 0.1, 0.2)
+    close(loss, [[value] * len(pairs)])
+    close(gradient, [[slope] * len(pairs)])
+
+
 def test_advantages_per_token_stay_with_their_token() -> None:
     now, old, _, mask = scores(11)
     advantages = normal(6, 5, seed=40)
@@ -140,6 +169,9 @@ def test_sequence_ratio_is_one_value_per_row() -> None:
         n = int(mask[i].sum())
         mean = sum(float(now[i, t] - old[i, t]) for t in range(n)) / max(n, 1)
         close(ratio[i], [mean] * 5)
+    leaf, then = now.clone().requires_grad_(), old.clone().requires_grad_()
+    sequence_log_ratio(leaf, then, mask).sum().backward()
+    assert leaf.grad is not None and then.grad is None
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])

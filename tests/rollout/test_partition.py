@@ -81,6 +81,24 @@ def test_largest_part_is_nearly_the_smallest_that_the_slack_allows(case):
     assert max(sizes(lengths, partition(lengths, parts))) <= max(smallest + 1, smallest / 0.995)
 
 
+@quick
+@given(CASES, st.floats(0.0, 1.0))
+def test_a_limit_of_the_worst_case_is_kept_at_the_least_padding_that_it_allows(case, more):
+    lengths, parts = case
+    worst = -(-len(lengths) // parts) * max(lengths)
+    limit = worst + more * (sum(lengths) + len(lengths) * max(lengths) - worst)
+    found = sizes(lengths, partition(lengths, parts, limit))
+    allowed = [cut for cut in every_cut(lengths, parts) if max(cut) <= limit]
+    assert max(found) <= limit
+    assert sum(found) <= 1.01 * min(map(sum, allowed)) + 1e-9
+
+
+def test_without_a_limit_all_long_rows_may_be_one_part():
+    lengths = [1, 9, 9, 9, 9, 9]
+    assert sizes(lengths, partition(lengths, 2)) == [1, 45]
+    assert sizes(lengths, partition(lengths, 2, 27)) == [27, 27]
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_equal_lengths_need_no_padding(parts):
     cut = partition([7] * 6, parts)

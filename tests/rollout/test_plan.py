@@ -56,6 +56,7 @@ def plan(batch: RolloutBatch | None = None, **changes: Any) -> RolloutPlan:
         "epochs": 2,
         "micro_batches": 2,
         "max_tokens": 8,
+        "max_micro_tokens": float("inf"),
         "score": fake_score,
         "prepare": imitate_even_tokens,
         "reduce": alone,
@@ -72,6 +73,16 @@ def test_minibatches_are_disjoint_and_hold_every_row(minibatches):
     updates = plan(minibatches=minibatches, epochs=1).updates
     assert len(updates) == minibatches
     assert sorted(row for update in updates for row in rows_of(update)) == list(range(18))
+
+
+def test_a_micro_batch_holds_no_more_tokens_than_allowed():
+    batch = collate([[5]] * 6, [[1], *[[1] * 8] * 5], [0] * 6, pad_id=0)
+    free, bounded = (
+        plan(batch, minibatches=1, epochs=1, max_micro_tokens=limit).updates[0]
+        for limit in (float("inf"), 27.0)
+    )
+    assert [len(rows) for rows in free] == [1, 5]
+    assert [len(rows) for rows in bounded] == [3, 3]
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 3, 4, 6])

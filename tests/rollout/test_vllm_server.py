@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
 from need import ROOT, need_vllm, run
+from scripted import Scripted
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models import load_causal_lm
@@ -37,102 +37,68 @@ def test_the_real_server(tmp_path: Path) -> None:
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 9 and "skipped" not in out.stdout  # type: ignore[index]
 
 
-def test_rlad_learns_through_a_server(tmp_path: Path) -> None:
+FLAGS = [
+    f"--config={ROOT / 'configs/rlad.yaml'}",
+    f"--config={ROOT / 'configs/engine/vllm_server.yaml'}",
+    "--trainer.max_steps=80",
+    "--data.val_prompts.size=64",
+    "--report.evaluate_teacher=false",
+]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     need_vllm()
-    from servers import KEY, RealServer
+    from servers import RealServer
 
     from kdrl_lightning.tiny import TinyModel
 
-    server = RealServer(TinyModel("student").path(), tmp_path / "server.log")
-    try:
-        flags = [
-            f"--config={ROOT / 'configs/rlad.yaml'}",
-            f"--config={ROOT / 'configs/engine/vllm_server.yaml'}",
-            f"--data.rollout_engine.urls=[{server.url}]",
-            "--trainer.max_steps=80",
-            "--data.val_prompts.size=64",
-            "--report.evaluate_teacher=false",
-        ]
-        out = run(["kdrl_lightning", "fit", *flags], tmp_path, timeout=400, VLLM_API_KEY=KEY)
-    finally:
-        server.kill()
+    made = RealServer(TinyModel("student").path(), tmp_path_factory.mktemp("log") / "server.log")
+    yield made
+    made.kill()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rlad_learns_through_a_server(real: Any, tmp_path: Path, lag: int) -> None:
+    flags = [f"--data.rollout_engine.urls=[{real.url}]", f"--data.max_off_policy_steps={lag}"]
+    command = ["kdrl_lightning", "fit", *FLAGS, *flags]
+    out = run(command, tmp_path, timeout=400, VLLM_API_KEY=real.key)
     assert out.returncode == 0, out.stderr[-3000:]
-    summary = json.loads((tmp_path / "runs/rlad/version_0/summary.json").read_text())
+    folder = tmp_path / "runs/rlad/version_0"
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["student_accuracy_before"] < 0.3
     assert summary["student_accuracy_after"] >= 0.9
+    with open(folder / "metrics.csv") as file:
+        steps = [row for row in csv.DictReader(file) if row["rollout/staleness"]][::4]
+    ages = [float(row["rollout/staleness"]) for row in steps]
+    assert ages == [0.0] + [4.0 * lag] * (len(steps) - 1)
+    compared = [float(row["rollout/logprob_diff_max"]) for row in steps]
+    assert 0.0 < max(compared) < 1e-3
+    mismatch = [float(row["rollout/mismatch_kl"]) for row in steps]
+    assert (max(mismatch[1:]) > 1e-4) == bool(lag)
 
 
-class Scripted:
-    """Answers like a server with ``vocab`` tokens; ``faults`` go first, one per completion."""
+def test_a_server_that_dies_leaves_a_checkpoint_and_its_url(real: Any, tmp_path: Path) -> None:
+    flags = [f"--data.rollout_engine.urls=[{real.url}]", "--data.rollout_engine.max_away_s=1"]
+    command = ["kdrl_lightning", "fit", *FLAGS, *flags, "--trainer.max_steps=4000"]
+    saved = tmp_path / "runs/rlad/version_0/checkpoints"
 
-    def __init__(self, architecture: str, vocab: int) -> None:
-        self.faults: list[tuple[int, str]] = []
-        self.routes: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "/collective_rpc": self.rpc,
-            "/v1/completions": self.complete,
-            "/pause": lambda body: {},
-            "/resume": lambda body: {},
-            "/reset_prefix_cache": lambda body: {"success": True},
-        }
-        self.describe = {
-            "architecture": architecture,
-            "vocab_size": str(vocab),
-            "max_model_len": "64",
-            "dtype": "float32",
-            "logprobs_mode": "processed_logprobs",
-        }
-        self.label, self.asked, self.loads = "", 0, 0
-        self.wait_s = 0.0
-        outer = self
+    def kill() -> None:
+        while not list(saved.glob("*.ckpt")):
+            time.sleep(0.1)
+        real.kill()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self.reply(200, {})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-                route = outer.routes.get(self.path.split("?")[0])
-                if route is None:
-                    return self.reply(404, {"detail": "Not Found"})
-                if self.path == "/v1/completions":
-                    outer.asked += 1
-                    time.sleep(outer.wait_s)
-                    if outer.faults:
-                        status, text = outer.faults.pop(0)
-                        return self.reply(status, {"error": text})
-                self.reply(200, route(body))
-
-            def reply(self, status: int, answer: Any) -> None:
-                raw = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *args: Any) -> None:
-                """Keep quiet."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def rpc(self, body: dict[str, Any]) -> Any:
-        if body["method"] == "load_student":
-            self.loads += 1
-            assert load_file(Path(body["args"][0]) / "00000.safetensors")
-            self.label = body["args"][1]
-            return {"results": [{"label": self.label}]}
-        return {"results": [{"label": self.label, **self.describe}]}
-
-    def complete(self, body: dict[str, Any]) -> Any:
-        choice = {
-            "prompt_token_ids": body["prompt"],
-            "token_ids": [5, EOS],
-            "logprobs": {"token_logprobs": [-0.5, -body["seed"] - 1.0]},
-        }
-        return {"choices": [choice]}
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    out = run(command, tmp_path, timeout=200, VLLM_API_KEY=real.key)
+    thread.join(10)
+    assert out.returncode == 1
+    last = out.stderr.strip().splitlines()[-1]
+    assert f"error: the server {real.url} must answer within `max_away_s` 1: got" in last
+    (path,) = saved.glob("*.ckpt")
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] >= 4 and state["global_step"] % 4 == 0
+    real.start()
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +314,20 @@ def test_a_key_that_is_given_is_not_printed(
     serve(["--model", "m"])
     told = capsys.readouterr()
     assert (told.out, told.err) == ("", "")
+
+
+def test_a_teacher_is_served_without_the_routes_that_change_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("os.execve", lambda path, *rest: started.append(rest))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("VLLM_API_KEY", "mine")
+    serve(["--teacher", "--model", "m", "--host", "0.0.0.0", "--expose"])
+    ((arguments, environment),) = started
+    assert "VLLM_SERVER_DEV_MODE" not in environment
+    assert "--worker-extension-cls" not in arguments
+    assert capsys.readouterr().err == ""
 
 
 def test_the_command_has_what_rollouts_need() -> None:

@@ -35,7 +35,7 @@ from kdrl_lightning import (
 )
 from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSync
 from kdrl_lightning.prompts import PromptSource
-from kdrl_lightning.rewards import Sample
+from kdrl_lightning.rewards import Sample, Verdict
 from kdrl_lightning.rollout.engine import Completion
 from kdrl_lightning.tiny import ColumnAddition
 from kdrl_lightning.weights import full_tensor, plain_name
@@ -44,9 +44,10 @@ SGD = partial(torch.optim.SGD, lr=0.05)
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 
 
-def reward(sample: Sample) -> float:
-    """Variance in some groups and not in others, under a random model."""
-    return float(len(sample.ids) % 2)
+def reward(sample: Sample) -> Verdict:
+    """Variance in some groups and not in others; parts that only some ranks see."""
+    odd = float(len(sample.ids) % 2)
+    return Verdict(odd, odd == 1, {"odd": odd, f"begins_with_{sample.row['prompt'][0]}": odd})
 
 
 class TwoTeachers(PromptSource):
@@ -118,7 +119,7 @@ class Record(pl.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, _: int) -> None:
         if not batch.metrics:
             return
-        plan = trainer.datamodule._plan
+        plan = trainer.datamodule.rollouts.plan
         rows = plan.batch
         for row in range(len(rows)):
             length = int(rows.lengths[row])

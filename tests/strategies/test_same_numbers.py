@@ -47,6 +47,9 @@ def test_completions_losses_and_statistics_are_the_same(runs: Runs, strategy: st
                 near = pytest.approx(b[name], rel=bound, abs=bound, nan_ok=True)
                 assert a[name] == near, name
     assert len(one["imitation"]) == len(both["imitation"]) == 2
+    # Each rank saw some of the parts of the rewards; all are logged.
+    assert sum(name.startswith("reward/begins_with_") for name in both["logged"][-1]) > 2
+    assert both["logged"][0]["reward/odd_mean"] == pytest.approx(both["logged"][0]["reward/mean"])
 
 
 @two

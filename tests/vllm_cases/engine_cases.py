@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import CASES, CONTEXT, EOS, PAD, make_model, save_model, worst_gap
 
+from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine, VLLMEngine
@@ -157,6 +158,24 @@ def test_a_small_step_is_seen(engine: VLLMEngine, folder: str) -> None:
     groups = engine.generate(PROMPTS, SEEDS, Sampling(16))
     assert worst_gap(new, PROMPTS, groups) < BOUND
     assert worst_gap(make_model("qwen2", seed=0), PROMPTS, groups) > 10 * BOUND
+
+
+def test_adapters_arrive_merged(engine: VLLMEngine, model: Any, folder: str) -> None:
+    student = load_causal_lm(folder)
+    LoRA(4, target_modules=["q_proj", "o_proj", "up_proj"]).inject(student, 0)
+    old = engine.generate(PROMPTS, SEEDS, Sampling(16))
+    adapters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=0.02)
+    ids_ = torch.tensor([PROMPTS[0]])
+    for version in (1, 2):
+        student(input_ids=ids_, labels=ids_).loss.backward()
+        optimizer.step()
+        engine.update_weights(ModelWeights(student, folder), version)
+        new = engine.generate(PROMPTS, SEEDS, Sampling(16))
+        assert worst_gap(student, PROMPTS, new) < BOUND
+        assert worst_gap(student, PROMPTS, old) > 100 * BOUND
+        assert worst_gap(model, PROMPTS, new) > 100 * BOUND  # the base
+        old = new
 
 
 REFUSED = {

@@ -162,7 +162,7 @@ def test_killed_in_the_middle_and_restarted(
 
 def test_killed_for_good(engine: VLLMServerEngine, server: RealServer) -> None:
     server.kill()
-    engine.max_away_s = 2.0
+    engine._servers[0].max_away_s = 2.0
     started = time.monotonic()
     with pytest.raises(TrainingStopped, match=rf"{server.url} must answer within `max_away_s` 2"):
         engine.generate(PROMPTS, SEEDS, Sampling(4))

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 KEY = "a key of the tests"
@@ -21,10 +22,14 @@ def free_port() -> int:
 class RealServer:
     """``python -m kdrl_lightning serve`` for a folder; healthy some 20 s later."""
 
-    def __init__(self, model: str, log: Path, max_model_len: int = 128) -> None:
+    key = KEY
+
+    def __init__(
+        self, model: str, log: Path, max_model_len: int = 128, flags: Sequence[str] = ()
+    ) -> None:
         self.port = free_port()
         self.log = log
-        self._flags = ["--model", model, "--port", str(self.port), "--dtype", "float32"]
+        self._flags = [*flags, "--model", model, "--port", str(self.port), "--dtype", "float32"]
         self._flags += ["--max-model-len", str(max_model_len)]
         self._flags += ["--kv-cache-memory-bytes", str(64 << 20), "--", "--enforce-eager"]
         self.start()

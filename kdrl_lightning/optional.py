@@ -1,4 +1,4 @@
-"""The one place where the libraries of the extra ``tasks`` are imported for prompts."""
+"""The one place where the libraries of the extra ``tasks`` are imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdrl_lightning.errors import ConfigurationError
 
 
 def load_library(module: str) -> Any:
-    """Import a library of the extra ``tasks``.
+    """Import a library of the extra ``tasks``, or a module of one.
 
     Raises:
         ConfigurationError: it is not installed.

@@ -1,26 +1,38 @@
-"""HTTP to one vLLM server: what can be tried again, and what cannot.
+"""HTTP to vLLM servers: what can be tried again, and what cannot.
 
 Python's own client: a pool of kept connections is all that is needed of a library.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import queue
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 
 # Overload, a proxy in between, a server that is starting or going down.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 KEPT_S = 2.0  # vLLM closes idle connections after 5 s
+# The model's own distribution, whatever its files or the server's flags say.
+AS_IT_IS = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
-
+T = TypeVar("T")
 Pool = queue.LifoQueue[tuple[HTTPConnection, float]]
 
 
@@ -47,13 +59,14 @@ class ServerClient:
         url: of the server; a path in it goes before every other.
         api_key: sent as a bearer token; None for none.
         timeout_s: longest wait for any part of an answer, in seconds.
+        max_away_s: how long the server may be unreachable, in seconds.
 
     Raises:
         ConfigurationError: this is no URL.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, api_key: str | None, timeout_s: float, max_away_s: float) -> None:
+        self.url, self.max_away_s = url.rstrip("/"), max_away_s
         parts = urlsplit(self.url)
         try:
             self._address = (parts.hostname or "", parts.port)
@@ -74,7 +87,34 @@ class ServerClient:
             AwayError: it may work later.
             TrainingStopped: it will not.
         """
-        answer = self._send("POST", path, json.dumps(body or {}))
+        return self._answer("POST", path, json.dumps(body or {}))
+
+    def get(self, path: str) -> Any:
+        """Ask for a page, as ``post`` does."""
+        return self._answer("GET", path)
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Try again, after longer and longer pauses, until the server has been away too long.
+
+        Raises:
+            TrainingStopped: it has.
+        """
+        deadline = time.monotonic() + self.max_away_s
+        for pause in itertools.chain([0.5, 1.0, 2.0, 4.0], itertools.repeat(5.0)):
+            try:
+                return work()
+            except AwayError as error:
+                if time.monotonic() + pause > deadline:
+                    raise TrainingStopped(
+                        f"the server {self.url} must answer within `max_away_s` "
+                        f"{self.max_away_s:g}: got {error}. Check that it runs; start it with "
+                        "`python -m kdrl_lightning serve`."
+                    ) from error
+            time.sleep(pause)
+        raise AssertionError("the pauses have no end")
+
+    def _answer(self, method: str, path: str, body: str | None = None) -> Any:
+        answer = self._send(method, path, body)
         if answer.status in TRANSIENT and not self._broken(path, answer.status):
             raise AwayError(str(answer))
         if answer.status >= 300:
@@ -137,6 +177,25 @@ class ServerClient:
             return self._send("GET", "/health").status == 200
         except AwayError:
             return False
+
+
+def clients(
+    urls: Sequence[str], api_key: str | None, timeout_s: float, max_away_s: float
+) -> list[ServerClient]:
+    """Return a client for each server; without a key, that of ``VLLM_API_KEY``.
+
+    Raises:
+        ConfigurationError: there is no URL, one is none, or a time is negative.
+    """
+    if isinstance(urls, str) or not urls or not all(u.startswith("http") for u in urls):
+        raise ConfigurationError(
+            f"`urls` must be a list of at least one http address: got {urls}. For example "
+            "[http://127.0.0.1:8000]."
+        )
+    for name, value in {"timeout_s": timeout_s, "max_away_s": max_away_s}.items():
+        require_between(name, value, 0.0, float("inf"))
+    key = api_key or os.environ.get("VLLM_API_KEY")
+    return [ServerClient(url, key, timeout_s, max_away_s) for url in urls]
 
 
 def _close(pool: Pool) -> None:

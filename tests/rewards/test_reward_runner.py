@@ -11,6 +11,9 @@ import torch
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.rewards import ExactMatch, RewardRunner, Sample, Verdict
 
+# Each test of a failing reward would have to expect that it is shown; one does.
+pytestmark = pytest.mark.filterwarnings("ignore:the reward failed on .* of a rollout:UserWarning")
+
 ROW = {"prompt": "6*7=", "answer": "42"}
 
 
@@ -189,10 +192,30 @@ def test_a_bound_outside_0_and_1_is_refused(fraction):
         RewardRunner(fails, max_failure_frac=fraction)
 
 
-def test_failures_in_training_are_borne_in_silence():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RewardRunner(fails_if_bad)(rollout(1, 10))
+def test_the_first_failure_of_each_kind_in_training_is_shown():
+    def fails_by_name(s: Sample) -> float:
+        raise {"a": KeyError, "b": OSError}[s.text]("why")
+
+    runner = RewardRunner(fails_by_name, max_failure_frac=1.0, failed_reward=-1.0)
+    words = (
+        r"^the reward failed on 1 of 1 completions of a rollout, which count as wrong and get -1: "
+    )
+    for text, error in (("a", "KeyError: 'why'"), ("b", "OSError: why")):
+        with pytest.warns(UserWarning, match=words + rf"last {error}\.$"):
+            runner([sample(text)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            runner([sample(text)])
+
+
+def test_a_failed_completion_gets_what_is_documented():
+    verdicts = RewardRunner(fails_if_bad, failed_reward=-2.0)(rollout(1, 10))
+    assert verdicts == [Verdict(-2.0, False)] + [Verdict(1.0, True)] * 9
+
+
+def test_a_failed_reward_that_is_no_number_is_refused():
+    with pytest.raises(ConfigurationError, match=r"^`failed_reward` must be in .*: got nan\.$"):
+        RewardRunner(fails, failed_reward=math.nan)
 
 
 @pytest.mark.parametrize("bad", [1, 3, 10])

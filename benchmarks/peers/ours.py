@@ -1,0 +1,120 @@
+"""A run of our side: the library as it is, with its statistics on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
+
+from kdrl_lightning import (
+    GKD,
+    GRPO,
+    KDRL,
+    RLAD,
+    KDRLModule,
+    LocalTeacher,
+    RolloutDataModule,
+    Sample,
+)
+from kdrl_lightning.callbacks import SelectiveImitationStats
+from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
+
+OBJECTIVES = {"grpo": GRPO, "kdrl": KDRL, "rlad": RLAD, "distillation": lambda: GKD(jsd_beta=1.0)}
+
+
+class TimedEngine(TransformersEngine):
+    """Samples, or hands out given completions, and reports the time."""
+
+    def __init__(self, clock: Clock, given: list[list[int]] | None) -> None:
+        super().__init__()
+        self.clock = clock
+        self.given = given
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        if self.given is None:
+            with self.clock.part("generation"):
+                return super().generate(prompts, seeds, sampling)
+        rows = iter(self.given)
+        return [[Completion(i, [0.0] * len(i), True) for _, i in zip(s, rows)] for s in seeds]
+
+
+class TimedModule(KDRLModule):
+    """Reports the time of scoring."""
+
+    clock: Clock
+
+    def score(self, batch: Any) -> Any:
+        with self.clock.part("scoring"):
+            return super().score(batch)
+
+
+class Steps(pl.Callback):
+    """Tells the clock of updates and the ends of steps."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.tokens = 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        self.tokens += int(batch.completion_mask.sum())
+        self._update = self.clock.part("training")
+        self._update.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self._update.__exit__(None, None, None)
+        if (index + 1) % trainer.accumulate_grad_batches == 0:
+            self.clock.step_done(self.tokens)
+            self.tokens = 0
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train for a few steps."""
+    clock, folder = Clock(job), model_folder(job.model)
+    objective = OBJECTIVES[job.work]()
+    module = TimedModule(
+        student=folder,
+        objective=objective,
+        teacher=LocalTeacher(folder) if objective.needs_teacher else None,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0, fused=True),
+        activation_checkpointing=job.checkpointing,
+    )
+    module.clock = clock
+    given = None
+    if job.fixed:
+        tokenizer, count = module.tokenizer, job.prompts * job.group
+        given = given_completions(job, len(tokenizer), tokenizer.eos_token_id, count)
+
+    def reward(sample: Sample) -> float:
+        return reward_of(sample.text, sample.row["answer"])
+
+    data = RolloutDataModule(
+        train_prompts=prompts(job, job.prompts * (job.steps + 1)),
+        reward=reward,
+        rollout_engine=TimedEngine(clock, given),
+        prompts_per_rollout=job.prompts,
+        group_size=job.group,
+        max_tokens=job.tokens,
+        seed=job.seed,
+    )
+    trainer = pl.Trainer(
+        max_steps=job.steps + 1,
+        accumulate_grad_batches=job.prompts * job.group // job.micro,
+        gradient_clip_val=1.0,
+        precision="32-true" if job.precision == "32" else "bf16-mixed",
+        accelerator="cpu",
+        # Steps in front of the statistics: what they cost belongs to the step that follows.
+        callbacks=[Steps(clock), SelectiveImitationStats()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return clock.result()

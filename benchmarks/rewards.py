@@ -1,0 +1,152 @@
+"""Rewards per second of each kind, and what completions that hang cost.
+
+``python benchmarks/rewards.py`` prints the table of ``docs/tasks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.prompts import KnightsAndKnavesPrompts, ReasoningGymPrompts
+from kdrl_lightning.rewards import (
+    CodeReward,
+    ExactMatch,
+    FormatReward,
+    KnightsAndKnavesReward,
+    LengthPenalty,
+    MathReward,
+    ReasoningGymReward,
+    Reward,
+    RewardFunction,
+    RewardRunner,
+    Sample,
+    TaskReward,
+    Verdict,
+    WeightedRewards,
+)
+from kdrl_lightning.rewards.base import judge
+
+HANGS = r"\boxed{9^{9^{9^{9}}}}"
+
+
+def length(sample: Sample) -> float:
+    """A function as users write them."""
+    return float(len(sample.text))
+
+
+def thought(answer: str) -> str:
+    return f"<think>{'so it is ' * 100}</think>\n<answer>{answer}</answer>"
+
+
+def cases(count: int, workers: int) -> list[tuple[str, Reward, list[Sample]]]:
+    """Return a name, a reward, and completions that are right and wrong in turn."""
+    plain = [Sample(thought(str(i)), [0] * 200, {"answer": str(i - i % 2)}) for i in range(count)]
+    tasks, puzzles = ReasoningGymPrompts("chain_sum", count), KnightsAndKnavesPrompts(3, 100)
+
+    def boxed(one: str, other: str) -> list[Sample]:
+        texts = ["so " * 300 + rf"\boxed{{{one.replace('N', str(i))}}}" for i in range(count)]
+        return [Sample(t, [], {"answer": other.replace("N", str(i))}) for i, t in enumerate(texts)]
+
+    rows = [tasks[i] for i in range(count)]
+    people = [puzzles[i] for i in range(len(puzzles))]
+    program = "```python\ndef add(a, b):\n    return a + b\n```"
+    both = {"format": FormatReward(), "answer": ExactMatch(marker="<answer>"), "n": length}
+    few = max(count // 20, 20)
+    return [
+        ("`ExactMatch`", ExactMatch(marker="<answer>"), plain),
+        ("`FormatReward`", FormatReward(), plain),
+        ("`LengthPenalty`", LengthPenalty(256, 64), plain),
+        ("`WeightedRewards` of three", WeightedRewards(both), plain),
+        (
+            "`KnightsAndKnavesReward`, 3 people",
+            KnightsAndKnavesReward(),
+            [Sample(thought(r["answer"]), [], r) for r in people * (count // len(people))],
+        ),
+        ("`MathReward`, integers", MathReward(workers=workers), boxed("N", "N")),
+        ("`MathReward`, fractions", MathReward(workers=workers), boxed(r"\frac{N}{7}", "N/7")),
+        (
+            "`MathReward`, expressions",
+            MathReward(workers=workers),
+            boxed(r"\sqrt{N}(x+1)^2", r"\sqrt{N}(x^2+2x+1)")[:few],
+        ),
+        (
+            "`ReasoningGymReward`, chain_sum",
+            ReasoningGymReward(workers=workers),
+            [Sample(thought(r["answer"]), [], r) for r in rows],
+        ),
+        ("`RewardFunction`, in this process", RewardFunction(length, time_limit_s=None), plain),
+        (
+            "`CodeReward`, one run",
+            CodeReward(workers=workers),
+            [Sample(program, [], {"tests": f"assert add({i}, 1) == {i + 1}"}) for i in range(few)],
+        ),
+    ]
+
+
+def speed(reward: Reward, samples: Sequence[Sample]) -> float:
+    """Return completions per second, after a first one that starts what is needed."""
+    results: list[Verdict | Exception] = judge(reward, samples[:1])
+    started = time.perf_counter()
+    results += judge(reward, samples)
+    seconds = time.perf_counter() - started
+    if failed := [result for result in results if isinstance(result, Exception)]:
+        raise failed[0]
+    if isinstance(reward, TaskReward):
+        reward.close()
+    return len(samples) / seconds
+
+
+def hanging(count: int, workers: int, limit: float) -> str:
+    """Judge completions of which one in a hundred hangs; return the line of the report."""
+    reward = MathReward(time_limit_s=limit, workers=workers)
+    runner = RewardRunner(reward)
+    runner.start()
+    # A hundred different ones: equal pairs are judged once.
+    texts = [
+        rf"{HANGS[:-1]}+{i}}}" if i % 100 == 50 else rf"\boxed{{\frac{{{i}}}{{7}}}}"
+        for i in range(count)
+    ]
+    samples = [Sample(text, [], {"answer": f"{i}/7"}) for i, text in enumerate(texts)]
+    honest = [sample for i, sample in enumerate(samples) if i % 100 != 50]
+    started = time.perf_counter()
+    right = sum(verdict.correct for verdict in runner(honest))
+    alone = time.perf_counter() - started
+    hung = count - len(honest)
+    bound = alone + -(-hung // workers) * limit
+    started = time.perf_counter()
+    verdicts = runner(samples)
+    seconds = time.perf_counter() - started
+    assert right == sum(verdict.correct for verdict in verdicts) == len(honest)
+    reward.close()
+    return (
+        f"{count} completions, {hung} of which hang, {workers} workers, time limit {limit:g} s: "
+        f"{seconds:.1f} s. Bound: {bound:.1f} s = {alone:.1f} s for the others + "
+        f"ceil({hung} / {workers}) * {limit:g} s. All others are right."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=4000, help="completions per kind")
+    parser.add_argument("--hanging", type=int, default=10_000, help="completions, 1 %% hanging")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--limit", type=float, default=5.0, help="seconds of a verification")
+    args: Any = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {args.workers} workers\n")
+    print("| reward | completions per second |\n| --- | --- |")
+    for name, reward, samples in cases(args.count, args.workers):
+        try:
+            print(f"| {name} | {speed(reward, samples):,.0f} |", flush=True)
+        except ConfigurationError as error:
+            print(f"| {name} | not measured: {error} |", flush=True)
+    print("\n" + hanging(args.hanging, args.workers, args.limit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Programs, judged by unit tests in a sandbox."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
+from kdrl_lightning.rewards.sandbox import Sandbox, require_sandbox
+
+BLOCK = re.compile(r"^```(?:python|py)[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.I)
+
+
+class CodeReward(BatchReward):
+    """1 if the completion's program passes all tests of its row, else 0.
+
+    The program is the last closed block of Python (three backticks and ``python``). Tests are
+
+    - assertions: a text or a list of texts (as in MBPP's ``test_list``), run behind the program;
+    - or ``{"inputs": [...], "outputs": [...]}``, also as JSON (as in APPS and TACO): the program
+      reads an input and prints the output, compared line by line without white space at the ends.
+
+    A program runs in bubblewrap with the standard library alone: without network, files, other
+    processes or an environment, and with limits on time, memory and output. Where that cannot be
+    had, nothing is run. Assertions share an interpreter with the program: one that sets out to
+    deceive them can. Outputs are compared outside, where nothing can be forged.
+
+    Args:
+        tests_column: the row's column with the tests.
+        time_limit_s: of one run.
+        memory_mb: of one run.
+        output_kb: of one run.
+        workers: programs that run at once.
+    """
+
+    def __init__(
+        self,
+        tests_column: str = "tests",
+        time_limit_s: float = 5.0,
+        memory_mb: int = 512,
+        output_kb: int = 256,
+        workers: int = 4,
+    ) -> None:
+        require_between("time_limit_s", time_limit_s, 0.1, 3600.0)
+        require_between("memory_mb", memory_mb, 64, 1 << 20)
+        require_between("output_kb", output_kb, 1, 1 << 20)
+        require_between("workers", workers, 1, 1024)
+        self.tests_column = tests_column
+        self.workers = workers
+        self.sandbox = Sandbox(time_limit_s, memory_mb, output_kb)
+
+    def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
+        """Judge many, several at once."""
+        require_sandbox()
+        with ThreadPoolExecutor(self.workers) as threads:
+            return list(threads.map(self._attempt, samples))
+
+    def start(self) -> None:
+        """Try the sandbox.
+
+        Raises:
+            ConfigurationError: there is no bubblewrap, or it cannot make namespaces here.
+        """
+        require_sandbox()
+
+    def _attempt(self, sample: Sample) -> float | Exception:
+        try:
+            cases = read_tests(sample.row[self.tests_column])
+            program = last_program(sample.text)
+            return float(program is not None and self._passes(program, cases))
+        except Exception as error:
+            return error
+
+    def _passes(self, program: str, cases: str | list[tuple[str, str]]) -> bool:
+        if isinstance(cases, str):
+            return self.sandbox.run(f"{program}\n{cases}\n") is not None
+        for given, wanted in cases:
+            printed = self.sandbox.run(program, given)
+            if printed is None or lines(printed) != lines(wanted):
+                return False
+        return True
+
+
+def last_program(text: str) -> str | None:
+    """Return the last block of Python; None without one."""
+    blocks = BLOCK.findall(text)
+    return blocks[-1] if blocks else None
+
+
+def read_tests(tests: Any) -> str | list[tuple[str, str]]:
+    """Return assertions as one text, or pairs of input and output.
+
+    Raises:
+        ValueError: they are neither, or there are none.
+
+    >>> read_tests('{"inputs": ["1 2"], "outputs": ["3"]}')
+    [('1 2', '3')]
+    """
+    if isinstance(tests, str) and tests.lstrip().startswith("{"):
+        tests = json.loads(tests)
+    if isinstance(tests, str):
+        tests = [tests]
+    if isinstance(tests, Mapping) and {"inputs", "outputs"} <= set(tests):
+        pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+        if pairs and all(isinstance(text, str) for pair in pairs for text in pair):
+            return pairs
+    elif isinstance(tests, list | tuple) and all(isinstance(test, str) for test in tests):
+        joined = "\n".join(tests)
+        if joined.strip():
+            return joined
+    raise ValueError(f"tests must be assertions, or inputs and outputs: got {tests!r:.100}")
+
+
+def lines(text: str) -> list[str]:
+    """Return the lines that are compared."""
+    return [line.strip() for line in text.strip().splitlines()]

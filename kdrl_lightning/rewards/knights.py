@@ -1,0 +1,67 @@
+"""Knights and Knaves: format and answer, as Logic-RL rewards them."""
+
+from __future__ import annotations
+
+import re
+
+from kdrl_lightning.rewards.answers import in_think_format, last_tagged
+from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
+
+CLAIM = re.compile(r"\b(\w+)\s+is\s+(?:an?\s+)?(\w+)", re.IGNORECASE)
+
+
+class KnightsAndKnavesReward(TaskReward):
+    """Format and answer, separately (Logic-RL, arXiv 2502.14768).
+
+    The format is that of ``FormatReward``. The answer counts only where the format is right; it is
+    read from the answer's tags, and must say of each inhabitant once what he is. ``parts`` has
+    ``format`` and ``answer``; correct is a right answer in the right format.
+
+    Args:
+        answer_column: the row's column with the solution: ``Emma is a knight, and Liam is ...``.
+        format: for the right format; less that for a wrong one.
+        right: for the right answer.
+        wrong: for one with a wrong role.
+        unreadable: for none, or one that leaves an inhabitant out or names him twice.
+        opened: the prompt ends with ``<think>``.
+    """
+
+    def __init__(
+        self,
+        answer_column: str = "answer",
+        format: float = 1.0,
+        right: float = 2.0,
+        wrong: float = -1.5,
+        unreadable: float = -2.0,
+        opened: bool = False,
+    ) -> None:
+        self.answer_column = answer_column
+        self.format = format
+        self.right = right
+        self.wrong = wrong
+        self.unreadable = unreadable
+        self.opened = opened
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Judge one sample; a row whose solution cannot be read is an error."""
+        solution = claims(str(sample.row[self.answer_column]))
+        if not solution or len(dict(solution)) != len(solution):
+            raise ValueError(f"`{self.answer_column}` must say once what each inhabitant is")
+        formed = in_think_format(sample.text, self.opened)
+        answer = last_tagged(sample.text, "answer") if formed else None
+        names = dict(solution)
+        given = [claim for claim in claims(answer or "") if claim[0] in names]
+        readable = len(given) == len(solution) == len(dict(given))
+        correct = readable and dict(given) == names
+        value = self.right if correct else self.wrong if readable else self.unreadable
+        parts = {"format": self.format if formed else -self.format, "answer": value}
+        return Verdict(sum(parts.values()), correct, parts)
+
+
+def claims(text: str) -> list[tuple[str, str]]:
+    """Return who is said to be what, in small letters.
+
+    >>> claims("Emma is a knight, and Liam is an egoist.")
+    [('emma', 'knight'), ('liam', 'egoist')]
+    """
+    return [(name.lower(), role.lower()) for name, role in CLAIM.findall(text)]

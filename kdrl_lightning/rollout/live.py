@@ -1,0 +1,74 @@
+"""Sampling in a run: engines are brought to the weights at hand, and completions are judged."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from kdrl_lightning.rewards.runner import RewardRunner
+from kdrl_lightning.rollout.ahead import Ahead
+from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
+from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged, sample_and_judge
+from kdrl_lightning.rollout_batch import STUDENT
+from kdrl_lightning.weights import ModelWeights
+
+
+class LiveSampler:
+    """What rollouts and evaluations share.
+
+    Args:
+        rewards: judges the completions.
+
+    Attributes:
+        trainer: of the run; set before anything is sampled.
+        ahead: completions that have been sampled already.
+    """
+
+    def __init__(self, rewards: RewardRunner) -> None:
+        self.rewards = rewards
+        self.ahead = Ahead()
+        self.trainer: Any = None
+
+    @property
+    def module(self) -> Any:
+        """The module that is trained or evaluated."""
+        return self.trainer.lightning_module
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This process, and how many there are."""
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @property
+    def pad_id(self) -> int:
+        """Token behind the end of a row."""
+        tokenizer = self.module.tokenizer
+        pad = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if pad is None else pad)
+
+    def sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
+        """Bring an engine to the current weights before it samples; return the seconds."""
+        started = time.perf_counter()
+        if engine.version is None:
+            own = weights.end_token_id  # a teacher may stop at one of its own
+            end = self.module.tokenizer.eos_token_id if own is None else own
+            engine.setup(weights, int(end), self.pad_id)
+        if engine.version != self.trainer.global_step:
+            engine.update_weights(weights, self.trainer.global_step)
+        return time.perf_counter() - started
+
+    def sample(
+        self,
+        engine: RolloutEngine,
+        prompts: list[EncodedPrompt],
+        seeds: list[list[int]],
+        sampling: Sampling,
+        source: int = STUDENT,
+        training: bool = True,
+    ) -> list[Judged]:
+        """Sample one completion per seed for each prompt and judge them, under the precision."""
+        own, tokenizer = self.ahead.over(engine), self.module.tokenizer
+        with self.trainer.precision_plugin.forward_context():
+            return sample_and_judge(
+                own, tokenizer, self.rewards, prompts, seeds, sampling, training, source
+            )

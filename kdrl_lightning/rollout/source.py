@@ -1,0 +1,245 @@
+"""Rollouts of a run, made when their first micro-batch is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rollout.collector import Collector
+from kdrl_lightning.rollout.live import LiveSampler
+from kdrl_lightning.rollout.parts import part_means
+from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
+from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
+from kdrl_lightning.rollout.store import pack, unpack
+from kdrl_lightning.rollout.together import require_finite, stop_together
+from kdrl_lightning.rollout.watch import RolloutWatch
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+
+BatchChange: TypeAlias = Callable[[RolloutBatch], RolloutBatch]
+
+
+class RolloutSource:
+    """Hands out micro-batches; which rollout they are of follows from ``trainer.global_step``.
+
+    Args:
+        collector: fills the groups of a rollout.
+        live: samples with the run's weights.
+        epochs: how often a rollout is replayed.
+        max_micro_tokens: of a micro-batch, padding included.
+        max_off_policy_steps: 1 samples the next rollout while one trains.
+
+    Attributes:
+        prompts: all that are trained on.
+        watch: what the run's rollouts were like.
+        plan: the rollout in use.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        live: LiveSampler,
+        epochs: int,
+        max_micro_tokens: float,
+        max_off_policy_steps: int,
+    ) -> None:
+        self.collector = collector
+        self.live = live
+        self.epochs = epochs
+        self.max_micro_tokens = max_micro_tokens
+        self.max_off_policy_steps = max_off_policy_steps
+        self.prompts: Sequence[EncodedPrompt] = []
+        self.watch = RolloutWatch()
+        self.plan: RolloutPlan | None = None
+        self._stored: dict[str, Any] | None = None
+        self._teacher_seconds = 0.0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken on one rollout."""
+        return self.collector.slots.minibatches * self.epochs
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Time that the teacher took so far, to generate and to score."""
+        return float(self.collector.teacher_seconds + self.live.module.teacher_seconds)
+
+    def reset(self, fitting: bool) -> None:
+        """Forget an earlier run's rollout and weights; and its totals, if a new one begins."""
+        self.live.ahead.drop()
+        self.plan = self._stored = None
+        self._teacher_seconds = self.teacher_seconds
+        self.watch = RolloutWatch() if fitting else self.watch
+        for own in (self.collector.student, self.collector.teacher):
+            own.engine.version = None
+
+    def drain(self) -> None:
+        """Wait for what is sampled ahead, before the engine gets other weights; on all ranks."""
+        if self.live.ahead.rollout is not None:
+            stop_together(self.live.ahead.wait, self.live.module.reduce)
+
+    def micro_batch(self, micro: int) -> RolloutBatch:
+        """Return a micro-batch of the coming update; a new rollout is made at its first."""
+        rollout, update = divmod(self.live.trainer.global_step, self.updates)
+        if self.plan is None or self.plan.rollout != rollout:
+            self.plan = None  # free the old one before the new one is made
+            self.plan = self._make(rollout) if not update else self._resumed(rollout)
+        return self.plan.micro_batch(update, micro)
+
+    def probe(self) -> RolloutBatch:
+        """Sample a few tokens from the weights that the engine holds now, and score them.
+
+        All ranks must call it. Where a rollout is from older weights, it cannot prove the sync.
+        """
+        (rank, world), module = self.live.ranks, self.live.module
+        rollout = self.live.trainer.global_step // self.updates
+        batch = stop_together(
+            lambda: self.collector.probe(rollout, self.prompts, rank, world, self.live.pad_id),
+            module.reduce,
+        )
+        scored: RolloutBatch = module.score(batch.to(module.device))
+        return scored
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals and, between two updates of a rollout, the rollout; collective."""
+        rollout, update = divmod(self.live.trainer.global_step, self.updates)
+        stored = self._stored
+        if update and self.plan is not None:
+            tensors = pack(self.plan.batch, self._slots(), self.live.pad_id)
+            stored = {"rollout": rollout, "layout": self._layout(), "tensors": tensors}
+        return {"watch": self.watch.state_dict(), "stored": stored if update else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back.
+
+        Raises:
+            ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
+        """
+        self.watch.load_state_dict(state_dict["watch"])
+        self._stored = state_dict["stored"]
+        here = self._layout()
+        for name, value in {} if self._stored is None else self._stored["layout"].items():
+            if here[name] != value:
+                raise ConfigurationError(
+                    f"`{name}` must be {value} to go on in the middle of a rollout, as this "
+                    f"checkpoint does: got {here[name]}. Give {value}, or take a checkpoint at a "
+                    "rollout's end."
+                )
+
+    def _resumed(self, rollout: int) -> RolloutPlan:
+        """Return the half-used rollout of a checkpoint; without one it is made anew."""
+        if self._stored is None or self._stored["rollout"] != rollout:
+            return self._make(rollout)
+        batch = unpack(self._stored["tensors"], self._slots())
+        self._stored = None
+        return self._planned(batch, rollout, lambda b: b, lambda b: b)
+
+    def _make(self, rollout: int) -> RolloutPlan:
+        started, module = time.perf_counter(), self.live.module
+        sync_seconds = self._sync(rollout)
+        batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
+        self.collector.student.engine.release()
+        if self.max_off_policy_steps:
+            sync_seconds += self._start_next(rollout + 1)
+        sampled = time.perf_counter()
+        # Its old scores are its own where nothing else reads them and nothing replays it.
+        pending = self.epochs == 1 and not module.objective.reads_old_scores(batch)
+        first = module.score_pending if pending else None
+        plan = self._planned(batch, rollout, module.score, module.objective.prepare, first)
+        teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
+        stop_together(lambda: require_finite(teacher, tokens), module.reduce)
+        seconds = {
+            "time/sync_s": sync_seconds,
+            "time/rollout_s": sampled - started - sync_seconds,
+            "time/score_s": time.perf_counter() - sampled,
+            # Of the two above, and of the updates since the last rollout.
+            "time/teacher_s": self.teacher_seconds - self._teacher_seconds,
+        }
+        self._teacher_seconds = self.teacher_seconds
+        metrics = self.watch.measure(
+            plan.batch,
+            self.live.rewards,
+            seconds,
+            module.reduce,
+            module.objective.needs_groups,
+            replaced,
+        )
+        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
+        metrics |= part_means(own)
+        return plan.with_metrics(metrics, self.live.trainer.global_step % self.updates)
+
+    def _sync(self, rollout: int) -> float:
+        """Bring the engines to their weights; return the seconds that the student's took."""
+        module, theirs = self.live.module, self.collector.teacher
+        seconds = 0.0
+        if self.live.ahead.rollout != rollout:
+            seconds = self.live.sync(self.collector.student.engine, module.weights())
+        if theirs.count and theirs.engine.version is None:
+            owner = module if theirs.engine.fixed else module.teacher
+            self.live.sync(theirs.engine, owner.weights())
+        return seconds
+
+    def _start_next(self, rollout: int) -> float:
+        """Sample a rollout beside the updates of the one before; return the seconds of the sync."""
+        self.live.ahead.drop()
+        if rollout * self.updates >= self.live.trainer.estimated_stepping_batches:
+            return 0.0  # there are no updates left for it
+        engine = self.collector.student.engine
+        seconds = self.live.sync(engine, self.live.module.weights())
+        requests = self.collector.ahead(rollout, self.prompts, *self.live.ranks)
+        self.live.ahead.start(rollout, engine.version or 0, requests)
+        return seconds
+
+    def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
+        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
+        teacher = self.live.module.teacher
+        batch, groups, replaced = self.collector.collect(
+            rollout,
+            self.prompts,
+            *self.live.ranks,
+            self.live.sample,
+            (lambda row: 0) if teacher is None else teacher.route,
+            self.live.pad_id,
+        )
+        if teacher is not None:
+            teacher.accept(batch)
+        return batch, groups, replaced
+
+    def _planned(
+        self,
+        batch: RolloutBatch,
+        rollout: int,
+        score: BatchChange,
+        prepare: BatchChange,
+        score_first: BatchChange | None = None,
+    ) -> RolloutPlan:
+        module = self.live.module
+        return plan_updates(
+            batch.to(module.device),
+            rollout=rollout,
+            minibatches=self.collector.slots.minibatches,
+            epochs=self.epochs,
+            micro_batches=self.live.trainer.accumulate_grad_batches,
+            max_tokens=self.collector.student.sampling.max_tokens,
+            max_micro_tokens=self.max_micro_tokens,
+            score=score,
+            prepare=prepare,
+            reduce=module.reduce,
+            score_first=score_first,
+        )
+
+    def _slots(self) -> list[int]:
+        return self.collector.slots.of_rank(*self.live.ranks)
+
+    def _layout(self) -> dict[str, int]:
+        """What decides which completions a rollout has, and when they are used."""
+        slots = self.collector.slots
+        return {
+            "seed": slots.seed,
+            "prompts_per_rollout": slots.count,
+            "group_size": self.collector.student.count,
+            "teacher_completions": self.collector.teacher.count,
+            "minibatches_per_rollout": slots.minibatches,
+            "epochs_per_rollout": self.epochs,
+        }

@@ -1,0 +1,57 @@
+"""Sampling the teacher's completions from the servers that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
+from kdrl_lightning.server_client import ServerClient
+from kdrl_lightning.weights import ModelWeights
+
+
+class VLLMTeacherEngine(VLLMServerEngine):
+    """Samples from vLLM servers as they are, e.g. from those of a ``ServerTeacher``.
+
+    Nothing is pushed to them. Any ``vllm serve`` will do.
+
+    Args:
+        urls: of the servers, e.g. ``http://127.0.0.1:8001``.
+        api_key: their key; None: the environment variable ``VLLM_API_KEY``.
+        timeout_s: longest wait for one answer, in seconds.
+        max_away_s: how long a server may be unreachable, restarts included, in seconds.
+        max_sequences: requests at once to each server.
+    """
+
+    fixed = True
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        max_away_s: float = 120.0,
+        max_sequences: int = 128,
+    ) -> None:
+        super().__init__(urls, api_key, None, timeout_s, max_away_s, max_sequences)
+
+    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+        """Ask every server for its limit; ``weights`` only tell how many tokens there are.
+
+        Raises:
+            TrainingStopped: a server is away.
+        """
+        self._eos = eos_token_id
+        self._vocab_size = int(weights.model.config.get_text_config().vocab_size)
+        cards = [s.patiently(partial(s.get, "/v1/models"))["data"][0] for s in self._servers]
+        self._context = min(int(card["max_model_len"]) for card in cards)
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        """Do nothing but remember the version."""
+        self.version = version
+
+    def _load(self, server: ServerClient, only_if_missing: bool = False) -> None:
+        """Leave the server alone."""
+
+    def _holds(self, server: ServerClient) -> bool:
+        return True
