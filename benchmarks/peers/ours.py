@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,10 @@ class TimedEngine(TransformersEngine):
             with self.clock.part("generation"):
                 return super().generate(prompts, seeds, sampling)
         rows = iter(self.given)
-        return [[Completion(i, [0.0] * len(i), True) for _, i in zip(s, rows)] for s in seeds]
+        return [
+            [Completion(i, [0.0] * len(i), True) for _, i in zip(s, rows, strict=False)]
+            for s in seeds
+        ]
 
 
 class TimedModule(KDRLModule):
@@ -111,6 +115,7 @@ def run(job: Job) -> dict[str, Any]:
         accelerator="cpu",
         # Steps in front of the statistics: what they cost belongs to the step that follows.
         callbacks=[Steps(clock), SelectiveImitationStats()],
+        default_root_dir=tempfile.mkdtemp(),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
