@@ -13,7 +13,6 @@ from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores,
 from kdrl_lightning.merging import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
 
-
 # Two passes must save at least this share of the tokens: each has costs of its own.
 SHARED_BELOW = 0.85
 

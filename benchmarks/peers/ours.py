@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
 from kdrl_lightning import (
     GKD,
@@ -22,6 +21,7 @@ from kdrl_lightning import (
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
+from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
 OBJECTIVES = {"grpo": GRPO, "kdrl": KDRL, "rlad": RLAD, "distillation": lambda: GKD(jsd_beta=1.0)}
 
