@@ -8,10 +8,10 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import EvalSet, Sample, Verdict
@@ -114,18 +114,22 @@ def test_a_run_leaves_a_page_and_says_what_is_scored(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     texts: list[tuple[str, str, int]] = []
-    experiment = SimpleNamespace(add_text=lambda *args: texts.append(args))
-
-    class Keep(SamplePage):
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            super().setup(trainer, pl_module, stage)
-            trainer._loggers = [SimpleNamespace(experiment=experiment, **LOGGER)]
-
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    logger.experiment.add_text = lambda *args: texts.append(args)  # type: ignore[method-assign]
     sets = {"near": EvalSet(ColumnAddition(3, seed=2)), "far": EvalSet(ColumnAddition(3, seed=3))}
-    callback = Keep(completions=2, moments=2, max_tokens=4)
+    callback = SamplePage(completions=2, moments=2, max_tokens=4)
     module = make_module(student_folder, teacher_folder)
     data = make_data(val_prompts=sets, reward=reward, max_tokens=24)
-    fit(tmp_path, module, data, [callback], max_steps=10, num_sanity_val_steps=-1)
+    fit(
+        tmp_path,
+        module,
+        data,
+        [callback],
+        max_steps=10,
+        num_sanity_val_steps=-1,
+        logger=logger,
+        log_every_n_steps=1,
+    )
     titles = [section.title for section in callback.sections]
     # Validations after 4 and 8 steps, and the end after 10; two of them stay.
     assert titles == ["after 10 optimizer steps", "after 8 optimizer steps"]
@@ -139,11 +143,6 @@ def test_a_run_leaves_a_page_and_says_what_is_scored(
     assert "no teacher has scored them" in text and "more tokens" in text
     assert {tag for tag, _, _ in texts} >= {"samples/rollout_3", "samples/validation_on_far"}
     assert {step for _, _, step in texts} == {0, 4, 8, 10}
-
-
-LOGGER = {"log_metrics": lambda *a, **k: None, "save": lambda: None, "finalize": lambda s: None,
-          "log_dir": None, "save_dir": None, "name": "", "version": 0,
-          "after_save_checkpoint": lambda c: None, "log_graph": lambda m: None}  # fmt: skip
 
 
 def test_a_run_without_teacher_or_validation_shows_its_rollout(
