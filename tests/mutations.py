@@ -265,7 +265,7 @@ MUTATIONS = [
         "term.per_token",
     ),
     Mutation("term: coefficient forgotten", BASE, "term.coef * shares[", "shares["),
-    Mutation("entropy: punished", BASE, '"entropy", -scores', '"entropy", scores'),
+    Mutation("entropy: punished", BASE, '"entropy", -known', '"entropy", known'),
     Mutation(
         "values outside the loss stay",
         BASE,
@@ -995,8 +995,8 @@ MUTATIONS = [
     Mutation(
         "export: over a model",
         EXPORT,
-        'if (folder / "config.json").exists():',
-        "if folder.is_file():",
+        "if any((folder / name).exists() for name in",
+        "if any((folder / name).is_symlink() for name in",
     ),
     Mutation("export: the dtype is left", EXPORT, "tensor.to(wanted)", "tensor"),
     Mutation(

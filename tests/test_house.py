@@ -43,6 +43,8 @@ ALLOWED = {
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR | {"losses", "models", "rewards", "server_client", "weights"},
+    "nonfinite": {"errors"},
+    "pending": FLOOR | {"losses"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "samples": FLOOR | {"objectives", "rollout"},
     "resume": FLOOR,
@@ -50,7 +52,7 @@ ALLOWED = {
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
     | {"checkpoints", "compatibility", "evaluation", "lora", "losses", "metrics", "models"}
-    | {"objectives", "resume"}
+    | {"nonfinite", "objectives", "pending", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
     "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},

@@ -88,13 +88,7 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
             f"a prompt must be a string or a list of chat messages: got {prompt!r}."
         )
     elif getattr(tokenizer, "chat_template", None):
-        ids = tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **row.get(TEMPLATE_ARGS, {}),
-        )["input_ids"]
+        ids = _render(tokenizer, prompt, row.get(TEMPLATE_ARGS, {}))
     else:
         raise ConfigurationError(
             "a prompt of messages needs a tokenizer with a chat template: got none. "
@@ -103,3 +97,17 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     if not ids:
         raise ConfigurationError(f"a prompt must have at least one token: got {prompt!r}.")
     return list(ids)
+
+
+def _render(tokenizer: Any, messages: Sequence[Any], arguments: Mapping[str, Any]) -> list[int]:
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(messages, **options, **arguments)[
+            "input_ids"
+        ]
+    except Exception as error:  # whatever the template meets in the messages, or refuses by itself
+        raise ConfigurationError(
+            f"a prompt must be messages that the chat template takes: got {messages!r:.200} "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return ids

@@ -50,8 +50,12 @@ class JSONLPrompts(PromptSource):
 def _read(path: Path, column: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigurationError(f"`path` must be a JSON Lines file: got {path}, which is no file.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"`path` must be readable UTF-8: got {path} ({error}).") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -1,8 +1,8 @@
 """The process that ``WorkerPool`` starts: imports a function once, forks children that call it.
 
-Its argument is the number of an open pipe. It has one thread and has seen neither torch nor CUDA,
-so that forking is safe, and a child that was killed is replaced in milliseconds, without another
-import.
+Its argument is the number of an open pipe. It is a new interpreter with one thread, which has not
+seen what the training process has started, so that forking is safe; a child that was killed is
+replaced in milliseconds, without another import.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES = 2 << 30
 CLOSED = 113  # how a child ends whose pipe was closed
 
 
@@ -38,7 +38,7 @@ def main(descriptor: int) -> None:
     except Exception as error:
         pipe.send(("failed", portable(error)))
         return
-    limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    limit(resource.RLIMIT_DATA, MEMORY_BYTES)
     limit(resource.RLIMIT_CORE, 0)
     while True:
         child = os.fork()

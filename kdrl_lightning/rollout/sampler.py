@@ -78,5 +78,5 @@ def _ended(completion: Completion, end: int) -> Completion:
     if end in ids:
         length = ids.index(end) + 1
         cut = completion.truncated and length == len(ids)
-        return Completion(ids[:length], logprobs[:length], cut)
+        return replace(completion, ids=ids[:length], logprobs=logprobs[:length], truncated=cut)
     return completion if completion.truncated else replace(completion, ids=[*ids[:-1], end])

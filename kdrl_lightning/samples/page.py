@@ -86,9 +86,9 @@ teacher finds the token less likely than the student does; blue: more likely.</p
 <p><b>Line below</b>: what the policy loss does with the token.</p>
 <ul>{words}</ul>
 <p><b>Line above</b>: <span class="t imitated">imitated</span> the teacher enters the token's
-gradient. <span class="t unused">Grey</span>: not part of the loss. <span class="t">·</span>: a token
-that holds some bytes of a character. Point at a token for its numbers: log-probabilities of student
-and teacher, gap, advantage A.</p>
+gradient. <span class="t unused">Grey</span>: not part of the loss. <span class="t">·</span>: a
+token that holds some bytes of a character. Point at a token for its numbers: log-probabilities of
+student and teacher, gap, advantage A.</p>
 </div>"""
 
 

@@ -72,7 +72,7 @@ class SampleView:
 
 
 def choose(groups: Sequence[int], correct: Sequence[bool], count: int) -> list[int]:
-    """Return ``count`` positions: a right and a wrong one of a group, where it has both, come first.
+    """Return ``count`` positions, first a right and a wrong one of each group that has both.
 
     >>> choose([0, 0, 1, 1, 1], [True, True, True, False, False], 3)
     [2, 3, 0]

@@ -45,6 +45,21 @@ def scores(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return now, old, normal(6, seed=seed + 2), mask
 
 
+# --- The surrogate itself ---
+
+
+@given(LOGP, LOGP, ADVANTAGE, st.floats(0.0, 0.9), st.floats(0.0, 3.0))
+def test_the_surrogate_is_the_worse_of_two_and_dead_where_the_clip_wins(
+    lp: float, old: float, a: float, low: float, high: float
+) -> None:
+    ratio = math.exp(lp - old)
+    assume(min(abs(ratio - 1 + low), abs(ratio - 1 - high)) > 1e-9)
+    loss, gradient = graded(clipped_surrogate, one(lp), one(old), f64([a]), low, high)
+    clipped = min(max(ratio, 1 - low), 1 + high)
+    close(loss, [[-min(ratio * a, clipped * a)]])
+    close(gradient, [[-ratio * a if ratio * a <= clipped * a else 0.0]])
+
+
 # --- Dual clip ---
 
 
@@ -123,6 +138,20 @@ def test_sequence_surrogate_is_the_papers(low: float, high: float) -> None:
         close(loss[i], [value] * 5)
         # n tokens carry the loss and each log-prob enters s with weight 1 / n: the slope of s.
         close(gradient[i, :n], [slope] * n)
+
+
+@given(st.lists(st.tuples(LOGP, LOGP), min_size=1, max_size=5), ADVANTAGE)
+def test_a_completions_ratio_is_that_of_its_likelihoods_per_token(
+    pairs: list[tuple[float, float]], a: float
+) -> None:
+    now, old = (f64([list(column)]) for column in zip(*pairs, strict=True))
+    s = math.exp((now - old).mean().item())
+    assume(min(abs(s - 0.9), abs(s - 1.2)) > 1e-9)
+    mask = torch.ones_like(now, dtype=torch.bool)
+    loss, gradient = graded(sequence_surrogate, now, old, f64([a]), mask, 0.1, 0.2)
+    value, slope = surrogate(s, a, 0.1, 0.2)
+    close(loss, [[value] * len(pairs)])
+    close(gradient, [[slope] * len(pairs)])
 
 
 def test_advantages_per_token_stay_with_their_token() -> None:

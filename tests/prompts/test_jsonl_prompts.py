@@ -112,6 +112,12 @@ def test_a_folder_is_refused(tmp_path):
     refused("must be a JSON Lines file", str(tmp_path))
 
 
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    refused(rf"^`path` must be readable UTF-8: got {path} \('utf-8' codec .*\)\.$", str(path))
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path):
     path = write(tmp_path, '{"prompt": "a"}', "", "{prompt: b}")
     refused(rf"^{path}:3 must be JSON: got Expecting property name .*\.$", path)
@@ -165,6 +171,15 @@ def test_messages_are_rendered_by_a_real_tokenizer():
     ids = [12, 2, 14, 15, 3, 12, 4, 14, 13]
     assert encode_prompt(tokenizer, {"prompt": messages}) == ids
     assert encode_prompt(tokenizer, {"prompt": tuple(messages)}) == ids
+
+
+@pytest.mark.parametrize("messages", [[{"role": "tool", "content": "1"}], [{"content": 1}], [5]])
+def test_messages_that_the_template_does_not_take_are_refused(messages):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    words = r"^a prompt must be messages that the chat template takes: got \[.*\]? \(\w+Error: "
+    with pytest.raises(ConfigurationError, match=words):
+        encode_prompt(tokenizer, {"prompt": messages})
 
 
 def test_ids_are_a_plain_list():
