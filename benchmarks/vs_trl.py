@@ -1,20 +1,82 @@
 """Ours against TRL's trainers on the same work: seconds, memory and tokens per second.
 
-python benchmarks/vs_trl.py --out results [--cases smollm2-grpo ...] [--runs 5]
+    python benchmarks/vs_trl.py --out results [--cases embedded-grpo smollm2-grpo ...] [--runs 5]
+
+Both sides get the same weights, precision, prompts, completion lengths, optimizer and number of
+steps; layers are recomputed in the backward pass on both or on neither (the table says which). Each
+run is a fresh process, the sides take turns, and a side's time and memory come from the same run.
+``-given`` cases hand both the same completions: what they measure is training, the rest samples
+freely. Memory is the process's own above what it held, trimmed, behind its first optimizer step:
+imports, weights, gradients and moments.
+
+Runs are kept in ``--out`` as they end; a run that is there is not repeated. Needs
+``pip install -e '.[peers,test]'``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import statistics
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-if __name__ == "__main__" and sys.argv[1] == "--child":
-    import torch
-    from peers.job import Job
+import torch
+from peers.job import PARTS, Job
 
-    job = Job(**json.loads(sys.argv[2]))
+EMBEDDED = {"model": "embedded", "prompts": 32, "group": 8, "micro": 256, "tokens": 24, "steps": 9}
+SMOLLM2 = {"model": "smollm2", "prompts": 2, "group": 8, "micro": 4, "tokens": 64, "steps": 2}
+# 2,048 completion tokens in one micro-batch; layers recomputed, as is TRL's default.
+LARGE = {"prompts": 1, "micro": 8, "tokens": 256, "steps": 1, "fixed": True, "checkpointing": True}
+CASES: dict[str, dict[str, Any]] = {
+    "embedded-grpo": EMBEDDED,
+    "embedded-grpo-given": {**EMBEDDED, "fixed": True},
+    "embedded-kdrl": {**EMBEDDED, "work": "kdrl"},
+    "embedded-rlad": {**EMBEDDED, "work": "rlad"},
+    "embedded-distillation": {**EMBEDDED, "work": "distillation", "prompts": 256, "group": 1},
+    "smollm2-grpo": SMOLLM2,
+    "smollm2-grpo-recomputed": {**SMOLLM2, "checkpointing": True},
+    "smollm2-grpo-given": {**SMOLLM2, "fixed": True},
+    "smollm2-grpo-memory": {**SMOLLM2, **LARGE},
+    "smollm2-kdrl": {**SMOLLM2, "work": "kdrl"},
+    "smollm2-rlad": {**SMOLLM2, "work": "rlad"},
+    "smollm2-distillation": {**SMOLLM2, "work": "distillation", "prompts": 16, "group": 1},
+    "smollm2-distillation-memory": {
+        **SMOLLM2,
+        **LARGE,
+        "work": "distillation",
+        "prompts": 8,
+        "group": 1,
+    },
+}
+FIGURES = (*PARTS, "above_mb", "tokens_per_s")
+
+
+def job_of(case: str, side: str, args: argparse.Namespace, run: int) -> Job:
+    common = {"work": "grpo", "fixed": False, "checkpointing": False, "precision": args.precision}
+    return Job(side=side, threads=args.threads, seed=run, **{**common, **CASES[case]})
+
+
+def in_fresh_process(job: Job) -> dict[str, Any]:
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(asdict(job))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"},
+    )
+    found = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
+    if not found:
+        raise RuntimeError(out.stderr[-3000:])
+    return dict(json.loads(found[-1].removeprefix("RESULT ")))
+
+
+def child(text: str) -> None:
+    job = Job(**json.loads(text))
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     if job.side == "ours":
@@ -22,3 +84,54 @@ if __name__ == "__main__" and sys.argv[1] == "--child":
     else:
         from peers.theirs import run
     print("RESULT " + json.dumps(run(job)))
+
+
+def table(cases: list[str], record: dict[str, Any]) -> list[str]:
+    """Medians of both sides, and the ratio run by run: median, smallest, largest."""
+    lines = [
+        "| case | part | ours | TRL | ours / TRL | range |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in cases:
+        pairs = [p for p in record["runs"].get(case, []) if len(p) == 2]
+        for figure in FIGURES:
+            both = [(p["ours"][figure], p["trl"][figure]) for p in pairs]
+            if not both or not any(ours or theirs for ours, theirs in both):
+                continue
+            ours, theirs = (statistics.median(x) for x in zip(*both, strict=True))
+            ratios = [a / b for a, b in both if b]
+            ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "-"
+            lines.append(f"| {case} | {figure} | {ours:.3g} | {theirs:.3g} | {ratio} | {spread} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"vs_trl-{args.precision}.json"
+    machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}"
+    record = json.loads(file.read_text()) if file.exists() else {"machine": machine, "runs": {}}
+    for run in range(args.runs):
+        for case in args.cases:
+            pairs = record["runs"].setdefault(case, [])
+            if run == len(pairs):
+                pairs.append({})
+            for side in ("ours", "trl") if run % 2 == 0 else ("trl", "ours"):
+                if side not in pairs[run]:
+                    pairs[run][side] = in_fresh_process(job_of(case, side, args, run))
+                    file.write_text(json.dumps(record, indent=1) + "\n")
+                    print(case, run, side, pairs[run][side], flush=True)
+    lines = [f"{record['machine']}; precision {args.precision}", "", *table(args.cases, record), ""]
+    file.with_suffix(".md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    child(sys.argv[2]) if sys.argv[1:2] == ["--child"] else main()

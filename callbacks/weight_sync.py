@@ -117,6 +117,7 @@ class WeightSync(pl.Callback):
         engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
         bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
         if not mean <= bound:
+            step = int(batch.policy_version.min())
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
                 f"the engine's log-probabilities must agree with the trainer's within {bound} nats "

@@ -171,6 +171,7 @@ class RolloutDataModule(pl.LightningDataModule):
         )
         self.minibatches_per_rollout = minibatches_per_rollout
         self.epochs_per_rollout = epochs_per_rollout
+        self._one_pass_per_epoch = rollouts_per_epoch is None
         self.rollouts_per_epoch = rollouts_per_epoch or max(
             len(train_prompts) // prompts_per_rollout, 1
         )
@@ -224,9 +225,11 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rollouts.reset(stage == "fit")
         tried = self.evaluation.setup(TrainerFn(stage).value, self._encode)
         if stage == "fit":
-            check_rollout_settings(self.trainer, self, self.live.module)
             limit = self.train_sampling.max_tokens
             prompts = self._encode(self.train_prompts, "train_prompts", limit)
+            if self._one_pass_per_epoch:
+                self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)
+            check_rollout_settings(self.trainer, self, self.live.module)
             check_micro_batches(self.trainer, self, max(len(ids) for _, ids in prompts))
             if self.live.module.teacher is not None:
                 for row, _ in prompts:  # a row without a teacher is found before the run

@@ -12,11 +12,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
 from kdrl_lightning.losses import k3
@@ -28,7 +27,9 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
+from kdrl_lightning.nonfinite import NonFiniteSteps
 from kdrl_lightning.objectives.base import Objective, known
+from kdrl_lightning.pending import fill, with_room
 from kdrl_lightning.resume import (
     KEY,
     Settings,
@@ -83,7 +84,6 @@ class KDRLModule(pl.LightningModule):
         lora: LoRA | None = None,
     ) -> None:
         super().__init__()
-        require_between("max_nonfinite_steps", max_nonfinite_steps, 0, float("inf"))
         if objective.needs_teacher and teacher is None:
             raise ConfigurationError(
                 f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
@@ -99,15 +99,13 @@ class KDRLModule(pl.LightningModule):
         self.teacher = teacher
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
-        self.max_nonfinite_steps = max_nonfinite_steps
+        self.nonfinite = NonFiniteSteps(max_nonfinite_steps)
         self.activation_checkpointing = activation_checkpointing
         self.lora = lora
         # A checkpoint holds the adapters; the base comes from its folder.
         self.strict_loading = lora is None
         self.student: Scorer | None = None
-        self.skipped_steps = 0
         self.teacher_seconds = 0.0
-        self._skipped_in_a_row = 0
         self._warned_of_rate = False
         self._settings: Settings | None = None
         self._active_teacher = teacher
@@ -117,6 +115,11 @@ class KDRLModule(pl.LightningModule):
         self._base_digest: str | None = None
         self._tokenizer: Any = None
         self.eval_metrics = EvaluationMetrics()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps skipped so far, for a loss or gradient that was not finite."""
+        return self.nonfinite.skipped
 
     @property
     def student_path(self) -> str:
@@ -226,8 +229,7 @@ class KDRLModule(pl.LightningModule):
         """Add whose checkpoint it is, and what the module counts."""
         checkpoint[KEY] = {
             **identity(self),
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            **self.nonfinite.state_dict(),
             "teacher_seconds": self.teacher_seconds,
         }
         if sharding_of(self.trainer) is None:
@@ -239,8 +241,7 @@ class KDRLModule(pl.LightningModule):
         """Go on counting."""
         saved = checkpoint.get(KEY)
         if saved is not None:
-            self.skipped_steps = saved["skipped_steps"]
-            self._skipped_in_a_row = saved["skipped_in_a_row"]
+            self.nonfinite.load_state_dict(saved)
             self.teacher_seconds = saved["teacher_seconds"]
 
     @torch.no_grad()
@@ -261,18 +262,7 @@ class KDRLModule(pl.LightningModule):
         """Do the same, with room for the student's scores, which the coming update writes in."""
         double = self._student().head().weight.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
-        old = [
-            batch.completion_mask.new_full(batch.completion_mask.shape, torch.nan, dtype=dtype)
-            for _ in range(2)
-        ]
-        ids = torch.zeros_like(batch.completion_ids)[..., None]
-        return self.score_frozen(
-            batch.replace(
-                old_logprobs=old[0],
-                old_entropy=old[1],
-                topk_ids=None if self.teacher is None else ids,
-            )
-        )
+        return self.score_frozen(with_room(batch, dtype, self.teacher is not None))
 
     @torch.no_grad()
     def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:
@@ -304,18 +294,11 @@ class KDRLModule(pl.LightningModule):
         top_k = int(batch.old_pending and batch.topk_ids is not None)
         scores = self._student().score(batch, top_k, asked, other, divergence)
         if batch.old_pending:
-            self._write_old(batch, scores)
+            fill(batch, scores)
+            self._measure_mismatch(batch)
         return scores
 
-    def _write_old(self, batch: RolloutBatch, scores: TokenScores) -> None:
-        """Write the student's scores into a batch that waits for them, for callbacks too."""
-        for field, value in (
-            (batch.old_logprobs, scores.logprobs),
-            (batch.old_entropy, scores.entropy),
-            (batch.topk_ids, scores.topk_ids),
-        ):
-            if field is not None and value is not None:
-                field.copy_(value.detach())
+    def _measure_mismatch(self, batch: RolloutBatch) -> None:
         if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
             mismatch = k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())
             own = batch.completion_mask & (batch.source == STUDENT)[:, None]
@@ -353,22 +336,9 @@ class KDRLModule(pl.LightningModule):
                 stacklevel=2,
             )
         parameters = list(self._student().parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = _full(torch.nn.utils.get_total_norm(gradients))
-        finite = bool(torch.isfinite(norm)) and abs(self._step_loss) < float("inf")
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if not finite:
-            self.skipped_steps += 1
-            for parameter in parameters:
-                parameter.grad = None  # an optimizer leaves such a parameter alone
-        if self._skipped_in_a_row > self.max_nonfinite_steps:
-            raise TrainingStopped(
-                f"loss or gradient was not finite for {self._skipped_in_a_row} optimizer steps in "
-                f"a row, the last at step {self.trainer.global_step}: loss {self._step_loss}, "
-                f"gradient norm {float(norm)}. Lower the learning rate, or clip gradients."
-            )
-        self.log("policy/grad_norm", norm if finite else torch.nan)
-        self.log("policy/skipped_steps", float(self.skipped_steps))
+        norm = self.nonfinite.check(parameters, self._step_loss, self.trainer.global_step)
+        self.log("policy/grad_norm", norm)
+        self.log("policy/skipped_steps", float(self.nonfinite.skipped))
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
@@ -447,8 +417,3 @@ class KDRLModule(pl.LightningModule):
         if self.student is None:
             raise RuntimeError("the student is not loaded: call configure_model() first")
         return self.student
-
-
-def _full(value: Tensor) -> Tensor:
-    """Return a plain tensor also where parameters are sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
+from kdrl_lightning.merging import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
+
+# Two passes must save at least this share of the tokens: each has costs of its own.
+SHARED_BELOW = 0.85
 
 
 class Scorer(nn.Module):
@@ -27,6 +31,7 @@ class Scorer(nn.Module):
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
+        shares: what completions of a call have in common is run once; ``verify`` decides.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Scorer(nn.Module):
         self.vocab_size = vocab_size
         self.swap = swap
         self.sharded = False
+        self.shares = False
 
     def head(self) -> Head:
         """Return the language-model head with everything that the architecture does to logits."""
@@ -102,11 +108,23 @@ class Scorer(nn.Module):
 
     def _hidden(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
         """``[N, H]``: the states that predict the completions' tokens, row by row."""
-        hidden: Tensor = self.model.get_decoder()(
-            input_ids=input_ids, use_cache=False
-        ).last_hidden_state
         rows, columns = mask.nonzero(as_tuple=True)
+        decoder = self.model.get_decoder()
+        if self.shares:
+            found = merge_rows(input_ids, prompt_lengths, mask)
+            rows = found.of[rows]
+            input_ids, prompt_lengths, mask = found.input_ids, found.prompt_lengths, found.mask
+            if self._pays(found):
+                from kdrl_lightning.caches import shared_states
+
+                return shared_states(decoder, found)[rows, columns]
+        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
+
+    def _pays(self, rows: MergedRows) -> bool:
+        """Whether two passes over fewer tokens cost less than one over all."""
+        shared = rows.prompts.numel() + rows.mask.numel() - len(rows.mask)
+        return shared <= SHARED_BELOW * rows.input_ids.numel()
 
     def states(self, batch: RolloutBatch) -> Other:
         """Return hidden states of a batch's completions and the head, for another's divergence.
@@ -147,7 +165,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def verify(self, name: str) -> None:
-        """Compare with ``model(...).logits`` on a few tokens.
+        """Compare with ``model(...).logits`` on a few tokens, and see whether prompts are shared.
 
         Raises:
             ConfigurationError: the architecture treats its logits in a way not known here.
@@ -163,6 +181,26 @@ class Scorer(nn.Module):
                 f"log-probabilities {worst:.2g} away from the model's own. "
                 "Please report the architecture."
             )
+        # Ranks may differ in what they share, which the collectives of a sharded model would not
+        # survive; and float64 is for comparisons to 1e-10, in which norms that compute in float32
+        # would tell apart where gradients are added up.
+        self.shares = (
+            not self.sharded and weight.dtype != torch.float64 and self._shares(rows, bound)
+        )
+
+    def _shares(self, rows: int, bound: float) -> bool:
+        """Whether sharing a prompt gives the same: not every architecture keeps keys and values."""
+        ids = torch.arange(30, device=self.head().weight.device).view(2, 15) % rows
+        ids[1, :11] = ids[0, :11]
+        prompts, mask = ids.new_full((2,), 11), torch.ones_like(ids[:, 11:], dtype=torch.bool)
+        call = (ids, prompts, ids[:, 11:], mask)
+        plain = self.forward(*call).logprobs
+        self.shares = True
+        try:
+            gap = (self.forward(*call).logprobs - plain).abs().max()
+        except Exception:  # a cache that it does not take shows in as many ways as there are models
+            return False
+        return bool(gap <= bound)
 
     def largest_gap(self, ids: Tensor) -> tuple[float, float]:
         """Return the largest difference to ``model(ids [1, S]).logits`` and what is allowed."""

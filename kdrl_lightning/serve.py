@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import ipaddress
+import json
 import os
 import secrets
 import sys
@@ -66,6 +67,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--expose", action="store_true", help="allow an address that other machines reach"
     )
+    parser.add_argument(
+        "--transfer", help="nccl: take weights from the trainer's GPU, not from files"
+    )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; as vLLM's flag")
     parser.add_argument("--max-model-len", type=int, help="prompt and completion together")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
@@ -83,6 +87,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
 
 def command(settings: argparse.Namespace) -> list[str]:
     """Return the arguments of the Python that runs vLLM's server."""
+    backend = settings.transfer and json.dumps({"backend": settings.transfer})
     flags = {
         "--model": settings.model,
         "--host": settings.host,
@@ -91,6 +96,7 @@ def command(settings: argparse.Namespace) -> list[str]:
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
         "--max-model-len": settings.max_model_len,
         "--kv-cache-memory-bytes": settings.kv_cache_memory_bytes,
+        "--weight-transfer-config": backend,
         "--worker-extension-cls": None if settings.teacher else NAME,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # not the model's top-p, top-k and penalties

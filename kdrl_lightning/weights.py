@@ -48,6 +48,12 @@ class ModelWeights:
             if not is_adapter(name):
                 yield plain_name(name), self._whole(name, tensor, layers)
 
+    def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and whole shape of what ``named_tensors`` yields; not collective."""
+        for name, tensor in self.model.named_parameters(remove_duplicate=False):
+            if not is_adapter(name):
+                yield plain_name(name), tensor.dtype, tuple(tensor.shape)
+
     def save(self, path: str, writes: bool = True) -> None:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.
 

@@ -95,10 +95,15 @@ def test_the_merge_is_done_in_float32(student_folder: str) -> None:
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     a, b = (p["default"].weight.detach().float() for p in (layer.lora_A, layer.lora_B))
     expected = (layer.base_layer.weight.float() + 2.0 * (b @ a)).bfloat16()
+    assert torch.equal(tensors["model.layers.0.self_attn.q_proj.weight"], expected)
+
+
+def test_the_trainers_autocast_is_not_the_merges(student_folder: str) -> None:
+    weights = ModelWeights(trained(student_folder, LoRA(3, 6.0)), student_folder)
+    tensors = dict(weights.named_tensors())
     with torch.autocast("cpu", torch.bfloat16):
-        again = dict(ModelWeights(model, student_folder).named_tensors())
-    for found in (tensors, again):
-        assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], expected)
+        for name, tensor in weights.named_tensors():
+            assert torch.equal(tensor, tensors[name]), name
 
 
 def test_off_is_the_base_and_on_again_behind_an_error(student_folder: str) -> None:

@@ -25,6 +25,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.export import export
 from kdrl_lightning.lora import is_adapter
 from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.sharding import load_scorer
 from kdrl_lightning.weights import ModelWeights
 
 pytestmark = pytest.mark.filterwarnings(
@@ -110,6 +111,53 @@ def equal_from(step: int, whole: Run, rest: Run) -> None:
     same_batches(whole.seen[step:], rest.seen)
     same_weights(whole.weights(), rest.weights())
     assert whole.logged()[-1]["loss/total"] == rest.logged()[-1]["loss/total"]
+
+
+def test_the_adapters_of_a_run_follow_from_its_seed(tmp_path: Path, student_folder: str) -> None:
+    def adapters(seed: int) -> dict[str, Tensor]:
+        module = make_module(student_folder, None, GRPO(), lora=LoRA(4))
+        make_trainer(tmp_path).validate(module, datamodule=make_data(seed=seed), verbose=False)
+        return dict(module.state_dict())
+
+    torch.manual_seed(1)
+    first = adapters(5)
+    torch.manual_seed(2)
+    same_weights(first, adapters(5))
+    alone = load_scorer(student_folder, torch.float32, lora=LoRA(4), seed=5).state_dict()
+    same_weights(first, {f"student.{name}": value for name, value in alone.items()})
+    assert not torch.equal(next(iter(first.values())), next(iter(adapters(6).values())))
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+def test_files_of_other_strategies_are_read(tmp_path: Path, student_folder: str) -> None:
+    """Their optimizers' states are numbered alike, though most parameters are frozen."""
+
+    def setting(**changes: Any) -> Setting:
+        trainer = {"max_steps": 4, "precision": "64-true", **changes}
+        data = {"val_prompts": None}
+        return Setting(
+            student_folder,
+            AdapterOffTeacher(),
+            lambda: KDRL(0.5),
+            data,
+            trainer,
+            lora=lambda: LoRA(4),
+        )
+
+    one, full = setting(), setting(strategy="fsdp2_full", devices=1)
+    try:
+        whole = run(tmp_path / "one", one, save="steps")
+        spread = run(tmp_path / "full", full, save="steps")
+        runs = [
+            spread,
+            run(tmp_path / "to", full, whole.checkpoints[2]),
+            run(tmp_path / "back", one, spread.checkpoints[2]),
+        ]
+        for other in runs:
+            for name, tensor in whole.weights().items():
+                torch.testing.assert_close(other.weights()[name], tensor, rtol=0, atol=1e-12)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def resumed(root: Path, student: str, lora: LoRA | None, path: str, *, fits: bool = True) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ class Elsewhere(TransformersEngine):
         self.dies_at: int | None = None
         self.forgets = False
         self._copy: Any = None
+        self._busy = False
 
     def setup(self, weights: Any, eos_token_id: int, pad_token_id: int) -> None:
         self._copy = load_causal_lm(weights.path)
         super().setup(type(weights)(self._copy, weights.path), eos_token_id, pad_token_id)
 
     def update_weights(self, weights: Any, version: int) -> None:
-        assert threading.current_thread() is threading.main_thread()
+        assert threading.current_thread() is threading.main_thread() and not self._busy
         if not (self.forgets and self.pushes):
             self._copy.load_state_dict(weights.model.state_dict())
         self.pushes.append(version)
@@ -52,7 +54,13 @@ class Elsewhere(TransformersEngine):
         self.asked.append((self.version, beside, len(prompts)))
         if self.version == self.dies_at and beside:
             raise TrainingStopped("the server http://a must answer")
-        return super().generate(prompts, seeds, sampling)
+        if not beside:
+            return super().generate(prompts, seeds, sampling)
+        self._busy = True
+        time.sleep(0.05)  # long enough for a push that does not wait to be caught
+        made = super().generate(prompts, seeds, sampling)
+        self._busy = False
+        return made
 
 
 def run(tmp_path: Path, folder: str, engine: Any = None, **changes: Any) -> tuple[Any, Any, Log]:

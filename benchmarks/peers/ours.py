@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
 from kdrl_lightning import (
     GKD,
@@ -21,6 +21,7 @@ from kdrl_lightning import (
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
+from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
 OBJECTIVES = {"grpo": GRPO, "kdrl": KDRL, "rlad": RLAD, "distillation": lambda: GKD(jsd_beta=1.0)}
 
@@ -40,7 +41,10 @@ class TimedEngine(TransformersEngine):
             with self.clock.part("generation"):
                 return super().generate(prompts, seeds, sampling)
         rows = iter(self.given)
-        return [[Completion(i, [0.0] * len(i), True) for _, i in zip(s, rows)] for s in seeds]
+        return [
+            [Completion(i, [0.0] * len(i), True) for _, i in zip(s, rows, strict=False)]
+            for s in seeds
+        ]
 
 
 class TimedModule(KDRLModule):
@@ -111,6 +115,7 @@ def run(job: Job) -> dict[str, Any]:
         accelerator="cpu",
         # Steps in front of the statistics: what they cost belongs to the step that follows.
         callbacks=[Steps(clock), SelectiveImitationStats()],
+        default_root_dir=tempfile.mkdtemp(),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import Any
 
 from datasets import Dataset
-from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
 # TRL imports vLLM where it is installed, of whatever version; nothing here needs it.
 import_module("trl.import_utils").is_vllm_available = lambda min_version=None: False
@@ -94,14 +95,16 @@ def run(job: Job) -> dict[str, Any]:
     if job.fixed:
         tokenizer, count = trainer.processing_class, job.prompts * job.group
         given = given_completions(job, len(tokenizer), tokenizer.eos_token_id, count)
-        trainer._generate_single_turn = lambda *_, **__: (given, None)
+        # DistillationTrainer's returns the ids alone.
+        out = given if job.work == "distillation" else (given, None)
+        trainer._generate_single_turn = lambda *_, **__: out
     else:
         timed(clock, "generation", trainer, "_generate_single_turn")
     sampled = trainer._generate_single_turn
 
     def count(*args: Any, **kwargs: Any) -> Any:
         out = sampled(*args, **kwargs)
-        steps.tokens += sum(map(len, out[0]))
+        steps.tokens += sum(map(len, out[0] if isinstance(out, tuple) else out))
         return out
 
     trainer._generate_single_turn = count

@@ -1,10 +1,9 @@
 """Log-probability and entropy of chosen tokens with a backward pass of their own.
 
-Written by hand because autograd keeps or rebuilds more than the result needs: it multiplies out one
+Written by hand because autograd rebuilds more than the result needs: it multiplies out one
 ``[V, H]`` gradient of the head per chunk of rows and then adds them up, and makes a new table of
-logits in every elementwise step. Here a chunk's table is changed in place, and each chunk's gradient
-is added where the product is taken. It is the same mathematics, 1.5 times as fast for 1,024 tokens,
-49k tokens of vocabulary and width 576 (docs/speed.md).
+logits in every elementwise step. Here a chunk's table is changed in place, and its gradient is
+added where the product is taken: the same mathematics, 1.5 times as fast (docs/speed.md).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES = 2 << 30
 CLOSED = 113  # how a child ends whose pipe was closed
 
 

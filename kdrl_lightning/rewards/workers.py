@@ -29,7 +29,8 @@ class WorkerPool:
     """Calls a function of one argument in several processes.
 
     Processes start at the first call, end with ``close`` or with this process, and do not travel
-    when the pool is pickled. Calls that hang cost ``ceil(hanging / workers) * seconds``, no more.
+    when the pool is pickled. Calls that hang cost about ``hanging / workers * seconds``, and the
+    cores that they keep busy. A process has 2 GiB for its data.
 
     Args:
         function: at the top level of a module, so that another process can import it.

@@ -82,8 +82,10 @@ class TransformersEngine(RolloutEngine):
         self, prompts: list[list[int]], chunk: list[tuple[int, list[int]]], sampling: Sampling
     ) -> list[Completion]:
         device = self._model.device
+        cache, logits, mask = self._prefill(prompts)
+        # Completions that coincide so far share a row of the cache: at first all of a prompt.
         groups = torch.tensor([len(own) for _, own in chunk], device=device)
-        cache, logits, mask = self._prefill(prompts, groups)
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(groups)
         noise = _uniform_noise([s for _, own in chunk for s in own], sampling.max_tokens).to(device)
         size = len(noise)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
@@ -91,16 +93,19 @@ class TransformersEngine(RolloutEngine):
         alive = torch.arange(size, device=device)
         done = torch.zeros(size, dtype=torch.bool, device=device)
         for t in range(sampling.max_tokens):
-            token, logprob = _draw(logits[:, : self._rows], noise[alive, t], sampling.temperature)
+            own = logits[:, : self._rows]
+            token, logprob = _draw(own, rows, noise[alive, t], sampling.temperature)
             ids[alive, t], logprobs[alive, t] = token, logprob
             done[alive] = token == self._eos
             keep = (~done[alive]).nonzero().squeeze(-1)
             if not len(keep) or t + 1 == sampling.max_tokens:
                 break
-            if len(keep) < len(alive):
-                alive, token = alive[keep], token[keep]
-                cache.batch_select_indices(keep)
-                mask = None if mask is None else mask[keep]
+            alive, vocab = alive[keep], logits.shape[-1]
+            paths, rows = (rows[keep] * vocab + token[keep]).unique(return_inverse=True)
+            before, token = paths // vocab, paths % vocab
+            if len(before) != len(logits) or bool((before.diff() != 1).any()):
+                cache.batch_select_indices(before)
+                mask = None if mask is None else mask[before]
             position = None
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -114,9 +119,9 @@ class TransformersEngine(RolloutEngine):
             ).logits[:, -1]
         return _completions(ids, logprobs, done, self._eos)
 
-    def _prefill(self, prompts: list[list[int]], groups: Tensor) -> tuple[Any, Tensor, Any]:
-        """Run each prompt once, padded on the left, and repeat its cache over its group."""
-        from transformers import DynamicCache
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Any, Tensor, Any]:
+        """Run each prompt once, padded on the left."""
+        from kdrl_lightning.caches import growing_cache
 
         width = max(map(len, prompts))
         rows = [[self._pad] * (width - len(p)) + p for p in prompts]
@@ -126,7 +131,7 @@ class TransformersEngine(RolloutEngine):
             lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
             mask = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
             position = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
+        cache = growing_cache(self._model.config)
         logits = self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -135,21 +140,23 @@ class TransformersEngine(RolloutEngine):
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        rows_of = torch.arange(len(prompts), device=ids.device).repeat_interleave(groups)
-        cache.batch_select_indices(rows_of)
-        return cache, logits[rows_of], None if mask is None else mask[rows_of]
+        return cache, logits, mask
 
 
-def _draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution at ``noise [N]``; the most likely token if greedy."""
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution of ``rows [N]`` of the logits ``[R, V]`` at ``noise [N]``.
+
+    The most likely token if greedy.
+    """
+    logits = logits.float() / (temperature or 1.0)
     if temperature == 0.0:
-        token = logprobs.argmax(-1)
+        token = logits.argmax(-1)[rows]
     else:
         # In float64: over 150k tokens a float32 sum would move the edges of rare ones.
-        edges = logprobs.double().exp().cumsum(-1)
+        shares = (logits - logits.amax(-1, keepdim=True)).exp()
+        edges = shares.cumsum(-1, dtype=torch.float64)[rows]
         token = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True).squeeze(-1)
-    return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+    return token, logits[rows, token] - logits.logsumexp(-1)[rows]
 
 
 def _uniform_noise(seeds: list[int], tokens: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Sampling with vLLM inside the training process, one engine per rank.
 
-The only module that imports vLLM, and only when an engine is built.
+Imports vLLM only when an engine is built.
 """
 
 from __future__ import annotations

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import uuid
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +14,8 @@ import torch
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
-from kdrl_lightning.rollout.weight_files import write_shards
+from kdrl_lightning.rollout.vllm_transfer import TransferRoute
+from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
 from kdrl_lightning.server_client import AS_IT_IS, AwayError, ServerClient, clients
 from kdrl_lightning.weights import ModelWeights
 
@@ -25,7 +23,8 @@ from kdrl_lightning.weights import ModelWeights
 class VLLMServerEngine(RolloutEngine):
     """Samples from servers that ``python -m kdrl_lightning serve`` starts, which share the prompts.
 
-    Weights go through files: the trainer writes them to ``weights_folder``, each server loads them.
+    Weights go through files: the trainer writes them to ``weights_folder``, each server loads them;
+    or by vLLM's weight-transfer API, from GPU to GPU.
     Every answer is used only if its server held these weights before and after: a server that was
     restarted in between gets them again, and its completions are sampled again, the same ones.
 
@@ -34,6 +33,8 @@ class VLLMServerEngine(RolloutEngine):
         api_key: their key; None: the environment variable ``VLLM_API_KEY``.
         weights_folder: on a file system that trainer and servers see; None: a temporary folder of
             this machine.
+        transfer: send weights by vLLM's weight-transfer API, without files; None: where the servers
+            offer it (``serve --transfer nccl``) and the student lies on a GPU.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
         max_sequences: requests at once to each server.
@@ -48,6 +49,7 @@ class VLLMServerEngine(RolloutEngine):
         urls: Sequence[str],
         api_key: str | None = None,
         weights_folder: str | None = None,
+        transfer: bool | None = None,
         timeout_s: float = 600.0,
         max_away_s: float = 120.0,
         max_sequences: int = 128,
@@ -55,10 +57,12 @@ class VLLMServerEngine(RolloutEngine):
     ) -> None:
         require_between("max_sequences", max_sequences, 1, float("inf"))
         self.weights_folder = weights_folder
+        self.transfer = transfer
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
         self._servers = clients(urls, api_key, timeout_s, max_away_s)
-        self._folder: Path | None = None
+        self._route: WeightRoute | None = None
+        self._backends: set[str] = set()
         self._label = ""
         self._vocab_size = self._context = self._eos = 0
 
@@ -81,7 +85,7 @@ class VLLMServerEngine(RolloutEngine):
             "vocab_size": str(config.vocab_size),
             "logprobs_mode": "processed_logprobs",
         }
-        limits = []
+        limits, self._route, self._backends = [], None, set()
         for server in self._servers:
             found = server.patiently(partial(server.rpc, "student"))[0]
             for name, value in wanted.items():
@@ -93,37 +97,27 @@ class VLLMServerEngine(RolloutEngine):
                     )
             limits.append(int(found["max_model_len"]))
             self.dtype = getattr(torch, found["dtype"])
+            self._backends.add(found["transfer"])
         self._context = min(limits)
         if self.max_model_len is not None:
             self._context = min(self._context, context_of(config, self.max_model_len))
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Write the weights, let every server load them; all ranks call it, the first one works.
+        """Bring the weights to every server; all ranks call it, the first one works.
 
         Raises:
             TrainingStopped: a server is away or does not take them.
         """
-        rank, world = _ranks()
+        world = ranks()[1]
+        label, failure = [f"{version}-{uuid.uuid4().hex}"], [""]
         if world > 1:
             torch.distributed.barrier()  # no rank is still sampling from the old ones
-        label = [f"{version}-{uuid.uuid4().hex}"]
-        folder, failure = [""], [""]
-        if rank == 0:
-            folder[0] = tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.weights_folder)
-        # All ranks: reading a sharded student is a collective.
-        write_shards(weights.named_tensors(), Path(folder[0]) if rank == 0 else None)
-        if world > 1:
-            for shared in (label, folder):
-                torch.distributed.broadcast_object_list(shared)
-        old, self._folder, self._label = self._folder, Path(folder[0]), label[0]
-        if rank == 0:
-            try:
-                self._on_all(self._load)
-            except TrainingStopped as error:
-                failure[0] = str(error)
-            weakref.finalize(self, shutil.rmtree, folder[0], ignore_errors=True)
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            torch.distributed.broadcast_object_list(label)
+        self._label = label[0]
+        try:
+            self._route_of(weights).push(weights, self._servers, self._label)
+        except TrainingStopped as error:
+            failure[0] = str(error)
         if world > 1:
             torch.distributed.broadcast_object_list(failure)
         if failure[0]:
@@ -142,7 +136,7 @@ class VLLMServerEngine(RolloutEngine):
         if self.version is None:
             raise TrainingStopped("the servers must have weights to sample from: update first.")
         requests = [(i, seed) for i, own in enumerate(seeds) for seed in own]
-        first, count = _ranks()[0], len(self._servers)
+        first, count = ranks()[0], len(self._servers)
         # A group stays on one server, which then has its prompt in the cache.
         shares = [
             [r for r in requests if (r[0] + first) % count == place] for place in range(count)
@@ -165,7 +159,7 @@ class VLLMServerEngine(RolloutEngine):
         share: list[tuple[int, int]],
         bodies: dict[tuple[int, int], dict[str, Any]],
     ) -> list[Completion]:
-        self._load(server, only_if_missing=True)
+        self._load(server)
         with ThreadPoolExecutor(min(self.max_sequences, len(share))) as pool:
             made = list(pool.map(lambda r: self._ask(server, bodies[r]), share))
         if not self._holds(server):
@@ -191,22 +185,27 @@ class VLLMServerEngine(RolloutEngine):
             raise server.stopped("/v1/completions", "another prompt back")
         return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._eos)
 
-    def _load(self, server: ServerClient, only_if_missing: bool = False) -> None:
-        def load() -> None:
-            if only_if_missing and self._holds(server):
-                return
-            server.post("/pause?mode=wait")
-            try:
-                answers = server.rpc("load_student", str(self._folder), self._label)
-                if not server.post("/reset_prefix_cache")["success"]:
-                    raise AwayError("its prefix cache is still in use")
-            finally:
-                server.post("/resume")
-            for answer in answers:
-                if "error" in answer:
-                    raise server.stopped("load_student", answer["error"])
+    def _load(self, server: ServerClient) -> None:
+        """Bring a server that was restarted back to these weights."""
+        if not self._holds(server) and self._route is not None:
+            self._route.again(server, self._label)
 
-        server.patiently(load)
+    def _route_of(self, weights: ModelWeights) -> WeightRoute:
+        """Choose how weights get to the servers, at the first push."""
+        if self._route is None:
+            on_gpu = next(weights.model.parameters()).device.type == "cuda"
+            offered = len(self._backends) == 1 and "" not in self._backends
+            if self.transfer and not offered:
+                raise TrainingStopped(
+                    f"`transfer` must be false for servers without one weight-transfer backend: "
+                    f"got {sorted(self._backends)} from {self._servers[0].url} and others. Start "
+                    "them with `python -m kdrl_lightning serve --transfer nccl`."
+                )
+            if offered and (on_gpu if self.transfer is None else self.transfer):
+                self._route = TransferRoute(next(iter(self._backends)))
+            else:
+                self._route = FileRoute(self.weights_folder)
+        return self._route
 
     def _holds(self, server: ServerClient) -> bool:
         """Whether a server has the weights that are to sample."""
@@ -215,9 +214,3 @@ class VLLMServerEngine(RolloutEngine):
     def _on_all(self, work: Callable[[ServerClient], None]) -> None:
         with ThreadPoolExecutor(len(self._servers)) as pool:
             list(pool.map(work, self._servers))
-
-
-def _ranks() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

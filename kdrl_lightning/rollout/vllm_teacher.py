@@ -33,7 +33,13 @@ class VLLMTeacherEngine(VLLMServerEngine):
         max_away_s: float = 120.0,
         max_sequences: int = 128,
     ) -> None:
-        super().__init__(urls, api_key, None, timeout_s, max_away_s, max_sequences)
+        super().__init__(
+            urls,
+            api_key,
+            timeout_s=timeout_s,
+            max_away_s=max_away_s,
+            max_sequences=max_sequences,
+        )
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
         """Ask every server for its limit; ``weights`` only tell how many tokens there are.
@@ -49,9 +55,6 @@ class VLLMTeacherEngine(VLLMServerEngine):
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         """Do nothing but remember the version."""
         self.version = version
-
-    def _load(self, server: ServerClient, only_if_missing: bool = False) -> None:
-        """Leave the server alone."""
 
     def _holds(self, server: ServerClient) -> bool:
         return True

@@ -33,6 +33,11 @@ class StudentWorker:
         self.student_label = label
         return {"label": label}
 
+    def name_student(self: Any, label: str) -> dict[str, str]:
+        """Say which weights these are, where others brought them."""
+        self.student_label = label
+        return {"label": label}
+
     def student(self: Any) -> dict[str, str]:
         """Return the label of the weights, empty before the first, and what else must fit."""
         model = self.vllm_config.model_config
@@ -41,6 +46,7 @@ class StudentWorker:
             "architecture": model.hf_config.architectures[0],
             "vocab_size": str(model.hf_text_config.vocab_size),
             "max_model_len": str(model.max_model_len),
+            "transfer": getattr(self.vllm_config.weight_transfer_config, "backend", ""),
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": str(model.logprobs_mode),
         }

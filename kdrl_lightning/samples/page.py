@@ -51,11 +51,11 @@ def render(heading: str, sections: Sequence[Section], max_tokens: int = 512) -> 
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">
-<title>{escape(heading)}</title>
+<title>{_text(heading)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{escape(heading)}</h1>
+<h1>{_text(heading)}</h1>
 {_legend()}
 {body}
 </body>
@@ -87,8 +87,8 @@ teacher finds the token less likely than the student does; blue: more likely.</p
 <ul>{words}</ul>
 <p><b>Line above</b>: <span class="t imitated">imitated</span> the teacher enters the token's
 gradient. <span class="t unused">Grey</span>: not part of the loss. <span class="t">·</span>: a
-token that holds some bytes of a character. Point at a token for its numbers: log-probabilities of student
-and teacher, gap, advantage A.</p>
+token that holds some bytes of a character. Point at a token for its numbers: log-probabilities of
+student and teacher, gap, advantage A.</p>
 </div>"""
 
 
@@ -96,12 +96,12 @@ def _section(section: Section, is_open: bool, max_tokens: int) -> str:
     parts = []
     for name, samples in section.groups.items():
         note = section.notes.get(name)
-        parts.append(f"<h2>{escape(name)}</h2>")
-        parts.append(f'<p class="note">{escape(note)}</p>' if note else "")
+        parts.append(f"<h2>{_text(name)}</h2>")
+        parts.append(f'<p class="note">{_text(note)}</p>' if note else "")
         parts += [_sample(sample, max_tokens) for sample in samples]
     flag = " open" if is_open else ""
     return (
-        f"<details{flag}><summary>{escape(section.title)}</summary>\n"
+        f"<details{flag}><summary>{_text(section.title)}</summary>\n"
         + "\n".join(p for p in parts if p)
         + "\n</details>"
     )
@@ -119,11 +119,11 @@ def _sample(sample: SampleView, max_tokens: int) -> str:
         left = len(sample.tokens) - len(shown)
         text += f'<span class="note"> … {left} more tokens</span>' if left else ""
     else:
-        text = escape(visible(sample.completion))
-    listed = "".join(f"<span>{escape(visible(fact))}</span>" for fact in facts)
+        text = _text(sample.completion)
+    listed = "".join(f"<span>{_text(fact)}</span>" for fact in facts)
     return f"""<article>
 <header><b class="{verdict}">{verdict}</b>{listed}</header>
-<div class="prompt"><bdi>{escape(visible(sample.prompt))}</bdi></div>
+<div class="prompt"><bdi>{_text(sample.prompt)}</bdi></div>
 <div class="completion">{text}</div>
 </article>"""
 
@@ -139,7 +139,7 @@ def _token(token: TokenView) -> str:
     label = "\n".join([*numbers, ", ".join(words)] if words else numbers)
     return (
         f'<bdi class="{" ".join(n for n in names if n)}" data-n="{escape(label)}">'
-        f"{escape(visible(token.text)) or '·'}</bdi>"
+        f"{_text(token.text) or '·'}</bdi>"
     )
 
 
@@ -153,6 +153,10 @@ def _shade(gap: float | None) -> str:
         return ""
     level = sum(abs(gap) >= edge for edge in EDGES)
     return f"{'n' if gap < 0 else 'p'}{level}" if level else ""
+
+
+def _text(value: str) -> str:
+    return escape(visible(value))
 
 
 def _counts(tokens: Sequence[TokenView]) -> str:

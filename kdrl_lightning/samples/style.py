@@ -14,8 +14,9 @@ h1 { font-size: 1.4rem; margin: 0 0 1rem; } h2 { font-size: 1.05rem; margin: 1.4
 summary { font-size: 1.15rem; font-weight: 600; cursor: pointer; padding: .4rem 0; }
 details { border-top: 1px solid var(--edge); margin-top: 1rem; }
 .note, .legend { color: var(--soft); font-size: .9rem; } .note { margin: .2rem 0 .6rem; }
-.legend p { margin: .3rem 0; line-height: 1.8; } .legend ul { display: grid; margin: .2rem 0; padding: 0;
-  grid-template-columns: 1fr 2fr; list-style: none; } .legend li { line-height: 1.9; }
+.legend p { margin: .3rem 0; line-height: 1.8; }
+.legend ul { display: grid; margin: .2rem 0; padding: 0; grid-template-columns: 1fr 2fr;
+  list-style: none; } .legend li { line-height: 1.9; }
 .scale { line-height: 2; } .legend .t { font-size: 12.5px; }
 .legend b { color: var(--ink); }
 article { background: var(--card); border: 1px solid var(--edge); border-radius: 8px;

@@ -27,13 +27,19 @@ def test_they_are_left_out_and_counted(
     tmp_path: Path, student_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, trace = run(
-        tmp_path, student_folder, overlong_prompts="drop", max_prompt_tokens=8, val_temperature=1.0
+        tmp_path,
+        student_folder,
+        overlong_prompts="drop",
+        max_prompt_tokens=8,
+        prompts_per_rollout=2,
+        rollouts_per_epoch=None,
     )
     out = capsys.readouterr().out
     for name in ("train_prompts", "val_prompts"):
         words = f"{name}: 2 of 8 prompts left out, which have more than 8 tokens\n"
         assert out.count(words) == 1
     assert len(data.rollouts.prompts) == 6
+    assert data.rollouts_per_epoch == 3  # one pass of what is left, two prompts a rollout
     lengths = {int(n) for _, batch in trace.seen for n in batch.lengths - batch.completion_lengths}
     assert max(lengths) <= 8
 

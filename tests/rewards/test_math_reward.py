@@ -84,7 +84,7 @@ def test_the_answer_after_a_marker(reward: MathReward, text: str, expected: floa
 
 
 HOSTILE = {
-    "nested braces": r"\boxed{" + "{" * 400 + "}" * 400 + "}",
+    "nested braces": r"\boxed{" + "{" * 100 + "}" * 100 + "}",
     "nested roots": r"\boxed{" + r"\sqrt{" * 80 + "2" + "}" * 80 + "}",
     "a megabyte": "x" * 1_000_000,
     "a megabyte in a box": r"\boxed{" + "1+" * 500_000 + "1}",

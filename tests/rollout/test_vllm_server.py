@@ -22,6 +22,7 @@ from scripted import Scripted
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.rollout import Sampling, VLLMServerEngine
+from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_files import read_shards, write_shards
 from kdrl_lightning.serve import command, parse, serve
 from kdrl_lightning.weights import ModelWeights
@@ -34,7 +35,7 @@ def test_the_real_server(tmp_path: Path) -> None:
     cases = str(ROOT / "tests/vllm_cases/server_cases.py")
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=400)
     assert out.returncode == 0, out.stdout[-6000:]
-    assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 9 and "skipped" not in out.stdout  # type: ignore[index]
+    assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 10 and "skipped" not in out.stdout  # type: ignore[index]
 
 
 FLAGS = [
@@ -251,6 +252,43 @@ def test_a_dead_address_is_one_error(weights: ModelWeights) -> None:
 def test_urls_that_cannot_be_are_refused(urls: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"`urls` must be a list of at least one http"):
         VLLMServerEngine(urls)
+
+
+def test_the_transfer_api_is_used_where_all_servers_offer_it(
+    server: Scripted, weights: ModelWeights
+) -> None:
+    with pytest.raises(
+        TrainingStopped, match=rf"`transfer` must be false .*got \[''\] from {server.url}"
+    ):
+        engine_of(weights, server.url, transfer=True)
+    server.describe["transfer"] = "nccl"
+    for wanted in (None, False):  # on a CPU
+        engine_of(weights, server.url, transfer=wanted)
+    assert server.loads == 2
+    made = VLLMServerEngine([server.url], transfer=True)
+    made.setup(weights, EOS, PAD)
+    assert isinstance(made._route_of(weights), TransferRoute)
+
+
+@pytest.mark.gpu
+def test_weights_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for the trainer and another for the server")
+    from models import make_model, save_model, worst_gap
+    from servers import KEY, RealServer
+
+    folder, model = save_model("qwen2", tmp_path / "model"), make_model("qwen2", 1).cuda()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # this process has its device already
+    server = RealServer(folder, tmp_path / "server.log", flags=["--transfer", "nccl"])
+    try:
+        engine = VLLMServerEngine([server.url], KEY)
+        engine.setup(ModelWeights(model, folder), EOS, PAD)
+        engine.update_weights(ModelWeights(model, folder), 1)
+        groups = engine.generate([[5, 6]], [[0, 1]], Sampling(8))
+    finally:
+        server.kill()
+    assert isinstance(engine._route, TransferRoute)
+    assert worst_gap(model.cpu(), [[5, 6]], groups) < 1e-2
 
 
 def test_a_missing_folder_is_refused(server: Scripted, weights: ModelWeights) -> None:

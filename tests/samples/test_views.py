@@ -23,7 +23,7 @@ END = TOKENIZER.eos_token_id
 
 
 def batch(truncated: bool = False) -> RolloutBatch:
-    """A right and a wrong completion of one prompt, scored by a teacher that differs at column 1."""
+    """Two completions of one prompt, scored by a teacher that differs at column 1."""
     out = collate(
         [PROMPT, PROMPT],
         [[*RIGHT, END], WRONG],

@@ -32,6 +32,7 @@ class Scripted:
             "vocab_size": str(vocab),
             "max_model_len": "64",
             "dtype": "float32",
+            "transfer": "",
             "logprobs_mode": "processed_logprobs",
         }
         self.label, self.asked, self.loads = "", 0, 0

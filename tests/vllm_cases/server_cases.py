@@ -16,6 +16,8 @@ from servers import KEY, RealServer
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.rollout import Sampling, TransformersEngine, VLLMServerEngine
+from kdrl_lightning.rollout.vllm_transfer import TransferRoute, meeting_point
+from kdrl_lightning.rollout.weight_route import FileRoute
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 from kdrl_lightning.weights import ModelWeights
 
@@ -38,7 +40,12 @@ def model(folder: str) -> Any:
 
 @pytest.fixture(scope="module")
 def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    made = RealServer(folder, tmp_path_factory.mktemp("log") / "server.log")
+    made = RealServer(
+        folder,
+        tmp_path_factory.mktemp("log") / "server.log",
+        flags=["--transfer", "store"],
+        vllm_flags=["--worker-extension-cls", "store_transfer.Worker"],
+    )
     yield made
     made.kill()
 
@@ -94,6 +101,38 @@ def test_after_an_update_the_new_weights_sample(
     assert engine.version == 5
     assert worst_gap(new, PROMPTS, groups) < BOUND
     assert worst_gap(model, PROMPTS, groups) > 0.1
+
+
+def test_weights_by_the_transfer_api(
+    engine: VLLMServerEngine,
+    server: RealServer,
+    model: Any,
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(engine._route, FileRoute)  # on a CPU, unless it is asked for
+    from store_transfer import Trainer
+
+    monkeypatch.setattr(
+        "kdrl_lightning.rollout.vllm_transfer.init_info",
+        lambda backend, url, world, rank: Trainer(*meeting_point(url), rank=rank),
+    )
+    other = VLLMServerEngine([server.url], KEY, transfer=True)
+    other.setup(ModelWeights(model, folder), EOS, PAD)
+    for version, now in enumerate((model, changed(folder), model)):
+        other.update_weights(ModelWeights(now, folder), version)
+        groups = other.generate(PROMPTS, SEEDS, Sampling(16))
+        assert worst_gap(now, PROMPTS, groups) < BOUND
+    assert isinstance(other._route, TransferRoute)
+    # Another engine's files replace them: as behind a restart, they cannot come again alone.
+    engine.generate(PROMPTS, SEEDS, Sampling(4))
+    with pytest.raises(TrainingStopped, match=rf"{server.url} must keep the weights until the"):
+        other.generate(PROMPTS, SEEDS, Sampling(4))
+    # What the server does not take is an error, and it goes on with what it gets next.
+    with pytest.raises(TrainingStopped, match=rf"{server.url} must take the weights by the trans"):
+        other.update_weights(ModelWeights(make_model("llama", 0).model, folder), 8)
+    engine.update_weights(ModelWeights(model, folder), 1)
+    assert worst_gap(model, PROMPTS, engine.generate(PROMPTS, SEEDS, Sampling(4))) < BOUND
 
 
 def test_two_engines_do_not_sample_from_each_others_weights(

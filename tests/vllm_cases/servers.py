@@ -25,13 +25,24 @@ class RealServer:
     key = KEY
 
     def __init__(
-        self, model: str, log: Path, max_model_len: int = 128, flags: Sequence[str] = ()
+        self,
+        model: str,
+        log: Path,
+        max_model_len: int = 128,
+        flags: Sequence[str] = (),
+        vllm_flags: Sequence[str] = (),
     ) -> None:
         self.port = free_port()
         self.log = log
         self._flags = [*flags, "--model", model, "--port", str(self.port), "--dtype", "float32"]
         self._flags += ["--max-model-len", str(max_model_len)]
-        self._flags += ["--kv-cache-memory-bytes", str(64 << 20), "--", "--enforce-eager"]
+        self._flags += [
+            "--kv-cache-memory-bytes",
+            str(64 << 20),
+            "--",
+            "--enforce-eager",
+            *vllm_flags,
+        ]
         self.start()
 
     @property
@@ -45,6 +56,7 @@ class RealServer:
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
         }
         with open(self.log, "ab") as out:
             self._process = subprocess.Popen(
