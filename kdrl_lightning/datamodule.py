@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kdrl_lightning.checks import check_rollout_settings
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvaluationBatch
+from kdrl_lightning.metrics import peak_gb
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, encode_all
 from kdrl_lightning.rewards.base import Reward, RewardRunner
 from kdrl_lightning.rollout.collector import Collector, Source
@@ -346,6 +347,9 @@ class RolloutDataModule(pl.LightningDataModule):
         metrics = self.watch.measure(
             plan.batch, self.rewards, seconds, module.reduce, compares, replaced
         )
+        own = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
+        padding, peak = module.reduce(own, "max").tolist()
+        metrics |= {"rollout/padding_frac": padding, "memory/peak_gb": peak}
         return plan.with_metrics(metrics, self.trainer.global_step % self.updates_per_rollout)
 
     def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]]]:

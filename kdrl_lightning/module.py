@@ -54,6 +54,8 @@ class KDRLModule(pl.LightningModule):
             each is skipped and counted, one more stops the run.
         activation_checkpointing: keep only the inputs of the student's layers for the backward
             pass, and recompute the rest: less memory for a third more time.
+        chunk_size: tokens whose logits exist at once, of student and reference; None takes as many
+            as fit about 64 MiB, at most 1024.
 
     Attributes:
         teacher_seconds: time that the teacher took to score.
@@ -68,8 +70,11 @@ class KDRLModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_nonfinite_steps: int = 3,
         activation_checkpointing: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        if chunk_size is not None:
+            require_between("chunk_size", chunk_size, 1, float("inf"))
         require_between("max_nonfinite_steps", max_nonfinite_steps, 0, float("inf"))
         if objective.needs_teacher and teacher is None:
             raise ConfigurationError(
@@ -83,6 +88,7 @@ class KDRLModule(pl.LightningModule):
         self.lr_scheduler_callable = lr_scheduler
         self.max_nonfinite_steps = max_nonfinite_steps
         self.activation_checkpointing = activation_checkpointing
+        self.chunk_size = chunk_size
         self.student: Scorer | None = None
         self.skipped_steps = 0
         self.teacher_seconds = 0.0
@@ -136,7 +142,9 @@ class KDRLModule(pl.LightningModule):
         # The initial student, for a reference KL, is one more frozen model.
         wanted = stage == "fit" and self.objective.needs_reference
         dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
-        self._reference = LocalTeacher(self.student_source, dtype) if wanted else None
+        self._reference = None
+        if wanted:
+            self._reference = LocalTeacher(self.student_source, dtype, chunk_size=self.chunk_size)
         teacher = self._active_teacher
         if self.objective.divergence is not None and teacher and not teacher.gives_states:
             raise ConfigurationError(
@@ -161,6 +169,7 @@ class KDRLModule(pl.LightningModule):
                 torch.get_default_dtype(),
                 sharding,
                 activation_checkpointing=self.activation_checkpointing,
+                chunk_size=self.chunk_size,
             )
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)

@@ -89,6 +89,7 @@ def load_scorer(
     frozen: bool = False,
     offload: bool = False,
     activation_checkpointing: bool = False,
+    chunk_size: int | None = None,
 ) -> Scorer:
     """Load a model, spread it if need be, and compare its scores with its own logits.
 
@@ -100,13 +101,14 @@ def load_scorer(
         frozen: without gradient.
         offload: see ``Sharding.shard``.
         activation_checkpointing: recompute each layer in the backward pass.
+        chunk_size: tokens whose logits exist at once.
 
     Raises:
         ConfigurationError: no model at ``path``, or an architecture that is not known.
     """
 
     def wrap(model: Any) -> Scorer:
-        scorer = Scorer(model.requires_grad_(not frozen), vocab_size)
+        scorer = Scorer(model.requires_grad_(not frozen), vocab_size, chunk_size)
         if activation_checkpointing:
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)

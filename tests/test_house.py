@@ -26,7 +26,9 @@ ALLOWED = {
     "objectives": FLOOR | {"losses", "advantages"},
     "models": FLOOR,
     "weights": FLOOR,
-    "scorer": FLOOR | {"losses"},
+    "merging": set(),
+    "caches": {"merging"},
+    "scorer": FLOOR | {"caches", "losses", "merging"},
     "shard_loading": set(),
     "sharding": FLOOR | {"models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
@@ -34,7 +36,7 @@ ALLOWED = {
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
-    "rollout": FLOOR | {"losses", "models", "weights", "rewards"},
+    "rollout": FLOOR | {"caches", "losses", "models", "weights", "rewards"},
     "evaluation": FLOOR | {"metrics", "rollout"},
     "resume": FLOOR,
     "checkpoints": FLOOR | {"rollout"},
@@ -43,7 +45,9 @@ ALLOWED = {
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rollout"},
-    "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
+    "datamodule": FLOOR
+    | {"checks", "evaluation", "metrics", "prompts", "rewards", "rollout"}
+    | {"weights"},
     "supervised": FLOOR | {"prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
@@ -66,7 +70,7 @@ LIGHTNING = {
     "cli",
     "parser",
 }
-TRANSFORMERS = {"models", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"models", "caches", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

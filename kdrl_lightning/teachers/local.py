@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models import (
     ModelSource,
@@ -33,17 +33,25 @@ class LocalTeacher(Teacher):
         dtype: torch dtype name of its weights; ``auto`` takes the checkpoint's.
         offload: keep the weights on the CPU and move them over to score: layer by layer under
             fsdp2, else all at once. It then samples slowly where it is not sharded.
+        chunk_size: tokens whose logits exist at once; None takes as many as fit about 64 MiB.
     """
 
     generates = True
     gives_states = True
 
     def __init__(
-        self, model: str | ModelSource, dtype: str = "auto", offload: bool = False
+        self,
+        model: str | ModelSource,
+        dtype: str = "auto",
+        offload: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
+        if chunk_size is not None:
+            require_between("chunk_size", chunk_size, 1, float("inf"))
         self.model = model
         self.dtype = dtype
         self.offload = offload
+        self.chunk_size = chunk_size
         self._scorer: Scorer | None = None
         self._sharding: Sharding | None = None
         self._vocab_size: int | None = None
@@ -79,6 +87,7 @@ class LocalTeacher(Teacher):
                 vocab_size=self._vocab_size,
                 frozen=True,
                 offload=self.offload,
+                chunk_size=self.chunk_size,
             )
         if self._sharding is not None and not self._scorer.sharded:
             self._sharding.shard(self._scorer, self.offload)
