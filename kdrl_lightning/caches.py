@@ -6,7 +6,7 @@ it is read, which a recomputed forward pass must not find.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,15 @@ from kdrl_lightning.merging import MergedRows
 BLOCK = 64
 
 
-class Recording(DynamicLayer):
+class _Layer(DynamicLayer):
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+
+class Recording(_Layer):
     """Keeps the keys and values of one pass over prompts; repeating the pass changes nothing."""
 
     def update(
@@ -32,7 +40,7 @@ class Recording(DynamicLayer):
         return 0
 
 
-class Prefixed(DynamicLayer):
+class Prefixed(_Layer):
     """Puts given keys and values in front, and never changes."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -47,7 +55,7 @@ class Prefixed(DynamicLayer):
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
 
-class Growing(DynamicLayer):
+class Growing(_Layer):
     """Appends into room that is there, in blocks of ``BLOCK`` tokens."""
 
     def __init__(self) -> None:
@@ -104,7 +112,7 @@ def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
     column = torch.arange(width, device=of.device) - width + (prompts >= 0).sum(1, keepdim=True)
     real, position = column >= 0, column.clamp(min=0)
     padding = None if bool(real.all()) else real.long()
-    layers = [Recording() for _ in range(decoder.config.num_hidden_layers)]
+    layers: list[Any] = [Recording() for _ in range(decoder.config.num_hidden_layers)]
     first = decoder(
         input_ids=prompts.gather(1, position).clamp(min=0),
         attention_mask=padding,
@@ -113,7 +121,7 @@ def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
         use_cache=True,
     ).last_hidden_state[of, -1:]
     if rows.mask.shape[1] == 1:
-        return first
+        return cast(Tensor, first)
     position = rows.prompt_lengths[:, None] + torch.arange(rows.mask.shape[1] - 1, device=of.device)
     if padding is not None:
         padding = torch.cat([padding[of], torch.ones_like(position)], 1)
@@ -124,4 +132,5 @@ def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
         past_key_values=Cache(layers=[Prefixed(x.keys[of], x.values[of]) for x in layers]),
         use_cache=True,
     ).last_hidden_state
-    return torch.cat([first, rest], 1)
+    states: Tensor = torch.cat([first, rest], 1)
+    return states

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
 from kdrl_lightning.losses import k3
@@ -67,6 +67,8 @@ class KDRLModule(pl.LightningModule):
         activation_checkpointing: keep only the inputs of the student's layers for the backward
             pass, and recompute the rest: less memory for a third more time.
         lora: train low-rank adapters in the student's linear layers instead of all its weights.
+        chunk_size: tokens whose logits exist at once, of student and reference; None takes as many
+            as fit about 64 MiB, at most 1024.
 
     Attributes:
         teacher_seconds: time that the teacher took to score.
@@ -82,8 +84,11 @@ class KDRLModule(pl.LightningModule):
         max_nonfinite_steps: int = 3,
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        if chunk_size is not None:
+            require_between("chunk_size", chunk_size, 1, float("inf"))
         if objective.needs_teacher and teacher is None:
             raise ConfigurationError(
                 f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
@@ -104,6 +109,7 @@ class KDRLModule(pl.LightningModule):
         self.lora = lora
         # A checkpoint holds the adapters; the base comes from its folder.
         self.strict_loading = lora is None
+        self.chunk_size = chunk_size
         self.student: Scorer | None = None
         self.teacher_seconds = 0.0
         self._warned_of_rate = False
@@ -189,6 +195,7 @@ class KDRLModule(pl.LightningModule):
                 activation_checkpointing=self.activation_checkpointing,
                 lora=self.lora,
                 seed=getattr(getattr(self._trainer, "datamodule", None), "seed", 0),
+                chunk_size=self.chunk_size,
             )
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
@@ -408,7 +415,7 @@ class KDRLModule(pl.LightningModule):
         if self.lora is not None:
             return AdapterOffTeacher()
         dtype = "float64" if self.trainer.precision == "64-true" else "float32"  # the student's
-        return LocalTeacher(self.student_source, dtype)
+        return LocalTeacher(self.student_source, dtype, chunk_size=self.chunk_size)
 
     def _frozen(self) -> list[Teacher]:
         return [f for f in (self._active_teacher, self._reference) if f is not None]

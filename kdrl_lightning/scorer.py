@@ -28,6 +28,7 @@ class Scorer(nn.Module):
         model: a transformers causal language model.
         vocab_size: use only the first rows of the head (a teacher with padding rows).
         swap: two ids whose logits change places (a teacher with another end token).
+        chunk_size: tokens whose logits exist at once; None takes about 64 MiB.
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
@@ -35,12 +36,17 @@ class Scorer(nn.Module):
     """
 
     def __init__(
-        self, model: Any, vocab_size: int | None = None, swap: tuple[int, int] | None = None
+        self,
+        model: Any,
+        vocab_size: int | None = None,
+        swap: tuple[int, int] | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
         self.swap = swap
+        self.chunk_size = chunk_size
         self.sharded = False
         self.shares = False
 
@@ -94,6 +100,7 @@ class Scorer(nn.Module):
             self.head(),
             completion_ids[rows, columns],
             temperature,
+            self.chunk_size,
             top_k=top_k,
             topk_ids=None if topk_ids is None else topk_ids[rows, columns],
             other=other,

@@ -93,6 +93,7 @@ def load_scorer(
     activation_checkpointing: bool = False,
     lora: LoRA | None = None,
     seed: int = 0,
+    chunk_size: int | None = None,
 ) -> Scorer:
     """Load a model, spread it if need be, and compare its scores with its own logits.
 
@@ -107,6 +108,7 @@ def load_scorer(
         activation_checkpointing: recompute each layer in the backward pass.
         lora: trains adapters in place of the model.
         seed: of the adapters.
+        chunk_size: tokens whose logits exist at once.
 
     Raises:
         ConfigurationError: no model at ``path``, or an architecture that is not known.
@@ -118,7 +120,7 @@ def load_scorer(
             lora.inject(model, seed)
 
     def wrap(model: Any) -> Scorer:
-        scorer = Scorer(model, vocab_size, swap)
+        scorer = Scorer(model, vocab_size, swap, chunk_size)
         if lora is not None:
             leave_base_out(scorer)
         if activation_checkpointing:

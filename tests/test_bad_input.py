@@ -227,7 +227,7 @@ METHOD_CASES = {
             "--model.teacher=null",
             "--data.teacher_completions=2",
         ],
-        "one that can generate for `teacher_completions` 2: got no teacher. Use a LocalTeacher, or ",
+        "one that can generate for `teacher_completions` 2: got no teacher. Use a LocalTeacher, ",
     ),
     "a rule without teacher completions": (
         ["--model.objective=GRPO", "--model.objective.teacher_tokens=ShapedProbability"],

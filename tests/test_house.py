@@ -31,7 +31,9 @@ ALLOWED = {
     "lora": FLOOR,
     "weights": FLOOR | {"lora"},
     "compatibility": {"errors"},
-    "scorer": FLOOR | {"losses"},
+    "merging": set(),
+    "caches": {"merging"},
+    "scorer": FLOOR | {"caches", "losses", "merging"},
     "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
@@ -42,7 +44,8 @@ ALLOWED = {
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
-    "rollout": FLOOR | {"losses", "models", "rewards", "server_client", "weights"},
+    "rollout": FLOOR
+    | {"caches", "losses", "metrics", "models", "rewards", "server_client", "weights"},
     "nonfinite": {"errors"},
     "pending": FLOOR | {"losses"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
@@ -90,7 +93,7 @@ LIGHTNING = {
     "evaluate",
     "parser",
 }
-TRANSFORMERS = {"models", "gguf", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"models", "caches", "gguf", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

@@ -4,6 +4,7 @@ from kdrl_lightning.metrics.bootstrap import bootstrap_interval
 from kdrl_lightning.metrics.evaluation import EvaluationMetric
 from kdrl_lightning.metrics.histograms import Histogram, Histograms
 from kdrl_lightning.metrics.majority import majority_at_k
+from kdrl_lightning.metrics.memory import peak_gb
 from kdrl_lightning.metrics.pass_at_k import pass_at_k
 from kdrl_lightning.metrics.step_stats import StepStats
 
@@ -15,4 +16,5 @@ __all__ = [
     "bootstrap_interval",
     "majority_at_k",
     "pass_at_k",
+    "peak_gb",
 ]

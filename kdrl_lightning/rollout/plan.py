@@ -52,6 +52,14 @@ class RolloutPlan:
             old_pending=self.batch.old_pending and update == 0,
         )
 
+    @property
+    def padding_frac(self) -> float:
+        """Share of padding in the rectangles of one replay."""
+        lengths: list[int] = self.batch.lengths.tolist()
+        parts = [[lengths[r] for r in rows] for update in self.updates for rows in update]
+        area = sum(len(part) * max(part) for part in parts)
+        return 1.0 - sum(map(sum, parts)) / area
+
     def with_metrics(self, metrics: Mapping[str, float], first_update: int = 0) -> RolloutPlan:
         """Return a copy with measurements, and the update that is to carry them."""
         return replace(self, metrics=metrics, first_update=first_update)

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
+
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.metrics import peak_gb
 from kdrl_lightning.rollout.collector import Collector
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.parts import part_means
@@ -167,6 +170,9 @@ class RolloutSource:
         )
         own = [j.verdict for group in groups for j in group if j.source == STUDENT]
         metrics |= part_means(own)
+        cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
+        padding, peak = module.reduce(cost, "max").tolist()
+        metrics |= {"rollout/padding_frac": padding, "memory/peak_gb": peak}
         return plan.with_metrics(metrics, self.live.trainer.global_step % self.updates)
 
     def _sync(self, rollout: int) -> float:

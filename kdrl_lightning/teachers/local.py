@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.compatibility import compare
-from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models import (
     ModelSource,
@@ -36,6 +36,7 @@ class LocalTeacher(Teacher):
         translate_end_token: where it ends with another token than the student (a chat teacher's
             ``<|im_end|>``, a base student's ``<|endoftext|>``), read its end as the student's: the
             two tokens change places in all that it says of a completion.
+        chunk_size: tokens whose logits exist at once; None takes as many as fit about 64 MiB.
     """
 
     generates = True
@@ -47,11 +48,15 @@ class LocalTeacher(Teacher):
         dtype: str = "auto",
         offload: bool = False,
         translate_end_token: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
+        if chunk_size is not None:
+            require_between("chunk_size", chunk_size, 1, float("inf"))
         self.model = model
         self.dtype = dtype
         self.offload = offload
         self.translate_end_token = translate_end_token
+        self.chunk_size = chunk_size
         self._scorer: Scorer | None = None
         self._sharding: Sharding | None = None
         self._vocab_size: int | None = None
@@ -92,6 +97,7 @@ class LocalTeacher(Teacher):
                 swap=self._swap,
                 frozen=True,
                 offload=self.offload,
+                chunk_size=self.chunk_size,
             )
         if self._sharding is not None and not self._scorer.sharded:
             self._sharding.shard(self._scorer, self.offload)

@@ -1,0 +1,139 @@
+"""What completions have in common is run once, and nothing changes: scores, gradients, samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_scorer as scorers
+import torch
+from reference import close
+
+from kdrl_lightning.merging import merge_rows
+from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.sharding import recompute_layers
+
+
+def rollout(prompt_lengths: tuple[int, int] = (9, 12)) -> RolloutBatch:
+    """Two prompts, seven completions of different length, the last two equal."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(2, scorers.VOCAB, (count,), generator=generator).tolist()
+
+    first, second = (draw(n) for n in prompt_lengths)
+    completions = [draw(n) for n in (5, 3, 6, 1, 4, 6)]
+    return collate(
+        [first] * 3 + [second] * 4,
+        [*completions, completions[-1]],
+        [0] * 3 + [1] * 4,
+        pad_id=scorers.PAD,
+        temperature=0.7,
+    )
+
+
+def gradients(scorer: Scorer, batch: RolloutBatch) -> tuple[Any, dict[str, torch.Tensor]]:
+    scorer.model.zero_grad()
+    scores = scorer.score(batch)
+    (scores.logprobs.sin().sum() + scores.entropy.cos().sum()).backward()
+    found = {name: p.grad.clone() for name, p in scorer.model.named_parameters()}
+    return scores.map(torch.Tensor.detach), found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("prompts", [(9, 12), (10, 10)])
+@pytest.mark.parametrize("name", scorers.ARCHITECTURES)
+def test_shared_prompts_change_nothing(
+    name: str, prompts: tuple[int, int], recompute: bool
+) -> None:
+    model, batch = scorers.build(name, dtype=torch.float64), rollout(prompts)
+    if recompute:
+        recompute_layers(model)
+    scorer = Scorer(model)
+    plain, expected = gradients(scorer, batch)
+    tokens = count_tokens(scorer)
+    scorer.shares = True
+    shared, found = gradients(scorer, batch)
+    # 2 prompts and 6 different completions, without their last token; else 7 whole rows.
+    passes = 2 if recompute else 1
+    assert tokens == [2 * max(prompts)] * 1 + [6 * 5] + [6 * 5, 2 * max(prompts)] * (passes - 1)
+    close(shared.logprobs, plain.logprobs)
+    close(shared.entropy, plain.entropy)
+    # Norms cast gradients to float32 whatever the model's type; Phi's do not.
+    bounds = 1e-10 if name == "PhiForCausalLM" else 1e-4
+    for key, gradient in expected.items():
+        gap = (found[key] - gradient).norm() / gradient.norm().clamp(min=1.0)
+        assert gap < bounds, key
+
+
+def count_tokens(scorer: Scorer) -> list[int]:
+    """Tokens of each pass through the first layer's attention, from now on."""
+    seen: list[int] = []
+    layer = next(m for m in scorer.model.modules() if type(m).__name__.endswith("Attention"))
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        seen.append(hidden.shape[0] * hidden.shape[1])
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+def test_prompts_of_one_completion_are_not_worth_two_passes() -> None:
+    scorer = Scorer(scorers.build("LlamaForCausalLM"))
+    scorer.verify("it")
+    assert scorer.shares
+    tokens = count_tokens(scorer)
+    scorer.score(rollout().select([0, 3]))
+    assert tokens == [2 * 14]
+    scorer.score(rollout().select([5, 6]))
+    assert tokens[1:] == [1 * 18]  # equal rows are one all the same
+
+
+def test_an_architecture_without_such_a_cache_is_left_alone() -> None:
+    model = scorers.build("LlamaForCausalLM")
+    decoder, forward = model.get_decoder(), model.get_decoder().forward
+
+    def refuse(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            raise TypeError("no cache of that kind")
+        return forward(*args, **kwargs)
+
+    decoder.forward = refuse
+    scorer = Scorer(model)
+    scorer.verify("it")
+    assert not scorer.shares
+    assert scorer.score(rollout()).logprobs.isfinite().all()
+
+
+def test_one_that_ignores_the_cache_is_left_alone() -> None:
+    model = scorers.build("LlamaForCausalLM")
+    decoder, forward = model.get_decoder(), model.get_decoder().forward
+
+    def ignore(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None and past_key_values.get_seq_length():
+            past_key_values = None
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    decoder.forward = ignore
+    scorer = Scorer(model)
+    scorer.verify("it")
+    assert not scorer.shares
+
+
+def test_float64_is_left_alone() -> None:
+    scorer = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64))
+    scorer.verify("it")
+    assert not scorer.shares
+
+
+def test_rows_that_differ_in_length_or_prompt_alone_are_different() -> None:
+    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 7, 0], [5, 6, 7, 0], [5, 6, 7, 0]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0]]).bool()
+    rows = merge_rows(ids, torch.tensor([2, 2, 1, 2]), mask)
+    assert rows.of.tolist() == [2, 1, 0, 1]
+    assert rows.prompt_lengths.tolist() == [1, 2, 2]
+    assert rows.mask.sum(1).tolist() == [1, 1, 2]
+    assert rows.prompts.tolist() == [[5, -1], [5, 6]]
+    assert rows.prompt_of.tolist() == [0, 1, 1]
