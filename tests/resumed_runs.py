@@ -18,7 +18,7 @@ from kdrl_lightning.objectives import Objective
 from kdrl_lightning.teachers import Teacher
 
 # Clocks, and what the report keeps by its step.
-LEFT_OUT = ("time/", "tokens_per_s", "val/")
+LEFT_OUT = ("time/", "memory/", "tokens_per_s", "val/")
 
 
 @dataclass

@@ -43,7 +43,8 @@ def test_completions_losses_and_statistics_are_the_same(runs: Runs, strategy: st
     for a, b in zip(one["logged"], both["logged"], strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            if not name.startswith(("time/", "tokens_per_s")):
+            # What a step costs, and how much of a rank's own cut is padding.
+            if not name.startswith(("time/", "memory/", "tokens_per_s", "rollout/padding")):
                 near = pytest.approx(b[name], rel=bound, abs=bound, nan_ok=True)
                 assert a[name] == near, name
     assert len(one["imitation"]) == len(both["imitation"]) == 2
@@ -162,7 +163,7 @@ def test_bf16_mixed_keeps_float32_masters(runs: Runs):
     start = load_file(runs.folder / "student/model.safetensors")
     assert change(mixed, start)["lm_head.weight"].norm() > 0
     # The engine samples under the same autocast as the trainer scores.
-    assert mixed["logged"][0]["rollout/logprob_diff_max"] < 0.1
+    assert mixed["logged"][-1]["rollout/logprob_diff_max"] < 0.1
 
 
 @pytest.mark.parametrize(
