@@ -6,6 +6,7 @@ from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
 from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
+from kdrl_lightning.callbacks.step_profile import StepProfile
 from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSync
 
@@ -17,5 +18,6 @@ __all__ = [
     "RolloutProgress",
     "RunReport",
     "SelectiveImitationStats",
+    "StepProfile",
     "WeightSync",
 ]
