@@ -16,7 +16,7 @@ from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SelectiveImitati
 from kdrl_lightning.objectives import Objective
 
 # Clocks, and what the report keeps by its step.
-LEFT_OUT = ("time/", "tokens_per_s", "val/")
+LEFT_OUT = ("time/", "memory/", "tokens_per_s", "val/")
 
 
 @dataclass
