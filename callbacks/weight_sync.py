@@ -18,7 +18,8 @@ class WeightSync(pl.Callback):
     The data module pushes weights before every rollout; this callback checks the result. At a
     rollout's first update the version that travels with each completion must be the trainer's step,
     and the engine's log-probabilities must agree with the trainer's own on the same tokens; where
-    only the update's forward pass gives those, they are compared behind it. Logs
+    only the update's forward pass gives those, they are compared between it and the backward pass,
+    before anything is changed. Logs
     ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
     ``rollout/logprob_diff_max``.
 
@@ -32,6 +33,7 @@ class WeightSync(pl.Callback):
         if max_mean_diff is not None:
             require_between("max_mean_diff", max_mean_diff, 0.0, float("inf"))
         self.max_mean_diff = max_mean_diff
+        self._waiting: Any = None
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
@@ -50,15 +52,18 @@ class WeightSync(pl.Callback):
         """Check a rollout at its first micro-batch; where one rank has to stop, all do."""
         if batch.metrics:
             stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
+            self._waiting = batch
         if batch.metrics and not batch.old_pending:
-            stop_together(lambda: self.check_logprobs(trainer, pl_module, batch), pl_module.reduce)
+            self._compare(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
         """Compare what the update's own forward pass said."""
-        if batch.metrics and batch.old_pending:
-            stop_together(lambda: self.check_logprobs(trainer, pl_module, batch), pl_module.reduce)
+        if self._waiting is not None:
+            self._compare(trainer, pl_module)
+
+    def _compare(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        batch, self._waiting = self._waiting, None
+        stop_together(lambda: self.check_logprobs(trainer, pl_module, batch), pl_module.reduce)
 
     def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
         """Check the age of this rank's completions.
@@ -93,11 +98,10 @@ class WeightSync(pl.Callback):
         engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
         bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
         if not mean <= bound:
-            step = int(batch.policy_version.min())
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
                 f"the engine's log-probabilities must agree with the trainer's within {bound} nats "
-                f"on average: got {mean:.3g} at step {step}. They differ most at token {place} of "
+                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at token {place} of "
                 f"completion {row} (id {int(batch.completion_ids[row, place])}): "
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
                 f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, or "
