@@ -101,8 +101,8 @@ class WeightSync(pl.Callback):
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
                 f"the engine's log-probabilities must agree with the trainer's within {bound} nats "
-                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at token {place} of "
-                f"completion {row} (id {int(batch.completion_ids[row, place])}): "
+                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at "
+                f"token {place} of completion {row} (id {int(batch.completion_ids[row, place])}): "
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
                 f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, or "
                 "samples with settings that change its log-probabilities."
