@@ -8,6 +8,7 @@ from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
 from kdrl_lightning.callbacks.samples import SamplePage
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
+from kdrl_lightning.callbacks.step_profile import StepProfile
 from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSync
 
@@ -21,5 +22,6 @@ __all__ = [
     "RunReport",
     "SamplePage",
     "SelectiveImitationStats",
+    "StepProfile",
     "WeightSync",
 ]

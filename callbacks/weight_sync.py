@@ -17,10 +17,11 @@ class WeightSync(pl.Callback):
 
     The data module pushes weights once per rollout; this callback checks the result. At a rollout's
     first update the version that travels with each completion must be the trainer's step, and the
-    engine's log-probabilities must agree with the trainer's own on the same tokens. With
-    ``max_off_policy_steps`` 1 the version may be one rollout older; the log-probabilities of such
-    completions differ by right, so a few fresh ones are sampled and compared now and then. Where
-    only the update's own forward pass gives the trainer's, they are compared behind it. Logs
+    engine's log-probabilities must agree with the trainer's own on the same tokens; where only the
+    update's forward pass gives those, they are compared between it and the backward pass, before
+    anything is changed. With ``max_off_policy_steps`` 1 the version may be one rollout older; the
+    log-probabilities of such completions differ by right, so a few fresh ones are sampled and
+    compared now and then. Logs
     ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
     ``rollout/logprob_diff_max``.
 
@@ -38,7 +39,7 @@ class WeightSync(pl.Callback):
         require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         self.max_mean_diff = max_mean_diff
         self.every_n_rollouts = every_n_rollouts
-        self._step = 0  # of the rollout's first update, behind which the trainer's has gone on
+        self._waiting: Any = None
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
@@ -58,23 +59,27 @@ class WeightSync(pl.Callback):
         if not batch.metrics:
             return
         stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
-        self._step = step = trainer.global_step
+        self._waiting = batch
         if not batch.old_pending:
-            self._compare_together(trainer, pl_module, batch, step)
+            self._compare_waiting(trainer, pl_module)
         data: Any = getattr(trainer, "datamodule", None)
         if not getattr(data, "max_off_policy_steps", 0):
             return
         # The same on all ranks. Behind the last rollout nothing was pushed any more.
+        step = trainer.global_step
         due = data.rollout_at(step) % self.every_n_rollouts == 0
         if due and data.rollout_engine.version == step:
-            self._compare_together(trainer, pl_module, data.probe(), step)
+            fresh = data.probe()
+            stop_together(lambda: self.compare(trainer, pl_module, fresh), pl_module.reduce)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
         """Compare what the update's own forward pass said."""
-        if batch.metrics and batch.old_pending:
-            self._compare_together(trainer, pl_module, batch, self._step)
+        if self._waiting is not None:
+            self._compare_waiting(trainer, pl_module)
+
+    def _compare_waiting(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        batch, self._waiting = self._waiting, None
+        stop_together(lambda: self.compare(trainer, pl_module, batch), pl_module.reduce)
 
     def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
         """Check the age of this rank's completions.
@@ -95,18 +100,15 @@ class WeightSync(pl.Callback):
                 "the engine's update_weights."
             )
 
-    def _compare_together(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> None:
-        stop_together(lambda: self.compare(trainer, pl_module, batch, step), pl_module.reduce)
-
-    def compare(self, trainer: pl.Trainer, pl_module: Any, batch: Any, step: int) -> None:
-        """Compare log-probabilities, engine against trainer, on completions of ``step``'s weights.
+    def compare(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Compare log-probabilities, engine against trainer, on completions of current weights.
 
         Raises:
             TrainingStopped: they differ by more than the bound.
         """
         if batch.rollout_logprobs is None or batch.old_logprobs is None:
             return
-        fresh = (batch.source == STUDENT) & (batch.policy_version == step)
+        fresh = (batch.source == STUDENT) & (batch.policy_version == trainer.global_step)
         own = batch.completion_mask & fresh[:, None]
         if not own.any():
             return
@@ -117,11 +119,10 @@ class WeightSync(pl.Callback):
         engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
         bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
         if not mean <= bound:
-            step = int(batch.policy_version.min())
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
                 f"the engine's log-probabilities must agree with the trainer's within {bound} nats "
-                f"on average: got {mean:.3g} at step {step}. They differ most at "
+                f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at "
                 f"token {place} of completion {row} (id {int(batch.completion_ids[row, place])}): "
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
                 f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, or "

@@ -153,6 +153,7 @@ def test_teacher_completions_and_full_vocabulary_equal_one_process(
         assert (tensor - theirs[name]).norm() <= 1e-10 * change, name
     (a,), (b,) = metrics(one), metrics(two)
     names = [n for n in a if n.startswith(("loss/", "kd/", "reward/", "teacher/", "rollout/"))]
+    names.remove("rollout/padding_frac")  # depends on how the rows are dealt out
     assert {"loss/teacher_kl", "kd/imitated_groups_frac", "teacher/reward_mean"} <= set(names)
     for name in names:
         # Engine and trainer differ by float32 rounding, so their gap is nearly nothing.

@@ -56,6 +56,10 @@ class TimedModule(KDRLModule):
         with self.clock.part("scoring"):
             return super().score(batch)
 
+    def score_pending(self, batch: Any) -> Any:
+        with self.clock.part("scoring"):
+            return super().score_pending(batch)
+
 
 class Steps(pl.Callback):
     """Tells the clock of updates and the ends of steps."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from driver import run, sets
+from two_ranks_driver import run, sets
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,13 @@ def test_two_processes_say_what_one_says(tmp_path: Path, student_folder: str) ->
 
     shutil.copytree(student_folder, tmp_path / "student")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    driver = [str(ROOT / "tests/evaluation/driver.py"), str(tmp_path), "2", "ddp", "fsdp2"]
+    driver = [
+        str(ROOT / "tests/evaluation/two_ranks_driver.py"),
+        str(tmp_path),
+        "2",
+        "ddp",
+        "fsdp2",
+    ]
     out = subprocess.run(
         [sys.executable, *launcher, *driver],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

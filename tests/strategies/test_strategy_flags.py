@@ -74,7 +74,9 @@ def test_fsdp2_by_flag_and_under_torchrun_is_the_run_of_one_process(tmp_path: Pa
             for name in ("loss/total", "policy/grad_norm", "kd/reverse_kl", "reward/mean"):
                 assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4), name
         for name, tensor in one["weights"].items():
-            torch.testing.assert_close(run["weights"][name], tensor, atol=1e-5, rtol=1e-5)
+            # One process runs a prompt once for its group, a sharded model each row: float32
+            # rounds otherwise, and Adam divides by what are nearly no gradients.
+            torch.testing.assert_close(run["weights"][name], tensor, atol=5e-5, rtol=1e-5)
     assert (flag["checkpoint"] / ".metadata").is_file()
     assert full["checkpoint"].is_file()
     saved = torch.load(full["checkpoint"], weights_only=True)["state_dict"]

@@ -1,0 +1,66 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kdrl_lightning.errors import require_between
+
+
+class StepProfile(pl.Callback):
+    """Prints, once, the phases of a rollout and its updates, and the operators that take longest.
+
+    torch's profiler runs from the sampling of one rollout to its last update, on rank 0; the step
+    itself is slower under it.
+
+    Args:
+        rollout: which one, counted from the start of the run; the first pays for what comes once.
+        operators: lines of the table.
+    """
+
+    def __init__(self, rollout: int = 1, operators: int = 15) -> None:
+        require_between("rollout", rollout, 1, float("inf"), "Give 1 for the second.")
+        require_between("operators", operators, 1, float("inf"))
+        self.rollout = rollout
+        self.operators = operators
+        self.text = ""
+        self._profile: Any = None
+        self._rollouts = 0
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Start behind the rollout before, print behind the last update."""
+        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
+        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not last or trainer.global_step % per_rollout or not trainer.is_global_zero:
+            return
+        self._rollouts += 1
+        if self._rollouts == self.rollout:
+            kinds = [ProfilerActivity.CPU]
+            kinds += [ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
+            self._profile = profile(activities=kinds)
+            self._profile.__enter__()
+        elif self._profile is not None:
+            self._finish(trainer, pl_module.device)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """End a profile that the run was too short for."""
+        if self._profile is not None:
+            self._finish(trainer, pl_module.device)
+
+    def _finish(self, trainer: Any, device: torch.device) -> None:
+        running, self._profile = self._profile, None
+        running.__exit__(None, None, None)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        seconds = [f"{n[5:-2]} {v:.3g} s" for n, v in metrics.items() if n.startswith("time/")]
+        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        found = running.key_averages().table(
+            sort_by=order, row_limit=self.operators, max_name_column_width=48
+        )
+        self.text = f"phases of the rollout: {', '.join(seconds)}\n{found}"
+        print(self.text)
