@@ -1,4 +1,4 @@
-"""Validates, tests and predicts under a strategy: ``two_ranks_driver.py FOLDER DEVICES STRATEGY...``.
+"""Evaluates and predicts under strategies: ``two_ranks_driver.py FOLDER DEVICES STRATEGY...``.
 
 By itself, or under ``torch.distributed.run``; one start of the processes serves all strategies.
 """
