@@ -14,6 +14,9 @@ import torch
 
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
+# A plugin that vLLM loads, in processes of its own.
+collect_ignore = ["vllm_cases/store_transfer.py"]
+
 RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 
 
