@@ -92,6 +92,8 @@ class ChosenTokens(torch.autograd.Function):
         ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Rebuild each chunk and add up its gradients."""
+        if d_logprobs is None and d_entropy is None:
+            return (None,) * 7
         hidden, weight, bias, ids, log_norm, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         head = _Head(weight, bias, ctx.dtype)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +136,48 @@ def test_all_fields_together_are_those_apart(grad: bool) -> None:
             assert both.logprobs.requires_grad == grad
             only = token_scores(hidden, head, IDS, 0.8, chunk_size, other=other())
             assert only.divergence is None
+
+
+HEADS: list[dict[str, Any]] = [
+    {},
+    {"bias": None},
+    {"scale": 2.0, "softcap": 0.8},
+    {"vocab_size": 8, "softcap": 3.0},
+]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+@pytest.mark.parametrize("changes", HEADS, ids=lambda c: "-".join(c) or "plain")
+def test_more_fields_leave_values_and_gradients_of_the_first_two(
+    changes: dict[str, Any], chunk_size: int
+) -> None:
+    hidden, head = student()
+    head = replace(head, **changes)
+    ids = IDS.clamp(max=(head.vocab_size or V) - 1)
+    used = [x for x in (hidden, head.weight, head.bias) if x is not None]
+    of_logprobs, of_entropy = normal(2, N, seed=9)
+    found = []
+    for asked in ({}, {"topk_ids": ids[:, None]}):
+        scores = token_scores(hidden, head, ids, 0.6, chunk_size, **asked)
+        assert scores.entropy is not None
+        loss = (scores.logprobs * of_logprobs + scores.entropy * of_entropy).sum()
+        found.append([*scores[:2], *torch.autograd.grad(loss, used)])
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+def test_no_logits_are_kept_for_the_backward_pass() -> None:
+    kept: list[int] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    hidden, weight = normal(64, 2, seed=1).requires_grad_(), normal(50, 2, seed=2)
+    ids = torch.arange(64) % 50
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        token_scores(hidden, Head(weight.requires_grad_()), ids, 1.0, 4, topk_ids=ids[:, None])
+    assert sum(kept) < 64 * 50
 
 
 def test_no_rows_give_empty_fields_with_a_graph() -> None:
