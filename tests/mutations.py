@@ -28,6 +28,7 @@ POLICY_FAMILY = "losses/policy.py", "losses/test_policy_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
+CHOSEN = "losses/chosen.py", "losses/test_chosen.py"
 IMPORTANCE = "losses/importance.py", "losses/test_selection.py"
 SELECTION = "losses/selection.py", "losses/test_selection.py"
 ADVANTAGES = "advantages.py", "test_advantages.py"
@@ -63,6 +64,19 @@ STORE = "rollout/store.py", "rollout/test_store.py"
 CHECKPOINTS = "checkpoints.py", "test_checkpoint_files.py"
 EXPORT = "export.py", "test_export.py"
 BUILD = "models.py", "test_export.py"
+MERGING = "merging.py", "test_merging.py"
+SHARED = "caches.py", "test_merging.py"
+CACHES = "caches.py", "test_caches.py"
+PENDING = "pending.py", "test_old_scores.py"
+SOURCE_PENDING = "rollout/source.py", "test_old_scores.py"
+FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
+SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
+AHEAD = "rollout/ahead.py", "test_one_step_ahead.py"
+SOURCE_AHEAD = "rollout/source.py", "test_one_step_ahead.py"
+WEIGHTS = "weights.py", "test_lora.py"
+PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
+MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
+COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
 
 
 class Mutation(NamedTuple):
@@ -234,25 +248,25 @@ MUTATIONS = [
     ),
     Mutation(
         "log-probs: temperature multiplies",
-        LOGPROBS,
+        SCORES,
         "head.logits(states) / temperature",
         "head.logits(states) * temperature",
     ),
     Mutation(
         "log-probs: temperature before the soft cap",
-        LOGPROBS,
+        SCORES,
         "head.logits(states) / temperature",
         "head.logits(states / temperature)",
     ),
     Mutation(
-        "log-probs: padding rows count", LOGPROBS, "slice(None, self.vocab_size)", "slice(None)"
+        "log-probs: padding rows count", SCORES, "slice(None, self.vocab_size)", "slice(None)"
     ),
-    Mutation("log-probs: bias forgotten", LOGPROBS, "self.bias[rows])", "None)"),
-    Mutation("log-probs: entropy's sign", LOGPROBS, "log_norm - expected", "expected - log_norm"),
+    Mutation("log-probs: bias forgotten", SCORES, "self.bias[rows])", "None)"),
+    Mutation("log-probs: entropy's sign", SCORES, "log_norm - expected", "expected - log_norm"),
     Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
-        LOGPROBS,
+        SCORES,
         "if torch.is_grad_enabled()",
         "if False",
     ),
@@ -1002,6 +1016,243 @@ MUTATIONS = [
     Mutation(
         "export: no generation settings", BUILD, "if generation_config is not None:", "if False:"
     ),
+    # The backward pass of chosen tokens, written by hand.
+    Mutation(
+        "chosen: temperature multiplies",
+        CHOSEN,
+        "factor = self.scale / self.temperature\n            return logits if",
+        "factor = self.scale * self.temperature\n            return logits if",
+    ),
+    Mutation(
+        "chosen: temperature inside the soft cap",
+        CHOSEN,
+        "capped = logits.mul_(self.scale / self.softcap)",
+        "capped = logits.mul_(self.scale / self.softcap / self.temperature)",
+    ),
+    Mutation(
+        "chosen: soft cap's slope at temperature one",
+        CHOSEN,
+        "logits * (self.temperature / self.softcap)",
+        "logits * (1.0 / self.softcap)",
+    ),
+    Mutation(
+        "chosen: slope forgotten",
+        CHOSEN,
+        "table.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else table",
+        "table",
+    ),
+    Mutation(
+        "chosen: slope of the shifted logits",
+        CHOSEN,
+        "slope = ctx.transform.slope(table)\n            table.sub_(log_norm[rows, None])",
+        "table.sub_(log_norm[rows, None])\n            slope = ctx.transform.slope(table)",
+    ),
+    Mutation("chosen: peak forgotten", CHOSEN, "total.log() + peak.squeeze(-1)", "total.log()"),
+    Mutation(
+        "chosen: entropy's sign",
+        CHOSEN,
+        "total.log() - shares.mul_(logits).sum(-1) / total",
+        "shares.mul_(logits).sum(-1) / total - total.log()",
+    ),
+    Mutation(
+        "chosen: entropy of sums", CHOSEN, "mul_(logits).sum(-1) / total", "mul_(logits).sum(-1)"
+    ),
+    Mutation(
+        "chosen: 0 times inf", CHOSEN, "logits.sub_(peak).clamp_(min=FLOOR)", "logits.sub_(peak)"
+    ),
+    Mutation("chosen: 0 times inf backwards", CHOSEN, "table.clamp_(min=FLOOR)", "pass"),
+    Mutation(
+        "chosen: entropy's gradient not centred", CHOSEN, ".add_(entropy[rows, None]).mul_", ".mul_"
+    ),
+    Mutation("chosen: entropy's gradient upside down", CHOSEN, "(shares).neg_()", "(shares)"),
+    Mutation(
+        "chosen: log-prob forgotten beside entropy",
+        CHOSEN,
+        "table.add_(d_logprobs[rows, None])",
+        "pass",
+    ),
+    Mutation("chosen: shares' sign", CHOSEN, "table.mul_(-d_logprobs", "table.mul_(d_logprobs"),
+    Mutation(
+        "chosen: the chosen token's own one",
+        CHOSEN,
+        "table.scatter_add_(1, ids[rows, None], d_logprobs[rows, None])",
+        "pass",
+    ),
+    Mutation("chosen: bias of the last chunk", CHOSEN, "of_bias += ", "of_bias[:] = "),
+    Mutation("chosen: weight of the last chunk", CHOSEN, "of_weight += ", "of_weight[:] = "),
+    Mutation(
+        "chosen: weight of the last chunk in one type",
+        CHOSEN,
+        "of_weight.addmm_(narrow.T, hidden.to(narrow.dtype))",
+        "of_weight[:] = narrow.T @ hidden.to(narrow.dtype)",
+    ),
+    Mutation(
+        "chosen: the least likely",
+        ("losses/chosen.py", "losses/test_token_scores.py"),
+        "logits.topk(top_k, -1)",
+        "logits.topk(top_k, -1, largest=False)",
+    ),
+    Mutation(
+        "chosen: the least likely one",
+        ("losses/chosen.py", "losses/test_token_scores.py"),
+        "torch.argmax(logits,",
+        "torch.argmin(logits,",
+    ),
+    Mutation("chosen: a gradient from none", CHOSEN, "return (None,) * 7", "pass"),
+    Mutation(
+        "chosen: padding rows count",
+        ("losses/logprobs.py", "losses/test_chosen.py"),
+        "hidden, head.weight[:vocab], bias, head",
+        "hidden, head.weight, head.bias, head",
+    ),
+    # What completions have in common is run once.
+    Mutation(
+        "merging: the prompt's length is no difference",
+        MERGING,
+        "torch.cat([prompt_lengths[:, None], whole], 1)",
+        "whole",
+    ),
+    Mutation(
+        "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
+    ),
+    Mutation(
+        "merging: another row's length",
+        MERGING,
+        "lengths = prompt_lengths[first]",
+        "lengths = prompt_lengths[: len(first)]",
+    ),
+    Mutation(
+        "merging: completions in the prompts",
+        MERGING,
+        "whole[first].masked_fill(place >= lengths[:, None], -1)",
+        "whole[first]",
+    ),
+    Mutation(
+        "shared prompts: padding is attended to",
+        SHARED,
+        "None if bool(real.all()) else real.long()",
+        "None",
+    ),
+    Mutation(
+        "shared prompts: completions one place late",
+        SHARED,
+        "position = rows.prompt_lengths[:, None] + ",
+        "position = 1 + rows.prompt_lengths[:, None] + ",
+    ),
+    Mutation(
+        "shared prompts: the first prompt for all",
+        SHARED,
+        "Prefixed(x.keys[of], x.values[of])",
+        "Prefixed(x.keys[of * 0], x.values[of * 0])",
+    ),
+    Mutation(
+        "growing cache: old tokens lost", CACHES, "            if start:", "            if not end:"
+    ),
+    Mutation(
+        "growing cache: rows stay",
+        CACHES,
+        "(self.room[0][indices], self.room[1][indices])",
+        "(self.room[0][: len(indices)], self.room[1][: len(indices)])",
+    ),
+    Mutation("growing cache: always anew", CACHES, "self.room[0].shape[-2] < end:", "start:"),
+    Mutation("growing cache: for windows too", CACHES, "if type(x) is DynamicLayer else x", ""),
+    # Old scores that the update's own pass gives; rollouts sampled ahead.
+    Mutation(
+        "pending: entropy for log-probs",
+        PENDING,
+        "(batch.old_logprobs, scores.logprobs)",
+        "(batch.old_logprobs, scores.entropy)",
+    ),
+    Mutation("pending: never filled", PENDING, "field.copy_(value.detach())", "pass"),
+    Mutation("pending: replays too", SOURCE_PENDING, "pending = self.epochs == 1 and", "pending ="),
+    Mutation(
+        "pending: unless all parts read",
+        FRAME_PENDING,
+        "return any(part.reads_old_scores",
+        "return all(part.reads_old_scores",
+    ),
+    Mutation(
+        "pending: own preparation", FRAME_PENDING, "is not PolicyObjective.prepare", "is None"
+    ),
+    Mutation(
+        "pending: unless both summands read",
+        SUM_PENDING,
+        "self.rl.reads_old_scores(rollout) or",
+        "self.rl.reads_old_scores(rollout) and",
+    ),
+    Mutation("ahead: no version", AHEAD, "[replace(c, version=version) for c in", "[c for c in"),
+    Mutation(
+        "ahead: another request's completions",
+        AHEAD,
+        "if (request.engine, request.seeds, request.sampling) == wanted:",
+        "if request.engine is wanted[0]:",
+    ),
+    Mutation("ahead: the first weights' version", SOURCE_AHEAD, "engine.version or 0", "0"),
+    Mutation(
+        "ahead: new weights before it is taken",
+        SOURCE_AHEAD,
+        "if self.live.ahead.rollout != rollout:",
+        "if True:",
+    ),
+    Mutation("adapters: scaling forgotten", WEIGHTS, ", alpha=layer.scaling[ADAPTER])", ")"),
+    Mutation(
+        "adapters: added in 16 bits",
+        WEIGHTS,
+        "torch.promote_types(whole.dtype, torch.float32)",
+        "whole.dtype",
+    ),
+    Mutation(
+        "adapters: added under autocast",
+        WEIGHTS,
+        "torch.autocast(whole.device.type, enabled=False)",
+        'torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"))',
+    ),
+    Mutation(
+        "adapters: in the base too",
+        WEIGHTS,
+        '(".base_layer.weight")) if self.merged else None',
+        '(".base_layer.weight"))',
+    ),
+    Mutation("adapters: left out", WEIGHTS, "if layer is None:", "if True:"),
+    # What completions are worth.
+    Mutation(
+        "pass@k: drawn with replacement",
+        PASS,
+        "1.0 - comb(n - c, k) / comb(n, k)",
+        "1.0 - ((n - c) / n) ** k",
+    ),
+    Mutation(
+        "majority@k: silence wins",
+        MAJORITY,
+        "range(min(silent, k - j) + 1)",
+        "range(min(silent, k - j, j) + 1)",
+    ),
+    Mutation("majority@k: a tie is won", MAJORITY, "/ subsets / (tied + 1)", "/ subsets"),
+    Mutation(
+        "majority@k: others have more",
+        MAJORITY,
+        "min(votes, most, room - drawn)",
+        "min(votes, room - drawn)",
+    ),
+    Mutation("majority@k: right once is right", MAJORITY, "hits / votes[answer] *", "1.0 *"),
+    Mutation(
+        "rewards: weights forgotten",
+        COMPOSED,
+        "self.weights[name] * result.reward",
+        "result.reward",
+    ),
+    Mutation(
+        "rewards: parts weighted",
+        COMPOSED,
+        "parts[name] = result.reward",
+        "parts[name] = self.weights[name] * result.reward",
+    ),
+    Mutation(
+        "rewards: the last one decides",
+        COMPOSED,
+        "result.correct if name == self.correct else correct",
+        "result.correct",
+    ),
 ]
 
 
@@ -1053,6 +1304,7 @@ def _preload() -> None:
     import lightning.pytorch  # noqa: F401
     import pytest  # noqa: F401
     import torch
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -1060,12 +1312,7 @@ def _preload() -> None:
 def _copy(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kdrl_lightning", folder / "kdrl_lightning", ignore=ignore)
-    shutil.copytree(
-        ROOT / "tests",
-        folder / "tests",
-        ignore=shutil.ignore_patterns("__pycache__", "conftest.py"),
-    )
-    (folder / "tests" / "conftest.py").write_text("")
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
     (folder / "pytest.ini").write_text("[pytest]\n")
     return folder
 

@@ -129,11 +129,11 @@ def test_float64_is_left_alone() -> None:
 
 
 def test_rows_that_differ_in_length_or_prompt_alone_are_different() -> None:
-    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 7, 0], [5, 6, 7, 0], [5, 6, 7, 0]])
-    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0]]).bool()
-    rows = merge_rows(ids, torch.tensor([2, 2, 1, 2]), mask)
-    assert rows.of.tolist() == [2, 1, 0, 1]
-    assert rows.prompt_lengths.tolist() == [1, 2, 2]
-    assert rows.mask.sum(1).tolist() == [1, 1, 2]
+    ids = torch.tensor([[5, 6, 7, 0]] * 5)
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0], [1, 1]]).bool()
+    rows = merge_rows(ids, torch.tensor([2, 2, 1, 2, 1]), mask)
+    assert rows.of.tolist() == [3, 2, 0, 2, 1]
+    assert rows.prompt_lengths.tolist() == [1, 1, 2, 2]
+    assert rows.mask.sum(1).tolist() == [1, 2, 1, 2]
     assert rows.prompts.tolist() == [[5, -1], [5, 6]]
-    assert rows.prompt_of.tolist() == [0, 1, 1]
+    assert rows.prompt_of.tolist() == [0, 0, 1, 1]

@@ -148,7 +148,7 @@ HEADS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7])
 @pytest.mark.parametrize("changes", HEADS, ids=lambda c: "-".join(c) or "plain")
-def test_more_fields_leave_values_and_gradients_of_the_first_two(
+def test_more_fields_leave_values_and_gradients_of_the_first_ones(
     changes: dict[str, Any], chunk_size: int
 ) -> None:
     hidden, head = student()
@@ -158,10 +158,10 @@ def test_more_fields_leave_values_and_gradients_of_the_first_two(
     of_logprobs, of_entropy = normal(2, N, seed=9)
     found = []
     for asked in ({}, {"topk_ids": ids[:, None]}):
-        scores = token_scores(hidden, head, ids, 0.6, chunk_size, **asked)
+        scores = token_scores(hidden, head, ids, 0.6, chunk_size, top_k=2, **asked)
         assert scores.entropy is not None
         loss = (scores.logprobs * of_logprobs + scores.entropy * of_entropy).sum()
-        found.append([*scores[:2], *torch.autograd.grad(loss, used)])
+        found.append([*scores[:3], *torch.autograd.grad(loss, used)])
     for a, b in zip(*found, strict=True):
         close(a, b)
 
