@@ -59,8 +59,9 @@ class KDRLCLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m kdrl_lightning",
                 "description": "Post-train a language model with rewards and a frozen teacher. "
-                "Two more subcommands: `export` writes a checkpoint's student as a model folder, "
-                "`evaluate` compares models and checkpoints in one table.",
+                "Three more subcommands: `export` writes a checkpoint's student as a model "
+                "folder, `evaluate` compares models and checkpoints in one table, `serve` starts a "
+                "vLLM server.",
             },
             run=not instantiate_only,
             seed_everything_default=0,

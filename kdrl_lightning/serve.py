@@ -20,6 +20,14 @@ warning: whoever reaches {host}:{port} can replace the weights, pause the server
 of its workers: vLLM's key guards /v1 only. Expose it to a private network, behind a firewall."""
 
 
+class ServeParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise with one line."""
+        raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
+
+
 def serve(args: Sequence[str]) -> NoReturn:
     """Become the server; the process is replaced.
 
@@ -50,20 +58,26 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     """Parse and check the flags.
 
     Raises:
-        ConfigurationError: the host is no loopback address and ``--expose`` is missing.
+        ConfigurationError: a flag is missing or unknown, or the host is no loopback address and
+            ``--expose`` is missing.
     """
-    parser = argparse.ArgumentParser(
+    parser = ServeParser(
         "python -m kdrl_lightning serve",
         description="Start a vLLM server for rollouts by VLLMServerEngine, or for a ServerTeacher. "
         "Its key is taken from VLLM_API_KEY, or made and printed. Flags behind -- go to vLLM as "
         "they are.",
+        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder or name")
     parser.add_argument(
         "--teacher", action="store_true", help="fixed weights: without the routes that change them"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind; others need --expose")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to bind; one that is not of this machine alone needs --expose",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to bind")
     parser.add_argument(
         "--expose", action="store_true", help="allow an address that other machines reach"
     )
@@ -72,7 +86,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; as vLLM's flag")
     parser.add_argument("--max-model-len", type=int, help="prompt and completion together")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, help="part of its memory"
+    )
     parser.add_argument("--kv-cache-memory-bytes", type=int, help="needed on a CPU")
     parser.add_argument("vllm", nargs="*", help="further flags of vLLM, behind --")
     settings = parser.parse_args(list(args))

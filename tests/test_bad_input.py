@@ -100,6 +100,13 @@ CASES = {
         ["--data.minibatches_per_rollout=3"],
         "`prompts_per_rollout` must be a multiple",
     ),
+    "a schedule that cannot be": (
+        [
+            "--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR",
+            "--model.lr_scheduler.max_lr=0.1",
+        ],
+        "`optimizer` or `lr_scheduler`: You must define either total_steps",
+    ),
     "bf16 weights": (["--trainer.precision=bf16-true"], "Use bf16-mixed"),
     "reward raises": (["--data.reward=test_bad_input.raising"], "KeyError"),
     "reward is NaN": (["--data.reward=test_bad_input.not_a_number"], "must return a finite number"),

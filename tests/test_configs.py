@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import KDRLCLI, as_seed
 from kdrl_lightning.config_base import load_with_base, merge
 from kdrl_lightning.errors import ConfigurationError
@@ -57,26 +56,39 @@ def test_one_seed_for_everything(value: bool | int | None, seed: int) -> None:
     assert as_seed(value) == seed
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["fit", "--help"]])
-def test_help_reads(flags: list[str]) -> None:
-    out = subprocess.run(
-        [sys.executable, "-m", "kdrl_lightning", *flags], capture_output=True, text=True, cwd=ROOT
-    )
-    assert out.returncode == 0, out.stderr
-    if "fit" in flags:
-        for text in ("--data.group_size", "completions per prompt", "--report.export"):
-            assert text in out.stdout
+def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Return what a command prints that only tells something."""
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert not ended.value.code
+    return capsys.readouterr().out
 
 
-def test_print_config_can_be_run_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kdrl_lightning", "fit", "--print_config"]
-    source = ["--config", str(ROOT / "configs/kdrl_annealing.yaml")]
-    once = subprocess.run([*command, *source], capture_output=True, text=True, check=True).stdout
-    (tmp_path / "whole.yaml").write_text(once)
-    again = subprocess.run(
-        [*command, "--config", "whole.yaml"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert again.stdout == once
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--help"], ["{fit,validate,test,predict}", "`export`", "`evaluate`", "`serve`"]),
+        (["fit", "--help"], ["--data.group_size", "completions per prompt", "--report.export"]),
+        (["export", "--help"], ["--ckpt_path", "a folder of shards"]),
+        (["evaluate", "--help"], ["--models", "without training"]),
+        (["serve", "--help"], ["--model", "--expose", "VLLM_API_KEY"]),
+    ],
+    ids=lambda x: x[0].strip("-{"),
+)
+def test_help_reads(flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(said(capsys, *flags).split())
+    for word in words:
+        assert word in text
+
+
+def test_print_config_can_be_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--print_config", "--config"]
+    once = said(capsys, *command, str(ROOT / "configs/kdrl_annealing.yaml"))
+    Path("whole.yaml").write_text(once)
+    assert said(capsys, *command, "whole.yaml") == once
     assert "teacher_kl_coef: 0.3" in once and "decrement: 0.03" in once
 
 

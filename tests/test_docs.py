@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
 INDEX = FOLDER / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TEXTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(p for room in ("docs", "configs", "benchmarks") for p in (ROOT / room).rglob("*.md")),
+    ]
+)
 # The pages are those that the index names.
 PAGES = sorted(
     {FOLDER / m for m in re.findall(r"^\| \[[^]]+\]\((\w+\.md)\)", INDEX.read_text(), re.M)}
@@ -96,20 +102,27 @@ def test_yaml_is_that_of_a_configuration(page: Path) -> None:
         assert any(contains(config, yaml.safe_load(block)) for config in named), block
 
 
-@pytest.mark.parametrize("page", [*PAGES, INDEX], ids=lambda p: p.stem)
-def test_named_files_exist(page: Path) -> None:
+@pytest.mark.parametrize("page", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_links_and_pictures_exist(page: Path) -> None:
     text = page.read_text()
-    for name in re.findall(r"(?:tests|configs)/[\w/]+\.(?:py|yaml)", text):
+    for name in re.findall(r"(?:tests|configs|benchmarks|docs)/[\w/.-]+\.(?:py|yaml|md|sh)", text):
         assert (ROOT / name).is_file(), name
-    for target in re.findall(r"\]\(([^)]+)\)", text):
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if target.startswith("https://"):
             continue
         name, _, anchor = target.partition("#")
-        linked = (page.parent / name).resolve()
-        assert linked.is_file(), target
-        heads = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), target
+        heads = re.findall(r"^#+ (.+)$", linked.read_text(), re.M) if anchor else []
         anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}
         assert not anchor or anchor in anchors, target
+
+
+def test_the_readme_lists_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in text, page.name
 
 
 @pytest.mark.parametrize("name", ["VLLMEngine", "VLLMServerEngine"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdrl_lightning.rewards.answers import after_marker
 from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
@@ -32,5 +33,4 @@ class ExactMatch(TaskReward):
         """Return what follows the marker; None without one."""
         if self.marker is None:
             return sample.text.strip()
-        _, found, text = sample.text.rpartition(self.marker)
-        return text.strip() if found else None
+        return after_marker(sample.text, self.marker)

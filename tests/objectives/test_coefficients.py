@@ -183,6 +183,10 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
         lambda: WeightedSum(GRPO(), KDRL(engine_correction=TruncatedImportance())),
         r"`engine_correction` must be given to `rl`, for both: got one in `distill`\.",
     ),
+    (
+        lambda: WeightedSum(GRPO(scale_by_std=False), RLAD()),
+        r"`distill` must take its advantages as `rl` does, .*: got Advantage with scale_by_std T",
+    ),
     (lambda: TruncatedImportance(0.9), r"`cap` must be at least 1: got 0\.9\. 2 is usual\."),
     (lambda: MaskedImportance(0.0), r"`low` must be above 0 and at most 1: got 0\.0\."),
     (lambda: MaskedImportance(1.1), r"`low` must be above 0 and at most 1: got 1\.1\."),

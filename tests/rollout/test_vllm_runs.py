@@ -27,16 +27,17 @@ def _vllm() -> None:
 
 
 def test_rlad_learns_on_vllms_rollouts(tmp_path: Path) -> None:
-    # A third of the whole run: by then the transformers engine has the student above 0.95.
-    flags = ["--trainer.max_steps=112", "--report.evaluate_teacher=false"]
+    # A quarter of the whole run: by then the transformers engine has the student above 0.95.
+    flags = ["--trainer.max_steps=80", "--report.evaluate_teacher=false"]
+    flags += ["--data.val_prompts.size=64"]
     out = run(["kdrl_lightning", "fit", *ENGINE, *flags], tmp_path, timeout=280)
     assert out.returncode == 0, out.stderr[-3000:]
     folder = tmp_path / "runs/rlad/version_0"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["student_accuracy_before"] < 0.25
+    assert summary["student_accuracy_before"] < 0.3
     assert summary["student_accuracy_after"] >= 0.9
     steps = rows(folder)
-    assert len(steps) == 112
+    assert len(steps) == 80
     for row in steps:
         assert row["rollout/staleness"] == "0.0"
         # Not exact, so not 0; in float32 nearly so.

@@ -382,6 +382,19 @@ def test_the_command_has_what_rollouts_need() -> None:
     assert made[-1] == "--enforce-eager" and "--max-model-len" not in made
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "the following arguments are required: --model"),
+        (["--model=m", "--expos"], "unrecognized arguments: --expos"),
+    ],
+)
+def test_a_mistake_in_serves_flags_is_one_line(flags: list[str], words: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        parse(flags)
+    assert str(error.value) == f"{words} (see `python -m kdrl_lightning serve --help`)"
+
+
 def test_serve_without_vllm_names_the_cure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
