@@ -40,6 +40,7 @@ def test_rlad_learns_the_embedded_task(tmp_path: Path) -> None:
         "config.yaml",
         "curves.png",
         "imitation.png",
+        "samples.html",
         "metrics.csv",
         "student",
         "summary.json",
