@@ -67,16 +67,8 @@ BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
-PENDING = "pending.py", "test_old_scores.py"
-SOURCE_PENDING = "rollout/source.py", "test_old_scores.py"
-FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
-SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
-AHEAD = "rollout/ahead.py", "test_one_step_ahead.py"
-SOURCE_AHEAD = "rollout/source.py", "test_one_step_ahead.py"
-WEIGHTS = "weights.py", "test_lora.py"
 PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
-COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
 
 
 class Mutation(NamedTuple):
@@ -1107,12 +1099,6 @@ MUTATIONS = [
     ),
     # What completions have in common is run once.
     Mutation(
-        "merging: the prompt's length is no difference",
-        MERGING,
-        "torch.cat([prompt_lengths[:, None], whole], 1)",
-        "whole",
-    ),
-    Mutation(
         "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
     ),
     Mutation(
@@ -1156,64 +1142,6 @@ MUTATIONS = [
     ),
     Mutation("growing cache: always anew", CACHES, "self.room[0].shape[-2] < end:", "start:"),
     Mutation("growing cache: for windows too", CACHES, "if type(x) is DynamicLayer else x", ""),
-    # Old scores that the update's own pass gives; rollouts sampled ahead.
-    Mutation(
-        "pending: entropy for log-probs",
-        PENDING,
-        "(batch.old_logprobs, scores.logprobs)",
-        "(batch.old_logprobs, scores.entropy)",
-    ),
-    Mutation("pending: never filled", PENDING, "field.copy_(value.detach())", "pass"),
-    Mutation("pending: replays too", SOURCE_PENDING, "pending = self.epochs == 1 and", "pending ="),
-    Mutation(
-        "pending: unless all parts read",
-        FRAME_PENDING,
-        "return any(part.reads_old_scores",
-        "return all(part.reads_old_scores",
-    ),
-    Mutation(
-        "pending: own preparation", FRAME_PENDING, "is not PolicyObjective.prepare", "is None"
-    ),
-    Mutation(
-        "pending: unless both summands read",
-        SUM_PENDING,
-        "self.rl.reads_old_scores(rollout) or",
-        "self.rl.reads_old_scores(rollout) and",
-    ),
-    Mutation("ahead: no version", AHEAD, "[replace(c, version=version) for c in", "[c for c in"),
-    Mutation(
-        "ahead: another request's completions",
-        AHEAD,
-        "if (request.engine, request.seeds, request.sampling) == wanted:",
-        "if request.engine is wanted[0]:",
-    ),
-    Mutation("ahead: the first weights' version", SOURCE_AHEAD, "engine.version or 0", "0"),
-    Mutation(
-        "ahead: new weights before it is taken",
-        SOURCE_AHEAD,
-        "if self.live.ahead.rollout != rollout:",
-        "if True:",
-    ),
-    Mutation("adapters: scaling forgotten", WEIGHTS, ", alpha=layer.scaling[ADAPTER])", ")"),
-    Mutation(
-        "adapters: added in 16 bits",
-        WEIGHTS,
-        "torch.promote_types(whole.dtype, torch.float32)",
-        "whole.dtype",
-    ),
-    Mutation(
-        "adapters: added under autocast",
-        WEIGHTS,
-        "torch.autocast(whole.device.type, enabled=False)",
-        'torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"))',
-    ),
-    Mutation(
-        "adapters: in the base too",
-        WEIGHTS,
-        '(".base_layer.weight")) if self.merged else None',
-        '(".base_layer.weight"))',
-    ),
-    Mutation("adapters: left out", WEIGHTS, "if layer is None:", "if True:"),
     # What completions are worth.
     Mutation(
         "pass@k: drawn with replacement",
@@ -1235,24 +1163,6 @@ MUTATIONS = [
         "min(votes, room - drawn)",
     ),
     Mutation("majority@k: right once is right", MAJORITY, "hits / votes[answer] *", "1.0 *"),
-    Mutation(
-        "rewards: weights forgotten",
-        COMPOSED,
-        "self.weights[name] * result.reward",
-        "result.reward",
-    ),
-    Mutation(
-        "rewards: parts weighted",
-        COMPOSED,
-        "parts[name] = result.reward",
-        "parts[name] = self.weights[name] * result.reward",
-    ),
-    Mutation(
-        "rewards: the last one decides",
-        COMPOSED,
-        "result.correct if name == self.correct else correct",
-        "result.correct",
-    ),
 ]
 
 
