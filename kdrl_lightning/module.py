@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
 from kdrl_lightning.losses import k3
@@ -29,7 +29,7 @@ from kdrl_lightning.models import (
 )
 from kdrl_lightning.nonfinite import NonFiniteSteps
 from kdrl_lightning.objectives.base import Objective, known
-from kdrl_lightning.pending import fill, with_room
+from kdrl_lightning.pending import fill, fill_teacher, with_room, with_teacher_room
 from kdrl_lightning.resume import (
     KEY,
     Settings,
@@ -266,10 +266,16 @@ class KDRLModule(pl.LightningModule):
         return self.score_frozen(batch)
 
     def score_pending(self, batch: RolloutBatch) -> RolloutBatch:
-        """Do the same, with room for the student's scores, which the coming update writes in."""
+        """Do the same, with room for what the coming update writes in.
+
+        That is the student's scores, and the teacher's where the update needs its states.
+        """
         double = self._student().head().weight.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
-        return self.score_frozen(with_room(batch, dtype, self.teacher is not None))
+        batch = with_room(batch, dtype, self.teacher is not None)
+        if self.objective.divergence is not None:
+            batch = with_teacher_room(batch, dtype)
+        return self.score_frozen(batch)
 
     @torch.no_grad()
     def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:
@@ -278,7 +284,7 @@ class KDRLModule(pl.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             if self._reference is not None:
                 batch = batch.replace(ref_logprobs=self._reference.score(batch).logprobs)
-            if self.teacher is None:
+            if self.teacher is None or batch.teacher_pending:
                 return batch
             with self._teacher_clock():
                 teacher = self.teacher.score(batch, asked)
@@ -297,6 +303,9 @@ class KDRLModule(pl.LightningModule):
             assert self.teacher is not None
             with self._teacher_clock():
                 other = self.teacher.states(batch)
+                if batch.teacher_pending:
+                    fill_teacher(batch, other, self._student().chunk_size)
+                    self._watch_teacher(batch)
         asked = batch.topk_ids if self.objective.top_k else None
         top_k = int(batch.old_pending and batch.topk_ids is not None)
         scores = self._student().score(batch, top_k, asked, other, divergence)
@@ -304,6 +313,23 @@ class KDRLModule(pl.LightningModule):
             fill(batch, scores)
             self._measure_mismatch(batch)
         return scores
+
+    def _watch_teacher(self, batch: RolloutBatch) -> None:
+        """Look at what a teacher says in the update, as a rollout's source does at what it said.
+
+        Raises:
+            TrainingStopped: on all ranks, if on one its log-probabilities are not finite.
+        """
+        teacher, real = known(batch.teacher_logprobs, "teacher_logprobs"), batch.completion_mask
+        counts = torch.stack([(~teacher.isfinite()).sum(), real.sum()]).double()
+        broken, tokens = self.reduce(counts, "sum").tolist()
+        if broken:
+            raise TrainingStopped(
+                f"the teacher's log-probabilities must be finite: got {broken:.0f} NaN or infinite "
+                f"of {tokens:.0f}. Check its weights and dtype."
+            )
+        floored = (teacher <= LOGPROB_FLOOR).double()
+        self._stats.add_mean("kd/floored_frac", floored, real)
 
     def _measure_mismatch(self, batch: RolloutBatch) -> None:
         if batch.rollout_logprobs is not None and batch.old_logprobs is not None:

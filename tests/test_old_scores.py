@@ -9,7 +9,16 @@ import pytest
 import torch
 from short_runs import Log, fit, make_data, make_module
 
-from kdrl_lightning import GRPO, KDRL, RLAD, SRPO, OnPolicyDistillation, PolicyObjective
+from kdrl_lightning import (
+    GKD,
+    GRPO,
+    KDRL,
+    RLAD,
+    SRPO,
+    LocalTeacher,
+    OnPolicyDistillation,
+    PolicyObjective,
+)
 from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
@@ -123,6 +132,42 @@ def test_a_run_is_the_same_without_the_second_pass(
             assert ours[name] == pytest.approx(theirs[name], nan_ok=True), name
         assert 0.0 <= ours["rollout/mismatch_kl"] < 1e-8
         assert ours["rollout/logprob_diff_max"] < 1e-3
+
+
+class ReadsGKD(GKD):
+    """The same, but scored before, by the teacher as well."""
+
+    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_teacher_that_the_update_runs_is_not_run_before(
+    tmp_path: Path,
+    student_folder: str,
+    teacher_folder: str,
+    minibatches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[int] = []
+    scored = LocalTeacher.score
+
+    def score(self: LocalTeacher, batch: RolloutBatch, *args: Any) -> Any:
+        rows.append(len(batch))
+        return scored(self, batch, *args)
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    settings = {"minibatches_per_rollout": minibatches}
+    folders = (tmp_path, student_folder, teacher_folder)
+    _, logged, weights = passes(*folders, GKD(), **settings)
+    assert rows == ([] if minibatches == 1 else [8, 8])
+    _, expected, same = passes(*folders, ReadsGKD(), **settings)
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    for ours, theirs in zip(logged, expected, strict=True):
+        names = {n for n in theirs if n.startswith(("kd/", "policy/", "loss/"))}
+        for name in names - {"kd/floored_frac"}:
+            assert ours[name] == pytest.approx(theirs[name], nan_ok=True), name
+    assert "kd/floored_frac" in logged[0]
 
 
 def test_replays_need_them(tmp_path: Path, student_folder: str, teacher_folder: str) -> None:

@@ -27,7 +27,7 @@ class Job:
 
     Attributes:
         side: ``ours`` or ``trl``.
-        model: ``embedded`` or ``smollm2``.
+        model: ``embedded``, ``smollm2``, or a folder with the embedded model's tokenizer.
         work: ``grpo``, ``kdrl``, ``rlad`` or ``distillation``.
         prompts: per optimizer step.
         group: completions of each.
@@ -58,6 +58,8 @@ class Job:
 
 def model_folder(name: str) -> str:
     """Return the Hugging Face folder of a model, making it if need be."""
+    if Path(name).is_dir():
+        return name
     if name == "embedded":
         from kdrl_lightning.tiny import TinyModel
 
@@ -78,7 +80,7 @@ def model_folder(name: str) -> str:
 
 def prompts(job: Job, count: int) -> list[dict[str, Any]]:
     """Return rows with ``prompt`` and ``answer``."""
-    if job.model == "embedded":
+    if job.model != "smollm2":
         from kdrl_lightning.tiny import ColumnAddition
 
         return [dict(row) for row in ColumnAddition(count, seed=1)]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.chosen import ChosenTokens, Transform
+from kdrl_lightning.losses.chosen import ChosenTokens, OfLogits, Transform
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.
@@ -158,53 +158,80 @@ def token_scores(
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
     size = chunk_size or auto_chunk_size(vocab)
-    if topk_ids is None and divergence is None:
+    if topk_ids is None:
         bias = None if head.bias is None else head.bias[:vocab]
         transform = Transform(head.scale, head.softcap, temperature)
         chosen = ChosenTokens.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight[:vocab], bias, head.renamed(ids), transform, size, min(top_k, vocab)
+            hidden,
+            head.weight[:vocab],
+            bias,
+            head.renamed(ids),
+            transform,
+            size,
+            min(top_k, vocab),
+            _from(other, head, temperature, divergence),
         )
-        logprobs, entropy, best = chosen
-        return TokenScores(logprobs, entropy, head.renamed(best) if top_k else None)
+        logprobs, entropy, best, gap = chosen
+        return TokenScores(logprobs, entropy, head.renamed(best) if top_k else None, None, gap)
+    scores = _asked(hidden, head, ids, temperature, size, top_k, topk_ids)
+    if divergence is None:
+        return scores
+    apart = token_scores(hidden, head, ids, temperature, size, other=other, divergence=divergence)
+    return scores._replace(divergence=apart.divergence)
 
-    def score(
-        states: Tensor, chosen: Tensor, asked: Tensor | None, others: Tensor | None
-    ) -> TokenScores:
+
+def _from(
+    other: Other | None, head: Head, temperature: float, divergence: Divergence | None
+) -> OfLogits | None:
+    """Return the divergence of given rows as a function of their logits."""
+    if other is None or divergence is None:
+        return None
+    device = other.hidden.device.type
+    autocast = torch.is_autocast_enabled(device)  # the backward pass is outside
+
+    def gap(logits: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad(), torch.autocast(device, enabled=autocast):
+            theirs = other.head.logits(other.hidden[rows]) / temperature
+        return divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)
+
+    return gap
+
+
+def _asked(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    temperature: float,
+    size: int,
+    top_k: int,
+    topk_ids: Tensor,
+) -> TokenScores:
+    """Score the chosen tokens and those of ``topk_ids``; chunks are recomputed by autograd."""
+
+    def score(states: Tensor, chosen: Tensor, asked: Tensor) -> TokenScores:
         logits = head.logits(states) / temperature
         log_norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, chosen[:, None]).squeeze(-1) - log_norm
         # A softmax entry of 0 times a logit of -inf is no contribution, not NaN.
         expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
+        vocab = logits.shape[-1]
         own = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
-        at = None
-        if asked is not None:
-            at = logits.gather(-1, asked.clamp(max=logits.shape[-1] - 1)) - log_norm[:, None]
-            at = at.masked_fill(asked >= logits.shape[-1], -torch.inf)  # rows it does not have
-        gap = None
-        if divergence is not None and other is not None and others is not None:
-            theirs = other.head.logits(others) / temperature
-            gap = divergence(logits[:, : theirs.shape[-1]], theirs)
-        return TokenScores(logprobs, log_norm - expected, own, at, gap)
+        at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
+        at = at.masked_fill(asked >= vocab, -torch.inf)  # rows it does not have
+        return TokenScores(logprobs, log_norm - expected, own, at)
 
     parts = []
     for start in range(0, max(len(ids), 1), size):  # once at least: a graph also without tokens
         rows = slice(start, start + size)
-        chunk = (
-            hidden[rows],
-            ids[rows],
-            None if topk_ids is None else topk_ids[rows],
-            None if other is None else other.hidden[rows],
-        )
+        chunk = hidden[rows], ids[rows], topk_ids[rows]
         parts.append(
             checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
             if torch.is_grad_enabled()
             else score(*chunk)
         )
-    if len(parts) == 1:
-        return TokenScores(*parts[0])
-    logprobs, entropy, *rest = zip(*parts, strict=True)
+    logprobs, *rest = zip(*parts, strict=True)
     joined = (None if c[0] is None else torch.cat(c) for c in rest)
-    return TokenScores(torch.cat(logprobs), torch.cat(entropy), *joined)
+    return TokenScores(torch.cat(logprobs), *joined)
 
 
 def auto_chunk_size(vocab_size: int) -> int:

@@ -12,14 +12,8 @@ from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 
 OLD = ("old_logprobs", "old_entropy", "topk_ids")
-SCORED = (
-    *OLD,
-    "teacher_logprobs",
-    "teacher_entropy",
-    "teacher_top_ids",
-    "teacher_topk_logprobs",
-    "ref_logprobs",
-)
+TEACHER = ("teacher_logprobs", "teacher_entropy", "teacher_top_ids")
+SCORED = (*OLD, *TEACHER, "teacher_topk_logprobs", "ref_logprobs")
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class RolloutPlan:
             totals=self.totals[update],
             metrics=self.metrics if first else {},
             old_pending=self.batch.old_pending and update == 0,
+            teacher_pending=self.batch.teacher_pending and update == 0,
         )
 
     @property
@@ -113,8 +108,9 @@ def plan_updates(
     if score_first is None:
         batch = prepare(batch)
     else:  # hidden, so that whoever reads them after all is told
-        old = {name: getattr(batch, name) for name in OLD}
-        batch = prepare(batch.replace(**dict.fromkeys(OLD))).replace(**old, old_pending=True)
+        names = (*OLD, *TEACHER) if batch.teacher_pending else OLD
+        room = {name: getattr(batch, name) for name in names}
+        batch = prepare(batch.replace(**dict.fromkeys(names))).replace(**room, old_pending=True)
     totals = [step_totals(batch.select(rows), max_tokens, reduce) for rows in members]
     return RolloutPlan(rollout, batch, updates * epochs, totals * epochs, {})
 
@@ -123,8 +119,10 @@ def _scored(
     batch: RolloutBatch, parts: list[tuple[list[int], Callable[[RolloutBatch], RolloutBatch]]]
 ) -> RolloutBatch:
     whole: dict[str, Tensor] = {}
+    pending = False
     for rows, score in parts:
         part = score(batch.select(rows))
+        pending |= part.teacher_pending
         for name in SCORED:
             value = getattr(part, name)
             if value is None:
@@ -133,7 +131,7 @@ def _scored(
                 whole[name] = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
             index = torch.tensor(rows, device=value.device)
             whole[name][index, : value.shape[1]] = value
-    return batch.replace(**whole)
+    return batch.replace(**whole, teacher_pending=pending)
 
 
 def step_totals(

@@ -151,6 +151,7 @@ class RolloutSource:
         first = module.score_pending if pending else None
         plan = self._planned(batch, rollout, module.score, module.objective.prepare, first)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
+        teacher = None if plan.batch.teacher_pending else teacher  # the update sees to it
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
         seconds = {
             "time/sync_s": sync_seconds,

@@ -66,7 +66,8 @@ class RolloutWatch:
             # Unbiased, non-negative estimate (k3) of KL(engine || trainer) on engine samples.
             log_ratio = (batch.old_logprobs - batch.rollout_logprobs).double()
             gap = (log_ratio.expm1() - log_ratio)[real].sum()
-        if batch.teacher_logprobs is not None:
+        teacher_known = batch.teacher_logprobs is not None and not batch.teacher_pending
+        if batch.teacher_logprobs is not None and teacher_known:
             floored = (batch.teacher_logprobs <= LOGPROB_FLOOR)[batch.completion_mask].sum()
         values = [
             float(own.sum()),
@@ -131,7 +132,7 @@ class RolloutWatch:
                 "teacher/correct_frac": their_correct / theirs,
                 "teacher/length_mean": (all_tokens - tokens) / theirs,
             }
-        if batch.teacher_logprobs is not None:
+        if teacher_known:  # else the update reports it
             metrics["kd/floored_frac"] = floored_tokens / all_tokens
         return metrics
 

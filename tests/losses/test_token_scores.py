@@ -94,6 +94,54 @@ def test_divergence_is_that_of_whole_distributions_at_one_temperature(
         close(a, b)
 
 
+@pytest.mark.parametrize("chunk_size", [2, None])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_of_all_fields_add_up(chunk_size: int | None, softcap: float | None) -> None:
+    hidden, head = student()
+    head = replace(head, softcap=softcap)
+    divergence = partial(generalized_jsd, jsd_beta=0.3)
+    got = token_scores(hidden, head, IDS, 0.8, chunk_size, other=other(8), divergence=divergence)
+    logits = head.logits(hidden) / 0.8
+    theirs = dense(other(8).head, other(8).hidden, 0.8)
+    logs = logits.log_softmax(-1)
+    plain = (
+        logs.gather(-1, IDS[:, None]).squeeze(-1),
+        -(logs.exp() * logs).sum(-1),
+        divergence(logits[:, :8], theirs),
+    )
+    weights = normal(3, N, seed=9)
+    fields = (got.logprobs, got.entropy, got.divergence)
+    loss = sum((w * f).sum() for w, f in zip(weights, fields, strict=True) if f is not None)
+    expected = sum((w * f).sum() for w, f in zip(weights, plain, strict=True))
+    assert isinstance(loss, Tensor) and isinstance(expected, Tensor)
+    for a, b in zip(
+        torch.autograd.grad(loss, leaves(hidden, head)),
+        torch.autograd.grad(expected, leaves(hidden, head)),
+        strict=True,
+    ):
+        assert float((a - b).abs().max()) < 1e-10
+
+
+def test_the_other_model_is_run_in_the_precision_of_the_student() -> None:
+    hidden, head, theirs = normal(N, H, seed=0).float(), normal(V, H, seed=1).float(), other()
+    weight = theirs.head.weight.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = token_scores(
+            hidden.bfloat16().requires_grad_(),
+            Head(head.requires_grad_()),
+            IDS,
+            other=Other(theirs.hidden.bfloat16(), Head(weight, vocab_size=V)),
+            divergence=reverse_kl,
+        )
+    assert scores.divergence is not None
+    scores.divergence.sum().backward()  # rebuilt outside of autocast
+    exact = token_scores(
+        normal(N, H, seed=0), Head(normal(V, H, seed=1)), IDS, other=theirs, divergence=reverse_kl
+    )
+    assert exact.divergence is not None and head.grad is not None
+    close(scores.divergence.double(), exact.divergence, 0.05)
+
+
 def test_a_smaller_vocabulary_is_compared_on_its_own_rows() -> None:
     hidden, head = student()
     got = token_scores(hidden, head, IDS, other=other(8), divergence=reverse_kl).divergence

@@ -1,0 +1,203 @@
+"""What a step costs against completion length, group size, vocabulary and micro-batches.
+
+    python benchmarks/scaling.py --out docs/scaling [--threads 1]
+
+GRPO on a small random Qwen2 with given completions, each point in a fresh process: seconds of a
+whole step, and the peak of the process's own memory above weights, gradients and moments, measured
+as in ``vs_trl.py``. Writes ``scaling.json``, ``scaling.md`` and ``scaling.png``: a panel per
+quantity with the exponents of least squares in the logarithms, and the law of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers.job import Job
+
+WIDTH = 128
+BASE = {"prompts": 1, "group": 4, "tokens": 512, "vocab": 32_000, "parts": 1, "tied": False}
+SERIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "completion length": (
+        "tokens",
+        [{"tokens": t, "group": 2} for t in (128, 256, 512, 1024, 2048, 4096)],
+    ),
+    "group size": ("group", [{"tokens": 128, "group": g} for g in (4, 8, 16, 32)]),
+    "vocabulary": ("vocab", [{"vocab": v} for v in (8_000, 32_000, 64_000, 152_000)]),
+    "vocabulary, tied": (
+        "vocab",
+        [{"vocab": v, "tied": True} for v in (8_000, 32_000, 64_000, 152_000)],
+    ),
+    "micro-batches": ("parts", [{"prompts": 4, "parts": p} for p in (1, 2, 4, 8)]),
+}
+
+
+def make_model(folder: Path, vocab: int, tied: bool) -> None:
+    """Write a random Qwen2 of two layers, whose head is as wide as they are."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from kdrl_lightning.tiny import TinyModel
+
+    tokenizer = AutoTokenizer.from_pretrained(TinyModel("student").path())
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(point: dict[str, Any], threads: int, steps: int) -> dict[str, float]:
+    """Run one point in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), point["vocab"], point["tied"])
+        rows = point["prompts"] * point["group"]
+        job = Job(
+            side="ours",
+            model=folder,
+            work="grpo",
+            prompts=point["prompts"],
+            group=point["group"],
+            micro=rows // point["parts"],
+            tokens=point["tokens"],
+            steps=steps,
+            fixed=True,
+            checkpointing=False,
+            precision="32",
+            threads=threads,
+            seed=0,
+        )
+        script = Path(__file__).with_name("vs_trl.py")
+        # Freed memory goes back at once: else a process keeps what has passed by.
+        own = {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
+        out = subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), "--child", json.dumps(asdict(job))],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **own, "HF_HUB_OFFLINE": "1"},
+        )
+    found = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
+    if not found:
+        raise RuntimeError(out.stderr[-3000:])
+    result = json.loads(found[-1].removeprefix("RESULT "))
+    return {"seconds": result["step"], "mb": result["above_mb"]}
+
+
+def exponent(x: list[float], y: list[float]) -> float:
+    """Slope of the logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def of(record: dict[str, Any], name: str, figure: str) -> tuple[list[float], list[float]]:
+    key = SERIES[name][0]
+    rows = record["points"][name]
+    return [float(r[key]) for r in rows], [float(r[figure]) for r in rows]
+
+
+def law(record: dict[str, Any]) -> list[str]:
+    """Say what the measured memory follows."""
+    tokens, mb = of(record, "completion length", "mb")
+    rows = [2 * t for t in tokens]
+    slope, fixed = np.polyfit(rows, mb, 1)
+    worst = max(abs(slope * t + fixed - m) / m for t, m in zip(rows, mb, strict=True))
+    lines = [
+        f"Memory against tokens of the micro-batch: {fixed:.0f} MB + {1000 * slope:.1f} MB per "
+        f"thousand tokens, at most {worst:.0%} off; exponent of what is above the constant "
+        f"{exponent(rows[2:], [m - fixed for m in mb[2:]]):.2f}."
+    ]
+    for name in ("vocabulary", "vocabulary, tied"):
+        vocab, mb = of(record, name, "mb")
+        at = dict(zip(vocab, mb, strict=True))
+        head = {v: v * WIDTH * 4 / 2**20 for v in vocab}
+        for heads in (0, 1, 2):
+            small, large = (at[v] - heads * head[v] for v in (32_000.0, 152_000.0))
+            lines.append(
+                f"{name}: beyond {heads} temporaries of the head's size, {small:.0f} MB at "
+                f"V = 32,000 and {large:.0f} MB at 152,000 ({large / small - 1:+.0%})."
+            )
+    return lines
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    lines = [
+        "| against | value | seconds a step | MB above the state |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (key, _) in SERIES.items():
+        for row in record["points"][name]:
+            lines.append(f"| {name} | {row[key]} | {row['seconds']:.2f} | {row['mb']:.0f} |")
+        exponents = [exponent(*of(record, name, figure)) for figure in ("seconds", "mb")]
+        lines.append(f"| {name} | *exponent* | {exponents[0]:.2f} | {exponents[1]:.2f} |")
+    return lines
+
+
+def plot(record: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    names = [n for n in SERIES if n != "vocabulary, tied"]
+    for panel, name in zip(panels.flat, names, strict=True):
+        right = panel.twinx()
+        for axis, what, color in ((panel, "seconds", "tab:blue"), (right, "mb", "tab:red")):
+            x, y = of(record, name, what)
+            label = f"{'seconds' if what == 'seconds' else 'MB'}, exponent {exponent(x, y):.2f}"
+            axis.loglog(x, y, "o-" if what == "seconds" else "s--", color=color, label=label)
+            axis.set_ylim(min(y) / 3, max(y) * 3)
+            axis.tick_params(axis="y", labelcolor=color)
+        panel.set_xticks(x, [f"{v:g}" if v < 8000 else f"{v / 1000:g}k" for v in x])
+        panel.minorticks_off()
+        panel.set_xlabel(name)
+        panel.set_ylabel("seconds a step", color="tab:blue")
+        right.set_ylabel("MB above the state", color="tab:red")
+        lines = [*panel.get_lines(), *right.get_lines()]
+        panel.legend(lines, [str(v.get_label()) for v in lines], loc="upper left", fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}"
+    record: dict[str, Any] = {"machine": machine, "width": WIDTH, "base": BASE, "points": {}}
+    for name, (_, points) in SERIES.items():
+        record["points"][name] = []
+        for change in points:
+            point = {**BASE, **change}
+            record["points"][name].append(point | measure(point, args.threads, args.steps))
+            print(name, record["points"][name][-1], flush=True)
+    (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = [record["machine"], "", *table(record), "", *(f"- {x}" for x in law(record)), ""]
+    (args.out / "scaling.md").write_text("\n".join(text))
+    plot(record, args.out / "scaling.png")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
