@@ -31,8 +31,8 @@ from kdrl_lightning.rewards import (
     WeightedRewards,
 )
 from kdrl_lightning.rewards.base import judge
+from kdrl_lightning.tiny import addition_reward
 
-REPLACED = 0.1  # seconds to kill a process and fork the next
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
 
@@ -54,6 +54,7 @@ def cases(count: int, workers: int) -> list[tuple[str, Reward, list[Sample]]]:
         texts = ["so " * 300 + rf"\boxed{{{one.replace('N', str(i))}}}" for i in range(count)]
         return [Sample(t, [], {"answer": other.replace("N", str(i))}) for i, t in enumerate(texts)]
 
+    sums = [Sample(f"{i} #{i}", [], {"answer": str(i - i % 2)}) for i in range(count)]
     rows = [tasks[i] for i in range(count)]
     people = [puzzles[i] for i in range(len(puzzles))]
     program = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -82,6 +83,7 @@ def cases(count: int, workers: int) -> list[tuple[str, Reward, list[Sample]]]:
             [Sample(thought(r["answer"]), [], r) for r in rows],
         ),
         ("`RewardFunction`, in this process", RewardFunction(length, time_limit_s=None), plain),
+        ("`RewardFunction`", RewardFunction(addition_reward, workers=workers), sums),
         (
             "`CodeReward`, one run",
             CodeReward(workers=workers),
@@ -118,21 +120,30 @@ def hanging(count: int, workers: int, limit: float) -> str:
     started = time.perf_counter()
     right = sum(verdict.correct for verdict in runner(honest))
     alone = time.perf_counter() - started
+    # As many processes are busy as without those that hang, so the others cost what they cost
+    # alone. Calls that go to whoever is free end within a worker's mean load and one call.
     hung = count - len(honest)
-    lost = (hung / workers + 1) * limit
-    # Whatever completions do: no call takes longer, and each may need another process.
-    bound = -(-count // workers) * (limit + REPLACED)
+    each = 1000 * alone * workers / len(honest)
+    # Two that hang for each worker, and then one that does not, by a process that is new.
+    some = samples[50::100][: 2 * workers] + honest[:workers]
+    started = time.perf_counter()
+    runner(some, training=False)
+    one = (time.perf_counter() - started) / 2
+    bound = alone + (hung / workers + 1) * one
+    print(
+        f"\n{count} completions, {hung} of which hang, {workers} workers, limit {limit:g} s\n"
+        f"the others alone: {alone:.1f} s, {each:.1f} ms of a worker each\n"
+        f"one that hangs: {one:.2f} s of a worker, with another process in its place\n"
+        f"bound: {alone:.1f} + ({hung} / {workers} + 1) * {one:.2f} = {bound:.1f} s",
+        flush=True,
+    )
     started = time.perf_counter()
     verdicts = runner(samples)
     seconds = time.perf_counter() - started
     assert right == sum(verdict.correct for verdict in verdicts) == len(honest)
     reward.close()
-    return (
-        f"{count} completions, {hung} of which hang, {workers} workers, time limit {limit:g} s: "
-        f"{seconds:.1f} s (the others alone {alone:.1f} s, lost to those that hang "
-        f"({hung} / {workers} + 1) * {limit:g} s = {lost:.1f} s). All others are right. "
-        f"Bound, whatever completions do: {bound:.0f} s."
-    )
+    kept = "kept" if seconds <= bound else "not kept"
+    return f"measured: {seconds:.1f} s, bound {kept}; all others are right"
 
 
 def main() -> None:
@@ -149,7 +160,7 @@ def main() -> None:
             print(f"| {name} | {speed(reward, samples):,.0f} |", flush=True)
         except ConfigurationError as error:
             print(f"| {name} | not measured: {error} |", flush=True)
-    print("\n" + hanging(args.hanging, args.workers, args.limit))
+    print(hanging(args.hanging, args.workers, args.limit))
 
 
 if __name__ == "__main__":

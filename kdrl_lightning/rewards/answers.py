@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from kdrl_lightning.rewards.base import Reward, Sample
 
@@ -70,16 +71,17 @@ def in_think_format(text: str, opened: bool) -> bool:
 def answer_of(reward: Reward, sample: Sample) -> str | None:
     """Return what the reward takes as the answer, for majority@k to compare; None for none.
 
-    A reward says so by a method ``answer(sample) -> str | None``: the extraction that its verdict
-    is based on. A failing one finds none. Without the method the answer is the completion's whole
-    text, less white space around it: where there is reasoning in it, hardly two are equal, and
-    majority@k is no more than pass@1.
+    It is the extraction that the verdict is based on (``TaskReward.answer``). A method that fails
+    finds none, with a warning. A plain function has none: the answer is the whole text, of which
+    hardly two are equal where there is reasoning in it, and majority@k is no more than pass@1.
     """
     extract = getattr(reward, "answer", None)
     if not callable(extract):
         return sample.text.strip()
     try:
         found = extract(sample)
-    except Exception:
+    except Exception as error:
+        failed = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the reward's `answer` failed, so no vote: {failed}.", stacklevel=2)
         return None
     return None if found is None else str(found)

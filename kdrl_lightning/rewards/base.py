@@ -57,6 +57,13 @@ class TaskReward(ABC):
         """Judge many; where one fails, its error stands in place of the verdict."""
         return [_attempt(self, sample) for sample in samples]
 
+    def answer(self, sample: Sample) -> str | None:
+        """Return what majority@k compares: the extraction that the verdict is based on.
+
+        None has no vote. Here the whole text, without white space around it.
+        """
+        return sample.text.strip()
+
     def children(self) -> Sequence[Reward]:
         """Return the rewards that this one is made of."""
         return ()

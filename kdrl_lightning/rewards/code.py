@@ -59,6 +59,10 @@ class CodeReward(BatchReward):
         with ThreadPoolExecutor(self.workers) as threads:
             return list(threads.map(self._attempt, samples))
 
+    def answer(self, sample: Sample) -> str | None:
+        """Return the program; None without one."""
+        return last_program(sample.text)
+
     def start(self) -> None:
         """Try the sandbox.
 
@@ -70,7 +74,7 @@ class CodeReward(BatchReward):
     def _attempt(self, sample: Sample) -> float | Exception:
         try:
             cases = read_tests(sample.row[self.tests_column])
-            program = last_program(sample.text)
+            program = self.answer(sample)
             return float(program is not None and self._passes(program, cases))
         except Exception as error:
             return error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.rewards.answers import in_think_format
+from kdrl_lightning.rewards.answers import in_think_format, last_tagged
 from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
@@ -25,3 +25,8 @@ class FormatReward(TaskReward):
     def __call__(self, sample: Sample) -> float:
         """Judge one sample."""
         return float(in_think_format(sample.text, self.opened))
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return what stands in the answer's tags; None where the format is wrong."""
+        formed = in_think_format(sample.text, self.opened)
+        return last_tagged(sample.text, "answer") if formed else None

@@ -44,18 +44,31 @@ class KnightsAndKnavesReward(TaskReward):
 
     def __call__(self, sample: Sample) -> Verdict:
         """Judge one sample; a row whose solution cannot be read is an error."""
+        solution = self._solution(sample)
+        formed = in_think_format(sample.text, self.opened)
+        given = self._given(sample, solution)
+        correct = given == solution
+        value = self.unreadable if given is None else self.right if correct else self.wrong
+        parts = {"format": self.format if formed else -self.format, "answer": value}
+        return Verdict(sum(parts.values()), correct, parts)
+
+    def answer(self, sample: Sample) -> str | None:
+        """Return who is said to be what, in the order of the names; None if it cannot be read."""
+        given = self._given(sample, self._solution(sample))
+        return None if given is None else ", ".join(f"{n} {given[n]}" for n in sorted(given))
+
+    def _solution(self, sample: Sample) -> dict[str, str]:
         solution = claims(str(sample.row[self.answer_column]))
         if not solution or len(dict(solution)) != len(solution):
             raise ValueError(f"`{self.answer_column}` must say once what each inhabitant is")
+        return dict(solution)
+
+    def _given(self, sample: Sample, solution: dict[str, str]) -> dict[str, str] | None:
         formed = in_think_format(sample.text, self.opened)
         answer = last_tagged(sample.text, "answer") if formed else None
-        names = dict(solution)
-        given = [claim for claim in claims(answer or "") if claim[0] in names]
+        given = [claim for claim in claims(answer or "") if claim[0] in solution]
         readable = len(given) == len(solution) == len(dict(given))
-        correct = readable and dict(given) == names
-        value = self.right if correct else self.wrong if readable else self.unreadable
-        parts = {"format": self.format if formed else -self.format, "answer": value}
-        return Verdict(sum(parts.values()), correct, parts)
+        return dict(given) if readable else None
 
 
 def claims(text: str) -> list[tuple[str, str]]:

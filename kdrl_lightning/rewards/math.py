@@ -59,7 +59,7 @@ class MathReward(BatchReward):
             except Exception as error:
                 results[i] = error
                 continue
-            answer = self.answer(sample.text)
+            answer = self.given(sample.text)
             if answer is None:
                 continue
             known = equal_at_once(gold, answer)
@@ -72,7 +72,20 @@ class MathReward(BatchReward):
                 results[i] = result if isinstance(result, Exception) else float(result)
         return results
 
-    def answer(self, text: str) -> str | None:
+    def answer(self, sample: Sample) -> str | None:
+        """Return the answer that votes: texts that ``equal_at_once`` finds equal are one.
+
+        Nothing else is compared here: 1/2 and 0.5 are two answers, both of which may be right.
+        """
+        given = self.given(sample.text)
+        if given is None or INTEGER.fullmatch(given):
+            return given and str(int(given))
+        word = _plain(given)
+        if not WORDS.fullmatch(word):
+            return given
+        return word if len(word) == 1 else word.lower()
+
+    def given(self, text: str) -> str | None:
         """Return a completion's answer; None without one, or with one of absurd length."""
         found = last_boxed(text) if self.marker is None else after_marker(text, self.marker)
         if found is None:

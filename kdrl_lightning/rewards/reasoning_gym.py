@@ -49,14 +49,18 @@ class ReasoningGymReward(BatchReward):
         """Judge many."""
         return [self._verdict(value) for value in self.pool.map([self._asked(s) for s in samples])]
 
+    def answer(self, sample: Sample) -> str | None:
+        """Return what stands between the tags or behind the marker; None without them."""
+        if self.marker is None:
+            return last_tagged(sample.text, "answer")
+        return after_marker(sample.text, self.marker)
+
     def close(self) -> None:
         """End the processes."""
         self.pool.close()
 
     def _asked(self, sample: Sample) -> tuple[str | None, str | None, dict[str, Any]]:
-        text, marker = sample.text, self.marker
-        answer = last_tagged(text, "answer") if marker is None else after_marker(text, marker)
-        return self.task, answer, dict(sample.row)
+        return self.task, self.answer(sample), dict(sample.row)
 
     def _verdict(self, value: float | Exception) -> Verdict | Exception:
         if isinstance(value, Exception):

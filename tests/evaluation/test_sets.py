@@ -118,7 +118,8 @@ def test_answers_are_the_rewards_own() -> None:
         def answer(self, sample: Sample) -> str:
             raise ValueError
 
-    assert answer_of(Fails(), sample) is None
+    with pytest.warns(UserWarning, match="`answer` failed, so no vote: ValueError"):
+        assert answer_of(Fails(), sample) is None
 
 
 def test_answers_reach_the_vote(tmp_path: Path, student_folder: str) -> None:
