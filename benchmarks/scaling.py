@@ -118,12 +118,15 @@ def law(record: dict[str, Any]) -> list[str]:
     """Say what the measured memory follows."""
     tokens, mb = of(record, "completion length", "mb")
     rows = [2 * t for t in tokens]
+    # From 1,024 rows on the tables of a chunk have their full size.
+    whole = [(t, m) for t, m in zip(rows, mb, strict=True) if t >= 1024]
+    rows, mb = [t for t, _ in whole], [m for _, m in whole]
     slope, fixed = np.polyfit(rows, mb, 1)
     worst = max(abs(slope * t + fixed - m) / m for t, m in zip(rows, mb, strict=True))
     lines = [
         f"Memory against tokens of the micro-batch: {fixed:.0f} MB + {1000 * slope:.1f} MB per "
         f"thousand tokens, at most {worst:.0%} off; exponent of what is above the constant "
-        f"{exponent(rows[2:], [m - fixed for m in mb[2:]]):.2f}."
+        f"{exponent(rows, [m - fixed for m in mb]):.2f}."
     ]
     for name in ("vocabulary", "vocabulary, tied"):
         vocab, mb = of(record, name, "mb")
