@@ -67,8 +67,12 @@ BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
+FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
+SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
+WEIGHTS = "weights.py", "test_lora.py"
 PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
+COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
 
 
 class Mutation(NamedTuple):
@@ -1099,6 +1103,12 @@ MUTATIONS = [
     ),
     # What completions have in common is run once.
     Mutation(
+        "merging: the prompt's length is no difference",
+        MERGING,
+        "torch.cat([prompt_lengths[:, None], whole], 1)",
+        "whole",
+    ),
+    Mutation(
         "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
     ),
     Mutation(
@@ -1142,6 +1152,36 @@ MUTATIONS = [
     ),
     Mutation("growing cache: always anew", CACHES, "self.room[0].shape[-2] < end:", "start:"),
     Mutation("growing cache: for windows too", CACHES, "if type(x) is DynamicLayer else x", ""),
+    # Old scores that the update's own pass gives; adapters.
+    Mutation(
+        "pending: unless all parts read",
+        FRAME_PENDING,
+        "return any(part.reads_old_scores",
+        "return all(part.reads_old_scores",
+    ),
+    Mutation(
+        "pending: own preparation", FRAME_PENDING, "is not PolicyObjective.prepare", "is None"
+    ),
+    Mutation(
+        "pending: unless both summands read",
+        SUM_PENDING,
+        "self.rl.reads_old_scores(rollout) or",
+        "self.rl.reads_old_scores(rollout) and",
+    ),
+    Mutation("adapters: scaling forgotten", WEIGHTS, ", alpha=layer.scaling[ADAPTER])", ")"),
+    Mutation(
+        "adapters: added under autocast",
+        WEIGHTS,
+        "torch.autocast(whole.device.type, enabled=False)",
+        'torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"))',
+    ),
+    Mutation(
+        "adapters: in the base too",
+        WEIGHTS,
+        '(".base_layer.weight")) if self.merged else None',
+        '(".base_layer.weight"))',
+    ),
+    Mutation("adapters: left out", WEIGHTS, "if layer is None:", "if True:"),
     # What completions are worth.
     Mutation(
         "pass@k: drawn with replacement",
@@ -1163,6 +1203,24 @@ MUTATIONS = [
         "min(votes, room - drawn)",
     ),
     Mutation("majority@k: right once is right", MAJORITY, "hits / votes[answer] *", "1.0 *"),
+    Mutation(
+        "rewards: weights forgotten",
+        COMPOSED,
+        "self.weights[name] * result.reward",
+        "result.reward",
+    ),
+    Mutation(
+        "rewards: parts weighted",
+        COMPOSED,
+        "parts[name] = result.reward",
+        "parts[name] = self.weights[name] * result.reward",
+    ),
+    Mutation(
+        "rewards: the last one decides",
+        COMPOSED,
+        "result.correct if name == self.correct else correct",
+        "result.correct",
+    ),
 ]
 
 
@@ -1242,7 +1300,7 @@ def _try(copy: Path, mutation: Mutation) -> tuple[str, float]:
 def _killer(copy: Path) -> str:
     """Name the failing test and what it raised."""
     lines = (copy / "output.txt").read_text().splitlines()
-    line = next((x for x in lines if x.startswith(("FAILED ", "ERROR "))), "")
+    line = next((x for x in lines if x.startswith(("FAILED tests/", "ERROR tests/"))), "")
     name, _, reason = line.rpartition("::")[2].partition(" - ")
     return f"{name.partition('[')[0]}: {reason.partition(':')[0][:50]}"
 
