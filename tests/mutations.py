@@ -586,14 +586,14 @@ MUTATIONS = [
     Mutation(
         "scores: the other at temperature one",
         SCORES,
-        "other.head.logits(others) / temperature",
-        "other.head.logits(others)",
+        "other.head.logits(other.hidden[rows]) / temperature",
+        "other.head.logits(other.hidden[rows])",
     ),
     Mutation(
         "scores: student and other swapped",
         SCORES,
-        "divergence(logits[:, : theirs.shape[-1]], theirs)",
-        "divergence(theirs, logits[:, : theirs.shape[-1]])",
+        "divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)",
+        "divergence(theirs, head.order(logits)[:, : theirs.shape[-1]])",
     ),
     Mutation(
         "scores: first rows asked again", SCORES, "topk_ids[rows]", "topk_ids[: len(ids[rows])]"
@@ -1040,8 +1040,8 @@ MUTATIONS = [
     Mutation(
         "chosen: slope of the shifted logits",
         CHOSEN,
-        "slope = ctx.transform.slope(table)\n            table.sub_(log_norm[rows, None])",
-        "table.sub_(log_norm[rows, None])\n            slope = ctx.transform.slope(table)",
+        "slope = ctx.transform.slope(table)",
+        "slope = ctx.transform.slope(table - log_norm[rows, None])",
     ),
     Mutation("chosen: peak forgotten", CHOSEN, "total.log() + peak.squeeze(-1)", "total.log()"),
     Mutation(
@@ -1057,21 +1057,19 @@ MUTATIONS = [
         "chosen: 0 times inf", CHOSEN, "logits.sub_(peak).clamp_(min=FLOOR)", "logits.sub_(peak)"
     ),
     Mutation("chosen: 0 times inf backwards", CHOSEN, "table.clamp_(min=FLOOR)", "pass"),
-    Mutation(
-        "chosen: entropy's gradient not centred", CHOSEN, ".add_(entropy[rows, None]).mul_", ".mul_"
-    ),
+    Mutation("chosen: entropy's gradient not centred", CHOSEN, ".add_(entropy).mul_", ".mul_"),
     Mutation("chosen: entropy's gradient upside down", CHOSEN, "(shares).neg_()", "(shares)"),
     Mutation(
         "chosen: log-prob forgotten beside entropy",
         CHOSEN,
-        "table.add_(d_logprobs[rows, None])",
+        "table.add_(d_logprobs)",
         "pass",
     ),
     Mutation("chosen: shares' sign", CHOSEN, "table.mul_(-d_logprobs", "table.mul_(d_logprobs"),
     Mutation(
         "chosen: the chosen token's own one",
         CHOSEN,
-        "table.scatter_add_(1, ids[rows, None], d_logprobs[rows, None])",
+        "table.scatter_add_(1, ids, d_logprobs)",
         "pass",
     ),
     Mutation("chosen: bias of the last chunk", CHOSEN, "of_bias += ", "of_bias[:] = "),
@@ -1094,12 +1092,12 @@ MUTATIONS = [
         "torch.argmax(logits,",
         "torch.argmin(logits,",
     ),
-    Mutation("chosen: a gradient from none", CHOSEN, "return (None,) * 7", "pass"),
+    Mutation("chosen: a gradient from none", CHOSEN, "return (None,) * 8", "pass"),
     Mutation(
         "chosen: padding rows count",
         ("losses/logprobs.py", "losses/test_chosen.py"),
-        "hidden, head.weight[:vocab], bias, head",
-        "hidden, head.weight, head.bias, head",
+        "head.weight[:vocab],\n            bias,",
+        "head.weight,\n            head.bias,",
     ),
     # What completions have in common is run once.
     Mutation(

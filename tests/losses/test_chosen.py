@@ -49,7 +49,7 @@ def plain(
 def ours(parts: list[Tensor], transform: Transform, size: int) -> tuple[Tensor, Tensor]:
     hidden, weight, *rest = parts
     bias = rest[0] if rest else None
-    logprobs, entropy, _ = ChosenTokens.apply(hidden, weight, bias, IDS, transform, size, 0)
+    logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, IDS, transform, size, 0, None)
     return logprobs, entropy
 
 
@@ -150,7 +150,7 @@ def test_a_certain_token_has_no_entropy_and_no_gradient() -> None:
     hidden, weight, bias = leaves()
     bias.data.fill_(-math.inf)[3] = 0.0
     ids = torch.full_like(IDS, 3)
-    logprobs, entropy, _ = ChosenTokens.apply(hidden, weight, bias, ids, PLAIN, 2, 0)
+    logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, ids, PLAIN, 2, 0, None)
     assert logprobs.eq(0).all() and entropy.eq(0).all()
     for gradient in torch.autograd.grad((logprobs + entropy).sum(), [hidden, weight, bias]):
         assert gradient.eq(0).all()
