@@ -107,8 +107,6 @@ class ChosenTokens(torch.autograd.Function):
         d_gap: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Rebuild each chunk and add up its gradients."""
-        if d_logprobs is None and d_entropy is None and d_gap is None:
-            return (None,) * 8
         hidden, weight, bias, ids, log_norm, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         head = _Head(weight, bias, ctx.dtype)
