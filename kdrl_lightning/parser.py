@@ -24,6 +24,8 @@ class OneLineParser(LightningArgumentParser):
         text = one_line(message)
         if "--help`" not in text:
             prog = self.prog.split(" [")[0].removesuffix(" fit")
+            if not prog.startswith("python -m"):  # a parser that jsonargparse makes for one class
+                prog = "python -m kdrl_lightning"
             alone = prog.endswith(("export", "evaluate")) or text.startswith("argument subcommand")
             where = "" if alone else " fit"
             text += f"{self._suggestion(text)} (see `{prog}{where} --help`)"

@@ -71,7 +71,10 @@ def refuse(
 CASES = {
     "misspelt flag": (["--data.group_sise=3"], "did you mean group_size?"),
     "misspelt class": (["--model.objective=RLADD"], "did you mean RLAD?"),
-    "misspelt argument": (["--model.objective.trrd_alfa=0.3"], "trrd_alfa"),
+    "misspelt argument": (
+        ["--model.objective.trrd_alfa=0.3"],
+        "did you mean trrd_alpha? (see `python -m kdrl_lightning fit --help`)",
+    ),
     "wrong type": (["--trainer.max_steps=many"], "trainer.max_steps"),
     "group of one": (["--data.group_size=1"], "`group_size` must be at least 2 for RLAD"),
     "no teacher": (["--model.teacher=null"], "`teacher` must be given for the objective RLAD"),
