@@ -253,33 +253,35 @@ class KDRLModule(pl.LightningModule):
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what student, teacher and reference say of a rollout, under the trainer's precision.
-
-        A teacher's log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
-        """
+        """Add what the student says of completions, under the trainer's precision."""
         with self.trainer.precision_plugin.forward_context():
             top_k = self.objective.top_k or int(self.teacher is not None)
             scores = self._student().score(batch, top_k=top_k)
-            batch = batch.replace(
-                old_logprobs=scores.logprobs, old_entropy=scores.entropy, topk_ids=scores.topk_ids
-            )
-        return self.score_frozen(batch)
+        return batch.replace(
+            old_logprobs=scores.logprobs, old_entropy=scores.entropy, topk_ids=scores.topk_ids
+        )
 
-    def score_pending(self, batch: RolloutBatch) -> RolloutBatch:
-        """Do the same, with room for what the coming update writes in.
+    def leave_room(self, batch: RolloutBatch) -> RolloutBatch:
+        """Make room for what the coming update writes in.
 
         That is the student's scores, and the teacher's where the update needs its states.
         """
         double = self._student().head().weight.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         batch = with_room(batch, dtype, self.teacher is not None)
-        if self.objective.divergence is not None:
-            batch = with_teacher_room(batch, dtype)
-        return self.score_frozen(batch)
+        return batch if self.objective.divergence is None else with_teacher_room(batch, dtype)
+
+    @property
+    def scores_together(self) -> bool:
+        """Whether all ranks must score teacher and reference equally often."""
+        return any(frozen.collective for frozen in self._frozen())
 
     @torch.no_grad()
     def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what teacher and reference say."""
+        """Add what teacher and reference say, under the trainer's precision.
+
+        A teacher's log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
+        """
         asked = batch.topk_ids if self.objective.top_k else None
         with self.trainer.precision_plugin.forward_context():
             if self._reference is not None:

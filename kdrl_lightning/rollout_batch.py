@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,11 +195,12 @@ def pad_rows(
     >>> pad_rows([[1, 2], [3]], 0, torch.long).tolist()
     [[1, 2], [3, 0]]
     """
-    width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), max(width, 1)), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        if row:
-            out[i, : len(row)] = torch.tensor(row, dtype=dtype)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    inside = np.arange(max(lengths.max(initial=0), 1)) < lengths[:, None]
+    out = torch.full(inside.shape, value, dtype=dtype)
+    flat = list(chain.from_iterable(rows))
+    if flat:
+        out[torch.from_numpy(inside)] = torch.tensor(flat, dtype=dtype)
     return out
 
 

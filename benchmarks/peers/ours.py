@@ -56,9 +56,9 @@ class TimedModule(KDRLModule):
         with self.clock.part("scoring"):
             return super().score(batch)
 
-    def score_pending(self, batch: Any) -> Any:
+    def score_frozen(self, batch: Any) -> Any:
         with self.clock.part("scoring"):
-            return super().score_pending(batch)
+            return super().score_frozen(batch)
 
 
 class Steps(pl.Callback):

@@ -13,7 +13,9 @@ from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 
 OLD = ("old_logprobs", "old_entropy", "topk_ids")
 TEACHER = ("teacher_logprobs", "teacher_entropy", "teacher_top_ids")
-SCORED = (*OLD, *TEACHER, "teacher_topk_logprobs", "ref_logprobs")
+FROZEN = (*TEACHER, "teacher_topk_logprobs", "ref_logprobs")
+# A pass without gradient keeps no activations: it may take more than a micro-batch at once.
+FROZEN_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,15 @@ def plan_updates(
     prepare: Callable[[RolloutBatch], RolloutBatch],
     reduce: Callable[[Tensor, str], Tensor],
     score_first: Callable[[RolloutBatch], RolloutBatch] | None = None,
+    score_frozen: Callable[[RolloutBatch], RolloutBatch] = lambda batch: batch,
+    frozen_tokens: float = 0,
 ) -> RolloutPlan:
     """Cut, score and prepare a rollout.
 
-    Scoring runs on the very micro-batches of the updates, so that old log-probabilities equal those
-    of the first update bit for bit, and need no more memory.
+    The student's scoring runs on the very micro-batches of the updates, so that old
+    log-probabilities equal those of the first update bit for bit, and need no more memory. That of
+    teacher and reference joins micro-batches up to ``frozen_tokens``, so that a prompt that several
+    of them share is run once.
 
     Args:
         batch: this rank's completions; groups in the order of their mini-batches.
@@ -87,11 +93,13 @@ def plan_updates(
         micro_batches: per update.
         max_tokens: the token limit of a completion.
         max_micro_tokens: of a micro-batch, padding included.
-        score: adds old and teacher scores to a part.
+        score: adds the student's scores to a part.
         prepare: the objective's, on the whole rollout.
         reduce: ``(tensor, "sum") -> tensor`` over ranks.
         score_first: instead of ``score`` on the parts of the first update, where that update's own
             forward pass gives the student's scores and ``prepare`` does not read them.
+        score_frozen: adds the scores of teacher and reference to a part.
+        frozen_tokens: of such a part, where it is more than one micro-batch.
     """
     groups = int(batch.group_ids.max()) + 1
     lengths = batch.lengths.tolist()
@@ -102,9 +110,14 @@ def plan_updates(
     for rows in members:
         parts = partition([lengths[r] for r in rows], micro_batches, max_micro_tokens)
         updates.append([[rows[i] for i in part] for part in parts])
-    scored = [(rows, score_first or score) for rows in updates[0]]
-    scored += [(rows, score) for update in updates[1:] for rows in update]
-    batch = _scored(batch, scored)
+    first, later = updates[0], [rows for update in updates[1:] for rows in update]
+    batch = _scored(batch, first, score_first or score, (*OLD, *TEACHER))
+    pending = batch.teacher_pending
+    batch = _scored(batch.replace(teacher_pending=False), later, score, OLD)
+    for parts, waits in ((first, pending), (later, False)):
+        wide = joined(parts, batch, frozen_tokens)
+        batch = _scored(batch.replace(teacher_pending=waits), wide, score_frozen, FROZEN)
+    batch = batch.replace(teacher_pending=pending)
     if score_first is None:
         batch = prepare(batch)
     else:  # hidden, so that whoever reads them after all is told
@@ -115,20 +128,52 @@ def plan_updates(
     return RolloutPlan(rollout, batch, updates * epochs, totals * epochs, {})
 
 
+def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> list[list[int]]:
+    """Join neighbouring parts where that is no more work, prompts counted once.
+
+    Args:
+        parts: rows of ``batch``.
+        batch: of all rows.
+        max_tokens: of a joined part, padding included.
+    """
+    prompts: list[int] = batch.prompt_lengths.tolist()
+    completions: list[int] = batch.completion_lengths.tolist()
+    groups = batch.group_ids.tolist()
+
+    def tokens(rows: list[int]) -> int:
+        prompt, completion = (max(lengths[r] for r in rows) for lengths in (prompts, completions))
+        return len({groups[r] for r in rows}) * prompt + len(rows) * completion
+
+    out: list[list[int]] = []
+    for rows in parts:
+        both = [*out[-1], *rows] if out else []
+        if both and tokens(both) <= min(max_tokens, tokens(out[-1]) + tokens(rows)):
+            out[-1] = both
+        else:
+            out.append(rows)
+    return out
+
+
 def _scored(
-    batch: RolloutBatch, parts: list[tuple[list[int], Callable[[RolloutBatch], RolloutBatch]]]
+    batch: RolloutBatch,
+    parts: list[list[int]],
+    score: Callable[[RolloutBatch], RolloutBatch],
+    names: tuple[str, ...],
 ) -> RolloutBatch:
+    """Run ``score`` on parts and gather the fields of ``names``."""
     whole: dict[str, Tensor] = {}
-    pending = False
-    for rows, score in parts:
+    pending = batch.teacher_pending
+    for rows in parts:
         part = score(batch.select(rows))
         pending |= part.teacher_pending
-        for name in SCORED:
+        for name in names:
             value = getattr(part, name)
             if value is None:
                 continue
             if name not in whole:
-                whole[name] = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
+                old = getattr(batch, name)
+                blank = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
+                whole[name] = blank if old is None else old.clone()
             index = torch.tensor(rows, device=value.device)
             whole[name][index, : value.shape[1]] = value
     return batch.replace(**whole, teacher_pending=pending)

@@ -13,7 +13,7 @@ from kdrl_lightning.metrics import peak_gb
 from kdrl_lightning.rollout.collector import Collector
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.parts import part_means
-from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates
+from kdrl_lightning.rollout.plan import FROZEN_TOKENS, RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
 from kdrl_lightning.rollout.store import pack, unpack
 from kdrl_lightning.rollout.together import require_finite, stop_together
@@ -136,7 +136,7 @@ class RolloutSource:
             return self._make(rollout)
         batch = unpack(self._stored["tensors"], self._slots())
         self._stored = None
-        return self._planned(batch, rollout, lambda b: b, lambda b: b)
+        return self._cut(batch, rollout, lambda b: b, lambda b: b)
 
     def _make(self, rollout: int) -> RolloutPlan:
         started, module = time.perf_counter(), self.live.module
@@ -148,8 +148,7 @@ class RolloutSource:
         sampled = time.perf_counter()
         # Its old scores are its own where nothing else reads them and nothing replays it.
         pending = self.epochs == 1 and not module.objective.reads_old_scores(batch)
-        first = module.score_pending if pending else None
-        plan = self._planned(batch, rollout, module.score, module.objective.prepare, first)
+        plan = self._planned(batch, rollout, pending)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
         teacher = None if plan.batch.teacher_pending else teacher  # the update sees to it
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
@@ -213,13 +212,26 @@ class RolloutSource:
             teacher.accept(batch)
         return batch, groups, replaced
 
-    def _planned(
+    def _planned(self, batch: RolloutBatch, rollout: int, pending: bool) -> RolloutPlan:
+        """Score a new rollout; ``pending`` leaves the student's scores to the first update."""
+        module = self.live.module
+        return self._cut(
+            batch,
+            rollout,
+            module.score,
+            module.objective.prepare,
+            score_first=module.leave_room if pending else None,
+            score_frozen=module.score_frozen,
+            frozen_tokens=0 if module.scores_together else FROZEN_TOKENS,
+        )
+
+    def _cut(
         self,
         batch: RolloutBatch,
         rollout: int,
         score: BatchChange,
         prepare: BatchChange,
-        score_first: BatchChange | None = None,
+        **frozen: Any,
     ) -> RolloutPlan:
         module = self.live.module
         return plan_updates(
@@ -233,7 +245,7 @@ class RolloutSource:
             score=score,
             prepare=prepare,
             reduce=module.reduce,
-            score_first=score_first,
+            **frozen,
         )
 
     def _slots(self) -> list[int]:

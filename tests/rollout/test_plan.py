@@ -35,9 +35,13 @@ def rollout(cut: frozenset[int] = frozenset()) -> RolloutBatch:
 def fake_score(part: RolloutBatch) -> RolloutBatch:
     """Scores that are functions of the token alone."""
     ids, mask = part.completion_ids.double(), part.completion_mask
-    return part.replace(
-        old_logprobs=-ids * mask, old_entropy=2 * ids * mask, teacher_logprobs=-3 * ids * mask
-    )
+    return part.replace(old_logprobs=-ids * mask, old_entropy=2 * ids * mask)
+
+
+def fake_frozen(part: RolloutBatch) -> RolloutBatch:
+    """The same of a teacher, which reads the student's best tokens where they are there."""
+    ids, mask = part.completion_ids.double(), part.completion_mask
+    return part.replace(teacher_logprobs=-3 * ids * mask)
 
 
 def imitate_even_tokens(batch: RolloutBatch) -> RolloutBatch:
@@ -58,6 +62,7 @@ def plan(batch: RolloutBatch | None = None, **changes: Any) -> RolloutPlan:
         "max_tokens": 8,
         "max_micro_tokens": float("inf"),
         "score": fake_score,
+        "score_frozen": fake_frozen,
         "prepare": imitate_even_tokens,
         "reduce": alone,
     }
@@ -147,9 +152,101 @@ def test_scores_keep_their_type():
 
 
 def test_a_score_that_is_not_made_stays_missing():
-    made = plan(score=lambda part: part.replace(old_logprobs=part.completion_ids * -1.0)).batch
+    made = plan(
+        score=lambda part: part.replace(old_logprobs=part.completion_ids * -1.0),
+        score_frozen=lambda part: part,
+    ).batch
     assert made.old_logprobs is not None
     assert made.teacher_logprobs is None and made.old_entropy is None
+
+
+def frozen_parts(batch: RolloutBatch | None = None, **changes: Any) -> list[RolloutBatch]:
+    """What teacher and reference are given."""
+    seen: list[RolloutBatch] = []
+
+    def score(part: RolloutBatch) -> RolloutBatch:
+        seen.append(part)
+        return fake_frozen(part)
+
+    ids = plan(batch, score_frozen=score, **changes).batch
+    assert torch.equal(ids.teacher_logprobs, -3.0 * ids.completion_ids * ids.completion_mask)
+    return seen
+
+
+def one_prompt_each(prompt: int, lengths: list[int]) -> RolloutBatch:
+    """Two groups of equal prompts with completions of the given lengths, in turn."""
+    return collate(
+        [[5 + i % 2] * prompt for i in range(len(lengths))],
+        [[1] * n for n in lengths],
+        [i % 2 for i in range(len(lengths))],
+        pad_id=0,
+    )
+
+
+def test_frozen_models_score_the_very_micro_batches_unless_told_otherwise():
+    assert len(frozen_parts(minibatches=3, epochs=2, micro_batches=2)) == 6
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows"),
+    # Each micro-batch: 2 prompts of 10, 2 completions of 4. Joined, the prompts count once.
+    [(0, [2] * 4), (28, [2] * 4), (36, [4, 4]), (44, [6, 2]), (51, [6, 2]), (52, [8])],
+)
+def test_frozen_models_take_several_micro_batches_up_to_their_tokens(limit, rows):
+    batch = one_prompt_each(10, [4] * 8)
+    seen = frozen_parts(batch, minibatches=1, epochs=1, micro_batches=4, frozen_tokens=limit)
+    assert [len(part) for part in seen] == rows
+
+
+def test_frozen_models_do_not_take_parts_together_that_padding_would_make_more_work():
+    # 2 x 3 + 4 x 1 tokens and 2 x 3 + 4 x 9; joined 2 x 3 + 8 x 9, and the prompts save but 6.
+    batch = one_prompt_each(3, [1, 1, 1, 1, 9, 9, 9, 9])
+    seen = frozen_parts(batch, minibatches=1, epochs=1, micro_batches=2, frozen_tokens=4096)
+    assert [len(part) for part in seen] == [4, 4]
+    batch = one_prompt_each(30, [1, 1, 1, 1, 9, 9, 9, 9])
+    seen = frozen_parts(batch, minibatches=1, epochs=1, micro_batches=2, frozen_tokens=4096)
+    assert [len(part) for part in seen] == [8]
+
+
+def test_frozen_models_take_parts_of_several_updates_together_but_not_of_the_first():
+    batch = collate(
+        [[5 + i // 2] * 10 for i in range(8)], [[1] * 4] * 8, [0, 0, 1, 1, 2, 2, 3, 3], pad_id=0
+    )
+    seen = frozen_parts(batch, minibatches=4, epochs=2, micro_batches=2, frozen_tokens=4096)
+    assert [part.group_ids.tolist() for part in seen] == [[0, 0], [1, 1, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize("limit", [0, 4096])
+def test_frozen_models_see_what_the_student_said_of_the_same_rows(limit):
+    for part in frozen_parts(micro_batches=3, frozen_tokens=limit):
+        assert torch.equal(part.old_logprobs, -1.0 * part.completion_ids * part.completion_mask)
+
+
+def leave_room(part: RolloutBatch) -> RolloutBatch:
+    room = torch.full(part.completion_ids.shape, torch.nan, dtype=torch.float64)
+    return part.replace(old_logprobs=room, teacher_logprobs=room, teacher_pending=True)
+
+
+def test_only_the_first_update_waits_for_its_teacher():
+    seen: list[RolloutBatch] = []
+
+    def score(part: RolloutBatch) -> RolloutBatch:
+        seen.append(part)
+        return part if part.teacher_pending else fake_frozen(part)
+
+    made = plan(epochs=1, score_first=leave_room, score_frozen=score, frozen_tokens=4096)
+    waits = {int(g) for part in seen if part.teacher_pending for g in part.group_ids}
+    scored = {int(g) for part in seen if not part.teacher_pending for g in part.group_ids}
+    assert (waits, scored) == ({0, 1}, {2, 3, 4, 5})
+    for update, pending in enumerate((True, False, False)):
+        micro = made.micro_batch(update, 0)
+        assert micro.teacher_pending is micro.old_pending is pending
+        ids = micro.completion_ids * micro.completion_mask
+        if pending:
+            assert micro.teacher_logprobs.isnan().all() and micro.old_logprobs.isnan().all()
+        else:
+            assert torch.equal(micro.teacher_logprobs, -3.0 * ids)
+            assert torch.equal(micro.old_logprobs, -1.0 * ids)
 
 
 def test_scoring_sees_the_very_micro_batches_of_the_updates():
