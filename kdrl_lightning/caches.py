@@ -14,7 +14,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kdrl_lightning.merging import MergedRows
 
-BLOCK = 64
+# Room for so many more tokens, and a quarter of those there: copies stay few at any length, and
+# what attention reads lies close together.
+SPARE = 8
 
 
 class _Layer(DynamicLayer):
@@ -56,7 +58,7 @@ class Prefixed(_Layer):
 
 
 class Growing(_Layer):
-    """Appends into room that is there, in blocks of ``BLOCK`` tokens."""
+    """Appends into room that is there, and makes more when it is full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class Growing(_Layer):
         self.is_initialized = True
         if self.room is None or self.room[0].shape[-2] < end:
             wide = [
-                new.new_empty(*new.shape[:2], end + BLOCK, new.shape[3])
+                new.new_empty(*new.shape[:2], end + SPARE + end // 4, new.shape[3])
                 for new in (key_states, value_states)
             ]
             if start:

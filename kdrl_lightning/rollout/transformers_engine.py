@@ -148,15 +148,18 @@ def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tu
 
     The most likely token if greedy.
     """
-    logits = logits.float() / (temperature or 1.0)
+    logits = logits.float()
     if temperature == 0.0:
-        token = logits.argmax(-1)[rows]
+        token, log_norm = logits.argmax(-1)[rows], logits.logsumexp(-1)
     else:
+        logits = logits if temperature == 1.0 else logits / temperature
+        peak = logits.amax(-1, keepdim=True)
         # In float64: over 150k tokens a float32 sum would move the edges of rare ones.
-        shares = (logits - logits.amax(-1, keepdim=True)).exp()
-        edges = shares.cumsum(-1, dtype=torch.float64)[rows]
+        edges = (logits - peak).exp().cumsum(-1, dtype=torch.float64)
+        log_norm = (edges[:, -1].log() + peak.squeeze(-1)).float()
+        edges = edges[rows]
         token = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True).squeeze(-1)
-    return token, logits[rows, token] - logits.logsumexp(-1)[rows]
+    return token, logits[rows, token] - log_norm[rows]
 
 
 def _uniform_noise(seeds: list[int], tokens: int) -> Tensor:
