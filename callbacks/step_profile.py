@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +31,14 @@ class StepProfile(pl.Callback):
         self.text = ""
         self._profile: Any = None
         self._rollouts = 0
+        self._began: float | None = None
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note when the updates begin."""
+        if self._profile is not None and self._began is None:
+            self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -55,9 +64,15 @@ class StepProfile(pl.Callback):
 
     def _finish(self, trainer: Any, device: torch.device) -> None:
         running, self._profile = self._profile, None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ended = time.perf_counter()
         running.__exit__(None, None, None)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        seconds = [f"{n[5:-2]} {v:.3g} s" for n, v in metrics.items() if n.startswith("time/")]
+        phases = {n[5:-2]: v for n, v in metrics.items() if n.startswith("time/")}
+        if self._began is not None:
+            phases["updates"] = ended - self._began
+        seconds = [f"{name} {value:.3g} s" for name, value in phases.items()]
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         found = running.key_averages().table(
             sort_by=order, row_limit=self.operators, max_name_column_width=48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ def test_it_names_phases_and_operators(
     profile = StepProfile(rollout=1, operators=3)
     module = make_module(student_folder, teacher_folder)
     fit(tmp_path, module, make_data(), [profile], max_steps=steps)
-    assert "rollout" in profile.text and "score" in profile.text and "teacher" in profile.text
+    phases = profile.text.splitlines()[0]
+    for phase in ("sync", "rollout", "score", "teacher", "updates"):
+        assert re.search(rf" {phase} [\d.e-]+ s", phases), phase
     assert "aten::" in profile.text and "Self CPU" in profile.text
 
 
