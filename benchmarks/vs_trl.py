@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
         "group": 1,
     },
 }
-FIGURES = (*PARTS, "above_mb", "tokens_per_s")
+FIGURES = (*PARTS, "above_mb", "peak_mb", "tokens_per_s", "generated_per_s")
 
 
 def job_of(case: str, side: str, args: argparse.Namespace, run: int) -> Job:
@@ -106,6 +106,21 @@ def table(cases: list[str], record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def shares(record: dict[str, Any]) -> list[str]:
+    """What a teacher of the student's size adds to our own GRPO step, run by run."""
+    lines = ["| what a teacher adds | median | range |", "| --- | --- | --- |"]
+    for model in ("embedded", "smollm2"):
+        base = record["runs"].get(f"{model}-grpo", [])
+        for work in ("kdrl", "rlad"):
+            pairs = zip(base, record["runs"].get(f"{model}-{work}", []), strict=False)
+            both = [(a["ours"]["step"], b["ours"]["step"]) for a, b in pairs if a and b]
+            if both:
+                more = [with_teacher / plain - 1 for plain, with_teacher in both]
+                spread = f"{min(more):+.0%} to {max(more):+.0%}"
+                lines.append(f"| {model}-{work} | {statistics.median(more):+.0%} | {spread} |")
+    return lines if len(lines) > 2 else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -129,6 +144,7 @@ def main() -> None:
                     file.write_text(json.dumps(record, indent=1) + "\n")
                     print(case, run, side, pairs[run][side], flush=True)
     lines = [f"{record['machine']}; precision {args.precision}", "", *table(args.cases, record), ""]
+    lines += [*shares(record), ""]
     file.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -155,4 +155,5 @@ class Clock:
             "generated_per_s": tokens / median["generation"] if median["generation"] else 0.0,
             "state_mb": self.state,
             "above_mb": self.peak - self.state,
+            "peak_mb": self.peak,
         }
