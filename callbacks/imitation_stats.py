@@ -97,7 +97,7 @@ class SelectiveImitationStats(pl.Callback):
         if weight is not None and weight.counts.sum():
             edge = math.exp(weight.quantile(0.99))  # of a bin: it may lie beyond the largest value
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
-        pl_module.log_dict(values)
+        pl_module.log_step(values)
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         rollout, left = divmod(trainer.global_step, per_rollout)
         if left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
 from kdrl_lightning.losses import k3
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
-from kdrl_lightning.metrics import StepStats
+from kdrl_lightning.metrics import StepLog, StepStats
 from kdrl_lightning.models import (
     ModelSource,
     load_config,
@@ -121,6 +121,7 @@ class KDRLModule(pl.LightningModule):
         self._base_digest: str | None = None
         self._tokenizer: Any = None
         self.eval_metrics = EvaluationMetrics()
+        self._step_log = StepLog()
 
     @property
     def skipped_steps(self) -> int:
@@ -351,9 +352,8 @@ class KDRLModule(pl.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             values = self._stats.compute(self.reduce)
             self._step_loss = values["loss/total"]
-            self.log_dict(values)
-        if batch.metrics:
-            self.log_dict(dict(batch.metrics))
+            self.log_step(values)
+        self.log_step(batch.metrics)
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
@@ -372,8 +372,17 @@ class KDRLModule(pl.LightningModule):
             )
         parameters = list(self._student().parameters())
         norm = self.nonfinite.check(parameters, self._step_loss, self.trainer.global_step)
-        self.log("policy/grad_norm", norm)
-        self.log("policy/skipped_steps", float(self.nonfinite.skipped))
+        skipped = float(self.nonfinite.skipped)
+        self.log_step({"policy/grad_norm": float(norm), "policy/skipped_steps": skipped})
+
+    def log_step(self, values: Mapping[str, float]) -> None:
+        """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does."""
+        self._step_log.add(self.trainer, values)
+
+    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
+        """Hand a step's numbers to the loggers, those of the callbacks, too."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._step_log.write(self.trainer)
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0

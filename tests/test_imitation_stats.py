@@ -238,7 +238,7 @@ class Module:
         self.device = torch.device("cpu")
         self.logged: list[dict[str, float]] = []
 
-    def log_dict(self, values: dict[str, float]) -> None:
+    def log_step(self, values: dict[str, float]) -> None:
         self.logged.append(values)
 
 

@@ -131,7 +131,7 @@ class Module:
         self.shapes.append(tuple(value.shape))
         return value * self.ranks if operation == "sum" else value
 
-    def log_dict(self, values: dict[str, float]) -> None:
+    def log_step(self, values: dict[str, float]) -> None:
         self.logged.append(values)
 
 

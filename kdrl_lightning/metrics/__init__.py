@@ -6,12 +6,14 @@ from kdrl_lightning.metrics.histograms import Histogram, Histograms
 from kdrl_lightning.metrics.majority import majority_at_k
 from kdrl_lightning.metrics.memory import peak_gb
 from kdrl_lightning.metrics.pass_at_k import pass_at_k
+from kdrl_lightning.metrics.step_log import StepLog
 from kdrl_lightning.metrics.step_stats import StepStats
 
 __all__ = [
     "EvaluationMetric",
     "Histogram",
     "Histograms",
+    "StepLog",
     "StepStats",
     "bootstrap_interval",
     "majority_at_k",

@@ -30,9 +30,13 @@ class StepStats:
 
     def add_mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add values to a mean over those where ``mask`` is nonzero."""
-        values = values.detach().double()
-        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
-        total, count = values.masked_fill(~mask, 0.0).sum(), mask.double().sum()
+        values = values.detach()
+        if mask is None:
+            count = torch.full((), values.numel(), dtype=torch.float64, device=values.device)
+        else:
+            mask = mask if mask.dtype == torch.bool else mask != 0
+            values, count = values.where(mask, 0.0), mask.sum(dtype=torch.float64)
+        total = values.sum(dtype=torch.float64)
         if name in self._sums:
             old_total, old_count = self._sums[name]
             assert old_count is not None, f"{name} is a sum"
@@ -50,8 +54,9 @@ class StepStats:
 
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Keep the largest value where ``mask`` is nonzero."""
-        values = values.detach().double().masked_fill(mask == 0, -torch.inf)
+        values = values.detach().where(mask != 0, -torch.inf)
         value = values.max() if values.numel() else values.new_tensor(-torch.inf)
+        value = value.double()
         old = self._maxima.get(name)
         self._maxima[name] = value if old is None else torch.maximum(old, value)
 
