@@ -38,6 +38,11 @@ SERIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "vocab",
         [{"vocab": v, "tied": True} for v in (8_000, 32_000, 64_000, 152_000)],
     ),
+    # The second adds its gradient of the head to the first's.
+    "vocabulary, two micro-batches": (
+        "vocab",
+        [{"vocab": v, "parts": 2} for v in (32_000, 152_000)],
+    ),
     "micro-batches": ("parts", [{"prompts": 4, "parts": p} for p in (1, 2, 4, 8)]),
 }
 
@@ -128,7 +133,7 @@ def law(record: dict[str, Any]) -> list[str]:
         f"thousand tokens, at most {worst:.0%} off; exponent of what is above the constant "
         f"{exponent(rows, [m - fixed for m in mb]):.2f}."
     ]
-    for name in ("vocabulary", "vocabulary, tied"):
+    for name in (n for n in SERIES if n.startswith("vocabulary")):
         vocab, mb = of(record, name, "mb")
         at = dict(zip(vocab, mb, strict=True))
         head = {v: v * WIDTH * 4 / 2**20 for v in vocab}
@@ -161,7 +166,7 @@ def plot(record: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-    names = [n for n in SERIES if n != "vocabulary, tied"]
+    names = [n for n in SERIES if not n.startswith("vocabulary,")]
     for panel, name in zip(panels.flat, names, strict=True):
         right = panel.twinx()
         for axis, what, color in ((panel, "seconds", "tab:blue"), (right, "mb", "tab:red")):
