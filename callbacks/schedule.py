@@ -106,7 +106,8 @@ class CoefficientSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the coefficient of this update."""
-        pl_module.log(self.metric, pl_module.objective.coefficient(self.coefficient))
+        value = pl_module.objective.coefficient(self.coefficient)
+        pl_module.log_step({self.metric: float(value)})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -91,7 +91,7 @@ class WeightSync(pl.Callback):
         rollouts = getattr(data, "max_off_policy_steps", 0)
         allowed = rollouts * getattr(data, "updates_per_rollout", 1)
         staleness = int(trainer.global_step - batch.policy_version.min())
-        pl_module.log("rollout/staleness", float(staleness))
+        pl_module.log_step({"rollout/staleness": float(staleness)})
         if staleness > allowed:
             limit = f"at most {allowed} optimizer steps old" if allowed else "from current weights"
             raise TrainingStopped(
@@ -114,8 +114,8 @@ class WeightSync(pl.Callback):
             return
         gap = (batch.rollout_logprobs - batch.old_logprobs).abs().masked_fill(~own, 0.0)
         mean = float(gap.sum() / own.sum())
-        pl_module.log("rollout/logprob_diff_mean", mean)
-        pl_module.log("rollout/logprob_diff_max", gap.max())
+        values = {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": float(gap.max())}
+        pl_module.log_step(values)
         engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
         bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
         if not mean <= bound:

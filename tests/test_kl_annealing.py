@@ -76,7 +76,9 @@ def test_objective_without_coefficient_is_refused_for_fit_only() -> None:
 def test_coefficient_follows_the_unit(unit: Any, per_step: int) -> None:
     annealing = KLCoefficientAnnealing(unit=unit)
     logged: list[float] = []
-    module = SimpleNamespace(objective=KDRL(), log=lambda name, value: logged.append(value))
+    module = SimpleNamespace(
+        objective=KDRL(), log_step=lambda values: logged.extend(values.values())
+    )
     trainer: Any = SimpleNamespace(
         global_step=0, datamodule=SimpleNamespace(rollout_at=lambda step: step // 4)
     )

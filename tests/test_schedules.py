@@ -200,14 +200,13 @@ class Coefficients(pl.Callback):
         self.logged: list[float] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        prepare, log = pl_module.objective.prepare, pl_module.log
+        prepare, log = pl_module.objective.prepare, pl_module.log_step
 
-        def logging(name: str, value: Any, **settings: Any) -> None:
-            if name.endswith(f"/{self.name}"):
-                self.logged.append(float(value))
-            log(name, value, **settings)
+        def logging(values: dict[str, float]) -> None:
+            self.logged += [v for name, v in values.items() if name.endswith(f"/{self.name}")]
+            log(values)
 
-        pl_module.log = logging
+        pl_module.log_step = logging
 
         def watched(rollout: Any) -> Any:
             value = pl_module.objective.coefficient(self.name)
