@@ -67,6 +67,8 @@ BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
+PLAN = "rollout/plan.py", "rollout/test_plan.py"
+STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
 SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
 WEIGHTS = "weights.py", "test_lora.py"
@@ -1149,6 +1151,38 @@ MUTATIONS = [
         "(self.room[0][: len(indices)], self.room[1][: len(indices)])",
     ),
     Mutation("growing cache: always anew", CACHES, "self.room[0].shape[-2] < end:", "start:"),
+    Mutation(
+        "plan: frozen models without a limit",
+        PLAN,
+        "min(max_tokens, tokens(out[-1]) + tokens(rows))",
+        "tokens(out[-1]) + tokens(rows)",
+    ),
+    Mutation(
+        "plan: frozen models pad at will",
+        PLAN,
+        "min(max_tokens, tokens(out[-1]) + tokens(rows))",
+        "max_tokens",
+    ),
+    Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
+    Mutation("plan: all wait for the teacher", PLAN, "(later, False)", "(later, pending)"),
+    Mutation(
+        "plan: the first update's scores lost",
+        PLAN,
+        "blank if old is None else old.clone()",
+        "blank",
+    ),
+    Mutation(
+        "plan: scores of other rows", PLAN, "torch.tensor(rows,", "torch.tensor(sorted(rows),"
+    ),
+    Mutation("step log: a step late", STEP_LOG, "trainer.global_step - 1", "trainer.global_step"),
+    Mutation("step log: each step", STEP_LOG, "trainer.global_step % every == 0", "True"),
+    Mutation("step log: not where it stops", STEP_LOG, "trainer.should_stop or ", ""),
+    Mutation(
+        "step log: not seen by callbacks",
+        STEP_LOG,
+        "trainer.callback_metrics.update(shown)",
+        "pass",
+    ),
     Mutation("growing cache: for windows too", CACHES, "if type(x) is DynamicLayer else x", ""),
     # Old scores that the update's own pass gives; adapters.
     Mutation(
