@@ -54,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
         "group": 1,
     },
 }
+# TRL does the same work for both: GRPO with its reference model.
+SAME_FOR_TRL = {"embedded-rlad": "embedded-kdrl", "smollm2-rlad": "smollm2-kdrl"}
 FIGURES = (*PARTS, "above_mb", "peak_mb", "tokens_per_s", "generated_per_s")
 
 
@@ -139,6 +141,9 @@ def main() -> None:
             if run == len(pairs):
                 pairs.append({})
             for side in ("ours", "trl") if run % 2 == 0 else ("trl", "ours"):
+                done = record["runs"].get(SAME_FOR_TRL.get(case, ""), [])
+                if side == "trl" and len(done) > run and side in done[run]:
+                    pairs[run].setdefault(side, done[run][side])
                 if side not in pairs[run]:
                     pairs[run][side] = in_fresh_process(job_of(case, side, args, run))
                     file.write_text(json.dumps(record, indent=1) + "\n")
