@@ -1,15 +1,17 @@
 """What the teacher and the statistics add to a step: KDRL and RLAD beside GRPO, student as teacher.
 
-    python benchmarks/shares.py [--tokens 64] [--steps 3]
+    python benchmarks/shares.py [--model embedded] [--steps 3] [--rounds 3]
 
-A random Qwen2 with SmolLM2's width and vocabulary and fewer layers; the teacher has the student's
-size. CPU seconds of whole steps, generation included, one thread, in one process; the statistics
-are the hooks of ``SelectiveImitationStats``, histograms among them.
+A random Qwen2 with SmolLM2's width and vocabulary and fewer layers, or the embedded student; the
+teacher has the student's size. CPU seconds of whole steps, generation included, one thread, in one
+process, in turn, medians; the statistics are the hooks of ``SelectiveImitationStats``, histograms
+and logging among them.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ import peers.ours
 import scaling
 import torch
 from peers.job import Job
+from vs_trl import EMBEDDED
 
 SPENT = [0.0]
 
@@ -33,39 +36,38 @@ class TimedStats(peers.ours.SelectiveImitationStats):
         SPENT[0] += time.process_time() - started
 
 
+WIDE = {"prompts": 2, "group": 8, "micro": 8, "tokens": 64}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--model", choices=["wide", "embedded"], default="wide")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     vars(peers.ours)["SelectiveImitationStats"] = TimedStats
     time.perf_counter = time.process_time  # other processes of the machine do not count
     scaling.WIDTH = 576
-    base = 0.0
+    found: dict[str, list[tuple[float, float]]] = {"grpo": [], "kdrl": [], "rlad": []}
     with tempfile.TemporaryDirectory() as folder:
-        scaling.make_model(Path(folder), 49_152, tied=True)
-        for work in ("grpo", "kdrl", "rlad"):
-            SPENT[0] = 0.0
-            job = Job(
-                side="ours",
-                model=folder,
-                work=work,
-                prompts=2,
-                group=8,
-                micro=8,
-                tokens=args.tokens,
-                steps=args.steps,
-                fixed=False,
-                checkpointing=False,
-                precision="32",
-                threads=1,
-                seed=0,
-            )
-            step = peers.ours.run(job)["step"]
-            base = base or step
-            metrics = SPENT[0] / (args.steps + 1) / step
-            print(f"{work}: {step:.2f} s, {step / base - 1:+.1%}; statistics {metrics:.2%}")
+        work_of: dict[str, Any] = EMBEDDED
+        if args.model == "wide":
+            scaling.make_model(Path(folder), 49_152, tied=True)
+            work_of = {**WIDE, "model": folder}
+        for _ in range(args.rounds):
+            for work, steps in found.items():
+                SPENT[0] = 0.0
+                same: dict[str, Any] = {"side": "ours", "work": work, "threads": 1, "seed": 0}
+                same |= {"fixed": False, "checkpointing": False, "precision": "32"}
+                step = peers.ours.run(Job(**{**same, **work_of, "steps": args.steps}))["step"]
+                steps.append((step, SPENT[0] / (args.steps + 1) / step))
+    for work, steps in found.items():
+        seconds, metrics = (statistics.median(x) for x in zip(*steps, strict=True))
+        more = statistics.median(
+            s / g - 1 for (s, _), (g, _) in zip(steps, found["grpo"], strict=True)
+        )
+        print(f"{work}: {seconds:.3g} s, {more:+.1%}; statistics {metrics:.2%}")
 
 
 if __name__ == "__main__":
