@@ -273,9 +273,9 @@ class KDRLModule(pl.LightningModule):
         return batch if self.objective.divergence is None else with_teacher_room(batch, dtype)
 
     @property
-    def scores_together(self) -> bool:
-        """Whether all ranks must score teacher and reference equally often."""
-        return any(frozen.collective for frozen in self._frozen())
+    def joins_frozen(self) -> bool:
+        """Whether teacher and reference may score several micro-batches at once."""
+        return all(frozen.joins for frozen in self._frozen())
 
     @torch.no_grad()
     def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kdrl_lightning.callbacks import CoefficientSchedule, SelectiveImitationStat
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.objectives import Objective
+from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.schedules import Linear, Switch
 
@@ -283,3 +286,65 @@ def test_a_teacher_without_numbers_stops_the_run(
         module.weights().named_tensors(), start.parameters(), strict=True
     ):
         assert torch.equal(ours, theirs), name
+
+
+class Full(TransformersEngine):
+    """Gives completions of all the tokens that there may be."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        draw = random.Random(0)
+        return [
+            [
+                Completion(
+                    [draw.randrange(3, 16) for _ in range(sampling.max_tokens)], [0.0] * 10, True
+                )
+                for _ in own
+            ]
+            for own in seeds
+        ]
+
+
+class Counts(LocalTeacher):
+    """Notes how many completions it is given at a time, and may be one that shares no prompts."""
+
+    shares = True
+
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> Any:
+        self.asked = [*getattr(self, "asked", []), len(batch)]
+        return super().score(batch, topk_ids)
+
+    @property
+    def joins(self) -> bool:
+        return super().joins and self.shares
+
+
+@pytest.mark.parametrize(
+    ("shares", "limit", "asked"),
+    # 16 completions of 10 tokens behind 4 prompts of 10, a micro-batch each.
+    [(True, None, [16]), (False, None, [4] * 4), (True, 120, [8, 8])],
+)
+def test_a_teacher_that_shares_prompts_scores_micro_batches_together(
+    tmp_path: Path,
+    student_folder: str,
+    teacher_folder: str,
+    shares: bool,
+    limit: int | None,
+    asked: list[int],
+) -> None:
+    teacher = Counts(teacher_folder)
+    teacher.shares = shares
+    module = make_module(student_folder, teacher, KDRL())
+    data = make_data(
+        val_prompts=None,
+        minibatches_per_rollout=1,
+        max_tokens_per_micro_batch=limit,
+        rollout_engine=Full(),
+    )
+    trace = fit(tmp_path, module, data, max_steps=1, accumulate_grad_batches=4)
+    assert teacher.asked == asked
+    model = load_causal_lm(teacher_folder)
+    for _, batch in trace.seen:
+        expected = sampled(full_logprobs(model, batch), batch)
+        torch.testing.assert_close(batch.teacher_logprobs, expected, rtol=0, atol=1e-5)

@@ -222,7 +222,7 @@ class RolloutSource:
             module.objective.prepare,
             score_first=module.leave_room if pending else None,
             score_frozen=module.score_frozen,
-            frozen_tokens=0 if module.scores_together else FROZEN_TOKENS,
+            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if module.joins_frozen else 0,
         )
 
     def _cut(

@@ -33,6 +33,11 @@ class AdapterOffTeacher(Teacher):
         """Whether the student is sharded."""
         return self._student is not None and self._student.sharded
 
+    @property
+    def joins(self) -> bool:
+        """Whether the student runs a prompt once for all its completions."""
+        return self._scorer().shares
+
     def prepare(self) -> None:
         """Do nothing: the student is there."""
 

@@ -35,6 +35,11 @@ class Teacher(ABC):
     other_end: str | None = None
     needs_lora: bool = False
 
+    @property
+    def joins(self) -> bool:
+        """Whether it may score several micro-batches at once: their prompts are run once."""
+        return not self.collective
+
     @abstractmethod
     def prepare(self) -> None:
         """Make or fetch what is needed; called on one process, before anything is loaded."""

@@ -74,6 +74,11 @@ class CachedTeacher(Teacher):
         return self.teacher.collective
 
     @property
+    def joins(self) -> bool:
+        """Whether the teacher behind it does."""
+        return self.teacher.joins
+
+    @property
     def needs_lora(self) -> bool:  # type: ignore[override]
         """Whether the teacher behind it does."""
         return self.teacher.needs_lora

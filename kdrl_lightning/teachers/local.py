@@ -68,6 +68,11 @@ class LocalTeacher(Teacher):
         """Whether it is sharded."""
         return self._sharding is not None
 
+    @property
+    def joins(self) -> bool:
+        """Whether it runs a prompt once for all its completions, in this process."""
+        return self._loaded().shares
+
     def prepare(self) -> None:
         """Make the model if its source has to."""
         model_path(self.model)

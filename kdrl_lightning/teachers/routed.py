@@ -49,6 +49,11 @@ class RoutedTeacher(Teacher):
         return any(teacher.collective for teacher in self.teachers.values())
 
     @property
+    def joins(self) -> bool:
+        """Whether all of them do."""
+        return all(teacher.joins for teacher in self.teachers.values())
+
+    @property
     def other_end(self) -> str | None:  # type: ignore[override]
         """Return the first teacher's that has one."""
         return next((t.other_end for t in self.teachers.values() if t.other_end), None)
