@@ -109,15 +109,20 @@ def table(cases: list[str], record: dict[str, Any]) -> list[str]:
 
 
 def shares(record: dict[str, Any]) -> list[str]:
-    """What a teacher of the student's size adds to our own GRPO step, run by run."""
+    """What a teacher of the student's size adds to our own GRPO step, run by run.
+
+    Per sampled token: after the first update the objectives sample other lengths.
+    """
     lines = ["| what a teacher adds | median | range |", "| --- | --- | --- |"]
     for model in ("embedded", "smollm2"):
         base = record["runs"].get(f"{model}-grpo", [])
         for work in ("kdrl", "rlad"):
             pairs = zip(base, record["runs"].get(f"{model}-{work}", []), strict=False)
-            both = [(a["ours"]["step"], b["ours"]["step"]) for a, b in pairs if a and b]
-            if both:
-                more = [with_teacher / plain - 1 for plain, with_teacher in both]
+            rates = [
+                (a["ours"]["tokens_per_s"], b["ours"]["tokens_per_s"]) for a, b in pairs if a and b
+            ]
+            if rates:
+                more = [plain / with_teacher - 1 for plain, with_teacher in rates]
                 spread = f"{min(more):+.0%} to {max(more):+.0%}"
                 lines.append(f"| {model}-{work} | {statistics.median(more):+.0%} | {spread} |")
     return lines if len(lines) > 2 else []
