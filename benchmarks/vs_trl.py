@@ -9,7 +9,8 @@ run is a fresh process, the sides take turns, and a side's time and memory come 
 freely. Memory is the process's own above what it held, trimmed, behind its first optimizer step:
 imports, weights, gradients and moments.
 
-Runs are kept in ``--out`` as they end; a run that is there is not repeated. Needs
+Runs are kept in ``--out`` as they end; a run that is there is not repeated. Beside them a table and
+a picture are written. Needs
 ``pip install -e '.[peers,test]'``.
 """
 
@@ -128,6 +129,36 @@ def shares(record: dict[str, Any]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def plot(cases: list[str], record: dict[str, Any], file: Path) -> None:
+    """Draw where a step's time goes on both sides, as a share of TRL's step: medians."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = ("generation", "scoring", "training", "rest")
+    colors = dict(zip(names, ("tab:blue", "tab:green", "tab:orange", "tab:gray"), strict=True))
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.62 * len(cases)), layout="constrained")
+    for row, case in enumerate(cases):
+        pairs = [p for p in record["runs"][case] if len(p) == 2]
+        whole = statistics.median(p["trl"]["step"] for p in pairs)
+        for offset, side, label in ((-0.2, "ours", "ours"), (0.2, "trl", "TRL")):
+            middle = {n: statistics.median(p[side][n] for p in pairs) / whole for n in PARTS}
+            middle["rest"] = max(middle["step"] - sum(middle[n] for n in names[:3]), 0.0)
+            left = 0.0
+            for name in names:
+                axis.barh(row + offset, middle[name], 0.36, left, color=colors[name])
+                left += middle[name]
+            axis.text(left + 0.01, row + offset, f"{label} {left:.2f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(cases)), cases)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12)
+    axis.set_xlabel("time of a step, TRL's = 1")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
+    figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -156,6 +187,7 @@ def main() -> None:
     lines = [f"{record['machine']}; precision {args.precision}", "", *table(args.cases, record), ""]
     lines += [*shares(record), ""]
     file.with_suffix(".md").write_text("\n".join(lines))
+    plot(args.cases, record, file.with_suffix(".png"))
     print("\n".join(lines))
 
 
