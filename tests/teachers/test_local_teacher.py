@@ -97,3 +97,10 @@ def test_a_model_source_is_made_in_prepare(teacher_folder):
 def test_a_teacher_that_is_not_loaded_says_so(teacher_folder, batch, use):
     with pytest.raises(RuntimeError, match=r"^the teacher is not loaded: call load\(\) first$"):
         use(LocalTeacher(teacher_folder), batch)
+
+
+def test_a_teacher_joins_micro_batches_where_it_shares_prompts(teacher, teacher_folder):
+    assert teacher.joins
+    whole_rows = LocalTeacher(teacher_folder, dtype="float64")  # runs no prompt for several rows
+    whole_rows.load(CPU)
+    assert not whole_rows.joins
