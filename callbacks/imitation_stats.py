@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class SelectiveImitationStats(pl.Callback):
         self.histograms: dict[int, dict[str, Histogram]] = {}
         self._stats = StepStats()
         self._hist = Histograms(RANGES)
-        self._groups: dict[int, bool] = {}
+        self._used: set[int] = set()  # groups: their completions may lie in several micro-batches
+        self._imitated: set[int] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier run."""
@@ -76,21 +79,18 @@ class SelectiveImitationStats(pl.Callback):
         """Add a micro-batch; log at the end of the step."""
         if batch.old_logprobs is None:
             return
-        objective, logprobs = pl_module.objective, outputs["logprobs"]
-        add_imitation_stats(self._stats, objective, batch, logprobs)
-        add_histograms(self._hist, objective, batch, logprobs, outputs["entropy"])
-        hits = (objective.imitated(batch, logprobs) & batch.loss_mask).any(1).tolist()
-        for group, hit, used in zip(
-            batch.group_ids.tolist(), hits, batch.loss_mask.any(1).tolist(), strict=True
-        ):
-            if used:  # a group's completions may lie in several micro-batches
-                self._groups[group] = self._groups.get(group, False) or hit
+        micro = MicroBatch(pl_module.objective, batch, outputs["logprobs"])
+        add_imitation_stats(self._stats, micro)
+        add_histograms(self._hist, micro, outputs["entropy"])
+        self._used |= set(batch.group_ids[batch.loss_mask.any(1)].tolist())
+        self._imitated |= set(batch.group_ids[micro.imitated.any(1)].tolist())
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._end_step(trainer, pl_module)
 
     def _end_step(self, trainer: Any, pl_module: Any) -> None:
-        groups, self._groups = torch.tensor(list(self._groups.values())), {}
-        self._stats.add_mean("kd/imitated_groups_frac", groups.to(pl_module.device))
+        groups = torch.tensor([g in self._imitated for g in self._used], device=pl_module.device)
+        self._stats.add_mean("kd/imitated_groups_frac", groups.bool())
+        self._used, self._imitated = set(), set()
         values = self._stats.compute(pl_module.reduce)
         histograms = self._hist.compute(pl_module.reduce)
         weight = histograms.get("hist/log_offset_weight")
@@ -133,20 +133,44 @@ class SelectiveImitationStats(pl.Callback):
         }
 
 
-def add_imitation_stats(
-    stats: StepStats, objective: Objective, batch: RolloutBatch, logprobs: Tensor
-) -> None:
-    """Add one micro-batch to ``stats``.
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch and what its objective makes of it, worked out once.
 
-    Args:
-        stats: receives the values.
+    Attributes:
         objective: decides what is clipped and what is imitated.
         batch: a scored micro-batch.
         logprobs: ``[B, T]`` of the update's forward pass, detached.
     """
-    mask = batch.loss_mask
-    ratio = objective.log_ratio(batch, logprobs).exp()
-    imitated = objective.imitated(batch, logprobs) & mask
+
+    objective: Objective
+    batch: RolloutBatch
+    logprobs: Tensor
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """``[B, T]`` log of the ratio that is clipped."""
+        return self.objective.log_ratio(self.batch, self.logprobs)
+
+    @cached_property
+    def imitated(self) -> Tensor:
+        """``[B, T]`` bool: loss tokens on which the teacher enters the gradient."""
+        return self.objective.imitated(self.batch, self.logprobs) & self.batch.loss_mask
+
+    @cached_property
+    def offset_weight(self) -> Tensor | None:
+        """``[B, T]`` log of TRRD's weight w: what its ratio has beyond rho; None without one."""
+        anchored = any(getattr(p, "anchored", False) for p in self.objective.parts())
+        if self.batch.old_logprobs is None or not anchored:
+            return None
+        return self.log_ratio - (self.logprobs - self.batch.old_logprobs)
+
+
+def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
+    """Add one micro-batch to ``stats``."""
+    objective, batch, logprobs = micro.objective, micro.batch, micro.logprobs
+    mask, imitated = batch.loss_mask, micro.imitated
+    ratio = micro.log_ratio.exp()
     stats.add_mean("policy/ratio_mean", ratio, mask)
     stats.add_max("policy/ratio_max", ratio, mask)
     stats.add_mean("kd/imitation_frac", imitated, mask)
@@ -162,21 +186,20 @@ def add_imitation_stats(
         stats.add_mean("kd/dead_frac_pos", dead, mask & (advantages > 0))
         stats.add_mean("kd/dead_frac_neg", dead, mask & (advantages < 0))
     if batch.teacher_logprobs is not None:
-        _add_teacher(stats, objective, batch, logprobs, batch.teacher_logprobs)
+        _add_teacher(stats, micro, batch.teacher_logprobs)
 
 
-def _add_teacher(
-    stats: StepStats, objective: Objective, batch: RolloutBatch, logprobs: Tensor, teacher: Tensor
-) -> None:
+def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
+    batch, logprobs = micro.batch, micro.logprobs
     # The estimates hold for the student's own samples.
     mask, correct = batch.student_mask, batch.correct[:, None]
+    masks = {"": mask, "_correct": mask & correct, "_wrong": mask & ~correct}
     for name, value in (
         ("kd/reverse_kl", k1(logprobs, teacher)),
         ("kd/reverse_kl_k3", k3(logprobs, teacher)),
     ):
-        stats.add_mean(name, value, mask)
-        stats.add_mean(f"{name}_correct", value, mask & correct)
-        stats.add_mean(f"{name}_wrong", value, mask & ~correct)
+        for which, where in masks.items():
+            stats.add_mean(name + which, value, where)
     if batch.advantages is not None:
         wanted = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
         gap = teacher - logprobs
@@ -190,42 +213,25 @@ def _add_teacher(
         stats.add_mean("kd/top_token_agreement", same, batch.loss_mask)
     if batch.old_logprobs is None:
         return
-    weight = _offset_weight(objective, batch, logprobs)
-    if weight is not None:
-        stats.add_max("kd/offset_weight_max", weight.exp(), mask)
-    part = next((p for p in objective.parts() if getattr(p, "offset_clamp", None)), None)
-    if part is not None:
-        cut = (batch.old_logprobs - teacher).abs() > part.offset_clamp
+    if micro.offset_weight is not None:
+        stats.add_max("kd/offset_weight_max", micro.offset_weight.exp(), mask)
+    ratio = next((p for p in micro.objective.parts() if getattr(p, "offset_clamp", None)), None)
+    if ratio is not None:
+        cut = (batch.old_logprobs - teacher).abs() > ratio.offset_clamp
         where = batch.loss_mask if batch.imitation_mask is None else batch.imitation_mask
-        stats.add_mean("kd/offset_clamp_frac", cut & where & part.anchored, mask)
+        stats.add_mean("kd/offset_clamp_frac", cut & where & ratio.anchored, mask)
 
 
-def add_histograms(
-    histograms: Histograms,
-    objective: Objective,
-    batch: RolloutBatch,
-    logprobs: Tensor,
-    entropy: Tensor,
-) -> None:
-    """Add one micro-batch to ``histograms``; arguments as in ``add_imitation_stats``."""
-    mask = batch.loss_mask
-    histograms.add("hist/log_ratio", objective.log_ratio(batch, logprobs), mask)
+def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -> None:
+    """Add one micro-batch to ``histograms``; ``entropy [B, T]`` of its forward pass."""
+    batch, mask = micro.batch, micro.batch.loss_mask
+    histograms.add("hist/log_ratio", micro.log_ratio, mask)
     histograms.add("hist/entropy", entropy, mask)
     if batch.teacher_logprobs is None:
         return
-    histograms.add("hist/teacher_gap", batch.teacher_logprobs - logprobs, mask)
-    weight = _offset_weight(objective, batch, logprobs)
-    if weight is not None:
-        histograms.add("hist/log_offset_weight", weight, batch.student_mask)
-
-
-def _offset_weight(objective: Objective, batch: RolloutBatch, logprobs: Tensor) -> Tensor | None:
-    """``[B, T]`` log of TRRD's weight w: what its ratio has beyond rho."""
-    if batch.old_logprobs is None or not any(
-        getattr(p, "anchored", False) for p in objective.parts()
-    ):
-        return None
-    return objective.log_ratio(batch, logprobs) - (logprobs - batch.old_logprobs)
+    histograms.add("hist/teacher_gap", batch.teacher_logprobs - micro.logprobs, mask)
+    if micro.offset_weight is not None:
+        histograms.add("hist/log_offset_weight", micro.offset_weight, batch.student_mask)
 
 
 def log_histograms(trainer: Any, histograms: dict[str, Histogram]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -130,7 +131,7 @@ class RolloutBatch:
         """``[B]`` int64: sampled tokens of each completion."""
         return self.completion_mask.sum(1)
 
-    @property
+    @cached_property
     def student_mask(self) -> Tensor:
         """``[B, T]`` bool: loss tokens that the student sampled."""
         return self.loss_mask & (self.source == STUDENT)[:, None]

@@ -12,7 +12,7 @@ from reference import close, f64
 from torch import Tensor
 
 from kdrl_lightning.callbacks import SelectiveImitationStats
-from kdrl_lightning.callbacks.imitation_stats import add_imitation_stats
+from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.objectives import GRPO, KDRL, RLAD, SFT, Objective, OnPolicyDistillation
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -42,7 +42,7 @@ def case(**changes: Any) -> tuple[RolloutBatch, Tensor]:
 
 def stats_of(objective: Objective, batch: RolloutBatch, logprobs: Tensor) -> dict[str, float]:
     stats = StepStats()
-    add_imitation_stats(stats, objective, batch, logprobs)
+    add_imitation_stats(stats, MicroBatch(objective, batch, logprobs))
     return stats.compute()
 
 
@@ -225,7 +225,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
         for rows in ([0], [1, 2]):
             part = batch.select(rows)
             width = part.loss_mask.shape[1]
-            add_imitation_stats(stats, objective, part, logprobs[rows][:, :width])
+            add_imitation_stats(stats, MicroBatch(objective, part, logprobs[rows][:, :width]))
         check(stats.compute(), stats_of(objective, batch, logprobs))
 
 

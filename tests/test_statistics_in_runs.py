@@ -14,7 +14,7 @@ from short_runs import Log, fit, make_data, make_module
 
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.callbacks import SelectiveImitationStats
-from kdrl_lightning.callbacks.imitation_stats import add_imitation_stats
+from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.objectives.ratios import ShapedProbability
@@ -253,10 +253,10 @@ def test_a_rank_without_loss_tokens_reduces_the_same_shapes(objective: Objective
 
 def test_teacher_rows_do_not_enter_the_students_estimates() -> None:
     stats, batch = StepStats(), case()
-    add_imitation_stats(stats, KDRL(), batch, batch.old_logprobs)
+    add_imitation_stats(stats, MicroBatch(KDRL(), batch, batch.old_logprobs))
     kept = stats.compute()
     far = batch.replace(teacher_logprobs=batch.teacher_logprobs + 9.0 * f64(SOURCES)[:, None])
-    add_imitation_stats(stats, KDRL(), far, batch.old_logprobs)
+    add_imitation_stats(stats, MicroBatch(KDRL(), far, batch.old_logprobs))
     assert stats.compute() == kept
 
 

@@ -34,10 +34,11 @@ class Histogram:
         >>> Histogram(torch.tensor([1.0, 2.0, 1.0, 0.0]), 0.0, 4.0).quantile(0.5)
         2.0
         """
-        total = self.counts.sum()
+        up_to = self.counts.cumsum(0)
+        total = float(up_to[-1])
         if not total:
             return float("nan")
-        reached = (self.counts.cumsum(0) >= share * total).nonzero()[0]
+        reached = int(torch.searchsorted(up_to, share * total))
         return float(self.edges[reached + 1])
 
 
@@ -57,10 +58,9 @@ class Histograms:
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values where ``mask`` is True."""
         low, high = self.ranges[name]
-        inside = values.detach()[mask].float()
-        share = (inside[~inside.isnan()].clamp(low, high) - low) / (high - low)
-        bins = (share * self.bins).long().clamp(max=self.bins - 1)
-        counts = torch.bincount(bins, minlength=self.bins).double()
+        place = (values.detach().masked_select(mask).float() - low) * (self.bins / (high - low))
+        place = place.clamp_(0, self.bins - 1).nan_to_num_(self.bins).int()  # NaN: one bin more
+        counts = torch.bincount(place, minlength=self.bins + 1)[:-1].double()
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def compute(self, reduce: Callable[[Tensor, str], Tensor] | None) -> dict[str, Histogram]:

@@ -32,11 +32,13 @@ class StepStats:
         """Add values to a mean over those where ``mask`` is nonzero."""
         values = values.detach()
         if mask is None:
-            count = torch.full((), values.numel(), dtype=torch.float64, device=values.device)
+            mask = torch.ones_like(values, dtype=torch.bool)
+        mask = mask if mask.dtype == torch.bool else mask != 0
+        count = mask.count_nonzero()
+        if values.dtype == torch.bool:
+            total = (values & mask).count_nonzero()
         else:
-            mask = mask if mask.dtype == torch.bool else mask != 0
-            values, count = values.where(mask, 0.0), mask.sum(dtype=torch.float64)
-        total = values.sum(dtype=torch.float64)
+            total = values.where(mask, 0.0).sum(dtype=torch.float64)
         if name in self._sums:
             old_total, old_count = self._sums[name]
             assert old_count is not None, f"{name} is a sum"
@@ -70,11 +72,9 @@ class StepStats:
         self._sums, self._maxima = {}, {}
         out: dict[str, float] = {}
         if sums:
-            pairs = [
-                torch.stack([total, torch.ones_like(total) if count is None else count])
-                for total, count in sums.values()
-            ]
-            table = torch.stack(pairs)
+            one = torch.ones_like(next(iter(sums.values()))[0])
+            flat = [x for total, n in sums.values() for x in (total, one if n is None else n)]
+            table = torch.stack(flat).double().view(-1, 2)
             table = reduce(table, "sum") if reduce else table
             for (name, (_, count)), (total, number) in zip(
                 sums.items(), table.tolist(), strict=True
