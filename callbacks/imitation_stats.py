@@ -72,6 +72,8 @@ class SelectiveImitationStats(pl.Callback):
         """Forget an earlier run."""
         if stage == "fit":
             self.rows, self.histograms = [], {}
+            self._stats, self._hist = StepStats(), Histograms(RANGES)
+            self._used, self._imitated = set(), set()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -52,6 +52,10 @@ class WeightSync(pl.Callback):
         narrow = engine_dtype in (torch.bfloat16, torch.float16) or "16" in precision
         return 0.1 if narrow else 0.001
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Forget a run that was stopped."""
+        self._waiting = None
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -43,18 +43,20 @@ class Recording(_Layer):
 
 
 class Prefixed(_Layer):
-    """Puts given keys and values in front, and never changes."""
+    """Puts a prompt's keys and values in front of those of its rows, and never changes."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, prompts: Recording, of: Tensor) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.of = prompts.keys, prompts.values, of
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return them with those of the completions behind."""
-        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+        # Repeated here, so that without gradient one layer's copies exist at a time.
+        keys, values = self.keys[self.of], self.values[self.of]
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 class Growing(_Layer):
@@ -131,7 +133,7 @@ def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
         input_ids=rows.input_ids.gather(1, position.clamp(max=rows.input_ids.shape[1] - 1)),
         attention_mask=padding,
         position_ids=position,
-        past_key_values=Cache(layers=[Prefixed(x.keys[of], x.values[of]) for x in layers]),
+        past_key_values=Cache(layers=[Prefixed(x, of) for x in layers]),
         use_cache=True,
     ).last_hidden_state
     states: Tensor = torch.cat([first, rest], 1)

@@ -24,6 +24,7 @@ from kdrl_lightning.callbacks import (
     RunReport,
     SamplePage,
     SelectiveImitationStats,
+    StepProfile,
     WeightSync,
 )
 from kdrl_lightning.datamodule import RolloutDataModule
@@ -92,6 +93,11 @@ class KDRLCLI(LightningCLI):
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
+        parser.add_argument(
+            "--profile",
+            action="store_true",
+            help="Print where the time of the second rollout goes (StepProfile).",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Check strategy and checkpoint before anything is built."""
@@ -111,6 +117,8 @@ class KDRLCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, FSDPCheckpoint)]
+        if self._get(self.config, "profile"):
+            callbacks = [StepProfile(), *callbacks]
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

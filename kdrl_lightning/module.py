@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
@@ -48,6 +49,9 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.weights import ModelWeights
 
+# Sums over a step that are looked at and not logged.
+BROKEN, WATCHED = "teacher/broken_tokens", "teacher/watched_tokens"
+
 
 class KDRLModule(pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher beside it.
@@ -60,8 +64,8 @@ class KDRLModule(pl.LightningModule):
         objective: the loss, e.g. ``KDRL`` or ``RLAD``.
         teacher: the frozen teacher, where the objective needs one.
         optimizer: any torch optimizer over the student's parameters.
-        lr_scheduler: any torch schedule, stepped once per optimizer step (``LinearLR`` warms up,
-            ``OneCycleLR`` with ``cycle_momentum: false`` warms up and decays).
+        lr_scheduler: any torch schedule that needs no metric, stepped once per optimizer step
+            (``LinearLR`` warms up, ``OneCycleLR`` with ``cycle_momentum: false`` also decays).
         max_nonfinite_steps: optimizer steps in a row whose loss or gradient may be NaN or infinite;
             each is skipped and counted, one more stops the run.
         activation_checkpointing: keep only the inputs of the student's layers for the backward
@@ -153,7 +157,9 @@ class KDRLModule(pl.LightningModule):
             self.teacher.prepare()
 
     def setup(self, stage: str) -> None:
-        """Check what can be checked before weights are loaded."""
+        """Check what can be checked before weights are loaded; forget a run that was stopped."""
+        self._stats = StepStats()
+        self._step_log.forget()
         refuse_fsdp1(self.trainer.strategy)
         check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
@@ -219,6 +225,11 @@ class KDRLModule(pl.LightningModule):
             scheduler = None if make is None else make(optimizer)
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"`optimizer` or `lr_scheduler`: {error}.") from error
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ConfigurationError(
+                "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau, which "
+                "waits for a metric. Take LinearLR or OneCycleLR, or the callback EarlyStopping."
+            )
         self._settings = Settings(optimizer, scheduler)
         if scheduler is None:
             return optimizer
@@ -263,14 +274,12 @@ class KDRLModule(pl.LightningModule):
         )
 
     def leave_room(self, batch: RolloutBatch) -> RolloutBatch:
-        """Make room for what the coming update writes in.
+        """Make room for the student's scores, which the coming update writes in."""
+        return with_room(batch, self._student().scores_dtype, self.teacher is not None)
 
-        That is the student's scores, and the teacher's where the update needs its states.
-        """
-        double = self._student().head().weight.dtype == torch.float64
-        dtype = torch.float64 if double else torch.float32
-        batch = with_room(batch, dtype, self.teacher is not None)
-        return batch if self.objective.divergence is None else with_teacher_room(batch, dtype)
+    def leave_teacher_room(self, batch: RolloutBatch) -> RolloutBatch:
+        """Make room for the scores of a teacher that the updates run for a divergence."""
+        return with_teacher_room(batch, self._student().scores_dtype)
 
     @property
     def joins_frozen(self) -> bool:
@@ -308,7 +317,8 @@ class KDRLModule(pl.LightningModule):
                 other = self.teacher.states(batch)
                 if batch.teacher_pending:
                     fill_teacher(batch, other, self._student().chunk_size)
-                    self._watch_teacher(batch)
+            if batch.teacher_pending:
+                self._watch_teacher(batch)
         asked = batch.topk_ids if self.objective.top_k else None
         top_k = int(batch.old_pending and batch.topk_ids is not None)
         scores = self._student().score(batch, top_k, asked, other, divergence)
@@ -318,21 +328,11 @@ class KDRLModule(pl.LightningModule):
         return scores
 
     def _watch_teacher(self, batch: RolloutBatch) -> None:
-        """Look at what a teacher says in the update, as a rollout's source does at what it said.
-
-        Raises:
-            TrainingStopped: on all ranks, if on one its log-probabilities are not finite.
-        """
+        """Count what a teacher says in the update, as a rollout's source does what it said."""
         teacher, real = known(batch.teacher_logprobs, "teacher_logprobs"), batch.completion_mask
-        counts = torch.stack([(~teacher.isfinite()).sum(), real.sum()]).double()
-        broken, tokens = self.reduce(counts, "sum").tolist()
-        if broken:
-            raise TrainingStopped(
-                f"the teacher's log-probabilities must be finite: got {broken:.0f} NaN or infinite "
-                f"of {tokens:.0f}. Check its weights and dtype."
-            )
-        floored = (teacher <= LOGPROB_FLOOR).double()
-        self._stats.add_mean("kd/floored_frac", floored, real)
+        self._stats.add_mean("kd/floored_frac", teacher <= LOGPROB_FLOOR, real)
+        self._stats.add_sum(BROKEN, (~teacher.isfinite()).sum())
+        self._stats.add_sum(WATCHED, real.sum())
 
     def _measure_mismatch(self, batch: RolloutBatch) -> None:
         if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
@@ -341,7 +341,11 @@ class KDRLModule(pl.LightningModule):
             self._stats.add_mean("rollout/mismatch_kl", mismatch, own)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return this micro-batch's share of the step's loss, scaled against later averaging."""
+        """Return this micro-batch's share of the step's loss, scaled against later averaging.
+
+        Raises:
+            TrainingStopped: on all ranks, if on one the teacher's log-probabilities are not finite.
+        """
         scores = self._update_scores(batch)
         loss, terms = self.objective(batch, scores)
         entropy = known(scores.entropy, "entropy")
@@ -351,6 +355,12 @@ class KDRLModule(pl.LightningModule):
         self._stats.add_mean("policy/entropy", entropy, batch.loss_mask)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             values = self._stats.compute(self.reduce)
+            broken, watched = (values.pop(name, 0.0) for name in (BROKEN, WATCHED))
+            if broken:
+                raise TrainingStopped(
+                    f"the teacher's log-probabilities must be finite: got {broken:.0f} NaN or "
+                    f"infinite of {watched:.0f}. Check its weights and dtype."
+                )
             self._step_loss = values["loss/total"]
             self.log_step(values)
         self.log_step(batch.metrics)
@@ -381,8 +391,12 @@ class KDRLModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Hand a step's numbers to the loggers, those of the callbacks, too."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._step_log.write(self.trainer)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        self._step_log.write(self.trainer)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.trainer.global_step % getattr(data, "updates_per_rollout", 1) == 0:
+            self._step_log.forget()  # the numbers of a rollout stand in each of its steps' rows
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0

@@ -78,7 +78,8 @@ class RolloutBatch:
             forward pass writes them in; NaN until then.
         topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
         teacher_logprobs: ``[B, T]``, the frozen teacher's.
-        teacher_pending: the same holds for the teacher's: the update runs it for a divergence.
+        teacher_pending: the same holds for the teacher's in each update, which runs it for a
+            divergence.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.

@@ -50,6 +50,12 @@ class Scorer(nn.Module):
         self.sharded = False
         self.shares = False
 
+    @property
+    def scores_dtype(self) -> torch.dtype:
+        """Type of what it returns: float64 where the weights are, else float32."""
+        double = self.model.get_output_embeddings().weight.dtype == torch.float64
+        return torch.float64 if double else torch.float32
+
     def head(self) -> Head:
         """Return the language-model head with everything that the architecture does to logits."""
         output = self.model.get_output_embeddings()

@@ -68,6 +68,7 @@ MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
 PLAN = "rollout/plan.py", "rollout/test_plan.py"
+ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
 SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
@@ -1138,8 +1139,8 @@ MUTATIONS = [
     Mutation(
         "shared prompts: the first prompt for all",
         SHARED,
-        "Prefixed(x.keys[of], x.values[of])",
-        "Prefixed(x.keys[of * 0], x.values[of * 0])",
+        "Prefixed(x, of)",
+        "Prefixed(x, of * 0)",
     ),
     Mutation(
         "growing cache: old tokens lost", CACHES, "            if start:", "            if not end:"
@@ -1154,17 +1155,20 @@ MUTATIONS = [
     Mutation(
         "plan: frozen models without a limit",
         PLAN,
-        "min(max_tokens, tokens(out[-1]) + tokens(rows))",
-        "tokens(out[-1]) + tokens(rows)",
+        "shared <= max_tokens and",
+        "",
     ),
     Mutation(
         "plan: frozen models pad at will",
         PLAN,
-        "min(max_tokens, tokens(out[-1]) + tokens(rows))",
-        "max_tokens",
+        "shared <= tokens(out[-1])[0] + tokens(rows)[0]",
+        "shared",
     ),
+    Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
     Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
-    Mutation("plan: all wait for the teacher", PLAN, "(later, False)", "(later, pending)"),
+    Mutation(
+        "plan: a pending teacher in sight", PLAN, "TEACHER if batch.teacher_pending", "() if 1"
+    ),
     Mutation(
         "plan: the first update's scores lost",
         PLAN,
@@ -1195,10 +1199,75 @@ MUTATIONS = [
         "pending: own preparation", FRAME_PENDING, "is not PolicyObjective.prepare", "is None"
     ),
     Mutation(
+        "pending: the correction is not asked", FRAME_PENDING, " or correction.reads_old_scores", ""
+    ),
+    Mutation("correction: of whole distributions", FRAME_PENDING, " or not sampled", ""),
+    Mutation(
+        "correction: none beside a reference",
+        FRAME_PENDING,
+        "self.needs_reference or (self.d",
+        "(self.d",
+    ),
+    Mutation(
+        "pending: unless both summands read a teacher",
+        SUM_PENDING,
+        "self.rl.reads_teacher_scores(rollout) or",
+        "self.rl.reads_teacher_scores(rollout) and",
+    ),
+    Mutation(
         "pending: unless both summands read",
         SUM_PENDING,
         "self.rl.reads_old_scores(rollout) or",
         "self.rl.reads_old_scores(rollout) and",
+    ),
+    Mutation("step log: nothing is forgotten", STEP_LOG, "self._values.clear()", "pass"),
+    Mutation(
+        "statistics: those of a stopped run stay",
+        ("callbacks/imitation_stats.py", "test_components.py"),
+        "self._stats, self._hist = StepStats(), Histograms(RANGES)",
+        "pass",
+    ),
+    Mutation(
+        "step sums: those of a stopped run stay",
+        ("module.py", "test_components.py"),
+        "        self._stats = StepStats()\n        self._step_log",
+        "        self._step_log",
+    ),
+    Mutation(
+        "full vocabulary: another type in the backward pass",
+        LOGPROBS,
+        "torch.autocast(device, dtype, autocast)",
+        "torch.autocast(device, enabled=autocast)",
+    ),
+    Mutation(
+        "a teacher's NaN in the update: not looked at",
+        ("module.py", "test_frozen_models.py"),
+        "            if broken:",
+        "            if broken < 0:",
+    ),
+    Mutation(
+        "routed teachers: an entropy for some rows",
+        ROUTED,
+        "whole if self.knows_entropy else",
+        "whole if whole else",
+    ),
+    Mutation(
+        "routed teachers: one without rows stays away",
+        ROUTED,
+        "self.teachers[name].take_part(batch)",
+        "pass",
+    ),
+    Mutation(
+        "failures: those of evaluations too",
+        ("rewards/runner.py", "rollout/test_watch.py"),
+        "len(errors) if training else 0",
+        "len(errors)",
+    ),
+    Mutation(
+        "store: what a teacher has yet to say is taken for said",
+        STORE,
+        '        "teacher_pending": batch.teacher_pending,\n',
+        "",
     ),
     Mutation("adapters: scaling forgotten", WEIGHTS, ", alpha=layer.scaling[ADAPTER])", ")"),
     Mutation(

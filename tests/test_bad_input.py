@@ -110,6 +110,10 @@ CASES = {
         ],
         "`optimizer` or `lr_scheduler`: You must define either total_steps",
     ),
+    "a schedule that waits for a metric": (
+        ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+        "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau",
+    ),
     "bf16 weights": (["--trainer.precision=bf16-true"], "Use bf16-mixed"),
     "reward raises": (["--data.reward=test_bad_input.raising"], "KeyError"),
     "reward is NaN": (["--data.reward=test_bad_input.not_a_number"], "must return a finite number"),

@@ -9,11 +9,21 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from short_runs import Log
 from test_trace import fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, SFT, KDRLModule, SupervisedDataModule
-from kdrl_lightning.callbacks import CPUThreads, PredictionWriter, RolloutProgress, RunReport
+from kdrl_lightning.callbacks import (
+    CPUThreads,
+    PredictionWriter,
+    RolloutProgress,
+    RunReport,
+    SelectiveImitationStats,
+    WeightSync,
+)
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.tiny import AdditionTraces
 
 pytestmark = [
@@ -189,6 +199,53 @@ def test_one_data_module_serves_several_modules(
     assert data.watch.rollouts == 1  # a run counts its own
     for _, batch in trace.seen:
         torch.testing.assert_close(batch.rollout_logprobs, batch.old_logprobs, rtol=1e-4, atol=1e-4)
+
+
+class Interrupted(pl.Callback):
+    """Fails once, between two micro-batches of the run's second step."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 1 and index % 2 and not self.failed:
+            self.failed = True
+            raise OSError("no more disk")
+
+
+def test_a_run_that_was_stopped_leaves_nothing_behind_for_the_next(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    def rows(log: Log) -> list[dict[str, float]]:
+        return [{n: v for n, v in row.items() if n[:4] not in ("time", "memo", "toke")}
+                for row in log.rows]  # fmt: skip
+
+    plan: dict[str, Any] = {"max_steps": 2, "accumulate_grad_batches": 2}
+    fresh = Log()
+    start = make_module(student_folder, teacher_folder)
+    fit(tmp_path, start, make_data(), [SelectiveImitationStats(), WeightSync(), fresh], **plan)
+    module, data = make_module(student_folder, teacher_folder), make_data()
+    stats, sync, fault = SelectiveImitationStats(), WeightSync(), Interrupted()
+    with pytest.raises(OSError, match="no more disk"):
+        fit(tmp_path, module, data, [stats, sync, fault, Log()], **plan)
+    assert module.student is not None
+    module.student.model.load_state_dict(load_causal_lm(student_folder).state_dict())
+    again = Log()
+    fit(tmp_path, module, data, [stats, sync, fault, again], **plan)
+    assert rows(again) == rows(fresh)
+
+
+def test_a_second_run_does_not_repeat_the_numbers_of_the_first(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    module, data, folder = make_module(student_folder, teacher_folder), make_data(), tmp_path
+    stats = [SelectiveImitationStats()]
+    for callbacks, name in ((stats, "first"), ([], "second")):
+        logger = CSVLogger(folder, name=name)
+        fit(folder, module, data, callbacks, max_steps=2, logger=logger, log_every_n_steps=1)
+    text = [(folder / n / "version_0/metrics.csv").read_text() for n in ("first", "second")]
+    assert ["kd/imitation_frac" in t for t in text] == [True, False]
+    assert all("loss/total" in t for t in text)
 
 
 def test_a_schedule_that_ends_before_the_run_is_noticed(

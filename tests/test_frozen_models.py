@@ -288,6 +288,26 @@ def test_a_teacher_without_numbers_stops_the_run(
         assert torch.equal(ours, theirs), name
 
 
+def test_one_that_loses_its_numbers_later_stops_the_run_at_that_update(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    teacher, calls = LocalTeacher(teacher_folder), []
+    states = teacher.states
+
+    def broken(batch: RolloutBatch) -> Any:
+        calls.append(len(batch))
+        found = states(batch)
+        return found if len(calls) < 4 else found._replace(hidden=found.hidden * torch.nan)
+
+    teacher.states = broken  # type: ignore[method-assign]
+    log, module = Log(), make_module(student_folder, teacher, GKD())
+    with pytest.raises(TrainingStopped, match="the teacher's log-probabilities must be finite"):
+        fit(tmp_path, module, make_data(**SMALL), [log], accumulate_grad_batches=2)
+    # The second of the two micro-batches of the rollout's second update.
+    assert (len(calls), len(log.rows), module.trainer.global_step) == (4, 1, 1)
+    assert not any(name.startswith("teacher/") for name in log.rows[0])
+
+
 class Full(TransformersEngine):
     """Gives completions of all the tokens that there may be."""
 

@@ -32,6 +32,7 @@ from kdrl_lightning.objectives import (
     WeightedSum,
     WrongCompletions,
 )
+from kdrl_lightning.rollout import TransformersEngine
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 # A random model stops late and is rarely right.
@@ -134,19 +135,30 @@ def test_a_run_is_the_same_without_the_second_pass(
         assert ours["rollout/logprob_diff_max"] < 1e-3
 
 
-class ReadsGKD(GKD):
-    """The same, but scored before, by the teacher as well."""
+class Inexact(TransformersEngine):
+    """Its log-probabilities have to be corrected."""
+
+    exact = False
+
+
+class ReadsBoth(KDRL):
+    """The same, but scored before, by student and teacher."""
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
         return True
 
+    def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
+        return True
 
+
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_teacher_that_the_update_runs_is_not_run_before(
     tmp_path: Path,
     student_folder: str,
     teacher_folder: str,
     minibatches: int,
+    exact: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows: list[int] = []
@@ -157,17 +169,49 @@ def test_a_teacher_that_the_update_runs_is_not_run_before(
         return scored(self, batch, *args)
 
     monkeypatch.setattr(LocalTeacher, "score", score)
-    settings = {"minibatches_per_rollout": minibatches}
+    engine = TransformersEngine if exact else Inexact
+    settings: dict[str, Any] = {"minibatches_per_rollout": minibatches}
     folders = (tmp_path, student_folder, teacher_folder)
-    _, logged, weights = passes(*folders, GKD(), **settings)
-    assert rows == ([] if minibatches == 1 else [8, 8])
-    _, expected, same = passes(*folders, ReadsGKD(), **settings)
+    full: dict[str, Any] = {"kl_estimator": "full_vocabulary"}
+    student, logged, weights = passes(
+        *folders, KDRL(0.5, **full), rollout_engine=engine(), **settings
+    )
+    assert not rows
+    # 64 completions in four rollouts, or 32 in two; half of those are of a second mini-batch.
+    assert sum(student) == (64 // minibatches if not exact else 16 * (minibatches - 1))
+    _, expected, same = passes(
+        *folders, ReadsBoth(0.5, **full), rollout_engine=engine(), **settings
+    )
+    assert sum(rows) == 64 // minibatches
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
     for ours, theirs in zip(logged, expected, strict=True):
         names = {n for n in theirs if n.startswith(("kd/", "policy/", "loss/"))}
         for name in names - {"kd/floored_frac"}:
             assert ours[name] == pytest.approx(theirs[name], nan_ok=True), name
     assert "kd/floored_frac" in logged[0]
+
+
+def test_whole_distributions_need_no_correction(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    folders = (tmp_path, student_folder, teacher_folder)
+    rows, *_ = passes(*folders, GKD(), minibatches_per_rollout=1, rollout_engine=Inexact())
+    assert not rows
+    for other in (GKD(top_k=4), KDRL(), GKD(ref_kl_coef=0.1), OnPolicyDistillation()):
+        assert other.reads_old_scores(rollout(exact=False)), type(other).__name__
+
+
+def test_a_part_that_reads_a_teacher_has_it_run_before() -> None:
+    for objective, reads in (
+        (GKD(), False),
+        (KDRL(kl_estimator="full_vocabulary"), False),
+        (KDRL(kl_estimator="full_vocabulary", engine_correction=TruncatedImportance()), False),
+        (KDRL(kl_estimator="full_vocabulary", selection=[Gates(alignment_threshold=1.0)]), True),
+        (WeightedSum(GRPO(), GKD()), False),
+        (WeightedSum(GRPO(), GKD(selection=[Gates(exploration_entropy=1.0)])), True),
+        (Own(TokenRatio(), Advantage()), True),
+    ):
+        assert objective.reads_teacher_scores(rollout()) == reads, objective
 
 
 def test_replays_need_them(tmp_path: Path, student_folder: str, teacher_folder: str) -> None:

@@ -54,6 +54,14 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {"gradient_clip_val": 0.5},
         list,
     ),
+    "full vocabulary, correction, four mini-batches": (
+        lambda: KDRL(
+            0.5, kl_estimator="full_vocabulary", engine_correction=TruncatedImportance(2.0)
+        ),
+        {"minibatches_per_rollout": 4},
+        {"accumulate_grad_batches": 2},
+        list,
+    ),
     "GRPO, refills": (
         lambda: GRPO(),
         {"max_refills": 2, "group_size": 2, "val_prompts": None},

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from resumed_runs import Rates, Setting, run, same_weights
-from short_runs import make_data, make_module, make_trainer
+from short_runs import Log, make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.resume import KEY
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
 pytestmark = pytest.mark.filterwarnings(
@@ -155,6 +156,21 @@ def test_a_rollout_in_the_checkpoint_is_no_matter_for_an_evaluation(
     saved = torch.load(half)["state_dict"]
     assert all(torch.equal(saved[n], v) for n, v in module.state_dict().items())
     assert "val/accuracy" in values
+
+
+def test_the_teachers_time_goes_on_and_a_rollout_has_its_own(
+    tmp_path: Path, student_folder: str, teacher_folder: str, half: str
+) -> None:
+    checkpoint = torch.load(half)
+    checkpoint[KEY]["teacher_seconds"] = 1000.0  # to score
+    (data_state,) = [v for v in checkpoint.values() if isinstance(v, dict) and "watch" in v]
+    data_state["teacher_seconds"] = 500.0  # to generate
+    torch.save(checkpoint, half)
+    log, data = Log(), make_data()
+    go_on(tmp_path, half, make_module(student_folder, teacher_folder), data, callbacks=[log])
+    assert data.teacher_seconds > 1500.0
+    shown = [row["time/teacher_s"] for row in log.rows if "time/teacher_s" in row]
+    assert shown and 0.0 < max(shown) < 100.0
 
 
 def test_at_a_rollouts_end_the_layout_may_change(

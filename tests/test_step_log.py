@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -113,6 +114,46 @@ def test_the_step_at_which_a_run_stops_is_logged(tmp_path: Path) -> None:
     theirs, ours = (run(make(), tmp_path, Stop()) for make in (Plain, Ours))
     assert ours == theirs
     assert [row["step"] for row in theirs[0]] == ["1"]
+
+
+def test_without_logging_the_step_at_which_a_run_stops_is_not_logged_either(
+    tmp_path: Path,
+) -> None:
+    theirs, ours = (run(make(), tmp_path, Stop(), log_every_n_steps=0) for make in (Plain, Ours))
+    assert ours == theirs
+    assert not theirs[0]
+
+
+def test_what_was_forgotten_is_not_repeated() -> None:
+    trainer, log = Trainer(), StepLog()
+    log.add(trainer, {"kd/a": 1.0, "kd/b": 2.0})
+    log.write(trainer)
+    log.write(trainer)  # a later step of the same rollout
+    log.forget()
+    log.write(trainer)
+    log.add(trainer, {"kd/b": 3.0})
+    log.write(trainer)
+    first = {"kd/a": 1.0, "kd/b": 2.0, "epoch": 0}
+    assert trainer.rows == [first, first, {"kd/b": 3.0, "epoch": 0}]
+
+
+class Trainer:
+    """As much of a trainer as a log needs, and its own logger."""
+
+    def __init__(self) -> None:
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        self.callback_metrics: dict[str, Tensor] = {}
+        self.logged_metrics: dict[str, Tensor] = {}
+        self.log_every_n_steps, self.should_stop = 1, False
+        self.global_step, self.current_epoch = 1, 0
+        self.loggers = [self]
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, row: dict[str, float], step: int) -> None:
+        self.rows.append(row)
+
+    def save(self) -> None:
+        """Nothing is kept."""
 
 
 def test_nothing_is_written_where_there_is_no_logger(tmp_path: Path) -> None:

@@ -187,10 +187,11 @@ def _from(
     if other is None or divergence is None:
         return None
     device = other.hidden.device.type
-    autocast = torch.is_autocast_enabled(device)  # the backward pass is outside
+    # The backward pass is outside of this context, where a GPU's own default is float16.
+    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def gap(logits: Tensor, rows: slice) -> Tensor:
-        with torch.no_grad(), torch.autocast(device, enabled=autocast):
+        with torch.no_grad(), torch.autocast(device, dtype, autocast):
             theirs = other.head.logits(other.hidden[rows]) / temperature
         return divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)
 

@@ -14,7 +14,7 @@ import torch
 
 
 class StepLog:
-    """Collects the values of a step, as ``log_dict`` does; the last of a name stays."""
+    """Collects values, as ``log_dict`` does; the last of a name stays until ``forget``."""
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
@@ -32,10 +32,14 @@ class StepLog:
     def write(self, trainer: Any) -> None:
         """Hand them to the loggers, every ``log_every_n_steps``; call it behind a step's end."""
         every = trainer.log_every_n_steps
-        due = trainer.should_stop or (every and trainer.global_step % every == 0)
+        due = every and (trainer.should_stop or trainer.global_step % every == 0)
         if not due or not self._values:
             return
         row = {**self._values, "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step - 1)
             logger.save()
+
+    def forget(self) -> None:
+        """Drop them, so that no later row repeats what was not measured again."""
+        self._values.clear()

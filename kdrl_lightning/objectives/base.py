@@ -52,7 +52,8 @@ class Part:
 
     Attributes:
         needs_teacher: it reads the teacher's log-probabilities.
-        reads_old_scores: what it decides once per rollout follows from the student's scores then.
+        reads_old_scores: what it decides once per rollout follows from the student's scores then,
+            or from those of a teacher.
     """
 
     needs_teacher: bool = False
@@ -128,6 +129,13 @@ class Objective(ABC):
 
         Where it does not, the student is not run for them: at the first update they are those of
         that update's own forward pass, and the terms find them in the batch all the same.
+        """
+        return True
+
+    def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
+        """Whether ``prepare`` reads the teacher's scores of such a rollout.
+
+        Where it does not, a teacher that a ``divergence`` runs in the updates is not run before.
         """
         return True
 
@@ -250,6 +258,6 @@ def known(value: T | None, name: str) -> T:
         raise ConfigurationError(
             f"`{name}` must be present in the rollout batch: got None. "
             "Score the rollout first; teacher scores need a teacher, and what `prepare` reads of "
-            "the student must be declared by `reads_old_scores`."
+            "student or teacher must be declared by `reads_old_scores`."
         )
     return value

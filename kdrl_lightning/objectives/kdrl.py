@@ -22,7 +22,7 @@ class KDRL(PolicyObjective):
 
     Args:
         teacher_kl_coef: weight of the KL, at least 0. Published: 2e-3 constant, or 5e-3 annealed to
-            1e-3 (see ``KLCoefficientAnnealing``); 0.2 on Knights and Knaves.
+            1e-3 (see ``KLCoefficientAnnealing``).
         kd_ratio_weight: weight the sampled KL by the detached ratio, which keeps it unbiased with
             several updates per rollout [our choice].
         kl_estimator: ``k2`` (the paper's) and ``policy_gradient``: reverse KL's gradient, on

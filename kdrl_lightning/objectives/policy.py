@@ -125,15 +125,22 @@ class PolicyObjective(Objective):
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
         """Ask the parts of ``prepare``; one of another kind may read everything."""
-        if type(self).prepare is not PolicyObjective.prepare or self.top_k:
-            return True
         correction = self.engine_correction or self._default_correction(rollout)
-        parts = (self.advantage, correction, *self.selection)
+        own = self.top_k > 0 or correction.reads_old_scores
+        return own or self.reads_teacher_scores(rollout)
+
+    def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
+        """Ask them, but the correction, which is of the student."""
+        if type(self).prepare is not PolicyObjective.prepare:
+            return True
+        parts = (self.advantage, *self.selection)
         return any(part.reads_old_scores for part in parts if part is not None)
 
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
-        # A ratio to what the engine reported corrects already.
-        if rollout.engine_exact or (self.ratio is not None and self.ratio.to_behavior):
+        # A ratio to what the engine reported corrects already, and whole distributions need none.
+        corrected = self.ratio is not None and self.ratio.to_behavior
+        sampled = self.ratio or self.needs_reference or (self.distill and self.distill.sampled)
+        if rollout.engine_exact or corrected or not sampled:
             return NoCorrection()
         return TruncatedImportance()
 

@@ -82,6 +82,10 @@ class WeightedSum(Objective):
         """Ask both."""
         return self.rl.reads_old_scores(rollout) or self.distill.reads_old_scores(rollout)
 
+    def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
+        """Ask both."""
+        return self.rl.reads_teacher_scores(rollout) or self.distill.reads_teacher_scores(rollout)
+
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield the terms of both, named apart."""
         for prefix, objective, weight in (

@@ -21,7 +21,7 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         people: inhabitants, from 2 to 8.
         size: number of puzzles.
         seed: of the generator.
-        depth: deepest nesting of a statement, from 1 on.
+        depth: deepest nesting of a statement, from 2 on.
         width: most branches of a statement, from 2 on.
         chat: as messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).

@@ -20,6 +20,9 @@ class RewardRunner:
         max_failure_frac: stop when more than this fraction of a rollout (and more than one
             completion) fails, in [0, 1].
         failed_reward: what a completion gets on which the reward fails.
+
+    Attributes:
+        failures: of all samples so far, those of evaluations among them.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class RewardRunner:
         self.reward = reward
         self.max_failure_frac = max_failure_frac
         self.failed = Verdict(float(failed_reward), False)
-        self.failures = 0
+        self.failures = self._untold = 0
         self._shown: set[type[Exception]] = set()
 
     def try_once(self, row: Mapping[str, Any]) -> None:
@@ -66,9 +69,15 @@ class RewardRunner:
         results = judge(self.reward, samples)
         errors = [result for result in results if isinstance(result, Exception)]
         self.failures += len(errors)
+        self._untold += len(errors) if training else 0
         if errors:
             self._report(errors, len(samples), training)
         return [self.failed if isinstance(result, Exception) else result for result in results]
+
+    def take_failures(self) -> int:
+        """Return those of training since the last call."""
+        untold, self._untold = self._untold, 0
+        return untold
 
     def start(self) -> None:
         """Check that the reward can work here.

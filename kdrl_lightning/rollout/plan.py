@@ -16,6 +16,8 @@ TEACHER = ("teacher_logprobs", "teacher_entropy", "teacher_top_ids")
 FROZEN = (*TEACHER, "teacher_topk_logprobs", "ref_logprobs")
 # A pass without gradient keeps no activations: it may take more than a micro-batch at once.
 FROZEN_TOKENS = 4096
+# In a layer a prompt's keys and values are repeated for each row: so many times the tokens.
+REPEATED = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class RolloutPlan:
             totals=self.totals[update],
             metrics=self.metrics if first else {},
             old_pending=self.batch.old_pending and update == 0,
-            teacher_pending=self.batch.teacher_pending and update == 0,
         )
 
     @property
@@ -75,6 +76,7 @@ def plan_updates(
     prepare: Callable[[RolloutBatch], RolloutBatch],
     reduce: Callable[[Tensor, str], Tensor],
     score_first: Callable[[RolloutBatch], RolloutBatch] | None = None,
+    leave_teacher_room: Callable[[RolloutBatch], RolloutBatch] | None = None,
     score_frozen: Callable[[RolloutBatch], RolloutBatch] = lambda batch: batch,
     frozen_tokens: float = 0,
 ) -> RolloutPlan:
@@ -98,6 +100,8 @@ def plan_updates(
         reduce: ``(tensor, "sum") -> tensor`` over ranks.
         score_first: instead of ``score`` on the parts of the first update, where that update's own
             forward pass gives the student's scores and ``prepare`` does not read them.
+        leave_teacher_room: makes room for the teacher's scores, where the updates run it for a
+            divergence and ``prepare`` does not read them.
         score_frozen: adds the scores of teacher and reference to a part.
         frozen_tokens: of such a part, where it is more than one micro-batch.
     """
@@ -111,19 +115,17 @@ def plan_updates(
         parts = partition([lengths[r] for r in rows], micro_batches, max_micro_tokens)
         updates.append([[rows[i] for i in part] for part in parts])
     first, later = updates[0], [rows for update in updates[1:] for rows in update]
-    batch = _scored(batch, first, score_first or score, (*OLD, *TEACHER))
-    pending = batch.teacher_pending
-    batch = _scored(batch.replace(teacher_pending=False), later, score, OLD)
-    for parts, waits in ((first, pending), (later, False)):
-        wide = joined(parts, batch, frozen_tokens)
-        batch = _scored(batch.replace(teacher_pending=waits), wide, score_frozen, FROZEN)
-    batch = batch.replace(teacher_pending=pending)
-    if score_first is None:
-        batch = prepare(batch)
-    else:  # hidden, so that whoever reads them after all is told
-        names = (*OLD, *TEACHER) if batch.teacher_pending else OLD
-        room = {name: getattr(batch, name) for name in names}
-        batch = prepare(batch.replace(**dict.fromkeys(names))).replace(**room, old_pending=True)
+    batch = _scored(batch, first, score_first or score, OLD)
+    batch = _scored(batch, later, score, OLD)
+    if leave_teacher_room is not None:
+        batch = leave_teacher_room(batch)
+    wide = joined([*first, *later], batch, frozen_tokens)
+    batch = _scored(batch, wide, score_frozen, FROZEN)
+    # What is yet to come is hidden, so that whoever reads it after all is told.
+    names = (*(OLD if score_first else ()), *(TEACHER if batch.teacher_pending else ()))
+    room = {name: getattr(batch, name) for name in names}
+    batch = prepare(batch.replace(**dict.fromkeys(names))).replace(**room)
+    batch = batch.replace(old_pending=score_first is not None)
     totals = [step_totals(batch.select(rows), max_tokens, reduce) for rows in members]
     return RolloutPlan(rollout, batch, updates * epochs, totals * epochs, {})
 
@@ -134,20 +136,24 @@ def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> li
     Args:
         parts: rows of ``batch``.
         batch: of all rows.
-        max_tokens: of a joined part, padding included.
+        max_tokens: of a joined part, padding included; prompts in each of their rows, ``REPEATED``
+            times as many.
     """
     prompts: list[int] = batch.prompt_lengths.tolist()
     completions: list[int] = batch.completion_lengths.tolist()
     groups = batch.group_ids.tolist()
 
-    def tokens(rows: list[int]) -> int:
+    def tokens(rows: list[int]) -> tuple[int, int]:
         prompt, completion = (max(lengths[r] for r in rows) for lengths in (prompts, completions))
-        return len({groups[r] for r in rows}) * prompt + len(rows) * completion
+        shared = len({groups[r] for r in rows}) * prompt + len(rows) * completion
+        return shared, len(rows) * (prompt + completion)
 
     out: list[list[int]] = []
     for rows in parts:
         both = [*out[-1], *rows] if out else []
-        if both and tokens(both) <= min(max_tokens, tokens(out[-1]) + tokens(rows)):
+        shared, whole = tokens(both) if both else (0, 0)
+        fits = bool(both) and shared <= max_tokens and whole <= REPEATED * max_tokens
+        if fits and shared <= tokens(out[-1])[0] + tokens(rows)[0]:
             out[-1] = both
         else:
             out.append(rows)
@@ -162,10 +168,8 @@ def _scored(
 ) -> RolloutBatch:
     """Run ``score`` on parts and gather the fields of ``names``."""
     whole: dict[str, Tensor] = {}
-    pending = batch.teacher_pending
     for rows in parts:
         part = score(batch.select(rows))
-        pending |= part.teacher_pending
         for name in names:
             value = getattr(part, name)
             if value is None:
@@ -176,7 +180,7 @@ def _scored(
                 whole[name] = blank if old is None else old.clone()
             index = torch.tensor(rows, device=value.device)
             whole[name][index, : value.shape[1]] = value
-    return batch.replace(**whole, teacher_pending=pending)
+    return batch.replace(**whole)
 
 
 def step_totals(

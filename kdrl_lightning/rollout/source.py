@@ -56,7 +56,7 @@ class RolloutSource:
         self.watch = RolloutWatch()
         self.plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
-        self._teacher_seconds = 0.0
+        self._teacher_seconds: float | None = None  # up to the last rollout; None: not begun
 
     @property
     def updates(self) -> int:
@@ -72,7 +72,7 @@ class RolloutSource:
         """Forget an earlier run's rollout and weights; and its totals, if a new one begins."""
         self.live.ahead.drop()
         self.plan = self._stored = None
-        self._teacher_seconds = self.teacher_seconds
+        self._teacher_seconds = None
         self.watch = RolloutWatch() if fitting else self.watch
         for own in (self.collector.student, self.collector.teacher):
             own.engine.version = None
@@ -111,7 +111,11 @@ class RolloutSource:
         if update and self.plan is not None:
             tensors = pack(self.plan.batch, self._slots(), self.live.pad_id)
             stored = {"rollout": rollout, "layout": self._layout(), "tensors": tensors}
-        return {"watch": self.watch.state_dict(), "stored": stored if update else None}
+        return {
+            "watch": self.watch.state_dict(),
+            "stored": stored if update else None,
+            "teacher_seconds": self.collector.teacher_seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back.
@@ -120,6 +124,7 @@ class RolloutSource:
             ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
         """
         self.watch.load_state_dict(state_dict["watch"])
+        self.collector.teacher_seconds = state_dict["teacher_seconds"]
         self._stored = state_dict["stored"]
         here = self._layout()
         for name, value in {} if self._stored is None else self._stored["layout"].items():
@@ -140,15 +145,15 @@ class RolloutSource:
 
     def _make(self, rollout: int) -> RolloutPlan:
         started, module = time.perf_counter(), self.live.module
+        if self._teacher_seconds is None:
+            self._teacher_seconds = self.teacher_seconds  # a checkpoint's, behind a resume
         sync_seconds = self._sync(rollout)
         batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.collector.student.engine.release()
         if self.max_off_policy_steps:
             sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
-        # Its old scores are its own where nothing else reads them and nothing replays it.
-        pending = self.epochs == 1 and not module.objective.reads_old_scores(batch)
-        plan = self._planned(batch, rollout, pending)
+        plan = self._planned(batch, rollout)
         teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
         teacher = None if plan.batch.teacher_pending else teacher  # the update sees to it
         stop_together(lambda: require_finite(teacher, tokens), module.reduce)
@@ -212,15 +217,23 @@ class RolloutSource:
             teacher.accept(batch)
         return batch, groups, replaced
 
-    def _planned(self, batch: RolloutBatch, rollout: int, pending: bool) -> RolloutPlan:
-        """Score a new rollout; ``pending`` leaves the student's scores to the first update."""
-        module = self.live.module
+    def _planned(self, batch: RolloutBatch, rollout: int) -> RolloutPlan:
+        """Score a new rollout; what updates compute in any case, and nothing reads before, waits.
+
+        Of the student that is the first update, of a teacher with a divergence each.
+        """
+        module, objective = self.live.module, self.live.module.objective
+        once = self.epochs == 1
+        pending = once and not objective.reads_old_scores(batch)
+        runs = once and objective.divergence is not None
+        waits = runs and not objective.reads_teacher_scores(batch)
         return self._cut(
             batch,
             rollout,
             module.score,
             module.objective.prepare,
             score_first=module.leave_room if pending else None,
+            leave_teacher_room=module.leave_teacher_room if waits else None,
             score_frozen=module.score_frozen,
             frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if module.joins_frozen else 0,
         )

@@ -39,6 +39,7 @@ def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, An
     return {name: value[order] for name, value in whole.items()} | {
         "temperature": batch.temperature,
         "engine_exact": batch.engine_exact,
+        "teacher_pending": batch.teacher_pending,
     }
 
 

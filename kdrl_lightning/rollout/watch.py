@@ -47,7 +47,7 @@ class RolloutWatch:
 
         Args:
             batch: this rank's scored completions.
-            rewards: its failures are reported.
+            rewards: its failures since the last rollout are reported.
             seconds: time of each phase.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
             compares_group: the objective learns from differences within a group.
@@ -78,7 +78,7 @@ class RolloutWatch:
             float(len(sizes)),
             float((low == high).sum()),
             float(gap),
-            float(rewards.failures),
+            float(rewards.take_failures()),
             float((~own).sum()),
             float(batch.rewards[~own].double().sum()),
             float(batch.correct[~own].sum()),

@@ -34,7 +34,7 @@ class AdapterOffTeacher(Teacher):
         return self._student is not None and self._student.sharded
 
     @property
-    def joins(self) -> bool:
+    def joins(self) -> bool:  # type: ignore[override]
         """Whether the student runs a prompt once for all its completions."""
         return self._scorer().shares
 

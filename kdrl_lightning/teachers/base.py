@@ -27,6 +27,8 @@ class Teacher(ABC):
         other_end: student's and teacher's end token in words, where they differ and its scores are
             not translated; set by ``check``.
         needs_lora: it is the student without its adapters.
+        knows_entropy: it tells the entropy of its distributions.
+        joins: it may score several micro-batches at once, prompts that they share run once.
     """
 
     generates: bool = False
@@ -34,11 +36,8 @@ class Teacher(ABC):
     collective: bool = False
     other_end: str | None = None
     needs_lora: bool = False
-
-    @property
-    def joins(self) -> bool:
-        """Whether it may score several micro-batches at once: their prompts are run once."""
-        return not self.collective
+    knows_entropy: bool = True
+    joins: bool = False
 
     @abstractmethod
     def prepare(self) -> None:
@@ -76,6 +75,10 @@ class Teacher(ABC):
             ``[B, T]`` scores, 0 on padding, with the teacher's own best token in ``topk_ids`` and
             its values at the given ids in ``topk_logprobs``.
         """
+
+    def take_part(self, batch: RolloutBatch) -> None:
+        """Do a collective teacher's part where this rank has nothing for it to score."""
+        self.score(batch.select([0]))
 
     def states(self, batch: RolloutBatch) -> Other:
         """Return hidden states and head, for a divergence over the full vocabulary.

@@ -74,9 +74,14 @@ class CachedTeacher(Teacher):
         return self.teacher.collective
 
     @property
-    def joins(self) -> bool:
+    def joins(self) -> bool:  # type: ignore[override]
         """Whether the teacher behind it does."""
         return self.teacher.joins
+
+    @property
+    def knows_entropy(self) -> bool:  # type: ignore[override]
+        """Whether the teacher behind it does."""
+        return self.teacher.knows_entropy
 
     @property
     def needs_lora(self) -> bool:  # type: ignore[override]
@@ -131,8 +136,7 @@ class CachedTeacher(Teacher):
         new = [row for row, key in enumerate(keys) if found[key] is None]
         if self.collective and on_any_rank(bool(new), batch.input_ids.device) and not new:
             # All know it here, but another rank's forward pass needs this one's part.
-            first = torch.tensor([0], device=batch.input_ids.device)
-            self.teacher.score(batch.select(first), None)
+            self.teacher.take_part(batch)
         self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
         whole: TokenScores | None = None
         if new:
@@ -152,6 +156,11 @@ class CachedTeacher(Teacher):
                 whole = scatter(whole, known.map(lambda v: v[None]), at, batch)
         assert whole is not None, "a batch has rows"
         return whole
+
+    def take_part(self, batch: RolloutBatch) -> None:
+        """Take part in what other ranks' unknown rows cost."""
+        if on_any_rank(False, batch.input_ids.device):
+            self.teacher.take_part(batch)
 
     def _key(self, batch: RolloutBatch, row: int, topk_ids: Tensor | None) -> str:
         tokens, device = int(batch.completion_lengths[row]), batch.input_ids.device.type

@@ -69,7 +69,7 @@ class LocalTeacher(Teacher):
         return self._sharding is not None
 
     @property
-    def joins(self) -> bool:
+    def joins(self) -> bool:  # type: ignore[override]
         """Whether it runs a prompt once for all its completions, in this process."""
         return self._loaded().shares
 

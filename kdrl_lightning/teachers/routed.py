@@ -49,9 +49,14 @@ class RoutedTeacher(Teacher):
         return any(teacher.collective for teacher in self.teachers.values())
 
     @property
-    def joins(self) -> bool:
+    def joins(self) -> bool:  # type: ignore[override]
         """Whether all of them do."""
         return all(teacher.joins for teacher in self.teachers.values())
+
+    @property
+    def knows_entropy(self) -> bool:  # type: ignore[override]
+        """Whether all of them do: else some rows, on some ranks, would have one."""
+        return all(teacher.knows_entropy for teacher in self.teachers.values())
 
     @property
     def other_end(self) -> str | None:  # type: ignore[override]
@@ -110,15 +115,14 @@ class RoutedTeacher(Teacher):
             rows = (batch.teacher_route == index).nonzero().squeeze(-1)
             if not len(rows):
                 if self.teachers[name].collective:  # other ranks may have rows for it
-                    first = torch.tensor([0], device=rows.device)
-                    self.teachers[name].score(batch.select(first), None)
+                    self.teachers[name].take_part(batch)
                 continue
             part = batch.select(rows)
             asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
             scores = self.teachers[name].score(part, asked)
             whole = scatter(whole, scores, rows, batch)
         assert whole is not None, "a batch has rows"
-        return whole
+        return whole if self.knows_entropy else whole._replace(entropy=None)
 
 
 def scatter(

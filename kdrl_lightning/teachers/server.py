@@ -74,10 +74,17 @@ class ServerTeacher(Teacher):
         self._vocab_size = self._context = 0
         self._served = ""
 
+    knows_entropy = False
+
     @property
     def collective(self) -> bool:  # type: ignore[override]
         """Whether several ranks score: where one has to stop, all do."""
         return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+    @property
+    def joins(self) -> bool:  # type: ignore[override]
+        """Whether ranks need not wait for each other."""
+        return not self.collective
 
     def prepare(self) -> None:
         """Make the model's folder if its source has to."""
@@ -165,10 +172,7 @@ class ServerTeacher(Teacher):
         except Exception as error:
             failure = error
         device = batch.input_ids.device
-        if self.collective and on_any_rank(failure is not None, device) and failure is None:
-            failure = TrainingStopped("another process had to stop: its message says why.")
-        if failure is not None:
-            raise failure
+        self._stop_together(failure, device)
         best = pad_rows([row.best for row in rows], 0, torch.long)[..., None]
         asked = None
         if topk_ids is not None:
@@ -178,6 +182,16 @@ class ServerTeacher(Teacher):
             asked = asked.to(device)
         logprobs = pad_rows([row.logprobs for row in rows], 0.0, torch.float32)
         return TokenScores(logprobs.to(device), None, best.to(device), asked)
+
+    def take_part(self, batch: RolloutBatch) -> None:
+        """Hear whether another rank has to stop."""
+        self._stop_together(None, batch.input_ids.device)
+
+    def _stop_together(self, failure: Exception | None, device: torch.device) -> None:
+        if self.collective and on_any_rank(failure is not None, device) and failure is None:
+            failure = TrainingStopped("another process had to stop: its message says why.")
+        if failure is not None:
+            raise failure
 
     def fingerprint(self) -> str:
         """Return which model is served; other weights under its name need another cache."""

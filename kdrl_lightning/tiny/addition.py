@@ -59,6 +59,11 @@ def addition_reward(sample: Sample) -> float:
 class ColumnAddition(PromptSource):
     """Addition problems with their answers; problem ``i`` depends on ``(seed, i)`` alone.
 
+    Args:
+        size: number of problems, at least 1.
+        seed: of the problems; another seed gives others.
+        digits: of each number, at least 1; the shipped pair has learnt four.
+
     >>> ColumnAddition(size=1, digits=2)[0]
     {'prompt': '85+63=', 'answer': '148'}
     """
@@ -84,6 +89,12 @@ class AdditionTraces(PromptSource):
     """Worked additions whose annotator forgets each carry with probability ``slip``.
 
     Problem ``i`` is the one that ``ColumnAddition`` of the same seed has at ``i``.
+
+    Args:
+        size: number of problems, at least 1.
+        seed: of the problems and the slips.
+        digits: of each number, at least 1.
+        slip: probability that a carry is forgotten, in [0, 1].
     """
 
     def __init__(self, size: int = 4096, seed: int = 0, digits: int = 4, slip: float = 0.0) -> None:

@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.logprobs import Head, auto_chunk_size, chosen_logprobs
+from kdrl_lightning.losses.logprobs import (
+    Head,
+    Other,
+    auto_chunk_size,
+    chosen_logprobs,
+    token_scores,
+)
 
 N, H, V = 7, 3, 11
 IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])
@@ -228,6 +234,31 @@ def test_no_logits_are_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         chosen_logprobs(hidden, Head(weight), torch.arange(rows) % vocab, chunk_size=4)
     assert sum(kept) < rows * vocab
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_other_model_computes_in_the_same_type_forward_and_backward(dtype: torch.dtype) -> None:
+    seen: list[torch.dtype | None] = []
+
+    class Noting(Head):
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            on = torch.is_autocast_enabled("cpu")
+            seen.append(torch.get_autocast_dtype("cpu") if on else None)
+            return super().logits(hidden)
+
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    other = Other(torch.randn(3, 4), Noting(torch.randn(5, 4)))
+
+    def gap(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        return (ours.softmax(-1) - theirs.softmax(-1)).square().sum(-1)
+
+    with torch.autocast("cpu", dtype):
+        scores = token_scores(
+            hidden, Head(weight), torch.tensor([0, 1, 2]), other=other, divergence=gap
+        )
+    assert scores.divergence is not None
+    scores.divergence.sum().backward()
+    assert seen == [dtype, dtype]
 
 
 def test_automatic_chunk_is_used() -> None:

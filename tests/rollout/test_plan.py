@@ -208,12 +208,22 @@ def test_frozen_models_do_not_take_parts_together_that_padding_would_make_more_w
     assert [len(part) for part in seen] == [8]
 
 
-def test_frozen_models_take_parts_of_several_updates_together_but_not_of_the_first():
+def test_frozen_models_repeat_a_prompt_for_so_many_rows_alone():
+    # A prompt of 100 once and 8 completions of 4: 132 tokens, but 832 with the prompt in each row.
+    batch = collate([[5] * 100] * 8, [[1] * 4] * 8, [0] * 8, pad_id=0)
+    rows = [
+        [len(p) for p in frozen_parts(batch, minibatches=1, micro_batches=8, frozen_tokens=limit)]
+        for limit in (132, 156, 208)
+    ]
+    assert rows == [[5, 3], [6, 2], [8]]
+
+
+def test_frozen_models_take_parts_of_several_updates_together():
     batch = collate(
         [[5 + i // 2] * 10 for i in range(8)], [[1] * 4] * 8, [0, 0, 1, 1, 2, 2, 3, 3], pad_id=0
     )
     seen = frozen_parts(batch, minibatches=4, epochs=2, micro_batches=2, frozen_tokens=4096)
-    assert [part.group_ids.tolist() for part in seen] == [[0, 0], [1, 1, 2, 2, 3, 3]]
+    assert [part.group_ids.tolist() for part in seen] == [[0, 0, 1, 1, 2, 2, 3, 3]]
 
 
 @pytest.mark.parametrize("limit", [0, 4096])
@@ -222,31 +232,45 @@ def test_frozen_models_see_what_the_student_said_of_the_same_rows(limit):
         assert torch.equal(part.old_logprobs, -1.0 * part.completion_ids * part.completion_mask)
 
 
+def blank(part: RolloutBatch) -> torch.Tensor:
+    return torch.full(part.completion_ids.shape, torch.nan, dtype=torch.float64)
+
+
 def leave_room(part: RolloutBatch) -> RolloutBatch:
-    room = torch.full(part.completion_ids.shape, torch.nan, dtype=torch.float64)
-    return part.replace(old_logprobs=room, teacher_logprobs=room, teacher_pending=True)
+    return part.replace(old_logprobs=blank(part))
 
 
-def test_only_the_first_update_waits_for_its_teacher():
-    seen: list[RolloutBatch] = []
+def leave_teacher_room(part: RolloutBatch) -> RolloutBatch:
+    return part.replace(teacher_logprobs=blank(part), teacher_pending=True)
 
+
+@pytest.mark.parametrize("student", [True, False])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_the_first_update_waits_for_the_student_and_each_for_its_teacher(student, teacher):
     def score(part: RolloutBatch) -> RolloutBatch:
-        seen.append(part)
+        assert part.teacher_pending == teacher
         return part if part.teacher_pending else fake_frozen(part)
 
-    made = plan(epochs=1, score_first=leave_room, score_frozen=score, frozen_tokens=4096)
-    waits = {int(g) for part in seen if part.teacher_pending for g in part.group_ids}
-    scored = {int(g) for part in seen if not part.teacher_pending for g in part.group_ids}
-    assert (waits, scored) == ({0, 1}, {2, 3, 4, 5})
-    for update, pending in enumerate((True, False, False)):
+    def prepare(batch: RolloutBatch) -> RolloutBatch:
+        assert (batch.old_logprobs is None, batch.teacher_logprobs is None) == (student, teacher)
+        return batch
+
+    made = plan(
+        epochs=1,
+        score_first=leave_room if student else None,
+        leave_teacher_room=leave_teacher_room if teacher else None,
+        score_frozen=score,
+        prepare=prepare,
+    )
+    for update in range(3):
         micro = made.micro_batch(update, 0)
-        assert micro.teacher_pending is micro.old_pending is pending
+        waits = student and not update
+        assert (micro.old_pending, micro.teacher_pending) == (waits, teacher)
+        assert micro.old_logprobs.isnan().all() == waits
+        assert micro.teacher_logprobs.isnan().all() == teacher
         ids = micro.completion_ids * micro.completion_mask
-        if pending:
-            assert micro.teacher_logprobs.isnan().all() and micro.old_logprobs.isnan().all()
-        else:
-            assert torch.equal(micro.teacher_logprobs, -3.0 * ids)
-            assert torch.equal(micro.old_logprobs, -1.0 * ids)
+        assert waits or torch.equal(micro.old_logprobs, -1.0 * ids)
+        assert teacher or torch.equal(micro.teacher_logprobs, -3.0 * ids)
 
 
 def test_scoring_sees_the_very_micro_batches_of_the_updates():

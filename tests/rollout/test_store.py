@@ -70,7 +70,7 @@ def batch_of(slots: list[int], groups: Any, seed: int, dtype: torch.dtype) -> Ro
             value[row, :length] = (own * 100).to(value.dtype)
     scored["advantages"] = torch.stack([noise(99, s, i, 1)[0] for _, s, i in rows])
     scored["imitation_mask"] = batch.completion_mask & (scored["old_logprobs"] > 0)
-    return batch.replace(**scored)
+    return batch.replace(**scored, teacher_pending=seed % 3 == 0)
 
 
 def packed(parts: list[tuple[RolloutBatch, list[int]]], patch: Any) -> Any:

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from kdrl_lightning.rewards import RewardRunner
+from kdrl_lightning.rewards import RewardRunner, Sample
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
@@ -35,8 +35,15 @@ def rollout(
 
 
 def judge(failures: int = 0) -> RewardRunner:
-    runner = RewardRunner(lambda sample: 0.0)
-    runner.failures = failures
+    def reward(sample: Sample) -> float:
+        if sample.text == "fails":
+            raise OSError
+        return 0.0
+
+    runner = RewardRunner(reward, max_failure_frac=1.0)
+    for training, count in ((True, failures), (False, 2)):  # an evaluation's do not count
+        with warnings.catch_warnings(action="ignore"):
+            runner([Sample("fails", [], {})] * count, training)
     return runner
 
 
@@ -75,6 +82,13 @@ def test_metrics_by_hand():
         "time/rollout_s": 2.0,
         "time/score_s": 0.5,
     }
+
+
+def test_failures_are_those_of_the_rollout_alone():
+    runner, batch = judge(3), rollout([1.0, 0.0], [0, 0])
+    counts = [RolloutWatch().measure(batch, runner, {}, alone)["reward/failures"] for _ in range(2)]
+    assert counts == [3.0, 0.0]
+    assert runner.failures == 5
 
 
 def test_ranks_are_summed_before_dividing():

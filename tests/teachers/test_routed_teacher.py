@@ -60,6 +60,36 @@ def test_a_mixed_batch_has_each_teachers_own_scores(
     assert not got.logprobs[~batch.completion_mask].any()
 
 
+class WithoutEntropy(LocalTeacher):
+    """Tells log-probabilities alone, and wants every rank."""
+
+    knows_entropy = False
+    collective = True  # type: ignore[assignment]
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.parts: list[int] = []
+
+    def score(self, batch: RolloutBatch, topk_ids: torch.Tensor | None = None) -> TokenScores:
+        self.parts.append(len(batch))
+        return super().score(batch, topk_ids)._replace(entropy=None)
+
+
+@pytest.mark.parametrize("route", [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+def test_a_field_that_one_of_them_lacks_is_lacking_whatever_the_rows(
+    tmp_path: Path, student_folder: str, teacher_folder: str, route: list[int]
+) -> None:
+    # Else the statistics of two ranks would have different names.
+    silent = WithoutEntropy(student_folder)
+    made = RoutedTeacher({"near": LocalTeacher(teacher_folder), "far": silent})
+    made.check(load_tokenizer(student_folder), student_folder)
+    made.load(CPU)
+    assert not made.knows_entropy
+    assert not CachedTeacher(made, str(tmp_path / "scores.sqlite")).knows_entropy
+    assert made.score(batch_of(route)).entropy is None
+    assert silent.parts == ([sum(route)] if any(route) else [1])  # it takes part in any case
+
+
 def test_a_row_names_its_teacher(two: RoutedTeacher) -> None:
     assert [two.route({"teacher": name}) for name in ("near", "far", "near")] == [0, 1, 0]
     other = RoutedTeacher(two.teachers, column="judge")
