@@ -68,6 +68,7 @@ MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
 PLAN = "rollout/plan.py", "rollout/test_plan.py"
+DECODING = "rollout/decoding.py", "rollout/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
@@ -1220,6 +1221,16 @@ MUTATIONS = [
         "self.rl.reads_old_scores(rollout) or",
         "self.rl.reads_old_scores(rollout) and",
     ),
+    Mutation("one token: the mask upside down", DECODING, "~mask, -torch.inf", "mask, -torch.inf"),
+    Mutation("one token: the scaling forgotten", DECODING, "if scaling is None else scaling", ""),
+    Mutation(
+        "one token: heads of other keys",
+        DECODING,
+        "reshape(rows, shared, heads // shared, width)",
+        "reshape(rows, heads // shared, shared, width).transpose(1, 2)",
+    ),
+    Mutation("one token: of many queries", DECODING, "query.shape[2] > 1 or ", ""),
+    Mutation("one token: it stays behind", DECODING, "del ALL_ATTENTION_FUNCTIONS[NAME]", "pass"),
     Mutation("step log: nothing is forgotten", STEP_LOG, "self._values.clear()", "pass"),
     Mutation(
         "statistics: those of a stopped run stay",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import require_between
+from kdrl_lightning.rollout.decoding import one_token_attention
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.weights import ModelWeights
@@ -73,7 +74,8 @@ class TransformersEngine(RolloutEngine):
             while jobs and size + len(jobs[0][1]) <= self.max_sequences:
                 chunk.append(jobs.pop(0))
                 size += len(chunk[-1][1])
-            completions = iter(self._decode([prompts[i] for i, _ in chunk], chunk, sampling))
+            with one_token_attention():
+                completions = iter(self._decode([prompts[i] for i, _ in chunk], chunk, sampling))
             for i, own in chunk:
                 out[i] += [next(completions) for _ in own]
         return out
