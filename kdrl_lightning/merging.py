@@ -14,6 +14,7 @@ class MergedRows:
 
     Attributes:
         of: ``[B]``, for each row of the batch its place among the different ones.
+        first: ``[R]``, where in the batch each of them comes first.
         input_ids: ``[R, S]``, prompt and completion, padded on the right.
         prompt_lengths: ``[R]``.
         mask: ``[R, T]`` bool, the completions' tokens.
@@ -22,6 +23,7 @@ class MergedRows:
     """
 
     of: Tensor
+    first: Tensor
     input_ids: Tensor
     prompt_lengths: Tensor
     mask: Tensor
@@ -55,4 +57,4 @@ def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Merge
     lengths = prompt_lengths[first]
     prompts = whole[first].masked_fill(place >= lengths[:, None], -1)[:, : int(lengths.max())]
     prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)
-    return MergedRows(of, input_ids[first], lengths, mask[first], prompts, prompt_of)
+    return MergedRows(of, first, input_ids[first], lengths, mask[first], prompts, prompt_of)

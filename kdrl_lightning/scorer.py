@@ -99,8 +99,13 @@ class Scorer(nn.Module):
         Returns:
             Scores ``[B, T]``, 0 behind each completion's end.
         """
-        hidden = self._hidden(input_ids, prompt_lengths, completion_mask)
+        merged, of = self._merged(input_ids, prompt_lengths, completion_mask), None
+        if merged is not None and topk_ids is None and other is None:
+            of = merged.of  # nothing else tells equal rows apart: they are scored once
+            completion_ids, completion_mask = completion_ids[merged.first], merged.mask
         rows, columns = completion_mask.nonzero(as_tuple=True)
+        places = rows if merged is None or of is not None else merged.of[rows]
+        hidden = self._hidden(input_ids, prompt_lengths, merged, places, columns)
         scores = token_scores(
             hidden,
             self.head(),
@@ -115,22 +120,34 @@ class Scorer(nn.Module):
 
         def spread(value: Tensor) -> Tensor:
             blank = value.new_zeros(*completion_ids.shape, *value.shape[1:])
-            return blank.index_put((rows, columns), value)
+            spread_out = blank.index_put((rows, columns), value)
+            return spread_out if of is None else spread_out[of]
 
         return scores.map(spread)
 
-    def _hidden(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
-        """``[N, H]``: the states that predict the completions' tokens, row by row."""
-        rows, columns = mask.nonzero(as_tuple=True)
+    def _merged(self, *rows: Tensor) -> MergedRows | None:
+        """What rows have in common, where that is to be run once."""
+        return merge_rows(*rows) if self.shares else None
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        merged: MergedRows | None,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        """``[N, H]``: the states that predict completion tokens ``columns`` of rows.
+
+        The rows are those of ``merged`` where there is one.
+        """
         decoder = self.model.get_decoder()
-        if self.shares:
-            found = merge_rows(input_ids, prompt_lengths, mask)
-            rows = found.of[rows]
-            input_ids, prompt_lengths, mask = found.input_ids, found.prompt_lengths, found.mask
-            if self._pays(found):
+        if merged is not None:
+            input_ids, prompt_lengths = merged.input_ids, merged.prompt_lengths
+            if self._pays(merged):
                 from kdrl_lightning.caches import shared_states
 
-                return shared_states(decoder, found)[rows, columns]
+                return shared_states(decoder, merged)[rows, columns]
         hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
@@ -146,7 +163,11 @@ class Scorer(nn.Module):
         then, so it is copied: ``V * H`` values on every rank for the length of a micro-batch,
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
-        hidden = self._hidden(batch.input_ids, batch.prompt_lengths, batch.completion_mask)
+        call, mask = (batch.input_ids, batch.prompt_lengths), batch.completion_mask
+        merged = self._merged(*call, mask)
+        rows, columns = mask.nonzero(as_tuple=True)
+        places = rows if merged is None else merged.of[rows]
+        hidden = self._hidden(*call, merged, places, columns)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(

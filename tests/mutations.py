@@ -68,6 +68,7 @@ MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
 PLAN = "rollout/plan.py", "rollout/test_plan.py"
+SCORING = "scorer.py", "test_merging.py"
 DECODING = "rollout/decoding.py", "rollout/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
@@ -1220,6 +1221,18 @@ MUTATIONS = [
         SUM_PENDING,
         "self.rl.reads_old_scores(rollout) or",
         "self.rl.reads_old_scores(rollout) and",
+    ),
+    Mutation(
+        "equal rows: those of another row",
+        SCORING,
+        "completion_ids[merged.first]",
+        "completion_ids[: len(merged.first)]",
+    ),
+    Mutation(
+        "equal rows: whatever is asked of them", SCORING, "topk_ids is None and other", "other"
+    ),
+    Mutation(
+        "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
     ),
     Mutation("one token: the mask upside down", DECODING, "~mask, -torch.inf", "mask, -torch.inf"),
     Mutation("one token: the scaling forgotten", DECODING, "if scaling is None else scaling", ""),

@@ -9,6 +9,8 @@ import test_scorer as scorers
 import torch
 from reference import close
 
+import kdrl_lightning.scorer as scoring
+from kdrl_lightning.losses import reverse_kl
 from kdrl_lightning.merging import merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.scorer import Scorer
@@ -65,6 +67,56 @@ def test_shared_prompts_change_nothing(
     for key, gradient in expected.items():
         gap = (found[key] - gradient).norm() / gradient.norm().clamp(min=1.0)
         assert gap < bounds, key
+
+
+@pytest.mark.parametrize("asked", ["tokens", "divergence"])
+def test_equal_rows_that_are_asked_different_things_stay_apart(asked: str) -> None:
+    model, batch = scorers.build("LlamaForCausalLM", dtype=torch.float64), rollout()
+    draw = torch.Generator().manual_seed(1)
+    scorer, call = Scorer(model), {}
+    if asked == "tokens":
+        shape = (*batch.completion_ids.shape, 3)
+        call["topk_ids"] = torch.randint(0, scorers.VOCAB, shape, generator=draw)
+    else:
+        teacher = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64))
+        states = teacher.states(batch)
+        noise = torch.randn(states.hidden.shape, generator=draw, dtype=torch.float64)
+        call["other"] = states._replace(hidden=noise.to(states.hidden))
+        call["divergence"] = reverse_kl
+    plain = scorer.score(batch, **call)
+    scorer.shares = True
+    shared = scorer.score(batch, **call)
+    for name in ("logprobs", "entropy", "topk_logprobs", "divergence"):
+        ours, theirs = getattr(shared, name), getattr(plain, name)
+        assert (ours is None) == (theirs is None), name
+        if ours is not None:
+            close(ours, theirs)
+    different = shared.topk_logprobs if asked == "tokens" else shared.divergence
+    assert different is not None
+    assert (different[-1] - different[-2]).abs().max() > 0.01  # of two equal rows
+
+
+def test_equal_rows_are_scored_once_where_nothing_tells_them_apart() -> None:
+    scorer, batch = Scorer(scorers.build("LlamaForCausalLM")), rollout()
+    scorer.shares = True
+    tokens, other = int(batch.completion_mask.sum()), scorer.states(batch)
+    assert head_rows(scorer, batch) == [tokens - 6]  # without the last row
+    assert head_rows(scorer, batch, other=other, divergence=reverse_kl) == [tokens]
+
+
+def head_rows(scorer: Scorer, batch: RolloutBatch, **call: Any) -> list[int]:
+    """Tokens that the head is applied to."""
+    rows: list[int] = []
+    scored = scoring.token_scores
+
+    def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(hidden))
+        return scored(hidden, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "token_scores", note)
+        scorer.score(batch, **call)
+    return rows
 
 
 def count_tokens(scorer: Scorer) -> list[int]:
