@@ -70,7 +70,7 @@ class RolloutDataModule(pl.LightningDataModule):
         epochs_per_rollout: how often a rollout is replayed.
         max_off_policy_steps: how many rollouts old the weights may be that sample one. 0: none. 1:
             the next rollout is sampled while the present one trains, by an engine that can
-            (``VLLMServerEngine``); the importance weight corrects for it.
+            (``VLLMServerEngine``); importance weights on sampled tokens correct for it.
         rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
             take each prompt once.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.

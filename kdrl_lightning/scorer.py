@@ -100,8 +100,11 @@ class Scorer(nn.Module):
             Scores ``[B, T]``, 0 behind each completion's end.
         """
         merged, of = self._merged(input_ids, prompt_lengths, completion_mask), None
-        if merged is not None and topk_ids is None and other is None:
+        if merged is not None and topk_ids is None:
             of = merged.of  # nothing else tells equal rows apart: they are scored once
+            if other is not None:
+                place = completion_mask.flatten().cumsum(0).view_as(completion_mask) - 1
+                other = Other(other.hidden[place[merged.first][merged.mask]], other.head)
             completion_ids, completion_mask = completion_ids[merged.first], merged.mask
         rows, columns = completion_mask.nonzero(as_tuple=True)
         places = rows if merged is None or of is not None else merged.of[rows]

@@ -1228,8 +1228,12 @@ MUTATIONS = [
         "completion_ids[merged.first]",
         "completion_ids[: len(merged.first)]",
     ),
+    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None:", ":"),
     Mutation(
-        "equal rows: whatever is asked of them", SCORING, "topk_ids is None and other", "other"
+        "equal rows: another row's states",
+        SCORING,
+        "place[merged.first][merged.mask]",
+        "place[: len(merged.first)][merged.mask]",
     ),
     Mutation(
         "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
@@ -1243,7 +1247,13 @@ MUTATIONS = [
         "reshape(rows, heads // shared, shared, width).transpose(1, 2)",
     ),
     Mutation("one token: of many queries", DECODING, "query.shape[2] > 1 or ", ""),
-    Mutation("one token: it stays behind", DECODING, "del ALL_ATTENTION_FUNCTIONS[NAME]", "pass"),
+    Mutation(
+        "one token: in place of somebody's own",
+        DECODING,
+        "plain is not sdpa_attention",
+        "not sdpa_attention",
+    ),
+    Mutation("one token: it stays behind", DECODING, "[NAME] = plain", "[NAME]"),
     Mutation("step log: nothing is forgotten", STEP_LOG, "self._values.clear()", "pass"),
     Mutation(
         "statistics: those of a stopped run stay",

@@ -69,31 +69,44 @@ def test_shared_prompts_change_nothing(
         assert gap < bounds, key
 
 
-@pytest.mark.parametrize("asked", ["tokens", "divergence"])
-def test_equal_rows_that_are_asked_different_things_stay_apart(asked: str) -> None:
-    model, batch = scorers.build("LlamaForCausalLM", dtype=torch.float64), rollout()
-    draw = torch.Generator().manual_seed(1)
-    scorer, call = Scorer(model), {}
-    if asked == "tokens":
-        shape = (*batch.completion_ids.shape, 3)
-        call["topk_ids"] = torch.randint(0, scorers.VOCAB, shape, generator=draw)
-    else:
-        teacher = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64))
-        states = teacher.states(batch)
-        noise = torch.randn(states.hidden.shape, generator=draw, dtype=torch.float64)
-        call["other"] = states._replace(hidden=noise.to(states.hidden))
-        call["divergence"] = reverse_kl
-    plain = scorer.score(batch, **call)
+def test_equal_rows_that_are_asked_different_things_stay_apart() -> None:
+    scorer, batch = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64)), rollout()
+    shape, draw = (*batch.completion_ids.shape, 3), torch.Generator().manual_seed(1)
+    asked = torch.randint(0, scorers.VOCAB, shape, generator=draw)
+    plain = scorer.score(batch, topk_ids=asked)
     scorer.shares = True
-    shared = scorer.score(batch, **call)
-    for name in ("logprobs", "entropy", "topk_logprobs", "divergence"):
-        ours, theirs = getattr(shared, name), getattr(plain, name)
-        assert (ours is None) == (theirs is None), name
-        if ours is not None:
+    shared = scorer.score(batch, topk_ids=asked)
+    for ours, theirs in zip(shared, plain, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
             close(ours, theirs)
-    different = shared.topk_logprobs if asked == "tokens" else shared.divergence
-    assert different is not None
-    assert (different[-1] - different[-2]).abs().max() > 0.01  # of two equal rows
+    assert shared.topk_logprobs is not None
+    assert (shared.topk_logprobs[-1] - shared.topk_logprobs[-2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("teacher_shares", [False, True])
+def test_another_models_states_go_with_their_rows(teacher_shares: bool) -> None:
+    scorer, teacher = (
+        Scorer(scorers.build(name, dtype=torch.float64))
+        for name in ("LlamaForCausalLM", "Qwen2ForCausalLM")
+    )
+    batch = rollout()
+
+    def run() -> tuple[Any, dict[str, torch.Tensor]]:
+        scorer.model.zero_grad()
+        found = scorer.score(batch, other=teacher.states(batch), divergence=reverse_kl)
+        (found.divergence.sin().sum() + found.logprobs.cos().sum()).backward()
+        named = scorer.model.named_parameters()
+        return found.map(torch.Tensor.detach), {n: p.grad.clone() for n, p in named}
+
+    plain, expected = run()
+    scorer.shares, teacher.shares = True, teacher_shares
+    shared, found = run()
+    assert plain.divergence is not None and (plain.divergence > 1e-3).any()
+    close(shared.divergence, plain.divergence)
+    close(shared.logprobs, plain.logprobs)
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() / gradient.norm().clamp(min=1.0) < 1e-4, key
 
 
 def test_equal_rows_are_scored_once_where_nothing_tells_them_apart() -> None:
@@ -101,7 +114,10 @@ def test_equal_rows_are_scored_once_where_nothing_tells_them_apart() -> None:
     scorer.shares = True
     tokens, other = int(batch.completion_mask.sum()), scorer.states(batch)
     assert head_rows(scorer, batch) == [tokens - 6]  # without the last row
-    assert head_rows(scorer, batch, other=other, divergence=reverse_kl) == [tokens]
+    # The update's rows are those of the old scores, which are to be equal bit for bit.
+    assert head_rows(scorer, batch, other=other, divergence=reverse_kl) == [tokens - 6]
+    asked = batch.completion_ids[..., None]
+    assert head_rows(scorer, batch, topk_ids=asked) == [tokens]
 
 
 def head_rows(scorer: Scorer, batch: RolloutBatch, **call: Any) -> list[int]:

@@ -173,6 +173,34 @@ def test_the_teachers_time_goes_on_and_a_rollout_has_its_own(
     assert shown and 0.0 < max(shown) < 100.0
 
 
+def test_an_estimator_that_reads_scores_gets_them_in_the_middle_of_a_rollout(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    models, data = (student_folder, teacher_folder), {"minibatches_per_rollout": 4}
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(
+        make_module(*models, KDRL(0.5, kl_estimator="full_vocabulary")),
+        datamodule=make_data(**data),
+    )
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    saved = torch.load(tmp_path / "first.ckpt")
+    (state,) = [v for v in saved.values() if isinstance(v, dict) and "watch" in v]
+    assert state["stored"]["tensors"]["teacher_logprobs"].isnan().all()
+    del state["teacher_seconds"]  # as in a checkpoint of before
+    torch.save(saved, tmp_path / "first.ckpt")
+    module, log = make_module(*models, KDRL(0.5)), Log()
+    go_on(
+        tmp_path,
+        str(tmp_path / "first.ckpt"),
+        module,
+        make_data(**data),
+        callbacks=[log],
+        max_steps=4,
+    )
+    assert module.skipped_steps == 0
+    assert all(row["loss/teacher_kl"] > 0.0 for row in log.rows)
+
+
 def test_at_a_rollouts_end_the_layout_may_change(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:

@@ -41,8 +41,8 @@ class PolicyObjective(Objective):
         selection: where the teacher is imitated; several intersect, none means everywhere.
         teacher_tokens: ratio rule for completions that the teacher sampled.
         engine_correction: weights against a sampling engine that disagrees with the trainer, on the
-            student's sampled tokens; None: ``TruncatedImportance`` where the engine is not exact,
-            nothing else. ``NoCorrection`` switches it off.
+            student's sampled tokens; None: ``TruncatedImportance`` where the engine is not exact
+            and a term reads sampled tokens, else nothing. ``NoCorrection`` switches it off.
         rl_coef: weight of the policy loss, at least 0.
         ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
             the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.

@@ -13,30 +13,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "sdpa"
+TYPES = (torch.float32, torch.float64)  # in 16 bits torch's kernel keeps wider scores
 
 
 @contextmanager
 def one_token_attention() -> Iterator[None]:
-    """Let models with ``sdpa`` attention use it for a single query, inside."""
+    """Let models with transformers' ``sdpa`` attention use it for a single query, inside."""
     plain = ALL_ATTENTION_FUNCTIONS[NAME]
+    if plain is not sdpa_attention_forward:  # somebody's own
+        yield
+        return
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **settings: Any,
     ) -> tuple[Tensor, None]:
         special = any(settings.get(name) is not None for name in ("position_bias", "cache"))
-        if query.shape[2] > 1 or query.device.type != "cpu" or special:
-            out: tuple[Tensor, None] = plain(module, query, key, value, mask, **settings)
+        if query.shape[2] > 1 or query.device.type != "cpu" or query.dtype not in TYPES or special:
+            out: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, **settings)
             return out
-        return one_token(query, key, value, mask, settings.get("scaling")), None
+        return one_token(query, key, value, attention_mask, settings.get("scaling")), None
 
     ALL_ATTENTION_FUNCTIONS[NAME] = attend
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[NAME]
+        ALL_ATTENTION_FUNCTIONS[NAME] = plain
 
 
 def one_token(

@@ -73,6 +73,7 @@ class RolloutSource:
         self.live.ahead.drop()
         self.plan = self._stored = None
         self._teacher_seconds = None
+        self.live.rewards.take_failures()
         self.watch = RolloutWatch() if fitting else self.watch
         for own in (self.collector.student, self.collector.teacher):
             own.engine.version = None
@@ -85,6 +86,8 @@ class RolloutSource:
     def micro_batch(self, micro: int) -> RolloutBatch:
         """Return a micro-batch of the coming update; a new rollout is made at its first."""
         rollout, update = divmod(self.live.trainer.global_step, self.updates)
+        if self._teacher_seconds is None:
+            self._teacher_seconds = self.teacher_seconds  # a checkpoint's, behind a resume
         if self.plan is None or self.plan.rollout != rollout:
             self.plan = None  # free the old one before the new one is made
             self.plan = self._make(rollout) if not update else self._resumed(rollout)
@@ -124,7 +127,7 @@ class RolloutSource:
             ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
         """
         self.watch.load_state_dict(state_dict["watch"])
-        self.collector.teacher_seconds = state_dict["teacher_seconds"]
+        self.collector.teacher_seconds = state_dict.get("teacher_seconds", 0.0)
         self._stored = state_dict["stored"]
         here = self._layout()
         for name, value in {} if self._stored is None else self._stored["layout"].items():
@@ -139,14 +142,19 @@ class RolloutSource:
         """Return the half-used rollout of a checkpoint; without one it is made anew."""
         if self._stored is None or self._stored["rollout"] != rollout:
             return self._make(rollout)
-        batch = unpack(self._stored["tensors"], self._slots())
+        batch, module = unpack(self._stored["tensors"], self._slots()), self.live.module
         self._stored = None
-        return self._cut(batch, rollout, lambda b: b, lambda b: b)
+        frozen: dict[str, Any] = {}
+        if batch.teacher_pending and module.objective.divergence is None:
+            # Of an estimator that ran the teacher in each update; this one does not.
+            batch, frozen = (
+                batch.replace(teacher_pending=False),
+                {"score_frozen": module.score_frozen},
+            )
+        return self._cut(batch, rollout, lambda b: b, lambda b: b, **frozen)
 
     def _make(self, rollout: int) -> RolloutPlan:
         started, module = time.perf_counter(), self.live.module
-        if self._teacher_seconds is None:
-            self._teacher_seconds = self.teacher_seconds  # a checkpoint's, behind a resume
         sync_seconds = self._sync(rollout)
         batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.collector.student.engine.release()
@@ -162,7 +170,7 @@ class RolloutSource:
             "time/rollout_s": sampled - started - sync_seconds,
             "time/score_s": time.perf_counter() - sampled,
             # Of the two above, and of the updates since the last rollout.
-            "time/teacher_s": self.teacher_seconds - self._teacher_seconds,
+            "time/teacher_s": self.teacher_seconds - (self._teacher_seconds or 0.0),
         }
         self._teacher_seconds = self.teacher_seconds
         metrics = self.watch.measure(
