@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +234,41 @@ def test_a_run_that_was_stopped_leaves_nothing_behind_for_the_next(
     again = Log()
     fit(tmp_path, module, data, [stats, sync, fault, again], **plan)
     assert rows(again) == rows(fresh)
+
+
+class Once(pl.Callback):
+    """Logs a number in the first of the two steps of the first rollout, or stops there."""
+
+    def __init__(self, stops: bool = False) -> None:
+        self.stops = stops
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
+        if self.stops:
+            raise OSError("no more disk")
+        if not trainer.global_step:
+            pl_module.log_step({"own/once": 1.0})
+
+
+def test_a_number_stands_in_the_rows_of_its_rollout_alone(
+    tmp_path: Path, student_folder: str
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "log_every_n_steps": 1}
+    module, logger = make_module(student_folder, None, GRPO()), CSVLogger(tmp_path, name="log")
+    fit(tmp_path, module, make_data(val_prompts=None), [Once()], logger=logger, **settings)
+    with open(tmp_path / "log/version_0/metrics.csv") as file:
+        assert [row["own/once"] for row in csv.DictReader(file)] == ["1.0", "1.0", "", ""]
+
+
+def test_a_rollout_that_was_never_compared_is_forgotten(
+    tmp_path: Path, student_folder: str
+) -> None:
+    sync, module = WeightSync(), make_module(student_folder, None, GRPO())
+    with pytest.raises(OSError, match="no more disk"):
+        fit(tmp_path, module, make_data(), [sync, Once(stops=True)])
+    nobody: Any = None
+    assert sync._waiting is not None  # it waits for the trainer's own scores
+    sync.setup(nobody, nobody, "fit")
+    sync.on_before_backward(nobody, nobody, nobody)  # nothing to compare
 
 
 def test_a_second_run_does_not_repeat_the_numbers_of_the_first(
