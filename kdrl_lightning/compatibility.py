@@ -54,7 +54,12 @@ def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher
 
 
 def compare(
-    student: Any, teacher: Any, student_path: str, teacher_path: str, vocab_size: int
+    student: Any,
+    teacher: Any,
+    student_path: str,
+    teacher_path: str,
+    vocab_size: int,
+    ends: tuple[int, int],
 ) -> str | None:
     """Compare two tokenizers in everything.
 
@@ -64,22 +69,31 @@ def compare(
         student_path: its folder or hub name.
         teacher_path: its folder or hub name.
         vocab_size: rows of the student's embedding.
+        ends: the token that each writes when it is done, the student's first.
 
     Returns:
         Both end tokens in words, where they differ.
     """
     check_same_vocabulary(student, teacher, student_path, teacher_path)
     warn_of_templates(student, teacher, student_path, teacher_path)
-    return different_ends(student, teacher, vocab_size)
+    return different_ends(student, teacher, vocab_size, ends)
 
 
-def different_ends(student: Any, teacher: Any, vocab_size: int) -> str | None:
-    """Return student's and teacher's end token in words where they differ, else None.
+def different_ends(
+    student: Any, teacher: Any, vocab_size: int, ends: tuple[int, int] | None = None
+) -> str | None:
+    """Return student's and teacher's end token in words if they differ, else None.
+
+    Args:
+        student: its tokenizer.
+        teacher: its tokenizer.
+        vocab_size: rows of the student's embedding.
+        ends: the token that each writes when it is done; None: the tokenizers' ``eos_token``.
 
     Raises:
         ConfigurationError: the teacher's is not among the ``vocab_size`` rows of the student.
     """
-    ours, theirs = student.eos_token_id, teacher.eos_token_id
+    ours, theirs = ends or (student.eos_token_id, teacher.eos_token_id)
     if ours == theirs:
         return None
     names = f"{_by_id(student)[ours]!r} ({ours}) and {_by_id(teacher)[theirs]!r} ({theirs})"

@@ -31,6 +31,7 @@ from kdrl_lightning.models import (
 from kdrl_lightning.nonfinite import NonFiniteSteps
 from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.pending import fill, fill_teacher, with_room, with_teacher_room
+from kdrl_lightning.prompts.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.resume import (
     KEY,
     Settings,
@@ -124,6 +125,7 @@ class KDRLModule(pl.LightningModule):
         self._step_loss = 0.0
         self._base_digest: str | None = None
         self._tokenizer: Any = None
+        self._end_tokens: EndTokens | None = None
         self.eval_metrics = EvaluationMetrics()
         self._step_log = StepLog()
 
@@ -143,6 +145,13 @@ class KDRLModule(pl.LightningModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.student_path)
         return self._tokenizer
+
+    @property
+    def end_tokens(self) -> EndTokens:
+        """The tokens that end a completion of the student."""
+        if self._end_tokens is None:
+            self._end_tokens = end_tokens(self.student_path, self.tokenizer)
+        return self._end_tokens
 
     @property
     def context_length(self) -> int:

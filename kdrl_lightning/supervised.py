@@ -16,7 +16,10 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 
 class SupervisedDataModule(pl.LightningDataModule):
-    """Yields batches of given completions, each closed by the tokenizer's end token.
+    """Yields batches of given completions, each closed by an end token.
+
+    For a prompt of messages that is the token by which the chat template closes a turn, if it is an
+    end token of the model; else the tokenizer's ``eos_token``.
 
     Args:
         traces: rows with ``prompt`` and ``completion``.
@@ -70,9 +73,11 @@ class SupervisedDataModule(pl.LightningDataModule):
         stream = prompt_stream(step * self.batch_size, self.batch_size, len(self.traces), self.seed)
         rows = [self.traces[i] for i in stream[trainer.global_rank :: trainer.world_size]]
         completions = [
-            [*tokenizer(r["completion"], add_special_tokens=False)["input_ids"], end]
+            [
+                *tokenizer(r["completion"], add_special_tokens=False)["input_ids"],
+                module.end_tokens.closing(r["prompt"]),
+            ]
             for r in rows
-            for end in (tokenizer.eos_token_id,)
         ]
         whole = collate(
             [encode_prompt(tokenizer, r) for r in rows],

@@ -22,14 +22,14 @@ class ModelWeights:
         model: the live transformers model; an engine in this process may sample from it directly.
         path: the folder or hub name that it was loaded from.
         merged: adapters are added to the weights below them; else they are left out.
-        end_token_id: where a teacher ends with another token than the student: the token.
+        end_token_ids: a teacher's end tokens; None: those of the student.
         vocab_size: where a teacher has more rows than the student: the student's.
     """
 
     model: Any
     path: str
     merged: bool = True
-    end_token_id: int | None = None
+    end_token_ids: tuple[int, ...] | None = None
     vocab_size: int | None = None
 
     @property

@@ -10,6 +10,7 @@ import torch
 
 from kdrl_lightning import ConfigurationError, SupervisedDataModule
 from kdrl_lightning.models import load_tokenizer
+from kdrl_lightning.prompts.end_tokens import EndTokens
 
 TRACES = [{"prompt": f"{i}+1=", "completion": "1" * (i + 1)} for i in range(8)]
 
@@ -19,7 +20,11 @@ def attach(data: SupervisedDataModule, tokenizer: Any, rank: int, size: int, lon
         return value * size if operation == "sum" else torch.tensor(longest)
 
     module = SimpleNamespace(
-        tokenizer=tokenizer, reduce=reduce, device=torch.device("cpu"), objective=None
+        tokenizer=tokenizer,
+        end_tokens=EndTokens((tokenizer.eos_token_id,)),
+        reduce=reduce,
+        device=torch.device("cpu"),
+        objective=None,
     )
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=module,

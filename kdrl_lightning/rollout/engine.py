@@ -61,8 +61,16 @@ class RolloutEngine(ABC):
     dtype: torch.dtype | None = None
 
     @abstractmethod
-    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
-        """Get ready to sample from a model; weights arrive with ``update_weights``."""
+    def setup(
+        self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
+    ) -> None:
+        """Get ready to sample from a model; weights arrive with ``update_weights``.
+
+        Args:
+            weights: of the model.
+            eos_token_id: the token that ends a completion, or several.
+            pad_token_id: fills rows up.
+        """
 
     @abstractmethod
     def update_weights(self, weights: ModelWeights, version: int) -> None:

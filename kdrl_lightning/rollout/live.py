@@ -50,9 +50,9 @@ class LiveSampler:
         """Bring an engine to the current weights before it samples; return the seconds."""
         started = time.perf_counter()
         if engine.version is None:
-            own = weights.end_token_id  # a teacher may stop at one of its own
-            end = self.module.tokenizer.eos_token_id if own is None else own
-            engine.setup(weights, int(end), self.pad_id)
+            # A teacher stops at its own end tokens.
+            ends = weights.end_token_ids or self.module.end_tokens.ids
+            engine.setup(weights, ends, self.pad_id)
         if engine.version != self.trainer.global_step:
             engine.update_weights(weights, self.trainer.global_step)
         return time.perf_counter() - started
@@ -67,8 +67,16 @@ class LiveSampler:
         training: bool = True,
     ) -> list[Judged]:
         """Sample one completion per seed for each prompt and judge them, under the precision."""
-        own, tokenizer = self.ahead.over(engine), self.module.tokenizer
+        source_engine, tokenizer = self.ahead.over(engine), self.module.tokenizer
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
-                own, tokenizer, self.rewards, prompts, seeds, sampling, training, source
+                source_engine,
+                tokenizer,
+                self.rewards,
+                prompts,
+                seeds,
+                sampling,
+                training,
+                source,
+                self.module.end_tokens,
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.prompts.end_tokens import first_end
 from kdrl_lightning.rollout.engine import Completion, Sampling
 
 
@@ -59,21 +60,21 @@ def context_of(config: Any, max_model_len: int | None) -> int:
     return max_model_len or own or 0
 
 
-def completion(ids: list[int], logprobs: list[float], eos_token_id: int) -> Completion:
+def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
     """Build a completion, checked to be one.
 
     Args:
         ids: sampled tokens.
         logprobs: of each.
-        eos_token_id: the end token.
+        ends: the end tokens.
 
     Raises:
         TrainingStopped: lengths differ, nothing was sampled, or something follows the end token.
     """
-    end = ids.index(eos_token_id) + 1 if eos_token_id in ids else len(ids)
+    end = first_end(ids, ends)
     if not ids or len(ids) != len(logprobs) or end != len(ids):
         raise TrainingStopped(
-            f"vLLM must return one log-probability per token and nothing behind the end token "
-            f"{eos_token_id}: got {len(ids)} tokens {ids[:8]}, {len(logprobs)} log-probabilities."
+            f"vLLM must return one log-probability per token and nothing after an end token of "
+            f"{list(ends)}: got {len(ids)} tokens {ids[:8]}, {len(logprobs)} log-probabilities."
         )
-    return Completion(ids, logprobs, truncated=ids[-1] != eos_token_id)
+    return Completion(ids, logprobs, truncated=ids[-1] not in ends)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
+from kdrl_lightning.prompts.end_tokens import EndTokens, first_end
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.engine import Completion, Sampling
@@ -44,20 +45,33 @@ def sample_and_judge(
     sampling: Sampling,
     training: bool = True,
     source: int = STUDENT,
+    ends: EndTokens | None = None,
 ) -> list[Judged]:
     """Sample completions for ``(row, prompt ids)`` pairs and judge them.
 
-    A completion ends with the tokenizer's end token, the student's: a teacher may have stopped with
-    one of its own, or have gone on behind it.
+    A completion ends with one of the student's end tokens: a teacher may have stopped at one that
+    only it has, or written more after the student's.
+
+    Args:
+        engine: samples.
+        tokenizer: the student's.
+        rewards: judge.
+        prompts: P rows with their token ids.
+        seeds: P lists of seeds, one completion each.
+        sampling: length and temperature.
+        training: a failing reward may stop the run.
+        source: who samples.
+        ends: the student's end tokens; None: the tokenizer's alone.
 
     Returns:
         One entry per completion, those of a prompt next to each other.
     """
     if not prompts:
         return []
+    ends = ends or EndTokens((tokenizer.eos_token_id,))
     groups = engine.generate([ids for _, ids in prompts], seeds, sampling)
     flat = [
-        (row, ids, _ended(c, tokenizer.eos_token_id))
+        (row, ids, _ended(c, ends, row))
         for (row, ids), own in zip(prompts, groups, strict=True)
         for c in own
     ]
@@ -72,11 +86,13 @@ def sample_and_judge(
     ]
 
 
-def _ended(completion: Completion, end: int) -> Completion:
-    """Stop at the first end token, and write it where another one stopped the completion."""
+def _ended(completion: Completion, ends: EndTokens, row: Mapping[str, Any]) -> Completion:
+    """Cut after the first end token; replace an end that is not the student's by one that is."""
     ids, logprobs = completion.ids, completion.logprobs
-    if end in ids:
-        length = ids.index(end) + 1
+    length = first_end(ids, ends.ids)
+    if ids[length - 1] in ends.ids:
         cut = completion.truncated and length == len(ids)
         return replace(completion, ids=ids[:length], logprobs=logprobs[:length], truncated=cut)
-    return completion if completion.truncated else replace(completion, ids=[*ids[:-1], end])
+    if completion.truncated:
+        return completion
+    return replace(completion, ids=[*ids[:-1], ends.closing(row.get("prompt"))])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import require_between
+from kdrl_lightning.prompts.end_tokens import as_ids, first_end
 from kdrl_lightning.rollout.decoding import one_token_attention
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.replica import filled_replica
@@ -40,13 +41,16 @@ class TransformersEngine(RolloutEngine):
         self.max_sequences = max_sequences
         self._model: Any = None
         self._replica: Any = None
-        self._eos = self._pad = 0
+        self._ends: tuple[int, ...] = ()
+        self._pad = 0
         self._rows: int | None = None
 
-    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+    def setup(
+        self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
+    ) -> None:
         """Remember the live model."""
         self._model, self._replica = weights.model, None
-        self._eos, self._pad = eos_token_id, pad_token_id
+        self._ends, self._pad = as_ids(eos_token_id), pad_token_id
         self._rows = weights.vocab_size
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
@@ -89,7 +93,7 @@ class TransformersEngine(RolloutEngine):
         groups = torch.tensor([len(own) for _, own in chunk], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(groups)
         noise = _uniform_noise([s for _, own in chunk for s in own], sampling.max_tokens).to(device)
-        size = len(noise)
+        size, ends = len(noise), torch.tensor(self._ends, device=device)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
         logprobs = torch.zeros(size, sampling.max_tokens, device=device, dtype=torch.float32)
         alive = torch.arange(size, device=device)
@@ -98,7 +102,7 @@ class TransformersEngine(RolloutEngine):
             own = logits[:, : self._rows]
             token, logprob = _draw(own, rows, noise[alive, t], sampling.temperature)
             ids[alive, t], logprobs[alive, t] = token, logprob
-            done[alive] = token == self._eos
+            done[alive] = torch.isin(token, ends)
             keep = (~done[alive]).nonzero().squeeze(-1)
             if not len(keep) or t + 1 == sampling.max_tokens:
                 break
@@ -119,7 +123,7 @@ class TransformersEngine(RolloutEngine):
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        return _completions(ids, logprobs, done, self._eos)
+        return _completions(ids, logprobs, done, self._ends)
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Any, Tensor, Any]:
         """Run each prompt once, padded on the left."""
@@ -169,10 +173,12 @@ def _uniform_noise(seeds: list[int], tokens: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def _completions(ids: Tensor, logprobs: Tensor, done: Tensor, eos: int) -> list[Completion]:
+def _completions(
+    ids: Tensor, logprobs: Tensor, done: Tensor, ends: tuple[int, ...]
+) -> list[Completion]:
     out = []
     rows = zip(ids.tolist(), logprobs.tolist(), done.tolist(), strict=True)
     for row, values, finished in rows:
-        end = row.index(eos) + 1 if finished else len(row)
+        end = first_end(row, ends) if finished else len(row)
         out.append(Completion(row[:end], values[:end], truncated=not finished))
     return out

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.prompts.end_tokens import as_ids
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.weights import ModelWeights
@@ -94,16 +95,19 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager = enforce_eager
         self._llm: Any = None
         self._made_for: tuple[str, torch.dtype] | None = None
-        self._vocab_size = self._context = self._eos = 0
+        self._vocab_size = self._context = 0
+        self._ends: tuple[int, ...] = ()
 
-    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+    def setup(
+        self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
+    ) -> None:
         """Start the engine with random weights; a second call with the same model keeps it.
 
         Raises:
             ConfigurationError: vLLM cannot run this model here.
         """
         config = weights.model.config.get_text_config()
-        self._eos, self._vocab_size = eos_token_id, int(config.vocab_size)
+        self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
         self._context = context_of(config, self.max_model_len)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
@@ -160,8 +164,8 @@ class VLLMEngine(RolloutEngine):
                 seed=seed,
                 max_tokens=sampling.max_tokens,
                 logprobs=0,
-                stop_token_ids=[self._eos],
-                ignore_eos=True,  # the end token is the one above, whatever the model's files say
+                stop_token_ids=list(self._ends),
+                ignore_eos=True,  # the end tokens are those above, whatever the model's files say
                 detokenize=False,
             )
             for _, seed in requests
@@ -183,7 +187,7 @@ class VLLMEngine(RolloutEngine):
     def _completion(self, output: Any) -> Completion:
         ids = list(output.token_ids)
         values = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
-        return completion(ids, values, self._eos)
+        return completion(ids, values, self._ends)
 
     def _start(self, path: str, on_gpu: bool) -> Any:
         for name, value in ENVIRONMENT.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.prompts.end_tokens import as_ids
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
@@ -64,9 +65,12 @@ class VLLMServerEngine(RolloutEngine):
         self._route: WeightRoute | None = None
         self._backends: set[str] = set()
         self._label = ""
-        self._vocab_size = self._context = self._eos = 0
+        self._vocab_size = self._context = 0
+        self._ends: tuple[int, ...] = ()
 
-    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+    def setup(
+        self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
+    ) -> None:
         """Ask every server whether it serves this model.
 
         Raises:
@@ -79,7 +83,7 @@ class VLLMServerEngine(RolloutEngine):
                 f"{self.weights_folder}, which is none."
             )
         config = weights.model.config.get_text_config()
-        self._eos, self._vocab_size = eos_token_id, int(config.vocab_size)
+        self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
         wanted = {
             "architecture": type(weights.model).__name__,
             "vocab_size": str(config.vocab_size),
@@ -174,7 +178,7 @@ class VLLMServerEngine(RolloutEngine):
             "seed": seed,
             "logprobs": 0,
             "return_token_ids": True,
-            "stop_token_ids": [self._eos],
+            "stop_token_ids": list(self._ends),
             "ignore_eos": True,
             **AS_IT_IS,
         }
@@ -183,7 +187,7 @@ class VLLMServerEngine(RolloutEngine):
         choice = server.post("/v1/completions", body)["choices"][0]
         if choice.get("prompt_token_ids") != body["prompt"]:
             raise server.stopped("/v1/completions", "another prompt back")
-        return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._eos)
+        return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._ends)
 
     def _load(self, server: ServerClient) -> None:
         """Bring a server that was restarted back to these weights."""

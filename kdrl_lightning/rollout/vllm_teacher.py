@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from kdrl_lightning.prompts.end_tokens import as_ids
 from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
 from kdrl_lightning.server_client import ServerClient
 from kdrl_lightning.weights import ModelWeights
@@ -41,13 +42,15 @@ class VLLMTeacherEngine(VLLMServerEngine):
             max_sequences=max_sequences,
         )
 
-    def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
+    def setup(
+        self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
+    ) -> None:
         """Ask every server for its limit; ``weights`` only tell how many tokens there are.
 
         Raises:
             TrainingStopped: a server is away.
         """
-        self._eos = eos_token_id
+        self._ends = as_ids(eos_token_id)
         self._vocab_size = int(weights.model.config.get_text_config().vocab_size)
         cards = [s.patiently(partial(s.get, "/v1/models"))["data"][0] for s in self._servers]
         self._context = min(int(card["max_model_len"]) for card in cards)

@@ -18,6 +18,7 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
+from kdrl_lightning.prompts.end_tokens import end_tokens
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import Sharding, load_scorer
@@ -60,7 +61,8 @@ class LocalTeacher(Teacher):
         self._scorer: Scorer | None = None
         self._sharding: Sharding | None = None
         self._vocab_size: int | None = None
-        self._ends: tuple[int, int] | None = None  # the student's, its own, where they differ
+        self._ends: tuple[int, int] | None = None  # the student's, its own, if they differ
+        self._end_token_ids: tuple[int, ...] = ()
         self._device = torch.device("cpu")
 
     @property
@@ -82,8 +84,11 @@ class LocalTeacher(Teacher):
         path = model_path(self.model)
         tokenizer = load_tokenizer(path)
         self._vocab_size = int(load_config(student_path).get_text_config().vocab_size)
-        ends = compare(student_tokenizer, tokenizer, student_path, path, self._vocab_size)
-        self._ends = (student_tokenizer.eos_token_id, tokenizer.eos_token_id) if ends else None
+        own = end_tokens(path, tokenizer)
+        pair = (end_tokens(student_path, student_tokenizer).main, own.main)
+        ends = compare(student_tokenizer, tokenizer, student_path, path, self._vocab_size, pair)
+        self._end_token_ids = tuple(i for i in own.ids if i < self._vocab_size)
+        self._ends = pair if ends else None
         self.other_end = None if self.translate_end_token else ends
 
     def spread(self, sharding: Sharding | None) -> None:
@@ -156,8 +161,7 @@ class LocalTeacher(Teacher):
         model, path = self._loaded().model, model_path(self.model)
         rows = model.get_output_embeddings().weight.shape[0]
         cut = self._vocab_size if self._vocab_size and self._vocab_size < rows else None
-        own = self._ends and self._ends[1]
-        return ModelWeights(model, path, end_token_id=own, vocab_size=cut)
+        return ModelWeights(model, path, end_token_ids=self._end_token_ids or None, vocab_size=cut)
 
     @property
     def _swap(self) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
+from kdrl_lightning.prompts.end_tokens import end_tokens
 from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 from kdrl_lightning.server_client import AS_IT_IS, ServerClient, clients
 from kdrl_lightning.sharding import on_any_rank
@@ -95,7 +96,8 @@ class ServerTeacher(Teacher):
         path = model_path(self.model)
         rows = int(load_config(student_path).get_text_config().vocab_size)
         tokenizer = load_tokenizer(path)
-        self.other_end = compare(student_tokenizer, tokenizer, student_path, path, rows)
+        ends = end_tokens(student_path, student_tokenizer).main, end_tokens(path, tokenizer).main
+        self.other_end = compare(student_tokenizer, tokenizer, student_path, path, rows, ends)
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse every temperature but 1.

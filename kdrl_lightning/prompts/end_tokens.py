@@ -1,0 +1,128 @@
+"""The tokens that end a completion: a model may have several, named in different files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+# An answer that no template trims or rewrites.
+PROBE = "zq7"
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """What ends a completion of one model.
+
+    Attributes:
+        ids: every end token; the tokenizer's ``eos_token`` is the first.
+        turn: the one that closes the assistant's turn in the chat template; None if there is no
+            template, or if it closes a turn with none of ``ids``.
+
+    >>> EndTokens((2, 7), 7).closing([{"role": "user", "content": "1+1"}])
+    7
+    >>> EndTokens((2, 7), 7).closing("1+1=")
+    2
+    """
+
+    ids: tuple[int, ...]
+    turn: int | None = None
+
+    @property
+    def main(self) -> int:
+        """The token that the model writes when it is done: the template's, else the tokenizer's."""
+        return self.ids[0] if self.turn is None else self.turn
+
+    def closing(self, prompt: Any) -> int:
+        """Return the token that closes a given completion of a prompt, a chat or plain text."""
+        return self.ids[0] if isinstance(prompt, str) else self.main
+
+
+def as_ids(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
+    """Return one end token or several as a tuple, as transformers takes both.
+
+    >>> as_ids(2), as_ids([2, 7])
+    ((2,), (2, 7))
+    """
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+
+
+def first_end(ids: Sequence[int], ends: Sequence[int]) -> int:
+    """Return the length of a completion up to and with its first end token, the whole without one.
+
+    >>> first_end([5, 2, 7], (2, 7)), first_end([5, 5], (2, 7))
+    (2, 2)
+    """
+    return next((i for i, token in enumerate(ids, 1) if token in ends), len(ids))
+
+
+def end_tokens(path: str, tokenizer: Any) -> EndTokens:
+    """Collect the end tokens of a model: of tokenizer, configuration and generation configuration.
+
+    Ids that the model has no row for are left out. So is an id that only a class's default names,
+    such as 2 of ``LlamaConfig``, if the tokenizer has ordinary text there.
+
+    Args:
+        path: the model's folder or hub name.
+        tokenizer: the model's tokenizer, with an end token.
+    """
+    from transformers import GenerationConfig
+
+    from kdrl_lightning.models import load_config
+
+    config = load_config(path)
+    markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = [int(tokenizer.eos_token_id)]
+    for part in (config, config.get_text_config()):
+        ids += _named(getattr(part, "eos_token_id", None), part, markers)
+    with suppress(OSError, ValueError):  # there is none, or none that this version reads
+        ids += _named(GenerationConfig.from_pretrained(path).eos_token_id, config, markers)
+    rows = config.get_text_config().vocab_size
+    kept = tuple(dict.fromkeys(i for i in ids if 0 <= i < rows))
+    turn = turn_end(tokenizer)
+    return EndTokens(kept, turn if turn in kept else None)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the special or added token by which the chat template closes an assistant's turn.
+
+    None if there is no template, if it refuses the probe, or if it closes a turn with plain text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates refuse in their own words
+        return None
+    _, found, rest = text.rpartition(PROBE)
+    if not found:
+        return None
+    markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]
+    return following[0] if following and following[0] in markers else None
+
+
+def warn_of_turn_end(ends: EndTokens, tokenizer: Any, path: str) -> None:
+    """Warn if the template closes a turn with a token at which no completion would end."""
+    turn = turn_end(tokenizer)
+    if turn is None or turn in ends.ids:
+        return
+    warnings.warn(
+        f"the chat template of {path} closes a turn with {tokenizer.convert_ids_to_tokens(turn)!r} "
+        f"({turn}), which is no end token: completions end with "
+        f"{tokenizer.convert_ids_to_tokens(list(ends.ids))} alone and may run to `max_tokens`. Add "
+        f"{turn} to `eos_token_id` in the model's generation_config.json if the model was trained "
+        "with this template.",
+        stacklevel=2,
+    )
+
+
+def _named(value: int | Sequence[int] | None, config: Any, markers: set[int]) -> Sequence[int]:
+    """Return the ids, unless transformers has copied them from the class's defaults into a file."""
+    ids = () if value is None else as_ids(value)
+    if value == getattr(type(config), "eos_token_id", None):
+        return [i for i in ids if i in markers]
+    return ids
