@@ -139,6 +139,16 @@ def load_config(path: str) -> Any:
     return _load(AutoConfig, path)
 
 
+def generation_defaults(path: str) -> dict[str, Any]:
+    """Return what the model's generation configuration says; empty if there is none to read."""
+    from transformers import GenerationConfig
+
+    try:
+        return dict(GenerationConfig.from_pretrained(path).to_dict())
+    except (OSError, ValueError):
+        return {}
+
+
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     with _reading(path):
         return auto_class.from_pretrained(path, **kwargs)

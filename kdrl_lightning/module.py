@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdrl_lightning.checkpoints import check_readable, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
+from kdrl_lightning.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
 from kdrl_lightning.lora import LoRA
@@ -31,7 +32,6 @@ from kdrl_lightning.models import (
 from kdrl_lightning.nonfinite import NonFiniteSteps
 from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.pending import fill, fill_teacher, with_room, with_teacher_room
-from kdrl_lightning.prompts.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.resume import (
     KEY,
     Settings,

@@ -31,6 +31,7 @@ ALLOWED = {
     "lora": FLOOR,
     "weights": FLOOR | {"lora"},
     "compatibility": {"errors"},
+    "end_tokens": {"models"},
     "merging": set(),
     "caches": {"merging"},
     "scorer": FLOOR | {"caches", "losses", "merging"},
@@ -39,13 +40,14 @@ ALLOWED = {
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
     "strategies": {"errors", "sharding"},
     "teachers": FLOOR
-    | {"compatibility", "lora", "losses", "models", "scorer"}
+    | {"compatibility", "end_tokens", "lora", "losses", "models", "scorer"}
     | {"server_client", "sharding", "weights"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR
-    | {"caches", "losses", "metrics", "models", "rewards", "server_client", "weights"},
+    | {"caches", "end_tokens", "losses", "metrics", "models", "rewards"}
+    | {"server_client", "weights"},
     "nonfinite": {"errors"},
     "pending": FLOOR | {"losses"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
@@ -54,7 +56,8 @@ ALLOWED = {
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "compatibility", "evaluation", "lora", "losses", "metrics", "models"}
+    | {"checkpoints", "compatibility", "end_tokens", "evaluation", "lora", "losses"}
+    | {"metrics", "models"}
     | {"nonfinite", "objectives", "pending", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kdrl_lightning import ConfigurationError, SupervisedDataModule
+from kdrl_lightning.end_tokens import EndTokens
 from kdrl_lightning.models import load_tokenizer
-from kdrl_lightning.prompts.end_tokens import EndTokens
 
 TRACES = [{"prompt": f"{i}+1=", "completion": "1" * (i + 1)} for i in range(8)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kdrl_lightning.end_tokens import first_end
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.prompts.end_tokens import first_end
 from kdrl_lightning.rollout.engine import Completion, Sampling
 
 

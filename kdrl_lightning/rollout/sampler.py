@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from kdrl_lightning.prompts.end_tokens import EndTokens, first_end
+from kdrl_lightning.end_tokens import EndTokens, first_end
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.engine import Completion, Sampling

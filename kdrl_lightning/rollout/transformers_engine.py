@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdrl_lightning.end_tokens import as_ids, first_end
 from kdrl_lightning.errors import require_between
-from kdrl_lightning.prompts.end_tokens import as_ids, first_end
 from kdrl_lightning.rollout.decoding import one_token_attention
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.replica import filled_replica

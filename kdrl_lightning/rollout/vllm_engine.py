@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.prompts.end_tokens import as_ids
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.weights import ModelWeights

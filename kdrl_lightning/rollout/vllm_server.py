@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.prompts.end_tokens import as_ids
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.compatibility import compare
+from kdrl_lightning.end_tokens import end_tokens
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models import (
@@ -18,7 +19,6 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
-from kdrl_lightning.prompts.end_tokens import end_tokens
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import Sharding, load_scorer

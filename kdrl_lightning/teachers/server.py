@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.compatibility import compare
+from kdrl_lightning.end_tokens import end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.models import (
@@ -19,7 +20,6 @@ from kdrl_lightning.models import (
     load_tokenizer,
     model_path,
 )
-from kdrl_lightning.prompts.end_tokens import end_tokens
 from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 from kdrl_lightning.server_client import AS_IT_IS, ServerClient, clients
 from kdrl_lightning.sharding import on_any_rank

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from kdrl_lightning.models import generation_defaults, load_config
 
 # An answer that no template trims or rewrites.
 PROBE = "zq7"
@@ -68,17 +69,12 @@ def end_tokens(path: str, tokenizer: Any) -> EndTokens:
         path: the model's folder or hub name.
         tokenizer: the model's tokenizer, with an end token.
     """
-    from transformers import GenerationConfig
-
-    from kdrl_lightning.models import load_config
-
     config = load_config(path)
     markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids = [int(tokenizer.eos_token_id)]
     for part in (config, config.get_text_config()):
         ids += _named(getattr(part, "eos_token_id", None), part, markers)
-    with suppress(OSError, ValueError):  # there is none, or none that this version reads
-        ids += _named(GenerationConfig.from_pretrained(path).eos_token_id, config, markers)
+    ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)
     rows = config.get_text_config().vocab_size
     kept = tuple(dict.fromkeys(i for i in ids if 0 <= i < rows))
     turn = turn_end(tokenizer)

@@ -13,8 +13,8 @@ import torch
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import GKD, GRPO, SFT, KDRLModule, LocalTeacher, SupervisedDataModule
+from kdrl_lightning.end_tokens import EndTokens, end_tokens, turn_end, warn_of_turn_end
 from kdrl_lightning.models import load_causal_lm, load_tokenizer
-from kdrl_lightning.prompts.end_tokens import EndTokens, end_tokens, turn_end, warn_of_turn_end
 from kdrl_lightning.rollout.engine import Completion
 from kdrl_lightning.rollout.requests import completion
 from kdrl_lightning.rollout.sampler import _ended
