@@ -14,7 +14,8 @@ class Sample:
     """What a reward sees.
 
     Attributes:
-        text: the decoded completion, without special tokens.
+        text: the decoded completion, without the token that ends it. Tags that are special tokens
+            (``<think>``, ``<tool_call>``) stand in it.
         ids: its tokens as the engine sampled them.
         row: the prompt's row, with whatever columns the source has.
         truncated: the completion was cut at the token limit.
@@ -63,6 +64,12 @@ class TaskReward(ABC):
         None has no vote. Here the whole text, without white space around it.
         """
         return sample.text.strip()
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Look at a row before training; an error says that no completion of it can be judged."""
+        for child in self.children():
+            if isinstance(child, TaskReward):
+                child.check(row)
 
     def children(self) -> Sequence[Reward]:
         """Return the rewards that this one is made of."""
