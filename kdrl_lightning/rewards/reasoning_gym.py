@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ CONSTANTS = (
     *("no answer at all", "nan", "nan+nanj", "inf", "-inf", "1e999", "0", "1", "-1", "x", "?"),
     *("None", "True", "False", "yes", "no", "[]", "{}", "()", "."),
 )
-PROBE_ROWS, PROBE_SEED = 8, 314159
+PROBE_ROWS, PROBE_SEED = 12, 314159
 WARM_UP = [("chain_sum", "1", {"answer": "1"})]  # imports the library
 
 
@@ -67,7 +68,7 @@ class ReasoningGymReward(BatchReward):
         """Try constant answers on the first row of each task.
 
         Raises:
-            ConfigurationError: the task's scorer gives full credit to one of them on every row.
+            ConfigurationError: the task's scorer gives full credit to one of them on most rows.
         """
         task = self.task or str(row["metadata"]["source_dataset"])
         if task in self._probed:
@@ -108,8 +109,8 @@ def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
         # As game_of_life_halting's does with any text, complex_arithmetic's with nan (0.1.25).
         raise ConfigurationError(
             f"`task` must have a scorer that tells right from wrong: got {task}, whose scorer in "
-            f"reasoning-gym gives full credit to {answer!r} on every row. Choose another task, or "
-            "judge its answers with a reward of your own."
+            f"reasoning-gym gives full credit to {answer!r} whatever the answer is. Choose another "
+            "task, or judge its answers with a reward of your own."
         )
     return best
 
@@ -133,13 +134,15 @@ def _credit(scorer: Any, answer: str, row: dict[str, Any]) -> float:
 
 @cache
 def always_right(task: str, answer: str) -> bool:
-    """Whether a task's scorer gives full credit to an answer on every one of several other rows."""
+    """Whether a task's scorer gives full credit to an answer on most rows, whose answers differ."""
     scorer = load_scorer(task)
     items = load_library("reasoning_gym").create_dataset(task, size=PROBE_ROWS, seed=PROBE_SEED)
-    try:
-        return all(float(scorer(answer, items[i])) >= 1.0 for i in range(PROBE_ROWS))
-    except Exception:  # it cannot read the answer
-        return False
+    satisfied = []
+    for row in (items[i] for i in range(PROBE_ROWS)):
+        with suppress(Exception):  # it cannot read the answer
+            if float(scorer(answer, row)) >= 1.0:
+                satisfied.append(row.get("answer") or len(satisfied))
+    return len(satisfied) > PROBE_ROWS / 2 and len(set(map(str, satisfied))) > 1
 
 
 @cache

@@ -29,7 +29,7 @@ def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
         column: the row's column with the answer.
 
     Returns:
-        At least one text, none of them empty; the first is the shortest way to write the value.
+        At least one text, none of them empty; a number's first is written without an exponent.
 
     Raises:
         KeyError: the row has no such column.
@@ -103,7 +103,7 @@ def _of_decimal(value: Decimal, text: str) -> list[str]:
         return [sign + "inf", sign + "\\infty", text]
     plain = format(value, "f")
     short = plain.rstrip("0").rstrip(".") if "." in plain else plain
-    return ["0" if not value else short, plain, text]
+    return [short, plain, text, *([] if value else ["0"])]
 
 
 def _many(value: Any) -> bool:
