@@ -33,7 +33,9 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 def everywhere(rewards: list[float]) -> tuple[bool, bool, bool, bool]:
     """Is it replaced, without advantage (in two ways), counted as flat?"""
     group = [Judged([1], {}, Completion([2], [0.0], False), "", Verdict(r, False)) for r in rewards]
-    other = [Judged([1], {}, Completion([2], [0.0], False), "", Verdict(r, False)) for r in (0.0, 1.0)]
+    other = [
+        Judged([1], {}, Completion([2], [0.0], False), "", Verdict(r, False)) for r in (0.0, 1.0)
+    ]
     _, replaced = fill_groups([0], lambda slots, attempt: [other if attempt else group], 1)
     size = len(rewards)
     batch = collate([[1]] * size, [[2]] * size, [0] * size, pad_id=0, rewards=rewards)
