@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdrl_lightning.rewards import FormatReward, RewardRunner, Sample
 from kdrl_lightning.rollout.engine import Completion, Sampling
-from kdrl_lightning.rollout.sampler import sample_and_judge
+from kdrl_lightning.rollout.sampler import _texts, sample_and_judge
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "<|im_start|>"]
 FRAME = {"bos_token": "<s>", "eos_token": "<eos>", "pad_token": "<pad>"}
@@ -75,6 +75,9 @@ def test_what_is_cut_loses_no_tag(tokenizer: Any) -> None:
 def test_the_token_that_ended_a_completion_is_no_part_of_it(tokenizer: Any) -> None:
     # Another end token than the tokenizer's: engines stop at it, too.
     assert heard(tokenizer, "<think>so</think>42<|im_end|>") == "<think>so</think>42"
+    ids = tokenizer("<think>42<|im_end|>")["input_ids"]
+    ended, cut = (Completion(ids, [0.0] * len(ids), truncated) for truncated in (False, True))
+    assert _texts(tokenizer, [ended, cut]) == ["<think>42", "<think>42<|im_end|>"]
 
 
 def test_the_format_is_rewarded_where_tags_are_special_tokens(tokenizer: Any) -> None:
