@@ -67,8 +67,8 @@ def read_number(text: str) -> Number | None:
 def same_number(one: str, other: str) -> bool | None:
     r"""Compare two numbers; None if one of the texts is no number.
 
-    Decimals are compared exactly, if they are not as long as a float64. A decimal equals a fraction that it cannot write (1/3) if it is
-    its value, rounded to six places after the point or more.
+    Decimals are compared exactly, unless one is as long as a float64. A decimal equals a fraction
+    that it cannot write (1/3) if it is its value, rounded to six places after the point or more.
 
     >>> same_number("1.6e-19", "9.1e-31"), same_number("1/3", "0.333333"), same_number("x", "1")
     (False, True, None)
