@@ -17,7 +17,7 @@ FLOAT_DIGITS, NOISE = 15, Fraction(1, 10**14)
 # What stands in a number for its looks: spaces, delimiters, a currency sign before it.
 SPACING = re.compile(r"\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~")
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
-POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))"
+POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|([+-]?\d+))"
 SCIENTIFIC = re.compile(
     rf"({DECIMAL})(?:[eE]([+-]?\d+)|\s*(?:\\times|\\cdot|\*|×)\s*{POWER})?|{POWER}"
 )
