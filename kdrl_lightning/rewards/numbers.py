@@ -24,6 +24,7 @@ SCIENTIFIC = re.compile(
 FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s?(\d)\s*(\d))|(\d+)\s*/\s*(\d+)"
 )
+REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])")
 
 
@@ -56,7 +57,7 @@ def read_number(text: str) -> Number | None:
     text = text.removeprefix("\\$").strip()
     text, percent = re.subn(r"\s*\\?%$", "", text)
     text = THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
-    number = _decimal(text) or _fraction(text)
+    number = _decimal(text) or _fraction(text) or _repeating(text)
     if number is None:
         return None
     shift = 2 if percent else 0
@@ -107,6 +108,15 @@ def _decimal(text: str) -> Number | None:
     digits = len(mantissa.replace(".", "").lstrip("0"))
     value = Fraction(mantissa.rstrip(".") if mantissa != "." else "0") * Fraction(10) ** exponent
     return Number(value, max(after - exponent, 0), digits)
+
+
+def _repeating(text: str) -> Number | None:
+    found = REPEATING.fullmatch(text)
+    if found is None:
+        return None
+    whole, fixed, again = found.groups()
+    below = 10 ** len(fixed) * (10 ** len(again) - 1)
+    return Number(Fraction(int(whole + fixed + again) - int(whole + fixed), below))
 
 
 def _fraction(text: str) -> Number | None:
