@@ -239,6 +239,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards.start()
         for row in first_of_each_kind(row for row, _ in tried):
             self.rewards.try_once(row)
+        self.rewards.check(row for row, _ in tried)
 
     def teardown(self, stage: str) -> None:
         """End the reward's processes."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import judged_elsewhere
 import pytest
-from judged_elsewhere import answer
+from judged_elsewhere import answer, with_children, with_orphan
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
@@ -28,11 +28,11 @@ def pool() -> Iterator[WorkerPool]:
 
 def alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
     # A process that has ended but has not been waited for is a zombie.
-    return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z" not in status.rpartition(")")[2].split()[0]
 
 
 def gone(process: int) -> bool:
@@ -109,6 +109,59 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     )
     (process,) = out.stdout.split()
     assert gone(int(process))
+
+
+def children_of(path: Path) -> list[int]:
+    until = time.monotonic() + 60
+    while not (path.exists() and len(path.read_text().split()) == 2) and time.monotonic() < until:
+        time.sleep(0.02)
+    return [int(process) for process in path.read_text().split()]
+
+
+def sleepers() -> set[int]:
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return {int(line.split()[0]) for line in found.splitlines() if "time.sleep(1000)" in line}
+
+
+def test_what_a_killed_call_has_started_ends_with_it(tmp_path: Path) -> None:
+    before = sleepers()
+    pool = WorkerPool(with_children, seconds=5.0, workers=1)
+    hung, ended = pool.map([f"{tmp_path}/a|hang", f"{tmp_path}/b|exit"])
+    assert isinstance(hung, TimeoutError) and isinstance(ended, RuntimeError)
+    for name in ("a", "b"):
+        assert all(gone(process) for process in children_of(tmp_path / name))
+    (process,) = pool.map([f"{tmp_path}/c|"])  # left behind by a call that returned
+    assert alive(process)
+    pool.close()
+    assert all(gone(process) for process in children_of(tmp_path / "c"))
+    assert not sleepers() - before  # nor what has a session and a parent of its own
+
+
+def test_an_orphan_that_ends_is_no_zombie() -> None:
+    pool = WorkerPool(with_orphan, seconds=60.0, workers=1)
+    (orphan,) = pool.map([""])
+    until = time.monotonic() + 20
+    while Path(f"/proc/{orphan}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{orphan}").exists()
+    assert pool.map([""])  # and the worker goes on
+    pool.close()
+
+
+def test_a_call_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from judged_elsewhere import with_children\n"
+        "from kdrl_lightning.rewards.workers import WorkerPool\n"
+        f"WorkerPool(with_children, 500.0, 1).map(['{tmp_path}/x|hang'])\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    trainer = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
+    processes = children_of(tmp_path / "x")
+    assert len(processes) == 2 and all(alive(process) for process in processes)
+    trainer.kill()
+    trainer.wait()
+    assert all(gone(process) for process in processes)
 
 
 def test_a_worker_loads_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
