@@ -23,6 +23,7 @@ class JSONLPrompts(PromptSource):
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions before it, each with ``prompt`` and ``answer``.
         suffix: put behind every question.
+        prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class JSONLPrompts(PromptSource):
         template_args: dict[str, Any] | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
+        prefill: str | None = None,
     ) -> None:
-        self.form = PromptForm(chat, system, template_args, examples, suffix)
+        self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
         self.rows = _read(Path(path), prompt_column)
 
