@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.prompts.encoding import encode_prompt
+from kdrl_lightning.prompts.encoding import encode_prompt as encode_prompt
 
 
 class PromptSource(ABC):
@@ -27,6 +28,9 @@ class PromptSource(ABC):
         """Return one row."""
 
 
+# Kinds of rows that a reward is tried on before a run.
+MOST_KINDS = 50
+
 Prompts: TypeAlias = PromptSource | Sequence[Mapping[str, Any]]
 EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
 
@@ -37,19 +41,35 @@ def encode_all(source: Prompts, name: str, tokenizer: Any) -> list[EncodedPrompt
     Raises:
         ConfigurationError: the source is empty, or a row cannot be encoded.
     """
-    rows = [source[i] for i in range(len(source))]
-    if not rows:
+    prompts = []
+    for i in range(len(source)):
+        row = source[i]
+        try:
+            prompts.append((row, encode_prompt(tokenizer, row)))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"row {i} of `{name}`: {error}") from error
+    if not prompts:
         raise ConfigurationError(f"`{name}` must have at least one row: got none.")
-    return [(row, encode_prompt(tokenizer, row)) for row in rows]
+    return prompts
 
 
-def first_of_each_kind(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def first_of_each_kind(
+    rows: Iterable[Mapping[str, Any]], most: int = MOST_KINDS
+) -> list[Mapping[str, Any]]:
     """Return the first row of each set of columns and ``source``: one per part of a mixture.
+
+    Of more than ``most`` kinds (a ``source`` that is different in every row) as many are drawn,
+    always the same.
 
     >>> first_of_each_kind([{"a": 1}, {"a": 2}, {"b": 1}, {"a": 1, "source": "x"}])
     [{'a': 1}, {'b': 1}, {'a': 1, 'source': 'x'}]
+    >>> len(first_of_each_kind(({"source": i} for i in range(20_000)), most=5))
+    5
     """
     kinds: dict[Any, Mapping[str, Any]] = {}
     for row in rows:
         kinds.setdefault((frozenset(row), str(row.get("source"))), row)
-    return list(kinds.values())
+    found = list(kinds.values())
+    if len(found) <= most:
+        return found
+    return [found[i] for i in sorted(random.Random(0).sample(range(len(found)), most))]

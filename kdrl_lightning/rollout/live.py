@@ -41,10 +41,11 @@ class LiveSampler:
 
     @property
     def pad_id(self) -> int:
-        """Token behind the end of a row."""
+        """Token after the end of a row: one that the model has an embedding for."""
         tokenizer = self.module.tokenizer
         pad = tokenizer.pad_token_id
-        return int(tokenizer.eos_token_id if pad is None else pad)
+        known = pad is not None and pad < self.module.vocabulary_rows
+        return int(pad if known else tokenizer.eos_token_id)
 
     def sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
         """Bring an engine to the current weights before it samples; return the seconds."""
