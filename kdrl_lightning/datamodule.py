@@ -236,18 +236,17 @@ class RolloutDataModule(pl.LightningDataModule):
         """Look at the training prompts, and check the settings that rollouts depend on."""
         trainer, module = self.trainer, self.live.module
         rules = self._rules(self.train_sampling.max_tokens)
-        if module.teacher is not None:
-            models = dict(rules.vocabularies)
-            if module.teacher.vocabulary_rows is not None:
-                models["teacher"] = module.teacher.vocabulary_rows
-            # A row without a teacher is found before the run.
-            rules = replace(rules, vocabularies=models, checks=(module.teacher.route,))
+        if module.teacher is not None and module.teacher.vocabulary_rows is not None:
+            models = {**rules.vocabularies, "teacher": module.teacher.vocabulary_rows}
+            rules = replace(rules, vocabularies=models)
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
         if self._one_pass_per_epoch:
             self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)
         check_rollout_settings(trainer, self, module)
         check_micro_batches(trainer, self, prompts.longest)
         prompts.limit(longest_that_fits(trainer, self), "`max_tokens_per_micro_batch`")
+        if module.teacher is not None:
+            prompts.require(module.teacher.route)  # a row without a teacher is found before the run
         self.collector.repeat = overfit_rollouts(trainer, self)
         self.rollouts.prompts = prompts
         return prompts

@@ -24,7 +24,7 @@ class PromptRules:
         why: what the limit follows from, for messages.
         drop: leave longer prompts out, instead of stopping the run.
         vocabularies: rows of the embedding by the model's name: every id must be below.
-        checks: each raises ``ConfigurationError`` for a row that it cannot take.
+        checks: each raises ``ConfigurationError`` for a row that it cannot take; see ``require``.
     """
 
     limit: float = float("inf")
@@ -75,12 +75,14 @@ class PromptSet(Sequence[EncodedPrompt]):
         self.checked, self.whole = len(numbers), len(numbers) == count
         self.sample: list[EncodedPrompt] = []
         self.overlong: list[tuple[int, int]] = []
+        self._numbers: list[int] = []
         for number in numbers:
             prompt = self._encoded(number)
             if len(prompt[1]) > rules.limit:
                 self.overlong.append((number, len(prompt[1])))
             else:
                 self.sample.append(prompt)
+                self._numbers.append(number)
         if self.overlong and (not rules.drop or not self.sample):
             raise ConfigurationError(self._too_long())
 
@@ -117,6 +119,12 @@ class PromptSet(Sequence[EncodedPrompt]):
         if limit < self.rules.limit:
             self.rules = replace(self.rules, limit=limit, why=why)
 
+    def require(self, check: Callable[[Mapping[str, Any]], Any]) -> None:
+        """Ask ``check`` for every row from now on, and at once for those that were checked."""
+        for number, (row, _) in zip(self._numbers, self.sample, strict=True):
+            self._asked(check, row, number)
+        self.rules = replace(self.rules, checks=(*self.rules.checks, check))
+
     def left_out(self) -> str:
         """Say in a line what is left out for its length; empty if nothing is."""
         if not self.overlong:
@@ -149,8 +157,6 @@ class PromptSet(Sequence[EncodedPrompt]):
             ids = encode_prompt(self.tokenizer, row)
             for model, rows in self.rules.vocabularies.items():
                 check_ids(ids, rows, model, self.tokenizer)
-            for check in self.rules.checks:
-                check(row)
         except ConfigurationError as error:
             raise BadRow(f"row {number} of `{self.name}`: {error}") from error
         except Exception as error:  # whatever a source of the user's meets
@@ -158,7 +164,17 @@ class PromptSet(Sequence[EncodedPrompt]):
             raise BadRow(
                 f"row {number} of `{self.name}` must be readable: got {reason}."
             ) from error
+        for check in self.rules.checks:
+            self._asked(check, row, number)
         return row, ids
+
+    def _asked(
+        self, check: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], number: int
+    ) -> None:
+        try:
+            check(row)
+        except ConfigurationError as error:
+            raise BadRow(f"row {number} of `{self.name}`: {error}") from error
 
 
 def sample_rows(count: int, most: int, seed: int) -> list[int]:
