@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,9 +121,13 @@ class PromptSet(Sequence[EncodedPrompt]):
 
     def require(self, check: Callable[[Mapping[str, Any]], Any]) -> None:
         """Ask ``check`` for every row from now on, and at once for those that were checked."""
-        for number, (row, _) in zip(self._numbers, self.sample, strict=True):
+        for number, (row, _) in self.checked_rows():
             self._asked(check, row, number)
         self.rules = replace(self.rules, checks=(*self.rules.checks, check))
+
+    def checked_rows(self) -> Iterator[tuple[int, EncodedPrompt]]:
+        """Yield number and prompt of the usable rows among those that were checked."""
+        return zip(self._numbers, self.sample, strict=True)
 
     def left_out(self) -> str:
         """Say in a line what is left out for its length; empty if nothing is."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from kdrl_lightning.errors import BadRow, TrainingStopped
-from kdrl_lightning.rollout.sampler import EncodedPrompt
+
+T = TypeVar("T")
 
 # Stop when more than this part of the prompts drawn in the last rollouts could not be used.
 MAX_BAD_FRAC, LAST_ROLLOUTS = 0.1, 10
@@ -16,9 +17,7 @@ MAX_BAD_FRAC, LAST_ROLLOUTS = 0.1, 10
 MOST_TRIES, NAMED = 100, 5
 
 
-def draw(
-    prompts: Sequence[EncodedPrompt], rows: Iterable[int]
-) -> tuple[EncodedPrompt, list[BadRow]]:
+def draw(prompts: Sequence[T], rows: Iterable[int]) -> tuple[T, list[BadRow]]:
     """Return the first prompt that can be used, and why those before it cannot.
 
     Args:
