@@ -20,8 +20,9 @@ class PredictionWriter(pl.Callback):
     has its name once it is whole, and ``.part`` behind it until then. Nothing is kept in memory.
 
     Args:
-        format: ``jsonl``: the prompt's columns beside ours. ``parquet``: ours, and the prompt's
-            columns as JSON in ``row``; needs pyarrow.
+        format: ``jsonl``: the prompt's columns beside ours; those that are called like ours
+            (``completion``, ``reward``, ``index``, ...) under their names in ``row``. ``parquet``:
+            ours, and all of the prompt's columns as JSON in ``row``; needs pyarrow.
     """
 
     def __init__(self, format: Literal["jsonl", "parquet"] = "jsonl") -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rollout_batch import flat_groups
 
 
 def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
@@ -55,8 +56,7 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
     if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
     # Equal rewards can leave a rounding residue of the mean, which the division would blow up.
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return advantages.masked_fill(constant, 0.0)
+    return advantages.masked_fill(_flat(rewards), 0.0)
 
 
 def shaped(
@@ -88,9 +88,14 @@ def shaped(
     advantages = plain + teacher_kl_coef * gaps
     if not scale_by_std or not rewards.shape[0]:
         return advantages
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
     std = rewards.to(plain.dtype).std(1, keepdim=True) + eps
-    return advantages / torch.where(constant, 1.0, std)
+    return advantages / torch.where(_flat(rewards), 1.0, std)
+
+
+def _flat(rewards: Tensor) -> Tensor:
+    """``[P, 1]`` bool: groups of equal rewards."""
+    rows = torch.arange(len(rewards), device=rewards.device)
+    return flat_groups(rewards.flatten(), rows.repeat_interleave(rewards.shape[1]))[:, None]
 
 
 def reweighted(advantages: Tensor, gap: Tensor, mix: float = 0.5, width: float = 0.2) -> Tensor:

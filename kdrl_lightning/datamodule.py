@@ -231,6 +231,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards.start()
         for row in first_of_each_kind(row for row, _ in tried):
             self.rewards.try_once(row)
+        self.rewards.check(row for row, _ in tried)
 
     def _set_up_training(self) -> PromptSet:
         """Look at the training prompts, and check the settings that rollouts depend on."""

@@ -62,7 +62,7 @@ class RolloutBatch:
         loss_mask: ``[B, T]`` bool: ``completion_mask`` less the completions left out of the loss.
         group_ids: ``[B]`` int64; completions of one prompt share it.
         group_tokens: ``[B]``, loss tokens of the completion's whole group.
-        rewards: ``[B]``, the composite reward.
+        rewards: ``[B]``, the composite reward; float64 in a float64 run, else float32.
         correct: ``[B]`` bool, the verifier's own answer.
         truncated: ``[B]`` bool, cut at the token limit.
         policy_version: ``[B]`` int64, optimizer steps that the sampling weights had seen.
@@ -189,6 +189,33 @@ class RolloutBatch:
         return replace(self, **changed)
 
 
+def reward_dtype() -> torch.dtype:
+    """Type of rewards: float64 if that is torch's default type, as in a float64 run."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def flat_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Whether all rewards of a group are equal: it gets no advantage, and is worth a refill.
+
+    Rewards are compared in the type that they have in the batch: 0.1 + 0.2 and 0.3 are equal in
+    float32 and differ in float64.
+
+    Args:
+        rewards: ``[B]``.
+        group_ids: ``[B]`` int64, groups from 0 to P - 1, each with a completion.
+
+    Returns:
+        ``[P]`` bool.
+
+    >>> flat_groups(torch.tensor([0.1 + 0.2, 0.3, 1.0, 0.0]), torch.tensor([0, 0, 1, 1]))
+    tensor([ True, False])
+    """
+    size = int(group_ids.max()) + 1 if len(group_ids) else 0
+    low = rewards.new_full((size,), torch.inf).scatter_reduce(0, group_ids, rewards, "amin")
+    high = rewards.new_full((size,), -torch.inf).scatter_reduce(0, group_ids, rewards, "amax")
+    return low == high
+
+
 def pad_rows(
     rows: Sequence[Sequence[float] | Sequence[int]], value: float, dtype: torch.dtype
 ) -> Tensor:
@@ -230,7 +257,7 @@ def collate(
         completions: B completions; their end token, if sampled, is part of them.
         group_ids: B group numbers.
         pad_id: token written behind the end (masked everywhere).
-        rewards: B rewards; zeros if None.
+        rewards: B rewards, kept in ``reward_dtype()``; zeros if None.
         correct: B verifier answers; False if None.
         truncated: B flags; False if None.
         policy_version: B versions; zeros if None.
@@ -258,7 +285,9 @@ def collate(
         loss_mask=loss_mask,
         group_ids=groups,
         group_tokens=group_tokens[groups],
-        rewards=torch.tensor(rewards if rewards is not None else [0.0] * size).float(),
+        rewards=torch.tensor(
+            rewards if rewards is not None else [0.0] * size, dtype=reward_dtype()
+        ),
         correct=torch.tensor(correct if correct is not None else [False] * size, dtype=torch.bool),
         truncated=cut,
         policy_version=torch.tensor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from kdrl_lightning.evaluation.sets import NamedSet
 from kdrl_lightning.rewards.answers import answer_of
 from kdrl_lightning.rewards.base import Reward, Sample
 from kdrl_lightning.rollout.sampler import Judged
+
+ROW = "row"  # column for the prompt's columns that are called like ours
 
 
 @dataclass(frozen=True)
@@ -71,25 +73,37 @@ class EvaluationBatch:
         return self._table(ids).long()
 
     def predictions(self) -> list[dict[str, Any]]:
-        """Return a row per completion: the prompt's columns, and what was made of it."""
+        """Return a row per completion: the prompt's columns, and what was made of it.
+
+        A column of the prompt that is called like one of ours (or ``row``) stands in ``row``, under
+        its name; there is no ``row`` if none is.
+        """
         n = self.of.samples
         named = {"set": self.of.name} if self.of.name else {}
         return [
-            {
-                **judged.row,
-                **named,
-                "index": self.rows[i // n],
-                "sample": i % n,
-                "completion": judged.text,
-                "answer_found": answer,
-                "reward": judged.verdict.reward,
-                "parts": dict(judged.verdict.parts),
-                "correct": judged.verdict.correct,
-                "truncated": judged.completion.truncated,
-                "length": len(judged.completion.ids),
-            }
+            _beside(
+                judged.row,
+                {
+                    **named,
+                    "index": self.rows[i // n],
+                    "sample": i % n,
+                    "completion": judged.text,
+                    "answer_found": answer,
+                    "reward": judged.verdict.reward,
+                    "parts": dict(judged.verdict.parts),
+                    "correct": judged.verdict.correct,
+                    "truncated": judged.completion.truncated,
+                    "length": len(judged.completion.ids),
+                },
+            )
             for i, (judged, answer) in enumerate(zip(self.judged, self.answers, strict=True))
         ]
 
     def _table(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).view(-1, self.of.samples)
+
+
+def _beside(row: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    theirs = {name: value for name, value in row.items() if name not in (*ours, "set", ROW)}
+    hidden = {name: value for name, value in row.items() if name not in theirs}
+    return {**theirs, **ours, **({ROW: hidden} if hidden else {})}

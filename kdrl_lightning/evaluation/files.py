@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ class JSONLFile(PredictionFile):
 
     def write(self, rows: Sequence[Row]) -> None:
         """Add lines."""
-        self._file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+        self._file.writelines(_json(row) + "\n" for row in rows)
         self.rows += len(rows)
 
     def close(self) -> None:
@@ -105,10 +106,30 @@ class ParquetFile(PredictionFile):
 def _columns(row: Row) -> dict[str, Any]:
     own = {name: row.get(name) for name in COLUMNS}
     prompt = own["prompt"]
-    own["prompt"] = prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
-    rest = {k: v for k, v in row.items() if k not in COLUMNS and k != "parts"}
+    own["prompt"] = prompt if isinstance(prompt, str) else _json(prompt)
+    rest = {k: v for k, v in row.items() if k not in COLUMNS and k not in ("parts", "row")}
+    rest |= row.get("row", {})
     texts = {k: _utf8(v) if isinstance(v, str) else v for k, v in own.items()}
-    return {**texts, "parts": list(row["parts"].items()), "row": json.dumps(rest, default=str)}
+    return {**texts, "parts": list(row["parts"].items()), "row": _json(rest)}
+
+
+def _json(value: Any) -> str:
+    """Write whatever columns a data set has: arrays as lists, NaN as null, all else as text."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def _utf8(text: str) -> str:

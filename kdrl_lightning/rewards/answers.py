@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 
-from kdrl_lightning.rewards.base import Reward, Sample
+from kdrl_lightning.rewards.base import Reward, Sample, own_copy
 
 BOXES = ("\\boxed", "\\fbox")
 
@@ -79,7 +79,7 @@ def answer_of(reward: Reward, sample: Sample) -> str | None:
     if not callable(extract):
         return sample.text.strip()
     try:
-        found = extract(sample)
+        found = extract(own_copy(sample))
     except Exception as error:
         failed = f"{type(error).__name__}: {error}"
         warnings.warn(f"the reward's `answer` failed, so no vote: {failed}.", stacklevel=2)

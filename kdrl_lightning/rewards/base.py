@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
+
+LARGEST = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Sample:
     """What a reward sees.
 
     Attributes:
-        text: the decoded completion, without special tokens.
+        text: the decoded completion, without the token that ends it. Tags that are special tokens
+            (``<think>``, ``<tool_call>``) stand in it.
         ids: its tokens as the engine sampled them.
         row: the prompt's row, with whatever columns the source has.
         truncated: the completion was cut at the token limit.
@@ -43,7 +46,10 @@ class Verdict:
     @classmethod
     def of(cls, result: float | Verdict) -> Verdict:
         """Return a reward's result as a verdict; a number is correct from 1 on."""
-        return result if isinstance(result, Verdict) else cls(float(result), result >= 1)
+        if isinstance(result, Verdict):
+            return result
+        value = _number("reward", result)
+        return cls(value, value >= 1)
 
 
 class TaskReward(ABC):
@@ -63,6 +69,12 @@ class TaskReward(ABC):
         None has no vote. Here the whole text, without white space around it.
         """
         return sample.text.strip()
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Look at a row before training; an error says that no completion of it can be judged."""
+        for child in self.children():
+            if isinstance(child, TaskReward):
+                child.check(row)
 
     def children(self) -> Sequence[Reward]:
         """Return the rewards that this one is made of."""
@@ -104,8 +116,12 @@ Reward: TypeAlias = TaskReward | Callable[[Sample], float | Verdict]
 
 
 def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception]:
-    """Judge samples by any reward; every result is a finite verdict or the error in its place."""
+    """Judge samples by any reward; every result is a finite verdict or the error in its place.
+
+    The reward gets copies: what it changes in a row or in tokens, it changes for itself alone.
+    """
     results: Sequence[Any]
+    samples = [own_copy(sample) for sample in samples]
     if isinstance(reward, TaskReward):
         try:
             results = reward.judge(samples)
@@ -116,6 +132,15 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
     else:
         results = [_attempt(reward, sample) for sample in samples]
     return [_checked(result) for result in results]
+
+
+def own_copy(sample: Sample) -> Sample:
+    """Return a sample whose row and tokens may be changed."""
+    try:
+        row = deepcopy(sample.row)
+    except Exception:  # something in it cannot be copied, e.g. a lock
+        row = dict(sample.row)
+    return replace(sample, row=row, ids=list(sample.ids))
 
 
 def walk(reward: Reward) -> Iterator[Reward]:
@@ -137,10 +162,24 @@ def _checked(result: Any) -> Verdict | Exception:
         return result
     try:
         verdict = Verdict.of(result)
-        parts = {name: float(value) for name, value in verdict.parts.items()}
-        for name, value in {"reward": verdict.reward, **parts}.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} {value}")
-        return Verdict(float(verdict.reward), bool(verdict.correct), parts)
+        reward = _number("reward", verdict.reward)
+        parts = {str(name): _number(name, value) for name, value in verdict.parts.items()}
+        return Verdict(reward, bool(_number("correct", verdict.correct)), parts)
     except Exception as error:  # whatever a foreign type raises when it is read as a number
         return error
+
+
+def _number(name: str, value: Any) -> float:
+    """Read a number of Python, numpy or torch.
+
+    Raises:
+        TypeError: it is none; texts are none, and arrays of several values.
+        ValueError: it is not finite in float32.
+    """
+    plain = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
+    if isinstance(plain, str | bytes | complex) or not hasattr(plain, "__float__"):
+        raise TypeError(f"{name} must be a number: got {value!r:.60} ({type(value).__name__})")
+    number = float(plain)
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"{name} {number}")
+    return number

@@ -63,6 +63,10 @@ class CodeReward(BatchReward):
         """Return the program; None without one."""
         return last_program(sample.text)
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Make sure that the row's tests can be read."""
+        read_tests(row[self.tests_column])
+
     def start(self) -> None:
         """Try the sandbox.
 
@@ -104,6 +108,7 @@ def read_tests(tests: Any) -> str | list[tuple[str, str]]:
     >>> read_tests('{"inputs": ["1 2"], "outputs": ["3"]}')
     [('1 2', '3')]
     """
+    tests = tests.tolist() if hasattr(tests, "tolist") else tests  # numpy's, from Parquet
     if isinstance(tests, str) and tests.lstrip().startswith("{"):
         tests = json.loads(tests)
     if isinstance(tests, str):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers import answer_of
-from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, Verdict, judge
+from kdrl_lightning.rewards.base import (
+    BatchReward,
+    Reward,
+    Sample,
+    TaskReward,
+    Verdict,
+    judge,
+)
+from kdrl_lightning.rewards.references import missing
 
 
 class WeightedRewards(BatchReward):
@@ -92,7 +101,7 @@ class RoutedReward(BatchReward):
             for sample in samples
         ]
         for name, reward in self.rewards.items():
-            own = [i for i, s in enumerate(samples) if s.row.get(self.column) == name]
+            own = [i for i, s in enumerate(samples) if self._name(s.row) == str(name)]
             judged = judge(reward, [samples[i] for i in own])
             for i, result in zip(own, judged, strict=True):
                 results[i] = result
@@ -102,6 +111,16 @@ class RoutedReward(BatchReward):
         """Return the rewards."""
         return list(self.rewards.values())
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Let the row's own reward look at it; a row without one fails when it is judged."""
+        reward = self.rewards.get(self._name(row) or "")
+        if isinstance(reward, TaskReward):
+            reward.check(row)
+
     def answer(self, sample: Sample) -> str | None:
         """Return the answer that the row's own reward finds."""
-        return answer_of(self.rewards[sample.row[self.column]], sample)
+        return answer_of(self.rewards[str(sample.row[self.column])], sample)
+
+    def _name(self, row: Mapping[str, Any]) -> str | None:
+        """Return the column's value as YAML writes it; None without one."""
+        return None if missing(row.get(self.column)) else str(row[self.column])

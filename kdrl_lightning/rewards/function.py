@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
+from kdrl_lightning.rewards.callables import require_callable
 from kdrl_lightning.rewards.workers import WorkerPool
 
 
 class RewardFunction(BatchReward):
     """A function, by its import path, as a reward.
 
-    It runs in other processes, where it can be ended: import what it needs in its own module, and
-    keep no state. One that needs this process's state or GPU takes ``time_limit_s: null``: it then
-    runs here, and one that hangs cannot be ended. A plain function given as the reward itself runs
-    here, too.
+    A function, a partial, a bound method or an object with ``__call__``; not a class, a lambda or
+    an asynchronous function. It runs in other processes, where it can be ended, and with it what it
+    has started: import what it needs in its own module, and keep no state. One that needs this
+    process's state or GPU takes ``time_limit_s: null``: it then runs here, and one that hangs
+    cannot be ended. A plain function given as the reward itself runs here, too.
 
     Args:
         function: of one ``Sample``, returning a number or a ``Verdict``; with ``batch``, of a list
@@ -32,6 +34,7 @@ class RewardFunction(BatchReward):
         time_limit_s: float | None = 10.0,
         workers: int = 4,
     ) -> None:
+        require_callable("function", function)
         self.function = function
         self.batch = batch
         self.pool = (
@@ -47,6 +50,8 @@ class RewardFunction(BatchReward):
         (results,) = self._map([list(samples)])
         if isinstance(results, Exception):
             raise results
+        if isinstance(results, str | bytes | Mapping) or not hasattr(results, "__iter__"):
+            raise TypeError(f"a batch's results must be a list: got {type(results).__name__}")
         return list(results)
 
     def close(self) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers import in_think_format, last_tagged
 from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
+from kdrl_lightning.rewards.references import accepted
 
 CLAIM = re.compile(r"\b(\w+)\s+is\s+(?:an?\s+)?(\w+)", re.IGNORECASE)
 
@@ -18,7 +22,8 @@ class KnightsAndKnavesReward(TaskReward):
     ``format`` and ``answer``; correct is a right answer in the right format.
 
     Args:
-        answer_column: the row's column with the solution: ``Emma is a knight, and Liam is ...``.
+        answer_column: the row's column with the solution: ``Emma is a knight, and Liam is ...``,
+            or with several of which each is right.
         format: for the right format; less that for a wrong one.
         right: for the right answer.
         wrong: for one with a wrong role.
@@ -44,24 +49,35 @@ class KnightsAndKnavesReward(TaskReward):
 
     def __call__(self, sample: Sample) -> Verdict:
         """Judge one sample; a row whose solution cannot be read is an error."""
-        solution = self._solution(sample)
+        solutions = self._solutions(sample.row)
         formed = in_think_format(sample.text, self.opened)
-        given = self._given(sample, solution)
-        correct = given == solution
+        given = self._given(sample, solutions[0])
+        correct = given in solutions
         value = self.unreadable if given is None else self.right if correct else self.wrong
         parts = {"format": self.format if formed else -self.format, "answer": value}
         return Verdict(sum(parts.values()), correct, parts)
 
     def answer(self, sample: Sample) -> str | None:
         """Return who is said to be what, in the order of the names; None if it cannot be read."""
-        given = self._given(sample, self._solution(sample))
+        given = self._given(sample, self._solutions(sample.row)[0])
         return None if given is None else ", ".join(f"{n} {given[n]}" for n in sorted(given))
 
-    def _solution(self, sample: Sample) -> dict[str, str]:
-        solution = claims(str(sample.row[self.answer_column]))
-        if not solution or len(dict(solution)) != len(solution):
-            raise ValueError(f"`{self.answer_column}` must say once what each inhabitant is")
-        return dict(solution)
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Make sure that the row's solution can be read."""
+        self._solutions(row)
+
+    def _solutions(self, row: Mapping[str, Any]) -> Sequence[dict[str, str]]:
+        rule = f"`{self.answer_column}` must say once what each inhabitant is"
+        try:
+            read = [claims(text) for text in accepted(row, self.answer_column)]
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{rule}: {error}") from error
+        solutions = [dict(solution) for solution in read]
+        names = {frozenset(solution) for solution in solutions}
+        doubled = any(len(one) != len(all_) for one, all_ in zip(solutions, read, strict=True))
+        if doubled or len(names) != 1 or not solutions[0]:
+            raise ConfigurationError(f"{rule}: got {row[self.answer_column]!r:.100}.")
+        return solutions
 
     def _given(self, sample: Sample, solution: dict[str, str]) -> dict[str, str] | None:
         formed = in_think_format(sample.text, self.opened)

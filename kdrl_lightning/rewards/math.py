@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.optional import load_library
 from kdrl_lightning.rewards.answers import after_marker, last_boxed
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
+from kdrl_lightning.rewards.equations import EQUALS, contradicts, numeric_sides
+from kdrl_lightning.rewards.numbers import same_number
+from kdrl_lightning.rewards.references import accepted, shorten
+from kdrl_lightning.rewards.units import same_quantity
 from kdrl_lightning.rewards.workers import WorkerPool
 
 # Longer answers are wrong: nobody asks for them, and parsers take their time over them.
@@ -19,16 +23,18 @@ INTEGER = re.compile(r"[+-]?\d{1,18}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z ]*")
 # Parsers are built at their first use, which takes longer than all others.
 WARM_UP = [(r"\frac{1}{2}", "0.5"), ("x+1", r"1+\sqrt{x^2}"), ("(1, 2)", r"\{1, 2\}")]
+RELATIVE = 5e-6  # what rounding to six places leaves of 0.1
 STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
 class MathReward(BatchReward):
-    r"""1 if the answer equals the reference as mathematics, else 0.
+    r"""1 if the answer equals the reference, or one of several, as mathematics, else 0.
 
     The answer is the content of the last ``\boxed{...}``, or what follows the last marker on its
     line; a completion without one is wrong, whatever else it says. The reference is cut in the same
-    way where it has a box or the marker, else taken whole. Equal texts and integers are compared at
-    once; words as words; all else by math-verify, in other processes: what hangs there is killed
+    way if it has a box or the marker, else taken whole. Numbers are compared exactly: ``5\%`` is
+    0.05, ``1.6e-19`` is not ``9.1e-31``; a decimal equals 1/3 if it has at least six places. Words
+    are compared as words; all else by math-verify, in other processes: what hangs there is killed
     and fails with ``TimeoutError`` (see ``RewardRunner`` for what a failure gets).
 
     Args:
@@ -55,22 +61,29 @@ class MathReward(BatchReward):
         hard: dict[tuple[str, str], list[int]] = {}
         for i, sample in enumerate(samples):
             try:
-                gold = self.reference(sample)
+                golds = self.references(sample.row)
             except Exception as error:
                 results[i] = error
                 continue
             answer = self.given(sample.text)
             if answer is None:
                 continue
-            known = equal_at_once(gold, answer)
-            if known is None:
-                hard.setdefault((gold, answer), []).append(i)
-            else:
-                results[i] = float(known)
+            known = [equal_at_once(gold, answer) for gold in golds]
+            if any(known):
+                results[i] = 1.0
+                continue
+            for gold, unequal in zip(golds, known, strict=True):
+                if unequal is None:
+                    hard.setdefault((gold, answer), []).append(i)
         for pair, result in zip(hard, self.pool.map(list(hard)), strict=True):
             for i in hard[pair]:
-                results[i] = result if isinstance(result, Exception) else float(result)
+                if results[i] != 1.0:  # else another accepted answer is equal
+                    results[i] = result if isinstance(result, Exception) else float(result)
         return results
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Make sure that the row has an answer."""
+        self.references(row)
 
     def answer(self, sample: Sample) -> str | None:
         """Return the answer that votes: texts that ``equal_at_once`` finds equal are one.
@@ -93,15 +106,24 @@ class MathReward(BatchReward):
         found = _bare(found if self.marker is None else found.split("\n", 1)[0])
         return found if 0 < len(found) <= LONGEST_ANSWER else None
 
-    def reference(self, sample: Sample) -> str:
-        """Return the row's answer; one that is empty is an error."""
-        whole = str(sample.row[self.answer_column])
+    def references(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the answers that a row accepts; see ``accepted``.
+
+        Raises:
+            ConfigurationError: it has none.
+        """
+        golds = [self._cut(text) for text in accepted(row, self.answer_column)]
+        if not any(golds):
+            raise ConfigurationError(
+                f"a row must have an answer, but its `{self.answer_column}` is empty: got none "
+                f"in the row {shorten(row)}. Fill it in, or leave the row out."
+            )
+        return list(dict.fromkeys(gold for gold in golds if gold))
+
+    def _cut(self, whole: str) -> str:
         boxed = last_boxed(whole) if self.marker is None else None
         marked = None if self.marker is None else after_marker(whole, self.marker)
-        gold = _bare(next(text for text in (boxed, marked, whole) if text is not None))
-        if not gold:
-            raise ValueError(f"`{self.answer_column}` is empty")
-        return gold
+        return _bare(next(text for text in (boxed, marked, whole) if text is not None))
 
     def start(self) -> None:
         """Start the processes, and let one compare.
@@ -109,9 +131,9 @@ class MathReward(BatchReward):
         Raises:
             ConfigurationError: math-verify is not installed, or does not work.
         """
-        (result,) = self.pool.map([("1/2", "0.5")])
+        (result,) = self.pool.map([("x+1", "1+x")])
         if result is not True:
-            raise ConfigurationError(f"`math_verify` must find 1/2 equal to 0.5: got {result!r}.")
+            raise ConfigurationError(f"`math_verify` must find x+1 equal to 1+x: got {result!r}.")
 
     def close(self) -> None:
         """End the processes."""
@@ -122,17 +144,28 @@ def equal_at_once(gold: str, answer: str) -> bool | None:
     """Compare what needs no parser; None for all else.
 
     >>> equal_at_once("72", "072"), equal_at_once("yes", "No"), equal_at_once("1/2", "0.5")
-    (True, False, None)
+    (True, False, True)
+    >>> equal_at_once("x+1", "1+x"), equal_at_once("5", "x=5"), equal_at_once("5", "3=5")
+    (None, True, False)
     """
     if gold == answer:
         return True
     if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):
         return int(gold) == int(answer)
+    number, quantity = same_number(gold, answer), same_quantity(gold, answer)
+    if number is not None or quantity is not None:
+        return number if number is not None else quantity
     word = _plain(gold)
     if WORDS.fullmatch(word):
         # A letter may be a symbol; to a parser a word is a product of symbols, in any order.
         given = _plain(answer)
         return given == word if len(word) == 1 else given.lower() == word.lower()
+    sides = numeric_sides(answer)
+    if sides and contradicts(sides):
+        return False
+    if sides and not EQUALS.search(gold):
+        known = [equal_at_once(gold, side) for side in sides]
+        return False if False in known else None if None in known else True
     return None
 
 
@@ -142,6 +175,14 @@ def equal(pair: tuple[str, str]) -> bool:
     Raises:
         ValueError: math-verify cannot read the reference.
     """
+    known = equal_at_once(*pair)
+    if known is not None:
+        return known
+    sides = [] if EQUALS.search(pair[0]) else numeric_sides(pair[1])
+    if sides:
+        return all(equal((pair[0], side)) for side in sides)
+    if ("%" in pair[0]) != ("%" in pair[1]):
+        return False  # math-verify drops the sign
     math_verify = load_library("math_verify")
     logging.disable(logging.CRITICAL)  # of what it cannot read
 
@@ -154,7 +195,38 @@ def equal(pair: tuple[str, str]) -> bool:
     gold = parsed(pair[0])
     if not gold:
         raise ValueError(f"math-verify cannot read the reference {pair[0][:100]!r}")
-    return bool(math_verify.verify(gold, parsed(pair[1]), timeout_seconds=None))
+    answer = parsed(pair[1])
+    return bool(math_verify.verify(gold, answer, timeout_seconds=None)) and alike(gold, answer)
+
+
+def alike(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether the numbers in what math-verify parsed agree to six digits, not only six places.
+
+    Symbols are given values. What cannot be evaluated is left to math-verify.
+    """
+    ours, theirs = _values(gold[0]), _values(answer[0])
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return True
+    return all(
+        any(abs(a - b) <= RELATIVE * max(abs(a), abs(b)) for b in others)
+        for some, others in ((ours, theirs), (theirs, ours))
+        for a in some
+    )
+
+
+def _values(parsed: Any) -> list[complex] | None:
+    """Evaluate an expression, or the entries of a tuple, a set or an interval."""
+    kind = type(parsed).__name__
+    if kind in ("Tuple", "FiniteSet", "Interval"):
+        entries = [_values(entry) for entry in parsed.args[: 2 if kind == "Interval" else None]]
+        return None if None in entries else [v for own in entries for v in own or ()]
+    try:
+        symbols = sorted(parsed.free_symbols, key=str)
+        given = {symbol: 1.37 + 0.71 * i for i, symbol in enumerate(symbols)}
+        value = complex(parsed.subs(given).evalf(20))
+    except Exception:
+        return None
+    return [value] if abs(value) < float("inf") else None
 
 
 def _bare(text: str) -> str:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.optional import load_library
 from kdrl_lightning.rewards.answers import after_marker, last_tagged
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
+from kdrl_lightning.rewards.references import accepted, missing
 from kdrl_lightning.rewards.workers import WorkerPool
 
-NONSENSE = "no answer at all"
+# What a student would find if a scorer gave full credit to it, whatever the question.
+CONSTANTS = (
+    *("no answer at all", "nan", "nan+nanj", "inf", "-inf", "1e999", "0", "1", "-1", "x", "?"),
+    *("None", "True", "False", "yes", "no", "[]", "{}", "()", "."),
+)
+PROBE_ROWS, PROBE_SEED = 12, 314159
 WARM_UP = [("chain_sum", "1", {"answer": "1"})]  # imports the library
 
 
@@ -44,6 +52,7 @@ class ReasoningGymReward(BatchReward):
         self.task = task
         self.partial = partial
         self.pool = WorkerPool(score, time_limit_s, workers, WARM_UP)
+        self._probed: set[str] = set()
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
         """Judge many."""
@@ -54,6 +63,20 @@ class ReasoningGymReward(BatchReward):
         if self.marker is None:
             return last_tagged(sample.text, "answer")
         return after_marker(sample.text, self.marker)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Try constant answers on the first row of each task.
+
+        Raises:
+            ConfigurationError: the task's scorer gives full credit to one of them on most rows.
+        """
+        task = self.task or str(row["metadata"]["source_dataset"])
+        if task in self._probed:
+            return
+        self._probed.add(task)
+        for result in self.pool.map([(task, constant, dict(row)) for constant in CONSTANTS]):
+            if isinstance(result, ConfigurationError):
+                raise result
 
     def close(self) -> None:
         """End the processes."""
@@ -73,12 +96,33 @@ def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
     """Score an answer; runs in a worker.
 
     Raises:
-        ConfigurationError: there is no such task, or its scorer accepts anything.
+        ConfigurationError: there is no such task, or its scorer gives full credit to this answer
+            whatever the question.
     """
     task, answer, row = asked
-    scorer = trusted_scorer(task or str(row["metadata"]["source_dataset"]), row)
+    task = task or str(row["metadata"]["source_dataset"])
+    scorer = load_scorer(task)
     if not answer:
         return 0.0
+    best = max(_credit(scorer, answer, one) for one in _with_each_answer(row))
+    if best >= 1.0 and answer in CONSTANTS and always_right(task, answer):
+        # As game_of_life_halting's does with any text, complex_arithmetic's with nan (0.1.25).
+        raise ConfigurationError(
+            f"`task` must have a scorer that tells right from wrong: got {task}, whose scorer in "
+            f"reasoning-gym gives full credit to {answer!r} whatever the answer is. Choose another "
+            "task, or judge its answers with a reward of your own."
+        )
+    return best
+
+
+def _with_each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the row once for each accepted answer; scorers read texts, and some need none."""
+    if isinstance(row.get("answer"), str) or missing(row.get("answer")):
+        return [row]
+    return [{**row, "answer": text} for text in accepted(row)]
+
+
+def _credit(scorer: Any, answer: str, row: dict[str, Any]) -> float:
     try:
         return float(scorer(answer, row))
     except Exception:
@@ -88,33 +132,20 @@ def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
         return 0.0
 
 
-_trusted: dict[str, Any] = {}
+@cache
+def always_right(task: str, answer: str) -> bool:
+    """Whether a task's scorer gives full credit to an answer on most rows, whose answers differ."""
+    scorer = load_scorer(task)
+    items = load_library("reasoning_gym").create_dataset(task, size=PROBE_ROWS, seed=PROBE_SEED)
+    satisfied = []
+    for row in (items[i] for i in range(PROBE_ROWS)):
+        with suppress(Exception):  # it cannot read the answer
+            if float(scorer(answer, row)) >= 1.0:
+                satisfied.append(row.get("answer") or len(satisfied))
+    return len(satisfied) > PROBE_ROWS / 2 and len(set(map(str, satisfied))) > 1
 
 
-def trusted_scorer(task: str, row: dict[str, Any]) -> Any:
-    """Return a task's scorer, if nonsense does not satisfy it.
-
-    Raises:
-        ConfigurationError: there is no such task, or it does.
-    """
-    if task not in _trusted:
-        scorer = load_scorer(task)
-        if _accepts_nonsense(scorer, row):  # as game_of_life_halting's does in 0.1.25
-            raise ConfigurationError(
-                f"`task` must have a scorer that tells right from wrong: got {task}, which "
-                f"accepts {NONSENSE!r}."
-            )
-        _trusted[task] = scorer
-    return _trusted[task]
-
-
-def _accepts_nonsense(scorer: Any, row: dict[str, Any]) -> bool:
-    try:
-        return float(scorer(NONSENSE, row)) >= 1.0
-    except Exception:  # cannot read it, which is as well
-        return False
-
-
+@cache
 def load_scorer(task: str) -> Any:
     """Return a task's scorer.
 

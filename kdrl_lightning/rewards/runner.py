@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, judge
+from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, judge, walk
+from kdrl_lightning.rewards.callables import require_callable
+from kdrl_lightning.rewards.references import shorten
 
 
 class RewardRunner:
@@ -30,6 +32,8 @@ class RewardRunner:
     ) -> None:
         require_between("max_reward_failure_frac", max_failure_frac, 0.0, 1.0)
         require_between("failed_reward", failed_reward, -1e9, 1e9)
+        for part in walk(reward):
+            require_callable("reward", part)
         self.reward = reward
         self.max_failure_frac = max_failure_frac
         self.failed = Verdict(float(failed_reward), False)
@@ -52,9 +56,29 @@ class RewardRunner:
             if isinstance(result, Exception):
                 raise ConfigurationError(
                     f"`reward` must return a finite number: got {_describe(result)} for the "
-                    f"completion {text[:40]!r} of the row {_shorten(row)}. "
+                    f"completion {text[:40]!r} of the row {shorten(row)}. "
                     "Mend the reward function."
                 ) from result
+        self.check([row])
+
+    def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Let the reward look at rows before training, without completions.
+
+        Raises:
+            ConfigurationError: it cannot judge a row, which the message shows.
+        """
+        if not isinstance(self.reward, TaskReward):
+            return
+        for row in rows:
+            try:
+                self.reward.check(row)
+            except ConfigurationError:  # says by itself what to mend
+                raise
+            except Exception as error:
+                raise ConfigurationError(
+                    f"`reward` must be able to judge every row: got {_describe(error)} for the row "
+                    f"{shorten(row)}. Mend the row, or leave it out."
+                ) from error
 
     def __call__(self, samples: Sequence[Sample], training: bool = True) -> list[Verdict]:
         """Judge samples.
@@ -114,8 +138,3 @@ class RewardRunner:
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _shorten(row: Mapping[str, Any], limit: int = 120) -> str:
-    text = repr(dict(row))
-    return text if len(text) <= limit else text[:limit] + "..."

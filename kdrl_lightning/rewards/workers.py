@@ -20,7 +20,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.rewards.callables import portable_target
 
 START_SECONDS = 120.0  # imports, on a busy machine
 
@@ -33,7 +34,8 @@ class WorkerPool:
     cores that they keep busy. A process has 2 GiB for its data.
 
     Args:
-        function: at the top level of a module, so that another process can import it.
+        function: one that another process can have: at the top level of a module, or a partial, a
+            bound method or an object that can be pickled (with the state that it has now).
         seconds: time limit of a call.
         workers: processes.
         first: arguments of calls that are made once, before any other, without a time limit: what
@@ -49,13 +51,7 @@ class WorkerPool:
     ) -> None:
         require_between("time_limit_s", seconds, 1e-3, 1e6)
         require_between("workers", workers, 1, 1024)
-        self.target = (function.__module__, function.__qualname__)
-        if self.target[0] == "__main__" or "<" in self.target[1]:
-            raise ConfigurationError(
-                "`function` must be one that another process can import: got "
-                f"{'.'.join(self.target)}. Put it at the top level of a module, or set "
-                "`time_limit_s: null`."
-            )
+        self.target = portable_target(function)
         self.first = list(first)
         self.seconds = seconds
         self.count = workers
@@ -128,7 +124,8 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # an interrupt from the keyboard is ours to handle
+                # An interrupt from the keyboard is ours to handle; and its group can be killed.
+                start_new_session=True,
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -167,7 +164,7 @@ class _Worker:
         self.call, self.ready, self.deadline = None, True, inf
 
     def expire(self, results: list[Any]) -> None:
-        """Kill what hangs; its successor reports by itself."""
+        """Kill what hangs; the worker ends what it started, and its successor reports by itself."""
         if self.call is None or self.child is None:
             raise TimeoutError(f"a worker process did not start in {START_SECONDS:g} s")
         os.kill(self.child, signal.SIGKILL)

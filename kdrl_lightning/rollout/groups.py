@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kdrl_lightning.rollout.engine import noise_seed
 from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rollout_batch import flat_groups, reward_dtype
 
 # Streams of noise: student rollouts, evaluation, the teacher's completions, probes of the sync.
 TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE, PROBE_NOISE = 0, 1, 2, 3
@@ -55,7 +58,8 @@ def fill_groups(
     """Sample a group for each slot, and another prompt's where all rewards are equal.
 
     DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy gradient.
-    What is still flat after the last refill stays.
+    What is still flat after the last refill stays. Rewards are compared in the type of the batch,
+    so that a group is replaced if and only if it would get no advantage.
 
     Args:
         slots: to be filled.
@@ -70,8 +74,13 @@ def fill_groups(
     flat = list(slots)
     for attempt in range(max_refills + 1):
         filled.update(zip(flat, sample(flat, attempt), strict=True))
-        flat = [s for s in flat if len({j.verdict.reward for j in filled[s]}) == 1]
+        flat = [s for s in flat if _is_flat(filled[s])]
         if not flat or attempt == max_refills:
             break
         replaced += [filled[s] for s in flat]
     return [filled[s] for s in slots], replaced
+
+
+def _is_flat(group: Sequence[Judged]) -> bool:
+    rewards = torch.tensor([j.verdict.reward for j in group], dtype=reward_dtype())
+    return bool(flat_groups(rewards, torch.zeros(len(group), dtype=torch.long)).all())

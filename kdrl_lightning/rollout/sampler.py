@@ -48,7 +48,8 @@ def sample_and_judge(
     """Sample completions for ``(row, prompt ids)`` pairs and judge them.
 
     A completion ends with the tokenizer's end token, the student's: a teacher may have stopped with
-    one of its own, or have gone on behind it.
+    one of its own, or have gone on behind it. Its text keeps all special tokens but those that
+    begin, end and pad a turn.
 
     Returns:
         One entry per completion, those of a prompt next to each other.
@@ -61,7 +62,7 @@ def sample_and_judge(
         for (row, ids), own in zip(prompts, groups, strict=True)
         for c in own
     ]
-    texts = tokenizer.batch_decode([c.ids for _, _, c in flat], skip_special_tokens=True)
+    texts = _texts(tokenizer, [c for _, _, c in flat])
     samples = [
         Sample(text, c.ids, row, c.truncated) for (row, _, c), text in zip(flat, texts, strict=True)
     ]
@@ -70,6 +71,21 @@ def sample_and_judge(
         Judged(ids, row, c, sample.text, verdict, source)
         for (row, ids, c), sample, verdict in zip(flat, samples, verdicts, strict=True)
     ]
+
+
+def _texts(tokenizer: Any, completions: Sequence[Completion]) -> list[str]:
+    """Decode; tags as ``<think>`` are special tokens of some tokenizers, and rewards read them."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    frame = {getattr(tokenizer, name, None) for name in names}
+    ids = [
+        # What is not cut ends with an end token, of which a model may have several.
+        [i for i in (c.ids if c.truncated else c.ids[:-1]) if i not in frame]
+        for c in completions
+    ]
+    decoded: list[str] = tokenizer.batch_decode(
+        ids, skip_special_tokens=False, spaces_between_special_tokens=False
+    )
+    return decoded
 
 
 def _ended(completion: Completion, end: int) -> Completion:

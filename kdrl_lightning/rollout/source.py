@@ -230,14 +230,16 @@ class RolloutSource:
     def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
         """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
         teacher = self.live.module.teacher
-        batch, groups, replaced = self.collector.collect(
-            rollout,
-            self.prompts,
-            *self.live.ranks,
-            self.live.sample,
-            (lambda row: 0) if teacher is None else teacher.route,
-            self.live.pad_id,
-        )
+        # The precision decides in which type rewards are compared and kept.
+        with self.live.trainer.precision_plugin.forward_context():
+            batch, groups, replaced = self.collector.collect(
+                rollout,
+                self.prompts,
+                *self.live.ranks,
+                self.live.sample,
+                (lambda row: 0) if teacher is None else teacher.route,
+                self.live.pad_id,
+            )
         if teacher is not None:
             teacher.accept(batch)
         return batch, groups, replaced

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.sampler import Judged
-from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
 
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
 
@@ -54,10 +54,6 @@ class RolloutWatch:
             replaced: groups of this rank that others took the place of, for their equal rewards.
         """
         sizes = batch.group_ids.bincount()
-        low = torch.full((len(sizes),), torch.inf, device=batch.rewards.device)
-        high = -low
-        low = low.scatter_reduce(0, batch.group_ids, batch.rewards, "amin")
-        high = high.scatter_reduce(0, batch.group_ids, batch.rewards, "amax")
         own = batch.source == STUDENT
         real = batch.completion_mask & own[:, None]
         gap, floored = torch.zeros(()), torch.zeros(())
@@ -76,7 +72,7 @@ class RolloutWatch:
             float(real.sum()),
             float(batch.truncated[own].sum()),
             float(len(sizes)),
-            float((low == high).sum()),
+            float(flat_groups(batch.rewards, batch.group_ids).sum()),
             float(gap),
             float(rewards.take_failures()),
             float((~own).sum()),

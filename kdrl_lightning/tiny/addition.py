@@ -9,6 +9,7 @@ import numpy as np
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.rewards.base import Sample
+from kdrl_lightning.rewards.references import accepted
 
 SYMBOLS = "0123456789+=,#"
 
@@ -53,7 +54,7 @@ def addition_reward(sample: Sample) -> float:
     """1 if the text after the only ``#`` is the row's answer, else 0."""
     if sample.text.count("#") != 1:
         return 0.0
-    return float(sample.text.partition("#")[2] == sample.row["answer"])
+    return float(sample.text.partition("#")[2] in accepted(sample.row))
 
 
 class ColumnAddition(PromptSource):

@@ -41,6 +41,91 @@ def answer(what: Any) -> Any:
     return what
 
 
+class Judge:
+    """Judges by its state: as an object, by a method, by one of its class."""
+
+    def __init__(self, worth: float) -> None:
+        self.worth = worth
+
+    def __call__(self, sample: Sample) -> float:
+        """Give what it is worth."""
+        return self.worth
+
+    def method(self, sample: Sample) -> float:
+        """Give what it is worth, negated."""
+        return -self.worth
+
+    @classmethod
+    def of_class(cls, sample: Sample) -> float:
+        """Give 0.25."""
+        return 0.25
+
+    @staticmethod
+    def static(sample: Sample) -> float:
+        """Give 0.125."""
+        return 0.125
+
+
+def scaled(factor: float, sample: Sample, *, shift: float = 0.0) -> float:
+    """Give the length, scaled."""
+    return factor * len(sample.text) + shift
+
+
+def keyword_only(*, sample: Sample) -> float:
+    """Cannot be called by position."""
+    return 1.0
+
+
+def two(prompt: str, completion: str) -> float:
+    """Take what other libraries give."""
+    return 1.0
+
+
+async def later(sample: Sample) -> float:
+    """Return a coroutine."""
+    return 1.0
+
+
+def one_by_one(sample: Sample) -> Any:
+    """Return a generator."""
+    yield 1.0
+
+
+def number_of(sample: Sample) -> Any:
+    """Return numbers of several libraries."""
+    import numpy as np
+    import torch
+
+    kinds = {"numpy": np.float32(0.5), "torch": torch.tensor(0.5), "bool": np.bool_(True)}
+    return kinds.get(sample.text)
+
+
+def with_children(what: str) -> Any:
+    """Start processes in every way, say which, and hang, end or return."""
+    import subprocess
+    import sys
+
+    sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    path, _, kind = what.partition("|")
+    own = subprocess.Popen(sleep)
+    session = subprocess.Popen(sleep, start_new_session=True)
+    nested = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess as s; s.Popen({sleep!r}, start_new_session=True)",
+        ]
+    )
+    nested.wait()
+    with open(path, "w") as file:
+        file.write(f"{own.pid} {session.pid}")
+    if kind == "hang":
+        time.sleep(1000)
+    if kind == "exit":
+        os._exit(0)
+    return own.pid
+
+
 def answer_deeply() -> Any:
     """Call itself for ever."""
     return answer_deeply()

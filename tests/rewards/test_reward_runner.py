@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rewards import ExactMatch, RewardRunner, Sample, Verdict
+from kdrl_lightning.rewards import ExactMatch, RewardRunner, Sample, Verdict, WeightedRewards
 
 # Each test of a failing reward would have to expect that it is shown; one does.
 pytestmark = pytest.mark.filterwarnings("ignore:the reward failed on .* of a rollout:UserWarning")
@@ -261,6 +264,77 @@ def test_an_error_without_words_is_named():
 def test_a_reward_that_is_not_finite_is_named():
     with pytest.raises(TrainingStopped, match=r"last ValueError: reward nan\."):
         RewardRunner(lambda s: math.nan)([sample()] * 2)
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        (np.float32(0.5), Verdict(0.5, False)),
+        (np.bool_(True), Verdict(1.0, True)),
+        (np.array([1.0]), Verdict(1.0, True)),
+        (np.int64(2), Verdict(2.0, True)),
+        (torch.tensor([0.25], requires_grad=True), Verdict(0.25, False)),
+        (torch.tensor(True), Verdict(1.0, True)),
+        (Decimal("0.5"), Verdict(0.5, False)),
+        (Verdict(np.float64(0.5), np.bool_(True), {"a": torch.tensor(2)}), Verdict(0.5, True)),
+        (Verdict(1, 0), Verdict(1.0, False)),
+    ],
+)
+def test_numbers_of_other_libraries_are_read(result, expected):
+    (verdict,) = RewardRunner(lambda s: result)([sample()])
+    assert (verdict.reward, verdict.correct) == (expected.reward, expected.correct)
+    assert type(verdict.reward) is float and type(verdict.correct) is bool
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ("1.0", r"TypeError: reward must be a number: got '1\.0' \(str\)"),
+        (None, r"TypeError: reward must be a number: got None \(NoneType\)"),
+        ({"reward": 1.0}, r"TypeError: reward must be a number: got \{.* \(dict\)"),
+        ((1.0, True), r"TypeError: reward must be a number: got \(1\.0, True\) \(tuple\)"),
+        (1j, r"TypeError: reward must be a number: got 1j \(complex\)"),
+        (np.float64("nan"), r"ValueError: reward nan"),
+        (1e39, r"ValueError: reward 1e\+39"),  # infinite in float32
+        (np.array([1.0, 2.0]), r"ValueError: can only convert an array of size 1"),
+        (Verdict("1.0", True), r"TypeError: reward must be a number"),
+        (Verdict(1.0, "False"), r"TypeError: correct must be a number: got 'False' \(str\)"),
+        (Verdict(1.0, None), r"TypeError: correct must be a number"),
+        (Verdict(1.0, math.nan), r"ValueError: correct nan"),
+    ],
+)
+def test_results_that_are_no_numbers_are_one_line(result, words):
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        RewardRunner(lambda s: result).try_once(ROW)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reward_changes_its_row_and_tokens_for_itself_alone():
+    row, ids = {"answer": "42", "metadata": {"n": [1]}}, [5, 6]
+
+    def spoils(s: Sample) -> float:
+        s.row["metadata"]["n"].append(len(s.ids))
+        s.ids.clear()
+        return float(s.row.pop("answer") == "42")
+
+    runner = RewardRunner(
+        WeightedRewards({"spoils": spoils, "again": spoils, "right": ExactMatch()})
+    )
+    verdicts = runner([Sample("42", ids, row)] * 2)
+    assert [v.reward for v in verdicts] == [3.0, 3.0]
+    assert row == {"answer": "42", "metadata": {"n": [1]}} and ids == [5, 6]
+    runner.try_once({**row})
+    assert row["metadata"] == {"n": [1]}
+
+
+def test_a_row_that_cannot_be_copied_is_copied_at_its_top():
+    row = {"answer": "42", "lock": threading.Lock()}
+
+    def spoils(s: Sample) -> float:
+        return float(s.row.pop("answer") == "42")  # type: ignore[attr-defined]
+
+    assert RewardRunner(spoils)([sample("42", row)]) == [Verdict(1.0, True)]
+    assert row["answer"] == "42"
 
 
 def test_no_samples_no_verdicts():

@@ -25,6 +25,7 @@ from kdrl_lightning.rewards import (
     WeightedRewards,
 )
 from kdrl_lightning.rewards.base import judge, walk
+from kdrl_lightning.rewards.reasoning_gym import CONSTANTS
 from kdrl_lightning.rewards.workers import WorkerPool
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -173,12 +174,46 @@ def test_a_scorer_that_accepts_anything_or_is_not_there_is_refused(
     gym: ReasoningGymReward,
 ) -> None:
     row = ReasoningGymPrompts("game_of_life_halting", size=1)[0]
-    with pytest.raises(ConfigurationError, match="`task` must have a scorer that tells right fro"):
+    words = "`task` must have a scorer that tells right from wrong"
+    with pytest.raises(ConfigurationError, match=words) as caught:
         RewardRunner(gym).try_once(row)
+    assert "game_of_life_halting, whose scorer in reasoning-gym gives full credit to" in str(
+        caught.value
+    )
     with pytest.raises(ConfigurationError, match="`task` must be one of reasoning-gym's: got nope"):
         RewardRunner(another(gym, task="nope")).try_once(row)
     with pytest.raises(ConfigurationError, match="got KeyError: 'metadata'"):
         RewardRunner(gym).try_once({"prompt": "", "answer": ""})
+
+
+@pytest.mark.parametrize(("task", "constant"), [("complex_arithmetic", "nan"), ("coin_flip", "0")])
+def test_a_scorer_that_a_constant_satisfies_is_refused_by_name(
+    gym: ReasoningGymReward, task: str, constant: str
+) -> None:
+    row = ReasoningGymPrompts(task, size=1, seed=3)[0]
+    words = f"got {task}, whose scorer in reasoning-gym gives full credit to '{constant}' whatever"
+    with pytest.raises(ConfigurationError, match=words):
+        another(gym).check(row)
+    with pytest.raises(ConfigurationError, match=words):  # nor where nothing was checked
+        gym(Sample(f"<answer>{constant}</answer>", [], row))
+
+
+def test_a_constant_that_is_right_by_chance_is_right(gym: ReasoningGymReward) -> None:
+    items = ReasoningGymPrompts("chain_sum", size=1)[0]
+    row = {**items, "answer": "1", "metadata": {"source_dataset": "chain_sum"}}
+    another(gym).check(row)
+    assert gym(Sample("<answer>1</answer>", [], row)) == Verdict(1.0, True)
+
+
+def test_each_task_is_probed_once(gym: ReasoningGymReward, monkeypatch: Any) -> None:
+    reward, asked = another(gym), list[Any]()
+    monkeypatch.setattr(reward.pool, "map", lambda calls: asked.extend(calls) or [])
+    rows = [ReasoningGymPrompts(task, size=2) for task in ("chain_sum", "basic_arithmetic")]
+    RewardRunner(reward).check(source[i] for source in rows for i in (0, 1))
+    assert len(asked) == 2 * len(CONSTANTS) and {task for task, *_ in asked} == {
+        "chain_sum",
+        "basic_arithmetic",
+    }
 
 
 def test_what_is_not_installed_is_named_with_the_command() -> None:

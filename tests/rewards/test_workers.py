@@ -12,7 +12,7 @@ from pathlib import Path
 
 import judged_elsewhere
 import pytest
-from judged_elsewhere import answer
+from judged_elsewhere import answer, with_children
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
@@ -109,6 +109,48 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     )
     (process,) = out.stdout.split()
     assert gone(int(process))
+
+
+def children_of(path: Path) -> list[int]:
+    until = time.monotonic() + 60
+    while not (path.exists() and len(path.read_text().split()) == 2) and time.monotonic() < until:
+        time.sleep(0.02)
+    return [int(process) for process in path.read_text().split()]
+
+
+def sleepers() -> set[int]:
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return {int(line.split()[0]) for line in found.splitlines() if "time.sleep(1000)" in line}
+
+
+def test_what_a_killed_call_has_started_ends_with_it(tmp_path: Path) -> None:
+    before = sleepers()
+    pool = WorkerPool(with_children, seconds=5.0, workers=1)
+    hung, ended = pool.map([f"{tmp_path}/a|hang", f"{tmp_path}/b|exit"])
+    assert isinstance(hung, TimeoutError) and isinstance(ended, RuntimeError)
+    for name in ("a", "b"):
+        assert all(gone(process) for process in children_of(tmp_path / name))
+    (process,) = pool.map([f"{tmp_path}/c|"])  # left behind by a call that returned
+    assert alive(process)
+    pool.close()
+    assert all(gone(process) for process in children_of(tmp_path / "c"))
+    assert not sleepers() - before  # nor what has a session and a parent of its own
+
+
+def test_a_call_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from judged_elsewhere import with_children\n"
+        "from kdrl_lightning.rewards.workers import WorkerPool\n"
+        f"WorkerPool(with_children, 500.0, 1).map(['{tmp_path}/x|hang'])\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    trainer = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
+    processes = children_of(tmp_path / "x")
+    assert len(processes) == 2 and all(alive(process) for process in processes)
+    trainer.kill()
+    trainer.wait()
+    assert all(gone(process) for process in processes)
 
 
 def test_a_worker_loads_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,34 @@
+r"""Equations as answers: ``x = 5`` says 5, ``2 + 3 = 5`` too, and ``3 = 5`` says nothing."""
+
+from __future__ import annotations
+
+import re
+
+from kdrl_lightning.rewards.numbers import same_number
+
+EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|\\approx(?![A-Za-z])")
+# Commands that leave a side a number; whatever letters are left make it something else.
+NUMERIC = re.compile(
+    r"\\(?:[dt]?frac|sqrt|times|cdot|div|pi|pm|left|right|circ|infty|[!,;:%$ ])(?![A-Za-z])"
+    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[eE](?=[+-]?\d)"
+)
+
+
+def numeric_sides(text: str) -> list[str]:
+    """Return the sides of an equation that are numbers; none if it is no (single) equation.
+
+    >>> numeric_sides("x = 2 + 3 = 5"), numeric_sides("5"), numeric_sides("x=1, y=2")
+    (['2 + 3', '5'], [], [])
+    """
+    sides = [side.strip() for side in EQUALS.split(text)]
+    if len(sides) < 2 or any(side.count("(") != side.count(")") for side in sides):
+        return []
+    if any(re.search(r",(?!\d{3})|\\(?:text|mbox)\s*\{\s*(?:or|and)\b", side) for side in sides):
+        return []
+    numeric = [s for s in sides if re.search(r"\d|\\pi|\\infty", s)]
+    return [s for s in numeric if not re.search(r"[A-Za-z\\]", NUMERIC.sub("", s))]
+
+
+def contradicts(sides: list[str]) -> bool:
+    """Whether two sides are numbers that differ."""
+    return any(same_number(sides[0], side) is False for side in sides[1:])

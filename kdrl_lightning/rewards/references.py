@@ -1,0 +1,126 @@
+"""A row's reference answer as texts, whatever type the column has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import date, time
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from kdrl_lightning.errors import ConfigurationError
+
+ROW_CHARACTERS = 120
+
+
+def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
+    """Return every text that a row accepts as its answer; any of them is right.
+
+    - A text counts as it is, bytes as UTF-8.
+    - A whole float counts with and without its fraction (a column of integers becomes one of floats
+      if a cell is empty), a tiny or a huge one with and without its exponent.
+    - ``True`` and ``False`` count in both spellings, ``True`` and ``true``.
+    - Of a list, a tuple, a set or an array each entry counts; missing entries are skipped.
+
+    Args:
+        row: the prompt's row.
+        column: the row's column with the answer.
+
+    Returns:
+        At least one text, none of them empty; a number's first is written without an exponent.
+
+    Raises:
+        KeyError: the row has no such column.
+        ConfigurationError: the answer is missing (None, NaN, an empty text or list), or its type
+            has no text.
+
+    >>> accepted({"answer": 72.0}), accepted({"answer": ["yes", "y"]}), accepted({"answer": " 7 "})
+    (('72', '72.0'), ('yes', 'y'), ('7',))
+    """
+    value = row[column]
+    try:
+        texts = list(dict.fromkeys(_texts(value)))
+    except (TypeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"`{column}` must be a text, a number, or a list of them: got {error} in the row "
+            f"{shorten(row)}. Name a column inside another with a dot, or convert it."
+        ) from error
+    if not texts:
+        raise ConfigurationError(
+            f"a row must have an answer, but its `{column}` is empty: got {value!r:.40} in the row "
+            f"{shorten(row)}. Fill it in, or leave the row out."
+        )
+    return tuple(texts)
+
+
+def missing(value: Any) -> bool:
+    """Whether a value says that there is none: None, NaN, pandas' NA and NaT, or empty text."""
+    if value is None:
+        return True
+    if isinstance(value, str | bytes):
+        return not value.strip()
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError, RuntimeError):  # NA has no truth, nor has an array
+        return type(value).__name__ == "NAType"
+
+
+def shorten(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> str:
+    """Return a row for a message."""
+    text = repr(dict(row))
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _texts(value: Any, inside: bool = False) -> Iterable[str]:
+    if isinstance(value, Mapping) or (inside and _many(value)):
+        raise TypeError(f"a {type(value).__name__}{' inside a list' if inside else ''}")
+    if _many(value):
+        return [text for entry in _entries(value) for text in _texts(entry, inside=True)]
+    if missing(value):
+        return []
+    if isinstance(value, str):
+        return [value.strip()]
+    if isinstance(value, bytes):
+        return [value.decode().strip()]
+    if hasattr(value, "item") and hasattr(value, "dtype"):  # numpy's or torch's scalar
+        return _texts(_scalar(value), inside)
+    if isinstance(value, bool):
+        return [str(value), str(value).lower()]
+    if isinstance(value, float):
+        return _of_decimal(Decimal(repr(value)), repr(value))
+    if isinstance(value, Decimal):
+        return _of_decimal(value, str(value))
+    if isinstance(value, int | complex | Fraction | date | time):
+        return [str(value)]
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _of_decimal(value: Decimal, text: str) -> list[str]:
+    if not value.is_finite():
+        sign = "-" if value < 0 else ""
+        return [sign + "inf", sign + "\\infty", text]
+    plain = format(value, "f")
+    short = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    return [short, plain, text, *([] if value else ["0"])]
+
+
+def _many(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return True
+    return hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0  # an array, a series
+
+
+def _entries(value: Any) -> list[Any]:
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    return list(value)
+
+
+def _scalar(value: Any) -> Any:
+    whole, kind = value.item(), str(value.dtype).removeprefix("torch.")
+    if isinstance(whole, float) and kind != "float64":
+        # The shortest text that its precision distinguishes: 0.1, not 0.10000000149.
+        return float(str((np.float16 if kind == "float16" else np.float32)(whole)))
+    return whole
