@@ -225,13 +225,14 @@ class RolloutDataModule(pl.LightningDataModule):
         # Another module or trainer may have used this object: its rollout and weights are not ours.
         self.live.trainer = self.trainer
         self.rollouts.reset(stage == "fit")
-        tried = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
+        sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":
-            tried = [*self._set_up_training().sample, *tried]
+            sets = [self._set_up_training(), *sets]
         self.rewards.start()
-        for row in first_of_each_kind(row for row, _ in tried):
+        for row in first_of_each_kind(row for prompts in sets for row, _ in prompts.sample):
             self.rewards.try_once(row)
-        self.rewards.check(row for row, _ in tried)
+        for prompts in sets:
+            prompts.require(lambda row: self.rewards.check([row]))
 
     def _set_up_training(self) -> PromptSet:
         """Look at the training prompts, and check the settings that rollouts depend on."""

@@ -48,8 +48,8 @@ class EvaluationSource:
 
     def setup(
         self, stage: str, encode: Callable[[Prompts, str, int], PromptSet]
-    ) -> list[EncodedPrompt]:
-        """Look at the sets of a stage; return the prompts that were checked.
+    ) -> list[PromptSet]:
+        """Look at the sets of a stage, and return them.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -68,7 +68,7 @@ class EvaluationSource:
         for one in sets:
             name = f"{setting}.{one.name}" if one.name else setting
             self._sets.append((one, encode(one.prompts, name, one.sampling.max_tokens)))
-        return [prompt for _, rows in self._sets for prompt in rows.sample]
+        return [prompts for _, prompts in self._sets]
 
     def loaders(self, world_size: int) -> list[IndexLoader]:
         """Return one loader of batch indices per set, as long on every rank."""
