@@ -138,15 +138,15 @@ def check_micro_batches(trainer: Any, data: RolloutDataModule, longest_prompt: i
     )
 
 
-def longest_that_fits(trainer: Any, data: RolloutDataModule) -> float:
-    """Return the longest prompt whose completions fit a micro-batch; infinite without a limit."""
+def longest_that_fits(trainer: Any, data: RolloutDataModule) -> int | None:
+    """Return the longest prompt whose completions fit a micro-batch; None without a limit."""
     limit = data.max_tokens_per_micro_batch
     if limit is None:
-        return float("inf")
+        return None
     unit = data.minibatches_per_rollout * trainer.world_size
     rows = data.prompts_per_rollout // unit * data.completions_per_prompt
     each = -(-rows // trainer.accumulate_grad_batches)
-    return float(limit // each - data.train_sampling.max_tokens)
+    return int(limit // each - data.train_sampling.max_tokens)
 
 
 def overfit_rollouts(trainer: Any, data: RolloutDataModule) -> int:

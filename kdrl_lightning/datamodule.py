@@ -22,7 +22,7 @@ from kdrl_lightning.checks import (
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
 from kdrl_lightning.prompts.base import Prompts, first_of_each_kind
-from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet, check_ids
+from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.collector import Collector, Source
@@ -334,13 +334,11 @@ class RolloutDataModule(pl.LightningDataModule):
         limit, context = module.context_length - max_tokens, module.context_length
         if self.max_prompt_tokens is not None:
             limit = min(limit, self.max_prompt_tokens)
-        rows = module.vocabulary_rows
-        check_ids([int(module.tokenizer.eos_token_id)], rows, "student", module.tokenizer)
         return PromptRules(
             limit=limit,
             why=f"context {context}, `max_tokens` {max_tokens}",
             drop=self.overlong_prompts == "drop",
-            vocabularies={"student": rows},
+            vocabularies={"student": module.vocabulary_rows},
         )
 
     def _encode_evaluated(self, source: Prompts, name: str, max_tokens: int) -> PromptSet:

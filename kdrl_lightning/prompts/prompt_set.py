@@ -114,9 +114,9 @@ class PromptSet(Sequence[EncodedPrompt]):
         """Tokens of the longest prompt that was checked."""
         return max(len(ids) for _, ids in self.sample)
 
-    def limit(self, limit: float, why: str) -> None:
+    def limit(self, limit: int | None, why: str) -> None:
         """Take no longer prompts than this from now on; the checked ones must keep to it."""
-        if limit < self.rules.limit:
+        if limit is not None and limit < self.rules.limit:
             self.rules = replace(self.rules, limit=limit, why=why)
 
     def require(self, check: Callable[[Mapping[str, Any]], Any]) -> None:
@@ -199,7 +199,7 @@ def check_ids(ids: Sequence[int], rows: int, model: str, tokenizer: Any) -> None
     Raises:
         ConfigurationError: it has not; on a GPU this would be an assertion of the device.
     """
-    highest = max(ids, default=0)
+    highest = max(ids, default=-1)
     if highest >= rows:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise ConfigurationError(
