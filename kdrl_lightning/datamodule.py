@@ -229,9 +229,10 @@ class RolloutDataModule(pl.LightningDataModule):
         if stage == "fit":
             sets = [self._set_up_training(), *sets]
         self.rewards.start()
-        for row in first_of_each_kind(row for prompts in sets for row, _ in prompts.sample):
-            self.rewards.try_once(row)
+        kinds = first_of_each_kind(row for prompts in sets for row, _ in prompts.sample)
         for prompts in sets:
+            # The row of each kind is tried with completions, all others are only looked at.
+            prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
 
     def _set_up_training(self) -> PromptSet:

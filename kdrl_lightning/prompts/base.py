@@ -27,6 +27,10 @@ class PromptSource(ABC):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Return one row."""
 
+    def where(self, index: int) -> str:
+        """Say in words where a row comes from, for messages that name it; empty if it is plain."""
+        return ""
+
 
 # Kinds of rows that a reward is tried on before a run.
 MOST_KINDS = 50

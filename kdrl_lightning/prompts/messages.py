@@ -64,6 +64,8 @@ class PromptForm:
         if hasattr(question, "tolist"):
             question = plain(question)
         if isinstance(question, str):
+            if not question.strip():
+                return question  # refused when it is encoded; a suffix must not hide it
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
         if isinstance(question, list | tuple) and self.chat:

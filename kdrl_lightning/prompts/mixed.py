@@ -67,6 +67,11 @@ class MixedPrompts(PromptSource):
         name = self.names[which]
         return {**self.sources[name][row], "source": name}
 
+    def where(self, index: int) -> str:
+        """Name the row's source and its number there."""
+        which, row = (places[index] for places in self._rows)
+        return f"row {row} of its source {self.names[which]}"
+
 
 def _interleave(
     shares: list[float], sizes: list[int], size: int | None, seed: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
-from kdrl_lightning.prompts.base import EncodedPrompt, Prompts
+from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, PromptSource
 from kdrl_lightning.prompts.encoding import encode_prompt
 
 # Rows that a run looks at before it starts, beside the first and the last: under a second.
@@ -125,9 +125,24 @@ class PromptSet(Sequence[EncodedPrompt]):
             self._asked(check, row, number)
         self.rules = replace(self.rules, checks=(*self.rules.checks, check))
 
+    def ask(
+        self, check: Callable[[Mapping[str, Any]], Any], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Ask ``check`` once, for those of ``rows`` that are rows of this set."""
+        chosen = {id(row) for row in rows}
+        for number, (row, _) in self.checked_rows():
+            if id(row) in chosen:
+                self._asked(check, row, number)
+
     def checked_rows(self) -> Iterator[tuple[int, EncodedPrompt]]:
         """Yield number and prompt of the usable rows among those that were checked."""
         return zip(self._numbers, self.sample, strict=True)
+
+    def bad_row(self, number: int, reason: object) -> BadRow:
+        """Return the error that names a row of the source."""
+        where = self.source.where(number) if isinstance(self.source, PromptSource) else ""
+        place = f" ({where})" if where else ""
+        return BadRow(f"row {number} of `{self.name}`{place}: {reason}")
 
     def left_out(self) -> str:
         """Say in a line what is left out for its length; empty if nothing is."""
@@ -162,12 +177,10 @@ class PromptSet(Sequence[EncodedPrompt]):
             for model, rows in self.rules.vocabularies.items():
                 check_ids(ids, rows, model, self.tokenizer)
         except ConfigurationError as error:
-            raise BadRow(f"row {number} of `{self.name}`: {error}") from error
+            raise self.bad_row(number, error) from error
         except Exception as error:  # whatever a source of the user's meets
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise BadRow(
-                f"row {number} of `{self.name}` must be readable: got {reason}."
-            ) from error
+            raise self.bad_row(number, f"it must be readable: got {reason}.") from error
         for check in self.rules.checks:
             self._asked(check, row, number)
         return row, ids
@@ -178,7 +191,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         try:
             check(row)
         except ConfigurationError as error:
-            raise BadRow(f"row {number} of `{self.name}`: {error}") from error
+            raise self.bad_row(number, error) from error
 
 
 def sample_rows(count: int, most: int, seed: int) -> list[int]:

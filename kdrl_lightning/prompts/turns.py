@@ -82,11 +82,16 @@ def clean_messages(messages: Sequence[Any], template: str) -> list[dict[str, Any
             )
         if isinstance(turn.get("content"), list):
             turn["content"] = _joined(turn["content"], number)
-        _check_content(turn, number, last=number == len(messages) - 1)
+        _check_content(turn, number)
         turns.append(turn)
     if not turns:
         raise ConfigurationError(
             "a prompt must have at least one message: got []. Leave the row out."
+        )
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    if asked and not asked[-1].strip():
+        raise ConfigurationError(
+            f"the last message of the user must have text: got {asked[-1]!r}. Leave the row out."
         )
     return turns
 
@@ -105,7 +110,7 @@ def _joined(parts: Sequence[Any], number: int) -> str:
     return "".join(texts)
 
 
-def _check_content(turn: Mapping[str, Any], number: int, last: bool) -> None:
+def _check_content(turn: Mapping[str, Any], number: int) -> None:
     role, content = turn["role"], turn.get("content")
     if role in ("tool", "function", "ipython") or (content is None and turn.get("tool_calls")):
         return  # a tool may return any value, and a call needs no words
@@ -113,11 +118,6 @@ def _check_content(turn: Mapping[str, Any], number: int, last: bool) -> None:
         found = "none" if content is None else f"{type(content).__name__} {content!r:.40}"
         raise ConfigurationError(
             f"the content of a message must be text: got {found} in message {number} ({role})."
-        )
-    if last and role == "user" and not content.strip():
-        raise ConfigurationError(
-            f"the last message of a prompt must have text: got {content!r} ({role}). "
-            "Leave the row out."
         )
 
 

@@ -17,7 +17,7 @@ from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.plan import FROZEN_TOKENS, RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
 from kdrl_lightning.rollout.store import pack, unpack
-from kdrl_lightning.rollout.together import require_finite, stop_together
+from kdrl_lightning.rollout.together import require_embedded, require_finite, stop_together
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
@@ -242,6 +242,8 @@ class RolloutSource:
             )
         if teacher is not None:
             teacher.accept(batch)
+        if self.collector.teacher.count:
+            require_embedded(batch.completion_ids, self.live.module.vocabulary_rows)
         return batch, groups, replaced
 
     def _planned(self, batch: RolloutBatch, rollout: int) -> RolloutPlan:

@@ -166,7 +166,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "missing": ([ask(float("nan"))], r"must be text: got float nan in message 0"),
     "nothing asked": (
         [ask(" \n")],
-        r"last message of a prompt must have text: got ' \\n' \(user\)",
+        r"last message of the user must have text: got ' \\n'\.",
     ),
     "no message": ([], r"must have at least one message: got \[\]"),
     "ShareGPT": ([{"from": "human", "value": "1"}], r"ValueError: message 0 has no role"),
@@ -280,3 +280,15 @@ def test_the_suffix_stands_after_a_question_of_messages_too() -> None:
     assert form([ask("1 +")]) == [ask("1 + =")]
     assert form(np.array([ask("1 +")])) == [ask("1 + =")]
     assert form([ask("1 +"), answer("2")]) == [ask("1 +"), answer("2")]
+
+
+def test_a_form_does_not_hide_an_empty_question() -> None:
+    for form in (
+        PromptForm(suffix=" ="),
+        PromptForm(examples=[{"prompt": "1 +", "answer": "2"}]),
+        PromptForm(chat=True, suffix=" ="),
+        PromptForm(chat=True, prefill="2"),
+    ):
+        refused(word_tokenizer(), form.row({}, ""), "a prompt must have at least one token: got ''")
+    begun = PromptForm(chat=True, prefill="2").row({}, [ask("")])
+    refused(word_tokenizer(), begun, "last message of the user must have text: got ''")

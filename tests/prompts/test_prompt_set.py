@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
-from kdrl_lightning.prompts import PromptSource, encode_all
+from kdrl_lightning.prompts import MixedPrompts, PromptSource, encode_all
 from kdrl_lightning.prompts.base import first_of_each_kind
 from kdrl_lightning.prompts.prompt_set import (
     CHECKED_ROWS,
@@ -80,14 +80,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "no prompt": ({"q": "1"}, r"a prompt row must have the column `prompt`: got \['q'\]"),
     "missing": ({"prompt": float("nan")}, r"must be a string or a list of chat messages: got nan"),
     "no row": ("1=", r"a row must be a mapping of columns: got '1='"),
-    "unreadable": (OSError("disk\ngone"), r"must be readable: got OSError: disk gone\."),
+    "unreadable": (OSError("disk\ngone"), r"it must be readable: got OSError: disk gone\."),
 }
 
 
 @pytest.mark.parametrize(("found", "words"), BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("size", [9, 10**6])
 def test_a_bad_row_is_named_by_number_and_source(found: Any, words: str, size: int) -> None:
-    with pytest.raises(ConfigurationError, match=rf"^row 8 of `train_prompts`:? .*{words}"):
+    with pytest.raises(ConfigurationError, match=rf"^row 8 of `train_prompts`: .*{words}"):
         checked = sample_rows(size, CHECKED_ROWS, 0)
         source = Numbers(size, {8 if size == 9 else checked[8]: found})
         try:
@@ -101,7 +101,7 @@ def test_a_bad_row_is_named_by_number_and_source(found: Any, words: str, size: i
 def test_a_bad_row_later_is_one_to_skip(found: Any, words: str) -> None:
     later = next(i for i in range(10**6) if i not in sample_rows(10**6, CHECKED_ROWS, 0))
     prompts = prompts_of(Numbers(10**6, {later: found}))
-    with pytest.raises(BadRow, match=rf"^row {later} of `train_prompts`:? .*{words}") as caught:
+    with pytest.raises(BadRow, match=rf"^row {later} of `train_prompts`: .*{words}") as caught:
         prompts[later]
     assert not caught.value.wished
 
@@ -177,3 +177,24 @@ def test_kinds_of_rows_are_bounded() -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"^`train_prompts` must have at least one"):
         prompts_of([])
+
+
+def test_a_row_of_a_mixture_is_named_by_its_source_too() -> None:
+    mixture = MixedPrompts({"good": Numbers(3), "other": Numbers(3, {2: {"prompt": None}})})
+    number = next(i for i in range(6) if mixture[i]["prompt"] is None)
+    words = rf"^row {number} of `train_prompts` \(row 2 of its source other\): a prompt must be a"
+    with pytest.raises(ConfigurationError, match=words):
+        prompts_of(mixture)
+
+
+def test_rows_to_try_are_named_too() -> None:
+    def refuse(row: Mapping[str, Any]) -> None:
+        tried.append(row["prompt"])
+        if row["prompt"] == "1=":
+            raise ConfigurationError("no.")
+
+    tried: list[str] = []
+    prompts = prompts_of(Numbers(3))
+    with pytest.raises(ConfigurationError, match=r"^row 1 of `train_prompts`: no\.$"):
+        prompts.ask(refuse, [prompts[1][0], {"prompt": "0="}])
+    assert tried == ["1="]

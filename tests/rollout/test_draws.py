@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from kdrl_lightning.errors import BadRow, TrainingStopped
 from kdrl_lightning.rollout.collector import Collector, Source
@@ -14,6 +15,7 @@ from kdrl_lightning.rollout.draws import LAST_ROLLOUTS, DrawCounts, draw
 from kdrl_lightning.rollout.engine import Sampling
 from kdrl_lightning.rollout.groups import Slots
 from kdrl_lightning.rollout.loader import rows_at
+from kdrl_lightning.rollout.together import require_embedded
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER
 
 
@@ -137,3 +139,12 @@ def test_a_resumed_run_decides_as_the_whole_one() -> None:
     for own in (counts, again):
         with pytest.raises(TrainingStopped, match=r"^4 of the 30 prompts drawn in"):
             own.judge(10, 2)
+
+
+def test_a_teachers_token_that_the_student_does_not_have_is_refused() -> None:
+    words = (
+        r"^the teacher's completions must be of the student's 16 tokens: got 16\. Take a teacher"
+    )
+    with pytest.raises(TrainingStopped, match=words):
+        require_embedded(torch.tensor([[3, 16], [1, 0]]), 16)
+    require_embedded(torch.tensor([[3, 15]]), 16)
