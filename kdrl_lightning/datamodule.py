@@ -224,6 +224,7 @@ class RolloutDataModule(pl.LightningDataModule):
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
         self.live.trainer = self.trainer
+        self.live.vocabulary_rows = self.live.module.vocabulary_rows
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":
@@ -242,6 +243,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if module.teacher is not None and module.teacher.vocabulary_rows is not None:
             models = {**rules.vocabularies, "teacher": module.teacher.vocabulary_rows}
             rules = replace(rules, vocabularies=models)
+            self.live.vocabulary_rows = min(models.values())
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
         if self._one_pass_per_epoch:
             self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)

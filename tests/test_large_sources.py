@@ -11,13 +11,13 @@ import pytest
 from short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 from transformers import AutoTokenizer
 
-from kdrl_lightning import GRPO, ExactMatch
+from kdrl_lightning import GRPO, RLAD, ExactMatch, LocalTeacher
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, sample_rows
 from kdrl_lightning.rewards import TaskReward
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.teachers import RoutedTeacher
+from kdrl_lightning.teachers import CachedTeacher, RoutedTeacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
 
@@ -115,8 +115,6 @@ def test_a_bad_row_is_replaced_named_and_counted(
 def test_a_row_without_a_teacher_is_replaced(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
-    from kdrl_lightning import LocalTeacher
-
     teacher = RoutedTeacher({"near": LocalTeacher(teacher_folder)})
     source = Sums({BAD: {"teacher": "far"}})
     words = rf"^skipped row {BAD} of `train_prompts`: the column `teacher` .* got 'far'"
@@ -201,6 +199,21 @@ def test_a_pad_token_beyond_the_embedding_changes_nothing(
         assert one.completion_lengths.tolist() == other.completion_lengths.tolist()
         assert one.rewards.tolist() == other.rewards.tolist()
         assert one.rollout_logprobs.tolist() == other.rollout_logprobs.tolist()
+
+
+def test_the_padding_is_one_that_the_teacher_knows_too(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    module = make_module(student_folder, teacher_folder, RLAD())
+    teacher = module.teacher
+    assert isinstance(teacher, LocalTeacher) and teacher.vocabulary_rows == 16
+    # The pad token is 0 and the end token 1 here; a teacher with fewer rows cannot be so small.
+    data = make_data(val_prompts=None)
+    fit(tmp_path, module, data, max_steps=1)
+    for rows, pad in ((16, 0), (0, 1)):
+        data.live.vocabulary_rows = rows
+        assert data.live.pad_id == pad
+    assert RoutedTeacher({"a": teacher, "b": CachedTeacher(teacher, "c")}).vocabulary_rows == 16
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, student_folder: str) -> None:
