@@ -56,7 +56,8 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
     if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
     # Equal rewards can leave a rounding residue of the mean, which the division would blow up.
-    return advantages.masked_fill(_flat(rewards), 0.0)
+    constant = _flat(rewards)
+    return advantages.masked_fill(constant, 0.0)
 
 
 def shaped(
@@ -88,8 +89,9 @@ def shaped(
     advantages = plain + teacher_kl_coef * gaps
     if not scale_by_std or not rewards.shape[0]:
         return advantages
+    constant = _flat(rewards)
     std = rewards.to(plain.dtype).std(1, keepdim=True) + eps
-    return advantages / torch.where(_flat(rewards), 1.0, std)
+    return advantages / torch.where(constant, 1.0, std)
 
 
 def _flat(rewards: Tensor) -> Tensor:

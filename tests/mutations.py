@@ -78,6 +78,10 @@ WEIGHTS = "weights.py", "test_lora.py"
 PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
 COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
+REFERENCES = "rewards/references.py", "rewards/test_references.py"
+NUMBERS = "rewards/numbers.py", "rewards/test_numbers.py"
+UNITS = "rewards/units.py", "rewards/test_numbers.py"
+EQUATIONS = "rewards/equations.py", "rewards/test_numbers.py"
 
 
 class Mutation(NamedTuple):
@@ -1355,6 +1359,75 @@ MUTATIONS = [
         COMPOSED,
         "result.correct if name == self.correct else correct",
         "result.correct",
+    ),
+    Mutation("answers: a missing one is a text", REFERENCES, "if missing(value):", "if False:"),
+    Mutation("answers: a whole float as it is", REFERENCES, "[short, plain, text", "[text"),
+    Mutation("answers: a list is a text", REFERENCES, "    if _many(value):", "    if False:"),
+    Mutation(
+        "numbers: a percentage is its number",
+        NUMBERS,
+        "shift = 2 if percent else 0",
+        "shift = 0",
+    ),
+    Mutation("numbers: rounded as one likes", NUMBERS, "FEWEST_PLACES = 6", "FEWEST_PLACES = 2"),
+    Mutation("numbers: exponents forgotten", NUMBERS, "Fraction(10) ** exponent", "1"),
+    Mutation("units: any is as good", UNITS, "if a[1] != b[1]:", "if False:"),
+    Mutation(
+        "equations: the last side counts", EQUATIONS, "sides[0], side) is False", "side, side)"
+    ),
+    Mutation(
+        "mathematics: six places are enough",
+        ("rewards/math.py", "rewards/test_numbers.py"),
+        " and alike(gold, answer)",
+        "",
+    ),
+    Mutation(
+        "rewards: they may change the row",
+        ("rewards/base.py", "rewards/test_reward_runner.py"),
+        "samples = [own_copy(sample) for sample in samples]",
+        "samples = list(samples)",
+    ),
+    Mutation(
+        "texts: without special tokens",
+        ("rollout/sampler.py", "rollout/test_texts.py"),
+        "skip_special_tokens=False",
+        "skip_special_tokens=True",
+    ),
+    Mutation(
+        "texts: with the end",
+        ("rollout/sampler.py", "rollout/test_texts.py"),
+        "c.ids if c.truncated else c.ids[:-1]",
+        "c.ids",
+    ),
+    Mutation(
+        "groups: flat on Python's floats",
+        ("rollout/groups.py", "test_flat_groups.py"),
+        "dtype=reward_dtype())",
+        "dtype=torch.float64)",
+    ),
+    Mutation(
+        "rewards: always float32",
+        ("rollout_batch.py", "test_flat_groups.py"),
+        "torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32",
+        "torch.float32",
+    ),
+    Mutation(
+        "reasoning-gym: a constant on one row is enough",
+        ("rewards/reasoning_gym.py", "rewards/test_rewards.py"),
+        " and always_right(task, answer)",
+        "",
+    ),
+    Mutation(
+        "workers: orphans stay",
+        ("rewards/worker.py", "rewards/test_workers.py"),
+        "        _end_rest(child)\n",
+        "",
+    ),
+    Mutation(
+        "predictions: ours over theirs",
+        ("evaluation/batch.py", "evaluation/test_predictions.py"),
+        "{ROW: hidden} if hidden else {}",
+        "{}",
     ),
 ]
 

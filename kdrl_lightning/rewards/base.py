@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 LARGEST = 3.4e38  # of float32
+ATOMS = (str, int, float, bool, bytes, type(None))  # what nobody can change in place
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,11 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
 
 def own_copy(sample: Sample) -> Sample:
     """Return a sample whose row and tokens may be changed."""
-    try:
-        row = deepcopy(sample.row)
-    except Exception:  # something in it cannot be copied, e.g. a lock
-        row = dict(sample.row)
-    return replace(sample, row=row, ids=list(sample.ids))
+    row: Mapping[str, Any] = dict(sample.row)
+    if not all(type(value) in ATOMS for value in row.values()):
+        with suppress(Exception):  # something in it cannot be copied, e.g. a lock
+            row = deepcopy(sample.row)
+    return Sample(sample.text, list(sample.ids), row, sample.truncated)
 
 
 def walk(reward: Reward) -> Iterator[Reward]:

@@ -23,6 +23,8 @@ INTEGER = re.compile(r"[+-]?\d{1,18}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z ]*")
 # Parsers are built at their first use, which takes longer than all others.
 WARM_UP = [(r"\frac{1}{2}", "0.5"), ("x+1", r"1+\sqrt{x^2}"), ("(1, 2)", r"\{1, 2\}")]
+# To math-verify 1e-9 is e - 9.
+E_NOTATION = re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)")
 RELATIVE = 5e-6  # what rounding to six places leaves of 0.1
 STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
@@ -188,6 +190,7 @@ def equal(pair: tuple[str, str]) -> bool:
 
     def parsed(text: str) -> list[Any]:
         config = [math_verify.LatexExtractionConfig()]
+        text = E_NOTATION.sub(r"\1\\times 10^{\2}", text)
         # Its own time-outs use signals.
         found: list[Any] = math_verify.parse(f"${text}$", config, parsing_timeout=None)
         return found

@@ -13,6 +13,7 @@ from fractions import Fraction
 LARGEST_EXPONENT, LONGEST = 2000, 1000
 # math-verify rounds to as many; shorter decimals are no value of a fraction.
 FEWEST_PLACES = 6
+FLOAT_DIGITS, NOISE = 15, Fraction(1, 10**14)
 # What stands in a number for its looks: spaces, delimiters, a currency sign before it.
 SPACING = re.compile(r"\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~")
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -66,7 +67,7 @@ def read_number(text: str) -> Number | None:
 def same_number(one: str, other: str) -> bool | None:
     r"""Compare two numbers; None if one of the texts is no number.
 
-    Decimals are compared exactly. A decimal equals a fraction that it cannot write (1/3) if it is
+    Decimals are compared exactly, if they are not as long as a float64. A decimal equals a fraction that it cannot write (1/3) if it is
     its value, rounded to six places after the point or more.
 
     >>> same_number("1.6e-19", "9.1e-31"), same_number("1/3", "0.333333"), same_number("x", "1")
@@ -77,12 +78,20 @@ def same_number(one: str, other: str) -> bool | None:
         return None
     if a.value == b.value:
         return True
+    largest = max(abs(a.value), abs(b.value))
+    if (_is_float(a) or _is_float(b)) and abs(a.value - b.value) <= NOISE * largest:
+        return True
     rounded, whole = (a, b) if a.places is not None else (b, a)
     if rounded.places is None or whole.places is not None:
         return False
     if min(rounded.places, rounded.digits) < FEWEST_PLACES:
         return False
     return abs(rounded.value - whole.value) * 2 <= Fraction(1, 10**rounded.places)
+
+
+def _is_float(number: Number) -> bool:
+    """Whether a decimal has all the digits of a float64, the last of which are noise."""
+    return bool(number.places) and number.digits >= FLOAT_DIGITS
 
 
 def _decimal(text: str) -> Number | None:

@@ -137,7 +137,7 @@ def always_right(task: str, answer: str) -> bool:
     """Whether a task's scorer gives full credit to an answer on most rows, whose answers differ."""
     scorer = load_scorer(task)
     items = load_library("reasoning_gym").create_dataset(task, size=PROBE_ROWS, seed=PROBE_SEED)
-    satisfied = []
+    satisfied: list[Any] = []
     for row in (items[i] for i in range(PROBE_ROWS)):
         with suppress(Exception):  # it cannot read the answer
             if float(scorer(answer, row)) >= 1.0:

@@ -20,7 +20,8 @@ def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
 
     - A text counts as it is, bytes as UTF-8.
     - A whole float counts with and without its fraction (a column of integers becomes one of floats
-      if a cell is empty), a tiny or a huge one with and without its exponent.
+      if a cell is empty), a tiny or a huge one with and without its exponent, one that carries the
+      noise of a sum (0.1 + 0.2) as 0.3, too.
     - ``True`` and ``False`` count in both spellings, ``True`` and ``true``.
     - Of a list, a tuple, a set or an array each entry counts; missing entries are skipped.
 
@@ -89,7 +90,8 @@ def _texts(value: Any, inside: bool = False) -> Iterable[str]:
     if isinstance(value, bool):
         return [str(value), str(value).lower()]
     if isinstance(value, float):
-        return _of_decimal(Decimal(repr(value)), repr(value))
+        exact, short = Decimal(repr(value)), Decimal(f"{value:.15g}")
+        return [*_of_decimal(exact, repr(value)), *_of_decimal(short, str(short))[:1]]
     if isinstance(value, Decimal):
         return _of_decimal(value, str(value))
     if isinstance(value, int | complex | Fraction | date | time):

@@ -176,7 +176,7 @@ def _end(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.pipe.close()  # a child that waits ends, and its parent with it
         if worker.child is None:
-            worker.process.kill()
+            _kill(worker.process)
         elif worker.call is not None:
             with suppress(ProcessLookupError):
                 os.kill(worker.child, signal.SIGKILL)
@@ -184,6 +184,12 @@ def _end(workers: list[_Worker]) -> None:
         try:
             worker.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            worker.process.kill()
+            _kill(worker.process)
             worker.process.wait()
     workers.clear()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker that does not end by itself, with what it has started while it imported."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -82,9 +82,7 @@ def _texts(tokenizer: Any, completions: Sequence[Completion]) -> list[str]:
         [i for i in (c.ids if c.truncated else c.ids[:-1]) if i not in frame]
         for c in completions
     ]
-    decoded: list[str] = tokenizer.batch_decode(
-        ids, skip_special_tokens=False, spaces_between_special_tokens=False
-    )
+    decoded: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=False)
     return decoded
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from short_runs import make_data, make_module, make_trainer
 
@@ -65,6 +67,75 @@ def test_parquet_takes_any_prompt_and_any_text(tmp_path: Path) -> None:
     assert rows[0]["completion"] == "?\x00" and rows[0]["parts"] == [("format", 0.5)]
     assert [json.loads(row["row"]) for row in rows[1:]] == [{"level": 1}, {"level": "high"}]
     assert file.rows == len(rows) == 3
+
+
+CLASHING = {
+    **{"set": 7, "index": "q-17", "sample": "s", "completion": "theirs", "answer_found": None},
+    **{"reward": 0.25, "parts": [1], "correct": "maybe", "truncated": 3, "length": "long"},
+    **{"row": {"x": 1}, "level": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["", "a"])
+def test_columns_called_like_ours_are_kept_in_row(
+    tmp_path: Path, student_folder: str, name: str
+) -> None:
+    from pyarrow import parquet
+
+    rows = [{"prompt": "1+2=", "answer": "3", **CLASHING}, {"prompt": "2+2=", "answer": "4"}]
+    hidden = {key: value for key, value in CLASHING.items() if key != "level"}
+    for writer in (PredictionWriter(), PredictionWriter("parquet")):
+        trainer = make_trainer(tmp_path, callbacks=[writer])
+        data = make_data(val_prompts={name: EvalSet(rows)} if name else rows)
+        made = trainer.predict(make_module(student_folder, None, GRPO()), datamodule=data)
+        first, second = (row for batch in made or [] for row in batch)
+        assert first["row"] == hidden and first["level"] == 3 and "row" not in second
+        assert (first["index"], first["sample"]) == (0, 0)
+        assert type(first["reward"]) is float and first["completion"] != "theirs"
+        assert first.get("set") == (name or None) and type(first["length"]) is int
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert written[0]["row"] == hidden and [row["index"] for row in written] == [0, 1]
+    table = parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
+    assert json.loads(table[0]["row"]) == {"answer": "3", **CLASHING}
+    assert json.loads(table[1]["row"]) == {"answer": "4"}
+    assert [row["set"] for row in table] == [name or None] * 2
+
+
+def test_json_takes_the_types_of_data_sets(tmp_path: Path) -> None:
+    file = JSONLFile(tmp_path / "x.jsonl")
+    values: dict[Any, Any] = {
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "numpy": np.float32("nan"),
+        "int": np.int64(3),
+        "array": np.arange(2000),
+        "bytes": b"caf\xc3\xa9",
+        "set": {1},
+        "tuple": (1, None),
+        "date": datetime.date(2024, 1, 2),
+        "half": "\ud83d\x00",
+        ("a", 1): {2: True},
+    }
+    file.write([values])
+    file.close()
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    assert json.loads(file.path.read_text(), parse_constant=refuse) == {
+        "nan": None,
+        "inf": "inf",
+        "numpy": None,
+        "int": 3,
+        "array": list(range(2000)),
+        "bytes": "café",
+        "set": [1],
+        "tuple": [1, None],
+        "date": "2024-01-02",
+        "half": "\ud83d\x00",
+        "('a', 1)": {"2": True},
+    }
 
 
 def test_what_the_writer_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,3 +145,8 @@ def batch(samples: Sequence[Sample]) -> list[float]:
     texts = [sample.text for sample in samples]
     answer(texts[0])
     return [1.0] * (len(texts) - ("short" in texts))
+
+
+def odd(sample: Sample) -> float:
+    """Judge by what came through the pipe."""
+    return float(len(sample.text) == len(sample.text.encode("utf-16-le", "surrogatepass")) // 2)

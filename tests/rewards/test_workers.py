@@ -28,11 +28,11 @@ def pool() -> Iterator[WorkerPool]:
 
 def alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
     # A process that has ended but has not been waited for is a zombie.
-    return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z" not in status.rpartition(")")[2].split()[0]
 
 
 def gone(process: int) -> bool:
