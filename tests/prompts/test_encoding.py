@@ -43,6 +43,8 @@ def refused(tokenizer: Any, row: dict[str, Any], words: str) -> None:
         ("<bos> $A", "1 +", [BOS, *ONE_PLUS]),
         ("<bos> $A", "<bos> 1 +", [BOS, *ONE_PLUS]),
         ("<bos> $A", "<bos>", [BOS]),
+        ("<bos> x $A", "1 +", [BOS, 14, *ONE_PLUS]),
+        ("<bos> x $A", "<bos> x 1 +", [BOS, 14, *ONE_PLUS]),
         ("$A <eos>", "1 +", ONE_PLUS),
         ("<bos> $A <eos>", "1 +", [BOS, *ONE_PLUS]),
         ("<bos> $A <eos>", "<bos> u 1 + ; a", ASKED),

@@ -28,7 +28,7 @@ def word_tokenizer(around: str = "$A", template: str | None = CHAT) -> Any:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
     inner.post_processor = processors.TemplateProcessing(
-        single=around, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+        single=around, special_tokens=[("<bos>", 0), ("<eos>", 1), ("x", 14)]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
