@@ -138,6 +138,38 @@ def check_micro_batches(trainer: Any, data: RolloutDataModule, longest_prompt: i
     )
 
 
+def longest_that_fits(trainer: Any, data: RolloutDataModule) -> int | None:
+    """Return the longest prompt whose completions fit a micro-batch; None without a limit."""
+    limit = data.max_tokens_per_micro_batch
+    if limit is None:
+        return None
+    unit = data.minibatches_per_rollout * trainer.world_size
+    rows = data.prompts_per_rollout // unit * data.completions_per_prompt
+    each = -(-rows // trainer.accumulate_grad_batches)
+    return int(limit // each - data.train_sampling.max_tokens)
+
+
+def overfit_rollouts(trainer: Any, data: RolloutDataModule) -> int:
+    """Return after how many rollouts ``overfit_batches`` repeats their prompts; 0: it is not set.
+
+    Raises:
+        ConfigurationError: it would end an epoch in the middle of a rollout.
+    """
+    limit = trainer.overfit_batches
+    if not limit:
+        return 0
+    length = len(data.train_dataloader())
+    each = data.updates_per_rollout * trainer.accumulate_grad_batches
+    batches = limited(length, limit)
+    if batches % each or not batches:
+        raise ConfigurationError(
+            f"`overfit_batches` must be whole rollouts of {each} micro-batches, whose prompts then "
+            f"come again and again: got {limit}, which is {batches} of {length}. "
+            f"Set `overfit_batches: {max(batches // each, 1) * each}`."
+        )
+    return int(batches // each)
+
+
 def check_completions(data: RolloutDataModule, module: Any) -> None:
     """Check that the objective can use the completions that student and teacher sample."""
     objective, name = module.objective, type(module.objective).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,16 +16,14 @@ from kdrl_lightning.checks import (
     check_micro_batches,
     check_off_policy,
     check_rollout_settings,
+    longest_that_fits,
+    overfit_rollouts,
 )
+from kdrl_lightning.end_tokens import warn_of_turn_end
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
-from kdrl_lightning.prompts.base import (
-    EncodedPrompt,
-    Prompts,
-    encode_all,
-    first_of_each_kind,
-    within,
-)
+from kdrl_lightning.prompts.base import Prompts, first_of_each_kind
+from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rewards.runner import RewardRunner
 from kdrl_lightning.rollout.collector import Collector, Source
@@ -38,6 +37,9 @@ from kdrl_lightning.rollout.transformers_engine import TransformersEngine
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.weights import ModelWeights
+
+# Evaluation prompts up to as many are all checked before the run, and kept with their ids.
+EVALUATED_ROWS = 10_000
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -81,8 +83,9 @@ class RolloutDataModule(pl.LightningDataModule):
         val_temperature: 0 is greedy.
         val_k: of pass@k and majority@k, each from 1 to ``val_samples``; None: ``val_samples``,
             where that is above 1.
-        overlong_prompts: a prompt that is too long stops the run before it starts (``refuse``), or
-            is left out, and their number printed (``drop``).
+        overlong_prompts: a prompt that is too long stops the run (``refuse``), or is left out and
+            counted (``drop``). Of more than 1,000 training prompts a sample is looked at before the
+            run, and each when it is drawn.
         max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
         failed_reward: what a completion gets on which the reward fails; it counts as wrong.
@@ -222,24 +225,40 @@ class RolloutDataModule(pl.LightningDataModule):
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
         self.live.trainer = self.trainer
+        self.live.vocabulary_rows = self.live.module.vocabulary_rows
         self.rollouts.reset(stage == "fit")
-        tried = self.evaluation.setup(TrainerFn(stage).value, self._encode)
+        sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":
-            limit = self.train_sampling.max_tokens
-            prompts = self._encode(self.train_prompts, "train_prompts", limit)
-            if self._one_pass_per_epoch:
-                self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)
-            check_rollout_settings(self.trainer, self, self.live.module)
-            check_micro_batches(self.trainer, self, max(len(ids) for _, ids in prompts))
-            if self.live.module.teacher is not None:
-                for row, _ in prompts:  # a row without a teacher is found before the run
-                    self.live.module.teacher.route(row)
-            self.rollouts.prompts = prompts
-            tried = [*prompts, *tried]
+            sets = [self._set_up_training(), *sets]
+        if any(not isinstance(row["prompt"], str) for prompts in sets for row, _ in prompts.sample):
+            module = self.live.module
+            warn_of_turn_end(module.end_tokens, module.tokenizer, module.student_path)
         self.rewards.start()
-        for row in first_of_each_kind(row for row, _ in tried):
-            self.rewards.try_once(row)
-        self.rewards.check(row for row, _ in tried)
+        kinds = first_of_each_kind(row for prompts in sets for row, _ in prompts.sample)
+        for prompts in sets:
+            # The row of each kind is tried with completions, all others are only looked at.
+            prompts.ask(self.rewards.try_once, kinds)
+            prompts.require(lambda row: self.rewards.check([row]))
+
+    def _set_up_training(self) -> PromptSet:
+        """Look at the training prompts, and check the settings that rollouts depend on."""
+        trainer, module = self.trainer, self.live.module
+        rules = self._rules(self.train_sampling.max_tokens)
+        if module.teacher is not None and module.teacher.vocabulary_rows is not None:
+            models = {**rules.vocabularies, "teacher": module.teacher.vocabulary_rows}
+            rules = replace(rules, vocabularies=models)
+            self.live.vocabulary_rows = min(models.values())
+        prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
+        if self._one_pass_per_epoch:
+            self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)
+        check_rollout_settings(trainer, self, module)
+        check_micro_batches(trainer, self, prompts.longest)
+        prompts.limit(longest_that_fits(trainer, self), "`max_tokens_per_micro_batch`")
+        if module.teacher is not None:
+            prompts.require(module.teacher.route)  # a row without a teacher is found before the run
+        self.collector.repeat = overfit_rollouts(trainer, self)
+        self.rollouts.prompts = prompts
+        return prompts
 
     def teardown(self, stage: str) -> None:
         """End the reward's processes."""
@@ -317,27 +336,23 @@ class RolloutDataModule(pl.LightningDataModule):
             temperature,
         )
 
-    def _encode(self, source: Prompts, name: str, max_tokens: int) -> list[EncodedPrompt]:
+    def _rules(self, max_tokens: int) -> PromptRules:
         module = self.live.module
-        limit = module.context_length - max_tokens
+        limit, context = module.context_length - max_tokens, module.context_length
         if self.max_prompt_tokens is not None:
             limit = min(limit, self.max_prompt_tokens)
-        kept, dropped = within(encode_all(source, name, module.tokenizer), limit)
-        if not dropped:
-            return kept
-        count = len(dropped) + len(kept)
-        if self.overlong_prompts == "refuse" or not kept:
-            row, tokens = dropped[0]
-            raise ConfigurationError(
-                f"`{name}` must have at most {limit} tokens a prompt (context "
-                f"{module.context_length}, `max_tokens` {max_tokens}): got {tokens} in row {row}, "
-                f"and {len(dropped)} such rows of {count}. Set `overlong_prompts: drop`, or lower "
-                "`max_tokens`."
-            )
-        if self.trainer.is_global_zero:
-            print(
-                f"{name}: {len(dropped)} of {count} prompts left out, which have more than "
-                f"{limit} tokens",
-                flush=True,
-            )
-        return kept
+        return PromptRules(
+            limit=limit,
+            why=f"context {context}, `max_tokens` {max_tokens}",
+            drop=self.overlong_prompts == "drop",
+            vocabularies={"student": module.vocabulary_rows},
+        )
+
+    def _encode_evaluated(self, source: Prompts, name: str, max_tokens: int) -> PromptSet:
+        return self._encode(source, name, self._rules(max_tokens), EVALUATED_ROWS)
+
+    def _encode(self, source: Prompts, name: str, rules: PromptRules, most: int) -> PromptSet:
+        prompts = PromptSet(source, name, self.live.module.tokenizer, rules, most, self.seed)
+        if prompts.overlong and self.trainer.is_global_zero:
+            print(prompts.left_out(), flush=True)
+        return prompts

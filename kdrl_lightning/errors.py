@@ -25,3 +25,15 @@ class TrainingStopped(RuntimeError):  # noqa: N818
 
 class Interrupted(TrainingStopped):
     """A run that was asked to stop, and has saved; the message says where to go on."""
+
+
+class BadRow(ConfigurationError):  # noqa: N818
+    """A row of a prompt source that cannot be used; a run that draws it takes another one.
+
+    Attributes:
+        wished: the user chose to leave such rows out (``overlong_prompts: drop``).
+    """
+
+    def __init__(self, message: str, wished: bool = False) -> None:
+        super().__init__(message)
+        self.wished = wished

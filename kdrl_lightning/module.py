@@ -159,6 +159,11 @@ class KDRLModule(pl.LightningModule):
         config = load_config(self.student_path).get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the student's embedding: every token id must be below."""
+        return int(load_config(self.student_path).get_text_config().vocab_size)
+
     def prepare_data(self) -> None:
         """Let model sources make their models, on one process."""
         model_path(self.student_source)

@@ -2,17 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.prompts.base import Prompts, encode_prompt
-from kdrl_lightning.rollout.loader import IndexLoader, prompt_stream
+from kdrl_lightning.end_tokens import EndTokens
+from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
+from kdrl_lightning.prompts.base import Prompts
+from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet, check_ids
+from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
+from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
 from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout.plan import step_totals
+from kdrl_lightning.rollout.together import stop_together
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
+
+Trace: TypeAlias = tuple[list[int], list[int]]
+
+
+class Traces(Sequence[Trace]):
+    """Ids of prompts and of completions, each with its end token; encoded when they are drawn.
+
+    Args:
+        source: rows with ``prompt`` and ``completion``.
+        module: its tokenizer, vocabulary and context must do.
+        seed: of the sample that is checked.
+
+    Raises:
+        ConfigurationError: a checked row cannot be used.
+    """
+
+    def __init__(self, source: Prompts, module: Any, seed: int) -> None:
+        self.tokenizer, self.rows = module.tokenizer, module.vocabulary_rows
+        self.context, self.ends = module.context_length, module.end_tokens
+        rules = PromptRules(vocabularies={"student": self.rows})
+        self.prompts = PromptSet(source, "traces", self.tokenizer, rules, seed=seed)
+        for number, (row, ids) in self.prompts.checked_rows():
+            self._completed(row, ids, number)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one trace.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
+        row, ids = self.prompts[index]
+        return ids, self._completed(row, ids, index)
+
+    def _completed(self, row: Mapping[str, Any], prompt: list[int], number: int) -> list[int]:
+        try:
+            ids = encode_completion(self.tokenizer, row, self.ends)
+            check_ids(ids, self.rows, "student", self.tokenizer)
+            if len(prompt) + len(ids) > self.context:
+                raise ConfigurationError(
+                    f"prompt and completion must have at most {self.context} tokens, the student's "
+                    f"context: got {len(prompt) + len(ids)}. Leave the row out."
+                )
+        except ConfigurationError as error:
+            raise BadRow(f"row {number} of `traces`: {error}") from error
+        return ids
+
+
+def encode_completion(tokenizer: Any, row: Mapping[str, Any], ends: EndTokens) -> list[int]:
+    """Return the ids of a completion with one end token after them.
+
+    Raises:
+        ConfigurationError: there is no text.
+    """
+    text = row.get("completion")
+    if not isinstance(text, str):
+        raise ConfigurationError(
+            f"the column `completion` must be text: got {text!r:.80}. Leave the row out, or "
+            "rename the column."
+        )
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    while ids and ids[-1] in ends.ids:  # the text's own, or the tokenizer's
+        ids.pop()
+    return [*ids, ends.closing(row.get("prompt"))]
 
 
 class SupervisedDataModule(pl.LightningDataModule):
@@ -34,6 +105,9 @@ class SupervisedDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self._step: tuple[int, list[RolloutBatch]] = (-1, [])
+        self._traces: Traces | None = None
+        self._counts = DrawCounts()
+        self._repeat = 0  # steps after which the same rows come again; 0: after all were taken
 
     def setup(self, stage: str) -> None:
         """Switch validation off: there are no prompts to sample from."""
@@ -50,6 +124,16 @@ class SupervisedDataModule(pl.LightningDataModule):
                 f"rows (`accumulate_grad_batches`) for each: got {self.batch_size}."
             )
         trainer.limit_val_batches = 0
+        self._traces = Traces(self.traces, trainer.lightning_module, self.seed)
+        self._counts = DrawCounts()
+        length = max(len(self.traces) // self.batch_size, 1) * micro
+        batches = limited(length, trainer.overfit_batches)
+        if trainer.overfit_batches and (batches % micro or not batches):
+            raise ConfigurationError(
+                f"`overfit_batches` must be whole optimizer steps of {micro} micro-batches: got "
+                f"{trainer.overfit_batches}, which is {batches} of {length}. Give a multiple."
+            )
+        self._repeat = batches // micro
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""
@@ -69,26 +153,35 @@ class SupervisedDataModule(pl.LightningDataModule):
 
     def _make_step(self, step: int) -> list[RolloutBatch]:
         trainer = self._trainer()
-        module, tokenizer = trainer.lightning_module, trainer.lightning_module.tokenizer
-        stream = prompt_stream(step * self.batch_size, self.batch_size, len(self.traces), self.seed)
-        rows = [self.traces[i] for i in stream[trainer.global_rank :: trainer.world_size]]
-        completions = [
-            [
-                *tokenizer(r["completion"], add_special_tokens=False)["input_ids"],
-                module.end_tokens.closing(r["prompt"]),
-            ]
-            for r in rows
-        ]
+        module = trainer.lightning_module
+        drawn = stop_together(lambda: self._draw(step), module.reduce)
+        counts = torch.tensor(self._counts.take(), dtype=torch.float64)
+        read, _, bad = module.reduce(counts, "sum").tolist()
+        self._counts.judge(read, bad)
         whole = collate(
-            [encode_prompt(tokenizer, r) for r in rows],
-            completions,
-            list(range(len(rows))),
-            pad_id=tokenizer.eos_token_id,
+            [prompt for prompt, _ in drawn],
+            [completion for _, completion in drawn],
+            list(range(len(drawn))),
+            pad_id=module.tokenizer.eos_token_id,
         ).to(module.device)
-        longest = module.reduce(torch.tensor(float(max(map(len, completions)))), "max")
+        longest = module.reduce(torch.tensor(float(max(len(c) for _, c in drawn))), "max")
         totals = step_totals(whole, int(longest), module.reduce)
         parts = partition(whole.lengths.tolist(), trainer.accumulate_grad_batches)
         return [whole.select(part).replace(totals=totals) for part in parts]
+
+    def _draw(self, step: int) -> list[Trace]:
+        """Return this rank's traces of a step; instead of a bad row that of a later step."""
+        trainer, traces = self._trainer(), self._traces
+        assert traces is not None
+        first = step % self._repeat if self._repeat else step
+        drawn = []
+        for place in range(trainer.global_rank, self.batch_size, trainer.world_size):
+            positions = ((first + k) * self.batch_size + place for k in range(MOST_TRIES))
+            rows = (rows_at([p], len(traces), self.seed)[0] for p in positions)
+            trace, bad = draw(traces, rows)
+            self._counts.add(1, bad)
+            drawn.append(trace)
+        return drawn
 
     def _trainer(self) -> Any:
         assert self.trainer is not None

@@ -61,6 +61,11 @@ FRAME_STATS = "objectives/policy.py", "test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 ANNEALING = "schedules.py", "test_kl_annealing.py"
 STORE = "rollout/store.py", "rollout/test_store.py"
+ENCODING = "prompts/encoding.py", "prompts/test_encoding.py"
+TURNS = "prompts/turns.py", "prompts/test_encoding.py"
+PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
+DRAWS = "rollout/draws.py", "rollout/test_draws.py"
+COLLECTOR = "rollout/collector.py", "rollout/test_draws.py"
 CHECKPOINTS = "checkpoints.py", "test_checkpoint_files.py"
 EXPORT = "export.py", "test_export.py"
 BUILD = "models.py", "test_export.py"
@@ -1321,6 +1326,64 @@ MUTATIONS = [
         '(".base_layer.weight"))',
     ),
     Mutation("adapters: left out", WEIGHTS, "if layer is None:", "if True:"),
+    # How prompts are encoded and drawn.
+    Mutation(
+        "prompts: two BOS before a text",
+        ENCODING,
+        "return [] if own[0] in front else front",
+        "return front",
+    ),
+    Mutation(
+        "prompts: an end token that the tokenizer adds",
+        ENCODING,
+        "        ids = ids[:-1]\n",
+        "        ids = ids[:]\n",
+    ),
+    Mutation(
+        "prompts: the answer shown",
+        ENCODING,
+        'if before[-1:] == ["assistant"]:',
+        'if before[-2:] == ["assistant"]:',
+    ),
+    Mutation(
+        "prompts: keys of Parquet",
+        TURNS,
+        "for key, one in value.items() if one is not None}",
+        "for key, one in value.items()}",
+    ),
+    Mutation(
+        "prompts: an id at the last row", PROMPT_SET, "if highest >= rows:", "if highest > rows:"
+    ),
+    Mutation(
+        "prompts: later rows unchecked",
+        PROMPT_SET,
+        "checks=(*self.rules.checks, check))",
+        "checks=self.rules.checks)",
+    ),
+    Mutation(
+        "draws: the neighbour's row instead",
+        COLLECTOR,
+        "self.slots.position(first + k, slot, attempt)",
+        "self.slots.position(first, slot + k, attempt)",
+    ),
+    Mutation(
+        "draws: overfit prompts go on",
+        COLLECTOR,
+        "rollout % self.repeat if self.repeat else rollout",
+        "rollout",
+    ),
+    Mutation(
+        "draws: one rollout counts",
+        DRAWS,
+        "self._last.append((drawn, bad))",
+        "self._last = deque([(drawn, bad)])",
+    ),
+    Mutation(
+        "draws: rows left out by wish are bad",
+        DRAWS,
+        "bad = [error for error in skipped if not error.wished]",
+        "bad = list(skipped)",
+    ),
     # What completions are worth.
     Mutation(
         "pass@k: drawn with replacement",

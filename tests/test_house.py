@@ -61,8 +61,9 @@ ALLOWED = {
     | {"nonfinite", "objectives", "pending", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
-    "datamodule": FLOOR | {"checks", "evaluation", "prompts", "rewards", "rollout", "weights"},
-    "supervised": FLOOR | {"prompts", "rollout"},
+    "datamodule": FLOOR
+    | {"checks", "end_tokens", "evaluation", "prompts", "rewards", "rollout", "weights"},
+    "supervised": FLOOR | {"end_tokens", "prompts", "rollout"},
     "plots": {"metrics"},
     "schedules": {"errors"},
     "serve": {"errors", "rollout"},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import BadRow, ConfigurationError
 from kdrl_lightning.evaluation.batch import EvaluationBatch
 from kdrl_lightning.evaluation.sets import EvalSets, NamedSet, named_sets
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts
+from kdrl_lightning.prompts.prompt_set import PromptSet
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rollout.engine import Sampling, noise_seed
 from kdrl_lightning.rollout.groups import EVALUATION_NOISE
@@ -42,16 +44,16 @@ class EvaluationSource:
         self.val = named_sets(val, "val_prompts", default)
         self.test = named_sets(test, "test_prompts", default) or self.val
         self.seed = seed
-        self._sets: list[tuple[NamedSet, list[EncodedPrompt]]] = []
+        self._sets: list[tuple[NamedSet, PromptSet]] = []
 
     def setup(
-        self, stage: str, encode: Callable[[Prompts, str, int], list[EncodedPrompt]]
-    ) -> list[EncodedPrompt]:
-        """Encode the sets of a stage; return their prompts.
+        self, stage: str, encode: Callable[[Prompts, str, int], PromptSet]
+    ) -> list[PromptSet]:
+        """Look at the sets of a stage, and return them.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
-            encode: ``(prompts, name, max_tokens) -> encoded prompts``.
+            encode: ``(prompts, name, max_tokens) -> their set``.
 
         Raises:
             ConfigurationError: a stage that is all evaluation has no set.
@@ -66,7 +68,7 @@ class EvaluationSource:
         for one in sets:
             name = f"{setting}.{one.name}" if one.name else setting
             self._sets.append((one, encode(one.prompts, name, one.sampling.max_tokens)))
-        return [prompt for _, rows in self._sets for prompt in rows]
+        return [prompts for _, prompts in self._sets]
 
     def loaders(self, world_size: int) -> list[IndexLoader]:
         """Return one loader of batch indices per set, as long on every rank."""
@@ -95,7 +97,8 @@ class EvaluationSource:
         """
         (one, prompts), (rank, world_size) = self._sets[which], ranks
         start, end = (b * one.batch_size * world_size for b in (index, index + 1))
-        rows = list(range(start + rank, min(len(prompts), end), world_size))
+        drawn = usable(prompts, range(start + rank, min(len(prompts), end), world_size))
+        rows = list(drawn)
         seeds = [
             [noise_seed(self.seed, EVALUATION_NOISE, r, k) for k in range(one.samples)]
             for r in rows
@@ -103,5 +106,16 @@ class EvaluationSource:
         sampling = one.sampling
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
-        judged = sample([prompts[r] for r in rows], seeds, sampling)
+        judged = sample(list(drawn.values()), seeds, sampling)
         return EvaluationBatch.from_judged(one, rows, judged, reward)
+
+
+def usable(prompts: Sequence[EncodedPrompt], rows: Iterable[int]) -> dict[int, EncodedPrompt]:
+    """Return the prompts of rows; one that cannot be used is left out, with a warning."""
+    drawn = {}
+    for row in rows:
+        try:
+            drawn[row] = prompts[row]
+        except BadRow as error:
+            warnings.warn(f"left out of the evaluation: {error}", stacklevel=2)
+    return drawn

@@ -40,6 +40,7 @@ class HFPrompts(PromptSource):
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions before it, each with ``prompt`` and ``answer``.
         suffix: put behind every question.
+        prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class HFPrompts(PromptSource):
         template_args: dict[str, Any] | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
+        prefill: str | None = None,
     ) -> None:
         if take is not None:
             require_between("take", take, 1, float("inf"))
         elif streaming:
             raise ConfigurationError("`take` must be given with `streaming: true`: got None.")
-        self.form = PromptForm(chat, system, template_args, examples, suffix)
+        self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
         self.answer_column = answer_column
         self.rows = _load(path, name, split, take, streaming)

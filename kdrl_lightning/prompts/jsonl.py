@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import PromptSource
@@ -23,6 +25,7 @@ class JSONLPrompts(PromptSource):
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions before it, each with ``prompt`` and ``answer``.
         suffix: put behind every question.
+        prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 
     def __init__(
@@ -34,10 +37,11 @@ class JSONLPrompts(PromptSource):
         template_args: dict[str, Any] | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
+        prefill: str | None = None,
     ) -> None:
-        self.form = PromptForm(chat, system, template_args, examples, suffix)
+        self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
-        self.rows = _read(Path(path), prompt_column)
+        self.rows = JSONLines(Path(path), prompt_column)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,28 +51,82 @@ class JSONLPrompts(PromptSource):
         return self.form.row(row, row[self.prompt_column])
 
 
-def _read(path: Path, column: str) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ConfigurationError(f"`path` must be a JSON Lines file: got {path}, which is no file.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"`path` must be readable UTF-8: got {path} ({error}).") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"{path}:{number} must be JSON: got {error}.") from error
-        if not isinstance(row, dict) or column not in row:
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+class JSONLines(Sequence[dict[str, Any]]):
+    """The rows of a file that was checked line by line; only where each begins is in memory.
+
+    Args:
+        path: the file.
+        column: that every row must have.
+
+    Raises:
+        ConfigurationError: the file or a line cannot be read, or there is none.
+    """
+
+    def __init__(self, path: Path, column: str) -> None:
+        if not path.is_file():
             raise ConfigurationError(
-                f"{path}:{number} must have the column `{column}`: got {found}. "
-                "Name yours with `prompt_column`."
+                f"`path` must be a JSON Lines file: got {path}, which is no file."
             )
-        rows.append(row)
-    if not rows:
-        raise ConfigurationError(f"`path` must have at least one row: got {path}, which is empty.")
-    return rows
+        self.path = path
+        self._starts = array("q")
+        start = 0
+        try:
+            with path.open("rb") as file:
+                self._state = _state(file)
+                for number, line in enumerate(file, 1):
+                    text = _text(line, start)
+                    if text.strip():
+                        _check(text, f"{path}:{number}", column)
+                        self._starts.append(start)
+                    start += len(line)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(
+                f"`path` must be readable UTF-8: got {path} ({error})."
+            ) from error
+        if not self._starts:
+            raise ConfigurationError(
+                f"`path` must have at least one row: got {path}, which is empty."
+            )
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read one row, or several.
+
+        Raises:
+            ConfigurationError: the file has changed.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        with self.path.open("rb") as file:
+            if _state(file) != self._state:
+                raise ConfigurationError(
+                    f"`path` must stay as it is during a run: got {self.path}, which has changed. "
+                    "Start anew."
+                )
+            file.seek(start)
+            return json.loads(_text(file.readline(), start))
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def _text(line: bytes, start: int) -> str:
+    return line.decode("utf-8-sig" if start == 0 else "utf-8")  # Windows begins files with a mark
+
+
+def _check(text: str, where: str, column: str) -> None:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{where} must be JSON: got {error}.") from error
+    if not isinstance(row, dict) or column not in row:
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ConfigurationError(
+            f"{where} must have the column `{column}`: got {found}. "
+            "Name yours with `prompt_column`."
+        )

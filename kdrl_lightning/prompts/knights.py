@@ -28,6 +28,7 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions before it, each with ``prompt`` and ``answer``.
         suffix: put behind every question.
+        prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 
     def __init__(
@@ -42,11 +43,21 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         template_args: dict[str, Any] | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
+        prefill: str | None = None,
     ) -> None:
         require_between("people", people, 2, 8)
         require_between("depth", depth, 2, float("inf"))
         require_between("width", width, 2, float("inf"))
         config = {"n_people": people, "depth_constraint": depth, "width_constraint": width}
         super().__init__(
-            "knights_knaves", size, seed, config, chat, system, template_args, examples, suffix
+            "knights_knaves",
+            size,
+            seed,
+            config,
+            chat,
+            system,
+            template_args,
+            examples,
+            suffix,
+            prefill,
         )

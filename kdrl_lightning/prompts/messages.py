@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.prompts.turns import plain
 
 # The row's column with arguments of the chat template.
 TEMPLATE_ARGS = "template_args"
+# The argument, or column, that lets the model continue a last message of the assistant.
+CONTINUE = "continue_final_message"
 
 
 class PromptForm:
@@ -21,6 +24,8 @@ class PromptForm:
         examples: solved questions that stand before it, each with ``prompt`` and ``answer``: turns
             of a chat, or text with an empty line behind each.
         suffix: put behind every question, e.g. what the answer must look like.
+        prefill: the beginning of every answer of a chat, which the model continues; no part of the
+            completion that the reward reads.
 
     >>> PromptForm(examples=[{"prompt": "1+1=", "answer": "2"}])("2+2=")
     '1+1=2\n\n2+2='
@@ -35,8 +40,10 @@ class PromptForm:
         template_args: Mapping[str, Any] | None = None,
         examples: Sequence[Mapping[str, str]] = (),
         suffix: str = "",
+        prefill: str | None = None,
     ) -> None:
-        for name, value in (("system", system), ("template_args", template_args)):
+        needs_chat = {"system": system, "template_args": template_args, "prefill": prefill}
+        for name, value in needs_chat.items():
             if value is not None and not chat:
                 raise ConfigurationError(f"`{name}` must go with `chat: true`: got {value!r}.")
         for example in examples:
@@ -50,20 +57,35 @@ class PromptForm:
         self.template_args = dict(template_args or {})
         self.examples = [dict(example) for example in examples]
         self.suffix = suffix
+        self.prefill = prefill
 
     def __call__(self, question: Any) -> Any:
         """Return the prompt; a question of messages is the end of the chat."""
+        if hasattr(question, "tolist"):
+            question = plain(question)
         if isinstance(question, str):
+            if not question.strip():
+                return question  # refused when it is encoded; a suffix must not hide it
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
         if isinstance(question, list | tuple) and self.chat:
-            return self._chat(list(question))
+            return self._chat(self._with_suffix(list(question)))
         return question  # messages stay as they are; all else is refused when it is encoded
 
     def row(self, row: Mapping[str, Any], question: Any) -> dict[str, Any]:
         """Return the row with its prompt, and the template's arguments where there are any."""
-        extra = {TEMPLATE_ARGS: self.template_args} if self.template_args else {}
+        extra: dict[str, Any] = {TEMPLATE_ARGS: self.template_args} if self.template_args else {}
+        if self.prefill:
+            extra[CONTINUE] = True
         return {**row, "prompt": self(question), **extra}
+
+    def _with_suffix(self, turns: list[Any]) -> list[Any]:
+        last = turns[-1] if turns else None
+        if not self.suffix or not isinstance(last, Mapping) or last.get("role") != "user":
+            return turns
+        if not isinstance(last.get("content"), str):
+            return turns
+        return [*turns[:-1], {**last, "content": last["content"] + self.suffix}]
 
     def _chat(self, turns: list[Any]) -> list[Any]:
         system = [] if self.system is None else [message("system", self.system)]
@@ -77,7 +99,8 @@ class PromptForm:
                 message("assistant", example["answer"]),
             )
         ]
-        return [*system, *shots, *turns]
+        begun = [message("assistant", self.prefill)] if self.prefill else []
+        return [*system, *shots, *turns, *begun]
 
     def _text(self, question: str) -> str:
         shots = [e["prompt"] + self.suffix + e["answer"] for e in self.examples]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,21 +60,26 @@ class MixedPrompts(PromptSource):
         self._rows = _interleave([weights[n] / total for n in sources], sizes, size, seed)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows[0])
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        which, row = self._rows[index]
+        which, row = (places[index] for places in self._rows)
         name = self.names[which]
         return {**self.sources[name][row], "source": name}
+
+    def where(self, index: int) -> str:
+        """Name the row's source and its number there."""
+        which, row = (places[index] for places in self._rows)
+        return f"row {row} of its source {self.names[which]}"
 
 
 def _interleave(
     shares: list[float], sizes: list[int], size: int | None, seed: int
-) -> list[tuple[int, int]]:
-    """Return source and row of each place; without a size it ends where a source is used up."""
+) -> tuple[array[int], array[int]]:
+    """Return sources and rows of all places; without a size it ends where a source is used up."""
     taken = [0] * len(shares)
-    orders: list[list[int]] = [[] for _ in shares]
-    rows: list[tuple[int, int]] = []
+    orders: list[Any] = [None] * len(shares)
+    whiches, rows = array("i"), array("q")
     while size is None or len(rows) < size:
         due = [k for k, share in enumerate(shares) if share * (len(rows) + 1) > taken[k] + 1e-9]
         which = min(due, key=lambda k: (taken[k] + 1) / shares[k])
@@ -81,9 +87,8 @@ def _interleave(
         if turn and size is None:
             break
         if not offset:
-            orders[which] = (
-                np.random.default_rng([seed, which, turn]).permutation(sizes[which]).tolist()
-            )
-        rows.append((which, orders[which][offset]))
+            orders[which] = np.random.default_rng([seed, which, turn]).permutation(sizes[which])
+        whiches.append(which)
+        rows.append(int(orders[which][offset]))
         taken[which] += 1
-    return rows
+    return whiches, rows

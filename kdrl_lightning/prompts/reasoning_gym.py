@@ -32,6 +32,7 @@ class ReasoningGymPrompts(PromptSource):
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions before it, each with ``prompt`` and ``answer``.
         suffix: put behind every question.
+        prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class ReasoningGymPrompts(PromptSource):
         template_args: dict[str, Any] | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
+        prefill: str | None = None,
     ) -> None:
         require_between("size", size, 1, SEED_STRIDE)
         require_between("seed", seed, 0, float("inf"))
-        self.form = PromptForm(chat, system, template_args, examples, suffix)
+        self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.size = size
         self.items = create_task(task, {**(config or {}), "seed": seed * SEED_STRIDE, "size": size})
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from kdrl_lightning.errors import BadRow
 from kdrl_lightning.rollout.ahead import Request
+from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
 from kdrl_lightning.rollout.groups import (
     PROBE_NOISE,
@@ -65,6 +67,8 @@ class Collector:
         teacher: the teacher's part of each group.
         mask_truncated: leave completions cut at the token limit out of the loss.
         teacher_seconds: time that the teacher took to generate.
+        repeat: rollouts after which the same prompts come again; 0: after all have been taken.
+        counts: of the rows that were drawn and skipped.
         latest: this rank's completions of the last rollout, in the order of the batch.
     """
 
@@ -73,6 +77,8 @@ class Collector:
     teacher: Source
     mask_truncated: bool = False
     teacher_seconds: float = 0.0
+    repeat: int = 0
+    counts: DrawCounts = field(default_factory=DrawCounts)
     latest: Sequence[Judged] = ()
 
     def collect(
@@ -128,7 +134,7 @@ class Collector:
     ) -> list[Request]:
         """Return what ``collect`` will ask first of the engines that can sample beside training."""
         slots = self.slots.of_rank(rank, world_size)
-        ids = [ids for _, ids in self._prompts(rollout, prompts, slots)]
+        ids = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         return [
             Request(own.engine, ids, seeds, own.sampling)
             for own, seeds in self._seeded(rollout, slots)
@@ -145,7 +151,7 @@ class Collector:
     ) -> RolloutBatch:
         """Sample the beginning of a completion for a few prompts of a rollout, without rewards."""
         slots = self.slots.of_rank(rank, world_size)[:PROBES]
-        asked = [ids for _, ids in self._prompts(rollout, prompts, slots)]
+        asked = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         seeds = [self.slots.seeds(rollout, slot, 0, PROBE_NOISE, 1) for slot in slots]
         engine, sampling = self.student.engine, self.student.sampling
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, PROBE_TOKENS))
@@ -167,9 +173,21 @@ class Collector:
 
     def _prompts(
         self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
-    ) -> list[EncodedPrompt]:
-        positions = [self.slots.position(rollout, slot, attempt) for slot in slots]
-        return [prompts[row] for row in rows_at(positions, len(prompts), self.slots.seed)]
+    ) -> tuple[list[EncodedPrompt], list[BadRow]]:
+        """Return the slots' prompts, and what was skipped on the way to them.
+
+        Instead of a row that cannot be used a slot takes the row that is its own one rollout later:
+        no other slot of this rollout has it, and no rank has to ask another.
+        """
+        first = rollout % self.repeat if self.repeat else rollout
+        chosen, skipped = [], []
+        for slot in slots:
+            positions = (self.slots.position(first + k, slot, attempt) for k in range(MOST_TRIES))
+            rows = (rows_at([p], len(prompts), self.slots.seed)[0] for p in positions)
+            prompt, bad = draw(prompts, rows)
+            chosen.append(prompt)
+            skipped += bad
+        return chosen, skipped
 
     def _seeded(
         self, rollout: int, slots: list[int], attempt: int = 0
@@ -186,7 +204,8 @@ class Collector:
         attempt: int,
         sample: SampleAndJudge,
     ) -> list[list[Judged]]:
-        chosen = self._prompts(rollout, prompts, slots, attempt)
+        chosen, skipped = self._prompts(rollout, prompts, slots, attempt)
+        self.counts.add(len(slots), skipped)
         groups: list[list[Judged]] = [[] for _ in slots]
         for own, seeds in self._seeded(rollout, slots, attempt):
             started = time.perf_counter()

@@ -21,6 +21,7 @@ class LiveSampler:
 
     Attributes:
         trainer: of the run; set before anything is sampled.
+        vocabulary_rows: of the smallest embedding that reads the completions; set likewise.
         ahead: completions that have been sampled already.
     """
 
@@ -28,6 +29,7 @@ class LiveSampler:
         self.rewards = rewards
         self.ahead = Ahead()
         self.trainer: Any = None
+        self.vocabulary_rows: float = float("inf")
 
     @property
     def module(self) -> Any:
@@ -41,10 +43,11 @@ class LiveSampler:
 
     @property
     def pad_id(self) -> int:
-        """Token behind the end of a row."""
+        """Token after the end of a row: one that student and teacher have an embedding for."""
         tokenizer = self.module.tokenizer
         pad = tokenizer.pad_token_id
-        return int(tokenizer.eos_token_id if pad is None else pad)
+        known = pad is not None and pad < self.vocabulary_rows
+        return int(pad if known else tokenizer.eos_token_id)
 
     def sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
         """Bring an engine to the current weights before it samples; return the seconds."""

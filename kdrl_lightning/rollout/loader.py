@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,13 @@ def prompt_stream(start: int, count: int, size: int, seed: int) -> list[int]:
 
 def rows_at(positions: Iterable[int], size: int, seed: int) -> list[int]:
     """Rows at any positions of that stream."""
-    orders: dict[int, list[int]] = {}
     rows = []
     for position in positions:
         epoch, offset = divmod(position, size)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(size).tolist()
-        rows.append(orders[epoch][offset])
+        rows.append(int(_order(size, epoch, seed)[offset]))
     return rows
+
+
+@lru_cache(maxsize=4)  # a rollout may lie in two passes; of a million rows each is 8 MB
+def _order(size: int, epoch: int, seed: int) -> Any:
+    return np.random.default_rng([seed, epoch]).permutation(size)

@@ -11,12 +11,13 @@ import torch
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.metrics import peak_gb
 from kdrl_lightning.rollout.collector import Collector
+from kdrl_lightning.rollout.draws import DrawCounts
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.plan import FROZEN_TOKENS, RolloutPlan, plan_updates
 from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
 from kdrl_lightning.rollout.store import pack, unpack
-from kdrl_lightning.rollout.together import require_finite, stop_together
+from kdrl_lightning.rollout.together import require_embedded, require_finite, stop_together
 from kdrl_lightning.rollout.watch import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
@@ -72,6 +73,7 @@ class RolloutSource:
         """Forget an earlier run's rollout and weights; and its totals, if a new one begins."""
         self.live.ahead.drop()
         self.plan = self._stored = None
+        self.collector.counts = DrawCounts()
         self._teacher_seconds = None
         self.live.rewards.take_failures()
         self.watch = RolloutWatch() if fitting else self.watch
@@ -118,6 +120,7 @@ class RolloutSource:
             "watch": self.watch.state_dict(),
             "stored": stored if update else None,
             "teacher_seconds": self.collector.teacher_seconds,
+            "draws": self.collector.counts.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,6 +131,8 @@ class RolloutSource:
         """
         self.watch.load_state_dict(state_dict["watch"])
         self.collector.teacher_seconds = state_dict.get("teacher_seconds", 0.0)
+        if "draws" in state_dict:  # not in older checkpoints
+            self.collector.counts.load_state_dict(state_dict["draws"])
         self._stored = state_dict["stored"]
         here = self._layout()
         for name, value in {} if self._stored is None else self._stored["layout"].items():
@@ -183,10 +188,19 @@ class RolloutSource:
         )
         own = [j.verdict for group in groups for j in group if j.source == STUDENT]
         metrics |= part_means(own)
+        metrics["rollout/bad_rows"] = self._bad_rows()
         cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
         padding, peak = module.reduce(cost, "max").tolist()
         metrics |= {"rollout/padding_frac": padding, "memory/peak_gb": peak}
         return plan.with_metrics(metrics, self.live.trainer.global_step % self.updates)
+
+    def _bad_rows(self) -> float:
+        """Count the rows that were skipped on all ranks; stop if they are too many."""
+        counts = self.collector.counts
+        totals = self.live.module.reduce(torch.tensor(counts.take(), dtype=torch.float64), "sum")
+        drawn, skipped, bad = totals.tolist()
+        counts.judge(drawn, bad)
+        return float(skipped)
 
     def _sync(self, rollout: int) -> float:
         """Bring the engines to their weights; return the seconds that the student's took."""
@@ -206,7 +220,10 @@ class RolloutSource:
             return 0.0  # there are no updates left for it
         engine = self.collector.student.engine
         seconds = self.live.sync(engine, self.live.module.weights())
-        requests = self.collector.ahead(rollout, self.prompts, *self.live.ranks)
+        requests = stop_together(
+            lambda: self.collector.ahead(rollout, self.prompts, *self.live.ranks),
+            self.live.module.reduce,
+        )
         self.live.ahead.start(rollout, engine.version or 0, requests)
         return seconds
 
@@ -225,6 +242,8 @@ class RolloutSource:
             )
         if teacher is not None:
             teacher.accept(batch)
+        if self.collector.teacher.count:
+            require_embedded(batch.completion_ids, self.live.module.vocabulary_rows)
         return batch, groups, replaced
 
     def _planned(self, batch: RolloutBatch, rollout: int) -> RolloutPlan:

@@ -49,3 +49,17 @@ def require_finite(teacher_logprobs: Tensor | None, tokens: int) -> None:
             f"{int((~teacher_logprobs.isfinite()).sum())} NaN or infinite of {tokens}. "
             "Check its weights and dtype."
         )
+
+
+def require_embedded(ids: Tensor, rows: int) -> None:
+    """Refuse a teacher's tokens that the student has no embedding for.
+
+    Raises:
+        TrainingStopped: an id is beyond the student's ``rows``.
+    """
+    highest = int(ids.max()) if ids.numel() else -1
+    if highest >= rows:
+        raise TrainingStopped(
+            f"the teacher's completions must be of the student's {rows} tokens: got {highest}. "
+            "Take a teacher with the student's vocabulary."
+        )

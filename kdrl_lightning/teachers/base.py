@@ -39,6 +39,11 @@ class Teacher(ABC):
     knows_entropy: bool = True
     joins: bool = False
 
+    @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of its embedding: every id of a prompt must be below; None if nobody knows."""
+        return None
+
     @abstractmethod
     def prepare(self) -> None:
         """Make or fetch what is needed; called on one process, before anything is loaded."""

@@ -55,6 +55,11 @@ class CachedTeacher(Teacher):
         """Whether the teacher behind it does."""
         return self.teacher.gives_states
 
+    @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the teacher's embedding."""
+        return self.teacher.vocabulary_rows
+
     def prepare(self) -> None:
         """Prepare the teacher."""
         self.teacher.prepare()

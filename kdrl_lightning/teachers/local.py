@@ -75,6 +75,11 @@ class LocalTeacher(Teacher):
         """Whether it runs a prompt once for all its completions, in this process."""
         return self._loaded().shares
 
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of its embedding."""
+        return int(load_config(model_path(self.model)).get_text_config().vocab_size)
+
     def prepare(self) -> None:
         """Make the model if its source has to."""
         model_path(self.model)

@@ -44,6 +44,12 @@ class RoutedTeacher(Teacher):
             teacher.check(student_tokenizer, student_path)
 
     @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the smallest embedding among them."""
+        known = (teacher.vocabulary_rows for teacher in self.teachers.values())
+        return min((rows for rows in known if rows is not None), default=None)
+
+    @property
     def collective(self) -> bool:  # type: ignore[override]
         """Whether one of them is."""
         return any(teacher.collective for teacher in self.teachers.values())

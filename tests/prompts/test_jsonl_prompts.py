@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -241,3 +242,28 @@ def test_a_source_without_rows_is_refused_by_its_name():
         ConfigurationError, match=r"^`val_prompts` must have at least one row: got none\.$"
     ):
         encode_all([], "val_prompts", make_tokenizer())
+
+
+def test_the_mark_of_windows_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}')
+    assert [row["prompt"] for row in JSONLPrompts(str(path)).rows] == ["a", "b"]
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path):
+    lines = [json.dumps({"prompt": f"{'é' * (i % 5)}{i}", "answer": i}) for i in range(50)]
+    rows = JSONLPrompts(write(tmp_path, *lines))
+    for i in (49, 0, 17, 3, -1):
+        assert rows[i] == json.loads(lines[i])
+    assert rows.rows[2:4] == [json.loads(line) for line in lines[2:4]]
+    # What is in memory is where the lines begin.
+    assert sum(isinstance(value, dict) for value in gc.get_referents(rows.rows.__dict__)) == 0
+
+
+def test_a_file_that_changes_under_a_run_is_refused(tmp_path):
+    path = write(tmp_path, '{"prompt": "a"}', '{"prompt": "b"}')
+    rows = JSONLPrompts(path)
+    write(tmp_path, '{"prompt": "a longer one"}', '{"prompt": "b"}')
+    words = rf"^`path` must stay as it is during a run: got {path}, which has changed\. Start"
+    with pytest.raises(ConfigurationError, match=words):
+        rows[1]
