@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from kdrl_lightning.checkpoints import CheckpointWriter, remove_unfinished, together
+from kdrl_lightning.checkpoints import CheckpointWriter, newest_whole, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 
 
@@ -208,12 +209,16 @@ class FSDPCheckpoint(ModelCheckpoint):
         return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        """Return the newest one of any run under this name, for ``ckpt_path="last"``."""
+        """Return the newest whole one of any run under this name, for ``ckpt_path="last"``."""
         folder = self._place(trainer)
         folders = [folder]
         if self.dirpath is None and re.fullmatch(r"version_\d+", folder.parent.name):
             folders = list(folder.parent.parent.glob("version_*/checkpoints"))
         found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
-        newest = max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+        newest, broken = newest_whole(found)
         self._continues = True
-        return set() if newest is None else {str(newest)}
+        if newest is None:  # a broken one is refused when it is read
+            return {str(max(found, key=lambda p: p.stat().st_mtime_ns))} if found else set()
+        for text in broken:
+            rank_zero_warn(f"`--ckpt_path last` passes over {text} and takes {newest}.")
+        return {str(newest)}

@@ -51,10 +51,11 @@ ALLOWED = {
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "samples": FLOOR | {"objectives", "rollout"},
     "resume": FLOOR,
-    "checkpoints": FLOOR | {"rollout"},
-    "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
+    "integrity": set(),
+    "checkpoints": FLOOR | {"integrity", "rollout"},
+    "export": FLOOR | {"checkpoints", "integrity", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "compatibility", "evaluation", "lora", "losses", "metrics", "models"}
+    | {"checkpoints", "compatibility", "evaluation", "integrity", "lora", "losses", "metrics", "models"}
     | {"nonfinite", "objectives", "pending", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},
