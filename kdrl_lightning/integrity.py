@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import torch
+
 CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a model
 SEAL = b"\nkdrl_lightning crc32 "
 
@@ -71,8 +73,11 @@ def check_archive(file: IO[bytes] | Part, name: str) -> None:
     try:
         with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             record = archive.testzip()
+        file.seek(0)
+        torch._C.PyTorchFileReader(file)  # stricter on what is no record
     except Exception as error:  # a changed header can mislead zipfile into any of them
-        raise ValueError(f"{name} is cut short or damaged: {error}") from error
+        text = str(error).partition(". ")[0]
+        raise ValueError(f"{name} is cut short or damaged: {text}") from error
     if record is not None:
         raise ValueError(f"{name} is damaged: {record} has another checksum")
 
