@@ -162,6 +162,31 @@ def together(trainer: Any, work: Callable[[], Any]) -> None:
     stop_together(tried, trainer.lightning_module.reduce)
 
 
+def export_together(trainer: Any, write: Callable[[], None], path: str) -> None:
+    """Write the student; if the first rank cannot, all stop.
+
+    Raises:
+        TrainingStopped: on every rank; the message says which checkpoint holds the student.
+    """
+
+    def tried() -> None:
+        try:
+            write()
+        except Exception as error:
+            saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
+            cure = "No checkpoint holds it: the run was without."
+            if saved:
+                cure = (
+                    f"The checkpoint {saved} holds it: make room, and run `python -m "
+                    f"kdrl_lightning export --ckpt_path {saved} --output {path}`."
+                )
+            raise TrainingStopped(
+                f"the student must be writable to {path}: got {reason_of(error)}. {cure}"
+            ) from error
+
+    stop_together(tried, trainer.lightning_module.reduce)
+
+
 def reason_of(error: BaseException) -> str:
     """Say in one line why something could not be written.
 
