@@ -222,7 +222,9 @@ def test_a_run_that_cannot_write_its_student_names_the_checkpoint(
     )
     with pytest.raises(TrainingStopped, match=words):
         trained(tmp_path / "run", student)
-    words = r"`output` must be a folder that can be written: got \S+new \(SafetensorError: .*No space"
+    words = (
+        r"`output` must be a folder that can be written: got \S+new \(SafetensorError: .*No space"
+    )
     with pytest.raises(ConfigurationError, match=words):
         export(path, str(tmp_path / "new"))
     assert not list(tmp_path.rglob("*unfinished*")) and not (tmp_path / "new").exists()

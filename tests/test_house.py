@@ -55,7 +55,16 @@ ALLOWED = {
     "checkpoints": FLOOR | {"integrity", "rollout"},
     "export": FLOOR | {"checkpoints", "integrity", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "compatibility", "evaluation", "integrity", "lora", "losses", "metrics", "models"}
+    | {
+        "checkpoints",
+        "compatibility",
+        "evaluation",
+        "integrity",
+        "lora",
+        "losses",
+        "metrics",
+        "models",
+    }
     | {"nonfinite", "objectives", "pending", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},
     "checks": FLOOR | {"datamodule", "objectives", "rewards", "rollout"},

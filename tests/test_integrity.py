@@ -56,12 +56,16 @@ def harmless(path: Path, wanted: dict[str, torch.Tensor]) -> bool:
         saved = read_metadata(str(path))
     except ConfigurationError as error:
         text = str(error)
-        assert text.startswith(f"`ckpt_path` must be a whole checkpoint of this library: got {path}")
+        assert text.startswith(
+            f"`ckpt_path` must be a whole checkpoint of this library: got {path}"
+        )
         assert "\n" not in text
         return False
     assert saved["global_step"] == 4
     weights = student_weights(path, saved)
-    assert weights.keys() == wanted.keys() and all(torch.equal(weights[n], wanted[n]) for n in wanted)
+    assert weights.keys() == wanted.keys() and all(
+        torch.equal(weights[n], wanted[n]) for n in wanted
+    )
     return True
 
 
