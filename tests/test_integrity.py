@@ -101,8 +101,8 @@ def test_the_message_names_the_file_and_the_cure(tmp_path: Path) -> None:
         at = raw.index(WEIGHTS.numpy().tobytes()) + 40
         path.write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
     words = (
-        rf"got {newest} \(step=00000006\.ckpt is damaged: .*data/0 has another checksum\)\. Take an "
-        rf"earlier one: `--ckpt_path {old}`\."
+        rf"got {newest} \(step=00000006\.ckpt is damaged: .*data/0 has another checksum\)\. Take "
+        rf"an earlier one: `--ckpt_path {old}`\."
     )
     with pytest.raises(ConfigurationError, match=words):
         read_metadata(str(newest))

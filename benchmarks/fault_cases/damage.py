@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fault_cases.kills import Undisturbed, finished
 from fault_cases.runs import Run
 
@@ -50,15 +51,14 @@ def in_every_way(path: Path, name: str, strategy: str, draw: random.Random) -> E
     finally:
         file.write_bytes(raw)
         os.utime(path, ns=kept_times)
-    return {"case": "damage", "strategy": strategy, "what": name or "the file", "tries": len(ways),
+    return {"case": "damage", "strategy": strategy, "what": name or "the file", "times": len(ways),
             "refused": refused, "harmless": len(ways) - refused, "fault": wrong}  # fmt: skip
 
 
 def damaged(raw: bytes, way: str, place: int) -> bytes:
     """Cut bytes short at a place, or flip a bit there."""
-    return (
-        raw[:place] if way == "cut" else raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1 :]
-    )
+    rest = b"" if way == "cut" else bytes([raw[place] ^ 16]) + raw[place + 1 :]
+    return raw[:place] + rest
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -109,4 +109,4 @@ def gone_on_with(folder: Path, whole: Run, way: str, name: str) -> Event:
     said = (folder / "err.txt").read_text() + (folder / "out.txt").read_text()
     if not event["fault"] and "passes over" not in said:
         event["fault"] = "it does not say that it passes over a broken checkpoint"
-    return {**event, "what": f"`last` after {way} of {name or 'the file'}"}
+    return {**event, "what": f"`last` after {way} of {name or 'the file'}", "times": 1}

@@ -110,7 +110,8 @@ def finished(run: Run, undisturbed: Run, case: str) -> Event:
     code = run.wait()
     differs = run.same_as(undisturbed) if code == 0 else run.last_line()
     run.process = None
-    return {"case": case, "strategy": run.strategy, "what": "end", "code": code, "fault": differs}
+    return {"case": case, "strategy": run.strategy, "what": "end", "code": code, "times": 0,
+            "end": True, "fault": differs}  # fmt: skip
 
 
 def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> list[Event]:

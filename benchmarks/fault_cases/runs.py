@@ -95,7 +95,8 @@ class Run:
         (self.folder / "helpers.py").write_text(HELPERS)
         self.marks.unlink(missing_ok=True)
         # To files: a full pipe would hold the run up.
-        self.out, self.err = (open(self.folder / f"{n}.txt", "w") for n in ("out", "err"))
+        self.out = (self.folder / "out.txt").open("w")
+        self.err = (self.folder / "err.txt").open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "run.yaml",
              "--ckpt_path=last", *STRATEGIES[self.strategy], *self.flags],

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fault_cases.runs import PATIENCE, ROOT, Run, command
@@ -44,12 +43,7 @@ class Server:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
 
     @property
@@ -112,7 +106,7 @@ def reward(folder: Path, plain: Any, seed: int) -> list[Event]:
         event = finished(run, plain.run(strategy), "reward")
         if not event["fault"] and kills == 0:
             event["fault"] = "no process was killed"
-        events.append({**event, "what": f"{kills} processes of the reward killed"})
+        events.append({**event, "what": f"{kills} processes of the reward killed", "times": kills})
     return events
 
 
@@ -159,8 +153,6 @@ def server(folder: Path, plain: Any, seed: int) -> list[Event]:
             run.until(lambda r=run: len(r.steps()) > 2)  # type: ignore[misc]
             made.kill()
             made.start()
-            events += [
-                event,
-                {**finished(run, undisturbed, "server"), "what": "killed for a moment"},
-            ]
+            end = finished(run, undisturbed, "server")
+            events += [event, {**end, "what": "killed for a moment", "times": 1}]
     return events

@@ -25,7 +25,8 @@ def main(descriptor: int) -> None:
 
     First come what to import, arguments to try it on, and the time limit; then one ``(ticket,
     argument)`` after the other. Answers are ``("ready", process)`` from each child, ``("done",
-    ticket, result, error)``, or ``("failed", error)`` where the function cannot be imported, or fails at what it is tried on.
+    ticket, result, error)``, or ``("failed", error)`` if the function cannot be imported, or fails
+    at what it is tried on.
     """
     pipe = Connection(descriptor)
     try:
