@@ -20,7 +20,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fault_cases import damage, disks, kills, servers  # noqa: E402
 from fault_cases.runs import UPDATES, save_models  # noqa: E402
 
 Event = dict[str, Any]
-CASES: dict[str, tuple[str, Callable[..., list[Event]]]] = {
+CASES: dict[str, tuple[str, Callable[..., Iterator[Event]]]] = {
     "kill": ("SIGKILL at a random moment, to all processes or one rank", kills.kill),
     "interrupt": ("Ctrl-C at a random moment", kills.interrupt),
     "reward": ("processes of the reward are killed", servers.reward),
@@ -104,6 +104,15 @@ def harmed(event: Event) -> str:
     return str(event["fault"])
 
 
+def watched(case: str, events: Iterator[Event]) -> Iterator[Event]:
+    """Let the other cases be tried if one of them cannot go on."""
+    try:
+        yield from events
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+        yield {"case": case, "strategy": "-", "what": "stopped", "times": 0, "fault": fault}
+
+
 def cut(value: Any, folder: str) -> Any:
     """Leave out of a text where the runs were."""
     return value.replace(folder, "") if isinstance(value, str) else value
@@ -128,7 +137,7 @@ def main() -> None:
         plain = kills.Undisturbed(folder, save_models(folder / "models"))
         for case in [c for c in CASES if c in chosen]:
             count = [counts[case]] if case in counts else []
-            for event in CASES[case][1](folder / case, plain, *count, args.seed):
+            for event in watched(case, CASES[case][1](folder / case, plain, *count, args.seed)):
                 event["fault"] = harmed(event)
                 event = {k: cut(v, name) for k, v in event.items()}
                 events.append(event)

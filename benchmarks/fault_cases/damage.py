@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,16 @@ Event = dict[str, Any]
 FLIPS = 40
 
 
-def damage(folder: Path, plain: Undisturbed, seed: int) -> list[Event]:
+def damage(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
     """Damage each file of the newest checkpoint in many ways, and go on with some."""
-    events: list[Event] = []
     for strategy in ("single", "fsdp2"):
         whole = plain.run(strategy)
         path = whole.checkpoints()[-1]
         names = [""] if path.is_file() else sorted(p.name for p in path.iterdir())
         for name in names:
-            events.append(in_every_way(path, name, strategy, random.Random(f"{seed} {name}")))
+            yield in_every_way(path, name, strategy, random.Random(f"{seed} {name}"))
         for way in ("cut", "flip"):
-            events.append(gone_on_with(folder / f"damage-{strategy}-{way}", whole, way, names[-1]))
-    return events
+            yield gone_on_with(folder / f"damage-{strategy}-{way}", whole, way, names[-1])
 
 
 def in_every_way(path: Path, name: str, strategy: str, draw: random.Random) -> Event:

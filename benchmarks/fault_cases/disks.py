@@ -65,21 +65,19 @@ def size_of(path: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
-def disk(folder: Path, plain: Undisturbed, seed: int) -> list[Event]:
+def disk(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
     """Fill the disk during checkpoint, export and weight push."""
-    events: list[Event] = []
     for strategy in ("single", "fsdp2"):
         try:
-            events += full_checkpoint(folder / f"disk-{strategy}", plain, strategy)
+            yield from full_checkpoint(folder / f"disk-{strategy}", plain, strategy)
         except PermissionError as error:
-            events.append(not_run("disk", f"checkpoint, {strategy}", error))
+            yield not_run("disk", f"checkpoint, {strategy}", error)
     for what, work in (("export", full_export), ("weight push", full_push)):
         for strategy in ("single", "ddp"):
             try:
-                events += work(folder / f"disk-{what.split()[0]}-{strategy}", plain, strategy)
+                yield from work(folder / f"disk-{what.split()[0]}-{strategy}", plain, strategy)
             except PermissionError as error:
-                events.append(not_run("disk", f"{what}, {strategy}", error))
-    return events
+                yield not_run("disk", f"{what}, {strategy}", error)
 
 
 def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> list[Event]:
@@ -126,9 +124,8 @@ def full_push(folder: Path, plain: Undisturbed, strategy: str) -> list[Event]:
         return [event, finished(run, other, "disk")]
 
 
-def permission(folder: Path, plain: Undisturbed, seed: int) -> list[Event]:
+def permission(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
     """Take the permission to write away: in the middle, and from the start."""
-    events: list[Event] = []
     for strategy in ("single", "fsdp2"):
         place = folder / f"permission-{strategy}"
         try:
@@ -139,13 +136,12 @@ def permission(folder: Path, plain: Undisturbed, seed: int) -> list[Event]:
                 run.until(run.checkpoints)
                 change("ro")
                 what = "read-only after the first checkpoint"
-                events.append(stopped(run, "permission", what, "Read-only file system"))
+                yield stopped(run, "permission", what, "Read-only file system")
                 run.start()
                 what = "read-only from the start"
-                events.append(stopped(run, "permission", what, "Read-only file system"))
+                yield stopped(run, "permission", what, "Read-only file system")
                 change("rw")
                 run.start()
-                events.append(finished(run, plain.run(strategy), "permission"))
+                yield finished(run, plain.run(strategy), "permission")
         except PermissionError as error:
-            events.append(not_run("permission", f"read-only, {strategy}", error))
-    return events
+            yield not_run("permission", f"read-only, {strategy}", error)

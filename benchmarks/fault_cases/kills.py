@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,12 @@ class Undisturbed:
         return self._runs[key]
 
 
-def kill(folder: Path, plain: Undisturbed, count: int, seed: int) -> list[Event]:
+def kill(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterator[Event]:
     """Kill all processes or one rank, ``count`` times over the strategies.
 
     Each strategy goes on with one run until it gets to its end, then starts another. After the
     last kill the run is left alone. Every run that ends is compared with the undisturbed one.
     """
-    events: list[Event] = []
     for index, strategy in enumerate(STRATEGIES):
         draw = random.Random(f"{seed} {strategy}")
         kills = count // len(STRATEGIES) + (index < count % len(STRATEGIES))
@@ -59,13 +59,12 @@ def kill(folder: Path, plain: Undisturbed, count: int, seed: int) -> list[Event]
             run.start()
             event = strike(run, plain, draw) if kills else None
             if event is not None:
-                events.append(event)
+                yield event
                 kills -= 1
                 continue
-            events.append(finished(run, plain.run(strategy), "kill"))
+            yield finished(run, plain.run(strategy), "kill")
             chain += 1
             run = Run(folder / f"kill-{strategy}-{chain}", strategy, plain.models)
-    return events
 
 
 def strike(run: Run, plain: Undisturbed, draw: random.Random) -> Event | None:
@@ -114,9 +113,8 @@ def finished(run: Run, undisturbed: Run, case: str) -> Event:
             "end": True, "fault": differs}  # fmt: skip
 
 
-def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> list[Event]:
+def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterator[Event]:
     """Press Ctrl-C: exit code 130, one line that names the checkpoint, and the same end."""
-    events: list[Event] = []
     draw = random.Random(f"{seed} interrupt")
     for number in range(count):
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
@@ -131,12 +129,11 @@ def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> list[E
         fault = "" if code in (0, 130) else f"exit code {code}: {line}"
         if code == 130:
             fault = interrupted(run, line)
-        events.append({"case": "interrupt", "strategy": strategy, "what": "Ctrl-C", "code": code,
+        yield {"case": "interrupt", "strategy": strategy, "what": "Ctrl-C", "code": code,
                        "moment": f"{pause:.2f} s", "line": line, **lost(run),
-                       "fault": fault})  # fmt: skip
+                       "fault": fault}  # fmt: skip
         run.start()
-        events.append(finished(run, plain.run(strategy), "interrupt"))
-    return events
+        yield finished(run, plain.run(strategy), "interrupt")
 
 
 def interrupted(run: Run, line: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def reward(folder: Path, plain: Any, seed: int) -> list[Event]:
+def reward(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
     """Kill processes of the reward, five times in a run: no verdict changes."""
     from fault_cases.kills import finished
 
     init = {"function": "helpers.odd_length", "time_limit_s": 60.0, "workers": 2}
     spec = json.dumps({"class_path": "RewardFunction", "init_args": init})
-    draw, events = random.Random(f"{seed} reward"), []
+    draw = random.Random(f"{seed} reward")
     for strategy in ("single", "ddp"):
         run = Run(folder / f"reward-{strategy}", strategy, plain.models, (f"--data.reward={spec}",))
         run.start()
@@ -106,8 +107,7 @@ def reward(folder: Path, plain: Any, seed: int) -> list[Event]:
         event = finished(run, plain.run(strategy), "reward")
         if not event["fault"] and kills == 0:
             event["fault"] = "no process was killed"
-        events.append({**event, "what": f"{kills} processes of the reward killed", "times": kills})
-    return events
+        yield {**event, "what": f"{kills} processes of the reward killed", "times": kills}
 
 
 def workers_of(session: int) -> list[int]:
@@ -130,12 +130,11 @@ def ancestors(process: int) -> list[int]:
     return out
 
 
-def server(folder: Path, plain: Any, seed: int) -> list[Event]:
+def server(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
     """Kill the server for good: one line with its URL; for a moment: the same end."""
     from fault_cases.disks import stopped
     from fault_cases.kills import finished
 
-    events = []
     for strategy in ("single", "ddp"):
         with Server(plain.models[0]) as made:
             undisturbed = plain.run(strategy, *made.flags())
@@ -154,5 +153,5 @@ def server(folder: Path, plain: Any, seed: int) -> list[Event]:
             made.kill()
             made.start()
             end = finished(run, undisturbed, "server")
-            events += [event, {**end, "what": "killed for a moment", "times": 1}]
-    return events
+            yield event
+            yield {**end, "what": "killed for a moment", "times": 1}
