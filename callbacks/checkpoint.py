@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from kdrl_lightning.checkpoints import CheckpointWriter, newest_whole, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between

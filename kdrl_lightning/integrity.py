@@ -74,7 +74,7 @@ def check_archive(file: IO[bytes] | Part, name: str) -> None:
         with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             record = archive.testzip()
         file.seek(0)
-        torch._C.PyTorchFileReader(file)  # stricter on what is no record
+        torch._C.PyTorchFileReader(cast(IO[bytes], file))  # stricter on what is no record
     except Exception as error:  # a changed header can mislead zipfile into any of them
         text = str(error).partition(". ")[0]
         raise ValueError(f"{name} is cut short or damaged: {text}") from error
