@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_cases.runs import STRATEGIES, UPDATES, Run, step_of
+from fault_cases.runs import PATIENCE, STEPS, STRATEGIES, UPDATES, Run, running, step_of
 
 Event = dict[str, Any]
 
@@ -69,31 +69,45 @@ def kill(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterator[Ev
 
 def strike(run: Run, plain: Undisturbed, draw: random.Random) -> Event | None:
     """Kill a run that was started at a random moment; None if it had ended before."""
-    assert run.process is not None
-    startup, training = plain.seconds(run.strategy)
-    early = draw.random() < 0.1
-    pause = draw.uniform(0.0, startup if early else training)
+    moment = wait(run, plain, draw, early=0.1)
     one = draw.randrange(2) if STRATEGIES[run.strategy] and draw.random() < 0.5 else None
-    if not early and not run.until(run.steps):
-        run.wait()
+    if not run.alive():
         return None
+    ranks, begun = run.ranks(), time.monotonic()
+    run.signal(signal.SIGKILL, one)
+    # The others must notice by themselves; the wait for the first one ends them all.
+    while any(map(running, ranks)) and time.monotonic() < begun + PATIENCE:
+        time.sleep(0.02)
+    seconds, code = time.monotonic() - begun, run.wait()
+    return {
+        "case": "kill",
+        "strategy": run.strategy,
+        "what": "all" if one is None else f"rank {one}",
+        "moment": moment,
+        "code": code,
+        "seconds_to_end": round(seconds, 1),
+        **lost(run),
+        "fault": "a rank hangs" if seconds > PATIENCE else "",
+    }
+
+
+def wait(run: Run, plain: Undisturbed, draw: random.Random, early: float) -> str:
+    """Wait for a random moment of a run; return its name.
+
+    It lies within some seconds after a random step that is still to come, or, with a probability
+    of ``early``, before the first step.
+    """
+    startup, training = plain.seconds(run.strategy)
+    done = max(map(step_of, run.checkpoints()), default=0)
+    step = draw.randrange(min(done, STEPS - 1), STEPS)
+    if draw.random() < early:
+        pause, name = draw.uniform(0.3, 0.9) * startup, "start"
+    else:
+        pause, name = draw.uniform(0.0, 2.0 * training / STEPS), f"step {step}"
+        run.until(lambda: max(run.steps(), default=-1) >= step)
     moment = time.monotonic() + pause
-    if run.until(lambda: time.monotonic() >= moment) and run.process.poll() is None:
-        run.signal(signal.SIGKILL, one)
-        begun = time.monotonic()
-        code = run.wait()
-        return {
-            "case": "kill",
-            "strategy": run.strategy,
-            "what": "all" if one is None else f"rank {one}",
-            "moment": f"{'start' if early else 'step'} + {pause:.2f} s",
-            "code": code,
-            "seconds_to_end": round(time.monotonic() - begun, 1),
-            **lost(run),
-            "fault": "hangs" if code == 99 else "",
-        }
-    run.wait()
-    return None
+    run.until(lambda: time.monotonic() >= moment)
+    return f"{name} + {pause:.2f} s"
 
 
 def lost(run: Run) -> Event:
@@ -118,19 +132,16 @@ def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterat
     draw = random.Random(f"{seed} interrupt")
     for number in range(count):
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
-        startup, training = plain.seconds(strategy)
-        pause = draw.uniform(0.5 * startup, startup + 0.9 * training)
         run = Run(folder / f"interrupt-{number}", strategy, plain.models)
         run.start()
-        moment = time.monotonic() + pause
-        run.until(lambda moment=moment: time.monotonic() >= moment)  # type: ignore[misc]
+        moment = wait(run, plain, draw, early=0.2)
         run.signal(signal.SIGINT)
         code, line = run.wait(), run.last_line()
         fault = "" if code in (0, 130) else f"exit code {code}: {line}"
         if code == 130:
             fault = interrupted(run, line)
         yield {"case": "interrupt", "strategy": strategy, "what": "Ctrl-C", "code": code,
-                       "moment": f"{pause:.2f} s", "line": line, **lost(run),
+                       "moment": moment, "line": line, **lost(run),
                        "fault": fault}  # fmt: skip
         run.start()
         yield finished(run, plain.run(strategy), "interrupt")

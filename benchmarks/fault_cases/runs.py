@@ -127,6 +127,15 @@ class Run:
         self.kill()
         raise TimeoutError(f"{self} took more than {seconds:g} s")
 
+    def alive(self) -> bool:
+        """Whether its first process has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def ranks(self) -> list[int]:
+        """Return the processes of its ranks, the first one's first."""
+        assert self.process is not None
+        return [self.process.pid, *children(self.process.pid)]
+
     def wait(self, seconds: float = PATIENCE) -> int:
         """Wait for the end; return the exit code, 99 for a run that hangs."""
         assert self.process is not None
@@ -144,7 +153,7 @@ class Run:
             if one is None:
                 os.killpg(self.process.pid, number)
             else:
-                ranks = [self.process.pid, *children(self.process.pid)]
+                ranks = self.ranks()
                 os.kill(ranks[one % len(ranks)], number)
         except ProcessLookupError:
             pass
@@ -211,6 +220,14 @@ def children(process: int) -> list[int]:
         return [p for p in map(int, found) if b"kdrl_lightning\0fit" in command(p)]
     except OSError:
         return []
+
+
+def running(process: int) -> bool:
+    """Whether a process has not ended, waited for or not."""
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
 
 
 def command(process: int) -> bytes:
