@@ -20,28 +20,28 @@ class Undisturbed:
 
     def __init__(self, folder: Path, models: tuple[str, str]) -> None:
         self.folder, self.models = folder, models
-        self._runs: dict[tuple[str, ...], tuple[Run, float, float]] = {}
+        self._runs: dict[tuple[str, ...], tuple[Run, float]] = {}
 
     def run(self, strategy: str, *flags: str) -> Run:
         """Return the finished run."""
         return self._timed(strategy, flags)[0]
 
-    def seconds(self, strategy: str) -> tuple[float, float]:
-        """Return how long it took until the first step, and from there to the end."""
-        return self._timed(strategy, ())[1:]
+    def seconds(self, strategy: str) -> float:
+        """Return how long it took until the first step."""
+        return self._timed(strategy, ())[1]
 
-    def _timed(self, strategy: str, flags: tuple[str, ...]) -> tuple[Run, float, float]:
+    def _timed(self, strategy: str, flags: tuple[str, ...]) -> tuple[Run, float]:
         key = (strategy, *flags)
         if key not in self._runs:
             run = Run(self.folder / f"undisturbed-{len(self._runs)}", strategy, self.models, flags)
             begun = time.monotonic()
             run.start()
             run.until(run.steps)
-            first = time.monotonic()
+            startup = time.monotonic() - begun
             code = run.wait()
             if code:
                 raise RuntimeError(f"{run} ended with {code}: {run.last_line()}")
-            self._runs[key] = run, first - begun, time.monotonic() - first
+            self._runs[key] = run, startup
         return self._runs[key]
 
 
@@ -94,16 +94,16 @@ def strike(run: Run, plain: Undisturbed, draw: random.Random) -> Event | None:
 def wait(run: Run, plain: Undisturbed, draw: random.Random, early: float) -> str:
     """Wait for a random moment of a run; return its name.
 
-    It lies within some seconds after a random step that is still to come, or, with a probability
+    It lies within a quarter of a second after a random step that is still to come, or, with a probability
     of ``early``, before the first step.
     """
-    startup, training = plain.seconds(run.strategy)
+    startup = plain.seconds(run.strategy)
     done = max(map(step_of, run.checkpoints()), default=0)
     step = draw.randrange(min(done, STEPS - 1), STEPS)
     if draw.random() < early:
         pause, name = draw.uniform(0.3, 0.9) * startup, "start"
     else:
-        pause, name = draw.uniform(0.0, 2.0 * training / STEPS), f"step {step}"
+        pause, name = draw.uniform(0.0, 0.25), f"step {step}"
         run.until(lambda: max(run.steps(), default=-1) >= step)
     moment = time.monotonic() + pause
     run.until(lambda: time.monotonic() >= moment)
