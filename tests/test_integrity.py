@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_checkpoint_files import sharded_trainer, student_weights
 
+from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints import (
     META,
@@ -194,6 +195,38 @@ def test_the_systems_reason_is_told_and_not_torchs() -> None:
     except RuntimeError as error:
         assert reason_of(error) == "OSError: [Errno 28] No space left on device"
     assert reason_of(KeyError("a\nb")) == r"KeyError: 'a\nb'"
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_full_disk_under_anything_else_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hidden: bool
+) -> None:
+    def run(args: Any) -> None:
+        try:
+            raise OSError(28, "No space left on device", "metrics.csv")
+        except OSError as error:
+            if hidden:
+                raise RuntimeError("a logger's own words") from error
+            raise
+
+    monkeypatch.setattr("kdrl_lightning.cli.KDRLCLI.run", run)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: the run must be able to use its files: got OSError: [Errno 28] No space left on "
+        "device: 'metrics.csv'. Make room, or mend the permissions, and go on with `--ckpt_path "
+        "last`.\n"
+    )
+
+
+def test_another_failure_of_the_system_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: Any) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("kdrl_lightning.cli.KDRLCLI.run", run)
+    with pytest.raises(ConnectionResetError):
+        main(["fit"])
 
 
 # ---- folders of models

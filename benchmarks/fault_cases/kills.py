@@ -94,8 +94,8 @@ def strike(run: Run, plain: Undisturbed, draw: random.Random) -> Event | None:
 def wait(run: Run, plain: Undisturbed, draw: random.Random, early: float) -> str:
     """Wait for a random moment of a run; return its name.
 
-    It lies within a quarter of a second after a random step that is still to come, or, with a probability
-    of ``early``, before the first step.
+    It lies within a quarter of a second after a random step that is still to come, or, with a
+    probability of ``early``, before the first step.
     """
     startup = plain.seconds(run.strategy)
     done = max(map(step_of, run.checkpoints()), default=0)
