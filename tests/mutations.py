@@ -62,6 +62,9 @@ STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 ANNEALING = "schedules.py", "test_kl_annealing.py"
 STORE = "rollout/store.py", "rollout/test_store.py"
 CHECKPOINTS = "checkpoints.py", "test_checkpoint_files.py"
+CHECKSUMS = "checkpoints.py", "test_integrity.py"
+INTEGRITY = "integrity.py", "test_integrity.py"
+WORKERS = "rewards/workers.py", "rewards/test_workers.py"
 EXPORT = "export.py", "test_export.py"
 BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
@@ -992,8 +995,8 @@ MUTATIONS = [
     Mutation(
         "read: what is no tensor in a shard runs",
         CHECKPOINTS,
-        "file.read(part.length)), weights_only=True)",
-        "file.read(part.length)), weights_only=False)",
+        "view.read()), weights_only=True)",
+        "view.read()), weights_only=False)",
     ),
     Mutation(
         "read: shards may be cut",
@@ -1006,6 +1009,80 @@ MUTATIONS = [
         CHECKPOINTS,
         "for name in (SHARDS, META):",
         "for name in (META,):",
+    ),
+    Mutation(
+        "read: checksums of a file are not compared",
+        CHECKSUMS,
+        "            check_archive(file, place.name)\n",
+        "",
+    ),
+    Mutation(
+        "read: checksums of shards are not compared",
+        CHECKSUMS,
+        "            check_archive(view, part.relative_path)\n",
+        "",
+    ),
+    Mutation(
+        "read: the index's checksum is not compared", CHECKSUMS, "check_seal(raw, SHARDS)", ""
+    ),
+    Mutation(
+        "save: half a file stays on a full disk",
+        CHECKSUMS,
+        "half.unlink(missing_ok=True)",
+        "pass",
+    ),
+    Mutation(
+        "save: half a folder stays on a full disk",
+        CHECKSUMS,
+        "shutil.rmtree(self._half, ignore_errors=True)",
+        "pass",
+    ),
+    Mutation(
+        "last: the oldest whole one",
+        CHECKSUMS,
+        "key=lambda p: p.stat().st_mtime_ns, reverse=True",
+        "key=lambda p: p.stat().st_mtime_ns",
+    ),
+    Mutation("checksum: of an empty text", INTEGRITY, "zlib.crc32(body)", 'zlib.crc32(b"")'),
+    Mutation(
+        "model: the earlier one goes first",
+        INTEGRITY,
+        "        yield half\n",
+        "        if inside:\n            _move(half, path)\n            half.mkdir()\n        yield half\n",
+    ),
+    Mutation(
+        "model: the configuration first",
+        INTEGRITY,
+        "key=lambda f: f.name in CONFIGS)",
+        "key=lambda f: f.name not in CONFIGS)",
+    ),
+    Mutation("model: old parts stay", INTEGRITY, "        file.unlink()\n", "        pass\n"),
+    Mutation(
+        "model: not forced to the disk", INTEGRITY, "            sync(file)\n", "            pass\n"
+    ),
+    Mutation(
+        "worker: a call is made again for ever",
+        WORKERS,
+        "self._died.add(call)",
+        "pass",
+    ),
+    Mutation(
+        "worker: an answer to another try counts",
+        WORKERS,
+        "if self.call is None or ticket != self.ticket:",
+        "if self.call is None:",
+    ),
+    Mutation(
+        "worker: a killed call fails at once",
+        WORKERS,
+        "if call in self._died:",
+        "if True:",
+    ),
+    Mutation(
+        "worker: starts again for ever",
+        WORKERS,
+        "self._failed_starts += ended.child is None",
+        "self._failed_starts = 0",
     ),
     Mutation(
         "export: over a model",
