@@ -22,7 +22,15 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from scripted import Scripted
+
+def complete(body):
+    ids = [5] * (1 + body["seed"] % 3) + [1]
+    logprobs = {"token_logprobs": [-0.5] * len(ids)}
+    return {"choices": [{"prompt_token_ids": body["prompt"], "token_ids": ids,
+                         "logprobs": logprobs}]}
+
 made = Scripted("Qwen2ForCausalLM", int(sys.argv[2]), int(sys.argv[3]))
+made.routes["/v1/completions"] = complete
 print("ready", flush=True)
 time.sleep(1e6)
 """
@@ -56,7 +64,8 @@ class Server:
         """Return the flags of a run that samples from it."""
         settings = {"urls": [self.url], "max_away_s": AWAY_S, "timeout_s": 20.0}
         engine = {"class_path": "VLLMServerEngine", "init_args": settings}
-        return (f"--data.rollout_engine={json.dumps(engine)}",)
+        # It knows nothing of log-probabilities.
+        return (f"--data.rollout_engine={json.dumps(engine)}", "--weight_sync.max_mean_diff=1000")
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
