@@ -135,13 +135,13 @@ class CheckpointWriter:
             # Shards may be written through the CPU's backend only, aside of the training's own.
             self._group = self._group or torch.distributed.new_group(backend="gloo")
             future = dcp.async_save(  # type: ignore[attr-defined]
-                tensors, checkpoint_id=half, process_group=self._group
+                tensors, storage_writer=ShardWriter(half), process_group=self._group
             )
             self._pending = future, finish  # type: ignore[assignment]
         else:
             self._together(
                 trainer,
-                lambda: dcp.save(tensors, checkpoint_id=half),  # type: ignore[attr-defined]
+                lambda: dcp.save(tensors, storage_writer=ShardWriter(half)),  # type: ignore[attr-defined]
             )
             self._pending = _done(), finish
 
@@ -188,17 +188,33 @@ def export_together(trainer: Any, write: Callable[[], None], path: str) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Say in one line why something could not be written.
+    """Say in one line why something could not be written."""
+    cause = cause_of(error)
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
-    torch hides the system's error, e.g. of a full disk, in one of its own.
-    """
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the system's error, e.g. of a full disk, which torch hides in one of its own."""
     if isinstance(error, CheckpointException):  # of all ranks
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    found = cause or error
-    return f"{type(found).__name__}: {' '.join(str(found).split())}"
+    return cause or error
+
+
+class ShardWriter(dcp.FileSystemWriter):
+    """Writes shards, and tells the other ranks the system's error.
+
+    What is sent to them loses its causes on the way.
+    """
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write a rank's shards."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise cause_of(error) from None
 
 
 def on_cpu(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from test_checkpoint_files import sharded_trainer, student_weights
 
 from kdrl_lightning.__main__ import main
@@ -18,12 +20,13 @@ from kdrl_lightning.checkpoints import (
     META,
     SHARDS,
     CheckpointWriter,
+    ShardWriter,
     newest_whole,
     read_metadata,
     reason_of,
     save_file,
 )
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.integrity import SEAL, Part, check_archive, check_seal, seal, whole_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is .*:UserWarning")
@@ -186,6 +189,25 @@ def test_half_a_checkpoint_does_not_keep_a_full_disk_full(
     assert read_metadata(str(path))["global_step"] == 4
 
 
+def test_other_ranks_are_sent_the_systems_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pickled loses its causes."""
+
+    def write(*_: Any) -> None:
+        try:
+            full()
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        ShardWriter(tmp_path).write_data(None, None)
+    assert "No space" in str(pickle.loads(pickle.dumps(error.value)))
+    with pytest.raises(TrainingStopped, match=r"got OSError: .*No space left on device at step 4"):
+        folder(tmp_path / "step=00000004.ckpt")
+
+
 def test_the_systems_reason_is_told_and_not_torchs() -> None:
     try:
         try:
@@ -278,6 +300,25 @@ def test_a_model_that_cannot_be_written_leaves_the_earlier_one(
     monkeypatch.chdir(path)
     model(Path("."), 1, "two")  # here
     assert files(path) == {"model-0.safetensors": "two", "config.json": "two"}
+
+
+def test_a_kill_between_two_models_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real, moved = tmp_path / "student", os.replace, 0
+
+    def replace(old: Any, new: Any) -> None:
+        nonlocal moved
+        moved += 1
+        if moved == 3:
+            raise KeyboardInterrupt
+        real(old, new)
+
+    model(path, 2, "one")
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        model(path, 2, "two")
+    assert not list(path.glob("config.json")) and "one" not in files(path).values()
 
 
 def test_a_model_is_on_the_disk_before_its_name(
