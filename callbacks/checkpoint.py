@@ -27,8 +27,8 @@ class FSDPCheckpoint(ModelCheckpoint):
     It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
     follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
     On SIGTERM all processes finish the optimizer step, save, and stop. After an exception the last
-    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest one under the logger's name,
-    whatever its version; ``best`` is that of this run.
+    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest whole one under the logger's
+    name, whatever its version; ``best`` is that of this run.
 
     A subclass, so that Lightning knows where the last and the best are; hooks and names are its
     own: those of ``ModelCheckpoint`` save before a validation that a resume then leaves out.

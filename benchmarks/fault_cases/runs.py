@@ -167,9 +167,10 @@ class Run:
             self.err.close()
 
     def last_line(self) -> str:
-        """Return the last line that the run wrote for its user."""
+        """Return the last line that the run wrote for its user; the ranks share a screen."""
         lines = [x for x in (self.folder / "err.txt").read_text().splitlines() if x.strip()]
-        return lines[-1] if lines else ""
+        errors = [x for x in lines if x.startswith("error: ") and "another process" not in x]
+        return next(reversed(errors or lines), "")
 
     def traceback(self) -> bool:
         """Whether it ended in a traceback."""
