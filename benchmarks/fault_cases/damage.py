@@ -105,7 +105,7 @@ def gone_on_with(folder: Path, whole: Run, way: str, name: str) -> Event:
         shutil.rmtree(student)
     run.start()
     event = finished(run, whole, "damage")
-    said = (folder / "err.txt").read_text() + (folder / "out.txt").read_text()
+    said = run.beside("err").read_text() + run.beside("out").read_text()
     if not event["fault"] and "passes over" not in said:
         event["fault"] = "it does not say that it passes over a broken checkpoint"
     return {**event, "what": f"`last` after {way} of {name or 'the file'}", "times": 1}

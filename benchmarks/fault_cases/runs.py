@@ -95,8 +95,8 @@ class Run:
         (self.folder / "helpers.py").write_text(HELPERS)
         self.marks.unlink(missing_ok=True)
         # To files: a full pipe would hold the run up.
-        self.out = (self.folder / "out.txt").open("w")
-        self.err = (self.folder / "err.txt").open("w")
+        self.out = self.beside("out").open("w")
+        self.err = self.beside("err").open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "run.yaml",
              "--ckpt_path=last", *STRATEGIES[self.strategy], *self.flags],
@@ -108,7 +108,11 @@ class Run:
     @property
     def marks(self) -> Path:
         """Where the run notes its steps."""
-        return self.folder / "marks.txt"
+        return self.beside("marks")
+
+    def beside(self, word: str) -> Path:
+        """Return a file that a full disk in the run's folder does not touch."""
+        return self.folder.parent / f"{self.folder.name}-{word}.txt"
 
     def steps(self) -> list[int]:
         """Return the steps that this start has begun."""
@@ -168,13 +172,13 @@ class Run:
 
     def last_line(self) -> str:
         """Return the last line that the run wrote for its user; the ranks share a screen."""
-        lines = [x for x in (self.folder / "err.txt").read_text().splitlines() if x.strip()]
+        lines = [x for x in self.beside("err").read_text().splitlines() if x.strip()]
         errors = [x for x in lines if x.startswith("error: ") and "another process" not in x]
         return next(reversed(errors or lines), "")
 
     def traceback(self) -> bool:
         """Whether it ended in a traceback."""
-        return "Traceback (most recent call last)" in (self.folder / "err.txt").read_text()
+        return "Traceback (most recent call last)" in self.beside("err").read_text()
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of all its starts, by step."""
