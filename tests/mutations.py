@@ -1062,9 +1062,9 @@ MUTATIONS = [
         "model: not forced to the disk", INTEGRITY, "            sync(file)\n", "            pass\n"
     ),
     Mutation(
-        "worker: a call is made again for ever",
+        "worker: a killed call is forgotten",
         WORKERS,
-        "self._died.add(call)",
+        "self.waiting.appendleft(call)",
         "pass",
     ),
     Mutation(
@@ -1080,10 +1080,10 @@ MUTATIONS = [
         "if True:",
     ),
     Mutation(
-        "worker: starts again for ever",
+        "worker: every death is a failed start",
         WORKERS,
         "self._failed_starts += ended.child is None",
-        "self._failed_starts = 0",
+        "self._failed_starts += 1",
     ),
     Mutation(
         "export: over a model",
