@@ -953,8 +953,8 @@ MUTATIONS = [
     Mutation(
         "save: in place",
         CHECKPOINTS,
-        'with half.open("wb") as file:\n        torch.save',
-        'half.touch()\n    with path.open("wb") as file:\n        torch.save',
+        'with half.open("wb") as file:\n            torch.save',
+        'half.touch()\n        with path.open("wb") as file:\n            torch.save',
     ),
     Mutation(
         "save: the bytes are not forced to the disk",
@@ -965,14 +965,14 @@ MUTATIONS = [
     Mutation(
         "save: the name is not forced to the disk",
         CHECKPOINTS,
-        "    os.replace(half, path)\n    sync(path.parent)\n",
-        "    os.replace(half, path)\n",
+        "        raise\n    sync(path.parent)\n",
+        "        raise\n",
     ),
     Mutation(
         "save: shards in place",
         CHECKPOINTS,
-        "half, first = unfinished(path), trainer",
-        "half, first = path, trainer",
+        "self._half = half = unfinished(path)",
+        "self._half = half = path",
     ),
     Mutation(
         "save: a full disk under shards is a traceback",
