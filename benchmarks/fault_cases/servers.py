@@ -60,9 +60,9 @@ class Server:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
 
-    def flags(self) -> tuple[str, ...]:
+    def flags(self, max_away_s: float = 120.0) -> tuple[str, ...]:
         """Return the flags of a run that samples from it."""
-        settings = {"urls": [self.url], "max_away_s": AWAY_S, "timeout_s": 20.0}
+        settings = {"urls": [self.url], "max_away_s": max_away_s, "timeout_s": 20.0}
         engine = {"class_path": "VLLMServerEngine", "init_args": settings}
         # It knows nothing of log-probabilities.
         return (f"--data.rollout_engine={json.dumps(engine)}", "--weight_sync.max_mean_diff=1000")
@@ -147,7 +147,7 @@ def server(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
     for strategy in ("single", "ddp"):
         with Server(plain.models[0]) as made:
             undisturbed = plain.run(strategy, *made.flags())
-            run = Run(folder / f"server-{strategy}", strategy, plain.models, made.flags())
+            run = Run(folder / f"server-{strategy}", strategy, plain.models, made.flags(AWAY_S))
             run.start()
             run.until(lambda r=run: len(r.steps()) > 2)  # type: ignore[misc]
             made.kill()
@@ -157,6 +157,7 @@ def server(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
             if event["seconds_to_end"] > AWAY_S + PATIENCE / 10:
                 event["fault"] = event["fault"] or "it took too long to stop"
             made.start()
+            run.flags = made.flags()
             run.start()  # and once more, for a moment
             run.until(lambda r=run: len(r.steps()) > 2)  # type: ignore[misc]
             made.kill()
