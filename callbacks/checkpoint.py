@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from kdrl_lightning.checkpoints import CheckpointWriter, remove_unfinished, together
+from kdrl_lightning.checkpoints import CheckpointWriter, newest_whole, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 
 
@@ -26,8 +27,8 @@ class FSDPCheckpoint(ModelCheckpoint):
     It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
     follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
     On SIGTERM all processes finish the optimizer step, save, and stop. After an exception the last
-    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest one under the logger's name,
-    whatever its version; ``best`` is that of this run.
+    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest whole one under the logger's
+    name, whatever its version; ``best`` is that of this run.
 
     A subclass, so that Lightning knows where the last and the best are; hooks and names are its
     own: those of ``ModelCheckpoint`` save before a validation that a resume then leaves out.
@@ -208,12 +209,16 @@ class FSDPCheckpoint(ModelCheckpoint):
         return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        """Return the newest one of any run under this name, for ``ckpt_path="last"``."""
+        """Return the newest whole one of any run under this name, for ``ckpt_path="last"``."""
         folder = self._place(trainer)
         folders = [folder]
         if self.dirpath is None and re.fullmatch(r"version_\d+", folder.parent.name):
             folders = list(folder.parent.parent.glob("version_*/checkpoints"))
         found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
-        newest = max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+        newest, broken = newest_whole(found)
         self._continues = True
-        return set() if newest is None else {str(newest)}
+        if newest is None:  # a broken one is refused when it is read
+            return {str(max(found, key=lambda p: p.stat().st_mtime_ns))} if found else set()
+        for text in broken:
+            rank_zero_warn(f"`--ckpt_path last` passes over {text} and takes {newest}.")
+        return {str(newest)}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopped
+from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopped, disk_error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -42,9 +42,14 @@ def main(args: Sequence[str] | None = None) -> None:
         _exit(error, 2)
     except Exception as error:
         mistake = _mistake_behind(error)
-        if mistake is None:
+        if mistake is not None:
+            _exit(mistake, 2)
+        disk = disk_error(error)
+        if disk is None:
             raise
-        _exit(mistake, 2)
+        text = f"the run must be able to use its files: got {type(disk).__name__}: {disk}. Make "
+        cure = "room, or mend the permissions, and go on with `--ckpt_path last`."
+        _exit(TrainingStopped(text + cure), 1, error)
 
 
 def run_export(args: Sequence[str]) -> None:

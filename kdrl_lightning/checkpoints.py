@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils import _pytree as pytree
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.integrity import Part, check_archive, check_seal, seal, sync
 from kdrl_lightning.rollout.together import stop_together
 
 SHARDS, META = ".metadata", "meta.pt"
@@ -59,6 +60,7 @@ class CheckpointWriter:
         self.asynchronous = asynchronous
         self._threads: ThreadPoolExecutor | None = None
         self._group: Any = None
+        self._half: Path | None = None  # the folder that is being written
         self._pending: tuple[Future[Any], Callable[[], None]] | None = None
 
     def write(self, trainer: Any, path: Path) -> None:
@@ -81,9 +83,17 @@ class CheckpointWriter:
         if self._pending is None:
             return
         (future, finish), self._pending = self._pending, None
-        together(trainer, future.result)
-        together(trainer, finish)
+        self._together(trainer, future.result)
+        self._together(trainer, finish)
         trainer.strategy.barrier()
+
+    def _together(self, trainer: Any, work: Callable[[], Any]) -> None:
+        try:
+            together(trainer, work)
+        except TrainingStopped:  # half a checkpoint would keep a full disk full
+            if trainer.is_global_zero and self._half is not None:
+                shutil.rmtree(self._half, ignore_errors=True)
+            raise
 
     def _write_file(self, trainer: Any, state: dict[str, Any], path: Path) -> None:
         if not trainer.is_global_zero:
@@ -97,7 +107,8 @@ class CheckpointWriter:
             self._pending = _done(), lambda: save_file(state, path)
 
     def _write_folder(self, trainer: Any, state: dict[str, Any], path: Path) -> None:
-        half, first = unfinished(path), trainer.is_global_zero
+        self._half = half = unfinished(path)
+        first = trainer.is_global_zero
         tensors = {"state_dict": state.pop("state_dict")}
         for index, moments in enumerate(state.pop("optimizer_states")):
             tensors[f"optimizer_{index}"] = moments
@@ -110,6 +121,7 @@ class CheckpointWriter:
 
         def finish() -> None:
             if first:
+                seal(half / SHARDS)
                 sync(half)
                 old = unfinished(path.with_name(path.name + ".old"))
                 if path.exists():
@@ -118,18 +130,18 @@ class CheckpointWriter:
                 sync(path.parent)
                 shutil.rmtree(old, ignore_errors=True)
 
-        together(trainer, prepare)
+        self._together(trainer, prepare)
         if self.asynchronous:
             # Shards may be written through the CPU's backend only, aside of the training's own.
             self._group = self._group or torch.distributed.new_group(backend="gloo")
             future = dcp.async_save(  # type: ignore[attr-defined]
-                tensors, checkpoint_id=half, process_group=self._group
+                tensors, storage_writer=ShardWriter(half), process_group=self._group
             )
             self._pending = future, finish  # type: ignore[assignment]
         else:
-            together(
+            self._together(
                 trainer,
-                lambda: dcp.save(tensors, checkpoint_id=half),  # type: ignore[attr-defined]
+                lambda: dcp.save(tensors, storage_writer=ShardWriter(half)),  # type: ignore[attr-defined]
             )
             self._pending = _done(), finish
 
@@ -141,16 +153,68 @@ def together(trainer: Any, work: Callable[[], Any]) -> None:
         try:
             work()
         except (Exception, CheckpointException) as error:
-            cause: BaseException = error
-            if isinstance(error, CheckpointException):  # torch's, of all ranks
-                cause = next(iter(error.failures.values()))[0]
             raise TrainingStopped(
-                f"a checkpoint must be writable: got {type(cause).__name__}: {cause} at step "
+                f"a checkpoint must be writable: got {reason_of(error)} at step "
                 f"{trainer.global_step}. Earlier checkpoints are whole; make room, or mend the "
                 "folder, and resume."
             ) from error
 
     stop_together(tried, trainer.lightning_module.reduce)
+
+
+def export_together(trainer: Any, write: Callable[[], None], path: str) -> None:
+    """Write the student; if the first rank cannot, all stop.
+
+    Raises:
+        TrainingStopped: on every rank; the message says which checkpoint holds the student.
+    """
+
+    def tried() -> None:
+        try:
+            write()
+        except Exception as error:
+            saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
+            cure = "No checkpoint holds it: the run was without."
+            if saved:
+                cure = (
+                    f"The checkpoint {saved} holds it: make room, and run `python -m "
+                    f"kdrl_lightning export --ckpt_path {saved} --output {path}`."
+                )
+            raise TrainingStopped(
+                f"the student must be writable to {path}: got {reason_of(error)}. {cure}"
+            ) from error
+
+    stop_together(tried, trainer.lightning_module.reduce)
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line why something could not be written."""
+    cause = cause_of(error)
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the system's error, e.g. of a full disk, which torch hides in one of its own."""
+    if isinstance(error, CheckpointException):  # of all ranks
+        error = next(iter(error.failures.values()))[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+class ShardWriter(dcp.FileSystemWriter):
+    """Writes shards, and tells the other ranks the system's error.
+
+    What is sent to them loses its causes on the way.
+    """
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write a rank's shards."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise cause_of(error) from None
 
 
 def on_cpu(value: Tensor) -> Tensor:
@@ -162,11 +226,15 @@ def save_file(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``, or leave what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = unfinished(path)
-    with half.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
+    try:
+        with half.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except Exception:  # half a checkpoint would keep a full disk full
+        half.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -181,15 +249,6 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def sync(folder: Path) -> None:
-    """Make a folder's entries durable, so that a power cut does not undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def is_sharded(strategy: Any) -> bool:
     """Whether a strategy's checkpoints are folders."""
     parallel = isinstance(strategy, ModelParallelStrategy)
@@ -199,27 +258,55 @@ def is_sharded(strategy: Any) -> bool:
 def read_metadata(path: str) -> dict[str, Any]:
     """Read a checkpoint without the weights of a folder; a file's tensors stay on disk.
 
+    Every byte is compared with the checkpoint's checksums.
+
     Raises:
         ConfigurationError: it is not there, broken, or holds more than tensors and plain values.
     """
-    place = Path(path)
-    try:
-        if place.is_dir():
-            check_shards(place)
-            place = place / META
-        values = torch.load(place, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
+    values, damage = _read(Path(path))
+    if damage:
+        place = Path(path).absolute()
+        earlier = newest_whole(p for p in place.parent.glob("step=*.ckpt") if p != place)[0]
+        cure = "Take an earlier one of another run: its folder holds no other whole one."
+        if earlier is not None:
+            cure = f"Take an earlier one: `--ckpt_path {earlier}`."
         raise ConfigurationError(
-            f"`ckpt_path` must be a whole checkpoint of this library: got {path} ({reason}). "
-            "Take an earlier one."
-        ) from error
+            f"`ckpt_path` must be a whole checkpoint of this library: got {path} ({damage}). {cure}"
+        )
     if not isinstance(values, dict) or "loops" not in values:
         raise ConfigurationError(
             f"`ckpt_path` must be a checkpoint of a run: got {path}, which holds none. "
             "A folder of weights is a model: give it as `model.student`."
         )
     return values
+
+
+def newest_whole(paths: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """Find the newest whole one of some checkpoints.
+
+    Returns:
+        Its path, None if there is none; and for each newer one what is broken about it.
+    """
+    broken: list[str] = []
+    for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        damage = _read(path)[1]
+        if not damage:
+            return path, broken
+        broken.append(f"{path} ({damage})")
+    return None, broken
+
+
+def _read(place: Path) -> tuple[Any, str]:
+    """Return what a checkpoint holds but the weights of a folder, and what is broken about it."""
+    try:
+        if place.is_dir():
+            check_shards(place)
+            place = place / META
+        with place.open("rb") as file:
+            check_archive(file, place.name)
+        return torch.load(place, map_location="cpu", mmap=True, weights_only=True), ""
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        return None, (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
 
 
 def check_readable(path: str, strategy: Any) -> None:
@@ -240,15 +327,16 @@ def check_shards(folder: Path) -> None:
     """Check that the shards of a folder are all there, and safe to read.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: they are not there, or damaged.
         UnpicklingError: index or shards hold more than an index, tensors and plain values.
     """
     for name in (SHARDS, META):
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing: it was not finished")
     try:
-        with (folder / SHARDS).open("rb") as file:
-            index = _IndexReader(file).load()
+        raw = (folder / SHARDS).read_bytes()
+        check_seal(raw, SHARDS)
+        index = _IndexReader(io.BytesIO(raw)).load()
         parts, entries = index.storage_data, index.state_dict_metadata
     except (AttributeError, ImportError, LookupError, TypeError) as error:
         raise ValueError(f"its index cannot be read: {error!r}") from error
@@ -257,11 +345,13 @@ def check_shards(folder: Path) -> None:
         size = file_path.stat().st_size if file_path.is_file() else -1
         if size < part.offset + part.length:
             raise ValueError(f"{part.relative_path} has {size} bytes, too few")
-        if isinstance(entries[key.fqn], BytesStorageMetadata):
-            # torch would unpickle it without asking what it is.
-            with file_path.open("rb") as file:
-                file.seek(part.offset)
-                torch.load(io.BytesIO(file.read(part.length)), weights_only=True)
+        with file_path.open("rb") as file:
+            view = Part(file, part.offset, part.length)
+            check_archive(view, part.relative_path)
+            if isinstance(entries[key.fqn], BytesStorageMetadata):
+                # torch would unpickle it without asking what it is.
+                view.seek(0)
+                torch.load(io.BytesIO(view.read()), weights_only=True)
 
 
 class _IndexReader(pickle.Unpickler):

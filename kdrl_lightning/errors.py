@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+# What a disk does to whatever happens to write: full, over the quota, read-only, not permitted.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
 
 class ConfigurationError(ValueError):
     """A value that cannot work; the message names the value, the rule and the cure."""
@@ -37,3 +42,16 @@ class BadRow(ConfigurationError):  # noqa: N818
     def __init__(self, message: str, wished: bool = False) -> None:
         super().__init__(message)
         self.wished = wished
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return the disk's failure among an error and its causes.
+
+    >>> disk_error(PermissionError(13, "Permission denied"))
+    PermissionError(13, 'Permission denied')
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from kdrl_lightning.checkpoints import read_metadata
+from kdrl_lightning.checkpoints import read_metadata, reason_of
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.integrity import whole_folder
 from kdrl_lightning.lora import LoRA, adapter_weights, save_adapters
 from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer
 from kdrl_lightning.resume import KEY, check_complete
@@ -74,12 +76,19 @@ def export(
         weights = adapter_weights(student) if adapter else ModelWeights(student, path).state()
     if isinstance(wanted, torch.dtype):
         weights = {name: tensor.to(wanted) for name, tensor in weights.items()}
-    if adapter:
-        save_adapters(student, weights, folder, path)
-    else:
-        model = build_causal_lm(identity["config"], identity["generation_config"], weights)
-        model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    try:
+        with whole_folder(folder) as half:
+            if adapter:
+                save_adapters(student, weights, half, path)
+            else:
+                model = build_causal_lm(identity["config"], identity["generation_config"], weights)
+                model.save_pretrained(half)
+            words.save_pretrained(half)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(
+            f"`output` must be a folder that can be written: got {output} ({reason_of(error)}). "
+            "Make room, or name another."
+        ) from error
     size = sum(tensor.nbytes for tensor in weights.values())
     print(f"step {saved['global_step']}: {size / 1e6:.1f} MB of weights written to {folder}")
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +15,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdrl_lightning.checkpoints import check_readable, read_metadata
+from kdrl_lightning.checkpoints import check_readable, export_together, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
 from kdrl_lightning.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
+from kdrl_lightning.integrity import whole_folder
 from kdrl_lightning.lora import LoRA
 from kdrl_lightning.losses import k3
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
@@ -447,13 +449,27 @@ class KDRLModule(pl.LightningModule):
         return ModelWeights(self._student().model, self.student_path)
 
     def export(self, path: str) -> None:
-        """Write the student and its tokenizer as a Hugging Face folder; all ranks must call it."""
+        """Write the student and its tokenizer as a Hugging Face folder; all ranks must call it.
+
+        The folder gets the new student as a whole; if it cannot be written, an earlier one stays.
+
+        Raises:
+            TrainingStopped: on every rank, if the first one cannot write.
+        """
         writes = self._trainer is None or self.trainer.is_global_zero
-        self.weights().save(path, writes)
-        if writes:
-            self.tokenizer.save_pretrained(path)
-        if self._trainer is not None:
-            self.trainer.strategy.barrier()
+        write = self.weights().writer(writes)
+
+        def write_both() -> None:
+            if not writes:
+                return
+            with whole_folder(Path(path)) as half:
+                write(str(half))
+                self.tokenizer.save_pretrained(half)
+
+        if self._trainer is None:
+            write_both()
+        else:
+            export_together(self.trainer, write_both, path)
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """Reduce a tensor over ranks; ``sum`` or ``max``."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,12 +62,18 @@ class ModelWeights:
             path: of the folder.
             writes: on the one rank that does; it alone holds all weights, on the CPU.
         """
-        if not (self.sharded or writes):
-            return
-        plain = not (self.sharded or adapted_layers(self.model))
-        state = None if plain else self.state(writes)
+        write = self.writer(writes)
         if writes:
-            self.model.save_pretrained(path, state_dict=state)
+            write(path)
+
+    def writer(self, writes: bool = True) -> Callable[[str], None]:
+        """Gather the weights now; return what writes them later, without collectives.
+
+        So the disk may fail on the rank that writes, and no rank waits for it in a collective.
+        """
+        gathers = self.sharded or (writes and bool(adapted_layers(self.model)))
+        state = self.state(writes) if gathers else None
+        return partial(self.model.save_pretrained, state_dict=state)
 
     def state(self, keeps: bool = True) -> dict[str, Tensor]:
         """Gather weights and stored buffers on the CPU; all ranks must call it if sharded.

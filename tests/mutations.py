@@ -67,6 +67,9 @@ PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
 DRAWS = "rollout/draws.py", "rollout/test_draws.py"
 COLLECTOR = "rollout/collector.py", "rollout/test_draws.py"
 CHECKPOINTS = "checkpoints.py", "test_checkpoint_files.py"
+CHECKSUMS = "checkpoints.py", "test_integrity.py"
+INTEGRITY = "integrity.py", "test_integrity.py"
+WORKERS = "rewards/workers.py", "rewards/test_workers.py"
 EXPORT = "export.py", "test_export.py"
 BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
@@ -959,8 +962,8 @@ MUTATIONS = [
     Mutation(
         "save: in place",
         CHECKPOINTS,
-        'with half.open("wb") as file:\n        torch.save',
-        'half.touch()\n    with path.open("wb") as file:\n        torch.save',
+        'with half.open("wb") as file:\n            torch.save',
+        'half.touch()\n        with path.open("wb") as file:\n            torch.save',
     ),
     Mutation(
         "save: the bytes are not forced to the disk",
@@ -971,14 +974,14 @@ MUTATIONS = [
     Mutation(
         "save: the name is not forced to the disk",
         CHECKPOINTS,
-        "    os.replace(half, path)\n    sync(path.parent)\n",
-        "    os.replace(half, path)\n",
+        "        raise\n    sync(path.parent)\n",
+        "        raise\n",
     ),
     Mutation(
         "save: shards in place",
         CHECKPOINTS,
-        "half, first = unfinished(path), trainer",
-        "half, first = path, trainer",
+        "self._half = half = unfinished(path)",
+        "self._half = half = path",
     ),
     Mutation(
         "save: a full disk under shards is a traceback",
@@ -1001,8 +1004,8 @@ MUTATIONS = [
     Mutation(
         "read: what is no tensor in a shard runs",
         CHECKPOINTS,
-        "file.read(part.length)), weights_only=True)",
-        "file.read(part.length)), weights_only=False)",
+        "view.read()), weights_only=True)",
+        "view.read()), weights_only=False)",
     ),
     Mutation(
         "read: shards may be cut",
@@ -1015,6 +1018,81 @@ MUTATIONS = [
         CHECKPOINTS,
         "for name in (SHARDS, META):",
         "for name in (META,):",
+    ),
+    Mutation(
+        "read: checksums of a file are not compared",
+        CHECKSUMS,
+        "check_archive(file, place.name)",
+        "pass",
+    ),
+    Mutation(
+        "read: checksums of shards are not compared",
+        CHECKSUMS,
+        "check_archive(view, part.relative_path)",
+        "pass",
+    ),
+    Mutation(
+        "read: the index's checksum is not compared", CHECKSUMS, "check_seal(raw, SHARDS)", "pass"
+    ),
+    Mutation(
+        "save: half a file stays on a full disk",
+        CHECKSUMS,
+        "half.unlink(missing_ok=True)",
+        "pass",
+    ),
+    Mutation(
+        "save: half a folder stays on a full disk",
+        CHECKSUMS,
+        "shutil.rmtree(self._half, ignore_errors=True)",
+        "pass",
+    ),
+    Mutation(
+        "last: the oldest whole one",
+        CHECKSUMS,
+        "key=lambda p: p.stat().st_mtime_ns, reverse=True",
+        "key=lambda p: p.stat().st_mtime_ns",
+    ),
+    Mutation("checksum: of an empty text", INTEGRITY, "zlib.crc32(body)", 'zlib.crc32(b"")'),
+    Mutation(
+        "model: the earlier one goes first",
+        INTEGRITY,
+        "        yield half\n",
+        "        if inside:\n            _move(half, path)\n            half.mkdir()\n"
+        "        yield half\n",
+    ),
+    Mutation(
+        "model: the configuration first",
+        INTEGRITY,
+        "key=lambda f: f.name in CONFIGS)",
+        "key=lambda f: f.name not in CONFIGS)",
+    ),
+    Mutation("model: old parts stay", INTEGRITY, "        file.unlink()\n", "        pass\n"),
+    Mutation(
+        "model: not forced to the disk", INTEGRITY, "            sync(file)\n", "            pass\n"
+    ),
+    Mutation(
+        "worker: a killed call is forgotten",
+        WORKERS,
+        "self.waiting.appendleft(call)",
+        "pass",
+    ),
+    Mutation(
+        "worker: an answer to another try counts",
+        WORKERS,
+        "if self.call is None or ticket != self.ticket:",
+        "if self.call is None:",
+    ),
+    Mutation(
+        "worker: a killed call fails at once",
+        WORKERS,
+        "if call in self._died:",
+        "if True:",
+    ),
+    Mutation(
+        "worker: every death is a failed start",
+        WORKERS,
+        "self._failed_starts += ended.child is None",
+        "self._failed_starts += 1",
     ),
     Mutation(
         "export: over a model",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors import SafetensorError
 from short_runs import make_data, make_module, make_trainer
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.checkpoints import CheckpointWriter
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.export import export
 from kdrl_lightning.tiny.models import make_tokenizer
 
@@ -200,3 +201,32 @@ def test_a_student_that_is_gone_needs_a_tokenizer(tmp_path: Path) -> None:
         export(path, str(tmp_path / "out"))
     export(path, str(tmp_path / "out"), tokenizer=str(tmp_path / "moved"))
     same_files(tmp_path / "out", tmp_path / "student")
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+
+def test_a_run_that_cannot_write_its_student_names_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = save_model(tmp_path / "start", "qwen2", True)
+    _, path = trained(tmp_path / "run", student)
+    before = logits(tmp_path / "run/student")
+    assert not torch.equal(before, logits(tmp_path / "start"))
+    monkeypatch.setattr(Qwen2ForCausalLM, "save_pretrained", full_disk)
+    words = (
+        rf"^the student must be writable to {tmp_path}/run/student: got SafetensorError: .*No "
+        rf"space left on device .*\. The checkpoint {path} holds it: make room, and run "
+        rf"`python -m kdrl_lightning export --ckpt_path {path} --output {tmp_path}/run/student`\.$"
+    )
+    with pytest.raises(TrainingStopped, match=words):
+        trained(tmp_path / "run", student)
+    words = r"`output` must be a folder that can be written: got \S+new \(SafetensorError: .*No"
+    with pytest.raises(ConfigurationError, match=words):
+        export(path, str(tmp_path / "new"))
+    assert not list(tmp_path.rglob("*unfinished*")) and not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    assert torch.equal(before, logits(tmp_path / "run/student"))  # of the run before
+    export(path, str(tmp_path / "new"))
+    assert torch.equal(before, logits(tmp_path / "new"))

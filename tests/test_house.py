@@ -53,10 +53,11 @@ ALLOWED = {
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "samples": FLOOR | {"objectives", "rollout"},
     "resume": FLOOR,
-    "checkpoints": FLOOR | {"rollout"},
-    "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
+    "integrity": set(),
+    "checkpoints": FLOOR | {"integrity", "rollout"},
+    "export": FLOOR | {"checkpoints", "integrity", "lora", "models", "resume", "weights"},
     "module": FLOOR
-    | {"checkpoints", "compatibility", "end_tokens", "evaluation", "lora", "losses"}
+    | {"checkpoints", "compatibility", "end_tokens", "evaluation", "integrity", "lora", "losses"}
     | {"metrics", "models"}
     | {"nonfinite", "objectives", "pending", "resume"}
     | {"scorer", "sharding", "strategies", "teachers", "weights"},

@@ -33,9 +33,10 @@ LOOK_SECONDS = 0.5  # between looks for the training process, whose fork may kee
 def main(descriptor: int) -> None:
     """Serve until the pipe is closed.
 
-    First come what to import, arguments to try it on, and the time limit; then one argument after
-    the other. Answers are ``("ready", process)`` from each child, ``("done", result, error)``, or
-    ``("failed", error)`` where the function cannot be imported, or fails at what it is tried on.
+    First come what to import, arguments to try it on, and the time limit; then one ``(ticket,
+    argument)`` after the other. Answers are ``("ready", process)`` from each child, ``("done",
+    ticket, result, error)``, or ``("failed", error)`` if the function cannot be imported, or fails
+    at what it is tried on.
     """
     pipe, trainer = Connection(descriptor), os.getppid()
     _control(SUBREAPER, 1)
@@ -125,13 +126,13 @@ def _serve(pipe: Connection, function: Any, seconds: float) -> NoReturn:
     try:
         pipe.send(("ready", os.getpid()))
         while True:
-            argument = pipe.recv()
+            ticket, argument = pipe.recv()
             # If whoever started us is gone and cannot kill us, the kernel does.
             limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * seconds) + 2)
             try:
-                answer = pickle.dumps(("done", function(argument), None))
+                answer = pickle.dumps(("done", ticket, function(argument), None))
             except Exception as error:
-                answer = pickle.dumps(("done", None, portable(error)))
+                answer = pickle.dumps(("done", ticket, None, portable(error)))
             pipe.send_bytes(answer)
     except (EOFError, OSError):
         os._exit(CLOSED)

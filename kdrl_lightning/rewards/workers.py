@@ -20,15 +20,18 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rewards.callables import portable_target
 
 START_SECONDS = 120.0  # imports, on a busy machine
+STARTS = 3  # of processes that end before they are ready
+DIED = "the process that judged it has died"
 
 
 class WorkerPool:
     """Calls a function of one argument in several processes.
 
+    A process that dies, e.g. for want of memory, is replaced, and its call is made once more.
     Processes start at the first call, end with ``close`` or with this process, and do not travel
     when the pool is pickled. Calls that hang cost about ``hanging / workers * seconds``, and the
     cores that they keep busy. A process has 2 GiB for its data.
@@ -66,24 +69,24 @@ class WorkerPool:
 
         Raises:
             Exception: the function cannot be imported by the processes, or fails at ``first``.
+            TrainingStopped: the processes end before they are ready.
         """
-        results: list[Any] = [None] * len(arguments)
-        waiting = deque(range(len(arguments)))
+        calls = _Calls(arguments)
+        self._failed_starts = 0
         if not self._workers:
             weakref.finalize(self, _end, self._workers)
         try:
             while len(self._workers) < min(self.count, len(arguments)):
-                self._workers.append(_Worker((*self.target, self.first), self.seconds))
-            while waiting or any(worker.call is not None for worker in self._workers):
-                for worker in self._workers:
-                    if waiting and worker.ready:
-                        call = waiting.popleft()
-                        results[call] = worker.send(call, arguments[call])
-                self._collect(results)
+                self._workers.append(self._start())
+            while calls.waiting or any(worker.call is not None for worker in self._workers):
+                for place, worker in enumerate(self._workers):
+                    if calls.waiting and worker.ready and not worker.send(calls):
+                        self._replace(place, calls)
+                self._collect(calls)
         except BaseException:  # what is on its way would be taken for later answers
             self.close()
             raise
-        return results
+        return calls.results
 
     def close(self) -> None:
         """End the processes; the next call starts new ones."""
@@ -92,18 +95,55 @@ class WorkerPool:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_workers": []}
 
-    def _collect(self, results: list[Any]) -> None:
-        """Take what has come in; kill what is late."""
+    def _start(self) -> _Worker:
+        return _Worker((*self.target, self.first), self.seconds)
+
+    def _collect(self, calls: _Calls) -> None:
+        """Take what has come in; kill what is late; replace what has ended."""
         until = min(worker.deadline for worker in self._workers)
         if until == inf:  # nothing is on its way: no call could be handed over
             return
         timeout = max(until - time.monotonic(), 0.0)
         arrived = wait([worker.pipe for worker in self._workers], timeout)
-        for worker in self._workers:
+        for place, worker in enumerate(self._workers):
             if worker.pipe in arrived:
-                worker.receive(results)
+                if not worker.receive(calls):
+                    self._replace(place, calls)
             elif time.monotonic() >= worker.deadline:
-                worker.expire(results)
+                worker.expire(calls.results)
+
+    def _replace(self, place: int, calls: _Calls) -> None:
+        """Start another process instead of one that has ended."""
+        ended = self._workers[place]
+        self._failed_starts += ended.child is None
+        if self._failed_starts == STARTS:
+            raise TrainingStopped(
+                f"a process that calls {'.'.join(self.target)} must start: {STARTS} ended before "
+                "they were ready. Check that its module can be imported, and the machine's memory."
+            )
+        calls.again(ended.call)
+        _end([ended])
+        self._workers[place] = self._start()
+
+
+class _Calls:
+    """The calls of one ``map``: which wait, what came of the others."""
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        self.arguments = arguments
+        self.results: list[Any] = [None] * len(arguments)
+        self.waiting = deque(range(len(arguments)))
+        self._died: set[int] = set()
+
+    def again(self, call: int | None) -> None:
+        """Make a call whose process died once more; it fails if that kills a second one."""
+        if call is None:
+            return
+        if call in self._died:
+            self.results[call] = RuntimeError(DIED)
+        else:
+            self._died.add(call)
+            self.waiting.appendleft(call)
 
 
 class _Worker:
@@ -114,6 +154,7 @@ class _Worker:
         self.child: int | None = None
         self.call: int | None = None
         self.ready = False
+        self.ticket = 0  # of the latest call: a call may be answered twice after a kill
         self.deadline = time.monotonic() + START_SECONDS
         self.pipe, theirs = Pipe()
         code = f"from kdrl_lightning.rewards.worker import main; main({theirs.fileno()})"
@@ -135,33 +176,42 @@ class _Worker:
             )
         self.pipe.send((sys.path, *target, seconds))
 
-    def send(self, call: int, argument: Any) -> Exception | None:
-        """Hand it a call; return why it cannot be handed over."""
+    def send(self, calls: _Calls) -> bool:
+        """Hand it the next call; return whether the process is there."""
+        call = calls.waiting.popleft()
+        self.ticket += 1
         try:
-            self.pipe.send(argument)
-        except Exception as error:
-            return error
+            while self.pipe.poll():  # its child died, and was replaced, while nothing was to do
+                if not self.receive(calls):
+                    raise EOFError
+            self.pipe.send((self.ticket, calls.arguments[call]))
+        except (EOFError, OSError):
+            calls.waiting.appendleft(call)
+            return False
+        except Exception as error:  # the argument cannot travel
+            calls.results[call] = error
+            return True
         self.ready, self.call, self.deadline = False, call, time.monotonic() + self.seconds
-        return None
+        return True
 
-    def receive(self, results: list[Any]) -> None:
-        """Take one message."""
+    def receive(self, calls: _Calls) -> bool:
+        """Take one message; return whether the process is there."""
         try:
             kind, *content = self.pipe.recv()
-        except (EOFError, OSError) as lost:
-            raise RuntimeError("a worker process of the reward has ended") from lost
+        except (EOFError, OSError):
+            return False
         if kind == "failed":
             raise content[0]
         if kind == "ready":
-            if self.call is not None:  # its predecessor died of the call
-                results[self.call] = RuntimeError("the process that judged it has died")
+            calls.again(self.call)  # its predecessor died of the call, or was killed
             self.child = content[0]
-        elif self.call is None:  # an answer that crossed the kill
-            return
         else:
-            result, error = content
-            results[self.call] = result if error is None else error
+            ticket, result, error = content
+            if self.call is None or ticket != self.ticket:  # an answer that crossed a kill
+                return True
+            calls.results[self.call] = result if error is None else error
         self.call, self.ready, self.deadline = None, True, inf
+        return True
 
     def expire(self, results: list[Any]) -> None:
         """Kill what hangs; the worker ends what it started, and its successor reports by itself."""

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.rollout.weight_files import write_shards
 from kdrl_lightning.server_client import AwayError, ServerClient
 from kdrl_lightning.weights import ModelWeights
@@ -26,7 +28,7 @@ class WeightRoute(ABC):
         """Bring the weights to all servers; all ranks must call it, the first one works.
 
         Raises:
-            TrainingStopped: on the first rank, if a server is away or does not take them.
+            TrainingStopped: on the first rank, if the disk or a server does not take them.
         """
 
     @abstractmethod
@@ -53,11 +55,15 @@ class FileRoute(WeightRoute):
     def push(self, weights: ModelWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Write, and let every server load; see ``WeightRoute.push``."""
         rank, world = ranks()
-        made = [tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder) if rank == 0 else ""]
-        # All ranks: reading a sharded student is a collective.
-        write_shards(weights.named_tensors(), Path(made[0]) if rank == 0 else None)
+        made, failure = [""], None
+        try:
+            made[0] = self._write(weights, rank == 0)
+        except TrainingStopped as error:
+            failure = error
         if world > 1:
             torch.distributed.broadcast_object_list(made)
+        if failure is not None:
+            raise failure
         old, self._current = self._current, made[0]
         if rank:
             return
@@ -68,6 +74,24 @@ class FileRoute(WeightRoute):
         finally:
             if old:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, weights: ModelWeights, writes: bool) -> str:
+        """Write the weights to a new folder; return its path, "" on the other ranks."""
+        tensors, folder = weights.named_tensors(), ""
+        try:
+            if writes:
+                folder = tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder)
+            write_shards(tensors, Path(folder) if writes else None)
+        except (OSError, SafetensorError) as error:
+            for _ in tensors:  # reading a sharded student is a collective: the others wait for it
+                pass
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingStopped(
+                "`weights_folder` must have room for the student's weights: got "
+                f"{type(error).__name__}: {error} in {self.folder or tempfile.gettempdir()}. Make "
+                "room, or name a folder on another disk."
+            ) from error
+        return folder
 
     def again(self, server: ServerClient, label: str) -> None:
         """Let a server load the files; see ``WeightRoute.again``."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.rewards import Sample, Verdict
@@ -36,6 +38,13 @@ def answer(what: Any) -> Any:
         return answer_deeply()
     if what == "unreadable":
         return lambda: None
+    if isinstance(what, tuple) and what[0] == "die once":
+        _, flag, whole = what
+        if not Path(flag).exists():
+            Path(flag).touch()
+            if whole:
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
     if what == "who":
         return os.getpid()
     return what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import judged_elsewhere
 import pytest
 from judged_elsewhere import answer, with_children, with_orphan
 
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
 from kdrl_lightning.rewards.workers import WorkerPool
 
@@ -70,6 +71,51 @@ def test_a_worker_that_hung_is_replaced(pool: WorkerPool) -> None:
     assert os.getpid() not in before | after
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_call_whose_process_is_killed_is_made_once_more(tmp_path: Path, whole: bool) -> None:
+    pool = WorkerPool(answer, seconds=5.0, workers=2)
+    asked = [("die once", str(tmp_path / str(i)), whole) if i % 3 == 1 else i for i in range(9)]
+    assert pool.map(asked) == asked
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "7"]
+    assert pool.map(list(range(6))) == list(range(6))
+    pool.close()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_processes_killed_between_two_calls_are_replaced(whole: bool) -> None:
+    pool = WorkerPool(answer, seconds=5.0, workers=1)
+    assert pool.map([1, 2]) == [1, 2]
+    for worker in list(pool._workers):
+        if whole:
+            worker.process.kill()
+            worker.process.wait()
+        os.kill(worker.child, signal.SIGKILL)
+    assert pool.map(list(range(40))) == list(range(40))
+    assert len(pool._workers) == 1
+    pool.close()
+
+
+def test_an_answer_to_an_earlier_try_is_not_taken_for_another_calls() -> None:
+    pool = WorkerPool(answer, seconds=5.0, workers=1)
+    assert pool.map([1]) == [1]
+    (worker,) = pool._workers
+    worker.pipe.send((0, "stale"))  # as if its call had been handed over twice
+    assert pool.map(list(range(20))) == list(range(20))
+    pool.close()
+
+
+def test_a_process_that_ends_before_it_is_ready_stops_the_run_in_one_line() -> None:
+    pool = WorkerPool(answer, seconds=5.0, workers=2)
+    pool.target = ("ends_at_once", "answer")
+    words = (
+        r"^a process that calls ends_at_once\.answer must start: 3 ended before they were ready\. "
+        r"Check that its module can be imported, and the machine's memory\.$"
+    )
+    with pytest.raises(TrainingStopped, match=words):
+        pool.map([1, 2, 3])
+    assert pool._workers == []
+
+
 def test_closing_ends_the_processes_and_the_next_call_starts_others(pool: WorkerPool) -> None:
     (process,) = pool.map(["who"])
     other = pickle.loads(pickle.dumps(pool))  # processes do not travel
@@ -82,7 +128,7 @@ def test_closing_ends_the_processes_and_the_next_call_starts_others(pool: Worker
 def test_an_interrupt_leaves_no_stale_answers(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(results: list[object]) -> None:
+    def interrupted(calls: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pool, "_collect", interrupted)

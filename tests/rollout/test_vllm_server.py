@@ -406,3 +406,39 @@ def test_serve_without_vllm_names_the_cure(
         main(["serve", "--model", "m"])
     assert error.value.code == 2
     assert "pip install 'kdrl_lightning[vllm]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["the folder", "the second file"])
+def test_a_full_disk_stops_the_push_and_keeps_the_servers_weights(
+    server: Scripted,
+    weights: ModelWeights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    engine = engine_of(weights, server.url, weights_folder=str(tmp_path))
+    before, taken = sorted(tmp_path.rglob("*")), 0
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def count(self: ModelWeights) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal taken
+        for name, tensor in self.model.named_parameters():
+            taken += 1
+            yield name, tensor
+
+    monkeypatch.setattr(ModelWeights, "named_tensors", count)
+    if place == "the folder":
+        monkeypatch.setattr("tempfile.mkdtemp", full)
+    else:
+        monkeypatch.setattr("kdrl_lightning.rollout.weight_files.SHARD_BYTES", 1)
+        monkeypatch.setattr("kdrl_lightning.rollout.weight_files.save_file", full)
+    words = (
+        r"^`weights_folder` must have room for the student's weights: got OSError: .*No space left "
+        rf"on device in {tmp_path}\. Make room, or name a folder on another disk\.$"
+    )
+    with pytest.raises(TrainingStopped, match=words):
+        engine.update_weights(weights, 1)
+    assert taken == len(list(weights.model.parameters()))  # other ranks wait for none
+    assert sorted(tmp_path.rglob("*")) == before and server.loads == 1

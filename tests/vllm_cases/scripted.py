@@ -18,7 +18,7 @@ EOS = 1
 class Scripted:
     """Answers like a server with ``vocab`` tokens; ``faults`` go first, one per completion."""
 
-    def __init__(self, architecture: str, vocab: int) -> None:
+    def __init__(self, architecture: str, vocab: int, port: int = 0) -> None:
         self.faults: list[tuple[int, str]] = []
         self.routes: dict[str, Callable[[dict[str, Any]], Any]] = {
             "/collective_rpc": self.rpc,
@@ -69,7 +69,7 @@ class Scripted:
             def log_message(self, *args: Any) -> None:
                 """Keep quiet."""
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 

@@ -1,0 +1,156 @@
+"""What is on disk is whole: checksums that are checked, folders that appear at once.
+
+A checkpoint carries its checksums: ``torch.save`` writes zip archives with a CRC-32 per record, and
+the shards of a folder hold such an archive per tensor. ``torch.load`` checks none of them. Only the
+index of shards has no checksum of its own; it gets one after its last byte, where pickle stops.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a model
+SEAL = b"\nkdrl_lightning crc32 "
+
+
+class Part(io.RawIOBase):
+    """A part of a file, as a file to read.
+
+    Args:
+        file: the whole one.
+        offset: where the part starts, in bytes.
+        length: of the part, in bytes.
+    """
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._place = file, offset, length, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the part."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError("a place before the part")
+        self._place = start + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with what follows, up to the end of the part."""
+        self._file.seek(self._offset + self._place)
+        raw = self._file.read(max(0, min(len(buffer), self._length - self._place)))
+        buffer[: len(raw)] = raw
+        self._place += len(raw)
+        return len(raw)
+
+
+def check_archive(file: IO[bytes] | Part, name: str) -> None:
+    """Compare every record of an archive of ``torch.save`` with its checksum.
+
+    Args:
+        file: open archive, or part of a file. It is read once, at about 3 GB/s.
+        name: of the file, for the message.
+
+    Raises:
+        ValueError: it is cut short, or its bytes are not those that were written.
+    """
+    try:
+        with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
+            record = archive.testzip()
+        file.seek(0)
+        torch._C.PyTorchFileReader(cast(IO[bytes], file))  # stricter on what is no record
+    except Exception as error:  # a changed header can mislead zipfile into any of them
+        text = str(error).partition(". ")[0]
+        raise ValueError(f"{name} is cut short or damaged: {text}") from error
+    if record is not None:
+        raise ValueError(f"{name} is damaged: {record} has another checksum")
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a pickle after its last byte."""
+    checksum = zlib.crc32(path.read_bytes())
+    with path.open("ab") as file:
+        file.write(SEAL + b"%08x" % checksum)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_seal(raw: bytes, name: str) -> None:
+    """Compare a pickle with its checksum; one of an earlier version has none.
+
+    Raises:
+        ValueError: the bytes are not those that were written.
+    """
+    body, found, checksum = raw.rpartition(SEAL)
+    if found and b"%08x" % zlib.crc32(body) != checksum:
+        raise ValueError(f"{name} is damaged: it has another checksum")
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk.
+
+    Without it a power cut can undo a rename, or keep the new name without the bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Let a model be written to a temporary folder, and put it in place when it is complete.
+
+    If writing fails, a model that was in ``path`` stays as it was. Other files there always stay.
+
+    Yields:
+        The folder to write to.
+    """
+    path = Path(os.path.abspath(path))  # "." and "student/" have no name of their own
+    inside = path.is_dir()
+    half = path / "unfinished" if inside else path.with_name(f"{path.name}.unfinished")
+    try:
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        yield half
+        for file in half.rglob("*"):
+            sync(file)
+        if inside:
+            _move(half, path)
+        else:
+            os.replace(half, path)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def _move(half: Path, path: Path) -> None:
+    """Replace the model in a folder; if this is killed, no model is there rather than a mixture."""
+    for name in CONFIGS:
+        (path / name).unlink(missing_ok=True)
+    for file in path.glob("*.safetensors*"):  # it may have had more parts
+        file.unlink()
+    for file in sorted(half.iterdir(), key=lambda f: f.name in CONFIGS):
+        if file.is_dir():
+            shutil.rmtree(path / file.name, ignore_errors=True)
+        os.replace(file, path / file.name)
+    half.rmdir()
+    sync(path)
