@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
 import threading
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.run_folder import checkpoint_folders, run_folder
 from kdrl_lightning.checkpoints import CheckpointWriter, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 
@@ -22,6 +22,8 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards; a path holds a
     whole one or nothing. The frozen models are not in it. A half-used rollout is.
+
+    A resumed run has a run folder, and so a folder of checkpoints, of its own.
 
     It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
     follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
@@ -58,6 +60,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         if mode not in ("max", "min"):
             raise ConfigurationError(f"`mode` must be max or min: got {mode}.")
         super().__init__(dirpath, monitor=monitor, mode=mode, save_top_k=save_top_k or 1)
+        self._named = self.dirpath
         self.save_top_k = save_top_k
         self.keep_last = keep_last
         self.every_n_rollouts = every_n_rollouts
@@ -73,11 +76,24 @@ class FSDPCheckpoint(ModelCheckpoint):
         return type(self).__name__
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the folder."""
-        self._folder = Path(trainer.strategy.broadcast(str(self._place(trainer))))
-        self.dirpath = str(self._folder)
+        """Forget an earlier run."""
         self.entries = []
         self._due = self._terminated = self._signalled = False
+        paths = [trainer.ckpt_path, trainer.strategy.broadcast(trainer.ckpt_path)]
+        different = torch.tensor(float(str(paths[0]) != str(paths[1])))
+        if pl_module.reduce(different, "max"):
+            raise ConfigurationError(
+                f"`ckpt_path` must be the same on all processes: got {paths[0]} and {paths[1]}. "
+                "Name a checkpoint instead of `last`."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the folder."""
+        named = self._named
+        self._folder = run_folder(trainer) / "checkpoints" if named is None else Path(named)
+        self.dirpath = str(self._folder)
+        if named is not None and not trainer.fast_dev_run:
+            self._refuse_another_run(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say where the run goes on, clear up behind a kill, and listen for SIGTERM."""
@@ -202,17 +218,21 @@ class FSDPCheckpoint(ModelCheckpoint):
 
         together(trainer, delete)
 
-    def _place(self, trainer: Any) -> Path:
-        if self.dirpath is not None:
-            return Path(self.dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    def _refuse_another_run(self, trainer: Any) -> None:
+        """Keep two runs out of one named folder: each would overwrite the other's checkpoints."""
+        found = next(self._folder.glob("step=*.ckpt"), None) if trainer.is_global_zero else None
+        found = trainer.strategy.broadcast(found)
+        start = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent
+        if found is not None and start != self._folder.resolve():
+            raise ConfigurationError(
+                f"`dirpath` must be a folder without another run's checkpoints: got {self._folder} "
+                f"with {found.name}. Name another one, or continue that run with `--ckpt_path last`."
+            )
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
         """Return the newest one of any run under this name, for ``ckpt_path="last"``."""
-        folder = self._place(trainer)
-        folders = [folder]
-        if self.dirpath is None and re.fullmatch(r"version_\d+", folder.parent.name):
-            folders = list(folder.parent.parent.glob("version_*/checkpoints"))
+        named = self._named
+        folders = checkpoint_folders(trainer) if named is None else [Path(named)]
         found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
         newest = max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
         self._continues = True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 
+from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
 from kdrl_lightning.rollout.together import stop_together
@@ -32,7 +32,7 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the file on the first rank."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        folder = run_folder(trainer)  # a collective: all ranks
         kind = JSONLFile if self.format == "jsonl" else ParquetFile
 
         def opened() -> PredictionFile | None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.plots import plot_curves
 
 CURVES = (
@@ -105,7 +106,7 @@ class RunReport(pl.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write everything, and print the table below a closed progress bar."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         summary = self._summary(trainer, pl_module, folder)
         if self.export and not trainer.fast_dev_run:
             pl_module.export(str(folder / "student"))  # a collective: all ranks

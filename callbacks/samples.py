@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.rollout.together import stop_together
 from kdrl_lightning.rollout_batch import RolloutBatch
@@ -127,7 +128,7 @@ class SamplePage(pl.Callback):
         return views
 
     def _show(self, trainer: Any, pl_module: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        folder = run_folder(trainer)  # a collective: all ranks
         self._shown = trainer.global_step
         if trainer.fast_dev_run or not self.completions:
             return

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from kdrl_lightning.checkpoints import read_metadata
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.lora import LoRA, adapter_weights, save_adapters
-from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer
+from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer, save_causal_lm
 from kdrl_lightning.resume import KEY, check_complete
 from kdrl_lightning.weights import ModelWeights
 
@@ -78,7 +78,7 @@ def export(
         save_adapters(student, weights, folder, path)
     else:
         model = build_causal_lm(identity["config"], identity["generation_config"], weights)
-        model.save_pretrained(folder)
+        save_causal_lm(model, folder)
     words.save_pretrained(folder)
     size = sum(tensor.nbytes for tensor in weights.values())
     print(f"step {saved['global_step']}: {size / 1e6:.1f} MB of weights written to {folder}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.lora import ADAPTER, adapted_layers, is_adapter
+from kdrl_lightning.models import save_causal_lm
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ModelWeights:
         plain = not (self.sharded or adapted_layers(self.model))
         state = None if plain else self.state(writes)
         if writes:
-            self.model.save_pretrained(path, state_dict=state)
+            save_causal_lm(self.model, path, state)
 
     def state(self, keeps: bool = True) -> dict[str, Tensor]:
         """Gather weights and stored buffers on the CPU; all ranks must call it if sharded.

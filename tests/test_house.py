@@ -29,7 +29,7 @@ ALLOWED = {
     "cache": {"errors"},
     "gguf": {"cache", "errors", "models"},
     "lora": FLOOR,
-    "weights": FLOOR | {"lora"},
+    "weights": FLOOR | {"lora", "models"},
     "compatibility": {"errors"},
     "merging": set(),
     "caches": {"merging"},
@@ -37,7 +37,7 @@ ALLOWED = {
     "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
-    "strategies": {"errors", "sharding"},
+    "strategies": {"errors", "shard_loading", "sharding"},
     "teachers": FLOOR
     | {"compatibility", "lora", "losses", "models", "scorer"}
     | {"server_client", "sharding", "weights"},
@@ -50,7 +50,7 @@ ALLOWED = {
     "pending": FLOOR | {"losses"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "samples": FLOOR | {"objectives", "rollout"},
-    "resume": FLOOR,
+    "resume": FLOOR | {"models"},
     "checkpoints": FLOOR | {"rollout"},
     "export": FLOOR | {"checkpoints", "lora", "models", "resume", "weights"},
     "module": FLOOR
@@ -69,6 +69,7 @@ ALLOWED = {
         "evaluation",
         "losses",
         "metrics",
+        "models",
         "objectives",
         "plots",
         "rollout",
