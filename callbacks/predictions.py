@@ -32,14 +32,15 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the file on the first rank."""
-        folder = run_folder(trainer)  # a collective: all ranks
+        name = f"predictions.{self.format}"
+        folder = run_folder(trainer, name)  # a collective: all ranks
         kind = JSONLFile if self.format == "jsonl" else ParquetFile
 
         def opened() -> PredictionFile | None:
             if not trainer.is_global_zero:
                 return None
             folder.mkdir(parents=True, exist_ok=True)
-            return kind(folder / f"predictions.{self.format}")
+            return kind(folder / name)
 
         self._file = stop_together(opened, pl_module.reduce)
 

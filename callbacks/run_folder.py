@@ -19,12 +19,12 @@ from kdrl_lightning.errors import ConfigurationError
 # An empty file that reserves a folder for one run, also while nothing else is in it.
 MARK = ".run"
 # What tells the folder of a run that an earlier version of this library made, without the mark.
-WRITTEN = ("checkpoints", "student", "summary.json", "samples.html")
+WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html")
 
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
 
-def run_folder(trainer: Any) -> Path:
+def run_folder(trainer: Any, file: str | None = None) -> Path:
     """Return the folder of a trainer's run, the same on all ranks; the first call reserves it.
 
     A logger names it: ``save_dir/name/version``, as Lightning's own checkpoints. Without a logger
@@ -34,6 +34,11 @@ def run_folder(trainer: Any) -> Path:
     The first call is collective: all ranks must make it. A trial run (``fast_dev_run``) reserves
     nothing.
 
+    Args:
+        trainer: of the run.
+        file: what the run writes, if that is one file: the folder need only be without it. The
+            reservation is then the file's name with ``.part``.
+
     Raises:
         ConfigurationError: on every rank, if the first one cannot create it.
     """
@@ -41,7 +46,7 @@ def run_folder(trainer: Any) -> Path:
         found: tuple[Path, str | None] = Path(), None
         if trainer.is_global_zero:
             try:
-                found = _reserve(trainer), None
+                found = _reserve(trainer, file), None
             except OSError as error:
                 found = _place(trainer)[0], f"{type(error).__name__}: {error}"
         folder, problem = trainer.strategy.broadcast(found)
@@ -65,7 +70,8 @@ def checkpoint_folders(trainer: Any) -> list[Path]:
     if name is None:
         return list(parent.glob("*/checkpoints"))
     own = [parent / name, *parent.glob(f"{escape(str(name))}-*")]
-    if any(True for run in own for _ in run.glob("checkpoints/step=*.ckpt")):
+    named = not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger)  # or counted
+    if named and any(True for run in own for _ in run.glob("checkpoints/step=*.ckpt")):
         return [run / "checkpoints" for run in own]
     return list(parent.glob("/".join(["*"] * len(name.parts)) + "/checkpoints"))
 
@@ -86,16 +92,17 @@ def _place(trainer: Any) -> tuple[Path, Path | None]:
     return parent, Path(f"version_{version}" if isinstance(version, int) else version)
 
 
-def _reserve(trainer: Any) -> Path:
+def _reserve(trainer: Any, file: str | None) -> Path:
+    written, mark = (WRITTEN, MARK) if file is None else ((file,), f"{file}.part")
     parent, name = _place(trainer)
     for folder in _candidates(parent, name):
         if trainer.fast_dev_run:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        if any((folder / written).exists() for written in WRITTEN):
+        if any(True for pattern in written for _ in folder.glob(pattern)):
             continue
         try:
-            (folder / MARK).touch(exist_ok=False)
+            (folder / mark).touch(exist_ok=False)
         except FileExistsError:
             continue
         return folder
@@ -132,8 +139,8 @@ def loggers_in_root(trainer: Any) -> None:
 class RunConfig(SaveConfigCallback):
     """Writes the command line's whole configuration as ``config.yaml`` into the run folder.
 
-    Once the models are loaded: a run that is refused before leaves nothing. Validation and test
-    write nothing else, and get a folder from a logger only.
+    Once the models are loaded: a run that is refused before leaves nothing. Other subcommands than
+    ``fit`` write it if a logger gives them a folder.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -143,17 +150,19 @@ class RunConfig(SaveConfigCallback):
         """Write it."""
         self._write(trainer)
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write it."""
-        self._write(trainer)
-
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write it if a logger gives the folder."""
-        if trainer.loggers:
-            self._write(trainer)
+        """Write it unless training does."""
+        self._write_beside_log(trainer)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write it if a logger gives the folder."""
+        """Write it."""
+        self._write_beside_log(trainer)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write it."""
+        self._write_beside_log(trainer)
+
+    def _write_beside_log(self, trainer: Any) -> None:
         if trainer.loggers:
             self._write(trainer)
 

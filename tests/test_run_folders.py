@@ -153,10 +153,10 @@ def test_folders_are_named_after_the_run(tmp_path: Path) -> None:
 
 def test_a_folder_from_before_is_left_alone(tmp_path: Path) -> None:
     """Also the user's own: a model called `student` must not be overwritten by the export."""
-    for name in ("checkpoints", "student"):
-        (tmp_path / name / name).mkdir(parents=True)
-        trainer = make_trainer(tmp_path / name, logger=False)
-        assert run_folder(trainer) == tmp_path / name / "version_1"
+    for number, name in enumerate(("checkpoints/step=00000002.ckpt", "student")):
+        root = tmp_path / str(number)
+        (root / name).mkdir(parents=True)
+        assert run_folder(make_trainer(root, logger=False)) == root / "version_1"
 
 
 def test_a_trial_run_reserves_nothing(tmp_path: Path) -> None:
@@ -273,6 +273,6 @@ def test_predictions_of_two_runs_share_no_folder(start: Any) -> None:
     flags = ("--trainer.logger=false", "--data.test_prompts=kdrl_lightning.tiny.ColumnAddition")
     for folder in ("runs", "runs/version_1"):
         files = start("predict", *flags, "--data.test_prompts.size=2")
-        assert files == {f"{folder}/{n}" for n in (".run", "config.yaml", "predictions.jsonl")}
+        assert files == {f"{folder}/predictions.jsonl"}
     assert checkpoint_folders(pl.Trainer(logger=False, default_root_dir="runs")) == [
         Path("runs/checkpoints"), Path("runs/version_1/checkpoints")]  # fmt: skip
