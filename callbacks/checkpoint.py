@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.callbacks.run_folder import checkpoint_folders, run_folder
+from kdrl_lightning.callbacks.stop_signals import NAMES, StopSignals
 from kdrl_lightning.checkpoints import CheckpointWriter, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 
@@ -27,9 +26,10 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
     follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
-    On SIGTERM all processes finish the optimizer step, save, and stop. After an exception the last
-    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest one under the logger's name,
-    whatever its version; ``best`` is that of this run.
+    On SIGTERM or Ctrl-C all processes finish the optimizer step, save, and stop; a second Ctrl-C
+    stops at once. After that, and after an exception, the last checkpoint stands.
+    ``fit --ckpt_path last`` goes on from the newest one under the logger's name, whatever its
+    version; ``best`` is that of this run.
 
     A subclass, so that Lightning knows where the last and the best are; hooks and names are its
     own: those of ``ModelCheckpoint`` save before a validation that a resume then leaves out.
@@ -67,8 +67,8 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.entries: list[dict[str, Any]] = []
         self._writer = CheckpointWriter(asynchronous)
         self._folder = Path()
-        self._due = self._terminated = self._signalled = self._continues = False
-        self._handler: Any = None
+        self._due = self._continues = False
+        self._signals, self._stops = StopSignals(), 0
 
     @property
     def state_key(self) -> str:
@@ -78,7 +78,7 @@ class FSDPCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier run."""
         self.entries = []
-        self._due = self._terminated = self._signalled = False
+        self._due, self._stops = False, 0
         paths = [trainer.ckpt_path, trainer.strategy.broadcast(trainer.ckpt_path)]
         different = torch.tensor(float(str(paths[0]) != str(paths[1])))
         if pl_module.reduce(different, "max"):
@@ -89,21 +89,20 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the folder."""
-        named = self._named
-        self._folder = run_folder(trainer) / "checkpoints" if named is None else Path(named)
+        named, folder = self._named, run_folder(trainer)
+        self._folder = folder / "checkpoints" if named is None else Path(named)
         self.dirpath = str(self._folder)
         if named is not None and not trainer.fast_dev_run:
             self._refuse_another_run(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say where the run goes on, clear up behind a kill, and listen for SIGTERM."""
+        """Say where the run goes on, clear up behind a kill, and listen for signals."""
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
         if trainer.is_global_zero:
             remove_unfinished(self._folder)
-        if threading.current_thread() is threading.main_thread():
-            # Instead of Lightning's handler, which runs a collective inside the signal's.
-            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        if not trainer.fast_dev_run:
+            self._signals.listen(trainer.is_global_zero, self._last_words)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -111,9 +110,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Save at the end of a rollout, or stop at the end of a step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:
             return
-        # Agreed over ranks here and nowhere else: a signal may reach one of them at any time.
-        flag = pl_module.reduce(torch.tensor(float(self._signalled)), "max")
-        self._terminated = bool(flag)
+        self._stops = self._signals.agreed(pl_module.reduce)
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         at_end = trainer.global_step == trainer.max_steps
         self._due = at_end or not trainer.global_step % (per_rollout * self.every_n_rollouts)
@@ -139,18 +136,20 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Do nothing: epochs mean nothing here."""
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Do nothing: the other ranks may be somewhere else."""
+        """Save nothing: the other ranks may be somewhere else."""
+        self._signals.give_back()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Wait for the last one."""
+        """Wait for the last one; stop if a signal came after the last step."""
         self._writer.wait(trainer)
         self._prune(trainer)
+        self._stops = self._signals.agreed(pl_module.reduce)
+        self._signals.give_back()
+        self._stop_if_agreed(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the signal back."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+        """Give the signals back."""
+        self._signals.give_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Return which checkpoints there are, with their scores."""
@@ -161,18 +160,24 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.entries = [dict(entry) for entry in state_dict["entries"]]
         self._name_best()
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        self._signalled = True
+    def _last_words(self) -> str:
+        found = [e["path"] for e in self.entries if Path(e["path"]).exists()]
+        saved = f"the last checkpoint is {found[-1]}" if found else "nothing was saved"
+        return f"stopped at once by Ctrl-C: {saved}."
 
     def _save_if_due(self, trainer: Any, score: float | None) -> None:
-        if self._due or self._terminated:
+        if self._due or self._stops:
             self._due = False
             self._save(trainer, score)
-        if self._terminated:
+        self._stop_if_agreed(trainer)
+
+    def _stop_if_agreed(self, trainer: Any) -> None:
+        if self._stops:
             self._writer.wait(trainer)
             raise Interrupted(
-                f"stopped by SIGTERM after step {trainer.global_step}: saved "
-                f"{self.last_model_path}. Go on with `--ckpt_path last`."
+                f"stopped by {NAMES[self._stops]} after step {trainer.global_step}: saved "
+                f"{self.last_model_path}. Go on with `--ckpt_path last`.",
+                self._stops,
             )
 
     def _save(self, trainer: Any, score: float | None) -> None:
@@ -226,7 +231,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         if found is not None and start != self._folder.resolve():
             raise ConfigurationError(
                 f"`dirpath` must be a folder without another run's checkpoints: got {self._folder} "
-                f"with {found.name}. Name another one, or continue that run with `--ckpt_path last`."
+                f"with {found.name}. Name another one, or continue it with `--ckpt_path last`."
             )
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from kdrl_lightning.callbacks.end_of_run import write_or_warn
 from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
@@ -115,8 +116,8 @@ class SelectiveImitationStats(pl.Callback):
         if not trainer.is_global_zero or not self.rows or trainer.fast_dev_run:
             return
         print(table(self.rows, self.table_rollouts))
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_imitation(folder / "imitation.png", self.rows, self.histograms)
+        file = folder / "imitation.png"
+        write_or_warn(file, lambda: plot_imitation(file, self.rows, self.histograms))
 
     def state_dict(self) -> dict[str, Any]:
         """Keep rows and histograms over a resume."""

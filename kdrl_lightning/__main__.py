@@ -13,7 +13,8 @@ from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopp
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand.
 
-    Exit with 2 on a user's mistake, 1 where training cannot go on, 143 where SIGTERM stopped it.
+    Exit with 2 on a user's mistake, 1 if training cannot continue, 143 if SIGTERM stopped it, 130
+    if Ctrl-C did.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -33,9 +34,15 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             KDRLCLI.run(args)
     except Interrupted as error:
-        _exit(error, 128 + signal.SIGTERM)
+        _exit(error, 128 + error.number)
+    except KeyboardInterrupt as error:
+        _exit_on_ctrl_c(error)
     except SIGTERMException as error:  # before the first step, or without training
         _exit(Interrupted("stopped by SIGTERM: nothing was saved."), 128 + signal.SIGTERM, error)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit, with 1
+            _exit_on_ctrl_c(error.__context__)
+        raise
     except TrainingStopped as error:
         _exit(error, 1)
     except MisconfigurationException as error:
@@ -65,6 +72,11 @@ def run_export(args: Sequence[str]) -> None:
         allow_abbrev=False,
         parser_class=OneLineParser,
     )
+
+
+def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
+    words = str(error) or "stopped by Ctrl-C: nothing was saved."
+    _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error)
 
 
 def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:

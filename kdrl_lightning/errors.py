@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class ConfigurationError(ValueError):
     """A value that cannot work; the message names the value, the rule and the cure."""
@@ -24,4 +26,13 @@ class TrainingStopped(RuntimeError):  # noqa: N818
 
 
 class Interrupted(TrainingStopped):
-    """A run that was asked to stop, and has saved; the message says where to go on."""
+    """A run that a signal stopped; the message says what is saved.
+
+    Args:
+        message: for the user.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = int(number)

@@ -70,7 +70,9 @@ def decode_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def save_causal_lm(model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_causal_lm(
+    model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a model as a folder; its generation configuration goes out as it came in.
 
     transformers reads one that it then refuses to write, e.g. ``temperature`` without

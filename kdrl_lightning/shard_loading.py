@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -117,7 +117,9 @@ def fill(
             local.copy_(files.rows(names[name], start, end) if known is None else known[start:end])
 
 
-def load_moments(module: nn.Module, optimizer: Any, source: Path | dict[str, Any], key: str) -> None:
+def load_moments(
+    module: nn.Module, optimizer: Any, source: Path | dict[str, Any], key: str
+) -> None:
     """Load the state of a sharded module's optimizer; all ranks must call it.
 
     Lightning demands the moments of all parameters, but one that never had a gradient (a vision

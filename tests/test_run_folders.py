@@ -168,7 +168,9 @@ def test_a_trial_run_reserves_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     trainer = make_trainer(tmp_path / "file", logger=False)
-    with pytest.raises(ConfigurationError, match=r"run folder must be writable: got .*file \(.*Exi"):
+    with pytest.raises(
+        ConfigurationError, match=r"run folder must be writable: got .*file \(.*Exi"
+    ):
         run_folder(trainer)
 
 
@@ -201,7 +203,9 @@ def test_processes_that_find_different_checkpoints_are_refused(
     trainer.strategy.connect(module)
     monkeypatch.setattr(module, "reduce", lambda value, operation: value)
     monkeypatch.setattr(trainer.strategy, "broadcast", lambda value: "first.ckpt")
-    with pytest.raises(ConfigurationError, match=r"same on all processes: got None and first\.ckpt"):
+    with pytest.raises(
+        ConfigurationError, match=r"same on all processes: got None and first\.ckpt"
+    ):
         saver.setup(trainer, module, "fit")
 
 
