@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.end_of_run import check_space, checkpoint_bytes, student_bytes
 from kdrl_lightning.callbacks.run_folder import checkpoint_folders, run_folder
 from kdrl_lightning.callbacks.stop_signals import NAMES, StopSignals
 from kdrl_lightning.checkpoints import CheckpointWriter, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
+from kdrl_lightning.rollout.together import stop_together
 
 
 class FSDPCheckpoint(ModelCheckpoint):
@@ -88,12 +90,20 @@ class FSDPCheckpoint(ModelCheckpoint):
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the folder."""
+        """Find the folder, and room in it."""
         named, folder = self._named, run_folder(trainer)
         self._folder = folder / "checkpoints" if named is None else Path(named)
         self.dirpath = str(self._folder)
-        if named is not None and not trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            return
+        if named is not None:
             self._refuse_another_run(trainer)
+        needs = {self._folder: checkpoint_bytes(pl_module)}
+        if any(getattr(callback, "export", False) for callback in trainer.callbacks):
+            needs[folder] = student_bytes(pl_module)
+        stop_together(
+            lambda: check_space(needs) if trainer.is_global_zero else None, pl_module.reduce
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say where the run goes on, clear up behind a kill, and listen for signals."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.lora import is_adapter
 from kdrl_lightning.rollout.together import stop_together
 
 
@@ -23,6 +25,59 @@ def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         warnings.warn(f"{file} could not be written: {reason}", stacklevel=2)
+
+
+def check_space(needs: Mapping[Path, int]) -> None:
+    """Check that a disk has room for what a run will write to its folders.
+
+    Args:
+        needs: bytes per folder, which need not exist yet.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    disks: dict[int, int] = {}
+    for folder, size in needs.items():
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        disk = place.stat().st_dev
+        disks[disk] = disks.get(disk, 0) + size
+        free = shutil.disk_usage(place).free
+        if disks[disk] > free:
+            raise ConfigurationError(
+                f"the disk of {folder} must have {disks[disk] / 1e9:.3g} GB free for the trained "
+                f"student and a checkpoint: got {free / 1e9:.3g} GB. Make room, or write elsewhere "
+                "with `trainer.default_root_dir`."
+            )
+
+
+def student_bytes(pl_module: Any) -> int:
+    """Return the size of the student's weights as a model folder, adapters merged."""
+    named = pl_module.weights().model.named_parameters()
+    sizes: list[int] = [p.numel() * p.element_size() for n, p in named if not is_adapter(n)]
+    return sum(sizes)
+
+
+def checkpoint_bytes(pl_module: Any) -> int:
+    """Return the size of the weights in a checkpoint, and of what an optimizer adds.
+
+    A LoRA student's checkpoint holds the adapters alone.
+    """
+    trained = [p for p in pl_module.student.parameters() if p.requires_grad or not pl_module.lora]
+    weights: int = sum(p.numel() * p.element_size() for p in trained)
+    return int(weights * (1 + _moments(pl_module)))
+
+
+def _moments(pl_module: Any) -> float:
+    """Return how many numbers the optimizer keeps per weight, from a trial of one step."""
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = pl_module.optimizer_callable([weight])
+        optimizer.step()
+        state = optimizer.state[weight].values()
+    except Exception:  # one that wants more than gradients: count the weights alone
+        return 0.0
+    return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / weight.numel()
 
 
 def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False) -> None:

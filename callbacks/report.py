@@ -14,7 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from kdrl_lightning.callbacks.end_of_run import (
     check_early_stopping,
     check_monitors,
+    check_space,
     save_student,
+    student_bytes,
     write_or_warn,
 )
 from kdrl_lightning.callbacks.run_folder import run_folder
@@ -76,11 +78,7 @@ class RunReport(pl.Callback):
         run_folder(trainer)
         check_early_stopping(trainer)
         if self.export and not trainer.fast_dev_run:
-            model, tokenizer = pl_module.weights().model, pl_module.tokenizer
-            stop_together(
-                lambda: check_saves(model, tokenizer) if trainer.is_global_zero else None,
-                pl_module.reduce,
-            )
+            stop_together(lambda: self._try_export(trainer, pl_module), pl_module.reduce)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure the teacher, and the student unless the sanity check just did.
@@ -184,6 +182,11 @@ class RunReport(pl.Callback):
         self.accuracy = [(int(step), float(value)) for step, value in state_dict["accuracy"]]
         self.teacher_accuracy = state_dict["teacher_accuracy"]
         self._train_seconds = state_dict["train_seconds"]
+
+    def _try_export(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            check_space({run_folder(trainer): student_bytes(pl_module)})
+            check_saves(pl_module.weights().model, pl_module.tokenizer)
 
     def _measure_student(self, trainer: Any, pl_module: Any) -> None:
         noted = bool(self.accuracy) and self.accuracy[-1][0] == trainer.global_step

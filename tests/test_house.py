@@ -67,6 +67,7 @@ ALLOWED = {
     | {
         "checkpoints",
         "evaluation",
+        "lora",
         "losses",
         "metrics",
         "models",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SamplePage, SelectiveImitationStats
+from kdrl_lightning.callbacks.end_of_run import checkpoint_bytes, student_bytes
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.export import export
 from kdrl_lightning.models import build_causal_lm, load_causal_lm
@@ -79,7 +82,8 @@ def test_a_generation_configuration_goes_out_as_it_came_in(
     check_student(tmp_path / "run", module)
     file = "generation_config.json"
     before, after = (
-        json.loads((folder / file).read_text()) for folder in (Path(start), tmp_path / "run/student")
+        json.loads((folder / file).read_text())
+        for folder in (Path(start), tmp_path / "run/student")
     )
     assert after == before and after.items() >= settings.items()
     export(str(tmp_path / "run/checkpoints/step=00000002.ckpt"), str(tmp_path / "out"))
@@ -217,6 +221,47 @@ def test_a_full_disk_at_the_end_leaves_no_half_of_a_student(
     ):
         fit(tmp_path, student_folder)
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [
+        (lambda p: torch.optim.AdamW(p), 2.0),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0.0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1.0),
+        (lambda p: torch.optim.LBFGS(p), 0.0),
+    ],
+)
+def test_the_sizes_are_those_of_the_files(
+    tmp_path: Path, student_folder: str, optimizer: Any, moments: float
+) -> None:
+    module = make_module(student_folder, None, GRPO())
+    module.optimizer_callable = optimizer
+    module.configure_model()
+    weights = (Path(student_folder) / "model.safetensors").stat().st_size
+    assert student_bytes(module) == pytest.approx(weights, rel=0.05)
+    assert checkpoint_bytes(module) == pytest.approx(weights * (1 + moments), rel=0.05)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(4.1, True), (3.9, False), (0.5, False)])
+def test_a_disk_without_room_is_found_before_training(
+    tmp_path: Path,
+    student_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    free: float,
+    fits: bool,
+) -> None:
+    """Room for a student, and a checkpoint of weights and two moments, in units of a student."""
+    size = (Path(student_folder) / "model.safetensors").stat().st_size
+    usage = SimpleNamespace(free=round(free * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    if fits:
+        fit(tmp_path, student_folder)
+        return
+    words = r"the disk of .* must have .* GB free for the trained student and a checkpoint: got"
+    with pytest.raises(ConfigurationError, match=words):
+        fit(tmp_path, student_folder)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 # ---- early stopping
