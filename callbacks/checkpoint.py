@@ -147,6 +147,7 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Save nothing: the other ranks may be somewhere else."""
+        self._signals.explain(exception)
         self._signals.give_back()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -172,8 +173,7 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     def _last_words(self) -> str:
         found = [e["path"] for e in self.entries if Path(e["path"]).exists()]
-        saved = f"the last checkpoint is {found[-1]}" if found else "nothing was saved"
-        return f"stopped at once by Ctrl-C: {saved}."
+        return f"the last checkpoint is {found[-1]}." if found else "nothing was saved."
 
     def _save_if_due(self, trainer: Any, score: float | None) -> None:
         if self._due or self._stops:

@@ -44,10 +44,12 @@ def main(args: Sequence[str] | None = None) -> None:
             _exit_on_ctrl_c(error.__context__)
         raise
     except TrainingStopped as error:
+        _exit_if_interrupted(error)
         _exit(error, 1)
     except MisconfigurationException as error:
         _exit(error, 2)
     except Exception as error:
+        _exit_if_interrupted(error)
         mistake = _mistake_behind(error)
         if mistake is None:
             raise
@@ -77,6 +79,13 @@ def run_export(args: Sequence[str]) -> None:
 def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
     words = str(error) or "stopped by Ctrl-C: nothing was saved."
     _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error)
+
+
+def _exit_if_interrupted(error: Exception) -> None:
+    """Report the signal that an error followed, see ``StopSignals.explain``."""
+    signalled = getattr(error, "interrupted", None)
+    if isinstance(signalled, Interrupted):
+        _exit(signalled, 128 + signalled.number, error)
 
 
 def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:

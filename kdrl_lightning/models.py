@@ -70,6 +70,19 @@ def decode_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
+def all_settings(config: str) -> dict[str, Any]:
+    """Return the settings of a configuration, as JSON, under the names that this version uses."""
+    from transformers import AutoConfig
+
+    plain: dict[str, Any] = json.loads(config)
+    values = json.loads(config, object_hook=decode_float)
+    try:
+        read = AutoConfig.for_model(values.pop("model_type"), **values)
+        return dict(json.loads(read.to_json_string(use_diff=False)))
+    except Exception:  # an unknown type, or values that this version does not take
+        return plain
+
+
 def save_causal_lm(
     model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None
 ) -> None:

@@ -7,7 +7,6 @@ the configuration, so that the command line wins.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from collections.abc import Callable, Collection
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import decode_float
+from kdrl_lightning.models import all_settings
 
 KEY = "kdrl_lightning"
 # Of a model's configuration: what says nothing about what its weights compute.
@@ -112,20 +111,7 @@ def difference(here: str, there: str) -> tuple[str, Any, Any] | None:
     Returns:
         Its name and both values, or None.
     """
-    return _difference(_read_again(here), _read_again(there), "")
-
-
-def _read_again(config: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    plain: dict[str, Any] = json.loads(config)
-    values = json.loads(config, object_hook=decode_float)
-    try:
-        read = AutoConfig.for_model(values.pop("model_type"), **values)
-        plain = json.loads(read.to_json_string(use_diff=False))
-    except Exception:  # an unknown type, or values that this version does not take
-        return plain
-    return plain
+    return _difference(all_settings(here), all_settings(there), "")
 
 
 def _difference(here: Any, there: Any, name: str) -> tuple[str, Any, Any] | None:

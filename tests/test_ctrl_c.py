@@ -18,7 +18,7 @@ from test_resumed_cli import refused, start, version  # noqa: F401
 from kdrl_lightning import GRPO, KDRLModule
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints import read_metadata
-from kdrl_lightning.errors import Interrupted
+from kdrl_lightning.errors import Interrupted, TrainingStopped
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",
@@ -120,6 +120,28 @@ def test_the_command_line_says_so_and_exits_with_130(
         monkeypatch.setattr(KDRLModule, hook, act)
     line = refused(start, capsys, "fit", "--trainer.max_steps=6", code=130)
     assert re.match(f"error: {words}", line)
+
+
+@pytest.mark.parametrize("kind", [KeyError, TrainingStopped, ValueError])
+@pytest.mark.parametrize(("number", "name", "code"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143)])
+def test_an_engine_that_the_same_signal_ended_is_no_error_of_the_program(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Exception],
+    number: int,
+    name: str,
+    code: int,
+) -> None:
+    def act(module: Any, *_: Any) -> None:
+        if module.trainer.global_step == 2:
+            os.kill(os.getpid(), number)
+            raise kind("the engine is gone")
+
+    monkeypatch.setattr(KDRLModule, "on_before_backward", act)
+    line = refused(start, capsys, "fit", "--trainer.max_steps=6", code=code)
+    words = rf"error: stopped by {name} within a step: the last checkpoint is .*=00000002\.ckpt\."
+    assert re.fullmatch(words, line)
 
 
 @pytest.mark.parametrize("command", ["validate", "evaluate", "export", "serve"])
