@@ -128,12 +128,19 @@ def loggers_in_root(trainer: Any) -> None:
     """
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in loggers:
-        settings = getattr(logger, "init_args", None)
-        if settings is not None and "save_dir" in settings:
-            made: Any = locate(logger.class_path)
-            known = inspect.signature(made).parameters["save_dir"]
-            if settings.save_dir in (None, "", known.default):
-                settings.save_dir = trainer.default_root_dir
+        settings = getattr(logger, "init_args", None) or {}
+        if "save_dir" in settings and settings["save_dir"] in (
+            None,
+            "",
+            *_defaults(locate(logger.class_path)),
+        ):
+            settings["save_dir"] = trainer.default_root_dir
+
+
+def _defaults(logger: Any) -> list[Any]:
+    """Return the default of ``save_dir`` in a class of loggers and its bases."""
+    found = [inspect.signature(c).parameters.get("save_dir") for c in inspect.getmro(logger)[:-1]]
+    return [parameter.default for parameter in found if parameter is not None]
 
 
 class RunConfig(SaveConfigCallback):

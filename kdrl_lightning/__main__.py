@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,17 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit with 2 on a user's mistake, 1 if training cannot continue, 143 if SIGTERM stopped it, 130
     if Ctrl-C did.
     """
+    try:
+        _run(args)
+    except KeyboardInterrupt as error:
+        _exit_on_ctrl_c(error)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit, with 1
+            _exit_on_ctrl_c(error.__context__)
+        raise
+
+
+def _run(args: Sequence[str] | None) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -33,16 +45,13 @@ def main(args: Sequence[str] | None = None) -> None:
             serve(given[1:])
         else:
             KDRLCLI.run(args)
-    except Interrupted as error:
+    except Interrupted as error:  # on all ranks
+        if int(os.environ.get("LOCAL_RANK") or 0) > 0:
+            # Lightning kills the first process of a node if another one fails before it has ended.
+            raise SystemExit(0) from error
         _exit(error, 128 + error.number)
-    except KeyboardInterrupt as error:
-        _exit_on_ctrl_c(error)
     except SIGTERMException as error:  # before the first step, or without training
         _exit(Interrupted("stopped by SIGTERM: nothing was saved."), 128 + signal.SIGTERM, error)
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit, with 1
-            _exit_on_ctrl_c(error.__context__)
-        raise
     except TrainingStopped as error:
         _exit_if_interrupted(error)
         _exit(error, 1)

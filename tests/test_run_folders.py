@@ -58,6 +58,13 @@ class ServiceLogger(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
 
 
+class ServiceLoggerOfMine(ServiceLogger):
+    """Takes the settings of its base as they come."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
 class Nameless(ServiceLogger):
     """Says nothing of its run."""
 
@@ -260,6 +267,12 @@ NAMED = {"class_path": "CSVLogger", "init_args": {"name": "grpo"}}
         ({"logger": {"class_path": "test_run_folders.ServiceLogger",
                      "init_args": {"version": "x"}}},
          ("--trainer.default_root_dir=out",), "out/proj/x"),
+        ({"logger": {"class_path": "test_run_folders.ServiceLoggerOfMine",
+                     "init_args": {"version": "x"}}},
+         ("--trainer.default_root_dir=out",), "out/proj/x"),
+        ({"logger": {"class_path": "test_run_folders.ServiceLogger",
+                     "init_args": {"version": "x", "save_dir": "logs"}}},
+         ("--trainer.default_root_dir=out",), "logs/proj/x"),
         ({"logger": [{"class_path": "test_run_folders.ServiceLogger",
                       "init_args": {"version": "x"}}, {**NAMED, "init_args": {"save_dir": ""}}]},
          ("--trainer.default_root_dir=out",), "out/proj/x"),
