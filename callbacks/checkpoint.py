@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import signal
-import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from kdrl_lightning.callbacks.end_of_run import check_space, checkpoint_bytes, student_bytes
+from kdrl_lightning.callbacks.run_folder import checkpoint_folders, run_folder
+from kdrl_lightning.callbacks.stop_signals import NAMES, StopSignals
 from kdrl_lightning.checkpoints import CheckpointWriter, newest_whole, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
+from kdrl_lightning.rollout.together import stop_together
 
 
 class FSDPCheckpoint(ModelCheckpoint):
@@ -24,11 +25,14 @@ class FSDPCheckpoint(ModelCheckpoint):
     A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards; a path holds a
     whole one or nothing. The frozen models are not in it. A half-used rollout is.
 
+    A resumed run has a run folder, and so a folder of checkpoints, of its own.
+
     It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
     follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
-    On SIGTERM all processes finish the optimizer step, save, and stop. After an exception the last
-    checkpoint stands. ``fit --ckpt_path last`` goes on from the newest whole one under the logger's
-    name, whatever its version; ``best`` is that of this run.
+    On SIGTERM or Ctrl-C all processes finish the optimizer step, save, and stop; a second Ctrl-C
+    stops at once. After that, and after an exception, the last checkpoint stands.
+    ``fit --ckpt_path last`` continues from the newest whole one under the logger's name, whatever
+    its version; ``best`` is that of this run.
 
     A subclass, so that Lightning knows where the last and the best are; hooks and names are its
     own: those of ``ModelCheckpoint`` save before a validation that a resume then leaves out.
@@ -59,14 +63,15 @@ class FSDPCheckpoint(ModelCheckpoint):
         if mode not in ("max", "min"):
             raise ConfigurationError(f"`mode` must be max or min: got {mode}.")
         super().__init__(dirpath, monitor=monitor, mode=mode, save_top_k=save_top_k or 1)
+        self._named = self.dirpath
         self.save_top_k = save_top_k
         self.keep_last = keep_last
         self.every_n_rollouts = every_n_rollouts
         self.entries: list[dict[str, Any]] = []
         self._writer = CheckpointWriter(asynchronous)
         self._folder = Path()
-        self._due = self._terminated = self._signalled = self._continues = False
-        self._handler: Any = None
+        self._due = self._continues = False
+        self._signals, self._stops = StopSignals(), 0
 
     @property
     def state_key(self) -> str:
@@ -74,21 +79,41 @@ class FSDPCheckpoint(ModelCheckpoint):
         return type(self).__name__
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the folder."""
-        self._folder = Path(trainer.strategy.broadcast(str(self._place(trainer))))
-        self.dirpath = str(self._folder)
+        """Forget an earlier run."""
         self.entries = []
-        self._due = self._terminated = self._signalled = False
+        self._due, self._stops = False, 0
+        paths = [trainer.ckpt_path, trainer.strategy.broadcast(trainer.ckpt_path)]
+        different = torch.tensor(float(str(paths[0]) != str(paths[1])))
+        if pl_module.reduce(different, "max"):
+            raise ConfigurationError(
+                f"`ckpt_path` must be the same on all processes: got {paths[0]} and {paths[1]}. "
+                "Name a checkpoint instead of `last`."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the folder, and room in it."""
+        named, folder = self._named, run_folder(trainer)
+        self._folder = folder / "checkpoints" if named is None else Path(named)
+        self.dirpath = str(self._folder)
+        if trainer.fast_dev_run:
+            return
+        if named is not None:
+            self._refuse_another_run(trainer)
+        needs = {self._folder: checkpoint_bytes(pl_module)}
+        if any(getattr(callback, "export", False) for callback in trainer.callbacks):
+            needs[folder] = student_bytes(pl_module)
+        stop_together(
+            lambda: check_space(needs) if trainer.is_global_zero else None, pl_module.reduce
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say where the run goes on, clear up behind a kill, and listen for SIGTERM."""
+        """Say where the run goes on, clear up behind a kill, and listen for signals."""
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
         if trainer.is_global_zero:
             remove_unfinished(self._folder)
-        if threading.current_thread() is threading.main_thread():
-            # Instead of Lightning's handler, which runs a collective inside the signal's.
-            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        if not trainer.fast_dev_run:
+            self._signals.listen(trainer.is_global_zero, self._last_words)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -96,9 +121,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Save at the end of a rollout, or stop at the end of a step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:
             return
-        # Agreed over ranks here and nowhere else: a signal may reach one of them at any time.
-        flag = pl_module.reduce(torch.tensor(float(self._signalled)), "max")
-        self._terminated = bool(flag)
+        self._stops = self._signals.agreed(pl_module.reduce)
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         at_end = trainer.global_step == trainer.max_steps
         self._due = at_end or not trainer.global_step % (per_rollout * self.every_n_rollouts)
@@ -124,18 +147,21 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Do nothing: epochs mean nothing here."""
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Do nothing: the other ranks may be somewhere else."""
+        """Save nothing: the other ranks may be somewhere else."""
+        self._signals.explain(exception)
+        self._signals.give_back()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Wait for the last one."""
+        """Wait for the last one; stop if a signal came after the last step."""
         self._writer.wait(trainer)
         self._prune(trainer)
+        self._stops = self._signals.agreed(pl_module.reduce)
+        self._signals.give_back()
+        self._stop_if_agreed(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the signal back."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+        """Give the signals back."""
+        self._signals.give_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Return which checkpoints there are, with their scores."""
@@ -146,18 +172,23 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.entries = [dict(entry) for entry in state_dict["entries"]]
         self._name_best()
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        self._signalled = True
+    def _last_words(self) -> str:
+        found = [e["path"] for e in self.entries if Path(e["path"]).exists()]
+        return f"the last checkpoint is {found[-1]}." if found else "nothing was saved."
 
     def _save_if_due(self, trainer: Any, score: float | None) -> None:
-        if self._due or self._terminated:
+        if self._due or self._stops:
             self._due = False
             self._save(trainer, score)
-        if self._terminated:
+        self._stop_if_agreed(trainer)
+
+    def _stop_if_agreed(self, trainer: Any) -> None:
+        if self._stops:
             self._writer.wait(trainer)
             raise Interrupted(
-                f"stopped by SIGTERM after step {trainer.global_step}: saved "
-                f"{self.last_model_path}. Go on with `--ckpt_path last`."
+                f"stopped by {NAMES[self._stops]} after step {trainer.global_step}: saved "
+                f"{self.last_model_path}. Go on with `--ckpt_path last`.",
+                self._stops,
             )
 
     def _save(self, trainer: Any, score: float | None) -> None:
@@ -203,17 +234,21 @@ class FSDPCheckpoint(ModelCheckpoint):
 
         together(trainer, delete)
 
-    def _place(self, trainer: Any) -> Path:
-        if self.dirpath is not None:
-            return Path(self.dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    def _refuse_another_run(self, trainer: Any) -> None:
+        """Keep two runs out of one named folder: each would overwrite the other's checkpoints."""
+        found = next(self._folder.glob("step=*.ckpt"), None) if trainer.is_global_zero else None
+        found = trainer.strategy.broadcast(found)
+        start = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent
+        if found is not None and start != self._folder.resolve():
+            raise ConfigurationError(
+                f"`dirpath` must be a folder without another run's checkpoints: got {self._folder} "
+                f"with {found.name}. Name another one, or continue it with `--ckpt_path last`."
+            )
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
         """Return the newest whole one of any run under this name, for ``ckpt_path="last"``."""
-        folder = self._place(trainer)
-        folders = [folder]
-        if self.dirpath is None and re.fullmatch(r"version_\d+", folder.parent.name):
-            folders = list(folder.parent.parent.glob("version_*/checkpoints"))
+        named = self._named
+        folders = checkpoint_folders(trainer) if named is None else [Path(named)]
         found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
         newest, broken = newest_whole(found)
         self._continues = True

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from kdrl_lightning.callbacks.end_of_run import write_or_warn
+from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
@@ -111,12 +112,12 @@ class SelectiveImitationStats(pl.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Print the table and draw the picture."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        folder = run_folder(trainer)  # a collective: all ranks
         if not trainer.is_global_zero or not self.rows or trainer.fast_dev_run:
             return
         print(table(self.rows, self.table_rollouts))
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_imitation(folder / "imitation.png", self.rows, self.histograms)
+        file = folder / "imitation.png"
+        write_or_warn(file, lambda: plot_imitation(file, self.rows, self.histograms))
 
     def state_dict(self) -> dict[str, Any]:
         """Keep rows and histograms over a resume."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 
+from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
 from kdrl_lightning.rollout.together import stop_together
@@ -33,14 +33,15 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the file on the first rank."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        name = f"predictions.{self.format}"
+        folder = run_folder(trainer, name)  # a collective: all ranks
         kind = JSONLFile if self.format == "jsonl" else ParquetFile
 
         def opened() -> PredictionFile | None:
             if not trainer.is_global_zero:
                 return None
             folder.mkdir(parents=True, exist_ok=True)
-            return kind(folder / f"predictions.{self.format}")
+            return kind(folder / name)
 
         self._file = stop_together(opened, pl_module.reduce)
 

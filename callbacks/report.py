@@ -9,8 +9,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.end_of_run import (
+    check_early_stopping,
+    check_monitors,
+    check_space,
+    save_student,
+    student_bytes,
+    write_or_warn,
+)
+from kdrl_lightning.callbacks.run_folder import run_folder
+from kdrl_lightning.errors import Interrupted
+from kdrl_lightning.models import check_saves
 from kdrl_lightning.plots import plot_curves
+from kdrl_lightning.rollout.together import stop_together
 
 CURVES = (
     "reward/correct_frac",
@@ -28,8 +41,9 @@ CURVES = (
 class RunReport(pl.Callback):
     """Measures student and teacher before and after, and writes the run folder.
 
-    The run folder is the logger's (or ``default_root_dir``). It gets ``summary.json``,
-    ``curves.png`` and ``student/``, the trained student as a Hugging Face folder.
+    The run folder is the logger's (or ``default_root_dir``); a run that finds another one there
+    takes a new folder beside it. It gets ``summary.json``, ``curves.png`` and ``student/``, the
+    trained student as a Hugging Face folder, which is written also if anything else fails.
 
     Put it behind the callbacks whose values it shows, e.g. ``SelectiveImitationStats``.
 
@@ -46,6 +60,7 @@ class RunReport(pl.Callback):
         self.accuracy: list[tuple[int, float]] = []
         self.teacher_accuracy: float | None = None
         self._latest: dict[str, float] = {}
+        self._saved = False
         self._train_seconds = self._batch_started = 0.0
         self._started = time.perf_counter()
 
@@ -56,6 +71,14 @@ class RunReport(pl.Callback):
             self.curves, self.accuracy, self.teacher_accuracy = [], [], None
             self._latest = {}
             self._train_seconds = 0.0
+            self._saved = False
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reserve the run folder, and try now what would fail at the end."""
+        run_folder(trainer)
+        check_early_stopping(trainer)
+        if self.export and not trainer.fast_dev_run:
+            stop_together(lambda: self._try_export(trainer, pl_module), pl_module.reduce)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure the teacher, and the student unless the sanity check just did.
@@ -73,6 +96,8 @@ class RunReport(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Note the accuracy; the sanity check counts if it covers the whole set."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_monitors(trainer)
         value = trainer.callback_metrics.get("val/accuracy")
         whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
         if value is not None and whole:
@@ -105,21 +130,41 @@ class RunReport(pl.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write everything, and print the table below a closed progress bar."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        summary = self._summary(trainer, pl_module, folder)
+        folder = run_folder(trainer)
         if self.export and not trainer.fast_dev_run:
-            pl_module.export(str(folder / "student"))  # a collective: all ranks
+            save_student(trainer, pl_module, folder / "student")  # a collective: all ranks
+            self._saved = True
+        summary = self._summary(trainer, pl_module, folder)
         if not trainer.is_global_zero:
             return
         if trainer.fast_dev_run:
             print("fast_dev_run: nothing is written")
             return
-        folder.mkdir(parents=True, exist_ok=True)
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         accuracy = [(step / per_rollout, value) for step, value in self.accuracy]
-        plot_curves(folder / "curves.png", self.curves, accuracy, summary)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2) + "\n"
+        file = folder / "summary.json"
+        write_or_warn(file, lambda: file.write_text(text))
+        file = folder / "curves.png"
+        write_or_warn(file, lambda: plot_curves(file, self.curves, accuracy, summary))
         print(_table(summary, folder))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Save the student of a run that someone else's error ends.
+
+        Without the other ranks, which may be somewhere else. Shards on several ranks cannot be
+        gathered then; their last checkpoint stands.
+        """
+        stopped = isinstance(exception, KeyboardInterrupt | Interrupted)
+        wanted = self.export and trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run
+        if stopped or not wanted or self._saved or not trainer.global_step:
+            return
+        sharded = pl_module.student is None or pl_module.weights().sharded
+        if trainer.is_global_zero and not (sharded and trainer.world_size > 1):
+            folder = run_folder(trainer) / "student"
+            write_or_warn(folder, lambda: save_student(trainer, pl_module, folder, alone=True))
+            if folder.exists():
+                print(f"the student of step {trainer.global_step} is in {folder}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the curves over a resume."""
@@ -137,6 +182,11 @@ class RunReport(pl.Callback):
         self.accuracy = [(int(step), float(value)) for step, value in state_dict["accuracy"]]
         self.teacher_accuracy = state_dict["teacher_accuracy"]
         self._train_seconds = state_dict["train_seconds"]
+
+    def _try_export(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            check_space({run_folder(trainer): student_bytes(pl_module)})
+            check_saves(pl_module.weights().model, pl_module.tokenizer)
 
     def _measure_student(self, trainer: Any, pl_module: Any) -> None:
         noted = bool(self.accuracy) and self.accuracy[-1][0] == trainer.global_step

@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from kdrl_lightning.callbacks.end_of_run import write_or_warn
+from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import require_between
-from kdrl_lightning.rollout.together import stop_together
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.samples import (
     SampleView,
@@ -127,24 +128,18 @@ class SamplePage(pl.Callback):
         return views
 
     def _show(self, trainer: Any, pl_module: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks
+        folder = run_folder(trainer)  # a collective: all ranks
         self._shown = trainer.global_step
-        if trainer.fast_dev_run or not self.completions:
-            return
+        if self.completions and trainer.is_global_zero and not trainer.fast_dev_run:
+            file = folder / "samples.html"
+            write_or_warn(file, lambda: self._write(trainer, pl_module, file))
 
-        def write() -> None:
-            if trainer.is_global_zero:
-                self._write(trainer, pl_module, folder)
-
-        stop_together(write, pl_module.reduce)
-
-    def _write(self, trainer: Any, pl_module: Any, folder: Path) -> None:
+    def _write(self, trainer: Any, pl_module: Any, file: Path) -> None:
         section = self.section(trainer, pl_module)
         if not section.groups:
             return
         self.sections = [section, *self.sections][: self.moments]
-        folder.mkdir(parents=True, exist_ok=True)
         heading = f"Samples of {type(pl_module.objective).__name__}"
         page = render(heading, self.sections, self.max_tokens)
-        (folder / "samples.html").write_text(page, encoding="utf-8", errors="replace")
+        file.write_text(page, encoding="utf-8", errors="replace")
         log_samples(trainer.loggers, section, trainer.global_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,20 @@ from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopp
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand.
 
-    Exit with 2 on a user's mistake, 1 where training cannot go on, 143 where SIGTERM stopped it.
+    Exit with 2 on a user's mistake, 1 if training cannot continue, 143 if SIGTERM stopped it, 130
+    if Ctrl-C did.
     """
+    try:
+        _run(args)
+    except KeyboardInterrupt as error:
+        _exit_on_ctrl_c(error)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit, with 1
+            _exit_on_ctrl_c(error.__context__)
+        raise
+
+
+def _run(args: Sequence[str] | None) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -32,15 +45,20 @@ def main(args: Sequence[str] | None = None) -> None:
             serve(given[1:])
         else:
             KDRLCLI.run(args)
-    except Interrupted as error:
-        _exit(error, 128 + signal.SIGTERM)
+    except Interrupted as error:  # on all ranks
+        if int(os.environ.get("LOCAL_RANK") or 0) > 0:
+            # Lightning kills the first process of a node if another one fails before it has ended.
+            raise SystemExit(0) from error
+        _exit(error, 128 + error.number)
     except SIGTERMException as error:  # before the first step, or without training
         _exit(Interrupted("stopped by SIGTERM: nothing was saved."), 128 + signal.SIGTERM, error)
     except TrainingStopped as error:
+        _exit_if_interrupted(error)
         _exit(error, 1)
     except MisconfigurationException as error:
         _exit(error, 2)
     except Exception as error:
+        _exit_if_interrupted(error)
         mistake = _mistake_behind(error)
         if mistake is not None:
             _exit(mistake, 2)
@@ -70,6 +88,18 @@ def run_export(args: Sequence[str]) -> None:
         allow_abbrev=False,
         parser_class=OneLineParser,
     )
+
+
+def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
+    words = str(error) or "stopped by Ctrl-C: nothing was saved."
+    _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error)
+
+
+def _exit_if_interrupted(error: Exception) -> None:
+    """Report the signal that an error followed, see ``StopSignals.explain``."""
+    signalled = getattr(error, "interrupted", None)
+    if isinstance(signalled, Interrupted):
+        _exit(signalled, 128 + signalled.number, error)
 
 
 def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:

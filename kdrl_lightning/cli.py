@@ -27,6 +27,7 @@ from kdrl_lightning.callbacks import (
     StepProfile,
     WeightSync,
 )
+from kdrl_lightning.callbacks.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
@@ -67,6 +68,7 @@ class KDRLCLI(LightningCLI):
             run=not instantiate_only,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "default_root_dir": "runs",
@@ -77,7 +79,8 @@ class KDRLCLI(LightningCLI):
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": "kdrl_lightning"},
+                    # Empty: `default_root_dir`, see `loggers_in_root`.
+                    "init_args": {"save_dir": "", "name": "kdrl_lightning"},
                 },
                 "callbacks": RolloutProgress(),
             },
@@ -103,6 +106,7 @@ class KDRLCLI(LightningCLI):
         """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
+        loggers_in_root(config.trainer)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")

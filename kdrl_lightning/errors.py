@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 
 # What a disk does to whatever happens to write: full, over the quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -29,7 +30,16 @@ class TrainingStopped(RuntimeError):  # noqa: N818
 
 
 class Interrupted(TrainingStopped):
-    """A run that was asked to stop, and has saved; the message says where to go on."""
+    """A run that a signal stopped; the message says what is saved.
+
+    Args:
+        message: for the user.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = int(number)
 
 
 class BadRow(ConfigurationError):  # noqa: N818

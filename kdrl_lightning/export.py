@@ -17,7 +17,7 @@ from kdrl_lightning.checkpoints import read_metadata, reason_of
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.integrity import whole_folder
 from kdrl_lightning.lora import LoRA, adapter_weights, save_adapters
-from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer
+from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer, save_causal_lm
 from kdrl_lightning.resume import KEY, check_complete
 from kdrl_lightning.weights import ModelWeights
 
@@ -82,7 +82,7 @@ def export(
                 save_adapters(student, weights, half, path)
             else:
                 model = build_causal_lm(identity["config"], identity["generation_config"], weights)
-                model.save_pretrained(half)
+                save_causal_lm(model, half)
             words.save_pretrained(half)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def build_causal_lm(
     """Return a model of a configuration, as JSON, that holds ``weights`` without copying them."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    values = json.loads(config)
+    values = json.loads(config, object_hook=decode_float)
     own = AutoConfig.for_model(values.pop("model_type"), **values)
     own.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
@@ -58,6 +59,99 @@ def build_causal_lm(
     if generation_config is not None:
         model.generation_config = GenerationConfig.from_dict(json.loads(generation_config))
     return model
+
+
+def decode_float(value: dict[str, Any]) -> Any:
+    """Read what JSON cannot say and transformers writes in words, e.g. Mamba 2's infinite limit.
+
+    >>> json.loads('{"limit": [0.0, {"__float__": "Infinity"}]}', object_hook=decode_float)
+    {'limit': [0.0, inf]}
+    """
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
+def all_settings(config: str) -> dict[str, Any]:
+    """Return the settings of a configuration, as JSON, under the names that this version uses."""
+    from transformers import AutoConfig
+
+    plain: dict[str, Any] = json.loads(config)
+    values = json.loads(config, object_hook=decode_float)
+    try:
+        read = AutoConfig.for_model(values.pop("model_type"), **values)
+        return dict(json.loads(read.to_json_string(use_diff=False)))
+    except Exception:  # an unknown type, or values that this version does not take
+        return plain
+
+
+def save_causal_lm(
+    model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model as a folder; its generation configuration goes out as it came in.
+
+    transformers reads one that it then refuses to write, e.g. ``temperature`` without
+    ``do_sample``.
+
+    Args:
+        model: the transformers model.
+        folder: to write to.
+        weights: by their names, in place of the model's own.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None or _is_valid(generation):
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    model.generation_config = type(generation)()
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(Path(folder) / "generation_config.json", use_diff=True)
+
+
+def check_saves(model: Any, tokenizer: Any) -> None:
+    """Write all of a model but its weights for trial, before a run depends on it.
+
+    Raises:
+        ConfigurationError: something cannot be written, or read again.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        for what, write in (
+            ("configuration", lambda: model.config.save_pretrained(folder)),
+            ("configuration", lambda: AutoConfig.from_pretrained(folder)),
+            ("tokenizer", lambda: tokenizer.save_pretrained(folder)),
+            ("tokenizer", lambda: AutoTokenizer.from_pretrained(folder)),
+        ):
+            try:
+                write()
+            except Exception as error:
+                raise ConfigurationError(
+                    f"the student's {what} must be one that transformers can save and load: got "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}. Correct the files in "
+                    f"{model.config._name_or_path or 'its folder'}, or set `report.export` to "
+                    "false."
+                ) from error
+
+
+def frozen_names(model: Any) -> set[str]:
+    """Return the parameters that an architecture keeps without gradient.
+
+    Its class says so, e.g. for a table of sine positions; loading weights forgets it.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+    return {name for name, p in empty.named_parameters() if not p.requires_grad}
+
+
+def _is_valid(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def empty_causal_lm(like: Any, device: torch.device | str) -> Any:

@@ -203,7 +203,9 @@ class KDRLModule(pl.LightningModule):
         saved, held = values.get(KEY), values.get("state_dict")
         check_readable(path, self.trainer.strategy)
         if saved is not None:
-            check_identity(saved, self, load_config(self.student_path), stage == "fit", path)
+            loaded = self.student and self.weights().model.config  # or its part for text
+            config = loaded or load_config(self.student_path)
+            check_identity(saved, self, config, stage == "fit", path)
         if self.lora is not None and held is not None:  # shards say so themselves
             check_complete(held.keys(), self.state_dict().keys(), path)
 

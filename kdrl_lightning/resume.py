@@ -7,7 +7,7 @@ the configuration, so that the command line wins.
 from __future__ import annotations
 
 import copy
-import json
+import re
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,18 +15,15 @@ from typing import Any
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import all_settings
 
 KEY = "kdrl_lightning"
-# Of a model's configuration: what says nothing about the meaning of its weights.
-NOT_COMPARED = {
-    "_name_or_path",
-    "_attn_implementation_autoset",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+# Of a model's configuration: what says nothing about what its weights compute.
+NOT_COMPARED = re.compile(
+    r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|.*_token_id|.*_token_index"
+    r"|output_.*|.*return_dict|initializer_.*|.*dropout|chunk_size_feed_forward|id2label|label2id"
+    r"|num_labels|problem_type|pretraining_tp|router_(aux_loss|z_loss)_coef|finetuning_task"
+)
 
 
 def identity(module: Any) -> dict[str, Any]:
@@ -78,18 +75,12 @@ def check_identity(
     Raises:
         ConfigurationError: they differ; the message names the difference.
     """
-    here, there = json.loads(config.to_json_string(use_diff=False)), json.loads(saved["config"])
-    different = sorted(
-        name
-        for name in (here.keys() | there.keys()) - NOT_COMPARED
-        if here.get(name) != there.get(name)
-    )
-    if different:
-        name = different[0]
+    different = difference(config.to_json_string(use_diff=False), saved["config"])
+    if different is not None:
+        name, here, there = different
         raise ConfigurationError(
-            f"`ckpt_path` must hold this student: got {path}, whose {name} is {there.get(name)!r} "
-            f"instead of {here.get(name)!r}. Give the student that it was made from, "
-            f"{saved['student']}."
+            f"`ckpt_path` must hold this student: got {path}, whose {name} is {there!r} "
+            f"instead of {here!r}. Give the student that it was made from, {saved['student']}."
         )
     check_adapters(saved, module, path)
     objective = type(module.objective).__name__
@@ -105,6 +96,33 @@ def check_identity(
             f"`optimizer` must be {saved['optimizer']} to go on from {path}, for its moments: got "
             f"{optimizer}. To go on with another one, export that student and start from it."
         )
+
+
+def difference(here: str, there: str) -> tuple[str, Any, Any] | None:
+    """Return the first setting in which two configurations describe different models.
+
+    What only one of them names is left out: other versions of transformers write other names. Both
+    are first read by this version, which translates the names that it has changed.
+
+    Args:
+        here: JSON of all settings.
+        there: JSON of all settings, perhaps by another version.
+
+    Returns:
+        Its name and both values, or None.
+    """
+    return _difference(all_settings(here), all_settings(there), "")
+
+
+def _difference(here: Any, there: Any, name: str) -> tuple[str, Any, Any] | None:
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return None if here == there else (name, here, there)
+    for key in sorted(here.keys() & there.keys()):
+        if not NOT_COMPARED.fullmatch(key):
+            found = _difference(here[key], there[key], f"{name}.{key}" if name else key)
+            if found is not None:
+                return found
+    return None
 
 
 def check_adapters(saved: dict[str, Any], module: Any, path: str) -> None:

@@ -1,14 +1,23 @@
-"""Loading a model straight into its shards, so that no rank ever holds all of it."""
+"""Loading a model and its moments straight into shards, so that no rank ever holds all of it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -106,3 +115,40 @@ def fill(
             end = start + local.shape[0]
             known = given.get(name)
             local.copy_(files.rows(names[name], start, end) if known is None else known[start:end])
+
+
+def load_moments(
+    module: nn.Module, optimizer: Any, source: Path | dict[str, Any], key: str
+) -> None:
+    """Load the state of a sharded module's optimizer; all ranks must call it.
+
+    Lightning demands the moments of all parameters, but one that never had a gradient (a vision
+    tower on text, an expert without tokens) has none. It has none after a resume, too.
+
+    Args:
+        module: with all parameters.
+        optimizer: over some of them.
+        source: a folder of shards; or the whole state, on the first rank.
+        key: of the optimizer among the shards.
+    """
+    state: Any = get_optimizer_state_dict(module, optimizer)  # makes moments for all
+    options = StateDictOptions(strict=False, cpu_offload=isinstance(source, Path))
+    if isinstance(source, Path):
+        index = FileSystemReader(source).read_metadata().state_dict_metadata
+        held = {n for n in state["state"] if any(k.startswith(f"{key}.state.{n}.") for k in index)}
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+        part = {"state": {n: state["state"][n] for n in held}, "param_groups": groups}
+        dcp.load({key: part}, checkpoint_id=source)  # type: ignore[attr-defined]
+        for group, loaded in zip(state["param_groups"], part["param_groups"], strict=True):
+            group.update(loaded)
+        state["state"].update(part["state"])
+    else:
+        if source["state"] and isinstance(next(iter(source["state"])), int):
+            by_name = OptimStateKeyType.PARAM_NAME
+            source = FullyShardedDataParallel.rekey_optim_state_dict(source, by_name, module)
+        held = set(source["state"])
+        state, options = source, replace(options, broadcast_from_rank0=True, full_state_dict=True)
+    set_optimizer_state_dict(module, optimizer, state, options=options)
+    for name, parameter in module.named_parameters():
+        if name not in held:
+            optimizer.state.pop(parameter, None)

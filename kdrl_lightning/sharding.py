@@ -25,11 +25,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.lora import LoRA, leave_base_out
-from kdrl_lightning.models import load_causal_lm, unfilled_causal_lm
+from kdrl_lightning.models import frozen_names, load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.shard_loading import WeightFiles, fill, sources, to_meta
 
@@ -115,7 +116,9 @@ def load_scorer(
     """
 
     def adapt(model: Any) -> None:
-        model.requires_grad_(not frozen)
+        fixed = frozen_names(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen and name not in fixed)
         if lora is not None:
             lora.inject(model, seed)
 
@@ -134,8 +137,37 @@ def load_scorer(
         model = load_causal_lm(path, dtype)
         adapt(model)
         scorer = wrap(model)
+    check_finite(scorer.model, path)
     scorer.verify(path)
     return scorer
+
+
+def check_finite(model: Any, path: str) -> None:
+    """Check the weights of a model; of a sharded one, all ranks must.
+
+    Raises:
+        ConfigurationError: on all ranks, if some are NaN or infinite; it names the first tensor.
+    """
+    names, first, mesh = [], torch.inf, None
+    for number, (name, tensor) in enumerate(model.named_parameters()):
+        names.append(name)
+        part = tensor.detach()
+        if isinstance(part, DTensor):
+            mesh, part = part.device_mesh, part.to_local()
+        known = part.is_floating_point() and part.element_size() > 1  # not 8-bit ones
+        if first == torch.inf and part.numel() and known:
+            low, high = part.aminmax()  # unlike isfinite, it makes no tensor of that size
+            if not (low.isfinite() and high.isfinite()):
+                first = float(number)
+    if mesh is not None:
+        value = torch.tensor(first, device=mesh.device_type)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        first = float(value)
+    if first != torch.inf:
+        raise ConfigurationError(
+            f"the weights of `{path}` must be finite: got NaN or infinity in {names[int(first)]}. "
+            "Download or export that model again."
+        )
 
 
 def _from_slices(

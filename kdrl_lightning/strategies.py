@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.shard_loading import load_moments
 from kdrl_lightning.sharding import Sharding
 
 REFUSED = ("fsdp", "fsdp_cpu_offload")
@@ -38,6 +41,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Take every process as data-parallel; Lightning's "auto" means one per node."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load the weights as Lightning does, and the moments of the parameters that have some."""
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        rest = _load_checkpoint(
+            path=path,
+            state={"state_dict": self.model},
+            strict=self.lightning_module.strict_loading,
+            weights_only=weights_only,
+        )
+        assert self.model is not None
+        for index, optimizer in enumerate(self.optimizers):
+            source = path if path.is_dir() else rest["optimizer_states"][index]
+            load_moments(self.model, optimizer, source, f"optimizer_{index}")
+        return rest
 
 
 def register() -> None:

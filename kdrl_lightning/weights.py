@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.lora import ADAPTER, adapted_layers, is_adapter
+from kdrl_lightning.models import save_causal_lm
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ModelWeights:
         """
         gathers = self.sharded or (writes and bool(adapted_layers(self.model)))
         state = self.state(writes) if gathers else None
-        return partial(self.model.save_pretrained, state_dict=state)
+        return lambda path: save_causal_lm(self.model, path, state)
 
     def state(self, keeps: bool = True) -> dict[str, Tensor]:
         """Gather weights and stored buffers on the CPU; all ranks must call it if sharded.

@@ -29,7 +29,7 @@ ALLOWED = {
     "cache": {"errors"},
     "gguf": {"cache", "errors", "models"},
     "lora": FLOOR,
-    "weights": FLOOR | {"lora"},
+    "weights": FLOOR | {"lora", "models"},
     "compatibility": {"errors"},
     "end_tokens": {"models"},
     "merging": set(),
@@ -38,7 +38,7 @@ ALLOWED = {
     "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
-    "strategies": {"errors", "sharding"},
+    "strategies": {"errors", "shard_loading", "sharding"},
     "teachers": FLOOR
     | {"compatibility", "end_tokens", "lora", "losses", "models", "scorer"}
     | {"server_client", "sharding", "weights"},
@@ -52,7 +52,7 @@ ALLOWED = {
     "pending": FLOOR | {"losses"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
     "samples": FLOOR | {"objectives", "rollout"},
-    "resume": FLOOR,
+    "resume": FLOOR | {"models"},
     "integrity": set(),
     "checkpoints": FLOOR | {"integrity", "rollout"},
     "export": FLOOR | {"checkpoints", "integrity", "lora", "models", "resume", "weights"},
@@ -72,8 +72,10 @@ ALLOWED = {
     | {
         "checkpoints",
         "evaluation",
+        "lora",
         "losses",
         "metrics",
+        "models",
         "objectives",
         "plots",
         "rollout",

@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rewards.callables import portable_target
 
 START_SECONDS = 120.0  # imports, on a busy machine

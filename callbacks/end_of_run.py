@@ -1,0 +1,154 @@
+"""What may fail at the end of a run: tried at the start, and kept from costing the student."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.lora import is_adapter
+from kdrl_lightning.rollout.together import stop_together
+
+
+def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
+    """Write something that a run can do without; if that fails, warn and continue."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"{file} could not be written: {reason}", stacklevel=2)
+
+
+def check_space(needs: Mapping[Path, int]) -> None:
+    """Check that a disk has room for what a run will write to its folders.
+
+    Args:
+        needs: bytes per folder, which need not exist yet.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    disks: dict[int, int] = {}
+    for folder, size in needs.items():
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        disk = place.stat().st_dev
+        disks[disk] = disks.get(disk, 0) + size
+        free = shutil.disk_usage(place).free
+        if disks[disk] > free:
+            raise ConfigurationError(
+                f"the disk of {folder} must have {disks[disk] / 1e9:.3g} GB free for the trained "
+                f"student and a checkpoint: got {free / 1e9:.3g} GB. Make room, or write elsewhere "
+                "with `trainer.default_root_dir`."
+            )
+
+
+def student_bytes(pl_module: Any) -> int:
+    """Return the size of the student's weights as a model folder, adapters merged."""
+    named = pl_module.weights().model.named_parameters()
+    sizes: list[int] = [p.numel() * p.element_size() for n, p in named if not is_adapter(n)]
+    return sum(sizes)
+
+
+def checkpoint_bytes(pl_module: Any) -> int:
+    """Return the size of the weights in a checkpoint, and of what an optimizer adds.
+
+    A LoRA student's checkpoint holds the adapters alone.
+    """
+    trained = [p for p in pl_module.student.parameters() if p.requires_grad or not pl_module.lora]
+    weights: int = sum(p.numel() * p.element_size() for p in trained)
+    return int(weights * (1 + _moments(pl_module)))
+
+
+def _moments(pl_module: Any) -> float:
+    """Return how many numbers the optimizer keeps per weight, from a trial of one step."""
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = pl_module.optimizer_callable([weight])
+        optimizer.step()
+        state = optimizer.state[weight].values()
+    except Exception:  # one that wants more than gradients: count the weights alone
+        return 0.0
+    return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / weight.numel()
+
+
+def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False) -> None:
+    """Write the student as a Hugging Face folder, whole or not at all.
+
+    Args:
+        trainer: of the run.
+        pl_module: with the student.
+        folder: to write to; a model there is replaced.
+        alone: other ranks may be somewhere else: the first one writes without asking them.
+
+    Raises:
+        TrainingStopped: on all ranks, if it cannot be written.
+    """
+    first, half = trainer.is_global_zero, folder.with_name(f"{folder.name}.unfinished")
+
+    def write() -> None:
+        try:
+            if first:
+                shutil.rmtree(half, ignore_errors=True)
+            pl_module.weights().save(str(half), first)
+            if first:
+                write_or_warn(
+                    half / "tokenizer", lambda: pl_module.tokenizer.save_pretrained(str(half))
+                )
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(half, folder)
+        except OSError as error:
+            raise TrainingStopped(
+                f"the student must be writable: got {type(error).__name__}: {error}. Its weights "
+                "are in the last checkpoint: make room, and use `export`."
+            ) from error
+
+    if alone:
+        write()
+    else:
+        stop_together(write, pl_module.reduce)
+
+
+def check_early_stopping(trainer: Any) -> None:
+    """Let EarlyStopping look at a metric of the validation after each validation.
+
+    Lightning asks at the end of an epoch, also of one that ``max_steps`` ends before its
+    validation: then the metric is missing, and the run dies after its last step.
+
+    Raises:
+        ConfigurationError: there is no validation.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/"):
+            prompts = getattr(trainer.datamodule, "val_prompts", True)
+            if callback.strict and (prompts is None or trainer.limit_val_batches == 0):
+                raise ConfigurationError(
+                    f"`monitor` of EarlyStopping must be a metric that is logged: got "
+                    f"{callback.monitor} without a validation. Set `data.val_prompts`, or drop it."
+                )
+            callback._check_on_train_epoch_end = False
+
+
+def check_monitors(trainer: Any) -> None:
+    """Check after a validation that callbacks watch metrics that it has.
+
+    Raises:
+        ConfigurationError: one does not.
+    """
+    for callback in trainer.callbacks:
+        name = getattr(callback, "monitor", None)
+        strict = getattr(callback, "strict", True)
+        known = trainer.callback_metrics
+        if strict and isinstance(name, str) and name.startswith("val/") and name not in known:
+            raise ConfigurationError(
+                f"`monitor` must be a metric of the validation: got {name}. "
+                f"Known: {', '.join(sorted(known))}."
+            )

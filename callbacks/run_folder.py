@@ -1,0 +1,182 @@
+"""The folder of a run: one for each run, whatever the logger; and its ``config.yaml``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from glob import escape
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from kdrl_lightning.errors import ConfigurationError
+
+# An empty file that reserves a folder for one run, also while nothing else is in it.
+MARK = ".run"
+# What tells the folder of a run that an earlier version of this library made, without the mark.
+WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html")
+
+_folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+
+
+def run_folder(trainer: Any, file: str | None = None) -> Path:
+    """Return the folder of a trainer's run, the same on all ranks; the first call reserves it.
+
+    A logger names it: ``save_dir/name/version``, as Lightning's own checkpoints. Without a logger
+    it is ``default_root_dir``. If another run lies there, the run takes the next free folder beside
+    it, or without a logger ``version_1``, ``version_2``, ... inside. A resumed run is a run too.
+
+    The first call is collective: all ranks must make it. A trial run (``fast_dev_run``) reserves
+    nothing.
+
+    Args:
+        trainer: of the run.
+        file: what the run writes, if that is one file: the folder need only be without it. The
+            reservation is then the file's name with ``.part``.
+
+    Raises:
+        ConfigurationError: on every rank, if the first one cannot create it.
+    """
+    if trainer not in _folders:
+        found: tuple[Path, str | None] = Path(), None
+        if trainer.is_global_zero:
+            try:
+                found = _reserve(trainer, file), None
+            except OSError as error:
+                found = _place(trainer)[0], f"{type(error).__name__}: {error}"
+        folder, problem = trainer.strategy.broadcast(found)
+        if problem is not None:
+            raise ConfigurationError(
+                f"the run folder must be writable: got {folder} ({problem}). Set "
+                "`trainer.default_root_dir`, or the logger's `save_dir`."
+            )
+        _folders[trainer] = folder
+    return _folders[trainer]
+
+
+def checkpoint_folders(trainer: Any) -> list[Path]:
+    """Return where runs under the same name keep checkpoints; not collective.
+
+    If the logger continues a run by its version (a run id, say), and that has checkpoints: its own.
+    """
+    parent, name = _place(trainer)
+    if name == Path():
+        return [run / "checkpoints" for run in (parent, *parent.glob("version_*"))]
+    if name is None:
+        return list(parent.glob("*/checkpoints"))
+    own = [parent / name, *parent.glob(f"{escape(str(name))}-*")]
+    named = not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger)  # or counted
+    if named and any(True for run in own for _ in run.glob("checkpoints/step=*.ckpt")):
+        return [run / "checkpoints" for run in own]
+    return list(parent.glob("/".join(["*"] * len(name.parts)) + "/checkpoints"))
+
+
+def _place(trainer: Any) -> tuple[Path, Path | None]:
+    """Return the folder of all runs under a name, and the run's own in it; None if unknown yet."""
+    logger = next(iter(trainer.loggers), None)
+    if logger is None:
+        return Path(trainer.default_root_dir), Path()
+    parent = Path(logger.save_dir or trainer.default_root_dir, str(logger.name or ""))
+    if isinstance(logger, CSVLogger | TensorBoardLogger):
+        parent = Path(os.path.expanduser(os.path.expandvars(parent)))
+        folder = Path(logger.log_dir)
+        return parent, Path(os.path.relpath(folder, parent))
+    if logger.version is None:
+        return parent, None
+    version = logger.version
+    return parent, Path(f"version_{version}" if isinstance(version, int) else version)
+
+
+def _reserve(trainer: Any, file: str | None) -> Path:
+    written, mark = (WRITTEN, MARK) if file is None else ((file,), f"{file}.part")
+    parent, name = _place(trainer)
+    for folder in _candidates(parent, name):
+        if trainer.fast_dev_run:
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(True for pattern in written for _ in folder.glob(pattern)):
+            continue
+        try:
+            (folder / mark).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("there is always one more candidate")
+
+
+def _candidates(parent: Path, name: Path | None) -> Iterator[Path]:
+    number = 0
+    if name is not None:
+        yield parent / name
+        number = 1
+    inside = name is None or name == Path()
+    while True:
+        yield parent / (f"version_{number}" if inside else f"{name}-{number}")
+        number += 1
+
+
+def loggers_in_root(trainer: Any) -> None:
+    """Let loggers write to ``default_root_dir``, unless their own ``save_dir`` is given.
+
+    Args:
+        trainer: configuration of the trainer, before anything is built; changed in place.
+    """
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers:
+        settings = getattr(logger, "init_args", None) or {}
+        if "save_dir" in settings and settings["save_dir"] in (
+            None,
+            "",
+            *_defaults(locate(logger.class_path)),
+        ):
+            settings["save_dir"] = trainer.default_root_dir
+
+
+def _defaults(logger: Any) -> list[Any]:
+    """Return the default of ``save_dir`` in a class of loggers and its bases."""
+    found = [inspect.signature(c).parameters.get("save_dir") for c in inspect.getmro(logger)[:-1]]
+    return [parameter.default for parameter in found if parameter is not None]
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the command line's whole configuration as ``config.yaml`` into the run folder.
+
+    Once the models are loaded: a run that is refused before leaves nothing. Other subcommands than
+    ``fit`` write it if a logger gives them a folder.
+    """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wait for the start."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write it."""
+        self._write(trainer)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write it unless training does."""
+        self._write_beside_log(trainer)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write it."""
+        self._write_beside_log(trainer)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write it."""
+        self._write_beside_log(trainer)
+
+    def _write_beside_log(self, trainer: Any) -> None:
+        if trainer.loggers:
+            self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
+        if self.already_saved or trainer.fast_dev_run:
+            return
+        file = run_folder(trainer) / self.config_filename
+        if trainer.is_global_zero:
+            self.parser.save(self.config, str(file), skip_none=False, overwrite=True)
+        self.already_saved = True

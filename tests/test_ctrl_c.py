@@ -1,0 +1,175 @@
+"""Ctrl-C: the first finishes the step and saves, the second stops at once; exit code 130."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from short_runs import make_data, make_module, make_trainer
+from test_killed_runs import fit as fit_in_processes
+from test_killed_runs import killer
+from test_resumed_cli import refused, start, version  # noqa: F401
+
+from kdrl_lightning import GRPO, KDRLModule
+from kdrl_lightning.callbacks import FSDPCheckpoint
+from kdrl_lightning.checkpoints import read_metadata
+from kdrl_lightning.errors import Interrupted, TrainingStopped
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*of the (completions|groups):UserWarning",
+    "ignore:The number of training batches:UserWarning",
+)
+
+
+def press(times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class Presses(pl.Callback):
+    """Presses Ctrl-C once a hook is called at a step."""
+
+    def __init__(self, hook: str, step: int, times: int = 1) -> None:
+        self.step, self.times = step, times
+        setattr(self, hook, self.act)
+
+    def act(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step:
+            self.step = -1
+            press(self.times)
+
+
+def fit(root: Path, student: str, *callbacks: pl.Callback) -> None:
+    trainer = make_trainer(
+        root, callbacks=[*callbacks, FSDPCheckpoint()], enable_checkpointing=True
+    )
+    trainer.fit(make_module(student, None, GRPO()), datamodule=make_data())
+
+
+MOMENTS = [
+    ("on_train_batch_start", 2, 3),
+    ("on_before_backward", 2, 3),
+    ("on_before_optimizer_step", 2, 3),
+    ("on_train_batch_end", 3, 3),
+    ("on_validation_start", 4, 5),  # the ranks have agreed on this step already
+    ("on_validation_batch_end", 4, 5),
+    ("on_save_checkpoint", 4, 5),
+    ("on_train_end", 8, 8),
+]
+
+
+@pytest.mark.parametrize(("hook", "step", "saved"), MOMENTS)
+def test_the_first_saves_after_the_step(
+    tmp_path: Path, student_folder: str, capfd: Any, hook: str, step: int, saved: int
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    words = rf"stopped by Ctrl-C after step {saved}: saved .*step={saved:08d}\.ckpt\. Go on with `-"
+    with pytest.raises(Interrupted, match=words) as error:
+        fit(tmp_path, student_folder, Presses(hook, step))
+    assert error.value.number == signal.SIGINT
+    file = tmp_path / f"checkpoints/step={saved:08d}.ckpt"
+    assert read_metadata(str(file))["global_step"] == saved
+    assert (
+        "Ctrl-C: saving after this optimizer step; once more stops at once"
+        in capfd.readouterr().err
+    )
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_that_ends_gives_the_signals_back(tmp_path: Path, student_folder: str) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    fit(tmp_path, student_folder)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.fixture(autouse=True)
+def _keep_handler() -> Any:
+    """Lightning ignores Ctrl-C for good behind an interrupt."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("hook", "times", "words"),
+    [
+        ("Trainer._run_sanity_check", 1, r"stopped by Ctrl-C: nothing was saved\."),
+        ("on_before_backward", 1, r"stopped by Ctrl-C after step 3: saved .*step=00000003\.ckpt\."),
+        ("on_before_backward", 2,
+         r"stopped at once by Ctrl-C: the last checkpoint is .*step=00000002\.ckpt\."),
+    ],
+)  # fmt: skip
+def test_the_command_line_says_so_and_exits_with_130(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    hook: str,
+    times: int,
+    words: str,
+) -> None:
+    if hook.startswith("Trainer."):
+        monkeypatch.setattr(pl.Trainer, "_run_sanity_check", lambda self: press())
+    else:
+        press_at = Presses("at", 2, times)
+        act = lambda module, *_: press_at.act(module.trainer)  # noqa: E731
+        monkeypatch.setattr(KDRLModule, hook, act)
+    line = refused(start, capsys, "fit", "--trainer.max_steps=6", code=130)
+    assert re.match(f"error: {words}", line)
+
+
+@pytest.mark.parametrize("kind", [KeyError, TrainingStopped, ValueError])
+@pytest.mark.parametrize(("number", "name", "code"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143)])
+def test_an_engine_that_the_same_signal_ended_is_no_error_of_the_program(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Exception],
+    number: int,
+    name: str,
+    code: int,
+) -> None:
+    def act(module: Any, *_: Any) -> None:
+        if module.trainer.global_step == 2:
+            os.kill(os.getpid(), number)
+            raise kind("the engine is gone")
+
+    monkeypatch.setattr(KDRLModule, "on_before_backward", act)
+    line = refused(start, capsys, "fit", "--trainer.max_steps=6", code=code)
+    words = rf"error: stopped by {name} within a step: the last checkpoint is .*=00000002\.ckpt\."
+    assert re.fullmatch(words, line)
+
+
+@pytest.mark.parametrize("command", ["validate", "evaluate", "export", "serve"])
+def test_other_subcommands_stop_at_once(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("evaluate.evaluate", "serve.serve", "__main__.run_export"):
+        monkeypatch.setattr(f"kdrl_lightning.{place}", interrupted)
+    monkeypatch.setattr(pl.Trainer, "_run_stage", lambda self: press())
+    line = refused(start, capsys, command, code=130)
+    assert line == "error: stopped by Ctrl-C: nothing was saved."
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_end_together(
+    tmp_path: Path, student_folder: str, teacher_folder: str, strategy: str
+) -> None:
+    flags = (f"--trainer.strategy={strategy}", "--trainer.devices=2")
+    press_at = killer("start:4", signal.SIGINT, rank=0)
+    _, err = fit_in_processes(
+        tmp_path, (student_folder, teacher_folder), *flags, press_at, code=130
+    )
+    assert err.count("error: stopped by Ctrl-C after step 5: saved ") == 1
+    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert [p.name for p in tmp_path.rglob("step=*.ckpt")].count("step=00000005.ckpt") == 1
