@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kdrl_lightning.lora import ADAPTER, adapted_layers, is_adapter
+from kdrl_lightning.lora import (
+    ADAPTER,
+    adapted_layers,
+    adapted_weights,
+    add_update,
+    is_adapter,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class ModelWeights:
         Sharded ones are gathered, whole on every rank for as long as the caller keeps them. Every
         rank must then take all of them, also one that has no use for them.
         """
-        layers = adapted_layers(self.model)
+        layers = adapted_weights(self.model)
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
             if not is_adapter(name):
                 yield plain_name(name), self._whole(name, tensor, layers)
@@ -74,7 +80,7 @@ class ModelWeights:
         Args:
             keeps: on the ranks that want them; others get placeholders.
         """
-        layers = adapted_layers(self.model)
+        layers = adapted_weights(self.model)
         gathered: dict[int, Tensor] = {}  # by id: tied weights once
         state: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
@@ -87,18 +93,13 @@ class ModelWeights:
         return state
 
     def _whole(self, name: str, tensor: Tensor, layers: dict[str, Any]) -> Tensor:
-        """Gather a tensor; add what the adapter of its layer has learned, in float32 or wider."""
+        """Gather a tensor; add what its adapter has learned."""
         whole = full_tensor(tensor.detach())
-        layer = layers.get(name.removesuffix(".base_layer.weight")) if self.merged else None
+        layer = layers.get(name) if self.merged else None
         if layer is None:
             return whole
-        wide = torch.promote_types(whole.dtype, torch.float32)
-        a, b = (
-            full_tensor(part[ADAPTER].weight.detach()).to(wide)
-            for part in (layer.lora_A, layer.lora_B)
-        )
-        with torch.autocast(whole.device.type, enabled=False):
-            return torch.addmm(whole.to(wide), b, a, alpha=layer.scaling[ADAPTER]).to(whole.dtype)
+        parts = (full_tensor(p[ADAPTER].weight.detach()) for p in (layer.lora_A, layer.lora_B))
+        return add_update(layer, whole, *parts)
 
     def fingerprint(self) -> str:
         """Digest the configuration and every tensor, about a second per gigabyte."""
