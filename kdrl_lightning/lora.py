@@ -93,6 +93,8 @@ class LoRA:
             target_parameters=targets.parameters or None,
             task_type="CAUSAL_LM",
         )
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        model._base_order = {name: place for place, name in enumerate(names)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -108,6 +110,14 @@ class LoRA:
 def adapted_layers(model: Any) -> dict[str, Any]:
     """Return peft's layers by their path; none in a plain model."""
     return {path: m for path, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def base_order(model: Any) -> dict[str, int]:
+    """Return the place of each weight before adapters came; empty for a plain model.
+
+    peft takes an expert's weight out of its module for a forward pass, and puts it back as the last.
+    """
+    return getattr(model, "_base_order", {})
 
 
 def adapted_weights(model: Any) -> dict[str, Any]:

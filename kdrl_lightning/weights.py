@@ -16,6 +16,7 @@ from kdrl_lightning.lora import (
     adapted_layers,
     adapted_weights,
     add_update,
+    base_order,
     is_adapter,
 )
 
@@ -50,15 +51,19 @@ class ModelWeights:
         rank must then take all of them, also one that has no use for them.
         """
         layers = adapted_weights(self.model)
-        for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            if not is_adapter(name):
-                yield plain_name(name), self._whole(name, tensor, layers)
+        for name, tensor in self._base():
+            yield plain_name(name), self._whole(name, tensor, layers)
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and whole shape of what ``named_tensors`` yields; not collective."""
-        for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            if not is_adapter(name):
-                yield plain_name(name), tensor.dtype, tuple(tensor.shape)
+        for name, tensor in self._base():
+            yield plain_name(name), tensor.dtype, tuple(tensor.shape)
+
+    def _base(self) -> list[tuple[str, Tensor]]:
+        """List the weights without adapters, in the order of the plain model."""
+        every, order = self.model.named_parameters(remove_duplicate=False), base_order(self.model)
+        base = [(name, tensor) for name, tensor in every if not is_adapter(name)]
+        return sorted(base, key=lambda item: order.get(plain_name(item[0]), 0))
 
     def save(self, path: str, writes: bool = True) -> None:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.
