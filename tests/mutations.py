@@ -661,8 +661,8 @@ MUTATIONS = [
     Mutation(
         "top-k KL: student and teacher swapped",
         TERMS,
-        "generalized_jsd(with_tail(student), with_tail(teacher)",
-        "generalized_jsd(with_tail(teacher), with_tail(student)",
+        "generalized_jsd(student, teacher, self.jsd_beta)",
+        "generalized_jsd(teacher, student, self.jsd_beta)",
     ),
     Mutation(
         "teacher's floor forgotten",

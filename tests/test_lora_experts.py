@@ -230,3 +230,23 @@ def test_a_run_goes_on_and_its_export_is_the_student(
     moved = {n for n, t in merged.named_parameters() if not torch.equal(t, base[n])}
     assert {n for n in base if n.endswith(("experts.gate_up_proj", "experts.down_proj"))} <= moved
     assert not {n for n in moved if "norm" in n or "gate.weight" in n or "router" in n}
+
+
+@SETTINGS
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_shards_of_experts_train_as_whole_ones_do(
+    name: str, tmp_path: Path, student_folder: str
+) -> None:
+    student = save(name, tmp_path / "student", student_folder)
+    sharded = {"strategy": "fsdp2_full", "devices": 1}
+    try:
+        whole = run(tmp_path / "one", setting(student), save="steps")
+        spread = run(tmp_path / "full", setting(student, **sharded), save="steps")
+        back = run(tmp_path / "back", setting(student), spread.checkpoints[2])
+        to = run(tmp_path / "to", setting(student, **sharded), whole.checkpoints[2])
+        for other in (spread, back, to):
+            for key, tensor in whole.weights().items():
+                torch.testing.assert_close(other.weights()[key], tensor, rtol=0, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
