@@ -81,9 +81,7 @@ class SelectiveImitationStats(pl.Callback):
         """Add a micro-batch; log at the end of the step."""
         if batch.old_logprobs is None:
             return
-        micro = MicroBatch(
-            pl_module.objective, batch, outputs["logprobs"], outputs.get("top_ids")
-        )
+        micro = MicroBatch(pl_module.objective, batch, outputs["logprobs"], outputs.get("top_ids"))
         add_imitation_stats(self._stats, micro)
         add_histograms(self._hist, micro, outputs["entropy"])
         self._used |= set(batch.group_ids[batch.loss_mask.any(1)].tolist())

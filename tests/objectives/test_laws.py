@@ -253,6 +253,4 @@ def test_garbage_in_the_reference_does_not_leak(garbage: float, coef: float) -> 
     clean = step()
     spoilt = ready(objective, spoil(clean, ~clean.loss_mask, garbage, "ref_logprobs"))
     clean = ready(objective, clean)
-    same(
-        graded(objective, spoilt, student(clean)), graded(objective, clean, student(clean))
-    )
+    same(graded(objective, spoilt, student(clean)), graded(objective, clean, student(clean)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.lora_targets import ALL, find_targets
+from kdrl_lightning.lora.targets import ALL, find_targets
 
 ADAPTER = "default"  # peft's name of a single adapter
 
@@ -115,7 +115,7 @@ def adapted_layers(model: Any) -> dict[str, Any]:
 def base_order(model: Any) -> dict[str, int]:
     """Return the place of each weight before adapters came; empty for a plain model.
 
-    peft takes an expert's weight out of its module for a forward pass, and puts it back as the last.
+    peft takes an expert's weight out of its module for a forward pass, and puts it back last.
     """
     return getattr(model, "_base_order", {})
 

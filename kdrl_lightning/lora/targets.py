@@ -57,7 +57,7 @@ class Adaptable:
     def width(self, path: str) -> int:
         """Return the largest rank that an update of a weight can have."""
         weight: Any = self.linear[path].weight if path in self.linear else self.experts[path]
-        return min(weight.shape[-2:])
+        return int(min(weight.shape[-2:]))
 
 
 def find_targets(model: Any, names: Sequence[str] | str, rank: int) -> Targets:
