@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from kdrl_lightning.lora import (
     ADAPTER,
     adapted_layers,
-    adapted_weights,
     add_update,
     base_order,
     is_adapter,
@@ -50,7 +49,7 @@ class ModelWeights:
         Sharded ones are gathered, whole on every rank for as long as the caller keeps them. Every
         rank must then take all of them, also one that has no use for them.
         """
-        layers = adapted_weights(self.model)
+        layers = adapted_layers(self.model)
         for name, tensor in self._base():
             yield plain_name(name), self._whole(name, tensor, layers)
 
@@ -85,7 +84,7 @@ class ModelWeights:
         Args:
             keeps: on the ranks that want them; others get placeholders.
         """
-        layers = adapted_weights(self.model)
+        layers = adapted_layers(self.model)
         gathered: dict[int, Tensor] = {}  # by id: tied weights once
         state: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():

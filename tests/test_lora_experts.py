@@ -11,12 +11,13 @@ import pytest
 import torch
 from moe_models import MODELS, build
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import adapted_weights, adapters_off, is_adapter
+from kdrl_lightning.lora import adapted_layers, adapters_off, is_adapter
 from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.sharding import recompute_layers
 from kdrl_lightning.weights import ModelWeights, plain_name
 
 IDS = torch.stack([torch.arange(6, 30), torch.arange(29, 5, -1)])
@@ -38,13 +39,13 @@ def adapted(name: str, lora: LoRA | None = None, dtype: torch.dtype = torch.floa
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if is_adapter(key):
-                parameter.normal_(0, 0.1)
+                nn.init.normal_(parameter, 0, 0.1, torch.Generator().manual_seed(len(key)))
     return model
 
 
 def names(model: Any) -> set[str]:
     """Which weights have an adapter, by the ends of their names."""
-    plain = [plain_name(name).removesuffix(".weight").split(".") for name in adapted_weights(model)]
+    plain = [plain_name(name).removesuffix(".weight").split(".") for name in adapted_layers(model)]
     return {".".join(p[-2:] if p[-2] == "experts" else p[-1:]) for p in plain}
 
 
@@ -70,6 +71,19 @@ def test_every_adapter_gets_a_gradient_and_no_base_weight_does(name: str) -> Non
     for key, parameter in model.named_parameters():
         assert parameter.requires_grad == is_adapter(key), key
         assert not is_adapter(key) or bool(parameter.grad.any()), key
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "gpt_oss"])
+def test_recomputed_layers_give_the_same_gradient(name: str) -> None:
+    def gradients(recompute: bool) -> list[Tensor]:
+        model = adapted(name)
+        if recompute:
+            recompute_layers(model)
+        model(input_ids=IDS, use_cache=False).logits.log_softmax(-1).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for ours, theirs in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -100,7 +114,7 @@ def test_peft_reads_the_adapter(name: str, tmp_path: Path) -> None:
 def test_experts_alone_of_bfloat16_are_merged_in_float32() -> None:
     model = adapted("gpt_oss", LoRA(3, 6.0, ["down_proj"]), torch.bfloat16)
     name = "model.layers.0.mlp.experts.base_layer.down_proj"
-    layer = adapted_weights(model)[name]
+    layer = adapted_layers(model)[name]
     a, b = (p["default"].weight.float() for p in (layer.lora_A, layer.lora_B))
     weight = model.get_parameter(name)
     expected = [
@@ -127,14 +141,14 @@ def test_experts_alone_of_bfloat16_are_merged_in_float32() -> None:
 def test_names_stand_for_layers_and_experts(name: str, targets: list[str], found: set[str]) -> None:
     model = adapted(name, LoRA(2, target_modules=targets))
     assert names(model) == found
-    assert not any("vision" in weight for weight in adapted_weights(model))
+    assert not any("vision" in weight for weight in adapted_layers(model))
     base = build(name)
     base.load_state_dict(dict(ModelWeights(model, "it").named_tensors()), strict=False)
     torch.testing.assert_close(logprobs(base), logprobs(model), rtol=0, atol=1e-10)
 
 
 def test_a_vision_tower_is_left_alone() -> None:
-    weights = adapted_weights(adapted("gemma3"))
+    weights = adapted_layers(adapted("gemma3"))
     assert len(weights) == 14 and all("language_model" in name for name in weights)
 
 

@@ -22,15 +22,16 @@ ADAPTER = "default"  # peft's name of a single adapter
 
 
 class LoRA:
-    """Trains ``W + alpha / rank * B A`` with ``W`` frozen, in the linear layers of the student.
+    """Trains ``W + alpha / rank * B A`` with ``W`` frozen, in the student's text decoder.
 
     ``B`` starts at 0, so the policy starts as the base model; ``A`` is drawn from the run's seed.
 
     Args:
         rank: columns of ``B`` and rows of ``A``.
         alpha: scale; the update of a weight is multiplied by ``alpha / rank``.
-        target_modules: names of the adapted linear layers, e.g. ``[q_proj, v_proj]``, or
-            ``all-linear`` for all but the head.
+        target_modules: names of the adapted linear layers or fused experts, e.g.
+            ``[q_proj, v_proj]`` or ``[experts.down_proj]``; ``all-linear`` takes all of both, but
+            neither head nor routers.
         dropout: must be 0, for rollouts and updates have to see one policy.
 
     Raises:
@@ -107,11 +108,6 @@ class LoRA:
         model.eval()  # peft's new modules are in training mode
 
 
-def adapted_layers(model: Any) -> dict[str, Any]:
-    """Return peft's layers by their path; none in a plain model."""
-    return {path: m for path, m in model.named_modules() if hasattr(m, "lora_A")}
-
-
 def base_order(model: Any) -> dict[str, int]:
     """Return the place of each weight before adapters came; empty for a plain model.
 
@@ -120,10 +116,11 @@ def base_order(model: Any) -> dict[str, int]:
     return getattr(model, "_base_order", {})
 
 
-def adapted_weights(model: Any) -> dict[str, Any]:
+def adapted_layers(model: Any) -> dict[str, Any]:
     """Return peft's layers by the name of the weight that each adapts; none in a plain model."""
     found = {}
-    for path, layer in adapted_layers(model).items():
+    layers = [(path, m) for path, m in model.named_modules() if hasattr(m, "lora_A")]
+    for path, layer in layers:
         inner = layer
         while hasattr(inner, "lora_A"):  # the adapters of one module's weights lie in each other
             inner, path = inner.base_layer, f"{path}.base_layer"
