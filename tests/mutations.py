@@ -1367,6 +1367,12 @@ MUTATIONS = [
         "decoder, head = model.get_decoder(), model.get_output_embeddings()\n    root",
         "decoder, head = model, model.get_output_embeddings()\n    root",
     ),
+    Mutation(
+        "adapters: on a tower in the decoder",
+        EXPERTS,
+        "not in (None, own)]",
+        "is not None and False]",
+    ),
     Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
     Mutation("adapters: on what is bypassed", EXPERTS, "if not _bypassed(model, p)}", "}"),
     Mutation("adapters: of any rank", EXPERTS, "if rank > widest:", "if False:"),

@@ -111,6 +111,17 @@ def test_peft_reads_the_adapter(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logprobs(theirs), logprobs(model), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe"])
+def test_a_pass_does_not_change_what_tells_the_base(name: str) -> None:
+    """peft changes the order of a module's weights; engines read them in one order."""
+    base, model = build(name), adapted(name)
+    digest = ModelWeights(base, "it").base_digest()
+    logprobs(model)
+    assert ModelWeights(model, "it").base_digest() == digest
+    names = [key for key, _ in ModelWeights(base, "it").named_tensors()]
+    assert [key for key, _ in ModelWeights(model, "it").named_tensors()] == names
+
+
 def test_experts_alone_of_bfloat16_are_merged_in_float32() -> None:
     model = adapted("gpt_oss", LoRA(3, 6.0, ["down_proj"]), torch.bfloat16)
     name = "model.layers.0.mlp.experts.base_layer.down_proj"
@@ -145,6 +156,15 @@ def test_names_stand_for_layers_and_experts(name: str, targets: list[str], found
     base = build(name)
     base.load_state_dict(dict(ModelWeights(model, "it").named_tensors()), strict=False)
     torch.testing.assert_close(logprobs(base), logprobs(model), rtol=0, atol=1e-10)
+
+
+def test_a_vision_tower_inside_the_decoder_is_left_alone() -> None:
+    model = build("gemma3")
+    model.model.language_model.tower = model.model.vision_tower
+    model.model.vision_tower = None
+    LoRA(2).inject(model, 0)
+    assert len(adapted_layers(model)) == 14
+    assert not any("tower" in name for name in adapted_layers(model))
 
 
 def test_a_vision_tower_is_left_alone() -> None:

@@ -41,12 +41,12 @@ class Adaptable:
     """What can be adapted in a model's text decoder.
 
     Attributes:
-        modules: paths of all modules there.
+        modules: all modules there by path.
         linear: linear layers by path, without the head.
         experts: fused experts ``[E, ...]`` by path.
     """
 
-    modules: list[str]
+    modules: dict[str, nn.Module]
     linear: dict[str, nn.Module]
     experts: dict[str, Tensor]
 
@@ -95,7 +95,7 @@ def adaptable(model: Any) -> Adaptable:
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     root = next((path for path, m in model.named_modules() if m is decoder), "")
     tied = _tied(model)
-    modules = dict(decoder.named_modules(prefix=root))
+    modules = _text_modules(decoder, root)
     linear: dict[str, nn.Module] = {}
     experts: dict[str, Tensor] = {}
     for path, module in modules.items():
@@ -107,7 +107,23 @@ def adaptable(model: Any) -> Adaptable:
                 linear[path] = module
         else:
             experts |= {f"{path}.{name}": p for name, p in _experts(module) if id(p) not in tied}
-    return Adaptable(list(modules), linear, experts)
+    return Adaptable(modules, linear, experts)
+
+
+def _text_modules(decoder: Any, root: str) -> dict[str, nn.Module]:
+    """Return a decoder's modules, without models of another type in it, e.g. a vision tower."""
+    modules = dict(decoder.named_modules(prefix=root))
+    own = _model_type(decoder)
+    others = [path for path, m in modules.items() if _model_type(m) not in (None, own)]
+    return {
+        path: m
+        for path, m in modules.items()
+        if not any(f"{path}.".startswith(f"{other}.") for other in others)
+    }
+
+
+def _model_type(module: Any) -> str | None:
+    return getattr(getattr(module, "config", None), "model_type", None)
 
 
 def is_router(path: str) -> bool:
@@ -224,12 +240,16 @@ def _bypassed(model: Any, path: str) -> bool:
 
 def _warn_of_the_rest(model: Any, known: Adaptable, chosen: set[str]) -> None:
     """Warn if much of the decoder stays as it is."""
-    decoder = model.get_decoder()
     embedding = {id(p) for p in model.get_input_embeddings().parameters()}
     embedding |= {id(p) for p in model.get_output_embeddings().parameters()}
     adapted = {id(m.weight) for path, m in known.linear.items() if path in chosen}
     adapted |= {id(p) for path, p in known.experts.items() if path in chosen}
-    rest = {n: p for n, p in decoder.named_parameters() if id(p) not in embedding}
+    rest = {
+        f"{path}.{name}": p
+        for path, module in known.modules.items()
+        for name, p in module.named_parameters(recurse=False)
+        if id(p) not in embedding
+    }
     frozen = {n: p.numel() for n, p in rest.items() if id(p) not in adapted and p.dim() > 1}
     share = sum(frozen.values()) / max(1, sum(p.numel() for p in rest.values()))
     if share > WARN_ABOVE:
