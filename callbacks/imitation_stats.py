@@ -82,7 +82,7 @@ class SelectiveImitationStats(pl.Callback):
         """Add a micro-batch; log at the end of the step."""
         if batch.old_logprobs is None:
             return
-        micro = MicroBatch(pl_module.objective, batch, outputs["logprobs"])
+        micro = MicroBatch(pl_module.objective, batch, outputs["logprobs"], outputs.get("top_ids"))
         add_imitation_stats(self._stats, micro)
         add_histograms(self._hist, micro, outputs["entropy"])
         self._used |= set(batch.group_ids[batch.loss_mask.any(1)].tolist())
@@ -100,7 +100,7 @@ class SelectiveImitationStats(pl.Callback):
         if weight is not None and weight.counts.sum():
             edge = math.exp(weight.quantile(0.99))  # of a bin: it may lie beyond the largest value
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
-        pl_module.log_step(values)
+        pl_module.log_step(self._stats.with_gaps(values))
         per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         rollout, left = divmod(trainer.global_step, per_rollout)
         if left:
@@ -144,11 +144,13 @@ class MicroBatch:
         objective: decides what is clipped and what is imitated.
         batch: a scored micro-batch.
         logprobs: ``[B, T]`` of the update's forward pass, detached.
+        top_ids: ``[B, T]``, the most likely tokens there; None takes those at rollout time.
     """
 
     objective: Objective
     batch: RolloutBatch
     logprobs: Tensor
+    top_ids: Tensor | None = None
 
     @cached_property
     def log_ratio(self) -> Tensor:
@@ -211,8 +213,11 @@ def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
         stats.add_mean("kd/strong_conflict_frac", against & (gap.abs() > math.log(2)), used)
     if batch.teacher_entropy is not None:
         stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, batch.loss_mask)
-    if batch.teacher_top_ids is not None and batch.topk_ids is not None:
-        same = batch.teacher_top_ids == batch.topk_ids[..., 0]
+    best = micro.top_ids
+    if best is None and batch.topk_ids is not None:
+        best = batch.topk_ids[..., 0]
+    if batch.teacher_top_ids is not None and best is not None:
+        same = batch.teacher_top_ids == best
         stats.add_mean("kd/top_token_agreement", same, batch.loss_mask)
     if batch.old_logprobs is None:
         return

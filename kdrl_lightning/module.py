@@ -324,6 +324,7 @@ class KDRLModule(pl.LightningModule):
             teacher_entropy=teacher.entropy,
             teacher_top_ids=None if best is None else best[..., 0],
             teacher_topk_logprobs=teacher.topk_logprobs,
+            teacher_tail_logprobs=teacher.tail_logprobs,
         )
 
     def _update_scores(self, batch: RolloutBatch) -> TokenScores:
@@ -338,7 +339,7 @@ class KDRLModule(pl.LightningModule):
             if batch.teacher_pending:
                 self._watch_teacher(batch)
         asked = batch.topk_ids if self.objective.top_k else None
-        top_k = int(batch.old_pending and batch.topk_ids is not None)
+        top_k = int(batch.topk_ids is not None)
         scores = self._student().score(batch, top_k, asked, other, divergence)
         if batch.old_pending:
             fill(batch, scores)
@@ -380,12 +381,13 @@ class KDRLModule(pl.LightningModule):
                     f"infinite of {watched:.0f}. Check its weights and dtype."
                 )
             self._step_loss = values["loss/total"]
-            self.log_step(values)
+            self.log_step(self._stats.with_gaps(values))
         self.log_step(batch.metrics)
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
             "entropy": entropy.detach(),
+            **({} if scores.topk_ids is None else {"top_ids": scores.topk_ids[..., 0]}),
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -403,8 +405,11 @@ class KDRLModule(pl.LightningModule):
         skipped = float(self.nonfinite.skipped)
         self.log_step({"policy/grad_norm": float(norm), "policy/skipped_steps": skipped})
 
-    def log_step(self, values: Mapping[str, float]) -> None:
-        """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does."""
+    def log_step(self, values: Mapping[str, float | None]) -> None:
+        """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does.
+
+        A number stands in the rows of its rollout until it is logged again; None leaves a gap.
+        """
         self._step_log.add(self.trainer, values)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:

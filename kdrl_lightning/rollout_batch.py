@@ -83,6 +83,7 @@ class RolloutBatch:
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.
+        teacher_tail_logprobs: ``[B, T]``, of all other tokens together.
         ref_logprobs: ``[B, T]``, the initial student's.
         importance_weights: ``[B, T]``, correction of the sampling engine.
         advantages: ``[B]`` or ``[B, T]``.
@@ -116,6 +117,7 @@ class RolloutBatch:
     teacher_entropy: Tensor | None = None
     teacher_top_ids: Tensor | None = None
     teacher_topk_logprobs: Tensor | None = None
+    teacher_tail_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
     advantages: Tensor | None = None

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kdrl_lightning.lora import ADAPTER, adapted_layers, is_adapter
+from kdrl_lightning.lora import (
+    ADAPTER,
+    adapted_layers,
+    add_update,
+    base_order,
+    is_adapter,
+)
 from kdrl_lightning.models import save_causal_lm
 
 
@@ -45,15 +51,19 @@ class ModelWeights:
         rank must then take all of them, also one that has no use for them.
         """
         layers = adapted_layers(self.model)
-        for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            if not is_adapter(name):
-                yield plain_name(name), self._whole(name, tensor, layers)
+        for name, tensor in self._base():
+            yield plain_name(name), self._whole(name, tensor, layers)
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and whole shape of what ``named_tensors`` yields; not collective."""
-        for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            if not is_adapter(name):
-                yield plain_name(name), tensor.dtype, tuple(tensor.shape)
+        for name, tensor in self._base():
+            yield plain_name(name), tensor.dtype, tuple(tensor.shape)
+
+    def _base(self) -> list[tuple[str, Tensor]]:
+        """List the weights without adapters, in the order of the plain model."""
+        every, order = self.model.named_parameters(remove_duplicate=False), base_order(self.model)
+        base = [(name, tensor) for name, tensor in every if not is_adapter(name)]
+        return sorted(base, key=lambda item: order.get(plain_name(item[0]), 0))
 
     def save(self, path: str, writes: bool = True) -> None:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.
@@ -94,18 +104,13 @@ class ModelWeights:
         return state
 
     def _whole(self, name: str, tensor: Tensor, layers: dict[str, Any]) -> Tensor:
-        """Gather a tensor; add what the adapter of its layer has learned, in float32 or wider."""
+        """Gather a tensor; add what its adapter has learned."""
         whole = full_tensor(tensor.detach())
-        layer = layers.get(name.removesuffix(".base_layer.weight")) if self.merged else None
+        layer = layers.get(name) if self.merged else None
         if layer is None:
             return whole
-        wide = torch.promote_types(whole.dtype, torch.float32)
-        a, b = (
-            full_tensor(part[ADAPTER].weight.detach()).to(wide)
-            for part in (layer.lora_A, layer.lora_B)
-        )
-        with torch.autocast(whole.device.type, enabled=False):
-            return torch.addmm(whole.to(wide), b, a, alpha=layer.scaling[ADAPTER]).to(whole.dtype)
+        parts = (full_tensor(p[ADAPTER].weight.detach()) for p in (layer.lora_A, layer.lora_B))
+        return add_update(layer, whole, *parts)
 
     def fingerprint(self) -> str:
         """Digest the configuration and every tensor, about a second per gigabyte."""

@@ -83,6 +83,12 @@ STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
 SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
 WEIGHTS = "weights.py", "test_lora.py"
+ADAPTERS = "lora/adapters.py", "test_lora.py"
+EXPERTS = "lora/targets.py", "test_lora_experts.py"
+WATCHED = "module.py", "test_trace.py"
+FROZEN_MODELS = "module.py", "test_frozen_models.py"
+RATIOS_STATS = "objectives/ratios.py", "test_imitation_stats.py"
+CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
 COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
@@ -673,8 +679,8 @@ MUTATIONS = [
     Mutation(
         "top-k KL: student and teacher swapped",
         TERMS,
-        "generalized_jsd(with_tail(student), with_tail(teacher)",
-        "generalized_jsd(with_tail(teacher), with_tail(student)",
+        "generalized_jsd(student, teacher, self.jsd_beta)",
+        "generalized_jsd(teacher, student, self.jsd_beta)",
     ),
     Mutation(
         "teacher's floor forgotten",
@@ -1390,18 +1396,18 @@ MUTATIONS = [
         '        "teacher_pending": batch.teacher_pending,\n',
         "",
     ),
-    Mutation("adapters: scaling forgotten", WEIGHTS, ", alpha=layer.scaling[ADAPTER])", ")"),
+    Mutation("adapters: scaling forgotten", ADAPTERS, "layer.scaling[ADAPTER]", "1.0"),
     Mutation(
         "adapters: added under autocast",
-        WEIGHTS,
-        "torch.autocast(whole.device.type, enabled=False)",
+        ADAPTERS,
+        "torch.autocast(weight.device.type, enabled=False)",
         'torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"))',
     ),
     Mutation(
         "adapters: in the base too",
         WEIGHTS,
-        '(".base_layer.weight")) if self.merged else None',
-        '(".base_layer.weight"))',
+        "layers.get(name) if self.merged else None",
+        "layers.get(name)",
     ),
     Mutation("adapters: left out", WEIGHTS, "if layer is None:", "if True:"),
     # How prompts are encoded and drawn.
@@ -1461,6 +1467,135 @@ MUTATIONS = [
         DRAWS,
         "bad = [error for error in skipped if not error.wished]",
         "bad = list(skipped)",
+    ),
+    Mutation(
+        "experts: the base's order lost",
+        (WEIGHTS[0], EXPERTS[1]),
+        "order.get(plain_name(item[0]), 0)",
+        "0",
+    ),
+    Mutation(
+        "experts: their layout ignored",
+        (ADAPTERS[0], EXPERTS[1]),
+        "update if layer._did_swap_in_out_features else update.T",
+        "update",
+    ),
+    Mutation(
+        "experts: ranks and experts swapped",
+        (ADAPTERS[0], EXPERTS[1]),
+        "b = b.view(b.shape[0], -1, experts)  # [out, rank, E]",
+        "b = b.view(b.shape[0], experts, -1).transpose(1, 2)",
+    ),
+    Mutation(
+        "experts: added in place",
+        (ADAPTERS[0], EXPERTS[1]),
+        "torch.add(expert.to(wide), update, alpha=scale)",
+        "expert.to(wide).add_(update, alpha=scale)",
+    ),
+    Mutation(
+        "experts: left to all-linear's linear layers",
+        EXPERTS,
+        "{p for p in (*known.linear, *known.experts) if not is_router(p)}",
+        "{p for p in known.linear if not is_router(p)}",
+    ),
+    Mutation("experts: routers adapted", EXPERTS, " if not is_router(p)}", "}"),
+    Mutation(
+        "experts: layers beside them taken for older names",
+        EXPERTS,
+        'old = [p for p in linear if p.rpartition(".")[2] in OLD_EXPERT_NAMES]',
+        "old: list[str] = []",
+    ),
+    Mutation("experts: a half alone", EXPERTS, "not set(halves) <= set(names)", "False"),
+    Mutation(
+        "adapters: on the vision tower",
+        EXPERTS,
+        "decoder, head = model.get_decoder(), model.get_output_embeddings()\n    root",
+        "decoder, head = model, model.get_output_embeddings()\n    root",
+    ),
+    Mutation(
+        "adapters: on a tower in the decoder",
+        EXPERTS,
+        "not in (None, own)]",
+        "is not None and False]",
+    ),
+    Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
+    Mutation("adapters: on what is bypassed", EXPERTS, "if not _bypassed(model, p)}", "}"),
+    Mutation("adapters: of any rank", EXPERTS, "if rank > widest:", "if False:"),
+    Mutation("adapters: the rest unsaid", EXPERTS, "if share > WARN_ABOVE:", "if False:"),
+    # Small tails, gaps, and breaks that had passed.
+    Mutation(
+        "tail: what the asked ones leave of 1",
+        SCORES,
+        "torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)",
+        "torch.log1p(-(logits.softmax(-1) * named).sum(-1))",
+    ),
+    Mutation("tail: not normalised", SCORES, "rest - log_norm, -torch.inf", "rest, -torch.inf"),
+    Mutation("tail: the last token lost", SCORES, "True)[:, :vocab]", "True)[:, 1:]"),
+    Mutation(
+        "tail: the teacher's forgotten", TERMS, "            batch.teacher_tail_logprobs,\n", ""
+    ),
+    Mutation(
+        "tail: the teacher's not kept",
+        FROZEN_MODELS,
+        "            teacher_tail_logprobs=teacher.tail_logprobs,\n",
+        "",
+    ),
+    Mutation("tail: a floor without tokens", TERMS, ".masked_fill(empty, -torch.inf)", ""),
+    Mutation("top-k: teacher not floored", TERMS, "teacher.clamp(min=LOGPROB_FLOOR)", "teacher"),
+    Mutation(
+        "sum: the correction lost",
+        (SUM[0], "objectives/test_engine_correction.py"),
+        "advantages=rl.advantages, importance_weights=rl.importance_weights",
+        "advantages=rl.advantages",
+    ),
+    Mutation(
+        "mismatch: arguments swapped",
+        ("module.py", "test_old_scores.py"),
+        "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
+        "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
+    ),
+    Mutation("entropy: of all tokens", WATCHED, "entropy, batch.loss_mask", "entropy"),
+    Mutation(
+        "not finite: the loss not watched",
+        ("nonfinite.py", WATCHED[1]),
+        ' and abs(loss) < float("inf")',
+        "",
+    ),
+    Mutation(
+        "reference: always float32",
+        FROZEN_MODELS,
+        '"float64" if self.trainer.precision == "64-true" else "float32"',
+        '"float32"',
+    ),
+    Mutation("pending: one of the top k", FRAME_PENDING, "self.top_k > 0 or", "self.top_k > 1 or"),
+    Mutation("clamp of 0: anchored", RATIOS_STATS, " and self.offset_clamp != 0.0", ""),
+    Mutation("fence: below", RATIOS_STATS, "log_ratio < low", "log_ratio <= low"),
+    Mutation(
+        "fence: above",
+        RATIOS_STATS,
+        "log_ratio > math.log1p(self.clip_high)",
+        "log_ratio >= math.log1p(self.clip_high)",
+    ),
+    Mutation("blank: the reference stays", BASE_LAWS, '        "ref_logprobs",\n', ""),
+    Mutation("gap: the last value stays", WATCHED, "self._stats.with_gaps(values)", "values"),
+    Mutation(
+        "gap: of the callback",
+        CALLBACK_STATS,
+        "self._stats.with_gaps(values)",
+        "values",
+    ),
+    Mutation("gap: in callbacks alone", STEP_LOG, "(self._values, trainer", "(trainer"),
+    Mutation(
+        "gap: of a rollout's number",
+        ("metrics/step_stats.py", "test_metrics.py"),
+        ' if not name.startswith("rollout/")',
+        "",
+    ),
+    Mutation(
+        "agreement: at rollout time",
+        FROZEN_MODELS,
+        "int(batch.topk_ids is not None)",
+        "int(batch.old_pending and batch.topk_ids is not None)",
     ),
     # What completions are worth.
     Mutation(

@@ -368,3 +368,48 @@ def test_a_teacher_that_shares_prompts_scores_micro_batches_together(
     for _, batch in trace.seen:
         expected = sampled(full_logprobs(model, batch), batch)
         torch.testing.assert_close(batch.teacher_logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_the_reference_of_a_float64_run_is_float64(tmp_path: Path, student_folder: str) -> None:
+    module = make_module(student_folder, None, GRPO(ref_kl_coef=0.1))
+    trace = fit(tmp_path, module, make_data(**SMALL), max_steps=1, precision="64-true")
+    (_, batch), *_ = trace.seen
+    assert batch.ref_logprobs.dtype == torch.float64
+    torch.testing.assert_close(batch.ref_logprobs, batch.old_logprobs, rtol=0, atol=1e-12)
+
+
+def test_the_tail_of_a_teachers_distribution_is_scored(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    module = make_module(student_folder, teacher_folder, GKD(0.0, top_k=2), "float64")
+    trace = fit(tmp_path, module, make_data(**SMALL), max_steps=2, precision="64-true")
+    for _, batch in trace.seen:
+        mass = batch.teacher_topk_logprobs.exp().sum(-1) + batch.teacher_tail_logprobs.exp()
+        torch.testing.assert_close(
+            mass[batch.completion_mask], torch.ones_like(mass[batch.completion_mask])
+        )
+
+
+def test_agreement_follows_the_updates(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    class Compare(pl.Callback):
+        def __init__(self) -> None:
+            self.gaps: list[tuple[float, float]] = []
+
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
+            mask = batch.loss_mask
+            same = (outputs["top_ids"] == batch.teacher_top_ids)[mask].float().mean()
+            now = float(trainer.callback_metrics["kd/top_token_agreement"])
+            assert now == pytest.approx(float(same), abs=1e-6)
+            moved = (outputs["top_ids"] != batch.topk_ids[..., 0])[mask]
+            self.gaps.append((now, float(moved.float().mean())))
+
+    module = make_module(student_folder, teacher_folder, KDRL(5.0))
+    module.optimizer_callable = lambda p: torch.optim.AdamW(p, lr=0.02)
+    compare = Compare()
+    data = make_data(**SMALL, epochs_per_rollout=3)
+    fit(tmp_path, module, data, [SelectiveImitationStats(), compare], max_steps=6)
+    assert compare.gaps[0][1] == 0.0 < compare.gaps[-1][1]

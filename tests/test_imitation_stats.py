@@ -266,3 +266,56 @@ def test_callback_is_silent_without_old_logprobs() -> None:
     module = Module(SFT())
     SelectiveImitationStats().on_train_batch_end(trainer, module, {"logprobs": logprobs}, batch, 0)
     assert module.logged == []
+
+
+def test_a_clamp_of_zero_leaves_the_teacher_out_of_the_ratio() -> None:
+    got = stats_of(RLAD(offset_clamp=0.0), *case())
+    assert got["kd/imitation_frac"] == 0.0
+    check({k: got[k] for k in CLIPPED}, CLIPPED)
+    assert "kd/offset_weight_max" not in got
+
+
+@pytest.mark.parametrize("make", [GRPO, KDRL, RLAD])
+def test_a_ratio_on_the_fence_is_inside_and_alive(make: Any) -> None:
+    batch, logprobs = case()
+    ratio = f64([[0.5, 2.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.0], [1.0] * 4])
+    logprobs = torch.zeros_like(logprobs)  # so that no difference is rounded
+    old = -ratio.log()
+    batch = batch.replace(old_logprobs=old, teacher_logprobs=old)  # TRRD's ratio is rho, too
+    objective = make(clip_low=0.5, clip_high=1.0)
+    got = stats_of(objective, batch, logprobs)
+    names = ("policy/clip_frac", "policy/clip_frac_low", "policy/clip_frac_high")
+    assert [got[n] for n in (*names, "kd/dead_frac_pos", "kd/dead_frac_neg")] == [0.0] * 5
+    leaf = logprobs.clone().requires_grad_()
+    policy = next(iter(objective.terms(batch, SimpleNamespace(logprobs=leaf)))).per_token
+    (gradient,) = torch.autograd.grad(policy.sum(), leaf)
+    assert gradient[0].ne(0).all() and gradient[1, :2].ne(0).all()
+
+
+def test_agreement_is_that_of_the_present_student() -> None:
+    batch, logprobs = case()
+    theirs = torch.tensor([[3, 4, 5, 6], [3, 4, 9, 9], [3, 9, 9, 9]])
+    then = torch.where(torch.tensor([[True, False, False, False]]), theirs, 8)
+    batch = batch.replace(teacher_top_ids=theirs, topk_ids=then[..., None])
+    now = torch.where(theirs == 3, 7, theirs)
+    for top_ids, expected in ((None, 3 / TOKENS), (now, 4 / TOKENS)):
+        stats = StepStats()
+        add_imitation_stats(stats, MicroBatch(GRPO(), batch, logprobs, top_ids))
+        close(stats.compute()["kd/top_token_agreement"], expected)
+
+
+def test_what_has_nothing_to_average_is_a_gap() -> None:
+    batch, logprobs = case()
+    module, callback = Module(RLAD()), SelectiveImitationStats()
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1, global_step=1, loggers=[], datamodule=None
+    )
+    nothing = batch.loss_mask & False
+    for part in (batch, batch.replace(loss_mask=nothing, imitation_mask=nothing)):
+        callback.on_train_batch_end(
+            trainer, module, {"logprobs": logprobs, "entropy": -logprobs}, part, 0
+        )
+    full, empty = module.logged
+    assert None not in full.values()
+    assert empty.keys() == full.keys() and set(empty.values()) == {None}
+    assert callback.rows[1] == {"rollout": 1}

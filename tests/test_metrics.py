@@ -158,3 +158,10 @@ def test_a_mean_does_not_become_a_sum():
     stats.add_mean("a", torch.tensor([1.0]))
     with pytest.raises(AssertionError, match="a is a mean"):
         stats.add_sum("a", torch.tensor(1.0))
+
+
+def test_what_was_measured_before_and_is_not_now_is_a_gap():
+    stats = StepStats()
+    assert stats.with_gaps({"a": 1.0, "rollout/b": 2.0}) == {"a": 1.0, "rollout/b": 2.0}
+    assert stats.with_gaps({"c": 3.0}) == {"c": 3.0, "a": None}
+    assert stats.with_gaps({"a": 4.0}) == {"a": 4.0, "c": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kdrl_lightning import (
     KDRL,
     RLAD,
     SRPO,
+    KDRLModule,
     LocalTeacher,
     OnPolicyDistillation,
     PolicyObjective,
@@ -71,6 +73,7 @@ class Own(PolicyObjective):
         (KDRL(selection=[Gates(exploration_entropy=1.0)]), True),
         (KDRL(form="reward_shaping"), True),
         (KDRL(kl_estimator="top_k"), True),
+        (GKD(top_k=1), True),
         (GRPO(engine_correction=TruncatedImportance()), True),
         (WeightedSum(GRPO(), OnPolicyDistillation()), False),
         (WeightedSum(GRPO(engine_correction=TruncatedImportance()), RLAD()), True),
@@ -231,3 +234,13 @@ def test_reading_without_saying_so_is_refused(tmp_path: Path, student_folder: st
         fit(tmp_path, module, make_data(), max_steps=1)
     module = make_module(student_folder, None, PolicyObjective(TokenRatio(), Peeks()))
     fit(tmp_path, module, make_data(), max_steps=1)
+
+
+def test_the_mismatch_of_a_first_update_is_the_kl_from_engine_to_trainer() -> None:
+    batch = rollout().replace(
+        rollout_logprobs=torch.tensor([[-1.5]]), old_logprobs=torch.tensor([[-1.0]])
+    )
+    module = KDRLModule("somewhere", GRPO())
+    module._measure_mismatch(batch)
+    expected = math.expm1(0.5) - 0.5  # k3 with d = trainer - engine
+    assert module._stats.compute()["rollout/mismatch_kl"] == pytest.approx(expected, abs=1e-12)

@@ -171,3 +171,15 @@ def test_nothing_is_written_where_there_is_no_logger(tmp_path: Path) -> None:
     trainer.fit(module, torch.utils.data.DataLoader(torch.ones(4, 1), batch_size=1))
     assert [row["loss/a"] for row in module.seen] == [1.0, 2.5, 3.0, 4.0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mean_over_nothing_leaves_a_gap() -> None:
+    trainer, log = Trainer(), StepLog()
+    log.add(trainer, {"kd/a": 1.0, "rollout/b": 2.0})
+    log.write(trainer)
+    log.add(trainer, {"kd/a": None, "kd/c": None})
+    log.write(trainer)
+    assert trainer.rows == [
+        {"kd/a": 1.0, "rollout/b": 2.0, "epoch": 0}, {"rollout/b": 2.0, "epoch": 0}
+    ]  # fmt: skip
+    assert set(trainer.callback_metrics) == set(trainer.logged_metrics) == {"rollout/b"}

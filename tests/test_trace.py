@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from short_runs import fit, make_data, make_module, make_trainer
+from lightning.pytorch.loggers import CSVLogger
+from short_runs import Log, fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, KDRL, RLAD, KDRLModule, LocalTeacher
 from kdrl_lightning.callbacks import (
@@ -18,7 +21,8 @@ from kdrl_lightning.callbacks import (
     WeightSync,
 )
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.objectives import Objective
+from kdrl_lightning.objectives import Objective, Term
+from kdrl_lightning.rollout import TransformersEngine
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
@@ -400,3 +404,69 @@ def test_sequence_length_and_entropy_bonus_reach_the_loss(
     assert values["loss/total"] == pytest.approx(
         values["loss/policy"] + 0.1 * values["loss/entropy"], rel=1e-5
     )
+
+
+class NotANumber(GRPO):
+    """A loss whose value is NaN, and whose gradient is not."""
+
+    def terms(self, batch: Any, scores: Any) -> Any:
+        yield from super().terms(batch, scores)
+        yield Term("broken", torch.full_like(scores.logprobs, torch.nan).detach())
+
+
+def test_a_loss_that_is_not_finite_counts_without_its_gradient(
+    tmp_path: Path, student_folder: str
+) -> None:
+    module, log = make_module(student_folder, None, NotANumber()), Log()
+    with pytest.raises(TrainingStopped, match=r"for 4 optimizer steps .*: loss nan, gradient norm"):
+        fit(tmp_path, module, make_data(val_prompts=None), [log], max_steps=8)
+    assert module.skipped_steps == 4
+
+
+def test_entropy_is_of_the_tokens_in_the_loss(tmp_path: Path, student_folder: str) -> None:
+    class Entropy(pl.Callback):
+        def __init__(self) -> None:
+            self.pairs: list[tuple[float, float, float]] = []
+
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
+            shown = float(trainer.callback_metrics["policy/entropy"])
+            masks = (batch.loss_mask, batch.completion_mask)
+            self.pairs.append((shown, *(float(outputs["entropy"][m].mean()) for m in masks)))
+
+    seen = Entropy()
+    data = make_data(mask_truncated=True, max_tokens=9, val_prompts=None)
+    fit(tmp_path, make_module(student_folder, None, GRPO()), data, [seen], max_steps=4)
+    assert any(abs(loss - every) > 1e-4 for _, loss, every in seen.pairs)
+    for shown, loss, _ in seen.pairs:
+        assert shown == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_mini_batch_without_loss_tokens_leaves_gaps(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    class Long(TransformersEngine):
+        """Its last two groups never end."""
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            groups = super().generate(*args, **kwargs)
+            cut = [[replace(c, truncated=True) for c in group] for group in groups[2:]]
+            return [[replace(c, truncated=False) for c in g] for g in groups[:2]] + cut
+
+    logger = CSVLogger(tmp_path, name="log")
+    fit(
+        tmp_path,
+        make_module(student_folder, teacher_folder, KDRL(0.1)),
+        make_data(val_prompts=None, mask_truncated=True, rollout_engine=Long()),
+        [SelectiveImitationStats()],
+        max_steps=4,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    with open(tmp_path / "log/version_0/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("policy/entropy", "kd/imitation_frac", "kd/reverse_kl", "policy/ratio_max"):
+        assert [bool(row[name]) for row in rows] == [True, False, True, False], name
+    for name in ("reward/mean", "rollout/length_mean", "loss/total"):
+        assert all(row[name] for row in rows), name

@@ -143,20 +143,24 @@ def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: fl
     return jsd_beta * _kl(teacher, mixture) + (1.0 - jsd_beta) * _kl(student, mixture)
 
 
-def with_tail(topk_logprobs: Tensor) -> Tensor:
+def with_tail(topk_logprobs: Tensor, tail_logprobs: Tensor | None = None) -> Tensor:
     """Add one bucket with the mass of all tokens that are not among the K.
 
     Log-probabilities are unnormalised ones too: the divergences take the result as logits.
 
     Args:
         topk_logprobs: ``[..., K]`` log-probabilities of K different tokens.
+        tail_logprobs: ``[...]`` of the rest, as ``token_scores`` finds it; None takes what the K
+            leave of 1, which is at least about e^-16 (float32) and cannot tell smaller ones apart.
 
     Returns:
-        ``[..., K + 1]``, summing to 1 after exp; the last is at least about e^-16 (float32).
+        ``[..., K + 1]``, summing to 1 after exp.
 
     >>> with_tail(torch.tensor([0.5, 0.25]).log()).exp()
     tensor([0.5000, 0.2500, 0.2500])
     """
+    if tail_logprobs is not None:
+        return torch.cat([topk_logprobs, tail_logprobs.unsqueeze(-1)], -1)
     tiny = torch.finfo(topk_logprobs.dtype).eps
     mass = topk_logprobs.exp().sum(-1, keepdim=True)
     return torch.cat([topk_logprobs, (1.0 - mass).clamp(min=tiny).log()], -1)

@@ -80,6 +80,8 @@ class TokenScores(NamedTuple):
         topk_ids: ``[N, K]`` int64, the model's own most likely tokens, best first.
         topk_logprobs: ``[N, K]`` at the ids that were asked for.
         divergence: ``[N]`` from another model's distribution, over the full vocabulary.
+        tail_logprobs: ``[N]`` of all tokens together that were not asked for; None from a teacher
+            that cannot tell.
     """
 
     logprobs: Tensor
@@ -87,6 +89,7 @@ class TokenScores(NamedTuple):
     topk_ids: Tensor | None = None
     topk_logprobs: Tensor | None = None
     divergence: Tensor | None = None
+    tail_logprobs: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` of every field that is there."""
@@ -219,7 +222,8 @@ def _asked(
         own = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
         at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
         at = at.masked_fill(asked >= vocab, -torch.inf)  # rows it does not have
-        return TokenScores(logprobs, log_norm - expected, own, at)
+        tail = _tail(logits, asked, log_norm)
+        return TokenScores(logprobs, log_norm - expected, own, at, None, tail)
 
     parts = []
     for start in range(0, max(len(ids), 1), size):  # once at least: a graph also without tokens
@@ -233,6 +237,23 @@ def _asked(
     logprobs, *rest = zip(*parts, strict=True)
     joined = (None if c[0] is None else torch.cat(c) for c in rest)
     return TokenScores(torch.cat(logprobs), *joined)
+
+
+def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:
+    """Log-probability of all tokens but the asked ones together; -inf if there are none.
+
+    From their logits: one minus the asked ones' probabilities has no digits left below 1e-7.
+
+    Args:
+        logits: ``[n, V]``.
+        asked: ``[n, K]``, ids; those from V on are no tokens of this model.
+        log_norm: ``[n]`` logsumexp of the logits.
+    """
+    vocab, lowest = logits.shape[-1], torch.finfo(logits.dtype).min
+    named = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    named = named.scatter_(1, asked.clamp(max=vocab), True)[:, :vocab]
+    rest = logits.masked_fill(named, lowest).logsumexp(-1)  # finite: -inf has no gradient
+    return torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)
 
 
 def auto_chunk_size(vocab_size: int) -> int:

@@ -14,18 +14,25 @@ import torch
 
 
 class StepLog:
-    """Collects values, as ``log_dict`` does; the last of a name stays until ``forget``."""
+    """Collects values, as ``log_dict`` does; the last of a name stays until ``forget``.
+
+    None takes a name out: a mean that has nothing to average leaves a gap, not its last value.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
 
-    def add(self, trainer: Any, values: Mapping[str, float]) -> None:
+    def add(self, trainer: Any, values: Mapping[str, float | None]) -> None:
         """Note values, and show them in the trainer's ``callback_metrics`` at once."""
-        if not values:
+        for name in [name for name, value in values.items() if value is None]:
+            for table in (self._values, trainer.callback_metrics, trainer.logged_metrics):
+                table.pop(name, None)
+        known = {name: value for name, value in values.items() if value is not None}
+        if not known:
             return
-        self._values.update(values)
-        row = torch.tensor(list(values.values())).to(trainer.strategy.root_device)
-        shown = dict(zip(values, row.unbind(), strict=True))
+        self._values.update(known)
+        row = torch.tensor(list(known.values())).to(trainer.strategy.root_device)
+        shown = dict(zip(known, row.unbind(), strict=True))
         trainer.callback_metrics.update(shown)
         trainer.logged_metrics.update(shown)
 

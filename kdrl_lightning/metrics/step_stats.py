@@ -6,7 +6,7 @@ collective per metric; here a step's statistics cost two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class StepStats:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._maxima: dict[str, Tensor] = {}
+        self._shown: set[str] = set()
 
     def add_mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add values to a mean over those where ``mask`` is nonzero."""
@@ -90,3 +91,13 @@ class StepStats:
                 if value != -torch.inf:
                     out[name] = value
         return out
+
+    def with_gaps(self, values: Mapping[str, float]) -> dict[str, float | None]:
+        """Add None for what an earlier step measured and this one does not.
+
+        Without it a log would repeat the earlier value. Names of a rollout (``rollout/...``) are
+        measured at one of its steps and hold for the others.
+        """
+        gaps = dict.fromkeys(self._shown - values.keys())
+        self._shown |= {name for name in values if not name.startswith("rollout/")}
+        return {**values, **gaps}

@@ -245,6 +245,7 @@ def blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, Token
         "rollout_logprobs",
         "teacher_logprobs",
         "teacher_topk_logprobs",
+        "teacher_tail_logprobs",
         "ref_logprobs",
         "importance_weights",
     )

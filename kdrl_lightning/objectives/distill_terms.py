@@ -136,10 +136,19 @@ class VocabularyKL(DistillTerm):
         """Return the divergence at each position."""
         if self.divergence is not None:
             return known(scores.divergence, "divergence")
-        student = known(scores.topk_logprobs, "topk_logprobs")
-        teacher = known(batch.teacher_topk_logprobs, "teacher_topk_logprobs")
-        teacher = torch.where(mask[..., None], teacher, student.detach()).clamp(min=LOGPROB_FLOOR)
-        return generalized_jsd(with_tail(student), with_tail(teacher), self.jsd_beta)
+        student = with_tail(known(scores.topk_logprobs, "topk_logprobs"), scores.tail_logprobs)
+        teacher = with_tail(
+            known(batch.teacher_topk_logprobs, "teacher_topk_logprobs"),
+            batch.teacher_tail_logprobs,
+        )
+        teacher = torch.where(mask[..., None], teacher, student.detach())
+        # Without a token in the rest, nothing is compared there; a floor would be infinitely far.
+        empty = student.detach() == -torch.inf
+        if batch.teacher_tail_logprobs is not None:
+            empty = empty & (teacher == -torch.inf)
+        empty[..., :-1] = False
+        teacher = teacher.clamp(min=LOGPROB_FLOOR).masked_fill(empty, -torch.inf)
+        return generalized_jsd(student, teacher, self.jsd_beta)
 
 
 def floored_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:

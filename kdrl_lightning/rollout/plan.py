@@ -13,7 +13,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 
 OLD = ("old_logprobs", "old_entropy", "topk_ids")
 TEACHER = ("teacher_logprobs", "teacher_entropy", "teacher_top_ids")
-FROZEN = (*TEACHER, "teacher_topk_logprobs", "ref_logprobs")
+FROZEN = (*TEACHER, "teacher_topk_logprobs", "teacher_tail_logprobs", "ref_logprobs")
 # A pass without gradient keeps no activations: it may take more than a micro-batch at once.
 FROZEN_TOKENS = 4096
 # In a layer a prompt's keys and values are repeated for each row: so many times the tokens.

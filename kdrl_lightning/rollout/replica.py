@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.models import empty_causal_lm
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.weights import ModelWeights, plain_name
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
     if into:
         raise RuntimeError(f"weights without a source: {sorted(into)}")
     for name, buffer in weights.model.named_buffers():
-        replica.get_buffer(name).copy_(buffer)
+        replica.get_buffer(plain_name(name)).copy_(buffer)
     return replica
 
 

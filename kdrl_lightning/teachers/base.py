@@ -78,7 +78,7 @@ class Teacher(ABC):
 
         Returns:
             ``[B, T]`` scores, 0 on padding, with the teacher's own best token in ``topk_ids`` and
-            its values at the given ids in ``topk_logprobs``.
+            its values at the given ids in ``topk_logprobs``, and of the rest in ``tail_logprobs``.
         """
 
     def take_part(self, batch: RolloutBatch) -> None:

@@ -12,7 +12,13 @@ import torch
 from reference import close, f64, normal
 from torch import Tensor
 
-from kdrl_lightning.losses import TokenScores, generalized_jsd, reverse_kl, token_scores
+from kdrl_lightning.losses import (
+    TokenScores,
+    generalized_jsd,
+    reverse_kl,
+    token_scores,
+    with_tail,
+)
 from kdrl_lightning.losses.logprobs import Head, Other
 
 N, H, V, K = 7, 3, 11, 4
@@ -180,7 +186,7 @@ def test_all_fields_together_are_those_apart(grad: bool) -> None:
             close(both.logprobs, plain.logprobs)
             close(both.entropy, plain.entropy)
             assert all(x is not None and len(x) == N for x in both)
-            assert plain[2:] == (None, None, None)
+            assert plain[2:] == (None, None, None, None)
             assert both.logprobs.requires_grad == grad
             only = token_scores(hidden, head, IDS, 0.8, chunk_size, other=other())
             assert only.divergence is None
@@ -241,7 +247,7 @@ def test_no_rows_give_empty_fields_with_a_graph() -> None:
         divergence=reverse_kl,
     )
     assert [None if x is None else tuple(x.shape) for x in scores] == [
-        (0,), (0,), (0, 2), (0, 1), (0,)
+        (0,), (0,), (0, 2), (0, 1), (0,), (0,)
     ]  # fmt: skip
     assert scores.divergence is not None
     scores.divergence.sum().backward()
@@ -249,6 +255,77 @@ def test_no_rows_give_empty_fields_with_a_graph() -> None:
 
 
 def test_map_changes_every_field_that_is_there() -> None:
-    scores = TokenScores(f64([1.0]), f64([2.0]), None, f64([[3.0]]), None)
+    scores = TokenScores(f64([1.0]), f64([2.0]), None, f64([[3.0]]), None, f64([4.0]))
     got = scores.map(lambda x: 2 * x)
-    assert [None if x is None else x.tolist() for x in got] == [[2.0], [4.0], None, [[6.0]], None]
+    assert [None if x is None else x.tolist() for x in got] == [
+        [2.0], [4.0], None, [[6.0]], None, [8.0]
+    ]  # fmt: skip
+
+
+def far(mass: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[V]`` whose last ones weigh ``mass`` together, a teacher's, and the other ids."""
+    rest = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)
+    first = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    student = torch.cat([first * (1 - mass), rest * mass]).log()
+    teacher = torch.cat([first.flip(0) * 0.99, rest.flip(0) * 0.01]).log()
+    return student.to(dtype), teacher.to(dtype), torch.tensor([[1, 0, 2]])
+
+
+@pytest.mark.parametrize("mass", [1e-3, 1e-5, 1e-7, 3e-8, 1e-9, 1e-12])
+@pytest.mark.parametrize("jsd_beta", [0.0, 0.1, 0.5, 1.0])
+def test_a_small_tail_keeps_its_gradient_in_float32(mass: float, jsd_beta: float) -> None:
+    def loss_and_gradient(dtype: torch.dtype, swap: bool) -> tuple[Tensor, Tensor]:
+        logits, theirs, asked = far(mass, dtype)
+        logits, theirs = (theirs, logits) if swap else (logits, theirs)
+        hidden = torch.ones(1, 1, dtype=dtype)
+        weight = logits[:, None].clone().requires_grad_()
+        one = torch.tensor([0])
+        ours = token_scores(hidden, Head(weight), one, topk_ids=asked)
+        other = token_scores(hidden, Head(theirs[:, None]), one, topk_ids=asked)
+        assert ours.topk_logprobs is not None and other.topk_logprobs is not None
+        loss = generalized_jsd(
+            with_tail(ours.topk_logprobs, ours.tail_logprobs),
+            with_tail(other.topk_logprobs, other.tail_logprobs),
+            jsd_beta,
+        )
+        return loss.detach(), torch.autograd.grad(loss.sum(), weight)[0]
+
+    for swap in (False, True):  # whose tail is small
+        loss, gradient = loss_and_gradient(torch.float32, swap)
+        exact, slope = loss_and_gradient(torch.float64, swap)
+        close(loss.double(), exact, 1e-5 * max(1.0, float(exact)))
+        close(gradient.double(), slope, 1e-5 * max(1.0, float(slope.abs().max())))
+
+
+def test_a_tail_is_the_sum_of_what_was_not_asked_for() -> None:
+    hidden, head = student()
+    asked = normal(N, V, seed=8).argsort(-1)[:, :K]
+    got = token_scores(hidden, head, IDS, 0.6, 3, topk_ids=asked)
+    whole = dense(head, hidden, 0.6).softmax(-1)
+    expected = whole.scatter(-1, asked, 0.0).sum(-1).log()
+    assert got.tail_logprobs is not None
+    close(got.tail_logprobs, expected)
+    for a, b in zip(
+        torch.autograd.grad(got.tail_logprobs.sum(), leaves(hidden, head)),
+        torch.autograd.grad(expected.sum(), leaves(hidden, head)),
+        strict=True,
+    ):
+        close(a, b)
+
+
+def test_tokens_that_a_model_does_not_have_leave_its_tail_alone() -> None:
+    hidden, head = student()
+    few, many = torch.tensor([[2, 5]] * N), torch.tensor([[2, 5, V, V + 3]] * N)
+    tails = [token_scores(hidden, head, IDS, topk_ids=ids).tail_logprobs for ids in (few, many)]
+    assert tails[0] is not None and tails[1] is not None
+    close(tails[1], tails[0])
+
+
+def test_a_tail_without_tokens_is_impossible_and_has_no_gradient() -> None:
+    hidden, head = student()
+    every = torch.arange(V).expand(N, V)
+    got = token_scores(hidden, head, IDS, topk_ids=every)
+    assert got.tail_logprobs is not None
+    assert torch.equal(got.tail_logprobs, torch.full((N,), -math.inf, dtype=torch.float64))
+    at = torch.where(got.tail_logprobs > -math.inf, got.tail_logprobs, 0.0)
+    assert not any(g.any() for g in torch.autograd.grad(at.sum(), leaves(hidden, head)))

@@ -89,3 +89,12 @@ def test_what_is_asked_for_wins() -> None:
 
 def test_a_ratio_to_the_engine_is_not_corrected_twice() -> None:
     assert prepared(PolicyObjective(BehaviorRatio(), Advantage()), exact=False) is None
+
+
+def test_a_sum_of_two_objectives_takes_the_correction_of_the_first() -> None:
+    masked = prepared(
+        WeightedSum(GRPO(engine_correction=MaskedImportance(0.4, 3.0)), KDRL()), exact=False
+    )
+    assert masked is not None and masked[0].tolist() == [1.0, 0.0, 1.0]
+    none = WeightedSum(GRPO(engine_correction=NoCorrection()), KDRL())
+    assert prepared(none, exact=False) is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, surrogate, token_weights, trrd_ratio
+from reference import close, f64, surrogate, token_weights, trrd_ratio
 from rows import LENGTHS, ROWS, clipped, grpo, k2, k3, plus, rlsd, scaled, slow, tables
 from steps import CORRECT as C
 from steps import (
@@ -23,6 +23,7 @@ from steps import (
     student,
 )
 
+from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import (
     GRPO,
     KDRL,
@@ -34,6 +35,7 @@ from kdrl_lightning.objectives import (
     SumAdvantage,
     TokenRatio,
     TrustRegionRatio,
+    VocabularyKL,
     WrongCompletions,
 )
 
@@ -256,3 +258,77 @@ def test_distillation_as_k2_and_as_a_gap_have_one_gradient_at_ratio_one() -> Non
         graded(joint, ready(joint, batch), scores)[1]["logprobs"],
         graded(gap, ready(gap, batch), scores)[1]["logprobs"],
     )
+
+
+def merged(student: list[float], teacher: list[float], beta: float) -> float:
+    """The divergence of few probabilities, by its definition."""
+    pairs = list(zip(student, teacher, strict=True))
+
+    def kl(p: list[float], q: list[float]) -> float:
+        return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a)
+
+    if beta in (0.0, 1.0):
+        return kl(student, teacher) if beta else kl(teacher, student)
+    mean = [(1 - beta) * a + beta * b for a, b in pairs]
+    return beta * kl(teacher, mean) + (1 - beta) * kl(student, mean)
+
+
+def whole(**fields: Any) -> tuple[Any, TokenScores]:
+    """One token, of which the student names K."""
+    batch = step().select([0]).replace(**{n: f64(v) for n, v in fields.items() if "teacher" in n})
+    scores = {n: f64(v) for n, v in fields.items() if "teacher" not in n}
+    empty = torch.zeros(1, 1, dtype=torch.float64)
+    return batch, TokenScores(empty, empty, **scores)
+
+
+MASK = torch.ones(1, 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_tail_counts_as_it_was_scored(beta: float) -> None:
+    p, q = [0.7, 0.3 - 9e-13, 9e-13], [0.5, 0.5 - 2e-13, 2e-13]
+    batch, scores = whole(
+        topk_logprobs=[[[math.log(x) for x in p[:2]]]],
+        tail_logprobs=[[math.log(p[2])]],
+        teacher_topk_logprobs=[[[math.log(x) for x in q[:2]]]],
+        teacher_tail_logprobs=[[math.log(q[2])]],
+    )
+    loss = VocabularyKL(1.0, beta, 2).per_token(batch, scores, MASK)
+    close(loss[0, 0], merged(p, q, beta))
+    scores.tail_logprobs.requires_grad_()
+    loss = VocabularyKL(1.0, 0.0, 2).per_token(batch, scores, MASK)
+    (slope,) = torch.autograd.grad(loss.sum(), scores.tail_logprobs)
+    close(slope[0, 0] / (p[2] - q[2]), 1.0, 1e-3)  # of KL(T || S): p - q
+
+
+@pytest.mark.parametrize("tail", [[[-math.inf]], [[math.log(0.5)]]])
+def test_a_teacher_that_excludes_a_token_is_floored_among_the_top_k(tail: Any) -> None:
+    """A tail that the teacher excludes, too."""
+    batch, scores = whole(
+        topk_logprobs=[[[math.log(0.5), math.log(0.25)]]],
+        tail_logprobs=[[math.log(0.25)]],
+        teacher_topk_logprobs=[[[0.0 if tail[0][0] < -9 else math.log(0.5), -math.inf]]],
+        teacher_tail_logprobs=tail,
+    )
+    loss = VocabularyKL(1.0, 1.0, 2).per_token(batch, scores, MASK)
+    teacher = [math.exp(max(x, -30.0)) for x in (*batch.teacher_topk_logprobs[0, 0], tail[0][0])]
+    close(loss[0, 0], merged([0.5, 0.25, 0.25], [x / sum(teacher) for x in teacher], 1.0))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("known", [True, False])
+def test_nothing_is_compared_in_a_tail_without_tokens(beta: float, known: bool) -> None:
+    """All tokens are among the K; a teacher behind a server does not know its tail."""
+    p, q = [0.7, 0.3], [0.5, 0.5]
+    fields: dict[str, Any] = {"teacher_tail_logprobs": [[-math.inf]]} if known else {}
+    batch, scores = whole(
+        topk_logprobs=[[[math.log(x) for x in p]]],
+        tail_logprobs=[[-math.inf]],
+        teacher_topk_logprobs=[[[math.log(x) for x in q]]],
+        **fields,
+    )
+    scores.topk_logprobs.requires_grad_()
+    loss = VocabularyKL(1.0, beta, 2).per_token(batch, scores, MASK)
+    close(loss[0, 0], merged(p, q, beta))
+    (slope,) = torch.autograd.grad(loss.sum(), scores.topk_logprobs)
+    assert slope.isfinite().all() and slope.ne(0).all()

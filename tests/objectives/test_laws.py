@@ -31,7 +31,7 @@ from steps import (
 from torch import Tensor
 
 from kdrl_lightning.losses import TokenScores
-from kdrl_lightning.objectives import Objective
+from kdrl_lightning.objectives import GRPO, Objective
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
@@ -244,3 +244,13 @@ def test_an_empty_rollout_is_prepared(name: str) -> None:
     prepared = ready(make(name), step().select([]))
     assert len(prepared) == 0
     assert prepared.totals is not None and prepared.totals.num_loss_tokens == 0
+
+
+@every_garbage
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_garbage_in_the_reference_does_not_leak(garbage: float, coef: float) -> None:
+    objective = GRPO(ref_kl_coef=coef)
+    clean = step()
+    spoilt = ready(objective, spoil(clean, ~clean.loss_mask, garbage, "ref_logprobs"))
+    clean = ready(objective, clean)
+    same(graded(objective, spoilt, student(clean)), graded(objective, clean, student(clean)))

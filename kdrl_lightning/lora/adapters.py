@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.lora.targets import ALL, find_targets
 
 ADAPTER = "default"  # peft's name of a single adapter
 
 
 class LoRA:
-    """Trains ``W + alpha / rank * B A`` with ``W`` frozen, in the linear layers of the student.
+    """Trains ``W + alpha / rank * B A`` with ``W`` frozen, in the student's text decoder.
 
     ``B`` starts at 0, so the policy starts as the base model; ``A`` is drawn from the run's seed.
 
     Args:
         rank: columns of ``B`` and rows of ``A``.
         alpha: scale; the update of a weight is multiplied by ``alpha / rank``.
-        target_modules: names of the adapted linear layers, e.g. ``[q_proj, v_proj]``, or
-            ``all-linear`` for all but the head.
+        target_modules: names of the adapted linear layers or fused experts, e.g.
+            ``[q_proj, v_proj]`` or ``[experts.down_proj]``; ``all-linear`` takes all of both, but
+            neither head nor routers.
         dropout: must be 0, for rollouts and updates have to see one policy.
 
     Raises:
@@ -60,7 +62,7 @@ class LoRA:
             raise ConfigurationError(
                 "`target_modules` must name a layer: got none. `all-linear` takes all."
             )
-        if isinstance(target_modules, str) and target_modules != "all-linear":
+        if isinstance(target_modules, str) and target_modules != ALL:
             target_modules = [target_modules]
         self.rank = rank
         self.alpha = alpha
@@ -79,46 +81,76 @@ class LoRA:
         """Freeze a transformers model and give it adapters, the same ones for the same seed.
 
         Raises:
-            ConfigurationError: ``target_modules`` names what is no linear layer below the head.
+            ConfigurationError: ``target_modules`` names what cannot be adapted, the rank is too
+                high, or peft refuses the model.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
+        targets = find_targets(model, self.target_modules, self.rank)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
-            target_modules=self._targets(model),
+            target_modules=targets.modules,
+            target_parameters=targets.parameters or None,
             task_type="CAUSAL_LM",
         )
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        model._base_order = {name: place for place, name in enumerate(names)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model, ADAPTER)
+            try:
+                inject_adapter_in_model(config, model, ADAPTER)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ConfigurationError(
+                    f"`lora` must fit {type(model).__name__}: got {self.identity()}, which peft "
+                    f"refuses ({str(error).strip().splitlines()[0]}). Name other `target_modules`."
+                ) from error
         model.eval()  # peft's new modules are in training mode
 
-    def _targets(self, model: Any) -> list[str]:
-        """Return the names as given, or for ``all-linear`` the paths of the layers."""
-        modules, head = dict(model.named_modules()), model.get_output_embeddings()
-        # The scorer reads the head's weight; an adapter there would be passed by.
-        linear = {p for p, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
-        wrong: list[str] = []
-        if isinstance(self.target_modules, str):
-            names, wrong = sorted(linear), [] if linear else [self.target_modules]
-        else:
-            names = self.target_modules
-            found = {n: {p for p in modules if f".{p}".endswith(f".{n}")} for n in names}
-            wrong = [name for name, paths in found.items() if not paths or paths - linear]
-        if wrong:
-            known = sorted({path.rpartition(".")[2] for path in linear})
-            raise ConfigurationError(
-                f"`target_modules` must name linear layers below the head of "
-                f"{type(model).__name__}: got {', '.join(wrong)}. "
-                f"Known: {', '.join(known) or 'none'}."
-            )
-        return names
+
+def base_order(model: Any) -> dict[str, int]:
+    """Return the place of each weight before adapters came; empty for a plain model.
+
+    peft takes an expert's weight out of its module for a forward pass, and puts it back last.
+    """
+    return getattr(model, "_base_order", {})
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:
-    """Return peft's layers by their path; none in a plain model."""
-    return {path: m for path, m in model.named_modules() if hasattr(m, "lora_A")}
+    """Return peft's layers by the name of the weight that each adapts; none in a plain model."""
+    found = {}
+    layers = [(path, m) for path, m in model.named_modules() if hasattr(m, "lora_A")]
+    for path, layer in layers:
+        inner = layer
+        while hasattr(inner, "lora_A"):  # the adapters of one module's weights lie in each other
+            inner, path = inner.base_layer, f"{path}.base_layer"
+        found[f"{path}.{getattr(layer, 'parameter_name', 'weight')}"] = layer
+    return found
+
+
+def add_update(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return a weight with what its adapter has learned, computed in float32 or wider.
+
+    Args:
+        layer: peft's.
+        weight: ``[out, in]``, or experts ``[E, out, in]`` (``[E, in, out]`` in some models).
+        a: ``[rank * E, in]``.
+        b: ``[out, rank * E]``; its columns count the experts fastest.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b, scale = a.to(wide), b.to(wide), layer.scaling[ADAPTER]
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.dim() == 2:
+            return torch.addmm(weight.to(wide), b, a, alpha=scale).to(weight.dtype)
+        experts = len(weight)
+        a = a.view(experts, -1, a.shape[-1])  # [E, rank, in]
+        b = b.view(b.shape[0], -1, experts)  # [out, rank, E]
+        out = torch.empty_like(weight)
+        for i, expert in enumerate(weight):  # one at a time: all of them in float32 are large
+            update = b[..., i] @ a[i]
+            update = update if layer._did_swap_in_out_features else update.T
+            out[i] = torch.add(expert.to(wide), update, alpha=scale)
+        return out
 
 
 def is_adapter(name: str) -> bool:
@@ -177,7 +209,10 @@ def save_adapters(model: Any, adapters: dict[str, Tensor], folder: Path, base: s
 
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path, config.inference_mode = base, True
-    config.target_modules = sorted(config.target_modules)  # peft's set has no order
+    # peft's sets have no order.
+    config.target_modules = sorted(config.target_modules)
+    if config.target_parameters:
+        config.target_parameters = sorted(config.target_parameters)
     config.save_pretrained(str(folder))
     plain = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.contiguous()
