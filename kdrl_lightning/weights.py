@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,17 @@ class ModelWeights:
             if not is_adapter(name):
                 yield plain_name(name), self._whole(name, tensor, layers)
 
-    def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Yield name, type and whole shape of what ``named_tensors`` yields; not collective."""
-        for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            if not is_adapter(name):
-                yield plain_name(name), tensor.dtype, tuple(tensor.shape)
+    def stored(self) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+        """Return weights and stored buffers: as they lie here, and what reads them whole.
+
+        Reading a sharded one is a collective.
+        """
+        layers = adapted_layers(self.model)
+        return {
+            plain_name(name): (tensor, partial(self._whole, name, tensor, layers))
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if not is_adapter(name)
+        }
 
     def save(self, path: str, writes: bool = True) -> None:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.

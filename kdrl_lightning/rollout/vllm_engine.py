@@ -17,7 +17,10 @@ import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.vllm_classes import classes_kept
+from kdrl_lightning.rollout.vllm_worker import has_head, ready_to_reload
 from kdrl_lightning.weights import ModelWeights
 
 # Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
@@ -94,6 +97,8 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager = enforce_eager
         self._llm: Any = None
         self._made_for: tuple[str, torch.dtype] | None = None
+        self._model: Any = None
+        self._tied_head = True
         self._vocab_size = self._context = self._eos = 0
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
@@ -129,8 +134,11 @@ class VLLMEngine(RolloutEngine):
             if self.sleep:
                 torch.cuda.empty_cache()
                 llm.wake_up(tags=["weights"])
+            if self._model is not None:
+                ready_to_reload(self._model)
             llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": weights.named_tensors()}
+                "reload_weights",
+                kwargs={"weights_iterator": HubWeights(weights, self._tied_head).tensors()},
             )
             if self.sleep:
                 llm.wake_up(tags=["kv_cache"])
@@ -192,10 +200,10 @@ class VLLMEngine(RolloutEngine):
         if cache is None and not on_gpu:
             cache = CPU_CACHE_BYTES
         try:
-            with _undisturbed() as launcher:
+            with _undisturbed() as launcher, classes_kept() as keep:
                 from vllm import LLM
 
-                return LLM(
+                llm: Any = LLM(
                     model=path,
                     dtype=str(self.dtype).removeprefix("torch."),
                     load_format="dummy",  # the weights come from the trainer
@@ -212,6 +220,10 @@ class VLLMEngine(RolloutEngine):
                     distributed_executor_backend=launcher,
                     seed=0,
                 )
+                (model,) = llm.apply_model(lambda model: model)
+                keep(model)
+                self._model, self._tied_head = model, has_head(model)
+                return llm
         except Exception as error:
             raise ConfigurationError(
                 f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "

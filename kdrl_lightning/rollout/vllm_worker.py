@@ -13,6 +13,27 @@ from kdrl_lightning.rollout.weight_files import read_shards
 NAME = f"{__name__}.StudentWorker"
 
 
+def has_head(model: Any) -> bool:
+    """Whether vLLM's model keeps a head apart from its embeddings, tied or not.
+
+    A reload fills each by its name, even if they share memory while it samples.
+    """
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return "ParallelLMHead" in kinds
+
+
+def ready_to_reload(model: Any) -> None:
+    """Let a CPU's kernels of experts pack the weights that come next.
+
+    vLLM packs them only when it makes the kernel, and lays plain weights into it afterwards.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if experts is not None and "CPU" in type(experts).__name__:
+            method.moe_kernel = None
+
+
 class StudentWorker:
     """Takes the student's weights from files, and says which ones it holds."""
 
@@ -27,6 +48,7 @@ class StudentWorker:
         """
         self.student_label = ""  # until all of it is there
         try:
+            ready_to_reload(self.get_model())
             self.reload_weights(weights_iterator=read_shards(Path(folder)))
         except Exception as error:  # the server's own answer would only be `500`
             return {"error": f"{type(error).__name__}: {error}"}
