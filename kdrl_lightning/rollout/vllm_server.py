@@ -13,6 +13,7 @@ import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
@@ -64,6 +65,7 @@ class VLLMServerEngine(RolloutEngine):
         self._route: WeightRoute | None = None
         self._backends: set[str] = set()
         self._label = ""
+        self._tied_head = True
         self._vocab_size = self._context = self._eos = 0
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
@@ -98,6 +100,7 @@ class VLLMServerEngine(RolloutEngine):
             limits.append(int(found["max_model_len"]))
             self.dtype = getattr(torch, found["dtype"])
             self._backends.add(found["transfer"])
+            self._tied_head = found.get("tied_head") != "False"
         self._context = min(limits)
         if self.max_model_len is not None:
             self._context = min(self._context, context_of(config, self.max_model_len))
@@ -115,7 +118,8 @@ class VLLMServerEngine(RolloutEngine):
             torch.distributed.broadcast_object_list(label)
         self._label = label[0]
         try:
-            self._route_of(weights).push(weights, self._servers, self._label)
+            sent = HubWeights(weights, self._tied_head)
+            self._route_of(weights).push(sent, self._servers, self._label)
         except TrainingStopped as error:
             failure[0] = str(error)
         if world > 1:

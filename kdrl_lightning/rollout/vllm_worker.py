@@ -71,4 +71,5 @@ class StudentWorker:
             "transfer": getattr(self.vllm_config.weight_transfer_config, "backend", ""),
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": str(model.logprobs_mode),
+            "tied_head": str(has_head(self.get_model())),
         }

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
+from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.weight_files import write_shards
 from kdrl_lightning.server_client import AwayError, ServerClient
-from kdrl_lightning.weights import ModelWeights
 
 
 class WeightRoute(ABC):
     """Brings weights to servers; each then answers ``student`` with their label."""
 
     @abstractmethod
-    def push(self, weights: ModelWeights, servers: Sequence[ServerClient], label: str) -> None:
+    def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Bring the weights to all servers; all ranks must call it, the first one works.
 
         Raises:
@@ -50,12 +50,12 @@ class FileRoute(WeightRoute):
         self.folder = folder
         self._current = ""
 
-    def push(self, weights: ModelWeights, servers: Sequence[ServerClient], label: str) -> None:
+    def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Write, and let every server load; see ``WeightRoute.push``."""
         rank, world = ranks()
         made = [tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder) if rank == 0 else ""]
         # All ranks: reading a sharded student is a collective.
-        write_shards(weights.named_tensors(), Path(made[0]) if rank == 0 else None)
+        write_shards(weights.tensors(), Path(made[0]) if rank == 0 else None)
         if world > 1:
             torch.distributed.broadcast_object_list(made)
         old, self._current = self._current, made[0]
