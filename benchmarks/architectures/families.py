@@ -17,7 +17,7 @@ WINDOW = 8  # sliding windows, chunks and the like: short, so that a test is pas
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size"], WIDTH),
-    **dict.fromkeys(["lru_width", "attention_hidden_size", "word_embed_proj_dim"], WIDTH),
+    **dict.fromkeys(["lru_width", "word_embed_proj_dim"], WIDTH),
     **dict.fromkeys(["input_embedding_size", "output_embedding_size", "embedding_dim"], WIDTH),
     **dict.fromkeys(["backbone_hidden_size", "router_hidden_size", "pronunciation_embed_dim"], 32),
     **dict.fromkeys(["shape_embed_dim", "linear_head_dim", "dim_model_base"], 32),
@@ -75,10 +75,77 @@ ALTERNATE = ["sliding_attention", "full_attention"] * 2
 LINEAR = ["linear_attention", "full_attention"] * 2
 SPARSE = ["dense", "sparse", "sparse", "sparse"]
 
+TWO_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0}
+    for kind in ("full_attention", "sliding_attention")
+}
+GEMMA_4 = {"layer_types": ALTERNATE, "num_kv_shared_layers": 0}
+QWEN_4 = {
+    "output_gate_type": "sigmoid",
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {
+        "layer_types": ALTERNATE,
+        "rope_parameters": {k: {**v, "mrope_section": [3, 3, 2]} for k, v in TWO_ROPES.items()},
+    },
+    "cwm": {"bos_token_id": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]},
+    "gemma3": {"text_config": {"layer_types": ALTERNATE}},
+    "gemma3_text": {"layer_types": ALTERNATE},
+    "gemma3n_text": {"layer_types": ALTERNATE},
+    "gemma4": {"text_config": GEMMA_4},
+    "gemma4_text": GEMMA_4,
+    "gemma4_unified": {"text_config": GEMMA_4},
+    "gemma4_unified_text": GEMMA_4,
+    "got_ocr2": {"text_config": {"model_type": "qwen2"}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": LINEAR},
+    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": LINEAR},
+    "laguna": {"layer_types": ALTERNATE},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "mellum": {"layer_types": ALTERNATE},
+    "mllama": {"text_config": {"cross_attention_layers": [1], "bos_token_id": 2}},
+    "emu3": {"text_config": {"bos_token_id": 2}},
+    "modernbert-decoder": {"bos_token_id": 2},
+    "longcat_flash": {"head_dim": 8},
+    "qwen4_exp": {"text_config": QWEN_4},
+    "qwen4_exp_text": QWEN_4,
+    "rwkv": {"attention_hidden_size": WIDTH},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [16, 48],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layer_types": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 LEFT_OUT: dict[str, str] = {
+    "blt": "reads bytes in patches of several models",
+    "gemma3n": "its image encoder needs timm; its text model is gemma3n_text",
+    "gemma4_assistant": "drafts tokens for another model, whose states it reads",
+    "gemma4_unified_assistant": "drafts tokens for another model, whose states it reads",
+    "musicgen": "decodes sound from a text encoder's states",
+    "musicgen_melody": "decodes sound from a text encoder's states",
 }
 
 
@@ -93,18 +160,27 @@ def small_config(model_type: str, **settings: Any) -> Any:
     """Return a small configuration of a type; ``settings`` change it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    special = SPECIAL.get(model_type, {})
     kind = CONFIG_MAPPING[model_type]
-    return kind(**{**_sizes(kind), **special, **settings})
+    return kind(**_merged(_merged(_sizes(kind), SPECIAL.get(model_type, {})), settings))
 
 
 def _sizes(kind: Any) -> dict[str, Any]:
     known = kind().to_dict()
     chosen = {name: size for name, size in SIZES.items() if name in known}
+    if "qk_rope_head_dim" in known:  # the configuration derives it
+        chosen.pop("head_dim", None)
+        chosen["num_key_value_heads"] = HEADS
     for name, sub in getattr(kind, "sub_configs", {}).items():
-        if isinstance(known.get(name), dict) and sub.__name__ != "AutoConfig":
+        if isinstance(known.get(name), dict):
+            if sub.__name__ == "AutoConfig":
+                sub = type(getattr(kind(), name))
             chosen[name] = _sizes(sub)
     return chosen
+
+
+def _merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    deep = {k: _merged(sizes[k], v) for k, v in special.items() if k.endswith("_config")}
+    return {**sizes, **special, **deep}
 
 
 def build(model_type: str, seed: int = 0, **settings: Any) -> Any:
