@@ -30,13 +30,16 @@ SEEDS = [[100 * i + j for j in range(3)] for i in range(len(PROMPTS))]
 BOUND, MOVED = 1e-4, 1e-3
 
 # vLLM's CPU kernels take heads of 32, 64, 80, ... values.
-WIDE = {
+WIDE: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "word_embed_proj_dim"], 128),
     **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"], 32),
     **dict.fromkeys(["query_pre_attn_scalar", "kv_channels"], 32),
 }
-# What a folder of the hub names and transformers' defaults leave out.
-SPECIAL: dict[str, dict[str, Any]] = {"glm4_moe": {"head_dim": 32}}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "glm4_moe": {"head_dim": 32},  # folders of the hub name it, the defaults do not
+    "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
+    "mamba2": {"num_heads": 8, "head_dim": 32},
+}
 
 
 class WrongError(AssertionError):
@@ -47,9 +50,16 @@ def settings(model_type: str) -> dict[str, Any]:
     """Return the sizes that vLLM's kernels need, as far as the type knows them."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = CONFIG_MAPPING[model_type]().to_dict()
-    wide = {name: size for name, size in WIDE.items() if name in known}
-    return wide | SPECIAL.get(model_type, {})
+    return {**wide(CONFIG_MAPPING[model_type]().to_dict()), **SPECIAL.get(model_type, {})}
+
+
+def wide(known: dict[str, Any]) -> dict[str, Any]:
+    """Return wider sizes for the fields of a configuration and of the text model inside it."""
+    derived = {"head_dim"} if "qk_rope_head_dim" in known else set()
+    chosen = {name: WIDE[name] for name in WIDE.keys() & known.keys() - derived}
+    if isinstance(known.get("text_config"), dict):
+        chosen["text_config"] = wide(known["text_config"])
+    return chosen
 
 
 @torch.no_grad()
@@ -68,6 +78,16 @@ def gap(model: Any, groups: list[list[Any]]) -> float:
     )
 
 
+@torch.no_grad()
+def change(model: Any) -> None:
+    """Move every weight and stored buffer by about a third of its tensor's spread."""
+    torch.manual_seed(1)
+    for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values():
+        if tensor.is_floating_point():
+            spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
+            tensor += (0.3 * spread or 0.02) * torch.randn_like(tensor)
+
+
 def check(model_type: str) -> str:
     """Try an architecture in this process, which must have no engine yet.
 
@@ -77,18 +97,72 @@ def check(model_type: str) -> str:
     Raises:
         WrongError: numbers are not the student's.
     """
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
     from benchmarks.architectures.families import save
-    from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+    from kdrl_lightning.errors import ConfigurationError
     from kdrl_lightning.models import load_causal_lm
-    from kdrl_lightning.rollout import Sampling, VLLMEngine
+    from kdrl_lightning.rollout import VLLMEngine
+    from kdrl_lightning.scorer import Scorer
     from kdrl_lightning.weights import ModelWeights
 
     with tempfile.TemporaryDirectory() as folder:
         path = save(model_type, folder, **settings(model_type))
         try:
             model = load_causal_lm(path)
-            engine, weights = VLLMEngine(None, 64, kv_cache_memory_bytes=64 << 20), None
+            Scorer(model).verify(model_type)  # chooses the attention that gives the right numbers
+            engine = VLLMEngine(max_model_len=64, kv_cache_memory_bytes=64 << 20)
+            before = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
+            engine.setup(ModelWeights(model, path), END, PAD)
         except ConfigurationError as error:
-            return f"refused: {error}"
-    return ""
+            return f"refused: {error}".replace(path, model_type)
+        compare(engine, ModelWeights(model, path), before)
+    return "yes"
+
+
+def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> None:
+    """Compare an engine with the model of ``weights``, before and after a change of them."""
+    from kdrl_lightning.rollout import Sampling
+
+    model, groups = weights.model, []
+    for version in (0, 1):
+        if version:
+            change(model)
+            stale = gap(model, groups)
+            if not stale > MOVED:
+                raise WrongError(f"a change of all weights moves log-probabilities by {stale:.1e}")
+        engine.update_weights(weights, version)
+        groups = engine.generate(PROMPTS, SEEDS, Sampling(12))
+        apart = gap(model, groups)
+        if not apart < BOUND:
+            raise WrongError(f"push {version}: log-probabilities are {apart:.1e} apart")
+        after = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
+        if version == 0 and not all(map(torch.equal, before, after)):
+            raise WrongError("the engine changes the student")
+
+
+def main() -> None:
+    """Check families, each in its process, and keep the results beside earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("families", nargs="+")
+    parser.add_argument("--alone", action="store_true", help="check one here, print the result")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds per family")
+    settings = parser.parse_args()
+    if settings.alone:
+        print(f"RESULT {check(settings.families[0])}", flush=True)
+        os._exit(0)  # vLLM's threads
+    for family in settings.families:
+        command = [sys.executable, "-m", "benchmarks.architectures.vllm_case", "--alone", family]
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, timeout=settings.timeout)
+            found = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
+            result = found[0][7:] if found else f"failed: {out.stderr.strip().splitlines()[-1]}"
+        except subprocess.TimeoutExpired:
+            result = f"failed: no answer in {settings.timeout} s"
+        print(family, result, flush=True)
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(dict(sorted({**known, family: result}.items())), indent=1))
+
+
+if __name__ == "__main__":
+    main()

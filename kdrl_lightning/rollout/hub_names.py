@@ -26,14 +26,12 @@ class HubWeights:
 
     Args:
         weights: of the student.
-        tied_head: yield a head that is tied to the embeddings under its name, too. An engine that
-            keeps a head apart from its embeddings needs it; others do not know the name.
     """
 
-    def __init__(self, weights: ModelWeights, tied_head: bool) -> None:
+    def __init__(self, weights: ModelWeights) -> None:
         self._model = weights.model
         self._stored = weights.stored()
-        for name in self._unwritten(tied_head):
+        for name in self._unwritten():
             self._stored.pop(name, None)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -52,17 +50,19 @@ class HubWeights:
             for name, tensor in self._converted({n: self._empty[n] for n in names}).items():
                 yield name, tensor.dtype, tuple(tensor.shape)
 
-    def _unwritten(self, tied_head: bool) -> Iterator[str]:
+    def _unwritten(self) -> list[str]:
+        """Names that a folder does not hold: of tied weights, all but the first."""
         ignored = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
-        yield from ignored
-        output = self._model.get_output_embeddings()
-        for alias, source in getattr(self._model, "all_tied_weights_keys", {}).items():
-            there = alias in self._stored and source in self._stored
-            if not there or self._stored[alias][0] is not self._stored[source][0]:
-                continue
-            is_head = output is not None and self._stored[alias][0] is output.weight
-            if not (is_head and tied_head):
-                yield alias
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        both = self._stored.keys()
+        return [
+            *ignored,
+            *(
+                alias
+                for alias, source in tied.items()
+                if {alias, source} <= both and self._stored[alias][0] is self._stored[source][0]
+            ),
+        ]
 
     @cached_property
     def _empty(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.rollout.vllm_classes import classes_kept
-from kdrl_lightning.rollout.vllm_worker import has_head, ready_to_reload
+from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
 from kdrl_lightning.weights import ModelWeights
 
 # Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
@@ -98,7 +98,6 @@ class VLLMEngine(RolloutEngine):
         self._llm: Any = None
         self._made_for: tuple[str, torch.dtype] | None = None
         self._model: Any = None
-        self._tied_head = True
         self._vocab_size = self._context = self._eos = 0
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
@@ -135,11 +134,12 @@ class VLLMEngine(RolloutEngine):
                 torch.cuda.empty_cache()
                 llm.wake_up(tags=["weights"])
             if self._model is not None:
-                ready_to_reload(self._model)
+                before_reload(self._model)
             llm.collective_rpc(
-                "reload_weights",
-                kwargs={"weights_iterator": HubWeights(weights, self._tied_head).tensors()},
+                "reload_weights", kwargs={"weights_iterator": HubWeights(weights).tensors()}
             )
+            if self._model is not None:
+                after_reload(self._model)
             if self.sleep:
                 llm.wake_up(tags=["kv_cache"])
             # Keys and values of the old weights must not meet the new ones.
@@ -222,7 +222,7 @@ class VLLMEngine(RolloutEngine):
                 )
                 (model,) = llm.apply_model(lambda model: model)
                 keep(model)
-                self._model, self._tied_head = model, has_head(model)
+                self._model = model
                 return llm
         except Exception as error:
             raise ConfigurationError(
@@ -285,5 +285,8 @@ def _device_type() -> str:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if hasattr(error, "errors"):  # pydantic puts the rule between its own words
+        text = "; ".join(str(found.get("msg", found)) for found in error.errors())
+    text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

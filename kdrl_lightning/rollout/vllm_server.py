@@ -65,7 +65,6 @@ class VLLMServerEngine(RolloutEngine):
         self._route: WeightRoute | None = None
         self._backends: set[str] = set()
         self._label = ""
-        self._tied_head = True
         self._vocab_size = self._context = self._eos = 0
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
@@ -100,7 +99,6 @@ class VLLMServerEngine(RolloutEngine):
             limits.append(int(found["max_model_len"]))
             self.dtype = getattr(torch, found["dtype"])
             self._backends.add(found["transfer"])
-            self._tied_head = found.get("tied_head") != "False"
         self._context = min(limits)
         if self.max_model_len is not None:
             self._context = min(self._context, context_of(config, self.max_model_len))
@@ -118,8 +116,7 @@ class VLLMServerEngine(RolloutEngine):
             torch.distributed.broadcast_object_list(label)
         self._label = label[0]
         try:
-            sent = HubWeights(weights, self._tied_head)
-            self._route_of(weights).push(sent, self._servers, self._label)
+            self._route_of(weights).push(HubWeights(weights), self._servers, self._label)
         except TrainingStopped as error:
             failure[0] = str(error)
         if world > 1:
