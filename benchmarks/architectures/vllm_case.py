@@ -4,8 +4,9 @@
 
 writes ``docs/architectures/vllm.json``, a process per family. All in float32, on random weights:
 
-1. The engine's log-probabilities of what it samples are those of the model's own logits.
+1. The engine's log-probabilities of what it samples are those of the model's own logits, to 1e-4.
 2. They are so again when all weights have changed and were pushed; before the push they are not.
+   What differs by more is said; ``WeightSync`` stops a run where it is more than 1e-3 on average.
 3. The student gives the same numbers, bit for bit, as before the engine was there.
 """
 
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parents[2] / "docs/architectures/vllm.json"
 END, PAD = 1, 0
 PROMPTS = [[5, 9, 13, 4, 15], [7], [3, 14, 3, 3], [12, 11, 10] * 5]
 SEEDS = [[100 * i + j for j in range(3)] for i in range(len(PROMPTS))]
-BOUND, MOVED = 1e-4, 1e-3
+BOUND = 1e-4
 
 # vLLM's CPU kernels take heads of 32, 64, 80, ... values.
 WIDE: dict[str, Any] = {
@@ -35,8 +36,10 @@ WIDE: dict[str, Any] = {
     **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"], 32),
     **dict.fromkeys(["query_pre_attn_scalar", "kv_channels"], 32),
 }
+# What folders of the hub name and the defaults do not stands here, too.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "glm4_moe": {"head_dim": 32},  # folders of the hub name it, the defaults do not
+    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "glm4_moe": {"head_dim": 32},
     "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
     "mamba2": {"num_heads": 8, "head_dim": 32},
 }
@@ -70,12 +73,10 @@ def logprobs(model: Any, prompt: list[int], completion: list[int]) -> torch.Tens
     return chosen.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def gap(model: Any, groups: list[list[Any]]) -> float:
-    """Return the largest difference of the engine's log-probabilities from the model's."""
+def gaps(model: Any, groups: list[list[Any]]) -> torch.Tensor:
+    """``[N]``: differences of the engine's log-probabilities from the model's, token by token."""
     rows = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
-    return max(
-        float((torch.tensor(c.logprobs) - logprobs(model, p, c.ids)).abs().max()) for p, c in rows
-    )
+    return torch.cat([torch.tensor(c.logprobs) - logprobs(model, p, c.ids) for p, c in rows]).abs()
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def check(model_type: str) -> str:
     """Try an architecture in this process, which must have no engine yet.
 
     Returns:
-        ``yes``, or ``refused: `` and the reason.
+        ``yes``, with the difference if it is above 1e-4; or ``refused: `` and the reason.
 
     Raises:
         WrongError: numbers are not the student's.
@@ -115,29 +116,35 @@ def check(model_type: str) -> str:
             engine.setup(ModelWeights(model, path), END, PAD)
         except ConfigurationError as error:
             return f"refused: {error}".replace(path, model_type)
-        compare(engine, ModelWeights(model, path), before)
-    return "yes"
+        return compare(engine, ModelWeights(model, path), before)
 
 
-def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> None:
+def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
     """Compare an engine with the model of ``weights``, before and after a change of them."""
+    from kdrl_lightning.callbacks import WeightSync
     from kdrl_lightning.rollout import Sampling
 
-    model, groups = weights.model, []
+    model, groups, worst, mean = weights.model, [], 0.0, 0.0
     for version in (0, 1):
         if version:
             change(model)
-            stale = gap(model, groups)
-            if not stale > MOVED:
+            stale = float(gaps(model, groups).max())
+            if not stale > 10 * max(worst, BOUND):
                 raise WrongError(f"a change of all weights moves log-probabilities by {stale:.1e}")
         engine.update_weights(weights, version)
         groups = engine.generate(PROMPTS, SEEDS, Sampling(12))
-        apart = gap(model, groups)
-        if not apart < BOUND:
-            raise WrongError(f"push {version}: log-probabilities are {apart:.1e} apart")
+        apart = gaps(model, groups)
+        worst, mean = max(worst, float(apart.max())), max(mean, float(apart.mean()))
         after = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
         if version == 0 and not all(map(torch.equal, before, after)):
             raise WrongError("the engine changes the student")
+    if worst < BOUND:
+        return "yes"
+    if mean > WeightSync().bound("32-true", engine.dtype):
+        return (
+            f"refused: WeightSync stops the first rollout, log-probabilities differ by {mean:.1g}"
+        )
+    return f"yes, within {worst:.1g}: vLLM computes something in it otherwise"
 
 
 def main() -> None:

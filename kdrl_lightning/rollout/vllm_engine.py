@@ -25,8 +25,9 @@ from kdrl_lightning.weights import ModelWeights
 
 # Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
 # over as they are; and quiet, for the screen belongs to the run.
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    IN_PROCESS: "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -196,6 +197,11 @@ class VLLMEngine(RolloutEngine):
     def _start(self, path: str, on_gpu: bool) -> Any:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if os.environ[IN_PROCESS] != "0":
+            raise ConfigurationError(
+                f"`{IN_PROCESS}` must be 0 for an engine that takes weights in the trainer's "
+                f"process: got {os.environ[IN_PROCESS]}. Unset it, or use VLLMServerEngine."
+            )
         cache = self.kv_cache_memory_bytes
         if cache is None and not on_gpu:
             cache = CPU_CACHE_BYTES

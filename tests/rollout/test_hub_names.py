@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from benchmarks.architectures.families import build, save
 from safetensors.torch import load_file
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.architectures.families import build, save
 
 from kdrl_lightning import LoRA
 from kdrl_lightning.models import load_causal_lm
@@ -107,7 +109,6 @@ def test_adapters_are_merged_under_the_folders_names(tmp_path: Path) -> None:
 
 
 def test_names_come_in_the_order_of_the_model(tmp_path: Path) -> None:
-    transformers.set_seed(0)
     model, _ = loaded("mixtral", tmp_path)
     names = [n for n, _ in HubWeights(ModelWeights(model, str(tmp_path))).tensors()]
     layers = [int(n.split(".")[2]) for n in names if n.startswith("model.layers.")]

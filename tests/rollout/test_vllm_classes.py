@@ -35,16 +35,16 @@ def decorate() -> None:
     """As ``support_torch_compile`` does."""
     start = Decoder.__init__
 
-    def __init__(self: Any) -> None:
+    def make(self: Any) -> None:
         start(self)
         self.compiled = False
 
-    def __call__(self: Any, x: Tensor) -> Tensor:
+    def call(self: Any, x: Tensor) -> Tensor:
         return self.forward(x) if not self.compiled else x
 
     Decoder.__bases__ = (*Decoder.__bases__, Wrapper)
-    Decoder.__init__ = __init__  # type: ignore[method-assign]
-    Decoder.__call__ = __call__  # type: ignore[method-assign]
+    Decoder.__init__ = make  # type: ignore[method-assign]
+    Decoder.__call__ = call  # type: ignore[method-assign]
     Decoder.added = 1  # type: ignore[attr-defined]
     Decoder.scale = 3.0
 

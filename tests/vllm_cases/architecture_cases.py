@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from benchmarks.architectures.families import save
 from benchmarks.architectures.vllm_case import END, PAD, check, logprobs, settings
-
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.rollout import VLLMEngine
@@ -19,7 +19,7 @@ FAMILIES = {
     "smollm3": "vLLM runs it with transformers' classes",
     "gpt_neox": "so, and a head that the folder names otherwise",
     "gemma2": "a tied head that vLLM has no name for",
-    "bloom": "a tied head that vLLM keeps apart",
+    "opt": "a tied head that vLLM keeps apart",
     "mixtral": "experts that the folder holds one by one",
     "glm4_moe": "a stored buffer of the router",
 }
