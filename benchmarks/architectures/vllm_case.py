@@ -38,9 +38,12 @@ WIDE: dict[str, Any] = {
 }
 # What folders of the hub name and the defaults do not stands here, too.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"topk_method": "noaux_tc"},
+    # 512 and 64: the only sizes of its attention that CPU kernels are compiled for.
+    "deepseek_v3": {"topk_method": "noaux_tc", "kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "glm4_moe": {"head_dim": 32},
     "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
+    "lfm2": {"conv_dim": 128, "block_dim": 128},
+    "lfm2_moe": {"conv_dim": 128},
     "mamba2": {"num_heads": 8, "head_dim": 32},
 }
 

@@ -18,7 +18,12 @@ import torch
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.requests import (
+    check_requests,
+    completion,
+    context_of,
+    implementation_of,
+)
 from kdrl_lightning.rollout.vllm_classes import classes_kept
 from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
 from kdrl_lightning.weights import ModelWeights
@@ -99,6 +104,7 @@ class VLLMEngine(RolloutEngine):
         self._llm: Any = None
         self._made_for: tuple[str, torch.dtype] | None = None
         self._model: Any = None
+        self._implementation = "auto"
         self._vocab_size = self._context = self._eos = 0
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
@@ -112,6 +118,7 @@ class VLLMEngine(RolloutEngine):
         self._context = context_of(config, self.max_model_len)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
+        self._implementation = implementation_of(config.model_type)
         auto = torch.bfloat16 if on_gpu else own.dtype
         self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         wanted = (weights.path, self.dtype)
@@ -212,6 +219,7 @@ class VLLMEngine(RolloutEngine):
                 llm: Any = LLM(
                     model=path,
                     dtype=str(self.dtype).removeprefix("torch."),
+                    model_impl=self._implementation,
                     load_format="dummy",  # the weights come from the trainer
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # not the model's top-p, top-k and penalties

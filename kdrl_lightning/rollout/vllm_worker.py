@@ -81,4 +81,5 @@ class StudentWorker:
             "transfer": getattr(self.vllm_config.weight_transfer_config, "backend", ""),
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": str(model.logprobs_mode),
+            "implementation": type(self.get_model()).__name__,
         }

@@ -21,6 +21,7 @@ FAMILIES = {
     "gemma2": "a tied head that vLLM has no name for",
     "opt": "a tied head that vLLM keeps apart",
     "mixtral": "experts that the folder holds one by one",
+    "gpt_oss": "experts and sinks that vLLM's own code writes where a reload does not look",
     "glm4_moe": "a stored buffer of the router",
 }
 
