@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.architectures.hidden_states import decoder_of, states_at_head
+from kdrl_lightning.architectures.rotary import decide_per_row, lengths_of_rows, switch_lengths
+from kdrl_lightning.architectures.verification import verify
 from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
 from kdrl_lightning.merging import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
+
+# Names that architectures give to the bound of ``bound * tanh(logits / bound)``.
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # Two passes must save at least this share of the tokens: each has costs of its own.
 SHARED_BELOW = 0.85
@@ -33,6 +39,8 @@ class Scorer(nn.Module):
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
         shares: what completions of a call have in common is run once; ``verify`` decides.
+        pads: rows of different lengths go through one pass; ``verify`` decides.
+        at_head: states are those that the head is called with, not the decoder's.
     """
 
     def __init__(
@@ -49,6 +57,10 @@ class Scorer(nn.Module):
         self.chunk_size = chunk_size
         self.sharded = False
         self.shares = False
+        self.pads = True
+        self.at_head = decoder_of(model) is None
+        decide_per_row(model)
+        self._switches = [length for length, _ in switch_lengths(model)]
 
     @property
     def scores_dtype(self) -> torch.dtype:
@@ -60,13 +72,12 @@ class Scorer(nn.Module):
         """Return the language-model head with everything that the architecture does to logits."""
         output = self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        caps = (getattr(config, name, None) for name in SOFT_CAPS)
         return Head(
             output.weight,
             getattr(output, "bias", None),
-            scale,
-            getattr(config, "final_logit_softcapping", None),
+            _logit_scale(config),
+            next((cap for cap in caps if cap is not None), None),
             self.vocab_size,
             self.swap,
         )
@@ -100,6 +111,7 @@ class Scorer(nn.Module):
             Scores ``[B, T]``, 0 behind each completion's end.
         """
         merged, of = self._merged(input_ids, prompt_lengths, completion_mask), None
+        mask = completion_mask
         if merged is not None and topk_ids is None:
             of = merged.of  # nothing else tells equal rows apart: they are scored once
             if other is not None:
@@ -108,7 +120,7 @@ class Scorer(nn.Module):
             completion_ids, completion_mask = completion_ids[merged.first], merged.mask
         rows, columns = completion_mask.nonzero(as_tuple=True)
         places = rows if merged is None or of is not None else merged.of[rows]
-        hidden = self._hidden(input_ids, prompt_lengths, merged, places, columns)
+        hidden = self._hidden(input_ids, prompt_lengths, mask, merged, places, columns)
         scores = token_scores(
             hidden,
             self.head(),
@@ -128,14 +140,20 @@ class Scorer(nn.Module):
 
         return scores.map(spread)
 
-    def _merged(self, *rows: Tensor) -> MergedRows | None:
-        """What rows have in common, where that is to be run once."""
-        return merge_rows(*rows) if self.shares else None
+    def _merged(self, ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows | None:
+        """What rows have in common, if that is run once.
+
+        Not if a row is so long that its rotary embedding changes: its prompt alone would not be.
+        """
+        if not self.shares or (self._switches and ids.shape[1] > self._switches[0]):
+            return None
+        return merge_rows(ids, prompt_lengths, mask)
 
     def _hidden(
         self,
         input_ids: Tensor,
         prompt_lengths: Tensor,
+        mask: Tensor,
         merged: MergedRows | None,
         rows: Tensor,
         columns: Tensor,
@@ -144,15 +162,34 @@ class Scorer(nn.Module):
 
         The rows are those of ``merged`` where there is one.
         """
-        decoder = self.model.get_decoder()
         if merged is not None:
-            input_ids, prompt_lengths = merged.input_ids, merged.prompt_lengths
+            input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
             if self._pays(merged):
                 from kdrl_lightning.caches import shared_states
 
-                return shared_states(decoder, merged)[rows, columns]
-        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+                return shared_states(decoder_of(self.model), merged)[rows, columns]
+        hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1))
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
+
+    def _row_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return the states ``[B, S, H]`` of rows that end at ``lengths``."""
+        if self.pads or len(input_ids) == 1:
+            return self._pass(input_ids, lengths)
+        groups = [(lengths == n).nonzero().squeeze(1) for n in lengths.unique().tolist()]
+        states = [self._pass(input_ids[g, : int(lengths[g[0]])], lengths[g]) for g in groups]
+        whole = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
+        for group, part in zip(groups, states, strict=True):
+            column = torch.arange(part.shape[1], device=group.device)
+            whole = whole.index_put((group[:, None], column), part)
+        return whole
+
+    def _pass(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        with lengths_of_rows(self.model, lengths if self._switches else None):
+            if self.at_head:
+                return states_at_head(self.model, input_ids=input_ids, use_cache=False)
+            decoder: Any = decoder_of(self.model)
+            hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self._as_the_head(hidden)
 
     def _pays(self, rows: MergedRows) -> bool:
         """Whether two passes over fewer tokens cost less than one over all."""
@@ -170,7 +207,7 @@ class Scorer(nn.Module):
         merged = self._merged(*call, mask)
         rows, columns = mask.nonzero(as_tuple=True)
         places = rows if merged is None else merged.of[rows]
-        hidden = self._hidden(*call, merged, places, columns)
+        hidden = self._hidden(*call, mask, merged, places, columns)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(
@@ -200,53 +237,66 @@ class Scorer(nn.Module):
         )
         return TokenScores(*scores)
 
-    @torch.no_grad()
+    def _as_the_head(self, hidden: Tensor) -> Tensor:
+        """Cast states that a model keeps in 32 bits beside a head of 16 (Mamba), as it does."""
+        kind = self.model.get_output_embeddings().weight.dtype
+        return hidden.to(kind) if kind.itemsize < hidden.dtype.itemsize else hidden
+
     def verify(self, name: str) -> None:
-        """Compare with ``model(...).logits`` on a few tokens, and see whether prompts are shared.
+        """Compare with ``model(...).logits`` of rows alone, and choose how rows are run.
 
         Raises:
-            ConfigurationError: the architecture treats its logits in a way not known here.
+            ConfigurationError: the architecture cannot be scored right; says why.
         """
-        weight = self.head().weight
-        if weight.is_meta:
-            return
-        rows = min(weight.shape[0], self.vocab_size or weight.shape[0])
-        worst, bound = self.largest_gap(torch.arange(8, device=weight.device)[None] % rows)
-        if not worst <= bound:
-            raise ConfigurationError(
-                f"the language-model head of {name} must be one that is known here: got "
-                f"log-probabilities {worst:.2g} away from the model's own. "
-                "Please report the architecture."
-            )
-        # Ranks may differ in what they share, which the collectives of a sharded model would not
-        # survive; and float64 is for comparisons to 1e-10, in which norms that compute in float32
-        # would tell apart where gradients are added up.
-        self.shares = (
-            not self.sharded and weight.dtype != torch.float64 and self._shares(rows, bound)
-        )
+        if not self.head().weight.is_meta:
+            verify(self, name)
 
-    def _shares(self, rows: int, bound: float) -> bool:
-        """Whether sharing a prompt gives the same: not every architecture keeps keys and values."""
-        ids = torch.arange(30, device=self.head().weight.device).view(2, 15) % rows
-        ids[1, :11] = ids[0, :11]
-        prompts, mask = ids.new_full((2,), 11), torch.ones_like(ids[:, 11:], dtype=torch.bool)
-        call = (ids, prompts, ids[:, 11:], mask)
-        plain = self.forward(*call).logprobs
-        self.shares = True
-        try:
-            gap = (self.forward(*call).logprobs - plain).abs().max()
-        except Exception:  # a cache that it does not take shows in as many ways as there are models
-            return False
-        return bool(gap <= bound)
-
-    def largest_gap(self, ids: Tensor) -> tuple[float, float]:
-        """Return the largest difference to ``model(ids [1, S]).logits`` and what is allowed."""
-        mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        # Not ``self(...)``: under a sharding wrapper this method is a forward of its own.
-        ours = self.forward(ids, torch.ones_like(ids[:, 0]), ids[:, 1:], mask)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1, : self.vocab_size]
+    def alone(self, ids: Tensor) -> Tensor:
+        """Return the model's own logits ``[S, V]`` of one row of ids ``[S]``."""
+        logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :, : self.vocab_size]
         logits = self.head().order(logits)
-        bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.1
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-        return float((ours.logprobs[0] - theirs).abs().max()), bound
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.no_grad()
+    def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:
+        """Score rows of ids in one call; return each completion's log-probabilities."""
+        width = max(map(len, rows))
+        ids = torch.stack([functional.pad(row, (0, width - len(row))) for row in rows])
+        lengths = ids.new_tensor([len(row) - p for row, p in zip(rows, prompts, strict=True)])
+        mask = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]
+        first = ids.new_tensor(prompts)
+        where = (first[:, None] + torch.arange(mask.shape[1], device=ids.device)).clamp(
+            max=width - 1
+        )
+        # Not ``self(...)``: under a sharding wrapper this method is a forward of its own.
+        scores = self.forward(ids, first, ids.gather(1, where), mask)
+        return [scores.logprobs[i, :n] for i, n in enumerate(lengths.tolist())]
+
+    def head_gap(self, ids: Tensor, factor: float) -> float:
+        """Return how far the head is from the model's own on one row of states times ``factor``."""
+
+        def widen(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            called.append(True)
+            return (args[0] * factor, *args[1:])
+
+        called: list[bool] = []
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(widen)
+        try:
+            own = self.alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+        finally:
+            handle.remove()
+        states = self._row_states(ids[None], torch.tensor([len(ids)], device=ids.device))[0, :-1]
+        ours = token_scores(states * (factor if called else 1.0), self.head(), ids[1:])
+        return float((ours.logprobs - own).abs().max())
+
+
+def _logit_scale(config: Any) -> float:
+    """Return what logits are multiplied by, from the names that architectures give it."""
+
+    def named(name: str) -> float:
+        return float(getattr(config, name, None) or 1.0)
+
+    scale = named("logit_scale") * named("lm_head_multiplier")
+    scale /= named("logits_mup_width_multiplier")
+    scaling = named("logits_scaling")
+    return scale * scaling if config.model_type == "hyperclovax" else scale / scaling

@@ -76,7 +76,7 @@ class Sharding:
             wrap(layer)
         # Its only floats are another model's states, which keep that model's type.
         wrap(scorer, mp_policy=replace(policy, cast_forward_inputs=False))
-        for method in ("states", "largest_gap"):
+        for method in ("states", "alone", "head_gap", "chosen"):
             register_fsdp_forward_method(scorer, method)
         scorer.sharded = True
         return scorer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,16 +55,23 @@ class ModelWeights:
         for name, tensor in self._base():
             yield plain_name(name), self._whole(name, tensor, layers)
 
-    def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Yield name, type and whole shape of what ``named_tensors`` yields; not collective."""
-        for name, tensor in self._base():
-            yield plain_name(name), tensor.dtype, tuple(tensor.shape)
-
     def _base(self) -> list[tuple[str, Tensor]]:
         """List the weights without adapters, in the order of the plain model."""
         every, order = self.model.named_parameters(remove_duplicate=False), base_order(self.model)
         base = [(name, tensor) for name, tensor in every if not is_adapter(name)]
         return sorted(base, key=lambda item: order.get(plain_name(item[0]), 0))
+
+    def stored(self) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+        """Return weights and stored buffers: as they lie here, and what reads them whole.
+
+        Reading a sharded one is a collective.
+        """
+        layers = adapted_layers(self.model)
+        return {
+            plain_name(name): (tensor, partial(self._whole, name, tensor, layers))
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if not is_adapter(name)
+        }
 
     def save(self, path: str, writes: bool = True) -> None:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.

@@ -18,13 +18,22 @@ import torch
 from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.hub_names import HubWeights
+from kdrl_lightning.rollout.requests import (
+    check_requests,
+    completion,
+    context_of,
+    implementation_of,
+)
+from kdrl_lightning.rollout.vllm_classes import classes_kept
+from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
 from kdrl_lightning.weights import ModelWeights
 
 # Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
 # over as they are; and quiet, for the screen belongs to the run.
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    IN_PROCESS: "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -97,6 +106,8 @@ class VLLMEngine(RolloutEngine):
         self._made_for: tuple[str, torch.dtype] | None = None
         self._vocab_size = self._context = 0
         self._ends: tuple[int, ...] = ()
+        self._model: Any = None
+        self._implementation = "auto"
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
@@ -111,6 +122,7 @@ class VLLMEngine(RolloutEngine):
         self._context = context_of(config, self.max_model_len)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
+        self._implementation = implementation_of(config.model_type)
         auto = torch.bfloat16 if on_gpu else own.dtype
         self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         wanted = (weights.path, self.dtype)
@@ -133,9 +145,13 @@ class VLLMEngine(RolloutEngine):
             if self.sleep:
                 torch.cuda.empty_cache()
                 llm.wake_up(tags=["weights"])
+            if self._model is not None:
+                before_reload(self._model)
             llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": weights.named_tensors()}
+                "reload_weights", kwargs={"weights_iterator": HubWeights(weights).tensors()}
             )
+            if self._model is not None:
+                after_reload(self._model)
             if self.sleep:
                 llm.wake_up(tags=["kv_cache"])
             # Keys and values of the old weights must not meet the new ones.
@@ -192,16 +208,22 @@ class VLLMEngine(RolloutEngine):
     def _start(self, path: str, on_gpu: bool) -> Any:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if os.environ[IN_PROCESS] != "0":
+            raise ConfigurationError(
+                f"`{IN_PROCESS}` must be 0 for an engine that takes weights in the trainer's "
+                f"process: got {os.environ[IN_PROCESS]}. Unset it, or use VLLMServerEngine."
+            )
         cache = self.kv_cache_memory_bytes
         if cache is None and not on_gpu:
             cache = CPU_CACHE_BYTES
         try:
-            with _undisturbed() as launcher:
+            with _undisturbed() as launcher, classes_kept() as keep:
                 from vllm import LLM
 
-                return LLM(
+                llm: Any = LLM(
                     model=path,
                     dtype=str(self.dtype).removeprefix("torch."),
+                    model_impl=self._implementation,
                     load_format="dummy",  # the weights come from the trainer
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # not the model's top-p, top-k and penalties
@@ -216,6 +238,10 @@ class VLLMEngine(RolloutEngine):
                     distributed_executor_backend=launcher,
                     seed=0,
                 )
+                (model,) = llm.apply_model(lambda model: model)
+                keep(model)
+                self._model = model
+                return llm
         except Exception as error:
             raise ConfigurationError(
                 f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "
@@ -277,5 +303,8 @@ def _device_type() -> str:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if hasattr(error, "errors"):  # pydantic puts the rule between its own words
+        text = "; ".join(str(found.get("msg", found)) for found in error.errors())
+    text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

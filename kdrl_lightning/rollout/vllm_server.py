@@ -14,7 +14,14 @@ import torch
 from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.hub_names import HubWeights
+from kdrl_lightning.rollout.requests import (
+    BY_TRANSFORMERS,
+    check_requests,
+    completion,
+    context_of,
+    implementation_of,
+)
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
 from kdrl_lightning.server_client import AS_IT_IS, AwayError, ServerClient, clients
@@ -99,12 +106,24 @@ class VLLMServerEngine(RolloutEngine):
                         f"got {found[name]}. Start it with `python -m kdrl_lightning serve "
                         f"--model {weights.path}`."
                     )
+            self._check_implementation(server, found, config.model_type)
             limits.append(int(found["max_model_len"]))
             self.dtype = getattr(torch, found["dtype"])
             self._backends.add(found["transfer"])
         self._context = min(limits)
         if self.max_model_len is not None:
             self._context = min(self._context, context_of(config, self.max_model_len))
+
+    def _check_implementation(
+        self, server: ServerClient, found: dict[str, str], model_type: str
+    ) -> None:
+        by = found.get("implementation", "")
+        if implementation_of(model_type) == "transformers" and not by.startswith("Transformers"):
+            raise TrainingStopped(
+                f"the server {server.url} must run {model_type} by transformers' code, or updates "
+                f"of its {BY_TRANSFORMERS[model_type]} get lost: got {by or 'an old server'}. Add "
+                "`-- --model-impl transformers` to its `python -m kdrl_lightning serve`."
+            )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         """Bring the weights to every server; all ranks call it, the first one works.
@@ -119,7 +138,7 @@ class VLLMServerEngine(RolloutEngine):
             torch.distributed.broadcast_object_list(label)
         self._label = label[0]
         try:
-            self._route_of(weights).push(weights, self._servers, self._label)
+            self._route_of(weights).push(HubWeights(weights), self._servers, self._label)
         except TrainingStopped as error:
             failure[0] = str(error)
         if world > 1:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.weight_route import WeightRoute, paused, ranks
 from kdrl_lightning.server_client import AwayError, ServerClient
-from kdrl_lightning.weights import ModelWeights
 
 
 class TransferRoute(WeightRoute):
@@ -35,7 +35,7 @@ class TransferRoute(WeightRoute):
         self._source = Source()
         self._engines: dict[str, Any] = {}
 
-    def push(self, weights: ModelWeights, servers: Sequence[ServerClient], label: str) -> None:
+    def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Send to every server; see ``WeightRoute.push``."""
         failure: Exception | None = None
         for server in servers:
@@ -119,9 +119,9 @@ class Source:
         self.rest: Iterator[tuple[str, Tensor]] = iter(())
         self._meta: list[Meta] = []
 
-    def take(self, weights: ModelWeights) -> None:
+    def take(self, weights: HubWeights) -> None:
         """Be about these weights from now on."""
-        self.rest = weights.named_tensors()
+        self.rest = weights.tensors()
         self._meta = [Meta(*described) for described in weights.described()]
 
     def metadata(self) -> list[Meta]:

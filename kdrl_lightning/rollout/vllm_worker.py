@@ -5,12 +5,41 @@ vLLM mixes the class into its worker; nothing here imports vLLM.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from kdrl_lightning.rollout.weight_files import read_shards
 
 NAME = f"{__name__}.StudentWorker"
+
+
+def before_reload(model: Any) -> None:
+    """Let a CPU's kernels of experts pack the weights that come next.
+
+    vLLM packs them only when it makes the kernel, and lays plain weights into it afterwards.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if experts is not None and "CPU" in type(experts).__name__:
+            method.moe_kernel = None
+
+
+def after_reload(model: Any) -> None:
+    """Let a CPU pack a head that is tied to the embeddings, whose new values it has by now.
+
+    vLLM packs what arrives under a name of its own; a folder holds tied weights once.
+    """
+    modules = [m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    shared = Counter(id(module.weight) for module in modules)
+    for module in modules:
+        if shared[id(module.weight)] > 1 and module.weight.device.type == "cpu":
+            method = getattr(module, "quant_method", None)
+            if method is not None:
+                method.process_weights_after_loading(module)
 
 
 class StudentWorker:
@@ -27,14 +56,17 @@ class StudentWorker:
         """
         self.student_label = ""  # until all of it is there
         try:
+            before_reload(self.get_model())
             self.reload_weights(weights_iterator=read_shards(Path(folder)))
+            after_reload(self.get_model())
         except Exception as error:  # the server's own answer would only be `500`
             return {"error": f"{type(error).__name__}: {error}"}
         self.student_label = label
         return {"label": label}
 
     def name_student(self: Any, label: str) -> dict[str, str]:
-        """Say which weights these are, where others brought them."""
+        """Say which weights others have brought; nothing: that they begin to."""
+        (after_reload if label else before_reload)(self.get_model())
         self.student_label = label
         return {"label": label}
 
@@ -49,4 +81,5 @@ class StudentWorker:
             "transfer": getattr(self.vllm_config.weight_transfer_config, "backend", ""),
             "dtype": str(model.dtype).removeprefix("torch."),
             "logprobs_mode": str(model.logprobs_mode),
+            "implementation": type(self.get_model()).__name__,
         }

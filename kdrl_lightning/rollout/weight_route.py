@@ -15,16 +15,16 @@ import torch
 from safetensors import SafetensorError
 
 from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.weight_files import write_shards
 from kdrl_lightning.server_client import AwayError, ServerClient
-from kdrl_lightning.weights import ModelWeights
 
 
 class WeightRoute(ABC):
     """Brings weights to servers; each then answers ``student`` with their label."""
 
     @abstractmethod
-    def push(self, weights: ModelWeights, servers: Sequence[ServerClient], label: str) -> None:
+    def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Bring the weights to all servers; all ranks must call it, the first one works.
 
         Raises:
@@ -52,7 +52,7 @@ class FileRoute(WeightRoute):
         self.folder = folder
         self._current = ""
 
-    def push(self, weights: ModelWeights, servers: Sequence[ServerClient], label: str) -> None:
+    def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Write, and let every server load; see ``WeightRoute.push``."""
         rank, world = ranks()
         made, failure = [""], None
@@ -75,9 +75,9 @@ class FileRoute(WeightRoute):
             if old:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _write(self, weights: ModelWeights, writes: bool) -> str:
+    def _write(self, weights: HubWeights, writes: bool) -> str:
         """Write the weights to a new folder; return its path, "" on the other ranks."""
-        tensors, folder = weights.named_tensors(), ""
+        tensors, folder = weights.tensors(), ""
         try:
             if writes:
                 folder = tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder)

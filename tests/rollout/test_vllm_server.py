@@ -223,6 +223,23 @@ def test_a_server_of_something_else_is_refused(
         engine_of(weights, server.url)
 
 
+@pytest.mark.parametrize("by", ["GptOssForCausalLM", "", "TransformersMoEForCausalLM"])
+def test_a_server_whose_code_loses_updates_is_refused(
+    server: Scripted, weights: ModelWeights, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = {weights.model.config.model_type: "sinks"}
+    monkeypatch.setattr("kdrl_lightning.rollout.requests.BY_TRANSFORMERS", lost)
+    monkeypatch.setattr("kdrl_lightning.rollout.vllm_server.BY_TRANSFORMERS", lost)
+    server.describe["implementation"] = by
+    engine = VLLMServerEngine([server.url], "key")
+    if by.startswith("Transformers"):
+        engine.setup(weights, EOS, PAD)
+        return
+    words = rf"transformers' code, or updates of its sinks get lost: got {by or 'an old server'}\."
+    with pytest.raises(TrainingStopped, match=words):
+        engine.setup(weights, EOS, PAD)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("token_ids", [EOS, 5]), ("token_ids", []), ("prompt_token_ids", [7, 7])],

@@ -13,6 +13,8 @@ import torch
 from models import EOS, PAD, make_model, worst_gap
 from servers import KEY, RealServer
 
+from benchmarks.architectures.families import save
+from benchmarks.architectures.vllm_case import change, settings
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.rollout import Sampling, TransformersEngine, VLLMServerEngine
@@ -197,6 +199,25 @@ def test_killed_in_the_middle_and_restarted(
     assert server.log.read_text().count(up) == starts + 1  # it was asked, died, and came back
     assert [[c.ids for c in g] for g in got] == [[c.ids for c in g] for g in expected]
     assert worst_gap(new, prompts, got) < BOUND
+
+
+def test_a_server_takes_experts_and_a_tied_head(tmp_path: Path) -> None:
+    model_folder = tmp_path / "mixtral"
+    path = save("mixtral", model_folder, tie_word_embeddings=True, **settings("mixtral"))
+    model = load_causal_lm(path)
+    server = RealServer(path, tmp_path / "server.log", max_model_len=64)
+    try:
+        experts = VLLMServerEngine([server.url], KEY)
+        weights = ModelWeights(model, path)
+        experts.setup(weights, EOS, PAD)
+        for version in (0, 1):
+            if version:
+                change(model)
+            experts.update_weights(weights, version)
+            groups = experts.generate(PROMPTS, SEEDS, Sampling(16))
+            assert worst_gap(model, PROMPTS, groups) < BOUND
+    finally:
+        server.kill()
 
 
 def test_killed_for_good(engine: VLLMServerEngine, server: RealServer) -> None:

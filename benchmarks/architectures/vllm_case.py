@@ -1,0 +1,178 @@
+"""Does vLLM sample from a student of an architecture, with the student's own log-probabilities?
+
+    OMP_NUM_THREADS=1 python -m benchmarks.architectures.vllm_case qwen3 mixtral smollm3
+
+writes ``docs/architectures/vllm.json``, a process per family. All in float32, on random weights:
+
+1. The engine's log-probabilities of what it samples are those of the model's own logits, to 1e-4.
+2. They are so again when all weights have changed and were pushed; before the push they are not.
+   What differs by more is said; ``WeightSync`` stops a run where it is more than 1e-3 on average.
+3. The student gives the same numbers, bit for bit, as before the engine was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+RESULTS = Path(__file__).parents[2] / "docs/architectures/vllm.json"
+END, PAD = 1, 0
+PROMPTS = [[5, 9, 13, 4, 15], [7], [3, 14, 3, 3], [12, 11, 10] * 5]
+SEEDS = [[100 * i + j for j in range(3)] for i in range(len(PROMPTS))]
+BOUND = 1e-4
+
+# vLLM's CPU kernels take heads of 32, 64, 80, ... values.
+WIDE: dict[str, Any] = {
+    **dict.fromkeys(["hidden_size", "n_embd", "d_model", "word_embed_proj_dim"], 128),
+    **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"], 32),
+    **dict.fromkeys(["query_pre_attn_scalar", "kv_channels"], 32),
+}
+# What folders of the hub name and the defaults do not stands here, too.
+SPECIAL: dict[str, dict[str, Any]] = {
+    # 512 and 64: the only sizes of its attention that CPU kernels are compiled for.
+    "deepseek_v3": {"topk_method": "noaux_tc", "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "glm4_moe": {"head_dim": 32},
+    "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
+    "lfm2": {"conv_dim": 128, "block_dim": 128},
+    "lfm2_moe": {"conv_dim": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 32},
+}
+
+
+class WrongError(AssertionError):
+    """Numbers that are not the student's."""
+
+
+def settings(model_type: str) -> dict[str, Any]:
+    """Return the sizes that vLLM's kernels need, as far as the type knows them."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return {**wide(CONFIG_MAPPING[model_type]().to_dict()), **SPECIAL.get(model_type, {})}
+
+
+def wide(known: dict[str, Any]) -> dict[str, Any]:
+    """Return wider sizes for the fields of a configuration and of the text model inside it."""
+    derived = {"head_dim"} if "qk_rope_head_dim" in known else set()
+    chosen = {name: WIDE[name] for name in WIDE.keys() & known.keys() - derived}
+    if isinstance(known.get("text_config"), dict):
+        chosen["text_config"] = wide(known["text_config"])
+    return chosen
+
+
+@torch.no_grad()
+def logprobs(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """``[T]``: of a completion's tokens by the model's own logits, each row alone."""
+    logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
+    chosen = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+    return chosen.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def gaps(model: Any, groups: list[list[Any]]) -> torch.Tensor:
+    """``[N]``: differences of the engine's log-probabilities from the model's, token by token."""
+    rows = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
+    return torch.cat([torch.tensor(c.logprobs) - logprobs(model, p, c.ids) for p, c in rows]).abs()
+
+
+@torch.no_grad()
+def change(model: Any) -> None:
+    """Move every weight and stored buffer by about a third of its tensor's spread."""
+    torch.manual_seed(1)
+    for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values():
+        if tensor.is_floating_point():
+            spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
+            tensor += (0.3 * spread or 0.02) * torch.randn_like(tensor)
+
+
+def check(model_type: str) -> str:
+    """Try an architecture in this process, which must have no engine yet.
+
+    Returns:
+        ``yes``, with the difference if it is above 1e-4; or ``refused: `` and the reason.
+
+    Raises:
+        WrongError: numbers are not the student's.
+    """
+    os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
+    from benchmarks.architectures.families import save
+    from kdrl_lightning.errors import ConfigurationError
+    from kdrl_lightning.models import load_causal_lm
+    from kdrl_lightning.rollout import VLLMEngine
+    from kdrl_lightning.scorer import Scorer
+    from kdrl_lightning.weights import ModelWeights
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(model_type, folder, **settings(model_type))
+        try:
+            model = load_causal_lm(path)
+            Scorer(model).verify(model_type)  # chooses the attention that gives the right numbers
+            engine = VLLMEngine(max_model_len=64, kv_cache_memory_bytes=64 << 20)
+            before = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
+            engine.setup(ModelWeights(model, path), END, PAD)
+        except ConfigurationError as error:
+            return f"refused: {error}".replace(path, model_type)
+        return compare(engine, ModelWeights(model, path), before)
+
+
+def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
+    """Compare an engine with the model of ``weights``, before and after a change of them."""
+    from kdrl_lightning.callbacks import WeightSync
+    from kdrl_lightning.rollout import Sampling
+
+    model, groups, worst, mean = weights.model, [], 0.0, 0.0
+    for version in (0, 1):
+        if version:
+            change(model)
+            stale = float(gaps(model, groups).max())
+            if not stale > 10 * max(worst, BOUND):
+                raise WrongError(f"a change of all weights moves log-probabilities by {stale:.1e}")
+        engine.update_weights(weights, version)
+        groups = engine.generate(PROMPTS, SEEDS, Sampling(12))
+        apart = gaps(model, groups)
+        worst, mean = max(worst, float(apart.max())), max(mean, float(apart.mean()))
+        after = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
+        if version == 0 and not all(map(torch.equal, before, after)):
+            raise WrongError("the engine changes the student")
+    if worst < BOUND:
+        return "yes"
+    if mean > WeightSync().bound("32-true", engine.dtype):
+        return (
+            f"refused: WeightSync stops the first rollout, log-probabilities differ by {mean:.1g}"
+        )
+    return f"yes, within {worst:.1g}: vLLM computes something in it otherwise"
+
+
+def main() -> None:
+    """Check families, each in its process, and keep the results beside earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("families", nargs="+")
+    parser.add_argument("--alone", action="store_true", help="check one here, print the result")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds per family")
+    settings = parser.parse_args()
+    if settings.alone:
+        print(f"RESULT {check(settings.families[0])}", flush=True)
+        os._exit(0)  # vLLM's threads
+    for family in settings.families:
+        command = [sys.executable, "-m", "benchmarks.architectures.vllm_case", "--alone", family]
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, timeout=settings.timeout)
+            found = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
+            result = found[0][7:] if found else f"failed: {out.stderr.strip().splitlines()[-1]}"
+        except subprocess.TimeoutExpired:
+            result = f"failed: no answer in {settings.timeout} s"
+        print(family, result, flush=True)
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(dict(sorted({**known, family: result}.items())), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What architectures do differently: where their states are, what changes with length, caches."""

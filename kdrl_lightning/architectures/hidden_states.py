@@ -1,0 +1,54 @@
+"""The states that the language-model head reads, from any transformers causal language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def decoder_of(model: Any) -> Any | None:
+    """Return the part of a model that ends before its head; None if it has no such module.
+
+    transformers' ``get_decoder`` may return the whole model (Llama 4) or its head.
+    """
+    from transformers import PreTrainedModel
+
+    for part in (model.get_decoder(), *model.children()):
+        if (
+            isinstance(part, PreTrainedModel)
+            and part is not model
+            and part.get_output_embeddings() is None
+        ):
+            return part
+    return None
+
+
+class _Reached(Exception):  # noqa: N818
+    """The head was called; carries what it was called with."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def states_at_head(model: Any, **inputs: Any) -> Tensor:
+    """Run a model up to its output embeddings and return their input, ``[B, S, H]``.
+
+    For models that transform the decoder's states before the head (BERT's), or that have no
+    decoder module. The logits are never computed.
+
+    Raises:
+        RuntimeError: the model does not call its output embeddings.
+    """
+
+    def stop(_: Any, args: tuple[Tensor, ...]) -> None:
+        raise _Reached(args[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        model(**inputs)
+    except _Reached as found:
+        return found.hidden
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} does not call its output embeddings")

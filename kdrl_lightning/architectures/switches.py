@@ -1,0 +1,46 @@
+"""Lengths at which an architecture starts to compute differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdrl_lightning.architectures.rotary import switch_lengths
+
+# Windows and chunks of attention, and how many keys a sparse attention keeps.
+NAMES = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "window_size",
+    "index_topk",
+    "indexer_budget",
+    "keep_window_size",
+    "chunk_size",
+    "mamba_chunk_size",
+)
+LONGEST = 4096
+OPERATIONS = 2e10  # on a CPU, per row: about a second
+
+
+def probe_length(model: Any) -> int:
+    """Return the length of a comparison's longest row: just past every affordable switch.
+
+    A switch beyond ``LONGEST`` tokens, beyond the model's positions or too slow for this device is
+    not compared: the row would cost more than the run's first update.
+    """
+    config = model.config.get_text_config(decoder=True)
+    named = [getattr(config, name, None) for name in NAMES]
+    switches = [length for length in named if isinstance(length, int)]
+    switches += [length for length, _ in switch_lengths(model)]
+    most = LONGEST
+    if model.device.type == "cpu":
+        size = sum(p.numel() for p in model.parameters())
+        most = min(most, int(OPERATIONS / (2 * size)))
+    positions = getattr(config, "max_position_embeddings", None) or most
+    most = min(most, positions - MARGIN)
+    return max([0, *(length for length in switches if 0 < length <= most)]) + MARGIN
+
+
+MARGIN = 6

@@ -1,0 +1,107 @@
+"""The student's weights under the names and in the layouts of its folder, which vLLM knows.
+
+transformers renames and fuses weights when it loads them (the experts of a layer become one
+tensor); ``save_pretrained`` turns that back. So does this module, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.weights import ModelWeights
+
+LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions join tensors of one layer, never of several
+
+
+class HubWeights:
+    """Reads a model's weights as ``save_pretrained`` would write them.
+
+    Stored buffers belong to them: some routers of experts keep a correction there.
+
+    Args:
+        weights: of the student.
+    """
+
+    def __init__(self, weights: ModelWeights) -> None:
+        self._model = weights.model
+        self._stored = weights.stored()
+        for name in self._unwritten():
+            self._stored.pop(name, None)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value; holds one tensor, or those of a layer that are converted.
+
+        Sharded ones are gathered: every rank must then take all of them, also one that has no use
+        for them.
+        """
+        for names in self._groups:
+            whole = {name: self._stored[name][1]() for name in names}
+            yield from self._converted(whole).items()
+
+    def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and whole shape of what ``tensors`` yields; not collective."""
+        for names in self._groups:
+            for name, tensor in self._converted({n: self._empty[n] for n in names}).items():
+                yield name, tensor.dtype, tuple(tensor.shape)
+
+    def _unwritten(self) -> list[str]:
+        """Names that a folder does not hold: of tied weights, all but the first."""
+        ignored = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        both = self._stored.keys()
+        return [
+            *ignored,
+            *(
+                alias
+                for alias, source in tied.items()
+                if {alias, source} <= both and self._stored[alias][0] is self._stored[source][0]
+            ),
+        ]
+
+    @cached_property
+    def _empty(self) -> dict[str, Tensor]:
+        """Tensors of the stored ones' shapes, without memory."""
+        return {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, (tensor, _) in self._stored.items()
+        }
+
+    @cached_property
+    def _new_names(self) -> dict[str, str]:
+        """Names of tensors that are renamed at most."""
+        # The whole model at once: some renamings depend on names that have been seen before.
+        turned = _revert(self._model, self._empty)
+        names = {id(tensor): name for name, tensor in turned.items()}
+        return {old: names[id(t)] for old, t in self._empty.items() if id(t) in names}
+
+    @cached_property
+    def _groups(self) -> list[list[str]]:
+        """What has to be read at once, in the order of the model."""
+        groups: dict[str, list[str]] = {}
+        for name in self._empty:
+            layer = LAYER.match(name)
+            alone = name in self._new_names or layer is None
+            # The space keeps a layer's key apart from all names.
+            key = name if alone or layer is None else f"{layer[1]} converted"
+            groups.setdefault(key, []).append(name)
+        return list(groups.values())
+
+    def _converted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if len(tensors) == 1:
+            ((name, tensor),) = tensors.items()
+            if name in self._new_names:
+                return {self._new_names[name]: tensor}
+        return _revert(self._model, tensors)
+
+
+def _revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: Callable[..., dict[str, Tensor]] = revert_weight_conversion
+    return reverted(model, tensors)

@@ -1,0 +1,105 @@
+"""Keeps transformers' classes as they are beside an engine that changes them.
+
+vLLM runs architectures that it has no code for with transformers' own classes. It gives the
+decoder's class another base, ``__init__`` and ``__call__``, and the student, an instance of the
+same class, dies in its next forward pass. So the changes go to copies of the classes, which only
+the engine's model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+# What Python or a library writes into a class by itself, when it is first used.
+INCIDENTAL = {"__abstractmethods__", "_abc_impl", "__doc__", "__dict__", "__weakref__"}
+
+
+class Changes:
+    """What has happened to classes since this object was made."""
+
+    def __init__(self) -> None:
+        from transformers import PreTrainedConfig
+
+        self._before = {
+            kind: (kind.__bases__, dict(vars(kind)))
+            for root in (nn.Module, PreTrainedConfig)
+            for kind in _subclasses(root)
+            if not kind.__module__.startswith("vllm.")
+        }
+        self._changed: dict[type, tuple[tuple[type, ...], dict[str, Any]]] = {}
+
+    def undo(self) -> None:
+        """Give every class its bases and attributes back."""
+        for kind, (bases, attributes) in self._before.items():
+            now = dict(vars(kind))
+            new = {
+                name: value
+                for name, value in now.items()
+                if name not in INCIDENTAL and attributes.get(name, _MISSING) is not value
+            }
+            gone = [n for n in attributes if n not in now and n not in INCIDENTAL]
+            if not new and not gone and kind.__bases__ == bases:
+                continue
+            self._changed[kind] = (tuple(b for b in kind.__bases__ if b not in bases), new)
+            kind.__bases__ = bases
+            for name in new:
+                if name not in attributes:
+                    delattr(kind, name)
+            for name in [*(n for n in new if n in attributes), *gone]:
+                setattr(kind, name, attributes[name])
+
+    def give(self, model: nn.Module) -> None:
+        """Let a model have what was undone, in classes of its own."""
+        copies: dict[type, type] = {}
+        for module in model.modules():
+            kind = type(module)
+            if kind not in copies:
+                copies[kind] = self._copy(kind)
+            if copies[kind] is not kind:
+                module.__class__ = copies[kind]
+
+    def _copy(self, kind: type) -> type:
+        inherited = [self._changed[k] for k in reversed(kind.__mro__) if k in self._changed]
+        if not inherited:
+            return kind
+        attributes = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        bases: list[type] = [kind]
+        for added, changed in inherited:
+            bases += [b for b in added if b not in bases]
+            attributes |= changed
+        return type(kind.__name__, tuple(bases), attributes)
+
+
+@contextmanager
+def classes_kept() -> Iterator[Callable[[nn.Module], None]]:
+    """Undo at the end what happens to the classes of models and configurations inside.
+
+    Yields:
+        Called with a model: let it keep the changed classes.
+    """
+    changes = Changes()
+    models: list[nn.Module] = []
+    try:
+        yield models.append
+    finally:
+        changes.undo()
+        for model in models:
+            changes.give(model)
+
+
+_MISSING = object()
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    seen: set[type] = set()
+    rest = [kind]
+    while rest:
+        one = rest.pop()
+        if one not in seen:
+            seen.add(one)
+            yield one
+            rest += one.__subclasses__()

@@ -1,0 +1,17 @@
+"""vLLM beside students whose architectures need care, in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
+from need import ROOT, need_vllm, run
+
+
+def test_architectures_beside_a_student() -> None:
+    need_vllm()
+    cases = str(ROOT / "tests/vllm_cases/architecture_cases.py")
+    out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=400)
+    assert out.returncode == 0, out.stdout[-6000:]
+    assert "9 passed" in out.stdout

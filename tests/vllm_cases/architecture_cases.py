@@ -1,0 +1,52 @@
+"""Architectures beside a student, by the benchmark's check: run by ``test_vllm_architectures``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.architectures.families import save
+from benchmarks.architectures.vllm_case import END, PAD, check, logprobs, settings
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.rollout import VLLMEngine
+from kdrl_lightning.weights import ModelWeights
+
+FAMILIES = {
+    "smollm3": "vLLM runs it with transformers' classes",
+    "gpt_neox": "so, and a head that the folder names otherwise",
+    "gemma2": "a tied head that vLLM has no name for",
+    "opt": "a tied head that vLLM keeps apart",
+    "mixtral": "experts that the folder holds one by one",
+    "gpt_oss": "experts and sinks that vLLM's own code writes where a reload does not look",
+    "glm4_moe": "a stored buffer of the router",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_arrive_and_the_student_stays(family: str) -> None:
+    assert check(family) == "yes"
+
+
+def test_a_second_engine_of_the_same_architecture(tmp_path: Path) -> None:
+    path = save("smollm3", tmp_path, seed=3, **settings("smollm3"))
+    model = load_causal_lm(path)
+    before: Any = [logprobs(model, [5, 6], [20, 30, 40])]
+    engine = VLLMEngine(max_model_len=64, kv_cache_memory_bytes=16 << 20)
+    engine.setup(ModelWeights(model, path), END, PAD)
+    assert torch.equal(logprobs(model, [5, 6], [20, 30, 40]), before[0])
+    assert torch.equal(logprobs(load_causal_lm(path), [5, 6], [20, 30, 40]), before[0])
+    engine.update_weights(ModelWeights(model, path), 0)
+
+
+def test_an_architecture_that_vllm_has_not_is_one_line(tmp_path: Path) -> None:
+    path = save("mpt", tmp_path, **settings("mpt"))
+    with pytest.raises(ConfigurationError) as error:
+        VLLMEngine(max_model_len=64).setup(ModelWeights(load_causal_lm(path), path), END, PAD)
+    assert "\n" not in str(error.value)
+    assert "VLLMEngine, which says Model architecture MptForCausalLM was supported" in str(
+        error.value
+    )
