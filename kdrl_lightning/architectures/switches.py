@@ -21,11 +21,16 @@ NAMES = (
     "mamba_chunk_size",
 )
 LONGEST = 4096
+MARGIN = 6
 OPERATIONS = 2e10  # on a CPU, per row: about a second
 
 
-def probe_length(model: Any) -> int:
+def probe_length(model: Any, rotary: bool = True) -> int:
     """Return the length of a comparison's longest row: just past every affordable switch.
+
+    Args:
+        model: to compare.
+        rotary: also past those of rotary embeddings; else below them.
 
     A switch beyond ``LONGEST`` tokens, beyond the model's positions or too slow for this device is
     not compared: the row would cost more than the run's first update.
@@ -33,14 +38,12 @@ def probe_length(model: Any) -> int:
     config = model.config.get_text_config(decoder=True)
     named = [getattr(config, name, None) for name in NAMES]
     switches = [length for length in named if isinstance(length, int)]
-    switches += [length for length, _ in switch_lengths(model)]
-    most = LONGEST
+    embeddings = [length for length, _ in switch_lengths(model)]
+    most = min([LONGEST, *(length - 3 * MARGIN for length in embeddings if not rotary)])
+    switches += embeddings if rotary else []
     if model.device.type == "cpu":
         size = sum(p.numel() for p in model.parameters())
         most = min(most, int(OPERATIONS / (2 * size)))
     positions = getattr(config, "max_position_embeddings", None) or most
     most = min(most, positions - MARGIN)
     return max([0, *(length for length in switches if 0 < length <= most)]) + MARGIN
-
-
-MARGIN = 6

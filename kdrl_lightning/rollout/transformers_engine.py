@@ -7,6 +7,7 @@ seed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.architectures.rotary import decide_per_row, switch_lengths
+from kdrl_lightning.architectures.switches import probe_length
+from kdrl_lightning.architectures.verification import close
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.rollout.decoding import one_token_attention
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.prefixes import WAYS, PaddedPrefixes, Prefixes
 from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.weights import ModelWeights
 
@@ -42,25 +47,33 @@ class TransformersEngine(RolloutEngine):
         self._replica: Any = None
         self._eos = self._pad = 0
         self._rows: int | None = None
+        self._way: type[Prefixes] | None = None
 
     def setup(self, weights: ModelWeights, eos_token_id: int, pad_token_id: int) -> None:
         """Remember the live model."""
-        self._model, self._replica = weights.model, None
+        self._model, self._replica, self._way = weights.model, None, None
         self._eos, self._pad = eos_token_id, pad_token_id
         self._rows = weights.vocab_size
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Note the version: the live model already has the weights, unless it is sharded."""
+        """Note the version: the live model already has the weights, unless it is sharded.
+
+        The first time, it finds out how the architecture can be sampled.
+        """
         if weights.sharded:
             self._replica = filled_replica(weights, self._replica)
         self._model = self._replica if weights.sharded else weights.model
         self.version = version
+        if self._way is None:
+            self._way = self._choose_way()
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> list[list[Completion]]:
         """Sample; see ``RolloutEngine.generate``."""
+        refuse_crossing(self._model, [len(p) for p in prompts], sampling.max_tokens)
+        way = self._way or PaddedPrefixes
         out: list[list[Completion]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         # A chunk holds (prompt, its seeds); a group larger than the limit is cut.
@@ -70,21 +83,32 @@ class TransformersEngine(RolloutEngine):
             for start in range(0, len(seeds[i]), self.max_sequences)
         ]
         while jobs:
-            chunk, size = [], 0
-            while jobs and size + len(jobs[0][1]) <= self.max_sequences:
+            chunk, size, length = [], 0, len(prompts[jobs[0][0]])
+            while (
+                jobs
+                and size + len(jobs[0][1]) <= self.max_sequences
+                and (way.mixed or len(prompts[jobs[0][0]]) == length)
+            ):
                 chunk.append(jobs.pop(0))
                 size += len(chunk[-1][1])
+            prefixes = way(self._model, self._pad)
             with one_token_attention():
-                completions = iter(self._decode([prompts[i] for i, _ in chunk], chunk, sampling))
+                completions = iter(
+                    self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
+                )
             for i, own in chunk:
                 out[i] += [next(completions) for _ in own]
         return out
 
     def _decode(
-        self, prompts: list[list[int]], chunk: list[tuple[int, list[int]]], sampling: Sampling
+        self,
+        prefixes: Prefixes,
+        prompts: list[list[int]],
+        chunk: list[tuple[int, list[int]]],
+        sampling: Sampling,
     ) -> list[Completion]:
         device = self._model.device
-        cache, logits, mask = self._prefill(prompts)
+        logits = prefixes.start(prompts)
         # Completions that coincide so far share a row of the cache: at first all of a prompt.
         groups = torch.tensor([len(own) for _, own in chunk], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(groups)
@@ -105,44 +129,77 @@ class TransformersEngine(RolloutEngine):
             alive, vocab = alive[keep], logits.shape[-1]
             paths, rows = (rows[keep] * vocab + token[keep]).unique(return_inverse=True)
             before, token = paths // vocab, paths % vocab
-            if len(before) != len(logits) or bool((before.diff() != 1).any()):
-                cache.batch_select_indices(before)
-                mask = None if mask is None else mask[before]
-            position = None
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                position = mask.sum(1, keepdim=True) - 1
-            logits = self._model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            moved = len(before) != len(logits) or bool((before.diff() != 1).any())
+            logits = prefixes.step(before if moved else None, token)
         return _completions(ids, logprobs, done, self._eos)
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[Any, Tensor, Any]:
-        """Run each prompt once, padded on the left."""
-        from kdrl_lightning.caches import growing_cache
+    def _choose_way(self) -> type[Prefixes]:
+        """Return the fastest way whose log-probabilities are those of whole rows alone.
 
-        width = max(map(len, prompts))
-        rows = [[self._pad] * (width - len(p)) + p for p in prompts]
-        ids = torch.tensor(rows, device=self._model.device)
-        mask = position = None
-        if any(len(p) < width for p in prompts):
-            lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
-            mask = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = growing_cache(self._model.config)
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return cache, logits, mask
+        Raises:
+            ConfigurationError: there is none.
+        """
+        decide_per_row(self._model)
+        name = type(self._model).__name__
+        for way in WAYS:
+            try:
+                right = self._samples_right(way)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # caches that a way does not know fail in as many ways
+                continue
+            if right and not way.cached:
+                warnings.warn(
+                    f"{name} is sampled without a cache: every token takes a pass over all tokens "
+                    "before it. VLLMEngine is faster.",
+                    stacklevel=2,
+                )
+            if right:
+                return way
+        raise ConfigurationError(
+            f"`rollout_engine` must be VLLMEngine or VLLMServerEngine for {name}: got "
+            "TransformersEngine, whose log-probabilities are not those of the model's own logits."
+        )
+
+    @torch.no_grad()
+    def _samples_right(self, way: type[Prefixes]) -> bool:
+        self._way, rows = way, self._model.get_output_embeddings().weight.shape[0]
+        end = min(rows, self._rows or rows)
+        long = probe_length(self._model, rotary=False) + 5
+        prompts = [[(3 + 7 * i) % end for i in range(n)] for n in (long, 5, 5)]
+        prompts[2].reverse()
+        try:
+            groups = self.generate(prompts, [[1, 2], [3, 4, 5], [6]], Sampling(6))
+        finally:
+            self._way = None
+        ours, theirs = [], []
+        for prompt, completions in zip(prompts, groups, strict=True):
+            for one in completions:
+                row = torch.tensor([prompt + one.ids], device=self._model.device)
+                logits = self._model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                scores = logits[:, : self._rows].float().log_softmax(-1)
+                theirs.append(scores.gather(-1, row[0, len(prompt) :, None]).squeeze(-1))
+                ours.append(torch.tensor(one.logprobs, device=scores.device))
+        return close(ours, theirs, logits.dtype)
+
+
+def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
+    """Refuse completions on whose way the rotary embedding of all earlier tokens changes.
+
+    Raises:
+        ConfigurationError: a row might grow past the change.
+    """
+    for limit, every_token in switch_lengths(model):
+        for length in prompts:
+            if length + max_tokens > limit and (every_token or length <= limit):
+                room = limit - length
+                raise ConfigurationError(
+                    f"`max_tokens` must keep a prompt of {length} tokens and its completion within "
+                    f"{limit}, where the rotary embedding of {type(model).__name__} changes: got "
+                    f"{max_tokens}. "
+                    + (f"Lower it to {room}, or s" if room > 0 else "S")
+                    + "horten the prompts with `max_prompt_tokens`."
+                )
 
 
 def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
