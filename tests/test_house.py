@@ -33,7 +33,8 @@ ALLOWED = {
     "compatibility": {"errors"},
     "merging": set(),
     "caches": {"merging"},
-    "scorer": FLOOR | {"caches", "losses", "merging"},
+    "architectures": {"errors"},
+    "scorer": FLOOR | {"architectures", "caches", "losses", "merging"},
     "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
@@ -45,7 +46,8 @@ ALLOWED = {
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR
-    | {"caches", "losses", "metrics", "models", "rewards", "server_client", "weights"},
+    | {"architectures", "caches", "losses", "metrics", "models", "rewards", "server_client"}
+    | {"weights"},
     "nonfinite": {"errors"},
     "pending": FLOOR | {"losses"},
     "evaluation": FLOOR | {"metrics", "prompts", "rewards", "rollout"},
@@ -93,7 +95,7 @@ LIGHTNING = {
     "evaluate",
     "parser",
 }
-TRANSFORMERS = {"models", "caches", "gguf", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"architectures", "models", "caches", "gguf", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

@@ -30,7 +30,7 @@ def probe_length(model: Any, rotary: bool = True) -> int:
 
     Args:
         model: to compare.
-        rotary: also past those of rotary embeddings; else below them.
+        rotary: also past those that sampling is refused across; else below them.
 
     A switch beyond ``LONGEST`` tokens, beyond the model's positions or too slow for this device is
     not compared: the row would cost more than the run's first update.
@@ -38,12 +38,24 @@ def probe_length(model: Any, rotary: bool = True) -> int:
     config = model.config.get_text_config(decoder=True)
     named = [getattr(config, name, None) for name in NAMES]
     switches = [length for length in named if isinstance(length, int)]
-    embeddings = [length for length, _ in switch_lengths(model)]
-    most = min([LONGEST, *(length - 3 * MARGIN for length in embeddings if not rotary)])
-    switches += embeddings if rotary else []
+    beyond = [length for length, _ in switch_lengths(model)]
+    most = min([LONGEST, *(n - 3 * MARGIN for n in [*beyond, *picked_keys(model)] if not rotary)])
+    switches += beyond if rotary else []
     if model.device.type == "cpu":
         size = sum(p.numel() for p in model.parameters())
         most = min(most, int(OPERATIONS / (2 * size)))
     positions = getattr(config, "max_position_embeddings", None) or most
     most = min(most, positions - MARGIN)
     return max([0, *(length for length in switches if 0 < length <= most)]) + MARGIN
+
+
+def picked_keys(model: Any) -> list[int]:
+    """Return how many keys a sparse attention picks by an indexer, if the model has one.
+
+    Many keys have equal scores of 0, and which of them are picked depends on how many there are:
+    beyond this length a token's log-probability changes with the number of tokens after it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
+    count = getattr(config, "index_topk", None)
+    return [count] if indexed and isinstance(count, int) else []

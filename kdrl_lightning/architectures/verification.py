@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.architectures.hidden_states import decoder_of
-from kdrl_lightning.architectures.switches import probe_length
+from kdrl_lightning.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.errors import ConfigurationError
 
 BOUND = 1e-3  # of log-probabilities in 32 bits and more
@@ -43,7 +43,16 @@ def verify(scorer: Verified, name: str) -> None:
         ConfigurationError: none of them is right, or the model sees later tokens.
     """
     rows, prompts = probe_rows(scorer)
-    own = _own(scorer, rows)
+    try:
+        own = _own(scorer, rows)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigurationError(
+            f"the language model {name} must run on rows of token ids alone: got {reason} from "
+            f"{type(scorer.model).__name__}. Use another model, or another `dtype`."
+        ) from error
     if _ignores_features(scorer, rows[0], own[0]):
         own = _own(scorer, rows)
     _check_causal(scorer, own, prompts[0], name)
@@ -87,10 +96,10 @@ def _own(scorer: Verified, rows: list[Tensor]) -> list[Tensor]:
 
 def close(ours: list[Tensor], theirs: list[Tensor], kind: torch.dtype) -> bool:
     """Return whether log-probabilities of rows agree as far as weights of a type allow."""
-    return gap(ours, theirs, kind) <= (BOUND if kind.itemsize >= 4 else BOUND_16)
+    return largest_gap(ours, theirs, kind) <= (BOUND if kind.itemsize >= 4 else BOUND_16)
 
 
-def gap(ours: list[Tensor], theirs: list[Tensor], kind: torch.dtype) -> float:
+def largest_gap(ours: list[Tensor], theirs: list[Tensor], kind: torch.dtype) -> float:
     """Return the largest difference; in 16 bits the largest mean over a row. NaN if one is."""
     gaps = [(a - b).abs() for a, b in zip(ours, theirs, strict=True)]
     return float(torch.stack([g.max() if kind.itemsize >= 4 else g.mean() for g in gaps]).max())
@@ -169,7 +178,7 @@ def _choose_padding(
     scorer: Verified, rows: list[Tensor], prompts: list[int], wanted: list[Tensor], name: str
 ) -> None:
     """Let rows of different lengths share a pass if that changes nothing."""
-    for pads in (False,) if _picks_keys(scorer.model) else (True, False):
+    for pads in (False,) if picked_keys(scorer.model) else (True, False):
         scorer.pads = pads
         found = scorer.chosen(rows, prompts)
         if close(found, wanted, _kind(scorer)):
@@ -177,7 +186,7 @@ def _choose_padding(
     else:
         raise ConfigurationError(
             f"the log-probabilities of {name} must not depend on other rows: got some of "
-            f"{type(scorer.model).__name__} that are {gap(found, wanted, _kind(scorer)):.2g} away from "
+            f"{type(scorer.model).__name__} that are {largest_gap(found, wanted, _kind(scorer)):.2g} away from "
             "those of a row alone. "
             "Please report the architecture."
         )
@@ -186,9 +195,3 @@ def _choose_padding(
             f"`strategy` must not shard {name}: got fsdp2, and {type(scorer.model).__name__} "
             "needs a pass for each length of row, which differ between ranks. Use ddp."
         )
-
-
-def _picks_keys(model: Any) -> bool:
-    """Whether attention keeps the best few keys: ties are broken by the width of the batch."""
-    config = model.config.get_text_config(decoder=True)
-    return "indexed_attention" in (getattr(config, "layer_types", None) or ())

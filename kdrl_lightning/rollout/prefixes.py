@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kdrl_lightning.caches import growing_cache, select_rows
 
@@ -135,3 +137,12 @@ class WholePrefixes(Prefixes):
 
 
 WAYS: tuple[type[Prefixes], ...] = (PaddedPrefixes, OwnCachePrefixes, WholePrefixes)
+
+
+def is_ordinary(model: Any) -> bool:
+    """Whether every layer attends to keys with rotary embeddings: the padded way is then right."""
+    cache = DynamicCache(config=model.config)
+    plain = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+    rotary = any(name.rpartition(".")[2] == "rotary_emb" for name, _ in model.named_modules())
+    takes = inspect.signature(model.forward).parameters
+    return plain and rotary and {"past_key_values", "position_ids"} <= takes.keys()
