@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kdrl_lightning.architectures.attention import keep_soft_caps
 from kdrl_lightning.errors import ConfigurationError
 
 
@@ -39,6 +40,7 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     model = _load(AutoModelForCausalLM, path, dtype=dtype)
+    keep_soft_caps(model)
     return model.eval()
 
 
@@ -101,6 +103,7 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
         folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    keep_soft_caps(model)
     return model.eval(), folder
 
 

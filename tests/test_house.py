@@ -25,7 +25,7 @@ ALLOWED = {
     "losses": FLOOR,
     "advantages": FLOOR,
     "objectives": FLOOR | {"losses", "advantages"},
-    "models": FLOOR,
+    "models": FLOOR | {"architectures"},
     "cache": {"errors"},
     "gguf": {"cache", "errors", "models"},
     "lora": FLOOR,

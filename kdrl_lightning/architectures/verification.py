@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kdrl_lightning.architectures.attention import keep_soft_caps
 from kdrl_lightning.architectures.hidden_states import decoder_of
 from kdrl_lightning.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.errors import ConfigurationError
@@ -111,20 +112,15 @@ def _kind(scorer: Verified) -> torch.dtype:
 
 
 def _ignores_features(scorer: Verified, row: Tensor, own: Tensor) -> bool:
-    """Go over to eager attention if the model's fast one leaves something out of it.
-
-    ``sdpa`` knows no soft-capped scores (Gemma 2); in a model whose scores are small the
-    difference does not show, so the name in the configuration counts as well.
-    """
+    """Go over to eager attention if the model's fast one leaves something out of it."""
     model = scorer.model
-    config = model.config.get_text_config(decoder=True)
-    fast = config._attn_implementation
+    if keep_soft_caps(model):
+        return True
+    fast = model.config.get_text_config(decoder=True)._attn_implementation
     if fast != "sdpa":
         return False
     try:
         model.set_attn_implementation("eager")
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            return True
         eager = _own(scorer, [row])[0]
     except Exception:  # some architectures have no eager attention
         model.set_attn_implementation(fast)
