@@ -128,7 +128,7 @@ def select_rows(memory: Any, rows: Tensor) -> Any:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.reorder_cache(rows)  # type: ignore[arg-type]
         else:
-            layer.batch_select_indices(rows)
+            cast(Any, layer).batch_select_indices(rows)
     return memory
 
 

@@ -6,7 +6,6 @@ and anything else a failure. A difference in log-probabilities is a failure too,
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ NOT = "—"
 SHAPES = [(5, 3), (1, 19), (17, 1), (12, 20), (12, 9), (12, 13)]  # prompt, completion
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """Log-probabilities differ."""
 
 
@@ -57,7 +56,7 @@ def alone(model: Any, row: list[int], prompt: int) -> torch.Tensor:
 def compare(name: str, found: torch.Tensor, wanted: torch.Tensor, bound: float = BOUND) -> None:
     gap = float((found - wanted).abs().max())
     if not gap <= bound:
-        raise Wrong(f"{name}: {gap:.2g} apart")
+        raise WrongError(f"{name}: {gap:.2g} apart")
 
 
 @torch.no_grad()
@@ -135,7 +134,7 @@ def lora(folder: Path) -> str:
     with torch.no_grad():
         after = scorer(*inputs).logprobs
     if not (after - before).abs().max() > 1e-4:
-        raise Wrong("a step with adapters changes nothing")
+        raise WrongError("a step with adapters changes nothing")
     merged = load_causal_lm(str(folder))
     merged.set_attn_implementation(scorer.model.config._attn_implementation)
     merged.load_state_dict(ModelWeights(scorer.model, str(folder)).state(), strict=False)
@@ -181,14 +180,6 @@ def export(folder: Path) -> str:
     return "yes"
 
 
-def vllm(folder: Path) -> str:
-    if importlib.util.find_spec("vllm_case") is None or importlib.util.find_spec("vllm") is None:
-        return NOT
-    import vllm_case
-
-    return str(vllm_case.check(folder))
-
-
 COLUMNS: dict[str, Callable[[Path], str]] = {
     "loads": loads,
     "log-probs": logprobs,
@@ -197,7 +188,6 @@ COLUMNS: dict[str, Callable[[Path], str]] = {
     "LoRA": lora,
     "fsdp2": fsdp2,
     "export and resume": export,
-    "vLLM": vllm,
 }
 
 

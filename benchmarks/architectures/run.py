@@ -57,8 +57,16 @@ def try_family(model_type: str, columns: list[str]) -> dict[str, str]:
         process.join()
 
 
+def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Add what ``vllm_case`` found, which needs an environment of its own."""
+    results = TABLE.parent / "vllm.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    return {name: {**cells, "vLLM": found.get(name, "—")} for name, cells in table.items()}
+
+
 def markdown(table: dict[str, dict[str, str]]) -> str:
-    columns = list(cases.COLUMNS)
+    table = with_vllm(table)
+    columns = [*cases.COLUMNS, "vLLM"]
     notes: dict[str, int] = {}
 
     def short(cell: str) -> str:

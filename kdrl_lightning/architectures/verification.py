@@ -31,10 +31,17 @@ class Verified(Protocol):
     pads: bool
     at_head: bool
 
-    def head(self) -> Any: ...
-    def alone(self, ids: Tensor) -> Tensor: ...
-    def head_gap(self, ids: Tensor, factor: float) -> float: ...
-    def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]: ...
+    def head(self) -> Any:
+        """Return the language-model head."""
+
+    def alone(self, ids: Tensor) -> Tensor:
+        """Return the model's own logits ``[S, V]`` of one row."""
+
+    def head_gap(self, ids: Tensor, factor: float) -> float:
+        """Return how far the head is from the model's own, on states times ``factor``."""
+
+    def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:
+        """Return the log-probabilities of the rows' completions, scored in one call."""
 
 
 def verify(scorer: Verified, name: str) -> None:
@@ -180,10 +187,10 @@ def _choose_padding(
         if close(found, wanted, _kind(scorer)):
             break
     else:
+        apart = largest_gap(found, wanted, _kind(scorer))
         raise ConfigurationError(
             f"the log-probabilities of {name} must not depend on other rows: got some of "
-            f"{type(scorer.model).__name__} that are {largest_gap(found, wanted, _kind(scorer)):.2g} away from "
-            "those of a row alone. "
+            f"{type(scorer.model).__name__} that are {apart:.2g} away from those of a row alone. "
             "Please report the architecture."
         )
     if scorer.sharded and not scorer.pads:

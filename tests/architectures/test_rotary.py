@@ -121,9 +121,7 @@ def test_samples_on_one_side_are_scored_as_they_were_drawn(
     name: str, prompts: tuple[int, int], tokens: int
 ) -> None:
     row = make_rows()[1]
-    groups = engine_for(name).generate(
-        [row[:n] for n in prompts], [[1, 2], [5]], Sampling(tokens)
-    )
+    groups = engine_for(name).generate([row[:n] for n in prompts], [[1, 2], [5]], Sampling(tokens))
     for length, group in zip(prompts, groups, strict=True):
         for one in group:
             wanted = alone(name, row[:length] + one.ids, length)
