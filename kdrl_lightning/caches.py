@@ -10,7 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from kdrl_lightning.merging import MergedRows
 
@@ -98,6 +103,33 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
+
+
+def select_rows(memory: Any, rows: Tensor) -> Any:
+    """Keep, or repeat, rows of what a model remembers of its past tokens.
+
+    Args:
+        memory: a transformers cache, or a list of tensors ``[B, ...]`` (RWKV).
+        rows: ``[R]``, which rows.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(memory, list | tuple) and all(isinstance(part, Tensor) for part in memory):
+        return [part[rows] for part in memory]
+    if not isinstance(memory, Cache):
+        raise TypeError(f"no rows can be chosen from a {type(memory).__name__}")
+    if type(memory).batch_select_indices is not Cache.batch_select_indices:
+        memory.batch_select_indices(rows)  # a class of the architecture
+        return memory
+    for layer in memory.layers:
+        # Recurrent layers have no ``batch_select_indices``; where they have one, from attention
+        # in the same layer, it leaves their states as they are.
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+        else:
+            cast(Any, layer).batch_select_indices(rows)
+    return memory
 
 
 def shared_states(decoder: Any, rows: MergedRows) -> Tensor:

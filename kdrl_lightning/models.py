@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kdrl_lightning.architectures.attention import keep_soft_caps
 from kdrl_lightning.errors import ConfigurationError
 
 
@@ -40,6 +41,7 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     model = _load(AutoModelForCausalLM, path, dtype=dtype)
+    keep_soft_caps(model)
     return model.eval()
 
 
@@ -195,6 +197,7 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
         folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    keep_soft_caps(model)
     return model.eval(), folder
 
 
@@ -206,6 +209,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _refuse_adapter(path)
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
         # transformers would make one up.
@@ -250,6 +254,7 @@ def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
+    _refuse_adapter(path)
     try:
         yield
     except torch.OutOfMemoryError:
@@ -257,7 +262,41 @@ def _reading(path: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         local = "exists" if Path(path).is_dir() else "is not a local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if reason.startswith("Unrecognized configuration class"):
+            raise ConfigurationError(
+                f"a model must be a causal language model: got {path}, a "
+                f"{_model_type(path)} that transformers does not load as one. Use a text model, "
+                "or save the text part of this one by itself."
+            ) from error
         raise ConfigurationError(
             f"a model path must be a Hugging Face folder or hub name: got {path} ({local}; "
             f"{reason}). Check the spelling, or download the model first."
         ) from error
+
+
+def _model_type(path: str) -> str:
+    from transformers import PretrainedConfig
+
+    return str(PretrainedConfig.get_config_dict(path)[0].get("model_type", "model"))
+
+
+def _refuse_adapter(path: str) -> None:
+    """Refuse a folder that holds an adapter: transformers would load its base, if it finds that.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except ValueError:
+        base = None
+    whole = (Path(path) / "config.json").is_file()
+    raise ConfigurationError(
+        f"a model path must hold a whole model: got {path}, an adapter of {base or 'another model'}"
+        ". Merge it first (peft: `AutoPeftModelForCausalLM.from_pretrained(...)`, then "
+        "`merge_and_unload().save_pretrained(...)`), or train new adapters on the base with `lora`."
+        + (" If its weights are merged, remove adapter_config.json." if whole else "")
+    )

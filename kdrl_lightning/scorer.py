@@ -253,6 +253,10 @@ class Scorer(nn.Module):
 
     def alone(self, ids: Tensor) -> Tensor:
         """Return the model's own logits ``[S, V]`` of one row of ids ``[S]``."""
+        return self._alone(ids)
+
+    # A sharding wrapper takes ``alone`` for a forward, and takes the weights away after it.
+    def _alone(self, ids: Tensor) -> Tensor:
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :, : self.vocab_size]
         logits = self.head().order(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -282,7 +286,7 @@ class Scorer(nn.Module):
         called: list[bool] = []
         handle = self.model.get_output_embeddings().register_forward_pre_hook(widen)
         try:
-            own = self.alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+            own = self._alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
         finally:
             handle.remove()
         states = self._row_states(ids[None], torch.tensor([len(ids)], device=ids.device))[0, :-1]

@@ -50,6 +50,11 @@ class WeightFiles:
         part: Tensor = self._home[name].get_slice(name)[start:end]
         return part
 
+    def scalar(self, name: str) -> Tensor:
+        """Read a tensor without rows."""
+        value: Tensor = self._home[name].get_tensor(name)
+        return value
+
 
 def sources(model: nn.Module, files: WeightFiles) -> dict[int, str] | None:
     """Map the id of each parameter and stored buffer to its name in the files; None if one lacks.
@@ -111,7 +116,9 @@ def fill(
             start = tensor.device_mesh.get_local_rank() * -(
                 -tensor.shape[0] // tensor.device_mesh.size()
             )
-        if local.numel():
+        if not local.ndim:
+            local.copy_(files.scalar(names[name]) if name in names else given[name])
+        elif local.numel():
             end = start + local.shape[0]
             known = given.get(name)
             local.copy_(files.rows(names[name], start, end) if known is None else known[start:end])

@@ -77,6 +77,11 @@ SHARED = "caches.py", "test_merging.py"
 CACHES = "caches.py", "test_caches.py"
 PLAN = "rollout/plan.py", "rollout/test_plan.py"
 SCORING = "scorer.py", "test_merging.py"
+ROTARY = "architectures/rotary.py", "architectures/test_rotary.py"
+VERIFIED = "architectures/verification.py", "architectures/test_verification.py"
+SCORED = "scorer.py", "architectures/test_verification.py"
+PREFIXES = "rollout/prefixes.py", "architectures/test_prefixes.py"
+WAYS = "rollout/transformers_engine.py", "architectures/test_prefixes.py"
 DECODING = "rollout/decoding.py", "rollout/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
@@ -1347,6 +1352,60 @@ MUTATIONS = [
         "not sdpa_attention",
     ),
     Mutation("one token: it stays behind", DECODING, "[NAME] = plain", "[NAME]"),
+    Mutation(
+        "rotary: decided by the longest row",
+        ROTARY,
+        "torch.where(ends > limit,",
+        "torch.where(ends.max() > limit,",
+    ),
+    Mutation("rotary: padding counts", ROTARY, "if dynamic or not each:", "if False:"),
+    Mutation(
+        "rotary: what came before counts", ROTARY, "        if dynamic:  #", "        if False:  #"
+    ),
+    Mutation("rotary: dynamic rows are alike", ROTARY, "ends if dynamic else torch", "torch"),
+    Mutation(
+        "rotary: prompts are shared past it", ("scorer.py", ROTARY[1]), "self._switches[0]", "10**9"
+    ),
+    Mutation(
+        "loading: later tokens do not matter",
+        VERIFIED,
+        "first.isfinite().all()",
+        "first.isnan().any()",
+    ),
+    Mutation("loading: logits are not stretched", VERIFIED, "max(1.0, WIDE / largest)", "1.0"),
+    Mutation(
+        "loading: padding is not tried",
+        VERIFIED,
+        "if close(found, wanted, _kind(scorer)):",
+        "if True:",
+    ),
+    Mutation(
+        "loading: attention is not compared", VERIFIED, "if keep_soft_caps(model):", "if False:"
+    ),
+    Mutation("head: HyperCLOVA X divides", SCORED, "scale * scaling if", "scale / scaling if"),
+    Mutation("head: Falcon-H1 is not scaled", SCORED, ' * named("lm_head_multiplier")', ""),
+    Mutation("head: a soft-cap by one name", SCORED, ', "logits_soft_cap"', ""),
+    Mutation(
+        "rows by length: one length for all",
+        SCORED,
+        "self._pass(input_ids[g, :",
+        "self._pass(input_ids[g, 1:",
+    ),
+    Mutation(
+        "sampling: recurrent states stay",
+        ("caches.py", PREFIXES[1]),
+        "layer.reorder_cache(rows)",
+        "pass",
+    ),
+    Mutation(
+        "sampling: own caches keep their rows",
+        PREFIXES,
+        "self.memory = select_rows(self.memory, before)",
+        "pass",
+    ),
+    Mutation("sampling: lengths mix in any cache", WAYS, "way.mixed or ", "True or "),
+    Mutation("sampling: the first way is taken", WAYS, "return gap <= BOUND\n", "return True\n"),
+    Mutation("sampling: a small gap is none", WAYS, "gap <= BOUND / 10", "gap <= BOUND"),
     Mutation("step log: nothing is forgotten", STEP_LOG, "self._values.clear()", "pass"),
     Mutation(
         "statistics: those of a stopped run stay",
@@ -1765,6 +1824,7 @@ def _copy(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kdrl_lightning", folder / "kdrl_lightning", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     (folder / "pytest.ini").write_text("[pytest]\n")
     return folder
 

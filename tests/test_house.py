@@ -25,7 +25,7 @@ ALLOWED = {
     "losses": FLOOR,
     "advantages": FLOOR,
     "objectives": FLOOR | {"losses", "advantages"},
-    "models": FLOOR,
+    "models": FLOOR | {"architectures"},
     "cache": {"errors"},
     "gguf": {"cache", "errors", "models"},
     "lora": FLOOR,
@@ -34,7 +34,8 @@ ALLOWED = {
     "end_tokens": {"models"},
     "merging": set(),
     "caches": {"merging"},
-    "scorer": FLOOR | {"caches", "losses", "merging"},
+    "architectures": {"errors"},
+    "scorer": FLOOR | {"architectures", "caches", "losses", "merging"},
     "server_client": {"errors"},
     "shard_loading": set(),
     "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "prompts": FLOOR,
     "metrics": FLOOR,
     "rollout": FLOOR
-    | {"caches", "end_tokens", "losses", "metrics", "models", "rewards"}
+    | {"architectures", "caches", "end_tokens", "losses", "metrics", "models", "rewards"}
     | {"server_client", "weights"},
     "nonfinite": {"errors"},
     "pending": FLOOR | {"losses"},
@@ -100,7 +101,7 @@ LIGHTNING = {
     "evaluate",
     "parser",
 }
-TRANSFORMERS = {"models", "caches", "gguf", "tiny", "rollout", "cli"}
+TRANSFORMERS = {"architectures", "models", "caches", "gguf", "tiny", "rollout", "cli"}
 
 
 def imports(path: Path) -> set[str]:

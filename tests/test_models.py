@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Config
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import (
@@ -144,3 +145,39 @@ def test_a_source_is_asked_for_its_path():
             return "made/here"
 
     assert model_path(Source()) == "made/here"
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_folder_with_an_adapter_is_named_with_its_base(load, merged, student_folder, tmp_path):
+    path = str(tmp_path / "copy")
+    if merged:
+        shutil.copytree(student_folder, path)
+    else:
+        (tmp_path / "copy").mkdir()
+    text = json.dumps({"base_model_name_or_path": "some/base", "peft_type": "LORA"})
+    (tmp_path / "copy" / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"a model path must hold a whole model: got {path}, an adapter of some/base. Merge it "
+        "first (peft: `AutoPeftModelForCausalLM.from_pretrained(...)`, then "
+        "`merge_and_unload().save_pretrained(...)`), or train new adapters on the base with "
+        "`lora`." + (" If its weights are merged, remove adapter_config.json." if merged else "")
+    )
+
+
+def test_an_adapter_that_names_no_base_is_named_as_well(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="an adapter of another model"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_a_model_of_another_kind_is_not_a_matter_of_spelling(tmp_path):
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    words = (
+        f"a model must be a causal language model: got {tmp_path}, a t5 that transformers does not "
+        "load as one."
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        load_causal_lm(str(tmp_path))

@@ -21,11 +21,16 @@ NAMES = (
     "mamba_chunk_size",
 )
 LONGEST = 4096
+MARGIN = 6
 OPERATIONS = 2e10  # on a CPU, per row: about a second
 
 
-def probe_length(model: Any) -> int:
+def probe_length(model: Any, rotary: bool = True) -> int:
     """Return the length of a comparison's longest row: just past every affordable switch.
+
+    Args:
+        model: to compare.
+        rotary: also past those that sampling is refused across; else below them.
 
     A switch beyond ``LONGEST`` tokens, beyond the model's positions or too slow for this device is
     not compared: the row would cost more than the run's first update.
@@ -33,8 +38,9 @@ def probe_length(model: Any) -> int:
     config = model.config.get_text_config(decoder=True)
     named = [getattr(config, name, None) for name in NAMES]
     switches = [length for length in named if isinstance(length, int)]
-    switches += [length for length, _ in switch_lengths(model)]
-    most = LONGEST
+    beyond = [length for length, _ in switch_lengths(model)]
+    most = min([LONGEST, *(n - 3 * MARGIN for n in [*beyond, *picked_keys(model)] if not rotary)])
+    switches += beyond if rotary else []
     if model.device.type == "cpu":
         size = sum(p.numel() for p in model.parameters())
         most = min(most, int(OPERATIONS / (2 * size)))
@@ -43,4 +49,13 @@ def probe_length(model: Any) -> int:
     return max([0, *(length for length in switches if 0 < length <= most)]) + MARGIN
 
 
-MARGIN = 6
+def picked_keys(model: Any) -> list[int]:
+    """Return how many keys a sparse attention picks by an indexer, if the model has one.
+
+    Many keys have equal scores of 0, and which of them are picked depends on how many there are:
+    beyond this length a token's log-probability changes with the number of tokens after it.
+    """
+    config = model.config.get_text_config(decoder=True)
+    indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
+    count = getattr(config, "index_topk", None)
+    return [count] if indexed and isinstance(count, int) else []

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kdrl_lightning.architectures.attention import keep_soft_caps
 from kdrl_lightning.architectures.hidden_states import decoder_of
-from kdrl_lightning.architectures.switches import probe_length
+from kdrl_lightning.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.errors import ConfigurationError
 
 BOUND = 1e-3  # of log-probabilities in 32 bits and more
@@ -30,10 +31,17 @@ class Verified(Protocol):
     pads: bool
     at_head: bool
 
-    def head(self) -> Any: ...
-    def alone(self, ids: Tensor) -> Tensor: ...
-    def head_gap(self, ids: Tensor, factor: float) -> float: ...
-    def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]: ...
+    def head(self) -> Any:
+        """Return the language-model head."""
+
+    def alone(self, ids: Tensor) -> Tensor:
+        """Return the model's own logits ``[S, V]`` of one row."""
+
+    def head_gap(self, ids: Tensor, factor: float) -> float:
+        """Return how far the head is from the model's own, on states times ``factor``."""
+
+    def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:
+        """Return the log-probabilities of the rows' completions, scored in one call."""
 
 
 def verify(scorer: Verified, name: str) -> None:
@@ -43,7 +51,16 @@ def verify(scorer: Verified, name: str) -> None:
         ConfigurationError: none of them is right, or the model sees later tokens.
     """
     rows, prompts = probe_rows(scorer)
-    own = _own(scorer, rows)
+    try:
+        own = _own(scorer, rows)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigurationError(
+            f"the language model {name} must run on rows of token ids alone: got {reason} from "
+            f"{type(scorer.model).__name__}. Use another model, or another `dtype`."
+        ) from error
     if _ignores_features(scorer, rows[0], own[0]):
         own = _own(scorer, rows)
     _check_causal(scorer, own, prompts[0], name)
@@ -56,10 +73,12 @@ def verify(scorer: Verified, name: str) -> None:
     # Ranks may differ in what they share, which the collectives of a sharded model would not
     # survive; and float64 is for comparisons to 1e-10, in which norms that compute in float32
     # would tell apart where gradients are added up.
-    if scorer.pads and not (scorer.sharded or scorer.at_head) and not _double(scorer):
+    if scorer.pads and not (scorer.sharded or scorer.at_head) and _kind(scorer) != torch.float64:
         scorer.shares = True
         try:
-            scorer.shares = _close(scorer.chosen(rows, prompts), wanted, scorer)
+            scorer.shares = close(scorer.chosen(rows, prompts), wanted, _kind(scorer))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a cache that it does not take shows in as many ways as there are models
             scorer.shares = False
 
@@ -83,46 +102,37 @@ def _own(scorer: Verified, rows: list[Tensor]) -> list[Tensor]:
         return [scorer.alone(row) for row in rows]
 
 
-def _double(scorer: Verified) -> bool:
-    return bool(scorer.head().weight.dtype == torch.float64)
+def close(ours: list[Tensor], theirs: list[Tensor], kind: torch.dtype) -> bool:
+    """Return whether log-probabilities of rows agree as far as weights of a type allow."""
+    return largest_gap(ours, theirs, kind) <= (BOUND if kind.itemsize >= 4 else BOUND_16)
 
 
-def _close(ours: list[Tensor], theirs: list[Tensor], scorer: Verified) -> bool:
-    return _gap(ours, theirs, scorer) <= _bound(scorer)
-
-
-def _bound(scorer: Verified) -> float:
-    return BOUND if scorer.head().weight.dtype in (torch.float32, torch.float64) else BOUND_16
-
-
-def _gap(ours: list[Tensor], theirs: list[Tensor], scorer: Verified) -> float:
-    """Return the largest difference; in 16 bits the largest mean over a row."""
-    wide = scorer.head().weight.dtype in (torch.float32, torch.float64)
+def largest_gap(ours: list[Tensor], theirs: list[Tensor], kind: torch.dtype) -> float:
+    """Return the largest difference; in 16 bits the largest mean over a row. NaN if one is."""
     gaps = [(a - b).abs() for a, b in zip(ours, theirs, strict=True)]
-    found = torch.stack([gap.max() if wide else gap.mean() for gap in gaps])
-    return float(found.max())  # NaN if one is
+    return float(torch.stack([g.max() if kind.itemsize >= 4 else g.mean() for g in gaps]).max())
+
+
+def _kind(scorer: Verified) -> torch.dtype:
+    kind: torch.dtype = scorer.head().weight.dtype
+    return kind
 
 
 def _ignores_features(scorer: Verified, row: Tensor, own: Tensor) -> bool:
-    """Go over to eager attention if the model's fast one leaves something out of it.
-
-    ``sdpa`` knows no soft-capped scores (Gemma 2); in a model whose scores are small the
-    difference does not show, so the name in the configuration counts as well.
-    """
+    """Go over to eager attention if the model's fast one leaves something out of it."""
     model = scorer.model
-    config = model.config.get_text_config(decoder=True)
-    fast = config._attn_implementation
+    if keep_soft_caps(model):
+        return True
+    fast = model.config.get_text_config(decoder=True)._attn_implementation
     if fast != "sdpa":
         return False
     try:
         model.set_attn_implementation("eager")
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            return True
         eager = _own(scorer, [row])[0]
     except Exception:  # some architectures have no eager attention
         model.set_attn_implementation(fast)
         return False
-    if _close([eager.log_softmax(-1)], [own.log_softmax(-1)], scorer):
+    if close([eager.log_softmax(-1)], [own.log_softmax(-1)], _kind(scorer)):
         model.set_attn_implementation(fast)
         return False
     return True
@@ -131,7 +141,7 @@ def _ignores_features(scorer: Verified, row: Tensor, own: Tensor) -> bool:
 def _check_causal(scorer: Verified, own: list[Tensor], prompt: int, name: str) -> None:
     """The first two rows are equal up to two tokens behind their prompt."""
     first, second = (logits[: prompt + 2].log_softmax(-1) for logits in own[:2])
-    if not first.isfinite().all() or _close([first], [second], scorer):
+    if not first.isfinite().all() or close([first], [second], _kind(scorer)):
         return  # what is not finite is the head check's to say
     raise ConfigurationError(
         f"the language model {name} must not see later tokens: got log-probabilities of "
@@ -145,13 +155,18 @@ def _check_head(scorer: Verified, row: Tensor, own: Tensor, name: str) -> None:
     largest = float(own.abs().max())
     factor = max(1.0, WIDE / largest) if largest == largest and largest > 0 else 1.0
     bound = BOUND
-    if scorer.head().weight.dtype not in (torch.float32, torch.float64):
-        bound = max(BOUND_16, 2 * torch.finfo(scorer.head().weight.dtype).eps * WIDE)
+    if _kind(scorer).itemsize < 4:
+        bound = max(BOUND_16, 2 * torch.finfo(_kind(scorer)).eps * WIDE)
     worst = float("nan")
     for at_head in (False, True) if decoder_of(scorer.model) is not None else (True,):
         scorer.at_head = at_head
-        with torch.no_grad():
-            gaps = [scorer.head_gap(row, 1.0), scorer.head_gap(row, factor)]
+        try:
+            with torch.no_grad():
+                gaps = [scorer.head_gap(row, 1.0), scorer.head_gap(row, factor)]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError, TypeError):  # states that are none, or elsewhere
+            continue
         if all(gap <= bound for gap in gaps):
             return
         worst = max(gaps) if worst != worst else worst
@@ -166,16 +181,16 @@ def _choose_padding(
     scorer: Verified, rows: list[Tensor], prompts: list[int], wanted: list[Tensor], name: str
 ) -> None:
     """Let rows of different lengths share a pass if that changes nothing."""
-    gap = float("nan")
-    for pads in (True, False):
+    for pads in (False,) if picked_keys(scorer.model) else (True, False):
         scorer.pads = pads
-        gap = _gap(scorer.chosen(rows, prompts), wanted, scorer)
-        if gap <= _bound(scorer):
+        found = scorer.chosen(rows, prompts)
+        if close(found, wanted, _kind(scorer)):
             break
     else:
+        apart = largest_gap(found, wanted, _kind(scorer))
         raise ConfigurationError(
             f"the log-probabilities of {name} must not depend on other rows: got some of "
-            f"{type(scorer.model).__name__} that are {gap:.2g} away from those of a row alone. "
+            f"{type(scorer.model).__name__} that are {apart:.2g} away from those of a row alone. "
             "Please report the architecture."
         )
     if scorer.sharded and not scorer.pads:

@@ -7,6 +7,7 @@ seed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdrl_lightning.architectures.rotary import decide_per_row, switch_lengths
+from kdrl_lightning.architectures.switches import picked_keys, probe_length
+from kdrl_lightning.architectures.verification import BOUND, BOUND_16, largest_gap
 from kdrl_lightning.end_tokens import as_ids, first_end
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.rollout.decoding import one_token_attention
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.rollout.prefixes import (
+    WAYS,
+    PaddedPrefixes,
+    Prefixes,
+    WholePrefixes,
+    is_ordinary,
+)
 from kdrl_lightning.rollout.replica import filled_replica
 from kdrl_lightning.weights import ModelWeights
 
@@ -44,27 +55,45 @@ class TransformersEngine(RolloutEngine):
         self._ends: tuple[int, ...] = ()
         self._pad = 0
         self._rows: int | None = None
+        self._way: type[Prefixes] | None = None
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
         """Remember the live model."""
-        self._model, self._replica = weights.model, None
+        self._model, self._replica, self._way = weights.model, None, None
         self._ends, self._pad = as_ids(eos_token_id), pad_token_id
         self._rows = weights.vocab_size
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Note the version: the live model already has the weights, unless it is sharded."""
+        """Note the version: the live model already has the weights, unless it is sharded.
+
+        The first time, it tries on a few tokens how the architecture can be sampled.
+        """
         if weights.sharded:
             self._replica = filled_replica(weights, self._replica)
         self._model = self._replica if weights.sharded else weights.model
         self.version = version
+        if self._way is None:
+            self._way = self._choose_way()
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> list[list[Completion]]:
         """Sample; see ``RolloutEngine.generate``."""
+        refuse_crossing(self._model, [len(p) for p in prompts], sampling.max_tokens)
+        if self._way is None:
+            self._way = PaddedPrefixes if is_ordinary(self._model) else self._choose_way()
+        return self._sample(self._way, prompts, seeds, sampling)
+
+    def _sample(
+        self,
+        way: type[Prefixes],
+        prompts: Sequence[list[int]],
+        seeds: Sequence[list[int]],
+        sampling: Sampling,
+    ) -> list[list[Completion]]:
         out: list[list[Completion]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         # A chunk holds (prompt, its seeds); a group larger than the limit is cut.
@@ -74,21 +103,32 @@ class TransformersEngine(RolloutEngine):
             for start in range(0, len(seeds[i]), self.max_sequences)
         ]
         while jobs:
-            chunk, size = [], 0
-            while jobs and size + len(jobs[0][1]) <= self.max_sequences:
+            chunk, size, length = [], 0, len(prompts[jobs[0][0]])
+            while (
+                jobs
+                and size + len(jobs[0][1]) <= self.max_sequences
+                and (way.mixed or len(prompts[jobs[0][0]]) == length)
+            ):
                 chunk.append(jobs.pop(0))
                 size += len(chunk[-1][1])
+            prefixes = way(self._model, self._pad)
             with one_token_attention():
-                completions = iter(self._decode([prompts[i] for i, _ in chunk], chunk, sampling))
+                completions = iter(
+                    self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
+                )
             for i, own in chunk:
                 out[i] += [next(completions) for _ in own]
         return out
 
     def _decode(
-        self, prompts: list[list[int]], chunk: list[tuple[int, list[int]]], sampling: Sampling
+        self,
+        prefixes: Prefixes,
+        prompts: list[list[int]],
+        chunk: list[tuple[int, list[int]]],
+        sampling: Sampling,
     ) -> list[Completion]:
         device = self._model.device
-        cache, logits, mask = self._prefill(prompts)
+        logits = prefixes.start(prompts)
         # Completions that coincide so far share a row of the cache: at first all of a prompt.
         groups = torch.tensor([len(own) for _, own in chunk], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(groups)
@@ -109,44 +149,88 @@ class TransformersEngine(RolloutEngine):
             alive, vocab = alive[keep], logits.shape[-1]
             paths, rows = (rows[keep] * vocab + token[keep]).unique(return_inverse=True)
             before, token = paths // vocab, paths % vocab
-            if len(before) != len(logits) or bool((before.diff() != 1).any()):
-                cache.batch_select_indices(before)
-                mask = None if mask is None else mask[before]
-            position = None
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                position = mask.sum(1, keepdim=True) - 1
-            logits = self._model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            moved = len(before) != len(logits) or bool((before.diff() != 1).any())
+            logits = prefixes.step(before if moved else None, token)
         return _completions(ids, logprobs, done, self._ends)
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[Any, Tensor, Any]:
-        """Run each prompt once, padded on the left."""
-        from kdrl_lightning.caches import growing_cache
+    def _choose_way(self) -> type[Prefixes]:
+        """Return the fastest way whose log-probabilities are those of whole rows alone.
 
-        width = max(map(len, prompts))
-        rows = [[self._pad] * (width - len(p)) + p for p in prompts]
-        ids = torch.tensor(rows, device=self._model.device)
-        mask = position = None
-        if any(len(p) < width for p in prompts):
-            lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
-            mask = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = growing_cache(self._model.config)
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return cache, logits, mask
+        Raises:
+            ConfigurationError: there is none.
+        """
+        decide_per_row(self._model)
+        name = type(self._model).__name__
+        for way in WAYS:
+            try:
+                right = self._samples_right(way)
+            except (torch.OutOfMemoryError, ConfigurationError):
+                raise
+            except Exception:  # caches that a way does not know fail in as many ways
+                continue
+            if right and not way.cached:
+                warnings.warn(
+                    f"{name} is sampled without a cache: every token takes a pass over all tokens "
+                    "before it. VLLMEngine is faster.",
+                    stacklevel=2,
+                )
+            if right:
+                return way
+        raise ConfigurationError(
+            f"`rollout_engine` must be VLLMEngine or VLLMServerEngine for {name}: got "
+            "TransformersEngine, whose log-probabilities are not those of the model's own logits."
+        )
+
+    def _samples_right(self, way: type[Prefixes]) -> bool:
+        """Whether sampled log-probabilities are those of rows alone, as far as rounding allows.
+
+        A cache that leaves out a small thing (Nemotron-H's lower bound on time steps) is only
+        a little off; rounding is what whole rows differ by among themselves.
+        """
+        gap = self._sampling_gap(way)
+        if self._model.get_output_embeddings().weight.dtype.itemsize < 4:
+            return gap <= BOUND_16
+        if gap <= BOUND / 10 or not (way.cached and gap <= BOUND):
+            return gap <= BOUND
+        return gap <= 20 * self._sampling_gap(WholePrefixes)
+
+    @torch.no_grad()
+    def _sampling_gap(self, way: type[Prefixes]) -> float:
+        rows = self._model.get_output_embeddings().weight.shape[0]
+        end = min(rows, self._rows or rows)
+        long = probe_length(self._model, rotary=False) + 5
+        prompts = [[(3 + 7 * i) % end for i in range(n)] for n in (long, 5, 5)]
+        prompts[2].reverse()
+        refuse_crossing(self._model, [long], 6)
+        groups = self._sample(way, prompts, [[1, 2], [3, 4, 5], [6]], Sampling(6))
+        ours, theirs = [], []
+        for prompt, completions in zip(prompts, groups, strict=True):
+            for one in completions:
+                row = torch.tensor([prompt + one.ids], device=self._model.device)
+                logits = self._model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                scores = logits[:, : self._rows].float().log_softmax(-1)
+                theirs.append(scores.gather(-1, row[0, len(prompt) :, None]).squeeze(-1))
+                ours.append(scores.new_tensor(one.logprobs))
+        return largest_gap(ours, theirs, self._model.get_output_embeddings().weight.dtype)
+
+
+def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
+    """Refuse completions on whose way the model changes what it computes for earlier tokens.
+
+    Raises:
+        ConfigurationError: a row might grow past such a change.
+    """
+    changes = [(n, always, "rotary embedding") for n, always in switch_lengths(model)]
+    changes += [(n, True, "choice of keys") for n in picked_keys(model)]
+    for limit, every_token, what in changes:
+        for length in prompts:
+            if length + max_tokens > limit and (every_token or length <= limit):
+                raise ConfigurationError(
+                    f"`max_tokens` must keep a prompt of {length} tokens and its completion within "
+                    f"{limit} tokens, beyond which the {what} of {type(model).__name__} changes "
+                    f"for all of a row: got {max_tokens}. Lower it, or shorten the prompts with "
+                    "`max_prompt_tokens`."
+                )
 
 
 def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

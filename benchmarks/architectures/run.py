@@ -1,0 +1,131 @@
+"""Writes the table of architectures: ``docs/architectures.md`` and its JSON.
+
+Run it as ``python benchmarks/architectures/run.py``; ``--families qwen3,gemma2`` and
+``--columns sampling,LoRA`` renew a part. Each family has a process of its own and a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+import families
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "architectures.md"
+TABLE = ROOT / "docs" / "architectures" / "architectures.json"
+SECONDS = 240
+
+
+def work(model_type: str, columns: list[str], send: object) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            cells = cases.row(model_type, Path(folder), columns)
+        except Exception as error:
+            cells = {"loads": f"failed: {type(error).__name__}: {error}".splitlines()[0]}
+    send.send(cells)  # type: ignore[attr-defined]
+
+
+def try_family(model_type: str, columns: list[str]) -> dict[str, str]:
+    fork = multiprocessing.get_context("fork")  # each starts with the libraries loaded
+    receive, send = fork.Pipe(duplex=False)
+    process = fork.Process(target=work, args=(model_type, columns, send))
+    process.start()
+    send.close()
+    try:
+        if receive.poll(SECONDS):
+            return dict(receive.recv())
+        return {"loads": f"failed: no answer in {SECONDS} s"}
+    except EOFError:
+        return {"loads": f"failed: the process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Add what ``vllm_case`` found, which needs an environment of its own."""
+    results = TABLE.parent / "vllm.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    return {name: {**cells, "vLLM": found.get(name, "—")} for name, cells in table.items()}
+
+
+def markdown(table: dict[str, dict[str, str]]) -> str:
+    table = with_vllm(table)
+    columns = [*cases.COLUMNS, "vLLM"]
+    notes: dict[str, int] = {}
+
+    def short(cell: str) -> str:
+        kind, _, reason = cell.partition(": ")
+        return cell if not reason else f"{kind} [{notes.setdefault(reason, len(notes) + 1)}]"
+
+    lines = [f"| model type | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for name, cells in sorted(table.items()):
+        lines.append(f"| {name} | {' | '.join(short(cells.get(c, '—')) for c in columns)} |")
+    out = [HEAD.format(count=len(table), version=transformers.__version__), *lines, ""]
+    out += [f"{number}. {reason}" for reason, number in notes.items()]
+    out += ["", "Not built in small:", ""]
+    out += [f"- {name}: {reason}" for name, reason in sorted(families.LEFT_OUT.items())]
+    return "\n".join(out) + "\n"
+
+
+HEAD = """# Architectures
+
+Every causal language model type that transformers {version} can build, as a random model of about
+0.2 million parameters ({count} types). Each cell is a comparison with the model's own logits, one
+row at a time, without padding and without a cache.
+
+- loads: the scorer accepts it. Refusals come before training, in one line.
+- log-probs: of completions of different lengths in one batch.
+- shared prompts: a prompt of several completions is run once; — means that each row is run whole.
+- sampling: by `TransformersEngine`; log-probabilities of samples against those of whole rows.
+  "without a cache" means that each token takes a pass over all tokens before it.
+- LoRA: a step changes log-probabilities, and the merged weights give the same ones.
+- fsdp2: sharded log-probabilities and a backward pass.
+- export and resume: the folder that `export` writes, and a model rebuilt from a checkpoint.
+- vLLM: its engine against the scorer, on a CPU; — means that it was not tried here.
+
+Sliding windows, chunks and sparse attention are 8 tokens wide, so the comparisons are past them.
+A real model is compared past a switch of up to 4096 tokens if that costs less than about a second.
+
+Rotary embeddings that change with length (longrope of Phi-3 and Phi-4, dynamic NTK) are decided for
+each row by its length. `TransformersEngine` refuses completions that may grow past the change,
+because all earlier tokens would then count differently. vLLM makes one choice for all lengths; if
+rows may lie on both sides, its log-probabilities are not the scorer's.
+
+Made by `python benchmarks/architectures/run.py`; `tests/test_architectures.py` holds a part of it.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--families", default=",".join(families.families()))
+    parser.add_argument("--columns", default=",".join(cases.COLUMNS))
+    chosen = parser.parse_args()
+    columns = chosen.columns.split(",")
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    for name in chosen.families.split(","):
+        found = try_family(name, columns)
+        table[name] = {**table.get(name, {}), **found}
+        print(name, found, flush=True)
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        PAGE.write_text(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

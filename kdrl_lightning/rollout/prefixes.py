@@ -1,0 +1,148 @@
+"""The next token's logits of rows that grow: with a cache, or by running every row again."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kdrl_lightning.caches import growing_cache, select_rows
+
+# Names under which architectures return and take what they remember: most, Mamba's, RWKV's.
+MEMORIES = ("past_key_values", "cache_params", "state")
+
+
+class Prefixes(ABC):
+    """Rows of tokens, each of which grows by one token per step.
+
+    Attributes:
+        mixed: prompts of different lengths may start together.
+        cached: a step runs the new tokens alone.
+    """
+
+    mixed: bool = False
+    cached: bool = True
+
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self.model = model
+        self.pad_id = pad_id
+
+    @abstractmethod
+    def start(self, prompts: list[list[int]]) -> Tensor:
+        """Run P prompts; return the logits ``[P, V]`` of their next tokens."""
+
+    @abstractmethod
+    def step(self, before: Tensor | None, token: Tensor) -> Tensor:
+        """Append ``token [R]`` to rows and return the logits ``[R, V]`` of the next ones.
+
+        Args:
+            before: ``[R]``, each row's place among those of the step before; None: as they were.
+            token: one for each row.
+        """
+
+
+class PaddedPrefixes(Prefixes):
+    """Keys and values of prompts that are padded on the left; a cache that grows in place."""
+
+    mixed = True
+
+    def start(self, prompts: list[list[int]]) -> Tensor:
+        """Run each prompt once, padded on the left."""
+        width = max(map(len, prompts))
+        rows = [[self.pad_id] * (width - len(p)) + p for p in prompts]
+        ids = torch.tensor(rows, device=self.model.device)
+        self.mask: Tensor | None = None
+        position = None
+        if any(len(p) < width for p in prompts):
+            lengths = torch.tensor([len(p) for p in prompts], device=ids.device)
+            self.mask = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
+            position = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.cache = growing_cache(self.model.config)
+        return self._run(ids, position, logits_to_keep=1)
+
+    def step(self, before: Tensor | None, token: Tensor) -> Tensor:
+        """Run the new tokens."""
+        if before is not None:
+            self.cache.batch_select_indices(before)
+            self.mask = None if self.mask is None else self.mask[before]
+        position = None
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+            position = self.mask.sum(1, keepdim=True) - 1
+        return self._run(token[:, None], position)
+
+    def _run(self, ids: Tensor, position: Tensor | None, **settings: Any) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            **settings,
+        ).logits
+        return logits[:, -1]
+
+
+class OwnCachePrefixes(Prefixes):
+    """Whatever the architecture remembers (recurrent states, convolutions), for equal lengths."""
+
+    def start(self, prompts: list[list[int]]) -> Tensor:
+        """Run prompts of one length.
+
+        Raises:
+            TypeError: the architecture returns no cache.
+        """
+        ids = torch.tensor(prompts, device=self.model.device)
+        out = self.model(input_ids=ids, use_cache=True)
+        self.name = next((n for n in MEMORIES if getattr(out, n, None) is not None), "")
+        if not self.name:
+            raise TypeError(f"{type(self.model).__name__} returns no cache")
+        self.memory: Any = getattr(out, self.name)
+        logits: Tensor = out.logits
+        return logits[:, -1]
+
+    def step(self, before: Tensor | None, token: Tensor) -> Tensor:
+        """Run the new tokens."""
+        if before is not None:
+            self.memory = select_rows(self.memory, before)
+        out = self.model(input_ids=token[:, None], use_cache=True, **{self.name: self.memory})
+        self.memory = getattr(out, self.name)
+        logits: Tensor = out.logits
+        return logits[:, -1]
+
+
+class WholePrefixes(Prefixes):
+    """No cache: every step runs all tokens of every row, so time grows with length squared."""
+
+    cached = False
+
+    def start(self, prompts: list[list[int]]) -> Tensor:
+        """Run prompts of one length."""
+        self.ids = torch.tensor(prompts, device=self.model.device)
+        return self._run()
+
+    def step(self, before: Tensor | None, token: Tensor) -> Tensor:
+        """Run whole rows."""
+        rows = self.ids if before is None else self.ids[before]
+        self.ids = torch.cat([rows, token[:, None]], 1)
+        return self._run()
+
+    def _run(self) -> Tensor:
+        logits: Tensor = self.model(input_ids=self.ids, use_cache=False).logits
+        return logits[:, -1]
+
+
+WAYS: tuple[type[Prefixes], ...] = (PaddedPrefixes, OwnCachePrefixes, WholePrefixes)
+
+
+def is_ordinary(model: Any) -> bool:
+    """Whether every layer attends to keys with rotary embeddings: the padded way is then right."""
+    cache = DynamicCache(config=model.config)
+    plain = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+    rotary = any(name.rpartition(".")[2] == "rotary_emb" for name, _ in model.named_modules())
+    takes = inspect.signature(model.forward).parameters
+    return plain and rotary and {"past_key_values", "position_ids"} <= takes.keys()
