@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -84,7 +86,7 @@ class KDRLCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups of the callbacks, and one seed for everything."""
+        """Add the groups of the callbacks."""
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSync, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
@@ -92,7 +94,6 @@ class KDRLCLI(LightningCLI):
         parser.add_lightning_class_args(SamplePage, "samples")
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
         parser.add_argument(
             "--profile",
             action="store_true",
@@ -106,6 +107,11 @@ class KDRLCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
+
+    def instantiate_classes(self) -> None:
+        """Build everything; data without a seed of its own takes ``seed_everything``."""
+        with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what Lightning refuses is the user's mistake."""
@@ -129,6 +135,21 @@ class KDRLCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""
+
+
+@contextmanager
+def seeded(config: Namespace) -> Iterator[None]:
+    """Let ``data.seed`` follow ``seed_everything`` unless it is given.
+
+    The configuration itself keeps None, so that a saved one follows the seed of its next run.
+    """
+    given = config.data.seed
+    if given is None:
+        config.data.seed = as_seed(config.seed_everything)
+    try:
+        yield
+    finally:
+        config.data.seed = given
 
 
 def as_seed(value: bool | int | None) -> int:

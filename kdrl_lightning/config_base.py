@@ -10,40 +10,53 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import set_dumper, set_loader
+from jsonargparse._util import config_load_stack
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.settings import unions
+from kdrl_lightning.settings.text import TwiceError, dump, load
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
-_yaml = get_loader("yaml")
 
 
 def install() -> None:
-    """Make jsonargparse's YAML loader understand ``base``."""
-    set_loader("yaml", load_with_base)
+    """Make jsonargparse read and write YAML, and name a mistake, as this library does."""
+    set_loader("yaml", load_with_base, exceptions=(yaml.YAMLError,))
+    set_dumper("yaml", dump)
+    unions.install()
 
 
-def load_with_base(text: str, path: str = "") -> Any:
+def load_with_base(text: str, path: str | None = None) -> Any:
     """Load YAML; a mapping with ``base`` is merged over the file that it names.
 
     Args:
         text: YAML.
-        path: where it comes from; ``base`` is relative to it.
+        path: where it comes from; ``base`` is relative to it. None: a value of the command line, or
+            the file that jsonargparse is reading.
 
     Raises:
-        ConfigurationError: a file is not YAML, a base does not exist, or bases form a circle.
+        ConfigurationError: a file is not YAML or names a key twice, a base does not exist, or bases
+            form a circle.
+        yaml.YAMLError: a value of the command line is not YAML.
     """
-    return _resolve(_load(text, path), Path(path), ())
+    file = _being_read(text)
+    if path is None and file is None:
+        return _value(text)
+    # jsonargparse changes into the folder of a file that it reads, and passes its last name alone.
+    full, name = file or (path or "", path or "--config")
+    return _resolve(_document(text, name), Path(full), ())
 
 
 def merge(base: Any, over: Any) -> Any:
     """Merge mappings key by key; anything else in ``over`` replaces what ``base`` has.
 
     A different ``class_path`` replaces the whole class, so that no argument leaks into another;
-    so does a mapping of other names, e.g. of evaluation sets.
+    so does a mapping of other names, e.g. of evaluation sets. A list under ``name+`` is added to
+    the one that ``base`` has.
 
-    >>> merge({"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2]})
-    {'a': {'x': 1, 'y': 3}, 'b': [2]}
+    >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
+    {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
     """
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
@@ -51,24 +64,68 @@ def merge(base: Any, over: Any) -> Any:
         return over
     if "class_path" in base and not set(over) <= CLASS:
         return over
-    return {k: merge(base.get(k), over[k]) if k in over else base[k] for k in {**base, **over}}
+    merged = dict(base)
+    for key, value in over.items():
+        longer = key.removesuffix("+") if isinstance(key, str) and key.endswith("+") else None
+        if longer is None:
+            merged.pop(f"{key}+", None)
+            merged[key] = merge(base.get(key), value)
+        else:
+            place = longer if longer in merged else key
+            merged[place] = [*_items(merged.get(place)), *_items(value)]
+    return merged
 
 
-def _load(text: str, path: str) -> Any:
+def _being_read(text: str) -> tuple[str, str] | None:
+    """Return path and given name of the file whose content jsonargparse has passed, if it has."""
+    for full, name in config_load_stack.get()[-1:]:
+        try:
+            if Path(full).read_text(encoding="utf-8") == text:
+                return full, name
+        except (OSError, UnicodeDecodeError):
+            return None
+    return None
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _value(text: str) -> Any:
+    """Read a value of the command line; a comment, an anchor or a lone name is text."""
+    found = load(text)
+    if found is None and text.strip().lower() not in ("null", "~", ""):
+        return text
+    if isinstance(found, dict) and found and all(v is None for v in found.values()):
+        return text
+    return found
+
+
+def _document(text: str, name: str) -> Any:
     try:
-        return _yaml(text)
+        return load(text)
+    except TwiceError as error:
+        first, second = error.lines
+        raise ConfigurationError(
+            f"`{error.key}` must stand once in a mapping of {name}: got it in line {first} and in "
+            f"line {second}. Remove one."
+        ) from error
     except yaml.YAMLError as error:
-        if not path:  # a value on the command line: jsonargparse tries other readings of it
-            raise
-        raise ConfigurationError(f"{path} must be YAML: {error}") from error
+        raise ConfigurationError(f"{name} must be YAML: {error}") from error
 
 
 def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
-    if not isinstance(value, dict) or not isinstance(value.get("base"), str):
+    if not isinstance(value, dict) or "base" not in value:
         return value
     own = {k: v for k, v in value.items() if k != "base"}
+    if not isinstance(value["base"], str):
+        raise ConfigurationError(f"`base` must name one YAML file: got {value['base']!r}.")
     file = (path.parent / value["base"]).resolve()
     if not file.is_file() or file in seen:
         what = "which is its own base" if file in seen else "which is no file"
         raise ConfigurationError(f"`base` must name a YAML file: got {file}, {what}.")
-    return merge(_resolve(_load(file.read_text(), str(file)), file, (*seen, file)), own)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"`base` must be readable UTF-8: got {file} ({error}).") from error
+    return merge(_resolve(_document(text, str(file)), file, (*seen, file)), own)
