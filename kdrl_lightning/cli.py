@@ -33,6 +33,8 @@ from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
+from kdrl_lightning.settings.folders import removed_if_refused
+from kdrl_lightning.settings.unused import warn_of_unused
 from kdrl_lightning.strategies import refuse_fsdp1
 
 
@@ -104,6 +106,7 @@ class KDRLCLI(LightningCLI):
         """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
+        warn_of_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
@@ -126,6 +129,10 @@ class KDRLCLI(LightningCLI):
         if self._get(self.config, "profile"):
             callbacks = [StepProfile(), *callbacks]
         return super()._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with removed_if_refused(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

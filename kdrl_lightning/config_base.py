@@ -16,6 +16,7 @@ from jsonargparse._util import config_load_stack
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings import unions
 from kdrl_lightning.settings.text import TwiceError, dump, load
+from kdrl_lightning.settings.unused import warn_of_dropped
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -48,7 +49,7 @@ def load_with_base(text: str, path: str | None = None) -> Any:
     return _resolve(_document(text, name), Path(full), ())
 
 
-def merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any, where: str = "") -> Any:
     """Merge mappings key by key; anything else in ``over`` replaces what ``base`` has.
 
     A different ``class_path`` replaces the whole class, so that no argument leaks into another;
@@ -61,15 +62,17 @@ def merge(base: Any, over: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "class_path" in over and over["class_path"] != base.get("class_path"):
+        _warn_of_dropped(where, base, over)
         return over
     if "class_path" in base and not set(over) <= CLASS:
         return over
     merged = dict(base)
     for key, value in over.items():
+        path = f"{where}.{key}" if where else str(key)
         longer = key.removesuffix("+") if isinstance(key, str) and key.endswith("+") else None
         if longer is None:
             merged.pop(f"{key}+", None)
-            merged[key] = merge(base.get(key), value)
+            merged[key] = merge(base.get(key), value, path)
         else:
             place = longer if longer in merged else key
             merged[place] = [*_items(merged.get(place)), *_items(value)]
@@ -85,6 +88,13 @@ def _being_read(text: str) -> tuple[str, str] | None:
         except (OSError, UnicodeDecodeError):
             return None
     return None
+
+
+def _warn_of_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
+    had, has = (dict(spec.get("init_args") or {}) for spec in (base, over))
+    before = str(base.get("class_path"))
+    if before.rsplit(".", 1)[-1] != str(over["class_path"]).rsplit(".", 1)[-1]:
+        warn_of_dropped(where, [k for k in had if k not in has], before, str(over["class_path"]))
 
 
 def _items(value: Any) -> list[Any]:
@@ -103,7 +113,7 @@ def _value(text: str) -> Any:
 
 def _document(text: str, name: str) -> Any:
     try:
-        return load(text)
+        found = load(text)
     except TwiceError as error:
         first, second = error.lines
         raise ConfigurationError(
@@ -112,6 +122,21 @@ def _document(text: str, name: str) -> Any:
         ) from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{name} must be YAML: {error}") from error
+    for key in found if isinstance(found, dict) else ():
+        if "." in str(key) and _holds(found, str(key).split(".")):
+            raise ConfigurationError(
+                f"`{key}` must stand once in {name}: got it with dots and inside "
+                f"`{str(key).split('.')[0]}`. Remove one."
+            )
+    return found
+
+
+def _holds(tree: Any, names: list[str]) -> bool:
+    for name in names:
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:

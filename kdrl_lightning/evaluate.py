@@ -31,6 +31,7 @@ from kdrl_lightning.objectives import SFT
 from kdrl_lightning.parser import OneLineParser
 from kdrl_lightning.settings.text import dump
 
+# Of a configuration for training; a flag still switches them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # What is read of a configuration; the rest concerns training.
 GROUPS = ("models", "output", "seed_everything", "data", "trainer")
@@ -81,8 +82,6 @@ def evaluate(args: Sequence[str]) -> None:
         raise ConfigurationError(
             "`models` must name at least one model: got none. Give `--models.NAME PATH`."
         )
-    for name in SWITCHED_OFF:
-        config[f"trainer.{name}"] = False
     results: dict[str, Any] = {}
     for name in config.models:
         results[name], data, trainer = evaluate_one(parser, config, name)
@@ -156,7 +155,8 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_lightning_class_args(RolloutDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
-    parser.set_defaults({"data.train_prompts": [], "trainer.inference_mode": False})
+    off = {f"trainer.{name}": False for name in SWITCHED_OFF}
+    parser.set_defaults({"data.train_prompts": [], "trainer.inference_mode": False, **off})
     return parser
 
 
@@ -178,13 +178,16 @@ def _needed(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise ConfigurationError(f"`config` must be a YAML file: got {name}, which is no file.")
-    config = load_with_base(path.read_text(), name)
+    try:
+        config = load_with_base(path.read_text(encoding="utf-8"), name)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"`config` must be UTF-8: got {name} ({error}).") from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"`config` must hold settings by name: got {name}.")
     kept = {group: config[group] for group in GROUPS if group in config}
-    for group, name in (("data", "train_prompts"), ("trainer", "logger")):
+    for group, names in (("data", ("train_prompts",)), ("trainer", SWITCHED_OFF)):
         if isinstance(kept.get(group), dict):
-            kept[group] = {k: v for k, v in kept[group].items() if k != name}
+            kept[group] = {k: v for k, v in kept[group].items() if k not in names}
     return dump(kept)
 
 

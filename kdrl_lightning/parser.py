@@ -19,6 +19,9 @@ HELP = "--help`"
 # How a message begins that is about one setting: jsonargparse's words, or ours.
 KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must be ))")
 
+WRONG_TYPE = re.compile(r"Expected an? <class '(str|int|float|bool)'>\. Got value: (.*)")
+WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, with the nearest known name where a word is unknown."""
@@ -31,6 +34,20 @@ class OneLineParser(LightningArgumentParser):
         if HELP not in text:
             text += self._suggestion(text) + self._help(text)
         raise ConfigurationError(text) from ex
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a configuration file; one that is no text is the user's mistake."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"`config` must be UTF-8: got {path} ({error}).") from error
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the command line; so is any other file."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
 
     def _help(self, text: str) -> str:
         prog = self.prog.split(" [")[0].removesuffix(" fit")
@@ -107,4 +124,7 @@ def one_line(message: str) -> str:
         text = text[found.end() :].lstrip()
     if not keys:
         return text
+    if found := WRONG_TYPE.fullmatch(text):
+        cure = " Quote it." if found[1] == "str" else ""
+        text = f"must be {WORDS[found[1]]}: got {found[2]}.{cure}"
     return f"`{'.'.join(keys)}`{'' if text.startswith('must be ') else ':'} {text}"

@@ -20,23 +20,47 @@ from jsonargparse import Namespace, _typehints
 from jsonargparse._util import NestedArg
 
 from kdrl_lightning.settings.text import Text, is_data, plain
+from kdrl_lightning.settings.unused import warn_of_dropped
 
+NULL = ("null", "~")
 LEAVES = (str, int, float, bool, NoneType)
 SPEC = {"class_path", "init_args", "dict_kwargs", "__path__"}
 _jsonargparse: Any = _typehints  # private, so nothing is known of its types
 _adapt = _jsonargparse.adapt_typehints
 _load_value = _jsonargparse.load_value
+_discard = _jsonargparse.discard_init_args_on_class_path_change
 
 
 def install() -> None:
     """Put ``adapt`` in the place of jsonargparse's function, which calls itself by its name."""
     if _jsonargparse.adapt_typehints is not adapt:
-        vars(_jsonargparse).update(adapt_typehints=adapt, load_value=load_value)
+        vars(_jsonargparse).update(
+            adapt_typehints=adapt,
+            load_value=load_value,
+            discard_init_args_on_class_path_change=discard,
+        )
 
 
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
     """Read a value of the command line; a ``Text`` has been read."""
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
+
+
+def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Remove the arguments that a class has not, when it takes the place of another; warn of it."""
+    had = _arguments(previous)
+    _discard(parser_or_action, previous, value)
+    dropped = [name for name in had if name not in _arguments(previous)]
+    if dropped and not _jsonargparse.sub_defaults.get():
+        defaults = inspect.signature(_jsonargparse.import_object(previous["class_path"])).parameters
+        given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
+        where = getattr(parser_or_action, "dest", "")
+        warn_of_dropped(where, given, previous["class_path"], value["class_path"])
+
+
+def _arguments(spec: Any) -> dict[str, Any]:
+    found = spec.get("init_args") if isinstance(spec, dict | Namespace) else None
+    return dict(vars(found) if isinstance(found, Namespace) else found or {})
 
 
 def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,6 +73,10 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         # Data without a type is written as it is; jsonargparse would read its strings once more.
         as_it_is = _jsonargparse.accepts_any_value(typehint) and is_data(val)
         return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
+    building = kwargs.get("instantiate_classes")
+    if building and isinstance(val, Namespace) and "dict_kwargs" in val:
+        val = val.clone()
+        val["dict_kwargs"] = plain(val["dict_kwargs"])
     if isinstance(val, NestedArg) and _is_class(typehint):
         # An argument of the class: its own parser reads the text, which is YAML or not.
         given = kwargs.get("orig_val")
@@ -58,7 +86,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         check_name(val, [typehint])
         made = _adapt(val, typehint, *args, **kwargs)
-    return plain(made) if kwargs.get("instantiate_classes") else made
+    return plain(made) if building else made
 
 
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +157,8 @@ def _fits(member: Any, val: Any, previous: Any) -> bool:
     if isinstance(val, list | tuple | set):
         return sequence
     if isinstance(val, str):
+        if member is NoneType:
+            return not isinstance(val, Text) and val.strip().lower() in NULL
         return not (mapping or sequence)
     if isinstance(val, bool | int | float):
         return member in LEAVES or kind is Literal
