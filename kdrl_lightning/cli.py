@@ -34,7 +34,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
 from kdrl_lightning.settings.folders import removed_if_refused
-from kdrl_lightning.settings.unused import warn_of_unused
+from kdrl_lightning.settings.unused import forget, note_unused, warn
 from kdrl_lightning.strategies import refuse_fsdp1
 
 
@@ -56,6 +56,7 @@ class KDRLCLI(LightningCLI):
         """
         quiet()
         config_base.install()
+        forget()
         return cls(
             KDRLModule,
             RolloutDataModule,
@@ -106,7 +107,7 @@ class KDRLCLI(LightningCLI):
         """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
-        warn_of_unused(config, self._parser(self.subcommand).get_default)
+        note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
@@ -115,6 +116,7 @@ class KDRLCLI(LightningCLI):
         """Build everything; data without a seed of its own takes ``seed_everything``."""
         with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
             super().instantiate_classes()
+        warn()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what Lightning refuses is the user's mistake."""

@@ -16,7 +16,7 @@ from jsonargparse._util import config_load_stack
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings import unions
 from kdrl_lightning.settings.text import TwiceError, dump, load
-from kdrl_lightning.settings.unused import warn_of_dropped
+from kdrl_lightning.settings.unused import note_dropped
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -62,7 +62,7 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "class_path" in over and over["class_path"] != base.get("class_path"):
-        _warn_of_dropped(where, base, over)
+        _note_dropped(where, base, over)
         return over
     if "class_path" in base and not set(over) <= CLASS:
         return over
@@ -90,11 +90,11 @@ def _being_read(text: str) -> tuple[str, str] | None:
     return None
 
 
-def _warn_of_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
+def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
     had, has = (dict(spec.get("init_args") or {}) for spec in (base, over))
     before = str(base.get("class_path"))
     if before.rsplit(".", 1)[-1] != str(over["class_path"]).rsplit(".", 1)[-1]:
-        warn_of_dropped(where, [k for k in had if k not in has], before, str(over["class_path"]))
+        note_dropped(where, [k for k in had if k not in has], before, str(over["class_path"]))
 
 
 def _items(value: Any) -> list[Any]:

@@ -184,7 +184,7 @@ def _needed(name: str) -> str:
         raise ConfigurationError(f"`config` must be UTF-8: got {name} ({error}).") from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"`config` must hold settings by name: got {name}.")
-    kept = {group: config[group] for group in GROUPS if group in config}
+    kept = {key: value for key, value in config.items() if str(key).split(".")[0] in GROUPS}
     for group, names in (("data", ("train_prompts",)), ("trainer", SWITCHED_OFF)):
         if isinstance(kept.get(group), dict):
             kept[group] = {k: v for k, v in kept[group].items() if k not in names}

@@ -20,7 +20,7 @@ from jsonargparse import Namespace, _typehints
 from jsonargparse._util import NestedArg
 
 from kdrl_lightning.settings.text import Text, is_data, plain
-from kdrl_lightning.settings.unused import warn_of_dropped
+from kdrl_lightning.settings.unused import note_dropped
 
 NULL = ("null", "~")
 LEAVES = (str, int, float, bool, NoneType)
@@ -55,7 +55,7 @@ def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
         defaults = inspect.signature(_jsonargparse.import_object(previous["class_path"])).parameters
         given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
         where = getattr(parser_or_action, "dest", "")
-        warn_of_dropped(where, given, previous["class_path"], value["class_path"])
+        note_dropped(where, given, previous["class_path"], value["class_path"])
 
 
 def _arguments(spec: Any) -> dict[str, Any]:
@@ -81,6 +81,8 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         # An argument of the class: its own parser reads the text, which is YAML or not.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
+    if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
+        val = str(val)  # PyYAML reads no subclass
     if get_origin(typehint) in (Union, UnionType):
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
@@ -152,8 +154,9 @@ def _fits(member: Any, val: Any, previous: Any) -> bool:
     if _is_spec(val):
         return _is_class(member)
     if isinstance(val, Mapping | Namespace):
-        abstract = inspect.isclass(kind) and inspect.isabstract(kind)
-        return mapping or (_is_class(member) and (not abstract or _is_spec(previous)))
+        if _is_spec(previous) and not _by_name(val):  # arguments of the class that stood there
+            return _is_class(member)
+        return mapping or (_is_class(member) and not inspect.isabstract(kind))
     if isinstance(val, list | tuple | set):
         return sequence
     if isinstance(val, str):
@@ -205,6 +208,12 @@ def _is_spec(val: Any) -> bool:
         return False
     names = set(vars(val) if isinstance(val, Namespace) else val)
     return bool(names & {"class_path", "init_args"}) and names <= SPEC
+
+
+def _by_name(val: Mapping[str, Any] | Namespace) -> bool:
+    """Whether every value has values of its own, as sets by name have."""
+    held = vars(val) if isinstance(val, Namespace) else val
+    return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
 
 
 def _is_class(member: Any) -> bool:

@@ -10,8 +10,24 @@ VALIDATION = ("val_batch_size", "val_samples", "val_temperature", "val_k")
 TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
-def warn_of_unused(config: Any, defaults: Any) -> None:
-    """Warn of the settings that differ from their default and change nothing.
+# Warnings wait until everything is built: a mistake is answered by one line alone.
+_waiting: list[str] = []
+
+
+def forget() -> None:
+    """Start another command line."""
+    _waiting.clear()
+
+
+def warn() -> None:
+    """Give the warnings, each once."""
+    for words in dict.fromkeys(_waiting):
+        warnings.warn(words, stacklevel=2)
+    forget()
+
+
+def note_unused(config: Any, defaults: Any) -> None:
+    """Note the settings that differ from their default and change nothing.
 
     Args:
         config: all settings, before anything is built.
@@ -40,14 +56,12 @@ def warn_of_unused(config: Any, defaults: Any) -> None:
         given = [name for name in names if holds and config[name] not in (None, defaults(name))]
         if given:
             verb = "has" if len(given) == 1 else "have"
-            warnings.warn(
-                f"{', '.join(f'`{name}`' for name in given)} {verb} no effect with `{cause}`.",
-                stacklevel=2,
-            )
+            listed = ", ".join(f"`{name}`" for name in given)
+            _waiting.append(f"{listed} {verb} no effect with `{cause}`.")
 
 
-def warn_of_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
-    """Warn of the arguments of a class when another one takes its place.
+def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
+    """Note the arguments of a class when another one takes its place.
 
     Args:
         where: the setting; empty if it is not known.
@@ -59,7 +73,6 @@ def warn_of_dropped(where: str, names: Iterable[str], before: str, after: str) -
     if given:
         old, new = (path.rsplit(".", 1)[-1] for path in (before, after))
         place = f"`{where}`: " if where else ""
-        warnings.warn(
-            f"{place}{new} takes the place of {old}, so {given} of {old} has no effect.",
-            stacklevel=2,
+        _waiting.append(
+            f"{place}{new} takes the place of {old}, so {given} of {old} has no effect."
         )
