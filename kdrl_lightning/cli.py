@@ -34,7 +34,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
 from kdrl_lightning.settings.folders import removed_if_refused
-from kdrl_lightning.settings.unused import forget, note_unused, warn
+from kdrl_lightning.settings.unused import note_unused, take_notes
 from kdrl_lightning.strategies import refuse_fsdp1
 
 
@@ -56,7 +56,7 @@ class KDRLCLI(LightningCLI):
         """
         quiet()
         config_base.install()
-        forget()
+        take_notes()  # of a command line before this one
         return cls(
             KDRLModule,
             RolloutDataModule,
@@ -116,7 +116,9 @@ class KDRLCLI(LightningCLI):
         """Build everything; data without a seed of its own takes ``seed_everything``."""
         with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
             super().instantiate_classes()
-        warn()
+        if self.trainer.is_global_zero:
+            for note in take_notes():
+                print(f"note: {note}", flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what Lightning refuses is the user's mistake."""

@@ -15,7 +15,7 @@ from jsonargparse._util import config_load_stack
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings import unions
-from kdrl_lightning.settings.text import TwiceError, dump, load
+from kdrl_lightning.settings.text import TwiceError, dump, load, plain
 from kdrl_lightning.settings.unused import note_dropped
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -23,13 +23,27 @@ CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 def install() -> None:
     """Make jsonargparse read and write YAML, and name a mistake, as this library does."""
-    set_loader("yaml", load_with_base, exceptions=(yaml.YAMLError,))
+    set_loader("yaml", read, exceptions=(yaml.YAMLError,))
     set_dumper("yaml", dump)
     unions.install()
 
 
-def load_with_base(text: str, path: str | None = None) -> Any:
+def load_with_base(text: str, path: str) -> Any:
     """Load YAML; a mapping with ``base`` is merged over the file that it names.
+
+    Args:
+        text: YAML.
+        path: where it comes from; ``base`` is relative to it.
+
+    Raises:
+        ConfigurationError: a file is not YAML or names a key twice, a base does not exist, or bases
+            form a circle.
+    """
+    return plain(_resolve(_document(text, path), Path(path), ()))
+
+
+def read(text: str, path: str | None = None) -> Any:
+    """Load YAML for jsonargparse; its strings are ``Text``.
 
     Args:
         text: YAML.

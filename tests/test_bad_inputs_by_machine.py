@@ -80,6 +80,9 @@ def test_every_mistake_is_one_line(
             patch.chdir(folder)
             found = complaint(case, Path(folder), capsys)
         seen[case.kind] += 1
+        if sum(seen.values()) % 100 == 0:
+            with capsys.disabled():
+                print(f"\n{sum(seen.values())} mistakes, {len(wrong)} badly answered", flush=True)
         if found is not None:
             wrong.append(f"{case.kind}: {case.what} {case.flags} -> {found}")
 

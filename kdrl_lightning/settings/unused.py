@@ -1,8 +1,7 @@
-"""A warning for every setting that has no effect beside the others."""
+"""A line for every setting that has no effect beside the others."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,20 +9,15 @@ VALIDATION = ("val_batch_size", "val_samples", "val_temperature", "val_k")
 TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
-# Warnings wait until everything is built: a mistake is answered by one line alone.
+# They wait until everything is built: a mistake is answered by one line alone.
 _waiting: list[str] = []
 
 
-def forget() -> None:
-    """Start another command line."""
+def take_notes() -> list[str]:
+    """Return the lines so far, each once, and forget them."""
+    notes = list(dict.fromkeys(_waiting))
     _waiting.clear()
-
-
-def warn() -> None:
-    """Give the warnings, each once."""
-    for words in dict.fromkeys(_waiting):
-        warnings.warn(words, stacklevel=2)
-    forget()
+    return notes
 
 
 def note_unused(config: Any, defaults: Any) -> None:

@@ -192,20 +192,39 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("name", UNUSED)
-def test_a_setting_without_effect_is_named(name: str, file: Path) -> None:
+def test_a_setting_without_effect_is_named(
+    name: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("over.yaml").write_text(f"base: config.yaml\n{UNUSED[name]}\n")
-    with pytest.warns(UserWarning, match=rf"`{name}`.* no effect with `"):
-        made("--config", "over.yaml")
+    made("--config", "over.yaml")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: `") and f"`{name}`" in line and " no effect with `" in line
 
 
-def test_arguments_of_a_class_that_is_replaced_are_named(file: Path) -> None:
-    file.write_text(
-        CONFIG.replace("GRPO", "KDRL, init_args: {teacher_kl_coef: 0.3, clip_low: 0.1}")
+def test_settings_with_an_effect_are_no_matter(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(
+        "--config",
+        "config.yaml",
+        "--checkpoint.save_top_k=3",
+        "--data.val_samples=2",
+        "--data.val_temperature=1",
+        "--trainer.limit_val_batches=2",
     )
+    assert capsys.readouterr().out == ""
+
+
+def test_arguments_of_a_class_that_is_replaced_are_named(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = "KDRL, init_args: {teacher_kl_coef: 0.3, clip_low: 0.1}"
+    file.write_text(CONFIG.replace("GRPO", given))
+    cli = made("--config", str(file), "--model.objective=GRPO")
+    assert cli.config.model.objective.init_args.clip_low == 0.1
     words = "GRPO takes the place of KDRL, so `teacher_kl_coef` of KDRL has no effect."
-    with pytest.warns(UserWarning, match=words):
-        made("--config", str(file), "--model.objective=GRPO")
+    assert capsys.readouterr().out == f"note: {words}\n"
     Path("over.yaml").write_text("base: config.yaml\nmodel: {objective: {class_path: GRPO}}\n")
+    made("--config", "over.yaml")
     words = "`model.objective`: GRPO takes the place of KDRL, so `teacher_kl_coef`, `clip_low` of"
-    with pytest.warns(UserWarning, match=words):
-        made("--config", "over.yaml")
+    assert words in capsys.readouterr().out
