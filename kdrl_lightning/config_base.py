@@ -7,6 +7,7 @@ b``), and a method should be one file that runs by itself.
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ from jsonargparse._util import config_load_stack
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings import unions
 from kdrl_lightning.settings.text import TwiceError, dump, load, plain
-from kdrl_lightning.settings.unused import note_dropped
+from kdrl_lightning.settings.unused import note_dropped, note_replaced
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -73,9 +74,16 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
     """
+    if isinstance(base, list) and isinstance(over, list):
+        kept = [*_classes(over), *(name for name in over if isinstance(name, str))]
+        note_replaced(where, [name for name in _classes(base) if name not in kept])
+    if isinstance(base, dict) and "class_path" in base and isinstance(over, str):
+        if _same(base["class_path"], over):
+            return base
+        _note_dropped(where, base, {"class_path": over})
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
-    if "class_path" in over and over["class_path"] != base.get("class_path"):
+    if "class_path" in over and not _same(base.get("class_path"), over["class_path"]):
         _note_dropped(where, base, over)
         return over
     if "class_path" in base and not set(over) <= CLASS:
@@ -104,11 +112,31 @@ def _being_read(text: str) -> tuple[str, str] | None:
     return None
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two names are of one class, which may be given by its name alone."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    if one.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
+        return False
+    if "." not in one or "." not in other:
+        return True
+    try:
+        found = locate(one), locate(other)
+    except ErrorDuringImport:
+        return False
+    return found[0] is not None and found[0] is found[1]
+
+
 def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
-    had, has = (dict(spec.get("init_args") or {}) for spec in (base, over))
-    before = str(base.get("class_path"))
-    if before.rsplit(".", 1)[-1] != str(over["class_path"]).rsplit(".", 1)[-1]:
-        note_dropped(where, [k for k in had if k not in has], before, str(over["class_path"]))
+    had, has = (spec.get("init_args") for spec in (base, over))
+    lost = [name for name in had or () if name not in (has or ())]
+    note_dropped(where, lost, str(base.get("class_path")), str(over["class_path"]))
+
+
+def _classes(items: list[Any]) -> list[str]:
+    """Return the names of the classes in a list."""
+    specs = [item.get("class_path") for item in items if isinstance(item, dict)]
+    return [spec.rsplit(".", 1)[-1] for spec in specs if isinstance(spec, str)]
 
 
 def _items(value: Any) -> list[Any]:

@@ -96,7 +96,8 @@ class OneLineParser(LightningArgumentParser):
 
     def _check_value_key(self, action: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         # jsonargparse opens the file that a plain string names, and no other.
-        if isinstance(value, Text) and "\n" not in value and is_file(value):
+        opens = getattr(action, "_enable_path", True)  # a group of settings always does
+        if opens and isinstance(value, Text) and is_file(value):
             value = str(value)
         return super()._check_value_key(action, value, *args, **kwargs)
 

@@ -87,6 +87,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
         check_name(val, [typehint])
+        check_class_given(val, [typehint], kwargs.get("prev_val"))
         made = _adapt(val, typehint, *args, **kwargs)
     return plain(made) if building else made
 
@@ -94,6 +95,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
     check_name(val, members)
+    check_class_given(val, members, kwargs.get("prev_val"))
     if len(members) == 1:
         return adapt(val, members[0], *args, **kwargs)
     try:
@@ -189,6 +191,19 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     cure = f"; did you mean {close[0]}?" if close else ""
     wanted = " or ".join(_named(m) for m in kinds)
     raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
+
+
+def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
+    """Check that an argument by flag belongs to a class.
+
+    Raises:
+        ValueError: nothing says which class.
+    """
+    kinds = [m for m in members if m is not NoneType]
+    unknown = all(_is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
+    if isinstance(val, NestedArg) and unknown and not _is_spec(previous):
+        found = previous if previous is None or isinstance(previous, str) else "another value"
+        raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
 
 
 def class_paths(member: Any) -> list[str]:

@@ -70,3 +70,19 @@ def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> N
         _waiting.append(
             f"{place}{new} takes the place of {old}, so {given} of {old} has no effect."
         )
+
+
+def note_replaced(where: str, lost: Iterable[str]) -> None:
+    """Note the classes of a list when another list takes its place.
+
+    Args:
+        where: the setting.
+        lost: the classes that the other list has not.
+    """
+    names = ", ".join(lost)
+    if names:
+        last = where.rsplit(".", 1)[-1]
+        _waiting.append(
+            f"`{where}` replaces the list of its base, so {names} has no effect. Write `{last}+` "
+            "to add to the list."
+        )

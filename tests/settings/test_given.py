@@ -183,6 +183,30 @@ def test_a_list_with_a_plus_is_added_to_that_of_the_base(file: Path) -> None:
     assert merge({"a+": [1]}, {"a": [2]}) == {"a": [2]}
 
 
+def test_one_class_by_two_names_keeps_its_arguments(file: Path) -> None:
+    base = {"class_path": "RLAD", "init_args": {"trrd_alpha": 0.3}}
+    full = {"class_path": "kdrl_lightning.RLAD", "init_args": {"clip_low": 0.1}}
+    deep = {"class_path": "kdrl_lightning.objectives.RLAD"}
+    both = {**full, "init_args": {"trrd_alpha": 0.3, "clip_low": 0.1}}
+    assert merge(base, full) == both
+    assert merge(both, deep) == {**both, **deep}
+    assert merge(base, "RLAD") == merge(base, base) == base
+    assert merge(base, "GRPO") == "GRPO"
+    assert merge(full, {"class_path": "no_module.RLAD"}) == {"class_path": "no_module.RLAD"}
+
+
+def test_classes_that_a_list_replaces_are_named(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = "{class_path: CPUThreads, init_args: {threads: 1}}"
+    file.write_text(CONFIG.replace("logger: false", f"logger: false, callbacks: [{threads}]"))
+    for given, lost in (("[StepProfile]", True), ("[StepProfile, CPUThreads]", False)):
+        Path("over.yaml").write_text(f"base: config.yaml\ntrainer: {{callbacks: {given}}}\n")
+        made("--config", "over.yaml")
+        words = "`trainer.callbacks` replaces the list of its base, so CPUThreads has no effect."
+        assert (words in capsys.readouterr().out) is lost
+
+
 UNUSED = {
     "checkpoint.save_top_k": "trainer: {enable_checkpointing: false}\ncheckpoint: {save_top_k: 3}",
     "data.val_samples": "data: {val_prompts: null, val_samples: 4, val_temperature: 1.0}",

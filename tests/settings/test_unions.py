@@ -52,6 +52,10 @@ CASES = {
         ["--data.reward=3"],
         "`data.reward` must be a TaskReward or a function, by name or import path: got 3",
     ),
+    "an argument of a function": (
+        ["--data.reward.marker=x"],
+        "`data.reward` must name a class before its argument marker: got",
+    ),
     "a module that is not there": (
         ["--data.reward=no_module.reward"],
         "Problem with given class_path 'no_module.reward': No module named 'no_module'",
