@@ -112,6 +112,9 @@ class Mutation(NamedTuple):
     new: str
 
 
+END_TOKENS = "end_tokens.py", "test_end_tokens.py"
+END_TOKENS_IN_RUNS = "rollout/sampler.py", "test_end_tokens.py"
+
 MUTATIONS = [
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
     Mutation("k2: half forgotten", DIVERGENCES, "return 0.5 * (teacher", "return (teacher"),
@@ -1763,6 +1766,52 @@ MUTATIONS = [
         ("evaluation/batch.py", "evaluation/test_predictions.py"),
         "{ROW: hidden} if hidden else {}",
         "{}",
+    ),
+    # What ends a completion.
+    Mutation(
+        "ends: the generation configuration unread",
+        END_TOKENS,
+        'ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)',
+        "ids += []",
+    ),
+    Mutation(
+        "ends: of the outer configuration alone",
+        END_TOKENS,
+        "for part in (config, config.get_text_config()):",
+        "for part in (config,):",
+    ),
+    Mutation(
+        "ends: a class's default",
+        END_TOKENS,
+        "return [i for i in ids if i in markers]",
+        "return ids",
+    ),
+    Mutation(
+        "ends: ids without a row", END_TOKENS, "for i in ids if 0 <= i < rows", "for i in ids"
+    ),
+    Mutation(
+        "ends: the last one",
+        END_TOKENS,
+        "(i for i, token in enumerate(ids, 1)",
+        "(len(ids) for i, token in enumerate(ids, 1)",
+    ),
+    Mutation(
+        "ends: a chat closes like text",
+        END_TOKENS,
+        "return self.ids[0] if isinstance(prompt, str) else self.main",
+        "return self.ids[0]",
+    ),
+    Mutation(
+        "ends: the tokenizer's is the main one",
+        END_TOKENS,
+        "return self.ids[0] if self.turn is None else self.turn",
+        "return self.ids[0]",
+    ),
+    Mutation(
+        "ends: always written anew",
+        END_TOKENS_IN_RUNS,
+        "if ids[length - 1] in ends.ids:",
+        "if ids[length - 1] == ends.ids[0]:",
     ),
 ]
 

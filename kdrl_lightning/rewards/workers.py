@@ -21,7 +21,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from kdrl_lightning.errors import TrainingStopped, require_between
-from kdrl_lightning.rewards.callables import portable_target
+from kdrl_lightning.rewards.callables import describe, portable_target
 
 START_SECONDS = 120.0  # imports, on a busy machine
 STARTS = 3  # of processes that end before they are ready
@@ -54,7 +54,7 @@ class WorkerPool:
     ) -> None:
         require_between("time_limit_s", seconds, 1e-3, 1e6)
         require_between("workers", workers, 1, 1024)
-        self.target = portable_target(function)
+        self.target, self.name = portable_target(function), describe(function)
         self.first = list(first)
         self.seconds = seconds
         self.count = workers
@@ -118,7 +118,7 @@ class WorkerPool:
         self._failed_starts += ended.child is None
         if self._failed_starts == STARTS:
             raise TrainingStopped(
-                f"a process that calls {'.'.join(self.target)} must start: {STARTS} ended before "
+                f"a process that calls {self.name} must start: {STARTS} ended before "
                 "they were ready. Check that its module can be imported, and the machine's memory."
             )
         calls.again(ended.call)

@@ -24,7 +24,7 @@ def before_reload(model: Any) -> None:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
-        if experts is not None and "CPU" in type(experts).__name__:
+        if method is not None and experts is not None and "CPU" in type(experts).__name__:
             method.moe_kernel = None
 
 
