@@ -1616,7 +1616,12 @@ MUTATIONS = [
         "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
         "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
     ),
-    Mutation("entropy: of all tokens", WATCHED, "entropy, batch.loss_mask", "entropy"),
+    Mutation(
+        "entropy: of all tokens",
+        WATCHED,
+        "entropy, batch.loss_mask",
+        "entropy, batch.completion_mask",
+    ),
     Mutation(
         "not finite: the loss not watched",
         ("nonfinite.py", WATCHED[1]),
@@ -1638,7 +1643,6 @@ MUTATIONS = [
         "log_ratio > math.log1p(self.clip_high)",
         "log_ratio >= math.log1p(self.clip_high)",
     ),
-    Mutation("blank: the reference stays", BASE_LAWS, '        "ref_logprobs",\n', ""),
     Mutation("gap: the last value stays", WATCHED, "self._stats.with_gaps(values)", "values"),
     Mutation(
         "gap: of the callback",
