@@ -51,11 +51,13 @@ def run_export(args: Sequence[str]) -> None:
     """Run the subcommand that needs no trainer."""
     from jsonargparse import auto_cli
 
+    from kdrl_lightning import config_base
     from kdrl_lightning.cli import quiet
     from kdrl_lightning.export import export
     from kdrl_lightning.parser import OneLineParser
 
     quiet()
+    config_base.install()
     auto_cli(
         export,
         args=list(args),

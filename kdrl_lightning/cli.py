@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -31,6 +33,8 @@ from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
+from kdrl_lightning.settings.folders import removed_if_refused
+from kdrl_lightning.settings.unused import note_unused, take_notes
 from kdrl_lightning.strategies import refuse_fsdp1
 
 
@@ -52,6 +56,7 @@ class KDRLCLI(LightningCLI):
         """
         quiet()
         config_base.install()
+        take_notes()  # of a command line before this one
         return cls(
             KDRLModule,
             RolloutDataModule,
@@ -84,7 +89,7 @@ class KDRLCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups of the callbacks, and one seed for everything."""
+        """Add the groups of the callbacks."""
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSync, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
@@ -92,7 +97,6 @@ class KDRLCLI(LightningCLI):
         parser.add_lightning_class_args(SamplePage, "samples")
         # Last: it reads what the others have logged.
         parser.add_lightning_class_args(RunReport, "report")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
         parser.add_argument(
             "--profile",
             action="store_true",
@@ -103,9 +107,18 @@ class KDRLCLI(LightningCLI):
         """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
+        note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
+
+    def instantiate_classes(self) -> None:
+        """Build everything; data without a seed of its own takes ``seed_everything``."""
+        with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
+            super().instantiate_classes()
+        if self.trainer.is_global_zero:
+            for note in take_notes():
+                print(f"note: {note}", flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; what Lightning refuses is the user's mistake."""
@@ -121,6 +134,10 @@ class KDRLCLI(LightningCLI):
             callbacks = [StepProfile(), *callbacks]
         return super()._instantiate_trainer(config, callbacks)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        with removed_if_refused(self.trainer):
+            super()._run_subcommand(subcommand)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":  # they are written as they come, and need not be kept
@@ -129,6 +146,21 @@ class KDRLCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""
+
+
+@contextmanager
+def seeded(config: Namespace) -> Iterator[None]:
+    """Let ``data.seed`` follow ``seed_everything`` unless it is given.
+
+    The configuration itself keeps None, so that a saved one follows the seed of its next run.
+    """
+    given = config.data.seed
+    if given is None:
+        config.data.seed = as_seed(config.seed_everything)
+    try:
+        yield
+    finally:
+        config.data.seed = given
 
 
 def as_seed(value: bool | int | None) -> int:

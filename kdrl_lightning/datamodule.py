@@ -86,7 +86,8 @@ class RolloutDataModule(pl.LightningDataModule):
         max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
         max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
         failed_reward: what a completion gets on which the reward fails; it counts as wrong.
-        seed: order of prompts and noise of sampling.
+        seed: order of prompts and noise of sampling; None: 0, on the command line
+            ``seed_everything``.
     """
 
     trainer: Any  # attached by Lightning before any hook runs
@@ -120,9 +121,10 @@ class RolloutDataModule(pl.LightningDataModule):
         max_prompt_tokens: int | None = None,
         max_reward_failure_frac: float = 0.1,
         failed_reward: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        seed = 0 if seed is None else seed
         counts = {
             "prompts_per_rollout": prompts_per_rollout,
             "max_tokens": max_tokens,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
@@ -18,8 +17,9 @@ from lightning.pytorch import Trainer, seed_everything
 import kdrl_lightning.callbacks
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
+from kdrl_lightning import config_base
 from kdrl_lightning.checkpoints import META
-from kdrl_lightning.cli import as_seed, quiet
+from kdrl_lightning.cli import as_seed, quiet, seeded
 from kdrl_lightning.config_base import load_with_base
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
@@ -29,7 +29,9 @@ from kdrl_lightning.models import ModelSource
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
 from kdrl_lightning.parser import OneLineParser
+from kdrl_lightning.settings.text import dump
 
+# Of a configuration for training; a flag still switches them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # What is read of a configuration; the rest concerns training.
 GROUPS = ("models", "output", "seed_everything", "data", "trainer")
@@ -73,14 +75,13 @@ def evaluate(args: Sequence[str]) -> None:
         ConfigurationError: no model is named, or a setting cannot be.
     """
     quiet()
+    config_base.install()
     parser = make_parser()
     config = parser.parse_args(pruned(args))
     if not config.models:
         raise ConfigurationError(
             "`models` must name at least one model: got none. Give `--models.NAME PATH`."
         )
-    for name in SWITCHED_OFF:
-        config[f"trainer.{name}"] = False
     results: dict[str, Any] = {}
     for name in config.models:
         results[name], data, trainer = evaluate_one(parser, config, name)
@@ -116,8 +117,9 @@ def evaluate_one(
     parser: OneLineParser, config: Namespace, name: str
 ) -> tuple[dict[str, dict[str, float]], RolloutDataModule, Trainer]:
     """Sample one model; return its metrics by set, and what they were measured with."""
-    made = parser.instantiate_classes(config)
-    seed_everything(made.data.seed, verbose=False)
+    with seeded(config):
+        made = parser.instantiate_classes(config)
+    seed_everything(as_seed(config.seed_everything), verbose=False)
     trainer = Trainer(**made.trainer)
     source = made.models[name]
     if isinstance(source, str) and is_checkpoint(source):
@@ -153,8 +155,8 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_lightning_class_args(RolloutDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
-    parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
-    parser.set_defaults({"data.train_prompts": [], "trainer.inference_mode": False})
+    off = {f"trainer.{name}": False for name in SWITCHED_OFF}
+    parser.set_defaults({"data.train_prompts": [], "trainer.inference_mode": False, **off})
     return parser
 
 
@@ -176,14 +178,17 @@ def _needed(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise ConfigurationError(f"`config` must be a YAML file: got {name}, which is no file.")
-    config = load_with_base(path.read_text(), name)
+    try:
+        config = load_with_base(path.read_text(encoding="utf-8"), name)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"`config` must be UTF-8: got {name} ({error}).") from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"`config` must hold settings by name: got {name}.")
-    kept = {group: config[group] for group in GROUPS if group in config}
-    for group, name in (("data", "train_prompts"), ("trainer", "logger")):
+    kept = {key: value for key, value in config.items() if str(key).split(".")[0] in GROUPS}
+    for group, names in (("data", ("train_prompts",)), ("trainer", SWITCHED_OFF)):
         if isinstance(kept.get(group), dict):
-            kept[group] = {k: v for k, v in kept[group].items() if k != name}
-    return str(yaml.safe_dump(kept, sort_keys=False))
+            kept[group] = {k: v for k, v in kept[group].items() if k not in names}
+    return dump(kept)
 
 
 def is_checkpoint(path: str) -> bool:

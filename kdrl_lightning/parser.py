@@ -5,13 +5,23 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 import kdrl_lightning
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.settings.text import Text
+
+HELP = "--help`"
+# How a message begins that is about one setting: jsonargparse's words, or ours.
+KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must ))")
+
+WRONG_TYPE = re.compile(r"Expected an? <class '(str|int|float|bool)'>\. Got value: (.*)")
+WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 class OneLineParser(LightningArgumentParser):
@@ -22,27 +32,65 @@ class OneLineParser(LightningArgumentParser):
         if os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
         text = one_line(message)
-        if "--help`" not in text:
-            prog = self.prog.split(" [")[0].removesuffix(" fit")
-            if not prog.startswith("python -m"):  # a parser that jsonargparse makes for one class
-                prog = "python -m kdrl_lightning"
-            alone = prog.endswith(("export", "evaluate")) or text.startswith("argument subcommand")
-            where = "" if alone else " fit"
-            text += f"{self._suggestion(text)} (see `{prog}{where} --help`)"
+        if HELP not in text:
+            text += self._suggestion(text) + self._help(text)
         raise ConfigurationError(text) from ex
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a configuration file; one that is no text is the user's mistake."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"`config` must be UTF-8: got {path} ({error}).") from error
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the command line; so is any other file."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
+
+    def _help(self, text: str) -> str:
+        prog = self.prog.split(" [")[0].removesuffix(" fit")
+        if not prog.startswith("python -m"):  # a parser that jsonargparse makes for one class
+            prog = "python -m kdrl_lightning"
+        alone = prog.endswith(("export", "evaluate")) or text.startswith("argument subcommand")
+        where = "" if alone else " fit"
+        return f" (see `{prog}{where} {HELP})"
 
     def _suggestion(self, text: str) -> str:
         found = re.search(
             r"(?:unrecognized arguments: --|[Oo]ption '|import path string: |attribute ')([\w.]+)",
             text,
         )
-        if found is None:
+        if found is None or "did you mean" in text:
             return ""
-        word = found[1].split(".")[-1]
-        close = get_close_matches(word, sorted(self._known_names()), n=1)
-        return f"; did you mean {close[0]}?" if close else ""
+        if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+            names = dir(sys.modules.get(missing[1], object))
+            close = get_close_matches(missing[2], names, n=1)
+            return f"; did you mean {close[0]}?" if close else ""
+        known, words = self._known_names(), found[1].split(".")
+        word = next((w for w in words if w not in known), words[-1])
+        groups = {action.dest.split(".")[0] for action in self._actions}
+        if len(words) > 1 and word == words[0] and get_close_matches(word, groups):
+            known = groups
+        close = get_close_matches(word, sorted(known), n=1)
+        if close:
+            return f"; did you mean {close[0]}?"
+        return f"; it has {', '.join(self._own_names())}" if self._of_a_class else ""
+
+    @property
+    def _of_a_class(self) -> bool:
+        return bool(getattr(self, "_inner_parser", False))
+
+    def _own_names(self) -> list[str]:
+        dests = [action.dest.split(".")[0] for action in self._actions]
+        hidden = {"help", "config", "print_config", "print_shtab"}
+        return [d for d in dict.fromkeys(dests) if d not in hidden and not d.endswith("+")]
 
     def _known_names(self) -> set[str]:
+        if self._of_a_class:
+            return set(self._own_names())
         names = set()
         for home in kdrl_lightning.__all__:
             value = getattr(kdrl_lightning, home)
@@ -53,20 +101,41 @@ class OneLineParser(LightningArgumentParser):
             if isinstance(action.choices, dict):
                 parsers += action.choices.values()
         for parser in parsers:
-            names |= {action.dest.split(".")[-1] for action in parser._actions}
+            names |= {name for action in parser._actions for name in action.dest.split(".")}
         return names
+
+    def _check_value_key(self, action: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        # jsonargparse opens the file that a plain string names, and no other.
+        opens = getattr(action, "_enable_path", True)  # a group of settings always does
+        if opens and isinstance(value, Text) and is_file(value):
+            value = str(value)
+        return super()._check_value_key(action, value, *args, **kwargs)
+
+
+def is_file(name: str) -> bool:
+    """Return whether a text names a file; one that cannot be a name does not."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def one_line(message: str) -> str:
-    r"""Fold a parser's message; of a union's alternatives only the class's own error is of use.
+    r"""Fold a parser's message; the keys of nested classes become one path.
 
-    >>> one_line("Parser key x:\n  - Expected a path\n  - Expected a dot import path string: Y")
-    'Parser key x: Expected a dot import path string: Y'
+    >>> one_line("Parser key x:\n  Parser key \"y\":\n  Expected a <class 'int'>")
+    "`x.y`: Expected a <class 'int'>"
     """
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    for i, line in enumerate(lines[1:], 1):
-        if "Problem with given class_path" in line:
-            return " ".join([lines[0], line.removeprefix("- "), *lines[i + 1 : i + 2]])
-        if "Expected a dot import path" in line:
-            return f"{lines[0]} {line.removeprefix('- ')}"
-    return " ".join(lines)
+    text = " ".join(message.split())
+    text = re.sub(r"- Expected a path but .* either not accessible or invalid - ", "", text)
+    text = re.sub(r"Subclass types expect one of: .*", "Name a class, or give `class_path`.", text)
+    keys = []
+    while found := KEY.match(text):
+        keys.append(found[1] or found[2])
+        text = text[found.end() :].lstrip()
+    if not keys:
+        return text
+    if found := WRONG_TYPE.fullmatch(text):
+        cure = " Quote it." if found[1] == "str" else ""
+        text = f"must be {WORDS[found[1]]}: got {found[2]}.{cure}"
+    return f"`{'.'.join(keys)}`{'' if text.startswith('must ') else ':'} {text}"

@@ -1,0 +1,181 @@
+"""One cause for a mistake in a value that may be of several types.
+
+jsonargparse tries every type of a union and reports what each of them says. A value's shape tells
+which of them it is meant for: settings by name belong to a class, a list to a sequence. The others
+are left out here before jsonargparse tries them, so that a misspelt argument of a prompt source
+does not become a data set with a column of that name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import Namespace, _typehints
+from jsonargparse._util import NestedArg
+
+from kdrl_lightning.settings.shapes import fitting, is_class, is_spec
+from kdrl_lightning.settings.text import Text, is_data, load, plain
+from kdrl_lightning.settings.unused import note_dropped
+
+_jsonargparse: Any = _typehints  # private, so nothing is known of its types
+_adapt = _jsonargparse.adapt_typehints
+_load_value = _jsonargparse.load_value
+_discard = _jsonargparse.discard_init_args_on_class_path_change
+
+
+def install() -> None:
+    """Put ``adapt`` in the place of jsonargparse's function, which calls itself by its name."""
+    if _jsonargparse.adapt_typehints is not adapt:
+        vars(_jsonargparse).update(
+            adapt_typehints=adapt,
+            load_value=load_value,
+            discard_init_args_on_class_path_change=discard,
+        )
+
+
+def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
+    """Read a value of the command line; a ``Text`` has been read."""
+    return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
+
+
+def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Remove the arguments that a class has not, when it takes the place of another; note it."""
+    had = _arguments(previous)
+    _discard(parser_or_action, previous, value)
+    dropped = [name for name in had if name not in _arguments(previous)]
+    if dropped and not _jsonargparse.sub_defaults.get():
+        defaults = inspect.signature(_jsonargparse.import_object(previous["class_path"])).parameters
+        given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
+        where = getattr(parser_or_action, "dest", "")
+        note_dropped(where, given, previous["class_path"], value["class_path"])
+
+
+def _arguments(spec: Any) -> dict[str, Any]:
+    found = spec.get("init_args") if isinstance(spec, dict | Namespace) else None
+    return dict(vars(found) if isinstance(found, Namespace) else found or {})
+
+
+def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+    """Fit a value to its type, as ``jsonargparse._typehints.adapt_typehints`` does.
+
+    Raises:
+        ValueError: it does not fit; the message is of the type that the value is meant for.
+    """
+    if kwargs.get("serialize"):
+        # Data without a type is written as it is; jsonargparse would read its strings once more.
+        as_it_is = _jsonargparse.accepts_any_value(typehint) and is_data(val)
+        return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
+    building = kwargs.get("instantiate_classes")
+    if building and isinstance(val, Namespace) and "dict_kwargs" in val:
+        val = val.clone()
+        val["dict_kwargs"] = plain(val["dict_kwargs"])
+    if isinstance(val, NestedArg) and is_class(typehint):
+        # An argument of the class: its own parser reads the text, which is YAML or not.
+        given = kwargs.get("orig_val")
+        val = given if isinstance(given, NestedArg) else val
+    if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
+        val = str(val)  # PyYAML reads no subclass
+    if get_origin(typehint) in (Union, UnionType):
+        made = _adapt_union(val, typehint, *args, **kwargs)
+    else:
+        check_name(val, [typehint])
+        check_class_given(val, [typehint], kwargs.get("prev_val"))
+        made = _adapt(val, typehint, *args, **kwargs)
+    return plain(made) if building else made
+
+
+def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+    val = _spec_in(val)
+    members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
+    check_name(val, members)
+    check_class_given(val, members, kwargs.get("prev_val"))
+    if len(members) == 1:
+        return adapt(val, members[0], *args, **kwargs)
+    try:
+        return _adapt(val, Union[tuple(members)], *args, **kwargs)  # noqa: UP007
+    except ValueError:
+        errors = list(_errors(val, members, *args, **kwargs))
+        if not errors:
+            raise
+        raise min(errors, key=_unlikely) from None
+
+
+def _spec_in(val: Any) -> Any:
+    """Return the class that a text of the command line gives; other text as it is."""
+    if type(val) is not str or "class_path" not in val:
+        return val
+    try:
+        found = load(val)
+    except yaml.YAMLError:
+        return val
+    return found if is_spec(found) else val
+
+
+def _errors(val: Any, members: Iterable[Any], *args: Any, **kwargs: Any) -> Iterator[Exception]:
+    for member in members:
+        try:
+            adapt(deepcopy(val), member, *args, **kwargs)
+        except Exception as error:
+            yield error
+
+
+def _unlikely(error: Exception) -> int:
+    """Order errors: first of arguments, then of classes, last of a type that is another."""
+    words = str(error)
+    if words.startswith(("Expected a ", "Not a valid subclass")):
+        return 2
+    return 0 if "is not accepted" in words or "required" in words or "Parser key" in words else 1
+
+
+def check_name(val: Any, members: Iterable[Any]) -> None:
+    """Check that a class named without its module exists.
+
+    Raises:
+        ValueError: it does not; the message has the nearest name.
+    """
+    name = val if isinstance(val, str) else None
+    if isinstance(val, Mapping | Namespace):
+        name = val.get("class_path")
+    kinds = [m for m in members if m is not NoneType]
+    if not isinstance(name, str) or "." in name or not all(is_class(m) for m in kinds):
+        return
+    if Path(name).is_file():  # which holds the class and its arguments
+        return
+    names = {path.rsplit(".", 1)[1] for m in kinds for path in class_paths(m)}
+    if name in names or not names or "\n" in name:
+        return
+    close = get_close_matches(name, sorted(names), n=1)
+    cure = f"; did you mean {close[0]}?" if close else ""
+    wanted = " or ".join(_named(m) for m in kinds)
+    raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
+
+
+def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
+    """Check that an argument by flag belongs to a class.
+
+    Raises:
+        ValueError: nothing says which class.
+    """
+    kinds = [m for m in members if m is not NoneType]
+    unknown = all(is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
+    if isinstance(val, NestedArg) and unknown and not is_spec(previous):
+        found = getattr(previous, "__name__", previous)
+        raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
+
+
+def class_paths(member: Any) -> list[str]:
+    """Return the import paths of a type's classes; abstract ones too, which have an error."""
+    if get_origin(member) is not None:
+        return list(_jsonargparse.get_all_subclass_paths(member))
+    return list(_jsonargparse.get_all_subclass_paths(member, include_abstract=True))
+
+
+def _named(member: Any) -> str:
+    return "a function" if get_origin(member) is not None else f"a {member.__name__}"

@@ -1,0 +1,88 @@
+"""A line for every setting that has no effect beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+VALIDATION = ("val_batch_size", "val_samples", "val_temperature", "val_k")
+TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
+
+
+# They wait until everything is built: a mistake is answered by one line alone.
+_waiting: list[str] = []
+
+
+def take_notes() -> list[str]:
+    """Return the lines so far, each once, and forget them."""
+    notes = list(dict.fromkeys(_waiting))
+    _waiting.clear()
+    return notes
+
+
+def note_unused(config: Any, defaults: Any) -> None:
+    """Note the settings that differ from their default and change nothing.
+
+    Args:
+        config: all settings, before anything is built.
+        defaults: returns the default of a setting, by its name with dots.
+    """
+    data, trainer = config.data, config.trainer
+    rules: list[tuple[bool, Iterable[str], str]] = [
+        (
+            trainer.enable_checkpointing is False,
+            [f"checkpoint.{name}" for name in vars(config.checkpoint)],
+            "trainer.enable_checkpointing: false",
+        ),
+        (
+            data.val_prompts is None,
+            [f"trainer.{name}" for name in TRAINER],
+            "data.val_prompts: null",
+        ),
+        (
+            data.val_prompts is None and data.test_prompts is None,
+            [f"data.{name}" for name in VALIDATION],
+            "data.val_prompts: null",
+        ),
+        (not data.teacher_completions, ["data.teacher_engine"], "data.teacher_completions: 0"),
+    ]
+    for holds, names, cause in rules:
+        given = [name for name in names if holds and config[name] not in (None, defaults(name))]
+        if given:
+            verb = "has" if len(given) == 1 else "have"
+            listed = ", ".join(f"`{name}`" for name in given)
+            _waiting.append(f"{listed} {verb} no effect with `{cause}`.")
+
+
+def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
+    """Note the arguments of a class when another one takes its place.
+
+    Args:
+        where: the setting; empty if it is not known.
+        names: the arguments.
+        before: import path of the class.
+        after: of the other one.
+    """
+    given = ", ".join(f"`{name}`" for name in names)
+    if given:
+        old, new = (path.rsplit(".", 1)[-1] for path in (before, after))
+        place = f"`{where}`: " if where else ""
+        _waiting.append(
+            f"{place}{new} takes the place of {old}, so {given} of {old} has no effect."
+        )
+
+
+def note_replaced(where: str, lost: Iterable[str]) -> None:
+    """Note the classes of a list when another list takes its place.
+
+    Args:
+        where: the setting.
+        lost: the classes that the other list has not.
+    """
+    names = ", ".join(lost)
+    if names:
+        last = where.rsplit(".", 1)[-1]
+        _waiting.append(
+            f"`{where}` replaces the list of its base, so {names} has no effect. Write `{last}+` "
+            "to add to the list."
+        )

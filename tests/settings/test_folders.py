@@ -1,0 +1,42 @@
+"""A run that is refused leaves no folder behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdrl_lightning.__main__ import main
+
+CONFIG = """
+model: {{student: {student}, objective: {{class_path: GRPO}}}}
+data:
+  train_prompts: {{class_path: kdrl_lightning.tiny.ColumnAddition, init_args: {{size: 8}}}}
+  reward: kdrl_lightning.tiny.addition_reward
+  max_tokens: 125
+trainer: {{max_steps: 1, accelerator: cpu, logger: {{class_path: CSVLogger, init_args: {log}}}}}
+"""
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_loggers_folder_goes_unless_it_was_there(
+    before: bool,
+    student_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = "{save_dir: here, name: a/b, version: c}"
+    Path("config.yaml").write_text(CONFIG.format(student=student_folder, log=log))
+    if before:
+        Path("here/a").mkdir(parents=True)
+        Path("here/a/mine.txt").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "config.yaml"])
+    assert ended.value.code == 2
+    assert "must have at most 3 tokens a prompt" in capsys.readouterr().err
+    left = {str(p) for p in Path().rglob("*")}
+    assert left == (
+        {"config.yaml", "here", "here/a", "here/a/mine.txt"} if before else {"config.yaml"}
+    )
