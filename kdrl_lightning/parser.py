@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from kdrl_lightning.settings.text import Text
 
 HELP = "--help`"
 # How a message begins that is about one setting: jsonargparse's words, or ours.
-KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must be ))")
+KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must ))")
 
 WRONG_TYPE = re.compile(r"Expected an? <class '(str|int|float|bool)'>\. Got value: (.*)")
 WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -64,8 +65,16 @@ class OneLineParser(LightningArgumentParser):
         )
         if found is None or "did you mean" in text:
             return ""
-        word = found[1].split(".")[-1]
-        close = get_close_matches(word, sorted(self._known_names()), n=1)
+        if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+            names = dir(sys.modules.get(missing[1], object))
+            close = get_close_matches(missing[2], names, n=1)
+            return f"; did you mean {close[0]}?" if close else ""
+        known, words = self._known_names(), found[1].split(".")
+        word = next((w for w in words if w not in known), words[-1])
+        groups = {action.dest.split(".")[0] for action in self._actions}
+        if len(words) > 1 and word == words[0] and get_close_matches(word, groups):
+            known = groups
+        close = get_close_matches(word, sorted(known), n=1)
         if close:
             return f"; did you mean {close[0]}?"
         return f"; it has {', '.join(self._own_names())}" if self._of_a_class else ""
@@ -76,7 +85,8 @@ class OneLineParser(LightningArgumentParser):
 
     def _own_names(self) -> list[str]:
         dests = [action.dest.split(".")[0] for action in self._actions]
-        return [d for d in dict.fromkeys(dests) if d != "help" and not d.endswith("+")]
+        hidden = {"help", "config", "print_config", "print_shtab"}
+        return [d for d in dict.fromkeys(dests) if d not in hidden and not d.endswith("+")]
 
     def _known_names(self) -> set[str]:
         if self._of_a_class:
@@ -91,7 +101,7 @@ class OneLineParser(LightningArgumentParser):
             if isinstance(action.choices, dict):
                 parsers += action.choices.values()
         for parser in parsers:
-            names |= {action.dest.split(".")[-1] for action in parser._actions}
+            names |= {name for action in parser._actions for name in action.dest.split(".")}
         return names
 
     def _check_value_key(self, action: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,4 +138,4 @@ def one_line(message: str) -> str:
     if found := WRONG_TYPE.fullmatch(text):
         cure = " Quote it." if found[1] == "str" else ""
         text = f"must be {WORDS[found[1]]}: got {found[2]}.{cure}"
-    return f"`{'.'.join(keys)}`{'' if text.startswith('must be ') else ':'} {text}"
+    return f"`{'.'.join(keys)}`{'' if text.startswith('must ') else ':'} {text}"

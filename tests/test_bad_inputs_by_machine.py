@@ -89,6 +89,8 @@ def test_every_mistake_is_one_line(
                 print(f"\n{sum(seen.values())} mistakes, {len(wrong)} badly answered", flush=True)
         if found is not None:
             wrong.append(f"{case.kind}: {case.what} {case.flags} -> {found}")
+            with capsys.disabled():
+                print(f"\n{wrong[-1]}", flush=True)
 
     check()
     with capsys.disabled():

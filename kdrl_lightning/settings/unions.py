@@ -9,22 +9,21 @@ does not become a data set with a column of that name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import Namespace, _typehints
 from jsonargparse._util import NestedArg
 
-from kdrl_lightning.settings.text import Text, is_data, plain
+from kdrl_lightning.settings.shapes import fitting, is_class, is_spec
+from kdrl_lightning.settings.text import Text, is_data, load, plain
 from kdrl_lightning.settings.unused import note_dropped
 
-NULL = ("null", "~")
-LEAVES = (str, int, float, bool, NoneType)
-SPEC = {"class_path", "init_args", "dict_kwargs", "__path__"}
 _jsonargparse: Any = _typehints  # private, so nothing is known of its types
 _adapt = _jsonargparse.adapt_typehints
 _load_value = _jsonargparse.load_value
@@ -47,7 +46,7 @@ def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
-    """Remove the arguments that a class has not, when it takes the place of another; warn of it."""
+    """Remove the arguments that a class has not, when it takes the place of another; note it."""
     had = _arguments(previous)
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
@@ -77,7 +76,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     if building and isinstance(val, Namespace) and "dict_kwargs" in val:
         val = val.clone()
         val["dict_kwargs"] = plain(val["dict_kwargs"])
-    if isinstance(val, NestedArg) and _is_class(typehint):
+    if isinstance(val, NestedArg) and is_class(typehint):
         # An argument of the class: its own parser reads the text, which is YAML or not.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
@@ -93,6 +92,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+    val = _spec_in(val)
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
@@ -105,6 +105,17 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         if not errors:
             raise
         raise min(errors, key=_unlikely) from None
+
+
+def _spec_in(val: Any) -> Any:
+    """Return the class that a text of the command line gives; other text as it is."""
+    if type(val) is not str or "class_path" not in val:
+        return val
+    try:
+        found = load(val)
+    except yaml.YAMLError:
+        return val
+    return found if is_spec(found) else val
 
 
 def _errors(val: Any, members: Iterable[Any], *args: Any, **kwargs: Any) -> Iterator[Exception]:
@@ -123,53 +134,6 @@ def _unlikely(error: Exception) -> int:
     return 0 if "is not accepted" in words or "required" in words or "Parser key" in words else 1
 
 
-def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list[Any]:
-    """Return the members of a union that a value's shape allows; all of them if none does.
-
-    Args:
-        members: the union's types.
-        val: the value.
-        previous: what the setting was before.
-        given: the text on the command line that ``val`` was read from, if it was.
-    """
-    known = list(members)
-    kept = [m for m in known if _fits(m, val, previous)]
-    if isinstance(given, str) and not isinstance(val, str) and not _is_spec(val) and str in known:
-        kept = [m for m in known if m is str or m in kept]
-    return kept or known
-
-
-def _fits(member: Any, val: Any, previous: Any) -> bool:
-    if member is Any or isinstance(member, _jsonargparse.UnvalidatedType):
-        return True
-    kind = get_origin(member) or member
-    mapping = inspect.isclass(kind) and issubclass(kind, Mapping)
-    sequence = kind in _jsonargparse.sequence_origin_types | _jsonargparse.tuple_set_origin_types
-    if val is None:
-        return member is NoneType
-    if isinstance(val, NestedArg):
-        if _is_spec(previous):
-            return _is_class(member)
-        if sequence:  # an argument of the last class of a list
-            return isinstance(previous, list) and any(_is_class(m) for m in get_args(member))
-        return mapping or _is_class(member)
-    if _is_spec(val):
-        return _is_class(member)
-    if isinstance(val, Mapping | Namespace):
-        if _is_spec(previous) and not _by_name(val):  # arguments of the class that stood there
-            return _is_class(member)
-        return mapping or (_is_class(member) and not inspect.isabstract(kind))
-    if isinstance(val, list | tuple | set):
-        return sequence
-    if isinstance(val, str):
-        if member is NoneType:
-            return not isinstance(val, Text) and val.strip().lower() in NULL
-        return not (mapping or sequence)
-    if isinstance(val, bool | int | float):
-        return member in LEAVES or kind is Literal
-    return True
-
-
 def check_name(val: Any, members: Iterable[Any]) -> None:
     """Check that a class named without its module exists.
 
@@ -180,7 +144,7 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     if isinstance(val, Mapping | Namespace):
         name = val.get("class_path")
     kinds = [m for m in members if m is not NoneType]
-    if not isinstance(name, str) or "." in name or not all(_is_class(m) for m in kinds):
+    if not isinstance(name, str) or "." in name or not all(is_class(m) for m in kinds):
         return
     if Path(name).is_file():  # which holds the class and its arguments
         return
@@ -200,9 +164,9 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
         ValueError: nothing says which class.
     """
     kinds = [m for m in members if m is not NoneType]
-    unknown = all(_is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
-    if isinstance(val, NestedArg) and unknown and not _is_spec(previous):
-        found = previous if previous is None or isinstance(previous, str) else "another value"
+    unknown = all(is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
+    if isinstance(val, NestedArg) and unknown and not is_spec(previous):
+        found = getattr(previous, "__name__", previous)
         raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
 
 
@@ -215,30 +179,3 @@ def class_paths(member: Any) -> list[str]:
 
 def _named(member: Any) -> str:
     return "a function" if get_origin(member) is not None else f"a {member.__name__}"
-
-
-def _is_spec(val: Any) -> bool:
-    """Whether a value gives a class, or arguments of the class that stood there before."""
-    if not isinstance(val, Mapping | Namespace):
-        return False
-    names = set(vars(val) if isinstance(val, Namespace) else val)
-    return bool(names & {"class_path", "init_args"}) and names <= SPEC
-
-
-def _by_name(val: Mapping[str, Any] | Namespace) -> bool:
-    """Whether every value has values of its own, as sets by name have."""
-    held = vars(val) if isinstance(val, Namespace) else val
-    return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
-
-
-def _is_class(member: Any) -> bool:
-    """Whether a type is given as a class: by its name and arguments."""
-    kind = get_origin(member) or member
-    if kind is Callable or kind in _jsonargparse.callable_origin_types:
-        return True
-    return (
-        inspect.isclass(kind)
-        and kind not in _jsonargparse.root_types | set(LEAVES)
-        and not issubclass(kind, Mapping | list | tuple | set | frozenset | str)
-        and _jsonargparse.ActionTypeHint.is_subclass_typehint(kind, also_closed=True)
-    )

@@ -54,7 +54,7 @@ CASES = {
     ),
     "an argument of a function": (
         ["--data.reward.marker=x"],
-        "`data.reward` must name a class before its argument marker: got",
+        "`data.reward` must name a class before its argument marker: got addition_reward.",
     ),
     "a module that is not there": (
         ["--data.reward=no_module.reward"],
@@ -92,6 +92,11 @@ CASES = {
         ["--model.student.slop=0.5"],
         "`model.student`: Option 'slop' is not accepted; did you mean slip?",
     ),
+    "a model source": (
+        ["--model.student={class_path: kdrl_lightning.tiny.TinyModle}"],
+        "module 'kdrl_lightning.tiny' has no attribute 'TinyModle'; did you mean TinyModel?",
+    ),
+    "a group of settings": (["--modle.student=x"], "did you mean model?"),
     "an argument of a teacher": (
         [f"{TEACHER}x, dtpe: float32}}}}"],
         "`model.teacher`: Option 'dtpe' is not accepted; did you mean dtype?",

@@ -1,0 +1,93 @@
+"""What the shape of a value tells: which types of a union it can be meant for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from jsonargparse import Namespace, _typehints
+from jsonargparse._util import NestedArg
+
+from kdrl_lightning.settings.text import Text
+
+NULL = ("null", "~")
+LEAVES = (str, int, float, bool, NoneType)
+SPEC = {"class_path", "init_args", "dict_kwargs", "__path__"}
+_jsonargparse: Any = _typehints  # private, so nothing is known of its types
+
+
+def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list[Any]:
+    """Return the members of a union that a value's shape allows; all of them if none does.
+
+    Args:
+        members: the union's types.
+        val: the value.
+        previous: what the setting was before.
+        given: the text on the command line that ``val`` was read from, if it was.
+    """
+    known = list(members)
+    kept = [m for m in known if fits(m, val, previous)]
+    if isinstance(given, str) and not isinstance(val, str) and not is_spec(val) and str in known:
+        kept = [m for m in known if m is str or m in kept]
+    return kept or known
+
+
+def fits(member: Any, val: Any, previous: Any) -> bool:
+    """Whether a value can be meant for one type of a union; ``previous`` stood there before."""
+    if member is Any or isinstance(member, _jsonargparse.UnvalidatedType):
+        return True
+    kind = get_origin(member) or member
+    mapping = inspect.isclass(kind) and issubclass(kind, Mapping)
+    sequence = kind in _jsonargparse.sequence_origin_types | _jsonargparse.tuple_set_origin_types
+    if val is None:
+        return member is NoneType
+    if isinstance(val, NestedArg):
+        if is_spec(previous):
+            return is_class(member)
+        if sequence:  # an argument of the last class of a list
+            return isinstance(previous, list) and any(is_class(m) for m in get_args(member))
+        return mapping or is_class(member)
+    if is_spec(val):
+        return is_class(member)
+    if isinstance(val, Mapping | Namespace):
+        if is_spec(previous) and not by_name(val):  # arguments of the class that stood there
+            return is_class(member)
+        return mapping or (is_class(member) and not inspect.isabstract(kind))
+    if isinstance(val, list | tuple | set):
+        return sequence
+    if isinstance(val, str):
+        if member is NoneType:
+            return not isinstance(val, Text) and val.strip().lower() in NULL
+        return not (mapping or sequence)
+    if isinstance(val, bool | int | float):
+        return member in LEAVES or kind is Literal
+    return True
+
+
+def is_spec(val: Any) -> bool:
+    """Whether a value gives a class, or arguments of the class that stood there before."""
+    if not isinstance(val, Mapping | Namespace):
+        return False
+    names = set(vars(val) if isinstance(val, Namespace) else val)
+    return bool(names & {"class_path", "init_args"}) and names <= SPEC
+
+
+def by_name(val: Mapping[str, Any] | Namespace) -> bool:
+    """Whether every value has values of its own, as sets by name have."""
+    held = vars(val) if isinstance(val, Namespace) else val
+    return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
+
+
+def is_class(member: Any) -> bool:
+    """Whether a type is given as a class: by its name and arguments."""
+    kind = get_origin(member) or member
+    if kind is Callable or kind in _jsonargparse.callable_origin_types:
+        return True
+    return (
+        inspect.isclass(kind)
+        and kind not in _jsonargparse.root_types | set(LEAVES)
+        and not issubclass(kind, Mapping | list | tuple | set | frozenset | str)
+        and _jsonargparse.ActionTypeHint.is_subclass_typehint(kind, also_closed=True)
+    )
