@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.prompts.turns import plain
+from kdrl_lightning.prompts.turns import is_json_of_messages, plain
 
 # The row's column with arguments of the chat template.
 TEMPLATE_ARGS = "template_args"
@@ -64,8 +64,8 @@ class PromptForm:
         if hasattr(question, "tolist"):
             question = plain(question)
         if isinstance(question, str):
-            if not question.strip():
-                return question  # refused when it is encoded; a suffix must not hide it
+            if not question.strip() or is_json_of_messages(question):
+                return question  # refused when it is encoded; what is around must not hide it
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
         if isinstance(question, list | tuple) and self.chat:

@@ -292,5 +292,7 @@ def test_a_form_does_not_hide_an_empty_question() -> None:
         PromptForm(chat=True, prefill="2"),
     ):
         refused(word_tokenizer(), form.row({}, ""), "a prompt must have at least one token: got ''")
+        stored = json.dumps([ask("1 +")])
+        refused(word_tokenizer(), form.row({}, stored), "got messages as a string")
     begun = PromptForm(chat=True, prefill="2").row({}, [ask("")])
     refused(word_tokenizer(), begun, "last message of the user must have text: got ''")
