@@ -1434,7 +1434,7 @@ MUTATIONS = [
     ),
     Mutation("numbers: rounded as one likes", NUMBERS, "FEWEST_PLACES = 6", "FEWEST_PLACES = 2"),
     Mutation("numbers: exponents forgotten", NUMBERS, "Fraction(10) ** exponent", "1"),
-    Mutation("units: any is as good", UNITS, "if a[1] != b[1]:", "if False:"),
+    Mutation("units: any is as good", UNITS, "if a.dimension != b.dimension:", "if False:"),
     Mutation(
         "equations: the last side counts", EQUATIONS, "sides[0], side) is False", "side, side)"
     ),

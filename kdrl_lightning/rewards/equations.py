@@ -12,6 +12,8 @@ NUMERIC = re.compile(
     r"\\(?:[dt]?frac|sqrt|times|cdot|div|pi|pm|left|right|circ|infty|[!,;:%$ ])(?![A-Za-z])"
     r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[eE](?=[+-]?\d)"
 )
+# A name between two signs of equality: x, S_{10}, f(2).
+MIDDLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([^()]*\))?")
 
 
 def numeric_sides(text: str) -> list[str]:
@@ -25,8 +27,14 @@ def numeric_sides(text: str) -> list[str]:
         return []
     if any(re.search(r",(?!\d{3})|\\(?:text|mbox)\s*\{\s*(?:or|and)\b", side) for side in sides):
         return []
-    numeric = [s for s in sides if re.search(r"\d|\\pi|\\infty", s)]
-    return [s for s in numeric if not re.search(r"[A-Za-z\\]", NUMERIC.sub("", s))]
+    if any(not MIDDLE.fullmatch(side) and not _is_number(side) for side in sides[1:-1]):
+        return []  # two equations
+    return [side for side in sides if _is_number(side)]
+
+
+def _is_number(side: str) -> bool:
+    digits = re.search(r"\d|\\pi|\\infty", side)
+    return bool(digits) and not re.search(r"[A-Za-z\\]", NUMERIC.sub("", side))
 
 
 def contradicts(sides: list[str]) -> bool:

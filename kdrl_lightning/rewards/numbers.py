@@ -17,13 +17,14 @@ FLOAT_DIGITS, NOISE = 15, Fraction(1, 10**14)
 # What stands in a number for its looks: spaces, delimiters, a currency sign before it.
 SPACING = re.compile(r"\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~")
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
-POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|(\d))"
+POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|([+-]?\d+))"
 SCIENTIFIC = re.compile(
     rf"({DECIMAL})(?:[eE]([+-]?\d+)|\s*(?:\\times|\\cdot|\*|×)\s*{POWER})?|{POWER}"
 )
 FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s?(\d)\s*(\d))|(\d+)\s*/\s*(\d+)"
 )
+REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])")
 
 
@@ -56,7 +57,7 @@ def read_number(text: str) -> Number | None:
     text = text.removeprefix("\\$").strip()
     text, percent = re.subn(r"\s*\\?%$", "", text)
     text = THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
-    number = _decimal(text) or _fraction(text)
+    number = _decimal(text) or _fraction(text) or _repeating(text)
     if number is None:
         return None
     shift = 2 if percent else 0
@@ -67,8 +68,8 @@ def read_number(text: str) -> Number | None:
 def same_number(one: str, other: str) -> bool | None:
     r"""Compare two numbers; None if one of the texts is no number.
 
-    Decimals are compared exactly, if they are not as long as a float64. A decimal equals a fraction that it cannot write (1/3) if it is
-    its value, rounded to six places after the point or more.
+    Decimals are compared exactly, unless one is as long as a float64. A decimal equals a fraction
+    that it cannot write (1/3) if it is its value, rounded to six places after the point or more.
 
     >>> same_number("1.6e-19", "9.1e-31"), same_number("1/3", "0.333333"), same_number("x", "1")
     (False, True, None)
@@ -107,6 +108,15 @@ def _decimal(text: str) -> Number | None:
     digits = len(mantissa.replace(".", "").lstrip("0"))
     value = Fraction(mantissa.rstrip(".") if mantissa != "." else "0") * Fraction(10) ** exponent
     return Number(value, max(after - exponent, 0), digits)
+
+
+def _repeating(text: str) -> Number | None:
+    found = REPEATING.fullmatch(text)
+    if found is None:
+        return None
+    whole, fixed, again = found.groups()
+    below = 10 ** len(fixed) * (10 ** len(again) - 1)
+    return Number(Fraction(int(whole + fixed + again) - int(whole + fixed), below))
 
 
 def _fraction(text: str) -> Number | None:

@@ -6,9 +6,10 @@ math-verify drops every unit, so that 5 cm equals 5 m.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
-from kdrl_lightning.rewards.numbers import read_number
+from kdrl_lightning.rewards.numbers import read_number, same_number
 
 # Names by dimension, with their size in the dimension's first unit.
 _TABLE = {
@@ -27,39 +28,62 @@ UNITS = {
     for names, size in sizes.items()
     for name in names.split()
 }
-STYLED = r"\\(?:text|textrm|mathrm|mbox|operatorname|rm)\s*\{\s*([A-Za-z]+)\.?\s*\}"
-ENDING = re.compile(
-    rf"(.*?\S)(?:[\s~]|\\[,;: ])*(?:{STYLED}|(?<=\d) ([A-Za-z]+)\.?)(?:\^\{{?(\d)\}}?)?$"
-)
+NAME = r"([A-Za-z]+(?:/[A-Za-z]+)?)\.?"
+STYLED = rf"\\(?:text|textrm|mathrm|mbox|operatorname|rm)\s*\{{\s*{NAME}\s*\}}"
+ENDING = re.compile(rf"(.*?\S)(?:[\s~]|\\[,;: ])*(?:{STYLED}|(?<=\d) {NAME})(?:\^\{{?(\d)\}}?)?$")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with a known unit.
+
+    Attributes:
+        number: the text before the unit.
+        dimension: what is measured, e.g. length over time, with the unit's power.
+        size: of the unit.
+    """
+
+    number: str
+    dimension: tuple[str, ...]
+    size: Fraction
 
 
 def same_quantity(one: str, other: str) -> bool | None:
-    r"""Compare two numbers with units that are known; None if one of the texts has none.
+    r"""Compare two numbers with units that are known, or one with a number without a unit.
 
     >>> same_quantity(r"5\text{ cm}", "50 mm"), same_quantity("5 cm", "5 m")
     (True, False)
     """
-    a, b = _split(one), _split(other)
+    a, b = _read(one), _read(other)
     if a is None or b is None:
-        return None
-    if a[1] != b[1]:
+        # A number that says no unit is compared with the number alone.
+        quantity, text = (a, other) if a is not None else (b, one)
+        return None if quantity is None else same_number(quantity.number, text)
+    if a.dimension != b.dimension:
         return False
-    values = read_number(a[0]), read_number(b[0])
+    values = read_number(a.number), read_number(b.number)
     if values[0] is None or values[1] is None:
         # The same unit: what stands before it decides.
-        return None if a[2] == b[2] else False
-    return values[0].value * a[2] == values[1].value * b[2]
+        return None if a.size == b.size else False
+    return values[0].value * a.size == values[1].value * b.size
 
 
-def _split(text: str) -> tuple[str, tuple[str, int], Fraction] | None:
-    """Return the number, dimension and power, and the unit's size; None without a known unit."""
+def _read(text: str) -> Quantity | None:
     found = ENDING.fullmatch(text.strip())
     if found is None:
         return None
     number, styled, plain, power = found.groups()
-    name = styled or plain
-    known = UNITS.get(name) or UNITS.get(name.lower().removesuffix("s"))
-    if known is None:
+    if plain is not None and len(plain) == 1 and power:
+        return None  # rather a power of a symbol
+    parts = [UNITS.get(n) or UNITS.get(_singular(n)) for n in (styled or plain).split("/")]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return None
     exponent = int(power or 1)
-    return number, (known[0], exponent), known[1] ** exponent
+    size = known[0][1] if len(known) == 1 else known[0][1] / known[1][1]
+    dimension = (*(name for name, _ in known), str(exponent))
+    return Quantity(number, dimension, size**exponent)
+
+
+def _singular(name: str) -> str:
+    return name.lower().removesuffix("s") if len(name) > 2 else name

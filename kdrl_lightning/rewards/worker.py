@@ -83,6 +83,9 @@ def _end_of(child: int, pipe: Connection, trainer: int) -> int:
     happened: dict[int, int] = {}
     while not happened and os.getppid() == trainer:
         happened = dict(poll.poll(LOOK_SECONDS * 1000))
+        for orphan in set(_children()) - {child}:  # ours to wait for, or they stay as zombies
+            with suppress(ChildProcessError):
+                os.waitpid(orphan, os.WNOHANG)
     os.close(descriptor)
     if descriptor in happened:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

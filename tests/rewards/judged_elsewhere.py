@@ -126,6 +126,15 @@ def with_children(what: str) -> Any:
     return own.pid
 
 
+def with_orphan(what: str) -> int:
+    """Leave a process behind that has another parent and ends soon; return its number."""
+    import subprocess
+    import sys
+
+    code = "import subprocess as s; print(s.Popen(['sleep', '0.1']).pid)"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
+
+
 def answer_deeply() -> Any:
     """Call itself for ever."""
     return answer_deeply()

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from short_runs import make_data, make_module, make_trainer
 
+from kdrl_lightning import GRPO
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import HFPrompts, ReasoningGymPrompts
 from kdrl_lightning.rewards import (
@@ -148,6 +150,20 @@ def test_a_csv_with_an_empty_cell_keeps_its_whole_numbers(tmp_path: Path) -> Non
         ConfigurationError, match=r"its `answer` is empty: got None in the row .*'b'"
     ):
         runner.check(rows[i] for i in range(len(rows)))
+
+
+def test_a_run_with_a_row_without_an_answer_does_not_start(
+    tmp_path: Path, student_folder: str
+) -> None:
+    rows = [{"prompt": "1+2=", "answer": 3.0}, {"prompt": "2+2=", "answer": float("nan")}]
+    module, data = (
+        make_module(student_folder, None, GRPO()),
+        make_data(train_prompts=rows, val_prompts=None, reward=ExactMatch()),
+    )
+    words = r"its `answer` is empty: got nan in the row .*'prompt': '2\+2='.*Fill it in"
+    with pytest.raises(ConfigurationError, match=words):
+        make_trainer(tmp_path).fit(module, datamodule=data)
+    assert data.rollouts.plan is None
 
 
 def test_any_of_several_answers_is_right_for_every_reward() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import judged_elsewhere
 import pytest
-from judged_elsewhere import answer, with_children
+from judged_elsewhere import answer, with_children, with_orphan
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
@@ -135,6 +135,17 @@ def test_what_a_killed_call_has_started_ends_with_it(tmp_path: Path) -> None:
     pool.close()
     assert all(gone(process) for process in children_of(tmp_path / "c"))
     assert not sleepers() - before  # nor what has a session and a parent of its own
+
+
+def test_an_orphan_that_ends_is_no_zombie() -> None:
+    pool = WorkerPool(with_orphan, seconds=60.0, workers=1)
+    (orphan,) = pool.map([""])
+    until = time.monotonic() + 20
+    while Path(f"/proc/{orphan}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{orphan}").exists()
+    assert pool.map([""])  # and the worker goes on
+    pool.close()
 
 
 def test_a_call_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
