@@ -68,9 +68,10 @@ class PromptForm:
                 return question  # refused when it is encoded; what is around must not hide it
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
-        if isinstance(question, list | tuple) and self.chat:
-            return self._chat(self._with_suffix(list(question)))
-        return question  # messages stay as they are; all else is refused when it is encoded
+        if isinstance(question, list | tuple):
+            turns = self._with_suffix(list(question))
+            return self._chat(turns) if self.chat else turns
+        return question  # refused when it is encoded
 
     def row(self, row: Mapping[str, Any], question: Any) -> dict[str, Any]:
         """Return the row with its prompt, and the template's arguments where there are any."""

@@ -280,6 +280,7 @@ def test_tools_that_the_model_would_not_see_are_refused(
 def test_the_suffix_stands_after_a_question_of_messages_too() -> None:
     form = PromptForm(chat=True, suffix=" =")
     assert form([ask("1 +")]) == [ask("1 + =")]
+    assert PromptForm(suffix=" =")([ask("1 +")]) == [ask("1 + =")]
     assert form(np.array([ask("1 +")])) == [ask("1 + =")]
     assert form([ask("1 +"), answer("2")]) == [ask("1 +"), answer("2")]
 
