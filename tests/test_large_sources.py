@@ -224,3 +224,23 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, student_folder:
     )
     with pytest.raises(ConfigurationError, match=words):
         run(tmp_path, more, [{"prompt": "1="}, {"prompt": "<more>1="}] * 2)
+
+
+def test_a_resumed_run_draws_and_counts_as_the_whole_one(
+    tmp_path: Path, student_folder: str
+) -> None:
+    path, seen = tmp_path / "first.ckpt", []
+    for steps, resumed in ((2, None), (4, path)):
+        data = make_data(train_prompts=Sums({BAD: {"prompt": None}}), val_prompts=None)
+        trace = Trace()
+        trainer = make_trainer(tmp_path, max_steps=steps, callbacks=[trace])
+        module = make_module(student_folder, None, GRPO())
+        if resumed is None:
+            with pytest.warns(UserWarning, match="^skipped row"):
+                trainer.fit(module, data)
+            trainer.save_checkpoint(path)
+        else:
+            trainer.fit(module, data, ckpt_path=str(resumed), weights_only=False)
+        seen += prompts_in(trace)
+    assert seen == INSTEAD
+    assert data.collector.counts.state_dict() == {"last": [[5.0, 1.0], [4.0, 0.0]], "named": 1}

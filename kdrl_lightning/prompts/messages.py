@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.prompts.turns import plain
+from kdrl_lightning.prompts.turns import is_json_of_messages, plain
 
 # The row's column with arguments of the chat template.
 TEMPLATE_ARGS = "template_args"
@@ -64,13 +64,14 @@ class PromptForm:
         if hasattr(question, "tolist"):
             question = plain(question)
         if isinstance(question, str):
-            if not question.strip():
-                return question  # refused when it is encoded; a suffix must not hide it
+            if not question.strip() or is_json_of_messages(question):
+                return question  # refused when it is encoded; what is around must not hide it
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
-        if isinstance(question, list | tuple) and self.chat:
-            return self._chat(self._with_suffix(list(question)))
-        return question  # messages stay as they are; all else is refused when it is encoded
+        if isinstance(question, list | tuple):
+            turns = self._with_suffix(list(question))
+            return self._chat(turns) if self.chat else turns
+        return question  # refused when it is encoded
 
     def row(self, row: Mapping[str, Any], question: Any) -> dict[str, Any]:
         """Return the row with its prompt, and the template's arguments where there are any."""

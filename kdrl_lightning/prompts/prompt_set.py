@@ -132,6 +132,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         chosen = {id(row) for row in rows}
         for number, (row, _) in self.checked_rows():
             if id(row) in chosen:
+                chosen.discard(id(row))  # a list may hold one row several times
                 self._asked(check, row, number)
 
     def checked_rows(self) -> Iterator[tuple[int, EncodedPrompt]]:

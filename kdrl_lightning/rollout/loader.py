@@ -64,6 +64,7 @@ def rows_at(positions: Iterable[int], size: int, seed: int) -> list[int]:
     return rows
 
 
-@lru_cache(maxsize=4)  # a rollout may lie in two passes; of a million rows each is 8 MB
+@lru_cache(maxsize=2)  # a rollout may lie in two passes
 def _order(size: int, epoch: int, seed: int) -> Any:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+    order = np.random.default_rng([seed, epoch]).permutation(size)
+    return order.astype(np.uint32) if size < 1 << 32 else order  # 4 MB for a million rows

@@ -280,6 +280,7 @@ def test_tools_that_the_model_would_not_see_are_refused(
 def test_the_suffix_stands_after_a_question_of_messages_too() -> None:
     form = PromptForm(chat=True, suffix=" =")
     assert form([ask("1 +")]) == [ask("1 + =")]
+    assert PromptForm(suffix=" =")([ask("1 +")]) == [ask("1 + =")]
     assert form(np.array([ask("1 +")])) == [ask("1 + =")]
     assert form([ask("1 +"), answer("2")]) == [ask("1 +"), answer("2")]
 
@@ -292,5 +293,7 @@ def test_a_form_does_not_hide_an_empty_question() -> None:
         PromptForm(chat=True, prefill="2"),
     ):
         refused(word_tokenizer(), form.row({}, ""), "a prompt must have at least one token: got ''")
+        stored = json.dumps([ask("1 +")])
+        refused(word_tokenizer(), form.row({}, stored), "got messages as a string")
     begun = PromptForm(chat=True, prefill="2").row({}, [ask("")])
     refused(word_tokenizer(), begun, "last message of the user must have text: got ''")

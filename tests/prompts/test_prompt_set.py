@@ -198,3 +198,6 @@ def test_rows_to_try_are_named_too() -> None:
     with pytest.raises(ConfigurationError, match=r"^row 1 of `train_prompts`: no\.$"):
         prompts.ask(refuse, [prompts[1][0], {"prompt": "0="}])
     assert tried == ["1="]
+    row = {"prompt": "2="}
+    prompts_of([row] * 5).ask(refuse, [row])
+    assert tried == ["1=", "2="]

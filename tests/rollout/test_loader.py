@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,3 +76,8 @@ def test_loader_has_no_state():
     assert loader.state_dict() == {}
     loader.load_state_dict({"position": 2})
     assert list(loader) == [0, 1, 2]
+
+
+def test_the_order_is_numpys_permutation_of_seed_and_pass():
+    passes = [np.random.default_rng([5, epoch]).permutation(7).tolist() for epoch in range(3)]
+    assert prompt_stream(0, 21, 7, 5) == [row for rows in passes for row in rows]
