@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from kdrl_lightning.callbacks.end_of_run import check_space, checkpoint_bytes, student_bytes
-from kdrl_lightning.callbacks.run_folder import checkpoint_folders, run_folder
+from kdrl_lightning.callbacks.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.callbacks.stop_signals import NAMES, StopSignals
 from kdrl_lightning.checkpoints import CheckpointWriter, newest_whole, remove_unfinished, together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
@@ -72,6 +73,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self._folder = Path()
         self._due = self._continues = False
         self._signals, self._stops = StopSignals(), 0
+        self._held: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -97,6 +99,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.dirpath = str(self._folder)
         if trainer.fast_dev_run:
             return
+        self._held = hold(folder) if trainer.is_global_zero else None
         if named is not None:
             self._refuse_another_run(trainer)
         needs = {self._folder: checkpoint_bytes(pl_module)}
@@ -149,7 +152,7 @@ class FSDPCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Save nothing: the other ranks may be somewhere else."""
         self._signals.explain(exception)
-        self._signals.give_back()
+        self._let_go()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Wait for the last one; stop if a signal came after the last step."""
@@ -160,8 +163,14 @@ class FSDPCheckpoint(ModelCheckpoint):
         self._stop_if_agreed(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the signals back."""
+        """Give back signals and folder."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._signals.give_back()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return which checkpoints there are, with their scores."""
@@ -218,13 +227,14 @@ class FSDPCheckpoint(ModelCheckpoint):
     def _prune(self, trainer: Any) -> None:
         """Delete what is neither among the best nor among the newest.
 
-        That of an earlier run goes only where ``last`` has found it: a path that a user names may
-        be the start of several runs.
+        That of an earlier run goes only if ``last`` has found it, and that run has ended: a path
+        that a user names may be the start of several runs.
         """
         keep = [*self.entries[-self.keep_last :], *self._ranked()[: self.save_top_k]]
         gone = [e for e in self.entries if e not in keep]
-        if not self._continues:
-            gone = [e for e in gone if Path(e["path"]).parent == self._folder]
+        places = {Path(e["path"]).parent for e in gone} - {self._folder}
+        kept = {p for p in places if not self._continues or is_alive(p.parent)}
+        gone = [e for e in gone if Path(e["path"]).parent not in kept]
         self.entries = [e for e in self.entries if e in keep]
 
         def delete() -> None:

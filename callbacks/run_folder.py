@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import os
 from collections.abc import Iterator
@@ -57,6 +58,34 @@ def run_folder(trainer: Any, file: str | None = None) -> Path:
             )
         _folders[trainer] = folder
     return _folders[trainer]
+
+
+def hold(folder: Path) -> int | None:
+    """Mark the run of a folder as alive until ``os.close``, or the end of this process.
+
+    Returns:
+        What to close; None if it is alive already, or the file system has no locks.
+    """
+    try:
+        held = os.open(folder / MARK, os.O_RDWR | os.O_CREAT)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return None
+    return held
+
+
+def is_alive(folder: Path) -> bool:
+    """Tell whether a process is at work on the run of a folder."""
+    if not (folder / MARK).exists():
+        return False
+    held = hold(folder)
+    if held is not None:
+        os.close(held)
+    return held is None
 
 
 def checkpoint_folders(trainer: Any) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.callbacks.run_folder import checkpoint_folders, run_folder
+from kdrl_lightning.callbacks.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.errors import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -139,6 +141,21 @@ def test_a_run_id_finds_its_own_last_checkpoint(tmp_path: Path, student_folder: 
     fit(tmp_path, student_folder, ServiceLogger(str(tmp_path), version="other"))
     trainer = make_trainer(tmp_path, logger=ServiceLogger(str(tmp_path), version="mine"))
     assert FSDPCheckpoint()._find_last_checkpoints(trainer) == {mine.last_model_path}
+
+
+def test_the_checkpoint_of_a_run_that_is_alive_stays(tmp_path: Path, student_folder: str) -> None:
+    """`last` finds it all the same, but both runs go on from it."""
+    one = Path(fit(tmp_path, student_folder, CSVLogger(tmp_path, name="mine")).last_model_path)
+    assert not is_alive(one.parents[1]) and not is_alive(tmp_path)
+    held = hold(one.parents[1])  # as another process does
+    assert held is not None and is_alive(one.parents[1]) and hold(one.parents[1]) is None
+    for alive in (True, False):
+        other = CSVLogger(tmp_path, name="mine")
+        newest = Path(fit(tmp_path, student_folder, other, 4, "last").last_model_path)
+        assert one.exists() == alive and newest.exists()
+        if alive:
+            shutil.rmtree(newest.parent)
+            os.close(held)
 
 
 def test_folders_are_named_after_the_run(tmp_path: Path) -> None:
