@@ -235,9 +235,7 @@ def test_a_run_that_cannot_write_its_student_names_the_checkpoint(
 def test_all_ranks_stop_if_the_first_cannot_write() -> None:
     module = SimpleNamespace(reduce=lambda value, operation: value)
     trainer = SimpleNamespace(checkpoint_callback=None, lightning_module=module)
-    words = (
-        r"^the student must be writable to out: got SafetensorError: .*\. The run saved no checkp"
-    )
+    words = r"^the student must be writable to out: got SafetensorError: .*\. The run saved no"
     with pytest.raises(TrainingStopped, match=words):
         export_together(trainer, full_disk, "out")
     module.reduce = lambda value, operation: value + 1.0  # another rank's failure
