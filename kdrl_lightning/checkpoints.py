@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils import _pytree as pytree
 
@@ -203,7 +204,7 @@ def cause_of(error: BaseException) -> BaseException:
     return cause or error
 
 
-class ShardWriter(dcp.FileSystemWriter):
+class ShardWriter(FileSystemWriter):
     """Writes shards, and tells the other ranks the system's error.
 
     What is sent to them loses its causes on the way.
