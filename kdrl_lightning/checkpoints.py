@@ -175,7 +175,7 @@ def export_together(trainer: Any, write: Callable[[], None], path: str) -> None:
             write()
         except Exception as error:
             saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
-            cure = "No checkpoint holds it: the run was without."
+            cure = "The run saved no checkpoint: make room, and train again with checkpoints."
             if saved:
                 cure = (
                     f"The checkpoint {saved} holds it: make room, and run `python -m "

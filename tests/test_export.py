@@ -26,7 +26,7 @@ from transformers import (
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.checkpoints import CheckpointWriter
+from kdrl_lightning.checkpoints import CheckpointWriter, export_together
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.export import export
 from kdrl_lightning.tiny.models import make_tokenizer
@@ -230,3 +230,14 @@ def test_a_run_that_cannot_write_its_student_names_the_checkpoint(
     assert torch.equal(before, logits(tmp_path / "run/student"))  # of the run before
     export(path, str(tmp_path / "new"))
     assert torch.equal(before, logits(tmp_path / "new"))
+
+
+def test_all_ranks_stop_if_the_first_cannot_write() -> None:
+    module = SimpleNamespace(reduce=lambda value, operation: value)
+    trainer = SimpleNamespace(checkpoint_callback=None, lightning_module=module)
+    words = r"^the student must be writable to out: got SafetensorError: .*\. The run saved no"
+    with pytest.raises(TrainingStopped, match=words):
+        export_together(trainer, full_disk, "out")
+    module.reduce = lambda value, operation: value + 1.0  # another rank's failure
+    with pytest.raises(TrainingStopped, match="another process had to stop"):
+        export_together(trainer, lambda: None, "out")

@@ -1,7 +1,8 @@
-"""Disks that fill up or turn read-only: a tmpfs of a few hundred kilobytes, which needs root."""
+"""Disks that fill up or turn read-only in the middle: a small tmpfs, which needs root."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_cases.kills import Undisturbed, finished, lost
-from fault_cases.runs import Run
+from fault_cases.runs import Run, step_of
 from fault_cases.servers import Server
 
 Event = dict[str, Any]
@@ -22,14 +23,14 @@ def mount(*arguments: str) -> bool:
 
 
 @contextmanager
-def small_disk(place: Path, size: int) -> Iterator[Callable[..., None]]:
-    """Mount a file system of ``size`` bytes; yield what changes its options.
+def small_disk(place: Path) -> Iterator[Callable[[str], None]]:
+    """Mount a file system of 64 MiB; yield what changes its options.
 
     Raises:
         PermissionError: this user may not mount one.
     """
     place.mkdir(parents=True)
-    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)):
+    if not mount("-t", "tmpfs", "-o", f"size={64 << 20}", "tmpfs", str(place)):
         raise PermissionError("not run: mounting a small tmpfs needs root")
 
     def change(option: str) -> None:
@@ -45,15 +46,24 @@ def small_disk(place: Path, size: int) -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", str(place)], capture_output=True)
 
 
+def fill(place: Path, leave: int) -> Path:
+    """Fill a disk up to some bytes that are left; return the file to delete."""
+    ballast, found = place / "ballast", os.statvfs(place)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
+    return ballast
+
+
 def not_run(case: str, what: str, error: Exception) -> Event:
     """Say why a case was left out."""
     return {"case": case, "strategy": "-", "what": what, "not_run": str(error), "fault": ""}
 
 
-def stopped(run: Run, case: str, what: str, words: str) -> Event:
-    """Wait for a run that cannot go on: exit code 1, one line with ``words`` in it."""
+def stopped(run: Run, case: str, what: str, words: str, codes: tuple[int, ...] = (1,)) -> Event:
+    """Wait for a run that cannot go on: one line with ``words`` in it."""
     code, line = run.wait(), run.last_line()
-    fault = "" if code == 1 and line.startswith("error: ") and words in line else f"{code}: {line}"
+    told = code in codes and line.startswith("error: ") and words in line
+    fault = "" if told else f"{code}: {line}"
     fault = "a traceback" if not fault and run.traceback() else fault
     return {"case": case, "strategy": run.strategy, "what": what, "code": code, "line": line,
             **lost(run), "fault": fault}  # fmt: skip
@@ -80,48 +90,56 @@ def disk(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
                 yield not_run("disk", f"{what}, {strategy}", error)
 
 
-def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> list[Event]:
-    """Give checkpoints room for one and a half."""
-    one = size_of(plain.run(strategy).checkpoints()[0])
-    with small_disk(folder / "small", one * 3 // 2) as change:
-        run = Run(folder, strategy, plain.models, (f"--checkpoint.dirpath={folder / 'small'}",))
+def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
+    """Let the second checkpoint find room for half of it."""
+    one, place = size_of(plain.run(strategy).checkpoints()[0]), folder / "small"
+    with small_disk(place):
+        run = Run(folder, strategy, plain.models, (f"--checkpoint.dirpath={place}",))
         run.start()
+        run.until(run.checkpoints)
+        ballast = fill(place, one // 2)
         event = stopped(run, "disk", "full at a checkpoint", "No space left on device")
-        left = [p.name for p in (folder / "small").iterdir()]
+        ballast.unlink()
+        left = [p.name for p in place.iterdir()]
         if not event["fault"] and left != ["step=00000004.ckpt"]:
             event["fault"] = f"{left} are left"
-        change(f"size={10 * one}")
+        yield event
         run.start()
-        return [event, finished(run, plain.run(strategy), "disk")]
+        yield finished(run, plain.run(strategy), "disk")
 
 
-def full_export(folder: Path, plain: Undisturbed, strategy: str) -> list[Event]:
-    """Give the run folder room for its logs, and not for the student; checkpoints are elsewhere."""
-    saved = folder / "checkpoints"
-    with small_disk(folder / "small", 192 << 10) as change:
-        run = Run(folder / "small", strategy, plain.models, (f"--checkpoint.dirpath={saved}",))
+def full_export(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
+    """Leave the run folder room for its logs, and not for the student."""
+    saved, place = folder / "checkpoints", folder / "small"
+    with small_disk(place):
+        run = Run(place, strategy, plain.models, (f"--checkpoint.dirpath={saved}",))
         run.start()
+        run.until(run.steps)
+        ballast = fill(place, size_of(Path(plain.models[0]) / "model.safetensors") // 2)
         event = stopped(run, "disk", "full at the export", "No space left on device")
         if not event["fault"] and ("--ckpt_path" not in event["line"] or run.student()):
             event["fault"] = f"no cure, or half a student: {event['line']}"
-        event |= {"kept_step": max(int(p.name[5:13]) for p in saved.iterdir()), "lost_updates": 0}
-        change("size=64m")
+        kept = max(map(step_of, saved.iterdir()))
+        yield {**event, "kept_step": kept, "lost_updates": max(0, run.steps()[-1] - kept)}
+        ballast.unlink()
         run.start()
-        return [event, finished(run, plain.run(strategy), "disk")]
+        yield finished(run, plain.run(strategy), "disk")
 
 
-def full_push(folder: Path, plain: Undisturbed, strategy: str) -> list[Event]:
-    """Give the weights for the servers room for one push, which stays until the next is there."""
-    size = size_of(Path(plain.models[0]) / "model.safetensors") * 3 // 2
-    with small_disk(folder / "small", size) as change, Server(plain.models[0]) as server:
-        flags = (*server.flags(), f"--data.rollout_engine.weights_folder={folder / 'small'}")
+def full_push(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
+    """Let the weights for the servers find room for half of them."""
+    place, size = folder / "small", size_of(Path(plain.models[0]) / "model.safetensors")
+    with small_disk(place), Server(plain.models[0]) as server:
+        other = plain.run(strategy, *server.flags())
+        flags = (*server.flags(), f"--data.rollout_engine.weights_folder={place}")
         run = Run(folder / "run", strategy, plain.models, flags)
         run.start()
-        event = stopped(run, "disk", "full at a weight push", "No space left on device")
-        change("size=64m")
+        run.until(run.steps)
+        ballast = fill(place, size // 2)
+        yield stopped(run, "disk", "full at a weight push", "No space left on device")
+        ballast.unlink()
         run.start()
-        other = plain.run(strategy, *server.flags())
-        return [event, finished(run, other, "disk")]
+        yield finished(run, other, "disk")
 
 
 def permission(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
@@ -129,7 +147,7 @@ def permission(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
     for strategy in ("single", "fsdp2"):
         place = folder / f"permission-{strategy}"
         try:
-            with small_disk(place / "small", 64 << 20) as change:
+            with small_disk(place / "small") as change:
                 flags = (f"--checkpoint.dirpath={place / 'small'}",)
                 run = Run(place, strategy, plain.models, flags)
                 run.start()
@@ -139,7 +157,7 @@ def permission(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
                 yield stopped(run, "permission", what, "Read-only file system")
                 run.start()
                 what = "read-only from the start"
-                yield stopped(run, "permission", what, "Read-only file system")
+                yield stopped(run, "permission", what, "Read-only file system", (1, 2))
                 change("rw")
                 run.start()
                 yield finished(run, plain.run(strategy), "permission")
