@@ -14,7 +14,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.architectures.families import build, save
-
 from kdrl_lightning import LoRA
 from kdrl_lightning.models import load_causal_lm
 from kdrl_lightning.rollout.hub_names import HubWeights
