@@ -46,7 +46,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 64,
     },
     "glm4_moe": {"head_dim": 32},
-    **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8}),
+    "bamba": {"mamba_n_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8},
     "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
     "lfm2": {"conv_dim": 128, "block_dim": 128},
     "dots1": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
