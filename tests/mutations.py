@@ -94,6 +94,9 @@ WATCHED = "module.py", "test_trace.py"
 FROZEN_MODELS = "module.py", "test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "test_imitation_stats.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
+HUB_NAMES = "rollout/hub_names.py", "rollout/test_hub_names.py"
+KEPT_CLASSES = "rollout/vllm_classes.py", "rollout/test_vllm_classes.py"
+RELOAD = "rollout/vllm_worker.py", "rollout/test_vllm_worker.py"
 PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
 COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
@@ -1663,6 +1666,48 @@ MUTATIONS = [
         "int(batch.topk_ids is not None)",
         "int(batch.old_pending and batch.topk_ids is not None)",
     ),
+    Mutation(
+        "vLLM: tied weights go twice",
+        HUB_NAMES,
+        "self._stored[alias][0] is self._stored[source][0]",
+        "alias is source",
+    ),
+    Mutation(
+        "vLLM: heads that only could be tied are left out",
+        HUB_NAMES,
+        "self._stored[alias][0] is self._stored[source][0]",
+        "alias is not source",
+    ),
+    Mutation(
+        "vLLM: all layers' experts are read at once",
+        HUB_NAMES,
+        'f"{layer[1]} converted"',
+        '"converted"',
+    ),
+    Mutation(
+        "vLLM: the student keeps changed attributes",
+        KEPT_CLASSES,
+        "setattr(kind, name, attributes[name])",
+        "_ = attributes[name]",
+    ),
+    Mutation(
+        "vLLM: its model loses the changes",
+        KEPT_CLASSES,
+        "module.__class__ = copies[kind]",
+        "_ = copies[kind]",
+    ),
+    Mutation(
+        "vLLM: a tied head is not packed again",
+        RELOAD,
+        "if shared[id(module.weight)] > 1",
+        "if shared[id(module.weight)] > 2",
+    ),
+    Mutation(
+        "vLLM: experts are laid into the old kernel",
+        RELOAD,
+        "method.moe_kernel = None",
+        "_ = method.moe_kernel",
+    ),
     # What completions are worth.
     Mutation(
         "pass@k: drawn with replacement",
@@ -1877,7 +1922,7 @@ def _copy(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kdrl_lightning", folder / "kdrl_lightning", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)  # tests import it
     (folder / "pytest.ini").write_text("[pytest]\n")
     return folder
 

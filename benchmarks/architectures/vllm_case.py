@@ -5,8 +5,8 @@
 writes ``docs/architectures/vllm.json``, a process per family. All in float32, on random weights:
 
 1. The engine's log-probabilities of what it samples are those of the model's own logits, to 1e-4.
-2. They are so again when all weights have changed and were pushed; before the push they are not.
-   What differs by more is said; ``WeightSync`` stops a run where it is more than 1e-3 on average.
+2. They are so again after all weights have changed and were pushed; before the push they are not.
+   A larger difference is named; ``WeightSync`` stops a run if it is above 1e-3 on average.
 3. The student gives the same numbers, bit for bit, as before the engine was there.
 """
 
@@ -35,14 +35,23 @@ WIDE: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "word_embed_proj_dim"], 128),
     **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"], 32),
     **dict.fromkeys(["query_pre_attn_scalar", "kv_channels"], 32),
+    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 32),
 }
 # What folders of the hub name and the defaults do not stands here, too.
 SPECIAL: dict[str, dict[str, Any]] = {
     # 512 and 64: the only sizes of its attention that CPU kernels are compiled for.
-    "deepseek_v3": {"topk_method": "noaux_tc", "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    },
     "glm4_moe": {"head_dim": 32},
+    "bamba": {"mamba_n_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8},
     "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
     "lfm2": {"conv_dim": 128, "block_dim": 128},
+    "dots1": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "lfm2_moe": {"conv_dim": 128},
     "mamba2": {"num_heads": 8, "head_dim": 32},
 }
@@ -95,6 +104,8 @@ def change(model: Any) -> None:
 def check(model_type: str) -> str:
     """Try an architecture in this process, which must have no engine yet.
 
+    In float32; again in bfloat16 if vLLM's CPU kernels for it know nothing else.
+
     Returns:
         ``yes``, with the difference if it is above 1e-4; or ``refused: `` and the reason.
 
@@ -103,23 +114,32 @@ def check(model_type: str) -> str:
     """
     os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
     from benchmarks.architectures.families import save
-    from kdrl_lightning.errors import ConfigurationError
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(model_type, folder, **settings(model_type))
+        found = attempt(path, "float32")
+        if "BF16" in found:
+            found = attempt(path, "bfloat16")
+        return found.replace(path, model_type)
+
+
+def attempt(path: str, dtype: Any) -> str:
+    """Try the model of a folder; see ``check``."""
+    from kdrl_lightning.errors import ConfigurationError, TrainingStopped
     from kdrl_lightning.models import load_causal_lm
     from kdrl_lightning.rollout import VLLMEngine
     from kdrl_lightning.scorer import Scorer
     from kdrl_lightning.weights import ModelWeights
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = save(model_type, folder, **settings(model_type))
-        try:
-            model = load_causal_lm(path)
-            Scorer(model).verify(model_type)  # chooses the attention that gives the right numbers
-            engine = VLLMEngine(max_model_len=64, kv_cache_memory_bytes=64 << 20)
-            before = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
-            engine.setup(ModelWeights(model, path), END, PAD)
-        except ConfigurationError as error:
-            return f"refused: {error}".replace(path, model_type)
+    try:
+        model = load_causal_lm(path)
+        Scorer(model).verify(path)  # chooses the attention that gives the right numbers
+        engine = VLLMEngine(max_model_len=64, kv_cache_memory_bytes=64 << 20, dtype=dtype)
+        before = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
+        engine.setup(ModelWeights(model, path), END, PAD)
         return compare(engine, ModelWeights(model, path), before)
+    except (ConfigurationError, TrainingStopped) as error:
+        return f"refused: {error}"
 
 
 def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
@@ -131,8 +151,8 @@ def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
     for version in (0, 1):
         if version:
             change(model)
-            stale = float(gaps(model, groups).max())
-            if not stale > 10 * max(worst, BOUND):
+            stale = float(gaps(model, groups).mean())
+            if not stale > max(10 * mean, 1e-5):
                 raise WrongError(f"a change of all weights moves log-probabilities by {stale:.1e}")
         engine.update_weights(weights, version)
         groups = engine.generate(PROMPTS, SEEDS, Sampling(12))
@@ -141,12 +161,12 @@ def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
         after = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
         if version == 0 and not all(map(torch.equal, before, after)):
             raise WrongError("the engine changes the student")
+        if mean > WeightSync().bound("32-true", engine.dtype):
+            return f"refused: WeightSync stops the run, log-probabilities differ by {mean:.1g}"
     if worst < BOUND:
         return "yes"
-    if mean > WeightSync().bound("32-true", engine.dtype):
-        return (
-            f"refused: WeightSync stops the first rollout, log-probabilities differ by {mean:.1g}"
-        )
+    if engine.dtype == torch.bfloat16:
+        return f"yes, in bfloat16, which vLLM's CPU kernels need: {mean:.1g} apart on average"
     return f"yes, within {worst:.1g}: vLLM computes something in it otherwise"
 
 

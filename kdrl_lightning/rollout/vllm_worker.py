@@ -22,7 +22,7 @@ def before_reload(model: Any) -> None:
     vLLM packs them only when it makes the kernel, and lays plain weights into it afterwards.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
         if method is not None and experts is not None and "CPU" in type(experts).__name__:
             method.moe_kernel = None
