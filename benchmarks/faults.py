@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -130,6 +131,8 @@ def main() -> None:
     chosen = args.only.split(",")
     if unknown := set(chosen) - set(CASES):
         parser.error(f"--only must name some of {', '.join(CASES)}: got {', '.join(unknown)}")
+    # A shell lets what runs in the background ignore Ctrl-C, and so would the runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     begun, events = time.monotonic(), []
     counts = {"kill": args.kills, "interrupt": args.interrupts}
     with tempfile.TemporaryDirectory(prefix="kdrl-faults-", ignore_cleanup_errors=True) as name:

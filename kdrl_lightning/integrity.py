@@ -51,12 +51,18 @@ class Part(io.RawIOBase):
         self._place = start + offset
         return self._place
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer with what follows, up to the end of the part."""
+    def read(self, size: int | None = -1) -> bytes:
+        """Return what follows, up to the end of the part."""
+        left = max(0, self._length - self._place)
         self._file.seek(self._offset + self._place)
-        raw = self._file.read(max(0, min(len(buffer), self._length - self._place)))
-        buffer[: len(raw)] = raw
+        raw = self._file.read(left if size is None or size < 0 else min(size, left))
         self._place += len(raw)
+        return raw
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with what follows."""
+        raw = self.read(len(buffer))
+        buffer[: len(raw)] = raw
         return len(raw)
 
 
@@ -64,7 +70,7 @@ def check_archive(file: IO[bytes] | Part, name: str) -> None:
     """Compare every record of an archive of ``torch.save`` with its checksum.
 
     Args:
-        file: open archive, or part of a file. It is read once, at about 3 GB/s.
+        file: open archive, or part of a file. It is read once, at some 3 to 5 GB/s.
         name: of the file, for the message.
 
     Raises:

@@ -101,7 +101,7 @@ def wait(run: Run, plain: Undisturbed, draw: random.Random, early: float) -> str
     done = max(map(step_of, run.checkpoints()), default=0)
     step = draw.randrange(min(done, STEPS - 1), STEPS)
     if draw.random() < early:
-        pause, name = draw.uniform(0.3, 0.9) * startup, "start"
+        pause, name = draw.uniform(0.2, 0.6) * startup, "start"
     else:
         pause, name = draw.uniform(0.0, 0.25), f"step {step}"
         run.until(lambda: max(run.steps(), default=-1) >= step)
@@ -135,13 +135,17 @@ def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterat
         run = Run(folder / f"interrupt-{number}", strategy, plain.models)
         run.start()
         moment = wait(run, plain, draw, early=0.2)
+        struck = run.alive()
         run.signal(signal.SIGINT)
         code, line = run.wait(), run.last_line()
+        # One that comes when all is written may change nothing.
         fault = "" if code in (0, 130) else f"exit code {code}: {line}"
+        if code == 0 and not run.student():
+            fault = "it was passed over"
         if code == 130:
             fault = interrupted(run, line)
         yield {"case": "interrupt", "strategy": strategy, "what": "Ctrl-C", "code": code,
-                       "moment": moment, "line": line, **lost(run),
+                       "moment": moment, "line": line, "times": int(struck), **lost(run),
                        "fault": fault}  # fmt: skip
         run.start()
         yield finished(run, plain.run(strategy), "interrupt")
