@@ -10,6 +10,7 @@ import torch
 from small_models import build, save
 from transformers import AutoModelForCausalLM
 
+import kdrl_lightning.scorer as scoring
 from kdrl_lightning.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import load_causal_lm
@@ -118,6 +119,15 @@ def test_a_configuration_without_a_causal_mask_is_refused(
 def test_a_head_of_several_streams_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="the language-model head of it must be"):
         Scorer(build("prophetnet")).verify("it")
+
+
+def test_a_soft_cap_of_another_name_is_found_where_logits_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scoring, "SOFT_CAPS", ())
+    model = build("nanochat", final_logit_softcapping=30.0, initializer_range=0.02)
+    with pytest.raises(ConfigurationError, match="the language-model head of it must be"):
+        Scorer(model).verify("it")
 
 
 def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
