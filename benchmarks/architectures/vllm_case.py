@@ -35,7 +35,7 @@ WIDE: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "word_embed_proj_dim"], 128),
     **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"], 32),
     **dict.fromkeys(["query_pre_attn_scalar", "kv_channels"], 32),
-    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 32),
+    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 128),
 }
 # What folders of the hub name and the defaults do not stands here, too.
 SPECIAL: dict[str, dict[str, Any]] = {
