@@ -31,12 +31,18 @@ from kdrl_lightning.callbacks import (
 )
 from kdrl_lightning.callbacks.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.datamodule import RolloutDataModule
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.parser import OneLineParser
 from kdrl_lightning.settings.folders import removed_if_refused
 from kdrl_lightning.settings.unused import note_unused, take_notes
 from kdrl_lightning.strategies import refuse_fsdp1
+
+# Lightning takes any number for these.
+LEAST = (
+    ("log_every_n_steps", 0, "0 logs nothing."),
+    ("num_sanity_val_steps", -1, "-1 takes all batches."),
+)
 
 
 class KDRLCLI(LightningCLI):
@@ -111,6 +117,10 @@ class KDRLCLI(LightningCLI):
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
         loggers_in_root(config.trainer)
+        for name, low, cure in LEAST:
+            value = config.trainer[name]
+            if value is not None:
+                require_between(f"trainer.{name}", value, low, float("inf"), cure)
         note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
@@ -128,7 +138,7 @@ class KDRLCLI(LightningCLI):
         """Build the trainer; what Lightning refuses is the user's mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError) as error:
             raise ConfigurationError(str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:

@@ -120,7 +120,10 @@ def evaluate_one(
     with seeded(config):
         made = parser.instantiate_classes(config)
     seed_everything(as_seed(config.seed_everything), verbose=False)
-    trainer = Trainer(**made.trainer)
+    try:
+        trainer = Trainer(**made.trainer)
+    except (ValueError, RuntimeError, TypeError) as error:  # as in training
+        raise ConfigurationError(str(error)) from error
     source = made.models[name]
     if isinstance(source, str) and is_checkpoint(source):
         source = CheckpointStudent(source, config.output)

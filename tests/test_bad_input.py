@@ -188,6 +188,15 @@ CLI_CASES = {
     "misspelt reward": (["--data.reward=ExactMatsh"], "did you mean ExactMatch?"),
     "no such checkpoint": (["--ckpt_path=nothing.ckpt"], "`ckpt_path` must be a checkpoint"),
     "no such accelerator": (["--trainer.accelerator=abacus"], "abacus"),
+    "no such devices": (["--trainer.devices=many"], "`devices` selected with `CPUAccelerator`"),
+    "sanity checks of -5 batches": (
+        ["--trainer.num_sanity_val_steps=-5"],
+        "`trainer.num_sanity_val_steps` must be at least -1: got -5. -1 takes all batches.",
+    ),
+    "a log of every -1 steps": (
+        ["--trainer.log_every_n_steps=-1"],
+        "`trainer.log_every_n_steps` must be at least 0: got -1. 0 logs nothing.",
+    ),
     "no such strategy": (["--trainer.strategy=luck"], "luck"),
     "negative rate": (
         ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"],

@@ -91,6 +91,14 @@ def test_an_evaluation_leaves_out_a_runs_logger_and_takes_its_own(file: Path) ->
     assert parser.parse_args(asked).trainer.enable_progress_bar is True
 
 
+def test_an_evaluation_says_what_the_trainer_refuses(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--models.a=some/model", "--trainer.devices=many"]
+    line = refused(capsys, "evaluate", "--config", str(file), *flags)
+    assert line.startswith("`devices` selected with `CPUAccelerator`")
+
+
 TWICE = "model: {student: a}\ntrainer: {max_steps: 1}\nmodel: {student: b}\n"
 
 
