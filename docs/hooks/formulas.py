@@ -17,6 +17,10 @@ LOG = logging.getLogger("mkdocs.plugins.formulas")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.S)
 
 
+FENCE = re.compile(r"\\[bB]igg?([lr])(?![a-zA-Z])")
+FUNCTION = re.compile(r"(<mi>(?:log|ln)</mi>)(?=<m(?:i|sub|row|over)\b)")
+
+
 def on_page_content(html: str, page: Page, **_: object) -> str:
     """Replace the formulas of a page."""
     return FORMULA.sub(lambda m: rendered(m[2], m[1] == "div", page.file.src_uri), html)
@@ -25,7 +29,10 @@ def on_page_content(html: str, page: Page, **_: object) -> str:
 def rendered(latex: str, block: bool, page: str = "") -> str:
     """Return a formula as MathML; warn if a command is unknown, which fails a strict build."""
     latex = html.unescape(latex).strip()
-    out = convert(latex, display="block" if block else "inline")
+    mode = "block" if block else "inline"
+    # Browsers stretch paired fences to their content; sizes set by hand would differ in a pair.
+    paired = FENCE.sub(lambda m: "\\left" if m[1] == "l" else "\\right", latex)
+    out = FUNCTION.sub(r'\1<mspace width="0.17em"/>', convert(paired, display=mode))
     unknown = re.findall(r"\\[a-zA-Z]+", html.unescape(out))
     if unknown:
         LOG.warning("%s: no MathML for %s in the formula %s", page, unknown[0], latex)

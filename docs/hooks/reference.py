@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import re
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
@@ -53,7 +54,8 @@ def names_page(package: griffe.Module) -> str:
         for name in modules
         for member in public_names(package[name])
     }
-    members = [package[name] for name in public_names(package)]
+    exported = importlib.import_module(PACKAGE).__all__  # built at import, which is light
+    members = [package[name] for name in exported if name != "__version__"]
     lines = [f"# Names of `{PACKAGE}`", "", package.docstring.value, ""]
     lines += ["| name | what it is |", "| --- | --- |"]
     for member in members:
@@ -64,17 +66,18 @@ def names_page(package: griffe.Module) -> str:
 
 
 def escaped(cell: str) -> str:
-    """Return text for a cell of a table."""
-    return cell.replace("|", "\\|")
+    """Return text for a cell of a table, in which only code may hold a bare ``|``."""
+    return re.sub(r"(`+[^`]*`+)|\|", lambda match: match[1] or "\\|", cell)
 
 
-def public_names(module: griffe.Module) -> Iterator[str]:
-    """Yield what a module exports: imported names if it has an ``__all__``, else its own."""
-    exports = module.exports is not None
-    for name, member in module.members.items():
-        if name.startswith("_") or member.is_alias != exports:
-            continue
-        if member.is_alias and not member.target_path.startswith(f"{PACKAGE}."):
-            continue
-        if member.is_class or member.is_function:
-            yield name
+def public_names(module: griffe.Module) -> list[str]:
+    """Return what a module exports, in the order of its ``__all__``, or else what it defines."""
+    if module.exports is not None:
+        return [str(name) for name in module.exports if is_described(module[str(name)])]
+    own = [name for name, member in module.members.items() if not member.is_alias]
+    return [name for name in own if not name.startswith("_") and is_described(module[name])]
+
+
+def is_described(member: griffe.Object | griffe.Alias) -> bool:
+    """Tell whether a member gets an entry: classes and functions do."""
+    return member.is_class or member.is_function
