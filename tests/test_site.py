@@ -133,6 +133,14 @@ def test_the_reference_shows_every_public_name_once() -> None:
     assert "::: kdrl_lightning.objectives.RLAD\n" in objectives
 
 
+@pytest.mark.parametrize(("columns", "hidden"), [(6, False), (7, True), (12, True)])
+def test_a_wide_table_hides_the_contents(columns: int, hidden: bool) -> None:
+    page = type("Page", (), {"meta": {}})
+    text = f"# A\n\n{'| a ' * columns}|\n{'| --: ' * columns}|\n{'| 1 ' * columns}|\n"
+    assert hook("layout").on_page_markdown(text, page) == text
+    assert page.meta == ({"hide": ["toc"]} if hidden else {})
+
+
 def test_cells_keep_the_table_whole() -> None:
     assert reference.escaped("a | ``b | c``") == "a \\| ``b | c``"
 
