@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 HOME = "index.md"
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
+CODE_OR_PAIR = re.compile(r"(`+[^`]*`+)|\] \[")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -61,5 +62,10 @@ def relinked(text: str, source: str, page: str) -> str:
 
     # Every second piece is a fenced block.
     pieces = FENCE.split(text)
-    pieces[::2] = [LINK.sub(replaced, piece) for piece in pieces[::2]]
+    pieces[::2] = [LINK.sub(replaced, unpaired(piece)) for piece in pieces[::2]]
     return "".join(pieces)
+
+
+def unpaired(text: str) -> str:
+    """Return Markdown in which ``[0, 1] [R]`` is no link, as on GitHub."""
+    return CODE_OR_PAIR.sub(lambda match: match[1] or "] \\[", text)
