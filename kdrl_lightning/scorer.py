@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kdrl_lightning.architectures.hidden_states import decoder_of, states_at_head
 from kdrl_lightning.architectures.rotary import decide_per_row, lengths_of_rows, switch_lengths
-from kdrl_lightning.architectures.verification import verify
+from kdrl_lightning.architectures.verification import close, verify
 from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
 from kdrl_lightning.merging import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
@@ -260,6 +260,10 @@ class Scorer(nn.Module):
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :, : self.vocab_size]
         logits = self.head().order(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _shares(self, found: list[Tensor], wanted: list[Tensor]) -> bool:
+        """Whether log-probabilities with shared prompts are those of rows alone."""
+        return close(found, wanted, self.head().weight.dtype)
 
     @torch.no_grad()
     def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:

@@ -38,6 +38,10 @@ class TransformersEngine(RolloutEngine):
 
     Prompts are sorted by length and prefilled once per group; finished sequences leave the batch.
 
+    When it first gets weights, it compares a few samples with the model's own logits and takes the
+    fastest way that is right: prompts of mixed lengths with a cache, prompts of one length with
+    the architecture's own cache (recurrent and hybrid models), or no cache, with a warning.
+
     Ranks decode a different number of steps, which the collectives of a sharded model would not
     survive. From a sharded student it therefore keeps a whole copy on every rank, refreshed at each
     ``update_weights``: as many bytes as the student's weights, beside the shards. Models for which
