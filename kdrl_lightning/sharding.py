@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from kdrl_lightning.architectures.loaded import check_used
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.lora import LoRA, leave_base_out
 from kdrl_lightning.models import frozen_names, load_causal_lm, unfilled_causal_lm
@@ -185,6 +186,8 @@ def _from_slices(
         with suppress(SafetensorError):  # damaged: loading all of it says so in proper words
             files = WeightFiles(folder)
             found = sources(model, files)
+    if found is not None:
+        check_used(model, files.names - set(found.values()), path)
     if found is None:
         warnings.warn(
             f"the weights of {path} cannot be read in parts (no safetensors under the model's own "

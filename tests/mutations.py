@@ -1118,9 +1118,7 @@ MUTATIONS = [
         "if any((folder / name).is_symlink() for name in",
     ),
     Mutation("export: the dtype is left", EXPORT, "tensor.to(wanted)", "tensor"),
-    Mutation(
-        "export: no generation settings", BUILD, "if generation_config is not None:", "if False:"
-    ),
+    Mutation("export: no generation settings", BUILD, "if generation is not None:", "if False:"),
     # The backward pass of chosen tokens, written by hand.
     Mutation(
         "chosen: temperature multiplies",
@@ -1820,7 +1818,7 @@ MUTATIONS = [
     Mutation(
         "ends: the generation configuration unread",
         END_TOKENS,
-        'ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)',
+        'ids += _named((read_generation(path) or {}).get("eos_token_id"), config, markers)',
         "ids += []",
     ),
     Mutation(
