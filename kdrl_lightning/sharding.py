@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.architectures.loaded import check_used
+from kdrl_lightning.architectures.reached import freeze, unreached
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.lora import LoRA, leave_base_out
 from kdrl_lightning.models import frozen_names, load_causal_lm, unfilled_causal_lm
@@ -137,7 +138,11 @@ def load_scorer(
     if scorer is None:
         model = load_causal_lm(path, dtype)
         adapt(model)
+        trains_all = sharding is None and not frozen and lora is None
+        names = unreached(model) if trains_all else set()
+        left = freeze(model, names, decoder_layers(model)) if names else []
         scorer = wrap(model)
+        scorer.unreached = left
     check_finite(scorer.model, path)
     scorer.verify(path)
     return scorer
