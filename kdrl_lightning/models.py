@@ -62,10 +62,9 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
 
 def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, Tensor]) -> Any:
     """Return a model of a configuration, as JSON, that holds ``weights`` without copying them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    values = json.loads(config, object_hook=decode_float)
-    own = AutoConfig.for_model(values.pop("model_type"), **values)
+    own = _configuration(config)
     own.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(own)
@@ -74,6 +73,27 @@ def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, T
     if generation is not None:
         model.generation_config = generation_config(json.loads(generation))
     return model
+
+
+def _configuration(config: str) -> Any:
+    """Return transformers' configuration of a whole one, as JSON.
+
+    A class of parts may refuse the general settings that it has itself written (DBRX).
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    values = json.loads(config, object_hook=decode_float)
+    kind = values.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except ValueError:
+        general = PretrainedConfig().to_dict()
+        parts = {
+            name: {k: v for k, v in part.items() if k not in general or general[k] != v}
+            for name, part in values.items()
+            if isinstance(part, dict)
+        }
+        return AutoConfig.for_model(kind, **{**values, **parts})
 
 
 def decode_float(value: dict[str, Any]) -> Any:
@@ -87,13 +107,9 @@ def decode_float(value: dict[str, Any]) -> Any:
 
 def all_settings(config: str) -> dict[str, Any]:
     """Return the settings of a configuration, as JSON, under the names that this version uses."""
-    from transformers import AutoConfig
-
     plain: dict[str, Any] = json.loads(config)
-    values = json.loads(config, object_hook=decode_float)
     try:
-        read = AutoConfig.for_model(values.pop("model_type"), **values)
-        return dict(json.loads(read.to_json_string(use_diff=False)))
+        return dict(json.loads(_configuration(config).to_json_string(use_diff=False)))
     except Exception:  # an unknown type, or values that this version does not take
         return plain
 
