@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from kdrl_lightning.architectures.loaded import check_used
+from kdrl_lightning.architectures.loaded import check_trainable, check_used
 from kdrl_lightning.architectures.reached import freeze, unreached
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.lora import LoRA, leave_base_out
@@ -118,6 +118,8 @@ def load_scorer(
     """
 
     def adapt(model: Any) -> None:
+        if not frozen and lora is None:
+            check_trainable(model, path)
         fixed = frozen_names(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not frozen and name not in fixed)

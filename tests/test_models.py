@@ -27,6 +27,7 @@ from kdrl_lightning.models import (
     save_causal_lm,
     unfilled_causal_lm,
 )
+from kdrl_lightning.sharding import load_scorer
 
 LOADERS = [load_causal_lm, load_tokenizer, load_config]
 
@@ -368,3 +369,17 @@ def test_experts_run_in_float64(name, student_folder, tmp_path):
     experts = {n: p.grad for n, p in double.named_parameters() if "experts" in n}
     assert experts and all(grad is not None for grad in experts.values())
     assert plain.config._experts_implementation == "grouped_mm"  # stays the fast one
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.uint8])
+def test_a_quantized_student_is_refused(kind, student_folder, monkeypatch):
+    model = load_causal_lm(student_folder)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(kind), requires_grad=False)
+    monkeypatch.setattr("kdrl_lightning.sharding.load_causal_lm", lambda *_: model)
+    words = (
+        rf"must not be quantized to be trained: got model\.layers\.0\.mlp\.up_proj\.weight in "
+        rf"{str(kind)[6:]}\. Name the folder of the unquantized model"
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        load_scorer("here", torch.float32)

@@ -38,6 +38,21 @@ def check_loaded(model: Any, info: dict[str, Any], path: str) -> None:
     check_used(model, info["unexpected_keys"], path)
 
 
+def check_trainable(model: Any, path: str) -> None:
+    """Check that weights which are to be trained are floats: 8-bit ones get no gradient.
+
+    Raises:
+        ConfigurationError: some are quantized.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise ConfigurationError(
+                f"the weights of `{path}` must not be quantized to be trained: got {name} in "
+                f"{str(parameter.dtype).removeprefix('torch.')}. Name the folder of the "
+                "unquantized model, or use this one as a teacher."
+            )
+
+
 def check_used(model: Any, unread: Iterable[str], path: str) -> None:
     """Check that no layer leaves out a tensor of its own, such as a bias or a scale.
 
