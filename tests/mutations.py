@@ -73,7 +73,7 @@ WORKERS = "rewards/workers.py", "rewards/test_workers.py"
 EXPORT = "export.py", "test_export.py"
 LOADED = "architectures/loaded.py", "test_models.py"
 GENERATION = "architectures/generation.py", "test_models.py"
-EXPERTS = "architectures/experts.py", "test_models.py"
+DOUBLE = "architectures/experts.py", "test_models.py"
 REACHED = "architectures/reached.py", "architectures/test_reached.py"
 SIGNALS = "callbacks/stop_signals.py", "test_ctrl_c.py"
 BUILD = "models.py", "test_export.py"
@@ -1872,7 +1872,7 @@ MUTATIONS = [
     ),
     Mutation("generation: odd settings lost", GENERATION, "setattr(made, name, value)", "pass"),
     Mutation(
-        "experts: grouped in float64", EXPERTS, 'model.set_experts_implementation("eager")', "pass"
+        "experts: grouped in float64", DOUBLE, 'model.set_experts_implementation("eager")', "pass"
     ),
     Mutation("reached: parts of layers frozen", REACHED, "if not own <= names:", "if False:"),
     Mutation(
