@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_lightning.models import generation_defaults, load_config
+from kdrl_lightning.architectures.generation import read_generation
+from kdrl_lightning.models import load_config
 
 # An answer that no template trims or rewrites.
 PROBE = "zq7"
@@ -74,7 +75,7 @@ def end_tokens(path: str, tokenizer: Any) -> EndTokens:
     ids = [int(tokenizer.eos_token_id)]
     for part in (config, config.get_text_config()):
         ids += _named(getattr(part, "eos_token_id", None), part, markers)
-    ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)
+    ids += _named((read_generation(path) or {}).get("eos_token_id"), config, markers)
     rows = config.get_text_config().vocab_size
     kept = tuple(dict.fromkeys(i for i in ids if 0 <= i < rows))
     turn = turn_end(tokenizer)

@@ -40,6 +40,7 @@ class Scorer(nn.Module):
         sharded: parameters are split over ranks; a call is then a collective.
         shares: what completions of a call have in common is run once; ``verify`` decides.
         pads: rows of different lengths go through one pass; ``verify`` decides.
+        unreached: trainable parameters that short rows give no gradient.
         at_head: states are those that the head is called with, not the decoder's.
     """
 
@@ -58,6 +59,7 @@ class Scorer(nn.Module):
         self.sharded = False
         self.shares = False
         self.pads = True
+        self.unreached: list[str] = []
         self.at_head = decoder_of(model) is None
         decide_per_row(model)
         self._switches = [length for length, _ in switch_lengths(model)]

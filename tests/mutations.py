@@ -71,6 +71,11 @@ CHECKSUMS = "checkpoints.py", "test_integrity.py"
 INTEGRITY = "integrity.py", "test_integrity.py"
 WORKERS = "rewards/workers.py", "rewards/test_workers.py"
 EXPORT = "export.py", "test_export.py"
+LOADED = "architectures/loaded.py", "test_models.py"
+GENERATION = "architectures/generation.py", "test_models.py"
+DOUBLE = "architectures/experts.py", "test_models.py"
+REACHED = "architectures/reached.py", "architectures/test_reached.py"
+SIGNALS = "callbacks/stop_signals.py", "test_ctrl_c.py"
 BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
@@ -1118,9 +1123,7 @@ MUTATIONS = [
         "if any((folder / name).is_symlink() for name in",
     ),
     Mutation("export: the dtype is left", EXPORT, "tensor.to(wanted)", "tensor"),
-    Mutation(
-        "export: no generation settings", BUILD, "if generation_config is not None:", "if False:"
-    ),
+    Mutation("export: no generation settings", BUILD, "if generation is not None:", "if False:"),
     # The backward pass of chosen tokens, written by hand.
     Mutation(
         "chosen: temperature multiplies",
@@ -1820,7 +1823,7 @@ MUTATIONS = [
     Mutation(
         "ends: the generation configuration unread",
         END_TOKENS,
-        'ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)',
+        'ids += _named((read_generation(path) or {}).get("eos_token_id"), config, markers)',
         "ids += []",
     ),
     Mutation(
@@ -1861,6 +1864,22 @@ MUTATIONS = [
         END_TOKENS_IN_RUNS,
         "if ids[length - 1] in ends.ids:",
         "if ids[length - 1] == ends.ids[0]:",
+    ),
+    # Loading: what is random, left out, refused or frozen.
+    Mutation("loaded: random weights pass", LOADED, 'if info["missing_keys"]:', "if False:"),
+    Mutation(
+        "loaded: a scale left out", LOADED, 'check_used(model, info["unexpected_keys"], path)', ""
+    ),
+    Mutation("generation: odd settings lost", GENERATION, "setattr(made, name, value)", "pass"),
+    Mutation(
+        "experts: grouped in float64", DOUBLE, 'model.set_experts_implementation("eager")', "pass"
+    ),
+    Mutation("reached: parts of layers frozen", REACHED, "if not own <= names:", "if False:"),
+    Mutation(
+        "ctrl-c: no words in the export",
+        SIGNALS,
+        'error.args = (f"stopped by Ctrl-C: {self._last_words()}",)',
+        "pass",
     ),
 ]
 
