@@ -100,5 +100,8 @@ def note_replaced(where: str, lost: Iterable[str]) -> None:
         verb = "has" if len(names.split(", ")) == 1 else "have"
         what, plus = "a later list replaces an earlier one", "`+` after its name"
         if where:
-            what, plus = f"`{where}` replaces the list of its base", f"`{where.rsplit('.', 1)[-1]}+`"
+            what, plus = (
+                f"`{where}` replaces the list of its base",
+                f"`{where.rsplit('.', 1)[-1]}+`",
+            )
         _waiting.append(f"{what}, so {names} {verb} no effect. Write {plus} to add to the list.")

@@ -135,7 +135,10 @@ def test_a_key_given_twice_in_a_class_file_or_in_json_is_refused(
             ["--config=config.yaml", "--model.teacher=teacher.yaml"],
             "teacher.yaml: got it in",
         ),
-        (["--config=over.yaml"], "`model.teacher.model` must stand once in a mapping of teacher.yaml"),
+        (
+            ["--config=over.yaml"],
+            "`model.teacher.model` must stand once in a mapping of teacher.yaml",
+        ),
         (["--config=config.yaml", "--data=data.yaml"], "`seed` must stand once in a mapping of"),
         (["--config=config.json"], "`max_steps` must stand once in a mapping of config.json"),
     ):
@@ -293,7 +296,9 @@ def test_a_later_list_names_what_it_drops(
     names = {type(c).__name__ for c in made("--config", str(file), *flags).trainer.callbacks}
     assert "StepProfile" in names and "CPUThreads" not in names
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: a later list replaces an earlier one, so CPUThreads has no effect")
+    assert line.startswith(
+        "note: a later list replaces an earlier one, so CPUThreads has no effect"
+    )
 
 
 def test_a_flag_given_twice_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,9 +369,7 @@ def test_a_seed_that_numpy_refuses_is_one_line(
     words = f"`seed_everything` must be from 0 to 4294967295: got {seed}."
     for command in ("fit", "evaluate"):
         flags = ["--models.a=b"] if command == "evaluate" else []
-        line = refused(
-            capsys, command, "--config", str(file), f"--seed_everything={seed}", *flags
-        )
+        line = refused(capsys, command, "--config", str(file), f"--seed_everything={seed}", *flags)
         assert line == words
 
 
