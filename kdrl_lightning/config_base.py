@@ -81,6 +81,8 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
         if _same(base["class_path"], over):
             return base
         _note_dropped(where, base, {"class_path": over})
+    if over is None and "." not in where and isinstance(base, dict) and "class_path" not in base:
+        return base  # a group all of whose lines are comments
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "class_path" in over and not _same(base.get("class_path"), over["class_path"]):
@@ -165,17 +167,49 @@ def _document(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{name} must be YAML: {error}") from error
     for key in found if isinstance(found, dict) else ():
-        if "." in str(key) and _holds(found, str(key).split(".")):
+        above = [k for k in _prefixes(str(key)) if _holds(found, str(key), k)]
+        if above:
             raise ConfigurationError(
-                f"`{key}` must stand once in {name}: got it with dots and inside "
-                f"`{str(key).split('.')[0]}`. Remove one."
+                f"`{key}` must stand once in {name}: got it with dots and inside `{above[0]}`. "
+                "Remove one."
             )
     return found
 
 
-def _holds(tree: Any, names: list[str]) -> bool:
-    for name in names:
-        if not isinstance(tree, dict) or name not in tree:
+def nested(settings: dict[Any, Any]) -> dict[Any, Any]:
+    """Return settings whose names have no dots at the top.
+
+    >>> nested({"a": {"x": 1}, "a.y": 2, "b.c.z": 3})
+    {'a': {'x': 1, 'y': 2}, 'b': {'c': {'z': 3}}}
+    """
+    made: dict[Any, Any] = {}
+    for key, value in settings.items():
+        for name in reversed(key.split(".") if isinstance(key, str) else [key]):
+            value = {name: value}
+        made = _joined(made, value)
+    return made
+
+
+def _joined(one: Any, other: Any) -> Any:
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other
+    return one | {k: _joined(one[k], v) if k in one else v for k, v in other.items()}
+
+
+def _prefixes(key: str) -> list[str]:
+    names = key.split(".")
+    return [".".join(names[:i]) for i in range(1, len(names))]
+
+
+def _holds(found: dict[Any, Any], key: str, above: str) -> bool:
+    """Whether a key with dots stands inside the value of one of its beginnings, too."""
+    if above not in found:
+        return False
+    tree = found[above]
+    for name in key[len(above) + 1 :].split("."):
+        if not isinstance(tree, dict):
+            return tree is not None  # `model.objective: GRPO` and an argument of it
+        if name not in tree:
             return False
         tree = tree[name]
     return True
@@ -184,7 +218,7 @@ def _holds(tree: Any, names: list[str]) -> bool:
 def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(value, dict) or "base" not in value:
         return value
-    own = {k: v for k, v in value.items() if k != "base"}
+    own = nested({k: v for k, v in value.items() if k != "base"})
     if not isinstance(value["base"], str):
         raise ConfigurationError(f"`base` must name one YAML file: got {value['base']!r}.")
     file = (path.parent / value["base"]).resolve()
@@ -195,4 +229,5 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"`base` must be readable UTF-8: got {file} ({error}).") from error
-    return merge(_resolve(_document(text, str(file)), file, (*seen, file)), own)
+    below = _resolve(_document(text, str(file)), file, (*seen, file))
+    return merge(nested(below) if isinstance(below, dict) else below, own)

@@ -40,7 +40,7 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
         return True
     kind = get_origin(member) or member
     mapping = inspect.isclass(kind) and issubclass(kind, Mapping)
-    sequence = kind in _jsonargparse.sequence_origin_types | _jsonargparse.tuple_set_origin_types
+    sequence = is_sequence(member) or kind in _jsonargparse.tuple_set_origin_types
     if val is None:
         return member is NoneType
     if isinstance(val, NestedArg):
@@ -64,6 +64,11 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
     if isinstance(val, bool | int | float):
         return member in LEAVES or kind is Literal
     return True
+
+
+def is_sequence(member: Any) -> bool:
+    """Whether a type is a list, to which a value may be added."""
+    return (get_origin(member) or member) in _jsonargparse.sequence_origin_types
 
 
 def is_spec(val: Any) -> bool:

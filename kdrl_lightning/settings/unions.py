@@ -14,15 +14,15 @@ from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import Namespace, _typehints
 from jsonargparse._util import NestedArg
 
-from kdrl_lightning.settings.shapes import fitting, is_class, is_spec
+from kdrl_lightning.settings.shapes import LEAVES, fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.settings.text import Text, is_data, load, plain
-from kdrl_lightning.settings.unused import note_dropped
+from kdrl_lightning.settings.unused import note_dropped, note_replaced
 
 _jsonargparse: Any = _typehints  # private, so nothing is known of its types
 _adapt = _jsonargparse.adapt_typehints
@@ -36,6 +36,7 @@ def install() -> None:
         vars(_jsonargparse).update(
             adapt_typehints=adapt,
             load_value=load_value,
+            basic_json_or_yaml_load=load_basic,
             discard_init_args_on_class_path_change=discard,
         )
 
@@ -43,6 +44,17 @@ def install() -> None:
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
     """Read a value of the command line; a ``Text`` has been read."""
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
+
+
+def load_basic(text: str) -> Any:
+    """Read a number, a truth value or null as configuration files do; all else is text."""
+    try:
+        found = load(str(text))
+    except yaml.YAMLError:
+        return text
+    # The text of a file has been read: a quoted number may stand for a number, but never for null.
+    nothing = found is None and (isinstance(text, Text) or not text.strip())
+    return text if nothing or isinstance(found, str | list | dict) else found
 
 
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
@@ -55,6 +67,20 @@ def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
         given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
         where = getattr(parser_or_action, "dest", "")
         note_dropped(where, given, previous["class_path"], value["class_path"])
+
+
+def note_list(before: Any, value: Any) -> None:
+    """Note the classes of a list that a later value has not; a list with ``+`` loses none."""
+    if isinstance(before, list):
+        later = value if isinstance(value, list) else [value]
+        kept = [name for one in later for name in _class_of(one)]
+        note_replaced("", [n for one in before for n in _class_of(one) if n not in kept])
+
+
+def _class_of(item: Any) -> list[str]:
+    """Return the name of a class that is given by its name or with its arguments."""
+    name = item.get("class_path") if isinstance(item, Mapping | Namespace) else item
+    return [name.rsplit(".", 1)[-1]] if isinstance(name, str) else []
 
 
 def _arguments(spec: Any) -> dict[str, Any]:
@@ -80,8 +106,8 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         # An argument of the class: its own parser reads the text, which is YAML or not.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
-    if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
-        val = str(val)  # PyYAML reads no subclass
+    if _is_named(typehint) and isinstance(val, dict):
+        val = {str(k): v for k, v in val.items()}  # of YAML, 1 is a number
     if get_origin(typehint) in (Union, UnionType):
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
@@ -91,20 +117,39 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     return plain(made) if building else made
 
 
+def _is_named(typehint: Any) -> bool:
+    """Whether a type is a mapping whose keys are text."""
+    kind = get_origin(typehint)
+    named = inspect.isclass(kind) and issubclass(kind, Mapping)
+    return named and get_args(typehint)[:1] == (str,)
+
+
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     val = _spec_in(val)
+    sequences = [m for m in get_args(typehint) if is_sequence(m)]
+    if kwargs.get("append") and sequences:  # `--name+`: the value is one entry more
+        return adapt(val, sequences[0], *args, **kwargs)
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
+    if not kwargs.get("instantiate_classes") and not isinstance(val, NestedArg):
+        note_list(kwargs.get("prev_val"), val)
     if len(members) == 1:
         return adapt(val, members[0], *args, **kwargs)
     try:
         return _adapt(val, Union[tuple(members)], *args, **kwargs)  # noqa: UP007
     except ValueError:
+        choices = [one for m in members for one in _choices(m)]
+        if choices and all(m in LEAVES or _choices(m) for m in members):
+            raise ValueError(f"must be one of {', '.join(choices)}: got {val}.") from None
         errors = list(_errors(val, members, *args, **kwargs))
         if not errors:
             raise
         raise min(errors, key=_unlikely) from None
+
+
+def _choices(member: Any) -> list[str]:
+    return [str(one) for one in get_args(member)] if get_origin(member) is Literal else []
 
 
 def _spec_in(val: Any) -> Any:

@@ -54,6 +54,22 @@ def note_unused(config: Any, defaults: Any) -> None:
             _waiting.append(f"{listed} {verb} no effect with `{cause}`.")
 
 
+def note_repeated(args: Any) -> None:
+    """Note the flags that are given twice, of which the last counts.
+
+    ``--config`` may be repeated, and so may the arguments of classes that ``+`` adds to a list.
+
+    Args:
+        args: the command line, if it is a list of words.
+    """
+    names = [word.split("=", 1)[0] for word in args if isinstance(word, str)]
+    flags = [name for name in names if name.startswith("--") and not name.endswith("+")]
+    lists = tuple(f"{name[:-1]}." for name in names if name.startswith("--") and name[-1] == "+")
+    for flag in dict.fromkeys(flags):
+        if flags.count(flag) > 1 and flag != "--config" and not f"{flag}.".startswith(lists or " "):
+            _waiting.append(f"`{flag}` stands {flags.count(flag)} times: the last one counts.")
+
+
 def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
     """Note the arguments of a class when another one takes its place.
 
@@ -76,13 +92,16 @@ def note_replaced(where: str, lost: Iterable[str]) -> None:
     """Note the classes of a list when another list takes its place.
 
     Args:
-        where: the setting.
+        where: the setting; empty if it is not known.
         lost: the classes that the other list has not.
     """
     names = ", ".join(lost)
     if names:
-        last = where.rsplit(".", 1)[-1]
-        _waiting.append(
-            f"`{where}` replaces the list of its base, so {names} has no effect. Write `{last}+` "
-            "to add to the list."
-        )
+        verb = "has" if len(names.split(", ")) == 1 else "have"
+        what, plus = "a later list replaces an earlier one", "`+` after its name"
+        if where:
+            what, plus = (
+                f"`{where}` replaces the list of its base",
+                f"`{where.rsplit('.', 1)[-1]}+`",
+            )
+        _waiting.append(f"{what}, so {names} {verb} no effect. Write {plus} to add to the list.")
