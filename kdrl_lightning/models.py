@@ -49,10 +49,9 @@ def build_causal_lm(
     config: str, generation_config: str | None, weights: Mapping[str, Tensor]
 ) -> Any:
     """Return a model of a configuration, as JSON, that holds ``weights`` without copying them."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    values = json.loads(config, object_hook=decode_float)
-    own = AutoConfig.for_model(values.pop("model_type"), **values)
+    own = _read_config(config)
     own.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(own)
@@ -61,6 +60,24 @@ def build_causal_lm(
     if generation_config is not None:
         model.generation_config = GenerationConfig.from_dict(json.loads(generation_config))
     return model
+
+
+def _read_config(config: str) -> Any:
+    """Build a configuration from all its settings, as JSON."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    values = json.loads(config, object_hook=decode_float)
+    model_type = values.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **copy.deepcopy(values))
+    except ValueError:
+        # DBRX writes settings that all configurations have into its parts, and refuses them there.
+        common = PretrainedConfig().to_dict()
+        for name in CONFIG_MAPPING[model_type].sub_configs:
+            part = values.get(name) or {}
+            for key in [k for k, v in part.items() if k in common and v == common[k]]:
+                del part[key]
+        return AutoConfig.for_model(model_type, **values)
 
 
 def decode_float(value: dict[str, Any]) -> Any:
@@ -74,13 +91,9 @@ def decode_float(value: dict[str, Any]) -> Any:
 
 def all_settings(config: str) -> dict[str, Any]:
     """Return the settings of a configuration, as JSON, under the names that this version uses."""
-    from transformers import AutoConfig
-
     plain: dict[str, Any] = json.loads(config)
-    values = json.loads(config, object_hook=decode_float)
     try:
-        read = AutoConfig.for_model(values.pop("model_type"), **values)
-        return dict(json.loads(read.to_json_string(use_diff=False)))
+        return dict(json.loads(_read_config(config).to_json_string(use_diff=False)))
     except Exception:  # an unknown type, or values that this version does not take
         return plain
 
@@ -170,6 +183,20 @@ def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
         )
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def skeleton_causal_lm(path: str) -> Any:
+    """Build the model of a folder on the ``meta`` device, to look at its modules.
+
+    Raises:
+        ConfigurationError: there is no model at ``path``.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = load_config(path)
+    with _reading(path), no_init_weights(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
