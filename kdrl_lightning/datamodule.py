@@ -317,6 +317,11 @@ class RolloutDataModule(pl.LightningDataModule):
         solved, prompts = self.live.module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
 
+    def cannot_evaluate(self, weights: ModelWeights) -> str:
+        """Return why ``evaluate`` cannot sample from a model; empty if it can."""
+        limits = TransformersEngine().refused_lengths
+        return self.evaluation.refused(lambda most: limits(weights.path, most))
+
     def probe(self) -> RolloutBatch:
         """Sample a few tokens from the weights that the engine holds now; see ``RolloutSource``."""
         return self.rollouts.probe()

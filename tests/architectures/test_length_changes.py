@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from short_runs import fit, make_data, make_module
 from small_models import build, save
@@ -15,10 +16,11 @@ from test_rotary import CASES, LIMIT
 
 from kdrl_lightning import GRPO, SFT, KDRLModule, LocalTeacher
 from kdrl_lightning.architectures.switches import Change
+from kdrl_lightning.callbacks import RunReport
 from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet
-from kdrl_lightning.rollout import TransformersEngine, VLLMEngine
+from kdrl_lightning.rollout import Completion, TransformersEngine, VLLMEngine
 from kdrl_lightning.rollout.requests import warn_of_one_rotary
 from kdrl_lightning.tiny.models import make_tokenizer
 from kdrl_lightning.weights import ModelWeights
@@ -88,6 +90,51 @@ def test_the_teacher_that_samples_counts(tmp_path: Path, plain: str, longrope: s
     module = KDRLModule(plain, SFT(), LocalTeacher(longrope))
     with pytest.raises(ConfigurationError, match="rotary embedding of Phi3ForCausalLM changes"):
         fit(tmp_path, module, data)
+
+
+class Elsewhere(TransformersEngine):
+    """An engine that can sample across the change, as vLLM can."""
+
+    def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
+        return []
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[list[Completion]]:
+        return [[Completion([s % 7 + 5], [-1.0], True) for s in own] for own in seeds]
+
+
+def test_the_report_says_whom_it_cannot_measure(
+    tmp_path: Path, longrope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdrl_lightning.callbacks.report.plot_curves", lambda *_: None)
+    data = make_data(
+        train_prompts=[CROSSING],
+        val_prompts=[CROSSING],
+        rollout_engine=Elsewhere(),
+        rollouts_per_epoch=1,
+        minibatches_per_rollout=1,
+    )
+    report = RunReport(export=False)
+    words = (
+        r"the student is not measured on the first validation set: TransformersEngine cannot "
+        r"sample past 32 tokens, beyond which the rotary embedding of Phi3ForCausalLM changes; "
+        r"`max_tokens` 10\.$"
+    )
+    with pytest.warns(UserWarning, match=words):
+        fit(tmp_path, make_module(longrope, None, GRPO()), data, [report], max_steps=1)
+    assert [step for step, _ in report.accuracy] == [1]  # a validation samples by the engine
+
+
+class Stop(pl.Callback):
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        raise InterruptedError
+
+
+def test_slow_sampling_is_said_before_the_first_update(tmp_path: Path) -> None:
+    folder = save("openai-gpt", tmp_path / "model")
+    data = make_data(train_prompts=[SHORT], val_prompts=None, max_tokens=2)
+    words = "OpenAIGPTLMHeadModel is sampled without a cache"
+    with pytest.warns(UserWarning, match=words), pytest.raises(InterruptedError):
+        fit(tmp_path, make_module(folder, None, GRPO()), data, [Stop()])
 
 
 def test_sparse_attention_that_picks_keys(tmp_path: Path) -> None:
