@@ -202,6 +202,20 @@ def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def skeleton_causal_lm(path: str) -> Any:
+    """Build the model of a folder on the ``meta`` device, to look at its modules.
+
+    Raises:
+        ConfigurationError: there is no model at ``path``.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = load_config(path)
+    with _reading(path), no_init_weights(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
     """Build the model of a folder with weights that take no memory until they are written.
 

@@ -83,6 +83,7 @@ CACHES = "caches.py", "test_caches.py"
 PLAN = "rollout/plan.py", "rollout/test_plan.py"
 SCORING = "scorer.py", "test_merging.py"
 ROTARY = "architectures/rotary.py", "architectures/test_rotary.py"
+CHANGES = "architectures/switches.py", "architectures/test_length_changes.py"
 VERIFIED = "architectures/verification.py", "architectures/test_verification.py"
 SCORED = "scorer.py", "architectures/test_verification.py"
 PREFIXES = "rollout/prefixes.py", "architectures/test_prefixes.py"
@@ -1367,6 +1368,19 @@ MUTATIONS = [
         "torch.where(ends > limit,",
         "torch.where(ends.max() > limit,",
     ),
+    Mutation(
+        "changes: the last prompt that fits is refused",
+        CHANGES,
+        "self.limit - max_tokens + 1)",
+        "self.limit - max_tokens)",
+    ),
+    Mutation("changes: longer prompts refused", CHANGES, "if self.always else self.limit", ""),
+    Mutation(
+        "changes: the teacher's unseen",
+        ("datamodule.py", CHANGES[1]),
+        "refused=[*rules.refused, *theirs]",
+        "refused=rules.refused",
+    ),
     Mutation("rotary: padding counts", ROTARY, "if dynamic or not each:", "if False:"),
     Mutation(
         "rotary: what came before counts", ROTARY, "        if dynamic:  #", "        if False:  #"
@@ -1587,6 +1601,12 @@ MUTATIONS = [
         "is not None and False]",
     ),
     Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
+    Mutation(
+        "adapters: on layers that map groups",
+        (EXPERTS[0], "architectures/test_adapted_layers.py"),
+        "and _maps(module) and",
+        "and",
+    ),
     Mutation("adapters: on what is bypassed", EXPERTS, "if not _bypassed(model, p)}", "}"),
     Mutation("adapters: of any rank", EXPERTS, "if rank > widest:", "if False:"),
     Mutation("adapters: the rest unsaid", EXPERTS, "if share > WARN_ABOVE:", "if False:"),

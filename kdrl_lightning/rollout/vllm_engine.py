@@ -24,6 +24,7 @@ from kdrl_lightning.rollout.requests import (
     completion,
     context_of,
     implementation_of,
+    warn_of_one_rotary,
 )
 from kdrl_lightning.rollout.vllm_classes import classes_kept
 from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
@@ -120,6 +121,7 @@ class VLLMEngine(RolloutEngine):
         config = weights.model.config.get_text_config()
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
         self._context = context_of(config, self.max_model_len)
+        warn_of_one_rotary(weights.model, self._context)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
         self._implementation = implementation_of(config.model_type)

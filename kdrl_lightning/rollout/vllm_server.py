@@ -21,6 +21,7 @@ from kdrl_lightning.rollout.requests import (
     completion,
     context_of,
     implementation_of,
+    warn_of_one_rotary,
 )
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
@@ -110,6 +111,7 @@ class VLLMServerEngine(RolloutEngine):
             limits.append(int(found["max_model_len"]))
             self.dtype = getattr(torch, found["dtype"])
             self._backends.add(found["transfer"])
+        warn_of_one_rotary(weights.model, max(limits))
         self._context = min(limits)
         if self.max_model_len is not None:
             self._context = min(self._context, context_of(config, self.max_model_len))
