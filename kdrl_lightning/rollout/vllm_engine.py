@@ -19,13 +19,9 @@ from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import (
-    check_requests,
-    completion,
-    context_of,
-    implementation_of,
-)
+from kdrl_lightning.rollout.requests import check_requests, completion, context_of
 from kdrl_lightning.rollout.vllm_classes import classes_kept
+from kdrl_lightning.rollout.vllm_options import implementation_of, options_of
 from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
 from kdrl_lightning.weights import ModelWeights
 
@@ -107,7 +103,7 @@ class VLLMEngine(RolloutEngine):
         self._vocab_size = self._context = 0
         self._ends: tuple[int, ...] = ()
         self._model: Any = None
-        self._implementation = "auto"
+        self._options: dict[str, Any] = {}
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
@@ -122,7 +118,8 @@ class VLLMEngine(RolloutEngine):
         self._context = context_of(config, self.max_model_len)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
-        self._implementation = implementation_of(config.model_type)
+        self._options = options_of(config, on_gpu)
+        self._options["model_impl"] = implementation_of(config.model_type)
         auto = torch.bfloat16 if on_gpu else own.dtype
         self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         wanted = (weights.path, self.dtype)
@@ -223,7 +220,6 @@ class VLLMEngine(RolloutEngine):
                 llm: Any = LLM(
                     model=path,
                     dtype=str(self.dtype).removeprefix("torch."),
-                    model_impl=self._implementation,
                     load_format="dummy",  # the weights come from the trainer
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # not the model's top-p, top-k and penalties
@@ -237,6 +233,7 @@ class VLLMEngine(RolloutEngine):
                     enable_sleep_mode=self.sleep,
                     distributed_executor_backend=launcher,
                     seed=0,
+                    **self._options,
                 )
                 (model,) = llm.apply_model(lambda model: model)
                 keep(model)

@@ -15,13 +15,8 @@ from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import (
-    BY_TRANSFORMERS,
-    check_requests,
-    completion,
-    context_of,
-    implementation_of,
-)
+from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.vllm_options import BY_TRANSFORMERS, implementation_of
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
 from kdrl_lightning.server_client import AS_IT_IS, AwayError, ServerClient, clients
@@ -121,8 +116,8 @@ class VLLMServerEngine(RolloutEngine):
         if implementation_of(model_type) == "transformers" and not by.startswith("Transformers"):
             raise TrainingStopped(
                 f"the server {server.url} must run {model_type} by transformers' code, or updates "
-                f"of its {BY_TRANSFORMERS[model_type]} get lost: got {by or 'an old server'}. Add "
-                "`-- --model-impl transformers` to its `python -m kdrl_lightning serve`."
+                f"of its {BY_TRANSFORMERS[model_type]} get lost: got {by or 'an old server'}. "
+                "Start it with `python -m kdrl_lightning serve`, which chooses that code."
             )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:

@@ -228,7 +228,7 @@ def test_a_server_whose_code_loses_updates_is_refused(
     server: Scripted, weights: ModelWeights, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = {weights.model.config.model_type: "sinks"}
-    monkeypatch.setattr("kdrl_lightning.rollout.requests.BY_TRANSFORMERS", lost)
+    monkeypatch.setattr("kdrl_lightning.rollout.vllm_options.BY_TRANSFORMERS", lost)
     monkeypatch.setattr("kdrl_lightning.rollout.vllm_server.BY_TRANSFORMERS", lost)
     server.describe["implementation"] = by
     engine = VLLMServerEngine([server.url], "key")
