@@ -25,6 +25,7 @@ FAMILIES = {
     "glm4_moe": "a stored buffer of the router",
     "lfm2": "queries and keys that vLLM's CPU kernel takes for other shapes",
     "deepseek_v3": "so, in a latent attention",
+    "ernie4_5_moe": "a bias of the router that vLLM leaves out on a CPU",
     "cohere2": "a window that vLLM makes one token longer",
 }
 
