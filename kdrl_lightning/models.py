@@ -212,7 +212,7 @@ def skeleton_causal_lm(path: str) -> Any:
     from transformers.initialization import no_init_weights
 
     config = load_config(path)
-    with _reading(path), no_init_weights(), torch.device("meta"):
+    with reading(path), no_init_weights(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 

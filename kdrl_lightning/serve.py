@@ -12,7 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rollout.vllm_options import flags_of
 from kdrl_lightning.rollout.vllm_worker import NAME
 
 WARNING = """\
@@ -118,7 +121,9 @@ def command(settings: argparse.Namespace) -> list[str]:
         "--generation-config": "vllm",  # not the model's top-p, top-k and penalties
     }
     given = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
+    given += flags_of(settings.model, not settings.teacher, torch.cuda.is_available())
     quiet = ["--disable-uvicorn-access-log"]
+    # The user's flags come last: of a flag that is given twice, vLLM takes the last.
     return ["-m", "vllm.entrypoints.openai.api_server", *given, *quiet, *settings.vllm]
 
 

@@ -46,7 +46,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
     },
+    "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "gemma4_text": {"num_experts": None, "global_head_dim": 64},  # 64: no larger than its default
     "glm4_moe": {"head_dim": 32},
+    "glm4_moe_lite": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "bamba": {"mamba_n_heads": 8},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone

@@ -11,19 +11,6 @@ from kdrl_lightning.end_tokens import first_end
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.rollout.engine import Completion, Sampling
 
-# vLLM's code for these writes some weights where a reload does not look for them, so that updates
-# would get lost; run by transformers' classes they arrive.
-BY_TRANSFORMERS = {"gpt_oss": "sinks, and experts with their biases"}
-
-
-def implementation_of(model_type: str) -> str:
-    """Return by whose code vLLM has to run an architecture: its setting ``model_impl``.
-
-    >>> implementation_of("gpt_oss"), implementation_of("qwen3")
-    ('transformers', 'auto')
-    """
-    return "transformers" if model_type in BY_TRANSFORMERS else "auto"
-
 
 def check_requests(
     prompts: Sequence[list[int]], sampling: Sampling, vocab_size: int, context: int

@@ -23,10 +23,10 @@ from kdrl_lightning.rollout.requests import (
     check_requests,
     completion,
     context_of,
-    implementation_of,
     warn_of_one_rotary,
 )
 from kdrl_lightning.rollout.vllm_classes import classes_kept
+from kdrl_lightning.rollout.vllm_options import implementation_of, options_of
 from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
 from kdrl_lightning.weights import ModelWeights
 
@@ -108,7 +108,7 @@ class VLLMEngine(RolloutEngine):
         self._vocab_size = self._context = 0
         self._ends: tuple[int, ...] = ()
         self._model: Any = None
-        self._implementation = "auto"
+        self._options: dict[str, Any] = {}
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
@@ -124,7 +124,8 @@ class VLLMEngine(RolloutEngine):
         warn_of_one_rotary(weights.model, self._context)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
-        self._implementation = implementation_of(config.model_type)
+        self._options = options_of(config, on_gpu)
+        self._options["model_impl"] = implementation_of(config.model_type)
         auto = torch.bfloat16 if on_gpu else own.dtype
         self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         wanted = (weights.path, self.dtype)
@@ -225,7 +226,6 @@ class VLLMEngine(RolloutEngine):
                 llm: Any = LLM(
                     model=path,
                     dtype=str(self.dtype).removeprefix("torch."),
-                    model_impl=self._implementation,
                     load_format="dummy",  # the weights come from the trainer
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # not the model's top-p, top-k and penalties
@@ -239,6 +239,7 @@ class VLLMEngine(RolloutEngine):
                     enable_sleep_mode=self.sleep,
                     distributed_executor_backend=launcher,
                     seed=0,
+                    **self._options,
                 )
                 (model,) = llm.apply_model(lambda model: model)
                 keep(model)

@@ -16,13 +16,12 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
 from kdrl_lightning.rollout.requests import (
-    BY_TRANSFORMERS,
     check_requests,
     completion,
     context_of,
-    implementation_of,
     warn_of_one_rotary,
 )
+from kdrl_lightning.rollout.vllm_options import BY_TRANSFORMERS, implementation_of
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
 from kdrl_lightning.server_client import AS_IT_IS, AwayError, ServerClient, clients
@@ -123,8 +122,8 @@ class VLLMServerEngine(RolloutEngine):
         if implementation_of(model_type) == "transformers" and not by.startswith("Transformers"):
             raise TrainingStopped(
                 f"the server {server.url} must run {model_type} by transformers' code, or updates "
-                f"of its {BY_TRANSFORMERS[model_type]} get lost: got {by or 'an old server'}. Add "
-                "`-- --model-impl transformers` to its `python -m kdrl_lightning serve`."
+                f"of its {BY_TRANSFORMERS[model_type]} get lost: got {by or 'an old server'}. "
+                "Start it with `python -m kdrl_lightning serve`, which chooses that code."
             )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:

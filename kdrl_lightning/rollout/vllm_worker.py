@@ -26,6 +26,17 @@ def before_reload(model: Any) -> None:
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
         if method is not None and experts is not None and "CPU" in type(experts).__name__:
             method.moe_kernel = None
+        use_bias(getattr(module, "router", None))
+
+
+def use_bias(router: Any) -> None:
+    """Let a CPU's router of experts use its correction bias, which it ignores without groups.
+
+    One group of all experts is the same choice, with the bias (Ernie 4.5; vLLM 0.32).
+    """
+    if type(router).__name__ == "CPURouter" and not router.use_grouped_topk:
+        if router.e_score_correction_bias is not None and router.scoring_func == "softmax":
+            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 
 def after_reload(model: Any) -> None:

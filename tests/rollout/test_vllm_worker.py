@@ -71,3 +71,32 @@ def test_a_transfer_is_begun_and_ended_like_a_reload(label: str) -> None:
     assert fresh == [not label] * 3
     assert packed(made) == (["embed", "head"] if label else [])
     assert torch.equal(made["head"].weight, made["embed"].weight)  # type: ignore[index]
+
+
+class CPURouter:
+    """Named as vLLM's, with what it reads."""
+
+    def __init__(self, bias: torch.Tensor | None, scoring: str = "softmax", grouped: bool = False):
+        self.e_score_correction_bias, self.scoring_func = bias, scoring
+        self.use_grouped_topk = grouped
+        self.num_expert_group, self.topk_group = (4, 2) if grouped else (None, None)
+
+
+@pytest.mark.parametrize(
+    ("router", "groups"),
+    [
+        (CPURouter(torch.ones(4)), (True, 1, 1)),
+        (CPURouter(None), (False, None, None)),
+        (CPURouter(torch.ones(4), "sqrtsoftplus"), (False, None, None)),  # it knows the bias
+        (CPURouter(torch.ones(8), grouped=True), (True, 4, 2)),
+        (type("FusedTopKBiasRouter", (CPURouter,), {})(torch.ones(4)), (False, None, None)),
+    ],
+)
+def test_a_cpus_router_without_groups_gets_one_so_that_it_reads_its_bias(
+    router: Any, groups: tuple[bool, int | None, int | None]
+) -> None:
+    experts: Any = nn.Linear(1, 1)
+    experts.router = router
+    before_reload(nn.ModuleList([experts]))
+    got = router.use_grouped_topk, router.num_expert_group, router.topk_group
+    assert got == groups

@@ -23,6 +23,10 @@ FAMILIES = {
     "mixtral": "experts that the folder holds one by one",
     "gpt_oss": "experts and sinks that vLLM's own code writes where a reload does not look",
     "glm4_moe": "a stored buffer of the router",
+    "lfm2": "queries and keys that vLLM's CPU kernel takes for other shapes",
+    "deepseek_v3": "so, in a latent attention",
+    "ernie4_5_moe": "a bias of the router that vLLM leaves out on a CPU",
+    "cohere2": "a window that vLLM makes one token longer",
 }
 
 

