@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -238,13 +239,35 @@ def load_config(path: str) -> Any:
 
 
 def generation_defaults(path: str) -> dict[str, Any]:
-    """Return what the model's generation configuration says; empty if there is none to read."""
+    """Return what the model's generation configuration says; empty if there is none.
+
+    Values that transformers refuses, such as a negative length, hide no others.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+    """
     from transformers import GenerationConfig
+    from transformers.utils.hub import cached_file
 
     try:
         return dict(GenerationConfig.from_pretrained(path).to_dict())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
+        file = cached_file(
+            path,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None:
         return {}
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        return dict(found)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"the model's generation_config.json must be a JSON object: got {file} ({error}). "
+            "Mend it, or delete it."
+        ) from error
 
 
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
@@ -259,6 +282,11 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except StrictDataclassError as error:
+        raise ConfigurationError(
+            f"the model's config.json must be one that transformers takes: got {path} "
+            f"({' '.join(str(error).split())}). Mend it."
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         local = "exists" if Path(path).is_dir() else "is not a local folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
