@@ -1901,6 +1901,61 @@ MUTATIONS = [
         'error.args = (f"stopped by Ctrl-C: {self._last_words()}",)',
         "pass",
     ),
+    Mutation(
+        "ends: white space after a trace's end is kept",
+        ("supervised.py", "test_supervised.py"),
+        "elif tokenizer.decode(ids[place]).strip():",
+        "else:",
+    ),
+    # What the command line keeps.
+    Mutation(
+        "settings: a plus replaces",
+        ("settings/unions.py", "settings/test_given.py"),
+        'if kwargs.get("append") and sequences:',
+        "if False:",
+    ),
+    Mutation(
+        "settings: 010 is 8",
+        ("settings/text.py", "settings/test_text.py"),
+        'text.lstrip("+-")[:2].lower(), 10)',
+        'text.lstrip("+-")[:2].lower(), 8)',
+    ),
+    Mutation(
+        "settings: yes is no name",
+        ("settings/text.py", "settings/test_text.py"),
+        "if key.tag in (BOOL, NULL):",
+        "if False:",
+    ),
+    Mutation(
+        "settings: dots after the base",
+        ("config_base.py", "settings/test_given.py"),
+        'own = nested({k: v for k, v in value.items() if k != "base"})',
+        'own = {k: v for k, v in value.items() if k != "base"}',
+    ),
+    Mutation(
+        "answers: a float32 keeps its noise",
+        ("rewards/references.py", "rewards/test_references.py"),
+        "return [*texts, *_of_single(value)]",
+        "return texts",
+    ),
+    Mutation(
+        "answers: leading zeros dropped",
+        ("prompts/hugging_face.py", "rewards/test_references.py"),
+        'texts = zero_padded(local) if local.suffix == ".csv" else []',
+        "texts = []",
+    ),
+    Mutation(
+        "answers: a route of one type",
+        ("rewards/composed.py", "rewards/test_references.py"),
+        "for name in (str(value), *names) if",
+        "for name in (str(value),) if",
+    ),
+    Mutation(
+        "prompts: no suffix after parts",
+        ("prompts/messages.py", "prompts/test_messages.py"),
+        "if isinstance(content, list) and content:",
+        "if False:",
+    ),
 ]
 
 

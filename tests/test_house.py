@@ -31,7 +31,7 @@ ALLOWED = {
     "lora": FLOOR,
     "weights": FLOOR | {"lora", "models"},
     "compatibility": {"errors"},
-    "end_tokens": {"architectures", "models"},
+    "end_tokens": {"architectures", "errors", "models"},
     "merging": set(),
     "caches": {"merging"},
     "architectures": {"errors"},

@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kdrl_lightning.errors import ConfigurationError
@@ -31,6 +32,11 @@ def reading(path: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, ConfigurationError):
         raise
+    except StrictDataclassError as error:
+        raise ConfigurationError(
+            f"the model's config.json must be one that transformers takes: got {path} "
+            f"({' '.join(str(error).split())}). Correct it."
+        ) from error
     except Exception as error:  # transformers has no exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if reason.startswith("Unrecognized configuration class"):

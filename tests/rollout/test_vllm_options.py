@@ -66,7 +66,7 @@ def test_the_version_of_either_package(
 
 def flags(folder: Path, *more: str) -> dict[str, str]:
     made = command(parse(["--model", str(folder), *more]))
-    return {a: b for a, b in zip(made, made[1:], strict=False) if a.startswith("--")}
+    return {a: b for a, b in pairwise(made) if a.startswith("--")}
 
 
 def test_serve_starts_vllm_with_the_engines_settings(
