@@ -17,27 +17,29 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace, _typehints
-from jsonargparse._util import NestedArg
+from jsonargparse import Namespace
 
-from kdrl_lightning.settings.shapes import fitting, is_class, is_spec
+from kdrl_lightning.settings.private import typehints, util
+from kdrl_lightning.settings.replaced import check_type
+from kdrl_lightning.settings.shapes import fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.settings.text import Text, is_data, load, plain
 from kdrl_lightning.settings.unused import note_dropped
 
-_jsonargparse: Any = _typehints  # private, so nothing is known of its types
-_adapt = _jsonargparse.adapt_typehints
-_load_value = _jsonargparse.load_value
-_discard = _jsonargparse.discard_init_args_on_class_path_change
+NestedArg = util.NestedArg
+_adapt = typehints.adapt_typehints
+_load_value = typehints.load_value
+_discard = typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
     """Put ``adapt`` in the place of jsonargparse's function, which calls itself by its name."""
-    if _jsonargparse.adapt_typehints is not adapt:
-        vars(_jsonargparse).update(
+    if typehints.adapt_typehints is not adapt:
+        vars(typehints).update(
             adapt_typehints=adapt,
             load_value=load_value,
             discard_init_args_on_class_path_change=discard,
         )
+        typehints.ActionTypeHint._check_type = check_type
 
 
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
@@ -50,8 +52,8 @@ def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     had = _arguments(previous)
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
-    if dropped and not _jsonargparse.sub_defaults.get():
-        defaults = inspect.signature(_jsonargparse.import_object(previous["class_path"])).parameters
+    if dropped and not typehints.sub_defaults.get():
+        defaults = inspect.signature(typehints.import_object(previous["class_path"])).parameters
         given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
         where = getattr(parser_or_action, "dest", "")
         note_dropped(where, given, previous["class_path"], value["class_path"])
@@ -70,7 +72,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if kwargs.get("serialize"):
         # Data without a type is written as it is; jsonargparse would read its strings once more.
-        as_it_is = _jsonargparse.accepts_any_value(typehint) and is_data(val)
+        as_it_is = typehints.accepts_any_value(typehint) and is_data(val)
         return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
     building = kwargs.get("instantiate_classes")
     if building and isinstance(val, Namespace) and "dict_kwargs" in val:
@@ -80,6 +82,8 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         # An argument of the class: its own parser reads the text, which is YAML or not.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
+    if isinstance(val, list) and is_sequence(typehint) and not kwargs.get("append"):
+        kwargs["prev_val"] = None  # a class takes no arguments of another at its place in the list
     if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
         val = str(val)  # PyYAML reads no subclass
     if get_origin(typehint) in (Union, UnionType):
@@ -94,6 +98,8 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     val = _spec_in(val)
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
+    if kwargs.get("append"):  # one class, too, is added to the list
+        members = [m for m in get_args(typehint) if is_sequence(m)] or members
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
     if len(members) == 1:
@@ -173,8 +179,8 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
 def class_paths(member: Any) -> list[str]:
     """Return the import paths of a type's classes; abstract ones too, which have an error."""
     if get_origin(member) is not None:
-        return list(_jsonargparse.get_all_subclass_paths(member))
-    return list(_jsonargparse.get_all_subclass_paths(member, include_abstract=True))
+        return list(typehints.get_all_subclass_paths(member))
+    return list(typehints.get_all_subclass_paths(member, include_abstract=True))
 
 
 def _named(member: Any) -> str:

@@ -143,7 +143,7 @@ def test_a_key_given_twice_in_a_class_file_or_in_json_is_refused(
             ["--config=config.yaml", "--model.teacher=teacher.yaml"],
             "teacher.yaml: got it in",
         ),
-        (["--config=over.yaml"], "`model` must stand once in a mapping of teacher.yaml"),
+        (["--config=over.yaml"], "`model.teacher.model` must stand once in a mapping of teacher"),
         (["--config=config.yaml", "--data=data.yaml"], "`seed` must stand once in a mapping of"),
         (["--config=config.json"], "`max_steps` must stand once in a mapping of config.json"),
     ):
