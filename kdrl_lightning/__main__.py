@@ -119,11 +119,20 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
     return error
 
 
+def _first_to_say(words: str) -> bool:
+    if "torch" not in sys.modules:  # no process group either
+        return True
+    from kdrl_lightning.rollout.together import first_to_say
+
+    return first_to_say(words)
+
+
 def _exit(error: Exception, code: int, cause: BaseException | None = None) -> NoReturn:
     words = " ".join(str(error).split())
     if len(words) > LONGEST:  # a value may be a whole file
         words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
-    print(f"error: {words}", file=sys.stderr)
+    if _first_to_say(words):
+        print(f"error: {words}", file=sys.stderr)
     raise SystemExit(code) from cause or error
 
 

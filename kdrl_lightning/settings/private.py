@@ -29,6 +29,7 @@ TYPEHINTS = (
     "tuple_set_origin_types",
 )
 UTIL = ("NestedArg", "config_load_stack")
+ACTIONS = ("_ActionConfigLoad",)
 
 
 def private(module: str, names: tuple[str, ...]) -> Any:
@@ -52,3 +53,4 @@ def private(module: str, names: tuple[str, ...]) -> Any:
 
 typehints = private("_typehints", TYPEHINTS)
 util = private("_util", UTIL)
+actions = private("_actions", ACTIONS)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from kdrl_lightning.settings.private import typehints
+from kdrl_lightning.settings.private import actions, typehints
 from kdrl_lightning.settings.shapes import is_spec
 from kdrl_lightning.settings.unused import note_replaced
 
+_load_group = actions._ActionConfigLoad.__call__
 _check_type = typehints.ActionTypeHint._check_type
 # Inside a class, jsonargparse knows a setting by its last name alone.
 _groups: ContextVar[tuple[str, ...]] = ContextVar("groups", default=())
@@ -37,6 +38,23 @@ def check_type(
             note_lost(".".join(_groups.get()), before, had, made)
     finally:
         _groups.reset(token)
+    return made
+
+
+def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read a file of a group, e.g. ``--trainer=trainer.yaml``; note what it replaces."""
+    if not args:  # jsonargparse makes the action
+        return _load_group(self, **kwargs)
+    parser, namespace = args[:2]
+    defaults = {action.dest: action.default for action in parser._actions}
+    before = namespace.get(self.dest)
+    held = [] if before is None else list(before.items(branches=True))
+    had = [(f"{self.dest}.{key}", value, contents(value)) for key, value in held]
+    made = _load_group(self, *args, **kwargs)
+    for key, value, inside in had:
+        if not _is_default(value, defaults.get(key)):
+            where = key.replace(".init_args", "")
+            note_lost(where, value, inside, namespace.get(key), "an earlier value")
     return made
 
 

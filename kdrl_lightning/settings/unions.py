@@ -19,8 +19,8 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from jsonargparse import Namespace
 
-from kdrl_lightning.settings.private import typehints, util
-from kdrl_lightning.settings.replaced import check_type
+from kdrl_lightning.settings.private import actions, typehints, util
+from kdrl_lightning.settings.replaced import check_type, load_group
 from kdrl_lightning.settings.shapes import fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.settings.text import Text, is_data, load, plain
 from kdrl_lightning.settings.unused import note_dropped
@@ -40,6 +40,7 @@ def install() -> None:
             discard_init_args_on_class_path_change=discard,
         )
         typehints.ActionTypeHint._check_type = check_type
+        actions._ActionConfigLoad.__call__ = load_group
 
 
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
