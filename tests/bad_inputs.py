@@ -312,9 +312,7 @@ AMOUNTS += ["1/2", "10%", "∞", "1.5.2", "+-1", "nan?", "1e5e5", "_1", "0b2", "
 
 def number_as_text(draw: Any, config: Any) -> Any:
     """Write a number as people do who are no computers."""
-    leaves = [
-        (k, v) for k, v in places(config) if type(v) in (int, float) and "callbacks" not in k
-    ]
+    leaves = [(k, v) for k, v in places(config) if type(v) in (int, float) and "callbacks" not in k]
     key, _ = draw(st.sampled_from(leaves))
     text = draw(st.sampled_from(AMOUNTS))
     name = ".".join(map(str, key)).replace(".init_args", "")

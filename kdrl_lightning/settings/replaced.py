@@ -58,7 +58,9 @@ def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
     return made
 
 
-def note_lost(where: str, before: Any, had: Any, after: Any, what: str = "an earlier value") -> None:
+def note_lost(
+    where: str, before: Any, had: Any, after: Any, what: str = "an earlier value"
+) -> None:
     """Note what a value loses of the one before; only lists and mappings by name lose anything.
 
     Args:

@@ -62,7 +62,7 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
             return not isinstance(val, Text) and val.strip().lower() in NULL
         return not (mapping or sequence)
     if isinstance(val, bool | int | float):
-        return member in LEAVES or kind is Literal
+        return (member in LEAVES and member is not NoneType) or kind is Literal
     return True
 
 

@@ -84,4 +84,6 @@ def note_replaced(where: str, what: str, lost: Iterable[str], cure: str) -> None
     names = list(lost)
     if names:
         verb = "has" if len(names) == 1 else "have"
-        _waiting.append(f"`{where}` replaces {what}, so {', '.join(names)} {verb} no effect. {cure}")
+        _waiting.append(
+            f"`{where}` replaces {what}, so {', '.join(names)} {verb} no effect. {cure}"
+        )

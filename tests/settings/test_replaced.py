@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import KDRLCLI
-from kdrl_lightning.config_base import merge
-from kdrl_lightning.settings import private
-from kdrl_lightning.settings.unused import take_notes
 
 CONFIG = """
 model: {student: some/model, teacher: {class_path: LocalTeacher, init_args: {model: some/model}},
@@ -106,7 +102,9 @@ def test_what_takes_nothing_away_is_no_matter(
     assert notes(capsys) == []
 
 
-@pytest.mark.parametrize("value", ["DeviceStatsMonitor", "[DeviceStatsMonitor]", "{class_path: DeviceStatsMonitor}"])
+@pytest.mark.parametrize(
+    "value", ["DeviceStatsMonitor", "[DeviceStatsMonitor]", "{class_path: DeviceStatsMonitor}"]
+)
 def test_a_flag_with_a_plus_adds_to_the_list(value: str) -> None:
     given = made(f"--trainer.callbacks+={value}").config.trainer.callbacks
     names = [one.class_path.rsplit(".", 1)[-1] for one in given]
@@ -115,8 +113,9 @@ def test_a_flag_with_a_plus_adds_to_the_list(value: str) -> None:
 
 
 def test_a_default_is_no_loss(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("config.yaml").write_text(CONFIG.replace("logger: {class_path: CSVLogger, init_args: "
-    "{save_dir: x}},", ""))
+    Path("config.yaml").write_text(
+        CONFIG.replace("logger: {class_path: CSVLogger, init_args: {save_dir: x}},", "")
+    )
     made(f"--trainer.{LISTS['trainer.logger'][1]}")
     assert notes(capsys) == []
 
@@ -129,34 +128,8 @@ def test_a_class_takes_no_arguments_of_another_at_its_place(
     Path("third.yaml").write_text("trainer: {callbacks: [StepProfile]}")
     (last,) = made("--config=second.yaml", "--config=third.yaml").config.trainer.callbacks
     assert (last.init_args.rollout, last.init_args.operators) == (1, 15)
-    found = notes(capsys)
-    assert found[-1].startswith(
-        "note: `trainer.callbacks` replaces an earlier value, so `rollout`, `operators` of "
-        "StepProfile have no effect."
-    ) or "`rollout`, `operators` of StepProfile has no effect." in found[-1]
-
-
-@pytest.mark.parametrize(
-    ("base", "over", "lost"),
-    [
-        (["CPUThreads"], ["StepProfile"], "CPUThreads has"),
-        ([{"class_path": "a.B"}, "C"], [{"class_path": "C"}], "B has"),
-        (["A", "B", "C"], ["B"], "A, C have"),
-        (["B", "B"], ["B"], "B has"),
-        ([{"class_path": "B", "init_args": {"x": 1}}], ["B"], "`x` of B has"),
-        ([{"class_path": "B"}], {"class_path": "C"}, "B has"),
-        ({"class_path": "B"}, ["C"], "B has"),
-        (["q_proj", "v_proj"], ["k_proj"], None),
-        ([1, 2], [3], None),
-        (["B"], None, None),
-        (["B"], ["B", "C"], None),
-    ],
-)
-def test_a_list_of_a_base(base: Any, over: Any, lost: str | None) -> None:
-    take_notes()
-    assert merge({"x": base}, {"x": over}) == {"x": over}
-    words = f"`x` replaces the list of its base, so {lost} no effect. Write `x+` to add to the list."
-    assert take_notes() == ([] if lost is None else [words])
+    words = "so `rollout`, `operators` of StepProfile has no effect. Write `callbacks+` to add to"
+    assert words in notes(capsys)[-1]
 
 
 NULLS = ["data.mask_truncated", "data.temperature", "data.val_samples", "data.overlong_prompts"]
@@ -177,26 +150,17 @@ def test_null_is_refused_where_there_is_no_none(
 
 
 def test_null_is_refused_inside_a_class(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("second.yaml").write_text("trainer: {callbacks: [{class_path: StepProfile, init_args: "
-    "{rollout: null}}]}")
+    Path("second.yaml").write_text(
+        "trainer: {callbacks: [{class_path: StepProfile, init_args: {rollout: null}}]}"
+    )
     with pytest.raises(SystemExit):
         main(["fit", "--config=config.yaml", "--config=second.yaml"])
-    assert "`trainer.callbacks.rollout` must be a whole number: got None." in capsys.readouterr().err
+    assert (
+        "`trainer.callbacks.rollout` must be a whole number: got None." in capsys.readouterr().err
+    )
 
 
 def test_null_is_taken_where_there_is_none() -> None:
     text = "model: {teacher: null, lora: null}\ntrainer: {callbacks: null, max_epochs: null}"
     Path("second.yaml").write_text(text.replace("teacher: null, ", ""))
     assert made("--config=second.yaml").config.trainer.max_epochs is None
-
-
-def test_another_jsonargparse_is_refused_in_one_line() -> None:
-    for module, name in (("_typehints", "no_such_name"), ("_no_such_module", "x")):
-        words = f"`jsonargparse` must be {private.CHECKED}: got .*, without .*_?no_such.*pip install"
-        with pytest.raises(ValueError, match=words):
-            private.private(module, (name,))
-
-
-def test_the_range_of_jsonargparse_is_the_projects() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'"jsonargparse[signatures]{private.CHECKED}"' in text
