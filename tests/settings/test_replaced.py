@@ -8,6 +8,7 @@ import pytest
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.settings import private
 
 CONFIG = """
 model: {student: some/model, teacher: {class_path: LocalTeacher, init_args: {model: some/model}},
@@ -164,3 +165,8 @@ def test_null_is_taken_where_there_is_none() -> None:
     text = "model: {teacher: null, lora: null}\ntrainer: {callbacks: null, max_epochs: null}"
     Path("second.yaml").write_text(text.replace("teacher: null, ", ""))
     assert made("--config=second.yaml").config.trainer.max_epochs is None
+
+
+def test_the_range_of_jsonargparse_is_the_projects() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"jsonargparse[signatures]{private.CHECKED}"' in text

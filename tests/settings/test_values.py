@@ -165,8 +165,3 @@ def test_another_jsonargparse_is_refused_in_one_line() -> None:
         )
         with pytest.raises(ValueError, match=words):
             private.private(module, (name,))
-
-
-def test_the_range_of_jsonargparse_is_the_projects() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'"jsonargparse[signatures]{private.CHECKED}"' in text
