@@ -58,7 +58,8 @@ def _store() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+    wait = timedelta(seconds=10)
+    return distributed.TCPStore(host, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]
 
 
 def require_finite(teacher_logprobs: Tensor | None, tokens: int) -> None:
