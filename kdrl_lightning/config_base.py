@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 from jsonargparse import set_dumper, set_loader
-from jsonargparse._util import config_load_stack
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings import unions
+from kdrl_lightning.settings.private import util
+from kdrl_lightning.settings.replaced import contents, note_lost
 from kdrl_lightning.settings.text import TwiceError, dump, load, plain
-from kdrl_lightning.settings.unused import note_dropped, note_replaced
+from kdrl_lightning.settings.unused import note_dropped
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -74,9 +75,8 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
     """
-    if isinstance(base, list) and isinstance(over, list):
-        kept = [*_classes(over), *(name for name in over if isinstance(name, str))]
-        note_replaced(where, [name for name in _classes(base) if name not in kept])
+    if isinstance(base, list) or isinstance(over, list):
+        note_lost(where, base, contents(base), over, "the list of its base")
     if isinstance(base, dict) and "class_path" in base and isinstance(over, str):
         if _same(base["class_path"], over):
             return base
@@ -105,7 +105,7 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
 
 def _being_read(text: str) -> tuple[str, str] | None:
     """Return path and given name of the file whose content jsonargparse has passed, if it has."""
-    for full, name in config_load_stack.get()[-1:]:
+    for full, name in util.config_load_stack.get()[-1:]:
         try:
             if Path(full).read_text(encoding="utf-8") == text:
                 return full, name
@@ -133,12 +133,6 @@ def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> Non
     had, has = (spec.get("init_args") for spec in (base, over))
     lost = [name for name in had or () if name not in (has or ())]
     note_dropped(where, lost, str(base.get("class_path")), str(over["class_path"]))
-
-
-def _classes(items: list[Any]) -> list[str]:
-    """Return the names of the classes in a list."""
-    specs = [item.get("class_path") for item in items if isinstance(item, dict)]
-    return [spec.rsplit(".", 1)[-1] for spec in specs if isinstance(spec, str)]
 
 
 def _items(value: Any) -> list[Any]:

@@ -131,6 +131,9 @@ class OneLineParser(LightningArgumentParser):
         opens = getattr(action, "_enable_path", True)  # a group of settings always does
         if opens and isinstance(value, Text) and is_file(value):
             value = str(value)
+        if value is None and action.default is not None and hasattr(action, "_typehint"):
+            # jsonargparse takes null for a setting that is not given, and passes None on.
+            action._check_type_(None, mode=self.parser_mode)
         return super()._check_value_key(action, value, *args, **kwargs)
 
 

@@ -121,6 +121,12 @@ class Mutation(NamedTuple):
     new: str
 
 
+SHAPES = "settings/shapes.py", "settings/test_values.py"
+REPLACED = "settings/replaced.py", "settings/test_values.py"
+YAML_TEXT = "settings/text.py", "settings/test_values.py"
+NOTES = "settings/unused.py", "settings/test_values.py"
+PRIVATE = "settings/private.py", "settings/test_values.py"
+PARSER = "parser.py", "settings/test_values.py"
 END_TOKENS = "end_tokens.py", "test_end_tokens.py"
 END_TOKENS_IN_RUNS = "rollout/sampler.py", "test_end_tokens.py"
 
@@ -1955,6 +1961,55 @@ MUTATIONS = [
         ("prompts/messages.py", "prompts/test_messages.py"),
         "if isinstance(content, list) and content:",
         "if False:",
+    ),
+    # How settings are read.
+    Mutation(
+        "settings: a set by name is a class",
+        SHAPES,
+        "if is_spec(previous) and not by_name(val)",
+        "if is_spec(previous)",
+    ),
+    Mutation("settings: quoted null is none", SHAPES, "not isinstance(val, Text) and val", "val"),
+    Mutation("settings: a number is none", SHAPES, " and member is not NoneType) or", ") or"),
+    Mutation(
+        "settings: any name beside a class",
+        SHAPES,
+        'bool(names & {"class_path", "init_args"}) and names <= SPEC',
+        'bool(names & {"class_path", "init_args"})',
+    ),
+    Mutation("settings: one class stands for two", REPLACED, "        rest.remove(found)\n", ""),
+    Mutation(
+        "settings: lost arguments of a class that stays",
+        REPLACED,
+        "for name in one.arguments if name not in found.arguments",
+        "for name in ()",
+    ),
+    Mutation(
+        "settings: data counts as classes",
+        REPLACED,
+        "return last.isidentifier() and last[0].isupper()",
+        "return bool(last)",
+    ),
+    Mutation(
+        "settings: others read another text",
+        YAML_TEXT,
+        "# Other readers of YAML, e.g. Lightning's of hyper-parameters, must read the same text as "
+        "we do.\n",
+        "_resolve_as_we_do(Dumper)\n",
+    ),
+    Mutation(
+        "settings: a component receives marked text",
+        YAML_TEXT,
+        "        return str(value)\n",
+        "        return value\n",
+    ),
+    Mutation("settings: notes stay", NOTES, "    _waiting.clear()\n", ""),
+    Mutation("settings: any jsonargparse", PRIVATE, "    if lacking:", "    if False:"),
+    Mutation(
+        "settings: only the outer key",
+        PARSER,
+        "while found := KEY.match(text)",
+        "if found := KEY.match(text)",
     ),
 ]
 

@@ -17,28 +17,31 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace, _typehints
-from jsonargparse._util import NestedArg
+from jsonargparse import Namespace
 
+from kdrl_lightning.settings.private import actions, typehints, util
+from kdrl_lightning.settings.replaced import check_type, load_group
 from kdrl_lightning.settings.shapes import LEAVES, fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.settings.text import Text, is_data, load, plain
-from kdrl_lightning.settings.unused import note_dropped, note_replaced
+from kdrl_lightning.settings.unused import note_dropped
 
-_jsonargparse: Any = _typehints  # private, so nothing is known of its types
-_adapt = _jsonargparse.adapt_typehints
-_load_value = _jsonargparse.load_value
-_discard = _jsonargparse.discard_init_args_on_class_path_change
+NestedArg = util.NestedArg
+_adapt = typehints.adapt_typehints
+_load_value = typehints.load_value
+_discard = typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
     """Put ``adapt`` in the place of jsonargparse's function, which calls itself by its name."""
-    if _jsonargparse.adapt_typehints is not adapt:
-        vars(_jsonargparse).update(
+    if typehints.adapt_typehints is not adapt:
+        vars(typehints).update(
             adapt_typehints=adapt,
             load_value=load_value,
             basic_json_or_yaml_load=load_basic,
             discard_init_args_on_class_path_change=discard,
         )
+        typehints.ActionTypeHint._check_type = check_type
+        actions._ActionConfigLoad.__call__ = load_group
 
 
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
@@ -62,25 +65,11 @@ def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     had = _arguments(previous)
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
-    if dropped and not _jsonargparse.sub_defaults.get():
-        defaults = inspect.signature(_jsonargparse.import_object(previous["class_path"])).parameters
+    if dropped and not typehints.sub_defaults.get():
+        defaults = inspect.signature(typehints.import_object(previous["class_path"])).parameters
         given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
         where = getattr(parser_or_action, "dest", "")
         note_dropped(where, given, previous["class_path"], value["class_path"])
-
-
-def note_list(before: Any, value: Any) -> None:
-    """Note the classes of a list that a later value has not; a list with ``+`` loses none."""
-    if isinstance(before, list):
-        later = value if isinstance(value, list) else [value]
-        kept = [name for one in later for name in _class_of(one)]
-        note_replaced("", [n for one in before for n in _class_of(one) if n not in kept])
-
-
-def _class_of(item: Any) -> list[str]:
-    """Return the name of a class that is given by its name or with its arguments."""
-    name = item.get("class_path") if isinstance(item, Mapping | Namespace) else item
-    return [name.rsplit(".", 1)[-1]] if isinstance(name, str) else []
 
 
 def _arguments(spec: Any) -> dict[str, Any]:
@@ -96,7 +85,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if kwargs.get("serialize"):
         # Data without a type is written as it is; jsonargparse would read its strings once more.
-        as_it_is = _jsonargparse.accepts_any_value(typehint) and is_data(val)
+        as_it_is = typehints.accepts_any_value(typehint) and is_data(val)
         return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
     building = kwargs.get("instantiate_classes")
     if building and isinstance(val, Namespace) and "dict_kwargs" in val:
@@ -108,6 +97,10 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         val = given if isinstance(given, NestedArg) else val
     if _is_named(typehint) and isinstance(val, dict):
         val = {str(k): v for k, v in val.items()}  # of YAML, 1 is a number
+    if isinstance(val, list) and is_sequence(typehint) and not kwargs.get("append"):
+        kwargs["prev_val"] = None  # a class takes no arguments of another at its place in the list
+    if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
+        val = str(val)  # PyYAML reads no subclass
     if get_origin(typehint) in (Union, UnionType):
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
@@ -132,8 +125,6 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
-    if not kwargs.get("instantiate_classes") and not isinstance(val, NestedArg):
-        note_list(kwargs.get("prev_val"), val)
     if len(members) == 1:
         return adapt(val, members[0], *args, **kwargs)
     try:
@@ -218,8 +209,8 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
 def class_paths(member: Any) -> list[str]:
     """Return the import paths of a type's classes; abstract ones too, which have an error."""
     if get_origin(member) is not None:
-        return list(_jsonargparse.get_all_subclass_paths(member))
-    return list(_jsonargparse.get_all_subclass_paths(member, include_abstract=True))
+        return list(typehints.get_all_subclass_paths(member))
+    return list(typehints.get_all_subclass_paths(member, include_abstract=True))
 
 
 def _named(member: Any) -> str:

@@ -88,20 +88,18 @@ def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> N
         )
 
 
-def note_replaced(where: str, lost: Iterable[str]) -> None:
-    """Note the classes of a list when another list takes its place.
+def note_replaced(where: str, what: str, lost: Iterable[str], cure: str) -> None:
+    """Note what a list or a mapping loses when another one takes its place.
 
     Args:
-        where: the setting; empty if it is not known.
-        lost: the classes that the other list has not.
+        where: the setting.
+        what: the one that is replaced.
+        lost: what the other one has not.
+        cure: what to write to keep it.
     """
-    names = ", ".join(lost)
+    names = list(lost)
     if names:
-        verb = "has" if len(names.split(", ")) == 1 else "have"
-        what, plus = "a later list replaces an earlier one", "`+` after its name"
-        if where:
-            what, plus = (
-                f"`{where}` replaces the list of its base",
-                f"`{where.rsplit('.', 1)[-1]}+`",
-            )
-        _waiting.append(f"{what}, so {names} {verb} no effect. Write {plus} to add to the list.")
+        verb = "has" if len(names) == 1 else "have"
+        _waiting.append(
+            f"`{where}` replaces {what}, so {', '.join(names)} {verb} no effect. {cure}"
+        )
