@@ -34,9 +34,10 @@ def use_bias(router: Any) -> None:
 
     One group of all experts is the same choice, with the bias (Ernie 4.5; vLLM 0.32).
     """
-    if type(router).__name__ == "CPURouter" and not router.use_grouped_topk:
-        if router.e_score_correction_bias is not None and router.scoring_func == "softmax":
-            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
+    if type(router).__name__ != "CPURouter" or router.use_grouped_topk:
+        return
+    if router.e_score_correction_bias is not None and router.scoring_func == "softmax":
+        router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 
 def after_reload(model: Any) -> None:

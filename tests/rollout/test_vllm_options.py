@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def test_a_cpu_turns_queries_by_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "told"), [((0, 28), {}), ((0, 29), {"sliding_window": 7}), ((1, 0), {"sliding_window": 7})]
+    ("version", "told"),
+    [((0, 28), {}), ((0, 29), {"sliding_window": 7}), ((1, 0), {"sliding_window": 7})],
 )
 def test_a_window_that_vllm_lengthens_is_told_one_token_shorter(
     version: tuple[int, int], told: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -65,7 +67,7 @@ def test_the_version_of_either_package(
 
 def flags(folder: Path, *more: str) -> dict[str, str]:
     made = command(parse(["--model", str(folder), *more]))
-    return {a: b for a, b in zip(made, made[1:], strict=False) if a.startswith("--")}
+    return {a: b for a, b in pairwise(made) if a.startswith("--")}
 
 
 def test_serve_starts_vllm_with_the_engines_settings(
