@@ -72,7 +72,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self._writer = CheckpointWriter(asynchronous)
         self._folder = Path()
         self._due = self._continues = False
-        self._signals, self._stops = StopSignals(), 0
+        self._signals, self._stops = StopSignals(self._last_words), 0
         self._held: int | None = None
 
     @property
@@ -116,7 +116,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             remove_unfinished(self._folder)
         if not trainer.fast_dev_run:
-            self._signals.listen(trainer.is_global_zero, self._last_words)
+            self._signals.listen(trainer.is_global_zero)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class RunReport(pl.Callback):
         if self.evaluate_teacher and weights is not None and self._can_evaluate(trainer):
             if trainer.is_global_zero:
                 print("measuring the teacher on the validation prompts", flush=True)
-            self.teacher_accuracy = trainer.datamodule.evaluate(weights)
+            self.teacher_accuracy = _evaluate(trainer, weights, "teacher")
         self._measure_student(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -191,8 +192,9 @@ class RunReport(pl.Callback):
     def _measure_student(self, trainer: Any, pl_module: Any) -> None:
         noted = bool(self.accuracy) and self.accuracy[-1][0] == trainer.global_step
         if not noted and self._can_evaluate(trainer):
-            value = trainer.datamodule.evaluate(pl_module.weights())
-            self._note(trainer.global_step, value)
+            value = _evaluate(trainer, pl_module.weights(), "student")
+            if value is not None:
+                self._note(trainer.global_step, value)
 
     def _can_evaluate(self, trainer: Any) -> bool:
         wanted = trainer.limit_val_batches != 0
@@ -256,3 +258,15 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", *lines, ""])
+
+
+def _evaluate(trainer: Any, weights: Any, who: str) -> float | None:
+    """Return a model's accuracy; None, with a warning, if it cannot be sampled from."""
+    reason = trainer.datamodule.cannot_evaluate(weights)
+    if not reason:
+        return float(trainer.datamodule.evaluate(weights))
+    if trainer.is_global_zero:
+        warnings.warn(
+            f"the {who} is not measured on the first validation set: {reason}.", stacklevel=2
+        )
+    return None

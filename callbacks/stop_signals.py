@@ -21,22 +21,24 @@ class StopSignals:
     """Notes SIGTERM and Ctrl-C until the ranks ask for them; a second Ctrl-C stops at once.
 
     In place of Lightning's handlers, one of which runs a collective inside the signal's.
+
+    Args:
+        last_words: what a run that cannot save any more says of its last checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: Callable[[], str]) -> None:
         self._handlers: dict[int, Any] = {}
         self._number = 0
         self._speaks = False
-        self._last_words: Callable[[], str] = str
+        self._last_words = last_words
 
-    def listen(self, speaks: bool, last_words: Callable[[], str]) -> None:
+    def listen(self, speaks: bool) -> None:
         """Take the signals, if this is the main thread.
 
         Args:
             speaks: on the rank that answers the user.
-            last_words: what a run that cannot save any more says of its last checkpoint.
         """
-        self._number, self._speaks, self._last_words = 0, speaks, last_words
+        self._number, self._speaks = 0, speaks
         if threading.current_thread() is threading.main_thread():
             for number in NAMES:
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -48,8 +50,11 @@ class StopSignals:
     def explain(self, error: BaseException) -> None:
         """Let an error that followed a signal say so: it may have ended an engine's process first.
 
-        ``python -m kdrl_lightning`` then reports the signal instead of the error.
+        ``python -m kdrl_lightning`` then reports the signal instead of the error. A Ctrl-C before
+        the first step, or after the last one (in the export), is Python's own, without words.
         """
+        if isinstance(error, KeyboardInterrupt) and not str(error):
+            error.args = (f"stopped by Ctrl-C: {self._last_words()}",)
         if self._number and not isinstance(error, Interrupted | KeyboardInterrupt):
             words = f"stopped by {NAMES[self._number]} within a step: {self._last_words()}"
             error.interrupted = Interrupted(words, self._number)  # type: ignore[attr-defined]

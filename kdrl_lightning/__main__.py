@@ -8,7 +8,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopped, disk_error
+from kdrl_lightning.errors import (
+    ConfigurationError,
+    Interrupted,
+    TrainingStopped,
+    disk_error,
+    path_error,
+)
+
+LONGEST = 1000
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -59,7 +67,7 @@ def _run(args: Sequence[str] | None) -> None:
         _exit(error, 2)
     except Exception as error:
         _exit_if_interrupted(error)
-        mistake = _mistake_behind(error)
+        mistake = _mistake_behind(error) or path_error(error)
         if mistake is not None:
             _exit(mistake, 2)
         disk = disk_error(error)
@@ -111,8 +119,20 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
     return error
 
 
+def _first_to_say(words: str) -> bool:
+    if "torch" not in sys.modules:  # no process group either
+        return True
+    from kdrl_lightning.rollout.together import first_to_say
+
+    return first_to_say(words)
+
+
 def _exit(error: Exception, code: int, cause: BaseException | None = None) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    words = " ".join(str(error).split())
+    if len(words) > LONGEST:  # a value may be a whole file
+        words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
+    if _first_to_say(words):
+        print(f"error: {words}", file=sys.stderr)
     raise SystemExit(code) from cause or error
 
 

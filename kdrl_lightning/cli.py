@@ -115,6 +115,7 @@ class KDRLCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        refuse_empty_groups(config, self._parser(self.subcommand).get_defaults())
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
         loggers_in_root(config.trainer)
         for name, low, cure in LEAST:
@@ -125,6 +126,11 @@ class KDRLCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
             raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
+
+    def _set_seed(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        require_seed(config.seed_everything)
+        super()._set_seed()
 
     def instantiate_classes(self) -> None:
         """Build everything; data without a seed of its own takes ``seed_everything``."""
@@ -175,6 +181,29 @@ def seeded(config: Namespace) -> Iterator[None]:
         yield
     finally:
         config.data.seed = given
+
+
+def refuse_empty_groups(config: Namespace, defaults: Namespace) -> None:
+    """Check that every group has settings.
+
+    Raises:
+        ConfigurationError: one is null.
+    """
+    for name, value in vars(config).items():
+        if value is None and isinstance(defaults.get(name), Namespace):
+            raise ConfigurationError(
+                f"`{name}` must have settings by name: got null. Leave it out to keep the others."
+            )
+
+
+def require_seed(value: bool | int) -> None:
+    """Check that a seed is one that numpy takes.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not 0 <= value < 2**32:
+        raise ConfigurationError(f"`seed_everything` must be from 0 to {2**32 - 1}: got {value}.")
 
 
 def as_seed(value: bool | int | None) -> int:

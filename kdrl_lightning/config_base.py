@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 from jsonargparse import set_dumper, set_loader
-from jsonargparse._util import config_load_stack
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings import unions
+from kdrl_lightning.settings.private import util
+from kdrl_lightning.settings.replaced import contents, note_lost
 from kdrl_lightning.settings.text import TwiceError, dump, load, plain
-from kdrl_lightning.settings.unused import note_dropped, note_replaced
+from kdrl_lightning.settings.unused import note_dropped
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -74,13 +75,14 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
     """
-    if isinstance(base, list) and isinstance(over, list):
-        kept = [*_classes(over), *(name for name in over if isinstance(name, str))]
-        note_replaced(where, [name for name in _classes(base) if name not in kept])
+    if isinstance(base, list) or isinstance(over, list):
+        note_lost(where, base, contents(base), over, "the list of its base")
     if isinstance(base, dict) and "class_path" in base and isinstance(over, str):
         if _same(base["class_path"], over):
             return base
         _note_dropped(where, base, {"class_path": over})
+    if over is None and "." not in where and isinstance(base, dict) and "class_path" not in base:
+        return base  # a group all of whose lines are comments
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "class_path" in over and not _same(base.get("class_path"), over["class_path"]):
@@ -103,7 +105,7 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
 
 def _being_read(text: str) -> tuple[str, str] | None:
     """Return path and given name of the file whose content jsonargparse has passed, if it has."""
-    for full, name in config_load_stack.get()[-1:]:
+    for full, name in util.config_load_stack.get()[-1:]:
         try:
             if Path(full).read_text(encoding="utf-8") == text:
                 return full, name
@@ -133,12 +135,6 @@ def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> Non
     note_dropped(where, lost, str(base.get("class_path")), str(over["class_path"]))
 
 
-def _classes(items: list[Any]) -> list[str]:
-    """Return the names of the classes in a list."""
-    specs = [item.get("class_path") for item in items if isinstance(item, dict)]
-    return [spec.rsplit(".", 1)[-1] for spec in specs if isinstance(spec, str)]
-
-
 def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -165,17 +161,49 @@ def _document(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{name} must be YAML: {error}") from error
     for key in found if isinstance(found, dict) else ():
-        if "." in str(key) and _holds(found, str(key).split(".")):
+        above = [k for k in _prefixes(str(key)) if _holds(found, str(key), k)]
+        if above:
             raise ConfigurationError(
-                f"`{key}` must stand once in {name}: got it with dots and inside "
-                f"`{str(key).split('.')[0]}`. Remove one."
+                f"`{key}` must stand once in {name}: got it with dots and inside `{above[0]}`. "
+                "Remove one."
             )
     return found
 
 
-def _holds(tree: Any, names: list[str]) -> bool:
-    for name in names:
-        if not isinstance(tree, dict) or name not in tree:
+def nested(settings: dict[Any, Any]) -> dict[Any, Any]:
+    """Return settings whose names have no dots at the top.
+
+    >>> nested({"a": {"x": 1}, "a.y": 2, "b.c.z": 3})
+    {'a': {'x': 1, 'y': 2}, 'b': {'c': {'z': 3}}}
+    """
+    made: dict[Any, Any] = {}
+    for key, value in settings.items():
+        for name in reversed(key.split(".") if isinstance(key, str) else [key]):
+            value = {name: value}
+        made = _joined(made, value)
+    return made
+
+
+def _joined(one: Any, other: Any) -> Any:
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other
+    return one | {k: _joined(one[k], v) if k in one else v for k, v in other.items()}
+
+
+def _prefixes(key: str) -> list[str]:
+    names = key.split(".")
+    return [".".join(names[:i]) for i in range(1, len(names))]
+
+
+def _holds(found: dict[Any, Any], key: str, above: str) -> bool:
+    """Whether a key with dots stands inside the value of one of its beginnings, too."""
+    if above not in found:
+        return False
+    tree = found[above]
+    for name in key[len(above) + 1 :].split("."):
+        if not isinstance(tree, dict):
+            return tree is not None  # `model.objective: GRPO` and an argument of it
+        if name not in tree:
             return False
         tree = tree[name]
     return True
@@ -184,7 +212,7 @@ def _holds(tree: Any, names: list[str]) -> bool:
 def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(value, dict) or "base" not in value:
         return value
-    own = {k: v for k, v in value.items() if k != "base"}
+    own = nested({k: v for k, v in value.items() if k != "base"})
     if not isinstance(value["base"], str):
         raise ConfigurationError(f"`base` must name one YAML file: got {value['base']!r}.")
     file = (path.parent / value["base"]).resolve()
@@ -195,4 +223,5 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"`base` must be readable UTF-8: got {file} ({error}).") from error
-    return merge(_resolve(_document(text, str(file)), file, (*seen, file)), own)
+    below = _resolve(_document(text, str(file)), file, (*seen, file))
+    return merge(nested(below) if isinstance(below, dict) else below, own)

@@ -250,6 +250,11 @@ class RolloutDataModule(pl.LightningDataModule):
             models = {**rules.vocabularies, "teacher": module.teacher.vocabulary_rows}
             rules = replace(rules, vocabularies=models)
             self.live.vocabulary_rows = min(models.values())
+        if self.teacher_completions and module.teacher is not None and module.teacher.model_name:
+            theirs = self.teacher_engine.refused_lengths(
+                module.teacher.model_name, self.train_sampling.max_tokens
+            )
+            rules = replace(rules, refused=[*rules.refused, *theirs])
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
         if self._one_pass_per_epoch:
             self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)
@@ -312,6 +317,11 @@ class RolloutDataModule(pl.LightningDataModule):
         solved, prompts = self.live.module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
 
+    def cannot_evaluate(self, weights: ModelWeights) -> str:
+        """Return why ``evaluate`` cannot sample from a model; empty if it can."""
+        limits = TransformersEngine().refused_lengths
+        return self.evaluation.refused(lambda most: limits(weights.path, most))
+
     def probe(self) -> RolloutBatch:
         """Sample a few tokens from the weights that the engine holds now; see ``RolloutSource``."""
         return self.rollouts.probe()
@@ -346,6 +356,7 @@ class RolloutDataModule(pl.LightningDataModule):
         return PromptRules(
             limit=limit,
             why=f"context {context}, `max_tokens` {max_tokens}",
+            refused=self.rollout_engine.refused_lengths(module.student_path, max_tokens),
             drop=self.overlong_prompts == "drop",
             vocabularies={"student": module.vocabulary_rows},
         )

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_lightning.models import generation_defaults, load_config
+from kdrl_lightning.architectures.generation import read_generation
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import load_config
 
 # An answer that no template trims or rewrites.
 PROBE = "zq7"
@@ -68,13 +70,16 @@ def end_tokens(path: str, tokenizer: Any) -> EndTokens:
     Args:
         path: the model's folder or hub name.
         tokenizer: the model's tokenizer, with an end token.
+
+    Raises:
+        ConfigurationError: one of the configurations names what is no id.
     """
     config = load_config(path)
     markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids = [int(tokenizer.eos_token_id)]
     for part in (config, config.get_text_config()):
         ids += _named(getattr(part, "eos_token_id", None), part, markers)
-    ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)
+    ids += _named((read_generation(path) or {}).get("eos_token_id"), config, markers)
     rows = config.get_text_config().vocab_size
     kept = tuple(dict.fromkeys(i for i in ids if 0 <= i < rows))
     turn = turn_end(tokenizer)
@@ -116,9 +121,18 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: Any, path: str) -> None:
     )
 
 
-def _named(value: int | Sequence[int] | None, config: Any, markers: set[int]) -> Sequence[int]:
-    """Return the ids, unless transformers has copied them from the class's defaults into a file."""
-    ids = () if value is None else as_ids(value)
+def _named(value: Any, config: Any, markers: set[int]) -> Sequence[int]:
+    """Return the ids, unless transformers has copied them from the class's defaults into a file.
+
+    Raises:
+        ConfigurationError: something is no id.
+    """
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigurationError(
+            f"`eos_token_id` must be the id of a token, or a list of ids: got {value!r} in a "
+            "configuration of the model. Mend its config.json or generation_config.json."
+        )
     if value == getattr(type(config), "eos_token_id", None):
         return [i for i in ids if i in markers]
     return ids

@@ -7,6 +7,8 @@ import signal
 
 # What a disk does to whatever happens to write: full, over the quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+# What it says of a path that cannot be.
+PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 class ConfigurationError(ValueError):
@@ -63,5 +65,24 @@ def disk_error(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK:
             return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def path_error(error: BaseException | None) -> ConfigurationError | None:
+    """Return the user's mistake of a path that no file can have, among an error and its causes.
+
+    >>> print(path_error(NotADirectoryError(20, "Not a directory", "run.yaml/x")))
+    a path must be one that can exist: got Not a directory: run.yaml/x. Correct it in the settings.
+    """
+    while error is not None:
+        words = ""
+        if isinstance(error, OSError) and error.errno in PATH and error.filename is not None:
+            words = f"{error.strerror}: {error.filename}"
+        elif isinstance(error, ValueError) and str(error).startswith("embedded null"):
+            words = str(error)
+        if words:
+            cure = "Correct it in the settings."
+            return ConfigurationError(f"a path must be one that can exist: got {words}. {cure}")
         error = error.__cause__ or error.__context__
     return None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
 from kdrl_lightning import config_base
 from kdrl_lightning.checkpoints import META
-from kdrl_lightning.cli import as_seed, quiet, seeded
-from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.cli import as_seed, quiet, refuse_empty_groups, require_seed, seeded
+from kdrl_lightning.config_base import load_with_base, nested
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.table import by_set, markdown_table
@@ -30,11 +31,16 @@ from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
 from kdrl_lightning.parser import OneLineParser
 from kdrl_lightning.settings.text import dump
+from kdrl_lightning.settings.unused import take_notes
 
 # Of a configuration for training; a flag still switches them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # What is read of a configuration; the rest concerns training.
 GROUPS = ("models", "output", "seed_everything", "data", "trainer")
+FOR_TRAINING = (
+    *("model", "imitation_stats", "weight_sync", "checkpoint", "predictions", "samples", "report"),
+    *("profile", "ckpt_path", "weights_only", "verbose", "return_predictions"),
+)
 
 
 class CheckpointStudent(ModelSource):
@@ -76,8 +82,13 @@ def evaluate(args: Sequence[str]) -> None:
     """
     quiet()
     config_base.install()
+    take_notes()  # of a command line before this one
     parser = make_parser()
     config = parser.parse_args(pruned(args))
+    refuse_empty_groups(config, parser.get_defaults())
+    require_seed(config.seed_everything)
+    for note in take_notes():
+        print(f"note: {note}", flush=True)
     if not config.models:
         raise ConfigurationError(
             "`models` must name at least one model: got none. Give `--models.NAME PATH`."
@@ -187,7 +198,13 @@ def _needed(name: str) -> str:
         raise ConfigurationError(f"`config` must be UTF-8: got {name} ({error}).") from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"`config` must hold settings by name: got {name}.")
-    kept = {key: value for key, value in config.items() if str(key).split(".")[0] in GROUPS}
+    config = nested(config)
+    for key in config:
+        if key not in GROUPS + FOR_TRAINING:
+            close = get_close_matches(str(key), GROUPS + FOR_TRAINING, n=1)
+            cure = f"Did you mean {close[0]}?" if close else "Take it out."
+            raise ConfigurationError(f"{name} must hold known settings: got `{key}`. {cure}")
+    kept = {k: v for k, v in config.items() if k in GROUPS and v is not None}
     for group, names in (("data", ("train_prompts",)), ("trainer", SWITCHED_OFF)):
         if isinstance(kept.get(group), dict):
             kept[group] = {k: v for k, v in kept[group].items() if k not in names}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from kdrl_lightning.architectures.attention import keep_soft_caps
+from kdrl_lightning.architectures.experts import keep_precision
+from kdrl_lightning.architectures.generation import generation_config, read_generation
+from kdrl_lightning.architectures.loaded import check_loaded
+from kdrl_lightning.architectures.reading import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.errors import ConfigurationError
 
 
@@ -40,27 +42,58 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(AutoModelForCausalLM, path, dtype=dtype)
+    said = read_generation(path)
+    given = {} if said is None else {"generation_config": generation_config({})}
+    model, info = _load(
+        AutoModelForCausalLM,
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the check names them
+        **given,
+    )
+    check_loaded(model, info, path)
+    if said is not None and model.can_generate():
+        model.generation_config = generation_config(said)
     keep_soft_caps(model)
+    keep_precision(model)
     return model.eval()
 
 
-def build_causal_lm(
-    config: str, generation_config: str | None, weights: Mapping[str, Tensor]
-) -> Any:
+def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, Tensor]) -> Any:
     """Return a model of a configuration, as JSON, that holds ``weights`` without copying them."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
-    values = json.loads(config, object_hook=decode_float)
-    own = AutoConfig.for_model(values.pop("model_type"), **values)
+    own = _configuration(config)
     own.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(own)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    if generation_config is not None:
-        model.generation_config = GenerationConfig.from_dict(json.loads(generation_config))
+    if generation is not None:
+        model.generation_config = generation_config(json.loads(generation))
     return model
+
+
+def _configuration(config: str) -> Any:
+    """Return transformers' configuration of a whole one, as JSON.
+
+    A class of parts may refuse the general settings that it has itself written (DBRX).
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    values = json.loads(config, object_hook=decode_float)
+    kind = values.pop("model_type")
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except ValueError:
+        general = PretrainedConfig().to_dict()
+        parts = {
+            name: {k: v for k, v in part.items() if k not in general or general[k] != v}
+            for name, part in values.items()
+            if isinstance(part, dict)
+        }
+        return AutoConfig.for_model(kind, **{**values, **parts})
 
 
 def decode_float(value: dict[str, Any]) -> Any:
@@ -74,13 +107,9 @@ def decode_float(value: dict[str, Any]) -> Any:
 
 def all_settings(config: str) -> dict[str, Any]:
     """Return the settings of a configuration, as JSON, under the names that this version uses."""
-    from transformers import AutoConfig
-
     plain: dict[str, Any] = json.loads(config)
-    values = json.loads(config, object_hook=decode_float)
     try:
-        read = AutoConfig.for_model(values.pop("model_type"), **values)
-        return dict(json.loads(read.to_json_string(use_diff=False)))
+        return dict(json.loads(_configuration(config).to_json_string(use_diff=False)))
     except Exception:  # an unknown type, or values that this version does not take
         return plain
 
@@ -168,8 +197,23 @@ def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
         model = type(like)._from_config(
             config, dtype=like.dtype, attn_implementation=config._attn_implementation
         )
+    keep_precision(model)
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def skeleton_causal_lm(path: str) -> Any:
+    """Build the model of a folder on the ``meta`` device, to look at its modules.
+
+    Raises:
+        ConfigurationError: there is no model at ``path``.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = load_config(path)
+    with reading(path), no_init_weights(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
@@ -181,13 +225,13 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
     Raises:
         ConfigurationError: there is no model at ``path``.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     config = load_config(path)
     chosen = getattr(config, "dtype", None) if dtype == "auto" else dtype
     chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-    with _reading(path), no_init_weights():
+    with reading(path), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
     model.tie_weights()
     folder = Path(path)
@@ -195,9 +239,11 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    said = read_generation(str(folder))
+    if said is not None and model.can_generate():
+        model.generation_config = generation_config(said)
     keep_soft_caps(model)
+    keep_precision(model)
     return model.eval(), folder
 
 
@@ -209,9 +255,8 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _refuse_adapter(path)
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
+    refuse_adapter(path)
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZERS):
         # transformers would make one up.
         raise ConfigurationError(
             f"a model folder must hold its tokenizer: got {path} without one. "
@@ -237,66 +282,7 @@ def load_config(path: str) -> Any:
     return _load(AutoConfig, path)
 
 
-def generation_defaults(path: str) -> dict[str, Any]:
-    """Return what the model's generation configuration says; empty if there is none to read."""
-    from transformers import GenerationConfig
-
-    try:
-        return dict(GenerationConfig.from_pretrained(path).to_dict())
-    except (OSError, ValueError):
-        return {}
-
-
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
-    with _reading(path):
-        return auto_class.from_pretrained(path, **kwargs)
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    _refuse_adapter(path)
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        local = "exists" if Path(path).is_dir() else "is not a local folder"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if reason.startswith("Unrecognized configuration class"):
-            raise ConfigurationError(
-                f"a model must be a causal language model: got {path}, a "
-                f"{_model_type(path)} that transformers does not load as one. Use a text model, "
-                "or save the text part of this one by itself."
-            ) from error
-        raise ConfigurationError(
-            f"a model path must be a Hugging Face folder or hub name: got {path} ({local}; "
-            f"{reason}). Check the spelling, or download the model first."
-        ) from error
-
-
-def _model_type(path: str) -> str:
-    from transformers import PretrainedConfig
-
-    return str(PretrainedConfig.get_config_dict(path)[0].get("model_type", "model"))
-
-
-def _refuse_adapter(path: str) -> None:
-    """Refuse a folder that holds an adapter: transformers would load its base, if it finds that.
-
-    Raises:
-        ConfigurationError: it does.
-    """
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return
-    try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
-    except ValueError:
-        base = None
-    whole = (Path(path) / "config.json").is_file()
-    raise ConfigurationError(
-        f"a model path must hold a whole model: got {path}, an adapter of {base or 'another model'}"
-        ". Merge it first (peft: `AutoPeftModelForCausalLM.from_pretrained(...)`, then "
-        "`merge_and_unload().save_pretrained(...)`), or train new adapters on the base with `lora`."
-        + (" If its weights are merged, remove adapter_config.json." if whole else "")
-    )
+    with reading(path):
+        # Without the flag, transformers asks at the terminal whether to run a folder's code.
+        return auto_class.from_pretrained(path, trust_remote_code=False, **kwargs)

@@ -46,7 +46,7 @@ from kdrl_lightning.resume import (
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.sharding import load_scorer
-from kdrl_lightning.strategies import refuse_fsdp1, sharding_of
+from kdrl_lightning.strategies import check_unreached, refuse_fsdp1, sharding_of
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
@@ -222,6 +222,8 @@ class KDRLModule(pl.LightningModule):
                 seed=getattr(getattr(self._trainer, "datamodule", None), "seed", 0),
                 chunk_size=self.chunk_size,
             )
+            if self._trainer is not None:
+                check_unreached(self.trainer.strategy, self.student.unreached)
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
         for frozen in self._frozen():

@@ -15,11 +15,31 @@ from lightning.pytorch.cli import LightningArgumentParser
 import kdrl_lightning
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.settings.text import Text
+from kdrl_lightning.settings.unused import note_repeated
 
 HELP = "--help`"
 # How a message begins that is about one setting: jsonargparse's words, or ours.
 KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must ))")
 
+# Words of jsonargparse, and what a user needs of them.
+REWORDED = {
+    r"- Expected a path but .* either not accessible or invalid - ": "",
+    r"Subclass types expect one of: .*": "Name a class, or give `class_path`.",
+    r"Type typing\.Callable\[.*?\] expects a function or a callable class: ": "",
+    r"(has no attribute '\w+')\. Got value: .*": r"\1",
+    r"Expected an instantiatable class, but [\w.]*?(\w+) is abstract": (
+        r"must name a class, which is an \1: got arguments without `class_path`."
+    ),
+    r"Subclasses are disabled for (\w+), thus '([\w.]+)' is not accepted.*\]\)\.": (
+        r"must be settings of an \1, such as `prompts`: got \2. Put it under its setting."
+    ),
+    r"must be a EvalSet, by name or import path: got ([\w.]+)(?:; did you mean \w+\?)?": (
+        r"must be settings of an EvalSet, such as `prompts`: got \1. Put it under its setting."
+    ),
+    r"Not a valid subclass of EvalSet\. Got value: (.*) Name a class, .*": (
+        r"must be settings of an EvalSet, such as `prompts`: got \1. Put it under its setting."
+    ),
+}
 WRONG_TYPE = re.compile(r"Expected an? <class '(str|int|float|bool)'>\. Got value: (.*)")
 WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
@@ -45,6 +65,7 @@ class OneLineParser(LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Read the command line; so is any other file."""
+        note_repeated(next(iter(args), kwargs.get("args")) or sys.argv[1:])
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
@@ -66,7 +87,8 @@ class OneLineParser(LightningArgumentParser):
         if found is None or "did you mean" in text:
             return ""
         if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-            names = dir(sys.modules.get(missing[1], object))
+            module = sys.modules.get(missing[1])
+            names = [*dir(module), *getattr(module, "__all__", ())]
             close = get_close_matches(missing[2], names, n=1)
             return f"; did you mean {close[0]}?" if close else ""
         known, words = self._known_names(), found[1].split(".")
@@ -109,6 +131,9 @@ class OneLineParser(LightningArgumentParser):
         opens = getattr(action, "_enable_path", True)  # a group of settings always does
         if opens and isinstance(value, Text) and is_file(value):
             value = str(value)
+        if value is None and action.default is not None and hasattr(action, "_typehint"):
+            # jsonargparse takes null for a setting that is not given, and passes None on.
+            action._check_type_(None, mode=self.parser_mode)
         return super()._check_value_key(action, value, *args, **kwargs)
 
 
@@ -127,8 +152,8 @@ def one_line(message: str) -> str:
     "`x.y`: Expected a <class 'int'>"
     """
     text = " ".join(message.split())
-    text = re.sub(r"- Expected a path but .* either not accessible or invalid - ", "", text)
-    text = re.sub(r"Subclass types expect one of: .*", "Name a class, or give `class_path`.", text)
+    for found_words, ours in REWORDED.items():
+        text = re.sub(found_words, ours, text)
     keys = []
     while found := KEY.match(text):
         keys.append(found[1] or found[2])

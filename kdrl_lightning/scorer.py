@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kdrl_lightning.architectures.hidden_states import decoder_of, states_at_head
 from kdrl_lightning.architectures.rotary import decide_per_row, lengths_of_rows, switch_lengths
-from kdrl_lightning.architectures.verification import verify
+from kdrl_lightning.architectures.verification import close, verify
 from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
 from kdrl_lightning.merging import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
@@ -40,6 +40,7 @@ class Scorer(nn.Module):
         sharded: parameters are split over ranks; a call is then a collective.
         shares: what completions of a call have in common is run once; ``verify`` decides.
         pads: rows of different lengths go through one pass; ``verify`` decides.
+        unreached: trainable parameters that short rows give no gradient.
         at_head: states are those that the head is called with, not the decoder's.
     """
 
@@ -58,6 +59,7 @@ class Scorer(nn.Module):
         self.sharded = False
         self.shares = False
         self.pads = True
+        self.unreached: list[str] = []
         self.at_head = decoder_of(model) is None
         decide_per_row(model)
         self._switches = [length for length, _ in switch_lengths(model)]
@@ -260,6 +262,10 @@ class Scorer(nn.Module):
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :, : self.vocab_size]
         logits = self.head().order(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _shares(self, found: list[Tensor], wanted: list[Tensor]) -> bool:
+        """Whether log-probabilities with shared prompts are those of rows alone."""
+        return close(found, wanted, self.head().weight.dtype)
 
     @torch.no_grad()
     def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:

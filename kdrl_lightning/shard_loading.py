@@ -37,6 +37,11 @@ class WeightFiles:
         self._files: list[Any] = [safe_open(file, "pt") for file in files if file.is_file()]
         self._home: dict[str, Any] = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
+    @property
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return set(self._home)
+
     def name_of(self, names: list[str], shape: torch.Size) -> str | None:
         """Return under which of a tensor's names it is here, in this shape."""
         for name in names:

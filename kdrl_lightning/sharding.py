@@ -28,6 +28,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from kdrl_lightning.architectures.loaded import check_trainable, check_used
+from kdrl_lightning.architectures.reached import freeze, unreached
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.lora import LoRA, leave_base_out
 from kdrl_lightning.models import frozen_names, load_causal_lm, unfilled_causal_lm
@@ -116,6 +118,8 @@ def load_scorer(
     """
 
     def adapt(model: Any) -> None:
+        if not frozen and lora is None:
+            check_trainable(model, path)
         fixed = frozen_names(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not frozen and name not in fixed)
@@ -136,7 +140,11 @@ def load_scorer(
     if scorer is None:
         model = load_causal_lm(path, dtype)
         adapt(model)
+        trains_all = sharding is None and not frozen and lora is None
+        names = unreached(model) if trains_all else set()
+        left = freeze(model, names, decoder_layers(model)) if names else []
         scorer = wrap(model)
+        scorer.unreached = left
     check_finite(scorer.model, path)
     scorer.verify(path)
     return scorer
@@ -185,6 +193,8 @@ def _from_slices(
         with suppress(SafetensorError):  # damaged: loading all of it says so in proper words
             files = WeightFiles(folder)
             found = sources(model, files)
+    if found is not None:
+        check_used(model, files.names - set(found.values()), path)
     if found is None:
         warnings.warn(
             f"the weights of {path} cannot be read in parts (no safetensors under the model's own "

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.shard_loading import load_moments
@@ -85,6 +90,21 @@ def refuse_fsdp1(strategy: Any) -> None:
             f"`strategy` must be fsdp2 for sharding: got {named}, which is FSDP1: it cannot clip "
             "by norm, refuses the CPU, and flattens the weights that engines and export read by "
             "name. Use `--trainer.strategy fsdp2`."
+        )
+
+
+def check_unreached(strategy: Any, unreached: list[str]) -> None:
+    """Refuse DDP, which waits for a gradient of each parameter, if some may get none.
+
+    Raises:
+        ConfigurationError: it is DDP, and does not look for them.
+    """
+    waits = isinstance(strategy, DDPStrategy)
+    if waits and unreached and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise ConfigurationError(
+            "`strategy` must look for unused parameters if a model has some: got ddp, and "
+            f"{unreached[0]} and {len(unreached) - 1} more get no gradient. Use "
+            "`--trainer.strategy ddp_find_unused_parameters_true`."
         )
 
 

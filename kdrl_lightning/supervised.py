@@ -81,8 +81,11 @@ def encode_completion(tokenizer: Any, row: Mapping[str, Any], ends: EndTokens) -
             "rename the column."
         )
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    while ids and ids[-1] in ends.ids:  # the text's own, or the tokenizer's
-        ids.pop()
+    for place in reversed(range(len(ids))):
+        if ids[place] in ends.ids:  # the text's own, or the tokenizer's
+            ids = ids[:place]
+        elif tokenizer.decode(ids[place]).strip():  # a template writes a line break after its end
+            break
     return [*ids, ends.closing(row.get("prompt"))]
 
 

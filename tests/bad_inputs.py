@@ -7,14 +7,17 @@ that cannot work, whatever else the configuration says.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import yaml
 from hypothesis import strategies as st
 
+from kdrl_lightning import KDRLModule, RolloutDataModule
 from kdrl_lightning.config_base import load_with_base
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +121,7 @@ ODD_TEXTS = [
     "[",
 ]
 ODD_TEXTS += ["[think] x", "- a", "# x", "> a", "a: b: c", "a\nb", "\t", " ", "", "x" * 300]
+ODD_TEXTS += ["x" * 9000, "x/" * 3000, "\ud800", "\u202e", "\ufeffx", "ａ", "e\u0301", "x\u2028y"]
 ODD = st.one_of(
     st.sampled_from(ODD_TEXTS),
     st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12),
@@ -188,14 +192,7 @@ def cases(draw: Any, configs: list[tuple[str, dict[str, Any]]]) -> Case:
 
 
 def unknown_key(draw: Any, config: Any) -> Any:
-    groups = [
-        (key, value)
-        for key, value in places(config)
-        if isinstance(value, dict)
-        and value
-        and (len(key) < 2 or key[-1] == "init_args")
-        and key[-1:] != ("lr_scheduler",)
-    ]
+    groups = [(key, value) for key, value in places(config) if isinstance(value, dict) and value]
     key, value = draw(st.sampled_from(groups))
     known = set(value) | {"config", "class_path", "c"}
     word = misspelt(draw, draw(st.sampled_from(sorted(value))))
@@ -279,6 +276,103 @@ def broken_yaml(draw: Any, config: Any) -> Any:
     return form, forms[form], []
 
 
+def list_for_scalar(draw: Any, config: Any) -> Any:
+    """Put brackets around one value."""
+    leaves = [
+        (k, v)
+        for k, v in places(config)
+        if isinstance(v, bool | int | float | str) and k[-1] != "devices" and "callbacks" not in k
+    ]
+    key, value = draw(st.sampled_from(leaves))
+    made = draw(st.sampled_from([[value], [value, value], [[value]], [{"a": value}]]))
+    return f"{key}={made!r}", changed(config, key, made), []
+
+
+def never_null() -> list[str]:
+    """Return the settings of model and data whose type has no None."""
+    names = []
+    for group, kind in (("model", KDRLModule), ("data", RolloutDataModule)):
+        hints = get_type_hints(kind.__init__)
+        for name in inspect.signature(kind).parameters:
+            if hints.get(name, Any) is not Any and NoneType not in get_args(hints[name]):
+                names.append(f"{group}.{name}")
+    return names
+
+
+def null(draw: Any, config: Any) -> Any:
+    name = draw(st.sampled_from(never_null()))
+    if draw(st.booleans()):
+        return f"--{name}=null", config, [f"--{name}=null"]
+    return f"{name}=null", changed(config, tuple(name.split(".")), None), []
+
+
+AMOUNTS = ["four", "4 GB", "1,000", "½", "1e", "0x", "4k", "1 000", "1e-6x", "--1", "1..2"]
+AMOUNTS += ["1/2", "10%", "∞", "1.5.2", "+-1", "nan?", "1e5e5", "_1", "0b2", "9" * 40 + "x"]
+
+
+def number_as_text(draw: Any, config: Any) -> Any:
+    """Write a number as people do who are no computers."""
+    leaves = [(k, v) for k, v in places(config) if type(v) in (int, float) and "callbacks" not in k]
+    key, _ = draw(st.sampled_from(leaves))
+    text = draw(st.sampled_from(AMOUNTS))
+    name = ".".join(map(str, key)).replace(".init_args", "")
+    if draw(st.booleans()) and not any(part.isdigit() for part in name.split(".")):
+        return f"--{name}={text}", config, [f"--{name}={text}"]
+    return f"{key}={text!r}", changed(config, key, text), []
+
+
+ROOMS = {
+    "model.objective": ["GRPO", "KDRL", "RLAD"],
+    "data.train_prompts": ["JSONLPrompts", "HFPrompts", "kdrl_lightning.tiny.ColumnAddition"],
+    "data.reward": ["ExactMatch", "LengthPenalty", "WeightedRewards"],
+    "model.optimizer": ["torch.optim.SGD", "torch.optim.AdamW"],
+    "model.teacher": ["LocalTeacher"],
+    "trainer.callbacks": ["CPUThreads", "CoefficientSchedule"],
+    "trainer.logger": ["CSVLogger", "TensorBoardLogger"],
+}
+
+
+def two_classes(draw: Any, config: Any) -> Any:
+    """Put a class where another kind belongs, or give a class the arguments of another."""
+    name = draw(st.sampled_from(sorted(ROOMS)))
+    key = tuple(name.split("."))
+    other = draw(st.sampled_from(sorted(set(ROOMS) - {name})))
+    stranger = draw(st.sampled_from(ROOMS[other]))
+    forms: list[Any] = [stranger, {"class_path": stranger}, [{"class_path": stranger}]]
+    inside = draw(st.sampled_from(ROOMS[name]))
+    forms += [{"class_path": inside, "init_args": {"of_another_class": 1}}]
+    forms += [{"class_path": inside, "init_args": {"class_path": stranger}}]
+    forms += [{"class_path": inside, "init_args": [1]}, {"class_path": [inside]}]
+    forms += [{"class_path": inside, "class_name": stranger}, {"init_args": {"of_none": 1}}]
+    made = draw(st.sampled_from(forms))
+    return f"{name}={made!r}", changed(config, key, made), []
+
+
+PATHS: dict[str, Any] = {
+    "ckpt_path": None,
+    "model.student": None,
+    "trainer.default_root_dir": None,
+    "trainer.logger": ("CSVLogger", "save_dir"),
+    "model.teacher": ("LocalTeacher", "model"),
+    "data.train_prompts": ("JSONLPrompts", "path"),
+    "data.val_prompts": ("HFPrompts", "path"),
+}
+NO_PATHS = ["a\0b", "\0", "x" * 5000, "config.yaml/x", "config.yaml/x/y"]
+
+
+def odd_path(draw: Any, config: Any) -> Any:
+    """Name a file that no system can have."""
+    name, text = draw(st.sampled_from(sorted(PATHS))), draw(st.sampled_from(NO_PATHS))
+    made = text
+    if PATHS[name] is not None:
+        kind, argument = PATHS[name]
+        made = {"class_path": kind, "init_args": {argument: text}}
+    made = changed(config, tuple(name.split(".")), made)
+    if name == "trainer.default_root_dir":
+        made["trainer"].pop("logger", None)
+    return f"{name}={text[:40]!r}", made, []
+
+
 KINDS = {
     "unknown key": unknown_key,
     "unknown flag": unknown_flag,
@@ -287,4 +381,9 @@ KINDS = {
     "missing file": missing_file,
     "odd string": odd_string,
     "broken YAML": broken_yaml,
+    "list for a scalar": list_for_scalar,
+    "null": null,
+    "number as text": number_as_text,
+    "two classes": two_classes,
+    "odd path": odd_path,
 }

@@ -14,8 +14,8 @@ import torch
 
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
-# A plugin that vLLM loads, in processes of its own.
-collect_ignore = ["vllm_cases/store_transfer.py"]
+# A plugin that vLLM loads, and a module that ends its process, in processes of their own.
+collect_ignore = ["vllm_cases/store_transfer.py", "rewards/ends_at_once.py"]
 
 RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 

@@ -71,6 +71,11 @@ CHECKSUMS = "checkpoints.py", "test_integrity.py"
 INTEGRITY = "integrity.py", "test_integrity.py"
 WORKERS = "rewards/workers.py", "rewards/test_workers.py"
 EXPORT = "export.py", "test_export.py"
+LOADED = "architectures/loaded.py", "test_models.py"
+GENERATION = "architectures/generation.py", "test_models.py"
+DOUBLE = "architectures/experts.py", "test_models.py"
+REACHED = "architectures/reached.py", "architectures/test_reached.py"
+SIGNALS = "callbacks/stop_signals.py", "test_ctrl_c.py"
 BUILD = "models.py", "test_export.py"
 MERGING = "merging.py", "test_merging.py"
 SHARED = "caches.py", "test_merging.py"
@@ -78,6 +83,7 @@ CACHES = "caches.py", "test_caches.py"
 PLAN = "rollout/plan.py", "rollout/test_plan.py"
 SCORING = "scorer.py", "test_merging.py"
 ROTARY = "architectures/rotary.py", "architectures/test_rotary.py"
+CHANGES = "architectures/switches.py", "architectures/test_length_changes.py"
 VERIFIED = "architectures/verification.py", "architectures/test_verification.py"
 SCORED = "scorer.py", "architectures/test_verification.py"
 PREFIXES = "rollout/prefixes.py", "architectures/test_prefixes.py"
@@ -116,6 +122,12 @@ class Mutation(NamedTuple):
     new: str
 
 
+SHAPES = "settings/shapes.py", "settings/test_values.py"
+REPLACED = "settings/replaced.py", "settings/test_values.py"
+YAML_TEXT = "settings/text.py", "settings/test_values.py"
+NOTES = "settings/unused.py", "settings/test_values.py"
+PRIVATE = "settings/private.py", "settings/test_values.py"
+PARSER = "parser.py", "settings/test_values.py"
 END_TOKENS = "end_tokens.py", "test_end_tokens.py"
 END_TOKENS_IN_RUNS = "rollout/sampler.py", "test_end_tokens.py"
 
@@ -1119,9 +1131,7 @@ MUTATIONS = [
         "if any((folder / name).is_symlink() for name in",
     ),
     Mutation("export: the dtype is left", EXPORT, "tensor.to(wanted)", "tensor"),
-    Mutation(
-        "export: no generation settings", BUILD, "if generation_config is not None:", "if False:"
-    ),
+    Mutation("export: no generation settings", BUILD, "if generation is not None:", "if False:"),
     # The backward pass of chosen tokens, written by hand.
     Mutation(
         "chosen: temperature multiplies",
@@ -1365,6 +1375,19 @@ MUTATIONS = [
         "torch.where(ends > limit,",
         "torch.where(ends.max() > limit,",
     ),
+    Mutation(
+        "changes: the last prompt that fits is refused",
+        CHANGES,
+        "self.limit - max_tokens + 1)",
+        "self.limit - max_tokens)",
+    ),
+    Mutation("changes: longer prompts refused", CHANGES, "if self.always else self.limit", ""),
+    Mutation(
+        "changes: the teacher's unseen",
+        ("datamodule.py", CHANGES[1]),
+        "refused=[*rules.refused, *theirs]",
+        "refused=rules.refused",
+    ),
     Mutation("rotary: padding counts", ROTARY, "if dynamic or not each:", "if False:"),
     Mutation(
         "rotary: what came before counts", ROTARY, "        if dynamic:  #", "        if False:  #"
@@ -1585,6 +1608,12 @@ MUTATIONS = [
         "is not None and False]",
     ),
     Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
+    Mutation(
+        "adapters: on layers that map groups",
+        (EXPERTS[0], "architectures/test_adapted_layers.py"),
+        "and _maps(module) and",
+        "and",
+    ),
     Mutation("adapters: on what is bypassed", EXPERTS, "if not _bypassed(model, p)}", "}"),
     Mutation("adapters: of any rank", EXPERTS, "if rank > widest:", "if False:"),
     Mutation("adapters: the rest unsaid", EXPERTS, "if share > WARN_ABOVE:", "if False:"),
@@ -1845,7 +1874,7 @@ MUTATIONS = [
     Mutation(
         "ends: the generation configuration unread",
         END_TOKENS,
-        'ids += _named(generation_defaults(path).get("eos_token_id"), config, markers)',
+        'ids += _named((read_generation(path) or {}).get("eos_token_id"), config, markers)',
         "ids += []",
     ),
     Mutation(
@@ -1886,6 +1915,126 @@ MUTATIONS = [
         END_TOKENS_IN_RUNS,
         "if ids[length - 1] in ends.ids:",
         "if ids[length - 1] == ends.ids[0]:",
+    ),
+    # Loading: what is random, left out, refused or frozen.
+    Mutation("loaded: random weights pass", LOADED, 'if info["missing_keys"]:', "if False:"),
+    Mutation(
+        "loaded: a scale left out", LOADED, 'check_used(model, info["unexpected_keys"], path)', ""
+    ),
+    Mutation("generation: odd settings lost", GENERATION, "setattr(made, name, value)", "pass"),
+    Mutation(
+        "experts: grouped in float64", DOUBLE, 'model.set_experts_implementation("eager")', "pass"
+    ),
+    Mutation("reached: parts of layers frozen", REACHED, "if not own <= names:", "if False:"),
+    Mutation(
+        "ctrl-c: no words in the export",
+        SIGNALS,
+        'error.args = (f"stopped by Ctrl-C: {self._last_words()}",)',
+        "pass",
+    ),
+    Mutation(
+        "ends: white space after a trace's end is kept",
+        ("supervised.py", "test_supervised.py"),
+        "elif tokenizer.decode(ids[place]).strip():",
+        "else:",
+    ),
+    # What the command line keeps.
+    Mutation(
+        "settings: a plus replaces",
+        ("settings/unions.py", "settings/test_given.py"),
+        'if kwargs.get("append") and sequences:',
+        "if False:",
+    ),
+    Mutation(
+        "settings: 010 is 8",
+        ("settings/text.py", "settings/test_text.py"),
+        'text.lstrip("+-")[:2].lower(), 10)',
+        'text.lstrip("+-")[:2].lower(), 8)',
+    ),
+    Mutation(
+        "settings: yes is no name",
+        ("settings/text.py", "settings/test_text.py"),
+        "if key.tag in (BOOL, NULL):",
+        "if False:",
+    ),
+    Mutation(
+        "settings: dots after the base",
+        ("config_base.py", "settings/test_given.py"),
+        'own = nested({k: v for k, v in value.items() if k != "base"})',
+        'own = {k: v for k, v in value.items() if k != "base"}',
+    ),
+    Mutation(
+        "answers: a float32 keeps its noise",
+        ("rewards/references.py", "rewards/test_references.py"),
+        "return [*texts, *_of_single(value)]",
+        "return texts",
+    ),
+    Mutation(
+        "answers: leading zeros dropped",
+        ("prompts/hugging_face.py", "rewards/test_references.py"),
+        'texts = zero_padded(local) if local.suffix == ".csv" else []',
+        "texts = []",
+    ),
+    Mutation(
+        "answers: a route of one type",
+        ("rewards/composed.py", "rewards/test_references.py"),
+        "for name in (str(value), *names) if",
+        "for name in (str(value),) if",
+    ),
+    Mutation(
+        "prompts: no suffix after parts",
+        ("prompts/messages.py", "prompts/test_messages.py"),
+        "if isinstance(content, list) and content:",
+        "if False:",
+    ),
+    # How settings are read.
+    Mutation(
+        "settings: a set by name is a class",
+        SHAPES,
+        "if is_spec(previous) and not by_name(val)",
+        "if is_spec(previous)",
+    ),
+    Mutation("settings: quoted null is none", SHAPES, "not isinstance(val, Text) and val", "val"),
+    Mutation("settings: a number is none", SHAPES, " and member is not NoneType) or", ") or"),
+    Mutation(
+        "settings: any name beside a class",
+        SHAPES,
+        'bool(names & {"class_path", "init_args"}) and names <= SPEC',
+        'bool(names & {"class_path", "init_args"})',
+    ),
+    Mutation("settings: one class stands for two", REPLACED, "        rest.remove(found)\n", ""),
+    Mutation(
+        "settings: lost arguments of a class that stays",
+        REPLACED,
+        "for name in one.arguments if name not in found.arguments",
+        "for name in ()",
+    ),
+    Mutation(
+        "settings: data counts as classes",
+        REPLACED,
+        "return last.isidentifier() and last[0].isupper()",
+        "return bool(last)",
+    ),
+    Mutation(
+        "settings: others read another text",
+        YAML_TEXT,
+        "# Other readers of YAML, e.g. Lightning's of hyper-parameters, must read the same text as "
+        "we do.\n",
+        "_resolve_as_we_do(Dumper)\n",
+    ),
+    Mutation(
+        "settings: a component receives marked text",
+        YAML_TEXT,
+        "        return str(value)\n",
+        "        return value\n",
+    ),
+    Mutation("settings: notes stay", NOTES, "    _waiting.clear()\n", ""),
+    Mutation("settings: any jsonargparse", PRIVATE, "    if lacking:", "    if False:"),
+    Mutation(
+        "settings: only the outer key",
+        PARSER,
+        "while found := KEY.match(text)",
+        "if found := KEY.match(text)",
     ),
 ]
 

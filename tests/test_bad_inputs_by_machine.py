@@ -1,7 +1,7 @@
 """Whatever is wrong in a configuration: one line, exit code 1 or 2, and nothing left behind.
 
 ``KDRL_BAD_INPUTS=1000 pytest tests/test_bad_inputs_by_machine.py -s`` tries as many, and prints how
-many of each kind there were.
+many of each kind there were; ``KDRL_BAD_INPUTS_SEED=1`` draws others.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 from bad_inputs import CONFIGS, Case, cases, tree
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import KDRLCLI
 
-COUNT = int(os.environ.get("KDRL_BAD_INPUTS", "30"))
+COUNT = int(os.environ.get("KDRL_BAD_INPUTS", "15"))
+SEED = int(os.environ.get("KDRL_BAD_INPUTS_SEED", "0"))
 
 
 class TrainedError(Exception):
@@ -71,11 +72,12 @@ def test_every_mistake_is_one_line(
     seen: Counter[str] = Counter()
     wrong: list[str] = []
 
+    @seed(SEED)
     @settings(
         max_examples=COUNT,
         deadline=None,
-        derandomize=True,
         database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(cases(configs), st.none())
@@ -84,9 +86,9 @@ def test_every_mistake_is_one_line(
             patch.chdir(folder)
             found = complaint(case, Path(folder), capsys)
         seen[case.kind] += 1
-        if sum(seen.values()) % 100 == 0:
+        if sum(seen.values()) % 50 == 0:
             with capsys.disabled():
-                print(f"\n{sum(seen.values())} mistakes, {len(wrong)} badly answered", flush=True)
+                print(f"\n{dict(seen)}, {len(wrong)} badly answered", flush=True)
         if found is not None:
             wrong.append(f"{case.kind}: {case.what} {case.flags} -> {found}")
             with capsys.disabled():
@@ -96,4 +98,5 @@ def test_every_mistake_is_one_line(
     with capsys.disabled():
         if COUNT > 100:
             print(f"\n{sum(seen.values())} mistakes, {len(wrong)} of them badly answered: {seen}")
+    assert sum(seen.values()) >= COUNT
     assert not wrong, "\n".join(wrong)

@@ -122,6 +122,36 @@ def test_the_command_line_says_so_and_exits_with_130(
     assert re.match(f"error: {words}", line)
 
 
+@pytest.mark.parametrize(
+    ("place", "steps", "words"),
+    [
+        ("save_student", 4, r"the last checkpoint is .*step=00000004\.ckpt\."),
+        ("RunReport.on_train_start", 4, r"nothing was saved\."),
+        ("RunReport.on_train_start", 6, r"the last checkpoint is .*step=00000004\.ckpt\."),
+    ],
+)
+def test_an_export_or_a_first_measurement_that_is_stopped_names_the_last_checkpoint(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    steps: int,
+    words: str,
+) -> None:
+    flags = ["fit", "--trainer.max_steps=4"]
+    if steps > 4:  # a run that goes on
+        start(*flags)
+        flags = ["fit", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+
+    def pressed(*_: Any, **__: Any) -> None:
+        press()
+
+    monkeypatch.setattr(f"kdrl_lightning.callbacks.report.{place}", pressed)
+    line = refused(start, capsys, *flags, code=130)
+    assert re.fullmatch(f"error: stopped by Ctrl-C: {words}", line), line
+    assert not list(Path().rglob("version_0/student/model.safetensors")) or steps > 4
+
+
 @pytest.mark.parametrize("kind", [KeyError, TrainingStopped, ValueError])
 @pytest.mark.parametrize(("number", "name", "code"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143)])
 def test_an_engine_that_the_same_signal_ended_is_no_error_of_the_program(

@@ -14,6 +14,7 @@ from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import GKD, GRPO, SFT, KDRLModule, LocalTeacher, SupervisedDataModule
 from kdrl_lightning.end_tokens import EndTokens, end_tokens, turn_end, warn_of_turn_end
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import load_causal_lm, load_tokenizer
 from kdrl_lightning.rollout.engine import Completion
 from kdrl_lightning.rollout.requests import completion
@@ -261,3 +262,48 @@ def test_teacher_and_student_of_one_template_end_alike(chat_student: str, tmp_pa
     teacher = LocalTeacher(renamed)
     teacher.check(load_tokenizer(chat_student), chat_student)
     assert teacher.other_end is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"max_new_tokens": -1}, {"num_return_sequences": 4}, {"cache_implementation": "none"}],
+    ids=str,
+)
+def test_a_value_that_transformers_refuses_hides_no_end_token(
+    student_folder: str, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    wanted = {"eos_token_id": [EOS, NINE], "do_sample": False, **values}
+    assert found(copied(student_folder, tmp_path / "it", generation_config=wanted)).ids == (
+        EOS,
+        NINE,
+    )
+
+
+@pytest.mark.parametrize("value", ["5", 5.0, [[1, 5]], [1, None], True], ids=repr)
+def test_an_end_token_that_is_no_id_is_refused(
+    student_folder: str, tmp_path: Path, value: Any
+) -> None:
+    folder = copied(student_folder, tmp_path / "it")
+    edit(Path(folder), "generation_config.json", eos_token_id=value)
+    with pytest.raises(
+        ConfigurationError, match=r"^`eos_token_id` must be the id of a token, or a"
+    ):
+        found(folder)
+
+
+def test_a_generation_configuration_that_is_no_json_is_refused(
+    student_folder: str, tmp_path: Path
+) -> None:
+    folder = copied(student_folder, tmp_path / "it")
+    for text in ('{"eos_token_id": [1, 5],}', "[1]", ""):
+        (Path(folder) / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigurationError, match=r"generation_config\.json must be a JSON obj"):
+            found(folder)
+
+
+def test_a_configuration_of_other_types_is_refused(student_folder: str, tmp_path: Path) -> None:
+    folder = copied(student_folder, tmp_path / "it", config={"eos_token_id": ["5"]})
+    words = r"^the model's config\.json must be one that transformers takes: got .*'eos_token_id'"
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        found(folder)
+    assert "\n" not in str(caught.value)

@@ -31,14 +31,14 @@ ALLOWED = {
     "lora": FLOOR,
     "weights": FLOOR | {"lora", "models"},
     "compatibility": {"errors"},
-    "end_tokens": {"models"},
+    "end_tokens": {"architectures", "errors", "models"},
     "merging": set(),
     "caches": {"merging"},
     "architectures": {"errors"},
     "scorer": FLOOR | {"architectures", "caches", "losses", "merging"},
     "server_client": {"errors"},
     "shard_loading": set(),
-    "sharding": FLOOR | {"lora", "models", "scorer", "shard_loading"},
+    "sharding": FLOOR | {"architectures", "lora", "models", "scorer", "shard_loading"},
     "strategies": {"errors", "shard_loading", "sharding"},
     "teachers": FLOOR
     | {"compatibility", "end_tokens", "lora", "losses", "models", "scorer"}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import moe_models
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -103,6 +104,20 @@ def test_an_infinite_setting_survives_checkpoint_and_export(tmp_path: Path) -> N
         ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / name, Path(start)))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_parts_of_a_configuration_that_refuse_their_general_settings_are_read() -> None:
+    """DBRX: a checkpoint's whole configuration holds them in its parts, too."""
+    model = moe_models.build("dbrx", torch.float32)
+    config = model.config.to_json_string(use_diff=False)
+    built = build_causal_lm(config, None, model.state_dict())
+    for part in ("attn_config", "ffn_config"):
+        ours, theirs = (getattr(m.config, part).to_dict() for m in (built, model))
+        ours["label2id"] = theirs["label2id"]  # of classifiers; transformers makes them anew
+        assert ours == theirs
+    assert built.config.ffn_config.moe_num_experts == 4
+    ids = torch.arange(8)[None]
+    assert torch.equal(built.eval()(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("what", ["configuration", "tokenizer"])

@@ -15,6 +15,7 @@ from kdrl_lightning.models import load_tokenizer
 from kdrl_lightning.prompts.prompt_set import sample_rows
 from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.supervised import encode_completion
+from kdrl_lightning.tiny.models import make_tokenizer
 
 TRACES = [{"prompt": f"{i}+1=", "completion": "1" * (i + 1)} for i in range(8)]
 
@@ -88,6 +89,23 @@ def test_a_completion_has_one_end_token(student_folder):
     for text in ("12", "12<eos>"):
         assert encode_completion(tokenizer, {"completion": text}, ends) == [3, 4, 1]
     assert encode_completion(tokenizer, {"completion": ""}, ends) == [1]
+
+
+def test_white_space_after_an_end_token_is_no_part_of_a_completion() -> None:
+    tokenizer = chat_tokenizer()
+    ends = EndTokens((1, 16), 16)  # <eos> and ;
+    row = {"prompt": [{"role": "user", "content": "1"}]}
+    for text in ("12;", "12<eos>\n", "12;\n\n", "12;\n<eos> \n"):
+        ids = encode_completion(tokenizer, {**row, "completion": text}, ends)
+        assert ids == [3, 4, 16], text
+    assert encode_completion(tokenizer, {**row, "completion": "1\n"}, ends) == [3, 17, 16]
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [";"]})
+    tokenizer.add_tokens(["\n", " "])
+    return tokenizer
 
 
 BAD = {

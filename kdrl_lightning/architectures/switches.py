@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from kdrl_lightning.architectures.rotary import switch_lengths
@@ -49,13 +51,53 @@ def probe_length(model: Any, rotary: bool = True) -> int:
     return max([0, *(length for length in switches if 0 < length <= most)]) + MARGIN
 
 
+@dataclass(frozen=True)
+class Change:
+    """A length of a row beyond which a model computes all of its tokens differently.
+
+    Attributes:
+        limit: that length, in tokens.
+        always: it changes again with every further token.
+        what: the part of the model that changes.
+    """
+
+    limit: int
+    always: bool
+    what: str
+
+    def crossing(self, max_tokens: int) -> range:
+        """Return the lengths of prompts whose completions may grow past the change.
+
+        >>> Change(4096, False, "rotary embedding").crossing(512)
+        range(3585, 4097)
+        """
+        last = sys.maxsize - 1 if self.always else self.limit
+        return range(max(1, self.limit - max_tokens + 1), last + 1)
+
+
+def changes(model: Any) -> list[Change]:
+    """Return the lengths at which a model changes what it computes for earlier tokens."""
+    rotary = [Change(n, always, "rotary embedding") for n, always in switch_lengths(model)]
+    return rotary + [Change(n, True, "choice of keys") for n in picked_keys(model)]
+
+
+def may_change(config: Any) -> bool:
+    """Whether a model of a configuration may have ``changes``; only its modules tell for sure."""
+    rotary = str(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
+    return "longrope" in rotary or "dynamic" in rotary or bool(_picked_keys(config))
+
+
 def picked_keys(model: Any) -> list[int]:
     """Return how many keys a sparse attention picks by an indexer, if the model has one.
 
     Many keys have equal scores of 0, and which of them are picked depends on how many there are:
     beyond this length a token's log-probability changes with the number of tokens after it.
     """
-    config = model.config.get_text_config(decoder=True)
+    return _picked_keys(model.config)
+
+
+def _picked_keys(config: Any) -> list[int]:
+    config = config.get_text_config(decoder=True)
     indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
     count = getattr(config, "index_topk", None)
     return [count] if indexed and isinstance(count, int) else []

@@ -43,6 +43,9 @@ class Verified(Protocol):
     def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:
         """Return the log-probabilities of the rows' completions, scored in one call."""
 
+    def _shares(self, found: list[Tensor], wanted: list[Tensor]) -> bool:
+        """Whether log-probabilities with shared prompts are those of rows alone."""
+
 
 def verify(scorer: Verified, name: str) -> None:
     """Choose attention, padding and sharing so that scores are those of rows alone.
@@ -76,7 +79,7 @@ def verify(scorer: Verified, name: str) -> None:
     if scorer.pads and not (scorer.sharded or scorer.at_head) and _kind(scorer) != torch.float64:
         scorer.shares = True
         try:
-            scorer.shares = close(scorer.chosen(rows, prompts), wanted, _kind(scorer))
+            scorer.shares = scorer._shares(scorer.chosen(rows, prompts), wanted)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a cache that it does not take shows in as many ways as there are models

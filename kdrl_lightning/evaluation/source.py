@@ -70,6 +70,17 @@ class EvaluationSource:
             self._sets.append((one, encode(one.prompts, name, one.sampling.max_tokens)))
         return [prompts for _, prompts in self._sets]
 
+    def refused(self, limits: Callable[[int], list[tuple[range, str]]]) -> str:
+        """Return why a prompt of the first set cannot be sampled from; empty if all can.
+
+        Args:
+            limits: ``max_tokens -> lengths of prompts that cannot be, each with the reason``.
+        """
+        one, prompts = self._sets[0]
+        found = limits(one.sampling.max_tokens)
+        sizes = {len(ids) for _, ids in prompts.sample}
+        return next((why for lengths, why in found if any(n in lengths for n in sizes)), "")
+
     def loaders(self, world_size: int) -> list[IndexLoader]:
         """Return one loader of batch indices per set, as long on every rank."""
         return [

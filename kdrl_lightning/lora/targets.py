@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
@@ -100,10 +101,8 @@ def adaptable(model: Any) -> Adaptable:
     experts: dict[str, Tensor] = {}
     for path, module in modules.items():
         if isinstance(module, nn.Linear):
-            # The scorer reads the head's weight, not its output. A router of a class of its own
-            # returns more than a linear layer does.
-            router = is_router(path) and type(module).forward is not nn.Linear.forward
-            if module is not head and not router and id(module.weight) not in tied:
+            # The scorer reads the head's weight, not its output.
+            if module is not head and _maps(module) and id(module.weight) not in tied:
                 linear[path] = module
         else:
             experts |= {f"{path}.{name}": p for name, p in _experts(module) if id(p) not in tied}
@@ -124,6 +123,18 @@ def _text_modules(decoder: Any, root: str) -> dict[str, nn.Module]:
 
 def _model_type(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def _maps(layer: nn.Linear) -> bool:
+    """Whether a layer's output is ``[..., out]``: a subclass may choose experts, or map groups."""
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():
+        return True
+    try:
+        with torch.no_grad():
+            out = layer(layer.weight.new_zeros(2, layer.in_features))
+    except Exception:  # a subclass may want any other shape
+        return False
+    return isinstance(out, Tensor) and out.shape == (2, layer.out_features)
 
 
 def is_router(path: str) -> bool:

@@ -37,8 +37,8 @@ class RLSD(PolicyObjective):
     Per-token advantage ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
 
     Args:
-        mix: lambda, in [0, 1]; 0 is GRPO [default is our choice].
-        width: eps_w, in [0, 1] [default is our choice].
+        mix: lambda, in [0, 1]; 0 is GRPO. The default is our choice.
+        width: eps_w, in [0, 1]. The default is our choice.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         scale_by_std: divide A by the group's standard deviation.

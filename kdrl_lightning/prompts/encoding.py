@@ -15,6 +15,9 @@ from kdrl_lightning.prompts.turns import (
     without_none,
 )
 
+# Arguments that are no matter of the template.
+OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
+
 
 def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     """Turn a row's prompt into token ids: one BOS at most, and no end token after it.
@@ -97,6 +100,13 @@ def _encode_messages(tokenizer: Any, messages: Sequence[Any], row: Mapping[str, 
     """Render a conversation and encode it."""
     template = str(tokenizer.chat_template)
     arguments = without_none(plain(row.get(TEMPLATE_ARGS) or {}))
+    if arguments != arguments:  # NaN is how pandas says that there are none
+        arguments = {}
+    if not isinstance(arguments, dict) or set(arguments) & OURS:
+        raise ConfigurationError(
+            f"the column `{TEMPLATE_ARGS}` must hold arguments of the chat template by name, other "
+            f"than {', '.join(sorted(OURS))}: got {arguments!r:.80}."
+        )
     goes_on = bool(arguments.pop(CONTINUE, False) or _is_true(row.get(CONTINUE)))
     options = {"add_generation_prompt": not goes_on, "tokenize": True, "return_dict": True}
     if goes_on:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,22 @@ def _look_up(row: Mapping[str, Any], column: str, argument: str) -> Any:
     return value
 
 
+def zero_padded(path: Path) -> list[str]:
+    """Return the columns of a CSV file with a number like 007, which must stay a text."""
+    found: set[str] = set()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file)
+            names = next(lines, [])
+            for cells in lines:
+                for name, cell in zip(names, cells, strict=False):
+                    if cell[:1] == "0" and len(cell) > 1 and cell.isdecimal():
+                        found.add(name)
+    except (csv.Error, UnicodeDecodeError):  # the reader says what is wrong
+        return []
+    return [name for name in names if name in found]
+
+
 def _load(path: str, name: str | None, split: str, take: int | None, streaming: bool) -> Any:
     datasets = load_library("datasets")
     local = Path(path)
@@ -112,8 +129,10 @@ def _load(path: str, name: str | None, split: str, take: int | None, streaming: 
         elif local.is_file():
             if local.suffix not in READERS:
                 raise ValueError(f"a file must end in one of {', '.join(READERS)}")
+            texts = zero_padded(local) if local.suffix == ".csv" else []
+            kept = {"converters": dict.fromkeys(texts, str)} if texts else {}
             rows = datasets.load_dataset(
-                READERS[local.suffix], data_files=path, split=split, streaming=streaming
+                READERS[local.suffix], data_files=path, split=split, streaming=streaming, **kept
             )
         else:
             rows = datasets.load_dataset(path, name, split=split, streaming=streaming)

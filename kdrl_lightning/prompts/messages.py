@@ -52,6 +52,11 @@ class PromptForm:
                     "`examples` must have `prompt` and `answer` each: got "
                     f"{sorted(map(str, example))}."
                 )
+            for name, text in example.items():
+                if not isinstance(text, str):
+                    raise ConfigurationError(
+                        f"`examples` must be text: got the {name} {text!r}. Quote it."
+                    )
         self.chat = chat
         self.system = system
         self.template_args = dict(template_args or {})
@@ -84,13 +89,18 @@ class PromptForm:
         last = turns[-1] if turns else None
         if not self.suffix or not isinstance(last, Mapping) or last.get("role") != "user":
             return turns
-        if not isinstance(last.get("content"), str):
-            return turns
-        return [*turns[:-1], {**last, "content": last["content"] + self.suffix}]
+        content = plain(last.get("content"))
+        if isinstance(content, str):
+            return [*turns[:-1], {**last, "content": content + self.suffix}]
+        if isinstance(content, list) and content:
+            part = {"type": "text", "text": self.suffix}
+            return [*turns[:-1], {**last, "content": [*content, part]}]
+        return turns  # refused when it is encoded
 
     def _chat(self, turns: list[Any]) -> list[Any]:
         system = [] if self.system is None else [message("system", self.system)]
-        if turns and isinstance(turns[0], Mapping) and turns[0].get("role") == "system":
+        first = turns[0].get("role") if turns and isinstance(turns[0], Mapping) else None
+        if first in ("system", "developer"):
             system, turns = turns[:1], turns[1:]
         shots = [
             turn

@@ -22,6 +22,7 @@ class PromptRules:
     Attributes:
         limit: most tokens.
         why: what the limit follows from, for messages.
+        refused: lengths below ``limit`` that cannot be either, with what they follow from.
         drop: leave longer prompts out, instead of stopping the run.
         vocabularies: rows of the embedding by the model's name: every id must be below.
         checks: each raises ``ConfigurationError`` for a row that it cannot take; see ``require``.
@@ -29,9 +30,17 @@ class PromptRules:
 
     limit: float = float("inf")
     why: str = ""
+    refused: Sequence[tuple[range, str]] = ()
     drop: bool = False
     vocabularies: Mapping[str, int] = field(default_factory=dict)
     checks: Sequence[Callable[[Mapping[str, Any]], Any]] = ()
+
+    def broken_by(self, tokens: int) -> tuple[float, str] | None:
+        """Return the limit that a prompt of this length exceeds, and its reason; None: it fits."""
+        if tokens > self.limit:
+            return self.limit, self.why
+        found = ((lengths.start - 1, why) for lengths, why in self.refused if tokens in lengths)
+        return next(found, None)
 
 
 class PromptSet(Sequence[EncodedPrompt]):
@@ -78,7 +87,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         self._numbers: list[int] = []
         for number in numbers:
             prompt = self._encoded(number)
-            if len(prompt[1]) > rules.limit:
+            if rules.broken_by(len(prompt[1])):
                 self.overlong.append((number, len(prompt[1])))
             else:
                 self.sample.append(prompt)
@@ -99,10 +108,11 @@ class PromptSet(Sequence[EncodedPrompt]):
         if self.whole:
             return self.sample[index]
         prompt, rules = self._encoded(index), self.rules
-        if len(prompt[1]) > rules.limit:
+        broken = rules.broken_by(len(prompt[1]))
+        if broken:
+            limit, why = broken
             found = (
-                f"row {index} of `{self.name}` has {len(prompt[1])} tokens, above {rules.limit} "
-                f"({rules.why})"
+                f"row {index} of `{self.name}` has {len(prompt[1])} tokens, above {limit} ({why})"
             )
             if rules.drop:
                 raise BadRow(f"{found}.", wished=True)
@@ -149,7 +159,9 @@ class PromptSet(Sequence[EncodedPrompt]):
         """Say in a line what is left out for its length; empty if nothing is."""
         if not self.overlong:
             return ""
-        count, limit = len(self.overlong), self.rules.limit
+        # Each has more tokens than its own limit, so more than the lowest of them.
+        limits = [self.rules.broken_by(tokens) for _, tokens in self.overlong]
+        count, limit = len(self.overlong), min(found[0] for found in limits if found)
         if self.whole:
             return (
                 f"{self.name}: {count} of {self.checked} prompts left out, which have more than "
@@ -162,11 +174,12 @@ class PromptSet(Sequence[EncodedPrompt]):
 
     def _too_long(self) -> str:
         number, tokens = self.overlong[0]
+        limit, why = self.rules.broken_by(tokens) or (self.rules.limit, self.rules.why)
         seen = "" if self.whole else f" checked, of {len(self.source)}"
         return (
-            f"`{self.name}` must have at most {self.rules.limit} tokens a prompt "
-            f"({self.rules.why}): got {tokens} in row {number}, and {len(self.overlong)} such rows "
-            f"of {self.checked}{seen}. Set `overlong_prompts: drop`, or lower `max_tokens`."
+            f"`{self.name}` must have at most {limit} tokens a prompt ({why}): got {tokens} in row "
+            f"{number}, and {len(self.overlong)} such rows of {self.checked}{seen}. Set "
+            "`overlong_prompts: drop`, or lower `max_tokens`."
         )
 
     def _encoded(self, number: int) -> EncodedPrompt:

@@ -15,7 +15,7 @@ from kdrl_lightning.rewards.base import (
     Verdict,
     judge,
 )
-from kdrl_lightning.rewards.references import missing
+from kdrl_lightning.rewards.references import accepted, missing
 
 
 class WeightedRewards(BatchReward):
@@ -91,7 +91,7 @@ class RoutedReward(BatchReward):
     def __init__(self, rewards: dict[str, Reward], column: str = "source") -> None:
         if not rewards:
             raise ConfigurationError("`rewards` must have at least one reward: got none.")
-        self.rewards = rewards
+        self.rewards = {str(name): reward for name, reward in rewards.items()}
         self.column = column
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
@@ -101,7 +101,7 @@ class RoutedReward(BatchReward):
             for sample in samples
         ]
         for name, reward in self.rewards.items():
-            own = [i for i, s in enumerate(samples) if self._name(s.row) == str(name)]
+            own = [i for i, s in enumerate(samples) if self._name(s.row) == name]
             judged = judge(reward, [samples[i] for i in own])
             for i, result in zip(own, judged, strict=True):
                 results[i] = result
@@ -119,8 +119,14 @@ class RoutedReward(BatchReward):
 
     def answer(self, sample: Sample) -> str | None:
         """Return the answer that the row's own reward finds."""
-        return answer_of(self.rewards[str(sample.row[self.column])], sample)
+        name = self._name(sample.row) or str(sample.row[self.column])
+        return answer_of(self.rewards[name], sample)
 
     def _name(self, row: Mapping[str, Any]) -> str | None:
-        """Return the column's value as YAML writes it; None without one."""
-        return None if missing(row.get(self.column)) else str(row[self.column])
+        """Return the name that the column's value stands for; None without one.
+
+        A whole number counts without its fraction, ``True`` as ``true``, too; see ``accepted``.
+        """
+        value = row.get(self.column)
+        names = () if missing(value) else accepted(row, self.column)
+        return next((name for name in (str(value), *names) if name in self.rewards), None)

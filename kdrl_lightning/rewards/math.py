@@ -26,6 +26,13 @@ WARM_UP = [(r"\frac{1}{2}", "0.5"), ("x+1", r"1+\sqrt{x^2}"), ("(1, 2)", r"\{1, 
 # To math-verify 1e-9 is e - 9.
 E_NOTATION = re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)")
 RELATIVE = 5e-6  # what rounding to six places leaves of 0.1
+# What people type, as LaTeX writes it.
+SYMBOLS = str.maketrans(
+    {"²": "^2", "³": "^3", "⁄": "/", "°": r"^\circ ", "×": r"\times "}
+    | {"·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
+    | {"−": "-"}
+)
+ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
@@ -154,7 +161,8 @@ def equal_at_once(gold: str, answer: str) -> bool | None:
         return True
     if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):
         return int(gold) == int(answer)
-    number, quantity = same_number(gold, answer), same_quantity(gold, answer)
+    number = same_number(*(_plain(t) if STYLE.fullmatch(t) else t for t in (gold, answer)))
+    quantity = same_quantity(gold, answer)
     if number is not None or quantity is not None:
         return number if number is not None else quantity
     word = _plain(gold)
@@ -233,6 +241,7 @@ def _values(parsed: Any) -> list[complex] | None:
 
 
 def _bare(text: str) -> str:
+    text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text.translate(SYMBOLS))
     return text.strip().strip("$").rstrip(".").strip()
 
 

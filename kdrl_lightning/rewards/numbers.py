@@ -24,6 +24,7 @@ SCIENTIFIC = re.compile(
 FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s?(\d)\s*(\d))|(\d+)\s*/\s*(\d+)"
 )
+MIXED = re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)")
 REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])")
 
@@ -57,7 +58,7 @@ def read_number(text: str) -> Number | None:
     text = text.removeprefix("\\$").strip()
     text, percent = re.subn(r"\s*\\?%$", "", text)
     text = THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
-    number = _decimal(text) or _fraction(text) or _repeating(text)
+    number = _decimal(text) or _fraction(text) or _mixed(text) or _repeating(text)
     if number is None:
         return None
     shift = 2 if percent else 0
@@ -117,6 +118,14 @@ def _repeating(text: str) -> Number | None:
     whole, fixed, again = found.groups()
     below = 10 ** len(fixed) * (10 ** len(again) - 1)
     return Number(Fraction(int(whole + fixed + again) - int(whole + fixed), below))
+
+
+def _mixed(text: str) -> Number | None:
+    found = MIXED.fullmatch(text)
+    if found is None:
+        return None
+    whole, above, below = (int(part) for part in found.groups())
+    return Number(Fraction(above, below) + whole) if 0 < above < below else None
 
 
 def _fraction(text: str) -> Number | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import date, time
+from datetime import date, datetime, time
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -13,6 +13,9 @@ import numpy as np
 from kdrl_lightning.errors import ConfigurationError
 
 ROW_CHARACTERS = 120
+# A float64 with fewer digits was written so; a float32 keeps any decimal of six.
+FLOAT_DIGITS, SINGLE_DIGITS = 15, 6
+SMALLEST, LARGEST = 1e-37, 1e38  # of float32, about
 
 
 def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
@@ -21,8 +24,9 @@ def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
     - A text counts as it is, bytes as UTF-8.
     - A whole float counts with and without its fraction (a column of integers becomes one of floats
       if a cell is empty), a tiny or a huge one with and without its exponent, one that carries the
-      noise of a sum (0.1 + 0.2) as 0.3, too.
+      noise of a sum (0.1 + 0.2) as 0.3, one that was a float32 (0.10000000149) as 0.1, too.
     - ``True`` and ``False`` count in both spellings, ``True`` and ``true``.
+    - A time counts with a space and with a T before the hour, midnight as the date alone, too.
     - Of a list, a tuple, a set or an array each entry counts; missing entries are skipped.
 
     Args:
@@ -75,6 +79,8 @@ def shorten(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> str:
 
 
 def _texts(value: Any, inside: bool = False) -> Iterable[str]:
+    if isinstance(value, bytearray | memoryview):
+        value = bytes(value)
     if isinstance(value, Mapping) or (inside and _many(value)):
         raise TypeError(f"a {type(value).__name__}{' inside a list' if inside else ''}")
     if _many(value):
@@ -91,9 +97,14 @@ def _texts(value: Any, inside: bool = False) -> Iterable[str]:
         return [str(value), str(value).lower()]
     if isinstance(value, float):
         exact, short = Decimal(repr(value)), Decimal(f"{value:.15g}")
-        return [*_of_decimal(exact, repr(value)), *_of_decimal(short, str(short))[:1]]
+        texts = [*_of_decimal(exact, repr(value)), *_of_decimal(short, str(short))[:1]]
+        return [*texts, *_of_single(value)]
     if isinstance(value, Decimal):
         return _of_decimal(value, str(value))
+    if isinstance(value, datetime):
+        midnight = value.time() == time() and value.tzinfo is None
+        dates = [str(value.date())] if midnight else []
+        return [str(value), value.isoformat(), *dates]
     if isinstance(value, int | complex | Fraction | date | time):
         return [str(value)]
     raise TypeError(f"a {type(value).__name__}")
@@ -106,6 +117,21 @@ def _of_decimal(value: Decimal, text: str) -> list[str]:
     plain = format(value, "f")
     short = plain.rstrip("0").rstrip(".") if "." in plain else plain
     return [short, plain, text, *([] if value else ["0"])]
+
+
+def _of_single(value: float) -> list[str]:
+    """Return the short text of a fraction that was a float32: libraries read columns as floats."""
+    if value.is_integer() or _digits(value) < FLOAT_DIGITS or not SMALLEST <= abs(value) < LARGEST:
+        return []
+    single = np.float32(value)
+    if float(single) != value or _digits(single) > SINGLE_DIGITS:
+        return []
+    short = Decimal(str(single))
+    return _of_decimal(short, str(short))[:1]
+
+
+def _digits(value: Any) -> int:
+    return len(Decimal(str(value)).normalize().as_tuple().digits)
 
 
 def _many(value: Any) -> bool:

@@ -60,6 +60,18 @@ class RolloutEngine(ABC):
     fixed: bool = False
     dtype: torch.dtype | None = None
 
+    def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
+        """Return which prompts of a model it cannot complete; called before anything is loaded.
+
+        Args:
+            path: folder or hub name of the model.
+            max_tokens: longest completion.
+
+        Returns:
+            Lengths of prompts in tokens, each with the reason. Most engines refuse none.
+        """
+        return []
+
     @abstractmethod
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int

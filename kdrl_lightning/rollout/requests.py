@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from kdrl_lightning.architectures.rotary import switch_lengths
 from kdrl_lightning.end_tokens import first_end
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.rollout.engine import Completion, Sampling
@@ -58,6 +60,26 @@ def context_of(config: Any, max_model_len: int | None) -> int:
             f"{max_model_len}."
         )
     return max_model_len or own or 0
+
+
+def warn_of_one_rotary(model: Any, context: int) -> None:
+    """Warn if vLLM embeds positions of short rows otherwise than the trainer does.
+
+    Of longrope's two embeddings it takes one for all rows, by its longest sequence.
+
+    Args:
+        model: the student.
+        context: vLLM's longest sequence.
+    """
+    for limit, always in switch_lengths(model):
+        if not always and context > limit:
+            warnings.warn(
+                f"vLLM takes the rotary embedding of {type(model).__name__} for more than {limit} "
+                f"tokens in rows of any length, as `max_model_len` is {context}: its "
+                "log-probabilities of shorter rows are not the trainer's. Set `max_model_len` to "
+                f"{limit} if prompts with their completions fit.",
+                stacklevel=3,
+            )
 
 
 def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:

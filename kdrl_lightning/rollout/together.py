@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import TypeVar
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from kdrl_lightning.errors import TrainingStopped
 
@@ -35,6 +38,28 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
     if float(stopped):
         raise TrainingStopped("another process had to stop: its message says why.")
     return result[0]
+
+
+def first_to_say(message: str) -> bool:
+    """Whether this process is the first of its run to report a message; if in doubt, it is."""
+    try:
+        store = _store()
+        key = f"kdrl_lightning/said/{sha256(message.encode(errors='replace')).hexdigest()}"
+        return store is None or int(store.add(key, 1)) == 1
+    except RuntimeError:  # the process that holds the store has ended
+        return True
+
+
+def _store() -> Any:
+    """Return what all processes of a run can reach: the group's store, or else torchrun's."""
+    if distributed.is_initialized():
+        alone = distributed.get_world_size() == 1
+        return None if alone else distributed.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=10)
+    return distributed.TCPStore(host, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]
 
 
 def require_finite(teacher_logprobs: Tensor | None, tokens: int) -> None:

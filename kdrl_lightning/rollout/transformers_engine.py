@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdrl_lightning.architectures.rotary import decide_per_row, switch_lengths
-from kdrl_lightning.architectures.switches import picked_keys, probe_length
+from kdrl_lightning.architectures.rotary import decide_per_row
+from kdrl_lightning.architectures.switches import changes, may_change, probe_length
 from kdrl_lightning.architectures.verification import BOUND, BOUND_16, largest_gap
 from kdrl_lightning.end_tokens import as_ids, first_end
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.models import load_config, skeleton_causal_lm
 from kdrl_lightning.rollout.decoding import one_token_attention
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.prefixes import (
@@ -60,6 +61,20 @@ class TransformersEngine(RolloutEngine):
         self._pad = 0
         self._rows: int | None = None
         self._way: type[Prefixes] | None = None
+
+    def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
+        """Refuse prompts whose completions may grow past a change of the model."""
+        if not may_change(load_config(path)):
+            return []
+        model = skeleton_causal_lm(path)
+        return [
+            (
+                change.crossing(max_tokens),
+                f"TransformersEngine cannot sample past {change.limit} tokens, beyond which the "
+                f"{change.what} of {type(model).__name__} changes; `max_tokens` {max_tokens}",
+            )
+            for change in changes(model)
+        ]
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
@@ -224,16 +239,14 @@ def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
     Raises:
         ConfigurationError: a row might grow past such a change.
     """
-    changes = [(n, always, "rotary embedding") for n, always in switch_lengths(model)]
-    changes += [(n, True, "choice of keys") for n in picked_keys(model)]
-    for limit, every_token, what in changes:
+    for change in changes(model):
         for length in prompts:
-            if length + max_tokens > limit and (every_token or length <= limit):
+            if length in change.crossing(max_tokens):
                 raise ConfigurationError(
                     f"`max_tokens` must keep a prompt of {length} tokens and its completion within "
-                    f"{limit} tokens, beyond which the {what} of {type(model).__name__} changes "
-                    f"for all of a row: got {max_tokens}. Lower it, or shorten the prompts with "
-                    "`max_prompt_tokens`."
+                    f"{change.limit} tokens, beyond which the {change.what} of "
+                    f"{type(model).__name__} changes for all of a row: got {max_tokens}. Lower it, "
+                    "or shorten the prompts with `max_prompt_tokens`."
                 )
 
 

@@ -19,7 +19,12 @@ from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.requests import (
+    check_requests,
+    completion,
+    context_of,
+    warn_of_one_rotary,
+)
 from kdrl_lightning.rollout.vllm_classes import classes_kept
 from kdrl_lightning.rollout.vllm_options import implementation_of, options_of
 from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
@@ -116,6 +121,7 @@ class VLLMEngine(RolloutEngine):
         config = weights.model.config.get_text_config()
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
         self._context = context_of(config, self.max_model_len)
+        warn_of_one_rotary(weights.model, self._context)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
         self._options = options_of(config, on_gpu)

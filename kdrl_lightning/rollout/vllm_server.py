@@ -15,7 +15,12 @@ from kdrl_lightning.end_tokens import as_ids
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import check_requests, completion, context_of
+from kdrl_lightning.rollout.requests import (
+    check_requests,
+    completion,
+    context_of,
+    warn_of_one_rotary,
+)
 from kdrl_lightning.rollout.vllm_options import BY_TRANSFORMERS, implementation_of
 from kdrl_lightning.rollout.vllm_transfer import TransferRoute
 from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
@@ -105,6 +110,7 @@ class VLLMServerEngine(RolloutEngine):
             limits.append(int(found["max_model_len"]))
             self.dtype = getattr(torch, found["dtype"])
             self._backends.add(found["transfer"])
+        warn_of_one_rotary(weights.model, max(limits))
         self._context = min(limits)
         if self.max_model_len is not None:
             self._context = min(self._context, context_of(config, self.max_model_len))

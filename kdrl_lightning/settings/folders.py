@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, path_error
 
 
 @contextmanager
@@ -22,8 +22,9 @@ def removed_if_refused(trainer: Any) -> Iterator[None]:
     made = [p for folder in folders for p in (folder, *folder.parents) if not p.exists()]
     try:
         yield
-    except ConfigurationError:
-        if trainer.is_global_zero and not trainer.global_step:
+    except Exception as error:
+        refused = isinstance(error, ConfigurationError) or path_error(error) is not None
+        if refused and trainer.is_global_zero and not trainer.global_step:
             for folder in folders:
                 if folder in made and not any(folder.rglob("*.ckpt")):
                     shutil.rmtree(folder, ignore_errors=True)

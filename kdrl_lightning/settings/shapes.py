@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from jsonargparse import Namespace, _typehints
-from jsonargparse._util import NestedArg
+from jsonargparse import Namespace
 
+from kdrl_lightning.settings.private import typehints, util
 from kdrl_lightning.settings.text import Text
 
 NULL = ("null", "~")
 LEAVES = (str, int, float, bool, NoneType)
 SPEC = {"class_path", "init_args", "dict_kwargs", "__path__"}
-_jsonargparse: Any = _typehints  # private, so nothing is known of its types
+NestedArg = util.NestedArg
 
 
 def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list[Any]:
@@ -36,11 +36,11 @@ def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list
 
 def fits(member: Any, val: Any, previous: Any) -> bool:
     """Whether a value can be meant for one type of a union; ``previous`` stood there before."""
-    if member is Any or isinstance(member, _jsonargparse.UnvalidatedType):
+    if member is Any or isinstance(member, typehints.UnvalidatedType):
         return True
     kind = get_origin(member) or member
     mapping = inspect.isclass(kind) and issubclass(kind, Mapping)
-    sequence = kind in _jsonargparse.sequence_origin_types | _jsonargparse.tuple_set_origin_types
+    sequence = is_sequence(member) or kind in typehints.tuple_set_origin_types
     if val is None:
         return member is NoneType
     if isinstance(val, NestedArg):
@@ -62,8 +62,13 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
             return not isinstance(val, Text) and val.strip().lower() in NULL
         return not (mapping or sequence)
     if isinstance(val, bool | int | float):
-        return member in LEAVES or kind is Literal
+        return (member in LEAVES and member is not NoneType) or kind is Literal
     return True
+
+
+def is_sequence(member: Any) -> bool:
+    """Whether a type is a list, to which a value may be added."""
+    return (get_origin(member) or member) in typehints.sequence_origin_types
 
 
 def is_spec(val: Any) -> bool:
@@ -80,14 +85,20 @@ def by_name(val: Mapping[str, Any] | Namespace) -> bool:
     return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
 
 
+def is_sequence(member: Any) -> bool:
+    """Whether a type is a list, tuple or set."""
+    kind = get_origin(member) or member
+    return kind in typehints.sequence_origin_types | typehints.tuple_set_origin_types
+
+
 def is_class(member: Any) -> bool:
     """Whether a type is given as a class: by its name and arguments."""
     kind = get_origin(member) or member
-    if kind is Callable or kind in _jsonargparse.callable_origin_types:
+    if kind is Callable or kind in typehints.callable_origin_types:
         return True
     return (
         inspect.isclass(kind)
-        and kind not in _jsonargparse.root_types | set(LEAVES)
+        and kind not in typehints.root_types | set(LEAVES)
         and not issubclass(kind, Mapping | list | tuple | set | frozenset | str)
-        and _jsonargparse.ActionTypeHint.is_subclass_typehint(kind, also_closed=True)
+        and typehints.ActionTypeHint.is_subclass_typehint(kind, also_closed=True)
     )

@@ -13,9 +13,12 @@ from typing import Any
 import yaml
 
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-FLOAT = "tag:yaml.org,2002:float"
-# Of YAML 1.1, three things surprise: dates, the value `=`, and that 1e5 is no number.
-LEFT_OUT = {FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
+FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
+BOOL, NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
+# Of YAML 1.1, these surprise: dates, the value `=`, that 1e5 is no number, that 1:30 is 90, and
+# that 010 is 8.
+LEFT_OUT = {FLOAT, INT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
+WHOLE = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
 NUMBER = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -60,9 +63,18 @@ class Loader(BASE):  # type: ignore[misc]
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node; its names are plain strings."""
+        """Return the mapping of a node; its names are plain strings, `yes` and `null` too."""
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag in (BOOL, NULL):
+                key.tag = "tag:yaml.org,2002:str"
         made = super().construct_mapping(node, deep)
         return {str(k) if isinstance(k, Text) else k: v for k, v in made.items()}
+
+    def construct_int(self, node: Any) -> int:
+        """Return a whole number, in base ten unless it begins with 0x or 0b."""
+        text = self.construct_scalar(node).replace("_", "")
+        base = {"0x": 16, "0b": 2}.get(text.lstrip("+-")[:2].lower(), 10)
+        return int(text, base)
 
 
 def _check_keys(node: Any, open_nodes: tuple[int, ...]) -> None:
@@ -76,7 +88,7 @@ def _check_keys(node: Any, open_nodes: tuple[int, ...]) -> None:
         return
     lines: dict[tuple[str, str], int] = {}
     for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+        if isinstance(key, yaml.ScalarNode):
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 raise TwiceError(key.value, (lines[name], line))
@@ -100,8 +112,8 @@ def load(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none, or holds a key twice.
 
-    >>> load('{a: "007", b: 007, c: 2026-01-01, d: 1e5, e: =}')
-    {'a': '007', 'b': 7, 'c': '2026-01-01', 'd': 100000.0, 'e': '='}
+    >>> load('{a: "007", b: 010, c: 2026-01-01, d: 1e5, e: =, f: 1:30, yes: no}')
+    {'a': '007', 'b': 10, 'c': '2026-01-01', 'd': 100000.0, 'e': '=', 'f': '1:30', 'yes': False}
     """
     try:
         return yaml.load(text, Loader=Loader)
@@ -156,10 +168,12 @@ def _resolve_as_we_do(kind: Any) -> None:
     }
     kind.yaml_implicit_resolvers = rules
     kind.add_implicit_resolver(FLOAT, NUMBER, list("-+0123456789."))
+    kind.add_implicit_resolver(INT, WHOLE, list("-+0123456789"))
 
 
 _resolve_as_we_do(Loader)
 Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: Text(node.value))
+Loader.add_constructor(INT, Loader.construct_int)
 _resolve_as_we_do(Dumper)
 for kind in (str, Text):
     Dumper.add_representer(kind, Dumper.represent_str)

@@ -14,30 +14,34 @@ from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace, _typehints
-from jsonargparse._util import NestedArg
+from jsonargparse import Namespace
 
-from kdrl_lightning.settings.shapes import fitting, is_class, is_spec
+from kdrl_lightning.settings.private import actions, typehints, util
+from kdrl_lightning.settings.replaced import check_type, load_group
+from kdrl_lightning.settings.shapes import LEAVES, fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.settings.text import Text, is_data, load, plain
 from kdrl_lightning.settings.unused import note_dropped
 
-_jsonargparse: Any = _typehints  # private, so nothing is known of its types
-_adapt = _jsonargparse.adapt_typehints
-_load_value = _jsonargparse.load_value
-_discard = _jsonargparse.discard_init_args_on_class_path_change
+NestedArg = util.NestedArg
+_adapt = typehints.adapt_typehints
+_load_value = typehints.load_value
+_discard = typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
     """Put ``adapt`` in the place of jsonargparse's function, which calls itself by its name."""
-    if _jsonargparse.adapt_typehints is not adapt:
-        vars(_jsonargparse).update(
+    if typehints.adapt_typehints is not adapt:
+        vars(typehints).update(
             adapt_typehints=adapt,
             load_value=load_value,
+            basic_json_or_yaml_load=load_basic,
             discard_init_args_on_class_path_change=discard,
         )
+        typehints.ActionTypeHint._check_type = check_type
+        actions._ActionConfigLoad.__call__ = load_group
 
 
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
@@ -45,13 +49,24 @@ def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
 
 
+def load_basic(text: str) -> Any:
+    """Read a number, a truth value or null as configuration files do; all else is text."""
+    try:
+        found = load(str(text))
+    except yaml.YAMLError:
+        return text
+    # The text of a file has been read: a quoted number may stand for a number, but never for null.
+    nothing = found is None and (isinstance(text, Text) or not text.strip())
+    return text if nothing or isinstance(found, str | list | dict) else found
+
+
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     """Remove the arguments that a class has not, when it takes the place of another; note it."""
     had = _arguments(previous)
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
-    if dropped and not _jsonargparse.sub_defaults.get():
-        defaults = inspect.signature(_jsonargparse.import_object(previous["class_path"])).parameters
+    if dropped and not typehints.sub_defaults.get():
+        defaults = inspect.signature(typehints.import_object(previous["class_path"])).parameters
         given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
         where = getattr(parser_or_action, "dest", "")
         note_dropped(where, given, previous["class_path"], value["class_path"])
@@ -70,7 +85,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if kwargs.get("serialize"):
         # Data without a type is written as it is; jsonargparse would read its strings once more.
-        as_it_is = _jsonargparse.accepts_any_value(typehint) and is_data(val)
+        as_it_is = typehints.accepts_any_value(typehint) and is_data(val)
         return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
     building = kwargs.get("instantiate_classes")
     if building and isinstance(val, Namespace) and "dict_kwargs" in val:
@@ -80,6 +95,10 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         # An argument of the class: its own parser reads the text, which is YAML or not.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
+    if _is_named(typehint) and isinstance(val, dict):
+        val = {str(k): v for k, v in val.items()}  # of YAML, 1 is a number
+    if isinstance(val, list) and is_sequence(typehint) and not kwargs.get("append"):
+        kwargs["prev_val"] = None  # a class takes no arguments of another at its place in the list
     if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
         val = str(val)  # PyYAML reads no subclass
     if get_origin(typehint) in (Union, UnionType):
@@ -91,8 +110,18 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     return plain(made) if building else made
 
 
+def _is_named(typehint: Any) -> bool:
+    """Whether a type is a mapping whose keys are text."""
+    kind = get_origin(typehint)
+    named = inspect.isclass(kind) and issubclass(kind, Mapping)
+    return named and get_args(typehint)[:1] == (str,)
+
+
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     val = _spec_in(val)
+    sequences = [m for m in get_args(typehint) if is_sequence(m)]
+    if kwargs.get("append") and sequences:  # `--name+`: the value is one entry more
+        return adapt(val, sequences[0], *args, **kwargs)
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
@@ -101,10 +130,17 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return _adapt(val, Union[tuple(members)], *args, **kwargs)  # noqa: UP007
     except ValueError:
+        choices = [one for m in members for one in _choices(m)]
+        if choices and all(m in LEAVES or _choices(m) for m in members):
+            raise ValueError(f"must be one of {', '.join(choices)}: got {val}.") from None
         errors = list(_errors(val, members, *args, **kwargs))
         if not errors:
             raise
         raise min(errors, key=_unlikely) from None
+
+
+def _choices(member: Any) -> list[str]:
+    return [str(one) for one in get_args(member)] if get_origin(member) is Literal else []
 
 
 def _spec_in(val: Any) -> Any:
@@ -173,8 +209,8 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
 def class_paths(member: Any) -> list[str]:
     """Return the import paths of a type's classes; abstract ones too, which have an error."""
     if get_origin(member) is not None:
-        return list(_jsonargparse.get_all_subclass_paths(member))
-    return list(_jsonargparse.get_all_subclass_paths(member, include_abstract=True))
+        return list(typehints.get_all_subclass_paths(member))
+    return list(typehints.get_all_subclass_paths(member, include_abstract=True))
 
 
 def _named(member: Any) -> str:

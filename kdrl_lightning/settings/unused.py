@@ -54,6 +54,22 @@ def note_unused(config: Any, defaults: Any) -> None:
             _waiting.append(f"{listed} {verb} no effect with `{cause}`.")
 
 
+def note_repeated(args: Any) -> None:
+    """Note the flags that are given twice, of which the last counts.
+
+    ``--config`` may be repeated, and so may the arguments of classes that ``+`` adds to a list.
+
+    Args:
+        args: the command line, if it is a list of words.
+    """
+    names = [word.split("=", 1)[0] for word in args if isinstance(word, str)]
+    flags = [name for name in names if name.startswith("--") and not name.endswith("+")]
+    lists = tuple(f"{name[:-1]}." for name in names if name.startswith("--") and name[-1] == "+")
+    for flag in dict.fromkeys(flags):
+        if flags.count(flag) > 1 and flag != "--config" and not f"{flag}.".startswith(lists or " "):
+            _waiting.append(f"`{flag}` stands {flags.count(flag)} times: the last one counts.")
+
+
 def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
     """Note the arguments of a class when another one takes its place.
 
@@ -72,17 +88,18 @@ def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> N
         )
 
 
-def note_replaced(where: str, lost: Iterable[str]) -> None:
-    """Note the classes of a list when another list takes its place.
+def note_replaced(where: str, what: str, lost: Iterable[str], cure: str) -> None:
+    """Note what a list or a mapping loses when another one takes its place.
 
     Args:
         where: the setting.
-        lost: the classes that the other list has not.
+        what: the one that is replaced.
+        lost: what the other one has not.
+        cure: what to write to keep it.
     """
-    names = ", ".join(lost)
+    names = list(lost)
     if names:
-        last = where.rsplit(".", 1)[-1]
+        verb = "has" if len(names) == 1 else "have"
         _waiting.append(
-            f"`{where}` replaces the list of its base, so {names} has no effect. Write `{last}+` "
-            "to add to the list."
+            f"`{where}` replaces {what}, so {', '.join(names)} {verb} no effect. {cure}"
         )

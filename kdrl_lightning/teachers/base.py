@@ -40,6 +40,11 @@ class Teacher(ABC):
     joins: bool = False
 
     @property
+    def model_name(self) -> str | None:
+        """Folder or hub name of its model; None if it is not in this process."""
+        return None
+
+    @property
     def vocabulary_rows(self) -> int | None:
         """Rows of its embedding: every id of a prompt must be below; None if nobody knows."""
         return None

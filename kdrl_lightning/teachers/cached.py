@@ -56,6 +56,11 @@ class CachedTeacher(Teacher):
         return self.teacher.gives_states
 
     @property
+    def model_name(self) -> str | None:
+        """Folder or hub name of the teacher's model."""
+        return self.teacher.model_name
+
+    @property
     def vocabulary_rows(self) -> int | None:
         """Rows of the teacher's embedding."""
         return self.teacher.vocabulary_rows

@@ -76,6 +76,11 @@ class LocalTeacher(Teacher):
         return self._loaded().shares
 
     @property
+    def model_name(self) -> str:
+        """Folder or hub name of the model."""
+        return model_path(self.model)
+
+    @property
     def vocabulary_rows(self) -> int:
         """Rows of its embedding."""
         return int(load_config(model_path(self.model)).get_text_config().vocab_size)

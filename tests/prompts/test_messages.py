@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kdrl_lightning.errors import ConfigurationError
@@ -69,3 +70,35 @@ def test_an_example_without_an_answer_is_refused(example: dict[str, str]) -> Non
     words = rf"`examples` must have `prompt` and `answer` each: got \['{sorted(example)[0]}'"
     with pytest.raises(ConfigurationError, match=words):
         PromptForm(examples=[example])
+
+
+def test_a_suffix_follows_a_question_of_parts() -> None:
+    parts = [{"type": "text", "text": "3+3"}]
+    suffix = {"type": "text", "text": "="}
+    for content in (parts, np.array(parts, dtype=object)):
+        asked = PromptForm(chat=True, suffix="=")([{"role": "user", "content": content}])
+        assert asked == [{"role": "user", "content": [*parts, suffix]}]
+    assert parts == [{"type": "text", "text": "3+3"}]
+
+
+def test_a_developers_message_is_the_system_message_of_the_chat() -> None:
+    own = [turn("developer", "Add."), turn("user", "3+3=")]
+    asked = PromptForm(chat=True, system="Be brief.", examples=EXAMPLES)(own)
+    assert asked[0] == own[0] and asked[-1] == own[1]
+    assert "system" not in [one["role"] for one in asked]
+
+
+def test_an_example_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"^`examples` must be text: got the answer 2\. "):
+        PromptForm(examples=[{"prompt": "1+1=", "answer": 2}])  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("value", ['{"think": false}', [1], {"tokenize": False}, 3])
+def test_what_is_no_argument_of_the_template_is_refused(value: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    row: dict[str, Any] = {"prompt": [turn("user", "1+")]}
+    with pytest.raises(ConfigurationError, match="`template_args` must hold arguments of the chat"):
+        encode_prompt(tokenizer, {**row, "template_args": value})
+    for nothing in (None, float("nan"), {}):
+        assert encode_prompt(tokenizer, {**row, "template_args": nothing}) == [3, 12]

@@ -131,6 +131,19 @@ x > 0.0000001 | x > 0.0000002 | 0
 1/0 | 2/0 | 0
 5 | nan | 0
 9e99999 | 9e99998 | 0
+1 1/2 | 3/2 | 1
+1 1/2 | 11/2 | 0
+90 | 90° | 1
+90 | 91° | 0
+7 | \mathbf{7} | 1
+0.5 | \textbf{1/2} | 1
+7 | \mathbf{8} | 0
+x² | x^2 | 1
+√2 | \sqrt{2} | 1
+√(x+1) | \sqrt{1+x} | 1
+√3 | \sqrt{2} | 0
+5×10^3 | 5000 | 1
+2·3 | 6 | 1
 """
 ROWS = [tuple(part.strip() for part in line.split(" | ")) for line in CASES.strip().splitlines()]
 

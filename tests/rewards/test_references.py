@@ -76,6 +76,18 @@ ANSWERS: list[tuple[Any, set[str]]] = [
     (np.array(["a", "b"]), {"a", "b"}),
     (np.array([1.0, 2.5]), {"1", "1.0", "2.5"}),
     (datetime.date(2024, 1, 2), {"2024-01-02"}),
+    (
+        datetime.datetime(2024, 1, 2),
+        {"2024-01-02 00:00:00", "2024-01-02T00:00:00", "2024-01-02"},
+    ),
+    (datetime.datetime(2024, 1, 2, 3), {"2024-01-02 03:00:00", "2024-01-02T03:00:00"}),
+    (bytearray(b"42"), {"42"}),
+    (memoryview(b"42"), {"42"}),
+    (0.10000000149011612, {"0.10000000149011612", "0.100000001490116", "0.1"}),  # a float32
+    (-3.140000104904175, {"-3.140000104904175", "-3.14000010490417", "-3.14"}),
+    (0.1234567890123456, {"0.1234567890123456", "0.123456789012346"}),  # none
+    (1234567936.0, {"1234567936", "1234567936.0"}),
+    (0.0009765625, {"0.0009765625"}),
 ]
 
 
@@ -223,3 +235,44 @@ def test_tests_from_parquet_are_arrays() -> None:
     tests: Any = np.array(["assert True"], dtype=object)
     assert CodeReward().check({"tests": tests}) is None  # type: ignore[func-returns-value]
     assert isinstance(CodeReward(), TaskReward)
+
+
+def test_a_float32_column_keeps_its_short_numbers(tmp_path: Path) -> None:
+    import pandas as pd
+
+    values = np.array([0.1, 2.5, 1e-7], dtype="float32")
+    pd.DataFrame({"prompt": ["a", "b", "c"], "answer": values}).to_parquet(tmp_path / "x.parquet")
+    rows = HFPrompts(str(tmp_path / "x.parquet"))
+    for i, text in enumerate(("0.1", "2.5", "0.0000001")):
+        assert ExactMatch()(Sample(text, [], rows[i])) == 1.0
+
+
+def test_a_csv_keeps_leading_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,answer,level\na,007,3\nb,10,4\nc,,5\n")
+    rows = HFPrompts(str(path))
+    assert [rows[i]["answer"] for i in range(3)] == ["007", "10", None]
+    assert rows[0]["level"] == 3
+    assert ExactMatch()(Sample("007", [], rows[0])) == 1.0
+    with pytest.raises(ConfigurationError, match="its `answer` is empty: got None"):
+        ExactMatch().check(rows[2])
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(1.0, "1"), (np.int64(1), "1"), (True, "true"), (True, "True"), (b"a", "a"), ("1.0", "1.0")],
+)
+def test_a_route_is_found_whatever_the_columns_type(value: Any, name: str) -> None:
+    routed = RoutedReward({name: ExactMatch(), "other": len})
+    row = {"answer": "42", "source": value}
+    (result,) = routed.judge([Sample("42", [], row)])
+    assert result.reward == 1.0 and routed.answer(Sample("42", [], row)) == "42"
+    with pytest.raises(ConfigurationError, match="its `answer` is empty"):
+        routed.check({**row, "answer": None})
+
+
+def test_a_route_named_by_a_number_is_checked() -> None:
+    routed = RoutedReward({1: ExactMatch()})  # type: ignore[dict-item]
+    with pytest.raises(ConfigurationError, match="its `answer` is empty"):
+        routed.check({"answer": None, "source": 1})
+    assert routed.judge([Sample("2", [], {"answer": "2", "source": 1.0})])[0].reward == 1.0

@@ -143,7 +143,10 @@ def test_a_key_given_twice_in_a_class_file_or_in_json_is_refused(
             ["--config=config.yaml", "--model.teacher=teacher.yaml"],
             "teacher.yaml: got it in",
         ),
-        (["--config=over.yaml"], "`model` must stand once in a mapping of teacher.yaml"),
+        (
+            ["--config=over.yaml"],
+            "`model.teacher.model` must stand once in a mapping of teacher.yaml",
+        ),
         (["--config=config.yaml", "--data=data.yaml"], "`seed` must stand once in a mapping of"),
         (["--config=config.json"], "`max_steps` must stand once in a mapping of config.json"),
     ):
@@ -260,3 +263,135 @@ def test_arguments_of_a_class_that_is_replaced_are_named(
     made("--config", "over.yaml")
     words = "`model.objective`: GRPO takes the place of KDRL, so `teacher_kl_coef`, `clip_low` of"
     assert words in capsys.readouterr().out
+
+
+THREADS = "{class_path: CPUThreads, init_args: {threads: 1}}"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.callbacks+=StepProfile", f"--trainer.callbacks+={THREADS}"],
+        ["--trainer.callbacks+=[StepProfile]", f"--trainer.callbacks+=[{THREADS}]"],
+        [
+            *("--trainer.callbacks+=CPUThreads", "--trainer.callbacks.threads=1"),
+            "--trainer.callbacks+=StepProfile",
+        ],
+        ["--config", f"trainer: {{callbacks: [{THREADS}]}}", "--trainer.callbacks+=StepProfile"],
+    ],
+)
+def test_a_flag_with_a_plus_adds_to_the_list(
+    file: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {type(c).__name__ for c in made("--config", str(file), *flags).trainer.callbacks}
+    assert {"StepProfile", "CPUThreads"} <= names and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.callbacks+=[CPUThreads]", "--trainer.callbacks=[StepProfile]"],
+        ["--config", f"trainer: {{callbacks: [{THREADS}]}}", "--trainer.callbacks=StepProfile"],
+        [
+            *("--config", f"trainer: {{callbacks: [{THREADS}]}}"),
+            *("--config", "trainer: {callbacks: [StepProfile]}"),
+        ],
+    ],
+)
+def test_a_later_list_names_what_it_drops(
+    file: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {type(c).__name__ for c in made("--config", str(file), *flags).trainer.callbacks}
+    assert "StepProfile" in names and "CPUThreads" not in names
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "note: a later list replaces an earlier one, so CPUThreads has no effect"
+    )
+
+
+def test_a_flag_given_twice_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--trainer.callbacks=StepProfile", f"--trainer.callbacks={THREADS}"]
+    names = {type(c).__name__ for c in made("--config", str(file), *flags).trainer.callbacks}
+    assert "CPUThreads" in names and "StepProfile" not in names
+    words = "note: `--trainer.callbacks` stands 2 times: the last one counts.\n"
+    assert capsys.readouterr().out == words
+    flags = ["--trainer.max_steps=2", "--trainer.max_steps", "3", "--config", "{}", "--config={}"]
+    assert made("--config", str(file), *flags).trainer.max_steps == 3
+    assert capsys.readouterr().out == words.replace("callbacks", "max_steps")
+
+
+@pytest.mark.parametrize(
+    ("text", "clip"),
+    [
+        ("model.objective.init_args.clip_low: 0.1", 0.1),
+        ("model.objective: {class_path: GRPO, init_args: {clip_low: 0.3}}", 0.3),
+        ("model: {}\nmodel.objective.init_args.clip_low: 0.4", 0.4),
+    ],
+)
+def test_names_with_dots_change_the_base(file: Path, text: str, clip: float) -> None:
+    Path("over.yaml").write_text(f"base: config.yaml\n{text}\n")
+    assert made("--config", "over.yaml").config.model.objective.init_args.clip_low == clip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "model.objective.init_args.clip_low: 0.1\n"
+            "model.objective: {class_path: GRPO, init_args: {clip_low: 0.3}}",
+            "`model.objective.init_args.clip_low` must stand once in over.yaml: got it with dots "
+            "and inside `model.objective`. Remove one.",
+        ),
+        (
+            "model.objective: GRPO\nmodel.objective.init_args.clip_low: 0.1",
+            "`model.objective.init_args.clip_low` must stand once in over.yaml",
+        ),
+        (
+            "trainer: {<<: {max_steps: 3}, <<: {max_steps: 4}}",
+            "`<<` must stand once in a mapping of over.yaml",
+        ),
+    ],
+)
+def test_settings_that_hide_each_other_are_refused(
+    file: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("over.yaml").write_text(f"base: config.yaml\n{text}\n")
+    assert words in refused(capsys, "fit", "--config", "over.yaml")
+
+
+def test_a_group_of_comments_changes_nothing(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("over.yaml").write_text("base: config.yaml\ntrainer:\n  # max_steps: 5\ndata:\n")
+    assert made("--config", "over.yaml").trainer.max_steps == 1
+    for name in ("trainer", "checkpoint"):
+        Path("empty.yaml").write_text(f"{name}:\n")
+        line = refused(capsys, "fit", "--config", str(file), "--config", "empty.yaml")
+        assert "must have settings by name: got null. Leave it out to keep the others." in line
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_one_line(
+    file: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"`seed_everything` must be from 0 to 4294967295: got {seed}."
+    for command in ("fit", "evaluate"):
+        flags = ["--models.a=b"] if command == "evaluate" else []
+        line = refused(capsys, command, "--config", str(file), f"--seed_everything={seed}", *flags)
+        assert line == words
+
+
+def test_an_evaluation_reads_names_with_dots_and_refuses_unknown_ones(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install()
+    text = CONFIG.replace(", logger: false", "")
+    file.write_text(f"{text}trainer.logger: CSVLogger\nreport:\ncheckpoint: {{save_top_k: 1}}\n")
+    assert make_parser().parse_args(pruned(["--config", str(file)])).trainer.logger is False
+    file.write_text("seed_everything: null\n")
+    assert pruned(["--config", str(file)]) == ["--config={}\n"]
+    file.write_text(f"{CONFIG}dta: {{seed: 5}}\n")
+    line = refused(capsys, "evaluate", "--config", str(file))
+    assert line.endswith("must hold known settings: got `dta`. Did you mean data?")
+    file.write_text(f"{CONFIG}qqq: 5\n")
+    assert "got `qqq`. Take it out." in refused(capsys, "evaluate", "--config", str(file))

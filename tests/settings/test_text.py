@@ -277,3 +277,25 @@ def test_an_unquoted_number_for_text_is_refused_with_its_key(
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(file)])
     assert "suffix` must be text: got 42. Quote it." in capsys.readouterr().err
+
+
+def test_names_and_numbers_mean_what_they_look_like() -> None:
+    text = "{yes: 1, off: 2, null: 3, 1: 4, a: 1:30, b: 010, c: -0x1F, d: 0b11, e: 1_000, f: no}"
+    names = {"yes": 1, "off": 2, "null": 3, 1: 4}
+    values = {"a": "1:30", "b": 10, "c": -31, "d": 3, "e": 1000, "f": False}
+    assert load(text) == names | values
+    assert load(dump(load(text))) == load(text)
+
+
+REWARD = "kdrl_lightning.tiny.addition_reward"
+
+
+def test_rows_and_sets_are_named_by_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "[{prompt: p, 1: one, yes: two, answer: 1:30}]"
+    sets = f"{{1: {{prompts: {rows}}}, on: {{prompts: {rows}}}}}"
+    flags = [f"--data.train_prompts={rows}", f"--data.val_prompts={sets}"]
+    flags += ["--model.student=x", "--model.objective=GRPO", f"--data.reward={REWARD}"]
+    data = KDRLCLI.run([*flags, "--trainer.logger=false"], instantiate_only=True).datamodule
+    assert data.train_prompts == [{"prompt": "p", "1": "one", "yes": "two", "answer": "1:30"}]
+    assert [one.name for one in data.evaluation.val] == ["1", "on"]

@@ -141,6 +141,35 @@ CASES = {
         ["--model.objective.selection=[{class_path: Gates, init_args: {alignment_treshold: 1}}]"],
         "Option 'alignment_treshold' is not accepted; did you mean alignment_threshold?",
     ),
+    "an optimizer of a module": (
+        ["--model.optimizer=torch.optim.AdamWW"],
+        "`model.optimizer`: module 'torch.optim' has no attribute 'AdamWW'; did you mean AdamW?",
+    ),
+    "a scheduler of a module": (
+        ["--model.lr_scheduler={class_path: torch.optim.lr_scheduler.CosineAnealingLR}"],
+        "has no attribute 'CosineAnealingLR'; did you mean CosineAnnealingLR?",
+    ),
+    "a class of ours": (
+        ["--model.teacher={class_path: kdrl_lightning.LocalTeachr, init_args: {model: x}}"],
+        "has no attribute 'LocalTeachr'; did you mean LocalTeacher?",
+    ),
+    "one of several words": (
+        ["--trainer.precision=bf17"],
+        "`trainer.precision` must be one of 64, 32, 16, transformer-engine,",
+    ),
+    "a source in place of a set": (
+        ["--data.val_prompts={a: {class_path: JSONLPrompts, init_args: {path: x}}}"],
+        "`data.val_prompts` must be settings of an EvalSet, such as `prompts`: got JSONLPrompts.",
+    ),
+    "rows in place of a set": (
+        ["--config", "data: {val_prompts: null}", "--data.val_prompts={a: [{prompt: x}]}"],
+        "`data.val_prompts` must be settings of an EvalSet, such as `prompts`: got [{'prompt': "
+        "'x'}]. Put it under its setting.",
+    ),
+    "a number of another kind": (
+        ["--trainer.max_steps=1:30"],
+        "`trainer.max_steps` must be a whole number: got 1:30.",
+    ),
     "rows that are no rows": (
         ["--data.train_prompts=[1, 2]"],
         "`data.train_prompts`: Expected a <class 'collections.abc.Mapping'>. Got value: 1",

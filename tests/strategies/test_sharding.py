@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from test_scorer import ARCHITECTURES, build, reference, rollout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -269,3 +271,14 @@ def test_weights_that_need_a_conversion_are_loaded_whole_with_a_warning(sharding
     with pytest.warns(UserWarning, match="cannot be read in parts"):
         scorer = load_scorer(path, torch.float32, sharding)
     torch.testing.assert_close(scorer.score(rollout()), Scorer(model).score(rollout()))
+
+
+def test_a_scale_in_the_files_that_no_layer_multiplies_with_is_refused(
+    sharding, student_folder, tmp_path
+):
+    shutil.copytree(student_folder, tmp_path / "copy")
+    file = tmp_path / "copy/model.safetensors"
+    scale = {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)}
+    save_file({**load_file(file), **scale}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"got model\.\S+scale_inv .+ without `weight_sca"):
+        load_scorer(str(tmp_path / "copy"), torch.float32, sharding)

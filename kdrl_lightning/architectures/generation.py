@@ -1,0 +1,55 @@
+"""A model's generation configuration, whatever stands in it: we sample by our own settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdrl_lightning.errors import ConfigurationError
+
+NAME = "generation_config.json"
+
+
+def read_generation(path: str) -> dict[str, Any] | None:
+    """Return what a folder's or hub name's ``generation_config.json`` says; None if it has none.
+
+    Raises:
+        ConfigurationError: it is no JSON object.
+    """
+    from transformers.utils.hub import cached_file
+
+    file: str | None = str(Path(path) / NAME)
+    if not Path(path).is_dir():
+        try:
+            file = cached_file(path, NAME, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):
+            return None
+    if file is None or not Path(file).is_file():
+        return None
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigurationError(
+            f"{NAME} must be a JSON object: got other content in {path}. Download the model "
+            "again, or remove the file."
+        )
+    return found
+
+
+def generation_config(values: dict[str, Any]) -> Any:
+    """Return transformers' object for settings, also for those that it refuses together.
+
+    It reads ``num_return_sequences: 2`` without sampling, say, in no other way.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError):
+        made = GenerationConfig()
+        for name, value in values.items():
+            setattr(made, name, value)
+        return made

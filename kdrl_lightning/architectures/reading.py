@@ -1,0 +1,167 @@
+"""Loading from a model's folder, with the cause and its cure if that fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from kdrl_lightning.errors import ConfigurationError
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+AGAIN = "Download the model again."
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn what goes wrong in loading from a folder or hub name into one line.
+
+    Raises:
+        ConfigurationError: names the cause and its cure.
+    """
+    refuse_adapter(path)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ConfigurationError):
+        raise
+    except StrictDataclassError as error:
+        raise ConfigurationError(
+            f"the model's config.json must be one that transformers takes: got {path} "
+            f"({' '.join(str(error).split())}). Correct it."
+        ) from error
+    except Exception as error:  # transformers has no exceptions of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if reason.startswith("Unrecognized configuration class"):
+            raise ConfigurationError(
+                f"a model must be a causal language model: got {path}, a "
+                f"{_settings(path).get('model_type', 'model')} that transformers does not load as "
+                "one. Use a text model, or save the text part of this one by itself."
+            ) from error
+        if Path(path).is_dir():
+            rule, cure = _cause(Path(path), error)
+            raise ConfigurationError(
+                f"a model folder must {rule}: got {path} (exists; {reason}). {cure}"
+            ) from error
+        raise ConfigurationError(
+            f"a model path must be a Hugging Face folder or hub name: got {path} "
+            f"({'is a file' if Path(path).is_file() else 'is not a local folder'}; {reason}). "
+            + _cure_of_name(path, reason)
+        ) from error
+
+
+def _cure_of_name(path: str, reason: str) -> str:
+    if Path(path).is_file():
+        return "Name a folder; `export` writes one from a checkpoint."
+    if "gated" in reason:
+        return "Accept its terms on its page and log in with `hf auth login`."
+    return "Check the spelling, or download the model first."
+
+
+def _cause(folder: Path, error: Exception) -> tuple[str, str]:
+    """Return the rule that a local folder breaks, and the cure."""
+    found = _of_configuration(folder)
+    if found is not None:
+        return found
+    if isinstance(error, ValueError) and (folder / "tokenizer.json").is_file():
+        try:
+            json.loads((folder / "tokenizer.json").read_text())
+        except ValueError:
+            return "hold a tokenizer that can be read", AGAIN
+    kind = _settings(str(folder)).get("quantization_config")
+    if isinstance(kind, dict):
+        name = kind.get("quant_method", "an unnamed method")
+        return (
+            f"hold weights that this installation can read, and {name} needs more",
+            "Install what it asks for, or name the folder of the unquantized model.",
+        )
+    return _of_weights(folder, error)
+
+
+def _of_configuration(folder: Path) -> tuple[str, str] | None:
+    """Return what is wrong with ``config.json``, if it cannot be used at all."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not (folder / "config.json").is_file():
+        if any((folder / name).is_file() for name in TOKENIZERS):
+            return "hold a config.json, not a tokenizer alone", "Name the whole model's folder."
+        if any(folder.glob("*.distcp")):
+            return "hold a config.json", "Turn a checkpoint into a model with `export` first."
+        return "hold a config.json", "Name the folder that `save_pretrained` wrote."
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        return "hold a config.json that is JSON", AGAIN
+    kind = settings.get("model_type")
+    if kind is None:
+        return "name its `model_type` in config.json", "Add it, e.g. `qwen3`."
+    if kind in CONFIG_MAPPING:
+        return None
+    if "auto_map" in settings:
+        return (
+            f"need no code of its own, and {kind} does",
+            "Such code is never run here: use a version of the model for transformers itself.",
+        )
+    return (
+        f"hold an architecture that transformers {transformers.__version__} knows, not {kind}",
+        "Install one that does, or correct `model_type` in config.json.",
+    )
+
+
+def _of_weights(folder: Path, error: Exception) -> tuple[str, str]:
+    files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
+    if not files:
+        return "hold its weights (*.safetensors)", AGAIN
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(20) == b"version https://git-":
+                return "hold its weights, not pointers to them", "Run `git lfs pull` in it."
+    for index in folder.glob("*.index.json"):
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError):
+            return f"hold an {index.name} that can be read", AGAIN
+        absent = sorted(name for name in named if not (folder / name).is_file())
+        if absent:
+            return f"hold all files that {index.name} names, and {absent[0]} is missing", AGAIN
+    if isinstance(error, SafetensorError | UnpicklingError | EOFError):
+        return "hold whole files of weights", AGAIN
+    known = isinstance(error, KeyError) and isinstance(error.args[0], str)
+    what = f"`{error.args[0]}` in its files" if known else "its config.json"
+    return "be one that transformers can load", f"Correct {what}, or download the model again."
+
+
+def _settings(path: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    return dict(PretrainedConfig.get_config_dict(path)[0])
+
+
+def refuse_adapter(path: str) -> None:
+    """Refuse a folder that holds an adapter: transformers would load its base, if it finds that.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except ValueError:
+        base = None
+    whole = (Path(path) / "config.json").is_file()
+    raise ConfigurationError(
+        f"a model path must hold a whole model: got {path}, an adapter of {base or 'another model'}"
+        ". Merge it first (peft: `AutoPeftModelForCausalLM.from_pretrained(...)`, then "
+        "`merge_and_unload().save_pretrained(...)`), or train new adapters on the base with `lora`."
+        + (" If its weights are merged, remove adapter_config.json." if whole else "")
+    )
