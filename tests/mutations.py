@@ -103,6 +103,7 @@ CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 HUB_NAMES = "rollout/hub_names.py", "rollout/test_hub_names.py"
 KEPT_CLASSES = "rollout/vllm_classes.py", "rollout/test_vllm_classes.py"
 RELOAD = "rollout/vllm_worker.py", "rollout/test_vllm_worker.py"
+OPTIONS = "rollout/vllm_options.py", "rollout/test_vllm_options.py"
 PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
 COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
@@ -1736,6 +1737,30 @@ MUTATIONS = [
         RELOAD,
         "method.moe_kernel = None",
         "_ = method.moe_kernel",
+    ),
+    Mutation(
+        "vLLM: a CPU's router of experts leaves its bias out",
+        RELOAD,
+        "router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1",
+        "router.num_expert_group, router.topk_group = 1, 1",
+    ),
+    Mutation(
+        "vLLM: a window is one token longer than the student's",
+        OPTIONS,
+        "config.sliding_window - 1}",
+        "config.sliding_window}",
+    ),
+    Mutation(
+        "vLLM: a CPU's kernel turns the first tokens only",
+        OPTIONS,
+        'options["compilation_config"] = ROTARY_IN_TORCH',
+        "pass",
+    ),
+    Mutation(
+        "vLLM: serve lets GPT-OSS lose updates",
+        OPTIONS,
+        "    if reloads:",
+        "    if not reloads:",
     ),
     # What completions are worth.
     Mutation(

@@ -12,6 +12,6 @@ from need import ROOT, need_vllm, run
 def test_architectures_beside_a_student() -> None:
     need_vllm()
     cases = str(ROOT / "tests/vllm_cases/architecture_cases.py")
-    out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=600)
+    out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=900)
     assert out.returncode == 0, out.stdout[-6000:]
     assert "13 passed" in out.stdout
