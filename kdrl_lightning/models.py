@@ -270,6 +270,22 @@ def generation_defaults(path: str) -> dict[str, Any]:
         ) from error
 
 
+def named_ids(eos_token_id: Any) -> list[int]:
+    """Return what a configuration names as end tokens: none, one id, or several.
+
+    Raises:
+        ConfigurationError: something is no id.
+    """
+    several = isinstance(eos_token_id, list | tuple)
+    ids = [] if eos_token_id is None else list(eos_token_id) if several else [eos_token_id]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigurationError(
+            f"`eos_token_id` must be the id of a token, or a list of ids: got {eos_token_id!r} in "
+            "a configuration of the model. Mend its config.json or generation_config.json."
+        )
+    return ids
+
+
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     with _reading(path):
         return auto_class.from_pretrained(path, **kwargs)
