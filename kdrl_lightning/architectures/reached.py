@@ -37,8 +37,8 @@ def unreached(model: Any) -> set[str]:
 def freeze(model: Any, names: set[str], layers: Iterable[nn.Module]) -> list[str]:
     """Freeze parameters that text never reaches; ddp would wait for their gradients.
 
-    Those inside a layer that text does reach stay as they are: longer rows may reach them. So does a
-    model that names no layers.
+    Those inside a layer that text does reach stay as they are: longer rows may reach them. So
+    does a model that names no layers.
 
     Args:
         model: whose other parameters are trained.
