@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-<<<<<<< HEAD
 from kdrl_lightning.architectures.generation import read_generation
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import load_config
-=======
-from kdrl_lightning.models import generation_defaults, load_config, named_ids
->>>>>>> w-redteam
 
 # An answer that no template trims or rewrites.
 PROBE = "zq7"
@@ -131,7 +127,13 @@ def _named(value: Any, config: Any, markers: set[int]) -> Sequence[int]:
     Raises:
         ConfigurationError: something is no id.
     """
-    ids = named_ids(value)
+    several = isinstance(value, list | tuple)
+    ids = [] if value is None else list(value) if several else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigurationError(
+            f"`eos_token_id` must be the id of a token, or a list of ids: got {value!r} in a "
+            "configuration of the model. Correct its config.json or generation_config.json."
+        )
     if value == getattr(type(config), "eos_token_id", None):
         return [i for i in ids if i in markers]
     return ids

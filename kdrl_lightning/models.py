@@ -282,57 +282,6 @@ def load_config(path: str) -> Any:
     return _load(AutoConfig, path)
 
 
-<<<<<<< HEAD
-=======
-def generation_defaults(path: str) -> dict[str, Any]:
-    """Return what the model's generation configuration says; empty if there is none.
-
-    Values that transformers refuses, such as a negative length, hide no others.
-
-    Raises:
-        ConfigurationError: the file cannot be read.
-    """
-    from transformers import GenerationConfig
-    from transformers.utils.hub import cached_file
-
-    try:
-        return dict(GenerationConfig.from_pretrained(path).to_dict())
-    except (OSError, ValueError, TypeError):
-        file = cached_file(
-            path,
-            "generation_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    if file is None:
-        return {}
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-        return dict(found)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"the model's generation_config.json must be a JSON object: got {file} ({error}). "
-            "Mend it, or delete it."
-        ) from error
-
-
-def named_ids(eos_token_id: Any) -> list[int]:
-    """Return what a configuration names as end tokens: none, one id, or several.
-
-    Raises:
-        ConfigurationError: something is no id.
-    """
-    several = isinstance(eos_token_id, list | tuple)
-    ids = [] if eos_token_id is None else list(eos_token_id) if several else [eos_token_id]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ConfigurationError(
-            f"`eos_token_id` must be the id of a token, or a list of ids: got {eos_token_id!r} in "
-            "a configuration of the model. Mend its config.json or generation_config.json."
-        )
-    return ids
-
-
->>>>>>> w-redteam
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     with reading(path):
         # Without the flag, transformers asks at the terminal whether to run a folder's code.

@@ -386,7 +386,8 @@ def test_a_row_without_a_teacher_stops_in_one_line(
     assert error.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(
-        "error: row 0 of `train_prompts`: the column `teacher` of a prompt row must name one of sums"
+        "error: row 0 of `train_prompts`: the column `teacher` of a prompt row must name one of "
+        "sums"
     )
 
 
