@@ -44,14 +44,14 @@ CASES: dict[str, tuple[str, Callable[..., Iterator[Event]]]] = {
 PAGE = """# Faults on purpose
 
 `benchmarks/faults.py` strikes small runs ({steps} updates a rollout, a checkpoint after each
-rollout) on one device, two processes under `ddp` and two under `fsdp2`. After each fault the same
-command, with `--ckpt_path last`, goes on; at its end the exported student and all logged numbers
-equal an undisturbed run's byte for byte. Lost is at most the current rollout.
+rollout) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we start
+the same command again with `--ckpt_path last`. At its end the exported student and all logged
+numbers equal those of an undisturbed run byte for byte. At most the current rollout is lost.
 
 {table}
 {note}
 Seed {seed}; {seconds:.0f} s on {machine}. Every fault with its moment:
-[faults.json](faults/faults.json). Again:
+[faults.json](faults/faults.json). To repeat it:
 
 ```bash
 python benchmarks/faults.py --out docs/faults --kills {kills} --seed {seed}
