@@ -127,11 +127,12 @@ def _named(value: Any, config: Any, markers: set[int]) -> Sequence[int]:
     Raises:
         ConfigurationError: something is no id.
     """
-    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    several = isinstance(value, list | tuple)
+    ids = [] if value is None else list(value) if several else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise ConfigurationError(
             f"`eos_token_id` must be the id of a token, or a list of ids: got {value!r} in a "
-            "configuration of the model. Mend its config.json or generation_config.json."
+            "configuration of the model. Correct its config.json or generation_config.json."
         )
     if value == getattr(type(config), "eos_token_id", None):
         return [i for i in ids if i in markers]

@@ -142,7 +142,9 @@ def load_scorer(
         adapt(model)
         trains_all = sharding is None and not frozen and lora is None
         names = unreached(model) if trains_all else set()
-        left = freeze(model, names, decoder_layers(model)) if names else []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* names no layers")
+            left = freeze(model, names, decoder_layers(model)) if names else []
         scorer = wrap(model)
         scorer.unreached = left
     check_finite(scorer.model, path)

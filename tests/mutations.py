@@ -1598,8 +1598,8 @@ MUTATIONS = [
     Mutation(
         "adapters: on the vision tower",
         EXPERTS,
-        "decoder, head = model.get_decoder(), model.get_output_embeddings()\n    root",
-        "decoder, head = model, model.get_output_embeddings()\n    root",
+        "decoder, head = model.get_decoder(), model.get_output_embeddings()\n    if",
+        "decoder, head = model, model.get_output_embeddings()\n    if",
     ),
     Mutation(
         "adapters: on a tower in the decoder",

@@ -385,7 +385,10 @@ def test_a_row_without_a_teacher_stops_in_one_line(
         main(["fit", "--config", str(file), "--trainer.num_sanity_val_steps=0"])
     assert error.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: the column `teacher` of a prompt row must name one of sums")
+    assert last.startswith(
+        "error: row 0 of `train_prompts`: the column `teacher` of a prompt row must name one of "
+        "sums"
+    )
 
 
 def test_a_file_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ ALLOWED = {
     "models": FLOOR | {"architectures"},
     "cache": {"errors"},
     "gguf": {"cache", "errors", "models"},
-    "lora": FLOOR,
+    "lora": FLOOR | {"architectures"},
     "weights": FLOOR | {"lora", "models"},
     "compatibility": {"errors"},
     "end_tokens": {"architectures", "errors", "models"},

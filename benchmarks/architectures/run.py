@@ -103,9 +103,11 @@ Sliding windows, chunks and sparse attention are 8 tokens wide, so the compariso
 A real model is compared past a switch of up to 4096 tokens if that costs less than about a second.
 
 Rotary embeddings that change with length (longrope of Phi-3 and Phi-4, dynamic NTK) are decided for
-each row by its length. `TransformersEngine` refuses completions that may grow past the change,
-because all earlier tokens would then count differently. vLLM makes one choice for all lengths; if
-rows may lie on both sides, its log-probabilities are not the scorer's.
+each row by its length. `TransformersEngine` cannot sample completions that grow past the change,
+because all earlier tokens would then count differently. A run looks at its prompts before it loads
+weights: `overlong_prompts` says whether those that may cross it stop the run or are left out. vLLM
+takes longrope's long embedding for all rows if `max_model_len` is above the change; its
+log-probabilities of shorter rows are then not the scorer's, and a warning says so.
 
 Made by `python benchmarks/architectures/run.py`; `tests/test_architectures.py` holds a part of it.
 """

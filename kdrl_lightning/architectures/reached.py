@@ -37,7 +37,8 @@ def unreached(model: Any) -> set[str]:
 def freeze(model: Any, names: set[str], layers: Iterable[nn.Module]) -> list[str]:
     """Freeze parameters that text never reaches; ddp would wait for their gradients.
 
-    Those inside a layer that text does reach stay as they are: longer rows may reach them.
+    Those inside a layer that text does reach stay as they are: longer rows may reach them. So
+    does a model that names no layers.
 
     Args:
         model: whose other parameters are trained.
@@ -47,8 +48,10 @@ def freeze(model: Any, names: set[str], layers: Iterable[nn.Module]) -> list[str
     Returns:
         The names of those that stay trainable, and get no gradient from short rows.
     """
-    inside: set[str] = set()
-    for layer in layers:
+    inside, known = set(), list(layers)
+    if not known:
+        return sorted(names)
+    for layer in known:
         of = {id(p) for p in layer.parameters()}
         own = {name for name, p in model.named_parameters() if id(p) in of}
         if not own <= names:  # some of the layer is reached

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.architectures.hidden_states import decoder_of
 from kdrl_lightning.errors import ConfigurationError
 
 ALL = "all-linear"
@@ -94,6 +95,8 @@ def find_targets(model: Any, names: Sequence[str] | str, rank: int) -> Targets:
 def adaptable(model: Any) -> Adaptable:
     """Find linear layers and fused experts of the part that the scorer runs."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if decoder is head:  # ModernBERT calls its head so
+        decoder = decoder_of(model)
     root = next((path for path, m in model.named_modules() if m is decoder), "")
     tied = _tied(model)
     modules = _text_modules(decoder, root)

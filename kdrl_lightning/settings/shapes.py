@@ -40,7 +40,7 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
         return True
     kind = get_origin(member) or member
     mapping = inspect.isclass(kind) and issubclass(kind, Mapping)
-    sequence = is_sequence(member) or kind in typehints.tuple_set_origin_types
+    sequence = is_sequence(member)
     if val is None:
         return member is NoneType
     if isinstance(val, NestedArg):
@@ -64,11 +64,6 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
     if isinstance(val, bool | int | float):
         return (member in LEAVES and member is not NoneType) or kind is Literal
     return True
-
-
-def is_sequence(member: Any) -> bool:
-    """Whether a type is a list, to which a value may be added."""
-    return (get_origin(member) or member) in typehints.sequence_origin_types
 
 
 def is_spec(val: Any) -> bool:

@@ -174,6 +174,8 @@ def _resolve_as_we_do(kind: Any) -> None:
 _resolve_as_we_do(Loader)
 Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: Text(node.value))
 Loader.add_constructor(INT, Loader.construct_int)
-_resolve_as_we_do(Dumper)
+# Other readers of YAML, e.g. Lightning's of hyper-parameters, must read the same text as we do.
+Dumper.add_implicit_resolver(FLOAT, NUMBER, list("-+0123456789."))
+Dumper.add_implicit_resolver(INT, WHOLE, list("-+0123456789"))
 for kind in (str, Text):
     Dumper.add_representer(kind, Dumper.represent_str)

@@ -27,9 +27,10 @@ def test_a_linear_layer_that_maps_groups_has_no_adapter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("falcon", "query_key_value"), ("llama4_text", "q_proj")]
+    ("name", "layer"),
+    [("falcon", "query_key_value"), ("llama4_text", "q_proj"), ("modernbert-decoder", "q_proj")],
 )
-def test_other_classes_of_linear_layers_have_one(name: str, layer: str) -> None:
+def test_linear_layers_of_other_classes_and_places_have_one(name: str, layer: str) -> None:
     targets = find_targets(build(name), ALL, 2)
     assert any(path.endswith(layer) for path in targets.modules)
     assert not any("router" in path for path in (*targets.modules, *targets.parameters))

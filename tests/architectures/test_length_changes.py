@@ -88,7 +88,8 @@ def test_the_teacher_that_samples_counts(tmp_path: Path, plain: str, longrope: s
         train_prompts=[CROSSING], val_prompts=None, group_size=0, teacher_completions=2
     )
     module = KDRLModule(plain, SFT(), LocalTeacher(longrope))
-    with pytest.raises(ConfigurationError, match="rotary embedding of Phi3ForCausalLM changes"):
+    words = r"`train_prompts` must have at most 22 tokens a prompt .* of Phi3ForCausalLM changes"
+    with pytest.raises(ConfigurationError, match=words):
         fit(tmp_path, module, data)
 
 

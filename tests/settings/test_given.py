@@ -304,8 +304,9 @@ def test_a_later_list_names_what_it_drops(
     names = {type(c).__name__ for c in made("--config", str(file), *flags).trainer.callbacks}
     assert "StepProfile" in names and "CPUThreads" not in names
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(
-        "note: a later list replaces an earlier one, so CPUThreads has no effect"
+    assert line == (
+        "note: `trainer.callbacks` replaces an earlier value, so CPUThreads has no effect. Write "
+        "`callbacks+` to add to the list."
     )
 
 
