@@ -217,7 +217,9 @@ def test_a_server_takes_what_needs_care(family: str, tmp_path: Path) -> None:
                 change(model)
             engine.update_weights(weights, version)
             groups = engine.generate(PROMPTS, SEEDS, Sampling(16))
-            assert worst_gap(model, PROMPTS, groups) < BOUND
+            # GPT-OSS's experts amplify rounding; a lost update moves log-probabilities by 0.1.
+            bound = 1e-3 if family == "gpt_oss" else BOUND
+            assert worst_gap(model, PROMPTS, groups) < bound
     finally:
         server.kill()
 
