@@ -1947,13 +1947,13 @@ MUTATIONS = [
     ),
     Mutation(
         "settings: 010 is 8",
-        ("settings/text.py", "settings/test_text.py"),
+        ("settings/text.py", "settings/test_settings_text.py"),
         'text.lstrip("+-")[:2].lower(), 10)',
         'text.lstrip("+-")[:2].lower(), 8)',
     ),
     Mutation(
         "settings: yes is no name",
-        ("settings/text.py", "settings/test_text.py"),
+        ("settings/text.py", "settings/test_settings_text.py"),
         "if key.tag in (BOOL, NULL):",
         "if False:",
     ),
