@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from safetensors import SafetensorError
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.lora import is_adapter
@@ -105,7 +106,7 @@ def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False
                 )
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(half, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise TrainingStopped(
                 f"the student must be writable: got {type(error).__name__}: {error}. Its weights "
                 "are in the last checkpoint: make room, and use `export`."
