@@ -91,7 +91,10 @@ ANSWERS: list[tuple[Any, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "texts"), ANSWERS, ids=[f"{i}-{type(a).__name__}" for i, (a, _) in enumerate(ANSWERS)]
+@pytest.mark.parametrize(
+    ("answer", "texts"),
+    ANSWERS,
+    ids=[f"{i}-{type(a).__name__}" for i, (a, _) in enumerate(ANSWERS)],
 )
 def test_what_a_row_accepts(answer: Any, texts: set[str]) -> None:
     assert set(accepted({"answer": answer})) == texts
