@@ -115,7 +115,9 @@ MISSING = [None, float("nan"), np.float32("nan"), "", "  ", b"", [], [None], np.
 MISSING += [Decimal("NaN"), np.datetime64("NaT"), NAType()]
 
 
-@pytest.mark.parametrize("answer", MISSING, ids=repr)
+@pytest.mark.parametrize(
+    "answer", MISSING, ids=[f"{i}-{type(a).__name__}" for i, a in enumerate(MISSING)]
+)
 @pytest.mark.parametrize("text", ["None", "nan", "", "NaT", "[]", "NA"])
 def test_a_missing_answer_is_never_right_and_names_its_row(answer: Any, text: str) -> None:
     row = {"prompt": "6*7=", "answer": answer}
