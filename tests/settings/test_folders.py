@@ -40,3 +40,20 @@ def test_a_loggers_folder_goes_unless_it_was_there(
     assert left == (
         {"config.yaml", "here", "here/a", "here/a/mine.txt"} if before else {"config.yaml"}
     )
+
+
+@pytest.mark.parametrize("student", ["x" * 5000, "config.yaml/" + "y" * 300])
+def test_so_it_does_if_a_path_cannot_be(
+    student: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG.format(student=student, log="{save_dir: here}"))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "config.yaml"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and len(line) < 1200
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
