@@ -130,6 +130,8 @@ class FSDPCheckpoint(ModelCheckpoint):
         self._due = at_end or not trainer.global_step % (per_rollout * self.every_n_rollouts)
         loop = trainer.fit_loop
         if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            if self._due or self._stops:
+                pl_module.write_step()  # a killed or stopped run would lose this row for good
             self._save_if_due(trainer, None)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -414,11 +414,18 @@ class KDRLModule(pl.LightningModule):
         """
         self._step_log.add(self.trainer, values)
 
+    def write_step(self) -> None:
+        """Hand the numbers of the finished step to the loggers, once.
+
+        A callback that ends or saves the run calls it first: what is saved is also logged.
+        """
+        self._step_log.write(self.trainer)
+
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Hand a step's numbers to the loggers, those of the callbacks, too."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        self._step_log.write(self.trainer)
+        self.write_step()
         data: Any = getattr(self.trainer, "datamodule", None)
         if self.trainer.global_step % getattr(data, "updates_per_rollout", 1) == 0:
             self._step_log.forget()  # the numbers of a rollout stand in each of its steps' rows

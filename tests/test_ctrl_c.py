@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from short_runs import make_data, make_module, make_trainer
 from test_killed_runs import fit as fit_in_processes
 from test_killed_runs import killer
@@ -203,3 +205,16 @@ def test_two_processes_end_together(
     assert err.count("error: stopped by Ctrl-C after step 5: saved ") == 1
     assert err.count("error: ") == 1 and "Traceback" not in err
     assert [p.name for p in tmp_path.rglob("step=*.ckpt")].count("step=00000005.ckpt") == 1
+
+
+def test_the_last_step_before_a_stop_is_logged(student_folder: str, tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path), flush_logs_every_n_steps=1)
+    callbacks = [Presses("on_train_batch_start", 2), FSDPCheckpoint()]
+    trainer = make_trainer(
+        tmp_path, callbacks=callbacks, enable_checkpointing=True, logger=logger, log_every_n_steps=1
+    )
+    with pytest.raises(Interrupted, match="after step 3: saved"):
+        trainer.fit(make_module(student_folder, None, GRPO()), datamodule=make_data())
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    assert [int(row["step"]) for row in rows] == [0, 1, 2]  # once each
