@@ -130,6 +130,7 @@ class KDRLModule(pl.LightningModule):
         self._end_tokens: EndTokens | None = None
         self.eval_metrics = EvaluationMetrics()
         self._step_log = StepLog()
+        self._written = 0  # optimizer steps, with the last one that the loggers have
 
     @property
     def skipped_steps(self) -> int:
@@ -176,6 +177,7 @@ class KDRLModule(pl.LightningModule):
         """Check what can be checked before weights are loaded; forget a run that was stopped."""
         self._stats = StepStats()
         self._step_log.forget()
+        self._written = 0
         refuse_fsdp1(self.trainer.strategy)
         check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
@@ -419,7 +421,9 @@ class KDRLModule(pl.LightningModule):
 
         A callback that ends or saves the run calls it first: what is saved is also logged.
         """
-        self._step_log.write(self.trainer)
+        if self._written != self.trainer.global_step:
+            self._written = self.trainer.global_step
+            self._step_log.write(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Hand a step's numbers to the loggers, those of the callbacks, too."""

@@ -21,7 +21,6 @@ class StepLog:
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
-        self._written = 0  # optimizer steps, with the last one whose row was written
 
     def add(self, trainer: Any, values: Mapping[str, float | None]) -> None:
         """Note values, and show them in the trainer's ``callback_metrics`` at once."""
@@ -38,13 +37,7 @@ class StepLog:
         trainer.logged_metrics.update(shown)
 
     def write(self, trainer: Any) -> None:
-        """Hand them to the loggers, every ``log_every_n_steps``; call it after a step's end.
-
-        A second call for the same step does nothing.
-        """
-        if self._written == trainer.global_step:
-            return
-        self._written = trainer.global_step
+        """Hand them to the loggers, every ``log_every_n_steps``; call it behind a step's end."""
         every = trainer.log_every_n_steps
         due = every and (trainer.should_stop or trainer.global_step % every == 0)
         if not due or not self._values:
@@ -57,4 +50,3 @@ class StepLog:
     def forget(self) -> None:
         """Drop them, so that no later row repeats what was not measured again."""
         self._values.clear()
-        self._written = 0
