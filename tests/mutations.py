@@ -1,13 +1,15 @@
 """Breaks the maths of a copy of the package on purpose, and checks that the tests notice.
 
 Run it as ``python tests/mutations.py``; with words, only mutations whose name contains one of them;
-with ``--markdown`` it writes ``docs/mutations.md``. The rest of the tree is never touched. Needs
+with ``--markdown`` it writes ``docs/mutations.md``, with ``--new`` it tries only those that the page
+does not name yet, and adds them. The rest of the tree is never touched. Needs
 ``fork``, so that each run starts with torch loaded.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -2042,12 +2044,14 @@ MUTATIONS = [
 def main(words: list[str]) -> int:
     """Print a table of all mutations; 1 if one survives, is out of date, or nothing passes."""
     _preload()
-    markdown = "--markdown" in words
-    words = [w for w in words if w != "--markdown"]
-    survived, rows = 0, []
+    known = _page_rows() if "--new" in words else {}
+    markdown = "--markdown" in words or "--new" in words
+    words = [w for w in words if not w.startswith("--")]
+    survived, by_name = 0, dict(known)
     with tempfile.TemporaryDirectory() as folder:
         copy = _copy(Path(folder))
         wanted = [m for m in MUTATIONS if not words or any(w in m.name for w in words)]
+        wanted = [m for m in wanted if m.name not in known]
         for tests in sorted({m.where[1] for m in wanted}):
             verdict, seconds = _run(copy, tests)
             print(f"{'unbroken: ' + tests:48} {verdict:10} {seconds:5.1f} s", flush=True)
@@ -2057,11 +2061,17 @@ def main(words: list[str]) -> int:
             by = _killer(copy) if verdict == "killed" else ""
             print(f"{mutation.name:48} {verdict:10} {seconds:5.1f} s  {by}", flush=True)
             survived += verdict != "killed"
-            rows.append((mutation, by.partition(":")[0] or f"none: {verdict}"))
+            by_name[mutation.name] = by.partition(":")[0] or f"none: {verdict}"
     print(f"{len(wanted)} mutations, {survived} problems")
     if markdown:
-        PAGE.write_text(page(rows))
+        PAGE.write_text(page([(m, by_name[m.name]) for m in MUTATIONS if m.name in by_name]))
     return int(survived > 0)
+
+
+def _page_rows() -> dict[str, str]:
+    """Return the test that died first by the name of the mutation, as the page has it."""
+    text = PAGE.read_text()
+    return dict(re.findall(r"^\| (.+) \| `[\w/.]+` (test_\w+) \|$", text, re.MULTILINE))
 
 
 def page(rows: list[tuple[Mutation, str]]) -> str:
