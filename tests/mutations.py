@@ -1,9 +1,9 @@
 """Breaks the maths of a copy of the package on purpose, and checks that the tests notice.
 
-Run it as ``python tests/mutations.py``; with words, only mutations whose name contains one of them;
-with ``--markdown`` it writes ``docs/mutations.md``, with ``--new`` it tries only those that the page
-does not name yet, and adds them. The rest of the tree is never touched. Needs
-``fork``, so that each run starts with torch loaded.
+Run it as ``python tests/mutations.py``; with words, only mutations whose name contains one of them.
+With ``--markdown`` it writes ``docs/mutations.md``; with ``--new`` it tries only those that the
+page does not name yet, and adds them. The rest of the tree is never touched. Needs ``fork``, so
+that each run starts with torch loaded.
 """
 
 from __future__ import annotations
