@@ -136,5 +136,14 @@ def _exit(error: Exception, code: int, cause: BaseException | None = None) -> No
     raise SystemExit(code) from cause or error
 
 
+def command() -> None:
+    """Run a subcommand as a program of its own."""
+    try:
+        main()
+    finally:
+        # All is written. While Python ends, Ctrl-C would kill the process without a word.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 if __name__ == "__main__":
-    main()
+    command()

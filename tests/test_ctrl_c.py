@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_killed_runs import fit as fit_in_processes
 from test_killed_runs import killer
 from test_resumed_cli import refused, start, version  # noqa: F401
 
-from kdrl_lightning import GRPO, KDRLModule
+from kdrl_lightning import GRPO, KDRLModule, __main__
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints import read_metadata
 from kdrl_lightning.errors import Interrupted, TrainingStopped
@@ -218,3 +219,21 @@ def test_the_last_step_before_a_stop_is_logged(student_folder: str, tmp_path: Pa
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
     assert [int(row["step"]) for row in rows] == [0, 1, 2]  # once each
+
+
+@pytest.mark.parametrize("ends", [None, SystemExit(2)])
+def test_a_program_that_has_finished_ends_as_it_would(
+    ends: SystemExit | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finished() -> None:
+        if ends is not None:
+            raise ends
+
+    monkeypatch.setattr(__main__, "main", finished)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with nullcontext() if ends is None else pytest.raises(SystemExit):
+            __main__.command()
+        press()  # in Python's own handler a KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
