@@ -100,7 +100,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:
             return
         self._held = hold(folder) if trainer.is_global_zero else None
-        if named is not None:
+        if named is not None and not trainer.strategy.restore_checkpoint_after_setup:
             self._refuse_another_run(trainer)
         needs = {self._folder: checkpoint_bytes(pl_module)}
         if any(getattr(callback, "export", False) for callback in trainer.callbacks):
@@ -111,6 +111,9 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say where the run goes on, clear up behind a kill, and listen for signals."""
+        sharded = trainer.strategy.restore_checkpoint_after_setup
+        if self._named is not None and sharded and not trainer.fast_dev_run:
+            self._refuse_another_run(trainer)  # `ckpt_path` was not known before
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
         if trainer.is_global_zero:

@@ -181,3 +181,16 @@ def test_a_folder_without_checkpoints_is_refused(
     shutil.rmtree(version(0) / "checkpoints")
     line = refused(start, capsys, "fit", f"--ckpt_path={version(0)}")
     assert "`ckpt_path` must be a whole checkpoint of this library" in line
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_last_goes_on_in_a_folder_with_a_name(
+    strategy: str, start: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("fit", "--checkpoint.dirpath=kept", "--report.export=false",
+             f"--trainer.strategy={strategy}", "--trainer.devices=1")  # fmt: skip
+    start(*flags)
+    start(*flags, "--ckpt_path=last", "--trainer.max_steps=3")
+    assert "step=00000002.ckpt at step 2" in capsys.readouterr().out
+    line = refused(start, capsys, *flags)
+    assert "`dirpath` must be a folder without another run's checkpoints: got" in line
