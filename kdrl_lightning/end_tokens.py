@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_lightning.architectures.generation import read_generation
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models import load_config
 
 # An answer that no template trims or rewrites.
@@ -127,13 +126,7 @@ def _named(value: Any, config: Any, markers: set[int]) -> Sequence[int]:
     Raises:
         ConfigurationError: something is no id.
     """
-    several = isinstance(value, list | tuple)
-    ids = [] if value is None else list(value) if several else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ConfigurationError(
-            f"`eos_token_id` must be the id of a token, or a list of ids: got {value!r} in a "
-            "configuration of the model. Correct its config.json or generation_config.json."
-        )
+    ids = check_end_ids(value, config.name_or_path or "the model")
     if value == getattr(type(config), "eos_token_id", None):
         return [i for i in ids if i in markers]
     return ids

@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",
     "ignore:The number of training batches:UserWarning",
 )
+
+
+@pytest.fixture(autouse=True)
+def _takes_ctrl_c() -> Iterator[None]:
+    """A shell lets what runs in its background ignore Ctrl-C, and so would these runs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press(times: int = 1) -> None:

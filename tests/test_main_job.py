@@ -36,6 +36,7 @@ def test_rlad_learns_the_embedded_task(tmp_path: Path) -> None:
     assert summary["teacher_accuracy"] > 0.98
     assert (summary["method"], summary["seed"], summary["rollouts"]) == ("RLAD", 0, 80)
     assert {p.name for p in folder.iterdir()} == {
+        ".run",
         "checkpoints",
         "config.yaml",
         "curves.png",

@@ -116,7 +116,7 @@ BROKEN = {
     "a worded end": (
         "generation_config.json",
         b'{"eos_token_id": ["1"]}',
-        r"`eos_token_id` in generation_config.json must be a number .+: got \['1'\]",
+        r"`eos_token_id` must be the id of a token, or a list of ids: got \['1'\]",
     ),
 }
 

@@ -48,10 +48,16 @@ def small_disk(place: Path) -> Iterator[Callable[[str], None]]:
 
 def fill(place: Path, leave: int) -> Path:
     """Fill a disk up to some bytes that are left; return the file to delete."""
-    ballast, found = place / "ballast", os.statvfs(place)
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
-    return ballast
+    ballast = place / "ballast"
+    for _ in range(100):
+        found = os.statvfs(place)
+        try:
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
+            return ballast
+        except OSError:  # the run has written meanwhile
+            ballast.unlink()
+    raise OSError(f"{place} cannot be filled")
 
 
 def not_run(case: str, what: str, error: Exception) -> Event:

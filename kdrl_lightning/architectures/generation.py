@@ -15,7 +15,7 @@ def read_generation(path: str) -> dict[str, Any] | None:
     """Return what a folder's or hub name's ``generation_config.json`` says; None if it has none.
 
     Raises:
-        ConfigurationError: it is no JSON object.
+        ConfigurationError: it is no JSON object, or its end tokens are no ids.
     """
     from transformers.utils.hub import cached_file
 
@@ -36,7 +36,24 @@ def read_generation(path: str) -> dict[str, Any] | None:
             f"{NAME} must be a JSON object: got other content in {path}. Download the model "
             "again, or remove the file."
         )
+    check_end_ids(found.get("eos_token_id"), path)
     return found
+
+
+def check_end_ids(value: Any, where: str) -> list[int]:
+    """Return what a configuration names as end tokens: none, one id, or several.
+
+    Raises:
+        ConfigurationError: something is no id.
+    """
+    several = isinstance(value, list | tuple)
+    ids = [] if value is None else list(value) if several else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigurationError(
+            f"`eos_token_id` must be the id of a token, or a list of ids: got {value!r} in a "
+            f"configuration of {where}. Correct its config.json or generation_config.json."
+        )
+    return ids
 
 
 def generation_config(values: dict[str, Any]) -> Any:

@@ -54,7 +54,8 @@ class WorkerPool:
     ) -> None:
         require_between("time_limit_s", seconds, 1e-3, 1e6)
         require_between("workers", workers, 1, 1024)
-        self.target, self.name = portable_target(function), describe(function)
+        self.target = portable_target(function)
+        self.name = describe(function)
         self.first = list(first)
         self.seconds = seconds
         self.count = workers
@@ -117,8 +118,10 @@ class WorkerPool:
         ended = self._workers[place]
         self._failed_starts += ended.child is None
         if self._failed_starts == STARTS:
+            module, name = self.target
+            called = f"{module}.{name}" if module else self.name
             raise TrainingStopped(
-                f"a process that calls {self.name} must start: {STARTS} ended before "
+                f"a process that calls {called} must start: {STARTS} ended before "
                 "they were ready. Check that its module can be imported, and the machine's memory."
             )
         calls.again(ended.call)

@@ -201,7 +201,8 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
     """
     kinds = [m for m in members if m is not NoneType]
     unknown = all(is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
-    if isinstance(val, NestedArg) and unknown and not is_spec(previous):
+    gives = isinstance(val, NestedArg) and val.key not in ("class_path", "__path__")
+    if gives and unknown and not is_spec(previous):
         found = getattr(previous, "__name__", previous)
         raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
 

@@ -76,7 +76,7 @@ class Keeping(TaskReward):
 def config_of(text: str) -> dict[str, Any]:
     """Return a configuration with a text in every place that takes one."""
     row = {"prompt": text, "answer": text, "more": {"deep": [text, {"x": text}]}}
-    listed = {"class_path": "test_text.Rows", "init_args": {"rows": [row], "name": text}}
+    listed = {"class_path": "test_settings_text.Rows", "init_args": {"rows": [row], "name": text}}
     form = {
         "chat": True,
         "system": text,
@@ -91,7 +91,7 @@ def config_of(text: str) -> dict[str, Any]:
             "train_prompts": [row],
             "val_prompts": {
                 "rows": {"prompts": listed},
-                "form": {"prompts": {"class_path": "test_text.Form", "init_args": form}},
+                "form": {"prompts": {"class_path": "test_settings_text.Form", "init_args": form}},
             },
             "reward": {
                 "class_path": "WeightedRewards",
@@ -102,7 +102,7 @@ def config_of(text: str) -> dict[str, Any]:
                             "init_args": {"marker": text, "answer_column": text},
                         },
                         "own": {
-                            "class_path": "test_text.Keeping",
+                            "class_path": "test_settings_text.Keeping",
                             "init_args": init_args,
                             "dict_kwargs": {"c": text},
                         },
@@ -219,7 +219,7 @@ def test_a_printed_configuration_says_the_same(text: str) -> None:
 def test_a_flag_that_takes_text_takes_any(text: str) -> None:
     given = [
         f"--config={dump(config_of('x'))}",
-        "--data.train_prompts=test_text.Form",
+        "--data.train_prompts=test_settings_text.Form",
         f"--data.train_prompts.suffix={text}",
         "--data.train_prompts.chat=true",
         f"--data.train_prompts.system={text}",
@@ -249,7 +249,7 @@ def test_a_flag_that_takes_text_takes_any(text: str) -> None:
     ],
 )
 def test_a_flag_without_a_type_is_yaml_read_once(flag: str, value: Any) -> None:
-    given = [f"--config={dump(config_of('x'))}", "--data.reward=test_text.Keeping"]
+    given = [f"--config={dump(config_of('x'))}", "--data.reward=test_settings_text.Keeping"]
     cli = KDRLCLI.run([*given, f"--data.reward.untyped={flag}"], instantiate_only=True)
     assert cli.datamodule.rewards.reward.given["untyped"] == value
 
