@@ -1919,21 +1919,7 @@ MUTATIONS = [
         "if ids[length - 1] == ends.ids[0]:",
     ),
     # Loading: what is random, left out, refused or frozen.
-    Mutation("loaded: random weights pass", LOADED, 'if info["missing_keys"]:', "if False:"),
-    Mutation(
-        "loaded: a scale left out", LOADED, 'check_used(model, info["unexpected_keys"], path)', ""
-    ),
-    Mutation("generation: odd settings lost", GENERATION, "setattr(made, name, value)", "pass"),
-    Mutation(
-        "experts: grouped in float64", DOUBLE, 'model.set_experts_implementation("eager")', "pass"
-    ),
     Mutation("reached: parts of layers frozen", REACHED, "if not own <= names:", "if False:"),
-    Mutation(
-        "ctrl-c: no words in the export",
-        SIGNALS,
-        'error.args = (f"stopped by Ctrl-C: {self._last_words()}",)',
-        "pass",
-    ),
     Mutation(
         "ends: white space after a trace's end is kept",
         ("supervised.py", "test_supervised.py"),
