@@ -17,6 +17,9 @@ from kdrl_lightning.tiny.models import Recipe, save_untrained
 # A plugin that vLLM loads, and a module that ends its process, in processes of their own.
 collect_ignore = ["vllm_cases/store_transfer.py", "rewards/ends_at_once.py"]
 
+# Where Lightning and torchrun tell a process which group it belongs to, and where that group meets.
+GROUP = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+
 RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 
 
@@ -24,8 +27,11 @@ RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, on which such small models are fastest; no arguments of pytest's for a CLI.
 
-    What a test leaves in the environment (a process group's address, say) ends with it.
+    What a test leaves in the environment ends with it. A fixture of a whole module that trains runs before this one:
+    the address of its process group goes too, or the next test that starts processes asks for a port in use.
     """
+    for name in GROUP:
+        os.environ.pop(name, None)
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
