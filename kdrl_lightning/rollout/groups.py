@@ -1,86 +1,217 @@
-"""Which groups make a rollout: slots, their prompts and noise, and refills for flat groups."""
+"""One rank's share of a rollout: groups of judged completions, as a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-import torch
+from kdrl_lightning.errors import BadRow
+from kdrl_lightning.rollout.ahead import Request
+from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
+from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
+from kdrl_lightning.rollout.groups import (
+    PROBE_NOISE,
+    TEACHER_NOISE,
+    TRAIN_NOISE,
+    Slots,
+    fill_groups,
+)
+from kdrl_lightning.rollout.loader import rows_at
+from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
+from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
-from kdrl_lightning.rollout.engine import noise_seed
-from kdrl_lightning.rollout.sampler import Judged
-from kdrl_lightning.rollout_batch import flat_groups, reward_dtype
+# Enough to tell weights apart, and little beside a rollout.
+PROBES, PROBE_TOKENS = 4, 64
 
-# Streams of noise: student rollouts, evaluation, the teacher's completions, probes of the sync.
-TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE, PROBE_NOISE = 0, 1, 2, 3
+
+class SampleAndJudge(Protocol):
+    """Samples and judges completions of prompts, one per seed."""
+
+    def __call__(
+        self,
+        engine: RolloutEngine,
+        prompts: list[EncodedPrompt],
+        seeds: list[list[int]],
+        sampling: Sampling,
+        source: int,
+    ) -> list[Judged]:
+        """Return the completions, those of a prompt next to each other."""
 
 
 @dataclass(frozen=True)
-class Slots:
-    """The places for groups in each rollout, over all processes.
-
-    Prompt and noise of a slot depend on seed, rollout, slot and attempt alone.
+class Source:
+    """Who adds completions to a group.
 
     Attributes:
-        count: groups of a rollout.
-        minibatches: parts of a rollout; each rank holds its share of every part.
-        max_refills: attempts beyond the first for a group whose rewards are all equal.
-        seed: of the run.
+        source: ``STUDENT`` or ``TEACHER``.
+        engine: samples them.
+        count: completions per prompt.
+        sampling: length and temperature.
     """
 
+    source: int
+    engine: RolloutEngine
     count: int
-    minibatches: int
-    max_refills: int
-    seed: int
+    sampling: Sampling
 
-    def of_rank(self, rank: int, world_size: int) -> list[int]:
-        """Return a rank's slots: of every mini-batch, every world-size-th."""
-        share = self.count // self.minibatches
+
+@dataclass
+class Collector:
+    """Fills the groups of a rollout with the student's completions, and then the teacher's.
+
+    Attributes:
+        slots: which groups there are.
+        student: the student's part of each group.
+        teacher: the teacher's part of each group.
+        mask_truncated: leave completions cut at the token limit out of the loss.
+        teacher_seconds: time that the teacher took to generate.
+        repeat: rollouts after which the same prompts come again; 0: after all have been taken.
+        counts: of the rows that were drawn and skipped.
+        latest: this rank's completions of the last rollout, in the order of the batch.
+    """
+
+    slots: Slots
+    student: Source
+    teacher: Source
+    mask_truncated: bool = False
+    teacher_seconds: float = 0.0
+    repeat: int = 0
+    counts: DrawCounts = field(default_factory=DrawCounts)
+    latest: Sequence[Judged] = ()
+
+    def collect(
+        self,
+        rollout: int,
+        prompts: Sequence[EncodedPrompt],
+        rank: int,
+        world_size: int,
+        sample: SampleAndJudge,
+        route: Callable[[Mapping[str, Any]], int],
+        pad_id: int,
+    ) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
+        """Sample this rank's groups of a rollout.
+
+        Args:
+            rollout: its index.
+            prompts: all of them; a slot's follows from the seed.
+            rank: of this process.
+            world_size: processes.
+            sample: samples and judges.
+            route: which of several teachers scores the completions of a row.
+            pad_id: token behind the end of a row.
+
+        Returns:
+            The batch, its groups, and the groups that were replaced.
+        """
+        groups, replaced = fill_groups(
+            self.slots.of_rank(rank, world_size),
+            lambda slots, attempt: self._groups(rollout, prompts, slots, attempt, sample),
+            self.slots.max_refills,
+        )
+        self.latest = judged = [j for group in groups for j in group]
+        batch = collate(
+            [j.prompt_ids for j in judged],
+            [j.completion.ids for j in judged],
+            [g for g, group in enumerate(groups) for _ in group],
+            pad_id=pad_id,
+            rewards=[j.verdict.reward for j in judged],
+            correct=[j.verdict.correct for j in judged],
+            truncated=[j.completion.truncated for j in judged],
+            policy_version=[self._version(j) for j in judged],
+            rollout_logprobs=[j.completion.logprobs for j in judged],
+            source=[j.source for j in judged],
+            teacher_route=[route(j.row) for j in judged],
+            temperature=self.student.sampling.temperature,
+            engine_exact=self.student.engine.exact,
+            mask_truncated=self.mask_truncated,
+        )
+        return batch, groups, replaced
+
+    def ahead(
+        self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
+    ) -> list[Request]:
+        """Return what ``collect`` will ask first of the engines that can sample beside training."""
+        slots = self.slots.of_rank(rank, world_size)
+        ids = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         return [
-            m * share + g for m in range(self.minibatches) for g in range(rank, share, world_size)
+            Request(own.engine, ids, seeds, own.sampling)
+            for own, seeds in self._seeded(rollout, slots)
+            if own.engine.beside
         ]
 
-    def position(self, rollout: int, slot: int, attempt: int) -> int:
-        """Return the position in the stream of prompts; no two attempts share one."""
-        return (rollout * (1 + self.max_refills) + attempt) * self.count + slot
+    def probe(
+        self,
+        rollout: int,
+        prompts: Sequence[EncodedPrompt],
+        rank: int,
+        world_size: int,
+        pad_id: int,
+    ) -> RolloutBatch:
+        """Sample the beginning of a completion for a few prompts of a rollout, without rewards."""
+        slots = self.slots.of_rank(rank, world_size)[:PROBES]
+        asked = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
+        seeds = [self.slots.seeds(rollout, slot, 0, PROBE_NOISE, 1) for slot in slots]
+        engine, sampling = self.student.engine, self.student.sampling
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, PROBE_TOKENS))
+        made = [c for (c,) in engine.generate(asked, seeds, sampling)]
+        return collate(
+            asked,
+            [c.ids for c in made],
+            list(range(len(made))),
+            pad_id=pad_id,
+            policy_version=[engine.version or 0] * len(made),
+            rollout_logprobs=[c.logprobs for c in made],
+            temperature=sampling.temperature,
+            engine_exact=engine.exact,
+        )
 
-    def seeds(self, rollout: int, slot: int, attempt: int, stream: int, size: int) -> list[int]:
-        """Return the noise of ``size`` completions."""
-        index = attempt * self.count + slot
-        return [noise_seed(self.seed, stream, rollout, index, k) for k in range(size)]
+    def _version(self, judged: Judged) -> int:
+        own = judged.completion.version
+        return self.student.engine.version or 0 if own is None else own
 
+    def _prompts(
+        self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
+    ) -> tuple[list[EncodedPrompt], list[BadRow]]:
+        """Return the slots' prompts, and what was skipped on the way to them.
 
-def fill_groups(
-    slots: Sequence[int],
-    sample: Callable[[list[int], int], list[list[Judged]]],
-    max_refills: int,
-) -> tuple[list[list[Judged]], list[list[Judged]]]:
-    """Sample a group for each slot, and another prompt's where all rewards are equal.
+        Instead of a row that cannot be used a slot takes the row that is its own one rollout later:
+        no other slot of this rollout has it, and no rank has to ask another.
+        """
+        first = rollout % self.repeat if self.repeat else rollout
+        chosen, skipped = [], []
+        for slot in slots:
+            positions = (self.slots.position(first + k, slot, attempt) for k in range(MOST_TRIES))
+            rows = (rows_at([p], len(prompts), self.slots.seed)[0] for p in positions)
+            prompt, bad = draw(prompts, rows)
+            chosen.append(prompt)
+            skipped += bad
+        return chosen, skipped
 
-    DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy gradient.
-    What is still flat after the last refill stays. Rewards are compared in the type of the batch,
-    so that a group is replaced if and only if it would get no advantage.
+    def _seeded(
+        self, rollout: int, slots: list[int], attempt: int = 0
+    ) -> Iterator[tuple[Source, list[list[int]]]]:
+        for own, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
+            if own.count:
+                yield own, [self.slots.seeds(rollout, s, attempt, stream, own.count) for s in slots]
 
-    Args:
-        slots: to be filled.
-        sample: ``(slots, attempt) -> groups``.
-        max_refills: attempts beyond the first.
-
-    Returns:
-        The groups in the order of the slots, and those that were replaced.
-    """
-    filled: dict[int, list[Judged]] = {}
-    replaced: list[list[Judged]] = []
-    flat = list(slots)
-    for attempt in range(max_refills + 1):
-        filled.update(zip(flat, sample(flat, attempt), strict=True))
-        flat = [s for s in flat if _is_flat(filled[s])]
-        if not flat or attempt == max_refills:
-            break
-        replaced += [filled[s] for s in flat]
-    return [filled[s] for s in slots], replaced
-
-
-def _is_flat(group: Sequence[Judged]) -> bool:
-    rewards = torch.tensor([j.verdict.reward for j in group], dtype=reward_dtype())
-    return bool(flat_groups(rewards, torch.zeros(len(group), dtype=torch.long)).all())
+    def _groups(
+        self,
+        rollout: int,
+        prompts: Sequence[EncodedPrompt],
+        slots: list[int],
+        attempt: int,
+        sample: SampleAndJudge,
+    ) -> list[list[Judged]]:
+        chosen, skipped = self._prompts(rollout, prompts, slots, attempt)
+        self.counts.add(len(slots), skipped)
+        groups: list[list[Judged]] = [[] for _ in slots]
+        for own, seeds in self._seeded(rollout, slots, attempt):
+            started = time.perf_counter()
+            judged = sample(own.engine, chosen, seeds, own.sampling, own.source)
+            for i, group in enumerate(groups):
+                group += judged[i * own.count : (i + 1) * own.count]
+            if own.source == TEACHER:
+                self.teacher_seconds += time.perf_counter() - started
+        return groups
