@@ -98,7 +98,7 @@ def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str,
     from lightning.pytorch.callbacks import Callback
 
     from kdrl_lightning.callbacks import RunReport
-    from kdrl_lightning.cli import KDRLCLI
+    from kdrl_lightning.cli.main import KDRLCLI
 
     torch.set_num_threads(1)
     updates = KDRLCLI.run(config, instantiate_only=True).datamodule.updates_per_rollout
@@ -310,8 +310,8 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2), 1))
     args = parser.parse_args()
-    from kdrl_lightning.cli import KDRLCLI
-    from kdrl_lightning.models import model_path
+    from kdrl_lightning.cli.main import KDRLCLI
+    from kdrl_lightning.models.loading import model_path
 
     for setting in args.settings:  # make the models once, before processes ask for them
         task = SETTINGS[setting]

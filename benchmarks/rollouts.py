@@ -29,18 +29,18 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, RolloutDataModule
-from kdrl_lightning.models import load_causal_lm, load_tokenizer
-from kdrl_lightning.prompts.base import encode_all
-from kdrl_lightning.rollout import (
+from kdrl_lightning.engines import (
     RolloutEngine,
     Sampling,
     TransformersEngine,
     VLLMEngine,
     VLLMServerEngine,
 )
-from kdrl_lightning.rollout.engine import noise_seed
+from kdrl_lightning.engines.base import noise_seed
+from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.prompts.base import encode_all
 from kdrl_lightning.tiny import ColumnAddition, TinyModel, addition_reward
-from kdrl_lightning.weights import ModelWeights
 
 
 def start_server(model: str, context: int) -> tuple[subprocess.Popen[bytes], str]:

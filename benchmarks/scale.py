@@ -29,7 +29,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from kdrl_lightning.checkpoints import CheckpointWriter
+from kdrl_lightning.checkpoints.files import CheckpointWriter
 
 ROOT = Path(__file__).parents[1]
 RUNS = (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 1))
@@ -153,7 +153,7 @@ def adapter_weights(model: Path, rank: int) -> int:
     if not rank:
         return 0
     from kdrl_lightning import LoRA
-    from kdrl_lightning.models import load_causal_lm
+    from kdrl_lightning.models.loading import load_causal_lm
 
     adapted = load_causal_lm(str(model))
     LoRA(rank).inject(adapted, seed=0)

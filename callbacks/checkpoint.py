@@ -12,12 +12,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from kdrl_lightning.callbacks.end_of_run import check_space, checkpoint_bytes, student_bytes
-from kdrl_lightning.callbacks.run_folder import checkpoint_folders, hold, is_alive, run_folder
-from kdrl_lightning.callbacks.stop_signals import NAMES, StopSignals
-from kdrl_lightning.checkpoints import CheckpointWriter, newest_whole, remove_unfinished, together
+from kdrl_lightning.checkpoints.files import (
+    CheckpointWriter,
+    newest_whole,
+    remove_unfinished,
+    together,
+)
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
-from kdrl_lightning.rollout.together import stop_together
+from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
+from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
+from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
 
 
 class FSDPCheckpoint(ModelCheckpoint):

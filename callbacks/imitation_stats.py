@@ -11,14 +11,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from kdrl_lightning.callbacks.end_of_run import write_or_warn
-from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
 from kdrl_lightning.objectives.base import Objective
-from kdrl_lightning.plots import plot_imitation
+from kdrl_lightning.reports.plots import plot_imitation
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.trainer.end_of_run import write_or_warn
+from kdrl_lightning.trainer.run_folder import run_folder
 
 RANGES = {
     "hist/teacher_gap": (-10.0, 10.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
-from kdrl_lightning.schedules import LinearWithFloor
+from kdrl_lightning.callbacks.schedules import LinearWithFloor
 
 
 class KLCoefficientAnnealing(CoefficientSchedule):

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from kdrl_lightning.callbacks.run_folder import run_folder
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
-from kdrl_lightning.rollout.together import stop_together
+from kdrl_lightning.trainer.run_folder import run_folder
 
 
 class PredictionWriter(pl.Callback):

@@ -12,7 +12,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.callbacks.end_of_run import (
+from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.errors import Interrupted
+from kdrl_lightning.models.loading import check_saves
+from kdrl_lightning.reports.plots import plot_curves
+from kdrl_lightning.trainer.end_of_run import (
     check_early_stopping,
     check_monitors,
     check_space,
@@ -20,11 +24,7 @@ from kdrl_lightning.callbacks.end_of_run import (
     student_bytes,
     write_or_warn,
 )
-from kdrl_lightning.callbacks.run_folder import run_folder
-from kdrl_lightning.errors import Interrupted
-from kdrl_lightning.models import check_saves
-from kdrl_lightning.plots import plot_curves
-from kdrl_lightning.rollout.together import stop_together
+from kdrl_lightning.trainer.run_folder import run_folder
 
 CURVES = (
     "reward/correct_frac",

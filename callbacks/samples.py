@@ -9,11 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from kdrl_lightning.callbacks.end_of_run import write_or_warn
-from kdrl_lightning.callbacks.run_folder import run_folder
 from kdrl_lightning.errors import require_between
-from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.samples import (
+from kdrl_lightning.reports import (
     SampleView,
     Section,
     choose,
@@ -22,6 +19,9 @@ from kdrl_lightning.samples import (
     scored_views,
     text_view,
 )
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.trainer.end_of_run import write_or_warn
+from kdrl_lightning.trainer.run_folder import run_folder
 
 SCORED = (
     "Completions of the last rollout, with the log-probabilities of the update that they were part "

@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.schedules import PlateauSwitch, Schedule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
-from kdrl_lightning.schedules import PlateauSwitch, Schedule
 
 METRICS = {
     "teacher_kl_coef": "kd/teacher_kl_coef",

@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import TrainingStopped, require_between
-from kdrl_lightning.rollout.together import stop_together
 from kdrl_lightning.rollout_batch import STUDENT
 
 

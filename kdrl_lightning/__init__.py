@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kdrl_lightning import _moved
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -30,19 +32,19 @@ _HOME = {
     "PolicyObjective": "objectives",
     "WeightedSum": "objectives",
     "Objective": "objectives",
-    "GGUFModel": "gguf",
-    "LoRA": "lora",
+    "GGUFModel": "models.gguf",
+    "LoRA": "models.lora",
     "AdapterOffTeacher": "teachers",
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "RoutedTeacher": "teachers",
     "ServerTeacher": "teachers",
     "Teacher": "teachers",
-    "TransformersEngine": "rollout",
-    "VLLMEngine": "rollout",
-    "VLLMServerEngine": "rollout",
-    "VLLMTeacherEngine": "rollout",
-    "RolloutEngine": "rollout",
+    "TransformersEngine": "engines",
+    "VLLMEngine": "engines",
+    "VLLMServerEngine": "engines",
+    "VLLMTeacherEngine": "engines",
+    "RolloutEngine": "engines",
     "HFPrompts": "prompts",
     "JSONLPrompts": "prompts",
     "KnightsAndKnavesPrompts": "prompts",
@@ -66,15 +68,22 @@ _HOME = {
     "TrainingStopped": "errors",
 }
 
+_moved.install()
+
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule
+    from kdrl_lightning.engines import RolloutEngine as RolloutEngine
+    from kdrl_lightning.engines import TransformersEngine as TransformersEngine
+    from kdrl_lightning.engines import VLLMEngine as VLLMEngine
+    from kdrl_lightning.engines import VLLMServerEngine as VLLMServerEngine
+    from kdrl_lightning.engines import VLLMTeacherEngine as VLLMTeacherEngine
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
     from kdrl_lightning.evaluation import EvalSet as EvalSet
-    from kdrl_lightning.gguf import GGUFModel as GGUFModel
-    from kdrl_lightning.lora import LoRA as LoRA
+    from kdrl_lightning.models.gguf import GGUFModel as GGUFModel
+    from kdrl_lightning.models.lora import LoRA as LoRA
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO
     from kdrl_lightning.objectives import GKD as GKD
@@ -108,11 +117,6 @@ if TYPE_CHECKING:
     from kdrl_lightning.rewards import TaskReward as TaskReward
     from kdrl_lightning.rewards import Verdict as Verdict
     from kdrl_lightning.rewards import WeightedRewards as WeightedRewards
-    from kdrl_lightning.rollout import RolloutEngine as RolloutEngine
-    from kdrl_lightning.rollout import TransformersEngine as TransformersEngine
-    from kdrl_lightning.rollout import VLLMEngine as VLLMEngine
-    from kdrl_lightning.rollout import VLLMServerEngine as VLLMServerEngine
-    from kdrl_lightning.rollout import VLLMTeacherEngine as VLLMTeacherEngine
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher

@@ -39,9 +39,9 @@ def _run(args: Sequence[str] | None) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from kdrl_lightning.cli import KDRLCLI
-    from kdrl_lightning.evaluate import evaluate
-    from kdrl_lightning.serve import serve
+    from kdrl_lightning.cli.evaluate import evaluate
+    from kdrl_lightning.cli.main import KDRLCLI
+    from kdrl_lightning.cli.serve import serve
 
     try:
         given = sys.argv[1:] if args is None else list(args)
@@ -82,13 +82,13 @@ def run_export(args: Sequence[str]) -> None:
     """Run the subcommand that needs no trainer."""
     from jsonargparse import auto_cli
 
-    from kdrl_lightning import config_base
-    from kdrl_lightning.cli import quiet
-    from kdrl_lightning.export import export
-    from kdrl_lightning.parser import OneLineParser
+    from kdrl_lightning.cli import layered_yaml
+    from kdrl_lightning.cli.export import export
+    from kdrl_lightning.cli.main import quiet
+    from kdrl_lightning.cli.parser import OneLineParser
 
     quiet()
-    config_base.install()
+    layered_yaml.install()
     auto_cli(
         export,
         args=list(args),
@@ -122,7 +122,7 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
 def _first_to_say(words: str) -> bool:
     if "torch" not in sys.modules:  # no process group either
         return True
-    from kdrl_lightning.rollout.together import first_to_say
+    from kdrl_lightning.distributed import first_to_say
 
     return first_to_say(words)
 

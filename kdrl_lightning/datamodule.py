@@ -11,7 +11,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.checks import (
+from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.engines.base import RolloutEngine, Sampling
+from kdrl_lightning.engines.transformers_engine import TransformersEngine
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
+from kdrl_lightning.models.end_tokens import warn_of_turn_end
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.prompts.base import Prompts, first_of_each_kind
+from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
+from kdrl_lightning.rewards.base import Reward
+from kdrl_lightning.rewards.processes.runner import RewardRunner
+from kdrl_lightning.rollout.groups import Collector, Source
+from kdrl_lightning.rollout.live import LiveSampler
+from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.prompt_order import Slots
+from kdrl_lightning.rollout.rollouts import RolloutSource
+from kdrl_lightning.rollout.statistics import RolloutWatch
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
+from kdrl_lightning.trainer.checks import (
     check_groups,
     check_micro_batches,
     check_off_policy,
@@ -19,24 +37,6 @@ from kdrl_lightning.checks import (
     longest_that_fits,
     overfit_rollouts,
 )
-from kdrl_lightning.end_tokens import warn_of_turn_end
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
-from kdrl_lightning.prompts.base import Prompts, first_of_each_kind
-from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
-from kdrl_lightning.rewards.base import Reward
-from kdrl_lightning.rewards.runner import RewardRunner
-from kdrl_lightning.rollout.collector import Collector, Source
-from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
-from kdrl_lightning.rollout.groups import Slots
-from kdrl_lightning.rollout.live import LiveSampler
-from kdrl_lightning.rollout.loader import IndexLoader, limited
-from kdrl_lightning.rollout.source import RolloutSource
-from kdrl_lightning.rollout.together import stop_together
-from kdrl_lightning.rollout.transformers_engine import TransformersEngine
-from kdrl_lightning.rollout.watch import RolloutWatch
-from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
-from kdrl_lightning.weights import ModelWeights
 
 # Evaluation prompts up to as many are all checked before the run, and kept with their ids.
 EVALUATED_ROWS = 10_000

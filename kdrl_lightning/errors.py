@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import signal
+from importlib import import_module
+from typing import Any
 
 # What a disk does to whatever happens to write: full, over the quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -86,3 +88,17 @@ def path_error(error: BaseException | None) -> ConfigurationError | None:
             return ConfigurationError(f"a path must be one that can exist: got {words}. {cure}")
         error = error.__cause__ or error.__context__
     return None
+
+
+def load_library(module: str) -> Any:
+    """Import a library of the extra ``tasks``, or a module of one; only this function imports them.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"`{module}` must be installed: got {error}. Run `pip install 'kdrl_lightning[tasks]'`."
+        ) from error

@@ -15,26 +15,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdrl_lightning.checkpoints import check_readable, export_together, read_metadata
-from kdrl_lightning.compatibility import check_end_tokens
-from kdrl_lightning.end_tokens import EndTokens, end_tokens
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
-from kdrl_lightning.integrity import whole_folder
-from kdrl_lightning.lora import LoRA
-from kdrl_lightning.losses import k3
-from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
-from kdrl_lightning.metrics import StepLog, StepStats
-from kdrl_lightning.models import (
-    ModelSource,
-    load_config,
-    load_tokenizer,
-    model_path,
-)
-from kdrl_lightning.nonfinite import NonFiniteSteps
-from kdrl_lightning.objectives.base import Objective, known
-from kdrl_lightning.pending import fill, fill_teacher, with_room, with_teacher_room
-from kdrl_lightning.resume import (
+from kdrl_lightning.checkpoints.files import check_readable, export_together, read_metadata
+from kdrl_lightning.checkpoints.integrity import whole_folder
+from kdrl_lightning.checkpoints.resume import (
     KEY,
     Settings,
     check_before_loading,
@@ -43,14 +26,31 @@ from kdrl_lightning.resume import (
     identity,
     number_by_place,
 )
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
+from kdrl_lightning.losses import k3
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
+from kdrl_lightning.metrics import StepLog, StepStats
+from kdrl_lightning.metrics.nonfinite import NonFiniteSteps
+from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
+from kdrl_lightning.models.loading import (
+    ModelSource,
+    load_config,
+    load_tokenizer,
+    model_path,
+)
+from kdrl_lightning.models.lora import LoRA
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import load_scorer
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.objectives.base import Objective, known
+from kdrl_lightning.pending import fill, fill_teacher, with_room, with_teacher_room
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import load_scorer
-from kdrl_lightning.strategies import check_unreached, refuse_fsdp1, sharding_of
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.teachers.tokenizers import check_end_tokens
+from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
 
 # Sums over a step that are looked at and not logged.
 BROKEN, WATCHED = "teacher/broken_tokens", "teacher/watched_tokens"

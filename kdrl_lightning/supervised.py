@@ -8,15 +8,15 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning.end_tokens import EndTokens
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
+from kdrl_lightning.models.end_tokens import EndTokens
 from kdrl_lightning.prompts.base import Prompts
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet, check_ids
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
 from kdrl_lightning.rollout.partition import partition
-from kdrl_lightning.rollout.plan import step_totals
-from kdrl_lightning.rollout.together import stop_together
+from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 Trace: TypeAlias = tuple[list[int], list[int]]

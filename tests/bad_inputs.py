@@ -18,7 +18,7 @@ import yaml
 from hypothesis import strategies as st
 
 from kdrl_lightning import KDRLModule, RolloutDataModule
-from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.cli.layered_yaml import load_with_base
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(

@@ -27,8 +27,9 @@ RECIPE = Recipe(width=64, layers=1, steps=1, lr=1e-3, muon=False)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, on which such small models are fastest; no arguments of pytest's for a CLI.
 
-    What a test leaves in the environment ends with it. A fixture of a whole module that trains runs before this one:
-    the address of its process group goes too, or the next test that starts processes asks for a port in use.
+    What a test leaves in the environment ends with it. A fixture of a whole module that trains
+    runs before this one: the address of its process group goes too, or the next test that starts
+    processes asks for a port in use.
     """
     for name in GROUP:
         os.environ.pop(name, None)

@@ -25,22 +25,22 @@ SECONDS = 120
 DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
 EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
 JSD = "losses/divergences.py", "losses/test_jsd.py"
-POLICY = "losses/policy.py", "losses/test_policy.py"
-POLICY_FAMILY = "losses/policy.py", "losses/test_policy_family.py"
+POLICY = "losses/ratios.py", "losses/test_policy.py"
+POLICY_FAMILY = "losses/ratios.py", "losses/test_policy_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
-CHOSEN = "losses/chosen.py", "losses/test_chosen.py"
-IMPORTANCE = "losses/importance.py", "losses/test_selection.py"
+CHOSEN = "losses/logprobs_backward.py", "losses/test_chosen.py"
+IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
 SELECTION = "losses/selection.py", "losses/test_selection.py"
-ADVANTAGES = "advantages.py", "test_advantages.py"
-SHAPED = "advantages.py", "losses/test_selection.py"
+ADVANTAGES = "losses/advantages.py", "test_advantages.py"
+SHAPED = "losses/advantages.py", "losses/test_selection.py"
 BASE = "objectives/base.py", "objectives/test_objectives.py"
 BASE_LAWS = "objectives/base.py", "objectives/test_laws.py"
 COEFFICIENTS = "objectives/base.py", "objectives/test_coefficients.py"
-RULES = "objectives/advantage_rules.py", "objectives/test_family.py"
-TERMS = "objectives/distill_terms.py", "objectives/test_family.py"
-TERMS_SELECTIONS = "objectives/distill_terms.py", "objectives/test_selections.py"
+RULES = "objectives/advantages.py", "objectives/test_family.py"
+TERMS = "objectives/divergences.py", "objectives/test_family.py"
+TERMS_SELECTIONS = "objectives/divergences.py", "objectives/test_selections.py"
 FRAME = "objectives/policy.py", "objectives/test_family.py"
 FRAME_PARTS = "objectives/policy.py", "objectives/test_parts.py"
 FRAME_SELECTIONS = "objectives/policy.py", "objectives/test_selections.py"
@@ -61,58 +61,58 @@ SFT = "objectives/sft.py", "objectives/test_family.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
-ANNEALING = "schedules.py", "test_kl_annealing.py"
-STORE = "rollout/store.py", "rollout/test_store.py"
+ANNEALING = "callbacks/schedules.py", "test_kl_annealing.py"
+STORE = "rollout/saved.py", "rollout/test_store.py"
 ENCODING = "prompts/encoding.py", "prompts/test_encoding.py"
 TURNS = "prompts/turns.py", "prompts/test_encoding.py"
 PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
 DRAWS = "rollout/draws.py", "rollout/test_draws.py"
-COLLECTOR = "rollout/collector.py", "rollout/test_draws.py"
-CHECKPOINTS = "checkpoints.py", "test_checkpoint_files.py"
-CHECKSUMS = "checkpoints.py", "test_integrity.py"
-INTEGRITY = "integrity.py", "test_integrity.py"
-WORKERS = "rewards/workers.py", "rewards/test_workers.py"
-EXPORT = "export.py", "test_export.py"
-LOADED = "architectures/loaded.py", "test_models.py"
-GENERATION = "architectures/generation.py", "test_models.py"
-DOUBLE = "architectures/experts.py", "test_models.py"
-REACHED = "architectures/reached.py", "architectures/test_reached.py"
-SIGNALS = "callbacks/stop_signals.py", "test_ctrl_c.py"
-BUILD = "models.py", "test_export.py"
-MERGING = "merging.py", "test_merging.py"
-SHARED = "caches.py", "test_merging.py"
-CACHES = "caches.py", "test_caches.py"
-PLAN = "rollout/plan.py", "rollout/test_plan.py"
-SCORING = "scorer.py", "test_merging.py"
-ROTARY = "architectures/rotary.py", "architectures/test_rotary.py"
-CHANGES = "architectures/switches.py", "architectures/test_length_changes.py"
-VERIFIED = "architectures/verification.py", "architectures/test_verification.py"
-SCORED = "scorer.py", "architectures/test_verification.py"
-PREFIXES = "rollout/prefixes.py", "architectures/test_prefixes.py"
-WAYS = "rollout/transformers_engine.py", "architectures/test_prefixes.py"
-DECODING = "rollout/decoding.py", "rollout/test_decoding.py"
+COLLECTOR = "rollout/groups.py", "rollout/test_draws.py"
+CHECKPOINTS = "checkpoints/files.py", "test_checkpoint_files.py"
+CHECKSUMS = "checkpoints/files.py", "test_integrity.py"
+INTEGRITY = "checkpoints/integrity.py", "test_integrity.py"
+WORKERS = "rewards/processes/workers.py", "rewards/test_workers.py"
+EXPORT = "cli/export.py", "test_export.py"
+LOADED = "models/architectures/loaded.py", "test_models.py"
+GENERATION = "models/architectures/generation.py", "test_models.py"
+DOUBLE = "models/architectures/experts.py", "test_models.py"
+REACHED = "models/architectures/reached.py", "architectures/test_reached.py"
+SIGNALS = "kdrl_lightning/trainer/stop_signals.py", "test_ctrl_c.py"
+BUILD = "models/loading.py", "test_export.py"
+MERGING = "models/shared_prompts.py", "test_merging.py"
+SHARED = "models/prompt_cache.py", "test_merging.py"
+CACHES = "models/prompt_cache.py", "test_caches.py"
+PLAN = "rollout/updates.py", "rollout/test_plan.py"
+SCORING = "models/scorer.py", "test_merging.py"
+ROTARY = "models/architectures/rotary.py", "architectures/test_rotary.py"
+CHANGES = "models/architectures/switches.py", "architectures/test_length_changes.py"
+VERIFIED = "models/architectures/verification.py", "architectures/test_verification.py"
+SCORED = "models/scorer.py", "architectures/test_verification.py"
+PREFIXES = "engines/prefixes.py", "architectures/test_prefixes.py"
+WAYS = "engines/transformers_engine.py", "architectures/test_prefixes.py"
+DECODING = "engines/decoding.py", "rollout/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
 SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
-WEIGHTS = "weights.py", "test_lora.py"
-ADAPTERS = "lora/adapters.py", "test_lora.py"
-EXPERTS = "lora/targets.py", "test_lora_experts.py"
+WEIGHTS = "models/weights.py", "test_lora.py"
+ADAPTERS = "models/lora/adapters.py", "test_lora.py"
+EXPERTS = "models/lora/targets.py", "test_lora_experts.py"
 WATCHED = "module.py", "test_trace.py"
 FROZEN_MODELS = "module.py", "test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "test_imitation_stats.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
-HUB_NAMES = "rollout/hub_names.py", "rollout/test_hub_names.py"
-KEPT_CLASSES = "rollout/vllm_classes.py", "rollout/test_vllm_classes.py"
-RELOAD = "rollout/vllm_worker.py", "rollout/test_vllm_worker.py"
-OPTIONS = "rollout/vllm_options.py", "rollout/test_vllm_options.py"
-PASS = "metrics/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
-MAJORITY = "metrics/majority.py", "evaluation/test_metrics_of_sets.py"
+HUB_NAMES = "engines/vllm/hub_names.py", "rollout/test_hub_names.py"
+KEPT_CLASSES = "engines/vllm/classes.py", "rollout/test_vllm_classes.py"
+RELOAD = "engines/vllm/worker.py", "rollout/test_vllm_worker.py"
+OPTIONS = "engines/vllm/options.py", "rollout/test_vllm_options.py"
+PASS = "evaluation/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
+MAJORITY = "evaluation/majority.py", "evaluation/test_metrics_of_sets.py"
 COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
-REFERENCES = "rewards/references.py", "rewards/test_references.py"
-NUMBERS = "rewards/numbers.py", "rewards/test_numbers.py"
-UNITS = "rewards/units.py", "rewards/test_numbers.py"
-EQUATIONS = "rewards/equations.py", "rewards/test_numbers.py"
+REFERENCES = "rewards/answers/references.py", "rewards/test_references.py"
+NUMBERS = "rewards/answers/numbers.py", "rewards/test_numbers.py"
+UNITS = "rewards/answers/units.py", "rewards/test_numbers.py"
+EQUATIONS = "rewards/answers/equations.py", "rewards/test_numbers.py"
 
 
 class Mutation(NamedTuple):
@@ -124,14 +124,14 @@ class Mutation(NamedTuple):
     new: str
 
 
-SHAPES = "settings/shapes.py", "settings/test_values.py"
-REPLACED = "settings/replaced.py", "settings/test_values.py"
-YAML_TEXT = "settings/text.py", "settings/test_values.py"
-NOTES = "settings/unused.py", "settings/test_values.py"
-PRIVATE = "settings/private.py", "settings/test_values.py"
-PARSER = "parser.py", "settings/test_values.py"
-END_TOKENS = "end_tokens.py", "test_end_tokens.py"
-END_TOKENS_IN_RUNS = "rollout/sampler.py", "test_end_tokens.py"
+SHAPES = "cli/settings/shapes.py", "settings/test_values.py"
+REPLACED = "cli/settings/replaced.py", "settings/test_values.py"
+YAML_TEXT = "cli/settings/text.py", "settings/test_values.py"
+NOTES = "cli/settings/unused.py", "settings/test_values.py"
+PRIVATE = "cli/settings/private.py", "settings/test_values.py"
+PARSER = "cli/parser.py", "settings/test_values.py"
+END_TOKENS = "models/end_tokens.py", "test_end_tokens.py"
+END_TOKENS_IN_RUNS = "rollout/generation.py", "test_end_tokens.py"
 
 MUTATIONS = [
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
@@ -1204,13 +1204,13 @@ MUTATIONS = [
     ),
     Mutation(
         "chosen: the least likely",
-        ("losses/chosen.py", "losses/test_token_scores.py"),
+        ("losses/logprobs_backward.py", "losses/test_token_scores.py"),
         "logits.topk(top_k, -1)",
         "logits.topk(top_k, -1, largest=False)",
     ),
     Mutation(
         "chosen: the least likely one",
-        ("losses/chosen.py", "losses/test_token_scores.py"),
+        ("losses/logprobs_backward.py", "losses/test_token_scores.py"),
         "torch.argmax(logits,",
         "torch.argmin(logits,",
     ),
@@ -1396,7 +1396,10 @@ MUTATIONS = [
     ),
     Mutation("rotary: dynamic rows are alike", ROTARY, "ends if dynamic else torch", "torch"),
     Mutation(
-        "rotary: prompts are shared past it", ("scorer.py", ROTARY[1]), "self._switches[0]", "10**9"
+        "rotary: prompts are shared past it",
+        ("models/scorer.py", ROTARY[1]),
+        "self._switches[0]",
+        "10**9",
     ),
     Mutation(
         "loading: later tokens do not matter",
@@ -1425,7 +1428,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sampling: recurrent states stay",
-        ("caches.py", PREFIXES[1]),
+        ("models/prompt_cache.py", PREFIXES[1]),
         "layer.reorder_cache(rows)",
         "pass",
     ),
@@ -1477,7 +1480,7 @@ MUTATIONS = [
     ),
     Mutation(
         "failures: those of evaluations too",
-        ("rewards/runner.py", "rollout/test_watch.py"),
+        ("rewards/processes/runner.py", "rollout/test_watch.py"),
         "len(errors) if training else 0",
         "len(errors)",
     ),
@@ -1659,7 +1662,7 @@ MUTATIONS = [
     ),
     Mutation(
         "not finite: the loss not watched",
-        ("nonfinite.py", WATCHED[1]),
+        ("metrics/nonfinite.py", WATCHED[1]),
         ' and abs(loss) < float("inf")',
         "",
     ),
@@ -1832,19 +1835,19 @@ MUTATIONS = [
     ),
     Mutation(
         "texts: without special tokens",
-        ("rollout/sampler.py", "rollout/test_texts.py"),
+        ("rollout/generation.py", "rollout/test_texts.py"),
         "skip_special_tokens=False",
         "skip_special_tokens=True",
     ),
     Mutation(
         "texts: with the end",
-        ("rollout/sampler.py", "rollout/test_texts.py"),
+        ("rollout/generation.py", "rollout/test_texts.py"),
         "c.ids if c.truncated else c.ids[:-1]",
         "c.ids",
     ),
     Mutation(
         "groups: flat on Python's floats",
-        ("rollout/groups.py", "test_flat_groups.py"),
+        ("rollout/prompt_order.py", "test_flat_groups.py"),
         "dtype=reward_dtype())",
         "dtype=torch.float64)",
     ),
@@ -1862,7 +1865,7 @@ MUTATIONS = [
     ),
     Mutation(
         "workers: orphans stay",
-        ("rewards/worker.py", "rewards/test_workers.py"),
+        ("rewards/processes/worker.py", "rewards/test_workers.py"),
         "        _end_rest(child)\n",
         "",
     ),
@@ -1929,31 +1932,31 @@ MUTATIONS = [
     # What the command line keeps.
     Mutation(
         "settings: a plus replaces",
-        ("settings/unions.py", "settings/test_given.py"),
+        ("cli/settings/unions.py", "settings/test_given.py"),
         'if kwargs.get("append") and sequences:',
         "if False:",
     ),
     Mutation(
         "settings: 010 is 8",
-        ("settings/text.py", "settings/test_settings_text.py"),
+        ("cli/settings/text.py", "settings/test_settings_text.py"),
         'text.lstrip("+-")[:2].lower(), 10)',
         'text.lstrip("+-")[:2].lower(), 8)',
     ),
     Mutation(
         "settings: yes is no name",
-        ("settings/text.py", "settings/test_settings_text.py"),
+        ("cli/settings/text.py", "settings/test_settings_text.py"),
         "if key.tag in (BOOL, NULL):",
         "if False:",
     ),
     Mutation(
         "settings: dots after the base",
-        ("config_base.py", "settings/test_given.py"),
+        ("cli/layered_yaml.py", "settings/test_given.py"),
         'own = nested({k: v for k, v in value.items() if k != "base"})',
         'own = {k: v for k, v in value.items() if k != "base"}',
     ),
     Mutation(
         "answers: a float32 keeps its noise",
-        ("rewards/references.py", "rewards/test_references.py"),
+        ("rewards/answers/references.py", "rewards/test_references.py"),
         "return [*texts, *_of_single(value)]",
         "return texts",
     ),

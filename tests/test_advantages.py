@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import close, f64
 
-from kdrl_lightning.advantages import group_relative
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses.advantages import group_relative
 
 
 def test_golden_one_of_four() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
 
 COUNT = int(os.environ.get("KDRL_BAD_INPUTS", "15"))
 SEED = int(os.environ.get("KDRL_BAD_INPUTS_SEED", "0"))

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_lightning.cache import MANIFEST, cache_root, cached_folder, checksums, is_sound
+from kdrl_lightning.models.folder_cache import (
+    MANIFEST,
+    cache_root,
+    cached_folder,
+    checksums,
+    is_sound,
+)
 
 CONTENT = {"config.json": b'{"a": 1}', "model.bin": bytes(range(256)), "sub/more.txt": b"more"}
 

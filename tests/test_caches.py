@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from kdrl_lightning.caches import SPARE, Growing, growing_cache
+from kdrl_lightning.models.prompt_cache import SPARE, Growing, growing_cache
 
 
 def states(rows: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:

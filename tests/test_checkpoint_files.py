@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from kdrl_lightning.checkpoints import (
+from kdrl_lightning.checkpoints.files import (
     META,
     SHARDS,
     CheckpointWriter,
@@ -23,8 +23,8 @@ from kdrl_lightning.checkpoints import (
     save_file,
     unfinished,
 )
+from kdrl_lightning.cli.export import student_weights
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.export import student_weights
 
 
 def test_a_save_that_is_cut_short_leaves_the_earlier_one(

@@ -14,21 +14,21 @@ import torch
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import GKD, KDRL, LocalTeacher
-from kdrl_lightning.compatibility import (
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.losses.logprobs import Head
+from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.objectives import SFT, Objective, WeightedSum
+from kdrl_lightning.objectives.grpo import GRPO
+from kdrl_lightning.objectives.selections import ExceptEndToken
+from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
+from kdrl_lightning.teachers import CachedTeacher, RoutedTeacher
+from kdrl_lightning.teachers.tokenizers import (
     check_end_tokens,
     check_same_vocabulary,
     different_ends,
     warn_of_templates,
 )
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.losses.logprobs import Head
-from kdrl_lightning.models import load_causal_lm, load_tokenizer
-from kdrl_lightning.objectives import SFT, Objective, WeightedSum
-from kdrl_lightning.objectives.grpo import GRPO
-from kdrl_lightning.objectives.selections import ExceptEndToken
-from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.teachers import CachedTeacher, RoutedTeacher
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")

@@ -24,7 +24,7 @@ from kdrl_lightning.callbacks import (
     WeightSync,
 )
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.tiny import AdditionTraces
 
 pytestmark = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.cli import KDRLCLI, as_seed
-from kdrl_lightning.config_base import load_with_base, merge
+from kdrl_lightning.cli.layered_yaml import load_with_base, merge
+from kdrl_lightning.cli.main import KDRLCLI, as_seed
 from kdrl_lightning.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from test_resumed_cli import refused, start, version  # noqa: F401
 
 from kdrl_lightning import GRPO, KDRLModule, __main__
 from kdrl_lightning.callbacks import FSDPCheckpoint
-from kdrl_lightning.checkpoints import read_metadata
+from kdrl_lightning.checkpoints.files import read_metadata
 from kdrl_lightning.errors import Interrupted, TrainingStopped
 
 pytestmark = pytest.mark.filterwarnings(

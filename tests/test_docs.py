@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from kdrl_lightning import callbacks, objectives, rollout
-from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.cli.layered_yaml import load_with_base
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
@@ -137,7 +137,7 @@ def test_settings_of_the_engines_are_those_of_the_class(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/engine").glob("*.yaml")), ids=str)
 def test_an_engine_lies_over_any_method(path: Path) -> None:
-    from kdrl_lightning.cli import KDRLCLI
+    from kdrl_lightning.cli.main import KDRLCLI
 
     assert f"configs/engine/{path.name}" in (ROOT / "docs/vllm.md").read_text()
     config = loaded(path)

@@ -13,12 +13,12 @@ import torch
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import GKD, GRPO, SFT, KDRLModule, LocalTeacher, SupervisedDataModule
-from kdrl_lightning.end_tokens import EndTokens, end_tokens, turn_end, warn_of_turn_end
+from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.engines.vllm.requests import completion
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm, load_tokenizer
-from kdrl_lightning.rollout.engine import Completion
-from kdrl_lightning.rollout.requests import completion
-from kdrl_lightning.rollout.sampler import _ended
+from kdrl_lightning.models.end_tokens import EndTokens, end_tokens, turn_end, warn_of_turn_end
+from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
+from kdrl_lightning.rollout.generation import _ended
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER
 
 # A random model stops late and is rarely right.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from short_runs import fit, make_data, make_module
 
-from kdrl_lightning.rollout import TransformersEngine
+from kdrl_lightning.engines import TransformersEngine
 
 
 class Sleeper(TransformersEngine):

@@ -26,9 +26,9 @@ from transformers import (
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.checkpoints import CheckpointWriter, export_together
+from kdrl_lightning.checkpoints.files import CheckpointWriter, export_together
+from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.export import export
 from kdrl_lightning.tiny.models import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(

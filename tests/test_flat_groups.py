@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from short_runs import make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO
-from kdrl_lightning.advantages import group_relative, shaped
+from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.losses.advantages import group_relative, shaped
 from kdrl_lightning.rewards import RewardRunner, Sample, Verdict
-from kdrl_lightning.rollout.engine import Completion
-from kdrl_lightning.rollout.groups import fill_groups
-from kdrl_lightning.rollout.sampler import Judged
-from kdrl_lightning.rollout.watch import RolloutWatch
+from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.rollout.prompt_order import fill_groups
+from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import collate, flat_groups
 
 NEARLY = [0.1 + 0.2, 0.3]  # differ in float64, not in float32

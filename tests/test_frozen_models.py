@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kdrl_lightning import GKD, GRPO, KDRL, RLAD, LocalTeacher, OnPolicyDistillation
 from kdrl_lightning.callbacks import CoefficientSchedule, SelectiveImitationStats
+from kdrl_lightning.callbacks.schedules import Linear, Switch
+from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
 from kdrl_lightning.errors import TrainingStopped
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.objectives import Objective
-from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.schedules import Linear, Switch
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")

@@ -10,8 +10,8 @@ import torch
 from short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GKD, GRPO, RLAD, SFT, LocalTeacher
-from kdrl_lightning.advantages import group_relative
 from kdrl_lightning.callbacks import WeightSync
+from kdrl_lightning.losses.advantages import group_relative
 from kdrl_lightning.objectives.ratios import BehaviorRatio, ShapedProbability
 from kdrl_lightning.rewards import Sample
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch

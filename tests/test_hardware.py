@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_lightning.cli import KDRLCLI
-from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.cli.layered_yaml import load_with_base
+from kdrl_lightning.cli.main import KDRLCLI
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs/hardware"

@@ -16,7 +16,7 @@ from test_checkpoint_files import sharded_trainer, student_weights
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint
-from kdrl_lightning.checkpoints import (
+from kdrl_lightning.checkpoints.files import (
     META,
     SHARDS,
     CheckpointWriter,
@@ -26,8 +26,15 @@ from kdrl_lightning.checkpoints import (
     reason_of,
     save_file,
 )
+from kdrl_lightning.checkpoints.integrity import (
+    SEAL,
+    Part,
+    check_archive,
+    check_seal,
+    seal,
+    whole_folder,
+)
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.integrity import SEAL, Part, check_archive, check_seal, seal, whole_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is .*:UserWarning")
 WEIGHTS = torch.arange(300.0)
@@ -231,7 +238,7 @@ def test_a_full_disk_under_anything_else_is_one_line(
                 raise RuntimeError("a logger's own words") from error
             raise
 
-    monkeypatch.setattr("kdrl_lightning.cli.KDRLCLI.run", run)
+    monkeypatch.setattr("kdrl_lightning.cli.main.KDRLCLI.run", run)
     with pytest.raises(SystemExit) as stop:
         main(["fit"])
     assert stop.value.code == 1
@@ -246,7 +253,7 @@ def test_another_failure_of_the_system_keeps_its_traceback(monkeypatch: pytest.M
     def run(args: Any) -> None:
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr("kdrl_lightning.cli.KDRLCLI.run", run)
+    monkeypatch.setattr("kdrl_lightning.cli.main.KDRLCLI.run", run)
     with pytest.raises(ConnectionResetError):
         main(["fit"])
 

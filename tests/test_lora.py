@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import adapters_off, is_adapter
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.sharding import load_scorer
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.lora import adapters_off, is_adapter
+from kdrl_lightning.models.sharding import load_scorer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.tiny.models import Recipe, save_untrained
-from kdrl_lightning.weights import ModelWeights
 
 IDS = torch.arange(16)[None]
 
@@ -135,7 +135,7 @@ def test_the_base_is_known_in_any_type_and_with_any_adapters(
 
 
 def test_peft_merges_the_same(student_folder: str, tmp_path: Path) -> None:
-    from kdrl_lightning.lora import adapter_weights, save_adapters
+    from kdrl_lightning.models.lora import adapter_weights, save_adapters
 
     model = trained(student_folder, LoRA(4, 6.0, ["q_proj", "up_proj"]))
     save_adapters(model, adapter_weights(model), tmp_path, student_folder)

@@ -12,8 +12,8 @@ from resumed_runs import Setting, run, same_batches, same_weights
 from torch import Tensor
 
 from kdrl_lightning import KDRL, AdapterOffTeacher, LoRA
-from kdrl_lightning.export import export
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.cli.export import export
+from kdrl_lightning.models.loading import load_causal_lm
 
 IDS = torch.arange(6, 30)[None]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import adapted_layers, adapters_off, is_adapter
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.sharding import recompute_layers
-from kdrl_lightning.weights import ModelWeights, plain_name
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.lora import adapted_layers, adapters_off, is_adapter
+from kdrl_lightning.models.sharding import recompute_layers
+from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 IDS = torch.stack([torch.arange(6, 30), torch.arange(29, 5, -1)])
 FUSED = sorted(MODELS.keys() - {"gemma3", "mamba", "dbrx"})
@@ -103,7 +103,7 @@ def test_a_saved_folder_holds_the_adapted_experts(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_peft_reads_the_adapter(name: str, tmp_path: Path) -> None:
-    from kdrl_lightning.lora import adapter_weights, save_adapters
+    from kdrl_lightning.models.lora import adapter_weights, save_adapters
 
     model = adapted(name)
     save_adapters(model, adapter_weights(model), tmp_path, "base")

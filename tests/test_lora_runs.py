@@ -20,13 +20,13 @@ from torch import Tensor
 from kdrl_lightning import GRPO, KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.checkpoints import CheckpointWriter
+from kdrl_lightning.checkpoints.files import CheckpointWriter
+from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.export import export
-from kdrl_lightning.lora import is_adapter
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.sharding import load_scorer
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.lora import is_adapter
+from kdrl_lightning.models.sharding import load_scorer
+from kdrl_lightning.models.weights import ModelWeights
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",

@@ -9,12 +9,12 @@ import test_scorer as scorers
 import torch
 from reference import close
 
-import kdrl_lightning.scorer as scoring
+import kdrl_lightning.models.scorer as scoring
 from kdrl_lightning.losses import reverse_kl
-from kdrl_lightning.merging import merge_rows
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import recompute_layers
+from kdrl_lightning.models.shared_prompts import merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import recompute_layers
 
 
 def rollout(prompt_lengths: tuple[int, int] = (9, 12)) -> RolloutBatch:

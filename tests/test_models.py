@@ -12,11 +12,11 @@ from moe_models import save as save_moe
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
-from kdrl_lightning.architectures.loaded import check_used
-from kdrl_lightning.architectures.reading import reading
-from kdrl_lightning.end_tokens import end_tokens
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import (
+from kdrl_lightning.models.architectures.loaded import check_used
+from kdrl_lightning.models.architectures.reading import reading
+from kdrl_lightning.models.end_tokens import end_tokens
+from kdrl_lightning.models.loading import (
     ModelSource,
     build_causal_lm,
     empty_causal_lm,
@@ -27,7 +27,7 @@ from kdrl_lightning.models import (
     save_causal_lm,
     unfilled_causal_lm,
 )
-from kdrl_lightning.sharding import load_scorer
+from kdrl_lightning.models.sharding import load_scorer
 
 LOADERS = [load_causal_lm, load_tokenizer, load_config]
 
@@ -376,7 +376,7 @@ def test_a_quantized_student_is_refused(kind, student_folder, monkeypatch):
     model = load_causal_lm(student_folder)
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(kind), requires_grad=False)
-    monkeypatch.setattr("kdrl_lightning.sharding.load_causal_lm", lambda *_: model)
+    monkeypatch.setattr("kdrl_lightning.models.sharding.load_causal_lm", lambda *_: model)
     words = (
         rf"must not be quantized to be trained: got model\.layers\.0\.mlp\.up_proj\.weight in "
         rf"{str(kind)[6:]}\. Name the folder of the unquantized model"

@@ -22,6 +22,7 @@ from kdrl_lightning import (
     PolicyObjective,
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
+from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
     SFT,
@@ -34,7 +35,6 @@ from kdrl_lightning.objectives import (
     WeightedSum,
     WrongCompletions,
 )
-from kdrl_lightning.rollout import TransformersEngine
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 # A random model stops late and is rarely right.

@@ -14,11 +14,11 @@ from short_runs import Log, Trace, fit, make_data, make_module, make_trainer, so
 
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import WeightSync
+from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.objectives import NoCorrection
 from kdrl_lightning.rewards import Sample
-from kdrl_lightning.rollout import TransformersEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the (completions|groups) ")
 

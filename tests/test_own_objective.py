@@ -11,7 +11,7 @@ import torch
 import yaml
 from reference import close, f64
 
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import SequenceRatio, SumAdvantage, WrongCompletions
 from kdrl_lightning.rollout_batch import collate

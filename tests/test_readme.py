@@ -53,7 +53,7 @@ def test_the_example_in_python_runs(tmp_path: Path) -> None:
 
 
 def test_the_example_configuration_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdrl_lightning.cli import KDRLCLI
+    from kdrl_lightning.cli.main import KDRLCLI
 
     (text,) = blocks("yaml")
     assert yaml.safe_load(text)["model"]["student"] == "Qwen/Qwen3-0.6B"

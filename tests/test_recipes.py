@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from kdrl_lightning.cli import KDRLCLI
-from kdrl_lightning.config_base import load_with_base
+from kdrl_lightning.cli.layered_yaml import load_with_base
+from kdrl_lightning.cli.main import KDRLCLI
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings(
@@ -119,7 +119,7 @@ def replaced(value: Any, names: dict[str, str]) -> Any:
 def shrunk(recipe: Path, names: dict[str, str], to: Path, overlay: Path | None = None) -> str:
     """Write the recipe for one CPU process and a few short completions."""
     config = load_with_base(recipe.read_text(), str(recipe))
-    from kdrl_lightning.config_base import merge
+    from kdrl_lightning.cli.layered_yaml import merge
 
     if overlay is not None:
         config = merge(config, load_with_base(overlay.read_text(), str(overlay)))

@@ -11,8 +11,8 @@ from resumed_runs import Run, Setting, run, same_batches, same_weights
 
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.callbacks import CoefficientSchedule
+from kdrl_lightning.callbacks.schedules import Linear, PlateauSwitch
 from kdrl_lightning.objectives import GKD, ShapedProbability, TruncatedImportance
-from kdrl_lightning.schedules import Linear, PlateauSwitch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",

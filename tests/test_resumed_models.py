@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3Config
 
 from kdrl_lightning import GRPO, KDRL
+from kdrl_lightning.checkpoints.resume import check_identity, difference
+from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.export import export
-from kdrl_lightning.models import frozen_names, load_causal_lm
-from kdrl_lightning.resume import check_identity, difference
-from kdrl_lightning.sharding import load_scorer
+from kdrl_lightning.models.loading import frozen_names, load_causal_lm
+from kdrl_lightning.models.sharding import load_scorer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",

@@ -15,8 +15,8 @@ from short_runs import Log, make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
 from kdrl_lightning import GRPO, KDRL, RLAD
+from kdrl_lightning.checkpoints.resume import KEY
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.resume import KEY
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
 pytestmark = pytest.mark.filterwarnings(

@@ -17,8 +17,8 @@ from short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.callbacks.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SamplePage, SelectiveImitationStats
-from kdrl_lightning.callbacks.end_of_run import checkpoint_bytes, student_bytes
+from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.export import export
-from kdrl_lightning.models import build_causal_lm, load_causal_lm
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import build_causal_lm, load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.trainer.end_of_run import checkpoint_bytes, student_bytes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",

@@ -23,9 +23,7 @@ from kdrl_lightning.callbacks import (
     KLCoefficientAnnealing,
     SelectiveImitationStats,
 )
-from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.objectives import Objective
-from kdrl_lightning.schedules import (
+from kdrl_lightning.callbacks.schedules import (
     Constant,
     Cosine,
     Linear,
@@ -34,6 +32,8 @@ from kdrl_lightning.schedules import (
     Schedule,
     Switch,
 )
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.objectives import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
 

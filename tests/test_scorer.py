@@ -10,8 +10,8 @@ import transformers
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Head
+from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.scorer import Scorer
 
 VOCAB, PAD = 40, 0
 COMMON = {

@@ -20,11 +20,11 @@ from kdrl_lightning import (
     RolloutDataModule,
     SupervisedDataModule,
 )
-from kdrl_lightning.models import load_causal_lm, load_config, load_tokenizer
+from kdrl_lightning.engines import Sampling, TransformersEngine
+from kdrl_lightning.models.loading import load_causal_lm, load_config, load_tokenizer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts import encode_all
-from kdrl_lightning.rollout import Sampling, TransformersEngine
 from kdrl_lightning.rollout_batch import collate
-from kdrl_lightning.weights import ModelWeights
 
 sys.path.insert(0, str(Path(__file__).parent / "vllm_cases"))
 from need import ROOT, need_vllm, run
@@ -147,7 +147,7 @@ def test_rlad_takes_a_step_towards_a_supervised_copy_and_the_export_is_that_mode
 
 
 def make_scores(model: Any, batch: Any) -> float:
-    from kdrl_lightning.scorer import Scorer
+    from kdrl_lightning.models.scorer import Scorer
 
     return float(Scorer(model).score(batch).logprobs.sum(1).mean())
 

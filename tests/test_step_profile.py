@@ -10,7 +10,7 @@ import yaml
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning.callbacks import StepProfile
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.errors import ConfigurationError
 
 # A random model stops late and is rarely right.

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kdrl_lightning import prompts, rewards
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
 
 PAGE = Path(__file__).parents[1] / "docs/tasks.md"
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -20,9 +20,9 @@ from kdrl_lightning.callbacks import (
     SelectiveImitationStats,
     WeightSync,
 )
+from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.objectives import Objective, Term
-from kdrl_lightning.rollout import TransformersEngine
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
@@ -292,7 +292,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_repetition_stops(
 def test_weight_sync_stops_a_stale_or_lying_engine(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
-    from kdrl_lightning.rollout import Completion, TransformersEngine
+    from kdrl_lightning.engines import Completion, TransformersEngine
 
     class Stale(TransformersEngine):
         def update_weights(self, weights: Any, version: int) -> None:

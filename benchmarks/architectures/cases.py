@@ -14,14 +14,14 @@ from typing import Any
 import families
 import torch
 
+from kdrl_lightning.engines import Sampling, TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import LoRA
-from kdrl_lightning.models import build_causal_lm, load_causal_lm
-from kdrl_lightning.rollout import Sampling, TransformersEngine
+from kdrl_lightning.models.loading import build_causal_lm, load_causal_lm
+from kdrl_lightning.models.lora import LoRA
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding, load_scorer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding, load_scorer
-from kdrl_lightning.weights import ModelWeights
 
 BOUND = 1e-3
 NOT = "—"

@@ -128,11 +128,11 @@ def check(model_type: str) -> str:
 
 def attempt(path: str, dtype: Any) -> str:
     """Try the model of a folder; see ``check``."""
+    from kdrl_lightning.engines import VLLMEngine
     from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-    from kdrl_lightning.models import load_causal_lm
-    from kdrl_lightning.rollout import VLLMEngine
-    from kdrl_lightning.scorer import Scorer
-    from kdrl_lightning.weights import ModelWeights
+    from kdrl_lightning.models.loading import load_causal_lm
+    from kdrl_lightning.models.scorer import Scorer
+    from kdrl_lightning.models.weights import ModelWeights
 
     try:
         model = load_causal_lm(path)
@@ -148,7 +148,7 @@ def attempt(path: str, dtype: Any) -> str:
 def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
     """Compare an engine with the model of ``weights``, before and after a change of them."""
     from kdrl_lightning.callbacks import WeightSync
-    from kdrl_lightning.rollout import Sampling
+    from kdrl_lightning.engines import Sampling
 
     model, groups, worst, mean = weights.model, [], 0.0, 0.0
     for version in (0, 1):

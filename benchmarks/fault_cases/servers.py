@@ -122,7 +122,7 @@ def reward(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
 def workers_of(session: int) -> list[int]:
     """Return the processes of rewards below a run."""
     everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    judges = [p for p in everyone if b"kdrl_lightning.rewards.worker" in command(p)]
+    judges = [p for p in everyone if b"kdrl_lightning.rewards.processes.worker" in command(p)]
     return sorted(p for p in judges if session in ancestors(p))
 
 

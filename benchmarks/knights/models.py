@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.knights.task import KnightsTraces, make_tokenizer
 from kdrl_lightning import __version__
-from kdrl_lightning.cache import cached_folder
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.models import ModelSource
+from kdrl_lightning.models.folder_cache import cached_folder
+from kdrl_lightning.models.loading import ModelSource
 
 # Seeds of the puzzles that models are made from start here, away from those of the configurations.
 TRACES_SEED = 1000

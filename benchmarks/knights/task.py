@@ -10,8 +10,7 @@ import re
 import zlib
 from typing import Any, Literal
 
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.optional import load_library
+from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts import KnightsAndKnavesPrompts, PromptSource
 from kdrl_lightning.prompts.reasoning_gym import SEED_STRIDE
 from kdrl_lightning.rewards import Sample, Verdict

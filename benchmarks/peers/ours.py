@@ -20,7 +20,7 @@ from kdrl_lightning import (
     Sample,
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats
-from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
+from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
 from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
 OBJECTIVES = {"grpo": GRPO, "kdrl": KDRL, "rlad": RLAD, "distillation": lambda: GKD(jsd_beta=1.0)}

@@ -13,13 +13,13 @@ PACKAGE = "kdrl_lightning"
 # Page -> title and the modules whose public names it shows.
 ROOMS = {
     "objectives": ("Objectives", ["objectives"]),
-    "losses": ("Losses", ["losses", "advantages"]),
+    "losses": ("Losses", ["losses", "losses.advantages"]),
     "teachers": ("Teachers", ["teachers"]),
-    "engines": ("Engines", ["rollout"]),
+    "engines": ("Engines", ["engines"]),
     "prompts": ("Prompts", ["prompts"]),
     "rewards": ("Rewards", ["rewards"]),
     "callbacks": ("Callbacks", ["callbacks"]),
-    "schedules": ("Schedules", ["schedules"]),
+    "schedules": ("Schedules", ["callbacks.schedules"]),
     "metrics": ("Metrics and evaluation", ["metrics", "evaluation"]),
     "tiny": ("Embedded task", ["tiny"]),
 }

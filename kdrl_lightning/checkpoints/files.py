@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils import _pytree as pytree
 
+from kdrl_lightning.checkpoints.integrity import Part, check_archive, check_seal, seal, sync
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.integrity import Part, check_archive, check_seal, seal, sync
-from kdrl_lightning.rollout.together import stop_together
 
 SHARDS, META = ".metadata", "meta.pt"
 # What the index of shards may be made of; it is a pickle, and torch would run any other.

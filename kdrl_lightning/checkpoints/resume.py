@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import all_settings
+from kdrl_lightning.models.loading import all_settings
 
 KEY = "kdrl_lightning"
 # Of a model's configuration: what says nothing about what its weights compute.

@@ -18,20 +18,20 @@ from lightning.pytorch import Trainer, seed_everything
 import kdrl_lightning.callbacks
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
-from kdrl_lightning import config_base
-from kdrl_lightning.checkpoints import META
-from kdrl_lightning.cli import as_seed, quiet, refuse_empty_groups, require_seed, seeded
-from kdrl_lightning.config_base import load_with_base, nested
+from kdrl_lightning.checkpoints.files import META
+from kdrl_lightning.cli import layered_yaml
+from kdrl_lightning.cli.export import export
+from kdrl_lightning.cli.layered_yaml import load_with_base, nested
+from kdrl_lightning.cli.main import as_seed, quiet, refuse_empty_groups, require_seed, seeded
+from kdrl_lightning.cli.parser import OneLineParser
+from kdrl_lightning.cli.settings.text import dump
+from kdrl_lightning.cli.settings.unused import take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.table import by_set, markdown_table
-from kdrl_lightning.export import export
-from kdrl_lightning.models import ModelSource
+from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
-from kdrl_lightning.parser import OneLineParser
-from kdrl_lightning.settings.text import dump
-from kdrl_lightning.settings.unused import take_notes
 
 # Of a configuration for training; a flag still switches them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -81,7 +81,7 @@ def evaluate(args: Sequence[str]) -> None:
         ConfigurationError: no model is named, or a setting cannot be.
     """
     quiet()
-    config_base.install()
+    layered_yaml.install()
     take_notes()  # of a command line before this one
     parser = make_parser()
     config = parser.parse_args(pruned(args))

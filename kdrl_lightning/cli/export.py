@@ -13,13 +13,18 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from kdrl_lightning.checkpoints import read_metadata, reason_of
+from kdrl_lightning.checkpoints.files import read_metadata, reason_of
+from kdrl_lightning.checkpoints.integrity import whole_folder
+from kdrl_lightning.checkpoints.resume import KEY, check_complete
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.integrity import whole_folder
-from kdrl_lightning.lora import LoRA, adapter_weights, save_adapters
-from kdrl_lightning.models import build_causal_lm, load_causal_lm, load_tokenizer, save_causal_lm
-from kdrl_lightning.resume import KEY, check_complete
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import (
+    build_causal_lm,
+    load_causal_lm,
+    load_tokenizer,
+    save_causal_lm,
+)
+from kdrl_lightning.models.lora import LoRA, adapter_weights, save_adapters
+from kdrl_lightning.models.weights import ModelWeights
 
 PREFIX = "student.model."
 

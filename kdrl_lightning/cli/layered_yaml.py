@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from jsonargparse import set_dumper, set_loader
 
+from kdrl_lightning.cli.settings import unions
+from kdrl_lightning.cli.settings.private import util
+from kdrl_lightning.cli.settings.replaced import contents, note_lost
+from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
+from kdrl_lightning.cli.settings.unused import note_dropped
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.settings import unions
-from kdrl_lightning.settings.private import util
-from kdrl_lightning.settings.replaced import contents, note_lost
-from kdrl_lightning.settings.text import TwiceError, dump, load, plain
-from kdrl_lightning.settings.unused import note_dropped
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
 

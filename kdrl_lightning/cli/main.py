@@ -15,10 +15,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import kdrl_lightning.callbacks
-import kdrl_lightning.gguf
+import kdrl_lightning.models.gguf
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
-from kdrl_lightning import config_base
 from kdrl_lightning.callbacks import (
     FSDPCheckpoint,
     PredictionWriter,
@@ -29,14 +28,15 @@ from kdrl_lightning.callbacks import (
     StepProfile,
     WeightSync,
 )
-from kdrl_lightning.callbacks.run_folder import RunConfig, loggers_in_root
+from kdrl_lightning.cli import layered_yaml
+from kdrl_lightning.cli.parser import OneLineParser
+from kdrl_lightning.cli.settings.folders import removed_if_refused
+from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
-from kdrl_lightning.parser import OneLineParser
-from kdrl_lightning.settings.folders import removed_if_refused
-from kdrl_lightning.settings.unused import note_unused, take_notes
-from kdrl_lightning.strategies import refuse_fsdp1
+from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
+from kdrl_lightning.trainer.strategies import refuse_fsdp1
 
 # Lightning takes any number for these.
 LEAST = (
@@ -62,7 +62,7 @@ class KDRLCLI(LightningCLI):
             instantiate_only: build trainer, model and data from ``args`` without a subcommand.
         """
         quiet()
-        config_base.install()
+        layered_yaml.install()
         take_notes()  # of a command line before this one
         return cls(
             KDRLModule,

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 import kdrl_lightning
+from kdrl_lightning.cli.settings.text import Text
+from kdrl_lightning.cli.settings.unused import note_repeated
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.settings.text import Text
-from kdrl_lightning.settings.unused import note_repeated
 
 HELP = "--help`"
 # How a message begins that is about one setting: jsonargparse's words, or ours.

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import torch
 
+from kdrl_lightning.engines.vllm.options import flags_of
+from kdrl_lightning.engines.vllm.worker import NAME
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout.vllm_options import flags_of
-from kdrl_lightning.rollout.vllm_worker import NAME
 
 WARNING = """\
 warning: whoever reaches {host}:{port} can replace the weights, pause the server and call any method

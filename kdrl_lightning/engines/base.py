@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.weights import ModelWeights
 
 
 @dataclass(frozen=True)

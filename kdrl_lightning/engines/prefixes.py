@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kdrl_lightning.caches import growing_cache, select_rows
+from kdrl_lightning.models.prompt_cache import growing_cache, select_rows
 
 # Names under which architectures return and take what they remember: most, Mamba's, RWKV's.
 MEMORIES = ("past_key_values", "cache_params", "state")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from kdrl_lightning.models import empty_causal_lm
-from kdrl_lightning.weights import ModelWeights, plain_name
+from kdrl_lightning.models.loading import empty_causal_lm
+from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 
 @torch.no_grad()

@@ -15,23 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdrl_lightning.architectures.rotary import decide_per_row
-from kdrl_lightning.architectures.switches import changes, may_change, probe_length
-from kdrl_lightning.architectures.verification import BOUND, BOUND_16, largest_gap
-from kdrl_lightning.end_tokens import as_ids, first_end
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.models import load_config, skeleton_causal_lm
-from kdrl_lightning.rollout.decoding import one_token_attention
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from kdrl_lightning.rollout.prefixes import (
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
+from kdrl_lightning.engines.decoding import one_token_attention
+from kdrl_lightning.engines.prefixes import (
     WAYS,
     PaddedPrefixes,
     Prefixes,
     WholePrefixes,
     is_ordinary,
 )
-from kdrl_lightning.rollout.replica import filled_replica
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines.replica import filled_replica
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.models.architectures.rotary import decide_per_row
+from kdrl_lightning.models.architectures.switches import changes, may_change, probe_length
+from kdrl_lightning.models.architectures.verification import BOUND, BOUND_16, largest_gap
+from kdrl_lightning.models.end_tokens import as_ids, first_end
+from kdrl_lightning.models.loading import load_config, skeleton_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 
 
 class TransformersEngine(RolloutEngine):

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from kdrl_lightning.engines.http_client import AwayError, ServerClient
+from kdrl_lightning.engines.vllm.hub_names import HubWeights
+from kdrl_lightning.engines.weight_files import write_shards
 from kdrl_lightning.errors import TrainingStopped
-from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.weight_files import write_shards
-from kdrl_lightning.server_client import AwayError, ServerClient
 
 
 class WeightRoute(ABC):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.evaluation.sets import NamedSet
-from kdrl_lightning.rewards.answers import answer_of
+from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.base import Reward, Sample
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rollout.generation import Judged
 
 ROW = "row"  # column for the prompt's columns that are called like ours
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from kdrl_lightning.metrics.bootstrap import bootstrap_interval
-from kdrl_lightning.metrics.majority import majority_at_k
-from kdrl_lightning.metrics.pass_at_k import pass_at_k
+from kdrl_lightning.evaluation.bootstrap import bootstrap_interval
+from kdrl_lightning.evaluation.majority import majority_at_k
+from kdrl_lightning.evaluation.pass_at_k import pass_at_k
 
 
 class EvaluationMetric(Metric):

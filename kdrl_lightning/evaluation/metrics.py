@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.evaluation.batch import EvaluationBatch
-from kdrl_lightning.metrics import EvaluationMetric
+from kdrl_lightning.evaluation.metric import EvaluationMetric
 
 
 class EvaluationMetrics:

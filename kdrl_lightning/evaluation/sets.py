@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts
-from kdrl_lightning.rollout.engine import Sampling
 
 
 @dataclass(frozen=True)

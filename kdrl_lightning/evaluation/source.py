@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from kdrl_lightning.engines.base import Sampling, noise_seed
 from kdrl_lightning.errors import BadRow, ConfigurationError
 from kdrl_lightning.evaluation.batch import EvaluationBatch
 from kdrl_lightning.evaluation.sets import EvalSets, NamedSet, named_sets
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts
 from kdrl_lightning.prompts.prompt_set import PromptSet
 from kdrl_lightning.rewards.base import Reward
-from kdrl_lightning.rollout.engine import Sampling, noise_seed
-from kdrl_lightning.rollout.groups import EVALUATION_NOISE
+from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout.loader import IndexLoader
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rollout.prompt_order import EVALUATION_NOISE
 
 
 class SampleAndJudge(Protocol):

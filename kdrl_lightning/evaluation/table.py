@@ -12,7 +12,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, dict[str, float]]:
     """Sort a test's metrics by set.
 
-    >>> from kdrl_lightning.rollout import Sampling
+    >>> from kdrl_lightning.engines import Sampling
     >>> by_set({"test/accuracy": 0.5}, [NamedSet("", [], 1, Sampling(8), 1, ())])
     {'': {'accuracy': 0.5}}
     """

@@ -1,5 +1,10 @@
 """Losses as pure functions of tensors: per-token values out, the caller reduces."""
 
+from kdrl_lightning.losses.corrections import (
+    importance_mask,
+    importance_weights,
+    sequence_sum,
+)
 from kdrl_lightning.losses.divergences import (
     forward_kl,
     generalized_jsd,
@@ -10,13 +15,8 @@ from kdrl_lightning.losses.divergences import (
     reverse_kl,
     with_tail,
 )
-from kdrl_lightning.losses.importance import (
-    importance_mask,
-    importance_weights,
-    sequence_sum,
-)
 from kdrl_lightning.losses.logprobs import TokenScores, chosen_logprobs, token_scores
-from kdrl_lightning.losses.policy import (
+from kdrl_lightning.losses.ratios import (
     cispo_surrogate,
     clipped_surrogate,
     luffy_surrogate,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.chosen import ChosenTokens, OfLogits, Transform
+from kdrl_lightning.losses.logprobs_backward import ChosenTokens, OfLogits, Transform
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_lightning.architectures.generation import check_end_ids, read_generation
-from kdrl_lightning.models import load_config
+from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
+from kdrl_lightning.models.loading import load_config
 
 # An answer that no template trims or rewrites.
 PROBE = "zq7"

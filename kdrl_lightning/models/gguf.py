@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from kdrl_lightning import __version__
-from kdrl_lightning.cache import cached_folder
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import ModelSource
+from kdrl_lightning.models.folder_cache import cached_folder
+from kdrl_lightning.models.loading import ModelSource
 
 
 class GGUFModel(ModelSource):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.architectures.attention import keep_soft_caps
-from kdrl_lightning.architectures.experts import keep_precision
-from kdrl_lightning.architectures.generation import generation_config, read_generation
-from kdrl_lightning.architectures.loaded import check_loaded
-from kdrl_lightning.architectures.reading import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.architectures.attention import keep_soft_caps
+from kdrl_lightning.models.architectures.experts import keep_precision
+from kdrl_lightning.models.architectures.generation import generation_config, read_generation
+from kdrl_lightning.models.architectures.loaded import check_loaded
+from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
 
 
 class ModelSource(ABC):

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from kdrl_lightning.merging import MergedRows
+from kdrl_lightning.models.shared_prompts import MergedRows
 
 # Room for so many more tokens, and a quarter of those there: copies stay few at any length, and
 # what attention reads lies close together.

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdrl_lightning.architectures.hidden_states import decoder_of, states_at_head
-from kdrl_lightning.architectures.rotary import decide_per_row, lengths_of_rows, switch_lengths
-from kdrl_lightning.architectures.verification import close, verify
 from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
-from kdrl_lightning.merging import MergedRows, merge_rows
+from kdrl_lightning.models.architectures.hidden_states import decoder_of, states_at_head
+from kdrl_lightning.models.architectures.rotary import (
+    decide_per_row,
+    lengths_of_rows,
+    switch_lengths,
+)
+from kdrl_lightning.models.architectures.verification import close, verify
+from kdrl_lightning.models.shared_prompts import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 # Names that architectures give to the bound of ``bound * tanh(logits / bound)``.
@@ -167,7 +171,7 @@ class Scorer(nn.Module):
         if merged is not None:
             input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
             if self._pays(merged):
-                from kdrl_lightning.caches import shared_states
+                from kdrl_lightning.models.prompt_cache import shared_states
 
                 return shared_states(decoder_of(self.model), merged)[rows, columns]
         hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1))

@@ -28,13 +28,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from kdrl_lightning.architectures.loaded import check_trainable, check_used
-from kdrl_lightning.architectures.reached import freeze, unreached
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora import LoRA, leave_base_out
-from kdrl_lightning.models import frozen_names, load_causal_lm, unfilled_causal_lm
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.shard_loading import WeightFiles, fill, sources, to_meta
+from kdrl_lightning.models.architectures.loaded import check_trainable, check_used
+from kdrl_lightning.models.architectures.reached import freeze, unreached
+from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled_causal_lm
+from kdrl_lightning.models.lora import LoRA, leave_base_out
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.shard_loading import WeightFiles, fill, sources, to_meta
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kdrl_lightning.lora import (
+from kdrl_lightning.models.loading import save_causal_lm
+from kdrl_lightning.models.lora import (
     ADAPTER,
     adapted_layers,
     add_update,
     base_order,
     is_adapter,
 )
-from kdrl_lightning.models import save_causal_lm
 
 
 @dataclass(frozen=True)

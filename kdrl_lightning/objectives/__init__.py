@@ -1,7 +1,7 @@
 """Objectives: presets chosen by ``class_path``, and the parts that they are built from."""
 
 from kdrl_lightning.losses.logprobs import TokenScores
-from kdrl_lightning.objectives.advantage_rules import (
+from kdrl_lightning.objectives.advantages import (
     Advantage,
     GapAdvantage,
     ReweightedAdvantage,
@@ -16,8 +16,8 @@ from kdrl_lightning.objectives.corrections import (
     NoCorrection,
     TruncatedImportance,
 )
-from kdrl_lightning.objectives.distill_terms import DistillTerm, SampledKL, VocabularyKL
 from kdrl_lightning.objectives.distillation import GKD, OnPolicyDistillation
+from kdrl_lightning.objectives.divergences import DistillTerm, SampledKL, VocabularyKL
 from kdrl_lightning.objectives.grpo import CISPO, GRPO, GSPO
 from kdrl_lightning.objectives.kdrl import KDRL
 from kdrl_lightning.objectives.mixtures import RLSD, SRPO

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdrl_lightning.advantages import group_relative, reweighted, shaped
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses.advantages import group_relative, reweighted, shaped
 from kdrl_lightning.objectives.base import Part, check_coefficient, known
 from kdrl_lightning.rollout_batch import RolloutBatch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdrl_lightning.objectives.distill_terms import VocabularyKL
+from kdrl_lightning.objectives.divergences import VocabularyKL
 from kdrl_lightning.objectives.kdrl import teacher_kl
 from kdrl_lightning.objectives.policy import PolicyObjective
 

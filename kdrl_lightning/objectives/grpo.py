@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdrl_lightning.objectives.advantage_rules import Advantage
+from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import SequenceRatio, TokenRatio, WeightRatio
 

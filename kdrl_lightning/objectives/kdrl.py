@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.objectives.advantage_rules import Advantage, ShapedAdvantage, SumAdvantage
-from kdrl_lightning.objectives.distill_terms import DistillTerm, SampledKL, VocabularyKL
+from kdrl_lightning.objectives.advantages import Advantage, ShapedAdvantage, SumAdvantage
+from kdrl_lightning.objectives.divergences import DistillTerm, SampledKL, VocabularyKL
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
 

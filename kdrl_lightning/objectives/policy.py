@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import TokenScores, k3
-from kdrl_lightning.objectives.advantage_rules import Advantage
+from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.base import (
     Objective,
     Reduction,
@@ -22,7 +22,7 @@ from kdrl_lightning.objectives.corrections import (
     NoCorrection,
     TruncatedImportance,
 )
-from kdrl_lightning.objectives.distill_terms import DistillTerm
+from kdrl_lightning.objectives.divergences import DistillTerm
 from kdrl_lightning.objectives.ratios import Ratio
 from kdrl_lightning.objectives.selections import ExceptEndToken, Selection
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch

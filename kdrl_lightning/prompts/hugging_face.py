@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.optional import load_library
+from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.optional import load_library
+from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kdrl_lightning.samples.page import Section
-from kdrl_lightning.samples.text import visible
-from kdrl_lightning.samples.views import SampleView
+from kdrl_lightning.reports.page import Section
+from kdrl_lightning.reports.text import visible
+from kdrl_lightning.reports.views import SampleView
 
 
 def log_samples(loggers: Sequence[Any], section: Section, step: int) -> None:

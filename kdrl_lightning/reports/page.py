@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from kdrl_lightning.samples.style import STYLE
-from kdrl_lightning.samples.text import visible
-from kdrl_lightning.samples.views import SampleView, TokenView
+from kdrl_lightning.reports.style import STYLE
+from kdrl_lightning.reports.text import visible
+from kdrl_lightning.reports.views import SampleView, TokenView
 
 # Edges of the teacher's gap, in nats: e^0.1 is a tenth, e^0.7 a factor of two, e^3 of twenty.
 EDGES = (0.1, 0.7, 3.0)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from kdrl_lightning.objectives.base import Objective
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.reports.text import token_texts
+from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
-from kdrl_lightning.samples.text import token_texts
 
 REWARDED, PUNISHED, DEAD, PROTECTED = "rewarded", "punished", "dead", "protected"
 

@@ -9,8 +9,8 @@ from kdrl_lightning.rewards.function import RewardFunction
 from kdrl_lightning.rewards.knights import KnightsAndKnavesReward
 from kdrl_lightning.rewards.length import LengthPenalty
 from kdrl_lightning.rewards.math import MathReward
+from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rewards.reasoning_gym import ReasoningGymReward
-from kdrl_lightning.rewards.runner import RewardRunner
 
 __all__ = [
     "BatchReward",

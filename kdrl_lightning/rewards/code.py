@@ -10,7 +10,7 @@ from typing import Any
 
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
-from kdrl_lightning.rewards.sandbox import Sandbox, require_sandbox
+from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
 
 BLOCK = re.compile(r"^```(?:python|py)[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.I)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rewards.answers import answer_of
+from kdrl_lightning.rewards.answers.extraction import answer_of
+from kdrl_lightning.rewards.answers.references import accepted, missing
 from kdrl_lightning.rewards.base import (
     BatchReward,
     Reward,
@@ -15,7 +16,6 @@ from kdrl_lightning.rewards.base import (
     Verdict,
     judge,
 )
-from kdrl_lightning.rewards.references import accepted, missing
 
 
 class WeightedRewards(BatchReward):

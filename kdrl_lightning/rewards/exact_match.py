@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rewards.answers import after_marker
+from kdrl_lightning.rewards.answers.extraction import after_marker
+from kdrl_lightning.rewards.answers.references import accepted, shorten
 from kdrl_lightning.rewards.base import Sample, TaskReward
-from kdrl_lightning.rewards.references import accepted, shorten
 
 
 class ExactMatch(TaskReward):

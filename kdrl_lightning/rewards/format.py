@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.rewards.answers import in_think_format, last_tagged
+from kdrl_lightning.rewards.answers.extraction import in_think_format, last_tagged
 from kdrl_lightning.rewards.base import Sample, TaskReward
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.callables import require_callable
-from kdrl_lightning.rewards.workers import WorkerPool
+from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 
 class RewardFunction(BatchReward):

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rewards.answers import in_think_format, last_tagged
+from kdrl_lightning.rewards.answers.extraction import in_think_format, last_tagged
+from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
-from kdrl_lightning.rewards.references import accepted
 
 CLAIM = re.compile(r"\b(\w+)\s+is\s+(?:an?\s+)?(\w+)", re.IGNORECASE)
 

@@ -7,15 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.optional import load_library
-from kdrl_lightning.rewards.answers import after_marker, last_boxed
+from kdrl_lightning.errors import ConfigurationError, load_library
+from kdrl_lightning.rewards.answers.equations import EQUALS, contradicts, numeric_sides
+from kdrl_lightning.rewards.answers.extraction import after_marker, last_boxed
+from kdrl_lightning.rewards.answers.numbers import same_number
+from kdrl_lightning.rewards.answers.references import accepted, shorten
+from kdrl_lightning.rewards.answers.units import same_quantity
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
-from kdrl_lightning.rewards.equations import EQUALS, contradicts, numeric_sides
-from kdrl_lightning.rewards.numbers import same_number
-from kdrl_lightning.rewards.references import accepted, shorten
-from kdrl_lightning.rewards.units import same_quantity
-from kdrl_lightning.rewards.workers import WorkerPool
+from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 # Longer answers are wrong: nobody asks for them, and parsers take their time over them.
 LONGEST_ANSWER = 1000

@@ -7,12 +7,11 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.optional import load_library
-from kdrl_lightning.rewards.answers import after_marker, last_tagged
+from kdrl_lightning.errors import ConfigurationError, load_library
+from kdrl_lightning.rewards.answers.extraction import after_marker, last_tagged
+from kdrl_lightning.rewards.answers.references import accepted, missing
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
-from kdrl_lightning.rewards.references import accepted, missing
-from kdrl_lightning.rewards.workers import WorkerPool
+from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 # What a student would find if a scorer gave full credit to it, whatever the question.
 CONSTANTS = (

@@ -1,17 +1,6 @@
-"""From prompts to rollout batches: engines, sampling order, and the cut into micro-batches."""
+"""From prompts to rollout batches: sampling, groups, statistics, the cut into micro-batches."""
 
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from kdrl_lightning.rollout.transformers_engine import TransformersEngine
-from kdrl_lightning.rollout.vllm_engine import VLLMEngine
-from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
-from kdrl_lightning.rollout.vllm_teacher import VLLMTeacherEngine
+from kdrl_lightning import _moved
 
-__all__ = [
-    "Completion",
-    "RolloutEngine",
-    "Sampling",
-    "TransformersEngine",
-    "VLLMEngine",
-    "VLLMServerEngine",
-    "VLLMTeacherEngine",
-]
+# Names that modules of 0.1 had here.
+__getattr__ = _moved.names_of("kdrl_lightning.engines")

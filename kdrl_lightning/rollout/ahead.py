@@ -7,7 +7,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from threading import Thread
 
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 
 Groups = list[list[Completion]]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from kdrl_lightning.end_tokens import EndTokens, first_end
+from kdrl_lightning.engines.base import Completion, Sampling
+from kdrl_lightning.models.end_tokens import EndTokens, first_end
 from kdrl_lightning.rewards.base import Sample, Verdict
-from kdrl_lightning.rewards.runner import RewardRunner
-from kdrl_lightning.rollout.engine import Completion, Sampling
+from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout_batch import STUDENT
 
 EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]

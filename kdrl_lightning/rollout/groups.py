@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
 from kdrl_lightning.rollout.ahead import Request
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
-from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
-from kdrl_lightning.rollout.groups import (
+from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
+from kdrl_lightning.rollout.loader import rows_at
+from kdrl_lightning.rollout.prompt_order import (
     PROBE_NOISE,
     TEACHER_NOISE,
     TRAIN_NOISE,
     Slots,
     fill_groups,
 )
-from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
 # Enough to tell weights apart, and little beside a rollout.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kdrl_lightning.rewards.runner import RewardRunner
+from kdrl_lightning.engines.base import RolloutEngine, Sampling
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.ahead import Ahead
-from kdrl_lightning.rollout.engine import RolloutEngine, Sampling
-from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged, sample_and_judge
+from kdrl_lightning.rollout.generation import EncodedPrompt, Judged, sample_and_judge
 from kdrl_lightning.rollout_batch import STUDENT
-from kdrl_lightning.weights import ModelWeights
 
 
 class LiveSampler:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kdrl_lightning.rollout.engine import noise_seed
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.engines.base import noise_seed
+from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import flat_groups, reward_dtype
 
 # Streams of noise: student rollouts, evaluation, the teacher's completions, probes of the sync.

@@ -8,17 +8,17 @@ from typing import Any, TypeAlias
 
 import torch
 
+from kdrl_lightning.distributed import require_embedded, require_finite, stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.metrics import peak_gb
-from kdrl_lightning.rollout.collector import Collector
 from kdrl_lightning.rollout.draws import DrawCounts
+from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
+from kdrl_lightning.rollout.groups import Collector
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.parts import part_means
-from kdrl_lightning.rollout.plan import FROZEN_TOKENS, RolloutPlan, plan_updates
-from kdrl_lightning.rollout.sampler import EncodedPrompt, Judged
-from kdrl_lightning.rollout.store import pack, unpack
-from kdrl_lightning.rollout.together import require_embedded, require_finite, stop_together
-from kdrl_lightning.rollout.watch import RolloutWatch
+from kdrl_lightning.rollout.saved import pack, unpack
+from kdrl_lightning.rollout.statistics import RolloutWatch
+from kdrl_lightning.rollout.updates import FROZEN_TOKENS, RolloutPlan, plan_updates
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 BatchChange: TypeAlias = Callable[[RolloutBatch], RolloutBatch]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
-from kdrl_lightning.rewards.runner import RewardRunner
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rewards.processes.runner import RewardRunner
+from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
 
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.lora import adapters_off
 from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.models.lora import adapters_off
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.teachers.base import Teacher
-from kdrl_lightning.weights import ModelWeights
 
 
 class AdapterOffTeacher(Teacher):

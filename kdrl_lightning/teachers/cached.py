@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding, on_any_rank
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding, on_any_rank
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
-from kdrl_lightning.weights import ModelWeights
 
 
 class CachedTeacher(Teacher):

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.compatibility import compare
-from kdrl_lightning.end_tokens import end_tokens
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
-from kdrl_lightning.models import (
+from kdrl_lightning.models.end_tokens import end_tokens
+from kdrl_lightning.models.loading import (
     ModelSource,
     load_config,
     load_tokenizer,
     model_path,
 )
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding, load_scorer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding, load_scorer
 from kdrl_lightning.teachers.base import Teacher
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.teachers.tokenizers import compare
 
 
 class LocalTeacher(Teacher):

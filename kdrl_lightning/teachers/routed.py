@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding
 from kdrl_lightning.teachers.base import Teacher
 
 

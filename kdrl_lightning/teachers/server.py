@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdrl_lightning.compatibility import compare
-from kdrl_lightning.end_tokens import end_tokens
+from kdrl_lightning.engines.http_client import AS_IT_IS, ServerClient, clients
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import TokenScores
-from kdrl_lightning.models import (
+from kdrl_lightning.models.end_tokens import end_tokens
+from kdrl_lightning.models.loading import (
     ModelSource,
     load_config,
     load_tokenizer,
     model_path,
 )
+from kdrl_lightning.models.sharding import on_any_rank
 from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
-from kdrl_lightning.server_client import AS_IT_IS, ServerClient, clients
-from kdrl_lightning.sharding import on_any_rank
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.tokenizers import compare
 
 PATH = "/v1/completions"
 # vLLM's bound on `logprob_token_ids` of one request.

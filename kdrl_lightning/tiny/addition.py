@@ -8,8 +8,8 @@ import numpy as np
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import PromptSource
+from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import Sample
-from kdrl_lightning.rewards.references import accepted
 
 SYMBOLS = "0123456789+=,#"
 

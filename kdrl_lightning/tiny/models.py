@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdrl_lightning import __version__
-from kdrl_lightning.cache import cached_folder
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.models import ModelSource
+from kdrl_lightning.models.folder_cache import cached_folder
+from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from kdrl_lightning.engines.base import RolloutEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.corrections import NoCorrection
 from kdrl_lightning.objectives.sft import SFT
 from kdrl_lightning.rewards.base import walk
-from kdrl_lightning.rollout.engine import RolloutEngine
 from kdrl_lightning.rollout.loader import limited
 
-if TYPE_CHECKING:
-    from kdrl_lightning.datamodule import RolloutDataModule
 
-
-def check_rollout_settings(trainer: Any, data: RolloutDataModule, module: Any) -> None:
+def check_rollout_settings(trainer: Any, data: Any, module: Any) -> None:
     """Check that rollouts divide into optimizer steps on every process.
 
     Raises:
@@ -113,7 +110,7 @@ def check_off_policy(max_off_policy_steps: int, engine: RolloutEngine) -> None:
         )
 
 
-def check_micro_batches(trainer: Any, data: RolloutDataModule, longest_prompt: int) -> None:
+def check_micro_batches(trainer: Any, data: Any, longest_prompt: int) -> None:
     """Check that a micro-batch of the longest completions fits the limit of tokens.
 
     Raises:
@@ -138,7 +135,7 @@ def check_micro_batches(trainer: Any, data: RolloutDataModule, longest_prompt: i
     )
 
 
-def longest_that_fits(trainer: Any, data: RolloutDataModule) -> int | None:
+def longest_that_fits(trainer: Any, data: Any) -> int | None:
     """Return the longest prompt whose completions fit a micro-batch; None without a limit."""
     limit = data.max_tokens_per_micro_batch
     if limit is None:
@@ -149,7 +146,7 @@ def longest_that_fits(trainer: Any, data: RolloutDataModule) -> int | None:
     return int(limit // each - data.train_sampling.max_tokens)
 
 
-def overfit_rollouts(trainer: Any, data: RolloutDataModule) -> int:
+def overfit_rollouts(trainer: Any, data: Any) -> int:
     """Return after how many rollouts ``overfit_batches`` repeats their prompts; 0: it is not set.
 
     Raises:
@@ -170,7 +167,7 @@ def overfit_rollouts(trainer: Any, data: RolloutDataModule) -> int:
     return int(batches // each)
 
 
-def check_completions(data: RolloutDataModule, module: Any) -> None:
+def check_completions(data: Any, module: Any) -> None:
     """Check that the objective can use the completions that student and teacher sample."""
     objective, name = module.objective, type(module.objective).__name__
     if isinstance(objective, SFT) and data.group_size:

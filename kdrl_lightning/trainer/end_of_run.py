@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
 
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.lora import is_adapter
-from kdrl_lightning.rollout.together import stop_together
+from kdrl_lightning.models.lora import is_adapter
 
 
 def write_or_warn(file: Path, write: Callable[[], Any]) -> None:

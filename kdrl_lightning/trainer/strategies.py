@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import (
 )
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.shard_loading import load_moments
-from kdrl_lightning.sharding import Sharding
+from kdrl_lightning.models.shard_loading import load_moments
+from kdrl_lightning.models.sharding import Sharding
 
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 

@@ -8,7 +8,7 @@ from small_models import build
 
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.lora.targets import ALL, find_targets
+from kdrl_lightning.models.lora.targets import ALL, find_targets
 
 
 @pytest.mark.filterwarnings("ignore:`target_modules. all-linear` leaves:UserWarning")

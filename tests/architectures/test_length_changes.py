@@ -15,15 +15,15 @@ from small_models import build, save
 from test_rotary import CASES, LIMIT
 
 from kdrl_lightning import GRPO, SFT, KDRLModule, LocalTeacher
-from kdrl_lightning.architectures.switches import Change
 from kdrl_lightning.callbacks import RunReport
+from kdrl_lightning.engines import Completion, TransformersEngine, VLLMEngine
+from kdrl_lightning.engines.vllm.requests import warn_of_one_rotary
 from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
+from kdrl_lightning.models.architectures.switches import Change
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet
-from kdrl_lightning.rollout import Completion, TransformersEngine, VLLMEngine
-from kdrl_lightning.rollout.requests import warn_of_one_rotary
 from kdrl_lightning.tiny.models import make_tokenizer
-from kdrl_lightning.weights import ModelWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
 

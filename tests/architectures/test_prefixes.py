@@ -9,17 +9,17 @@ import pytest
 import torch
 from small_models import build
 
-from kdrl_lightning.caches import select_rows
-from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
-from kdrl_lightning.rollout.prefixes import (
+from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
+from kdrl_lightning.engines.prefixes import (
     OwnCachePrefixes,
     PaddedPrefixes,
     Prefixes,
     WholePrefixes,
     is_ordinary,
 )
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.prompt_cache import select_rows
+from kdrl_lightning.models.weights import ModelWeights
 
 PROMPTS = [[5, 9, 23, 4, 51], [7], [3, 14, 3, 3, 88, 60, 41, 7, 9, 11, 13], [12, 11, 10, 9, 8]]
 SEEDS = [[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]

@@ -11,11 +11,11 @@ from odd_models import plain, save, with_images
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperForCausalLM
 
-from kdrl_lightning.architectures.reached import unreached
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.sharding import load_scorer
-from kdrl_lightning.strategies import check_unreached
+from kdrl_lightning.models.architectures.reached import unreached
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.sharding import load_scorer
+from kdrl_lightning.trainer.strategies import check_unreached
 
 
 def with_cross_attention(folder: Path) -> str:

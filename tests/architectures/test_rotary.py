@@ -8,12 +8,12 @@ import pytest
 import torch
 from small_models import build
 
-from kdrl_lightning.architectures.rotary import decide_per_row, switch_lengths
+from kdrl_lightning.engines import Sampling, TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout import Sampling, TransformersEngine
+from kdrl_lightning.models.architectures.rotary import decide_per_row, switch_lengths
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import collate
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.weights import ModelWeights
 
 LIMIT, PROMPT = 32, 10
 LONG = {

@@ -10,12 +10,12 @@ import torch
 from small_models import build, save
 from transformers import AutoModelForCausalLM
 
-import kdrl_lightning.scorer as scoring
-from kdrl_lightning.architectures.switches import picked_keys, probe_length
+import kdrl_lightning.models.scorer as scoring
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.scorer import Scorer
 
 SHAPES = [(5, 3), (1, 19), (12, 20), (12, 9), (12, 13)]
 

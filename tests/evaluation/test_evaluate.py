@@ -13,7 +13,7 @@ from short_runs import fit, make_data, make_module
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint
-from kdrl_lightning.evaluate import is_checkpoint, pruned
+from kdrl_lightning.cli.evaluate import is_checkpoint, pruned
 
 SET = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 3}}
 CONFIG: dict[str, Any] = {

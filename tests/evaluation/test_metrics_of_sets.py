@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_lightning.metrics import EvaluationMetric, bootstrap_interval, majority_at_k, pass_at_k
+from kdrl_lightning.evaluation import EvaluationMetric, bootstrap_interval, majority_at_k, pass_at_k
 
 CASES = settings(derandomize=True, max_examples=60, deadline=None)
 

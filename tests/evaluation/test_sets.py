@@ -11,11 +11,11 @@ from short_runs import fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
+from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation import NamedSet, named_sets
 from kdrl_lightning.rewards import WeightedRewards
-from kdrl_lightning.rewards.answers import answer_of
-from kdrl_lightning.rollout import Sampling
+from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.tiny import ColumnAddition
 
 DEFAULT = NamedSet("", [], 2, Sampling(16, 0.7), 64, ())

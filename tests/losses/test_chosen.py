@@ -10,8 +10,8 @@ import torch
 from reference import close, normal
 from torch import Tensor
 
-from kdrl_lightning.losses.chosen import ChosenTokens, Transform
 from kdrl_lightning.losses.logprobs import Head, token_scores
+from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Transform
 
 N, H, V = 7, 3, 11
 IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])

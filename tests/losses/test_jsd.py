@@ -13,7 +13,7 @@ from reference import close, f64, kl, log_softmax, normal
 from torch import Tensor
 
 from kdrl_lightning.losses import forward_kl, generalized_jsd, reverse_kl, with_tail
-from kdrl_lightning.objectives.distill_terms import floored_jsd
+from kdrl_lightning.objectives.divergences import floored_jsd
 
 INF = math.inf
 LOGITS = st.lists(st.floats(-15, 15), min_size=4, max_size=4)

@@ -11,7 +11,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import close, f64, normal
 
-from kdrl_lightning.advantages import group_relative, reweighted, shaped
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import (
     aligned,
@@ -22,6 +21,7 @@ from kdrl_lightning.losses import (
     wrong_completions,
     wrong_groups,
 )
+from kdrl_lightning.losses.advantages import group_relative, reweighted, shaped
 
 INF, NAN = math.inf, math.nan
 

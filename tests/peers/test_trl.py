@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdrl_lightning.advantages import group_relative
 from kdrl_lightning.losses import (
     chosen_logprobs,
     cispo_surrogate,
@@ -38,6 +37,7 @@ from kdrl_lightning.losses import (
     sequence_surrogate,
     token_mean,
 )
+from kdrl_lightning.losses.advantages import group_relative
 from kdrl_lightning.losses.logprobs import Head
 from kdrl_lightning.rewards.base import Sample
 from kdrl_lightning.rewards.length import LengthPenalty

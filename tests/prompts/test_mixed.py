@@ -14,8 +14,8 @@ from short_runs import Trace, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, MixedPrompts
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import first_of_each_kind
-from kdrl_lightning.rollout.groups import Slots
 from kdrl_lightning.rollout.loader import rows_at
+from kdrl_lightning.rollout.prompt_order import Slots
 
 
 def source(name: str, size: int) -> list[dict[str, str]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from kdrl_lightning import EvalSet, ExactMatch
+from kdrl_lightning.engines import Completion, Sampling
 from kdrl_lightning.evaluation import EvaluationBatch, named_sets
+from kdrl_lightning.evaluation.majority import majority_at_k
 from kdrl_lightning.evaluation.sets import NamedSet
-from kdrl_lightning.metrics.majority import majority_at_k
 from kdrl_lightning.prompts import ReasoningGymPrompts
 from kdrl_lightning.rewards import (
     CodeReward,
@@ -22,9 +23,8 @@ from kdrl_lightning.rewards import (
     Sample,
     Verdict,
 )
-from kdrl_lightning.rewards.answers import answer_of
-from kdrl_lightning.rollout import Completion, Sampling
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.rewards.answers.extraction import answer_of
+from kdrl_lightning.rollout.generation import Judged
 
 PEOPLE = "Emma is a knight, and Liam is a knave."
 PROGRAM = "```python\nprint({})\n```"

@@ -14,7 +14,7 @@ import pytest
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import CodeReward, RewardRunner, Sample, sandbox
 from kdrl_lightning.rewards.code import last_program
-from kdrl_lightning.rewards.sandbox import Sandbox, require_sandbox
+from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
 
 try:
     require_sandbox()

@@ -12,7 +12,7 @@ from reference import close
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import GRPO, LengthPenalty, WeightedRewards
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import Reward, Sample, Verdict
 

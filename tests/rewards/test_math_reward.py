@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import MathReward, Sample
-from kdrl_lightning.rewards.answers import after_marker, last_boxed, last_tagged
+from kdrl_lightning.rewards.answers.extraction import after_marker, last_boxed, last_tagged
 from kdrl_lightning.rewards.math import equal_at_once
 
 

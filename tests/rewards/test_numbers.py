@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdrl_lightning.rewards import MathReward, Sample
-from kdrl_lightning.rewards.numbers import read_number, same_number
-from kdrl_lightning.rewards.units import same_quantity
+from kdrl_lightning.rewards.answers.numbers import read_number, same_number
+from kdrl_lightning.rewards.answers.units import same_quantity
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from kdrl_lightning.rewards import (
     Sample,
     WeightedRewards,
 )
-from kdrl_lightning.rewards.answers import answer_of
+from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.base import Verdict
-from kdrl_lightning.rewards.sandbox import require_sandbox
+from kdrl_lightning.rewards.processes.sandbox import require_sandbox
 
 ODD = {
     "empty": "",

@@ -29,8 +29,8 @@ from kdrl_lightning.rewards import (
     TaskReward,
     WeightedRewards,
 )
+from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.reasoning_gym import score
-from kdrl_lightning.rewards.references import accepted
 from kdrl_lightning.tiny import addition_reward
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.optional import load_library
+from kdrl_lightning.errors import ConfigurationError, load_library
 from kdrl_lightning.prompts import KnightsAndKnavesPrompts, ReasoningGymPrompts
 from kdrl_lightning.rewards import (
     BatchReward,
@@ -25,8 +24,8 @@ from kdrl_lightning.rewards import (
     WeightedRewards,
 )
 from kdrl_lightning.rewards.base import judge, walk
+from kdrl_lightning.rewards.processes.workers import WorkerPool
 from kdrl_lightning.rewards.reasoning_gym import CONSTANTS
-from kdrl_lightning.rewards.workers import WorkerPool
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 RIGHT = "<think>so</think>\n<answer>42</answer>\n"

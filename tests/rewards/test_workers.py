@@ -17,7 +17,7 @@ from judged_elsewhere import answer, with_children, with_orphan
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
-from kdrl_lightning.rewards.workers import WorkerPool
+from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal\n"
         "from judged_elsewhere import answer\n"
-        "from kdrl_lightning.rewards.workers import WorkerPool\n"
+        "from kdrl_lightning.rewards.processes.workers import WorkerPool\n"
         "pool = WorkerPool(answer, 5.0, 1)\n"
         "print(pool.map(['who'])[0], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -198,7 +198,7 @@ def test_a_call_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> N
     script = tmp_path / "script.py"
     script.write_text(
         "from judged_elsewhere import with_children\n"
-        "from kdrl_lightning.rewards.workers import WorkerPool\n"
+        "from kdrl_lightning.rewards.processes.workers import WorkerPool\n"
         f"WorkerPool(with_children, 500.0, 1).map(['{tmp_path}/x|hang'])\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -227,7 +227,7 @@ def test_a_function_that_cannot_be_imported_there(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdrl_lightning.rewards.workers.START_SECONDS", 0.0)
+    monkeypatch.setattr("kdrl_lightning.rewards.processes.workers.START_SECONDS", 0.0)
     with pytest.raises(TimeoutError, match=r"a worker process did not start in 0 s"):
         WorkerPool(answer, 1.0, 1).map([1])
 

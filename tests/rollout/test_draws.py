@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from kdrl_lightning.distributed import require_embedded
+from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.errors import BadRow, TrainingStopped
-from kdrl_lightning.rollout.collector import Collector, Source
 from kdrl_lightning.rollout.draws import LAST_ROLLOUTS, DrawCounts, draw
-from kdrl_lightning.rollout.engine import Sampling
-from kdrl_lightning.rollout.groups import Slots
+from kdrl_lightning.rollout.groups import Collector, Source
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.rollout.together import require_embedded
+from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER
 
 

@@ -7,16 +7,16 @@ import reference  # noqa: F401  (the hypothesis profile)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdrl_lightning.engines.base import Completion, noise_seed
 from kdrl_lightning.rewards import Verdict
-from kdrl_lightning.rollout.engine import Completion, noise_seed
-from kdrl_lightning.rollout.groups import (
+from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.rollout.prompt_order import (
     EVALUATION_NOISE,
     TEACHER_NOISE,
     TRAIN_NOISE,
     Slots,
     fill_groups,
 )
-from kdrl_lightning.rollout.sampler import Judged
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))

@@ -15,9 +15,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.architectures.families import build, save
 from kdrl_lightning import LoRA
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines.vllm.hub_names import HubWeights
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 
 # What a folder names otherwise than the model: experts (two layouts), a head, layers, everything.
 FAMILIES = {

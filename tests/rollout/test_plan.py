@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout.plan import RolloutPlan, plan_updates, step_totals
+from kdrl_lightning.rollout.updates import RolloutPlan, plan_updates, step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals, collate
 
 GROUPS, SIZE = 6, 3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.rewards import RewardRunner, Sample
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling, noise_seed
-from kdrl_lightning.rollout.sampler import sample_and_judge
+from kdrl_lightning.rollout.generation import sample_and_judge
 from kdrl_lightning.tiny.models import make_tokenizer
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdrl_lightning.rollout import store
-from kdrl_lightning.rollout.groups import Slots
+from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 PAD = 7

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kdrl_lightning.engines.base import Completion, Sampling
 from kdrl_lightning.rewards import FormatReward, RewardRunner, Sample
-from kdrl_lightning.rollout.engine import Completion, Sampling
-from kdrl_lightning.rollout.sampler import _texts, sample_and_judge
+from kdrl_lightning.rollout.generation import _texts, sample_and_judge
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "<|im_start|>"]
 FRAME = {"bos_token": "<s>", "eos_token": "<eos>", "pad_token": "<pad>"}

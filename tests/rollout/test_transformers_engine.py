@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
+from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import collate
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.weights import ModelWeights
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 9, 13, 4, 15], [7], [3, 14, 3, 3], [12, 11, 10], [4, 4, 4, 4, 4, 4, 4], [6, 13, 8]]

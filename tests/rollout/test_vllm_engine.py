@@ -13,10 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
 from need import ROOT, need_vllm, run
 
+from kdrl_lightning.engines import Sampling, VLLMEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout import Sampling, VLLMEngine
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 
 
 def test_the_real_engine(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from kdrl_lightning.cli.serve import command, parse
+from kdrl_lightning.engines.vllm.options import options_of, vllm_version
 from kdrl_lightning.rollout import vllm_options
-from kdrl_lightning.rollout.vllm_options import options_of, vllm_version
-from kdrl_lightning.serve import command, parse
 
 ROTARY = {"custom_ops": ["-rotary_embedding"]}
 

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
 from need import ROOT, need_vllm, run
 from scripted import Scripted
 
+from kdrl_lightning.cli.serve import command, parse, serve
+from kdrl_lightning.engines import Sampling, VLLMServerEngine
+from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute
+from kdrl_lightning.engines.weight_files import read_shards, write_shards
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout import Sampling, VLLMServerEngine
-from kdrl_lightning.rollout.vllm_transfer import TransferRoute
-from kdrl_lightning.rollout.weight_files import read_shards, write_shards
-from kdrl_lightning.serve import command, parse, serve
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 
 EOS, PAD = 1, 0
 
@@ -228,8 +228,8 @@ def test_a_server_whose_code_loses_updates_is_refused(
     server: Scripted, weights: ModelWeights, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = {weights.model.config.model_type: "sinks"}
-    monkeypatch.setattr("kdrl_lightning.rollout.vllm_options.BY_TRANSFORMERS", lost)
-    monkeypatch.setattr("kdrl_lightning.rollout.vllm_server.BY_TRANSFORMERS", lost)
+    monkeypatch.setattr("kdrl_lightning.engines.vllm.options.BY_TRANSFORMERS", lost)
+    monkeypatch.setattr("kdrl_lightning.engines.vllm.server.BY_TRANSFORMERS", lost)
     server.describe["implementation"] = by
     engine = VLLMServerEngine([server.url], "key")
     if by.startswith("Transformers"):
@@ -329,7 +329,7 @@ def test_shards_hold_every_tensor_once_and_tied_ones_twice(
 ) -> None:
     shared = torch.arange(6.0).view(2, 3)
     tensors = {"a": shared, "b": shared, "c": shared.t(), "d": torch.ones(1)}
-    monkeypatch.setattr("kdrl_lightning.rollout.weight_files.SHARD_BYTES", 40)
+    monkeypatch.setattr("kdrl_lightning.engines.weight_files.SHARD_BYTES", 40)
     write_shards(iter(tensors.items()), tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     found = dict(read_shards(tmp_path))
@@ -393,7 +393,7 @@ def test_the_command_has_what_rollouts_need() -> None:
         "--host 127.0.0.1",
         "--logprobs-mode processed_logprobs",
         "--generation-config vllm",
-        "--worker-extension-cls kdrl_lightning.rollout.vllm_worker.StudentWorker",
+        "--worker-extension-cls kdrl_lightning.engines.vllm.worker.StudentWorker",
         "--dtype float32",
     ):
         assert part in text
@@ -448,8 +448,8 @@ def test_a_full_disk_stops_the_push_and_keeps_the_servers_weights(
     if place == "the folder":
         monkeypatch.setattr("tempfile.mkdtemp", full)
     else:
-        monkeypatch.setattr("kdrl_lightning.rollout.weight_files.SHARD_BYTES", 1)
-        monkeypatch.setattr("kdrl_lightning.rollout.weight_files.save_file", full)
+        monkeypatch.setattr("kdrl_lightning.engines.weight_files.SHARD_BYTES", 1)
+        monkeypatch.setattr("kdrl_lightning.engines.weight_files.save_file", full)
     words = (
         r"^`weights_folder` must have room for the student's weights: got OSError: .*No space left "
         rf"on device in {tmp_path}\. Make room, or name a folder on another disk\.$"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdrl_lightning.rollout.vllm_worker import StudentWorker, after_reload, before_reload
+from kdrl_lightning.engines.vllm.worker import StudentWorker, after_reload, before_reload
 
 
 class Packing:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdrl_lightning.rewards import RewardRunner, Sample
-from kdrl_lightning.rollout.watch import RolloutWatch
+from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from kdrl_lightning import GRPO, KDRL, RLAD, Verdict
+from kdrl_lightning.engines import Completion
 from kdrl_lightning.objectives import Objective
-from kdrl_lightning.rollout import Completion
-from kdrl_lightning.rollout.sampler import Judged
+from kdrl_lightning.reports import SampleView, choose, scored_views, text_view
+from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.samples import SampleView, choose, scored_views, text_view
 from kdrl_lightning.tiny.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.cli import KDRLCLI
-from kdrl_lightning.config_base import install, load_with_base, merge
-from kdrl_lightning.evaluate import make_parser, pruned, seeded
+from kdrl_lightning.cli.evaluate import make_parser, pruned, seeded
+from kdrl_lightning.cli.layered_yaml import install, load_with_base, merge
+from kdrl_lightning.cli.main import KDRLCLI
 
 CONFIG = """
 model: {student: some/model, objective: {class_path: GRPO}}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.cli import KDRLCLI
-from kdrl_lightning.settings import private
+from kdrl_lightning.cli.main import KDRLCLI
+from kdrl_lightning.cli.settings import private
 
 CONFIG = """
 model: {student: some/model, teacher: {class_path: LocalTeacher, init_args: {model: some/model}},

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
+from kdrl_lightning.cli.settings.text import dump, load
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample, TaskReward
-from kdrl_lightning.settings.text import dump, load
 
 HARD = [
     "007",

@@ -10,16 +10,16 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from kdrl_lightning.config_base import merge
+from kdrl_lightning.cli.layered_yaml import merge
+from kdrl_lightning.cli.parser import is_file, one_line
+from kdrl_lightning.cli.settings import private
+from kdrl_lightning.cli.settings.private import util
+from kdrl_lightning.cli.settings.replaced import Given, contents, missing
+from kdrl_lightning.cli.settings.shapes import by_name, fits, fitting, is_class, is_spec
+from kdrl_lightning.cli.settings.text import Text, dump, load, plain
+from kdrl_lightning.cli.settings.unused import note_dropped, take_notes
 from kdrl_lightning.errors import path_error
-from kdrl_lightning.parser import is_file, one_line
 from kdrl_lightning.prompts import PromptSource
-from kdrl_lightning.settings import private
-from kdrl_lightning.settings.private import util
-from kdrl_lightning.settings.replaced import Given, contents, missing
-from kdrl_lightning.settings.shapes import by_name, fits, fitting, is_class, is_spec
-from kdrl_lightning.settings.text import Text, dump, load, plain
-from kdrl_lightning.settings.unused import note_dropped, take_notes
 
 ROWS = Sequence[Mapping[str, Any]]
 SPEC = {"class_path": "JSONLPrompts", "init_args": {"path": "x"}}

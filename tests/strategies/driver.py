@@ -34,11 +34,11 @@ from kdrl_lightning import (
     TransformersEngine,
 )
 from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSync
+from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample, Verdict
-from kdrl_lightning.rollout.engine import Completion
 from kdrl_lightning.tiny import ColumnAddition
-from kdrl_lightning.weights import full_tensor, plain_name
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from strategy_runs import Runs
 from torch import Tensor
 
-from kdrl_lightning.export import export
+from kdrl_lightning.cli.export import export
 
 two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 EXACT = ("kdrl", "rlad", "gkd", "routed", "lora")

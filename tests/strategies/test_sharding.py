@@ -18,14 +18,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from kdrl_lightning.engines.replica import filled_replica
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import generalized_jsd
 from kdrl_lightning.losses.logprobs import Head, Other
-from kdrl_lightning.rollout.replica import filled_replica
-from kdrl_lightning.scorer import Scorer
-from kdrl_lightning.sharding import Sharding, decoder_layers, load_scorer, recompute_layers
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding, decoder_layers, load_scorer, recompute_layers
+from kdrl_lightning.models.weights import ModelWeights, full_tensor, plain_name
 from kdrl_lightning.teachers import LocalTeacher
-from kdrl_lightning.weights import ModelWeights, full_tensor, plain_name
 
 CASES = [(name, tied) for name in ARCHITECTURES for tied in (True, False)]
 every = pytest.mark.parametrize(("name", "tied"), CASES)
@@ -233,7 +233,9 @@ def test_a_model_is_read_in_parts_and_equals_the_loaded_one(
     path, batch = save(build(name, tied), tmp_path, max_shard_size="20KB"), rollout()
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     plain = load_scorer(path, torch.float32)
-    monkeypatch.setattr("kdrl_lightning.sharding.load_causal_lm", None)  # would hold all of it
+    monkeypatch.setattr(
+        "kdrl_lightning.models.sharding.load_causal_lm", None
+    )  # would hold all of it
     spread = load_scorer(path, torch.float32, sharding)
     assert spread.model.generation_config.to_dict() == plain.model.generation_config.to_dict()
     ours, theirs = (dict(s.model.named_buffers()) for s in (plain, spread))

@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy, Str
 from safetensors.torch import load_file
 
 from kdrl_lightning.__main__ import main
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rollout.together import stop_together
-from kdrl_lightning.strategies import FSDP2Strategy, refuse_fsdp1, sharding_of
+from kdrl_lightning.trainer.strategies import FSDP2Strategy, refuse_fsdp1, sharding_of
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
@@ -27,7 +27,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 # otherwise, and Adam divides by what are nearly no gradients: not what is compared here.
 UNSHARED = """import sys
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.scorer import Scorer
+from kdrl_lightning.models.scorer import Scorer
 Scorer._shares = lambda self, rows, bound: False
 main(sys.argv[2:])"""
 

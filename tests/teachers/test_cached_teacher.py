@@ -14,7 +14,7 @@ import yaml
 from short_runs import fit, make_data, make_module
 
 from kdrl_lightning import GKD, KDRL, CachedTeacher, KDRLModule, LocalTeacher, RoutedTeacher
-from kdrl_lightning.cli import KDRLCLI
+from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch, collate

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import ModelSource, load_causal_lm, load_tokenizer
+from kdrl_lightning.models.loading import ModelSource, load_causal_lm, load_tokenizer
+from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.scorer import Scorer
 from kdrl_lightning.teachers import LocalTeacher
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, CachedTeacher, LocalTeacher, RoutedTeacher
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores
-from kdrl_lightning.models import load_tokenizer
+from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")

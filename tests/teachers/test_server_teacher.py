@@ -18,9 +18,9 @@ from scripted import Scripted
 
 from kdrl_lightning import GRPO, RLAD, RolloutBatch, RoutedTeacher, ServerTeacher
 from kdrl_lightning.callbacks import SelectiveImitationStats
+from kdrl_lightning.engines import VLLMTeacherEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.objectives import GKD
-from kdrl_lightning.rollout import VLLMTeacherEngine
 from kdrl_lightning.rollout_batch import collate
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ class Teaching(Scripted):
 
 @pytest.fixture
 def server(teacher_folder: str) -> Iterator[Teaching]:
-    from kdrl_lightning.models import load_tokenizer
+    from kdrl_lightning.models.loading import load_tokenizer
 
     made = Teaching(load_tokenizer(teacher_folder))
     yield made
@@ -202,7 +202,7 @@ def test_where_one_process_has_to_stop_all_do(
 def test_servers_share_the_completions_of_one_model(
     server: Teaching, teacher_folder: str, batch: RolloutBatch
 ) -> None:
-    from kdrl_lightning.models import load_tokenizer
+    from kdrl_lightning.models.loading import load_tokenizer
 
     other = Teaching(load_tokenizer(teacher_folder))
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm
+from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.tiny import models
 from kdrl_lightning.tiny.models import Recipe, TinyModel, save_untrained
 

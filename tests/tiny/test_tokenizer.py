@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import Qwen2Tokenizer
 
-from kdrl_lightning.models import load_tokenizer
+from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
 from kdrl_lightning.tiny.models import make_tokenizer
 

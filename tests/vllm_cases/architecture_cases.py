@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.architectures.families import save
 from benchmarks.architectures.vllm_case import END, PAD, check, logprobs, settings
+from kdrl_lightning.engines import VLLMEngine
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout import VLLMEngine
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 
 FAMILIES = {
     "smollm3": "vLLM runs it with transformers' classes",

@@ -13,10 +13,10 @@ import torch
 from models import CASES, CONTEXT, EOS, PAD, make_model, save_model, worst_gap
 
 from kdrl_lightning import LoRA
+from kdrl_lightning.engines import Completion, Sampling, TransformersEngine, VLLMEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout import Completion, Sampling, TransformersEngine, VLLMEngine
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 
 PROMPTS = [[5, 9, 13, 4, 15], [7], [3, 14, 3, 3], [12, 11, 10], [4] * 7, [6, 13, 8]]
 SEEDS = [[100 * i + j for j in range(4)] for i in range(len(PROMPTS))]
@@ -223,7 +223,7 @@ def test_an_engine_that_dies_stops_the_run_and_can_be_started_anew(
     engine: VLLMEngine, model: Any, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("kdrl_lightning.rollout.vllm_engine.check_requests", lambda *_: None)
+        patch.setattr("kdrl_lightning.engines.vllm.engine.check_requests", lambda *_: None)
         with pytest.raises(TrainingStopped, match=r"vLLM could not sample: index out of range"):
             engine.generate([[99]], [[0]], Sampling(4))
     with pytest.raises(TrainingStopped, match=r"vLLM has stopped"):

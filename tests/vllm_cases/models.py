@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 
-from kdrl_lightning.rollout import Completion
+from kdrl_lightning.engines import Completion
+from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rollout_batch import collate
-from kdrl_lightning.scorer import Scorer
 
 PAD, EOS, CONTEXT = 0, 1, 512
 CASES = {

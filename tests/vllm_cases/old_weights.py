@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.rollout import VLLMEngine
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines import VLLMEngine
+from kdrl_lightning.models.weights import ModelWeights
 
 
 class OldWeights(VLLMEngine):

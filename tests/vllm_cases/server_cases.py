@@ -15,13 +15,13 @@ from servers import KEY, RealServer
 
 from benchmarks.architectures.families import save
 from benchmarks.architectures.vllm_case import change, settings
+from kdrl_lightning.engines import Sampling, TransformersEngine, VLLMServerEngine
+from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute, meeting_point
+from kdrl_lightning.engines.weight_transport import FileRoute
 from kdrl_lightning.errors import TrainingStopped
-from kdrl_lightning.models import load_causal_lm
-from kdrl_lightning.rollout import Sampling, TransformersEngine, VLLMServerEngine
-from kdrl_lightning.rollout.vllm_transfer import TransferRoute, meeting_point
-from kdrl_lightning.rollout.weight_route import FileRoute
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.tiny.models import Recipe, save_untrained
-from kdrl_lightning.weights import ModelWeights
 
 PROMPTS = [[5, 9, 13, 4, 15], [7], [3, 14, 3, 3], [12, 11, 10], [4] * 7, [6, 13, 8]]
 SEEDS = [[100 * i + j for j in range(4)] for i in range(len(PROMPTS))]
@@ -116,7 +116,7 @@ def test_weights_by_the_transfer_api(
     from store_transfer import Trainer
 
     monkeypatch.setattr(
-        "kdrl_lightning.rollout.vllm_transfer.init_info",
+        "kdrl_lightning.engines.vllm.nccl_transport.init_info",
         lambda backend, url, world, rank: Trainer(*meeting_point(url), rank=rank),
     )
     other = VLLMServerEngine([server.url], KEY, transfer=True)

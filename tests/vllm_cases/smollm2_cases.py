@@ -7,9 +7,9 @@ import os
 import torch
 from models import worst_gap
 
-from kdrl_lightning.models import load_causal_lm, load_tokenizer
-from kdrl_lightning.rollout import Sampling, VLLMEngine
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines import Sampling, VLLMEngine
+from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
+from kdrl_lightning.models.weights import ModelWeights
 
 
 def test_it_samples_from_the_weights_that_were_pushed() -> None:

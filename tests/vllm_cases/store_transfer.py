@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from kdrl_lightning.rollout.vllm_worker import StudentWorker
+from kdrl_lightning.engines.vllm.worker import StudentWorker
 
 
 @dataclass

@@ -12,8 +12,8 @@ from need import ROOT, run
 from servers import KEY, RealServer
 
 from kdrl_lightning import CachedTeacher, LocalTeacher, RolloutBatch, ServerTeacher
+from kdrl_lightning.engines import Sampling, VLLMServerEngine, VLLMTeacherEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rollout import Sampling, VLLMServerEngine, VLLMTeacherEngine
 from kdrl_lightning.rollout_batch import collate
 from kdrl_lightning.tiny import TinyModel
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from kdrl_lightning.settings.private import actions, typehints
-from kdrl_lightning.settings.shapes import is_spec
-from kdrl_lightning.settings.unused import note_replaced
+from kdrl_lightning.cli.settings.private import actions, typehints
+from kdrl_lightning.cli.settings.shapes import is_spec
+from kdrl_lightning.cli.settings.unused import note_replaced
 
 _load_group = actions._ActionConfigLoad.__call__
 _check_type = typehints.ActionTypeHint._check_type

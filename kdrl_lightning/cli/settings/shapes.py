@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import Namespace
 
-from kdrl_lightning.settings.private import typehints, util
-from kdrl_lightning.settings.text import Text
+from kdrl_lightning.cli.settings.private import typehints, util
+from kdrl_lightning.cli.settings.text import Text
 
 NULL = ("null", "~")
 LEAVES = (str, int, float, bool, NoneType)

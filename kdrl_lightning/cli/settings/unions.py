@@ -19,11 +19,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from jsonargparse import Namespace
 
-from kdrl_lightning.settings.private import actions, typehints, util
-from kdrl_lightning.settings.replaced import check_type, load_group
-from kdrl_lightning.settings.shapes import LEAVES, fitting, is_class, is_sequence, is_spec
-from kdrl_lightning.settings.text import Text, is_data, load, plain
-from kdrl_lightning.settings.unused import note_dropped
+from kdrl_lightning.cli.settings.private import actions, typehints, util
+from kdrl_lightning.cli.settings.replaced import check_type, load_group
+from kdrl_lightning.cli.settings.shapes import LEAVES, fitting, is_class, is_sequence, is_spec
+from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
+from kdrl_lightning.cli.settings.unused import note_dropped
 
 NestedArg = util.NestedArg
 _adapt = typehints.adapt_typehints

@@ -15,20 +15,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kdrl_lightning.end_tokens import as_ids
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import (
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
+from kdrl_lightning.engines.vllm.classes import classes_kept
+from kdrl_lightning.engines.vllm.hub_names import HubWeights
+from kdrl_lightning.engines.vllm.options import implementation_of, options_of
+from kdrl_lightning.engines.vllm.requests import (
     check_requests,
     completion,
     context_of,
     warn_of_one_rotary,
 )
-from kdrl_lightning.rollout.vllm_classes import classes_kept
-from kdrl_lightning.rollout.vllm_options import implementation_of, options_of
-from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines.vllm.worker import after_reload, before_reload
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.models.end_tokens import as_ids
+from kdrl_lightning.models.weights import ModelWeights
 
 # Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
 # over as they are; and quiet, for the screen belongs to the run.

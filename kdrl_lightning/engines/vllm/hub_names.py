@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.models.weights import ModelWeights
 
 LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions join tensors of one layer, never of several
 

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from kdrl_lightning.engines.http_client import AwayError, ServerClient
+from kdrl_lightning.engines.vllm.hub_names import HubWeights
+from kdrl_lightning.engines.weight_transport import WeightRoute, paused, ranks
 from kdrl_lightning.errors import TrainingStopped
-from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.weight_route import WeightRoute, paused, ranks
-from kdrl_lightning.server_client import AwayError, ServerClient
 
 
 class TransferRoute(WeightRoute):

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models import load_config
+from kdrl_lightning.models.loading import load_config
 
 # vLLM's code for these writes some weights where a reload does not look for them, so that updates
 # would get lost. If transformers' classes run the model, the weights arrive.

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from kdrl_lightning.architectures.rotary import switch_lengths
-from kdrl_lightning.end_tokens import first_end
+from kdrl_lightning.engines.base import Completion, Sampling
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rollout.engine import Completion, Sampling
+from kdrl_lightning.models.architectures.rotary import switch_lengths
+from kdrl_lightning.models.end_tokens import first_end
 
 
 def check_requests(

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from kdrl_lightning.end_tokens import as_ids
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-from kdrl_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from kdrl_lightning.rollout.hub_names import HubWeights
-from kdrl_lightning.rollout.requests import (
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
+from kdrl_lightning.engines.http_client import AS_IT_IS, AwayError, ServerClient, clients
+from kdrl_lightning.engines.vllm.hub_names import HubWeights
+from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute
+from kdrl_lightning.engines.vllm.options import BY_TRANSFORMERS, implementation_of
+from kdrl_lightning.engines.vllm.requests import (
     check_requests,
     completion,
     context_of,
     warn_of_one_rotary,
 )
-from kdrl_lightning.rollout.vllm_options import BY_TRANSFORMERS, implementation_of
-from kdrl_lightning.rollout.vllm_transfer import TransferRoute
-from kdrl_lightning.rollout.weight_route import FileRoute, WeightRoute, ranks
-from kdrl_lightning.server_client import AS_IT_IS, AwayError, ServerClient, clients
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines.weight_transport import FileRoute, WeightRoute, ranks
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.models.end_tokens import as_ids
+from kdrl_lightning.models.weights import ModelWeights
 
 
 class VLLMServerEngine(RolloutEngine):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from kdrl_lightning.end_tokens import as_ids
-from kdrl_lightning.rollout.vllm_server import VLLMServerEngine
-from kdrl_lightning.server_client import ServerClient
-from kdrl_lightning.weights import ModelWeights
+from kdrl_lightning.engines.http_client import ServerClient
+from kdrl_lightning.engines.vllm.server import VLLMServerEngine
+from kdrl_lightning.models.end_tokens import as_ids
+from kdrl_lightning.models.weights import ModelWeights
 
 
 class VLLMTeacherEngine(VLLMServerEngine):

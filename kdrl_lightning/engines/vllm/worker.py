@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdrl_lightning.rollout.weight_files import read_shards
+from kdrl_lightning.engines.weight_files import read_shards
 
 NAME = f"{__name__}.StudentWorker"
 

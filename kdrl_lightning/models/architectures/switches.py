@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_lightning.architectures.rotary import switch_lengths
+from kdrl_lightning.models.architectures.rotary import switch_lengths
 
 # Windows and chunks of attention, and how many keys a sparse attention keeps.
 NAMES = (

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kdrl_lightning.architectures.attention import keep_soft_caps
-from kdrl_lightning.architectures.hidden_states import decoder_of
-from kdrl_lightning.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.architectures.attention import keep_soft_caps
+from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
 
 BOUND = 1e-3  # of log-probabilities in 32 bits and more
 BOUND_16 = 0.1  # of their mean in 16 bits: single tokens differ by more, as experts change

@@ -1,6 +1,6 @@
 """Low-rank adapters on a frozen student, by peft."""
 
-from kdrl_lightning.lora.adapters import (
+from kdrl_lightning.models.lora.adapters import (
     ADAPTER,
     LoRA,
     adapted_layers,

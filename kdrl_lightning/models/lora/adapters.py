@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.lora.targets import ALL, find_targets
+from kdrl_lightning.models.lora.targets import ALL, find_targets
 
 ADAPTER = "default"  # peft's name of a single adapter
 

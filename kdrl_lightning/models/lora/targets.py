@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdrl_lightning.architectures.hidden_states import decoder_of
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.architectures.hidden_states import decoder_of
 
 ALL = "all-linear"
 # transformers keeps the experts of a layer in one 3-D parameter, gate and up projection in one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kdrl_lightning.rewards.numbers import same_number
+from kdrl_lightning.rewards.answers.numbers import same_number
 
 EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|\\approx(?![A-Za-z])")
 # Commands that leave a side a number; whatever letters are left make it something else.

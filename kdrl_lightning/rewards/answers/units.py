@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kdrl_lightning.rewards.numbers import read_number, same_number
+from kdrl_lightning.rewards.answers.numbers import read_number, same_number
 
 # Names by dimension, with their size in the dimension's first unit.
 _TABLE = {

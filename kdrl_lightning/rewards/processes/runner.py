@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.rewards.answers.references import shorten
 from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, judge, walk
 from kdrl_lightning.rewards.callables import require_callable
-from kdrl_lightning.rewards.references import shorten
 
 
 class RewardRunner:

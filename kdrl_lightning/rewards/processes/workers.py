@@ -160,7 +160,7 @@ class _Worker:
         self.ticket = 0  # of the latest call: a call may be answered twice after a kill
         self.deadline = time.monotonic() + START_SECONDS
         self.pipe, theirs = Pipe()
-        code = f"from kdrl_lightning.rewards.worker import main; main({theirs.fileno()})"
+        code = f"from kdrl_lightning.rewards.processes.worker import main; main({theirs.fileno()})"
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],

@@ -1,0 +1,140 @@
+"""Modules by the names that they had in 0.1: imports and class paths of users go on working."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "kdrl_lightning"
+MOVED = {
+    "advantages": "losses.advantages",
+    "architectures": "models.architectures",
+    "cache": "models.folder_cache",
+    "caches": "models.prompt_cache",
+    "callbacks.end_of_run": "trainer.end_of_run",
+    "callbacks.run_folder": "trainer.run_folder",
+    "callbacks.stop_signals": "trainer.stop_signals",
+    "checks": "trainer.checks",
+    "compatibility": "teachers.tokenizers",
+    "config_base": "cli.layered_yaml",
+    "end_tokens": "models.end_tokens",
+    "evaluate": "cli.evaluate",
+    "export": "cli.export",
+    "gguf": "models.gguf",
+    "integrity": "checkpoints.integrity",
+    "lora": "models.lora",
+    "losses.chosen": "losses.logprobs_backward",
+    "losses.importance": "losses.corrections",
+    "losses.policy": "losses.ratios",
+    "merging": "models.shared_prompts",
+    "metrics.bootstrap": "evaluation.bootstrap",
+    "metrics.evaluation": "evaluation.metric",
+    "metrics.majority": "evaluation.majority",
+    "metrics.pass_at_k": "evaluation.pass_at_k",
+    "nonfinite": "metrics.nonfinite",
+    "objectives.advantage_rules": "objectives.advantages",
+    "objectives.distill_terms": "objectives.divergences",
+    "parser": "cli.parser",
+    "plots": "reports.plots",
+    "resume": "checkpoints.resume",
+    "rewards.equations": "rewards.answers.equations",
+    "rewards.numbers": "rewards.answers.numbers",
+    "rewards.references": "rewards.answers.references",
+    "rewards.runner": "rewards.processes.runner",
+    "rewards.sandbox": "rewards.processes.sandbox",
+    "rewards.units": "rewards.answers.units",
+    "rewards.worker": "rewards.processes.worker",
+    "rewards.workers": "rewards.processes.workers",
+    "rollout.collector": "rollout.groups",
+    "rollout.decoding": "engines.decoding",
+    "rollout.engine": "engines.base",
+    "rollout.hub_names": "engines.vllm.hub_names",
+    "rollout.plan": "rollout.updates",
+    "rollout.prefixes": "engines.prefixes",
+    "rollout.replica": "engines.replica",
+    "rollout.requests": "engines.vllm.requests",
+    "rollout.sampler": "rollout.generation",
+    "rollout.source": "rollout.rollouts",
+    "rollout.store": "rollout.saved",
+    "rollout.together": "distributed",
+    "rollout.transformers_engine": "engines.transformers_engine",
+    "rollout.vllm_classes": "engines.vllm.classes",
+    "rollout.vllm_engine": "engines.vllm.engine",
+    "rollout.vllm_options": "engines.vllm.options",
+    "rollout.vllm_server": "engines.vllm.server",
+    "rollout.vllm_teacher": "engines.vllm.teacher",
+    "rollout.vllm_transfer": "engines.vllm.nccl_transport",
+    "rollout.vllm_worker": "engines.vllm.worker",
+    "rollout.watch": "rollout.statistics",
+    "rollout.weight_files": "engines.weight_files",
+    "rollout.weight_route": "engines.weight_transport",
+    "samples": "reports",
+    "schedules": "callbacks.schedules",
+    "scorer": "models.scorer",
+    "serve": "cli.serve",
+    "server_client": "engines.http_client",
+    "settings": "cli.settings",
+    "shard_loading": "models.shard_loading",
+    "sharding": "models.sharding",
+    "strategies": "trainer.strategies",
+    "weights": "models.weights",
+}
+
+
+def install() -> None:
+    """Let Python ask here for modules of the package that it finds nowhere else."""
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModules())
+
+
+def names_of(*modules: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a package that has the name of a former module.
+
+    Args:
+        modules: where the former module's names are today.
+    """
+
+    def find(name: str) -> Any:
+        for module in () if name.startswith("__") else modules:
+            found = getattr(import_module(module), name, None)
+            if found is not None:
+                return found
+        raise AttributeError(f"no attribute {name!r}")
+
+    return find
+
+
+class MovedModules(MetaPathFinder):
+    """Finds a module by its former name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return how to import a former module; None for any other."""
+        old = fullname.removeprefix(f"{PACKAGE}.")
+        for head in (old, old.rpartition(".")[0]):
+            if fullname != old and head in MOVED:
+                new = f"{PACKAGE}.{MOVED[head]}{old[len(head) :]}"
+                return ModuleSpec(fullname, _Forward(new), is_package=True)
+        return None
+
+
+class _Forward(Loader):
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python make a plain module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give it the names of the module of today."""
+        today = import_module(self.new)
+        text = f"`{module.__name__}` must be imported as `{self.new}`: the old name goes with 0.3."
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        module.__dict__.update({k: v for k, v in vars(today).items() if not k.startswith("__")})

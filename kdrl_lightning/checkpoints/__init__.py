@@ -1,0 +1,6 @@
+"""Checkpoint files: writing, reading, resuming, and finding damage."""
+
+from kdrl_lightning import _moved
+
+# Names that modules of 0.1 had here.
+__getattr__ = _moved.names_of("kdrl_lightning.checkpoints.files")

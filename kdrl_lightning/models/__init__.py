@@ -1,0 +1,6 @@
+"""The student and frozen models: loading, scoring, sharding, weights, adapters."""
+
+from kdrl_lightning import _moved
+
+# Names that modules of 0.1 had here.
+__getattr__ = _moved.names_of("kdrl_lightning.models.loading")

@@ -1,0 +1,1 @@
+"""What the library asks of Lightning's Trainer: strategies, checks, run folders, signals."""
