@@ -196,7 +196,7 @@ def test_other_subcommands_stop_at_once(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("evaluate.evaluate", "serve.serve", "__main__.run_export"):
+    for place in ("cli.evaluate.evaluate", "cli.serve.serve", "__main__.run_export"):
         monkeypatch.setattr(f"kdrl_lightning.{place}", interrupted)
     monkeypatch.setattr(pl.Trainer, "_run_stage", lambda self: press())
     line = refused(start, capsys, command, code=130)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_lightning import GGUFModel, gguf
+from kdrl_lightning import GGUFModel
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models import gguf
 
 
 @pytest.fixture(autouse=True)

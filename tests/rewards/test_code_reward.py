@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rewards import CodeReward, RewardRunner, Sample, sandbox
+from kdrl_lightning.rewards import CodeReward, RewardRunner, Sample
 from kdrl_lightning.rewards.code import last_program
+from kdrl_lightning.rewards.processes import sandbox
 from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
 
 try:

@@ -9,7 +9,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kdrl_lightning.rollout import decoding
+from kdrl_lightning.engines import decoding
 
 
 class Layer(torch.nn.Module):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdrl_lightning.rollout import store
+from kdrl_lightning.rollout import saved as store
 from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 

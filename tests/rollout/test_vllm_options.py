@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from kdrl_lightning.cli.serve import command, parse
+from kdrl_lightning.engines.vllm import options as vllm_options
 from kdrl_lightning.engines.vllm.options import options_of, vllm_version
-from kdrl_lightning.rollout import vllm_options
 
 ROTARY = {"custom_ops": ["-rotary_embedding"]}
 

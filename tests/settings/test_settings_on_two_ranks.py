@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from kdrl_lightning.rollout import together
+from kdrl_lightning import distributed as together
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
