@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -19,6 +22,8 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.shard_loading import load_moments
 from kdrl_lightning.sharding import Sharding
 
+GRACE_S = 5.0
+_KILL: Any = _ChildProcessObserver._terminate_all
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 
 
@@ -74,6 +79,27 @@ def register() -> None:
             override=True,
             save_distributed_checkpoint=parts,
         )
+
+
+def end_with_children() -> None:
+    """Let the process that started the others exit with their code if one of them ends first.
+
+    Lightning kills it then, with -9: it may wait for the others in a call of C++ during which
+    Python handles no signal, as at the start of a process group. So Ctrl-C would not end with 130.
+    """
+
+    def terminate(observer: Any) -> None:
+        children = observer._child_processes
+        code = max(child.returncode or 0 for child in children)
+        if code <= 0:  # a signal killed one
+            _KILL(observer)
+            return
+        time.sleep(GRACE_S)  # in a thread: a process that can end by itself does so meanwhile
+        for child in children:
+            child.kill()
+        os._exit(code)
+
+    _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign]
 
 
 def refuse_fsdp1(strategy: Any) -> None:

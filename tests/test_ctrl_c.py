@@ -6,6 +6,8 @@ import csv
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from short_runs import make_data, make_module, make_trainer
 from test_killed_runs import fit as fit_in_processes
 from test_killed_runs import killer
+from test_killed_runs import start as start_process
 from test_resumed_cli import refused, start, version  # noqa: F401
 
 from kdrl_lightning import GRPO, KDRLModule, __main__
@@ -228,6 +231,81 @@ def test_the_last_step_before_a_stop_is_logged(student_folder: str, tmp_path: Pa
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
     assert [int(row["step"]) for row in rows] == [0, 1, 2]  # once each
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_process_that_waits_for_the_others_in_c_ends_with_130_too(
+    tmp_path: Path, student_folder: str, teacher_folder: str, strategy: str
+) -> None:
+    """At the start of the process group no Python handler runs in the first process."""
+    flags = (f"--trainer.strategy={strategy}", "--trainer.devices=2")
+    process = start_process(tmp_path, (student_folder, teacher_folder), *flags)
+    try:
+        # As it starts: the second process sleeps as if it read a large model.
+        slow = "import os, time\nif os.environ.get('LOCAL_RANK') == '1':\n    time.sleep(600)\n"
+        code = tmp_path / "killer.py"
+        code.write_text(slow + code.read_text())
+        assert process.stderr is not None
+        begun = next(line for line in process.stderr if "Initializing distributed" in line)
+        assert "GLOBAL_RANK: 0" in begun
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, err[-3000:]
+    assert "error: stopped by Ctrl-C: nothing was saved." in err and "Traceback" not in err
+
+
+ENDS = """
+import os, subprocess, sys, threading
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from kdrl_lightning import strategies
+
+strategies.GRACE_S, meanwhile = 0.0, sys.argv[3] == "ends"
+if meanwhile:
+    strategies.GRACE_S = 600.0
+strategies.end_with_children()
+ends = [subprocess.Popen([sys.executable, "-c", f"import os; {line}"]) for line in sys.argv[1:3]]
+for child in ends:
+    child.wait()
+observer = _ChildProcessObserver(os.getpid(), ends, sleep_period=0)
+observer.start()
+if meanwhile:
+    sys.exit(7)
+threading.Event().wait(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "meanwhile", "code"),
+    [
+        ("os._exit(130)", "os._exit(0)", "waits", 130),
+        ("os.abort()", "os._exit(2)", "waits", 2),
+        ("os._exit(1)", "os._exit(130)", "waits", 130),
+        ("os._exit(0)", "os.kill(os.getpid(), 9)", "waits", -9),
+        ("os._exit(1)", "os._exit(0)", "ends", 7),
+    ],
+)
+def test_the_first_process_ends_with_the_code_of_the_others(
+    first: str, second: str, meanwhile: str, code: int
+) -> None:
+    command = [sys.executable, "-c", ENDS, first, second, meanwhile]
+    assert subprocess.run(command, timeout=240).returncode == code
+
+
+def test_what_fails_after_ctrl_c_is_no_error_of_the_program(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise AttributeError("it was not set up yet")
+
+    monkeypatch.setattr(pl.Trainer, "_run_sanity_check", lambda self: press())
+    monkeypatch.setattr("kdrl_lightning.callbacks.RunReport.on_exception", fails)
+    line = refused(start, capsys, "fit", code=130)
+    assert line == "error: stopped by Ctrl-C: nothing was saved."
 
 
 @pytest.mark.parametrize("ends", [None, SystemExit(2)])
