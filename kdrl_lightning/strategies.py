@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,9 @@ from kdrl_lightning.shard_loading import load_moments
 from kdrl_lightning.sharding import Sharding
 
 GRACE_S = 5.0
+# What a signal makes of a process that has not got to its own handling, and so says nothing.
+EARLY = {-signal.SIGINT: 128 + signal.SIGINT, -signal.SIGTERM: 128 + signal.SIGTERM}
+NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
 _KILL: Any = _ChildProcessObserver._terminate_all
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 
@@ -90,13 +94,16 @@ def end_with_children() -> None:
 
     def terminate(observer: Any) -> None:
         children = observer._child_processes
-        code = max(child.returncode or 0 for child in children)
-        if code <= 0:  # a signal killed one
+        raw = [child.returncode or 0 for child in children]
+        code = max(EARLY.get(value, value) for value in raw)
+        if code <= 0:  # something killed one
             _KILL(observer)
             return
         time.sleep(GRACE_S)  # in a thread: a process that can end by itself does so meanwhile
         for child in children:
             child.kill()
+        if code not in raw:
+            os.write(2, f"error: stopped by {NAMES[code]}: nothing was saved.\n".encode())
         os._exit(code)
 
     _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign]

@@ -6,15 +6,16 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.loggers import CSVLogger
 from short_runs import make_data, make_module, make_trainer
 from test_killed_runs import fit as fit_in_processes
@@ -22,7 +23,7 @@ from test_killed_runs import killer
 from test_killed_runs import start as start_process
 from test_resumed_cli import refused, start, version  # noqa: F401
 
-from kdrl_lightning import GRPO, KDRLModule, __main__
+from kdrl_lightning import GRPO, KDRLModule, __main__, strategies
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints import read_metadata
 from kdrl_lightning.errors import Interrupted, TrainingStopped
@@ -241,13 +242,16 @@ def test_a_process_that_waits_for_the_others_in_c_ends_with_130_too(
     flags = (f"--trainer.strategy={strategy}", "--trainer.devices=2")
     process = start_process(tmp_path, (student_folder, teacher_folder), *flags)
     try:
-        # As it starts: the second process sleeps as if it read a large model.
-        slow = "import os, time\nif os.environ.get('LOCAL_RANK') == '1':\n    time.sleep(600)\n"
+        # As it starts: the second process sleeps as if it read something large.
+        slow = "import os, time\nif os.environ.get('LOCAL_RANK') == '1':\n"
+        slow += "    open('asleep', 'w').close()\n    time.sleep(600)\n"
         code = tmp_path / "killer.py"
         code.write_text(slow + code.read_text())
         assert process.stderr is not None
         begun = next(line for line in process.stderr if "Initializing distributed" in line)
         assert "GLOBAL_RANK: 0" in begun
+        while not (tmp_path / "asleep").exists() and process.poll() is None:
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=240)
     finally:
@@ -257,41 +261,45 @@ def test_a_process_that_waits_for_the_others_in_c_ends_with_130_too(
     assert "error: stopped by Ctrl-C: nothing was saved." in err and "Traceback" not in err
 
 
-ENDS = """
-import os, subprocess, sys, threading
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from kdrl_lightning import strategies
-
-strategies.GRACE_S, meanwhile = 0.0, sys.argv[3] == "ends"
-if meanwhile:
-    strategies.GRACE_S = 600.0
-strategies.end_with_children()
-ends = [subprocess.Popen([sys.executable, "-c", f"import os; {line}"]) for line in sys.argv[1:3]]
-for child in ends:
-    child.wait()
-observer = _ChildProcessObserver(os.getpid(), ends, sleep_period=0)
-observer.start()
-if meanwhile:
-    sys.exit(7)
-threading.Event().wait(600)
-"""
-
-
 @pytest.mark.parametrize(
-    ("first", "second", "meanwhile", "code"),
+    ("codes", "done", "says"),
     [
-        ("os._exit(130)", "os._exit(0)", "waits", 130),
-        ("os.abort()", "os._exit(2)", "waits", 2),
-        ("os._exit(1)", "os._exit(130)", "waits", 130),
-        ("os._exit(0)", "os.kill(os.getpid(), 9)", "waits", -9),
-        ("os._exit(1)", "os._exit(0)", "ends", 7),
+        ([130, 0], ["waits", "kill", "kill", 130], ""),
+        ([-6, 2], ["waits", "kill", "kill", 2], ""),
+        ([1, 130], ["waits", "kill", "kill", 130], ""),
+        ([None, 1], ["waits", "kill", "kill", 1], ""),
+        ([0, -9], ["lightning"], ""),
+        ([0, 0], [], ""),
+        # Python itself had just begun there, and has no handler yet.
+        ([-2, 0], ["waits", "kill", "kill", 130], "error: stopped by Ctrl-C: nothing was saved.\n"),
+        ([-15, -9], ["waits", "kill", "kill", 143],
+         "error: stopped by SIGTERM: nothing was saved.\n"),
+        ([-15, 143], ["waits", "kill", "kill", 143], ""),
     ],
-)
+)  # fmt: skip
 def test_the_first_process_ends_with_the_code_of_the_others(
-    first: str, second: str, meanwhile: str, code: int
+    codes: list[int | None],
+    done: list[Any],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    command = [sys.executable, "-c", ENDS, first, second, meanwhile]
-    assert subprocess.run(command, timeout=240).returncode == code
+    calls: list[Any] = []
+
+    def child(code: int | None) -> Any:
+        return SimpleNamespace(
+            pid=2**30, poll=lambda: code, returncode=code, kill=lambda: calls.append("kill")
+        )
+
+    monkeypatch.setattr(os, "_exit", calls.append)
+    monkeypatch.setattr("time.sleep", lambda seconds: calls.append("waits"))
+    monkeypatch.setattr(strategies, "_KILL", lambda observer: calls.append("lightning"))
+    before = _ChildProcessObserver._terminate_all
+    monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", before)  # and restore it
+    strategies.end_with_children()
+    _ChildProcessObserver(2**30, [child(code) for code in codes])._run()
+    assert calls == done
+    assert capfd.readouterr().err == says
 
 
 def test_what_fails_after_ctrl_c_is_no_error_of_the_program(

@@ -59,7 +59,11 @@ def run(
     """Fit up to a step; return the rows of its log, and what callbacks saw."""
     logger = CSVLogger(str(root), flush_logs_every_n_steps=1)
     sees = Sometimes([1, 4])
-    annealing = [KLCoefficientAnnealing(0.5, 0.1, 0.1, "optimizer_step")] if isinstance(objective, KDRL) else []
+    annealing = (
+        [KLCoefficientAnnealing(0.5, 0.1, 0.1, "optimizer_step")]
+        if isinstance(objective, KDRL)
+        else []
+    )
     others = [SelectiveImitationStats(), WeightSync(), FSDPCheckpoint(str(root / "saved"))]
     trainer = make_trainer(
         root, callbacks=[*annealing, *others, sees], enable_checkpointing=True, logger=logger,
