@@ -70,6 +70,16 @@ def stopped(run: Run, case: str, what: str, words: str, codes: tuple[int, ...] =
             **lost(run), "fault": fault}  # fmt: skip
 
 
+def fill_between_pushes(run: Run, place: Path, leave: int) -> Path:
+    """Fill a disk while one set of weights is on it; an older one, once deleted, makes room."""
+    for _ in range(1000):
+        with run.held():
+            if len(list(place.glob("kdrl-weights-*"))) == 1:
+                return fill(place, leave)
+        time.sleep(0.002)
+    raise OSError(f"{place} never holds one set of weights")
+
+
 def size_of(path: Path) -> int:
     """Return the bytes of a file or a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
@@ -127,7 +137,7 @@ def full_push(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event
         run = Run(folder / "run", strategy, plain.models, flags)
         run.start()
         run.until(run.steps)
-        ballast = fill(place, size // 2)
+        ballast = fill_between_pushes(run, place, size // 2)
         yield stopped(run, "disk", "full at a weight push", "No space left on device")
         ballast.unlink()
         run.start()
