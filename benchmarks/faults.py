@@ -9,44 +9,35 @@ Everything happens on this machine, on loopback. The disks are small ones in mem
 (Linux); without it these cases say that they were not run. Writes ``faults.json`` into --out, and
 the page ``faults.md`` beside that folder; exits with 1 if a fault did harm.
 
-    python benchmarks/faults.py --out docs/faults --kills 100 --seed 0 [--only kill,disk]
+A campaign has parts, e.g. ``disk ddp export``. Each is in ``faults.json`` as soon as it is done;
+the same command leaves out those that are there, so that a campaign that was stopped goes on, and
+``--only`` adds to what is there. ``--again`` strikes them anew, e.g. after a repair.
+
+    python benchmarks/faults.py --out docs/faults --kills 100 --seed 0 [--only "kill ddp,disk"]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from fault_cases import damage, disks, kills, servers  # noqa: E402
+from fault_cases import campaign, kills  # noqa: E402
+from fault_cases.campaign import CASES, Event, Part  # noqa: E402
 from fault_cases.runs import UPDATES, save_models  # noqa: E402
 
-Event = dict[str, Any]
-CASES: dict[str, tuple[str, Callable[..., Iterator[Event]]]] = {
-    "kill": ("SIGKILL at a random moment, to all processes or one rank", kills.kill),
-    "interrupt": ("Ctrl-C at a random moment", kills.interrupt),
-    "reward": ("processes of the reward are killed", servers.reward),
-    "server": ("the server that samples dies, for good or for a moment", servers.server),
-    "disk": ("the disk is full: checkpoint, export, weights for the servers", disks.disk),
-    "permission": ("the disk turns read-only", disks.permission),
-    "damage": ("files of a checkpoint are cut short, or have a flipped bit", damage.damage),
-}
 PAGE = """# Faults on purpose
 
 `benchmarks/faults.py` strikes small runs ({steps} updates a rollout, a checkpoint after each
 rollout) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we start
 the same command again with `--ckpt_path last`. At its end the exported student and all logged
-numbers equal those of an undisturbed run byte for byte. At most the current rollout is lost.
+numbers must equal those of an undisturbed run byte for byte. At most the current rollout is lost.
 
 {table}
 {note}
@@ -79,44 +70,49 @@ HEAD = """| fault | times | same end after it | most updates lost | harm |
 | --- | --- | --- | --- | --- |"""
 
 
-def row(case: str, events: list[Event]) -> str:
+def row(case: str, done: list[Part]) -> str:
     """One line of the table."""
-    mine = [e for e in events if e["case"] == case and "not_run" not in e]
+    mine = [e for p in done if p.case == case for e in p.events if "not_run" not in e]
     ends = [e for e in mine if e.get("end")]
     struck = sum(e.get("times", 1) for e in mine)
     same = sum(not e["fault"] for e in ends)
     lost = max((e.get("lost_updates", 0) for e in mine), default=0)
     bad = sum(bool(e["fault"]) for e in mine)
-    text = CASES[case][0]
     if not mine:
-        return f"| {text} | not run | | | |"
-    return f"| {text} | {struck} | {same} of {len(ends)} | {lost} | {bad or 'none'} |"
+        return f"| {CASES[case]} | not run | | | |"
+    return f"| {CASES[case]} | {struck} | {same} of {len(ends)} | {lost} | {bad or 'none'} |"
 
 
-def table(events: list[Event]) -> str:
+def table(done: list[Part]) -> str:
     """What was struck, what was lost."""
-    return "\n".join([HEAD, *(row(case, events) for case in CASES), ""])
+    return "\n".join([HEAD, *(row(case, done) for case in CASES), ""])
 
 
-def harmed(event: Event) -> str:
-    """Return what a fault has harmed: its own words, or more than the current rollout."""
-    if not event["fault"] and not kills.within_a_rollout(event):
-        return f"{event['lost_updates']} updates are lost"
-    return str(event["fault"])
+def notes(done: list[Part], every: list[Part]) -> str:
+    """Return what the table cannot show: each harm, and what was not run."""
+    events = [(part, event) for part in done for event in part.events]
+    harms = [f"- {harm(part, event)}" for part, event in events if event["fault"]]
+    text = "\n".join(["What the column *harm* counts:", "", *harms, "", ""]) if harms else ""
+    refused = sorted({event["not_run"] for _, event in events if "not_run" in event})
+    left = [part.name for part in every if not any(part.same(p) for p in done)]
+    refused += [f"Not run yet: {', '.join(left)}"] if left else []
+    return text + "".join(f"{line}.\n\n" for line in refused)
 
 
-def watched(case: str, events: Iterator[Event]) -> Iterator[Event]:
-    """Let the other cases be tried if one of them cannot go on."""
-    try:
-        yield from events
-    except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-        yield {"case": case, "strategy": "-", "what": "stopped", "times": 0, "fault": fault}
+def harm(part: Part, event: Event) -> str:
+    """Return one harm as a line of the page."""
+    moment = f", at {event['moment']}" if event.get("moment") else ""
+    return f"{part.name}, {event['what']}{moment}: `{event['fault'].replace('`', chr(39))}`"
 
 
-def cut(value: Any, folder: str) -> Any:
-    """Leave out of a text where the runs were."""
-    return value.replace(folder, "") if isinstance(value, str) else value
+def write_page(out: Path, done: list[Part], every: list[Part], kills: int, seed: int) -> None:
+    """Write the page beside the folder of ``faults.json``."""
+    page = PAGE.format(
+        steps=UPDATES, table=table(done), note=notes(done, every), seed=seed, kills=kills,
+        seconds=sum(part.seconds for part in done),
+        machine=f"{platform.machine()} with one thread a process",
+    )  # fmt: skip
+    (out.parent / "faults.md").write_text(page)
 
 
 def main() -> None:
@@ -126,36 +122,33 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs, over all strategies")
     parser.add_argument("--interrupts", type=int, default=10, help="Ctrl-Cs, over all strategies")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
+    parser.add_argument("--only", default="", help="how names of parts begin, with commas between")
+    parser.add_argument("--again", action="store_true", help="strike parts that are done anew")
     args = parser.parse_args()
-    chosen = args.only.split(",")
-    if unknown := set(chosen) - set(CASES):
-        parser.error(f"--only must name some of {', '.join(CASES)}: got {', '.join(unknown)}")
+    every = campaign.parts(args.kills, args.interrupts, args.seed)
+    try:
+        wanted = campaign.chosen(every, [name for name in args.only.split(",") if name])
+    except ValueError as error:
+        parser.error(str(error))
     # A shell lets what runs in the background ignore Ctrl-C, and so would the runs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    begun, events = time.monotonic(), []
-    counts = {"kill": args.kills, "interrupt": args.interrupts}
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "faults.json"
+    # Of another seed or number of kills: another campaign.
+    done = [p for p in campaign.load(file) if any(p.same(q) for q in every)]
     with tempfile.TemporaryDirectory(prefix="kdrl-faults-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         plain = kills.Undisturbed(folder, save_models(folder / "models"))
-        for case in [c for c in CASES if c in chosen]:
-            count = [counts[case]] if case in counts else []
-            for event in watched(case, CASES[case][1](folder / case, plain, *count, args.seed)):
-                event["fault"] = harmed(event)
-                event = {k: cut(v, name) for k, v in event.items()}
-                events.append(event)
-                print(" ".join(f"{k}={v}" for k, v in event.items() if v != ""), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "faults.json").write_text(json.dumps(events, indent=1) + "\n")
-    missing = sorted({e["not_run"] for e in events if "not_run" in e})
-    page = PAGE.format(
-        steps=UPDATES, table=table(events), note="".join(f"{text}.\n\n" for text in missing),
-        seed=args.seed, kills=args.kills, seconds=time.monotonic() - begun,
-        machine=f"{platform.machine()} with one thread a process",
-    )  # fmt: skip
-    (args.out.parent / "faults.md").write_text(page)
-    print(table(events))
-    raise SystemExit(any(e["fault"] for e in events))
+        for part in wanted:
+            if args.again or not any(part.same(p) for p in done):
+                print(f"--- {part.name}", flush=True)
+                campaign.strike(part, folder, plain)
+                done = campaign.merged(done, part, every)
+                campaign.save(file, done)
+                write_page(args.out, done, every, args.kills, args.seed)
+    write_page(args.out, done, every, args.kills, args.seed)
+    print(table(done))
+    raise SystemExit(any(event["fault"] for part in done for event in part.events))
 
 
 if __name__ == "__main__":

@@ -125,11 +125,12 @@ class SelectiveImitationStats(pl.Callback):
             rollout: {name: h.counts.tolist() for name, h in histograms.items()}
             for rollout, histograms in self.histograms.items()
         }
-        return {"rows": self.rows, "histograms": counts}
+        return {"rows": self.rows, "histograms": counts, "step_stats": self._stats.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         self.rows = state_dict["rows"]
+        self._stats.load_state_dict(state_dict.get("step_stats", ()))  # not in older checkpoints
         self.histograms = {
             rollout: {n: Histogram(torch.tensor(c), *RANGES[n]) for n, c in counts.items()}
             for rollout, counts in state_dict["histograms"].items()

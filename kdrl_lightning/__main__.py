@@ -29,9 +29,11 @@ def main(args: Sequence[str] | None = None) -> None:
         _run(args)
     except KeyboardInterrupt as error:
         _exit_on_ctrl_c(error)
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's exit, with 1
-            _exit_on_ctrl_c(error.__context__)
+    except (SystemExit, Exception) as error:
+        # Lightning's exit, with 1, or what fails while a run is taken down after Ctrl-C.
+        pressed = _ctrl_c_behind(error)
+        if pressed is not None:
+            _exit_on_ctrl_c(pressed)
         raise
 
 
@@ -42,6 +44,7 @@ def _run(args: Sequence[str] | None) -> None:
     from kdrl_lightning.cli.evaluate import evaluate
     from kdrl_lightning.cli.main import KDRLCLI
     from kdrl_lightning.cli.serve import serve
+    from kdrl_lightning.trainer.strategies import end_with_children
 
     try:
         given = sys.argv[1:] if args is None else list(args)
@@ -52,6 +55,7 @@ def _run(args: Sequence[str] | None) -> None:
         elif given[:1] == ["serve"]:
             serve(given[1:])
         else:
+            end_with_children()
             KDRLCLI.run(args)
     except Interrupted as error:  # on all ranks
         if int(os.environ.get("LOCAL_RANK") or 0) > 0:
@@ -82,9 +86,8 @@ def run_export(args: Sequence[str]) -> None:
     """Run the subcommand that needs no trainer."""
     from jsonargparse import auto_cli
 
-    from kdrl_lightning.cli import layered_yaml
+    from kdrl_lightning.cli import layered_yaml, quiet
     from kdrl_lightning.cli.export import export
-    from kdrl_lightning.cli.main import quiet
     from kdrl_lightning.cli.parser import OneLineParser
 
     quiet()
@@ -103,6 +106,13 @@ def run_export(args: Sequence[str]) -> None:
 def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
     words = str(error) or "stopped by Ctrl-C: nothing was saved."
     _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error)
+
+
+def _ctrl_c_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Find the Ctrl-C during whose handling an error came up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def _exit_if_interrupted(error: Exception) -> None:

@@ -261,10 +261,11 @@ class KDRLModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        """Let the configuration win over what a checkpoint says of optimizer and schedule."""
+        """Let the configuration win over a checkpoint's optimizer settings; restore the log."""
         if self.trainer.global_step and self._settings is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._settings.reapply(optimizer, self.lr_schedulers(), self.trainer.global_step)
+        self._step_log.resume(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add whose checkpoint it is, and what the module counts."""
@@ -272,6 +273,8 @@ class KDRLModule(pl.LightningModule):
             **identity(self),
             **self.nonfinite.state_dict(),
             "teacher_seconds": self.teacher_seconds,
+            "step_log": {} if self._ends_rollout() else self._step_log.state_dict(),
+            "step_stats": self._stats.state_dict(),
         }
         if sharding_of(self.trainer) is None:
             optimizer = self.optimizers(use_pl_optimizer=False)
@@ -284,6 +287,9 @@ class KDRLModule(pl.LightningModule):
         if saved is not None:
             self.nonfinite.load_state_dict(saved)
             self.teacher_seconds = saved["teacher_seconds"]
+            # Older checkpoints have neither.
+            self._step_log.load_state_dict(saved.get("step_log", {}))
+            self._stats.load_state_dict(saved.get("step_stats", ()))
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:
@@ -430,9 +436,13 @@ class KDRLModule(pl.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         self.write_step()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.trainer.global_step % getattr(data, "updates_per_rollout", 1) == 0:
+        if self._ends_rollout():
             self._step_log.forget()  # the numbers of a rollout stand in each of its steps' rows
+
+    def _ends_rollout(self) -> bool:
+        """Whether the last optimizer step was a rollout's last."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return int(self.trainer.global_step) % getattr(data, "updates_per_rollout", 1) == 0
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0

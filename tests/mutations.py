@@ -84,6 +84,7 @@ SHARED = "models/prompt_cache.py", "test_merging.py"
 CACHES = "models/prompt_cache.py", "test_caches.py"
 PLAN = "rollout/updates.py", "rollout/test_plan.py"
 SCORING = "models/scorer.py", "test_merging.py"
+RESUMED_LOG = "module.py", "test_resumed_log.py"
 ROTARY = "models/architectures/rotary.py", "architectures/test_rotary.py"
 CHANGES = "models/architectures/switches.py", "architectures/test_length_changes.py"
 VERIFIED = "models/architectures/verification.py", "architectures/test_verification.py"
@@ -2026,6 +2027,24 @@ MUTATIONS = [
         PARSER,
         "while found := KEY.match(text)",
         "if found := KEY.match(text)",
+    ),
+    Mutation(
+        "step log: a resume loses a rollout's numbers",
+        RESUMED_LOG,
+        "self._step_log.resume(self.trainer)",
+        "pass",
+    ),
+    Mutation(
+        "step log: a finished rollout's numbers return",
+        RESUMED_LOG,
+        "{} if self._ends_rollout() else self._step_log.state_dict()",
+        "self._step_log.state_dict()",
+    ),
+    Mutation(
+        "statistics: a resume leaves no gaps",
+        ("metrics/step_stats.py", "test_resumed_log.py"),
+        "self._shown = set(state_dict)",
+        "pass",
     ),
 ]
 

@@ -6,20 +6,24 @@ import csv
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.loggers import CSVLogger
 from short_runs import make_data, make_module, make_trainer
 from test_killed_runs import fit as fit_in_processes
 from test_killed_runs import killer
+from test_killed_runs import start as start_process
 from test_resumed_cli import refused, start, version  # noqa: F401
 
-from kdrl_lightning import GRPO, KDRLModule, __main__
+from kdrl_lightning import GRPO, KDRLModule, __main__, strategies
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints.files import read_metadata
 from kdrl_lightning.errors import Interrupted, TrainingStopped
@@ -228,6 +232,88 @@ def test_the_last_step_before_a_stop_is_logged(student_folder: str, tmp_path: Pa
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
     assert [int(row["step"]) for row in rows] == [0, 1, 2]  # once each
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_process_that_waits_for_the_others_in_c_ends_with_130_too(
+    tmp_path: Path, student_folder: str, teacher_folder: str, strategy: str
+) -> None:
+    """At the start of the process group no Python handler runs in the first process."""
+    flags = (f"--trainer.strategy={strategy}", "--trainer.devices=2")
+    process = start_process(tmp_path, (student_folder, teacher_folder), *flags)
+    try:
+        # As it starts: the second process sleeps as if it read something large.
+        slow = "import os, time\nif os.environ.get('LOCAL_RANK') == '1':\n"
+        slow += "    open('asleep', 'w').close()\n    time.sleep(600)\n"
+        code = tmp_path / "killer.py"
+        code.write_text(slow + code.read_text())
+        assert process.stderr is not None
+        begun = next(line for line in process.stderr if "Initializing distributed" in line)
+        assert "GLOBAL_RANK: 0" in begun
+        while not (tmp_path / "asleep").exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, err[-3000:]
+    assert "error: stopped by Ctrl-C: nothing was saved." in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("codes", "done", "says"),
+    [
+        ([130, 0], ["waits", "kill", "kill", 130], ""),
+        ([-6, 2], ["waits", "kill", "kill", 2], ""),
+        ([1, 130], ["waits", "kill", "kill", 130], ""),
+        ([None, 1], ["waits", "kill", "kill", 1], ""),
+        ([0, -9], ["lightning"], ""),
+        ([0, 0], [], ""),
+        # Python itself had just begun there, and has no handler yet.
+        ([-2, 0], ["waits", "kill", "kill", 130], "error: stopped by Ctrl-C: nothing was saved.\n"),
+        ([-15, -9], ["waits", "kill", "kill", 143],
+         "error: stopped by SIGTERM: nothing was saved.\n"),
+        ([-15, 143], ["waits", "kill", "kill", 143], ""),
+    ],
+)  # fmt: skip
+def test_the_first_process_ends_with_the_code_of_the_others(
+    codes: list[int | None],
+    done: list[Any],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[Any] = []
+
+    def child(code: int | None) -> Any:
+        return SimpleNamespace(
+            pid=2**30, poll=lambda: code, returncode=code, kill=lambda: calls.append("kill")
+        )
+
+    monkeypatch.setattr(os, "_exit", calls.append)
+    monkeypatch.setattr("time.sleep", lambda seconds: calls.append("waits"))
+    monkeypatch.setattr(strategies, "_KILL", lambda observer: calls.append("lightning"))
+    before = _ChildProcessObserver._terminate_all
+    monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", before)  # and restore it
+    strategies.end_with_children()
+    _ChildProcessObserver(2**30, [child(code) for code in codes])._run()
+    assert calls == done
+    assert capfd.readouterr().err == says
+
+
+def test_what_fails_after_ctrl_c_is_no_error_of_the_program(
+    start: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise AttributeError("it was not set up yet")
+
+    monkeypatch.setattr(pl.Trainer, "_run_sanity_check", lambda self: press())
+    monkeypatch.setattr("kdrl_lightning.callbacks.RunReport.on_exception", fails)
+    line = refused(start, capsys, "fit", code=130)
+    assert line == "error: stopped by Ctrl-C: nothing was saved."
 
 
 @pytest.mark.parametrize("ends", [None, SystemExit(2)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,31 +209,67 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
 
-def test_a_run_that_cannot_write_its_student_names_the_checkpoint(
+def test_a_run_that_cannot_write_its_student_gives_the_command_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = save_model(tmp_path / "start", "qwen2", True)
-    _, path = trained(tmp_path / "run", student)
-    before = logits(tmp_path / "run/student")
+    student, root = save_model(tmp_path / "start", "qwen2", True), tmp_path / "a run"
+    _, path = trained(root, student)
+    before = logits(root / "student")
     assert not torch.equal(before, logits(tmp_path / "start"))
     monkeypatch.setattr(Qwen2ForCausalLM, "save_pretrained", full_disk)
     words = (
-        r"^the student must be writable: got SafetensorError: .*No space left on device .*\. Its "
-        r"weights are in the last checkpoint: make room, and use `export`\.$"
+        r"^the student must be writable to .*a run/version_1/student: got SafetensorError: .*No "
+        r"space left on device .*\. Make room, and run `(python -m kdrl_lightning export .*)`\.$"
     )
     with (
-        pytest.raises(TrainingStopped, match=words),
+        pytest.raises(TrainingStopped, match=words) as stopped,
         pytest.warns(UserWarning, match="run/version_1/student could not be written"),
     ):
-        trained(tmp_path / "run", student)
-    words = r"`output` must be a folder that can be written: got \S+new \(SafetensorError: .*No"
-    with pytest.raises(ConfigurationError, match=words):
+        trained(root, student)
+    match = r"`output` must be a folder that can be written: got \S+new \(SafetensorError: .*No"
+    with pytest.raises(ConfigurationError, match=match):
         export(path, str(tmp_path / "new"))
     assert not list(tmp_path.rglob("*unfinished*")) and not (tmp_path / "new").exists()
     monkeypatch.undo()
-    assert torch.equal(before, logits(tmp_path / "run/student"))  # of the run before
-    export(path, str(tmp_path / "new"))
-    assert torch.equal(before, logits(tmp_path / "new"))
+    assert torch.equal(before, logits(root / "student"))  # of the run before
+    found = re.match(words, str(stopped.value))
+    assert found
+    main(shlex.split(found[1])[3:])
+    (name,) = (root / "version_1/checkpoints").iterdir()
+    export(str(name), str(tmp_path / "new"))
+    same_files(root / "version_1/student", tmp_path / "new")
+
+
+def test_half_a_student_does_not_keep_a_full_disk_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(self: Any, path: str, **_: Any) -> None:
+        Path(path).mkdir(parents=True)
+        (Path(path) / "model.safetensors").write_bytes(b"half")
+        full_disk()
+
+    student = save_model(tmp_path / "start", "qwen2", True)
+    monkeypatch.setattr(Qwen2ForCausalLM, "save_pretrained", half)
+    with pytest.raises(TrainingStopped, match="No space left"), pytest.warns(UserWarning):
+        trained(tmp_path / "run", student)
+    assert not list((tmp_path / "run").rglob("*student*"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (None, r"The run saved no checkpoint: make room, and train again with checkpoints\."),
+        (SimpleNamespace(last_model_path="", best_model_path="a b.ckpt"),
+         r"run `python -m kdrl_lightning export --ckpt_path 'a b.ckpt' --output out`\."),
+        (SimpleNamespace(last_model_path="last.ckpt", best_model_path="best.ckpt"),
+         r"run `python -m kdrl_lightning export --ckpt_path last.ckpt --output out`\."),
+    ],
+)  # fmt: skip
+def test_the_command_names_the_newest_checkpoint(callback: Any, words: str) -> None:
+    module = SimpleNamespace(reduce=lambda value, operation: value)
+    trainer = SimpleNamespace(checkpoint_callback=callback, lightning_module=module)
+    with pytest.raises(TrainingStopped, match=words):
+        export_together(trainer, full_disk, "out")
 
 
 def test_all_ranks_stop_if_the_first_cannot_write() -> None:

@@ -62,7 +62,7 @@ ALLOWED = {
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
     | {"objectives", "prompts", "rewards", "trainer"},
-    "__main__": {"cli", "distributed", "errors"},
+    "__main__": {"cli", "distributed", "errors", "trainer"},
 }
 LIGHTNING = {
     "__main__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
+CLOCKS = ("time/", "memory/", "tokens_per_s")
 # Kills its process at chosen moments: what a user's own machine may do.
 KILLER = """
 import json, os, signal
@@ -146,6 +148,18 @@ def whole(
     return folder
 
 
+def rows(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the logged numbers of a run's starts by step; what a clock decides is left out."""
+    out: dict[str, dict[str, str]] = {}
+    files = (folder / "runs/kdrl_lightning").glob("version_*/metrics.csv")
+    for path in sorted(files, key=os.path.getmtime):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                kept = {k: v for k, v in row.items() if v and not k.startswith(CLOCKS)}
+                out.setdefault(row["step"], {}).update(kept)
+    return out
+
+
 def samples(folder: Path, rank: int = 0) -> list[str]:
     return (folder / f"samples-{rank}.jsonl").read_text().splitlines()
 
@@ -170,6 +184,7 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(
     assert "going on from" in out and "step=00000006.ckpt at step 6" in out
     assert student(tmp_path).read_bytes() == student(whole).read_bytes()
     assert set(samples(tmp_path)) == set(samples(whole)) and len(samples(whole)) == STEPS
+    assert rows(tmp_path) == rows(whole) and len(rows(whole)) == STEPS
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -189,6 +204,7 @@ def test_two_processes_killed_stopped_and_gone_on_with_by_one(
     fit(killed, models, *two, f"--ckpt_path={path}", killer(""))
     assert student(killed).read_bytes() == student(never).read_bytes()
     assert [set(samples(killed, r)) for r in (0, 1)] == [set(samples(never, r)) for r in (0, 1)]
+    assert rows(killed) == rows(never) and len(rows(never)) == STEPS
     # From two processes to one: what was sampled before is used, and the rest is sampled alike.
     alone = tmp_path / "alone"
     one = () if strategy == "ddp" else (two[0], "--trainer.devices=1")

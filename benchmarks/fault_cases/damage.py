@@ -18,16 +18,15 @@ Event = dict[str, Any]
 FLIPS = 40
 
 
-def damage(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
+def damage(folder: Path, plain: Undisturbed, strategy: str, seed: str) -> Iterator[Event]:
     """Damage each file of the newest checkpoint in many ways, and go on with some."""
-    for strategy in ("single", "fsdp2"):
-        whole = plain.run(strategy)
-        path = whole.checkpoints()[-1]
-        names = [""] if path.is_file() else sorted(p.name for p in path.iterdir())
-        for name in names:
-            yield in_every_way(path, name, strategy, random.Random(f"{seed} {name}"))
-        for way in ("cut", "flip"):
-            yield gone_on_with(folder / f"damage-{strategy}-{way}", whole, way, names[-1])
+    whole = plain.run(strategy)
+    path = whole.checkpoints()[-1]
+    names = [""] if path.is_file() else sorted(p.name for p in path.iterdir())
+    for name in names:
+        yield in_every_way(path, name, strategy, random.Random(f"{seed} {name}"))
+    for way in ("cut", "flip"):
+        yield gone_on_with(folder / way, whole, way, names[-1])
 
 
 def in_every_way(path: Path, name: str, strategy: str, draw: random.Random) -> Event:

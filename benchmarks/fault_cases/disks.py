@@ -60,11 +60,6 @@ def fill(place: Path, leave: int) -> Path:
     raise OSError(f"{place} cannot be filled")
 
 
-def not_run(case: str, what: str, error: Exception) -> Event:
-    """Say why a case was left out."""
-    return {"case": case, "strategy": "-", "what": what, "not_run": str(error), "fault": ""}
-
-
 def stopped(run: Run, case: str, what: str, words: str, codes: tuple[int, ...] = (1,)) -> Event:
     """Wait for a run that cannot go on: one line with ``words`` in it."""
     code, line = run.wait(), run.last_line()
@@ -75,25 +70,26 @@ def stopped(run: Run, case: str, what: str, words: str, codes: tuple[int, ...] =
             **lost(run), "fault": fault}  # fmt: skip
 
 
+def fill_between_pushes(run: Run, place: Path, leave: int) -> Path:
+    """Fill a disk while one set of weights is on it; an older one, once deleted, makes room."""
+    for _ in range(1000):
+        with run.held():
+            if len(list(place.glob("kdrl-weights-*"))) == 1:
+                return fill(place, leave)
+        time.sleep(0.002)
+    raise OSError(f"{place} never holds one set of weights")
+
+
 def size_of(path: Path) -> int:
     """Return the bytes of a file or a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(p.stat().st_size for p in files)
 
 
-def disk(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
-    """Fill the disk during checkpoint, export and weight push."""
-    for strategy in ("single", "fsdp2"):
-        try:
-            yield from full_checkpoint(folder / f"disk-{strategy}", plain, strategy)
-        except PermissionError as error:
-            yield not_run("disk", f"checkpoint, {strategy}", error)
-    for what, work in (("export", full_export), ("weight push", full_push)):
-        for strategy in ("single", "ddp"):
-            try:
-                yield from work(folder / f"disk-{what.split()[0]}-{strategy}", plain, strategy)
-            except PermissionError as error:
-                yield not_run("disk", f"{what}, {strategy}", error)
+def disk(folder: Path, plain: Undisturbed, strategy: str, what: str, seed: str) -> Iterator[Event]:
+    """Fill the disk during a checkpoint, the export or a weight push."""
+    cases = {"checkpoint": full_checkpoint, "export": full_export, "push": full_push}
+    yield from cases[what](folder, plain, strategy)
 
 
 def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
@@ -141,31 +137,26 @@ def full_push(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event
         run = Run(folder / "run", strategy, plain.models, flags)
         run.start()
         run.until(run.steps)
-        ballast = fill(place, size // 2)
+        ballast = fill_between_pushes(run, place, size // 2)
         yield stopped(run, "disk", "full at a weight push", "No space left on device")
         ballast.unlink()
         run.start()
         yield finished(run, other, "disk")
 
 
-def permission(folder: Path, plain: Undisturbed, seed: int) -> Iterator[Event]:
+def permission(folder: Path, plain: Undisturbed, strategy: str, seed: str) -> Iterator[Event]:
     """Take the permission to write away: in the middle, and from the start."""
-    for strategy in ("single", "fsdp2"):
-        place = folder / f"permission-{strategy}"
-        try:
-            with small_disk(place / "small") as change:
-                flags = (f"--checkpoint.dirpath={place / 'small'}",)
-                run = Run(place, strategy, plain.models, flags)
-                run.start()
-                run.until(run.checkpoints)
-                change("ro")
-                what = "read-only after the first checkpoint"
-                yield stopped(run, "permission", what, "Read-only file system")
-                run.start()
-                what = "read-only from the start"
-                yield stopped(run, "permission", what, "Read-only file system", (1, 2))
-                change("rw")
-                run.start()
-                yield finished(run, plain.run(strategy), "permission")
-        except PermissionError as error:
-            yield not_run("permission", f"read-only, {strategy}", error)
+    place = folder / "small"
+    with small_disk(place) as change:
+        run = Run(folder, strategy, plain.models, (f"--checkpoint.dirpath={place}",))
+        run.start()
+        run.until(run.checkpoints)
+        change("ro")
+        what = "read-only after the first checkpoint"
+        yield stopped(run, "permission", what, "Read-only file system")
+        run.start()
+        what = "read-only from the start"
+        yield stopped(run, "permission", what, "Read-only file system", (1, 2))
+        change("rw")
+        run.start()
+        yield finished(run, plain.run(strategy), "permission")

@@ -45,26 +45,24 @@ class Undisturbed:
         return self._runs[key]
 
 
-def kill(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterator[Event]:
-    """Kill all processes or one rank, ``count`` times over the strategies.
+def kill(folder: Path, plain: Undisturbed, strategy: str, count: int, seed: str) -> Iterator[Event]:
+    """Kill all processes or one rank, ``count`` times.
 
-    Each strategy goes on with one run until it gets to its end, then starts another. After the
-    last kill the run is left alone. Every run that ends is compared with the undisturbed one.
+    It goes on with one run until that gets to its end, then starts another. After the last kill the
+    run is left alone. Every run that ends is compared with the undisturbed one.
     """
-    for index, strategy in enumerate(STRATEGIES):
-        draw = random.Random(f"{seed} {strategy}")
-        kills = count // len(STRATEGIES) + (index < count % len(STRATEGIES))
-        chain, run = 0, Run(folder / f"kill-{strategy}-0", strategy, plain.models)
-        while kills or run.process is not None:
-            run.start()
-            event = strike(run, plain, draw) if kills else None
-            if event is not None:
-                yield event
-                kills -= 1
-                continue
-            yield finished(run, plain.run(strategy), "kill")
-            chain += 1
-            run = Run(folder / f"kill-{strategy}-{chain}", strategy, plain.models)
+    draw = random.Random(seed)
+    chain, run = 0, Run(folder / "0", strategy, plain.models)
+    while count or run.process is not None:
+        run.start()
+        event = strike(run, plain, draw) if count else None
+        if event is not None:
+            yield event
+            count -= 1
+            continue
+        yield finished(run, plain.run(strategy), "kill")
+        chain += 1
+        run = Run(folder / str(chain), strategy, plain.models)
 
 
 def strike(run: Run, plain: Undisturbed, draw: random.Random) -> Event | None:
@@ -127,13 +125,14 @@ def finished(run: Run, undisturbed: Run, case: str) -> Event:
             "end": True, "fault": differs}  # fmt: skip
 
 
-def interrupt(folder: Path, plain: Undisturbed, count: int, seed: int) -> Iterator[Event]:
+def interrupt(
+    folder: Path, plain: Undisturbed, strategy: str, count: int, seed: str
+) -> Iterator[Event]:
     """Press Ctrl-C: exit code 130, one line that names the checkpoint, and the same end."""
-    draw = random.Random(f"{seed} interrupt")
+    draw = random.Random(seed)
     for number in range(count):
-        strategy = list(STRATEGIES)[number % len(STRATEGIES)]
         for attempt in range(9):  # some have ended when the moment comes
-            run = Run(folder / f"interrupt-{number}-{attempt}", strategy, plain.models)
+            run = Run(folder / f"{number}-{attempt}", strategy, plain.models)
             run.start()
             moment = wait(run, plain, draw, early=0.2)
             if run.alive():

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,15 @@ class Run:
                 os.kill(ranks[one % len(ranks)], number)
         except ProcessLookupError:
             pass
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let all its processes stand still."""
+        self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Make sure that nothing of the run is left."""

@@ -93,30 +93,29 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def reward(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
+def reward(folder: Path, plain: Any, strategy: str, seed: str) -> Iterator[Event]:
     """Kill processes of the reward, five times in a run: no verdict changes."""
     from fault_cases.kills import finished
 
     init = {"function": "helpers.odd_length", "time_limit_s": 60.0, "workers": 2}
     spec = json.dumps({"class_path": "RewardFunction", "init_args": init})
-    draw = random.Random(f"{seed} reward")
-    for strategy in ("single", "ddp"):
-        run = Run(folder / f"reward-{strategy}", strategy, plain.models, (f"--data.reward={spec}",))
-        run.start()
-        assert run.process is not None
-        first, kills = run.process.pid, 0
-        while kills < 5 and run.until(lambda p=first: workers_of(p)):  # type: ignore[misc]
-            found = workers_of(first)
-            if run.process.poll() is not None:
-                break
-            if run.steps() and found:
-                os.kill(draw.choice(found), signal.SIGKILL)
-                kills += 1
-                time.sleep(draw.uniform(0.0, 0.3))
-        event = finished(run, plain.run(strategy), "reward")
-        if not event["fault"] and kills == 0:
-            event["fault"] = "no process was killed"
-        yield {**event, "what": f"{kills} processes of the reward killed", "times": kills}
+    draw = random.Random(seed)
+    run = Run(folder, strategy, plain.models, (f"--data.reward={spec}",))
+    run.start()
+    assert run.process is not None
+    first, kills = run.process.pid, 0
+    while kills < 5 and run.until(lambda: workers_of(first)):
+        found = workers_of(first)
+        if run.process.poll() is not None:
+            break
+        if run.steps() and found:
+            os.kill(draw.choice(found), signal.SIGKILL)
+            kills += 1
+            time.sleep(draw.uniform(0.0, 0.3))
+    event = finished(run, plain.run(strategy), "reward")
+    if not event["fault"] and kills == 0:
+        event["fault"] = "no process was killed"
+    yield {**event, "what": f"{kills} processes of the reward killed", "times": kills}
 
 
 def workers_of(session: int) -> list[int]:
@@ -139,29 +138,28 @@ def ancestors(process: int) -> list[int]:
     return out
 
 
-def server(folder: Path, plain: Any, seed: int) -> Iterator[Event]:
+def server(folder: Path, plain: Any, strategy: str, seed: str) -> Iterator[Event]:
     """Kill the server for good: one line with its URL; for a moment: the same end."""
     from fault_cases.disks import stopped
     from fault_cases.kills import finished
 
-    for strategy in ("single", "ddp"):
-        with Server(plain.models[0]) as made:
-            undisturbed = plain.run(strategy, *made.flags())
-            run = Run(folder / f"server-{strategy}", strategy, plain.models, made.flags(AWAY_S))
-            run.start()
-            run.until(lambda r=run: len(r.steps()) > 2)  # type: ignore[misc]
-            made.kill()
-            begun = time.monotonic()
-            event = stopped(run, "server", "killed for good", made.url)
-            event["seconds_to_end"] = round(time.monotonic() - begun, 1)
-            if event["seconds_to_end"] > AWAY_S + PATIENCE / 10:
-                event["fault"] = event["fault"] or "it took too long to stop"
-            made.start()
-            run.flags = made.flags()
-            run.start()  # and once more, for a moment
-            run.until(lambda r=run: len(r.steps()) > 2)  # type: ignore[misc]
-            made.kill()
-            made.start()
-            end = finished(run, undisturbed, "server")
-            yield event
-            yield {**end, "what": "killed for a moment", "times": 1}
+    with Server(plain.models[0]) as made:
+        undisturbed = plain.run(strategy, *made.flags())
+        run = Run(folder, strategy, plain.models, made.flags(AWAY_S))
+        run.start()
+        run.until(lambda: len(run.steps()) > 2)
+        made.kill()
+        begun = time.monotonic()
+        event = stopped(run, "server", "killed for good", made.url)
+        event["seconds_to_end"] = round(time.monotonic() - begun, 1)
+        if event["seconds_to_end"] > AWAY_S + PATIENCE / 10:
+            event["fault"] = event["fault"] or "it took too long to stop"
+        made.start()
+        run.flags = made.flags()
+        run.start()  # and once more, for a moment
+        run.until(lambda: len(run.steps()) > 2)
+        made.kill()
+        made.start()
+        end = finished(run, undisturbed, "server")
+        yield event
+        yield {**end, "what": "killed for a moment", "times": 1}

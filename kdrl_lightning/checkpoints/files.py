@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,18 +175,23 @@ def export_together(trainer: Any, write: Callable[[], None], path: str) -> None:
         try:
             write()
         except Exception as error:
-            saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
-            cure = "The run saved no checkpoint: make room, and train again with checkpoints."
-            if saved:
-                cure = (
-                    f"The checkpoint {saved} holds it: make room, and run `python -m "
-                    f"kdrl_lightning export --ckpt_path {saved} --output {path}`."
-                )
-            raise TrainingStopped(
-                f"the student must be writable to {path}: got {reason_of(error)}. {cure}"
-            ) from error
+            raise not_exported(trainer, path, error) from error
 
     stop_together(tried, trainer.lightning_module.reduce)
+
+
+def not_exported(trainer: Any, path: str, error: BaseException) -> TrainingStopped:
+    """Return the error of a student that could not be written, with the command that writes it."""
+    callback = trainer.checkpoint_callback
+    names = ("last_model_path", "best_model_path")  # Lightning's own may know the best alone
+    saved = next(filter(None, (getattr(callback, name, "") for name in names)), None)
+    cure = "The run saved no checkpoint: make room, and train again with checkpoints."
+    if saved is not None:
+        flags = shlex.join(["--ckpt_path", str(saved), "--output", path])
+        cure = f"Make room, and run `python -m kdrl_lightning export {flags}`."
+    return TrainingStopped(
+        f"the student must be writable to {path}: got {reason_of(error)}. {cure}"
+    )
 
 
 def reason_of(error: BaseException) -> str:

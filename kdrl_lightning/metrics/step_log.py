@@ -21,6 +21,7 @@ class StepLog:
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._restored: dict[str, float] = {}
 
     def add(self, trainer: Any, values: Mapping[str, float | None]) -> None:
         """Note values, and show them in the trainer's ``callback_metrics`` at once."""
@@ -50,3 +51,20 @@ class StepLog:
     def forget(self) -> None:
         """Drop them, so that no later row repeats what was not measured again."""
         self._values.clear()
+        self._restored = {}
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the numbers that the next row repeats unless they are measured again."""
+        return dict(self._values)
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        """Keep a checkpoint's numbers for ``resume``."""
+        self._restored = dict(state_dict)
+
+    def resume(self, trainer: Any) -> None:
+        """Add a checkpoint's numbers once training begins; those logged since then win.
+
+        Not earlier: after the sanity check Lightning empties the tables that ``add`` fills.
+        """
+        restored, self._restored = self._restored, {}
+        self.add(trainer, {**restored, **self._values})

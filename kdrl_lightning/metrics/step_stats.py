@@ -6,7 +6,7 @@ collective per metric; here a step's statistics cost two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -101,3 +101,11 @@ class StepStats:
         gaps = dict.fromkeys(self._shown - values.keys())
         self._shown |= {name for name in values if not name.startswith("rollout/")}
         return {**values, **gaps}
+
+    def state_dict(self) -> list[str]:
+        """Return the names that leave a gap if a step does not measure them."""
+        return sorted(self._shown)
+
+    def load_state_dict(self, state_dict: Iterable[str]) -> None:
+        """Restore them, so that the first step after a resume leaves the same gaps."""
+        self._shown = set(state_dict)

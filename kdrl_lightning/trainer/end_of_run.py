@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
 
+from kdrl_lightning.checkpoints.files import not_exported
 from kdrl_lightning.distributed import stop_together
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
 
 
@@ -107,10 +108,8 @@ def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(half, folder)
         except (OSError, SafetensorError) as error:
-            raise TrainingStopped(
-                f"the student must be writable: got {type(error).__name__}: {error}. Its weights "
-                "are in the last checkpoint: make room, and use `export`."
-            ) from error
+            shutil.rmtree(half, ignore_errors=True)  # or it keeps a full disk full
+            raise not_exported(trainer, str(folder), error) from error
 
     if alone:
         write()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -19,6 +23,11 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.shard_loading import load_moments
 from kdrl_lightning.models.sharding import Sharding
 
+GRACE_S = 5.0
+# What a signal makes of a process that has not got to its own handling, and so says nothing.
+EARLY = {-signal.SIGINT: 128 + signal.SIGINT, -signal.SIGTERM: 128 + signal.SIGTERM}
+NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+_KILL: Any = _ChildProcessObserver._terminate_all
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 
 
@@ -74,6 +83,30 @@ def register() -> None:
             override=True,
             save_distributed_checkpoint=parts,
         )
+
+
+def end_with_children() -> None:
+    """Let the process that started the others exit with their code if one of them ends first.
+
+    Lightning kills it then, with -9: it may wait for the others in a call of C++ during which
+    Python handles no signal, as at the start of a process group. So Ctrl-C would not end with 130.
+    """
+
+    def terminate(observer: Any) -> None:
+        children = observer._child_processes
+        raw = [child.returncode or 0 for child in children]
+        code = max(EARLY.get(value, value) for value in raw)
+        if code <= 0:  # something killed one
+            _KILL(observer)
+            return
+        time.sleep(GRACE_S)  # in a thread: a process that can end by itself does so meanwhile
+        for child in children:
+            child.kill()
+        if code not in raw:
+            os.write(2, f"error: stopped by {NAMES[code]}: nothing was saved.\n".encode())
+        os._exit(code)
+
+    _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign, assignment]
 
 
 def refuse_fsdp1(strategy: Any) -> None:
