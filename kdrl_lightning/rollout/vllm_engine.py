@@ -64,6 +64,8 @@ class VLLMEngine(RolloutEngine):
     """
 
     exact = False
+    compared = True
+    context: int
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager = enforce_eager
         self._llm: Any = None
         self._made_for: tuple[str, torch.dtype] | None = None
-        self._vocab_size = self._context = 0
+        self._vocab_size = self.context = 0
         self._ends: tuple[int, ...] = ()
         self._model: Any = None
         self._options: dict[str, Any] = {}
@@ -120,8 +122,8 @@ class VLLMEngine(RolloutEngine):
         """
         config = weights.model.config.get_text_config()
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
-        self._context = context_of(config, self.max_model_len)
-        warn_of_one_rotary(weights.model, self._context)
+        self.context = context_of(config, self.max_model_len)
+        warn_of_one_rotary(weights.model, self.context)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
         self._options = options_of(config, on_gpu)
@@ -170,7 +172,7 @@ class VLLMEngine(RolloutEngine):
         Raises:
             TrainingStopped: a prompt is empty, too long, or holds an unknown id; vLLM fails.
         """
-        check_requests(prompts, sampling, self._vocab_size, self._context)
+        check_requests(prompts, sampling, self._vocab_size, self.context)
         llm = self._running()
         if self.version is None or self.version == ASLEEP:
             raise TrainingStopped("the engine must have weights to sample from: call update first.")
@@ -230,7 +232,7 @@ class VLLMEngine(RolloutEngine):
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # not the model's top-p, top-k and penalties
                     logprobs_mode="processed_logprobs",
-                    max_model_len=self._context,
+                    max_model_len=self.context,
                     max_num_seqs=self.max_sequences,
                     gpu_memory_utilization=self.gpu_memory_utilization,
                     kv_cache_memory_bytes=cache,
