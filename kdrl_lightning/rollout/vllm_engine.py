@@ -26,6 +26,7 @@ from kdrl_lightning.rollout.requests import (
     warn_of_one_rotary,
 )
 from kdrl_lightning.rollout.vllm_classes import classes_kept
+from kdrl_lightning.rollout.vllm_errors import reason_and_cure, short
 from kdrl_lightning.rollout.vllm_options import implementation_of, options_of
 from kdrl_lightning.rollout.vllm_worker import after_reload, before_reload
 from kdrl_lightning.weights import ModelWeights
@@ -248,9 +249,10 @@ class VLLMEngine(RolloutEngine):
                 self._model = model
                 return llm
         except Exception as error:
+            reason, cure = reason_and_cure(error)
             raise ConfigurationError(
                 f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "
-                f"{_short(error)}. Check vLLM's versions and memory, or use TransformersEngine."
+                f"{reason}. {cure}, or use TransformersEngine."
             ) from error
 
     def _running(self) -> Any:
@@ -272,7 +274,7 @@ def _stopping(what: str, then: Any = lambda: None) -> Iterator[None]:
     except Exception as error:
         then()
         raise TrainingStopped(
-            f"vLLM could not {what}: {_short(error)}. Start the run anew from its last checkpoint."
+            f"vLLM could not {what}: {short(error)}. Start the run anew from its last checkpoint."
         ) from error
 
 
@@ -306,10 +308,3 @@ def _undisturbed() -> Iterator[str | None]:
 def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def _short(error: BaseException) -> str:
-    text = str(error)
-    if hasattr(error, "errors"):  # pydantic puts the rule between its own words
-        text = "; ".join(str(found.get("msg", found)) for found in error.errors())
-    text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

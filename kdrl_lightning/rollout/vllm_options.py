@@ -16,6 +16,7 @@ from kdrl_lightning.models import load_config
 # would get lost. If transformers' classes run the model, the weights arrive.
 BY_TRANSFORMERS = {
     "apertus": "activation parameters, which vLLM rounds to bfloat16",
+    "gemma3n_text": "weights (by its code, numbers are not the student's)",
     "gpt_oss": "sinks, and experts with their biases",
 }
 
