@@ -72,16 +72,12 @@ class LiveSampler:
         module, precision = self.module, str(self.trainer.precision)
         rows = int(min(self.vocabulary_rows, module.vocabulary_rows))
         context = min(engine.context or module.context_length, module.context_length)
-        batch = stop_together(
-            lambda: probe(engine, module.tokenizer, rows, context), module.reduce
-        )
+        batch = stop_together(lambda: probe(engine, module.tokenizer, rows, context), module.reduce)
         scored = module.score(batch.to(module.device))
         bound = self.max_mean_diff
         if bound is None:
             bound = bound_of(precision, engine.dtype)
-        stop_together(
-            lambda: require_agreement(engine, architecture, scored, bound), module.reduce
-        )
+        stop_together(lambda: require_agreement(engine, architecture, scored, bound), module.reduce)
 
     def sample(
         self,

@@ -249,7 +249,7 @@ class VLLMEngine(RolloutEngine):
                 self._model = model
                 return llm
         except Exception as error:
-            reason, cure = reason_and_cure(error)
+            reason, cure = reason_and_cure(error, _import_error)
             raise ConfigurationError(
                 f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "
                 f"{reason}. {cure}, or use TransformersEngine."
@@ -308,3 +308,13 @@ def _undisturbed() -> Iterator[str | None]:
 def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+
+def _import_error(architecture: str) -> Exception | None:
+    """Import vLLM's code for an architecture; return what goes wrong."""
+    try:
+        from vllm.model_executor.models import ModelRegistry
+
+        ModelRegistry.models[architecture].load_model_cls()
+    except Exception as error:
+        return error
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 MISSING = re.compile(r"No module named '(\w+)")
@@ -20,10 +20,16 @@ def short(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def reason_and_cure(error: Exception) -> tuple[str, str]:
+def reason_and_cure(
+    error: Exception, import_error: Callable[[str], Exception | None]
+) -> tuple[str, str]:
     """Return why vLLM did not start, and what the user can do.
 
     A package that vLLM's code for the architecture needs is named, wherever the error was raised.
+
+    Args:
+        error: that vLLM raised.
+        import_error: imports vLLM's code for an architecture and returns what goes wrong.
     """
     unsaid = UNSAID.search(str(error))
     found = (import_error(unsaid[1]) if unsaid else None) or error
@@ -42,9 +48,9 @@ def missing_package(error: BaseException) -> str:
         named = MISSING.search(str(cause))
         name = getattr(cause, "name", None) or (named[1] if named else "")
         package = str(name).partition(".")[0]
-        if isinstance(cause, ImportError) or named:
-            if package and find_spec(package) is None:
-                return package
+        told = isinstance(cause, ImportError) or named
+        if told and package and find_spec(package) is None:
+            return package
     return ""
 
 
@@ -56,14 +62,3 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(rest))
         yield rest
         rest = rest.__cause__ or rest.__context__
-
-
-def import_error(architecture: str) -> Exception | None:
-    """Import vLLM's code for an architecture; return what goes wrong."""
-    try:
-        from vllm.model_executor.models import ModelRegistry
-
-        ModelRegistry.models[architecture].load_model_cls()
-    except Exception as error:
-        return error
-    return None
