@@ -50,11 +50,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "gemma4_text": {"num_experts": None, "global_head_dim": 64},  # 64: no larger than its default
     "glm4_moe": {"head_dim": 32},
-    "longcat_flash": {"head_dim": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "glm_moe_dsa": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128},
     "deepseek_v32": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128},
     "hy_v4": {"index_head_dim": 64},
-    "deepseek_v4": {"qk_rope_head_dim": 8},
     "glm4_moe_lite": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "bamba": {"mamba_n_heads": 8},
     "granitemoehybrid": {"mamba_n_heads": 8},
