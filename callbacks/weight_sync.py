@@ -9,6 +9,7 @@ import torch
 
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.rollout.agreement import bound_of
 from kdrl_lightning.rollout_batch import STUDENT
 
 
@@ -49,12 +50,14 @@ class WeightSync(pl.Callback):
         """
         if self.max_mean_diff is not None:
             return self.max_mean_diff
-        narrow = engine_dtype in (torch.bfloat16, torch.float16) or "16" in precision
-        return 0.1 if narrow else 0.001
+        return bound_of(precision, engine_dtype)
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Forget a run that was stopped."""
+        """Forget a run that was stopped; give the bound to the comparison before sampling."""
         self._waiting = None
+        live: Any = getattr(getattr(trainer, "datamodule", None), "live", None)
+        if live is not None:
+            live.max_mean_diff = self.max_mean_diff
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int

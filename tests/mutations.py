@@ -106,6 +106,9 @@ CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "rollout/test_hub_names.py"
 KEPT_CLASSES = "engines/vllm/classes.py", "rollout/test_vllm_classes.py"
 RELOAD = "engines/vllm/worker.py", "rollout/test_vllm_worker.py"
+AGREEMENT = "rollout/agreement.py", "rollout/test_agreement.py"
+COMPARED = "rollout/live.py", "rollout/test_agreement.py"
+VLLM_ERRORS = "engines/vllm/errors.py", "rollout/test_vllm_errors.py"
 OPTIONS = "engines/vllm/options.py", "rollout/test_vllm_options.py"
 PASS = "evaluation/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "evaluation/majority.py", "evaluation/test_metrics_of_sets.py"
@@ -1767,6 +1770,33 @@ MUTATIONS = [
         OPTIONS,
         "    if reloads:",
         "    if not reloads:",
+    ),
+    Mutation(
+        "vLLM: wrong numbers are not seen before sampling",
+        COMPARED,
+        "if first and engine.compared and",
+        "if not first and engine.compared and",
+    ),
+    Mutation(
+        "vLLM: the callback's bound is not used before sampling",
+        COMPARED,
+        "bound = self.max_mean_diff",
+        "bound = None",
+    ),
+    Mutation(
+        "vLLM: NaN agrees with the student", AGREEMENT, "if not mean <= bound:", "if mean > bound:"
+    ),
+    Mutation(
+        "vLLM: a comparison beyond the context",
+        AGREEMENT,
+        "known = known[: max(context - tokens, 1)]",
+        "known = known[:context]",
+    ),
+    Mutation(
+        "vLLM: an installed package is called missing",
+        VLLM_ERRORS,
+        "told and package and find_spec(package) is None",
+        "told and package",
     ),
     # What completions are worth.
     Mutation(

@@ -37,7 +37,8 @@ ALLOWED = {
     "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
-    "trainer": FLOOR | {"distributed", "engines", "models", "objectives", "rewards", "rollout"},
+    "trainer": FLOOR
+    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"},
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
     | {"teachers", "trainer"},
@@ -56,7 +57,7 @@ ALLOWED = {
     "supervised": FLOOR | {"distributed", "models", "prompts", "rollout"},
     "callbacks": FLOOR
     | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
-    | {"reports", "trainer"},
+    | {"reports", "rollout", "trainer"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "cli": FLOOR
@@ -77,7 +78,7 @@ LIGHTNING = {
 }
 TRANSFORMERS = {"cli", "engines", "models", "tiny"}
 # A reader sees a folder at once, and so its files.
-MOST_FILES = {"": 26, "objectives": 14}
+MOST_FILES = {"": 26, "objectives": 14, "rollout": 15}
 
 
 def imports(path: Path) -> set[str]:

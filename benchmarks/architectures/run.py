@@ -61,7 +61,15 @@ def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """Add what ``vllm_case`` found, which needs an environment of its own."""
     results = TABLE.parent / "vllm.json"
     found = json.loads(results.read_text()) if results.exists() else {}
-    return {name: {**cells, "vLLM": found.get(name, "—")} for name, cells in table.items()}
+    return {
+        name: {**cells, "vLLM": found.get(name, _unloaded(cells))} for name, cells in table.items()
+    }
+
+
+def _unloaded(cells: dict[str, str]) -> str:
+    """Return the refusal of a student that does not load, so that no engine is asked for it."""
+    loads = cells.get("loads", "—")
+    return loads if loads.startswith("refused") else "—"
 
 
 def markdown(table: dict[str, dict[str, str]]) -> str:

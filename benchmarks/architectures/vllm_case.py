@@ -6,7 +6,8 @@ writes ``docs/architectures/vllm.json``, a process per family. All in float32, o
 
 1. The engine's log-probabilities of what it samples are those of the model's own logits, to 1e-4.
 2. They are so again after all weights have changed and were pushed; before the push they are not.
-   A larger difference is named; ``WeightSync`` stops a run if it is above 1e-3 on average.
+   A larger difference is named; above 1e-3 on average a run is refused before its first rollout,
+   or stopped by ``WeightSync`` if only changed weights differ.
 3. The student gives the same numbers, bit for bit, as before the engine was there.
 """
 
@@ -49,6 +50,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "gemma4_text": {"num_experts": None, "global_head_dim": 64},  # 64: no larger than its default
     "glm4_moe": {"head_dim": 32},
+    "glm_moe_dsa": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128},
+    "deepseek_v32": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128},
+    "hy_v4": {"index_head_dim": 64},
     "glm4_moe_lite": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "bamba": {"mamba_n_heads": 8},
     "granitemoehybrid": {"mamba_n_heads": 8},
@@ -147,8 +151,8 @@ def attempt(path: str, dtype: Any) -> str:
 
 def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
     """Compare an engine with the model of ``weights``, before and after a change of them."""
-    from kdrl_lightning.callbacks import WeightSync
     from kdrl_lightning.engines import Sampling
+    from kdrl_lightning.rollout.agreement import bound_of
 
     model, groups, worst, mean = weights.model, [], 0.0, 0.0
     for version in (0, 1):
@@ -164,13 +168,20 @@ def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
         after = [logprobs(model, p, [20, 30, 40, 50, 60]) for p in PROMPTS]
         if version == 0 and not all(map(torch.equal, before, after)):
             raise WrongError("the engine changes the student")
-        if mean > WeightSync().bound("32-true", engine.dtype):
-            return f"refused: WeightSync stops the run, log-probabilities differ by {mean:.1g}"
+        if mean > bound_of("32-true", engine.dtype):
+            when = "WeightSync stops the run" if version else "before the first rollout"
+            return f"refused: {when}, log-probabilities differ by {mean:.1g} on average"
     if worst < BOUND:
         return "yes"
     if engine.dtype == torch.bfloat16:
         return f"yes, in bfloat16, which vLLM's CPU kernels need: {mean:.1g} apart on average"
     return f"yes, within {worst:.1g}: vLLM computes something in it otherwise"
+
+
+def last_line(out: subprocess.CompletedProcess[str]) -> str:
+    """Return the last line of an error; how the process ended if it said nothing."""
+    lines = out.stderr.strip().splitlines()
+    return lines[-1] if lines else f"the process ended with {out.returncode}"
 
 
 def main() -> None:
@@ -188,7 +199,7 @@ def main() -> None:
         try:
             out = subprocess.run(command, capture_output=True, text=True, timeout=settings.timeout)
             found = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
-            result = found[0][7:] if found else f"failed: {out.stderr.strip().splitlines()[-1]}"
+            result = found[0][7:] if found else f"failed: {last_line(out)}"
         except subprocess.TimeoutExpired:
             result = f"failed: no answer in {settings.timeout} s"
         print(family, result, flush=True)

@@ -52,6 +52,9 @@ class RolloutEngine(ABC):
             the student trains.
         fixed: its weights are its own: nothing is pushed to it.
         dtype: the type that it computes in; None: the trainer's.
+        compared: it runs other code than the student, so its numbers are compared with the
+            student's after the first push, before it samples for the run.
+        context: longest prompt and completion together, in tokens; None: the student's.
     """
 
     version: int | None = None
@@ -59,6 +62,8 @@ class RolloutEngine(ABC):
     beside: bool = False
     fixed: bool = False
     dtype: torch.dtype | None = None
+    compared: bool = False
+    context: int | None = None
 
     def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
         """Return which prompts of a model it cannot complete; called before anything is loaded.

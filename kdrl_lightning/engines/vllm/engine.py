@@ -17,6 +17,7 @@ import torch
 
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.vllm.classes import classes_kept
+from kdrl_lightning.engines.vllm.errors import reason_and_cure, short
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.vllm.options import implementation_of, options_of
 from kdrl_lightning.engines.vllm.requests import (
@@ -64,6 +65,8 @@ class VLLMEngine(RolloutEngine):
     """
 
     exact = False
+    compared = True
+    context: int
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager = enforce_eager
         self._llm: Any = None
         self._made_for: tuple[str, torch.dtype] | None = None
-        self._vocab_size = self._context = 0
+        self._vocab_size = self.context = 0
         self._ends: tuple[int, ...] = ()
         self._model: Any = None
         self._options: dict[str, Any] = {}
@@ -120,8 +123,8 @@ class VLLMEngine(RolloutEngine):
         """
         config = weights.model.config.get_text_config()
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
-        self._context = context_of(config, self.max_model_len)
-        warn_of_one_rotary(weights.model, self._context)
+        self.context = context_of(config, self.max_model_len)
+        warn_of_one_rotary(weights.model, self.context)
         own = next(weights.model.parameters())
         on_gpu = own.device.type == "cuda"
         self._options = options_of(config, on_gpu)
@@ -170,7 +173,7 @@ class VLLMEngine(RolloutEngine):
         Raises:
             TrainingStopped: a prompt is empty, too long, or holds an unknown id; vLLM fails.
         """
-        check_requests(prompts, sampling, self._vocab_size, self._context)
+        check_requests(prompts, sampling, self._vocab_size, self.context)
         llm = self._running()
         if self.version is None or self.version == ASLEEP:
             raise TrainingStopped("the engine must have weights to sample from: call update first.")
@@ -230,7 +233,7 @@ class VLLMEngine(RolloutEngine):
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # not the model's top-p, top-k and penalties
                     logprobs_mode="processed_logprobs",
-                    max_model_len=self._context,
+                    max_model_len=self.context,
                     max_num_seqs=self.max_sequences,
                     gpu_memory_utilization=self.gpu_memory_utilization,
                     kv_cache_memory_bytes=cache,
@@ -246,9 +249,10 @@ class VLLMEngine(RolloutEngine):
                 self._model = model
                 return llm
         except Exception as error:
+            reason, cure = reason_and_cure(error, _import_error)
             raise ConfigurationError(
                 f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "
-                f"{_short(error)}. Check vLLM's versions and memory, or use TransformersEngine."
+                f"{reason}. {cure}, or use TransformersEngine."
             ) from error
 
     def _running(self) -> Any:
@@ -270,7 +274,7 @@ def _stopping(what: str, then: Any = lambda: None) -> Iterator[None]:
     except Exception as error:
         then()
         raise TrainingStopped(
-            f"vLLM could not {what}: {_short(error)}. Start the run anew from its last checkpoint."
+            f"vLLM could not {what}: {short(error)}. Start the run anew from its last checkpoint."
         ) from error
 
 
@@ -305,9 +309,12 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _short(error: BaseException) -> str:
-    text = str(error)
-    if hasattr(error, "errors"):  # pydantic puts the rule between its own words
-        text = "; ".join(str(found.get("msg", found)) for found in error.errors())
-    text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+def _import_error(architecture: str) -> Exception | None:
+    """Import vLLM's code for an architecture; return what goes wrong."""
+    try:
+        from vllm.model_executor.models import ModelRegistry
+
+        ModelRegistry.models[architecture].load_model_cls()
+    except Exception as error:
+        return error
+    return None

@@ -14,7 +14,11 @@ from kdrl_lightning.models.loading import load_config
 
 # vLLM's code for these writes some weights where a reload does not look for them, so that updates
 # would get lost. If transformers' classes run the model, the weights arrive.
-BY_TRANSFORMERS = {"gpt_oss": "sinks, and experts with their biases"}
+BY_TRANSFORMERS = {
+    "apertus": "activation parameters, which vLLM rounds to bfloat16",
+    "gemma3n_text": "weights (by its code, numbers are not the student's)",
+    "gpt_oss": "sinks, and experts with their biases",
+}
 
 # Since vLLM 0.29 a token of these sees `sliding_window` tokens and itself; by transformers'
 # masks it sees itself and one token less.

@@ -51,6 +51,8 @@ class VLLMServerEngine(RolloutEngine):
 
     exact = False
     beside = True
+    compared = True
+    context: int
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class VLLMServerEngine(RolloutEngine):
         self._route: WeightRoute | None = None
         self._backends: set[str] = set()
         self._label = ""
-        self._vocab_size = self._context = 0
+        self._vocab_size = self.context = 0
         self._ends: tuple[int, ...] = ()
 
     def setup(
@@ -111,9 +113,9 @@ class VLLMServerEngine(RolloutEngine):
             self.dtype = getattr(torch, found["dtype"])
             self._backends.add(found["transfer"])
         warn_of_one_rotary(weights.model, max(limits))
-        self._context = min(limits)
+        self.context = min(limits)
         if self.max_model_len is not None:
-            self._context = min(self._context, context_of(config, self.max_model_len))
+            self.context = min(self.context, context_of(config, self.max_model_len))
 
     def _check_implementation(
         self, server: ServerClient, found: dict[str, str], model_type: str
@@ -156,7 +158,7 @@ class VLLMServerEngine(RolloutEngine):
         Raises:
             TrainingStopped: a prompt cannot be sampled from; a server is away too long, or fails.
         """
-        check_requests(prompts, sampling, self._vocab_size, self._context)
+        check_requests(prompts, sampling, self._vocab_size, self.context)
         if self.version is None:
             raise TrainingStopped("the servers must have weights to sample from: update first.")
         requests = [(i, seed) for i, own in enumerate(seeds) for seed in own]

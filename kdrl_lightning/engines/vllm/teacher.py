@@ -25,6 +25,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
     """
 
     fixed = True
+    compared = False
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
         self._ends = as_ids(eos_token_id)
         self._vocab_size = int(weights.model.config.get_text_config().vocab_size)
         cards = [s.patiently(partial(s.get, "/v1/models"))["data"][0] for s in self._servers]
-        self._context = min(int(card["max_model_len"]) for card in cards)
+        self.context = min(int(card["max_model_len"]) for card in cards)
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         """Do nothing but remember the version."""

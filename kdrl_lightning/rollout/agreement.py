@@ -1,0 +1,88 @@
+"""Whether an engine that runs other code than the student computes the same numbers.
+
+Two implementations of an architecture can differ, and weights can get lost between them. A short
+comparison after the first push finds that before anything is sampled for the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.engines.base import RolloutEngine, Sampling, noise_seed
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.rollout_batch import RolloutBatch, collate
+
+TEXT = "Solve it step by step: 12 + 30 = 42, because 10 + 30 = 40 and 40 + 2 = 42. Now 7 * 8 = "
+TOKENS = 12  # of each completion
+SHARES = (1.0, 0.5, 0.2)  # of the text: prompts of different lengths
+
+
+def bound_of(precision: str, dtype: torch.dtype | None) -> float:
+    """Return how far apart log-probabilities may be on average, in nats.
+
+    Args:
+        precision: of the trainer.
+        dtype: that the engine computes in; None: the trainer's.
+
+    >>> bound_of("32-true", torch.float32), bound_of("bf16-mixed", None)
+    (0.001, 0.1)
+    """
+    narrow = dtype in (torch.bfloat16, torch.float16) or "16" in precision
+    return 0.1 if narrow else 0.001
+
+
+def probe(engine: RolloutEngine, tokenizer: Any, rows: int, context: int) -> RolloutBatch:
+    """Sample a few tokens from an engine after prompts that every model can read.
+
+    Args:
+        engine: with weights.
+        tokenizer: the student's.
+        rows: ids are below it.
+        context: longest prompt and completion together, in tokens.
+    """
+    known = [i for i in tokenizer.encode(TEXT, add_special_tokens=False) if 0 <= i < rows]
+    known = known or list(range(min(rows, 32)))  # no word of the text is in the vocabulary
+    tokens = min(TOKENS, max(context // 2, 1))
+    known = known[: max(context - tokens, 1)]
+    prompts = [known[: max(int(len(known) * share), 1)] for share in SHARES]
+    seeds = [[noise_seed(0, i, k) for k in range(2)] for i in range(len(prompts))]
+    groups = engine.generate(prompts, seeds, Sampling(tokens))
+    made = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+    return collate(
+        [p for p, _ in made],
+        [c.ids for _, c in made],
+        list(range(len(made))),
+        pad_id=0,
+        policy_version=[engine.version or 0] * len(made),
+        rollout_logprobs=[c.logprobs for _, c in made],
+        engine_exact=engine.exact,
+    )
+
+
+def require_agreement(
+    engine: RolloutEngine, architecture: str, scored: RolloutBatch, bound: float
+) -> None:
+    """Refuse an engine whose log-probabilities are not the student's.
+
+    Args:
+        engine: that sampled.
+        architecture: class of the student.
+        scored: completions with the engine's and the student's log-probabilities.
+        bound: on the mean absolute difference, in nats.
+
+    Raises:
+        ConfigurationError: they differ by more.
+    """
+    theirs, ours = scored.rollout_logprobs, scored.old_logprobs
+    assert isinstance(theirs, Tensor) and isinstance(ours, Tensor)
+    mean = float((theirs - ours).abs()[scored.completion_mask].mean())
+    if not mean <= bound:  # NaN, too
+        raise ConfigurationError(
+            f"`rollout_engine` must give the student's log-probabilities within {bound:g} nats on "
+            f"average: got {type(engine).__name__}, which is {mean:.2g} away for {architecture} "
+            "with the same weights. vLLM computes this architecture otherwise, or does not take "
+            "all of its weights. Use TransformersEngine, or raise `weight_sync.max_mean_diff`."
+        )
