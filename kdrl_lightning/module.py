@@ -37,6 +37,7 @@ from kdrl_lightning.pending import fill, fill_teacher, with_room, with_teacher_r
 from kdrl_lightning.resume import (
     KEY,
     Settings,
+    agree_before_loading,
     check_before_loading,
     check_complete,
     check_identity,
@@ -179,6 +180,7 @@ class KDRLModule(pl.LightningModule):
         self._step_log.forget()
         self._written = 0
         refuse_fsdp1(self.trainer.strategy)
+        agree_before_loading(self.trainer)
         check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(
