@@ -64,9 +64,8 @@ def check_before_loading(strategy: Any, check: Callable[[str], None]) -> None:
 def agree_before_loading(trainer: Any) -> None:
     """Let all processes compare their checkpoints before any of them reads its own.
 
-    Each process finds ``last`` by itself, or gets a path of its own from its launcher. Under ddp the
-    moments and the position would then be of different runs; under fsdp2 the shards would be of the
-    first process's run.
+    Each process finds ``last`` by itself, or gets a path from its launcher. If these differ, ddp
+    would train on moments and positions of different runs, and fsdp2 would read the first process's.
     """
     if trainer.world_size == 1:
         return
