@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdrl_lightning.checkpoints import check_readable, export_together, read_metadata
+from kdrl_lightning.checkpoints import check_readable, content_mark, export_together, read_metadata
 from kdrl_lightning.compatibility import check_end_tokens
 from kdrl_lightning.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
@@ -180,7 +180,7 @@ class KDRLModule(pl.LightningModule):
         self._step_log.forget()
         self._written = 0
         refuse_fsdp1(self.trainer.strategy)
-        agree_before_loading(self.trainer)
+        agree_before_loading(self.trainer, content_mark)
         check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(

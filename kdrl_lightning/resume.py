@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from kdrl_lightning.checkpoints import content_mark
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import all_settings
 
@@ -61,11 +60,15 @@ def check_before_loading(strategy: Any, check: Callable[[str], None]) -> None:
     strategy.load_checkpoint = checked
 
 
-def agree_before_loading(trainer: Any) -> None:
+def agree_before_loading(trainer: Any, mark: Callable[[str | None], str | None]) -> None:
     """Let all processes compare their checkpoints before any of them reads its own.
 
     Each process finds ``last`` by itself, or gets a path from its launcher. If these differ, ddp
-    would train on moments and positions of different runs, and fsdp2 would read the first process's.
+    would train on moments and positions of different runs; fsdp2 would read the first process's.
+
+    Args:
+        trainer: of the run.
+        mark: ``path -> mark`` of a checkpoint's content; None: it cannot be read.
     """
     if trainer.world_size == 1:
         return
@@ -75,7 +78,7 @@ def agree_before_loading(trainer: Any) -> None:
 
     def compared(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         path = None if checkpoint_path is None else str(checkpoint_path)
-        require_same(path, trainer.strategy.broadcast, trainer.lightning_module.reduce)
+        require_same(path, mark(path), trainer.strategy.broadcast, trainer.lightning_module.reduce)
         return restore(connector, checkpoint_path, *args, **kwargs)
 
     connector._restore_modules_and_callbacks = compared
@@ -83,6 +86,7 @@ def agree_before_loading(trainer: Any) -> None:
 
 def require_same(
     path: str | None,
+    mark: str | None,
     broadcast: Callable[[Any], Any],
     reduce: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> None:
@@ -90,6 +94,7 @@ def require_same(
 
     Args:
         path: of this process's checkpoint; None: it starts afresh.
+        mark: of its content; None: it cannot be read.
         broadcast: returns what the first process passes.
         reduce: ``(tensor, "max") -> tensor`` over ranks.
 
@@ -97,7 +102,7 @@ def require_same(
         ConfigurationError: on all processes, if they hold different checkpoints, be it under one
             path.
     """
-    mark = content_mark(path) or str(path)
+    mark = mark or str(path)
     first, first_mark = broadcast(path), broadcast(mark)
     if float(reduce(torch.tensor(float(mark != first_mark)), "max")):
         other = "another one under this path" if path == first else path

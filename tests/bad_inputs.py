@@ -34,7 +34,7 @@ class Case(NamedTuple):
     what: str
     text: str | bytes
     flags: list[str]
-    files: dict[str, str | bytes] = {}
+    files: dict[str, str | bytes] | None = None
 
 
 def tree(path: Path, student: str, teacher: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import pytest
 from bad_inputs import CONFIGS, Case, cases, tree
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from more_bad_inputs import more_cases
 
 from kdrl_lightning.__main__ import main
@@ -34,7 +34,7 @@ class TrainedError(Exception):
 
 def complaint(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> str | None:
     """Run a case; return what is wrong with the answer."""
-    for name, content in {**case.files, "config.yaml": case.text}.items():
+    for name, content in {**(case.files or {}), "config.yaml": case.text}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     given = sorted(folder.rglob("*"))

@@ -65,8 +65,8 @@ def test_another_file_under_the_same_path_is_refused(tmp_path: Path) -> None:
     sent = iter([str(path), ours[0]])
     words = rf"^`ckpt_path` must be the same on all processes: got {path} and another one under"
     with pytest.raises(ConfigurationError, match=words):
-        require_same(str(path), lambda value: next(sent), lambda value, how: value)
-    require_same(str(path), lambda value: value, lambda value, how: value)
+        require_same(str(path), ours[1], lambda value: next(sent), lambda value, how: value)
+    require_same(str(path), ours[1], lambda value: value, lambda value, how: value)
     assert content_mark(str(tmp_path)) is content_mark(str(tmp_path / "none")) is None
     path.write_text("no archive")
     assert content_mark(str(path)) is None
