@@ -89,13 +89,6 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Forget an earlier run."""
         self.entries = []
         self._due, self._stops = False, 0
-        paths = [trainer.ckpt_path, trainer.strategy.broadcast(trainer.ckpt_path)]
-        different = torch.tensor(float(str(paths[0]) != str(paths[1])))
-        if pl_module.reduce(different, "max"):
-            raise ConfigurationError(
-                f"`ckpt_path` must be the same on all processes: got {paths[0]} and {paths[1]}. "
-                "Name a checkpoint instead of `last`."
-            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the folder, and room in it."""

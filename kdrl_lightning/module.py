@@ -15,11 +15,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdrl_lightning.checkpoints.files import check_readable, export_together, read_metadata
+from kdrl_lightning.checkpoints.files import (
+    check_readable,
+    content_mark,
+    export_together,
+    read_metadata,
+)
 from kdrl_lightning.checkpoints.integrity import whole_folder
 from kdrl_lightning.checkpoints.resume import (
     KEY,
     Settings,
+    agree_before_loading,
     check_before_loading,
     check_complete,
     check_identity,
@@ -179,6 +185,7 @@ class KDRLModule(pl.LightningModule):
         self._step_log.forget()
         self._written = 0
         refuse_fsdp1(self.trainer.strategy)
+        agree_before_loading(self.trainer, content_mark)
         check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(

@@ -28,12 +28,13 @@ Key = tuple[str | int, ...]
 
 
 class Case(NamedTuple):
-    """A mistake."""
+    """A mistake; ``files`` lie beside the configuration."""
 
     kind: str
     what: str
     text: str | bytes
     flags: list[str]
+    files: dict[str, str | bytes] | None = None
 
 
 def tree(path: Path, student: str, teacher: str) -> dict[str, Any]:

@@ -197,6 +197,18 @@ CLI_CASES = {
         ["--trainer.log_every_n_steps=-1"],
         "`trainer.log_every_n_steps` must be at least 0: got -1. 0 logs nothing.",
     ),
+    "accumulation over no batches": (
+        ["--trainer.accumulate_grad_batches=0"],
+        "`trainer.accumulate_grad_batches` must be at least 1: got 0. It is the number of",
+    ),
+    "a clip below 0, which clips nothing": (
+        ["--trainer.gradient_clip_val=-1"],
+        "`trainer.gradient_clip_val` must be at least 0: got -1. 0 clips nothing.",
+    ),
+    "null for a student": (
+        ["--model.student=null"],
+        "`model.student` must be given: got null. Leave it out to keep what it was.",
+    ),
     "no such strategy": (["--trainer.strategy=luck"], "luck"),
     "negative rate": (
         ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1"],
@@ -215,6 +227,14 @@ def test_what_lightning_or_torch_refuse_is_one_line_too(
 ) -> None:
     flags, words = CLI_CASES[case]
     assert words in refuse(config, tmp_path, capsys, *flags)
+
+
+@pytest.mark.parametrize("value", [5, [1]])
+def test_a_value_in_place_of_a_group_is_refused(
+    value: object, config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refuse({**config, "samples": value}, tmp_path, capsys)
+    assert f"`samples` must have settings by name: got {value}. Leave it out to keep the" in line
 
 
 METHOD_CASES = {

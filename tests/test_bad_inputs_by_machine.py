@@ -18,6 +18,8 @@ from bad_inputs import CONFIGS, Case, cases, tree
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from more_bad_inputs import more_cases
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.main import KDRLCLI
@@ -32,8 +34,10 @@ class TrainedError(Exception):
 
 def complaint(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> str | None:
     """Run a case; return what is wrong with the answer."""
-    text = case.text if isinstance(case.text, bytes) else case.text.encode()
-    (folder / "config.yaml").write_bytes(text)
+    for name, content in {**(case.files or {}), "config.yaml": case.text}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    given = sorted(folder.rglob("*"))
     capsys.readouterr()
     try:
         with warnings.catch_warnings():
@@ -51,20 +55,24 @@ def complaint(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> s
         return f"{len(lines)} lines: {lines}"
     if "Union subtypes" in lines[0] or "Traceback" in lines[0] or len(lines[0]) > 1200:
         return f"no clear line: {lines[0]}"
-    left = sorted(p.name for p in folder.iterdir())
-    return None if left == ["config.yaml"] else f"left behind: {left}"
+    left = sorted(p.name for p in folder.rglob("*") if p not in given)
+    return f"left behind: {left}" if left else None
 
 
+@pytest.mark.parametrize("drawn", [cases, more_cases])
 def test_every_mistake_is_one_line(
+    drawn: Any,
     student_folder: str,
     teacher_folder: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def advance(self: Any) -> None:
+    def advance(*_: Any, **__: Any) -> None:
         raise TrainedError
 
     monkeypatch.setattr(_FitLoop, "advance", advance)
+    # No case may start processes: they would be tests, too.
+    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", advance)
     # The parser of one subcommand is made in half the time of four.
     fit = {"fit": KDRLCLI.subcommands()["fit"]}
     monkeypatch.setattr(KDRLCLI, "subcommands", staticmethod(lambda: fit))
@@ -80,7 +88,7 @@ def test_every_mistake_is_one_line(
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases(configs), st.none())
+    @given(drawn(configs), st.none())
     def check(case: Case, _: None) -> None:
         with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as patch:
             patch.chdir(folder)

@@ -71,6 +71,11 @@ BROKEN = {
     "an odd index": ("model.safetensors.index.json", b"{", r"an model.+ that can be read: "),
     "no configuration": ("config.json", None, r"a tokenizer alone: .+ Name the whole model's"),
     "half a configuration": ("config.json", b"{", r"hold a config.json that is JSON: .+ again\."),
+    "a list for a configuration": (
+        "config.json",
+        b"[]",
+        r"hold a config.json with settings by name: .+ again\.",
+    ),
     "no type": (
         "config.json",
         {"model_type": None},

@@ -12,6 +12,8 @@ import os
 import pickle
 import shlex
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -314,6 +316,18 @@ def _read(place: Path) -> tuple[Any, str]:
         return torch.load(place, map_location="cpu", mmap=True, weights_only=True), ""
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         return None, (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
+
+
+def content_mark(path: str | None) -> str | None:
+    """Return what tells a checkpoint from others, without its weights; None: there is none."""
+    if path is None:
+        return None
+    place = Path(path)
+    try:
+        with zipfile.ZipFile(place / META if place.is_dir() else place) as archive:
+            return str(zlib.crc32(str([r.CRC for r in archive.infolist()]).encode()))
+    except (OSError, ValueError, zipfile.BadZipFile):  # refused when it is read
+        return None
 
 
 def check_readable(path: str, strategy: Any) -> None:

@@ -60,6 +60,58 @@ def check_before_loading(strategy: Any, check: Callable[[str], None]) -> None:
     strategy.load_checkpoint = checked
 
 
+def agree_before_loading(trainer: Any, mark: Callable[[str | None], str | None]) -> None:
+    """Let all processes compare their checkpoints before any of them reads its own.
+
+    Each process finds ``last`` by itself, or gets a path from its launcher. If these differ, ddp
+    would train on moments and positions of different runs; fsdp2 would read the first process's.
+
+    Args:
+        trainer: of the run.
+        mark: ``path -> mark`` of a checkpoint's content; None: it cannot be read.
+    """
+    if trainer.world_size == 1:
+        return
+    connector = trainer._checkpoint_connector
+    # The one call in which every process has its path, or None, and none has read anything.
+    restore = type(connector)._restore_modules_and_callbacks
+
+    def compared(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        path = None if checkpoint_path is None else str(checkpoint_path)
+        require_same(path, mark(path), trainer.strategy.broadcast, trainer.lightning_module.reduce)
+        return restore(connector, checkpoint_path, *args, **kwargs)
+
+    connector._restore_modules_and_callbacks = compared
+
+
+def require_same(
+    path: str | None,
+    mark: str | None,
+    broadcast: Callable[[Any], Any],
+    reduce: Callable[[torch.Tensor, str], torch.Tensor],
+) -> None:
+    """Check that all processes go on from one checkpoint; collective.
+
+    Args:
+        path: of this process's checkpoint; None: it starts afresh.
+        mark: of its content; None: it cannot be read.
+        broadcast: returns what the first process passes.
+        reduce: ``(tensor, "max") -> tensor`` over ranks.
+
+    Raises:
+        ConfigurationError: on all processes, if they hold different checkpoints, be it under one
+            path.
+    """
+    mark = mark or str(path)
+    first, first_mark = broadcast(path), broadcast(mark)
+    if float(reduce(torch.tensor(float(mark != first_mark)), "max")):
+        other = "another one under this path" if path == first else path
+        raise ConfigurationError(
+            f"`ckpt_path` must be the same on all processes: got {first} and {other}. Name a "
+            "checkpoint that all of them see, instead of `last`."
+        )
+
+
 def check_identity(
     saved: dict[str, Any], module: Any, config: Any, fitting: bool, path: str
 ) -> None:

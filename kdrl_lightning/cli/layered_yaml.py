@@ -224,4 +224,15 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"`base` must be readable UTF-8: got {file} ({error}).") from error
     below = _resolve(_document(text, str(file)), file, (*seen, file))
-    return merge(nested(below) if isinstance(below, dict) else below, own)
+    if not isinstance(below, dict | None):
+        raise ConfigurationError(
+            f"`base` must hold settings by name: got {file} with {below!r:.80}."
+        )
+    below = nested(below or {})
+    for name, settings in own.items():
+        had = below.get(name)
+        if isinstance(settings, dict) and isinstance(had, str | list):
+            raise ConfigurationError(
+                f"`{name}` must have settings by name: got {had!r:.80} in {file}."
+            )
+    return merge(below, own)

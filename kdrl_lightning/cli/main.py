@@ -40,6 +40,8 @@ from kdrl_lightning.trainer.strategies import refuse_fsdp1
 
 # Lightning takes any number for these.
 LEAST = (
+    ("accumulate_grad_batches", 1, "It is the number of micro-batches of an optimizer step."),
+    ("gradient_clip_val", 0, "0 clips nothing."),
     ("log_every_n_steps", 0, "0 logs nothing."),
     ("num_sanity_val_steps", -1, "-1 takes all batches."),
 )
@@ -187,12 +189,14 @@ def refuse_empty_groups(config: Namespace, defaults: Namespace) -> None:
     """Check that every group has settings.
 
     Raises:
-        ConfigurationError: one is null.
+        ConfigurationError: one is null, or a value without names.
     """
     for name, value in vars(config).items():
-        if value is None and isinstance(defaults.get(name), Namespace):
+        if isinstance(defaults.get(name), Namespace) and not isinstance(value, Namespace):
+            found = "null" if value is None else value
             raise ConfigurationError(
-                f"`{name}` must have settings by name: got null. Leave it out to keep the others."
+                f"`{name}` must have settings by name: got {found}. Leave it out to keep the "
+                "others."
             )
 
 
@@ -215,6 +219,8 @@ def quiet() -> None:
     """Keep the screen for what concerns the run."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs what it raises, which is one line of ours.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     # The student stays in evaluation mode on purpose: rollouts and updates must see one policy.
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")
     # Lightning 2.6 against torch 2.13's tree specification.

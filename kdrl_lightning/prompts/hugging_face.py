@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,16 @@ class HFPrompts(PromptSource):
         self.rows = _load(path, name, split, take, streaming)
         if not len(self.rows):
             raise ConfigurationError(f"`path` must have at least one row: got {path}, without any.")
+        try:
+            first = self.rows[0]
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"`path` must be UTF-8: got {path} ({error}).") from error
         for argument, column in (
             ("prompt_column", prompt_column),
             ("answer_column", answer_column),
         ):
             if column is not None:
-                _look_up(self.rows[0], column, argument)
+                _look_up(first, column, argument)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,6 +121,8 @@ def zero_padded(path: Path) -> list[str]:
 
 def _load(path: str, name: str | None, split: str, take: int | None, streaming: bool) -> Any:
     datasets = load_library("datasets")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     local = Path(path)
     if not local.exists() and local.suffix in READERS:
         raise ConfigurationError(f"`path` must be a file that exists: got {path}.")

@@ -130,3 +130,10 @@ def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_the_hub_does_not_have_is_one_line() -> None:
     with pytest.raises(ConfigurationError, match=r"^`path` must be a dataset .*: got no/such, spl"):
         HFPrompts("no/such")
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "\u00e9", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"^`path` must be UTF-8: got .*rows\.jsonl \("):
+        HFPrompts(str(path))

@@ -21,7 +21,7 @@ from jsonargparse import Namespace
 
 from kdrl_lightning.cli.settings.private import actions, typehints, util
 from kdrl_lightning.cli.settings.replaced import check_type, load_group
-from kdrl_lightning.cli.settings.shapes import LEAVES, fitting, is_class, is_sequence, is_spec
+from kdrl_lightning.cli.settings.shapes import LEAVES, NULL, fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 
@@ -122,6 +122,7 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     sequences = [m for m in get_args(typehint) if is_sequence(m)]
     if kwargs.get("append") and sequences:  # `--name+`: the value is one entry more
         return adapt(val, sequences[0], *args, **kwargs)
+    check_given(val, typehint, kwargs.get("orig_val"))
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
@@ -137,6 +138,18 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         if not errors:
             raise
         raise min(errors, key=_unlikely) from None
+
+
+def check_given(val: Any, typehint: Any, given: Any) -> None:
+    """Check that a flag does not set null where a value must stand, as text that is called so.
+
+    Raises:
+        ValueError: it does.
+    """
+    text = given if val is None else val
+    null = type(text) is str and text.strip().lower() in NULL  # in a file, a quoted one is text
+    if null and NoneType not in get_args(typehint):
+        raise ValueError(f"must be given: got {text}. Leave it out to keep what it was.")
 
 
 def _choices(member: Any) -> list[str]:

@@ -100,6 +100,8 @@ def _of_configuration(folder: Path) -> tuple[str, str] | None:
         settings = json.loads((folder / "config.json").read_text())
     except ValueError:
         return "hold a config.json that is JSON", AGAIN
+    if not isinstance(settings, dict):
+        return "hold a config.json with settings by name", AGAIN
     kind = settings.get("model_type")
     if kind is None:
         return "name its `model_type` in config.json", "Add it, e.g. `qwen3`."
