@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from short_runs import make_data, make_module, make_trainer
 
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import KDRL, checkpoints
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints.files import read_metadata

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, f64
 from torch import Tensor
 
+from helpers.reference import close, f64
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats
 from kdrl_lightning.metrics import StepStats

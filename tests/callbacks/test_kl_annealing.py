@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close
 
+from helpers.reference import close
 from kdrl_lightning.callbacks import KLCoefficientAnnealing
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import GRPO, KDRL, OnPolicyDistillation

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import TrainerFn
-from reference import close
-from short_runs import fit, make_data, make_module, make_trainer
 
+from helpers.reference import close
+from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.callbacks import (
     CoefficientSchedule,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning.callbacks import StepProfile
 from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.errors import ConfigurationError
@@ -39,7 +39,7 @@ def test_the_command_line_asks_for_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = [
-        f"--config={Path(__file__).parents[1]}/configs/rlad.yaml",
+        f"--config={Path(__file__).parents[2]}/configs/rlad.yaml",
         f"--model.student={student_folder}",
         f"--model.teacher.model={teacher_folder}",
         "--data.train_prompts.size=8",

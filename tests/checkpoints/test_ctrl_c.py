@@ -14,11 +14,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from short_runs import make_data, make_module, make_trainer
 from test_killed_runs import fit as fit_in_processes
 from test_killed_runs import killer
 from test_resumed_cli import refused, start, version  # noqa: F401
 
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRLModule, __main__
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints.files import read_metadata

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from resumed_runs import Run, Setting, run, same_batches, same_weights
 
+from helpers.resumed_runs import Run, Setting, run, same_batches, same_weights
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.callbacks import CoefficientSchedule
 from kdrl_lightning.callbacks.schedules import Linear, PlateauSwitch

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import plain, with_images, with_sines
-from resumed_runs import Setting, run, same_batches, same_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3Config
 
+from helpers.odd_models import plain, with_images, with_sines
+from helpers.resumed_runs import Setting, run, same_batches, same_weights
 from kdrl_lightning import GRPO, KDRL
 from kdrl_lightning.checkpoints.resume import check_identity, difference
 from kdrl_lightning.cli.export import export

@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from resumed_runs import Rates, Setting, run, same_weights
-from short_runs import Log, make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
+from helpers.resumed_runs import Rates, Setting, run, same_weights
+from helpers.short_runs import Log, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.checkpoints.resume import KEY
 from kdrl_lightning.errors import ConfigurationError

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def raising(sample: object) -> float:
@@ -131,9 +131,7 @@ def test_refused_in_one_line(
     config: dict[str, object],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     flags, words = CASES[case]
     assert words in refuse(config, tmp_path, capsys, *flags)
 
@@ -171,12 +169,13 @@ def test_a_reward_that_fails_later_is_counted_then_stops(
     config: dict[str, object],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    flags = ["--data.reward=reward_that_fails_late.judge", "--trainer.num_sanity_val_steps=0"]
+    flags = [
+        "--data.reward=helpers.rewards.reward_that_fails_late.judge",
+        "--trainer.num_sanity_val_steps=0",
+    ]
     with pytest.raises(SystemExit) as error:
         main(["fit", "--config", str(file), *flags, "--report.evaluate_teacher=false"])
     assert error.value.code == 1

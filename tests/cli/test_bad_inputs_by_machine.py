@@ -1,7 +1,7 @@
 """Whatever is wrong in a configuration: one line, exit code 1 or 2, and nothing left behind.
 
-``KDRL_BAD_INPUTS=1000 pytest tests/test_bad_inputs_by_machine.py -s`` tries as many, and prints how
-many of each kind there were; ``KDRL_BAD_INPUTS_SEED=1`` draws others.
+``KDRL_BAD_INPUTS=1000 pytest tests/cli/test_bad_inputs_by_machine.py -s`` tries as many, and
+prints how many of each kind there were; ``KDRL_BAD_INPUTS_SEED=1`` draws others.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_inputs import CONFIGS, Case, cases, tree
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
+from helpers.bad_inputs import CONFIGS, Case, cases, tree
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.main import KDRLCLI
 

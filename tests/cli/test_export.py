@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors import SafetensorError
-from short_runs import make_data, make_module, make_trainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from kdrl_lightning.cli.main import KDRLCLI
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -23,7 +23,7 @@ def test_every_config_trains(
     teacher = "base/embedded.yaml" not in path.read_text()
     # Rewards that a random model gets, so that there is something to learn from; DAPO's own
     # penalty on length is one.
-    reward = [] if path.stem == "dapo" else ["--data.reward=short_runs.some_reward"]
+    reward = [] if path.stem == "dapo" else ["--data.reward=helpers.short_runs.some_reward"]
     updates = 4 if path.stem == "rlad" else 2
     flags = [
         f"--model.student={student_folder}",

@@ -11,7 +11,7 @@ from kdrl_lightning.cli.layered_yaml import load_with_base, merge
 from kdrl_lightning.cli.main import KDRLCLI, as_seed
 from kdrl_lightning.errors import ConfigurationError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

@@ -17,7 +17,7 @@ import pytest
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.main import KDRLCLI
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs/hardware"
 PAGE = (ROOT / "docs/scale.md").read_text()
 OVERLAYS = [["gpu1"], ["node8"], ["node8", "nodes"], ["node8_vllm"], ["node8_server"]]

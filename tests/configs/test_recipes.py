@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:the chat template of .* closes a turn with:UserWarning",
 )
 
-FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
+FOLDER = Path(__file__).parents[2] / "configs" / "recipes"
 BASES = {"base", "base.yaml", "teacher.yaml", "math.yaml"}
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if not {p.parent.name, p.name} & BASES)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build
 
+from helpers.small_models import build
 from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
 from kdrl_lightning.engines.prefixes import (
     OwnCachePrefixes,

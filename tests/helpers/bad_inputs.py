@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kdrl_lightning import KDRLModule, RolloutDataModule
 from kdrl_lightning.cli.layered_yaml import load_with_base
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
     p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name in ("configs", "recipes")
 )

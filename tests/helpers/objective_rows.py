@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from reference import surrogate, token_weights, trrd_ratio
-from steps import (
+
+from helpers.objective_steps import (
     COMPLETIONS,
     CUT,
     GROUPS,
@@ -18,7 +18,8 @@ from steps import (
     REWARDS,
     THEIRS,
 )
-from steps import CORRECT as C
+from helpers.objective_steps import CORRECT as C
+from helpers.reference import surrogate, token_weights, trrd_ratio
 
 LENGTHS = [0 if cut else len(c) for c, cut in zip(COMPLETIONS, CUT, strict=True)]
 Token = Callable[[int, int], tuple[float, float]]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from reference import f64, normal
 from torch import Tensor
 
+from helpers.reference import f64, normal
 from kdrl_lightning.objectives import (
     CISPO,
     GKD,

@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from short_runs import Log, Trace, make_data, make_module, make_trainer
 from torch import Tensor
 
+from helpers.short_runs import Log, Trace, make_data, make_module, make_trainer
 from kdrl_lightning import LoRA
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SelectiveImitationStats
 from kdrl_lightning.objectives import Objective

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close, f64
 
+from helpers.reference import close, f64
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.advantages import group_relative
 

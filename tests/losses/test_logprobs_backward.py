@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, normal
 from torch import Tensor
 
+from helpers.reference import close, normal
 from kdrl_lightning.losses.logprobs import Head, token_scores
 from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Transform
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import close, f64, normal, surrogate, trrd_ratio
 from torch import Tensor
 
+from helpers.reference import close, f64, normal, surrogate, trrd_ratio
 from kdrl_lightning.losses import (
     cispo_surrogate,
     clipped_surrogate,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import f64, normal
 
+from helpers.reference import f64, normal
 from kdrl_lightning.callbacks.imitation_stats import log_histograms, table
 from kdrl_lightning.metrics import Histogram, Histograms
 from kdrl_lightning.reports.plots import plot_imitation

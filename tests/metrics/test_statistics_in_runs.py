@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import f64
-from short_runs import Log, fit, make_data, make_module
 
+from helpers.reference import f64
+from helpers.short_runs import Log, fit, make_data, make_module
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, GRPO, SFT, KDRLModule, LocalTeacher, SupervisedDataModule
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.engines.vllm.requests import completion

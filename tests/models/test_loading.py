@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_models import save as save_moe
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
+from helpers.moe_models import save as save_moe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_used
 from kdrl_lightning.models.architectures.reading import reading

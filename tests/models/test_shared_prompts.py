@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import test_scorer as scorers
 import torch
-from reference import close
 
 import kdrl_lightning.models.scorer as scoring
+from helpers.reference import close
 from kdrl_lightning.losses import reverse_kl
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import recompute_layers

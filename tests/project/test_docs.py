@@ -14,7 +14,7 @@ import yaml
 from kdrl_lightning import callbacks, objectives, rollout
 from kdrl_lightning.cli.layered_yaml import load_with_base
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "methods"
 INDEX = FOLDER / "README.md"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "kdrl_lightning"
+PACKAGE = Path(__file__).parents[2] / "kdrl_lightning"
 FILES = sorted(
     p
     for p in [*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py")]

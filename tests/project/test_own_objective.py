@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from reference import close, f64
 
+from helpers.reference import close, f64
 from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import SequenceRatio, SumAdvantage, WrongCompletions
 from kdrl_lightning.rollout_batch import collate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "own_objective.md").read_text()
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
 griffe = pytest.importorskip("griffe", reason="pip install '.[docs]'")
 pytest.importorskip("latex2mathml", reason="pip install '.[docs]'")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOM = '''
 """A room."""
 from os import sep

@@ -13,7 +13,7 @@ import yaml
 from kdrl_lightning import prompts, rewards
 from kdrl_lightning.cli.main import KDRLCLI
 
-PAGE = Path(__file__).parents[1] / "docs/tasks.md"
+PAGE = Path(__file__).parents[2] / "docs/tasks.md"
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
 OWN = {"train_prompts": [{"prompt": "1+2=", "answer": "3"}], "reward": "ExactMatch"}
 

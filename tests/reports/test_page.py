@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import EvalSet, Sample, Verdict
 from kdrl_lightning.callbacks import SamplePage
 from kdrl_lightning.errors import ConfigurationError

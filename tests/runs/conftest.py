@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from strategy_runs import Runs
+from helpers.processes.strategy_runs import Runs
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from short_runs import Log, fit, make_data, make_module, make_trainer
+from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 from torch import Tensor
 
 from kdrl_lightning import GKD, GRPO, KDRL, RLAD, LocalTeacher, OnPolicyDistillation

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import Log, Trace, fit, make_data, make_module, make_trainer
+from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GKD, GRPO, RLAD, SFT, LocalTeacher
 from kdrl_lightning.callbacks import WeightSync

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from short_runs import Log, Trace, fit, make_data, make_module, make_trainer
+from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 from transformers import AutoTokenizer
 
 from kdrl_lightning import GRPO, RLAD, ExactMatch, LocalTeacher

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kdrl_lightning.tiny.models import make_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def fit(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:

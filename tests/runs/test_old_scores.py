@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import Log, fit, make_data, make_module
+from helpers.short_runs import Log, fit, make_data, make_module
 
 from kdrl_lightning import (
     GKD,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from strategy_runs import Runs
+from helpers.processes.strategy_runs import Runs
 from torch import Tensor
 
 from kdrl_lightning.cli.export import export

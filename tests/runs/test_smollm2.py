@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import Log, fit, make_module, make_trainer
+from helpers.short_runs import Log, fit, make_module, make_trainer
 
 from kdrl_lightning import (
     RLAD,
@@ -26,8 +26,7 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts import encode_all
 from kdrl_lightning.rollout_batch import collate
 
-sys.path.insert(0, str(Path(__file__).parent / "vllm_cases"))
-from need import ROOT, need_vllm, run
+from helpers.with_vllm.need import ROOT, need_vllm, run
 
 pytestmark = pytest.mark.slow
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -154,7 +153,7 @@ def make_scores(model: Any, batch: Any) -> float:
 
 def test_vllm_samples_from_it(source: GGUFModel, tmp_path: Path) -> None:
     need_vllm()
-    cases = str(ROOT / "tests/vllm_cases/smollm2_cases.py")
+    cases = str(ROOT / "tests/runs/smollm2_cases.py")
     command = ["pytest", "-p", "no:xdist", "-W", "default", "-q", cases]
     out = run(command, ROOT, timeout=300, SMOLLM2=source.path())
     assert out.returncode == 0, out.stdout[-6000:]

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from short_runs import Log, fit, make_data, make_module, make_trainer
+from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GRPO, KDRL, RLAD, KDRLModule, LocalTeacher
 from kdrl_lightning.callbacks import (

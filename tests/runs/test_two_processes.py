@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def fit(folder: Path, student: str, teacher: str, *flags: str) -> Path:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from need import ROOT, run
-from servers import KEY, RealServer
 
+from helpers.with_vllm.need import ROOT, run
+from helpers.with_vllm.servers import KEY, RealServer
 from kdrl_lightning import CachedTeacher, LocalTeacher, RolloutBatch, ServerTeacher
 from kdrl_lightning.engines import Sampling, VLLMServerEngine, VLLMTeacherEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped

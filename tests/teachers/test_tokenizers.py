@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, LocalTeacher
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses.logprobs import Head

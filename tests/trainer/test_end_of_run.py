@@ -9,15 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
-import moe_models
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from odd_models import plain, state_space
 from safetensors.torch import load_file
-from short_runs import make_data, make_module, make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from helpers import moe_models
+from helpers.odd_models import plain, state_space
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SamplePage, SelectiveImitationStats
 from kdrl_lightning.cli.export import export

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from short_runs import make_data, make_module, make_trainer
 
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport

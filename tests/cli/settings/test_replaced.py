@@ -168,5 +168,5 @@ def test_null_is_taken_where_there_is_none() -> None:
 
 
 def test_the_range_of_jsonargparse_is_the_projects() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     assert f'"jsonargparse[signatures]{private.CHECKED}"' in text

@@ -13,7 +13,7 @@ from torch import distributed
 
 from kdrl_lightning import distributed as together
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = """
 model: {{student: {student}, objective: {{class_path: GRPO}}}}
 data:

@@ -8,7 +8,7 @@ import pytest
 
 from kdrl_lightning.__main__ import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEACHER = "--model.teacher={class_path: LocalTeacher, init_args: {model: "
 
 CASES = {

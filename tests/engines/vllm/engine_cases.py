@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import CASES, CONTEXT, EOS, PAD, make_model, save_model, worst_gap
 
+from helpers.with_vllm.models import CASES, CONTEXT, EOS, PAD, make_model, save_model, worst_gap
 from kdrl_lightning import LoRA
 from kdrl_lightning.engines import Completion, Sampling, TransformersEngine, VLLMEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import EOS, PAD, make_model, worst_gap
-from servers import KEY, RealServer
 
 from benchmarks.architectures.families import save
 from benchmarks.architectures.vllm_case import change, settings
+from helpers.with_vllm.models import EOS, PAD, make_model, worst_gap
+from helpers.with_vllm.servers import KEY, RealServer
 from kdrl_lightning.engines import Sampling, TransformersEngine, VLLMServerEngine
 from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute, meeting_point
 from kdrl_lightning.engines.weight_transport import FileRoute
@@ -46,7 +46,7 @@ def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Re
         folder,
         tmp_path_factory.mktemp("log") / "server.log",
         flags=["--transfer", "store"],
-        vllm_flags=["--worker-extension-cls", "store_transfer.Worker"],
+        vllm_flags=["--worker-extension-cls", "helpers.with_vllm.store_transfer.Worker"],
     )
     yield made
     made.kill()
@@ -113,7 +113,7 @@ def test_weights_by_the_transfer_api(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert isinstance(engine._route, FileRoute)  # on a CPU, unless it is asked for
-    from store_transfer import Trainer
+    from helpers.with_vllm.store_transfer import Trainer
 
     monkeypatch.setattr(
         "kdrl_lightning.engines.vllm.nccl_transport.init_info",

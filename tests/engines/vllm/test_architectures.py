@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
-from need import ROOT, need_vllm, run
+from helpers.with_vllm.need import ROOT, need_vllm, run
 
 
 def test_architectures_beside_a_student() -> None:
     need_vllm()
-    cases = str(ROOT / "tests/vllm_cases/architecture_cases.py")
+    cases = str(ROOT / "tests/engines/vllm/architecture_cases.py")
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=900)
     assert out.returncode == 0, out.stdout[-6000:]
     assert "13 passed" in out.stdout

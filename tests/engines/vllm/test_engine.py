@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
-from need import ROOT, need_vllm, run
-
+from helpers.with_vllm.need import ROOT, need_vllm, run
 from kdrl_lightning.engines import Sampling, VLLMEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import load_causal_lm
@@ -22,7 +19,7 @@ from kdrl_lightning.models.weights import ModelWeights
 def test_the_real_engine(tmp_path: Path) -> None:
     need_vllm()
     # vLLM initialises torch.distributed and takes threads: not in this process.
-    cases = str(ROOT / "tests/vllm_cases/engine_cases.py")
+    cases = str(ROOT / "tests/engines/vllm/engine_cases.py")
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=300)
     assert out.returncode == 0, out.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 20 and "skipped" not in out.stdout  # type: ignore[index]

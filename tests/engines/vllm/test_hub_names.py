@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.architectures.families import build, save
 from kdrl_lightning import LoRA
 from kdrl_lightning.engines.vllm.hub_names import HubWeights

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
-from need import ROOT, need_vllm, run
-from scripted import Scripted
-
+from helpers.with_vllm.need import ROOT, need_vllm, run
+from helpers.with_vllm.scripted import Scripted
 from kdrl_lightning.cli.serve import command, parse, serve
 from kdrl_lightning.engines import Sampling, VLLMServerEngine
 from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute
@@ -32,7 +29,7 @@ EOS, PAD = 1, 0
 
 def test_the_real_server(tmp_path: Path) -> None:
     need_vllm()
-    cases = str(ROOT / "tests/vllm_cases/server_cases.py")
+    cases = str(ROOT / "tests/engines/vllm/server_cases.py")
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=600)
     assert out.returncode == 0, out.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 10 and "skipped" not in out.stdout  # type: ignore[index]
@@ -50,8 +47,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     need_vllm()
-    from servers import RealServer
-
+    from helpers.with_vllm.servers import RealServer
     from kdrl_lightning.tiny import TinyModel
 
     made = RealServer(TinyModel("student").path(), tmp_path_factory.mktemp("log") / "server.log")
@@ -292,8 +288,8 @@ def test_the_transfer_api_is_used_where_all_servers_offer_it(
 def test_weights_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU for the trainer and another for the server")
-    from models import make_model, save_model, worst_gap
-    from servers import KEY, RealServer
+    from helpers.with_vllm.models import make_model, save_model, worst_gap
+    from helpers.with_vllm.servers import KEY, RealServer
 
     folder, model = save_model("qwen2", tmp_path / "model"), make_model("qwen2", 1).cuda()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # this process has its device already

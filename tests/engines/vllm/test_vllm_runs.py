@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
-from need import ROOT, need_vllm, run
+from helpers.with_vllm.need import ROOT, need_vllm, run
 
 ENGINE = [f"--config={ROOT / 'configs/rlad.yaml'}", f"--config={ROOT / 'configs/engine/vllm.yaml'}"]
 SMALL = ["--data.prompts_per_rollout=8", "--data.val_prompts.size=16"]
@@ -67,11 +65,13 @@ def test_two_processes_with_an_engine_each_are_one(tmp_path: Path) -> None:
 
 
 def test_an_engine_with_old_weights_stops_the_run(tmp_path: Path) -> None:
-    flags = ["--data.rollout_engine.class_path=old_weights.OldWeights", "--trainer.max_steps=8"]
+    flags = [
+        "--data.rollout_engine.class_path=helpers.with_vllm.old_weights.OldWeights",
+        "--trainer.max_steps=8",
+    ]
     more = ["--report.evaluate_teacher=false", "--trainer.num_sanity_val_steps=0"]
-    path = f"{ROOT}:{ROOT / 'tests/vllm_cases'}"
     command = ["kdrl_lightning", "fit", *ENGINE, *SMALL, *flags, *more]
-    out = run(command, tmp_path, timeout=280, PYTHONPATH=path)
+    out = run(command, tmp_path, timeout=280)
     assert out.returncode == 1, out.stderr[-3000:]
     last = out.stderr.strip().splitlines()[-1]
     assert "must agree with the trainer's within 0.001 nats on average: got" in last

@@ -17,8 +17,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from family import run_family
 
+from helpers.processes.strategy_family import run_family
 from kdrl_lightning import (
     GKD,
     KDRL,

@@ -14,7 +14,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from kdrl_lightning.tiny.models import make_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CASES = (
     *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "family"),
     *("lora", "lora_resumed"),
@@ -55,10 +55,15 @@ class Runs:
     def start(self, strategy: str, cases: tuple[str, ...]) -> None:
         """Run cases in one start of the processes."""
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        driver = [str(ROOT / "tests/strategies/driver.py"), str(self.folder), strategy, *cases]
+        driver = [
+            str(ROOT / "tests/helpers/processes/strategy_driver.py"),
+            str(self.folder),
+            strategy,
+            *cases,
+        ]
         out = subprocess.run(
             [sys.executable, *(launcher if strategy != "auto" else []), *driver],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=300,

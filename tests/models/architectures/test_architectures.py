@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "architectures"))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks" / "architectures"))
 
 import cases
 import families

@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from short_runs import fit, make_data, make_module
-from small_models import build, save
 from test_rotary import CASES, LIMIT
 
+from helpers.short_runs import fit, make_data, make_module
+from helpers.small_models import build, save
 from kdrl_lightning import GRPO, SFT, KDRLModule, LocalTeacher
 from kdrl_lightning.callbacks import RunReport
 from kdrl_lightning.engines import Completion, TransformersEngine, VLLMEngine

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from odd_models import plain, save, with_images
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperForCausalLM
 
+from helpers.odd_models import plain, save, with_images
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.reached import unreached
 from kdrl_lightning.models.loading import load_causal_lm

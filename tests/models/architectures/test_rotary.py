@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build
 
+from helpers.small_models import build
 from kdrl_lightning.engines import Sampling, TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.rotary import decide_per_row, switch_lengths

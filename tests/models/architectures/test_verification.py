@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build, save
 from transformers import AutoModelForCausalLM
 
 import kdrl_lightning.models.scorer as scoring
+from helpers.small_models import build, save
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.models.loading import load_causal_lm

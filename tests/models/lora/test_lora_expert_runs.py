@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import save
-from resumed_runs import Setting, run, same_batches, same_weights
 from torch import Tensor
 
+from helpers.moe_models import save
+from helpers.resumed_runs import Setting, run, same_batches, same_weights
 from kdrl_lightning import KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.models.loading import load_causal_lm

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import MODELS, build
 from peft import PeftModel
 from torch import Tensor, nn
 
+from helpers.moe_models import MODELS, build
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm

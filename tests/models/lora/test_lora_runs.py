@@ -13,10 +13,10 @@ import torch
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
-from resumed_runs import Run, Setting, run, same_batches, same_weights
-from short_runs import make_data, make_module, make_trainer
 from torch import Tensor
 
+from helpers.resumed_runs import Run, Setting, run, same_batches, same_weights
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import build
 
+from helpers.small_models import build
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora.targets import ALL, find_targets

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from short_runs import make_data, make_module, make_trainer
 
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import HFPrompts, ReasoningGymPrompts

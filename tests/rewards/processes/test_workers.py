@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import judged_elsewhere
 import pytest
-from judged_elsewhere import answer, with_children, with_orphan
 
+from helpers.rewards import judged_elsewhere
+from helpers.rewards.judged_elsewhere import answer, with_children, with_orphan
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
@@ -106,9 +106,10 @@ def test_an_answer_to_an_earlier_try_is_not_taken_for_another_calls() -> None:
 
 def test_a_process_that_ends_before_it_is_ready_stops_the_run_in_one_line() -> None:
     pool = WorkerPool(answer, seconds=5.0, workers=2)
-    pool.target = ("ends_at_once", "answer")
+    pool.target = ("helpers.rewards.ends_at_once", "answer")
     words = (
-        r"^a process that calls ends_at_once\.answer must start: 3 ended before they were ready\. "
+        r"^a process that calls helpers\.rewards\.ends_at_once\.answer must start: "
+        r"3 ended before they were ready\. "
         r"Check that its module can be imported, and the machine's memory\.$"
     )
     with pytest.raises(TrainingStopped, match=words):
@@ -143,13 +144,13 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal\n"
-        "from judged_elsewhere import answer\n"
+        "from helpers.rewards.judged_elsewhere import answer\n"
         "from kdrl_lightning.rewards.processes.workers import WorkerPool\n"
         "pool = WorkerPool(answer, 5.0, 1)\n"
         "print(pool.map(['who'])[0], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     out = subprocess.run(
         [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True
     )
@@ -197,11 +198,11 @@ def test_an_orphan_that_ends_is_no_zombie() -> None:
 def test_a_call_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from judged_elsewhere import with_children\n"
+        "from helpers.rewards.judged_elsewhere import with_children\n"
         "from kdrl_lightning.rewards.processes.workers import WorkerPool\n"
         f"WorkerPool(with_children, 500.0, 1).map(['{tmp_path}/x|hang'])\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     trainer = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
     processes = children_of(tmp_path / "x")
     assert len(processes) == 2 and all(alive(process) for process in processes)
@@ -218,7 +219,7 @@ def test_a_worker_loads_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_function_that_cannot_be_imported_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = WorkerPool(answer, 1.0, 1)
-    pool.target = ("judged_elsewhere", "nothing")
+    pool.target = ("helpers.rewards.judged_elsewhere", "nothing")
     with pytest.raises(AttributeError, match="nothing"):
         pool.map([1])
     words = r"^`function` must be one that another process can import: got .*<locals>.*Put it at"
