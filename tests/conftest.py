@@ -15,7 +15,7 @@ import torch
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
 # A plugin that vLLM loads, and a module that ends its process, in processes of their own.
-collect_ignore = ["vllm_cases/store_transfer.py", "rewards/ends_at_once.py"]
+collect_ignore = ["helpers/with_vllm/store_transfer.py", "helpers/rewards/ends_at_once.py"]
 
 # Where Lightning and torchrun tell a process which group it belongs to, and where that group meets.
 GROUP = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")

@@ -25,15 +25,15 @@ SECONDS = 120
 DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
 EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
 JSD = "losses/divergences.py", "losses/test_jsd.py"
-POLICY = "losses/ratios.py", "losses/test_policy.py"
-POLICY_FAMILY = "losses/ratios.py", "losses/test_policy_family.py"
+POLICY = "losses/ratios.py", "losses/test_ratios.py"
+POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
-CHOSEN = "losses/logprobs_backward.py", "losses/test_chosen.py"
+CHOSEN = "losses/logprobs_backward.py", "losses/test_logprobs_backward.py"
 IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
 SELECTION = "losses/selection.py", "losses/test_selection.py"
-ADVANTAGES = "losses/advantages.py", "test_advantages.py"
+ADVANTAGES = "losses/advantages.py", "losses/test_advantages.py"
 SHAPED = "losses/advantages.py", "losses/test_selection.py"
 BASE = "objectives/base.py", "objectives/test_objectives.py"
 BASE_LAWS = "objectives/base.py", "objectives/test_laws.py"
@@ -59,64 +59,64 @@ SUM = "objectives/weighted_sum.py", "objectives/test_family.py"
 SUM_PARTS = "objectives/weighted_sum.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
-FRAME_STATS = "objectives/policy.py", "test_imitation_stats.py"
-STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
-ANNEALING = "callbacks/schedules.py", "test_kl_annealing.py"
-STORE = "rollout/saved.py", "rollout/test_store.py"
+FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
+STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
+ANNEALING = "callbacks/schedules.py", "callbacks/test_kl_annealing.py"
+STORE = "rollout/saved.py", "rollout/test_saved.py"
 ENCODING = "prompts/encoding.py", "prompts/test_encoding.py"
 TURNS = "prompts/turns.py", "prompts/test_encoding.py"
 PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
 DRAWS = "rollout/draws.py", "rollout/test_draws.py"
 COLLECTOR = "rollout/groups.py", "rollout/test_draws.py"
-CHECKPOINTS = "checkpoints/files.py", "test_checkpoint_files.py"
-CHECKSUMS = "checkpoints/files.py", "test_integrity.py"
-INTEGRITY = "checkpoints/integrity.py", "test_integrity.py"
-WORKERS = "rewards/processes/workers.py", "rewards/test_workers.py"
-EXPORT = "cli/export.py", "test_export.py"
-LOADED = "models/architectures/loaded.py", "test_models.py"
-GENERATION = "models/architectures/generation.py", "test_models.py"
-DOUBLE = "models/architectures/experts.py", "test_models.py"
-REACHED = "models/architectures/reached.py", "architectures/test_reached.py"
-SIGNALS = "kdrl_lightning/trainer/stop_signals.py", "test_ctrl_c.py"
-BUILD = "models/loading.py", "test_export.py"
-MERGING = "models/shared_prompts.py", "test_merging.py"
-SHARED = "models/prompt_cache.py", "test_merging.py"
-CACHES = "models/prompt_cache.py", "test_caches.py"
-PLAN = "rollout/updates.py", "rollout/test_plan.py"
-SCORING = "models/scorer.py", "test_merging.py"
-RESUMED_LOG = "module.py", "test_resumed_log.py"
-ROTARY = "models/architectures/rotary.py", "architectures/test_rotary.py"
-CHANGES = "models/architectures/switches.py", "architectures/test_length_changes.py"
-VERIFIED = "models/architectures/verification.py", "architectures/test_verification.py"
-SCORED = "models/scorer.py", "architectures/test_verification.py"
-PREFIXES = "engines/prefixes.py", "architectures/test_prefixes.py"
-WAYS = "engines/transformers_engine.py", "architectures/test_prefixes.py"
-DECODING = "engines/decoding.py", "rollout/test_decoding.py"
+CHECKPOINTS = "checkpoints/files.py", "checkpoints/test_checkpoint_files.py"
+CHECKSUMS = "checkpoints/files.py", "checkpoints/test_integrity.py"
+INTEGRITY = "checkpoints/integrity.py", "checkpoints/test_integrity.py"
+WORKERS = "rewards/processes/workers.py", "rewards/processes/test_workers.py"
+EXPORT = "cli/export.py", "cli/test_export.py"
+LOADED = "models/architectures/loaded.py", "models/test_loading.py"
+GENERATION = "models/architectures/generation.py", "models/test_loading.py"
+DOUBLE = "models/architectures/experts.py", "models/test_loading.py"
+REACHED = "models/architectures/reached.py", "models/architectures/test_reached.py"
+SIGNALS = "kdrl_lightning/trainer/stop_signals.py", "checkpoints/test_ctrl_c.py"
+BUILD = "models/loading.py", "cli/test_export.py"
+MERGING = "models/shared_prompts.py", "models/test_shared_prompts.py"
+SHARED = "models/prompt_cache.py", "models/test_shared_prompts.py"
+CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
+PLAN = "rollout/updates.py", "rollout/test_updates.py"
+SCORING = "models/scorer.py", "models/test_shared_prompts.py"
+ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
+CHANGES = "models/architectures/switches.py", "models/architectures/test_length_changes.py"
+VERIFIED = "models/architectures/verification.py", "models/architectures/test_verification.py"
+SCORED = "models/scorer.py", "models/architectures/test_verification.py"
+PREFIXES = "engines/prefixes.py", "engines/test_prefixes.py"
+WAYS = "engines/transformers_engine.py", "engines/test_prefixes.py"
+DECODING = "engines/decoding.py", "engines/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
-STEP_LOG = "metrics/step_log.py", "test_step_log.py"
-FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
-SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
-WEIGHTS = "models/weights.py", "test_lora.py"
-ADAPTERS = "models/lora/adapters.py", "test_lora.py"
-EXPERTS = "models/lora/targets.py", "test_lora_experts.py"
-WATCHED = "module.py", "test_trace.py"
-FROZEN_MODELS = "module.py", "test_frozen_models.py"
-RATIOS_STATS = "objectives/ratios.py", "test_imitation_stats.py"
-CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
-HUB_NAMES = "engines/vllm/hub_names.py", "rollout/test_hub_names.py"
-KEPT_CLASSES = "engines/vllm/classes.py", "rollout/test_vllm_classes.py"
-RELOAD = "engines/vllm/worker.py", "rollout/test_vllm_worker.py"
+STEP_LOG = "metrics/step_log.py", "metrics/test_step_log.py"
+FRAME_PENDING = "objectives/policy.py", "runs/test_old_scores.py"
+SUM_PENDING = "objectives/weighted_sum.py", "runs/test_old_scores.py"
+WEIGHTS = "models/weights.py", "models/lora/test_adapters.py"
+ADAPTERS = "models/lora/adapters.py", "models/lora/test_adapters.py"
+EXPERTS = "models/lora/targets.py", "models/lora/test_lora_experts.py"
+WATCHED = "module.py", "runs/test_trace.py"
+FROZEN_MODELS = "module.py", "runs/test_frozen_models.py"
+RATIOS_STATS = "objectives/ratios.py", "callbacks/test_imitation_stats.py"
+CALLBACK_STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
+HUB_NAMES = "engines/vllm/hub_names.py", "engines/vllm/test_hub_names.py"
+KEPT_CLASSES = "engines/vllm/classes.py", "engines/vllm/test_classes.py"
+RELOAD = "engines/vllm/worker.py", "engines/vllm/test_worker.py"
+OPTIONS = "engines/vllm/options.py", "engines/vllm/test_options.py"
+RESUMED_LOG = "module.py", "checkpoints/test_resumed_log.py"
 AGREEMENT = "rollout/agreement.py", "rollout/test_agreement.py"
 COMPARED = "rollout/live.py", "rollout/test_agreement.py"
-VLLM_ERRORS = "engines/vllm/errors.py", "rollout/test_vllm_errors.py"
-OPTIONS = "engines/vllm/options.py", "rollout/test_vllm_options.py"
+VLLM_ERRORS = "engines/vllm/errors.py", "engines/vllm/test_vllm_errors.py"
 PASS = "evaluation/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "evaluation/majority.py", "evaluation/test_metrics_of_sets.py"
 COMPOSED = "rewards/composed.py", "rewards/test_rewards.py"
-REFERENCES = "rewards/answers/references.py", "rewards/test_references.py"
-NUMBERS = "rewards/answers/numbers.py", "rewards/test_numbers.py"
-UNITS = "rewards/answers/units.py", "rewards/test_numbers.py"
-EQUATIONS = "rewards/answers/equations.py", "rewards/test_numbers.py"
+REFERENCES = "rewards/answers/references.py", "rewards/answers/test_references.py"
+NUMBERS = "rewards/answers/numbers.py", "rewards/answers/test_numbers.py"
+UNITS = "rewards/answers/units.py", "rewards/answers/test_numbers.py"
+EQUATIONS = "rewards/answers/equations.py", "rewards/answers/test_numbers.py"
 
 
 class Mutation(NamedTuple):
@@ -128,14 +128,14 @@ class Mutation(NamedTuple):
     new: str
 
 
-SHAPES = "cli/settings/shapes.py", "settings/test_values.py"
-REPLACED = "cli/settings/replaced.py", "settings/test_values.py"
-YAML_TEXT = "cli/settings/text.py", "settings/test_values.py"
-NOTES = "cli/settings/unused.py", "settings/test_values.py"
-PRIVATE = "cli/settings/private.py", "settings/test_values.py"
-PARSER = "cli/parser.py", "settings/test_values.py"
-END_TOKENS = "models/end_tokens.py", "test_end_tokens.py"
-END_TOKENS_IN_RUNS = "rollout/generation.py", "test_end_tokens.py"
+SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
+REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
+YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
+NOTES = "cli/settings/unused.py", "cli/settings/test_values.py"
+PRIVATE = "cli/settings/private.py", "cli/settings/test_values.py"
+PARSER = "cli/parser.py", "cli/settings/test_values.py"
+END_TOKENS = "models/end_tokens.py", "models/test_end_tokens.py"
+END_TOKENS_IN_RUNS = "rollout/generation.py", "models/test_end_tokens.py"
 
 MUTATIONS = [
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
@@ -1221,7 +1221,7 @@ MUTATIONS = [
     Mutation("chosen: a gradient from none", CHOSEN, "table.zero_()", "pass"),
     Mutation(
         "chosen: padding rows count",
-        ("losses/logprobs.py", "losses/test_chosen.py"),
+        ("losses/logprobs.py", "losses/test_logprobs_backward.py"),
         "head.weight[:vocab],\n            bias,",
         "head.weight,\n            head.bias,",
     ),
@@ -1448,13 +1448,13 @@ MUTATIONS = [
     Mutation("step log: nothing is forgotten", STEP_LOG, "self._values.clear()", "pass"),
     Mutation(
         "statistics: those of a stopped run stay",
-        ("callbacks/imitation_stats.py", "test_components.py"),
+        ("callbacks/imitation_stats.py", "runs/test_components.py"),
         "self._stats, self._hist = StepStats(), Histograms(RANGES)",
         "pass",
     ),
     Mutation(
         "step sums: those of a stopped run stay",
-        ("module.py", "test_components.py"),
+        ("module.py", "runs/test_components.py"),
         "        self._stats = StepStats()\n        self._step_log",
         "        self._step_log",
     ),
@@ -1466,7 +1466,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a teacher's NaN in the update: not looked at",
-        ("module.py", "test_frozen_models.py"),
+        ("module.py", "runs/test_frozen_models.py"),
         "            if broken:",
         "            if broken < 0:",
     ),
@@ -1484,7 +1484,7 @@ MUTATIONS = [
     ),
     Mutation(
         "failures: those of evaluations too",
-        ("rewards/processes/runner.py", "rollout/test_watch.py"),
+        ("rewards/processes/runner.py", "rollout/test_statistics.py"),
         "len(errors) if training else 0",
         "len(errors)",
     ),
@@ -1619,7 +1619,7 @@ MUTATIONS = [
     Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
     Mutation(
         "adapters: on layers that map groups",
-        (EXPERTS[0], "architectures/test_adapted_layers.py"),
+        (EXPERTS[0], "models/lora/test_targets.py"),
         "and _maps(module) and",
         "and",
     ),
@@ -1654,7 +1654,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mismatch: arguments swapped",
-        ("module.py", "test_old_scores.py"),
+        ("module.py", "runs/test_old_scores.py"),
         "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
         "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
     ),
@@ -1695,7 +1695,7 @@ MUTATIONS = [
     Mutation("gap: in callbacks alone", STEP_LOG, "(self._values, trainer", "(trainer"),
     Mutation(
         "gap: of a rollout's number",
-        ("metrics/step_stats.py", "test_metrics.py"),
+        ("metrics/step_stats.py", "metrics/test_step_stats.py"),
         ' if not name.startswith("rollout/")',
         "",
     ),
@@ -1854,7 +1854,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mathematics: six places are enough",
-        ("rewards/math.py", "rewards/test_numbers.py"),
+        ("rewards/math.py", "rewards/answers/test_numbers.py"),
         " and alike(gold, answer)",
         "",
     ),
@@ -1878,13 +1878,13 @@ MUTATIONS = [
     ),
     Mutation(
         "groups: flat on Python's floats",
-        ("rollout/prompt_order.py", "test_flat_groups.py"),
+        ("rollout/prompt_order.py", "rollout/test_flat_groups.py"),
         "dtype=reward_dtype())",
         "dtype=torch.float64)",
     ),
     Mutation(
         "rewards: always float32",
-        ("rollout_batch.py", "test_flat_groups.py"),
+        ("rollout_batch.py", "rollout/test_flat_groups.py"),
         "torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32",
         "torch.float32",
     ),
@@ -1896,7 +1896,7 @@ MUTATIONS = [
     ),
     Mutation(
         "workers: orphans stay",
-        ("rewards/processes/worker.py", "rewards/test_workers.py"),
+        ("rewards/processes/worker.py", "rewards/processes/test_workers.py"),
         "        _end_rest(child)\n",
         "",
     ),
@@ -1963,43 +1963,43 @@ MUTATIONS = [
     # What the command line keeps.
     Mutation(
         "settings: a plus replaces",
-        ("cli/settings/unions.py", "settings/test_given.py"),
+        ("cli/settings/unions.py", "cli/settings/test_given.py"),
         'if kwargs.get("append") and sequences:',
         "if False:",
     ),
     Mutation(
         "settings: 010 is 8",
-        ("cli/settings/text.py", "settings/test_settings_text.py"),
+        ("cli/settings/text.py", "cli/settings/test_settings_text.py"),
         'text.lstrip("+-")[:2].lower(), 10)',
         'text.lstrip("+-")[:2].lower(), 8)',
     ),
     Mutation(
         "settings: yes is no name",
-        ("cli/settings/text.py", "settings/test_settings_text.py"),
+        ("cli/settings/text.py", "cli/settings/test_settings_text.py"),
         "if key.tag in (BOOL, NULL):",
         "if False:",
     ),
     Mutation(
         "settings: dots after the base",
-        ("cli/layered_yaml.py", "settings/test_given.py"),
+        ("cli/layered_yaml.py", "cli/settings/test_given.py"),
         'own = nested({k: v for k, v in value.items() if k != "base"})',
         'own = {k: v for k, v in value.items() if k != "base"}',
     ),
     Mutation(
         "answers: a float32 keeps its noise",
-        ("rewards/answers/references.py", "rewards/test_references.py"),
+        ("rewards/answers/references.py", "rewards/answers/test_references.py"),
         "return [*texts, *_of_single(value)]",
         "return texts",
     ),
     Mutation(
         "answers: leading zeros dropped",
-        ("prompts/hugging_face.py", "rewards/test_references.py"),
+        ("prompts/hugging_face.py", "rewards/answers/test_references.py"),
         'texts = zero_padded(local) if local.suffix == ".csv" else []',
         "texts = []",
     ),
     Mutation(
         "answers: a route of one type",
-        ("rewards/composed.py", "rewards/test_references.py"),
+        ("rewards/composed.py", "rewards/answers/test_references.py"),
         "for name in (str(value), *names) if",
         "for name in (str(value),) if",
     ),
@@ -2072,7 +2072,7 @@ MUTATIONS = [
     ),
     Mutation(
         "statistics: a resume leaves no gaps",
-        ("metrics/step_stats.py", "test_resumed_log.py"),
+        ("metrics/step_stats.py", "checkpoints/test_resumed_log.py"),
         "self._shown = set(state_dict)",
         "pass",
     ),
@@ -2145,7 +2145,7 @@ def _copy(folder: Path) -> Path:
     shutil.copytree(ROOT / "kdrl_lightning", folder / "kdrl_lightning", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)  # tests import it
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "pytest.ini").write_text("[pytest]\npythonpath = tests .\n")
     return folder
 
 

@@ -117,7 +117,7 @@ weights: `overlong_prompts` says whether those that may cross it stop the run or
 takes longrope's long embedding for all rows if `max_model_len` is above the change; its
 log-probabilities of shorter rows are then not the scorer's, and a warning says so.
 
-Made by `python benchmarks/architectures/run.py`; `tests/test_architectures.py` holds a part of it.
+Made by `python benchmarks/architectures/run.py`; `tests/models/architectures` holds a part of it.
 """
 
 

@@ -21,7 +21,7 @@ AWAY_S = 5.0
 SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from scripted import Scripted
+from helpers.with_vllm.scripted import Scripted
 
 def complete(body):
     ids = [5] * (1 + body["seed"] % 3) + [1]
@@ -69,7 +69,7 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
-        arguments = [str(ROOT / "tests/vllm_cases"), str(self.vocab), str(self.port)]
+        arguments = [str(ROOT / "tests"), str(self.vocab), str(self.port)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True
         )

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from short_runs import make_data, make_module, make_trainer
 
+from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, EvalSet
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import PredictionWriter

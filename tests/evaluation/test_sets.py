@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import fit, make_data, make_module, make_trainer
 
+from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.engines import Sampling

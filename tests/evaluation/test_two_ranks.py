@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from two_ranks_driver import run, sets
+from helpers.processes.two_ranks_driver import run, sets
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def test_two_processes_say_what_one_says(tmp_path: Path, student_folder: str) ->
     shutil.copytree(student_folder, tmp_path / "student")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     driver = [
-        str(ROOT / "tests/evaluation/two_ranks_driver.py"),
+        str(ROOT / "tests/helpers/processes/two_ranks_driver.py"),
         str(tmp_path),
         "2",
         "ddp",
@@ -28,7 +28,7 @@ def test_two_processes_say_what_one_says(tmp_path: Path, student_folder: str) ->
     ]
     out = subprocess.run(
         [sys.executable, *launcher, *driver],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -9,7 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import (
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from helpers.reference import (
     close,
     f64,
     forward_kl_gradient,
@@ -18,9 +21,6 @@ from reference import (
     normal,
     reverse_kl_gradient,
 )
-from torch import Tensor
-from torch.distributions import Categorical, kl_divergence
-
 from kdrl_lightning.losses import clipped_surrogate, forward_kl, k1, k2, k3, reverse_kl
 
 V = 5

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reference import (
+from torch import Tensor
+
+from helpers.reference import (
     close,
     f64,
     forward_kl_gradient,
@@ -16,8 +18,6 @@ from reference import (
     normal,
     reverse_kl_gradient,
 )
-from torch import Tensor
-
 from kdrl_lightning.losses import (
     cispo_surrogate,
     clipped_surrogate,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import close, f64, kl, log_softmax, normal
 from torch import Tensor
 
+from helpers.reference import close, f64, kl, log_softmax, normal
 from kdrl_lightning.losses import forward_kl, generalized_jsd, reverse_kl, with_tail
 from kdrl_lightning.objectives.divergences import floored_jsd
 

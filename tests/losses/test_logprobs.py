@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, f64, log_softmax, normal
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.reference import close, f64, log_softmax, normal
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import (
     Head,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close, f64, normal, token_weights
 from torch import Tensor
 
+from helpers.reference import close, f64, normal, token_weights
 from kdrl_lightning.losses import constant_length, group_token_mean, sequence_mean, token_mean
 
 NAMES = ["token_mean", "sequence_mean", "constant_length", "group_token_mean"]

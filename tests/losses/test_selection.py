@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import close, f64, normal
 
+from helpers.reference import close, f64, normal
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import (
     aligned,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, f64, normal
 from torch import Tensor
 
+from helpers.reference import close, f64, normal
 from kdrl_lightning.losses import (
     TokenScores,
     generalized_jsd,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from steps import PRESETS, graded, ready, step, student
 
+from helpers.objective_steps import PRESETS, graded, ready, step, student
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
     CISPO,

@@ -7,10 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, f64, surrogate, token_weights, trrd_ratio
-from rows import LENGTHS, ROWS, clipped, grpo, k2, k3, plus, rlsd, scaled, slow, tables
-from steps import CORRECT as C
-from steps import (
+
+from helpers.objective_rows import (
+    LENGTHS,
+    ROWS,
+    clipped,
+    grpo,
+    k2,
+    k3,
+    plus,
+    rlsd,
+    scaled,
+    slow,
+    tables,
+)
+from helpers.objective_steps import CORRECT as C
+from helpers.objective_steps import (
     GROUPS,
     MAX_TOKENS,
     PRESETS,
@@ -22,7 +34,7 @@ from steps import (
     step,
     student,
 )
-
+from helpers.reference import close, f64, surrogate, token_weights, trrd_ratio
 from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import (
     GRPO,

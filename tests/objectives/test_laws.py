@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, normal
-from steps import (
+from torch import Tensor
+
+from helpers.objective_steps import (
     CUT,
     MAX_TOKENS,
     ORDER,
@@ -28,8 +29,7 @@ from steps import (
     student,
     table_gradient,
 )
-from torch import Tensor
-
+from helpers.reference import close, normal
 from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import GRPO, Objective
 from kdrl_lightning.rollout_batch import RolloutBatch

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, f64, normal, surrogate, token_weights, trrd_ratio
 from torch import Tensor
 
+from helpers.reference import close, f64, normal, surrogate, token_weights, trrd_ratio
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
     GRPO,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, f64
-from steps import PRESETS, TAUGHT, graded, keep, ready, some_mask, step, student
 from torch import Tensor
 
+from helpers.objective_steps import PRESETS, TAUGHT, graded, keep, ready, some_mask, step, student
+from helpers.reference import close, f64
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import (

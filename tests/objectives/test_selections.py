@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close, f64
-from steps import CORRECT, CUT, GROUPS, THEIRS, Keep, graded, ready, step, student
 
+from helpers.objective_steps import CORRECT, CUT, GROUPS, THEIRS, Keep, graded, ready, step, student
+from helpers.reference import close, f64
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
     GKD,

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from reference import close, f64, surrogate
-from steps import PRESETS, REWARDS, TAUGHT, THEIRS, graded, ready, step, student
 
+from helpers.objective_steps import PRESETS, REWARDS, TAUGHT, THEIRS, graded, ready, step, student
+from helpers.reference import close, f64, surrogate
 from kdrl_lightning.objectives import (
     GKD,
     GRPO,

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, normal
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.reference import close, normal
 from kdrl_lightning.losses import (
     chosen_logprobs,
     cispo_surrogate,

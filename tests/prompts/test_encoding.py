@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prompts.tokenizers_of_tests import CHAT, word_tokenizer
 
+from helpers.word_tokenizer import CHAT, word_tokenizer
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import encode_prompt
 from kdrl_lightning.prompts.messages import PromptForm

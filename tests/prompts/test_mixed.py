@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from short_runs import Trace, make_data, make_module, make_trainer
 
+from helpers.short_runs import Trace, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, MixedPrompts
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import first_of_each_kind

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GRPO, BatchReward, Sample, Verdict
 from kdrl_lightning.errors import ConfigurationError
 

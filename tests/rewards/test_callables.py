@@ -6,10 +6,10 @@ import threading
 from functools import partial
 from typing import Any
 
-import judged_elsewhere
 import pytest
-from judged_elsewhere import Judge, scaled
 
+from helpers.rewards import judged_elsewhere
+from helpers.rewards.judged_elsewhere import Judge, scaled
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import ExactMatch, RewardFunction, RewardRunner, Sample
 from kdrl_lightning.rewards.callables import portable_target
@@ -94,8 +94,8 @@ def test_what_does_not_travel_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_function_is_found_by_its_name_if_it_has_one() -> None:
-    assert portable_target(scaled) == ("judged_elsewhere", "scaled")
-    assert portable_target(Judge.static) == ("judged_elsewhere", "Judge.static")
+    assert portable_target(scaled) == ("helpers.rewards.judged_elsewhere", "scaled")
+    assert portable_target(Judge.static) == ("helpers.rewards.judged_elsewhere", "Judge.static")
     assert portable_target(len) == ("builtins", "len")
     assert portable_target(Judge(1.0).method)[0] is None
 

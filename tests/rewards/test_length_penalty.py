@@ -8,9 +8,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close
-from short_runs import fit, make_data, make_module
 
+from helpers.reference import close
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GRPO, LengthPenalty, WeightedRewards
 from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.errors import ConfigurationError

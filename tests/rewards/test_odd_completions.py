@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import judged_elsewhere
 import pytest
 
+from helpers.rewards import judged_elsewhere
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import ReasoningGymPrompts
 from kdrl_lightning.rewards import (

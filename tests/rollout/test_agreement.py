@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import WeightSync
 from kdrl_lightning.engines import Sampling, TransformersEngine

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import reference  # noqa: F401  (the hypothesis profile)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import reference  # noqa: F401  (the hypothesis profile)
 from kdrl_lightning.engines.base import Completion, noise_seed
 from kdrl_lightning.rewards import Verdict
 from kdrl_lightning.rollout.generation import Judged

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, CachedTeacher, KDRLModule, LocalTeacher, RoutedTeacher
 from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.errors import ConfigurationError
@@ -266,7 +266,7 @@ def test_from_a_configuration(tmp_path: Path, student_folder: str, teacher_folde
         },
         "data": {
             "train_prompts": [{"prompt": "1+2=", "which": "a"}],
-            "reward": "short_runs.some_reward",
+            "reward": "helpers.short_runs.some_reward",
         },
         "trainer": {"accelerator": "cpu", "logger": False, "max_steps": 1},
     }

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import fit, make_data, make_module
 
+from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, CachedTeacher, LocalTeacher, RoutedTeacher
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import TokenScores

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from short_runs import fit, make_data, make_module
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cases"))
-from need import ROOT, need_vllm, run
-from scripted import Scripted
-
+from helpers.short_runs import fit, make_data, make_module
+from helpers.with_vllm.need import ROOT, need_vllm, run
+from helpers.with_vllm.scripted import Scripted
 from kdrl_lightning import GRPO, RLAD, RolloutBatch, RoutedTeacher, ServerTeacher
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.engines import VLLMTeacherEngine
@@ -29,7 +26,7 @@ Edit = Callable[[dict[str, Any], dict[str, Any]], Any]
 
 def test_the_real_server(tmp_path: Path) -> None:
     need_vllm()
-    cases = str(ROOT / "tests/vllm_cases/teacher_cases.py")
+    cases = str(ROOT / "tests/teachers/teacher_cases.py")
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=400)
     assert out.returncode == 0, out.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 7 and "skipped" not in out.stdout  # type: ignore[index]

@@ -1,7 +1,8 @@
 """The one place that imports what jsonargparse does not promise to keep.
 
 Its public interface cannot replace how a value is read, or say which file is being read. After an
-update of jsonargparse, run ``tests/settings`` and widen ``CHECKED`` here and in ``pyproject.toml``.
+update of jsonargparse, run ``tests/cli/settings`` and widen ``CHECKED`` here and in
+``pyproject.toml``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""Two real processes that were given, or have found, different checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdrl_lightning.checkpoints.files import content_mark
+from kdrl_lightning.checkpoints.resume import require_same
+from kdrl_lightning.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory, student_folder: str) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(student_folder, folder / "student")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    driver = [
+        str(ROOT / "tests/helpers/processes/resumed_ranks_driver.py"),
+        str(folder),
+        "ddp",
+        "fsdp2",
+    ]
+    out = subprocess.run(
+        [sys.executable, *launcher, *driver],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert out.returncode == 0, out.stderr[-4000:]
+    found: dict[str, Any] = json.loads((folder / "said.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_go_on_from_one_checkpoint_or_are_refused(
+    said: dict[str, Any], strategy: str
+) -> None:
+    found = said[strategy]
+    assert found["made"] == ["step 2"] * 2
+    assert found["same"] == found["copied"] == ["step 3"] * 2
+    for case, first, second in (
+        ("steps", "step=00000001.ckpt", "step=00000002.ckpt"),
+        ("none", "None", "step=00000002.ckpt"),
+        ("none on the second", "step=00000001.ckpt", "None"),
+    ):
+        zero, one = found[case]
+        assert zero.startswith("`ckpt_path` must be the same on all processes: got ")
+        assert zero.split(" got ")[1].split(" and ")[0].endswith(first)
+        assert f"{second}. Name a checkpoint that all of them see, instead of `last`." in one
+
+
+def test_another_file_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    path, ours = tmp_path / "step=1.ckpt", []
+    for value in (1.0, 2.0):
+        torch.save({"step": torch.tensor(value)}, path)
+        ours.append(content_mark(str(path)))
+    assert ours[0] != ours[1]
+    sent = iter([str(path), ours[0]])
+    words = rf"^`ckpt_path` must be the same on all processes: got {path} and another one under"
+    with pytest.raises(ConfigurationError, match=words):
+        require_same(str(path), ours[1], lambda value: next(sent), lambda value, how: value)
+    require_same(str(path), ours[1], lambda value: value, lambda value, how: value)
+    assert content_mark(str(tmp_path)) is content_mark(str(tmp_path / "none")) is None
+    path.write_text("no archive")
+    assert content_mark(str(path)) is None

@@ -1,0 +1,71 @@
+"""What concerns all processes is said once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import distributed
+
+from kdrl_lightning import distributed as together
+
+ROOT = Path(__file__).parents[3]
+CONFIG = """
+model: {{student: {student}, objective: {{class_path: GRPO}}}}
+data:
+  train_prompts: {{class_path: kdrl_lightning.tiny.ColumnAddition, init_args: {{size: 8}}}}
+  reward: kdrl_lightning.tiny.addition_reward
+  val_samples: 4
+  max_tokens: 125
+trainer: {{max_steps: 1, accelerator: cpu, devices: 2, strategy: ddp}}
+"""
+
+
+def test_two_ranks_print_a_note_and_an_error_once(student_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG.format(student=student_folder))
+    out = subprocess.run(
+        [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "config.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert out.returncode == 2
+    assert out.stdout.count("note: `data.val_samples` has no effect") == 1
+    assert out.stderr.count("error: ") == 1
+    assert "error: `train_prompts` must have at most 3 tokens a prompt" in out.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+class Gone:
+    """The store of a process that has ended."""
+
+    def add(self, key: str, amount: int) -> int:
+        raise distributed.DistNetworkError("connection reset")
+
+
+def test_the_first_process_with_a_message_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = distributed.HashStore()
+    monkeypatch.setattr(together, "_store", lambda: store)
+    said = [together.first_to_say(words) for words in ("a", "a", "b", "a", "\ud800")]
+    assert said == [True, False, True, False, True]
+    store = Gone()
+    assert together.first_to_say("a")
+    store = None
+    assert together.first_to_say("a")
+
+
+def test_ranks_of_torchrun_meet_before_they_have_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert together._store() is None
+    host = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(host.port))
+    assert [together.first_to_say("a") for _ in range(2)] == [True, False]
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert together.first_to_say("a")

@@ -1,0 +1,45 @@
+"""Every configuration makes one rollout and takes its updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdrl_lightning.cli.main import KDRLCLI
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+# A random model stops late and is rarely right.
+@pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_trains(
+    path: Path, tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    teacher = "base/embedded.yaml" not in path.read_text()
+    # Rewards that a random model gets, so that there is something to learn from; DAPO's own
+    # penalty on length is one.
+    reward = [] if path.stem == "dapo" else ["--data.reward=helpers.short_runs.some_reward"]
+    updates = 4 if path.stem == "rlad" else 2
+    flags = [
+        f"--model.student={student_folder}",
+        *([f"--model.teacher.model={teacher_folder}"] if teacher else []),
+        *reward,
+        "--data.train_prompts.size=16",
+        "--data.val_prompts.size=2",
+        "--data.prompts_per_rollout=4",
+        f"--trainer.fast_dev_run={updates}",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--report.evaluate_teacher=false",
+    ]
+    cli = KDRLCLI.run(["fit", "--config", str(path), *flags])
+    assert (cli.trainer.global_step, cli.datamodule.watch.rollouts) == (updates, 1)
+    assert cli.model.skipped_steps == 0
+    assert (cli.model.teacher_seconds > 0.0) == teacher
+    start = load_file(Path(student_folder) / "model.safetensors")
+    trained = cli.model.student.model.state_dict()
+    assert not all(torch.equal(trained[name], start[name]) for name in start)

@@ -1,0 +1,1 @@
+"""What several tests share: ``from helpers.short_runs import fit``."""

@@ -1,0 +1,1 @@
+"""Drivers that tests start on one rank or several, and what starts them."""

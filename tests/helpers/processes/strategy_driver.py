@@ -1,0 +1,282 @@
+"""Runs named cases on every rank and writes what rank 0 has gathered (see ``strategy_runs.py``).
+
+``python driver.py FOLDER STRATEGY CASE...``, by itself or under ``torch.distributed.run``: one
+start of the processes serves all cases. ``FOLDER`` holds the models.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from helpers.processes.strategy_family import run_family
+from kdrl_lightning import (
+    GKD,
+    KDRL,
+    RLAD,
+    AdapterOffTeacher,
+    CachedTeacher,
+    KDRLModule,
+    LocalTeacher,
+    LoRA,
+    RolloutDataModule,
+    RoutedTeacher,
+    TrainingStopped,
+    TransformersEngine,
+)
+from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSync
+from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.models.weights import full_tensor, plain_name
+from kdrl_lightning.prompts import PromptSource
+from kdrl_lightning.rewards import Sample, Verdict
+from kdrl_lightning.tiny import ColumnAddition
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
+
+
+def reward(sample: Sample) -> Verdict:
+    """Variance in some groups and not in others; parts that only some ranks see."""
+    odd = float(len(sample.ids) % 2)
+    return Verdict(odd, odd == 1, {"odd": odd, f"begins_with_{sample.row['prompt'][0]}": odd})
+
+
+class TwoTeachers(PromptSource):
+    """Rows whose teacher changes in blocks, so that a rank may need only one of them."""
+
+    def __init__(self) -> None:
+        self.rows = ColumnAddition(24, seed=3)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "teacher": "a" if index % 5 else "b"}
+
+
+class Sick(KDRLModule):
+    """Its second step has a gradient that is not a number, from the last rank alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out = super().training_step(batch, batch_idx)
+        if (
+            self.trainer.global_step == 1
+            and self.trainer.global_rank + 1 == self.trainer.world_size
+        ):
+            out["loss"] = out["loss"] * torch.nan
+        return out
+
+
+def forget_half(database: Path) -> None:
+    """Drop every other score, so that what one rank finds another has to compute."""
+    if dist.get_rank() == 0:
+        with sqlite3.connect(database) as connection:
+            connection.execute("DELETE FROM scores WHERE rowid % 2")
+    dist.barrier()
+
+
+def on_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+class OtherPolicy(TransformersEngine):
+    """Its log-probabilities are another policy's, on the last rank alone."""
+
+    def generate(self, *args: Any) -> list[list[Completion]]:
+        groups = super().generate(*args)
+        gap = 5.0 * on_last_rank()
+        return [
+            [replace(c, logprobs=[value - gap for value in c.logprobs]) for c in group]
+            for group in groups
+        ]
+
+
+class Choosy(LocalTeacher):
+    """Knows not all tokens, on the last rank alone."""
+
+    def accept(self, batch: Any) -> None:
+        if on_last_rank():
+            raise TrainingStopped("sampled tokens must be among the teacher's")
+
+
+class Record(pl.Callback):
+    """Keeps what the tests compare; gradients and weights as whole tensors."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Any]] = {
+            k: [] for k in ("completions", "masked", "flat", "logged", "gradients")
+        }
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, _: int) -> None:
+        if not batch.metrics:
+            return
+        plan = trainer.datamodule.rollouts.plan
+        rows = plan.batch
+        for row in range(len(rows)):
+            length = int(rows.lengths[row])
+            ids, value = rows.input_ids[row, :length].tolist(), float(rows.rewards[row])
+            self.seen["completions"].append((trainer.global_step, ids, value))
+        parts = [part for update in plan.updates for part in update]
+        self.seen["masked"].append([not rows.select(p).loss_mask.any().item() for p in parts])
+        by_group = [rows.rewards[rows.group_ids == g] for g in rows.group_ids.unique()]
+        self.seen["flat"].append(sum(float(g.max()) == float(g.min()) for g in by_group))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen["gradients"].append(
+            {
+                plain_name(name): full_tensor(p.grad).clone()
+                for name, p in pl_module.student.named_parameters()
+                if p.grad is not None
+            }
+        )
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        row = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.seen["logged"].append(row)
+
+
+def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any], dict[str, Any]]:
+    """Return module, data settings and trainer settings of a case."""
+    dtype = "float32" if case == "kdrl32" else "float64"
+    student, teacher = str(folder / "student"), LocalTeacher(str(folder / "teacher"), dtype)
+    data: dict[str, Any] = {}
+    trainer: dict[str, Any] = {"precision": "32-true" if case == "kdrl32" else "64-true"}
+    make: Any = partial(KDRLModule, student, optimizer=SGD)
+    if case in ("kdrl", "kdrl32", "sick"):
+        make = partial(Sick, student, optimizer=SGD) if case == "sick" else make
+        module = make(KDRL(teacher_kl_coef=0.5, ref_kl_coef=0.1), teacher)
+    elif case == "rlad":
+        module = make(RLAD(), teacher, optimizer=ADAMW)
+        trainer["gradient_clip_val"] = 0.05
+    elif case == "gkd":
+        # Its distribution over the full vocabulary needs the teacher's head outside its forward.
+        module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
+        data["teacher_completions"] = 1
+    elif case in ("routed", "half"):
+        if case == "half":
+            forget_half(out / "scores.db")
+        cached = CachedTeacher(
+            LocalTeacher(str(folder / "other"), dtype, offload=True), str(out / "scores.db")
+        )
+        module = make(KDRL(teacher_kl_coef=0.5), RoutedTeacher({"a": teacher, "b": cached}))
+        data["train_prompts"] = TwoTeachers()
+    elif case == "bf16":
+        module = make(KDRL(teacher_kl_coef=0.5, kl_estimator="full_vocabulary"), teacher)
+        trainer["precision"] = "bf16-mixed"
+    elif case in ("lora", "lora_resumed", "lora_bf16"):
+        objective = KDRL(0.5, kl_estimator="full_vocabulary", ref_kl_coef=0.1)
+        lora = LoRA(3, 8.0, ["q_proj", "v_proj", "dense", "fc1"])  # an odd rank
+        module = make(
+            objective,
+            AdapterOffTeacher(),
+            optimizer=ADAMW,
+            activation_checkpointing=True,
+            lora=lora,
+        )
+        if case == "lora_bf16":
+            trainer["precision"] = "bf16-mixed"
+    elif case == "stale":
+        module = make(RLAD(), teacher)
+        data["rollout_engine"] = OtherPolicy()
+    elif case == "choosy":
+        module = make(RLAD(), Choosy(str(folder / "teacher"), dtype))
+    else:
+        raise ValueError(case)
+    return module, data, trainer
+
+
+def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
+    """Train a few steps and return what was seen, of all ranks."""
+    module, data, settings = build(case, folder, out)
+    record = Record()
+    saver = FSDPCheckpoint(str(out / "checkpoints"), monitor=None, keep_last=9)
+    saves = case == "lora"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices="auto" if strategy == "auto" else 2,
+        accumulate_grad_batches=2,
+        max_steps=4,
+        logger=False,
+        enable_checkpointing=saves,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=-1,
+        inference_mode=False,
+        callbacks=[record, SelectiveImitationStats(), WeightSync(), *([saver] if saves else [])],
+        default_root_dir=out,
+        **settings,
+    )
+    datamodule = RolloutDataModule(
+        **{
+            "train_prompts": ColumnAddition(24, seed=1),
+            "val_prompts": ColumnAddition(5, seed=2),
+            "reward": reward,
+            "prompts_per_rollout": 8,
+            "group_size": 4,
+            "max_tokens": 16,
+            "minibatches_per_rollout": 2,
+            "mask_truncated": True,
+            **data,
+        }
+    )
+    if case in ("stale", "choosy"):
+        reason = ""
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except TrainingStopped as stop:
+            reason = str(stop)
+        reasons: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        return {"reasons": reasons}
+    start = out / "checkpoints/step=00000002.ckpt" if case == "lora_resumed" else None
+    trainer.fit(module, datamodule=datamodule, ckpt_path=start)
+    module.export(str(out / case))
+    weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}
+    own: dict[str, Any] = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
+    if isinstance(module.teacher, RoutedTeacher):
+        cached = module.teacher.teachers["b"]
+        own["found"] = (cached.hits, cached.misses)
+    ranks: list[Any] = [own]
+    if trainer.world_size > 1:
+        ranks = [None] * trainer.world_size
+        dist.all_gather_object(ranks, own)
+    return {
+        **record.seen,
+        "ranks": ranks,
+        "weights": weights,
+        "skipped": module.skipped_steps,
+        "bytes": sum(
+            getattr(p, "_local_tensor", p).untyped_storage().nbytes()
+            for p in module.student.parameters()
+        ),
+        "imitation": trainer.callbacks[1].rows,
+    }
+
+
+def main() -> None:
+    """Run the cases one after the other."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder, strategy, *cases = sys.argv[1:]
+    out = Path(folder) / strategy
+    out.mkdir(exist_ok=True)
+    for case in cases:
+        arguments = Path(folder), out, strategy
+        seen = run_family(*arguments) if case == "family" else run(case, *arguments)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            torch.save(seen, out / f"{case}.pt")
+            print(case, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rewards and functions that other processes import by name."""

@@ -1,0 +1,73 @@
+"""Real vLLM servers on loopback, started as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+KEY = "a key of the tests"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class RealServer:
+    """``python -m kdrl_lightning serve`` for a folder; healthy some 20 s later."""
+
+    key = KEY
+
+    def __init__(
+        self,
+        model: str,
+        log: Path,
+        max_model_len: int = 128,
+        flags: Sequence[str] = (),
+        vllm_flags: Sequence[str] = (),
+    ) -> None:
+        self.port = free_port()
+        self.log = log
+        self._flags = [*flags, "--model", model, "--port", str(self.port), "--dtype", "float32"]
+        self._flags += ["--max-model-len", str(max_model_len)]
+        self._flags += [
+            "--kv-cache-memory-bytes",
+            str(64 << 20),
+            "--",
+            "--enforce-eager",
+            *vllm_flags,
+        ]
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        environment = {
+            "VLLM_API_KEY": KEY,
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}",
+        }
+        with open(self.log, "ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kdrl_lightning", "serve", *self._flags],
+                env={**os.environ, **environment},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its workers die with it
+            )
+
+    def kill(self) -> None:
+        """As when a machine goes down: no goodbye."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)

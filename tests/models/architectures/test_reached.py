@@ -1,0 +1,76 @@
+"""What text never reaches is frozen, so that ddp does not wait for its gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperForCausalLM
+
+from helpers.odd_models import plain, save, with_images
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.architectures.reached import unreached
+from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.sharding import load_scorer
+from kdrl_lightning.trainer.strategies import check_unreached
+
+
+def with_cross_attention(folder: Path) -> str:
+    """Whisper's decoder: its layers attend to sound, which text has none of."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=32,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        max_target_positions=96,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+    )
+    return save(WhisperForCausalLM(config), folder)
+
+
+def test_a_vision_tower_is_frozen_and_all_else_gets_a_gradient(tmp_path: Path) -> None:
+    scorer = load_scorer(with_images(tmp_path), torch.float32)
+    frozen = {n for n, p in scorer.model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all("vision_tower" in name or "multi_modal_projector" in name for name in frozen)
+    scorer.chosen.__wrapped__(scorer, [torch.arange(9)], [4])[0].sum().backward()
+    for name, parameter in scorer.model.named_parameters():
+        assert (parameter.grad is None) == (name in frozen), name
+    check_unreached(DDPStrategy(), scorer.unreached)
+
+
+@pytest.mark.parametrize("make", [plain])
+def test_a_plain_model_is_trained_whole(make, tmp_path: Path) -> None:
+    scorer = load_scorer(make(tmp_path), torch.float32)
+    assert all(p.requires_grad for p in scorer.parameters())
+    assert scorer.unreached == []
+
+
+def test_what_a_layer_may_reach_stays_trainable_and_ddp_must_look_for_it(tmp_path: Path) -> None:
+    scorer = load_scorer(with_cross_attention(tmp_path), torch.float32)
+    assert scorer.unreached
+    assert all("encoder_attn" in name for name in scorer.unreached)
+    trained = {n for n, p in scorer.model.named_parameters() if p.requires_grad}
+    assert set(scorer.unreached) <= trained
+    words = (
+        r"`strategy` must look for unused parameters if a model has some: got ddp, and model\.\S+ "
+        r"and \d+ more get no gradient\. Use `--trainer\.strategy ddp_find_unused_parameters_true`"
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        check_unreached(DDPStrategy(), scorer.unreached)
+    check_unreached(DDPStrategy(find_unused_parameters=True), scorer.unreached)
+    check_unreached(SingleDeviceStrategy(), scorer.unreached)
+
+
+def test_a_model_that_cannot_run_has_none(tmp_path: Path) -> None:
+    model = load_causal_lm(plain(tmp_path))
+    model.forward = None
+    assert unreached(model) == set()

@@ -1,0 +1,168 @@
+"""The arrows of the house: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "kdrl_lightning"
+FILES = sorted(
+    p
+    for p in [*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py")]
+    if "__pycache__" not in p.parts
+)
+
+# A room may import from itself and from the rooms named here.
+FLOOR = {"errors", "rollout_batch"}
+# Room -> the rooms that it may import, the lowest first. What is not named here may import nothing.
+ALLOWED = {
+    "_moved": set(),
+    "errors": set(),
+    "rollout_batch": set(),
+    "distributed": {"errors"},
+    "losses": FLOOR,
+    "objectives": FLOOR | {"losses"},
+    "metrics": {"errors"},
+    "models": FLOOR | {"losses"},
+    "rewards": FLOOR,
+    "prompts": FLOOR,
+    "engines": FLOOR | {"models"},
+    "teachers": FLOOR | {"engines", "losses", "models"},
+    "checkpoints": FLOOR | {"distributed", "models"},
+    "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
+    "reports": FLOOR | {"metrics", "objectives", "rollout"},
+    "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
+    "trainer": FLOOR
+    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"},
+    "module": FLOOR
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
+    | {"teachers", "trainer"},
+    "pending": FLOOR | {"losses"},
+    "datamodule": FLOOR
+    | {
+        "distributed",
+        "engines",
+        "evaluation",
+        "models",
+        "prompts",
+        "rewards",
+        "rollout",
+        "trainer",
+    },
+    "supervised": FLOOR | {"distributed", "models", "prompts", "rollout"},
+    "callbacks": FLOOR
+    | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
+    | {"reports", "rollout", "trainer"},
+    "tiny": FLOOR
+    | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
+    "cli": FLOOR
+    | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
+    | {"objectives", "prompts", "rewards", "trainer"},
+    "__main__": {"cli", "distributed", "errors", "trainer"},
+}
+LIGHTNING = {
+    "__main__",
+    "callbacks",
+    "checkpoints",
+    "cli",
+    "datamodule",
+    "module",
+    "supervised",
+    "tiny",
+    "trainer",
+}
+TRANSFORMERS = {"cli", "engines", "models", "tiny"}
+# A reader sees a folder at once, and so its files.
+MOST_FILES = {"": 26, "objectives": 14, "rollout": 15}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            out |= names if node.module == "kdrl_lightning" else {node.module}
+    return out
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def arrows(path: Path) -> set[str]:
+    """Other rooms that a file imports."""
+    inside = {n.split(".")[1] for n in imports(path) if n.startswith("kdrl_lightning.")}
+    return inside - {room(path), "_moved", "__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_down(path: Path) -> None:
+    own = room(path)
+    if own != "__init__":  # names every room, and imports one when it is asked
+        assert arrows(path) <= ALLOWED[own]
+    for name in imports(path):
+        if name.split(".")[0] == "lightning":
+            assert own in LIGHTNING, f"{own} imports Lightning"
+        if name.split(".")[0] == "transformers":
+            assert own in TRANSFORMERS, f"{own} imports transformers"
+        assert name.split(".")[0] not in ("pytorch_lightning", "callbacks"), name
+        if name.split(".")[0] == "peft":
+            assert path.parent.name == "lora", "imports peft"
+        if name.split(".")[0] == "vllm":
+            assert path.parent.name == "vllm", "imports vLLM"
+
+
+def test_every_room_has_its_arrows_and_no_circle() -> None:
+    assert {room(p) for p in FILES} - {"__init__"} == set(ALLOWED)
+    order = list(TopologicalSorter(ALLOWED).static_order())  # raises on a circle
+    assert set(order) == set(ALLOWED)
+
+
+def test_no_arrow_is_allowed_for_nothing() -> None:
+    used: dict[str, set[str]] = {}
+    for path in FILES:
+        used.setdefault(room(path), set()).update(arrows(path))
+    unused = {r: allowed - used[r] - FLOOR for r, allowed in ALLOWED.items()}
+    assert not any(unused.values()), unused
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in FILES}), ids=lambda p: p.name)
+def test_a_folder_is_seen_at_a_glance(folder: Path) -> None:
+    shown = [
+        p
+        for p in folder.iterdir()
+        if p.name not in ("__pycache__", "__init__.py", "py.typed", "_moved.py")
+    ]
+    assert len(shown) <= MOST_FILES.get(str(folder.relative_to(PACKAGE)).strip("."), 13)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, kdrl_lightning; "
+        "print([m for m in ('vllm', 'transformers', 'lightning', 'torch') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    import kdrl_lightning
+
+    for name in kdrl_lightning.__all__:
+        assert getattr(kdrl_lightning, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = kdrl_lightning.Nothing
+
+
+def test_callbacks_are_real_files_behind_one_link() -> None:
+    link = PACKAGE / "callbacks"
+    assert link.is_symlink(), "git must check out symbolic links (core.symlinks)"
+    assert link.resolve() == PACKAGE.parent / "callbacks"
