@@ -100,7 +100,7 @@ def test_a_misspelt_name_is_one_line_with_its_cure(
     subcommand: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(capsys, subcommand, "--config", "grpoo")
-    assert "got grpoo. Did you mean grpo?" in line
+    assert "got grpoo. Did you mean grpo or srpo?" in line
     assert "`python -m kdrl_lightning configs` lists" in line
     assert "Did you mean engine/vllm?" in refused(capsys, subcommand, "--config", "vllm")
 

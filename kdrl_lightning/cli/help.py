@@ -22,7 +22,7 @@ SUBCOMMANDS = {
     "evaluate": "compares models and checkpoints on the same prompts, in one table",
     "export": "writes a checkpoint's student as a Hugging Face folder",
     "serve": "starts a vLLM server that samples for a run, or that is its teacher",
-    "configs": "lists, shows and copies the configurations that come with the library",
+    "configs": "lists, shows and copies the configurations of the library",
 }
 
 TRAINS, RUNS = ("fit",), ("fit", "validate", "test", "predict")
@@ -100,7 +100,7 @@ A first run, on a CPU and without a download, takes about two minutes:
 Read on:
   {PROGRAM} SUBCOMMAND --help   its most important flags
   {PROGRAM} configs             what --config finds by name
-  docs/getting_started.md, in the repository    from a first run to your own model"""
+  docs/getting_started.md, in the repository   from a first run to your model"""
 
 
 def help_text(args: Sequence[str]) -> str | None:
@@ -112,7 +112,7 @@ def help_text(args: Sequence[str]) -> str | None:
     Raises:
         ConfigurationError: the subcommand is missing or unknown.
 
-    >>> print(help_text(["--help"])[:43])
+    >>> print(help_text(["--help"])[:42])
     usage: python -m kdrl_lightning SUBCOMMAND
     >>> help_text(["fit", "--config", "rlad"])
     """

@@ -101,7 +101,7 @@ def cure(name: str) -> str:
 def with_files(args: Sequence[str]) -> list[str]:
     """Replace the names after ``--config`` by the files that they mean.
 
-    >>> with_files(["fit", "--config", "rlad", "--config={data: {group_size: 4}}"])[2][-18:]
+    >>> with_files(["fit", "--config", "rlad", "--config={data: {group_size: 4}}"])[2][-17:]
     'configs/rlad.yaml'
     """
     out: list[str] = []
