@@ -69,18 +69,19 @@ class OneLineParser(LightningArgumentParser):
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"`config` must be UTF-8: got {path} ({error}).") from error
 
-    def parse_args(self, args: Any = None, **kwargs: Any) -> Any:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Read the command line, on which ``--config`` may name a configuration of the library.
 
         Raises:
             ConfigurationError: a setting is wrong, or a file of settings is no text.
         """
-        given = sys.argv[1:] if args is None else list(args)
+        words = next(iter(args), kwargs.pop("args", None))
+        given = sys.argv[1:] if words is None else list(words)
         note_repeated(given)
         # Ours is the short screen; argparse's own lists every flag.
         words = ["--help" if word == HELP_ALL else word for word in with_files(given)]
         try:
-            return super().parse_args(words, **kwargs)
+            return super().parse_args(words, *args[1:], **kwargs)
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
 
