@@ -66,7 +66,7 @@ links, formulas, docstrings, reference = map(hook, ("links", "formulas", "docstr
             "main (`kdrl_lightning/module.py`)",
         ),
         (
-            "[`m.py`](../kdrl_lightning/module.py)",
+            "[`module.py`](../kdrl_lightning/module.py)",
             "docs/a.md",
             "a.md",
             "`kdrl_lightning/module.py`",

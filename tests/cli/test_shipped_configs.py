@@ -19,7 +19,7 @@ from kdrl_lightning.cli.settings.unused import take_notes
 from kdrl_lightning.cli.shipped import FOLDER, config_file, find, names, with_files
 from kdrl_lightning.errors import ConfigurationError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
