@@ -90,7 +90,6 @@ VERIFIED = "models/architectures/verification.py", "architectures/test_verificat
 SCORED = "models/scorer.py", "architectures/test_verification.py"
 PREFIXES = "engines/prefixes.py", "architectures/test_prefixes.py"
 WAYS = "engines/transformers_engine.py", "architectures/test_prefixes.py"
-DECODING = "engines/decoding.py", "rollout/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
@@ -1355,22 +1354,6 @@ MUTATIONS = [
     Mutation(
         "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
     ),
-    Mutation("one token: the mask upside down", DECODING, "~mask, -torch.inf", "mask, -torch.inf"),
-    Mutation("one token: the scaling forgotten", DECODING, "if scaling is None else scaling", ""),
-    Mutation(
-        "one token: heads of other keys",
-        DECODING,
-        "reshape(rows, shared, heads // shared, width)",
-        "reshape(rows, heads // shared, shared, width).transpose(1, 2)",
-    ),
-    Mutation("one token: of many queries", DECODING, "query.shape[2] > 1 or ", ""),
-    Mutation(
-        "one token: in place of somebody's own",
-        DECODING,
-        "plain is not sdpa_attention",
-        "not sdpa_attention",
-    ),
-    Mutation("one token: it stays behind", DECODING, "[NAME] = plain", "[NAME]"),
     Mutation(
         "rotary: decided by the longest row",
         ROTARY,
