@@ -1222,25 +1222,16 @@ MUTATIONS = [
     ),
     # What completions have in common is run once.
     Mutation(
-        "merging: the prompt's length is no difference",
+        "shared prompts: completions in the prompts",
         MERGING,
-        "torch.cat([prompt_lengths[:, None], whole], 1)",
-        "whole",
+        "column >= prompt_lengths[:, None]",
+        "column > prompt_lengths[:, None]",
     ),
     Mutation(
-        "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
-    ),
-    Mutation(
-        "merging: another row's length",
+        "shared prompts: the first row's length for all",
         MERGING,
-        "lengths = prompt_lengths[first]",
-        "lengths = prompt_lengths[: len(first)]",
-    ),
-    Mutation(
-        "merging: completions in the prompts",
-        MERGING,
-        "whole[first].masked_fill(place >= lengths[:, None], -1)",
-        "whole[first]",
+        "column >= prompt_lengths[:, None]",
+        "column >= prompt_lengths[:1, None]",
     ),
     Mutation(
         "shared prompts: padding is attended to",
@@ -1251,8 +1242,8 @@ MUTATIONS = [
     Mutation(
         "shared prompts: completions one place late",
         SHARED,
-        "position = rows.prompt_lengths[:, None] + ",
-        "position = 1 + rows.prompt_lengths[:, None] + ",
+        "position = prompt_lengths[:, None] + ",
+        "position = 1 + prompt_lengths[:, None] + ",
     ),
     Mutation(
         "shared prompts: the first prompt for all",
@@ -1339,20 +1330,7 @@ MUTATIONS = [
         "self.rl.reads_old_scores(rollout) and",
     ),
     Mutation(
-        "equal rows: those of another row",
-        SCORING,
-        "completion_ids[merged.first]",
-        "completion_ids[: len(merged.first)]",
-    ),
-    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None:", ":"),
-    Mutation(
-        "equal rows: another row's states",
-        SCORING,
-        "place[merged.first][merged.mask]",
-        "place[: len(merged.first)][merged.mask]",
-    ),
-    Mutation(
-        "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
+        "shared prompts: whatever they save", SCORING, "if tokens <= SHARED_BELOW *", "if 0 <="
     ),
     Mutation(
         "rotary: decided by the longest row",
