@@ -52,11 +52,9 @@ RATIOS_SELECTIONS = "objectives/ratios.py", "objectives/test_selections.py"
 CORRECTIONS = "objectives/corrections.py", "objectives/test_family.py"
 SELECTIONS = "objectives/selections.py", "objectives/test_selections.py"
 GRPO = "objectives/grpo.py", "objectives/test_family.py"
-KDRL = "objectives/kdrl.py", "objectives/test_family.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
 MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
-SUM = "objectives/weighted_sum.py", "objectives/test_family.py"
-SUM_PARTS = "objectives/weighted_sum.py", "objectives/test_parts.py"
+TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "test_imitation_stats.py"
@@ -93,7 +91,6 @@ WAYS = "engines/transformers_engine.py", "architectures/test_prefixes.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "test_old_scores.py"
-SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
 WEIGHTS = "models/weights.py", "test_lora.py"
 ADAPTERS = "models/lora/adapters.py", "test_lora.py"
 EXPERTS = "models/lora/targets.py", "test_lora_experts.py"
@@ -363,8 +360,8 @@ MUTATIONS = [
     Mutation(
         "KDRL: KL subtracted",
         FRAME,
-        "                self.distill.teacher_kl_coef,\n",
-        "                -self.distill.teacher_kl_coef,\n",
+        "                self.distill.coef,\n",
+        "                -self.distill.coef,\n",
     ),
     Mutation(
         "RLAD: clip sides swapped",
@@ -907,8 +904,14 @@ MUTATIONS = [
         "SequenceRatio(clip_high, clip_low)",
     ),
     Mutation(
+        "KDRL: another term is ignored",
+        ("objectives/kdrl.py", "objectives/test_family.py"),
+        "distill=distill or kl",
+        "distill=kl",
+    ),
+    Mutation(
         "KDRL: whole distributions by forward KL",
-        KDRL,
+        TERMS,
         "VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)",
         "VocabularyKL(teacher_kl_coef, 0.0, k, per_imitated_token)",
     ),
@@ -919,17 +922,40 @@ MUTATIONS = [
         "ReweightedAdvantage(width, mix",
     ),
     Mutation(
-        "sum: weights swapped",
-        SUM,
-        '("rl", self.rl, self.rl_coef)',
-        '("rl", self.rl, self.distill_coef)',
+        "two losses: the second without its weight",
+        TERMS,
+        "return self.distill_coef",
+        "return 1.0",
     ),
-    Mutation("sum: inner coefficients lost", SUM, "coef=weight * term.coef", "coef=weight"),
     Mutation(
-        "sum: imitated without a weight",
-        SUM_PARTS,
-        "mask if self.distill_coef else mask & False",
-        "mask",
+        "two losses: the second one's sign",
+        TERMS,
+        "self.ratio.loss(batch, scores.logprobs, self._advantages(batch))",
+        "self.ratio.loss(batch, scores.logprobs, -self._advantages(batch))",
+    ),
+    Mutation(
+        "two losses: dead tokens imitate",
+        TERMS_PARTS,
+        "used & ~self.ratio.dead(batch, logprobs, advantages)",
+        "used",
+    ),
+    Mutation(
+        "two losses: imitated without an advantage",
+        TERMS_PARTS,
+        "super().where(batch) & (advantages != 0)",
+        "super().where(batch)",
+    ),
+    Mutation(
+        "two losses: imitated without a weight",
+        FRAME_PARTS,
+        "self.distill is not None and self.distill.coef:",
+        "self.distill is not None:",
+    ),
+    Mutation(
+        "two losses: the statistics are the first one's",
+        FRAME_PARTS,
+        "second or self.ratio",
+        "self.ratio",
     ),
     Mutation(
         "SFT: wrong completions stay",
@@ -1318,18 +1344,6 @@ MUTATIONS = [
         "(self.d",
     ),
     Mutation(
-        "pending: unless both summands read a teacher",
-        SUM_PENDING,
-        "self.rl.reads_teacher_scores(rollout) or",
-        "self.rl.reads_teacher_scores(rollout) and",
-    ),
-    Mutation(
-        "pending: unless both summands read",
-        SUM_PENDING,
-        "self.rl.reads_old_scores(rollout) or",
-        "self.rl.reads_old_scores(rollout) and",
-    ),
-    Mutation(
         "shared prompts: whatever they save", SCORING, "if tokens <= SHARED_BELOW *", "if 0 <="
     ),
     Mutation(
@@ -1604,10 +1618,10 @@ MUTATIONS = [
     Mutation("tail: a floor without tokens", TERMS, ".masked_fill(empty, -torch.inf)", ""),
     Mutation("top-k: teacher not floored", TERMS, "teacher.clamp(min=LOGPROB_FLOOR)", "teacher"),
     Mutation(
-        "sum: the correction lost",
-        (SUM[0], "objectives/test_engine_correction.py"),
-        "advantages=rl.advantages, importance_weights=rl.importance_weights",
-        "advantages=rl.advantages",
+        "two losses: the second is not corrected",
+        (TERMS[0], "objectives/test_engine_correction.py"),
+        "needs_advantages = True\n    sampled = True",
+        "needs_advantages = True\n    sampled = False",
     ),
     Mutation(
         "mismatch: arguments swapped",
