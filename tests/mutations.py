@@ -52,6 +52,7 @@ RATIOS_SELECTIONS = "objectives/ratios.py", "objectives/test_selections.py"
 CORRECTIONS = "objectives/corrections.py", "objectives/test_family.py"
 SELECTIONS = "objectives/selections.py", "objectives/test_selections.py"
 GRPO = "objectives/grpo.py", "objectives/test_family.py"
+KDRL = "objectives/kdrl.py", "objectives/test_family.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
 MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
@@ -905,13 +906,13 @@ MUTATIONS = [
     ),
     Mutation(
         "KDRL: another term is ignored",
-        ("objectives/kdrl.py", "objectives/test_family.py"),
+        KDRL,
         "distill=distill or kl",
         "distill=kl",
     ),
     Mutation(
         "KDRL: whole distributions by forward KL",
-        TERMS,
+        KDRL,
         "VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)",
         "VocabularyKL(teacher_kl_coef, 0.0, k, per_imitated_token)",
     ),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdrl_lightning.objectives.divergences import VocabularyKL, named_kl
+from kdrl_lightning.objectives.divergences import VocabularyKL
+from kdrl_lightning.objectives.kdrl import named_kl
 from kdrl_lightning.objectives.policy import PolicyObjective
 
 

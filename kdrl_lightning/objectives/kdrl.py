@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.advantages import Advantage, ShapedAdvantage, SumAdvantage
-from kdrl_lightning.objectives.divergences import DistillTerm, named_kl
+from kdrl_lightning.objectives.divergences import SAMPLED, DistillTerm, SampledKL, VocabularyKL
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
+
+ESTIMATORS = (*SAMPLED, "full_vocabulary", "top_k")
 
 
 class KDRL(PolicyObjective):
@@ -107,3 +109,39 @@ def _by_name(
 def _defaults() -> tuple[Any, ...]:
     """Return the defaults of the arguments that name a term, in their order."""
     return (KDRL.__init__.__defaults__ or ())[:6]
+
+
+def named_kl(
+    teacher_kl_coef: float,
+    kl_estimator: str,
+    ratio_weight: bool = False,
+    top_k: int = 64,
+    per_imitated_token: bool = False,
+) -> DistillTerm:
+    """Return the reverse or forward KL to the teacher by an estimator's name.
+
+    Args:
+        teacher_kl_coef: weight of the term, at least 0.
+        kl_estimator: ``k2``, ``k3``, ``policy_gradient``, ``full_vocabulary`` or ``top_k``.
+        ratio_weight: weight a sampled estimate by the detached ratio.
+        top_k: K of ``top_k``.
+        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+
+    Raises:
+        ConfigurationError: there is no such estimator (k1 has no gradient), or an exact one is
+            weighted by the ratio.
+    """
+    if kl_estimator not in ESTIMATORS:
+        why = " The expected gradient of k1 as a loss is zero." if kl_estimator == "k1" else ""
+        raise ConfigurationError(
+            f"`kl_estimator` must be one of {', '.join(ESTIMATORS)}: got {kl_estimator}.{why}"
+        )
+    if kl_estimator not in ("full_vocabulary", "top_k"):
+        return SampledKL(teacher_kl_coef, kl_estimator, ratio_weight, per_imitated_token)
+    if ratio_weight:
+        raise ConfigurationError(
+            f"`kd_ratio_weight` must be false for `kl_estimator` {kl_estimator}, which is exact at "
+            "each position: got true."
+        )
+    k = top_k if kl_estimator == "top_k" else None
+    return VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)

@@ -118,6 +118,13 @@ def test_tokens_that_the_engine_correction_leaves_out_are_not_imitated(
     assert gradient(objective, batch, scores)[imitated].ne(0).any(-1).all()
 
 
+@pytest.mark.parametrize("name", ["rlad", "grpo+rlad"])
+def test_a_ratio_imitates_nothing_without_an_advantage(name: str) -> None:
+    objective, batch = make(name), step().replace(rewards=f64([1.0] * 16))
+    logprobs = student(batch).logprobs.detach()
+    assert not objective.imitated(ready(objective, batch), logprobs).any()
+
+
 @pytest.mark.parametrize("name", sorted(TAUGHT))
 def test_nothing_is_imitated_with_all_coefficients_at_zero(name: str) -> None:
     objective = make(name)
