@@ -1249,16 +1249,25 @@ MUTATIONS = [
     ),
     # What completions have in common is run once.
     Mutation(
-        "shared prompts: completions in the prompts",
+        "merging: the prompt's length is no difference",
         MERGING,
-        "column >= prompt_lengths[:, None]",
-        "column > prompt_lengths[:, None]",
+        "torch.cat([prompt_lengths[:, None], whole], 1)",
+        "whole",
     ),
     Mutation(
-        "shared prompts: the first row's length for all",
+        "merging: the completion's length is no difference", MERGING, "mask.sum(1)", "mask.shape[1]"
+    ),
+    Mutation(
+        "merging: another row's length",
         MERGING,
-        "column >= prompt_lengths[:, None]",
-        "column >= prompt_lengths[:1, None]",
+        "lengths = prompt_lengths[first]",
+        "lengths = prompt_lengths[: len(first)]",
+    ),
+    Mutation(
+        "merging: completions in the prompts",
+        MERGING,
+        "whole[first].masked_fill(place >= lengths[:, None], -1)",
+        "whole[first]",
     ),
     Mutation(
         "shared prompts: padding is attended to",
@@ -1269,8 +1278,8 @@ MUTATIONS = [
     Mutation(
         "shared prompts: completions one place late",
         SHARED,
-        "position = prompt_lengths[:, None] + ",
-        "position = 1 + prompt_lengths[:, None] + ",
+        "position = rows.prompt_lengths[:, None] + ",
+        "position = 1 + rows.prompt_lengths[:, None] + ",
     ),
     Mutation(
         "shared prompts: the first prompt for all",
@@ -1345,7 +1354,26 @@ MUTATIONS = [
         "(self.d",
     ),
     Mutation(
-        "shared prompts: whatever they save", SCORING, "if tokens <= SHARED_BELOW *", "if 0 <="
+        "shared prompts: whatever they save",
+        SCORING,
+        "return shared <= SHARED_BELOW *",
+        "return 0 <=",
+    ),
+    Mutation(
+        "equal rows: those of another row",
+        SCORING,
+        "completion_ids[merged.first]",
+        "completion_ids[: len(merged.first)]",
+    ),
+    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None:", ":"),
+    Mutation(
+        "equal rows: another row's states",
+        SCORING,
+        "place[merged.first][merged.mask]",
+        "place[: len(merged.first)][merged.mask]",
+    ),
+    Mutation(
+        "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
     ),
     Mutation(
         "rotary: decided by the longest row",

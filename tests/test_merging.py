@@ -1,4 +1,4 @@
-"""A prompt of several completions runs once, and nothing changes: neither scores nor gradients."""
+"""What completions have in common is run once, and nothing changes: scores, gradients, samples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import test_scorer as scorers
 import torch
 from reference import close
 
+import kdrl_lightning.models.scorer as scoring
 from kdrl_lightning.losses import reverse_kl
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import recompute_layers
-from kdrl_lightning.models.shared_prompts import shared_prompts
+from kdrl_lightning.models.shared_prompts import merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 
@@ -56,9 +57,9 @@ def test_shared_prompts_change_nothing(
     tokens = count_tokens(scorer)
     scorer.shares = True
     shared, found = gradients(scorer, batch)
-    # 2 prompts and 7 completions, without their last token; else 7 whole rows.
+    # 2 prompts and 6 different completions, without their last token; else 7 whole rows.
     passes = 2 if recompute else 1
-    assert tokens == [2 * max(prompts)] * 1 + [7 * 5] + [7 * 5, 2 * max(prompts)] * (passes - 1)
+    assert tokens == [2 * max(prompts)] * 1 + [6 * 5] + [6 * 5, 2 * max(prompts)] * (passes - 1)
     close(shared.logprobs, plain.logprobs)
     close(shared.entropy, plain.entropy)
     # Norms cast gradients to float32 whatever the model's type; Phi's do not.
@@ -68,7 +69,7 @@ def test_shared_prompts_change_nothing(
         assert gap < bounds, key
 
 
-def test_equal_rows_may_be_asked_different_things() -> None:
+def test_equal_rows_that_are_asked_different_things_stay_apart() -> None:
     scorer, batch = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64)), rollout()
     shape, draw = (*batch.completion_ids.shape, 3), torch.Generator().manual_seed(1)
     asked = torch.randint(0, scorers.VOCAB, shape, generator=draw)
@@ -108,6 +109,32 @@ def test_another_models_states_go_with_their_rows(teacher_shares: bool) -> None:
         assert (found[key] - gradient).norm() / gradient.norm().clamp(min=1.0) < 1e-4, key
 
 
+def test_equal_rows_are_scored_once_where_nothing_tells_them_apart() -> None:
+    scorer, batch = Scorer(scorers.build("LlamaForCausalLM")), rollout()
+    scorer.shares = True
+    tokens, other = int(batch.completion_mask.sum()), scorer.states(batch)
+    assert head_rows(scorer, batch) == [tokens - 6]  # without the last row
+    # The update's rows are those of the old scores, which are to be equal bit for bit.
+    assert head_rows(scorer, batch, other=other, divergence=reverse_kl) == [tokens - 6]
+    asked = batch.completion_ids[..., None]
+    assert head_rows(scorer, batch, topk_ids=asked) == [tokens]
+
+
+def head_rows(scorer: Scorer, batch: RolloutBatch, **call: Any) -> list[int]:
+    """Tokens that the head is applied to."""
+    rows: list[int] = []
+    scored = scoring.token_scores
+
+    def note(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(hidden))
+        return scored(hidden, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "token_scores", note)
+        scorer.score(batch, **call)
+    return rows
+
+
 def count_tokens(scorer: Scorer) -> list[int]:
     """Tokens of each pass through the first layer's attention, from now on."""
     seen: list[int] = []
@@ -129,7 +156,7 @@ def test_prompts_of_one_completion_are_not_worth_two_passes() -> None:
     scorer.score(rollout().select([0, 3]))
     assert tokens == [2 * 14]
     scorer.score(rollout().select([5, 6]))
-    assert tokens[1:] == [12, 2 * 5]  # one prompt of two completions is
+    assert tokens[1:] == [1 * 18]  # equal rows are one all the same
 
 
 def test_an_architecture_without_such_a_cache_is_left_alone() -> None:
@@ -169,8 +196,12 @@ def test_float64_is_left_alone() -> None:
     assert not scorer.shares
 
 
-def test_prompts_that_differ_in_length_alone_are_different() -> None:
-    ids = torch.tensor([[5, 6, 7, 0]] * 4)
-    prompts = shared_prompts(ids, torch.tensor([2, 2, 1, 2]))
-    assert prompts.ids.tolist() == [[5, -1], [5, 6]]
-    assert prompts.of.tolist() == [1, 1, 0, 1]
+def test_rows_that_differ_in_length_or_prompt_alone_are_different() -> None:
+    ids = torch.tensor([[5, 6, 7, 0]] * 5)
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0], [1, 1]]).bool()
+    rows = merge_rows(ids, torch.tensor([2, 2, 1, 2, 1]), mask)
+    assert rows.of.tolist() == [3, 2, 0, 2, 1]
+    assert rows.prompt_lengths.tolist() == [1, 1, 2, 2]
+    assert rows.mask.sum(1).tolist() == [1, 2, 1, 2]
+    assert rows.prompts.tolist() == [[5, -1], [5, 6]]
+    assert rows.prompt_of.tolist() == [0, 0, 1, 1]

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from kdrl_lightning.models.shared_prompts import SharedPrompts
+from kdrl_lightning.models.shared_prompts import MergedRows
 
 # Room for so many more tokens, and a quarter of those there: copies stay few at any length, and
 # what attention reads lies close together.
@@ -132,23 +132,18 @@ def select_rows(memory: Any, rows: Tensor) -> Any:
     return memory
 
 
-def shared_states(
-    decoder: Any, input_ids: Tensor, prompt_lengths: Tensor, tokens: int, shared: SharedPrompts
-) -> Tensor:
-    """Return the hidden states that predict completions; each prompt runs once.
+def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
+    """Hidden states that predict completions, each prompt run once.
 
     Args:
         decoder: a transformers decoder with attention in every layer.
-        input_ids: ``[B, S]``, prompt and completion, padded on the right.
-        prompt_lengths: ``[B]``.
-        tokens: T, of the longest completion.
-        shared: the prompts of the rows.
+        rows: R rows of P prompts.
 
     Returns:
-        ``[B, T, H]``; column t predicts token t of the completion.
+        ``[R, T, H]``; column t predicts token t of the completion.
     """
     # Padded on the left, so that a completion's tokens come next to its prompt's.
-    prompts, of = shared.ids, shared.of
+    prompts, of = rows.prompts, rows.prompt_of
     width = prompts.shape[1]
     column = torch.arange(width, device=of.device) - width + (prompts >= 0).sum(1, keepdim=True)
     real, position = column >= 0, column.clamp(min=0)
@@ -161,13 +156,13 @@ def shared_states(
         past_key_values=Cache(layers=layers),
         use_cache=True,
     ).last_hidden_state[of, -1:]
-    if tokens == 1:
+    if rows.mask.shape[1] == 1:
         return cast(Tensor, first)
-    position = prompt_lengths[:, None] + torch.arange(tokens - 1, device=of.device)
+    position = rows.prompt_lengths[:, None] + torch.arange(rows.mask.shape[1] - 1, device=of.device)
     if padding is not None:
         padding = torch.cat([padding[of], torch.ones_like(position)], 1)
     rest = decoder(
-        input_ids=input_ids.gather(1, position.clamp(max=input_ids.shape[1] - 1)),
+        input_ids=rows.input_ids.gather(1, position.clamp(max=rows.input_ids.shape[1] - 1)),
         attention_mask=padding,
         position_ids=position,
         past_key_values=Cache(layers=[Prefixed(x, of) for x in layers]),

@@ -17,7 +17,7 @@ from kdrl_lightning.models.architectures.rotary import (
     switch_lengths,
 )
 from kdrl_lightning.models.architectures.verification import close, verify
-from kdrl_lightning.models.shared_prompts import SharedPrompts, shared_prompts
+from kdrl_lightning.models.shared_prompts import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 # Names that architectures give to the bound of ``bound * tanh(logits / bound)``.
@@ -42,7 +42,7 @@ class Scorer(nn.Module):
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
-        shares: prompts that completions have in common are run once; ``verify`` decides.
+        shares: what completions of a call have in common is run once; ``verify`` decides.
         pads: rows of different lengths go through one pass; ``verify`` decides.
         unreached: trainable parameters that short rows give no gradient.
         at_head: states are those that the head is called with, not the decoder's.
@@ -116,8 +116,17 @@ class Scorer(nn.Module):
         Returns:
             Scores ``[B, T]``, 0 behind each completion's end.
         """
+        merged, of = self._merged(input_ids, prompt_lengths, completion_mask), None
+        mask = completion_mask
+        if merged is not None and topk_ids is None:
+            of = merged.of  # nothing else tells equal rows apart: they are scored once
+            if other is not None:
+                place = completion_mask.flatten().cumsum(0).view_as(completion_mask) - 1
+                other = Other(other.hidden[place[merged.first][merged.mask]], other.head)
+            completion_ids, completion_mask = completion_ids[merged.first], merged.mask
         rows, columns = completion_mask.nonzero(as_tuple=True)
-        hidden = self._hidden(input_ids, prompt_lengths, completion_mask)
+        places = rows if merged is None or of is not None else merged.of[rows]
+        hidden = self._hidden(input_ids, prompt_lengths, mask, merged, places, columns)
         scores = token_scores(
             hidden,
             self.head(),
@@ -132,32 +141,41 @@ class Scorer(nn.Module):
 
         def spread(value: Tensor) -> Tensor:
             blank = value.new_zeros(*completion_ids.shape, *value.shape[1:])
-            return blank.index_put((rows, columns), value)
+            spread_out = blank.index_put((rows, columns), value)
+            return spread_out if of is None else spread_out[of]
 
         return scores.map(spread)
 
-    def _hidden(self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tensor:
-        """``[N, H]``: the states that predict the N tokens of ``mask``, row by row."""
-        rows, columns = mask.nonzero(as_tuple=True)
-        prompts = self._prompts_to_share(input_ids, prompt_lengths, mask)
-        if prompts is not None:
-            from kdrl_lightning.models.prompt_cache import shared_states
+    def _merged(self, ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows | None:
+        """What rows have in common, if that is run once.
 
-            decoder, width = decoder_of(self.model), mask.shape[1]
-            return shared_states(decoder, input_ids, prompt_lengths, width, prompts)[rows, columns]
+        Not if a row is so long that its rotary embedding changes: its prompt alone would not be.
+        """
+        if not self.shares or (self._switches and ids.shape[1] > self._switches[0]):
+            return None
+        return merge_rows(ids, prompt_lengths, mask)
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        mask: Tensor,
+        merged: MergedRows | None,
+        rows: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        """``[N, H]``: the states that predict completion tokens ``columns`` of rows.
+
+        The rows are those of ``merged`` where there is one.
+        """
+        if merged is not None:
+            input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
+            if self._pays(merged):
+                from kdrl_lightning.models.prompt_cache import shared_states
+
+                return shared_states(decoder_of(self.model), merged)[rows, columns]
         hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1))
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
-
-    def _prompts_to_share(
-        self, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor
-    ) -> SharedPrompts | None:
-        """Return the prompts if two passes over fewer tokens cost less than one over all."""
-        # A row so long that its rotary embedding changes cannot share: its prompt alone would not.
-        if not self.shares or (self._switches and input_ids.shape[1] > self._switches[0]):
-            return None
-        prompts = shared_prompts(input_ids, prompt_lengths)
-        tokens = prompts.ids.numel() + mask.numel() - len(mask)
-        return prompts if tokens <= SHARED_BELOW * input_ids.numel() else None
 
     def _row_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Return the states ``[B, S, H]`` of rows that end at ``lengths``."""
@@ -179,6 +197,11 @@ class Scorer(nn.Module):
             hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
             return self._as_the_head(hidden)
 
+    def _pays(self, rows: MergedRows) -> bool:
+        """Whether two passes over fewer tokens cost less than one over all."""
+        shared = rows.prompts.numel() + rows.mask.numel() - len(rows.mask)
+        return shared <= SHARED_BELOW * rows.input_ids.numel()
+
     def states(self, batch: RolloutBatch) -> Other:
         """Return hidden states of a batch's completions and the head, for another's divergence.
 
@@ -186,7 +209,11 @@ class Scorer(nn.Module):
         then, so it is copied: ``V * H`` values on every rank for the length of a micro-batch,
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
-        hidden = self._hidden(batch.input_ids, batch.prompt_lengths, batch.completion_mask)
+        call, mask = (batch.input_ids, batch.prompt_lengths), batch.completion_mask
+        merged = self._merged(*call, mask)
+        rows, columns = mask.nonzero(as_tuple=True)
+        places = rows if merged is None else merged.of[rows]
+        hidden = self._hidden(*call, mask, merged, places, columns)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(

@@ -1,4 +1,4 @@
-"""The prompts that several completions of a batch have in common."""
+"""What the completions of a batch have in common: equal rows, and prompts of several rows."""
 
 from __future__ import annotations
 
@@ -9,30 +9,52 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SharedPrompts:
-    """The different prompts of a batch.
+class MergedRows:
+    """The different rows of a batch, and their different prompts.
 
     Attributes:
-        ids: ``[P, W]``, the different prompts, padded with -1 on the right.
-        of: ``[B]``, the place of each row's prompt among them.
+        of: ``[B]``, for each row of the batch its place among the different ones.
+        first: ``[R]``, where in the batch each of them comes first.
+        input_ids: ``[R, S]``, prompt and completion, padded on the right.
+        prompt_lengths: ``[R]``.
+        mask: ``[R, T]`` bool, the completions' tokens.
+        prompts: ``[P, W]``, the different prompts, -1 behind their end.
+        prompt_of: ``[R]``, each row's prompt.
     """
 
-    ids: Tensor
     of: Tensor
+    first: Tensor
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    mask: Tensor
+    prompts: Tensor
+    prompt_of: Tensor
 
 
-def shared_prompts(input_ids: Tensor, prompt_lengths: Tensor) -> SharedPrompts:
-    """Find the different prompts of rows.
+def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows:
+    """Find the different rows and prompts of ``[B, S]`` ids with completions ``mask [B, T]``.
 
-    Args:
-        input_ids: ``[B, S]``, prompt and completion, padded on the right.
-        prompt_lengths: ``[B]``.
-
-    >>> rows = torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 7]])
-    >>> prompts = shared_prompts(rows, torch.tensor([2, 2, 1]))
-    >>> prompts.ids.tolist(), prompts.of.tolist()
-    ([[5, -1], [5, 6]], [1, 1, 0])
+    >>> rows = merge_rows(
+    ...     torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 8]]),
+    ...     torch.tensor([2, 2, 2]),
+    ...     torch.ones(3, 1, dtype=torch.bool),
+    ... )
+    >>> rows.of.tolist(), rows.input_ids.tolist(), rows.prompts.tolist()
+    ([0, 0, 1], [[5, 6, 7], [5, 6, 8]], [[5, 6]])
     """
-    column = torch.arange(int(prompt_lengths.max()), device=input_ids.device)
-    ids = input_ids[:, : len(column)].masked_fill(column >= prompt_lengths[:, None], -1)
-    return SharedPrompts(*ids.unique(dim=0, return_inverse=True))
+    place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    ends = prompt_lengths + mask.sum(1)
+    whole = input_ids.masked_fill(place >= ends[:, None], -1)
+    table = torch.cat([prompt_lengths[:, None], whole], 1)
+    different, of = table.unique(dim=0, return_inverse=True)
+    if len(different) < len(table):
+        rows = torch.arange(len(of), device=of.device)
+        first = of.new_zeros(len(different)).scatter_reduce_(
+            0, of, rows, "amin", include_self=False
+        )
+    else:
+        first, of = (torch.arange(len(of), device=of.device),) * 2
+    lengths = prompt_lengths[first]
+    prompts = whole[first].masked_fill(place >= lengths[:, None], -1)[:, : int(lengths.max())]
+    prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)
+    return MergedRows(of, first, input_ids[first], lengths, mask[first], prompts, prompt_of)
