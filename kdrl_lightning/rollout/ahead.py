@@ -1,4 +1,4 @@
-"""Sampling one rollout ahead: completions come from a thread while the rollout before trains."""
+"""Sampling one rollout in advance, in threads, while the rollout before trains."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Ahead:
         Args:
             rollout: index of the coming rollout.
             version: of the student's weights, for every completion to carry.
-            requests: to engines that can sample beside training.
+            requests: to engines that can sample during training.
         """
         self.drop()
         self.rollout = rollout

@@ -1,15 +1,15 @@
-"""Sampling in a run: engines are brought to the weights at hand, and completions are judged."""
+"""Sampling in a run: sync engines to the current weights, then sample and judge."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.ahead import Ahead
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged, sample_and_judge
+from kdrl_lightning.rollout.policy import Policy, Run
 from kdrl_lightning.rollout_batch import STUDENT
 
 
@@ -20,21 +20,24 @@ class LiveSampler:
         rewards: judges the completions.
 
     Attributes:
-        trainer: of the run; set before anything is sampled.
-        vocabulary_rows: of the smallest embedding that reads the completions; set likewise.
+        trainer: of the run; set by ``join``.
+        module: the module that is trained or evaluated; set by ``join``.
+        vocabulary_rows: of the smallest embedding that reads the completions.
         ahead: completions that have been sampled already.
     """
+
+    trainer: Run
+    module: Policy
 
     def __init__(self, rewards: RewardRunner) -> None:
         self.rewards = rewards
         self.ahead = Ahead()
-        self.trainer: Any = None
         self.vocabulary_rows: float = float("inf")
 
-    @property
-    def module(self) -> Any:
-        """The module that is trained or evaluated."""
-        return self.trainer.lightning_module
+    def join(self, trainer: Run, module: Policy) -> None:
+        """Sample for this run from now on; before anything is sampled."""
+        self.trainer, self.module = trainer, module
+        self.vocabulary_rows = module.vocabulary_rows
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -46,8 +49,7 @@ class LiveSampler:
         """Token after the end of a row: one that student and teacher have an embedding for."""
         tokenizer = self.module.tokenizer
         pad = tokenizer.pad_token_id
-        known = pad is not None and pad < self.vocabulary_rows
-        return int(pad if known else tokenizer.eos_token_id)
+        return pad if pad is not None and pad < self.vocabulary_rows else tokenizer.eos_token_id
 
     def sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
         """Bring an engine to the current weights before it samples; return the seconds."""
@@ -70,11 +72,10 @@ class LiveSampler:
         training: bool = True,
     ) -> list[Judged]:
         """Sample one completion per seed for each prompt and judge them, under the precision."""
-        source_engine, tokenizer = self.ahead.over(engine), self.module.tokenizer
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
-                source_engine,
-                tokenizer,
+                self.ahead.over(engine),
+                self.module.tokenizer,
                 self.rewards,
                 prompts,
                 seeds,

@@ -50,7 +50,7 @@ class VLLMServerEngine(RolloutEngine):
     """
 
     exact = False
-    beside = True
+    supports_async = True
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
         max_sequences: requests at once to each server.
     """
 
-    fixed = True
+    has_own_weights = True
 
     def __init__(
         self,
