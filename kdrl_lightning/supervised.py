@@ -112,11 +112,6 @@ class SupervisedDataModule(pl.LightningDataModule):
         self._counts = DrawCounts()
         self._repeat = 0  # steps after which the same rows come again; 0: after all were taken
 
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps on the same completions: each has its own."""
-        return 1
-
     def setup(self, stage: str) -> None:
         """Switch validation off: there are no prompts to sample from."""
         if getattr(self._trainer().lightning_module.objective, "only_correct", False):

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 import kdrl_lightning
+from kdrl_lightning.cli.settings.renamed import renamed, renamed_flags
 from kdrl_lightning.cli.settings.text import Text
-from kdrl_lightning.cli.settings.unused import note_repeated
+from kdrl_lightning.cli.settings.unused import as_written, note_repeated
 from kdrl_lightning.errors import ConfigurationError
 
 HELP = "--help`"
@@ -51,7 +52,7 @@ class OneLineParser(LightningArgumentParser):
         """Raise with one line; under ``JSONARGPARSE_DEBUG`` fail as jsonargparse does."""
         if os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
-        text = one_line(message)
+        text = as_written(one_line(message))
         if HELP not in text:
             text += self._suggestion(text) + self._help(text)
         raise ConfigurationError(text) from ex
@@ -65,11 +66,23 @@ class OneLineParser(LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Read the command line; so is any other file."""
-        note_repeated(next(iter(args), kwargs.get("args")) or sys.argv[1:])
+        given = next(iter(args), kwargs.pop("args", None))
+        words = sys.argv[1:] if given is None else given
+        words = renamed_flags(words)
+        note_repeated(words)
         try:
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(words, *args[1:], **kwargs)
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
+
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
+        # All that jsonargparse reads from files and texts, or for one group, comes by here.
+        if type(cfg) is dict and not self._of_a_class:
+            if parent_key == "data":
+                cfg = renamed({"data": cfg}, "`data`")["data"]
+            elif not parent_key:
+                cfg = renamed(cfg, "a configuration")
+        return super()._apply_actions(cfg, parent_key, *args, **kwargs)
 
     def _help(self, text: str) -> str:
         prog = self.prog.split(" [")[0].removesuffix(" fit")
