@@ -41,14 +41,14 @@ def test_overrides_win_over_the_file() -> None:
             f"--config={ROOT / 'configs/rlad.yaml'}",
             "--model.objective.trrd_alpha=0.7",
             "--model.student=some/folder",
-            "--data.group_size=4",
+            "--data.rollout.group_size=4",
             "--seed_everything=7",
         ],
         instantiate_only=True,
     )
     assert cli.model.objective.coefficient("trrd_alpha") == 0.7
     assert cli.model.student_source == "some/folder"
-    assert (cli.datamodule.group_size, cli.datamodule.seed) == (4, 7)
+    assert (cli.datamodule.rollout.group_size, cli.datamodule.seed) == (4, 7)
 
 
 @pytest.mark.parametrize(("value", "seed"), [(3, 3), (0, 0), (True, 0), (False, 0), (None, 0)])
@@ -68,7 +68,10 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     ("flags", "words"),
     [
         (["--help"], ["{fit,validate,test,predict}", "`export`", "`evaluate`", "`serve`"]),
-        (["fit", "--help"], ["--data.group_size", "completions per prompt", "--report.export"]),
+        (
+            ["fit", "--help"],
+            ["--data.rollout.group_size", "completions per prompt", "--report.export"],
+        ),
         (["export", "--help"], ["--ckpt_path", "a folder of shards"]),
         (["evaluate", "--help"], ["--models", "without training"]),
         (["serve", "--help"], ["--model", "--expose", "VLLM_API_KEY"]),

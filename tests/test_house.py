@@ -34,10 +34,13 @@ ALLOWED = {
     "engines": FLOOR | {"models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
     "checkpoints": FLOOR | {"distributed", "models"},
-    "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
+    "rollout": FLOOR
+    | {"distributed", "engines", "losses", "metrics", "models", "objectives", "rewards"}
+    | {"teachers"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
-    "trainer": FLOOR | {"distributed", "engines", "models", "objectives", "rewards", "rollout"},
+    "trainer": FLOOR
+    | {"distributed", "engines", "models", "objectives", "rewards", "rollout", "teachers"},
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
     | {"teachers", "trainer"},
@@ -77,7 +80,7 @@ LIGHTNING = {
 }
 TRANSFORMERS = {"cli", "engines", "models", "tiny"}
 # A reader sees a folder at once, and so its files.
-MOST_FILES = {"": 26, "objectives": 14}
+MOST_FILES = {"": 26, "objectives": 14, "rollout": 14}
 
 
 def imports(path: Path) -> set[str]:

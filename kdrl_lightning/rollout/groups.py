@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
-from kdrl_lightning.rollout.ahead import Request
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
+from kdrl_lightning.rollout.live import Request
 from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.rollout.prompt_order import (
     PROBE_NOISE,
