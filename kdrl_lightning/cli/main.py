@@ -183,17 +183,28 @@ def seeded(config: Namespace) -> Iterator[None]:
         config.data.seed = given
 
 
-def refuse_empty_groups(config: Namespace, defaults: Namespace) -> None:
+def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "") -> None:
     """Check that every group has settings.
+
+    Args:
+        config: all settings, or those of a group.
+        defaults: theirs.
+        above: name of that group, with a dot behind it.
 
     Raises:
         ConfigurationError: one is null.
     """
     for name, value in vars(config).items():
-        if value is None and isinstance(defaults.get(name), Namespace):
+        default = defaults.get(name)
+        if not isinstance(default, Namespace) or "class_path" in default:
+            continue
+        if value is None:
             raise ConfigurationError(
-                f"`{name}` must have settings by name: got null. Leave it out to keep the others."
+                f"`{above}{name}` must have settings by name: got null. Leave it out to keep the "
+                "others."
             )
+        if isinstance(value, Namespace):
+            refuse_empty_groups(value, default, f"{above}{name}.")
 
 
 def require_seed(value: bool | int) -> None:
