@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,7 @@ from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
 from kdrl_lightning.rollout.groups import Collector, GroupShare
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout.rollouts import RolloutSource
 from kdrl_lightning.rollout.settings import RolloutSettings, TeacherCompletions
@@ -77,7 +78,8 @@ class RolloutDataModule(pl.LightningDataModule):
             ``seed_everything``.
     """
 
-    trainer: Any  # attached by Lightning before any hook runs
+    # Lightning attaches it before any hook runs.
+    trainer: pl.Trainer
 
     def __init__(
         self,
@@ -157,7 +159,8 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self.live.join(self.trainer, self.trainer.lightning_module)
+        # Lightning's type is that of all modules.
+        self.live.join(self.trainer, cast(Policy, self.trainer.lightning_module))
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":

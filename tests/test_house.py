@@ -56,7 +56,7 @@ ALLOWED = {
         "rollout",
         "trainer",
     },
-    "supervised": FLOOR | {"distributed", "models", "prompts", "rollout"},
+    "supervised": FLOOR | {"distributed", "models", "objectives", "prompts", "rollout", "trainer"},
     "callbacks": FLOOR
     | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
     | {"reports", "trainer"},
@@ -64,7 +64,7 @@ ALLOWED = {
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
-    | {"objectives", "prompts", "rewards", "trainer"},
+    | {"objectives", "prompts", "rewards", "rollout", "trainer"},
     "__main__": {"cli", "distributed", "errors"},
 }
 LIGHTNING = {

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -35,6 +35,7 @@ from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1
 
@@ -43,6 +44,12 @@ LEAST = (
     ("log_every_n_steps", 0, "0 logs nothing."),
     ("num_sanity_val_steps", -1, "-1 takes all batches."),
 )
+
+
+if TYPE_CHECKING:  # the data module and the module meet here first: is one what the other needs?
+
+    def _as_policy(module: KDRLModule) -> Policy:
+        return module
 
 
 class KDRLCLI(LightningCLI):

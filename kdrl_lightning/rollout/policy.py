@@ -6,7 +6,7 @@ so they need neither Lightning nor a real run in a test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -21,7 +21,10 @@ from kdrl_lightning.teachers.base import Teacher
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that turns completions into text."""
+    """The part of a Hugging Face tokenizer that completions need.
+
+    Its classes share no base with types: each loads its own.
+    """
 
     @property
     def eos_token_id(self) -> int:
@@ -30,6 +33,12 @@ class Tokenizer(Protocol):
     @property
     def pad_token_id(self) -> int | None:
         """The token that fills rows up, if there is one."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
+        """Return the ids of a text under ``input_ids``."""
+
+    def decode(self, token_ids: int) -> str:
+        """Return the text of a token."""
 
     def batch_decode(
         self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool

@@ -92,7 +92,7 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
             f"`prompts_per_rollout` must be a multiple of minibatches_per_rollout * processes "
             f"= {unit}: got {settings.prompts_per_rollout}."
         )
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # see `overfit`
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # as below
     rows = rows_of_step(trainer, settings, group)
     accumulate = trainer.accumulate_grad_batches
     if accumulate > rows:
@@ -107,7 +107,7 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
         )
     limits = {
         "limit_train_batches": trainer.limit_train_batches,
-        "overfit_batches": overfit(trainer),
+        "overfit_batches": overfit_batches(trainer),
     }
     for name, limit in limits.items():
         batches = limited(length, limit)
@@ -118,7 +118,7 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
             )
 
 
-def overfit(trainer: Trainer) -> int | float:
+def overfit_batches(trainer: Trainer) -> int | float:
     """Return ``overfit_batches``, which Lightning sets without declaring it."""
     limit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
     return limit
@@ -176,7 +176,7 @@ def overfit_rollouts(trainer: Trainer, settings: RolloutSettings, length: int) -
     Raises:
         ConfigurationError: it would end an epoch in the middle of a rollout.
     """
-    limit = overfit(trainer)
+    limit = overfit_batches(trainer)
     if not limit:
         return 0
     each = settings.updates_per_rollout * trainer.accumulate_grad_batches
