@@ -36,15 +36,17 @@ from kdrl_lightning.rollout.settings import RolloutSettings, TeacherCompletions
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.trainer.checks import (
-    check_completions,
-    check_groups,
     check_micro_batches,
-    check_off_policy,
-    check_policy,
     check_steps,
-    check_teacher_completions,
     longest_that_fits,
     overfit_rollouts,
+)
+from kdrl_lightning.trainer.group_checks import (
+    check_completions,
+    check_groups,
+    check_off_policy,
+    check_policy,
+    check_teacher_completions,
 )
 
 # Evaluation prompts up to as many are all checked before the run, and kept with their ids.
