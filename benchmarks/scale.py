@@ -174,9 +174,11 @@ def run(model: Path, strategy: str, processes: int, rank: int = 0) -> dict[str, 
             "data": {
                 "train_prompts": prompts,
                 "reward": "kdrl_lightning.tiny.addition_reward",
-                "prompts_per_rollout": 4,
-                "group_size": 4,
-                "max_tokens": 16,
+                "rollout": {
+                    "prompts_per_rollout": 4,
+                    "group_size": 4,
+                    "max_tokens": 16,
+                },
             },
             "trainer": {
                 "accelerator": "cpu",

@@ -42,7 +42,7 @@ class RolloutProgress(pl.Callback):
         if hasattr(data, "updates_per_rollout"):
             amount = "no limit of steps" if total is None else f"{steps} steps = {total} rollouts"
             print(
-                f"{amount}, each of {data.prompts_per_rollout} prompts x "
+                f"{amount}, each of {data.rollout.prompts_per_rollout} prompts x "
                 f"{data.completions_per_prompt} completions for {self._per} optimizer steps",
                 flush=True,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import lightning.pytorch as pl
 import torch
@@ -11,13 +11,16 @@ import torch
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
 from kdrl_lightning.models.end_tokens import EndTokens
+from kdrl_lightning.objectives.sft import SFT
 from kdrl_lightning.prompts.base import Prompts
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet, check_ids
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
 from kdrl_lightning.rollout.partition import partition
+from kdrl_lightning.rollout.policy import Policy, Tokenizer
 from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.trainer.checks import overfit_batches
 
 Trace: TypeAlias = tuple[list[int], list[int]]
 
@@ -34,7 +37,7 @@ class Traces(Sequence[Trace]):
         ConfigurationError: a checked row cannot be used.
     """
 
-    def __init__(self, source: Prompts, module: Any, seed: int) -> None:
+    def __init__(self, source: Prompts, module: Policy, seed: int) -> None:
         self.tokenizer, self.rows = module.tokenizer, module.vocabulary_rows
         self.context, self.ends = module.context_length, module.end_tokens
         rules = PromptRules(vocabularies={"student": self.rows})
@@ -68,7 +71,7 @@ class Traces(Sequence[Trace]):
         return ids
 
 
-def encode_completion(tokenizer: Any, row: Mapping[str, Any], ends: EndTokens) -> list[int]:
+def encode_completion(tokenizer: Tokenizer, row: Mapping[str, Any], ends: EndTokens) -> list[int]:
     """Return the ids of a completion with one end token after them.
 
     Raises:
@@ -114,12 +117,12 @@ class SupervisedDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Switch validation off: there are no prompts to sample from."""
-        if getattr(self._trainer().lightning_module.objective, "only_correct", False):
+        trainer, module = self._trainer(), self._policy()
+        if isinstance(module.objective, SFT) and module.objective.only_correct:
             raise ConfigurationError(
                 "`only_correct` must be false for SupervisedDataModule, without verdicts: "
                 "got true. Leave the wrong rows out of `traces`."
             )
-        trainer = self._trainer()
         ranks, micro = trainer.world_size, trainer.accumulate_grad_batches
         if self.batch_size % ranks or self.batch_size < ranks * micro:
             raise ConfigurationError(
@@ -127,14 +130,15 @@ class SupervisedDataModule(pl.LightningDataModule):
                 f"rows (`accumulate_grad_batches`) for each: got {self.batch_size}."
             )
         trainer.limit_val_batches = 0
-        self._traces = Traces(self.traces, trainer.lightning_module, self.seed)
+        self._traces = Traces(self.traces, module, self.seed)
         self._counts = DrawCounts()
         length = max(len(self.traces) // self.batch_size, 1) * micro
-        batches = limited(length, trainer.overfit_batches)
-        if trainer.overfit_batches and (batches % micro or not batches):
+        overfit = overfit_batches(trainer)
+        batches = limited(length, overfit)
+        if overfit and (batches % micro or not batches):
             raise ConfigurationError(
                 f"`overfit_batches` must be whole optimizer steps of {micro} micro-batches: got "
-                f"{trainer.overfit_batches}, which is {batches} of {length}. Give a multiple."
+                f"{overfit}, which is {batches} of {length}. Give a multiple."
             )
         self._repeat = batches // micro
 
@@ -155,8 +159,7 @@ class SupervisedDataModule(pl.LightningDataModule):
         return self._step[1][int(batch)]
 
     def _make_step(self, step: int) -> list[RolloutBatch]:
-        trainer = self._trainer()
-        module = trainer.lightning_module
+        trainer, module = self._trainer(), self._policy()
         drawn = stop_together(lambda: self._draw(step), module.reduce)
         counts = torch.tensor(self._counts.take(), dtype=torch.float64)
         read, _, bad = module.reduce(counts, "sum").tolist()
@@ -186,6 +189,10 @@ class SupervisedDataModule(pl.LightningDataModule):
             drawn.append(trace)
         return drawn
 
-    def _trainer(self) -> Any:
+    def _trainer(self) -> pl.Trainer:
         assert self.trainer is not None
         return self.trainer
+
+    def _policy(self) -> Policy:
+        # Lightning's type is that of all modules.
+        return cast(Policy, self._trainer().lightning_module)

@@ -17,6 +17,7 @@ from kdrl_lightning import (
     KDRLModule,
     LocalTeacher,
     RolloutDataModule,
+    RolloutSettings,
     Sample,
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats
@@ -106,9 +107,9 @@ def run(job: Job) -> dict[str, Any]:
         train_prompts=prompts(job, job.prompts * (job.steps + 1)),
         reward=reward,
         rollout_engine=TimedEngine(clock, given),
-        prompts_per_rollout=job.prompts,
-        group_size=job.group,
-        max_tokens=job.tokens,
+        rollout=RolloutSettings(
+            prompts_per_rollout=job.prompts, group_size=job.group, max_tokens=job.tokens
+        ),
         seed=job.seed,
     )
     trainer = pl.Trainer(

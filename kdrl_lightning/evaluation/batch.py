@@ -66,9 +66,8 @@ class EvaluationBatch:
         """``[P, n]`` int64: the answers of a prompt, numbered; -1 is none."""
         n, ids = self.of.samples, []
         for start in range(0, len(self.answers), n):
-            own = self.answers[start : start + n]
             numbers: dict[str, int] = {}
-            for answer in own:
+            for answer in self.answers[start : start + n]:
                 ids.append(-1 if answer is None else numbers.setdefault(answer, len(numbers)))
         return self._table(ids).long()
 

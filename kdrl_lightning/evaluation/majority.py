@@ -53,7 +53,7 @@ def _majority(answers: Sequence[int], correct: Sequence[bool], k: int) -> float:
 
 
 @lru_cache(maxsize=65536)
-def win_share(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
+def win_share(votes: int, others: tuple[int, ...], silent: int, k: int) -> float:
     """Probability that an answer wins the vote of k completions drawn without replacement.
 
     For each number j of its votes, the subsets are counted in which no other answer has more; with
@@ -63,14 +63,14 @@ def win_share(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
     (0.5, 0.6666666666666666)
 
     Args:
-        own: completions with the answer.
+        votes: completions with the answer.
         others: completions with each other answer.
         silent: completions without an answer.
         k: size of a subset.
     """
     share = 0.0
-    subsets = comb(own + sum(others) + silent, k)
-    for j in range(1, min(own, k) + 1):
+    subsets = comb(votes + sum(others) + silent, k)
+    for j in range(1, min(votes, k) + 1):
         ways: dict[tuple[int, int], int] = {
             (s, 0): comb(silent, s) for s in range(min(silent, k - j) + 1)
         }
@@ -78,7 +78,7 @@ def win_share(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
             ways = _with_another(ways, votes, j, k - j)
         for (drawn, tied), count in ways.items():
             if drawn == k - j:
-                share += comb(own, j) * count / subsets / (tied + 1)
+                share += comb(votes, j) * count / subsets / (tied + 1)
     return share
 
 

@@ -39,9 +39,9 @@ class EvaluationMetrics:
         """
         values: dict[str, Tensor] = {}
         for name, metric in self._metrics.items():
-            own = metric.compute()
-            values.setdefault(f"{stage}/accuracy", own["accuracy"])
+            computed = metric.compute()
+            values.setdefault(f"{stage}/accuracy", computed["accuracy"])
             prefix = f"{stage}/{name}/" if name else f"{stage}/"
-            values |= {f"{prefix}{key}": value for key, value in own.items()}
+            values |= {f"{prefix}{key}": value for key, value in computed.items()}
         self._metrics = {}
         return values

@@ -10,7 +10,7 @@ from typing import Protocol
 from kdrl_lightning.engines.base import Sampling, noise_seed
 from kdrl_lightning.errors import BadRow, ConfigurationError
 from kdrl_lightning.evaluation.batch import EvaluationBatch
-from kdrl_lightning.evaluation.sets import EvalSets, NamedSet, named_sets
+from kdrl_lightning.evaluation.sets import EvalSets, EvaluationSettings, NamedSet, named_sets
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts
 from kdrl_lightning.prompts.prompt_set import PromptSet
 from kdrl_lightning.rewards.base import Reward
@@ -35,14 +35,20 @@ class EvaluationSource:
         val: sets of validations, and of tests that have none of their own.
         test: sets of ``test`` and ``predict``.
         default: how a set is sampled that does not say so itself.
+        max_tokens: likewise, of its completions.
         seed: of the sampling noise, which depends on it, the row and the sample alone.
     """
 
     def __init__(
-        self, val: EvalSets | None, test: EvalSets | None, default: NamedSet, seed: int
+        self,
+        val: EvalSets | None,
+        test: EvalSets | None,
+        default: EvaluationSettings,
+        max_tokens: int,
+        seed: int,
     ) -> None:
-        self.val = named_sets(val, "val_prompts", default)
-        self.test = named_sets(test, "test_prompts", default) or self.val
+        self.val = named_sets(val, "val_prompts", default, max_tokens)
+        self.test = named_sets(test, "test_prompts", default, max_tokens) or self.val
         self.seed = seed
         self._sets: list[tuple[NamedSet, PromptSet]] = []
 

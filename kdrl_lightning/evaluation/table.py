@@ -19,8 +19,8 @@ def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, d
     out = {}
     for one in sets:
         prefix = f"test/{one.prefix}"
-        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-        out[one.name] = {name: value for name, value in own.items() if "/" not in name}
+        found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        out[one.name] = {name: value for name, value in found.items() if "/" not in name}
     return out
 
 
@@ -36,13 +36,13 @@ def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
     lines = [head]
     for one in sets:
         for model, by_name in results.items():
-            own = by_name[one.name]
-            low, high = _share(own, "accuracy_low"), _share(own, "accuracy_high")
+            found = by_name[one.name]
+            low, high = _share(found, "accuracy_low"), _share(found, "accuracy_high")
             lines.append(
-                [one.name or "-", model, _share(own, "accuracy"), f"{low} - {high}"]
-                + [_share(own, name.replace("@", "_at_")) for name in names]
-                + [_tokens(own, f"length_{which}") for which in ("mean", "right", "wrong")]
-                + [_share(own, "truncated_frac")]
+                [one.name or "-", model, _share(found, "accuracy"), f"{low} - {high}"]
+                + [_share(found, name.replace("@", "_at_")) for name in names]
+                + [_tokens(found, f"length_{which}") for which in ("mean", "right", "wrong")]
+                + [_share(found, "truncated_frac")]
             )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["-" * widths[0], "-" * widths[1], *("-" * (w - 1) + ":" for w in widths[2:])]

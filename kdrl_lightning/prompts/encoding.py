@@ -59,16 +59,16 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
             "a prompt must be a string or a list of chat messages: got messages as a string, "
             f"{text[:40]!r}. Store the column as lists, e.g. in JSON Lines."
         )
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not own:
+    plain_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not plain_ids:
         return []
     if not text.strip():
         raise ConfigurationError(f"a prompt must be more than white space: got {text!r}.")
-    ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), own), *own]
+    ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), plain_ids), *plain_ids]
     return _trimmed(tokenizer, ids, lambda: text)
 
 
-def _added_in_front(with_added: list[int], own: list[int]) -> list[int]:
+def _added_in_front(with_added: list[int], text: list[int]) -> list[int]:
     """Return what the tokenizer puts before a text, unless the text brings it.
 
     What it puts after a text, an end token or a separator, is no part of a prompt.
@@ -76,10 +76,10 @@ def _added_in_front(with_added: list[int], own: list[int]) -> list[int]:
     >>> _added_in_front([1, 7, 8, 2], [7, 8]), _added_in_front([1, 1, 7, 8, 2], [1, 7, 8])
     ([1], [])
     """
-    for start in range(len(with_added) - len(own) + 1):
-        if with_added[start : start + len(own)] == own:
+    for start in range(len(with_added) - len(text) + 1):
+        if with_added[start : start + len(text)] == text:
             front = with_added[:start]
-            return [] if own[0] in front else front
+            return [] if text[0] in front else front
     return []
 
 

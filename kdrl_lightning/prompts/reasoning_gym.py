@@ -79,8 +79,8 @@ def create_task(task: str, config: Mapping[str, Any]) -> Any:
         items = gym.create_dataset(task, **config)
         items[0]
     except Exception as error:  # an assertion, a TypeError, or whatever the generator meets
-        own = {k: v for k, v in config.items() if k not in ("seed", "size")}
+        given = {k: v for k, v in config.items() if k not in ("seed", "size")}
         raise ConfigurationError(
-            f"`config` must be arguments that {task} takes: got {own} ({error})."
+            f"`config` must be arguments that {task} takes: got {given} ({error})."
         ) from error
     return items

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
-from kdrl_lightning.rollout.ahead import Request
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
+from kdrl_lightning.rollout.live import Request
 from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.rollout.prompt_order import (
     PROBE_NOISE,
@@ -41,8 +41,8 @@ class SampleAndJudge(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Who adds completions to a group.
+class GroupShare:
+    """What the student, or the teacher, adds to each group.
 
     Attributes:
         source: ``STUDENT`` or ``TEACHER``.
@@ -65,7 +65,6 @@ class Collector:
         slots: which groups there are.
         student: the student's part of each group.
         teacher: the teacher's part of each group.
-        mask_truncated: leave completions cut at the token limit out of the loss.
         teacher_seconds: time that the teacher took to generate.
         repeat: rollouts after which the same prompts come again; 0: after all have been taken.
         counts: of the rows that were drawn and skipped.
@@ -73,9 +72,8 @@ class Collector:
     """
 
     slots: Slots
-    student: Source
-    teacher: Source
-    mask_truncated: bool = False
+    student: GroupShare
+    teacher: GroupShare
     teacher_seconds: float = 0.0
     repeat: int = 0
     counts: DrawCounts = field(default_factory=DrawCounts)
@@ -125,20 +123,20 @@ class Collector:
             teacher_route=[route(j.row) for j in judged],
             temperature=self.student.sampling.temperature,
             engine_exact=self.student.engine.exact,
-            mask_truncated=self.mask_truncated,
+            mask_truncated=self.slots.settings.mask_truncated,
         )
         return batch, groups, replaced
 
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
     ) -> list[Request]:
-        """Return what ``collect`` will ask first of the engines that can sample beside training."""
+        """Return what ``collect`` will ask first of the engines that can sample during training."""
         slots = self.slots.of_rank(rank, world_size)
         ids = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         return [
-            Request(own.engine, ids, seeds, own.sampling)
-            for own, seeds in self._seeded(rollout, slots)
-            if own.engine.beside
+            Request(share.engine, ids, seeds, share.sampling)
+            for share, seeds in self._seeded(rollout, slots)
+            if share.engine.supports_async
         ]
 
     def probe(
@@ -168,8 +166,8 @@ class Collector:
         )
 
     def _version(self, judged: Judged) -> int:
-        own = judged.completion.version
-        return self.student.engine.version or 0 if own is None else own
+        version = judged.completion.version
+        return self.student.engine.version or 0 if version is None else version
 
     def _prompts(
         self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
@@ -191,10 +189,10 @@ class Collector:
 
     def _seeded(
         self, rollout: int, slots: list[int], attempt: int = 0
-    ) -> Iterator[tuple[Source, list[list[int]]]]:
-        for own, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
-            if own.count:
-                yield own, [self.slots.seeds(rollout, s, attempt, stream, own.count) for s in slots]
+    ) -> Iterator[tuple[GroupShare, list[list[int]]]]:
+        for share, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
+            if size := share.count:
+                yield share, [self.slots.seeds(rollout, s, attempt, stream, size) for s in slots]
 
     def _groups(
         self,
@@ -207,11 +205,11 @@ class Collector:
         chosen, skipped = self._prompts(rollout, prompts, slots, attempt)
         self.counts.add(len(slots), skipped)
         groups: list[list[Judged]] = [[] for _ in slots]
-        for own, seeds in self._seeded(rollout, slots, attempt):
+        for share, seeds in self._seeded(rollout, slots, attempt):
             started = time.perf_counter()
-            judged = sample(own.engine, chosen, seeds, own.sampling, own.source)
+            judged = sample(share.engine, chosen, seeds, share.sampling, share.source)
             for i, group in enumerate(groups):
-                group += judged[i * own.count : (i + 1) * own.count]
-            if own.source == TEACHER:
+                group += judged[i * share.count : (i + 1) * share.count]
+            if share.source == TEACHER:
                 self.teacher_seconds += time.perf_counter() - started
         return groups

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 
 from kdrl_lightning.rewards.base import Verdict
+
+Sums: TypeAlias = dict[str, tuple[float, int]]  # of each part: total and count
 
 
 def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
@@ -16,13 +18,13 @@ def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
     A part's mean is over the completions that have it: with a reward for each kind of row, not all
     have the same.
     """
-    own: dict[str, tuple[float, int]] = {}
+    here: Sums = {}
     for verdict in verdicts:
         for name, value in verdict.parts.items():
-            total, count = own.get(name, (0.0, 0))
-            own[name] = total + value, count + 1
+            total, count = here.get(name, (0.0, 0))
+            here[name] = total + value, count + 1
     totals: dict[str, list[tuple[float, int]]] = {}
-    for sums in _gather(own):
+    for sums in _gather(here):
         for name, pair in sums.items():
             totals.setdefault(name, []).append(pair)
     return {
@@ -31,11 +33,11 @@ def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
     }
 
 
-def _gather(own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _gather(here: Sums) -> list[Sums]:
     # Objects, not tensors: ranks need not know the same names.
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, own)
-    return parts
+        return [here]
+    ranks: list[Sums] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(ranks, here)
+    return ranks

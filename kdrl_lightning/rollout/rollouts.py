@@ -17,6 +17,7 @@ from kdrl_lightning.rollout.groups import Collector
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.saved import pack, unpack
+from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout.updates import FROZEN_TOKENS, RolloutPlan, plan_updates
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
@@ -28,11 +29,9 @@ class RolloutSource:
     """Hands out micro-batches; which rollout they are of follows from ``trainer.global_step``.
 
     Args:
+        settings: how rollouts are sampled and used.
         collector: fills the groups of a rollout.
         live: samples with the run's weights.
-        epochs: how often a rollout is replayed.
-        max_micro_tokens: of a micro-batch, padding included.
-        max_off_policy_steps: 1 samples the next rollout while one trains.
 
     Attributes:
         prompts: all that are trained on.
@@ -40,19 +39,12 @@ class RolloutSource:
         plan: the rollout in use.
     """
 
-    def __init__(
-        self,
-        collector: Collector,
-        live: LiveSampler,
-        epochs: int,
-        max_micro_tokens: float,
-        max_off_policy_steps: int,
-    ) -> None:
+    def __init__(self, settings: RolloutSettings, collector: Collector, live: LiveSampler) -> None:
         self.collector = collector
         self.live = live
-        self.epochs = epochs
-        self.max_micro_tokens = max_micro_tokens
-        self.max_off_policy_steps = max_off_policy_steps
+        self.epochs = settings.epochs_per_rollout
+        self.max_micro_tokens: float = settings.max_tokens_per_micro_batch or float("inf")
+        self.max_off_policy_steps = settings.max_off_policy_steps
         self.prompts: Sequence[EncodedPrompt] = []
         self.watch = RolloutWatch()
         self.plan: RolloutPlan | None = None
@@ -209,8 +201,9 @@ class RolloutSource:
         if self.live.ahead.rollout != rollout:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
         if theirs.count and theirs.engine.version is None:
-            owner = module if theirs.engine.fixed else module.teacher
-            self.live.sync(theirs.engine, owner.weights())
+            teacher = None if theirs.engine.has_own_weights else module.teacher
+            weights = None if teacher is None else teacher.weights()
+            self.live.sync(theirs.engine, module.weights() if weights is None else weights)
         return seconds
 
     def _start_next(self, rollout: int) -> float:

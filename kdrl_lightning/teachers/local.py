@@ -159,7 +159,7 @@ class LocalTeacher(Teacher):
             raise TrainingStopped(
                 f"the teacher's completions must be of the student's {self._vocab_size} tokens: "
                 f"got {highest}. Let the teacher only score, or take the transformers engine as "
-                "`teacher_engine`, which samples from those alone."
+                "`teacher_completions.engine`, which samples from those alone."
             )
 
     def fingerprint(self) -> str:

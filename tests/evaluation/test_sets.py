@@ -13,12 +13,12 @@ from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.evaluation import NamedSet, named_sets
+from kdrl_lightning.evaluation import EvaluationSettings, NamedSet, named_sets
 from kdrl_lightning.rewards import WeightedRewards
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.tiny import ColumnAddition
 
-DEFAULT = NamedSet("", [], 2, Sampling(16, 0.7), 64, ())
+DEFAULT = EvaluationSettings(64, 2, 0.7)
 ROWS = [{"prompt": "1+2="}]
 TWO = {
     "near": EvalSet(ColumnAddition(5, seed=2), samples=3, temperature=1.0, batch_size=2, k=[1, 2]),
@@ -27,11 +27,13 @@ TWO = {
 
 
 def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
-    near, far = named_sets({"near": EvalSet(ROWS, k=[1]), "far": EvalSet(ROWS, 4)}, "x", DEFAULT)
+    near, far = named_sets(
+        {"near": EvalSet(ROWS, k=[1]), "far": EvalSet(ROWS, 4)}, "x", DEFAULT, 16
+    )
     assert near == NamedSet("near", ROWS, 2, Sampling(16, 0.7), 64, (1,))
     assert far == NamedSet("far", ROWS, 4, Sampling(16, 0.7), 64, (4,))
-    assert named_sets(ROWS, "x", DEFAULT)[0].name == ""
-    assert named_sets(None, "x", DEFAULT) == []
+    assert named_sets(ROWS, "x", DEFAULT, 16)[0].name == ""
+    assert named_sets(None, "x", DEFAULT, 16) == []
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
 )
 def test_what_a_set_cannot_be(given: Any, words: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        named_sets(given, "x", DEFAULT)
+        named_sets(given, "x", DEFAULT, 16)
     assert str(caught.value) == words
 
 

@@ -34,11 +34,14 @@ ALLOWED = {
     "engines": FLOOR | {"models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
     "checkpoints": FLOOR | {"distributed", "models"},
-    "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
+    "rollout": FLOOR
+    | {"distributed", "engines", "losses", "metrics", "models", "objectives", "rewards"}
+    | {"teachers"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
     "trainer": FLOOR
-    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"},
+    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"}
+    | {"teachers"},
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
     | {"teachers", "trainer"},
@@ -54,7 +57,7 @@ ALLOWED = {
         "rollout",
         "trainer",
     },
-    "supervised": FLOOR | {"distributed", "models", "prompts", "rollout"},
+    "supervised": FLOOR | {"distributed", "models", "objectives", "prompts", "rollout", "trainer"},
     "callbacks": FLOOR
     | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
     | {"reports", "rollout", "trainer"},
@@ -62,7 +65,7 @@ ALLOWED = {
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
-    | {"objectives", "prompts", "rewards", "trainer"},
+    | {"objectives", "prompts", "rewards", "rollout", "trainer"},
     "__main__": {"cli", "distributed", "errors", "trainer"},
 }
 LIGHTNING = {
@@ -78,7 +81,7 @@ LIGHTNING = {
 }
 TRANSFORMERS = {"cli", "engines", "models", "tiny"}
 # A reader sees a folder at once, and so its files.
-MOST_FILES = {"": 26, "rollout": 15}
+MOST_FILES = {"": 26, "objectives": 14, "rollout": 14}
 
 
 def imports(path: Path) -> set[str]:

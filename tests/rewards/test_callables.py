@@ -11,7 +11,7 @@ import pytest
 from helpers.rewards import judged_elsewhere
 from helpers.rewards.judged_elsewhere import Judge, scaled
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rewards import ExactMatch, RewardFunction, RewardRunner, Sample
+from kdrl_lightning.rewards import ExactMatch, RewardFailures, RewardFunction, RewardRunner, Sample
 from kdrl_lightning.rewards.callables import portable_target
 
 SAMPLE = Sample("abc", [], {"answer": "abc"})
@@ -39,7 +39,7 @@ def test_it_judges_here_and_in_another_process(name: str, seconds: float | None)
 
 def test_numbers_of_other_libraries_come_back(tmp_path: Any) -> None:
     reward = RewardFunction(judged_elsewhere.number_of, time_limit_s=60.0, workers=1)
-    runner = RewardRunner(reward, max_failure_frac=1.0)
+    runner = RewardRunner(reward, RewardFailures(1.0))
     samples = [Sample(text, [], {}) for text in ("numpy", "torch", "bool", "none")]
     with pytest.warns(UserWarning, match=r"1 of 4 .* reward must be a number: got None"):
         assert [v.reward for v in runner(samples)] == [0.5, 0.5, 1.0, 0.0]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.short_runs import make_slots
 from kdrl_lightning.rollout import saved as store
 from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -22,7 +23,7 @@ WIDE = ("old_logprobs", "old_entropy", "teacher_logprobs", "teacher_entropy", "r
 @st.composite
 def rollouts(draw: Any) -> tuple[Slots, list[list[tuple[list[int], list[int]]]], int]:
     """Slots, with (prompt, completion) pairs for each; shares of processes may be uneven."""
-    slots = Slots(12 * draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3])), 0, 0)
+    slots = make_slots(12 * draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3])), 0, 0)
     tokens = st.lists(st.integers(0, 30), max_size=5)
     prompt = st.lists(st.integers(0, 30), min_size=1, max_size=4)
     size = draw(st.integers(1, 3))
@@ -121,7 +122,7 @@ def test_any_number_of_processes_finds_its_rows(
 
 
 def test_one_process_needs_no_other() -> None:
-    slots = Slots(4, 2, 0, 0)
+    slots = make_slots(4, 2, 0, 0)
     groups = [[([1, 2], [3] * n), ([1, 2], [4])] for n in range(4)]
     own = slots.of_rank(0, 1)
     batch = batch_of(own, groups, 3, torch.float32)

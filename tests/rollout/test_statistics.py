@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from kdrl_lightning.rewards import RewardRunner, Sample
+from kdrl_lightning.rewards import RewardFailures, RewardRunner, Sample
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
@@ -40,7 +40,7 @@ def judge(failures: int = 0) -> RewardRunner:
             raise OSError
         return 0.0
 
-    runner = RewardRunner(reward, max_failure_frac=1.0)
+    runner = RewardRunner(reward, RewardFailures(1.0))
     for training, count in ((True, failures), (False, 2)):  # an evaluation's do not count
         with warnings.catch_warnings(action="ignore"):
             runner([Sample("fails", [], {})] * count, training)

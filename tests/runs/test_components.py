@@ -164,7 +164,7 @@ def test_wrong_counts_are_refused() -> None:
         ("minibatches_per_rollout", 0, "`minibatches_per_rollout` must be at least 1"),
         ("epochs_per_rollout", 0, "`epochs_per_rollout` must be at least 1"),
         ("max_tokens", 0, "`max_tokens` must be at least 1"),
-        ("val_temperature", -1.0, "`val_temperature` must be at least 0"),
+        ("val_temperature", -1.0, "`evaluation.temperature` must be at least 0"),
         ("seed", -1, "`seed` must be at least 0"),
     ):
         with pytest.raises(ConfigurationError, match=words):

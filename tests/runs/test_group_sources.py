@@ -102,7 +102,7 @@ def test_refills_give_up_at_the_limit(tmp_path: Path, student_folder: str) -> No
     trace = fit(tmp_path, make_module(student_folder, None, GRPO()), data, [log], max_steps=1)
     assert len(groups_of(trace)) == 4
     assert log.rows[0]["rollout/refilled_groups"] == 8.0
-    assert data.watch.completions == 3 * 4 * data.group_size
+    assert data.watch.completions == 3 * 4 * data.rollout.group_size
     kept = sum(int(batch.completion_mask.sum()) for _, batch in trace.seen)
     assert data.watch.tokens > kept
     assert log.rows[0]["rollout/flat_group_frac"] == 1.0

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* of the (completions|groups) "
 class Elsewhere(TransformersEngine):
     """Samples from a copy of the weights, as a server does, and notes in which thread."""
 
-    beside = True
+    supports_async = True
     exact = False
 
     def __init__(self) -> None:

@@ -50,7 +50,7 @@ class VLLMServerEngine(RolloutEngine):
     """
 
     exact = False
-    beside = True
+    supports_async = True
     compared = True
     context: int
 

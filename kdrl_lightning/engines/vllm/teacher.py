@@ -24,7 +24,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
         max_sequences: requests at once to each server.
     """
 
-    fixed = True
+    has_own_weights = True
     compared = False
 
     def __init__(

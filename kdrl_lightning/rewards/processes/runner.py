@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
@@ -13,30 +14,45 @@ from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, jud
 from kdrl_lightning.rewards.callables import require_callable
 
 
+@dataclass(frozen=True)
+class RewardFailures:
+    """What follows when the reward fails on a completion.
+
+    Args:
+        max_frac: stop when the reward fails on more than this part of a rollout, and on more than
+            one completion, in [0, 1].
+        reward: what a completion gets on which the reward fails; it counts as wrong.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
+    """
+
+    max_frac: float = 0.1
+    reward: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_between("reward_failures.max_frac", self.max_frac, 0.0, 1.0)
+        require_between("reward_failures.reward", self.reward, -1e9, 1e9)
+
+
 class RewardRunner:
     """Calls a reward; a failing one is counted, and its completion counts as wrong.
 
     Args:
         reward: any callable of one sample, or a ``TaskReward``. A plain number is its own verdict:
             correct from 1 on.
-        max_failure_frac: stop when more than this fraction of a rollout (and more than one
-            completion) fails, in [0, 1].
-        failed_reward: what a completion gets on which the reward fails.
+        failures: what follows from a reward that fails.
 
     Attributes:
         failures: of all samples so far, those of evaluations among them.
     """
 
-    def __init__(
-        self, reward: Reward, max_failure_frac: float = 0.1, failed_reward: float = 0.0
-    ) -> None:
-        require_between("max_reward_failure_frac", max_failure_frac, 0.0, 1.0)
-        require_between("failed_reward", failed_reward, -1e9, 1e9)
+    def __init__(self, reward: Reward, failures: RewardFailures = RewardFailures()) -> None:
         for part in walk(reward):
             require_callable("reward", part)
         self.reward = reward
-        self.max_failure_frac = max_failure_frac
-        self.failed = Verdict(float(failed_reward), False)
+        self.max_failure_frac = failures.max_frac
+        self.failed = Verdict(float(failures.reward), False)
         self.failures = self._untold = 0
         self._shown: set[type[Exception]] = set()
 

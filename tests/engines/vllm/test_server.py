@@ -57,7 +57,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_rlad_learns_through_a_server(real: Any, tmp_path: Path, lag: int) -> None:
-    flags = [f"--data.rollout_engine.urls=[{real.url}]", f"--data.max_off_policy_steps={lag}"]
+    flags = [
+        f"--data.rollout_engine.urls=[{real.url}]",
+        f"--data.rollout.max_off_policy_steps={lag}",
+    ]
     command = ["kdrl_lightning", "fit", *FLAGS, *flags]
     out = run(command, tmp_path, timeout=400, VLLM_API_KEY=real.key)
     assert out.returncode == 0, out.stderr[-3000:]

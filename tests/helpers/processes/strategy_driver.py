@@ -29,7 +29,9 @@ from kdrl_lightning import (
     LocalTeacher,
     LoRA,
     RolloutDataModule,
+    RolloutSettings,
     RoutedTeacher,
+    TeacherCompletions,
     TrainingStopped,
     TransformersEngine,
 )
@@ -160,7 +162,7 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
     elif case == "gkd":
         # Its distribution over the full vocabulary needs the teacher's head outside its forward.
         module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
-        data["teacher_completions"] = 1
+        data["teacher_completions"] = TeacherCompletions(1)
     elif case in ("routed", "half"):
         if case == "half":
             forget_half(out / "scores.db")
@@ -221,11 +223,13 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             "train_prompts": ColumnAddition(24, seed=1),
             "val_prompts": ColumnAddition(5, seed=2),
             "reward": reward,
-            "prompts_per_rollout": 8,
-            "group_size": 4,
-            "max_tokens": 16,
-            "minibatches_per_rollout": 2,
-            "mask_truncated": True,
+            "rollout": RolloutSettings(
+                prompts_per_rollout=8,
+                group_size=4,
+                max_tokens=16,
+                minibatches_per_rollout=2,
+                mask_truncated=True,
+            ),
             **data,
         }
     )

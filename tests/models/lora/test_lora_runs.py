@@ -321,9 +321,11 @@ def test_from_the_command_line(
             "train_prompts": prompts,
             "val_prompts": prompts,
             "reward": "kdrl_lightning.tiny.addition_reward",
-            "prompts_per_rollout": 4,
-            "group_size": 2,
-            "max_tokens": 8,
+            "rollout": {
+                "prompts_per_rollout": 4,
+                "group_size": 2,
+                "max_tokens": 8,
+            },
         },
         "trainer": {"max_steps": 1, "accelerator": "cpu"},
     }

@@ -16,7 +16,7 @@ import pytest
 from helpers.rewards import judged_elsewhere
 from helpers.rewards.judged_elsewhere import answer, with_children, with_orphan
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
+from kdrl_lightning.rewards import RewardFailures, RewardFunction, RewardRunner, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 
@@ -249,7 +249,7 @@ def samples(*texts: str) -> list[Sample]:
 @pytest.mark.filterwarnings("ignore:the reward failed on .* of a rollout:UserWarning")
 def test_a_function_that_hangs_fails_or_is_nan_is_counted() -> None:
     function = RewardFunction(judged_elsewhere.reward, time_limit_s=0.5, workers=2)
-    runner = RewardRunner(function, max_failure_frac=0.5, failed_reward=-1.0)
+    runner = RewardRunner(function, RewardFailures(0.5, -1.0))
     bad = Verdict(-1.0, False)
     good = [Verdict(n, False, {"length": n}) for n in (2.0, 0.0, 5.0, 3.0)]
     texts = ("ab", "spin", "", "raise", "sieve", "nan", "abc", "exit")
@@ -264,7 +264,7 @@ def test_a_function_of_a_batch_in_this_process_and_in_another() -> None:
         assert function.judge(samples("a", "b", "c")) == [1.0] * 3
         with pytest.raises(KeyError, match="why"):
             function(samples("raise")[0])
-        runner = RewardRunner(function, max_failure_frac=1.0)
+        runner = RewardRunner(function, RewardFailures(1.0))
         with pytest.warns(UserWarning, match="2 of 2 .*ValueError: 1 results for 2 samples"):
             assert runner(samples("short", "b")) == [Verdict(0.0, False)] * 2
         function.close()
