@@ -27,21 +27,20 @@ ALLOWED = {
     "distributed": {"errors"},
     "losses": FLOOR,
     "objectives": FLOOR | {"losses"},
-    "metrics": {"errors"},
+    "metrics": FLOOR | {"losses"},
     "models": FLOOR | {"losses"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "engines": FLOOR | {"models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
     "checkpoints": FLOOR | {"distributed", "models"},
-    "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
+    "rollout": FLOOR | {"distributed", "engines", "metrics", "models", "rewards"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
     "trainer": FLOOR | {"distributed", "engines", "models", "objectives", "rewards", "rollout"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives"}
     | {"teachers", "trainer"},
-    "pending": FLOOR | {"losses"},
     "datamodule": FLOOR
     | {
         "distributed",

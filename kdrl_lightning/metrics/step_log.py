@@ -21,6 +21,7 @@ class StepLog:
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._written = 0  # optimizer steps, with the last one that the loggers have
 
     def add(self, trainer: Any, values: Mapping[str, float | None]) -> None:
         """Note values, and show them in the trainer's ``callback_metrics`` at once."""
@@ -37,7 +38,7 @@ class StepLog:
         trainer.logged_metrics.update(shown)
 
     def write(self, trainer: Any) -> None:
-        """Hand them to the loggers, every ``log_every_n_steps``; call it behind a step's end."""
+        """Hand them to the loggers, every ``log_every_n_steps``; call it after a step's end."""
         every = trainer.log_every_n_steps
         due = every and (trainer.should_stop or trainer.global_step % every == 0)
         if not due or not self._values:
@@ -46,6 +47,17 @@ class StepLog:
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step - 1)
             logger.save()
+
+    def write_once(self, trainer: Any) -> None:
+        """Write, unless the loggers have this optimizer step already."""
+        if self._written != trainer.global_step:
+            self._written = trainer.global_step
+            self.write(trainer)
+
+    def reset(self) -> None:
+        """Forget a run that was stopped."""
+        self._written = 0
+        self.forget()
 
     def forget(self) -> None:
         """Drop them, so that no later row repeats what was not measured again."""

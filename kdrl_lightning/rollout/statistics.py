@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
@@ -46,7 +45,7 @@ class RolloutWatch:
         """Return the rollout's metrics, and warn once for each way in which it is wasted.
 
         Args:
-            batch: this rank's scored completions.
+            batch: this rank's completions.
             rewards: its failures since the last rollout are reported.
             seconds: time of each phase.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
@@ -56,15 +55,6 @@ class RolloutWatch:
         sizes = batch.group_ids.bincount()
         own = batch.source == STUDENT
         real = batch.completion_mask & own[:, None]
-        gap, floored = torch.zeros(()), torch.zeros(())
-        known = batch.old_logprobs is not None and not batch.old_pending
-        if batch.rollout_logprobs is not None and batch.old_logprobs is not None and known:
-            # Unbiased, non-negative estimate (k3) of KL(engine || trainer) on engine samples.
-            log_ratio = (batch.old_logprobs - batch.rollout_logprobs).double()
-            gap = (log_ratio.expm1() - log_ratio)[real].sum()
-        teacher_known = batch.teacher_logprobs is not None and not batch.teacher_pending
-        if batch.teacher_logprobs is not None and teacher_known:
-            floored = (batch.teacher_logprobs <= LOGPROB_FLOOR)[batch.completion_mask].sum()
         values = [
             float(own.sum()),
             float(batch.rewards[own].double().sum()),
@@ -73,21 +63,19 @@ class RolloutWatch:
             float(batch.truncated[own].sum()),
             float(len(sizes)),
             float(flat_groups(batch.rewards, batch.group_ids).sum()),
-            float(gap),
             float(rewards.take_failures()),
             float((~own).sum()),
             float(batch.rewards[~own].double().sum()),
             float(batch.correct[~own].sum()),
             float(batch.completion_mask.sum()),
-            float(floored),
             float(len(replaced)),
             float(sum(len(group) for group in replaced)),
             float(sum(len(j.completion.ids) for group in replaced for j in group)),
         ]
         totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
-        count, reward, correct, tokens, truncated, groups, flat, mismatch, failures = totals[:9]
-        theirs, their_reward, their_correct, all_tokens, floored_tokens = totals[9:14]
-        refilled, dropped, dropped_tokens = totals[14:]
+        count, reward, correct, tokens, truncated, groups, flat, failures = totals[:8]
+        theirs, their_reward, their_correct, all_tokens = totals[8:12]
+        refilled, dropped, dropped_tokens = totals[12:]
         sampled = all_tokens + dropped_tokens
         self.rollouts += 1
         self.completions += int(count + theirs + dropped)
@@ -120,16 +108,12 @@ class RolloutWatch:
                 "rollout/length_mean": tokens / count,
                 "rollout/truncated_frac": truncated / count,
             }
-            if not batch.old_pending:  # else the update reports it
-                metrics["rollout/mismatch_kl"] = mismatch / tokens
         if theirs:
             metrics |= {
                 "teacher/reward_mean": their_reward / theirs,
                 "teacher/correct_frac": their_correct / theirs,
                 "teacher/length_mean": (all_tokens - tokens) / theirs,
             }
-        if teacher_known:  # else the update reports it
-            metrics["kd/floored_frac"] = floored_tokens / all_tokens
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
