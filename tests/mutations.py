@@ -99,7 +99,7 @@ WEIGHTS = "models/weights.py", "test_lora.py"
 ADAPTERS = "models/lora/adapters.py", "test_lora.py"
 EXPERTS = "models/lora/targets.py", "test_lora_experts.py"
 WATCHED = "module.py", "test_trace.py"
-FROZEN_MODELS = "module.py", "test_frozen_models.py"
+FROZEN_MODELS = "teachers/frozen.py", "test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "test_imitation_stats.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "rollout/test_hub_names.py"
@@ -1286,13 +1286,13 @@ MUTATIONS = [
     Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
     Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
-        "plan: a pending teacher in sight", PLAN, "TEACHER if batch.teacher_pending", "() if 1"
+        "plan: a teacher that waits is run", PLAN, "    if not waits.teacher:\n", "    if True:\n"
     ),
     Mutation(
         "plan: the first update's scores lost",
         PLAN,
-        "blank if old is None else old.clone()",
-        "blank",
+        "later if waits.student else [*first, *later]",
+        "later",
     ),
     Mutation(
         "plan: scores of other rows", PLAN, "torch.tensor(rows,", "torch.tensor(sorted(rows),"
@@ -1451,8 +1451,8 @@ MUTATIONS = [
     Mutation(
         "step sums: those of a stopped run stay",
         ("module.py", "test_components.py"),
-        "        self._stats = StepStats()\n        self._step_log",
-        "        self._step_log",
+        "        self._stats = StepStats()\n        self._step_log.reset",
+        "        self._step_log.reset",
     ),
     Mutation(
         "full vocabulary: another type in the backward pass",
@@ -1462,9 +1462,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a teacher's NaN in the update: not looked at",
-        ("module.py", "test_frozen_models.py"),
-        "            if broken:",
-        "            if broken < 0:",
+        ("metrics/score_stats.py", "test_frozen_models.py"),
+        "    if broken:",
+        "    if broken < 0:",
     ),
     Mutation(
         "routed teachers: an entropy for some rows",
@@ -1487,8 +1487,8 @@ MUTATIONS = [
     Mutation(
         "store: what a teacher has yet to say is taken for said",
         STORE,
-        '        "teacher_pending": batch.teacher_pending,\n',
-        "",
+        "known |= dict.fromkeys(TEACHER_FIELDS)",
+        "pass",
     ),
     Mutation("adapters: scaling forgotten", ADAPTERS, "layer.scaling[ADAPTER]", "1.0"),
     Mutation(
@@ -1637,7 +1637,7 @@ MUTATIONS = [
     Mutation(
         "tail: the teacher's not kept",
         FROZEN_MODELS,
-        "            teacher_tail_logprobs=teacher.tail_logprobs,\n",
+        "            teacher_tail_logprobs=scores.tail_logprobs,\n",
         "",
     ),
     Mutation("tail: a floor without tokens", TERMS, ".masked_fill(empty, -torch.inf)", ""),
@@ -1650,15 +1650,15 @@ MUTATIONS = [
     ),
     Mutation(
         "mismatch: arguments swapped",
-        ("module.py", "test_old_scores.py"),
+        ("metrics/score_stats.py", "metrics/test_score_stats.py"),
         "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
         "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
     ),
     Mutation(
         "entropy: of all tokens",
         WATCHED,
-        "entropy, batch.loss_mask",
-        "entropy, batch.completion_mask",
+        '"entropy"), batch.loss_mask',
+        '"entropy"), batch.completion_mask',
     ),
     Mutation(
         "not finite: the loss not watched",
@@ -1669,7 +1669,7 @@ MUTATIONS = [
     Mutation(
         "reference: always float32",
         FROZEN_MODELS,
-        '"float64" if self.trainer.precision == "64-true" else "float32"',
+        '"float64" if double else "float32"',
         '"float32"',
     ),
     Mutation("pending: one of the top k", FRAME_PENDING, "self.top_k > 0 or", "self.top_k > 1 or"),
@@ -1697,9 +1697,9 @@ MUTATIONS = [
     ),
     Mutation(
         "agreement: at rollout time",
-        FROZEN_MODELS,
-        "int(batch.topk_ids is not None)",
-        "int(batch.old_pending and batch.topk_ids is not None)",
+        ("module.py", "test_frozen_models.py"),
+        "int(self.teacher is not None), self.objective.divergence",
+        "int(batch.topk_ids is None and self.teacher is not None), self.objective.divergence",
     ),
     Mutation(
         "vLLM: tied weights go twice",
