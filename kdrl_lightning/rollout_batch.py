@@ -252,11 +252,11 @@ def collate(
     rollout_logprobs: Sequence[Sequence[float]] | None = None,
     source: Sequence[int] | None = None,
     teacher_route: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    engine_exact: bool = True,
     mask_truncated: bool = False,
 ) -> RolloutBatch:
     """Build a batch from token lists, one entry per completion.
+
+    What holds for all of them (``temperature``, ``engine_exact``) is set by ``replace``.
 
     Args:
         prompts: B prompts.
@@ -270,8 +270,6 @@ def collate(
         rollout_logprobs: B lists aligned with ``completions``.
         source: B of ``STUDENT`` or ``TEACHER``; the student if None.
         teacher_route: B indices of teachers; zeros if None.
-        temperature: sampling temperature.
-        engine_exact: the sampling engine is the trainer's own model.
         mask_truncated: leave truncated completions out of the loss.
     """
     size = len(prompts)
@@ -303,8 +301,6 @@ def collate(
         teacher_route=torch.tensor(
             teacher_route if teacher_route is not None else [0] * size, dtype=torch.long
         ),
-        temperature=temperature,
-        engine_exact=engine_exact,
         rollout_logprobs=None
         if rollout_logprobs is None
         else pad_rows(rollout_logprobs, 0.0, torch.float32),

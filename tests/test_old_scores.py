@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):Us
 
 
 def rollout(exact: bool = True) -> RolloutBatch:
-    return collate([[1]], [[2]], [0], pad_id=0, engine_exact=exact)
+    return collate([[1]], [[2]], [0], pad_id=0).replace(engine_exact=exact)
 
 
 class Peeks(Advantage):

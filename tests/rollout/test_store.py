@@ -54,9 +54,8 @@ def batch_of(slots: list[int], groups: Any, seed: int, dtype: torch.dtype) -> Ro
         rollout_logprobs=[noise(1, s, i, len(groups[s][i][1])).tolist() for _, s, i in rows],
         source=[i % 2 for _, _, i in rows],
         teacher_route=[s % 3 for _, s, _ in rows],
-        temperature=0.7,
         mask_truncated=seed % 2 == 0,
-    )
+    ).replace(temperature=0.7)
     width = batch.completion_ids.shape[1]
     scored: dict[str, Tensor] = {
         n: torch.zeros(len(rows), width, dtype=dtype) for n in WIDE

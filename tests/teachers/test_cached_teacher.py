@@ -28,7 +28,7 @@ COMPLETIONS = [[9, 1], [4, 4, 4, 1], [2]]
 
 
 def batch_of(completions: list[list[int]] = COMPLETIONS, **changes: Any) -> RolloutBatch:
-    return collate(PROMPTS, completions, [0, 1, 2], pad_id=0, **changes)
+    return collate(PROMPTS, completions, [0, 1, 2], pad_id=0).replace(**changes)
 
 
 def cached(folder: str, path: Path) -> CachedTeacher:
