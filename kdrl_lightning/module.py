@@ -18,27 +18,33 @@ from kdrl_lightning.checkpoints.module_state import (
     save_state,
 )
 from kdrl_lightning.checkpoints.resume import Settings, check_before_loading
-from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.evaluation import EvaluationBatch, EvaluationMetrics
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.evaluation.steps import EvaluationSteps
 from kdrl_lightning.losses.logprobs import Other, TokenScores
-from kdrl_lightning.metrics import StepLog, StepStats
+from kdrl_lightning.metrics import StepLog
 from kdrl_lightning.metrics.nonfinite import NonFiniteSteps
-from kdrl_lightning.metrics.score_stats import add_score_stats, require_finite_teacher
-from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
-from kdrl_lightning.models.loading import ModelSource, load_config, load_tokenizer, model_path
+from kdrl_lightning.metrics.update_stats import UpdateStats
+from kdrl_lightning.models.end_tokens import EndTokens
+from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.lora import LoRA
+from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import load_scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
-from kdrl_lightning.teachers.frozen import FrozenModels, initial_student
-from kdrl_lightning.trainer.optimizers import ZeroRateWarning, build_optimizer
+from kdrl_lightning.teachers.frozen import FrozenModels, check_given, initial_student
+from kdrl_lightning.trainer.optimizers import (
+    ZeroRateWarning,
+    build_optimizer,
+    check_precision,
+    for_lightning,
+)
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
 
 
-class KDRLModule(pl.LightningModule):
+class KDRLModule(EvaluationSteps, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher beside it.
 
     The teacher is no submodule: parameters, optimizers, buckets and checkpoints hold the student
@@ -79,17 +85,9 @@ class KDRLModule(pl.LightningModule):
         super().__init__()
         if chunk_size is not None:
             require_between("chunk_size", chunk_size, 1, float("inf"))
-        if objective.needs_teacher and teacher is None:
-            raise ConfigurationError(
-                f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
-                "Name one, e.g. `teacher: {class_path: LocalTeacher, init_args: {model: ...}}`."
-            )
-        if teacher is not None and teacher.needs_lora and lora is None:
-            raise ConfigurationError(
-                f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
-                "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
-            )
+        check_given(teacher, objective, lora is not None)
         self.student_source = student
+        self.pretrained = Pretrained(student)
         self.objective = objective
         self.teacher = teacher
         self.frozen = FrozenModels(teacher)
@@ -105,12 +103,8 @@ class KDRLModule(pl.LightningModule):
         self._zero_rate = ZeroRateWarning()
         self._settings: Settings | None = None
         self._found: dict[str, Tensor | None] = {}
-        self._stats = StepStats()
-        self._step_loss = 0.0
+        self._stats = UpdateStats()
         self._base_digest: str | None = None
-        self._tokenizer: Any = None
-        self._end_tokens: EndTokens | None = None
-        self.eval_metrics = EvaluationMetrics()
         self._step_log = StepLog()
 
     @property
@@ -126,58 +120,48 @@ class KDRLModule(pl.LightningModule):
     @property
     def student_path(self) -> str:
         """Folder or hub name of the student before training."""
-        return model_path(self.student_source)
+        return self.pretrained.path
 
     @property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.student_path)
-        return self._tokenizer
+        return self.pretrained.tokenizer
 
     @property
     def end_tokens(self) -> EndTokens:
         """The tokens that end a completion of the student."""
-        if self._end_tokens is None:
-            self._end_tokens = end_tokens(self.student_path, self.tokenizer)
-        return self._end_tokens
+        return self.pretrained.end_tokens
 
     @property
     def context_length(self) -> int:
         """Longest sequence, prompt and completion together, that the student can take."""
-        config = load_config(self.student_path).get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        return self.pretrained.context_length
 
     @property
     def vocabulary_rows(self) -> int:
         """Rows of the student's embedding: every token id must be below."""
-        return int(load_config(self.student_path).get_text_config().vocab_size)
+        return self.pretrained.vocabulary_rows
 
     def prepare_data(self) -> None:
         """Let model sources make their models, on one process."""
-        model_path(self.student_source)
+        _ = self.student_path
         if self.teacher is not None:
             self.teacher.prepare()
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before weights are loaded; forget a run that was stopped."""
         fitting = stage == "fit"
-        self._stats = StepStats()
+        self._stats = UpdateStats()
         self._step_log.reset()
         refuse_fsdp1(self.trainer.strategy)
         check = partial(check_checkpoint, module=self, fitting=fitting)
         check_before_loading(self.trainer.strategy, check)
-        if fitting and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
-            raise ConfigurationError(
-                "`precision` must keep float32 weights, without a loss scaler, for training: got "
-                f"{self.trainer.precision}. Use bf16-mixed or 32-true: in 16-bit weights an update "
-                "of 1e-6 rounds away."
-            )
+        if fitting:
+            check_precision(self.trainer.precision)
         reference = None
         if fitting and self.objective.needs_reference:
-            double = self.trainer.precision == "64-true"
-            source, adapters = self.student_source, self.lora is not None
-            reference = initial_student(source, adapters, double, self.chunk_size)
+            double, adapters = self.trainer.precision == "64-true", self.lora is not None
+            reference = initial_student(self.student_source, adapters, double, self.chunk_size)
         self.frozen.choose(fitting, reference)
         self.frozen.check(self.tokenizer, self.student_path, self.objective)
 
@@ -211,12 +195,7 @@ class KDRLModule(pl.LightningModule):
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
         self._settings = Settings(optimizer, scheduler)
-        if scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return for_lightning(optimizer, scheduler)
 
     def on_train_start(self) -> None:
         """Let the configuration win over what a checkpoint says of optimizer and schedule."""
@@ -238,9 +217,7 @@ class KDRLModule(pl.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             top_k = self.objective.top_k or int(self.teacher is not None)
             scores = self._student().score(batch, top_k=top_k)
-        return batch.replace(
-            old_logprobs=scores.logprobs, old_entropy=scores.entropy, topk_ids=scores.topk_ids
-        )
+        return batch.replace(**_old_scores(scores))
 
     @torch.no_grad()
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
@@ -274,15 +251,16 @@ class KDRLModule(pl.LightningModule):
         # 4. Compute the loss.
         loss, terms = self.objective(batch, scores)
         # 5. Measure; the step's last micro-batch logs the step.
-        self._add_stats(batch, scores, loss, terms)
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log_stats()
+        entropy = known(scores.entropy, "entropy").detach()
+        self._stats.add(batch, entropy, loss, terms)
+        if self._ends_step(batch_idx):
+            self.log_step(self._stats.finish(self.reduce))
         self.log_step(batch.metrics)
         # 6. Undo the averaging to come.
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
-            "entropy": known(scores.entropy, "entropy").detach(),
+            "entropy": entropy,
             **({} if scores.topk_ids is None else {"top_ids": scores.topk_ids[..., 0]}),
         }
 
@@ -308,26 +286,11 @@ class KDRLModule(pl.LightningModule):
         """``[B, T, K]``: the student's top tokens, if the objective compares there; else None."""
         return batch.topk_ids if self.objective.top_k else None
 
-    def _add_stats(
-        self, batch: RolloutBatch, scores: TokenScores, loss: Tensor, terms: Mapping[str, Tensor]
-    ) -> None:
-        self._stats.add_sum("loss/total", loss)
-        for name, value in terms.items():
-            self._stats.add_sum(f"loss/{name}", value)
-        self._stats.add_mean("policy/entropy", known(scores.entropy, "entropy"), batch.loss_mask)
-        add_score_stats(self._stats, batch)
-
-    def _log_stats(self) -> None:
-        values = self._stats.compute(self.reduce)
-        require_finite_teacher(values)  # before the optimizer step that would use them
-        self._step_loss = values["loss/total"]
-        self.log_step(self._stats.with_gaps(values))
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip and count a step that is not finite; stop when that repeats."""
         self._zero_rate.check(optimizer, self.trainer.global_step)
         parameters = list(self._student().parameters())
-        norm = self.nonfinite.check(parameters, self._step_loss, self.trainer.global_step)
+        norm = self.nonfinite.check(parameters, self._stats.loss, self.trainer.global_step)
         skipped = float(self.nonfinite.skipped)
         self.log_step({"policy/grad_norm": float(norm), "policy/skipped_steps": skipped})
 
@@ -347,36 +310,8 @@ class KDRLModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
         """Hand a step's numbers to the loggers, those of the callbacks, too."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
-        self.write_step()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.trainer.global_step % getattr(data, "updates_per_rollout", 1) == 0:
-            self._step_log.forget()  # the numbers of a rollout stand in each of its steps' rows
-
-    def validation_step(
-        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Count correct completions."""
-        self.eval_metrics.add(batch, self.device)
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count correct completions."""
-        self.eval_metrics.add(batch, self.device)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/*``."""
-        self.log_dict(self.eval_metrics.take("val"), sync_dist=True)  # equal on all ranks already
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/*``."""
-        self.log_dict(self.eval_metrics.take("test"), sync_dist=True)  # equal on all ranks already
-
-    def predict_step(
-        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> list[dict[str, Any]]:
-        """Return a row per completion, with its prompt's columns, reward and verdict."""
-        return batch.predictions()
+        if self._ends_step(batch_idx):
+            self._step_log.end_step(self.trainer)
 
     def base_digest(self) -> str:
         """Return what tells a LoRA student's base model from another; all ranks must ask."""
@@ -404,6 +339,9 @@ class KDRLModule(pl.LightningModule):
         assert isinstance(reduced, Tensor)
         return reduced
 
+    def _ends_step(self, batch_idx: int) -> bool:
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
     def _averaging(self) -> float:
         # The one place: Lightning divides by the accumulation, data-parallel strategies average
         # gradients over ranks, but our weights are already global.
@@ -416,7 +354,7 @@ class KDRLModule(pl.LightningModule):
 
 
 def _old_scores(scores: TokenScores) -> dict[str, Tensor | None]:
-    """Return the fields of a batch that are those of the update's own forward pass, detached."""
+    """Return what a forward pass of the student gives a batch, by field, detached."""
     entropy = scores.entropy
     return {
         "old_logprobs": scores.logprobs.detach(),

@@ -98,7 +98,7 @@ SUM_PENDING = "objectives/weighted_sum.py", "test_old_scores.py"
 WEIGHTS = "models/weights.py", "test_lora.py"
 ADAPTERS = "models/lora/adapters.py", "test_lora.py"
 EXPERTS = "models/lora/targets.py", "test_lora_experts.py"
-WATCHED = "module.py", "test_trace.py"
+WATCHED = "metrics/update_stats.py", "test_trace.py"
 FROZEN_MODELS = "teachers/frozen.py", "test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "test_imitation_stats.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "test_imitation_stats.py"
@@ -1451,7 +1451,7 @@ MUTATIONS = [
     Mutation(
         "step sums: those of a stopped run stay",
         ("module.py", "test_components.py"),
-        "        self._stats = StepStats()\n        self._step_log.reset",
+        "        self._stats = UpdateStats()\n        self._step_log.reset",
         "        self._step_log.reset",
     ),
     Mutation(
@@ -1462,9 +1462,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a teacher's NaN in the update: not looked at",
-        ("metrics/score_stats.py", "test_frozen_models.py"),
-        "    if broken:",
-        "    if broken < 0:",
+        ("metrics/update_stats.py", "test_frozen_models.py"),
+        "        if broken:",
+        "        if broken < 0:",
     ),
     Mutation(
         "routed teachers: an entropy for some rows",
@@ -1650,15 +1650,15 @@ MUTATIONS = [
     ),
     Mutation(
         "mismatch: arguments swapped",
-        ("metrics/score_stats.py", "metrics/test_score_stats.py"),
+        ("metrics/update_stats.py", "metrics/test_update_stats.py"),
         "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
         "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
     ),
     Mutation(
         "entropy: of all tokens",
         WATCHED,
-        '"entropy"), batch.loss_mask',
-        '"entropy"), batch.completion_mask',
+        "entropy, batch.loss_mask",
+        "entropy, batch.completion_mask",
     ),
     Mutation(
         "not finite: the loss not watched",

@@ -54,6 +54,16 @@ class StepLog:
             self._written = trainer.global_step
             self.write(trainer)
 
+    def end_step(self, trainer: Any) -> None:
+        """Write once; after the last step of a rollout forget, too.
+
+        The numbers of a rollout stand in the rows of each of its steps.
+        """
+        self.write_once(trainer)
+        data = getattr(trainer, "datamodule", None)
+        if trainer.global_step % getattr(data, "updates_per_rollout", 1) == 0:
+            self.forget()
+
     def reset(self) -> None:
         """Forget a run that was stopped."""
         self._written = 0

@@ -167,6 +167,29 @@ class FrozenModels:
         return [model for model in (self.active, self.reference) if model is not None]
 
 
+def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None:
+    """Check that the teacher of a configuration is there, and can be what it is.
+
+    Args:
+        teacher: of the configuration.
+        objective: the loss.
+        adapters: the student is trained by LoRA.
+
+    Raises:
+        ConfigurationError: the objective has no teacher, or the teacher no base model.
+    """
+    if objective.needs_teacher and teacher is None:
+        raise ConfigurationError(
+            f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
+            "Name one, e.g. `teacher: {class_path: LocalTeacher, init_args: {model: ...}}`."
+        )
+    if teacher is not None and teacher.needs_lora and not adapters:
+        raise ConfigurationError(
+            f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
+            "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
+        )
+
+
 def initial_student(
     source: str | ModelSource, adapters: bool, double: bool, chunk_size: int | None
 ) -> Teacher:

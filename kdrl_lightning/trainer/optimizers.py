@@ -41,6 +41,33 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def for_lightning(optimizer: Any, scheduler: Any | None) -> Any:
+    """Return both in the form that ``configure_optimizers`` returns."""
+    if scheduler is None:
+        return optimizer
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+    }
+
+
+def check_precision(precision: str) -> None:
+    """Refuse to train weights that are too coarse for an update.
+
+    Args:
+        precision: the trainer's.
+
+    Raises:
+        ConfigurationError: weights would be in 16 bits, or the loss scaled.
+    """
+    if precision in ("bf16-true", "16-true", "16-mixed"):
+        raise ConfigurationError(
+            "`precision` must keep float32 weights, without a loss scaler, for training: got "
+            f"{precision}. Use bf16-mixed or 32-true: in 16-bit weights an update of 1e-6 rounds "
+            "away."
+        )
+
+
 class ZeroRateWarning:
     """Warns once of a schedule that has ended before the run: nothing is learned any more."""
 
