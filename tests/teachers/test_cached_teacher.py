@@ -243,7 +243,7 @@ def test_behind_a_routed_teacher(tmp_path: Path, student_folder: str, teacher_fo
         made.load(CPU)
         return made
 
-    batch = batch_of(teacher_route=[0, 1, 0])
+    batch = batch_of(teacher_route=torch.tensor([0, 1, 0]))
     first, second = make(), make()
     expected = first.score(batch)
     same(second.score(batch), expected)
