@@ -110,7 +110,7 @@ def test_other_content_is_not_found(
         (batch, ids),
         (batch, ids + 1),
         (batch_of([[9, 2], [4, 4, 5, 1], [3]]), None),
-        (batch_of(teacher_route=[1, 1, 1]), None),
+        (batch_of(teacher_route=torch.tensor([1, 1, 1])), None),
         # The same tokens, cut elsewhere between prompt and completion.
         (collate([[5, 6], [8, 4], [3]], [[7, 9, 1], [4, 4, 1], [3, 2]], [0, 1, 2], pad_id=0), None),
     ):
