@@ -80,8 +80,9 @@ class SelectiveImitationStats(pl.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add a micro-batch; log at the end of the step."""
-        if batch.old_logprobs is None:
+        if batch.rollout_logprobs is None:  # given completions: there is no rollout to describe
             return
+        batch = pl_module.completed(batch)
         micro = MicroBatch(pl_module.objective, batch, outputs["logprobs"], outputs.get("top_ids"))
         add_imitation_stats(self._stats, micro)
         add_histograms(self._hist, micro, outputs["entropy"])

@@ -66,11 +66,11 @@ class SamplePage(pl.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the micro-batches of one optimizer step; they exist anyway."""
-        if not trainer.is_global_zero or batch.old_logprobs is None:
+        if not trainer.is_global_zero or batch.rollout_logprobs is None:
             return
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._step = []
-        self._step.append((batch.replace(metrics={}), outputs["logprobs"]))
+        self._step.append((pl_module.completed(batch).replace(metrics={}), outputs["logprobs"]))
 
     def on_validation_batch_end(
         self,

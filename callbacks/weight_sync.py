@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.engines.agreement import bound_of
 from kdrl_lightning.errors import TrainingStopped, require_between
-from kdrl_lightning.rollout.agreement import bound_of
 from kdrl_lightning.rollout_batch import STUDENT
 
 
@@ -66,9 +66,10 @@ class WeightSync(pl.Callback):
         if not batch.metrics:
             return
         stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
-        self._waiting = batch
-        if not batch.old_pending:
-            self._compare_waiting(trainer, pl_module)
+        if batch.old_logprobs is None:
+            self._waiting = batch  # the update's own forward pass gives them
+        else:
+            stop_together(lambda: self.compare(trainer, pl_module, batch), pl_module.reduce)
         data: Any = getattr(trainer, "datamodule", None)
         if not getattr(data, "max_off_policy_steps", 0):
             return
@@ -81,11 +82,9 @@ class WeightSync(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
         """Compare what the update's own forward pass said."""
-        if self._waiting is not None:
-            self._compare_waiting(trainer, pl_module)
-
-    def _compare_waiting(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        batch, self._waiting = self._waiting, None
+        if self._waiting is None:
+            return
+        batch, self._waiting = pl_module.completed(self._waiting), None
         stop_together(lambda: self.compare(trainer, pl_module, batch), pl_module.reduce)
 
     def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:

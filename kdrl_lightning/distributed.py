@@ -62,20 +62,6 @@ def _store() -> Any:
     return distributed.TCPStore(host, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]
 
 
-def require_finite(teacher_logprobs: Tensor | None, tokens: int) -> None:
-    """Refuse a teacher that gives NaN or infinite values.
-
-    Raises:
-        TrainingStopped: some of the values are not finite.
-    """
-    if teacher_logprobs is not None and not bool(teacher_logprobs.isfinite().all()):
-        raise TrainingStopped(
-            f"the teacher's log-probabilities must be finite: got "
-            f"{int((~teacher_logprobs.isfinite()).sum())} NaN or infinite of {tokens}. "
-            "Check its weights and dtype."
-        )
-
-
 def require_embedded(ids: Tensor, rows: int) -> None:
     """Refuse a teacher's tokens that the student has no embedding for.
 

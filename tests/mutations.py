@@ -95,8 +95,8 @@ FRAME_PENDING = "objectives/policy.py", "runs/test_old_scores.py"
 WEIGHTS = "models/weights.py", "models/lora/test_adapters.py"
 ADAPTERS = "models/lora/adapters.py", "models/lora/test_adapters.py"
 EXPERTS = "models/lora/targets.py", "models/lora/test_lora_experts.py"
-WATCHED = "module.py", "runs/test_trace.py"
-FROZEN_MODELS = "module.py", "runs/test_frozen_models.py"
+WATCHED = "metrics/update_stats.py", "runs/test_trace.py"
+FROZEN_MODELS = "teachers/frozen.py", "runs/test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "callbacks/test_imitation_stats.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "engines/vllm/test_hub_names.py"
@@ -104,8 +104,8 @@ KEPT_CLASSES = "engines/vllm/classes.py", "engines/vllm/test_classes.py"
 RELOAD = "engines/vllm/worker.py", "engines/vllm/test_worker.py"
 OPTIONS = "engines/vllm/options.py", "engines/vllm/test_options.py"
 RESUMED_LOG = "module.py", "checkpoints/test_resumed_log.py"
-AGREEMENT = "rollout/agreement.py", "rollout/test_agreement.py"
-COMPARED = "rollout/live.py", "rollout/test_agreement.py"
+AGREEMENT = "engines/agreement.py", "engines/test_agreement.py"
+COMPARED = "rollout/live.py", "engines/test_agreement.py"
 VLLM_ERRORS = "engines/vllm/errors.py", "engines/vllm/test_vllm_errors.py"
 PASS = "evaluation/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "evaluation/majority.py", "evaluation/test_metrics_of_sets.py"
@@ -1316,13 +1316,13 @@ MUTATIONS = [
     Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
     Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
-        "plan: a pending teacher in sight", PLAN, "TEACHER if batch.teacher_pending", "() if 1"
+        "plan: a teacher that waits is run", PLAN, "    if not waits.teacher:\n", "    if True:\n"
     ),
     Mutation(
         "plan: the first update's scores lost",
         PLAN,
-        "blank if old is None else old.clone()",
-        "blank",
+        "later if waits.student else [*first, *later]",
+        "later",
     ),
     Mutation(
         "plan: scores of other rows", PLAN, "torch.tensor(rows,", "torch.tensor(sorted(rows),"
@@ -1459,8 +1459,8 @@ MUTATIONS = [
     Mutation(
         "step sums: those of a stopped run stay",
         ("module.py", "runs/test_components.py"),
-        "        self._stats = StepStats()\n        self._step_log",
-        "        self._step_log",
+        "        self._stats = UpdateStats()\n        self._step_log.reset",
+        "        self._step_log.reset",
     ),
     Mutation(
         "full vocabulary: another type in the backward pass",
@@ -1470,9 +1470,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a teacher's NaN in the update: not looked at",
-        ("module.py", "runs/test_frozen_models.py"),
-        "            if broken:",
-        "            if broken < 0:",
+        ("metrics/update_stats.py", "runs/test_frozen_models.py"),
+        "        if broken:",
+        "        if broken < 0:",
     ),
     Mutation(
         "routed teachers: an entropy for some rows",
@@ -1495,8 +1495,8 @@ MUTATIONS = [
     Mutation(
         "store: what a teacher has yet to say is taken for said",
         STORE,
-        '        "teacher_pending": batch.teacher_pending,\n',
-        "",
+        "known |= dict.fromkeys(TEACHER_FIELDS)",
+        "pass",
     ),
     Mutation("adapters: scaling forgotten", ADAPTERS, "layer.scaling[ADAPTER]", "1.0"),
     Mutation(
@@ -1645,7 +1645,7 @@ MUTATIONS = [
     Mutation(
         "tail: the teacher's not kept",
         FROZEN_MODELS,
-        "            teacher_tail_logprobs=teacher.tail_logprobs,\n",
+        "            teacher_tail_logprobs=scores.tail_logprobs,\n",
         "",
     ),
     Mutation("tail: a floor without tokens", TERMS, ".masked_fill(empty, -torch.inf)", ""),
@@ -1658,7 +1658,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mismatch: arguments swapped",
-        ("module.py", "runs/test_old_scores.py"),
+        ("metrics/update_stats.py", "metrics/test_update_stats.py"),
         "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
         "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
     ),
@@ -1677,7 +1677,7 @@ MUTATIONS = [
     Mutation(
         "reference: always float32",
         FROZEN_MODELS,
-        '"float64" if self.trainer.precision == "64-true" else "float32"',
+        '"float64" if double else "float32"',
         '"float32"',
     ),
     Mutation("pending: one of the top k", FRAME_PENDING, "self.top_k > 0 or", "self.top_k > 1 or"),
@@ -1705,9 +1705,9 @@ MUTATIONS = [
     ),
     Mutation(
         "agreement: at rollout time",
-        FROZEN_MODELS,
-        "int(batch.topk_ids is not None)",
-        "int(batch.old_pending and batch.topk_ids is not None)",
+        ("module.py", "runs/test_frozen_models.py"),
+        "top_k, divergence = int(self.teacher is not None), ",
+        "top_k, divergence = int(batch.topk_ids is None and self.teacher is not None), ",
     ),
     Mutation(
         "vLLM: tied weights go twice",
@@ -2070,9 +2070,9 @@ MUTATIONS = [
     ),
     Mutation(
         "step log: a finished rollout's numbers return",
-        RESUMED_LOG,
-        "{} if self._ends_rollout() else self._step_log.state_dict()",
-        "self._step_log.state_dict()",
+        ("metrics/step_log.py", "checkpoints/test_resumed_log.py"),
+        "return {} if ends_rollout(trainer) else dict(self._values)",
+        "return dict(self._values)",
     ),
     Mutation(
         "statistics: a resume leaves no gaps",

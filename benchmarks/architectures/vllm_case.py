@@ -152,7 +152,7 @@ def attempt(path: str, dtype: Any) -> str:
 def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
     """Compare an engine with the model of ``weights``, before and after a change of them."""
     from kdrl_lightning.engines import Sampling
-    from kdrl_lightning.rollout.agreement import bound_of
+    from kdrl_lightning.engines.agreement import bound_of
 
     model, groups, worst, mean = weights.model, [], 0.0, 0.0
     for version in (0, 1):

@@ -57,9 +57,13 @@ class TimedModule(KDRLModule):
         with self.clock.part("scoring"):
             return super().score(batch)
 
-    def score_frozen(self, batch: Any) -> Any:
+    def score_reference(self, batch: Any) -> Any:
         with self.clock.part("scoring"):
-            return super().score_frozen(batch)
+            return super().score_reference(batch)
+
+    def score_teacher(self, batch: Any) -> Any:
+        with self.clock.part("scoring"):
+            return super().score_teacher(batch)
 
 
 class Steps(pl.Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
@@ -103,12 +104,15 @@ class Collector:
         Returns:
             The batch, its groups, and the groups that were replaced.
         """
+        # 1. Sample a group for each of this rank's slots, and another one for a flat group.
         groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
-            lambda slots, attempt: self._groups(rollout, prompts, slots, attempt, sample),
+            partial(self._groups, rollout, prompts, sample),
             self.slots.max_refills,
         )
+        # 2. Put the completions of a group next to each other.
         self.latest = judged = [j for group in groups for j in group]
+        # 3. Build the batch, with the teacher that is to score each row.
         batch = collate(
             [j.prompt_ids for j in judged],
             [j.completion.ids for j in judged],
@@ -121,11 +125,9 @@ class Collector:
             rollout_logprobs=[j.completion.logprobs for j in judged],
             source=[j.source for j in judged],
             teacher_route=[route(j.row) for j in judged],
-            temperature=self.student.sampling.temperature,
-            engine_exact=self.student.engine.exact,
             mask_truncated=self.slots.settings.mask_truncated,
         )
-        return batch, groups, replaced
+        return self._sampled(batch), groups, replaced
 
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
@@ -154,15 +156,21 @@ class Collector:
         engine, sampling = self.student.engine, self.student.sampling
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, PROBE_TOKENS))
         made = [c for (c,) in engine.generate(asked, seeds, sampling)]
-        return collate(
+        batch = collate(
             asked,
             [c.ids for c in made],
             list(range(len(made))),
             pad_id=pad_id,
             policy_version=[engine.version or 0] * len(made),
             rollout_logprobs=[c.logprobs for c in made],
-            temperature=sampling.temperature,
-            engine_exact=engine.exact,
+        )
+        return self._sampled(batch)
+
+    def _sampled(self, batch: RolloutBatch) -> RolloutBatch:
+        """Note how the student's engine sampled."""
+        student = self.student
+        return batch.replace(
+            temperature=student.sampling.temperature, engine_exact=student.engine.exact
         )
 
     def _version(self, judged: Judged) -> int:
@@ -198,9 +206,9 @@ class Collector:
         self,
         rollout: int,
         prompts: Sequence[EncodedPrompt],
+        sample: SampleAndJudge,
         slots: list[int],
         attempt: int,
-        sample: SampleAndJudge,
     ) -> list[list[Judged]]:
         chosen, skipped = self._prompts(rollout, prompts, slots, attempt)
         self.counts.add(len(slots), skipped)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from threading import Thread
 
 from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.engines.agreement import bound_of, probe, require_agreement
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rewards.processes.runner import RewardRunner
-from kdrl_lightning.rollout.agreement import bound_of, probe, require_agreement
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged, sample_and_judge
 from kdrl_lightning.rollout.policy import Policy, Run
 from kdrl_lightning.rollout_batch import STUDENT

@@ -18,6 +18,7 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.objectives.base import Objective
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.frozen import FrozenModels
 
 
 class Tokenizer(Protocol):
@@ -52,12 +53,18 @@ class Policy(Protocol):
     Attributes:
         objective: says which scores the updates read, and prepares a rollout for them.
         teacher: the frozen teacher, if there is one.
-        teacher_seconds: time that the teacher took to score.
     """
 
     objective: Objective
     teacher: Teacher | None
-    teacher_seconds: float
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Time that the teacher took to score."""
+
+    @property
+    def frozen(self) -> FrozenModels:
+        """Teacher and reference."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -83,24 +90,20 @@ class Policy(Protocol):
     def device(self) -> torch.device:
         """Where the student is."""
 
-    @property
-    def joins_frozen(self) -> bool:
-        """Whether teacher and reference may score several micro-batches at once."""
-
     def weights(self) -> ModelWeights:
         """Return the student's live weights."""
 
     def score(self, batch: RolloutBatch) -> RolloutBatch:
         """Add what the student says of completions."""
 
-    def score_frozen(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what teacher and reference say."""
+    def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add what the initial student says, if the objective needs it."""
 
-    def leave_room(self, batch: RolloutBatch) -> RolloutBatch:
-        """Make room for the student's scores, which the coming update writes in."""
+    def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add what the teacher says, if there is one."""
 
-    def leave_teacher_room(self, batch: RolloutBatch) -> RolloutBatch:
-        """Make room for the scores of a teacher that the updates run for a divergence."""
+    def prepare(self, batch: RolloutBatch) -> RolloutBatch:
+        """Let the objective decide what holds for a whole rollout."""
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """Reduce a tensor over ranks; ``sum`` or ``max``."""

@@ -43,7 +43,9 @@ class Sometimes(pl.Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step in self.steps:
-            pl_module._stats.add_sum("kd/sometimes", torch.tensor(float(trainer.global_step)))
+            pl_module._stats._stats.add_sum(
+                "kd/sometimes", torch.tensor(float(trainer.global_step))
+            )
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -109,7 +109,7 @@ def make_trainer(tmp_path: Path, **changes: Any) -> pl.Trainer:
 
 
 class Trace(pl.Callback):
-    """Keeps every micro-batch with the step at which it arrived."""
+    """Keeps every micro-batch, with all scores that its update used, and the step then."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, Any]] = []
@@ -121,6 +121,10 @@ class Trace(pl.Callback):
         self.seen.append((trainer.global_step, batch))
         distill = getattr(pl_module.objective, "distill", None)
         self.coefs.append(0.0 if distill is None else distill.teacher_kl_coef)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
+        step, batch = self.seen[-1]
+        self.seen[-1] = step, pl_module.completed(batch)
 
 
 def fit(

@@ -66,8 +66,7 @@ def rollout(temperature: float = 1.0) -> RolloutBatch:
         [row[p:] for row, (p, _) in zip(draw, shape, strict=True)],
         [0, 0, 1, 1],
         pad_id=PAD,
-        temperature=temperature,
-    )
+    ).replace(temperature=temperature)
 
 
 def reference(

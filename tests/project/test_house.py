@@ -27,7 +27,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "losses": FLOOR,
     "objectives": FLOOR | {"losses"},
-    "metrics": {"errors"},
+    "metrics": FLOOR | {"losses"},
     "models": FLOOR | {"losses"},
     "rewards": FLOOR,
     "prompts": FLOOR,
@@ -35,17 +35,15 @@ ALLOWED = {
     "teachers": FLOOR | {"engines", "losses", "models"},
     "checkpoints": FLOOR | {"distributed", "models"},
     "rollout": FLOOR
-    | {"distributed", "engines", "losses", "metrics", "models", "objectives", "rewards"}
-    | {"teachers"},
+    | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
     "trainer": FLOOR
     | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"}
     | {"teachers"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives"}
     | {"teachers", "trainer"},
-    "pending": FLOOR | {"losses"},
     "datamodule": FLOOR
     | {
         "distributed",
@@ -60,7 +58,7 @@ ALLOWED = {
     "supervised": FLOOR | {"distributed", "models", "objectives", "prompts", "rollout", "trainer"},
     "callbacks": FLOOR
     | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
-    | {"reports", "rollout", "trainer"},
+    | {"engines", "reports", "trainer"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "cli": FLOOR
@@ -81,7 +79,7 @@ LIGHTNING = {
 }
 TRANSFORMERS = {"cli", "engines", "models", "tiny"}
 # A reader sees a folder at once, and so its files.
-MOST_FILES = {"": 26, "objectives": 14, "rollout": 14}
+MOST_FILES = {"": 26}
 
 
 def imports(path: Path) -> set[str]:

@@ -39,8 +39,16 @@ def test_rollouts_come_from_the_weights_of_their_first_update(
         assert (batch.policy_version == step // 4 * 4).all()
 
 
+class ScoredBefore(RLAD):
+    """Has the student run before the updates."""
+
+    def reads_old_scores(self, rollout: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("objective", [RLAD(), ScoredBefore()], ids=lambda o: type(o).__name__)
 def test_old_logprobs_equal_the_first_updates_bit_for_bit(
-    tmp_path: Path, student_folder: str, teacher_folder: str
+    tmp_path: Path, student_folder: str, teacher_folder: str, objective: RLAD
 ) -> None:
     ratios = []
 
@@ -48,9 +56,11 @@ def test_old_logprobs_equal_the_first_updates_bit_for_bit(
         def on_train_batch_end(
             self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            ratios.append((outputs["logprobs"] - batch.old_logprobs).abs().max().item())
+            assert (batch.old_logprobs is None) == (type(objective) is RLAD)
+            old = pl_module.completed(batch).old_logprobs
+            ratios.append((outputs["logprobs"] - old).abs().max().item())
 
-    module = make_module(student_folder, teacher_folder)
+    module = make_module(student_folder, teacher_folder, objective)
     fit(tmp_path, module, make_data(minibatches_per_rollout=1), [Ratio()], max_steps=3)
     assert ratios == [0.0, 0.0, 0.0]
 

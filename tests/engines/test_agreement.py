@@ -12,9 +12,9 @@ from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import WeightSync
 from kdrl_lightning.engines import Sampling, TransformersEngine
+from kdrl_lightning.engines.agreement import TOKENS, bound_of, probe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
-from kdrl_lightning.rollout.agreement import TOKENS, bound_of, probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the (completions|groups) ")
 
