@@ -118,7 +118,9 @@ def test_answers_are_the_rewards_own() -> None:
         def answer(self, sample: Sample) -> str:
             raise ValueError
 
-    with pytest.warns(UserWarning, match="`answer` failed, so no vote: ValueError"):
+    with pytest.warns(
+        UserWarning, match="`answer` failed, so the completion does not vote: ValueError"
+    ):
         assert answer_of(Fails(), sample) is None
 
 
