@@ -332,7 +332,7 @@ SCHEDULE_CASES = {
     "end before start": (
         "trrd_alpha",
         {"class_path": "Linear", "init_args": {"start": 1.0, "end": 0.5, "end_step": 0}},
-        "`end_step` must come after begin_step 0: got 0. For a jump use Switch.",
+        "`end_step` must come after begin_step 0: got 0. For a jump, use Switch.",
     ),
     "another objective's coefficient": (
         "teacher_kl_coef",
