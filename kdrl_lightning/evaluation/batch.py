@@ -66,8 +66,9 @@ class EvaluationBatch:
         """``[P, n]`` int64: each prompt's distinct answers, numbered from 0; -1 is no answer."""
         n, ids = self.of.samples, []
         for start in range(0, len(self.answers), n):
+            own = self.answers[start : start + n]
             numbers: dict[str, int] = {}
-            for answer in self.answers[start : start + n]:
+            for answer in own:
                 ids.append(-1 if answer is None else numbers.setdefault(answer, len(numbers)))
         return self._table(ids).long()
 
@@ -103,6 +104,6 @@ class EvaluationBatch:
 
 
 def _beside(row: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in row.items() if name not in (*ours, "set", ROW)}
-    hidden = {name: value for name, value in row.items() if name not in kept}
-    return {**kept, **ours, **({ROW: hidden} if hidden else {})}
+    theirs = {name: value for name, value in row.items() if name not in (*ours, "set", ROW)}
+    hidden = {name: value for name, value in row.items() if name not in theirs}
+    return {**theirs, **ours, **({ROW: hidden} if hidden else {})}

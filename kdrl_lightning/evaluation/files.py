@@ -107,12 +107,12 @@ class ParquetFile(PredictionFile):
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    fixed = {name: row.get(name) for name in COLUMNS}
-    prompt = fixed["prompt"]
-    fixed["prompt"] = prompt if isinstance(prompt, str) else _json(prompt)
+    own = {name: row.get(name) for name in COLUMNS}
+    prompt = own["prompt"]
+    own["prompt"] = prompt if isinstance(prompt, str) else _json(prompt)
     rest = {k: v for k, v in row.items() if k not in COLUMNS and k not in ("parts", "row")}
     rest |= row.get("row", {})
-    texts = {k: _utf8(v) if isinstance(v, str) else v for k, v in fixed.items()}
+    texts = {k: _utf8(v) if isinstance(v, str) else v for k, v in own.items()}
     return {**texts, "parts": list(row["parts"].items()), "row": _json(rest)}
 
 

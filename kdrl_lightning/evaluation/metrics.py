@@ -40,9 +40,9 @@ class EvaluationMetrics:
         """
         values: dict[str, Tensor] = {}
         for name, metric in self._metrics.items():
-            computed = metric.compute()
-            values.setdefault(f"{stage}/accuracy", computed["accuracy"])
+            own = metric.compute()
+            values.setdefault(f"{stage}/accuracy", own["accuracy"])
             prefix = f"{stage}/{name}/" if name else f"{stage}/"
-            values |= {f"{prefix}{key}": value for key, value in computed.items()}
+            values |= {f"{prefix}{key}": value for key, value in own.items()}
         self._metrics = {}
         return values

@@ -86,7 +86,7 @@ def named_sets(given: EvalSets | None, setting: str, default: NamedSet) -> list[
         raise ConfigurationError(
             f"`{setting}` must name at least one set: got none. Add a set, or remove the setting."
         )
-    return [_complete(name, one, setting, default) for name, one in given.items()]
+    return [_complete(name, own, setting, default) for name, own in given.items()]
 
 
 def _complete(name: str, own: EvalSet, setting: str, default: NamedSet) -> NamedSet:

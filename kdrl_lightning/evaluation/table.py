@@ -23,8 +23,8 @@ def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, d
     out = {}
     for one in sets:
         prefix = f"test/{one.prefix}"
-        of_set = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-        out[one.name] = {name: value for name, value in of_set.items() if "/" not in name}
+        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        out[one.name] = {name: value for name, value in own.items() if "/" not in name}
     return out
 
 

@@ -116,16 +116,16 @@ def _encode_messages(tokenizer: Any, messages: Sequence[Any], row: Mapping[str, 
             f"the column `{TEMPLATE_ARGS}` must map names of the chat template's arguments to "
             f"values, without {', '.join(sorted(OURS))}: got {arguments!r:.80}. Fix the column."
         )
-    goes_on = bool(arguments.pop(CONTINUE, False) or _is_true(row.get(CONTINUE)))
-    options = {"add_generation_prompt": not goes_on, "tokenize": True, "return_dict": True}
-    if goes_on:
+    continued = bool(arguments.pop(CONTINUE, False) or _is_true(row.get(CONTINUE)))
+    options = {"add_generation_prompt": not continued, "tokenize": True, "return_dict": True}
+    if continued:
         options[CONTINUE] = True
     tools = tools_of(row, template)
     if tools:
         arguments.setdefault("tools", tools)
     try:
         turns = clean_messages(messages, template)
-        _check_the_last([turn["role"] for turn in turns], goes_on)
+        _check_the_last([turn["role"] for turn in turns], continued)
         ids = list(tokenizer.apply_chat_template(turns, **options, **arguments)["input_ids"])
     except ConfigurationError:
         raise
@@ -142,14 +142,14 @@ def _is_true(value: Any) -> bool:
     return value is not None and value == value and bool(value)  # NaN is an empty cell
 
 
-def _check_the_last(roles: Sequence[str], goes_on: bool) -> None:
+def _check_the_last(roles: Sequence[str], continued: bool) -> None:
     """Refuse a conversation that already ends with the answer, unless the model continues it."""
-    if goes_on and roles[-1] != "assistant":
+    if continued and roles[-1] != "assistant":
         raise ConfigurationError(
             f"a prompt with `{CONTINUE}` must end with a message of the assistant: got "
             f"{roles[-1]}. Add the beginning of the answer, or remove `{CONTINUE}`."
         )
-    before = roles[:-1] if goes_on else roles
+    before = roles[:-1] if continued else roles
     if before[-1:] == ["assistant"]:
         raise ConfigurationError(
             "a prompt must not end with a message of the assistant, which would show the model its "
