@@ -119,7 +119,7 @@ CASES = {
     "reward is NaN": (["--data.reward=test_bad_input.not_a_number"], "must return a finite number"),
     "no such file": (
         ["--data.train_prompts=JSONLPrompts", "--data.train_prompts.path=/no/file.jsonl"],
-        "/no/file.jsonl, which is no file",
+        "/no/file.jsonl, which is not a file",
     ),
     "rows without prompt": (['--data.train_prompts=[{"question": "1"}]'], "the column `prompt`"),
 }
