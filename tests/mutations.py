@@ -1516,7 +1516,7 @@ MUTATIONS = [
     Mutation(
         "prompts: two BOS before a text",
         ENCODING,
-        "return [] if text[0] in front else front",
+        "return [] if text_ids[0] in front else front",
         "return front",
     ),
     Mutation(

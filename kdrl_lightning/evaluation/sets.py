@@ -1,4 +1,4 @@
-"""Which prompts are evaluated, and how each set is sampled."""
+"""Evaluation sets: their prompts, and how each set is sampled."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One of several sets; what is None is as the data module's ``evaluation`` settings say.
+    """One of several evaluation sets; None means the data module's ``evaluation`` setting.
 
     Attributes:
         prompts: the rows.
         samples: completions per prompt.
-        temperature: 0 is greedy.
-        max_tokens: longest completion; None: that of rollouts.
+        temperature: sampling temperature; 0 is greedy.
+        max_tokens: longest completion in tokens; None: the data module's ``max_tokens``.
         batch_size: prompts per batch and process.
-        k: of pass@k and majority@k, each from 1 to ``samples``.
+        k: the values of k for pass@k and majority@k, each from 1 to ``samples``.
     """
 
     prompts: Prompts
@@ -62,15 +62,15 @@ EvalSets: TypeAlias = Prompts | Mapping[str, EvalSet]
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set with all that is needed to sample it.
+    """An evaluation set with all its settings resolved.
 
     Attributes:
-        name: empty for the only one without a name.
+        name: the set's name; empty if there is only one set, without a name.
         prompts: the rows.
         samples: completions per prompt.
-        sampling: temperature and length.
+        sampling: temperature and longest completion.
         batch_size: prompts per batch and process.
-        ks: of pass@k and majority@k.
+        ks: the values of k for pass@k and majority@k.
     """
 
     name: str
@@ -82,7 +82,7 @@ class NamedSet:
 
     @property
     def prefix(self) -> str:
-        """What stands between stage and metric.
+        """The part of a metric's name between stage and metric.
 
         >>> NamedSet("ood", [], 1, Sampling(8), 1, ()).prefix
         'ood/'
@@ -93,23 +93,26 @@ class NamedSet:
 def named_sets(
     given: EvalSets | None, setting: str, default: EvaluationSettings, max_tokens: int
 ) -> list[NamedSet]:
-    """Return the sets that a setting names, in its order.
+    """Return the evaluation sets of a setting, in their order.
 
     Args:
-        given: one source, or sets by name.
-        setting: how it is called, for messages.
-        default: how a set is sampled that does not say so itself.
-        max_tokens: likewise, of its completions.
+        given: one prompt source, or sets by name.
+        setting: the setting's name, for error messages.
+        default: values for what a set leaves None.
+        max_tokens: longest completion of a set that leaves it None, in tokens.
 
     Raises:
-        ConfigurationError: no set, a name that no metric can have, or values that cannot be.
+        ConfigurationError: there is no set, a name cannot be part of a metric's name, or a value is
+            out of range.
     """
     if given is None:
         return []
     if not isinstance(given, Mapping):
         given = {"": EvalSet(given)}
     elif not given:
-        raise ConfigurationError(f"`{setting}` must name at least one set: got none.")
+        raise ConfigurationError(
+            f"`{setting}` must name at least one set: got none. Add a set, or remove the setting."
+        )
     return [_complete(name, one, setting, default, max_tokens) for name, one in given.items()]
 
 
@@ -118,12 +121,12 @@ def _complete(
 ) -> NamedSet:
     if name and not re.fullmatch(r"[\w-]+", name):
         raise ConfigurationError(
-            f"`{setting}` must name sets by letters, digits, - and _: got {name!r}."
+            f"`{setting}` must name sets with letters, digits, - and _: got {name!r}. Rename it."
         )
     if not isinstance(one, EvalSet):
         raise ConfigurationError(
             f"`{setting}.{name}` must be an EvalSet: got {type(one).__name__}. "
-            "Give `prompts`, and what else differs."
+            "Give `prompts`, and the settings that differ from the others."
         )
     where = f"{setting}.{name}." if name else "evaluation."
     samples = default.samples if one.samples is None else one.samples
@@ -137,13 +140,13 @@ def _complete(
     if samples > 1 and sampling.temperature == 0.0:
         raise ConfigurationError(
             f"`{where}temperature` must be above 0 for {samples} samples of a prompt: got 0. "
-            "Greedy completions of one prompt are all the same."
+            "Greedy completions of one prompt are all equal: raise it, or set `samples` to 1."
         )
     ks = tuple((default.k if one.k is None else one.k) or ())
     if not ks and one.k is None:
         ks = (samples,) if samples > 1 else ()
     for k in ks:
-        require_between(f"{where}k", k, 1, samples, "It is a part of the samples of a prompt.")
+        require_between(f"{where}k", k, 1, samples, "Lower it, or raise `samples`.")
     return NamedSet(name, one.prompts, samples, sampling, batch_size, ks)
 
 

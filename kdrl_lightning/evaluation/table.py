@@ -1,4 +1,4 @@
-"""Evaluations of several models, side by side."""
+"""Compares the evaluations of several models in a Markdown table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, dict[str, float]]:
-    """Sort a test's metrics by set.
+    """Return a test's metrics by set and metric name.
+
+    Args:
+        values: the metrics as Lightning logs them, ``test/<set>/<metric>``.
+        sets: the evaluated sets.
 
     >>> from kdrl_lightning.engines import Sampling
     >>> by_set({"test/accuracy": 0.5}, [NamedSet("", [], 1, Sampling(8), 1, ())])
@@ -25,9 +29,14 @@ def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, d
 
 
 def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
-    """Render results by model, set and metric: a line per set and model.
+    """Return a Markdown table with one line per set and model.
 
-    Shares are in per cent; lengths in tokens; the interval is the 95 % bootstrap's over prompts.
+    Shares are in per cent and lengths in tokens; the interval is the 95 % bootstrap interval over
+    prompts.
+
+    Args:
+        results: values by model, set and metric.
+        sets: the evaluated sets.
     """
     ks = sorted({k for one in sets for k in one.ks})
     names = [name for k in ks for name in (f"pass@{k}", f"majority@{k}")]

@@ -1,4 +1,4 @@
-"""Verifiable rewards: a function of one sampled completion."""
+"""Verifiable rewards: functions that judge one sampled completion."""
 
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, TaskReward, Verdict
 from kdrl_lightning.rewards.code import CodeReward

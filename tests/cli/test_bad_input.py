@@ -124,7 +124,7 @@ CASES = {
     "reward is NaN": (["--data.reward=test_bad_input.not_a_number"], "must return a finite number"),
     "no such file": (
         ["--data.train_prompts=JSONLPrompts", "--data.train_prompts.path=/no/file.jsonl"],
-        "/no/file.jsonl, which is no file",
+        "/no/file.jsonl, which is not a file",
     ),
     "rows without prompt": (['--data.train_prompts=[{"question": "1"}]'], "the column `prompt`"),
 }
@@ -337,7 +337,7 @@ SCHEDULE_CASES = {
     "end before start": (
         "trrd_alpha",
         {"class_path": "Linear", "init_args": {"start": 1.0, "end": 0.5, "end_step": 0}},
-        "`end_step` must come after begin_step 0: got 0. For a jump use Switch.",
+        "`end_step` must come after begin_step 0: got 0. For a jump, use Switch.",
     ),
     "another objective's coefficient": (
         "teacher_kl_coef",

@@ -39,9 +39,16 @@ def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "`x` must name at least one set: got none."),
-        ({"a/b": EvalSet(ROWS)}, "`x` must name sets by letters, digits, - and _: got 'a/b'."),
-        ({"a": ROWS}, "`x.a` must be an EvalSet: got list. Give `prompts`, and what else differs."),
+        ({}, "`x` must name at least one set: got none. Add a set, or remove the setting."),
+        (
+            {"a/b": EvalSet(ROWS)},
+            "`x` must name sets with letters, digits, - and _: got 'a/b'. Rename it.",
+        ),
+        (
+            {"a": ROWS},
+            "`x.a` must be an EvalSet: got list. Give `prompts`, and the settings that differ "
+            "from the others.",
+        ),
         ({"a": EvalSet(ROWS, 0)}, "`x.a.samples` must be at least 1: got 0."),
         ({"a": EvalSet(ROWS, batch_size=0)}, "`x.a.batch_size` must be at least 1: got 0."),
         ({"a": EvalSet(ROWS, max_tokens=0)}, "`x.a.max_tokens` must be at least 1: got 0."),
@@ -52,11 +59,11 @@ def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
         (
             {"a": EvalSet(ROWS, 4, temperature=0.0)},
             "`x.a.temperature` must be above 0 for 4 samples of a prompt: got 0. Greedy "
-            "completions of one prompt are all the same.",
+            "completions of one prompt are all equal: raise it, or set `samples` to 1.",
         ),
         (
             {"a": EvalSet(ROWS, 4, k=[2, 5])},
-            "`x.a.k` must be in [1, 4]: got 5. It is a part of the samples of a prompt.",
+            "`x.a.k` must be in [1, 4]: got 5. Lower it, or raise `samples`.",
         ),
     ],
 )
@@ -120,7 +127,9 @@ def test_answers_are_the_rewards_own() -> None:
         def answer(self, sample: Sample) -> str:
             raise ValueError
 
-    with pytest.warns(UserWarning, match="`answer` failed, so no vote: ValueError"):
+    with pytest.warns(
+        UserWarning, match="`answer` failed, so the completion does not vote: ValueError"
+    ):
         assert answer_of(Fails(), sample) is None
 
 

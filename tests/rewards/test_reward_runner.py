@@ -211,7 +211,7 @@ def test_the_first_failure_of_each_kind_in_training_is_shown():
         r"^the reward failed on 1 of 1 completions of a rollout, which count as wrong and get -1: "
     )
     for text, error in (("a", "KeyError: 'why'"), ("b", "OSError: why")):
-        with pytest.warns(UserWarning, match=words + rf"last {error}\.$"):
+        with pytest.warns(UserWarning, match=words + rf"the last error was {error}\.$"):
             runner([sample(text)])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -235,7 +235,7 @@ def test_an_evaluation_warns_of_failures_and_goes_on(bad):
     runner = RewardRunner(fails_if_bad, RewardFailures(0.0))
     words = (
         rf"^the reward failed on {bad} of 10 completions of an evaluation, "
-        r"which count as wrong: last KeyError: 'answer'\.$"
+        r"which count as wrong: the last error was KeyError: 'answer'\.$"
     )
     with pytest.warns(UserWarning, match=words) as caught:
         verdicts = runner(rollout(bad, 10), training=False)
@@ -254,8 +254,9 @@ def test_an_evaluation_without_failures_is_silent():
 def test_failures_above_the_bound_stop_the_run_with_the_figures():
     runner = RewardRunner(fails_if_bad)
     words = (
-        r"^the reward failed on 2 of 10 completions, above 10%: last KeyError: 'answer'\. "
-        r"Mend the reward function\.$"
+        r"^the reward failed on 2 of 10 completions, above 10%: "
+        r"the last error was KeyError: 'answer'\. "
+        r"Fix the reward function\.$"
     )
     with pytest.raises(TrainingStopped, match=words):
         runner(rollout(2, 10))
@@ -266,12 +267,12 @@ def test_an_error_without_words_is_named():
     def silent(_: Sample) -> float:
         raise ZeroDivisionError
 
-    with pytest.raises(TrainingStopped, match=r"last ZeroDivisionError\. Mend"):
+    with pytest.raises(TrainingStopped, match=r"the last error was ZeroDivisionError\. Fix"):
         RewardRunner(silent)([sample()] * 2)
 
 
 def test_a_reward_that_is_not_finite_is_named():
-    with pytest.raises(TrainingStopped, match=r"last ValueError: reward nan\."):
+    with pytest.raises(TrainingStopped, match=r"the last error was ValueError: reward nan\."):
         RewardRunner(lambda s: math.nan)([sample()] * 2)
 
 
@@ -383,11 +384,11 @@ def test_try_once_refuses_a_reward_that_fails(reward, found):
     words = rf"^`reward` must return a finite number: got {found} for the completion '' of the "
     with pytest.raises(ConfigurationError, match=words) as caught:
         RewardRunner(reward).try_once(ROW)
-    assert str(caught.value).endswith(f"row {ROW!r}. Mend the reward function.")
+    assert str(caught.value).endswith(f"row {ROW!r}. Fix the reward function.")
     assert caught.value.__cause__ is not None
 
 
 def test_try_once_shortens_a_long_row():
-    with pytest.raises(ConfigurationError, match=r"x\.\.\.\. Mend") as caught:
+    with pytest.raises(ConfigurationError, match=r"x\.\.\.\. Fix") as caught:
         RewardRunner(fails).try_once({"prompt": "x" * 5000})
     assert len(str(caught.value)) < 400

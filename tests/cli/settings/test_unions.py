@@ -78,7 +78,7 @@ CASES = {
             "--data.val_prompts={ood: {prompts: {class_path: JSONLPrompts, init_args: "
             "{path: /no/file}}}}"
         ],
-        "`path` must be a JSON Lines file: got /no/file, which is no file.",
+        "`path` must be a JSON Lines file: got /no/file, which is not a file. Check",
     ),
     "an argument in a named set": (
         ["--data.val_prompts={ood: {prompts: {class_path: JSONLPrompts, init_args: {pth: x}}}}"],

@@ -57,7 +57,7 @@ def test_such_a_prompt_refuses_the_run_before_weights_are_loaded(
     words = re.escape(
         f"`{where}` must have at most 22 tokens a prompt (TransformersEngine cannot sample past 32 "
         "tokens, beyond which the rotary embedding of Phi3ForCausalLM changes; `max_tokens` 10): "
-        "got 25 in row 2, and 1 such rows of 3. Set `overlong_prompts: drop`, or lower "
+        "got 25 in row 2 (above the limit: 1 of 3). Set `overlong_prompts: drop`, or lower "
         "`max_tokens`."
     )
     sets = {"train_prompts": [SHORT], "val_prompts": [SHORT]}
@@ -77,7 +77,7 @@ def test_such_prompts_are_left_out_and_longer_ones_stay(
         prompts_per_rollout=2,
     )
     trace = fit(tmp_path, make_module(longrope, None, GRPO()), data, max_steps=2)
-    words = "train_prompts: 2 of 4 prompts left out, which have more than 22 tokens\n"
+    words = "train_prompts: 2 of 4 prompts are left out because they have more than 22 tokens\n"
     assert capsys.readouterr().out.count(words) == 1
     lengths = {int(n) for _, batch in trace.seen for n in batch.lengths - batch.completion_lengths}
     assert lengths == {22, 40}

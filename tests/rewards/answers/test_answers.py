@@ -99,5 +99,8 @@ def test_mathematics_is_decided_by_the_vote() -> None:
 
 def test_an_answer_that_cannot_be_had_is_shown() -> None:
     row = ReasoningGymPrompts("chain_sum", size=1)[0]
-    with pytest.warns(UserWarning, match=r"the reward's `answer` failed, so no vote: KeyError"):
+    with pytest.warns(
+        UserWarning,
+        match=r"the reward's `answer` failed, so the completion does not vote: KeyError",
+    ):
         assert answer_of(RoutedReward({"a": len}), Sample("", [], {**row, "source": "b"})) is None

@@ -108,8 +108,8 @@ def test_a_process_that_ends_before_it_is_ready_stops_the_run_in_one_line() -> N
     pool = WorkerPool(answer, seconds=5.0, workers=2)
     pool.target = ("helpers.rewards.ends_at_once", "answer")
     words = (
-        r"^a process that calls helpers\.rewards\.ends_at_once\.answer must start: "
-        r"3 ended before they were ready\. "
+        r"^the worker processes of helpers\.rewards\.ends_at_once\.answer must start: "
+        r"got 3 that ended before they were ready\. "
         r"Check that its module can be imported, and the machine's memory\.$"
     )
     with pytest.raises(TrainingStopped, match=words):
@@ -222,7 +222,7 @@ def test_a_function_that_cannot_be_imported_there(monkeypatch: pytest.MonkeyPatc
     pool.target = ("helpers.rewards.judged_elsewhere", "nothing")
     with pytest.raises(AttributeError, match="nothing"):
         pool.map([1])
-    words = r"^`function` must be one that another process can import: got .*<locals>.*Put it at"
+    words = r"^`function` must be importable from another process: got .*<locals>.*Put it at"
     with pytest.raises(ConfigurationError, match=words):
         WorkerPool(lambda x: x, 1.0, 1)
 
