@@ -1617,7 +1617,7 @@ MUTATIONS = [
     Mutation(
         "adapters: on a tower in the decoder",
         EXPERTS,
-        "not in (None, own)]",
+        "not in (None, kind)]",
         "is not None and False]",
     ),
     Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
@@ -1799,8 +1799,8 @@ MUTATIONS = [
     Mutation(
         "vLLM: an installed package is called missing",
         VLLM_ERRORS,
-        "told and package and find_spec(package) is None",
-        "told and package",
+        "import_failed and package and find_spec(package) is None",
+        "import_failed and package",
     ),
     # What completions are worth.
     Mutation(
@@ -1957,7 +1957,7 @@ MUTATIONS = [
         "if ids[length - 1] == ends.ids[0]:",
     ),
     # Loading: what is random, left out, refused or frozen.
-    Mutation("reached: parts of layers frozen", REACHED, "if not own <= names:", "if False:"),
+    Mutation("reached: parts of layers frozen", REACHED, "if not in_layer <= names:", "if False:"),
     Mutation(
         "ends: white space after a trace's end is kept",
         ("supervised.py", "test_supervised.py"),

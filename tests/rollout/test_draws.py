@@ -143,7 +143,8 @@ def test_a_resumed_run_decides_as_the_whole_one() -> None:
 
 def test_a_teachers_token_that_the_student_does_not_have_is_refused() -> None:
     words = (
-        r"^the teacher's completions must be of the student's 16 tokens: got 16\. Take a teacher"
+        r"^token ids of the teacher's completions must be below 16, the rows of the student's "
+        r"embedding: got 16\. Choose a teacher"
     )
     with pytest.raises(TrainingStopped, match=words):
         require_embedded(torch.tensor([[3, 16], [1, 0]]), 16)

@@ -133,7 +133,7 @@ class Stop(pl.Callback):
 def test_slow_sampling_is_said_before_the_first_update(tmp_path: Path) -> None:
     folder = save("openai-gpt", tmp_path / "model")
     data = make_data(train_prompts=[SHORT], val_prompts=None, max_tokens=2)
-    words = "OpenAIGPTLMHeadModel is sampled without a cache"
+    words = "TransformersEngine samples OpenAIGPTLMHeadModel without a cache"
     with pytest.warns(UserWarning, match=words), pytest.raises(InterruptedError):
         fit(tmp_path, make_module(folder, None, GRPO()), data, [Stop()])
 
@@ -174,9 +174,9 @@ def test_vllm_says_that_it_takes_one_embedding(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(VLLMEngine, "_start", lambda *_: object())
     words = re.escape(
-        "vLLM takes the rotary embedding of Phi3ForCausalLM for more than 32 tokens in rows of any "
-        "length, as `max_model_len` is 128: its log-probabilities of shorter rows are not the "
-        "trainer's. Set `max_model_len` to 32 if prompts with their completions fit."
+        "vLLM uses the rotary embedding of Phi3ForCausalLM for more than 32 tokens in rows of any "
+        "length, because `max_model_len` is 128: its log-probabilities of shorter rows differ from "
+        "the trainer's. Set `max_model_len` to 32 if prompts with their completions fit."
     )
     with pytest.warns(UserWarning, match=f"^{words}$"):
         VLLMEngine().setup(weights, 1, 0)
