@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.checkpoints.files import (
     CheckpointWriter,
     newest_whole,
@@ -25,7 +26,7 @@ from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive
 from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
 
 
-class FSDPCheckpoint(ModelCheckpoint):
+class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
     """Saves the student, the optimizer and the run's progress, so that a killed run goes on.
 
     A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards; a path holds a
@@ -119,16 +120,14 @@ class FSDPCheckpoint(ModelCheckpoint):
         if not trainer.fast_dev_run:
             self._signals.listen(trainer.is_global_zero)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save at the end of a rollout, or stop at the end of a step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:
+    def on_step_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save at the end of a rollout or of the run; stop at the end of a step."""
+        if trainer.fast_dev_run:
             return
         self._stops = self._signals.agreed(pl_module.reduce)
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
         at_end = trainer.global_step == trainer.max_steps
-        self._due = at_end or not trainer.global_step % (per_rollout * self.every_n_rollouts)
+        every = self.every_n_rollouts * updates_per_rollout(trainer)
+        self._due = at_end or trainer.global_step % every == 0
         loop = trainer.fit_loop
         if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             if self._due or self._stops:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
@@ -28,7 +29,7 @@ RANGES = {
 }
 
 
-class SelectiveImitationStats(pl.Callback):
+class SelectiveImitationStats(RolloutCallback):
     """Logs ``kd/*`` and ``policy/*`` once per optimizer step, token-weighted over all ranks.
 
     ``docs/statistics.md`` says how to read each. Histograms of the teacher's gap, the log ratio,
@@ -66,6 +67,8 @@ class SelectiveImitationStats(pl.Callback):
         self.histograms: dict[int, dict[str, Histogram]] = {}
         self._stats = StepStats()
         self._hist = Histograms(RANGES)
+        self._step: dict[str, float] = {}  # of the optimizer step that has just ended
+        self._step_histograms: dict[str, Histogram] = {}
         self._used: set[int] = set()  # groups: their completions may lie in several micro-batches
         self._imitated: set[int] = set()
 
@@ -87,10 +90,10 @@ class SelectiveImitationStats(pl.Callback):
         add_histograms(self._hist, micro, outputs["entropy"])
         self._used |= set(batch.group_ids[batch.loss_mask.any(1)].tolist())
         self._imitated |= set(batch.group_ids[micro.imitated.any(1)].tolist())
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._end_step(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _end_step(self, trainer: Any, pl_module: Any) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Log the step."""
         groups = torch.tensor([g in self._imitated for g in self._used], device=pl_module.device)
         self._stats.add_mean("kd/imitated_groups_frac", groups.bool())
         self._used, self._imitated = set(), set()
@@ -101,14 +104,14 @@ class SelectiveImitationStats(pl.Callback):
             edge = math.exp(weight.quantile(0.99))  # of a bin: it may lie beyond the largest value
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
         pl_module.log_step(self._stats.with_gaps(values))
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        rollout, left = divmod(trainer.global_step, per_rollout)
-        if left:
-            return
-        self.rows.append({"rollout": rollout, **values})
-        if (rollout - 1) % self.histogram_every == 0:
-            self.histograms[rollout] = histograms
-            log_histograms(trainer, histograms)
+        self._step, self._step_histograms = values, histograms
+
+    def on_rollout_end(self, trainer: pl.Trainer, pl_module: Any, rollout: int) -> None:
+        """Keep the values of the rollout's last step; now and then also the histograms."""
+        self.rows.append({"rollout": rollout + 1, **self._step})
+        if rollout % self.histogram_every == 0:
+            self.histograms[rollout + 1] = self._step_histograms
+            log_histograms(trainer, self._step_histograms)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Print the table and draw the picture."""

@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm import tqdm
 
+from kdrl_lightning.callbacks.base import RolloutCallback, has_rollouts, updates_per_rollout
+
 SHOWN = {
     "val/accuracy": "val",
     "reward/mean": "reward",
@@ -17,7 +19,7 @@ SHOWN = {
 }
 
 
-class RolloutProgress(pl.Callback):
+class RolloutProgress(RolloutCallback):
     """One bar over the whole run: rollouts done, time left, and the figures that matter.
 
     Without a terminal it prints a line every few seconds instead.
@@ -36,10 +38,10 @@ class RolloutProgress(pl.Callback):
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._per = getattr(data, "updates_per_rollout", 1)
+        self._per = updates_per_rollout(trainer)
         steps = trainer.estimated_stepping_batches
         total = None if steps == float("inf") else -(-int(steps) // self._per)
-        if hasattr(data, "updates_per_rollout"):
+        if has_rollouts(trainer):
             amount = "no limit of steps" if total is None else f"{steps} steps = {total} rollouts"
             print(
                 f"{amount}, each of {data.prompts_per_rollout} prompts x "
@@ -52,16 +54,14 @@ class RolloutProgress(pl.Callback):
             initial=trainer.global_step / self._per,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            unit="rollout" if hasattr(data, "updates_per_rollout") else "step",
+            unit="rollout" if has_rollouts(trainer) else "step",
             desc=self.description,
             mininterval=0.2 if terminal else 5.0,
             file=sys.stderr,
             dynamic_ncols=terminal,
         )
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Advance by one update, a fraction of a rollout."""
         if self._bar is None:
             return

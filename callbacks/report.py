@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import Interrupted
 from kdrl_lightning.models.loading import check_saves
@@ -39,7 +40,7 @@ CURVES = (
 )
 
 
-class RunReport(pl.Callback):
+class RunReport(RolloutCallback):
     """Measures student and teacher before and after, and writes the run folder.
 
     The run folder is the logger's (or ``default_root_dir``); a run that finds another one there
@@ -108,22 +109,24 @@ class RunReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock of an update."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch_started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock of an update; keep the curves' values at the end of each rollout."""
+        """Stop the clock of an update."""
         self._train_seconds += time.perf_counter() - self._batch_started
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        # Some are logged at a rollout's start, which may lie before a resume.
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Note the latest values: some are logged at a rollout's start, before a resume perhaps."""
         metrics = trainer.callback_metrics
         self._latest |= {name: float(metrics[name]) for name in CURVES if name in metrics}
-        if trainer.global_step % per_rollout == 0:
-            rollout = trainer.global_step // per_rollout
-            self.curves.append({"rollout": rollout, **self._latest})
+
+    def on_rollout_end(self, trainer: pl.Trainer, pl_module: Any, rollout: int) -> None:
+        """Add a point to the curves."""
+        self.curves.append({"rollout": rollout + 1, **self._latest})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure once more if need be."""
@@ -141,8 +144,7 @@ class RunReport(pl.Callback):
         if trainer.fast_dev_run:
             print("fast_dev_run: nothing is written")
             return
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        accuracy = [(step / per_rollout, value) for step, value in self.accuracy]
+        accuracy = [(step / updates_per_rollout(trainer), value) for step, value in self.accuracy]
         text = json.dumps(summary, indent=2) + "\n"
         file = folder / "summary.json"
         write_or_warn(file, lambda: file.write_text(text))
@@ -220,9 +222,7 @@ class RunReport(pl.Callback):
             "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
             "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,
             "teacher_accuracy": self.teacher_accuracy,
-            "rollouts": -(
-                -trainer.global_step // getattr(trainer.datamodule, "updates_per_rollout", 1)
-            ),
+            "rollouts": -(-trainer.global_step // updates_per_rollout(trainer)),
             "optimizer_steps": trainer.global_step,
             "skipped_steps": pl_module.skipped_steps,
             "rollout_seconds": rollout_seconds,

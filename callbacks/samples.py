@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from kdrl_lightning.callbacks.base import RolloutCallback, starts_step, updates_per_rollout
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.reports import (
     SampleView,
@@ -30,7 +30,7 @@ SCORED = (
 UNSCORED = "Completions of the validation: no teacher has scored them, so there is only the text."
 
 
-class SamplePage(pl.Callback):
+class SamplePage(RolloutCallback):
     """Shows a few completions at each validation and at the end of training.
 
     ``samples.html`` in the run folder colours each token of the last rollout by the teacher's gap
@@ -66,9 +66,10 @@ class SamplePage(pl.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the micro-batches of one optimizer step; they exist anyway."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not trainer.is_global_zero or batch.old_logprobs is None:
             return
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if starts_step(trainer, batch_idx):
             self._step = []
         self._step.append((batch.replace(metrics={}), outputs["logprobs"]))
 
@@ -105,8 +106,7 @@ class SamplePage(pl.Callback):
         groups, notes = {}, {}
         scored = self._scored(trainer, pl_module)
         if scored:
-            data = trainer.datamodule
-            rollout = (trainer.global_step - 1) // getattr(data, "updates_per_rollout", 1)
+            rollout = (trainer.global_step - 1) // updates_per_rollout(trainer)
             groups[f"rollout {rollout}"] = scored
             notes[f"rollout {rollout}"] = SCORED
         for name, views in self._validated.items():

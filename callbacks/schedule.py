@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.callbacks.schedules import PlateauSwitch, Schedule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
@@ -19,7 +20,7 @@ METRICS = {
 }
 
 
-class CoefficientSchedule(pl.Callback):
+class CoefficientSchedule(RolloutCallback):
     """Sets one coefficient of the objective before each rollout or optimizer step.
 
     It is a function of ``trainer.global_step``, so that a resumed run needs no state; only
@@ -106,12 +107,11 @@ class CoefficientSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the coefficient of this update."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         value = pl_module.objective.coefficient(self.coefficient)
         pl_module.log_step({self.metric: float(value)})
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Set the next one."""
         self._set(trainer, pl_module)
 
@@ -140,12 +140,8 @@ class CoefficientSchedule(pl.Callback):
             self.schedule.load_state_dict(state_dict)
 
     def _step(self, trainer: pl.Trainer) -> int:
-        step = trainer.global_step
-        if self.unit == "rollout":
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            if hasattr(data, "rollout_at"):  # without rollouts every step counts
-                return int(data.rollout_at(step))
-        return step
+        each = updates_per_rollout(trainer) if self.unit == "rollout" else 1
+        return trainer.global_step // each
 
     def _set(self, trainer: pl.Trainer, pl_module: Any) -> None:
         value = self.coef_at(self._step(trainer))

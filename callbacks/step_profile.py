@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.errors import require_between
 
 
-class StepProfile(pl.Callback):
+class StepProfile(RolloutCallback):
     """Prints, once, the phases of a rollout and its updates, and the operators that take longest.
 
     torch's profiler runs from the sampling of one rollout to its last update, on rank 0; the step
@@ -37,16 +38,13 @@ class StepProfile(pl.Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note when the updates begin."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._profile is not None and self._began is None:
             self._began = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Start behind the rollout before, print behind the last update."""
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not last or trainer.global_step % per_rollout or not trainer.is_global_zero:
+    def on_rollout_end(self, trainer: pl.Trainer, pl_module: Any, rollout: int) -> None:
+        """Start after the rollout before, print after the last update."""
+        if not trainer.is_global_zero:
             return
         self._rollouts += 1
         if self._rollouts == self.rollout:

@@ -1,20 +1,22 @@
-"""Proof that the engine samples from the student's weights, and how old they may be."""
+"""Checks that the engine samples from the student's weights, and how old they may be."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from kdrl_lightning.callbacks.base import RolloutCallback, has_rollouts, updates_per_rollout
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rollout.agreement import bound_of
 from kdrl_lightning.rollout_batch import STUDENT
 
 
-class WeightSync(pl.Callback):
-    """Stops a run whose rollouts do not come from the student as it is.
+class WeightSyncCheck(RolloutCallback):
+    """Stops a run if its rollouts do not come from the student's current weights.
 
     The data module pushes weights once per rollout; this callback checks the result. At a rollout's
     first update the version that travels with each completion must be the trainer's step, and the
@@ -45,7 +47,8 @@ class WeightSync(pl.Callback):
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
 
-        >>> WeightSync().bound("32-true", torch.float32), WeightSync().bound("bf16-mixed", None)
+        >>> check = WeightSyncCheck()
+        >>> check.bound("32-true", torch.float32), check.bound("bf16-mixed", None)
         (0.001, 0.1)
         """
         if self.max_mean_diff is not None:
@@ -59,11 +62,11 @@ class WeightSync(pl.Callback):
         if live is not None:
             live.max_mean_diff = self.max_mean_diff
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    def on_rollout_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, rollout: int
     ) -> None:
-        """Check a rollout at its first micro-batch; where one rank has to stop, all do."""
-        if not batch.metrics:
+        """Check a rollout at its first micro-batch; if one rank has to stop, all do."""
+        if not has_rollouts(trainer):
             return
         stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
         self._waiting = batch
@@ -72,10 +75,9 @@ class WeightSync(pl.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if not getattr(data, "max_off_policy_steps", 0):
             return
-        # The same on all ranks. Behind the last rollout nothing was pushed any more.
-        step = trainer.global_step
-        due = data.rollout_at(step) % self.every_n_rollouts == 0
-        if due and data.rollout_engine.version == step:
+        # The same on all ranks. After the last rollout nothing was pushed any more.
+        due = rollout % self.every_n_rollouts == 0
+        if due and data.rollout_engine.version == trainer.global_step:
             fresh = data.probe()
             stop_together(lambda: self.compare(trainer, pl_module, fresh), pl_module.reduce)
 
@@ -96,7 +98,7 @@ class WeightSync(pl.Callback):
         """
         data: Any = getattr(trainer, "datamodule", None)
         rollouts = getattr(data, "max_off_policy_steps", 0)
-        allowed = rollouts * getattr(data, "updates_per_rollout", 1)
+        allowed = rollouts * updates_per_rollout(trainer)
         staleness = int(trainer.global_step - batch.policy_version.min())
         pl_module.log_step({"rollout/staleness": float(staleness)})
         if staleness > allowed:
@@ -136,3 +138,11 @@ class WeightSync(pl.Callback):
                 "samples with settings that change its log-probabilities, or computes this "
                 "architecture otherwise."
             )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WeightSync":
+        text = "`WeightSync` is now `WeightSyncCheck`: the old name goes with 0.3."
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        return WeightSyncCheck
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

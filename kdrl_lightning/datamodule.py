@@ -228,7 +228,7 @@ class RolloutDataModule(pl.LightningDataModule):
         # Another module or trainer may have used this object: its rollout and weights are not ours.
         self.live.trainer = self.trainer
         self.live.vocabulary_rows = self.live.module.vocabulary_rows
-        self.live.max_mean_diff = None  # WeightSync, which is set up later, may have one
+        self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may have one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":

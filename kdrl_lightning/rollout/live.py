@@ -25,7 +25,7 @@ class LiveSampler:
         trainer: of the run; set before anything is sampled.
         vocabulary_rows: of the smallest embedding that reads the completions; set likewise.
         ahead: completions that have been sampled already.
-        max_mean_diff: ``WeightSync``'s bound, in nats; None: that of the precision.
+        max_mean_diff: ``WeightSyncCheck``'s bound, in nats; None: that of the precision.
     """
 
     def __init__(self, rewards: RewardRunner) -> None:
