@@ -13,15 +13,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
-from kdrl_lightning.checkpoints.files import (
-    CheckpointWriter,
-    newest_whole,
-    remove_unfinished,
-    together,
-)
+from kdrl_lightning.checkpoints.layout import remove_unfinished
+from kdrl_lightning.checkpoints.reader import newest_whole
+from kdrl_lightning.checkpoints.writer import CheckpointWriter, together
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
+from kdrl_lightning.trainer.internals import validates_next
 from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
 
@@ -128,8 +126,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         at_end = trainer.global_step == trainer.max_steps
         every = self.every_n_rollouts * updates_per_rollout(trainer)
         self._due = at_end or trainer.global_step % every == 0
-        loop = trainer.fit_loop
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if not validates_next(trainer):
             if self._due or self._stops:
                 pl_module.write_step()  # a killed or stopped run would lose this row for good
             self._save_if_due(trainer, None)

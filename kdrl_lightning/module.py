@@ -15,18 +15,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdrl_lightning.checkpoints.files import (
-    check_readable,
-    content_mark,
-    export_together,
-    read_metadata,
-)
 from kdrl_lightning.checkpoints.integrity import whole_folder
+from kdrl_lightning.checkpoints.reader import check_readable, content_mark, read_metadata
 from kdrl_lightning.checkpoints.resume import (
     KEY,
     Settings,
     agree_before_loading,
-    check_before_loading,
     check_complete,
     check_identity,
     identity,
@@ -56,6 +50,8 @@ from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.tokenizers import check_end_tokens
+from kdrl_lightning.trainer.failures import export_together
+from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
 
 # Sums over a step that are looked at and not logged.
@@ -186,7 +182,7 @@ class KDRLModule(pl.LightningModule):
         self._written = 0
         refuse_fsdp1(self.trainer.strategy)
         agree_before_loading(self.trainer, content_mark)
-        check_before_loading(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
+        before_load(self.trainer.strategy, lambda p: self._check_checkpoint(p, stage))
         if stage == "fit" and self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
             raise ConfigurationError(
                 "`precision` must keep float32 weights, without a loss scaler, for training: got "

@@ -12,10 +12,13 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import all_settings
+from kdrl_lightning.trainer.internals import before_restore
+from kdrl_lightning.trainer.protocols import trained
 
 KEY = "kdrl_lightning"
 # Of a model's configuration: what says nothing about what its weights compute.
@@ -46,21 +49,7 @@ def optimizer_name(module: Any) -> str:
     return type(module.optimizer_callable([torch.nn.Parameter(torch.zeros(1))])).__name__
 
 
-def check_before_loading(strategy: Any, check: Callable[[str], None]) -> None:
-    """Let a strategy check a checkpoint before it reads it.
-
-    Lightning tells the path to no hook before that.
-    """
-    load = type(strategy).load_checkpoint
-
-    def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        check(str(checkpoint_path))
-        return load(strategy, checkpoint_path, *args, **kwargs)
-
-    strategy.load_checkpoint = checked
-
-
-def agree_before_loading(trainer: Any, mark: Callable[[str | None], str | None]) -> None:
+def agree_before_loading(trainer: pl.Trainer, mark: Callable[[str | None], str | None]) -> None:
     """Let all processes compare their checkpoints before any of them reads its own.
 
     Each process finds ``last`` by itself, or gets a path from its launcher. If these differ, ddp
@@ -72,16 +61,12 @@ def agree_before_loading(trainer: Any, mark: Callable[[str | None], str | None])
     """
     if trainer.world_size == 1:
         return
-    connector = trainer._checkpoint_connector
-    # The one call in which every process has its path, or None, and none has read anything.
-    restore = type(connector)._restore_modules_and_callbacks
 
-    def compared(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        path = None if checkpoint_path is None else str(checkpoint_path)
-        require_same(path, mark(path), trainer.strategy.broadcast, trainer.lightning_module.reduce)
-        return restore(connector, checkpoint_path, *args, **kwargs)
+    def compare(path: str | None) -> None:
+        reduce = trained(trainer.lightning_module).reduce
+        require_same(path, mark(path), trainer.strategy.broadcast, reduce)
 
-    connector._restore_modules_and_callbacks = compared
+    before_restore(trainer, compare)
 
 
 def require_same(

@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
 
-from kdrl_lightning.checkpoints.files import not_exported
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
+from kdrl_lightning.trainer.failures import not_exported
+from kdrl_lightning.trainer.internals import stop_after_validation
 
 
 def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
@@ -134,7 +135,7 @@ def check_early_stopping(trainer: Any) -> None:
                     f"`monitor` of EarlyStopping must be a metric that is logged: got "
                     f"{callback.monitor} without a validation. Set `data.val_prompts`, or drop it."
                 )
-            callback._check_on_train_epoch_end = False
+            stop_after_validation(callback)
 
 
 def check_monitors(trainer: Any) -> None:

@@ -33,12 +33,11 @@ ALLOWED = {
     "prompts": FLOOR,
     "engines": FLOOR | {"models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
-    "checkpoints": FLOOR | {"distributed", "models"},
+    "checkpoints": FLOOR | {"distributed", "models", "trainer"},
     "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
-    "trainer": FLOOR
-    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"},
+    "trainer": FLOOR | {"distributed", "engines", "models", "objectives", "rewards", "rollout"},
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
     | {"teachers", "trainer"},
