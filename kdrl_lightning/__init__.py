@@ -30,7 +30,6 @@ _HOME = {
     "RLSD": "objectives",
     "SRPO": "objectives",
     "PolicyObjective": "objectives",
-    "WeightedSum": "objectives",
     "Objective": "objectives",
     "GGUFModel": "models.gguf",
     "LoRA": "models.lora",
@@ -97,7 +96,6 @@ if TYPE_CHECKING:
     from kdrl_lightning.objectives import Objective as Objective
     from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
     from kdrl_lightning.objectives import PolicyObjective as PolicyObjective
-    from kdrl_lightning.objectives import WeightedSum as WeightedSum
     from kdrl_lightning.prompts import HFPrompts as HFPrompts
     from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts

@@ -38,6 +38,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: Sequence[str] | None) -> None:
+    given = sys.argv[1:] if args is None else list(args)
+    try:
+        if _without_torch(given):
+            sys.stdout.flush()
+            return
+    except ConfigurationError as error:
+        _exit(error, 2)
+    except BrokenPipeError:  # `... configs | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -47,7 +57,6 @@ def _run(args: Sequence[str] | None) -> None:
     from kdrl_lightning.trainer.strategies import end_with_children
 
     try:
-        given = sys.argv[1:] if args is None else list(args)
         if given[:1] == ["export"]:
             run_export(given[1:])
         elif given[:1] == ["evaluate"]:
@@ -80,6 +89,26 @@ def _run(args: Sequence[str] | None) -> None:
         text = f"the run must be able to use its files: got {type(disk).__name__}: {disk}. Make "
         cure = "room, or mend the permissions, and go on with `--ckpt_path last`."
         _exit(TrainingStopped(text + cure), 1, error)
+
+
+def _without_torch(given: Sequence[str]) -> bool:
+    """Run a subcommand that needs no torch, whose import takes seconds.
+
+    Returns:
+        Whether the command line asked for one.
+    """
+    from kdrl_lightning.cli.help import help_text
+
+    text = help_text(given)
+    if text is not None:
+        print(text)
+        return True
+    if given[0] == "configs":
+        from kdrl_lightning.cli.configs import configs
+
+        configs(given[1:])
+        return True
+    return False
 
 
 def run_export(args: Sequence[str]) -> None:

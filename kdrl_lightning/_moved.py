@@ -52,7 +52,6 @@ MOVED = {
     "rewards.worker": "rewards.processes.worker",
     "rewards.workers": "rewards.processes.workers",
     "rollout.collector": "rollout.groups",
-    "rollout.decoding": "engines.decoding",
     "rollout.engine": "engines.base",
     "rollout.hub_names": "engines.vllm.hub_names",
     "rollout.plan": "rollout.updates",

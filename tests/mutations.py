@@ -55,8 +55,7 @@ GRPO = "objectives/grpo.py", "objectives/test_family.py"
 KDRL = "objectives/kdrl.py", "objectives/test_family.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
 MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
-SUM = "objectives/weighted_sum.py", "objectives/test_family.py"
-SUM_PARTS = "objectives/weighted_sum.py", "objectives/test_parts.py"
+TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
@@ -92,11 +91,9 @@ VERIFIED = "models/architectures/verification.py", "models/architectures/test_ve
 SCORED = "models/scorer.py", "models/architectures/test_verification.py"
 PREFIXES = "engines/prefixes.py", "engines/test_prefixes.py"
 WAYS = "engines/transformers_engine.py", "engines/test_prefixes.py"
-DECODING = "engines/decoding.py", "engines/test_decoding.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "metrics/test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "runs/test_old_scores.py"
-SUM_PENDING = "objectives/weighted_sum.py", "runs/test_old_scores.py"
 WEIGHTS = "models/weights.py", "models/lora/test_adapters.py"
 ADAPTERS = "models/lora/adapters.py", "models/lora/test_adapters.py"
 EXPERTS = "models/lora/targets.py", "models/lora/test_lora_experts.py"
@@ -370,8 +367,8 @@ MUTATIONS = [
     Mutation(
         "KDRL: KL subtracted",
         FRAME,
-        "                self.distill.teacher_kl_coef,\n",
-        "                -self.distill.teacher_kl_coef,\n",
+        "                self.distill.coef,\n",
+        "                -self.distill.coef,\n",
     ),
     Mutation(
         "RLAD: clip sides swapped",
@@ -914,6 +911,12 @@ MUTATIONS = [
         "SequenceRatio(clip_high, clip_low)",
     ),
     Mutation(
+        "KDRL: another term is ignored",
+        KDRL,
+        "distill=distill or kl",
+        "distill=kl",
+    ),
+    Mutation(
         "KDRL: whole distributions by forward KL",
         KDRL,
         "VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)",
@@ -926,17 +929,40 @@ MUTATIONS = [
         "ReweightedAdvantage(width, mix",
     ),
     Mutation(
-        "sum: weights swapped",
-        SUM,
-        '("rl", self.rl, self.rl_coef)',
-        '("rl", self.rl, self.distill_coef)',
+        "two losses: the second without its weight",
+        TERMS,
+        "return self.distill_coef",
+        "return 1.0",
     ),
-    Mutation("sum: inner coefficients lost", SUM, "coef=weight * term.coef", "coef=weight"),
     Mutation(
-        "sum: imitated without a weight",
-        SUM_PARTS,
-        "mask if self.distill_coef else mask & False",
-        "mask",
+        "two losses: the second one's sign",
+        TERMS,
+        "self.ratio.loss(batch, scores.logprobs, self._advantages(batch))",
+        "self.ratio.loss(batch, scores.logprobs, -self._advantages(batch))",
+    ),
+    Mutation(
+        "two losses: dead tokens imitate",
+        TERMS_PARTS,
+        "used & ~self.ratio.dead(batch, logprobs, advantages)",
+        "used",
+    ),
+    Mutation(
+        "two losses: imitated without an advantage",
+        TERMS_PARTS,
+        "super().where(batch) & (advantages != 0)",
+        "super().where(batch)",
+    ),
+    Mutation(
+        "two losses: imitated without a weight",
+        FRAME_PARTS,
+        "self.distill is not None and self.distill.coef:",
+        "self.distill is not None:",
+    ),
+    Mutation(
+        "two losses: the statistics are the first one's",
+        FRAME_PARTS,
+        "second or self.ratio",
+        "self.ratio",
     ),
     Mutation(
         "SFT: wrong completions stay",
@@ -1334,16 +1360,10 @@ MUTATIONS = [
         "(self.d",
     ),
     Mutation(
-        "pending: unless both summands read a teacher",
-        SUM_PENDING,
-        "self.rl.reads_teacher_scores(rollout) or",
-        "self.rl.reads_teacher_scores(rollout) and",
-    ),
-    Mutation(
-        "pending: unless both summands read",
-        SUM_PENDING,
-        "self.rl.reads_old_scores(rollout) or",
-        "self.rl.reads_old_scores(rollout) and",
+        "shared prompts: whatever they save",
+        SCORING,
+        "return shared <= SHARED_BELOW *",
+        "return 0 <=",
     ),
     Mutation(
         "equal rows: those of another row",
@@ -1361,22 +1381,6 @@ MUTATIONS = [
     Mutation(
         "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
     ),
-    Mutation("one token: the mask upside down", DECODING, "~mask, -torch.inf", "mask, -torch.inf"),
-    Mutation("one token: the scaling forgotten", DECODING, "if scaling is None else scaling", ""),
-    Mutation(
-        "one token: heads of other keys",
-        DECODING,
-        "reshape(rows, shared, heads // shared, width)",
-        "reshape(rows, heads // shared, shared, width).transpose(1, 2)",
-    ),
-    Mutation("one token: of many queries", DECODING, "query.shape[2] > 1 or ", ""),
-    Mutation(
-        "one token: in place of somebody's own",
-        DECODING,
-        "plain is not sdpa_attention",
-        "not sdpa_attention",
-    ),
-    Mutation("one token: it stays behind", DECODING, "[NAME] = plain", "[NAME]"),
     Mutation(
         "rotary: decided by the longest row",
         ROTARY,
@@ -1649,10 +1653,10 @@ MUTATIONS = [
     Mutation("tail: a floor without tokens", TERMS, ".masked_fill(empty, -torch.inf)", ""),
     Mutation("top-k: teacher not floored", TERMS, "teacher.clamp(min=LOGPROB_FLOOR)", "teacher"),
     Mutation(
-        "sum: the correction lost",
-        (SUM[0], "objectives/test_engine_correction.py"),
-        "advantages=rl.advantages, importance_weights=rl.importance_weights",
-        "advantages=rl.advantages",
+        "two losses: the second is not corrected",
+        (TERMS[0], "objectives/test_engine_correction.py"),
+        "needs_advantages = True\n    sampled = True",
+        "needs_advantages = True\n    sampled = False",
     ),
     Mutation(
         "mismatch: arguments swapped",

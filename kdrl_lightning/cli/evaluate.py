@@ -26,6 +26,7 @@ from kdrl_lightning.cli.main import as_seed, quiet, refuse_empty_groups, require
 from kdrl_lightning.cli.parser import OneLineParser
 from kdrl_lightning.cli.settings.text import dump
 from kdrl_lightning.cli.settings.unused import take_notes
+from kdrl_lightning.cli.shipped import config_file
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.table import by_set, markdown_table
@@ -189,11 +190,9 @@ def pruned(args: Sequence[str]) -> list[str]:
 
 
 def _needed(name: str) -> str:
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigurationError(f"`config` must be a YAML file: got {name}, which is no file.")
+    path = config_file(name)
     try:
-        config = load_with_base(path.read_text(encoding="utf-8"), name)
+        config = load_with_base(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"`config` must be UTF-8: got {name} ({error}).") from error
     if not isinstance(config, dict):
@@ -212,5 +211,5 @@ def _needed(name: str) -> str:
 
 
 def is_checkpoint(path: str) -> bool:
-    """Return whether a path is a checkpoint of ``fit``, and not a model folder."""
+    """Return whether a path is a checkpoint of ``fit`` rather than a model folder."""
     return Path(path).is_file() or (Path(path) / META).is_file()

@@ -18,6 +18,7 @@ from kdrl_lightning.cli.settings.private import util
 from kdrl_lightning.cli.settings.replaced import contents, note_lost
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
+from kdrl_lightning.cli.shipped import find
 from kdrl_lightning.errors import ConfigurationError
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -35,7 +36,8 @@ def load_with_base(text: str, path: str) -> Any:
 
     Args:
         text: YAML.
-        path: where it comes from; ``base`` is relative to it.
+        path: where it comes from. ``base`` is relative to it, or names a configuration of the
+            library.
 
     Raises:
         ConfigurationError: a file is not YAML or names a key twice, a base does not exist, or bases
@@ -49,7 +51,7 @@ def read(text: str, path: str | None = None) -> Any:
 
     Args:
         text: YAML.
-        path: where it comes from; ``base`` is relative to it. None: a value of the command line, or
+        path: where it comes from, see ``load_with_base``. None: a value of the command line, or
             the file that jsonargparse is reading.
 
     Raises:
@@ -216,6 +218,8 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(value["base"], str):
         raise ConfigurationError(f"`base` must name one YAML file: got {value['base']!r}.")
     file = (path.parent / value["base"]).resolve()
+    if not file.exists():
+        file = find(value["base"]) or file
     if not file.is_file() or file in seen:
         what = "which is its own base" if file in seen else "which is no file"
         raise ConfigurationError(f"`base` must name a YAML file: got {file}, {what}.")

@@ -29,6 +29,7 @@ from kdrl_lightning.callbacks import (
     WeightSyncCheck,
 )
 from kdrl_lightning.cli import layered_yaml
+from kdrl_lightning.cli.help import OTHER_SUBCOMMANDS
 from kdrl_lightning.cli.parser import OneLineParser
 from kdrl_lightning.cli.settings.folders import removed_if_refused
 from kdrl_lightning.cli.settings.unused import note_unused, take_notes
@@ -74,9 +75,7 @@ class KDRLCLI(LightningCLI):
             parser_kwargs={
                 "prog": "python -m kdrl_lightning",
                 "description": "Post-train a language model with rewards and a frozen teacher. "
-                "Three more subcommands: `export` writes a checkpoint's student as a model "
-                "folder, `evaluate` compares models and checkpoints in one table, `serve` starts a "
-                "vLLM server.",
+                f"More subcommands: {', '.join(OTHER_SUBCOMMANDS)}.",
             },
             run=not instantiate_only,
             seed_everything_default=0,

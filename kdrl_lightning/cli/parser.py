@@ -1,4 +1,4 @@
-"""The command line's parser: what is wrong in one line, instead of after two screens of usage."""
+"""The command line's parser: it prints a mistake as one line, not after two screens of usage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 import kdrl_lightning
+from kdrl_lightning.cli.help import HELP_ALL
 from kdrl_lightning.cli.settings.text import Text
 from kdrl_lightning.cli.settings.unused import note_repeated
+from kdrl_lightning.cli.shipped import with_files
 from kdrl_lightning.errors import ConfigurationError
 
 HELP = "--help`"
@@ -57,17 +59,29 @@ class OneLineParser(LightningArgumentParser):
         raise ConfigurationError(text) from ex
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Read a configuration file; one that is no text is the user's mistake."""
+        """Read a configuration file.
+
+        Raises:
+            ConfigurationError: it is no text in UTF-8.
+        """
         try:
             return super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"`config` must be UTF-8: got {path} ({error}).") from error
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Read the command line; so is any other file."""
-        note_repeated(next(iter(args), kwargs.get("args")) or sys.argv[1:])
+        """Read the command line, on which ``--config`` may name a configuration of the library.
+
+        Raises:
+            ConfigurationError: a setting is wrong, or a file of settings is no text.
+        """
+        words = next(iter(args), kwargs.pop("args", None))
+        given = sys.argv[1:] if words is None else list(words)
+        note_repeated(given)
+        # Ours is the short screen; argparse's own lists every flag.
+        words = ["--help" if word == HELP_ALL else word for word in with_files(given)]
         try:
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(words, *args[1:], **kwargs)
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
 
@@ -75,7 +89,7 @@ class OneLineParser(LightningArgumentParser):
         prog = self.prog.split(" [")[0].removesuffix(" fit")
         if not prog.startswith("python -m"):  # a parser that jsonargparse makes for one class
             prog = "python -m kdrl_lightning"
-        alone = prog.endswith(("export", "evaluate")) or text.startswith("argument subcommand")
+        alone = prog.endswith(("export", "evaluate"))
         where = "" if alone else " fit"
         return f" (see `{prog}{where} {HELP})"
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from kdrl_lightning.cli.plain_parser import PlainParser
 from kdrl_lightning.engines.vllm.options import flags_of
 from kdrl_lightning.engines.vllm.worker import NAME
 from kdrl_lightning.errors import ConfigurationError
@@ -23,19 +24,11 @@ warning: whoever reaches {host}:{port} can replace the weights, pause the server
 of its workers: vLLM's key guards /v1 only. Expose it to a private network, behind a firewall."""
 
 
-class ServeParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise with one line."""
-        raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
-
-
 def serve(args: Sequence[str]) -> NoReturn:
     """Become the server; the process is replaced.
 
     Args:
-        args: the command line behind ``serve``.
+        args: the command line after ``serve``.
 
     Raises:
         ConfigurationError: the flags contradict each other, or vLLM is not installed.
@@ -64,36 +57,38 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         ConfigurationError: a flag is missing or unknown, or the host is no loopback address and
             ``--expose`` is missing.
     """
-    parser = ServeParser(
+    parser = PlainParser(
         "python -m kdrl_lightning serve",
         description="Start a vLLM server for rollouts by VLLMServerEngine, or for a ServerTeacher. "
-        "Its key is taken from VLLM_API_KEY, or made and printed. Flags behind -- go to vLLM as "
-        "they are.",
+        "The server takes its key from VLLM_API_KEY, or makes one and prints it. It passes flags "
+        "after -- on to vLLM.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder or name")
     parser.add_argument(
-        "--teacher", action="store_true", help="fixed weights: without the routes that change them"
+        "--teacher", action="store_true", help="serve a teacher: its weights never change"
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to bind; one that is not of this machine alone needs --expose",
+        help="address to bind; one that other machines reach needs --expose",
     )
     parser.add_argument("--port", type=int, default=8000, help="port to bind")
     parser.add_argument(
         "--expose", action="store_true", help="allow an address that other machines reach"
     )
     parser.add_argument(
-        "--transfer", help="nccl: take weights from the trainer's GPU, not from files"
+        "--transfer", help="nccl: take weights from the trainer's GPU instead of files"
     )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; as vLLM's flag")
-    parser.add_argument("--max-model-len", type=int, help="prompt and completion together")
+    parser.add_argument("--max-model-len", type=int, help="longest prompt plus completion")
     parser.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.9, help="part of its memory"
+        "--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory"
     )
-    parser.add_argument("--kv-cache-memory-bytes", type=int, help="needed on a CPU")
-    parser.add_argument("vllm", nargs="*", help="further flags of vLLM, behind --")
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, help="bytes of its cache; needed on a CPU"
+    )
+    parser.add_argument("vllm", nargs="*", help="more flags of vLLM, after --")
     settings = parser.parse_args(list(args))
     if not is_loopback(settings.host) and not settings.expose:
         raise ConfigurationError(
@@ -128,7 +123,7 @@ def command(settings: argparse.Namespace) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address.
+    """Return whether only this machine reaches an address.
 
     >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0"), is_loopback("gpu7")
     (True, True, False, False)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
-from kdrl_lightning.engines.decoding import one_token_attention
 from kdrl_lightning.engines.prefixes import (
     WAYS,
     PaddedPrefixes,
@@ -131,10 +130,9 @@ class TransformersEngine(RolloutEngine):
                 chunk.append(jobs.pop(0))
                 size += len(chunk[-1][1])
             prefixes = way(self._model, self._pad)
-            with one_token_attention():
-                completions = iter(
-                    self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
-                )
+            completions = iter(
+                self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
+            )
             for i, own in chunk:
                 out[i] += [next(completions) for _ in own]
         return out

@@ -17,7 +17,12 @@ from kdrl_lightning.objectives.corrections import (
     TruncatedImportance,
 )
 from kdrl_lightning.objectives.distillation import GKD, OnPolicyDistillation
-from kdrl_lightning.objectives.divergences import DistillTerm, SampledKL, VocabularyKL
+from kdrl_lightning.objectives.divergences import (
+    DistillTerm,
+    SampledKL,
+    SurrogateTerm,
+    VocabularyKL,
+)
 from kdrl_lightning.objectives.grpo import CISPO, GRPO, GSPO
 from kdrl_lightning.objectives.kdrl import KDRL
 from kdrl_lightning.objectives.mixtures import RLSD, SRPO
@@ -40,7 +45,6 @@ from kdrl_lightning.objectives.selections import (
     WrongGroups,
 )
 from kdrl_lightning.objectives.sft import SFT
-from kdrl_lightning.objectives.weighted_sum import WeightedSum
 
 __all__ = [
     "CISPO",
@@ -74,6 +78,7 @@ __all__ = [
     "ShapedAdvantage",
     "ShapedProbability",
     "SumAdvantage",
+    "SurrogateTerm",
     "Term",
     "TokenRatio",
     "TokenScores",
@@ -82,7 +87,6 @@ __all__ = [
     "VerdictAdvantage",
     "VocabularyKL",
     "WeightRatio",
-    "WeightedSum",
     "WrongCompletions",
     "WrongGroups",
 ]

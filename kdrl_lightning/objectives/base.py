@@ -59,6 +59,13 @@ class Part:
     needs_teacher: bool = False
     reads_old_scores: bool = False
 
+    def parts(self) -> Iterator[Part]:
+        """Yield this part and those that it is built from."""
+        yield self
+        for value in vars(self).values():
+            if isinstance(value, Part):
+                yield from value.parts()
+
 
 @dataclass(frozen=True)
 class Term:
@@ -162,7 +169,9 @@ class Objective(ABC):
     def parts(self) -> Iterator[Any]:
         """Yield this object and the parts that it is built from."""
         yield self
-        yield from (value for value in vars(self).values() if isinstance(value, Part))
+        for value in vars(self).values():
+            if isinstance(value, Part):
+                yield from value.parts()
 
     def coefficient(self, name: str) -> float:
         """Return a coefficient of this objective or of its parts.

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from kdrl_lightning.objectives.divergences import VocabularyKL
-from kdrl_lightning.objectives.kdrl import teacher_kl
+from kdrl_lightning.objectives.kdrl import named_kl
 from kdrl_lightning.objectives.policy import PolicyObjective
 
 
 class OnPolicyDistillation(PolicyObjective):
     """KD-RKL, the distillation baseline of KDRL (arXiv 2506.02208, section 2.2).
 
-    Rewards are measured but do not enter the loss.
+    ``teacher_kl_coef (log pi_T - log pi)^2 / 2`` per token of the student's own completions: the k2
+    estimate, with the gradient of KL(pi || pi_T). Rewards are measured but do not enter the loss.
 
     Args:
         teacher_kl_coef: weight of the KL, at least 0.
-        kd_ratio_weight: weight the sampled KL by the detached ratio, which keeps it unbiased with
-            several updates per rollout [our choice].
+        kd_ratio_weight: see ``KDRL``.
         kl_estimator: see ``KDRL``.
         kd_top_k: K of the estimator ``top_k``.
         kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
@@ -33,23 +33,26 @@ class OnPolicyDistillation(PolicyObjective):
         kd_per_imitated_token: bool = False,
         **policy: Any,
     ) -> None:
-        term = teacher_kl(
+        kl = named_kl(
             teacher_kl_coef, kl_estimator, kd_ratio_weight, kd_top_k, kd_per_imitated_token
         )
-        super().__init__(None, None, term, **policy)
+        super().__init__(ratio=None, advantage=None, distill=kl, **policy)
 
 
 class GKD(PolicyObjective):
     """Generalised knowledge distillation (arXiv 2306.13649): whole distributions are compared.
 
+    ``teacher_kl_coef (b KL(T || M) + (1 - b) KL(S || M))`` at each token, with the teacher's
+    distribution T, the student's S, ``M = b T + (1 - b) S`` and b ``jsd_beta``. Rewards are
+    measured but do not enter the loss.
+
     It takes completions of student and teacher: the paper's student-data fraction is
     ``group_size / (group_size + teacher_completions)``.
 
     Args:
-        jsd_beta: 0 is KL(teacher || student), 1 is KL(student || teacher), in [0, 1].
+        jsd_beta: see ``VocabularyKL``.
         teacher_kl_coef: weight of the divergence, at least 0.
-        top_k: compare the student's most likely tokens and one bucket for the rest; None compares
-            the full vocabulary, with the teacher run in every update.
+        top_k: see ``VocabularyKL``.
         kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
         policy: further settings of ``PolicyObjective``.
     """
@@ -64,5 +67,9 @@ class GKD(PolicyObjective):
         kd_per_imitated_token: bool = False,
         **policy: Any,
     ) -> None:
-        term = VocabularyKL(teacher_kl_coef, jsd_beta, top_k, kd_per_imitated_token)
-        super().__init__(None, None, term, **policy)
+        super().__init__(
+            ratio=None,
+            advantage=None,
+            distill=VocabularyKL(teacher_kl_coef, jsd_beta, top_k, kd_per_imitated_token),
+            **policy,
+        )

@@ -1,4 +1,4 @@
-"""Distillation terms: losses that pull the student to the teacher, beside a policy loss."""
+"""Distillation terms: losses against the teacher that are added to the policy loss."""
 
 from __future__ import annotations
 
@@ -19,25 +19,32 @@ from kdrl_lightning.losses import (
 )
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Divergence
 from kdrl_lightning.objectives.base import Part, check_coefficient, known
+from kdrl_lightning.objectives.ratios import Ratio
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 SAMPLED = {"k2": k2, "k3": k3, "policy_gradient": policy_gradient_kl}
 
 
 class DistillTerm(Part):
-    """A per-token loss against the teacher, summed with weight ``teacher_kl_coef``.
+    """A per-token loss against the teacher, added with weight ``teacher_kl_coef``.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
 
     Attributes:
+        name: logged as ``loss/<name>``.
+        needs_advantages: it reads the advantages of the policy loss.
+        ratio: the ratio that it clips; None without one.
+        sampled: an estimate on the student's sampled tokens, to be corrected for their engine.
         top_k: student's most likely tokens at which the teacher must be scored.
         divergence: full-vocabulary divergence to evaluate in each update.
-        sampled: an estimate on the student's sampled tokens, to be corrected for their engine.
     """
 
     needs_teacher = True
+    name: str = "teacher_kl"
+    needs_advantages: bool = False
+    ratio: Ratio | None = None
     sampled: bool = False
     top_k: int = 0
     divergence: Divergence | None = None
@@ -46,6 +53,11 @@ class DistillTerm(Part):
         self.teacher_kl_coef = check_coefficient("teacher_kl_coef", teacher_kl_coef)
         self.per_imitated_token = per_imitated_token
 
+    @property
+    def coef(self) -> float:
+        """Weight of the term in the loss."""
+        return self.teacher_kl_coef
+
     @abstractmethod
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
         """``[B, T]`` loss; ``mask [B, T]`` says where it will count."""
@@ -53,6 +65,10 @@ class DistillTerm(Part):
     def where(self, batch: RolloutBatch) -> Tensor:
         """``[B, T]`` bool: tokens of the term."""
         return known(batch.imitation_mask, "imitation_mask") & batch.loss_mask
+
+    def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+        """``[B, T]`` bool: tokens on which the teacher enters the term's gradient."""
+        return self.where(batch)
 
 
 class SampledKL(DistillTerm):
@@ -149,6 +165,55 @@ class VocabularyKL(DistillTerm):
         empty[..., :-1] = False
         teacher = teacher.clamp(min=LOGPROB_FLOOR).masked_fill(empty, -torch.inf)
         return generalized_jsd(student, teacher, self.jsd_beta)
+
+
+class SurrogateTerm(DistillTerm):
+    """A second clipped surrogate: two losses, weighted, e.g. RLAD's surrogate beside GRPO's.
+
+    ``-distill_coef min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token, with the ratio r
+    of ``ratio`` and the advantages A of the policy loss.
+
+    Args:
+        ratio: the ratio rule, e.g. ``TrustRegionRatio``.
+        distill_coef: weight of the term, at least 0.
+    """
+
+    name = "distill_policy"
+    needs_advantages = True
+    sampled = True
+    per_imitated_token = False
+    ratio: Ratio
+
+    # Its weight has a name of its own, so that a schedule of the KL's weight leaves it alone.
+    def __init__(self, ratio: Ratio, distill_coef: float = 1.0) -> None:
+        self.ratio = ratio
+        self.needs_teacher = ratio.needs_teacher
+        self.distill_coef = check_coefficient("distill_coef", distill_coef)
+
+    @property
+    def coef(self) -> float:
+        """Weight of the term in the loss."""
+        return self.distill_coef
+
+    def where(self, batch: RolloutBatch) -> Tensor:
+        """Take every loss token: where nothing is imitated, the ratio says so."""
+        return batch.loss_mask
+
+    def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
+        """Return the surrogate of each token."""
+        return self.ratio.loss(batch, scores.logprobs, self._advantages(batch))
+
+    def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+        """Return the tokens whose ratio is anchored at the teacher and whose gradient is alive."""
+        if not self.ratio.anchored:
+            return torch.zeros_like(batch.loss_mask)
+        advantages = self._advantages(batch)
+        used = super().where(batch) & (advantages != 0)
+        return used & ~self.ratio.dead(batch, logprobs, advantages)
+
+    def _advantages(self, batch: RolloutBatch) -> Tensor:
+        advantages = known(batch.advantages, "advantages")
+        return advantages if advantages.dim() == 2 else advantages[:, None]
 
 
 def floored_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:

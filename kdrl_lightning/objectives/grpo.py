@@ -10,16 +10,19 @@ from kdrl_lightning.objectives.ratios import SequenceRatio, TokenRatio, WeightRa
 
 
 class GRPO(PolicyObjective):
-    """Group Relative Policy Optimization (arXiv 2402.03300), by default without a reference KL.
+    """Group Relative Policy Optimization (arXiv 2402.03300, Eq. 3).
+
+    ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` per token, with ``rho = pi / pi_old``
+    and A the group-relative advantage; by default without a reference KL.
 
     Dr.GRPO (2503.20783): ``scale_by_std: false, reduction: constant_length``. DAPO (2503.14476):
     ``clip_high: 0.28``. LUFFY (2504.14945): ``teacher_tokens: ShapedProbability``.
 
     Args:
-        clip_low: the ratio is clipped below at ``1 - clip_low``, in [0, 1].
-        clip_high: the ratio is clipped above at ``1 + clip_high``, at least 0.
-        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
-        scale_by_std: divide advantages by the group's standard deviation.
+        clip_low: see ``TokenRatio``.
+        clip_high: see ``TokenRatio``.
+        dual_clip: see ``TokenRatio``.
+        scale_by_std: see ``Advantage``.
         policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
             ``reduction``; the default is DAPO's global token mean.
     """
@@ -33,17 +36,22 @@ class GRPO(PolicyObjective):
         **policy: Any,
     ) -> None:
         super().__init__(
-            TokenRatio(clip_low, clip_high, dual_clip), Advantage(scale_by_std), **policy
+            ratio=TokenRatio(clip_low, clip_high, dual_clip),
+            advantage=Advantage(scale_by_std),
+            **policy,
         )
 
 
 class GSPO(PolicyObjective):
     """Group Sequence Policy Optimization (arXiv 2507.18071): one ratio per completion.
 
+    ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` on each token of a completion o, with
+    ``s = (pi(o) / pi_old(o))^(1 / |o|)``.
+
     Args:
-        clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: the ratio is clipped above at ``1 + clip_high``.
-        scale_by_std: divide advantages by the group's standard deviation.
+        clip_low: see ``SequenceRatio``.
+        clip_high: see ``SequenceRatio``.
+        scale_by_std: see ``Advantage``.
         policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
             ``reduction``.
     """
@@ -55,17 +63,23 @@ class GSPO(PolicyObjective):
         scale_by_std: bool = True,
         **policy: Any,
     ) -> None:
-        super().__init__(SequenceRatio(clip_low, clip_high), Advantage(scale_by_std), **policy)
+        super().__init__(
+            ratio=SequenceRatio(clip_low, clip_high),
+            advantage=Advantage(scale_by_std),
+            **policy,
+        )
 
 
 class CISPO(PolicyObjective):
-    """Clipped importance weights, unclipped gradients (arXiv 2506.13585).
+    """Clipped importance weights, unclipped gradients (MiniMax-M1, arXiv 2506.13585).
+
+    ``-min(rho, 1 + clip_high) A log pi`` per token, without gradient through the weight.
 
     Args:
-        clip_high: the weight is at most ``1 + clip_high`` [our choice: DAPO's value].
-        scale_by_std: divide advantages by the group's standard deviation.
+        clip_high: see ``WeightRatio`` [our choice: DAPO's value].
+        scale_by_std: see ``Advantage``.
         policy: further settings of ``PolicyObjective``.
     """
 
     def __init__(self, clip_high: float = 0.28, scale_by_std: bool = True, **policy: Any) -> None:
-        super().__init__(WeightRatio(clip_high), Advantage(scale_by_std), **policy)
+        super().__init__(ratio=WeightRatio(clip_high), advantage=Advantage(scale_by_std), **policy)

@@ -1,4 +1,4 @@
-"""KDRL: GRPO plus reverse KL to a teacher on the student's own rollouts."""
+"""KDRL: GRPO plus a reverse KL to the teacher, on the student's own completions."""
 
 from __future__ import annotations
 
@@ -6,37 +6,46 @@ from typing import Any, Literal
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.advantages import Advantage, ShapedAdvantage, SumAdvantage
-from kdrl_lightning.objectives.divergences import DistillTerm, SampledKL, VocabularyKL
+from kdrl_lightning.objectives.divergences import SAMPLED, DistillTerm, SampledKL, VocabularyKL
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
 
-ESTIMATORS = ("k2", "k3", "policy_gradient", "full_vocabulary", "top_k")
+ESTIMATORS = (*SAMPLED, "full_vocabulary", "top_k")
 
 
 class KDRL(PolicyObjective):
-    """Knowledge distillation and RL together (arXiv 2506.02208, Eq. 8).
+    """Knowledge distillation and RL in one loss (arXiv 2506.02208, Eq. 8).
 
-    ``GRPO + teacher_kl_coef * k2(student, teacher)``. At ratio 1 its gradient is that of a policy
-    gradient with per-token advantage ``A + teacher_kl_coef * (log pi_T - log pi)``, the form
-    ``advantage``. KDRL-mask: ``selection: [WrongCompletions]`` or ``[WrongGroups]``.
+    ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta (log pi_T - log pi)^2 / 2`` per
+    token, with ``rho = pi / pi_old``, A the group-relative advantage and beta ``teacher_kl_coef``.
+
+    The first part is GRPO's surrogate, the second the k2 estimate of KL(pi || pi_T). At rho = 1 the
+    gradient is that of a policy gradient with advantage ``A + beta (log pi_T - log pi)`` per token,
+    which is the form ``advantage``. KDRL-mask: ``selection: [WrongCompletions]`` or
+    ``[WrongGroups]``.
+
+    Give another distillation term as ``distill``, e.g. ``VocabularyKL(2e-3, top_k=64)``; the
+    arguments ``kl_estimator`` and ``kd_*`` name the usual ones.
 
     Args:
-        teacher_kl_coef: weight of the KL, at least 0. Published: 2e-3 constant, or 5e-3 annealed to
-            1e-3 (see ``KLCoefficientAnnealing``).
+        teacher_kl_coef: beta, at least 0. Published: 2e-3 constant, or 5e-3 annealed to 1e-3 (see
+            ``KLCoefficientAnnealing``).
         kd_ratio_weight: weight the sampled KL by the detached ratio, which keeps it unbiased with
             several updates per rollout [our choice].
         kl_estimator: ``k2`` (the paper's) and ``policy_gradient``: reverse KL's gradient, on
             sampled tokens; ``k3``: **forward** KL's; ``full_vocabulary``: reverse KL, exact, the
             teacher runs in every update; ``top_k``: reverse KL over the student's most likely
             tokens and a tail bucket. ``k1`` is refused: as a loss its expected gradient is zero.
-        form: ``joint``: a loss beside GRPO's (the paper's choice); ``advantage``: A + beta d inside
-            the clipped surrogate; ``reward_shaping``: the mean gap in the reward.
+        form: ``joint``: two losses (the paper's choice); ``advantage``: ``A + beta d`` in the
+            clipped surrogate; ``reward_shaping``: the mean gap in the reward.
         kd_top_k: K of ``top_k``.
         kd_per_imitated_token: divide the KL by the imitated tokens, not by all loss tokens.
-        clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: the ratio is clipped above at ``1 + clip_high``.
-        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
-        scale_by_std: divide advantages by the group's standard deviation.
+        clip_low: see ``TokenRatio``.
+        clip_high: see ``TokenRatio``.
+        dual_clip: see ``TokenRatio``.
+        scale_by_std: see ``Advantage``.
+        distill: the distillation term with its weight, in place of all arguments above that
+            describe one.
         policy: further settings of ``PolicyObjective``. The paper takes ``group_token_mean`` for
             ``reduction``.
     """
@@ -53,40 +62,74 @@ class KDRL(PolicyObjective):
         clip_high: float = 0.2,
         dual_clip: float | None = None,
         scale_by_std: bool = True,
+        distill: DistillTerm | None = None,
         **policy: Any,
     ) -> None:
-        advantage, distill = Advantage(scale_by_std), None
-        if form == "joint":
-            distill = teacher_kl(
-                teacher_kl_coef, kl_estimator, kd_ratio_weight, kd_top_k, kd_per_imitated_token
-            )
-        elif kl_estimator != "k2" or kd_ratio_weight or kd_per_imitated_token:
+        names = (teacher_kl_coef, kd_ratio_weight, kl_estimator, form, kd_top_k)
+        advantage, kl = _by_name(*names, kd_per_imitated_token, scale_by_std)
+        if distill is not None and (*names, kd_per_imitated_token) != _defaults():
             raise ConfigurationError(
-                f"`form` must be joint for `kl_estimator`, `kd_ratio_weight` and "
-                f"`kd_per_imitated_token`, which belong to its loss: got {form}."
+                "`distill` must stand without `teacher_kl_coef`, `form`, `kl_estimator` and "
+                f"`kd_*`, which name a term as well: got {type(distill).__name__} and some of "
+                "them. Give `distill` its own weight, and leave them out."
             )
-        elif form == "advantage":
-            advantage = SumAdvantage(teacher_kl_coef, scale_by_std=scale_by_std)
-        elif form == "reward_shaping":
-            advantage = ShapedAdvantage(teacher_kl_coef, scale_by_std)
-        else:
-            raise ConfigurationError(
-                f"`form` must be joint, advantage or reward_shaping: got {form}."
-            )
-        super().__init__(TokenRatio(clip_low, clip_high, dual_clip), advantage, distill, **policy)
+        super().__init__(
+            ratio=TokenRatio(clip_low, clip_high, dual_clip),
+            advantage=advantage,
+            distill=distill or kl,
+            **policy,
+        )
 
 
-def teacher_kl(
+def _by_name(
     teacher_kl_coef: float,
-    kl_estimator: str,
     ratio_weight: bool,
+    kl_estimator: str,
+    form: str,
     top_k: int,
     per_imitated_token: bool,
+    scale_by_std: bool,
+) -> tuple[Advantage, DistillTerm | None]:
+    """Return the advantage rule and the distillation term that the arguments name."""
+    if form == "joint":
+        kl = named_kl(teacher_kl_coef, kl_estimator, ratio_weight, top_k, per_imitated_token)
+        return Advantage(scale_by_std), kl
+    if kl_estimator != "k2" or ratio_weight or per_imitated_token:
+        raise ConfigurationError(
+            "`form` must be joint for `kl_estimator`, `kd_ratio_weight` and "
+            f"`kd_per_imitated_token`, which belong to its loss: got {form}."
+        )
+    if form == "advantage":
+        return SumAdvantage(teacher_kl_coef, scale_by_std=scale_by_std), None
+    if form == "reward_shaping":
+        return ShapedAdvantage(teacher_kl_coef, scale_by_std), None
+    raise ConfigurationError(f"`form` must be joint, advantage or reward_shaping: got {form}.")
+
+
+def _defaults() -> tuple[Any, ...]:
+    """Return the defaults of the arguments that name a term, in their order."""
+    return (KDRL.__init__.__defaults__ or ())[:6]
+
+
+def named_kl(
+    teacher_kl_coef: float,
+    kl_estimator: str,
+    ratio_weight: bool = False,
+    top_k: int = 64,
+    per_imitated_token: bool = False,
 ) -> DistillTerm:
-    """Return the distillation term of an estimator's name.
+    """Return the reverse or forward KL to the teacher by an estimator's name.
+
+    Args:
+        teacher_kl_coef: weight of the term, at least 0.
+        kl_estimator: ``k2``, ``k3``, ``policy_gradient``, ``full_vocabulary`` or ``top_k``.
+        ratio_weight: weight a sampled estimate by the detached ratio.
+        top_k: K of ``top_k``.
+        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
 
     Raises:
-        ConfigurationError: there is no such estimator, k1 among them.
+        ConfigurationError: there is no such estimator (k1 has no gradient), or an exact one is
+            weighted by the ratio.
     """
     if kl_estimator not in ESTIMATORS:
         why = " The expected gradient of k1 as a loss is zero." if kl_estimator == "k1" else ""

@@ -12,12 +12,13 @@ from kdrl_lightning.objectives.ratios import TokenRatio
 class SRPO(PolicyObjective):
     """Rewards teach the correct completions, the teacher the wrong ones (arXiv 2604.02288).
 
-    Per-token advantage ``c A + (1 - c) d``.
+    GRPO's surrogate with advantage ``c A + (1 - c) d`` per token: c is 1 where the verifier accepts
+    the completion, else 0, and ``d = log pi_T - log pi``, without gradient.
 
     Args:
-        clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: the ratio is clipped above at ``1 + clip_high``.
-        scale_by_std: divide A by the group's standard deviation.
+        clip_low: see ``TokenRatio``.
+        clip_high: see ``TokenRatio``.
+        scale_by_std: see ``Advantage``.
         policy: further settings of ``PolicyObjective``.
     """
 
@@ -28,20 +29,26 @@ class SRPO(PolicyObjective):
         scale_by_std: bool = True,
         **policy: Any,
     ) -> None:
-        super().__init__(TokenRatio(clip_low, clip_high), VerdictAdvantage(scale_by_std), **policy)
+        super().__init__(
+            ratio=TokenRatio(clip_low, clip_high),
+            advantage=VerdictAdvantage(scale_by_std),
+            **policy,
+        )
 
 
 class RLSD(PolicyObjective):
     """The teacher scales each token's advantage, and never flips it (arXiv 2604.03128).
 
-    Per-token advantage ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
+    GRPO's surrogate with the advantage
+    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))`` per token, with
+    ``d = log pi_T - log pi``, without gradient.
 
     Args:
         mix: lambda, in [0, 1]; 0 is GRPO. The default is our choice.
         width: eps_w, in [0, 1]. The default is our choice.
-        clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: the ratio is clipped above at ``1 + clip_high``.
-        scale_by_std: divide A by the group's standard deviation.
+        clip_low: see ``TokenRatio``.
+        clip_high: see ``TokenRatio``.
+        scale_by_std: see ``Advantage``.
         policy: further settings of ``PolicyObjective``.
     """
 
@@ -54,5 +61,8 @@ class RLSD(PolicyObjective):
         scale_by_std: bool = True,
         **policy: Any,
     ) -> None:
-        advantage = ReweightedAdvantage(mix, width, scale_by_std)
-        super().__init__(TokenRatio(clip_low, clip_high), advantage, **policy)
+        super().__init__(
+            ratio=TokenRatio(clip_low, clip_high),
+            advantage=ReweightedAdvantage(mix, width, scale_by_std),
+            **policy,
+        )

@@ -74,6 +74,8 @@ class PolicyObjective(Objective):
                 f"`teacher_tokens` must go with a policy loss: got {_names(teacher_tokens)} beside "
                 f"{_names(distill)} alone."
             )
+        if distill is not None and distill.needs_advantages:
+            _check_second(distill, advantage, teacher_tokens)
         compares = advantage is not None and advantage.needs_groups
         if not compares and any(s.needs_advantages for s in selection or ()):
             raise ConfigurationError(
@@ -164,9 +166,9 @@ class PolicyObjective(Objective):
             where = self.distill.where(batch)
             loss = self.distill.per_token(batch, scores, where)
             yield Term(
-                "teacher_kl",
+                self.distill.name,
                 loss * weights if self.distill.sampled else loss,
-                self.distill.teacher_kl_coef,
+                self.distill.coef,
                 where,
                 self.distill.per_imitated_token,
             )
@@ -188,18 +190,20 @@ class PolicyObjective(Objective):
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return the log of the ratio that is clipped, by who sampled the token."""
-        if self.ratio is None:
+        ratio = self._shown()
+        if ratio is None:
             return super().log_ratio(batch, logprobs)
-        ours = self.ratio.log_ratio(batch, logprobs)
+        ours = ratio.log_ratio(batch, logprobs)
         if self.teacher_tokens is None:
             return ours
         return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
         """Ask the ratio rule, by who sampled the token."""
-        if self.ratio is None:
+        ratio = self._shown()
+        if ratio is None:
             return None
-        below, above = self.ratio.outside(batch, logprobs)
+        below, above = ratio.outside(batch, logprobs)
         if self.teacher_tokens is None:
             return below, above
         low, high = self.teacher_tokens.outside(batch, logprobs)
@@ -207,9 +211,10 @@ class PolicyObjective(Objective):
 
     def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Return the tokens whose policy gradient the clip removes."""
-        if self.ratio is None:
+        ratio = self._shown()
+        if ratio is None:
             return torch.zeros_like(batch.loss_mask)
-        ours = self.ratio.dead(batch, logprobs, advantages)
+        ours = ratio.dead(batch, logprobs, advantages)
         if self.teacher_tokens is None:
             return ours
         theirs = self.teacher_tokens.dead(batch, logprobs, advantages)
@@ -224,8 +229,8 @@ class PolicyObjective(Objective):
         out = torch.zeros_like(batch.loss_mask)
         weights = batch.importance_weights
         kept = batch.loss_mask if weights is None else batch.loss_mask & (weights != 0)
-        if self.distill is not None and self.distill.teacher_kl_coef:
-            out = self.distill.where(batch)
+        if self.distill is not None and self.distill.coef:
+            out = self.distill.imitated(batch, logprobs)
             out = out & kept if self.distill.sampled else out
         if self.ratio is None or self.advantage is None or not self.rl_coef:
             return out
@@ -236,6 +241,27 @@ class PolicyObjective(Objective):
             changed = changed | (mask & (advantages != 0))
         alive = ~self.ratio.dead(batch, logprobs, advantages)
         return out | (changed & alive & kept & batch.student_mask)
+
+    def _shown(self) -> Ratio | None:
+        """Return the ratio that statistics describe: of two, the one with the teacher."""
+        second = None if self.distill is None else self.distill.ratio
+        return second or self.ratio
+
+
+def _check_second(
+    distill: DistillTerm, advantage: Advantage | None, teacher_tokens: Ratio | None
+) -> None:
+    """Refuse a second surrogate without advantages from rewards, or with teacher completions."""
+    if teacher_tokens is not None:
+        raise ConfigurationError(
+            f"`teacher_tokens` must be None beside `distill` {type(distill).__name__}, which has "
+            f"no rule for the teacher's completions: got {_names(teacher_tokens)}."
+        )
+    if advantage is None or advantage.needs_teacher or not advantage.needs_groups:
+        raise ConfigurationError(
+            f"`distill` {type(distill).__name__} must stand beside a policy loss whose advantages "
+            f"come from rewards alone: got {_names(advantage)}. Use Advantage, e.g. GRPO."
+        )
 
 
 def _neutral(batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> RolloutBatch:

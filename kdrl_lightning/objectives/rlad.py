@@ -10,23 +10,27 @@ from kdrl_lightning.objectives.ratios import TrustRegionRatio
 
 
 class RLAD(PolicyObjective):
-    """RL-aware distillation (arXiv 2602.22495, Eq. 3 and 4), by default without a reference KL.
+    """RL-aware distillation (arXiv 2602.22495, Eq. 3 and 4): the teacher stands in the ratio.
 
-    The clipped surrogate of GRPO with a ratio anchored at the old student and at the teacher: a
-    rewarded token that the teacher dislikes is not reinforced, a punished one that it likes is
-    protected. An ``offset_clamp`` c takes an edge away: the first where ``(1 - alpha) c`` is below
-    ``log(1 + clip_high)``, the second where it is below ``-log(1 - clip_low)``. Run it with 2 to 4
-    updates per rollout: the fence acts on what they can use.
+    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token, with A the group-relative
+    advantage and ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``; by default without a
+    reference KL.
+
+    A rewarded token that the teacher dislikes is not reinforced; a punished token that it likes is
+    protected. ``offset_clamp`` c limits both: below ``log(1 + clip_high) / (1 - alpha)`` the first
+    does not happen, below ``-log(1 - clip_low) / (1 - alpha)`` neither does the second. Run RLAD
+    with 2 to 4 updates per rollout: only they can use the wider clip range. To add this surrogate
+    to another loss, see ``SurrogateTerm``.
 
     Args:
-        trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.
-        offset_clamp: bound on ``|log pi_old - log pi_T|``, at least 0 [one public implementation's
-            value]; None for none.
-        clip_low: the ratio is clipped below at ``1 - clip_low``.
-        clip_high: the ratio is clipped above at ``1 + clip_high``.
-        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
-        scale_by_std: divide advantages by the group's standard deviation.
-        policy: further settings of ``PolicyObjective``.
+        trrd_alpha: alpha, see ``TrustRegionRatio``. Published: 0.5.
+        offset_clamp: see ``TrustRegionRatio``.
+        clip_low: see ``TokenRatio``.
+        clip_high: see ``TokenRatio``.
+        dual_clip: see ``TokenRatio``.
+        scale_by_std: see ``Advantage``.
+        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+            ``reduction``.
     """
 
     def __init__(
@@ -39,5 +43,8 @@ class RLAD(PolicyObjective):
         scale_by_std: bool = True,
         **policy: Any,
     ) -> None:
-        ratio = TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high, dual_clip)
-        super().__init__(ratio, Advantage(scale_by_std), **policy)
+        super().__init__(
+            ratio=TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high, dual_clip),
+            advantage=Advantage(scale_by_std),
+            **policy,
+        )

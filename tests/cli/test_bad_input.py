@@ -154,7 +154,7 @@ def test_another_vocabulary_is_refused(
 
 def test_unknown_subcommand_and_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     for args, words in (
-        (["fti"], "invalid choice: 'fti'"),
+        (["fti"], "got fti. Did you mean fit?"),
         (["fit", "--config", "/no/such.yaml"], "/no/such.yaml"),
     ):
         with pytest.raises(SystemExit) as error:

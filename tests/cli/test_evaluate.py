@@ -98,7 +98,10 @@ def test_what_the_command_refuses(config: str, capsys: Any) -> None:
     assert line("--config", config) == (
         "error: `models` must name at least one model: got none. Give `--models.NAME PATH`."
     )
-    assert "`config` must be a YAML file: got none.yaml" in line("--config=none.yaml")
+    assert (
+        "`config` must be a YAML file, or name a configuration of the library: got none.yaml"
+        in line("--config=none.yaml")
+    )
     Path("list.yaml").write_text("[1]")
     assert "`config` must hold settings by name: got list.yaml." in line("--config=list.yaml")
     assert "a model path must be a Hugging Face folder" in line(

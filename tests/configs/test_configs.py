@@ -67,10 +67,10 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--help"], ["{fit,validate,test,predict}", "`export`", "`evaluate`", "`serve`"]),
-        (["fit", "--help"], ["--data.group_size", "completions per prompt", "--report.export"]),
+        (["--help_all"], ["{fit,validate,test,predict}", "export", "evaluate", "serve"]),
+        (["fit", "--help_all"], ["--data.group_size", "completions per prompt", "--report.export"]),
         (["export", "--help"], ["--ckpt_path", "a folder of shards"]),
-        (["evaluate", "--help"], ["--models", "without training"]),
+        (["evaluate", "--help_all"], ["--models", "without training"]),
         (["serve", "--help"], ["--model", "--expose", "VLLM_API_KEY"]),
     ],
     ids=lambda x: x[0].strip("-{"),

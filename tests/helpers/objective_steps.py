@@ -24,13 +24,15 @@ from kdrl_lightning.objectives import (
     Objective,
     OnPolicyDistillation,
     PolicyObjective,
+    SampledKL,
     Selection,
     ShapedProbability,
     SumAdvantage,
+    SurrogateTerm,
     TokenRatio,
     TokenScores,
     TruncatedImportance,
-    WeightedSum,
+    TrustRegionRatio,
     WrongCompletions,
     WrongGroups,
 )
@@ -157,9 +159,8 @@ class Keep(Selection):
 
 def keep(objective: Objective, mask: Tensor) -> Objective:
     """Imitate within ``mask`` only."""
-    inner: Any = objective.distill if isinstance(objective, WeightedSum) else objective
-    if isinstance(inner, PolicyObjective):
-        inner.selection = (*inner.selection, Keep(mask))
+    if isinstance(objective, PolicyObjective):
+        objective.selection = (*objective.selection, Keep(mask))
     return objective
 
 
@@ -212,7 +213,7 @@ TAUGHT: dict[str, Callable[..., Objective]] = {
     "rlad-dual": shifted(RLAD, dual_clip=1.3),
     "gkd": GKD,
     "gkd-topk": shifted(GKD, top_k=K),
-    "grpo+rlad": shifted(WeightedSum, GRPO(), RLAD(), rl_coef=0.5, distill_coef=2.0),
-    "grpo+opd": shifted(WeightedSum, GRPO(), OnPolicyDistillation(0.7), distill_coef=0.4),
+    "grpo+rlad": shifted(GRPO, distill=SurrogateTerm(TrustRegionRatio(), 2.0), rl_coef=0.5),
+    "grpo+opd": shifted(GRPO, distill=SampledKL(0.28)),
 }
 PRESETS = PLAIN | TAUGHT

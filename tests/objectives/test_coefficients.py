@@ -32,11 +32,11 @@ from kdrl_lightning.objectives import (
     SequenceRatio,
     ShapedProbability,
     SumAdvantage,
+    SurrogateTerm,
     TokenRatio,
     TruncatedImportance,
     TrustRegionRatio,
     VocabularyKL,
-    WeightedSum,
     WrongGroups,
 )
 
@@ -56,10 +56,10 @@ COEFFICIENTS: list[tuple[Objective, dict[str, float]]] = [
     (GKD(teacher_kl_coef=0.6), {"teacher_kl_coef": 0.6}),
     (SFT(entropy_coef=0.1), {"entropy_coef": 0.1}),
     (
-        WeightedSum(GRPO(rl_coef=7.0), RLAD(0.4), 0.5, 2.0, entropy_coef=0.1),
+        GRPO(rl_coef=0.5, distill=SurrogateTerm(TrustRegionRatio(0.4), 2.0), entropy_coef=0.1),
         {"rl_coef": 0.5, "distill_coef": 2.0, "trrd_alpha": 0.4, "entropy_coef": 0.1},
     ),
-    (WeightedSum(GRPO(), KDRL(0.3)), {"teacher_kl_coef": 0.3}),
+    (KDRL(distill=VocabularyKL(0.3, top_k=3)), {"teacher_kl_coef": 0.3}),
 ]
 
 
@@ -130,12 +130,28 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: GRPO(rl_coef=-1.0), r"`rl_coef` must be at least 0: got -1\.0\."),
     (lambda: GRPO(ref_kl_coef=-1.0), r"`ref_kl_coef` must be at least 0: got -1\.0\."),
     (
-        lambda: WeightedSum(GRPO(), RLAD(), distill_coef=-1.0),
+        lambda: SurrogateTerm(TokenRatio(), -1.0),
         r"`distill_coef` must be at least 0: got -1\.0\.",
     ),
     (
-        lambda: WeightedSum(SRPO(), RLAD()),
-        r"`rl` must be an objective without a teacher: got SRPO\. Give that one as `distill`\.",
+        lambda: SRPO(distill=SurrogateTerm(TrustRegionRatio())),
+        r"`distill` SurrogateTerm must stand beside .* from rewards alone: got VerdictAdvantage\.",
+    ),
+    (
+        lambda: PolicyObjective(None, None, SurrogateTerm(TrustRegionRatio())),
+        r"`distill` SurrogateTerm must stand beside .*: got None\. Use Advantage, e\.g\. GRPO\.",
+    ),
+    (
+        lambda: GRPO(distill=SurrogateTerm(TrustRegionRatio()), teacher_tokens=ShapedProbability()),
+        r"`teacher_tokens` must be None beside `distill` SurrogateTerm, .*: got ShapedProbability",
+    ),
+    (
+        lambda: KDRL(0.3, distill=VocabularyKL(2e-3)),
+        r"`distill` must stand without `teacher_kl_coef`, .*: got VocabularyKL and some of them\.",
+    ),
+    (
+        lambda: KDRL(form="advantage", distill=SampledKL()),
+        r"`distill` must stand without .*`form`.*: got SampledKL and some of them\.",
     ),
     (
         lambda: SampledKL(estimator="k1"),
@@ -178,14 +194,6 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: GKD(selection=[Gates(None, 0.0)]),
         r"`advantage_threshold` must go with advantages from rewards: got None, VocabularyKL\.",
-    ),
-    (
-        lambda: WeightedSum(GRPO(), KDRL(engine_correction=TruncatedImportance())),
-        r"`engine_correction` must be given to `rl`, for both: got one in `distill`\.",
-    ),
-    (
-        lambda: WeightedSum(GRPO(scale_by_std=False), RLAD()),
-        r"`distill` must take its advantages as `rl` does, .*: got Advantage with scale_by_std T",
     ),
     (lambda: TruncatedImportance(0.9), r"`cap` must be at least 1: got 0\.9\. 2 is usual\."),
     (lambda: MaskedImportance(0.0), r"`low` must be above 0 and at most 1: got 0\.0\."),

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import (
     GRPO,
     KDRL,
     Advantage,
     BehaviorRatio,
+    EngineCorrection,
     MaskedImportance,
     NoCorrection,
     PolicyObjective,
+    SurrogateTerm,
     TruncatedImportance,
-    WeightedSum,
+    TrustRegionRatio,
 )
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
@@ -66,14 +69,14 @@ def test_another_level_is_refused(correction: Any) -> None:
         correction(level="group")
 
 
-def prepared(objective: PolicyObjective | WeightedSum, exact: bool) -> torch.Tensor | None:
+def prepared(objective: PolicyObjective, exact: bool) -> torch.Tensor | None:
     return objective.prepare(rollout(exact)).importance_weights
 
 
 def test_on_where_the_engine_is_not_exact_and_off_where_it_is() -> None:
     assert prepared(GRPO(), exact=True) is None
     expected = torch.tensor([[2.0, 2.0, 0.5], [0.25, 1.0, 1.0]])
-    for objective in (GRPO(), KDRL(), WeightedSum(GRPO(), KDRL())):
+    for objective in (GRPO(), KDRL(), two_losses()):
         weights = prepared(objective, exact=False)
         assert weights is not None
         torch.testing.assert_close(weights, expected)
@@ -91,10 +94,28 @@ def test_a_ratio_to_the_engine_is_not_corrected_twice() -> None:
     assert prepared(PolicyObjective(BehaviorRatio(), Advantage()), exact=False) is None
 
 
-def test_a_sum_of_two_objectives_takes_the_correction_of_the_first() -> None:
-    masked = prepared(
-        WeightedSum(GRPO(engine_correction=MaskedImportance(0.4, 3.0)), KDRL()), exact=False
-    )
-    assert masked is not None and masked[0].tolist() == [1.0, 0.0, 1.0]
-    none = WeightedSum(GRPO(engine_correction=NoCorrection()), KDRL())
-    assert prepared(none, exact=False) is None
+def two_losses(**policy: Any) -> GRPO:
+    return GRPO(distill=SurrogateTerm(TrustRegionRatio(), 2.0), **policy)
+
+
+@pytest.mark.parametrize("correction", [None, MaskedImportance(0.4, 3.0), NoCorrection()])
+def test_both_of_two_losses_are_corrected(correction: EngineCorrection | None) -> None:
+    """Each token's losses are those of an exact engine, times its weight."""
+    objective = two_losses(engine_correction=correction)
+    batch = rollout().replace(advantages=torch.tensor([1.0, -1.0]))
+    weights = prepared(objective, exact=False)
+    prepared_batch = objective.prepare(batch)
+    scores = TokenScores(batch.old_logprobs + 0.1, None, None, None, None)
+    plain = {
+        t.name: t
+        for t in two_losses().terms(prepared_batch.replace(importance_weights=None), scores)
+    }
+    corrected = {t.name: t for t in objective.terms(prepared_batch, scores)}
+    assert plain.keys() == corrected.keys() == {"policy", "distill_policy"}
+    for name, term in corrected.items():
+        expected = plain[name].per_token * (1.0 if weights is None else weights)
+        torch.testing.assert_close(term.per_token, expected)
+    if isinstance(correction, NoCorrection):
+        assert weights is None
+    else:
+        assert weights is not None and (weights != 1.0).any()

@@ -39,13 +39,18 @@ from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import (
     GRPO,
     KDRL,
+    RLAD,
     RLSD,
+    DistillTerm,
     GapAdvantage,
     MaskedImportance,
     OnPolicyDistillation,
     PolicyObjective,
+    SampledKL,
     SumAdvantage,
+    SurrogateTerm,
     TokenRatio,
+    TruncatedImportance,
     TrustRegionRatio,
     VocabularyKL,
     WrongCompletions,
@@ -260,6 +265,39 @@ def test_a_mixture_by_hand_is_the_sum_of_its_parts() -> None:
     loss, gradients = graded(objective, batch, scores)
     close(loss, value)
     close(gradients["logprobs"], gradient)
+
+
+def test_two_losses_weighted_are_the_sum_of_two_objectives() -> None:
+    """GRPO's loss and RLAD's, each with the engine's weights, against one objective with both."""
+    weights: Any = {"engine_correction": TruncatedImportance(1.2)}
+    both = GRPO(rl_coef=0.5, distill=SurrogateTerm(TrustRegionRatio(0.3), 2.0), **weights)
+    batch, scores = step(), student(step())
+    found, one, other = (
+        graded(o, ready(o, batch), scores) for o in (both, GRPO(**weights), RLAD(0.3, **weights))
+    )
+    assert (ready(both, batch).importance_weights != 1).any()
+    close(found[0], 0.5 * one[0] + 2.0 * other[0])
+    close(found[1]["logprobs"], 0.5 * one[1]["logprobs"] + 2.0 * other[1]["logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("named", "term"),
+    [
+        (KDRL(0.3), SampledKL(0.3)),
+        (KDRL(0.3, True), SampledKL(0.3, ratio_weight=True)),
+        (KDRL(0.3, kl_estimator="k3"), SampledKL(0.3, "k3")),
+        (KDRL(0.3, kl_estimator="full_vocabulary"), VocabularyKL(0.3)),
+        (KDRL(0.3, kl_estimator="top_k", kd_top_k=K), VocabularyKL(0.3, top_k=K)),
+        (KDRL(0.3, kd_per_imitated_token=True), SampledKL(0.3, per_imitated_token=True)),
+    ],
+)
+def test_a_term_by_name_is_the_term(named: KDRL, term: DistillTerm) -> None:
+    batch, scores = step(), student(step())
+    expected = graded(named, ready(named, batch), scores)
+    found = graded(given := KDRL(distill=term), ready(given, batch), scores)
+    close(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        close(found[1][name], gradient)
 
 
 def test_distillation_as_k2_and_as_a_gap_have_one_gradient_at_ratio_one() -> None:

@@ -56,6 +56,22 @@ def loaded(path: Path) -> Any:
     return load_with_base(path.read_text(), str(path))
 
 
+def test_where_things_are_names_files_and_what_is_in_them() -> None:
+    """Every name in the last column of a row is defined in a file that the row links to."""
+    page = ROOT / "docs/where.md"
+    rows = re.findall(
+        r"^\| (?!you want|---)([^|]+) \| ([^|]+) \| ([^|]+) \|$", page.read_text(), re.M
+    )
+    assert len(rows) > 12
+    for task, links, there in rows:
+        paths = [page.parent / path for path in re.findall(r"\]\((\.\./[^)#]+)\)", links)]
+        assert 1 <= len(paths) <= 2, task
+        assert all(path.is_file() for path in paths), task
+        code = "\n".join(path.read_text() for path in paths)
+        for name in re.findall(r"`(?:\w+\.)*(\w+)`", there):
+            assert re.search(rf"(class|def) {name}\b", code), f"{task}: {name}"
+
+
 def test_there_is_a_page_for_every_method() -> None:
     assert len(PAGES) == 17
     assert all(page.is_file() for page in PAGES)

@@ -66,7 +66,7 @@ links, formulas, docstrings, reference = map(hook, ("links", "formulas", "docstr
             "main (`kdrl_lightning/module.py`)",
         ),
         (
-            "[`m.py`](../kdrl_lightning/module.py)",
+            "[`module.py`](../kdrl_lightning/module.py)",
             "docs/a.md",
             "a.md",
             "`kdrl_lightning/module.py`",
@@ -159,7 +159,7 @@ def test_cells_keep_the_table_whole() -> None:
 
 def test_the_command_line_page_lists_every_subcommand() -> None:
     text = (ROOT / "docs/reference/cli.md").read_text()
-    for name in ("fit", "validate", "test", "predict", "export", "evaluate", "serve"):
+    for name in ("fit", "validate", "test", "predict", "export", "evaluate", "serve", "configs"):
         assert f"| `{name}` |" in text
 
 

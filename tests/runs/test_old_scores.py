@@ -30,9 +30,11 @@ from kdrl_lightning.objectives import (
     Gates,
     NoCorrection,
     Objective,
+    SurrogateTerm,
     TokenRatio,
     TruncatedImportance,
-    WeightedSum,
+    TrustRegionRatio,
+    VocabularyKL,
     WrongCompletions,
 )
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -75,8 +77,13 @@ class Own(PolicyObjective):
         (KDRL(kl_estimator="top_k"), True),
         (GKD(top_k=1), True),
         (GRPO(engine_correction=TruncatedImportance()), True),
-        (WeightedSum(GRPO(), OnPolicyDistillation()), False),
-        (WeightedSum(GRPO(engine_correction=TruncatedImportance()), RLAD()), True),
+        (GRPO(distill=SurrogateTerm(TrustRegionRatio())), False),
+        (
+            GRPO(
+                distill=SurrogateTerm(TrustRegionRatio()), engine_correction=TruncatedImportance()
+            ),
+            True,
+        ),
         (Own(TokenRatio(), Advantage()), True),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Objective) else str(x),
@@ -210,8 +217,8 @@ def test_a_part_that_reads_a_teacher_has_it_run_before() -> None:
         (KDRL(kl_estimator="full_vocabulary"), False),
         (KDRL(kl_estimator="full_vocabulary", engine_correction=TruncatedImportance()), False),
         (KDRL(kl_estimator="full_vocabulary", selection=[Gates(alignment_threshold=1.0)]), True),
-        (WeightedSum(GRPO(), GKD()), False),
-        (WeightedSum(GRPO(), GKD(selection=[Gates(exploration_entropy=1.0)])), True),
+        (GRPO(distill=VocabularyKL()), False),
+        (GRPO(distill=VocabularyKL(), selection=[Gates(exploration_entropy=1.0)]), True),
         (Own(TokenRatio(), Advantage()), True),
     ):
         assert objective.reads_teacher_scores(rollout()) == reads, objective

@@ -18,7 +18,7 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses.logprobs import Head
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.objectives import SFT, Objective, WeightedSum
+from kdrl_lightning.objectives import SFT, Objective, SampledKL
 from kdrl_lightning.objectives.grpo import GRPO
 from kdrl_lightning.objectives.selections import ExceptEndToken
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
@@ -220,7 +220,7 @@ def test_a_teachers_end_token_behind_the_students_rows_is_refused() -> None:
     "objective",
     [
         KDRL(selection=[ExceptEndToken()]),
-        WeightedSum(GRPO(), KDRL(rl_coef=0.0, selection=[ExceptEndToken()])),
+        KDRL(distill=SampledKL(), selection=[ExceptEndToken()]),
         SFT(),  # does not read the teacher's scores
         GRPO(),
     ],

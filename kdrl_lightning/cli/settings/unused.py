@@ -20,6 +20,11 @@ def take_notes() -> list[str]:
     return notes
 
 
+def note(line: str) -> None:
+    """Keep a line until everything is built, see ``take_notes``."""
+    _waiting.append(line)
+
+
 def note_unused(config: Any, defaults: Any) -> None:
     """Note the settings that differ from their default and change nothing.
 

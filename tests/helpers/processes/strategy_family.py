@@ -25,7 +25,6 @@ from kdrl_lightning import (
     OnPolicyDistillation,
     RolloutDataModule,
     SupervisedDataModule,
-    WeightedSum,
 )
 from kdrl_lightning.objectives import (
     BehaviorRatio,
@@ -33,7 +32,9 @@ from kdrl_lightning.objectives import (
     PolicyObjective,
     ShapedProbability,
     SumAdvantage,
+    SurrogateTerm,
     TokenRatio,
+    TrustRegionRatio,
     WrongGroups,
 )
 from kdrl_lightning.rewards import Sample
@@ -51,7 +52,7 @@ OWN: dict[str, Callable[[], Objective]] = {
     "hdpo": lambda: PolicyObjective(TokenRatio(), SumAdvantage(0.5), selection=[WrongGroups()]),
     "srpo": SRPO,
     "rlsd": RLSD,
-    "sum": lambda: WeightedSum(GRPO(), RLAD(), distill_coef=0.5, reduction="sequence_mean"),
+    "sum": lambda: GRPO(distill=SurrogateTerm(TrustRegionRatio(), 0.5), reduction="sequence_mean"),
 }
 MIXED: dict[str, Callable[[], Objective]] = {
     "luffy": lambda: GRPO(teacher_tokens=ShapedProbability()),

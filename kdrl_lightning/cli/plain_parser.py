@@ -1,0 +1,20 @@
+"""A small argument parser that imports no torch, for subcommands without a trainer."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from kdrl_lightning.errors import ConfigurationError
+
+
+class PlainParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise with one line.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
