@@ -139,4 +139,4 @@ def on_child_failure(
     def terminate(observer: _ChildProcessObserver) -> None:
         act(observer._child_processes, lambda: KILL_ALL(observer))
 
-    _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign]
+    _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign, assignment]
