@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 
-
-@runtime_checkable
-class HasRollouts(Protocol):
-    """A data module that samples rollouts, such as ``RolloutDataModule``."""
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps on one rollout."""
-
-
-def has_rollouts(trainer: pl.Trainer) -> bool:
-    """Return whether the trainer's data module samples rollouts."""
-    return isinstance(getattr(trainer, "datamodule", None), HasRollouts)
+from kdrl_lightning.trainer.protocols import rollout_data
 
 
 def updates_per_rollout(trainer: pl.Trainer) -> int:
     """Return the number of optimizer steps on one rollout; 1 if the data has no rollouts."""
-    data = getattr(trainer, "datamodule", None)
-    return data.updates_per_rollout if isinstance(data, HasRollouts) else 1
+    data = rollout_data(trainer)
+    return 1 if data is None else data.updates_per_rollout
 
 
 def starts_step(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -64,7 +52,7 @@ class RolloutCallback(pl.Callback):
     """
 
     def on_rollout_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, rollout: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, rollout: int
     ) -> None:
         """Act before the first update on a rollout, which is sampled and scored by then.
 
@@ -77,10 +65,12 @@ class RolloutCallback(pl.Callback):
             rollout: its index, from 0.
         """
 
-    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act after an optimizer step; ``trainer.global_step`` counts it already."""
 
-    def on_rollout_end(self, trainer: pl.Trainer, pl_module: Any, rollout: int) -> None:
+    def on_rollout_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
+    ) -> None:
         """Act after the last update on a rollout, and after ``on_step_end``.
 
         Args:
@@ -90,7 +80,7 @@ class RolloutCallback(pl.Callback):
         """
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Call ``on_rollout_start`` at the first micro-batch of a rollout."""
         rollout, update = divmod(trainer.global_step, updates_per_rollout(trainer))
@@ -98,7 +88,12 @@ class RolloutCallback(pl.Callback):
             self.on_rollout_start(trainer, pl_module, batch, rollout)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Call ``on_step_end`` and ``on_rollout_end`` after the last micro-batch of each."""
         if not ends_step(trainer, batch_idx):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
+from kdrl_lightning.trainer.protocols import trained
 from kdrl_lightning.trainer.run_folder import run_folder
 
 
@@ -31,7 +32,7 @@ class PredictionWriter(pl.Callback):
         self.format = format
         self._file: PredictionFile | None = None
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file on the first rank."""
         name = f"predictions.{self.format}"
         folder = run_folder(trainer, name)  # a collective: all ranks
@@ -43,12 +44,12 @@ class PredictionWriter(pl.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             return kind(folder / name)
 
-        self._file = stop_together(opened, pl_module.reduce)
+        self._file = stop_together(opened, trained(pl_module).reduce)
 
     def on_predict_batch_end(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -61,9 +62,9 @@ class PredictionWriter(pl.Callback):
             dist.gather_object(outputs, parts)
         rows = [row for part in parts or [] for row in part]
         rows.sort(key=lambda row: (row["index"], row["sample"]))
-        stop_together(lambda: self._file and self._file.write(rows), pl_module.reduce)
+        stop_together(lambda: self._file and self._file.write(rows), trained(pl_module).reduce)
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()

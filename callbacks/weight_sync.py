@@ -7,12 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
-from kdrl_lightning.callbacks.base import RolloutCallback, has_rollouts, updates_per_rollout
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rollout.agreement import bound_of
-from kdrl_lightning.rollout_batch import STUDENT
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+from kdrl_lightning.trainer.protocols import TrainedModule, rollout_data, trained
 
 
 class WeightSyncCheck(RolloutCallback):
@@ -42,7 +44,7 @@ class WeightSyncCheck(RolloutCallback):
         require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         self.max_mean_diff = max_mean_diff
         self.every_n_rollouts = every_n_rollouts
-        self._waiting: Any = None
+        self._waiting: RolloutBatch | None = None
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
@@ -55,49 +57,54 @@ class WeightSyncCheck(RolloutCallback):
             return self.max_mean_diff
         return bound_of(precision, engine_dtype)
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget a run that was stopped; give the bound to the comparison before sampling."""
         self._waiting = None
-        live: Any = getattr(getattr(trainer, "datamodule", None), "live", None)
-        if live is not None:
-            live.max_mean_diff = self.max_mean_diff
+        data = rollout_data(trainer)
+        if data is not None:
+            data.live.max_mean_diff = self.max_mean_diff
 
     def on_rollout_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, rollout: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: RolloutBatch, rollout: int
     ) -> None:
         """Check a rollout at its first micro-batch; if one rank has to stop, all do."""
-        if not has_rollouts(trainer):
+        module, data = trained(pl_module), rollout_data(trainer)
+        if data is None:
             return
-        stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
+        stop_together(lambda: self.check_version(trainer, module, batch), module.reduce)
         self._waiting = batch
         if not batch.old_pending:
-            self._compare_waiting(trainer, pl_module)
-        data: Any = getattr(trainer, "datamodule", None)
-        if not getattr(data, "max_off_policy_steps", 0):
+            self._compare_waiting(trainer, module)
+        if not data.max_off_policy_steps:
             return
         # The same on all ranks. After the last rollout nothing was pushed any more.
         due = rollout % self.every_n_rollouts == 0
         if due and data.rollout_engine.version == trainer.global_step:
             fresh = data.probe()
-            stop_together(lambda: self.compare(trainer, pl_module, fresh), pl_module.reduce)
+            stop_together(lambda: self.compare(trainer, module, fresh), module.reduce)
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         """Compare what the update's own forward pass said."""
         if self._waiting is not None:
-            self._compare_waiting(trainer, pl_module)
+            self._compare_waiting(trainer, trained(pl_module))
 
-    def _compare_waiting(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _compare_waiting(self, trainer: pl.Trainer, pl_module: TrainedModule) -> None:
         batch, self._waiting = self._waiting, None
+        assert batch is not None
         stop_together(lambda: self.compare(trainer, pl_module, batch), pl_module.reduce)
 
-    def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+    def check_version(
+        self, trainer: pl.Trainer, pl_module: TrainedModule, batch: RolloutBatch
+    ) -> None:
         """Check the age of this rank's completions.
 
         Raises:
             TrainingStopped: they are too old.
         """
-        data: Any = getattr(trainer, "datamodule", None)
-        rollouts = getattr(data, "max_off_policy_steps", 0)
+        data = rollout_data(trainer)
+        rollouts = 0 if data is None else data.max_off_policy_steps
         allowed = rollouts * updates_per_rollout(trainer)
         staleness = int(trainer.global_step - batch.policy_version.min())
         pl_module.log_step({"rollout/staleness": float(staleness)})
@@ -109,7 +116,7 @@ class WeightSyncCheck(RolloutCallback):
                 "the engine's update_weights."
             )
 
-    def compare(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+    def compare(self, trainer: pl.Trainer, pl_module: TrainedModule, batch: RolloutBatch) -> None:
         """Compare log-probabilities, engine against trainer, on completions of current weights.
 
         Raises:
@@ -125,8 +132,9 @@ class WeightSyncCheck(RolloutCallback):
         mean = float(gap.sum() / own.sum())
         values = {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": float(gap.max())}
         pl_module.log_step(values)
-        engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
-        bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
+        data = rollout_data(trainer)
+        dtype = None if data is None else data.rollout_engine.dtype
+        bound = self.bound(str(trainer.precision), dtype)
         if not mean <= bound:
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(

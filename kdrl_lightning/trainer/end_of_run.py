@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
 from kdrl_lightning.trainer.failures import not_exported
 from kdrl_lightning.trainer.internals import stop_after_validation
+from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of
 
 
 def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
@@ -53,14 +55,14 @@ def check_space(needs: Mapping[Path, int]) -> None:
             )
 
 
-def student_bytes(pl_module: Any) -> int:
+def student_bytes(pl_module: TrainedModule) -> int:
     """Return the size of the student's weights as a model folder, adapters merged."""
     named = pl_module.weights().model.named_parameters()
     sizes: list[int] = [p.numel() * p.element_size() for n, p in named if not is_adapter(n)]
     return sum(sizes)
 
 
-def checkpoint_bytes(pl_module: Any) -> int:
+def checkpoint_bytes(pl_module: TrainedModule) -> int:
     """Return the size of the weights in a checkpoint, and of what an optimizer adds.
 
     A LoRA student's checkpoint holds the adapters alone.
@@ -70,7 +72,7 @@ def checkpoint_bytes(pl_module: Any) -> int:
     return int(weights * (1 + _moments(pl_module)))
 
 
-def _moments(pl_module: Any) -> float:
+def _moments(pl_module: TrainedModule) -> float:
     """Return how many numbers the optimizer keeps per weight, from a trial of one step."""
     weight = torch.nn.Parameter(torch.zeros(8, 8))
     weight.grad = torch.zeros_like(weight)
@@ -83,7 +85,9 @@ def _moments(pl_module: Any) -> float:
     return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / weight.numel()
 
 
-def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False) -> None:
+def save_student(
+    trainer: pl.Trainer, pl_module: TrainedModule, folder: Path, alone: bool = False
+) -> None:
     """Write the student as a Hugging Face folder, whole or not at all.
 
     Args:
@@ -118,7 +122,7 @@ def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False
         stop_together(write, pl_module.reduce)
 
 
-def check_early_stopping(trainer: Any) -> None:
+def check_early_stopping(trainer: pl.Trainer) -> None:
     """Let EarlyStopping look at a metric of the validation after each validation.
 
     Lightning asks at the end of an epoch, also of one that ``max_steps`` ends before its
@@ -127,9 +131,10 @@ def check_early_stopping(trainer: Any) -> None:
     Raises:
         ConfigurationError: there is no validation.
     """
-    for callback in trainer.callbacks:
+    data = getattr(trainer, "datamodule", None)
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/"):
-            prompts = getattr(trainer.datamodule, "val_prompts", True)
+            prompts = getattr(data, "val_prompts", True)
             if callback.strict and (prompts is None or trainer.limit_val_batches == 0):
                 raise ConfigurationError(
                     f"`monitor` of EarlyStopping must be a metric that is logged: got "
@@ -138,13 +143,13 @@ def check_early_stopping(trainer: Any) -> None:
             stop_after_validation(callback)
 
 
-def check_monitors(trainer: Any) -> None:
+def check_monitors(trainer: pl.Trainer) -> None:
     """Check after a validation that callbacks watch metrics that it has.
 
     Raises:
         ConfigurationError: one does not.
     """
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         name = getattr(callback, "monitor", None)
         strict = getattr(callback, "strict", True)
         known = trainer.callback_metrics

@@ -36,7 +36,7 @@ class TrainedModule(Protocol):
     objective: Objective
     optimizer_callable: Callable[[Iterable[Any]], torch.optim.Optimizer]
     lora: LoRA | None
-    student: torch.nn.Module | None
+    student: torch.nn.Module
 
     @property
     def teacher(self) -> HasWeights | None:
@@ -94,6 +94,10 @@ class RolloutData(Protocol):
         """Size of a group."""
 
     @property
+    def teacher_seconds(self) -> float:
+        """Time that the teacher took so far."""
+
+    @property
     def watch(self) -> RolloutWatch:
         """What the run's rollouts were like."""
 
@@ -105,6 +109,18 @@ class RolloutData(Protocol):
 
     def probe(self) -> RolloutBatch:
         """Return a few scored completions of the engine's current weights."""
+
+
+# Lightning sets the next two on a trainer without declaring them.
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def is_trial_run(trainer: pl.Trainer) -> bool:
+    """Return whether the run is a trial that writes nothing (``fast_dev_run``)."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def trained(module: pl.LightningModule) -> TrainedModule:

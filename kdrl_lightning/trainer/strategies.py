@@ -11,11 +11,13 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    Strategy,
     StrategyRegistry,
 )
 
@@ -107,7 +109,7 @@ def end_with_children() -> None:
     on_child_failure(end)
 
 
-def refuse_fsdp1(strategy: Any) -> None:
+def refuse_fsdp1(strategy: object) -> None:
     """Refuse FSDP1 by flag, by configured class, or as an object.
 
     Raises:
@@ -124,7 +126,7 @@ def refuse_fsdp1(strategy: Any) -> None:
         )
 
 
-def check_unreached(strategy: Any, unreached: list[str]) -> None:
+def check_unreached(strategy: Strategy, unreached: list[str]) -> None:
     """Refuse DDP, which waits for a gradient of each parameter, if some may get none.
 
     Raises:
@@ -139,7 +141,7 @@ def check_unreached(strategy: Any, unreached: list[str]) -> None:
         )
 
 
-def sharding_of(trainer: Any) -> Sharding | None:
+def sharding_of(trainer: pl.Trainer | None) -> Sharding | None:
     """Return how the trainer's strategy shards models; None where every rank holds all.
 
     Raises:

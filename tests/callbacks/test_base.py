@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import FSDPCheckpoint, RolloutCallback
-from kdrl_lightning.callbacks.base import ends_step, has_rollouts, updates_per_rollout
+from kdrl_lightning.callbacks.base import ends_step, updates_per_rollout
+from kdrl_lightning.trainer.protocols import rollout_data
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
@@ -111,5 +112,5 @@ def test_without_rollouts_each_optimizer_step_counts(tmp_path: Path) -> None:
 def test_a_trainer_without_data_module_has_no_rollouts() -> None:
     trainer: Any = SimpleNamespace(datamodule=None, accumulate_grad_batches=3)
     trainer.num_training_batches = float("inf")
-    assert not has_rollouts(trainer) and updates_per_rollout(trainer) == 1
+    assert rollout_data(trainer) is None and updates_per_rollout(trainer) == 1
     assert [ends_step(trainer, i) for i in range(4)] == [False, False, True, False]
