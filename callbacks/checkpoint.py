@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -24,6 +24,14 @@ from kdrl_lightning.trainer.internals import validates_next
 from kdrl_lightning.trainer.protocols import callbacks_of, is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
+
+
+class Entry(TypedDict):
+    """One checkpoint: its optimizer step, its path and its validation's score."""
+
+    step: int
+    path: str
+    score: float | None
 
 
 class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
@@ -74,7 +82,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         self.save_top_k = save_top_k
         self.keep_last = keep_last
         self.every_n_rollouts = every_n_rollouts
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
         self._writer = CheckpointWriter(asynchronous)
         self._folder = Path()
         self._due = self._continues = False
@@ -177,11 +185,11 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return which checkpoints there are, with their scores."""
-        return {"entries": [dict(entry) for entry in self.entries]}
+        return {"entries": [entry.copy() for entry in self.entries]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
-        self.entries = [dict(entry) for entry in state_dict["entries"]]
+        self.entries = [entry.copy() for entry in state_dict["entries"]]
         self._name_best()
 
     def _last_words(self) -> str:
@@ -216,10 +224,11 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         if not self._writer.asynchronous:
             self._prune(trainer)
 
-    def _ranked(self) -> list[dict[str, Any]]:
+    def _ranked(self) -> list[Entry]:
         sign = 1.0 if self.mode == "max" else -1.0
-        scored = [e for e in self.entries if e["score"] is not None]
-        return sorted(scored, key=lambda e: (sign * e["score"], e["step"]), reverse=True)
+        scored = [(e["score"], e) for e in self.entries if e["score"] is not None]
+        scored.sort(key=lambda pair: (sign * pair[0], pair[1]["step"]), reverse=True)
+        return [entry for _, entry in scored]
 
     def _name_best(self) -> None:
         ranked = self._ranked()

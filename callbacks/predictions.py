@@ -56,11 +56,11 @@ class PredictionWriter(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Gather a batch from all ranks and write it."""
-        parts: list[Any] | None = [outputs]
+        parts: list[list[dict[str, Any]] | None] | None = [outputs]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size if trainer.is_global_zero else None
             dist.gather_object(outputs, parts)
-        rows = [row for part in parts or [] for row in part]
+        rows = [row for part in parts or [] for row in part or []]
         rows.sort(key=lambda row: (row["index"], row["sample"]))
         stop_together(lambda: self._file and self._file.write(rows), trained(pl_module).reduce)
 

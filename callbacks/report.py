@@ -26,7 +26,13 @@ from kdrl_lightning.trainer.end_of_run import (
     student_bytes,
     write_or_warn,
 )
-from kdrl_lightning.trainer.protocols import TrainedModule, is_trial_run, rollout_data, trained
+from kdrl_lightning.trainer.protocols import (
+    TrainedModule,
+    is_trial_run,
+    rollout_data,
+    student_of,
+    trained,
+)
 from kdrl_lightning.trainer.run_folder import run_folder
 
 CURVES = (
@@ -235,7 +241,7 @@ class RunReport(RolloutCallback):
             "seed": getattr(getattr(trainer, "datamodule", None), "seed", None),
             "student": pl_module.student_path,
             "trainable_parameters": sum(
-                p.numel() for p in pl_module.student.parameters() if p.requires_grad
+                p.numel() for p in student_of(pl_module).parameters() if p.requires_grad
             ),
             "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
             "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,

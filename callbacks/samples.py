@@ -69,7 +69,7 @@ class SamplePage(RolloutCallback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
         """Keep the micro-batches of one optimizer step; they exist anyway."""

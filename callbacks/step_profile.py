@@ -31,7 +31,7 @@ class StepProfile(RolloutCallback):
         self.rollout = rollout
         self.operators = operators
         self.text = ""
-        self._profile: Any = None
+        self._profile: profile | None = None
         self._rollouts = 0
         self._began: float | None = None
 
@@ -66,6 +66,7 @@ class StepProfile(RolloutCallback):
 
     def _finish(self, trainer: pl.Trainer, device: torch.device) -> None:
         running, self._profile = self._profile, None
+        assert running is not None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ended = time.perf_counter()

@@ -21,6 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 from torch.utils import _pytree as pytree
 
 from kdrl_lightning.checkpoints.integrity import seal, sync
@@ -70,7 +73,7 @@ class CheckpointWriter:
         self._together(trainer, finish)
         trainer.strategy.barrier()
 
-    def _together(self, trainer: pl.Trainer, work: Callable[[], Any]) -> None:
+    def _together(self, trainer: pl.Trainer, work: Callable[[], object]) -> None:
         try:
             together(trainer, work)
         except TrainingStopped:  # half a checkpoint would keep a full disk full
@@ -129,7 +132,7 @@ class CheckpointWriter:
             self._pending = _done(), finish
 
 
-def together(trainer: pl.Trainer, work: Callable[[], Any]) -> None:
+def together(trainer: pl.Trainer, work: Callable[[], object]) -> None:
     """Run work that touches the disk; if it fails on one rank, all stop."""
 
     def tried() -> None:
@@ -151,7 +154,7 @@ class ShardWriter(FileSystemWriter):
     What is sent to them loses its causes on the way.
     """
 
-    def write_data(self, plan: Any, planner: Any) -> Any:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         """Write a rank's shards."""
         try:
             return super().write_data(plan, planner)
@@ -180,7 +183,7 @@ def on_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _done() -> Future[Any]:
-    future: Future[Any] = Future()
+def _done() -> Future[None]:
+    future: Future[None] = Future()
     future.set_result(None)
     return future

@@ -19,7 +19,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
 from kdrl_lightning.trainer.failures import not_exported
 from kdrl_lightning.trainer.internals import stop_after_validation
-from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of
+from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, student_of
 
 
 def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
@@ -67,7 +67,9 @@ def checkpoint_bytes(pl_module: TrainedModule) -> int:
 
     A LoRA student's checkpoint holds the adapters alone.
     """
-    trained = [p for p in pl_module.student.parameters() if p.requires_grad or not pl_module.lora]
+    trained = [
+        p for p in student_of(pl_module).parameters() if p.requires_grad or not pl_module.lora
+    ]
     weights: int = sum(p.numel() * p.element_size() for p in trained)
     return int(weights * (1 + _moments(pl_module)))
 

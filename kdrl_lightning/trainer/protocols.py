@@ -6,7 +6,7 @@ here which part of ``KDRLModule`` and ``RolloutDataModule`` the code may use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -33,10 +33,21 @@ class HasWeights(Protocol):
 class TrainedModule(Protocol):
     """The part of ``KDRLModule`` that the code around a training run uses."""
 
-    objective: Objective
-    optimizer_callable: Callable[[Iterable[Any]], torch.optim.Optimizer]
-    lora: LoRA | None
-    student: torch.nn.Module
+    @property
+    def objective(self) -> Objective:
+        """The loss."""
+
+    @property
+    def optimizer_callable(self) -> Callable[..., torch.optim.Optimizer]:
+        """``parameters -> optimizer``."""
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters' settings; None trains all weights."""
+
+    @property
+    def student(self) -> torch.nn.Module | None:
+        """The student, once it is loaded."""
 
     @property
     def teacher(self) -> HasWeights | None:
@@ -109,6 +120,12 @@ class RolloutData(Protocol):
 
     def probe(self) -> RolloutBatch:
         """Return a few scored completions of the engine's current weights."""
+
+
+def student_of(module: TrainedModule) -> torch.nn.Module:
+    """Return the student of a run, which is loaded by then."""
+    assert module.student is not None
+    return module.student
 
 
 # Lightning sets the next two on a trainer without declaring them.
