@@ -29,7 +29,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from kdrl_lightning.checkpoints.files import CheckpointWriter
+from kdrl_lightning.checkpoints.writer import CheckpointWriter
 
 ROOT = Path(__file__).parents[1]
 RUNS = (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 1))

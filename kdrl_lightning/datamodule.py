@@ -163,7 +163,7 @@ class RolloutDataModule(pl.LightningDataModule):
         # Another module or trainer may have used this object: its rollout and weights are not ours.
         # Lightning's type is that of all modules.
         self.live.join(self.trainer, cast(Policy, self.trainer.lightning_module))
-        self.live.max_mean_diff = None  # WeightSync, which is set up later, may have one
+        self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may have one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":

@@ -11,17 +11,16 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from kdrl_lightning.checkpoints.files import content_mark
 from kdrl_lightning.checkpoints.module_state import (
     check_checkpoint,
     export_student,
     load_state,
     save_state,
 )
+from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import (
     Settings,
     agree_before_loading,
-    check_before_loading,
 )
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.evaluation.steps import EvaluationSteps
@@ -40,6 +39,7 @@ from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.frozen import FrozenModels, check_given, initial_student
+from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
@@ -161,7 +161,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         refuse_fsdp1(self.trainer.strategy)
         agree_before_loading(self.trainer, content_mark)
         check = partial(check_checkpoint, module=self, fitting=fitting)
-        check_before_loading(self.trainer.strategy, check)
+        before_load(self.trainer.strategy, check)
         if fitting:
             check_precision(self.trainer.precision)
         reference = None

@@ -67,8 +67,10 @@ TURNS = "prompts/turns.py", "prompts/test_encoding.py"
 PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
 DRAWS = "rollout/draws.py", "rollout/test_draws.py"
 COLLECTOR = "rollout/groups.py", "rollout/test_draws.py"
-CHECKPOINTS = "checkpoints/files.py", "checkpoints/test_checkpoint_files.py"
-CHECKSUMS = "checkpoints/files.py", "checkpoints/test_integrity.py"
+WRITER = "checkpoints/writer.py", "checkpoints/test_checkpoint_files.py"
+READER = "checkpoints/reader.py", "checkpoints/test_checkpoint_files.py"
+FULL_DISK = "checkpoints/writer.py", "checkpoints/test_integrity.py"
+CHECKSUMS = "checkpoints/reader.py", "checkpoints/test_integrity.py"
 INTEGRITY = "checkpoints/integrity.py", "checkpoints/test_integrity.py"
 WORKERS = "rewards/processes/workers.py", "rewards/processes/test_workers.py"
 EXPORT = "cli/export.py", "cli/test_export.py"
@@ -1023,61 +1025,61 @@ MUTATIONS = [
     ),
     Mutation(
         "save: in place",
-        CHECKPOINTS,
+        WRITER,
         'with half.open("wb") as file:\n            torch.save',
         'half.touch()\n        with path.open("wb") as file:\n            torch.save',
     ),
     Mutation(
         "save: the bytes are not forced to the disk",
-        CHECKPOINTS,
+        WRITER,
         "        os.fsync(file.fileno())\n",
         "",
     ),
     Mutation(
         "save: the name is not forced to the disk",
-        CHECKPOINTS,
+        WRITER,
         "        raise\n    sync(path.parent)\n",
         "        raise\n",
     ),
     Mutation(
         "save: shards in place",
-        CHECKPOINTS,
+        WRITER,
         "self._half = half = unfinished(path)",
         "self._half = half = path",
     ),
     Mutation(
         "save: a full disk under shards is a traceback",
-        CHECKPOINTS,
+        WRITER,
         "except (Exception, CheckpointException) as",
         "except Exception as",
     ),
     Mutation(
         "read: pickles run",
-        CHECKPOINTS,
+        READER,
         'map_location="cpu", mmap=True, weights_only=True',
         'map_location="cpu", mmap=True, weights_only=False',
     ),
     Mutation(
         "read: an index may name what torch has imported",
-        CHECKPOINTS,
+        READER,
         "if not kind and name not in INDEX_NAMES.get(module, ()):",
         'if not kind and module.split(".")[0] not in ("torch", "pathlib"):',
     ),
     Mutation(
         "read: what is no tensor in a shard runs",
-        CHECKPOINTS,
+        READER,
         "view.read()), weights_only=True)",
         "view.read()), weights_only=False)",
     ),
     Mutation(
         "read: shards may be cut",
-        CHECKPOINTS,
+        READER,
         "if size < part.offset + part.length:",
         "if size < 0:",
     ),
     Mutation(
         "read: a missing part is not missed",
-        CHECKPOINTS,
+        READER,
         "for name in (SHARDS, META):",
         "for name in (META,):",
     ),
@@ -1098,13 +1100,13 @@ MUTATIONS = [
     ),
     Mutation(
         "save: half a file stays on a full disk",
-        CHECKSUMS,
+        FULL_DISK,
         "half.unlink(missing_ok=True)",
         "pass",
     ),
     Mutation(
         "save: half a folder stays on a full disk",
-        CHECKSUMS,
+        FULL_DISK,
         "shutil.rmtree(self._half, ignore_errors=True)",
         "pass",
     ),

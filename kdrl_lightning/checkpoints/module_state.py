@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kdrl_lightning.checkpoints.files import check_readable, export_together, read_metadata
 from kdrl_lightning.checkpoints.integrity import whole_folder
+from kdrl_lightning.checkpoints.reader import check_readable, read_metadata
 from kdrl_lightning.checkpoints.resume import (
     KEY,
     check_complete,
@@ -15,6 +15,7 @@ from kdrl_lightning.checkpoints.resume import (
     number_by_place,
 )
 from kdrl_lightning.models.loading import load_config
+from kdrl_lightning.trainer.failures import export_together
 
 
 def check_checkpoint(path: str, module: Any, fitting: bool) -> None:

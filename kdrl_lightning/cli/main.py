@@ -26,7 +26,7 @@ from kdrl_lightning.callbacks import (
     SamplePage,
     SelectiveImitationStats,
     StepProfile,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.cli import layered_yaml
 from kdrl_lightning.cli.help import OTHER_SUBCOMMANDS
@@ -108,7 +108,7 @@ class KDRLCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups of the callbacks."""
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
-        parser.add_lightning_class_args(WeightSync, "weight_sync")
+        parser.add_lightning_class_args(WeightSyncCheck, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(SamplePage, "samples")

@@ -114,7 +114,7 @@ class LiveSampler:
         module: the module that is trained or evaluated; set by ``join``.
         vocabulary_rows: of the smallest embedding that reads the completions.
         ahead: completions that have been sampled already.
-        max_mean_diff: ``WeightSync``'s bound, in nats; None: that of the precision.
+        max_mean_diff: ``WeightSyncCheck``'s bound, in nats; None: that of the precision.
     """
 
     trainer: Run

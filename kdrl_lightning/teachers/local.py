@@ -169,7 +169,8 @@ class LocalTeacher(Teacher):
             raise TrainingStopped(
                 f"token ids of the teacher's completions must be below {self._vocab_size}, the "
                 f"rows of the student's embedding: got {highest}. Use the teacher for scores only, "
-                "or set `teacher_completions.engine` to the transformers engine, which never samples others."
+                "or set `teacher_completions.engine` to the transformers engine, which never "
+                "samples others."
             )
 
     def fingerprint(self) -> str:

@@ -250,7 +250,11 @@ class Module:
 def test_callback_logs_once_per_step() -> None:
     batch, logprobs = case()
     trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=2, global_step=1, loggers=[], datamodule=None
+        accumulate_grad_batches=2,
+        num_training_batches=4,
+        global_step=1,
+        loggers=[],
+        datamodule=None,
     )
     module, callback = Module(KDRL()), SelectiveImitationStats()
     for index in range(4):
@@ -313,7 +317,11 @@ def test_what_has_nothing_to_average_is_a_gap() -> None:
     batch, logprobs = case()
     module, callback = Module(RLAD()), SelectiveImitationStats()
     trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=1, global_step=1, loggers=[], datamodule=None
+        accumulate_grad_batches=1,
+        num_training_batches=4,
+        global_step=1,
+        loggers=[],
+        datamodule=None,
     )
     nothing = batch.loss_mask & False
     for part in (batch, batch.replace(loss_mask=nothing, imitation_mask=nothing)):

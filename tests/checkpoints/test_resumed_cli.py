@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.checkpoints.files import together
+from kdrl_lightning.checkpoints.writer import together
 from kdrl_lightning.errors import TrainingStopped
 
 pytestmark = pytest.mark.filterwarnings(

@@ -17,7 +17,7 @@ from kdrl_lightning.callbacks import (
     FSDPCheckpoint,
     KLCoefficientAnnealing,
     SelectiveImitationStats,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.objectives import Objective
@@ -66,7 +66,7 @@ def run(
         if isinstance(objective, KDRL)
         else []
     )
-    others = [SelectiveImitationStats(), WeightSync(), FSDPCheckpoint(str(root / "saved"))]
+    others = [SelectiveImitationStats(), WeightSyncCheck(), FSDPCheckpoint(str(root / "saved"))]
     trainer = make_trainer(
         root, callbacks=[*annealing, *others, sees], enable_checkpointing=True, logger=logger,
         log_every_n_steps=1, max_steps=steps,

@@ -33,14 +33,13 @@ ALLOWED = {
     "prompts": FLOOR,
     "engines": FLOOR | {"models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
-    "checkpoints": FLOOR | {"distributed", "models"},
+    "checkpoints": FLOOR | {"distributed", "models", "trainer"},
     "rollout": FLOOR
     | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
     "trainer": FLOOR
-    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"}
-    | {"teachers"},
+    | {"distributed", "engines", "models", "objectives", "rewards", "rollout", "teachers"},
     "module": FLOOR
     | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives"}
     | {"teachers", "trainer"},

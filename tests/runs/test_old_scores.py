@@ -21,7 +21,7 @@ from kdrl_lightning import (
     OnPolicyDistillation,
     PolicyObjective,
 )
-from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSync
+from kdrl_lightning.callbacks import SelectiveImitationStats, WeightSyncCheck
 from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
@@ -112,7 +112,7 @@ def passes(
         return scored(batch, *args, **kwargs)
 
     module.student.score = score  # type: ignore[method-assign]
-    stats = [SelectiveImitationStats(), WeightSync(), log]
+    stats = [SelectiveImitationStats(), WeightSyncCheck(), log]
     fit(tmp_path, module, make_data(**settings), stats, max_steps=4)
     return rows, log.rows, [v.clone() for _, v in module.weights().named_tensors()]
 

@@ -18,7 +18,7 @@ from kdrl_lightning.callbacks import (
     KLCoefficientAnnealing,
     RunReport,
     SelectiveImitationStats,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -32,7 +32,7 @@ def test_rollouts_come_from_the_weights_of_their_first_update(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     data = make_data(epochs_per_rollout=2)  # 4 updates per rollout
-    trace = fit(tmp_path, make_module(student_folder, teacher_folder), data, [WeightSync()])
+    trace = fit(tmp_path, make_module(student_folder, teacher_folder), data, [WeightSyncCheck()])
     steps = [step for step, _ in trace.seen]
     assert steps == list(range(8))
     for step, batch in trace.seen:
@@ -318,10 +318,10 @@ def test_weight_sync_stops_a_stale_or_lying_engine(
 
     module = make_module(student_folder, teacher_folder)
     with pytest.raises(TrainingStopped, match="2 optimizer steps old at step 2"):
-        fit(tmp_path, module, make_data(rollout_engine=Stale()), [WeightSync()])
+        fit(tmp_path, module, make_data(rollout_engine=Stale()), [WeightSyncCheck()])
     module = make_module(student_folder, teacher_folder)
     with pytest.raises(TrainingStopped, match=r"must agree with the trainer's within 0\.001 nats"):
-        fit(tmp_path, module, make_data(rollout_engine=Lying()), [WeightSync()])
+        fit(tmp_path, module, make_data(rollout_engine=Lying()), [WeightSyncCheck()])
 
 
 def test_truncated_completions_can_be_left_out_of_the_loss(
@@ -398,7 +398,7 @@ def test_bf16_mixed_trains_float32_weights(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     module = make_module(student_folder, teacher_folder)
-    trace = fit(tmp_path, module, make_data(), [WeightSync()], max_steps=2, precision="bf16-mixed")
+    trace = fit(tmp_path, module, make_data(), [WeightSyncCheck()], max_steps=2, precision="bf16-mixed")
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert trace.seen[0][1].old_logprobs.dtype == torch.float32
 

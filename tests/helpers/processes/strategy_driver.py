@@ -35,7 +35,7 @@ from kdrl_lightning import (
     TrainingStopped,
     TransformersEngine,
 )
-from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSync
+from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSyncCheck
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.prompts import PromptSource
@@ -214,7 +214,12 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
         enable_model_summary=False,
         num_sanity_val_steps=-1,
         inference_mode=False,
-        callbacks=[record, SelectiveImitationStats(), WeightSync(), *([saver] if saves else [])],
+        callbacks=[
+            record,
+            SelectiveImitationStats(),
+            WeightSyncCheck(),
+            *([saver] if saves else []),
+        ],
         default_root_dir=out,
         **settings,
     )

@@ -20,7 +20,7 @@ from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.checkpoints.files import CheckpointWriter
+from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
