@@ -234,7 +234,7 @@ def _no_match(model: Any, known: Adaptable, wrong: Sequence[str]) -> Configurati
     names = sorted({path.rpartition(".")[2] for path in (*known.linear, *known.experts)})
     return ConfigurationError(
         f"`target_modules` must name linear layers below the head of {type(model).__name__}, in "
-        f"its text decoder: got {', '.join(wrong)}. Choose from: {', '.join(names) or 'none'}."
+        f"its text decoder: got {', '.join(wrong)}. Known: {', '.join(names) or 'none'}."
     )
 
 

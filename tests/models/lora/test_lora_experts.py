@@ -180,7 +180,7 @@ def test_a_vision_tower_is_left_alone() -> None:
         ("phimoe", LoRA(2, target_modules=["router"]), r"got router\. Known: "),
         ("qwen3_moe", LoRA(2, target_modules=["experts"]), r"got experts\. Known: "),
         ("qwen3_moe", LoRA(2, target_modules=["gate_proj"]),
-         r"must name both gate_proj and up_proj .*: got gate_proj alone\. Add up_proj"),
+         r"must name both gate_proj and up_proj .*: got only gate_proj\. Add up_proj"),
         ("mixtral", LoRA(2, target_modules=["w3"]), r"must name both w3 and w1 .*got only w3"),
         ("mamba", LoRA(2, target_modules=["in_proj", "out_proj"]),
          r"be layers whose output MambaForCausalLM uses: got out_proj, whose weights it reads d"),
