@@ -25,7 +25,7 @@ class WeightSyncCheck(RolloutCallback):
     engine's log-probabilities must agree with the trainer's own on the same tokens; where only the
     update's forward pass gives those, they are compared between it and the backward pass, before
     anything is changed. With ``max_off_policy_steps`` 1 the version may be one rollout older; the
-    log-probabilities of such completions differ by right, so a few fresh ones are sampled and
+    log-probabilities of such completions differ as expected, so a few fresh ones are sampled and
     compared now and then. Logs
     ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
     ``rollout/logprob_diff_max``.

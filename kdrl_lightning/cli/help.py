@@ -68,8 +68,8 @@ FLAGS: dict[str, list[tuple[str, str, Sequence[str]]]] = {
         ("--data.rollout.prompts_per_rollout N", "prompts that are sampled at once", TRAINS),
         ("--data.rollout.group_size N", "completions per prompt", TRAINS),
         ("--data.rollout.max_tokens N", "longest completion", ALL),
-        ("--data.val_samples N", "completions per prompt", MEASURES),
-        ("--data.val_temperature T", "sampling temperature; 0 is greedy", MEASURES),
+        ("--data.evaluation.samples N", "completions per prompt", MEASURES),
+        ("--data.evaluation.temperature T", "sampling temperature; 0 is greedy", MEASURES),
     ],
     "Trainer (Lightning's)": [
         ("--trainer.max_steps N", "optimizer steps", TRAINS),

@@ -115,8 +115,8 @@ def test_names_work_in_the_parsers(here: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_base_may_be_a_name(here: Path) -> None:
-    found = load_with_base("base: rlad\ndata: {group_size: 4}\n", "mine.yaml")
-    assert found["data"]["group_size"] == 4
+    found = load_with_base("base: rlad\ndata: {rollout: {group_size: 4}}\n", "mine.yaml")
+    assert found["data"]["rollout"]["group_size"] == 4
     assert found["model"]["objective"]["class_path"] == "RLAD"
 
 

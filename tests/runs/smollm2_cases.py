@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import torch
-from helpers.with_vllm.models import worst_gap
 
+from helpers.with_vllm.models import worst_gap
 from kdrl_lightning.engines import Sampling, VLLMEngine
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.models.weights import ModelWeights

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 from torch import Tensor
 
+from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GKD, GRPO, KDRL, RLAD, LocalTeacher, OnPolicyDistillation
 from kdrl_lightning.callbacks import CoefficientSchedule, SelectiveImitationStats
 from kdrl_lightning.callbacks.schedules import Linear, Switch

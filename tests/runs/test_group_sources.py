@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 
+from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GKD, GRPO, RLAD, SFT, LocalTeacher
 from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.losses.advantages import group_relative

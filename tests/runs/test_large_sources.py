@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 from transformers import AutoTokenizer
 
+from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, RLAD, ExactMatch, LocalTeacher
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.prompts import PromptSource

@@ -8,11 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.short_runs import make_data, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from helpers.short_runs import make_data, make_trainer
 from kdrl_lightning import GKD, GRPO, KDRL, RLAD, KDRLModule, LocalTeacher
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import Objective

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.short_runs import Log, fit, make_data, make_module
 
+from helpers.short_runs import Log, fit, make_data, make_module
 from kdrl_lightning import (
     GKD,
     GRPO,

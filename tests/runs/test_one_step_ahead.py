@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer, some_reward
 
+from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer, some_reward
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.engines import TransformersEngine

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from helpers.processes.strategy_runs import Runs
 from torch import Tensor
 
+from helpers.processes.strategy_runs import Runs
 from kdrl_lightning.cli.export import export
 
 two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.short_runs import Log, fit, make_module, make_trainer
 
+from helpers.short_runs import Log, fit, make_module, make_trainer
+from helpers.with_vllm.need import ROOT, need_vllm, run
 from kdrl_lightning import (
     RLAD,
     SFT,
@@ -26,8 +26,6 @@ from kdrl_lightning.models.loading import load_causal_lm, load_config, load_toke
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts import encode_all
 from kdrl_lightning.rollout_batch import collate
-
-from helpers.with_vllm.need import ROOT, need_vllm, run
 
 pytestmark = pytest.mark.slow
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 
+from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, RLAD, KDRLModule, LocalTeacher
 from kdrl_lightning.callbacks import (
     KLCoefficientAnnealing,
@@ -398,7 +398,9 @@ def test_bf16_mixed_trains_float32_weights(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     module = make_module(student_folder, teacher_folder)
-    trace = fit(tmp_path, module, make_data(), [WeightSyncCheck()], max_steps=2, precision="bf16-mixed")
+    trace = fit(
+        tmp_path, module, make_data(), [WeightSyncCheck()], max_steps=2, precision="bf16-mixed"
+    )
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert trace.seen[0][1].old_logprobs.dtype == torch.float32
 

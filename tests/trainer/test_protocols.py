@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from helpers.short_runs import make_data, make_module
+from kdrl_lightning import GRPO
 from kdrl_lightning.trainer.protocols import RolloutData, TrainedModule, rollout_data
 
 
@@ -16,7 +17,7 @@ def members(protocol: type) -> set[str]:
 
 def test_the_module_and_the_data_have_what_is_asked_of_them(student_folder: str) -> None:
     for protocol, held in (
-        (TrainedModule, make_module(student_folder, None)),
+        (TrainedModule, make_module(student_folder, None, GRPO())),
         (RolloutData, make_data()),
     ):
         known = set(dir(type(held))) | set(vars(held))
