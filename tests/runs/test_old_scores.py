@@ -290,7 +290,7 @@ def test_each_model_runs_as_often_as_it_must(
 
     data = make_data(minibatches_per_rollout=minibatches, epochs_per_rollout=epochs)
     settings = {"max_steps": minibatches * epochs, "accumulate_grad_batches": accumulate}
-    fit(tmp_path, module, data, [Count(), SelectiveImitationStats(), WeightSync()], **settings)
+    fit(tmp_path, module, data, [Count(), SelectiveImitationStats(), WeightSyncCheck()], **settings)
     keys = (
         ("student", "score"),
         ("student", "update"),
@@ -311,7 +311,7 @@ def test_nothing_is_written_into_a_batch(
             given.append((batch, copy.deepcopy(vars(batch))))
 
     module = make_module(student_folder, teacher_folder, GKD())
-    fit(tmp_path, module, make_data(), [Keep(), SelectiveImitationStats(), WeightSync()])
+    fit(tmp_path, module, make_data(), [Keep(), SelectiveImitationStats(), WeightSyncCheck()])
     for batch, before in given:
         assert batch.teacher_logprobs is None
         for name, value in before.items():
