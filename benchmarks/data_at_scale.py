@@ -66,7 +66,7 @@ def peak() -> int:
 def run(kind: str, rows: int, folder: Path) -> dict[str, float]:
     import lightning.pytorch as pl
 
-    from kdrl_lightning import GRPO, KDRLModule, RolloutDataModule
+    from kdrl_lightning import GRPO, KDRLModule, RolloutDataModule, RolloutSettings
     from kdrl_lightning.tiny.models import TinyModel
 
     class FirstRollout(pl.Callback):
@@ -77,7 +77,7 @@ def run(kind: str, rows: int, folder: Path) -> dict[str, float]:
     source, size = load(kind, rows, folder)
     times.append(time.perf_counter())
     data = RolloutDataModule(
-        source, lambda sample: len(sample.ids) % 2, prompts_per_rollout=32, max_tokens=8
+        source, lambda sample: len(sample.ids) % 2, rollout=RolloutSettings(max_tokens=8)
     )
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -114,7 +114,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
         write(Path(few), 100)
         write(Path(many), args.rows)
-        print(f"| {args.rows:,} rows | load s | start s | memory MB | source MB |")
+        seconds = "seconds to read the source | seconds to start"
+        print(f"| {args.rows:,} rows | {seconds} | memory MB | source MB |")
         print("| --- | --- | --- | --- | --- |")
         for kind in KINDS:
             small = measured(kind, 100, Path(few))

@@ -34,10 +34,11 @@ from fault_cases.runs import UPDATES, save_models  # noqa: E402
 
 PAGE = """# Faults on purpose
 
-`benchmarks/faults.py` strikes small runs ({steps} updates a rollout, a checkpoint after each
-rollout) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we start
-the same command again with `--ckpt_path last`. At its end the exported student and all logged
-numbers must equal those of an undisturbed run byte for byte. At most the current rollout is lost.
+`benchmarks/faults.py` injects faults into small runs ({steps} updates a rollout, a checkpoint after
+each rollout) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we
+start the same command again with `--ckpt_path last`. When it ends, the exported student and all
+logged numbers must equal those of an undisturbed run byte for byte. A run loses at most the current
+rollout.
 
 {table}
 {note}
@@ -48,23 +49,23 @@ Seed {seed}; {seconds:.0f} s on {machine}. Every fault with its moment:
 python benchmarks/faults.py --out docs/faults --kills {kills} --seed {seed}
 ```
 
-An engine inside the training process (`VLLMEngine`) dies with it, which is the first row. A flip
-that is not refused hit one of an archive's unused bytes: the values that are read are the same.
+An engine inside the training process (`VLLMEngine`) dies with it, so the first row covers it. A
+flipped bit that is not refused is in an unused byte of an archive, and does not change the values.
 
 What a user sees:
 
-- A checkpoint is compared with its checksums before it is read. A damaged one is refused with the
-  name of the file and of an earlier checkpoint that is whole; `last` passes over it with a warning.
-  With `keep_last: 1` there may be no earlier one: set `--checkpoint.keep_last 2` if you do not
-  trust the disk.
+- A run compares a checkpoint with its checksums before it reads it. It refuses a damaged one with
+  the name of the file and of an earlier checkpoint that is whole; `last` skips the damaged one with
+  a warning. With `keep_last: 1` there may be no earlier one: set `--checkpoint.keep_last 2` if you
+  do not trust the disk.
 - If the disk is full or read-only at a checkpoint, all processes stop with one line; earlier
-  checkpoints stay, and what was half written is deleted. If it is full at the end, the line names
-  the checkpoint that holds the student, and the command that exports it. An export never replaces
-  a model before the new one is complete.
-- A process of a reward that dies is replaced, and its call is made once more; if that dies too, the
-  completion counts as a failure of the reward.
-- A server that is away for less than `max_away_s` gets its weights again; after that the run stops
-  with its URL.
+  checkpoints stay, and half-written files are deleted. If the disk is full at the end, the line
+  names the checkpoint that holds the student, and the command that exports it. An export never
+  replaces a model before the new one is complete.
+- If a reward's process dies, it is replaced and its call is made once more; if that process dies
+  too, the completion counts as a failure of the reward.
+- A server that is unreachable for less than `max_away_s` gets its weights again; after that the run
+  stops and names the server's URL.
 """
 HEAD = """| fault | times | same end after it | most updates lost | harm |
 | --- | --- | --- | --- | --- |"""

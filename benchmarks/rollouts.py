@@ -28,7 +28,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, RolloutDataModule
+from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, RolloutDataModule, RolloutSettings
 from kdrl_lightning.engines import (
     RolloutEngine,
     Sampling,
@@ -128,10 +128,12 @@ def share_of_a_step(engine: RolloutEngine, args: Any) -> float:
         train_prompts=ColumnAddition(4096, seed=1),
         reward=addition_reward,
         rollout_engine=engine,
-        prompts_per_rollout=args.prompts,
-        group_size=args.group,
-        max_tokens=args.max_tokens,
-        minibatches_per_rollout=4,
+        rollout=RolloutSettings(
+            prompts_per_rollout=args.prompts,
+            group_size=args.group,
+            max_tokens=args.max_tokens,
+            minibatches_per_rollout=4,
+        ),
     )
     clock = Clock(data, skip=4 * (args.rollouts // 4 or 1))
     pl.Trainer(

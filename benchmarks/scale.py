@@ -29,7 +29,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from kdrl_lightning.checkpoints.files import CheckpointWriter
+from kdrl_lightning.checkpoints.writer import CheckpointWriter
 
 ROOT = Path(__file__).parents[1]
 RUNS = (("auto", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 1))
@@ -174,9 +174,11 @@ def run(model: Path, strategy: str, processes: int, rank: int = 0) -> dict[str, 
             "data": {
                 "train_prompts": prompts,
                 "reward": "kdrl_lightning.tiny.addition_reward",
-                "prompts_per_rollout": 4,
-                "group_size": 4,
-                "max_tokens": 16,
+                "rollout": {
+                    "prompts_per_rollout": 4,
+                    "group_size": 4,
+                    "max_tokens": 16,
+                },
             },
             "trainer": {
                 "accelerator": "cpu",

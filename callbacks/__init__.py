@@ -1,5 +1,9 @@
 """Callbacks: annealing, statistics, checks, checkpoints, progress, report, predictions, samples."""
 
+from typing import Any
+
+from kdrl_lightning.callbacks import weight_sync
+from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
 from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
@@ -10,7 +14,7 @@ from kdrl_lightning.callbacks.samples import SamplePage
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
 from kdrl_lightning.callbacks.step_profile import StepProfile
 from kdrl_lightning.callbacks.threads import CPUThreads
-from kdrl_lightning.callbacks.weight_sync import WeightSync
+from kdrl_lightning.callbacks.weight_sync import WeightSyncCheck
 
 __all__ = [
     "CPUThreads",
@@ -18,10 +22,17 @@ __all__ = [
     "FSDPCheckpoint",
     "KLCoefficientAnnealing",
     "PredictionWriter",
+    "RolloutCallback",
     "RolloutProgress",
     "RunReport",
     "SamplePage",
     "SelectiveImitationStats",
     "StepProfile",
-    "WeightSync",
+    "WeightSyncCheck",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WeightSync":  # its name in 0.1
+        return getattr(weight_sync, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,27 +5,36 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from kdrl_lightning.checkpoints.files import (
-    CheckpointWriter,
-    newest_whole,
-    remove_unfinished,
-    together,
-)
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
+from kdrl_lightning.checkpoints.layout import remove_unfinished
+from kdrl_lightning.checkpoints.reader import newest_whole
+from kdrl_lightning.checkpoints.writer import CheckpointWriter, together
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
+from kdrl_lightning.trainer.internals import validates_next
+from kdrl_lightning.trainer.protocols import callbacks_of, is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
 
 
-class FSDPCheckpoint(ModelCheckpoint):
+class Entry(TypedDict):
+    """One checkpoint: its optimizer step, its path and its validation's score."""
+
+    step: int
+    path: str
+    score: float | None
+
+
+class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
     """Saves the student, the optimizer and the run's progress, so that a killed run goes on.
 
     A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards; a path holds a
@@ -73,7 +82,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.save_top_k = save_top_k
         self.keep_last = keep_last
         self.every_n_rollouts = every_n_rollouts
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
         self._writer = CheckpointWriter(asynchronous)
         self._folder = Path()
         self._due = self._continues = False
@@ -85,57 +94,54 @@ class FSDPCheckpoint(ModelCheckpoint):
         """Name in a checkpoint."""
         return type(self).__name__
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
         self.entries = []
         self._due, self._stops = False, 0
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the folder, and room in it."""
+        module = trained(pl_module)
         named, folder = self._named, run_folder(trainer)
         self._folder = folder / "checkpoints" if named is None else Path(named)
         self.dirpath = str(self._folder)
-        if trainer.fast_dev_run:
+        if is_trial_run(trainer):
             return
         self._held = hold(folder) if trainer.is_global_zero else None
         if named is not None and not trainer.strategy.restore_checkpoint_after_setup:
             self._refuse_another_run(trainer)
-        needs = {self._folder: checkpoint_bytes(pl_module)}
-        if any(getattr(callback, "export", False) for callback in trainer.callbacks):
-            needs[folder] = student_bytes(pl_module)
-        stop_together(
-            lambda: check_space(needs) if trainer.is_global_zero else None, pl_module.reduce
-        )
+        needs = {self._folder: checkpoint_bytes(module)}
+        if any(getattr(callback, "export", False) for callback in callbacks_of(trainer)):
+            needs[folder] = student_bytes(module)
+        stop_together(lambda: check_space(needs) if trainer.is_global_zero else None, module.reduce)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the run goes on, clear up behind a kill, and listen for signals."""
         sharded = trainer.strategy.restore_checkpoint_after_setup
-        if self._named is not None and sharded and not trainer.fast_dev_run:
+        if self._named is not None and sharded and not is_trial_run(trainer):
             self._refuse_another_run(trainer)  # `ckpt_path` was not known before
         if trainer.ckpt_path and trainer.is_global_zero:
             print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
         if trainer.is_global_zero:
             remove_unfinished(self._folder)
-        if not trainer.fast_dev_run:
+        if not is_trial_run(trainer):
             self._signals.listen(trainer.is_global_zero)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save at the end of a rollout, or stop at the end of a step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.fast_dev_run:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save at the end of a rollout or of the run; stop at the end of a step."""
+        module = trained(pl_module)
+        if is_trial_run(trainer):
             return
-        self._stops = self._signals.agreed(pl_module.reduce)
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
+        self._stops = self._signals.agreed(module.reduce)
         at_end = trainer.global_step == trainer.max_steps
-        self._due = at_end or not trainer.global_step % (per_rollout * self.every_n_rollouts)
-        loop = trainer.fit_loop
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        every = self.every_n_rollouts * updates_per_rollout(trainer)
+        self._due = at_end or trainer.global_step % every == 0
+        if not validates_next(trainer):
             if self._due or self._stops:
-                pl_module.write_step()  # a killed or stopped run would lose this row for good
+                module.write_step()  # a killed or stopped run would lose this row for good
             self._save_if_due(trainer, None)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save with the validation's score."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
@@ -149,23 +155,25 @@ class FSDPCheckpoint(ModelCheckpoint):
             score = float(trainer.callback_metrics[self.monitor])
         self._save_if_due(trainer, score)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do nothing: epochs mean nothing here."""
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Save nothing: the other ranks may be somewhere else."""
         self._signals.explain(exception)
         self._let_go()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the last one; stop if a signal came after the last step."""
         self._writer.wait(trainer)
         self._prune(trainer)
-        self._stops = self._signals.agreed(pl_module.reduce)
+        self._stops = self._signals.agreed(trained(pl_module).reduce)
         self._signals.give_back()
         self._stop_if_agreed(trainer)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give back signals and folder."""
         self._let_go()
 
@@ -177,24 +185,24 @@ class FSDPCheckpoint(ModelCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return which checkpoints there are, with their scores."""
-        return {"entries": [dict(entry) for entry in self.entries]}
+        return {"entries": [entry.copy() for entry in self.entries]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
-        self.entries = [dict(entry) for entry in state_dict["entries"]]
+        self.entries = [entry.copy() for entry in state_dict["entries"]]
         self._name_best()
 
     def _last_words(self) -> str:
         found = [e["path"] for e in self.entries if Path(e["path"]).exists()]
         return f"the last checkpoint is {found[-1]}." if found else "nothing was saved."
 
-    def _save_if_due(self, trainer: Any, score: float | None) -> None:
+    def _save_if_due(self, trainer: pl.Trainer, score: float | None) -> None:
         if self._due or self._stops:
             self._due = False
             self._save(trainer, score)
         self._stop_if_agreed(trainer)
 
-    def _stop_if_agreed(self, trainer: Any) -> None:
+    def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
         if self._stops:
             self._writer.wait(trainer)
             raise Interrupted(
@@ -203,7 +211,7 @@ class FSDPCheckpoint(ModelCheckpoint):
                 self._stops,
             )
 
-    def _save(self, trainer: Any, score: float | None) -> None:
+    def _save(self, trainer: pl.Trainer, score: float | None) -> None:
         step = trainer.global_step
         path = self._folder / f"step={step:08d}.ckpt"
         self._writer.wait(trainer)
@@ -216,10 +224,11 @@ class FSDPCheckpoint(ModelCheckpoint):
         if not self._writer.asynchronous:
             self._prune(trainer)
 
-    def _ranked(self) -> list[dict[str, Any]]:
+    def _ranked(self) -> list[Entry]:
         sign = 1.0 if self.mode == "max" else -1.0
-        scored = [e for e in self.entries if e["score"] is not None]
-        return sorted(scored, key=lambda e: (sign * e["score"], e["step"]), reverse=True)
+        scored = [(e["score"], e) for e in self.entries if e["score"] is not None]
+        scored.sort(key=lambda pair: (sign * pair[0], pair[1]["step"]), reverse=True)
+        return [entry for _, entry in scored]
 
     def _name_best(self) -> None:
         ranked = self._ranked()
@@ -227,7 +236,7 @@ class FSDPCheckpoint(ModelCheckpoint):
         self.best_model_score = torch.tensor(ranked[0]["score"]) if ranked else None
         self.last_model_path = self.entries[-1]["path"] if self.entries else ""
 
-    def _prune(self, trainer: Any) -> None:
+    def _prune(self, trainer: pl.Trainer) -> None:
         """Delete what is neither among the best nor among the newest.
 
         That of an earlier run goes only if ``last`` has found it, and that run has ended: a path
@@ -247,7 +256,7 @@ class FSDPCheckpoint(ModelCheckpoint):
 
         together(trainer, delete)
 
-    def _refuse_another_run(self, trainer: Any) -> None:
+    def _refuse_another_run(self, trainer: pl.Trainer) -> None:
         """Keep two runs out of one named folder: each would overwrite the other's checkpoints."""
         found = next(self._folder.glob("step=*.ckpt"), None) if trainer.is_global_zero else None
         found = trainer.strategy.broadcast(found)
@@ -258,7 +267,7 @@ class FSDPCheckpoint(ModelCheckpoint):
                 f"with {found.name}. Name another one, or continue it with `--ckpt_path last`."
             )
 
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
         """Return the newest whole one of any run under this name, for ``ckpt_path="last"``."""
         named = self._named
         folders = checkpoint_folders(trainer) if named is None else [Path(named)]

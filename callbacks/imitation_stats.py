@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
@@ -18,6 +19,7 @@ from kdrl_lightning.objectives.base import Objective
 from kdrl_lightning.reports.plots import plot_imitation
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
+from kdrl_lightning.trainer.protocols import is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import run_folder
 
 RANGES = {
@@ -28,7 +30,7 @@ RANGES = {
 }
 
 
-class SelectiveImitationStats(pl.Callback):
+class SelectiveImitationStats(RolloutCallback):
     """Logs ``kd/*`` and ``policy/*`` once per optimizer step, token-weighted over all ranks.
 
     ``docs/statistics.md`` says how to read each. Histograms of the teacher's gap, the log ratio,
@@ -66,10 +68,12 @@ class SelectiveImitationStats(pl.Callback):
         self.histograms: dict[int, dict[str, Histogram]] = {}
         self._stats = StepStats()
         self._hist = Histograms(RANGES)
+        self._step: dict[str, float] = {}  # of the optimizer step that has just ended
+        self._step_histograms: dict[str, Histogram] = {}
         self._used: set[int] = set()  # groups: their completions may lie in several micro-batches
         self._imitated: set[int] = set()
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
         if stage == "fit":
             self.rows, self.histograms = [], {}
@@ -77,43 +81,53 @@ class SelectiveImitationStats(pl.Callback):
             self._used, self._imitated = set(), set()
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: RolloutBatch,
+        batch_idx: int,
     ) -> None:
         """Add a micro-batch; log at the end of the step."""
-        if batch.old_logprobs is None:
+        if batch.rollout_logprobs is None:  # given completions: there is no rollout to describe
             return
-        micro = MicroBatch(pl_module.objective, batch, outputs["logprobs"], outputs.get("top_ids"))
+        module = trained(pl_module)
+        batch = module.completed(batch)
+        micro = MicroBatch(module.objective, batch, outputs["logprobs"], outputs.get("top_ids"))
         add_imitation_stats(self._stats, micro)
         add_histograms(self._hist, micro, outputs["entropy"])
         self._used |= set(batch.group_ids[batch.loss_mask.any(1)].tolist())
         self._imitated |= set(batch.group_ids[micro.imitated.any(1)].tolist())
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._end_step(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _end_step(self, trainer: Any, pl_module: Any) -> None:
-        groups = torch.tensor([g in self._imitated for g in self._used], device=pl_module.device)
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the step."""
+        module = trained(pl_module)
+        groups = torch.tensor([g in self._imitated for g in self._used], device=module.device)
         self._stats.add_mean("kd/imitated_groups_frac", groups.bool())
         self._used, self._imitated = set(), set()
-        values = self._stats.compute(pl_module.reduce)
-        histograms = self._hist.compute(pl_module.reduce)
+        values = self._stats.compute(module.reduce)
+        histograms = self._hist.compute(module.reduce)
         weight = histograms.get("hist/log_offset_weight")
         if weight is not None and weight.counts.sum():
             edge = math.exp(weight.quantile(0.99))  # of a bin: it may lie beyond the largest value
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
-        pl_module.log_step(self._stats.with_gaps(values))
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        rollout, left = divmod(trainer.global_step, per_rollout)
-        if left:
-            return
-        self.rows.append({"rollout": rollout, **values})
-        if (rollout - 1) % self.histogram_every == 0:
-            self.histograms[rollout] = histograms
-            log_histograms(trainer, histograms)
+        module.log_step(self._stats.with_gaps(values))
+        self._step, self._step_histograms = values, histograms
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_rollout_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
+    ) -> None:
+        """Keep the values of the rollout's last step; now and then also the histograms."""
+        self.rows.append({"rollout": rollout + 1, **self._step})
+        if rollout % self.histogram_every == 0:
+            self.histograms[rollout + 1] = self._step_histograms
+            log_histograms(trainer, self._step_histograms)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table and draw the picture."""
         folder = run_folder(trainer)  # a collective: all ranks
-        if not trainer.is_global_zero or not self.rows or trainer.fast_dev_run:
+        if not trainer.is_global_zero or not self.rows or is_trial_run(trainer):
             return
         print(table(self.rows, self.table_rollouts))
         file = folder / "imitation.png"
@@ -243,10 +257,10 @@ def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -
         histograms.add("hist/log_offset_weight", micro.offset_weight, batch.student_mask)
 
 
-def log_histograms(trainer: Any, histograms: dict[str, Histogram]) -> None:
+def log_histograms(trainer: pl.Trainer, histograms: dict[str, Histogram]) -> None:
     """Send histograms to the loggers that can show them."""
     for logger in trainer.loggers:
-        experiment = logger.experiment
+        experiment: Any = getattr(logger, "experiment", None)  # of TensorBoard, W&B or another
         for name, histogram in histograms.items():
             counts, edges = histogram.counts, histogram.edges
             if hasattr(experiment, "add_histogram_raw"):  # TensorBoard

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
+from kdrl_lightning.trainer.protocols import trained
 from kdrl_lightning.trainer.run_folder import run_folder
 
 
@@ -31,7 +32,7 @@ class PredictionWriter(pl.Callback):
         self.format = format
         self._file: PredictionFile | None = None
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file on the first rank."""
         name = f"predictions.{self.format}"
         folder = run_folder(trainer, name)  # a collective: all ranks
@@ -43,27 +44,27 @@ class PredictionWriter(pl.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             return kind(folder / name)
 
-        self._file = stop_together(opened, pl_module.reduce)
+        self._file = stop_together(opened, trained(pl_module).reduce)
 
     def on_predict_batch_end(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Gather a batch from all ranks and write it."""
-        parts: list[Any] | None = [outputs]
+        parts: list[list[dict[str, Any]] | None] | None = [outputs]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size if trainer.is_global_zero else None
             dist.gather_object(outputs, parts)
-        rows = [row for part in parts or [] for row in part]
+        rows = [row for part in parts or [] for row in part or []]
         rows.sort(key=lambda row: (row["index"], row["sample"]))
-        stop_together(lambda: self._file and self._file.write(rows), pl_module.reduce)
+        stop_together(lambda: self._file and self._file.write(rows), trained(pl_module).reduce)
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()

@@ -8,6 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm import tqdm
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
+from kdrl_lightning.trainer.protocols import rollout_data
+
 SHOWN = {
     "val/accuracy": "val",
     "reward/mean": "reward",
@@ -17,7 +20,7 @@ SHOWN = {
 }
 
 
-class RolloutProgress(pl.Callback):
+class RolloutProgress(RolloutCallback):
     """One bar over the whole run: rollouts done, time left, and the figures that matter.
 
     Without a terminal it prints a line every few seconds instead.
@@ -31,18 +34,18 @@ class RolloutProgress(pl.Callback):
         self._bar: tqdm[Any] | None = None
         self._per = 1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how many rollouts the run means, and open the bar."""
         if not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._per = getattr(data, "updates_per_rollout", 1)
+        data = rollout_data(trainer)
+        self._per = updates_per_rollout(trainer)
         steps = trainer.estimated_stepping_batches
         total = None if steps == float("inf") else -(-int(steps) // self._per)
-        if hasattr(data, "updates_per_rollout"):
+        if data is not None:
             amount = "no limit of steps" if total is None else f"{steps} steps = {total} rollouts"
             print(
-                f"{amount}, each of {data.prompts_per_rollout} prompts x "
+                f"{amount}, each of {data.rollout.prompts_per_rollout} prompts x "
                 f"{data.completions_per_prompt} completions for {self._per} optimizer steps",
                 flush=True,
             )
@@ -52,16 +55,14 @@ class RolloutProgress(pl.Callback):
             initial=trainer.global_step / self._per,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            unit="rollout" if hasattr(data, "updates_per_rollout") else "step",
+            unit="step" if data is None else "rollout",
             desc=self.description,
             mininterval=0.2 if terminal else 5.0,
             file=sys.stderr,
             dynamic_ncols=terminal,
         )
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Advance by one update, a fraction of a rollout."""
         if self._bar is None:
             return
@@ -72,23 +73,25 @@ class RolloutProgress(pl.Callback):
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(done - self._bar.n)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say that it validates."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self.description} (validating)")
         elif trainer.is_global_zero:
             print("measuring the student on the validation prompts", flush=True)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go back to the rollouts."""
         if self._bar is not None:
             self._bar.set_description_str(self.description, refresh=False)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""
         self._close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Close the bar, so that the error stands on a line of its own."""
         self._close()
 

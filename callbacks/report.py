@@ -12,9 +12,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import Interrupted
 from kdrl_lightning.models.loading import check_saves
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.reports.plots import plot_curves
 from kdrl_lightning.trainer.end_of_run import (
     check_early_stopping,
@@ -23,6 +25,13 @@ from kdrl_lightning.trainer.end_of_run import (
     save_student,
     student_bytes,
     write_or_warn,
+)
+from kdrl_lightning.trainer.protocols import (
+    TrainedModule,
+    is_trial_run,
+    rollout_data,
+    student_of,
+    trained,
 )
 from kdrl_lightning.trainer.run_folder import run_folder
 
@@ -39,7 +48,7 @@ CURVES = (
 )
 
 
-class RunReport(pl.Callback):
+class RunReport(RolloutCallback):
     """Measures student and teacher before and after, and writes the run folder.
 
     The run folder is the logger's (or ``default_root_dir``); a run that finds another one there
@@ -65,7 +74,7 @@ class RunReport(pl.Callback):
         self._train_seconds = self._batch_started = 0.0
         self._started = time.perf_counter()
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start the clock, and forget an earlier run."""
         self._started = time.perf_counter()
         if stage == "fit":
@@ -74,28 +83,30 @@ class RunReport(pl.Callback):
             self._train_seconds = 0.0
             self._saved = False
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reserve the run folder, and try now what would fail at the end."""
+        module = trained(pl_module)
         run_folder(trainer)
         check_early_stopping(trainer)
-        if self.export and not trainer.fast_dev_run:
-            stop_together(lambda: self._try_export(trainer, pl_module), pl_module.reduce)
+        if self.export and not is_trial_run(trainer):
+            stop_together(lambda: self._try_export(trainer, module), module.reduce)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the teacher, and the student unless the sanity check just did.
 
         A resumed run has both from its start.
         """
+        module = trained(pl_module)
         if self.accuracy and trainer.ckpt_path:
             return
-        weights = None if pl_module.teacher is None else pl_module.teacher.weights()
+        weights = None if module.teacher is None else module.teacher.weights()
         if self.evaluate_teacher and weights is not None and self._can_evaluate(trainer):
             if trainer.is_global_zero:
                 print("measuring the teacher on the validation prompts", flush=True)
             self.teacher_accuracy = _evaluate(trainer, weights, "teacher")
-        self._measure_student(trainer, pl_module)
+        self._measure_student(trainer, module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the accuracy; the sanity check counts if it covers the whole set."""
         if trainer.state.fn == TrainerFn.FITTING:
             check_monitors(trainer)
@@ -105,44 +116,53 @@ class RunReport(pl.Callback):
             self._note(trainer.global_step, float(value))
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock of an update."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch_started = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """Stop the clock of an update; keep the curves' values at the end of each rollout."""
+        """Stop the clock of an update."""
         self._train_seconds += time.perf_counter() - self._batch_started
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        # Some are logged at a rollout's start, which may lie before a resume.
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the latest values: some are logged at a rollout's start, before a resume perhaps."""
         metrics = trainer.callback_metrics
         self._latest |= {name: float(metrics[name]) for name in CURVES if name in metrics}
-        if trainer.global_step % per_rollout == 0:
-            rollout = trainer.global_step // per_rollout
-            self.curves.append({"rollout": rollout, **self._latest})
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_rollout_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
+    ) -> None:
+        """Add a point to the curves."""
+        self.curves.append({"rollout": rollout + 1, **self._latest})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure once more if need be."""
-        self._measure_student(trainer, pl_module)
+        self._measure_student(trainer, trained(pl_module))
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write everything, and print the table below a closed progress bar."""
+        module = trained(pl_module)
         folder = run_folder(trainer)
-        if self.export and not trainer.fast_dev_run:
-            save_student(trainer, pl_module, folder / "student")  # a collective: all ranks
+        if self.export and not is_trial_run(trainer):
+            save_student(trainer, module, folder / "student")  # a collective: all ranks
             self._saved = True
-        summary = self._summary(trainer, pl_module, folder)
+        summary = self._summary(trainer, module, folder)
         if not trainer.is_global_zero:
             return
-        if trainer.fast_dev_run:
+        if is_trial_run(trainer):
             print("fast_dev_run: nothing is written")
             return
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        accuracy = [(step / per_rollout, value) for step, value in self.accuracy]
+        accuracy = [(step / updates_per_rollout(trainer), value) for step, value in self.accuracy]
         text = json.dumps(summary, indent=2) + "\n"
         file = folder / "summary.json"
         write_or_warn(file, lambda: file.write_text(text))
@@ -150,20 +170,23 @@ class RunReport(pl.Callback):
         write_or_warn(file, lambda: plot_curves(file, self.curves, accuracy, summary))
         print(_table(summary, folder))
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Save the student of a run that someone else's error ends.
 
         Without the other ranks, which may be somewhere else. Shards on several ranks cannot be
         gathered then; their last checkpoint stands.
         """
+        module = trained(pl_module)
         stopped = isinstance(exception, KeyboardInterrupt | Interrupted)
-        wanted = self.export and trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run
+        wanted = self.export and trainer.state.fn == TrainerFn.FITTING and not is_trial_run(trainer)
         if stopped or not wanted or self._saved or not trainer.global_step:
             return
-        sharded = pl_module.student is None or pl_module.weights().sharded
+        sharded = module.student is None or module.weights().sharded
         if trainer.is_global_zero and not (sharded and trainer.world_size > 1):
             folder = run_folder(trainer) / "student"
-            write_or_warn(folder, lambda: save_student(trainer, pl_module, folder, alone=True))
+            write_or_warn(folder, lambda: save_student(trainer, module, folder, alone=True))
             if folder.exists():
                 print(f"the student of step {trainer.global_step} is in {folder}", flush=True)
 
@@ -184,51 +207,52 @@ class RunReport(pl.Callback):
         self.teacher_accuracy = state_dict["teacher_accuracy"]
         self._train_seconds = state_dict["train_seconds"]
 
-    def _try_export(self, trainer: Any, pl_module: Any) -> None:
+    def _try_export(self, trainer: pl.Trainer, pl_module: TrainedModule) -> None:
         if trainer.is_global_zero:
             check_space({run_folder(trainer): student_bytes(pl_module)})
             check_saves(pl_module.weights().model, pl_module.tokenizer)
 
-    def _measure_student(self, trainer: Any, pl_module: Any) -> None:
+    def _measure_student(self, trainer: pl.Trainer, pl_module: TrainedModule) -> None:
         noted = bool(self.accuracy) and self.accuracy[-1][0] == trainer.global_step
         if not noted and self._can_evaluate(trainer):
             value = _evaluate(trainer, pl_module.weights(), "student")
             if value is not None:
                 self._note(trainer.global_step, value)
 
-    def _can_evaluate(self, trainer: Any) -> bool:
+    def _can_evaluate(self, trainer: pl.Trainer) -> bool:
         wanted = trainer.limit_val_batches != 0
-        return wanted and getattr(trainer.datamodule, "val_prompts", None) is not None
+        data = rollout_data(trainer)
+        return wanted and data is not None and data.val_prompts is not None
 
     def _note(self, step: int, value: float) -> None:
         if self.accuracy and self.accuracy[-1][0] == step:
             self.accuracy.pop()
         self.accuracy.append((step, value))
 
-    def _summary(self, trainer: Any, pl_module: Any, folder: Path) -> dict[str, Any]:
-        watch = getattr(trainer.datamodule, "watch", None)
-        seconds = {} if watch is None else watch.seconds
+    def _summary(
+        self, trainer: pl.Trainer, pl_module: TrainedModule, folder: Path
+    ) -> dict[str, Any]:
+        data = rollout_data(trainer)
+        seconds = {} if data is None else data.watch.seconds
         rollout_seconds = seconds.get("time/rollout_s", 0.0) + seconds.get("time/sync_s", 0.0)
-        tokens = 0 if watch is None else watch.tokens
+        tokens = 0 if data is None else data.watch.tokens
         return {
             "method": type(pl_module.objective).__name__,
-            "seed": getattr(trainer.datamodule, "seed", None),
+            "seed": getattr(getattr(trainer, "datamodule", None), "seed", None),
             "student": pl_module.student_path,
             "trainable_parameters": sum(
-                p.numel() for p in pl_module.student.parameters() if p.requires_grad
+                p.numel() for p in student_of(pl_module).parameters() if p.requires_grad
             ),
             "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
             "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,
             "teacher_accuracy": self.teacher_accuracy,
-            "rollouts": -(
-                -trainer.global_step // getattr(trainer.datamodule, "updates_per_rollout", 1)
-            ),
+            "rollouts": -(-trainer.global_step // updates_per_rollout(trainer)),
             "optimizer_steps": trainer.global_step,
             "skipped_steps": pl_module.skipped_steps,
             "rollout_seconds": rollout_seconds,
             "score_seconds": seconds.get("time/score_s", 0.0),
             "train_seconds": self._train_seconds,
-            "teacher_seconds": getattr(trainer.datamodule, "teacher_seconds", 0.0),
+            "teacher_seconds": 0.0 if data is None else data.teacher_seconds,
             "wall_seconds": time.perf_counter() - self._started,
             "tokens_per_second": tokens / rollout_seconds if rollout_seconds else None,
             "export_path": str(folder / "student") if self.export else None,
@@ -260,11 +284,13 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
     return "\n".join(["", *lines, ""])
 
 
-def _evaluate(trainer: Any, weights: Any, who: str) -> float | None:
+def _evaluate(trainer: pl.Trainer, weights: ModelWeights, who: str) -> float | None:
     """Return a model's accuracy; None, with a warning, if it cannot be sampled from."""
-    reason = trainer.datamodule.cannot_evaluate(weights)
+    data = rollout_data(trainer)
+    assert data is not None  # see `_can_evaluate`
+    reason = data.cannot_evaluate(weights)
     if not reason:
-        return float(trainer.datamodule.evaluate(weights))
+        return data.evaluate(weights)
     if trainer.is_global_zero:
         warnings.warn(
             f"the {who} is not measured on the first validation set: {reason}.", stacklevel=2

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from kdrl_lightning.callbacks.base import RolloutCallback, starts_step, updates_per_rollout
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.reports import (
     SampleView,
@@ -21,6 +22,7 @@ from kdrl_lightning.reports import (
 )
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
+from kdrl_lightning.trainer.protocols import TrainedModule, is_trial_run, rollout_data, trained
 from kdrl_lightning.trainer.run_folder import run_folder
 
 SCORED = (
@@ -30,7 +32,7 @@ SCORED = (
 UNSCORED = "Completions of the validation: no teacher has scored them, so there is only the text."
 
 
-class SamplePage(pl.Callback):
+class SamplePage(RolloutCallback):
     """Shows a few completions at each validation and at the end of training.
 
     ``samples.html`` in the run folder colours each token of the last rollout by the teacher's gap
@@ -57,25 +59,33 @@ class SamplePage(pl.Callback):
         self._validated: dict[str, list[SampleView]] = {}
         self._shown = -1
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
         if stage == "fit":
             self.sections, self._step, self._validated, self._shown = [], [], {}, -1
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: RolloutBatch,
+        batch_idx: int,
     ) -> None:
         """Keep the micro-batches of one optimizer step; they exist anyway."""
-        if not trainer.is_global_zero or batch.old_logprobs is None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not trainer.is_global_zero or batch.rollout_logprobs is None:
             return
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if starts_step(trainer, batch_idx):
             self._step = []
-        self._step.append((batch.replace(metrics={}), outputs["logprobs"]))
+        self._step.append(
+            (trained(pl_module).completed(batch).replace(metrics={}), outputs["logprobs"])
+        )
 
     def on_validation_batch_end(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -86,27 +96,26 @@ class SamplePage(pl.Callback):
         for i in range(min(self.completions - len(own), len(batch.judged))):
             row, sample = batch.rows[i // batch.of.samples], i % batch.of.samples
             title = f"prompt {row}, sample {sample}"
-            own.append(text_view(batch.judged[i], title, pl_module.tokenizer))
+            own.append(text_view(batch.judged[i], title, trained(pl_module).tokenizer))
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the page."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._show(trainer, pl_module)
+            self._show(trainer, trained(pl_module))
         self._validated = {}
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it once more, unless the last validation just did."""
         if self._shown != trainer.global_step:
-            self._show(trainer, pl_module)
+            self._show(trainer, trained(pl_module))
         self._step = []
 
-    def section(self, trainer: Any, pl_module: Any) -> Section:
+    def section(self, trainer: pl.Trainer, pl_module: TrainedModule) -> Section:
         """Return what there is to show at this step."""
         groups, notes = {}, {}
         scored = self._scored(trainer, pl_module)
         if scored:
-            data = trainer.datamodule
-            rollout = (trainer.global_step - 1) // getattr(data, "updates_per_rollout", 1)
+            rollout = (trainer.global_step - 1) // updates_per_rollout(trainer)
             groups[f"rollout {rollout}"] = scored
             notes[f"rollout {rollout}"] = SCORED
         for name, views in self._validated.items():
@@ -114,11 +123,12 @@ class SamplePage(pl.Callback):
             groups[title], notes[title] = views, UNSCORED
         return Section(f"after {trainer.global_step} optimizer steps", notes, groups)
 
-    def _scored(self, trainer: Any, pl_module: Any) -> list[SampleView]:
+    def _scored(self, trainer: pl.Trainer, pl_module: TrainedModule) -> list[SampleView]:
         places = [(n, row) for n, (batch, _) in enumerate(self._step) for row in range(len(batch))]
         groups = [int(self._step[n][0].group_ids[row]) for n, row in places]
         correct = [bool(self._step[n][0].correct[row]) for n, row in places]
-        judged = getattr(getattr(trainer.datamodule, "collector", None), "latest", ())
+        data = rollout_data(trainer)
+        judged = () if data is None else data.collector.latest
         views = []
         for place in choose(groups, correct, self.completions):
             (batch, logprobs), row = self._step[places[place][0]], places[place][1]
@@ -127,14 +137,14 @@ class SamplePage(pl.Callback):
             views += scored_views(one, scores, pl_module.objective, pl_module.tokenizer, judged)
         return views
 
-    def _show(self, trainer: Any, pl_module: Any) -> None:
+    def _show(self, trainer: pl.Trainer, pl_module: TrainedModule) -> None:
         folder = run_folder(trainer)  # a collective: all ranks
         self._shown = trainer.global_step
-        if self.completions and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self.completions and trainer.is_global_zero and not is_trial_run(trainer):
             file = folder / "samples.html"
             write_or_warn(file, lambda: self._write(trainer, pl_module, file))
 
-    def _write(self, trainer: Any, pl_module: Any, file: Path) -> None:
+    def _write(self, trainer: pl.Trainer, pl_module: TrainedModule, file: Path) -> None:
         section = self.section(trainer, pl_module)
         if not section.groups:
             return

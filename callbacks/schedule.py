@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.callbacks.schedules import PlateauSwitch, Schedule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
+from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, trained
 
 METRICS = {
     "teacher_kl_coef": "kd/teacher_kl_coef",
@@ -19,7 +21,7 @@ METRICS = {
 }
 
 
-class CoefficientSchedule(pl.Callback):
+class CoefficientSchedule(RolloutCallback):
     """Sets one coefficient of the objective before each rollout or optimizer step.
 
     It is a function of ``trainer.global_step``, so that a resumed run needs no state; only
@@ -65,13 +67,13 @@ class CoefficientSchedule(pl.Callback):
         """Coefficient at a step of the schedule's unit."""
         return self.schedule.coef_at(step)
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there is such a coefficient, that no other callback sets it, and set it."""
         if stage != "fit":
             return
         twins = [
             c
-            for c in trainer.callbacks  # type: ignore[attr-defined]
+            for c in callbacks_of(trainer)
             if isinstance(c, CoefficientSchedule) and c.coefficient == self.coefficient
         ]
         if len(twins) > 1:
@@ -85,37 +87,38 @@ class CoefficientSchedule(pl.Callback):
                     "`schedule` PlateauSwitch must have a validation to watch: got none. "
                     "Give `val_prompts`, or take Switch."
                 )
-        objective = pl_module.objective
+        objective = trained(pl_module).objective
         self._before = objective.coefficient(self.coefficient), objective.needs_reference
         _put_last(trainer)
         if self.coefficient == "ref_kl_coef" and max(self.schedule.extremes()) > 0.0:
             objective.needs_reference = True  # also where the schedule starts at 0
 
-    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the objective back as it was."""
+        module = trained(pl_module)
         if self._before is not None:
-            coefficient, pl_module.objective.needs_reference = self._before
-            pl_module.objective.set_coefficient(self.coefficient, coefficient)
+            coefficient, module.objective.needs_reference = self._before
+            module.objective.set_coefficient(self.coefficient, coefficient)
             self._before = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the coefficient before the first rollout."""
-        self._set(trainer, pl_module)
+        self._set(trainer, trained(pl_module))
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Log the coefficient of this update."""
-        value = pl_module.objective.coefficient(self.coefficient)
-        pl_module.log_step({self.metric: float(value)})
+        module = trained(pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        value = module.objective.coefficient(self.coefficient)
+        module.log_step({self.metric: float(value)})
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the next one."""
-        self._set(trainer, pl_module)
+        self._set(trainer, trained(pl_module))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let a plateau switch see the validation."""
         schedule = self.schedule
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
@@ -128,7 +131,7 @@ class CoefficientSchedule(pl.Callback):
             )
         value = float(trainer.callback_metrics[schedule.monitor])
         schedule.observe(value, self._step(trainer))
-        self._set(trainer, pl_module)
+        self._set(trainer, trained(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a plateau switch's memory."""
@@ -140,23 +143,19 @@ class CoefficientSchedule(pl.Callback):
             self.schedule.load_state_dict(state_dict)
 
     def _step(self, trainer: pl.Trainer) -> int:
-        step = trainer.global_step
-        if self.unit == "rollout":
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            if hasattr(data, "rollout_at"):  # without rollouts every step counts
-                return int(data.rollout_at(step))
-        return step
+        each = updates_per_rollout(trainer) if self.unit == "rollout" else 1
+        return trainer.global_step // each
 
-    def _set(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _set(self, trainer: pl.Trainer, pl_module: TrainedModule) -> None:
         value = self.coef_at(self._step(trainer))
         pl_module.objective.set_coefficient(self.coefficient, value)
 
 
-def _put_last(trainer: Any) -> None:
+def _put_last(trainer: pl.Trainer) -> None:
     """Let statistics see the coefficient of their update: schedules set the next one after them."""
-    callbacks = trainer.callbacks
+    callbacks = callbacks_of(trainer)
     schedules = [c for c in callbacks if isinstance(c, CoefficientSchedule)]
     savers = [c for c in callbacks if isinstance(c, Checkpoint)]
     others = [c for c in callbacks if not isinstance(c, CoefficientSchedule | Checkpoint)]
     # A new list: Lightning is going through the old one.
-    trainer.callbacks = [*others, *schedules, *savers]
+    trainer.callbacks = [*others, *schedules, *savers]  # type: ignore[attr-defined]

@@ -10,19 +10,22 @@ from kdrl_lightning.errors import ConfigurationError, require_between
 
 
 class Schedule(ABC):
-    """A coefficient over steps."""
+    """Base class of schedules: a coefficient as a function of the step.
+
+    A step is a rollout or an optimizer step, as the callback's ``unit`` says.
+    """
 
     @abstractmethod
     def coef_at(self, step: int) -> float:
-        """Coefficient at a step, from 0 on."""
+        """Return the coefficient at a step, counted from 0."""
 
     @abstractmethod
     def extremes(self) -> tuple[float, float]:
-        """Return two values between which the coefficient stays."""
+        """Return a lower and an upper bound of the coefficient."""
 
 
 class Constant(Schedule):
-    """One value.
+    """A constant coefficient.
 
     Args:
         value: the coefficient.
@@ -32,21 +35,21 @@ class Constant(Schedule):
         self.value = _positive("value", value)
 
     def coef_at(self, step: int) -> float:
-        """Return the value."""
+        """Return the constant."""
         return self.value
 
     def extremes(self) -> tuple[float, float]:
-        """Return the value twice."""
+        """Return the constant as both bounds."""
         return self.value, self.value
 
 
 class LinearWithFloor(Schedule):
-    """``max(start - decrement * step, floor)``: KDRL-Annealing (arXiv 2506.02208).
+    """KDRL-Annealing's schedule ``max(start - decrement * step, floor)`` (arXiv 2506.02208).
 
     Args:
         start: coefficient at step 0.
-        floor: smallest coefficient, at most ``start``.
-        decrement: fall per step, above 0.
+        floor: smallest coefficient, from 0 to ``start``.
+        decrement: decrease per step, above 0.
 
     >>> LinearWithFloor().coef_at(0), LinearWithFloor().coef_at(80), LinearWithFloor().coef_at(200)
     (0.005, 0.001, 0.001)
@@ -61,16 +64,16 @@ class LinearWithFloor(Schedule):
         self.decrement = decrement
 
     def coef_at(self, step: int) -> float:
-        """Fall, then stay."""
+        """Return the coefficient: it falls linearly, then stays at the floor."""
         return max(self.start - self.decrement * step, self.floor)
 
     def extremes(self) -> tuple[float, float]:
-        """Return floor and start."""
+        """Return the floor and the start."""
         return self.floor, self.start
 
 
 class _Span(Schedule):
-    """From ``start`` to ``end`` between two steps; constant before and after.
+    """Goes from ``start`` to ``end`` between two steps; constant before and after.
 
     Args:
         start: coefficient up to ``begin_step``.
@@ -84,7 +87,7 @@ class _Span(Schedule):
         if end_step <= begin_step:
             raise ConfigurationError(
                 f"`end_step` must come after begin_step {begin_step}: got {end_step}. "
-                "For a jump use Switch."
+                "For a jump, use Switch."
             )
         self.start = _positive("start", start)
         self.end = _positive("end", end)
@@ -92,17 +95,17 @@ class _Span(Schedule):
         self.begin_step = begin_step
 
     def coef_at(self, step: int) -> float:
-        """Coefficient at a step."""
+        """Return the coefficient at a step."""
         passed = (step - self.begin_step) / (self.end_step - self.begin_step)
         share = self.shape(min(max(passed, 0.0), 1.0))
         return self.start * (1.0 - share) + self.end * share
 
     @abstractmethod
     def shape(self, passed: float) -> float:
-        """Map the passed share of the span to the share of the change; 0 to 0 and 1 to 1."""
+        """Map the elapsed share of the span to the share of the change; 0 to 0 and 1 to 1."""
 
     def extremes(self) -> tuple[float, float]:
-        """Return both ends."""
+        """Return the smaller and the larger end."""
         return min(self.start, self.end), max(self.start, self.end)
 
 
@@ -120,12 +123,12 @@ class Linear(_Span):
     """
 
     def shape(self, passed: float) -> float:
-        """Return it as it is."""
+        """Return the elapsed share unchanged."""
         return passed
 
 
 class Cosine(_Span):
-    """Half a cosine from ``start`` to ``end``: flat at both.
+    """Half a cosine from ``start`` to ``end``, with slope 0 at both ends.
 
     Args:
         start: coefficient up to ``begin_step``.
@@ -138,51 +141,52 @@ class Cosine(_Span):
     """
 
     def shape(self, passed: float) -> float:
-        """Return half a cosine, exactly 1 at the end."""
+        """Return half a cosine; it is exactly 1 at the end."""
         return (1.0 - math.cos(math.pi * passed)) / 2.0
 
 
 class Switch(Schedule):
-    """``before`` while step < ``at_step``, then ``after``: a hard switch.
+    """A hard switch: ``before`` while step < ``at_step``, then ``after``.
 
-    With d's coefficient 1 to 0 and A's 0 to 1 it is OPD-then-RL (arXiv 2609.04108).
+    OPD-then-RL (arXiv 2609.04108) switches the coefficient of the teacher's gap d from 1 to 0, and
+    that of the advantage A from 0 to 1.
 
     Args:
         before: coefficient until the switch.
-        after: coefficient from then on.
-        at_step: first step with the new value, above 0.
+        after: coefficient from the switch on.
+        at_step: first step with the new value, at least 1.
 
     >>> [Switch(1.0, 0.0, at_step=2).coef_at(step) for step in (0, 1, 2)]
     [1.0, 1.0, 0.0]
     """
 
     def __init__(self, before: float, after: float, at_step: int) -> None:
-        require_between("at_step", at_step, 1, float("inf"), "For one value use Constant.")
+        require_between("at_step", at_step, 1, float("inf"), "For one value, use Constant.")
         self.before = _positive("before", before)
         self.after = _positive("after", after)
         self.at_step = at_step
 
     def coef_at(self, step: int) -> float:
-        """Return the side of the switch."""
+        """Return the value before or after the switch."""
         return self.before if step < self.at_step else self.after
 
     def extremes(self) -> tuple[float, float]:
-        """Return both values."""
+        """Return the smaller and the larger value."""
         return min(self.before, self.after), max(self.before, self.after)
 
 
 class PlateauSwitch(Schedule):
-    """``before`` until validation stops improving, then ``after``.
+    """A switch from ``before`` to ``after`` when a validation metric stops improving.
 
-    The only schedule with a memory: best value, validations without a better one, and the step of
-    the switch; the callback saves them.
+    This is the only schedule with state: the best value, the number of validations without a better
+    one, and the step of the switch. The callback saves them in the checkpoint.
 
     Args:
         before: coefficient until the switch.
-        after: coefficient from then on.
-        patience: validations without improvement that make it switch, at least 1.
+        after: coefficient from the switch on.
+        patience: number of validations without improvement until the switch, at least 1.
         min_delta: smallest improvement that counts, at least 0.
-        monitor: the metric; larger is better.
+        monitor: name of the metric; larger must be better.
     """
 
     def __init__(
@@ -204,13 +208,13 @@ class PlateauSwitch(Schedule):
         self.reset()
 
     def reset(self) -> None:
-        """Forget an earlier run."""
+        """Clear the state of an earlier run."""
         self.best = -math.inf
         self.waited = 0
         self.switched_at = None
 
     def observe(self, value: float, step: int) -> None:
-        """Take a validation's value, measured before ``step``."""
+        """Record a validation's value; it may switch the coefficient from ``step`` on."""
         if self.switched_at is not None:
             return
         if value > self.best + self.min_delta:
@@ -221,25 +225,29 @@ class PlateauSwitch(Schedule):
             self.switched_at = step
 
     def coef_at(self, step: int) -> float:
-        """Return the side of the switch; the past stays as it was."""
+        """Return the value before or after the switch; earlier steps keep the value before it."""
         switched = self.switched_at is not None and step >= self.switched_at
         return self.after if switched else self.before
 
     def extremes(self) -> tuple[float, float]:
-        """Return both values."""
+        """Return the smaller and the larger value."""
         return min(self.before, self.after), max(self.before, self.after)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the memory."""
+        """Return the state for a checkpoint."""
         return {"best": self.best, "waited": self.waited, "switched_at": self.switched_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the memory."""
+        """Restore the state of a checkpoint."""
         self.best, self.waited = state["best"], state["waited"]
         self.switched_at = state["switched_at"]
 
 
 def _positive(name: str, value: float) -> float:
-    """Return a value that is at least 0 and finite."""
+    """Return the value if it is at least 0 and finite.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
     require_between(name, value, 0.0, float("inf"))
     return value

@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.errors import require_between
+from kdrl_lightning.trainer.protocols import trained
 
 
-class StepProfile(pl.Callback):
+class StepProfile(RolloutCallback):
     """Prints, once, the phases of a rollout and its updates, and the operators that take longest.
 
     torch's profiler runs from the sampling of one rollout to its last update, on rank 0; the step
@@ -29,41 +31,42 @@ class StepProfile(pl.Callback):
         self.rollout = rollout
         self.operators = operators
         self.text = ""
-        self._profile: Any = None
+        self._profile: profile | None = None
         self._rollouts = 0
         self._began: float | None = None
 
     def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note when the updates begin."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._profile is not None and self._began is None:
             self._began = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    def on_rollout_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
     ) -> None:
-        """Start behind the rollout before, print behind the last update."""
-        per_rollout = getattr(trainer.datamodule, "updates_per_rollout", 1)
-        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not last or trainer.global_step % per_rollout or not trainer.is_global_zero:
+        """Start after the rollout before, print after the last update."""
+        module = trained(pl_module)
+        if not trainer.is_global_zero:
             return
         self._rollouts += 1
         if self._rollouts == self.rollout:
             kinds = [ProfilerActivity.CPU]
-            kinds += [ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
+            kinds += [ProfilerActivity.CUDA] if module.device.type == "cuda" else []
             self._profile = profile(activities=kinds)
             self._profile.__enter__()
         elif self._profile is not None:
-            self._finish(trainer, pl_module.device)
+            self._finish(trainer, module.device)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a profile that the run was too short for."""
         if self._profile is not None:
-            self._finish(trainer, pl_module.device)
+            self._finish(trainer, trained(pl_module).device)
 
-    def _finish(self, trainer: Any, device: torch.device) -> None:
+    def _finish(self, trainer: pl.Trainer, device: torch.device) -> None:
         running, self._profile = self._profile, None
+        assert running is not None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ended = time.perf_counter()

@@ -1,20 +1,24 @@
-"""Proof that the engine samples from the student's weights, and how old they may be."""
+"""Checks that the engine samples from the student's weights, and how old they may be."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
+from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.engines.agreement import bound_of
 from kdrl_lightning.errors import TrainingStopped, require_between
-from kdrl_lightning.rollout.agreement import bound_of
-from kdrl_lightning.rollout_batch import STUDENT
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+from kdrl_lightning.trainer.protocols import TrainedModule, rollout_data, trained
 
 
-class WeightSync(pl.Callback):
-    """Stops a run whose rollouts do not come from the student as it is.
+class WeightSyncCheck(RolloutCallback):
+    """Stops a run if its rollouts do not come from the student's current weights.
 
     The data module pushes weights once per rollout; this callback checks the result. At a rollout's
     first update the version that travels with each completion must be the trainer's step, and the
@@ -40,63 +44,67 @@ class WeightSync(pl.Callback):
         require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         self.max_mean_diff = max_mean_diff
         self.every_n_rollouts = every_n_rollouts
-        self._waiting: Any = None
+        self._waiting: RolloutBatch | None = None
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
         """Return the bound for the trainer's precision and the engine's type.
 
-        >>> WeightSync().bound("32-true", torch.float32), WeightSync().bound("bf16-mixed", None)
+        >>> check = WeightSyncCheck()
+        >>> check.bound("32-true", torch.float32), check.bound("bf16-mixed", None)
         (0.001, 0.1)
         """
         if self.max_mean_diff is not None:
             return self.max_mean_diff
         return bound_of(precision, engine_dtype)
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget a run that was stopped; give the bound to the comparison before sampling."""
         self._waiting = None
-        live: Any = getattr(getattr(trainer, "datamodule", None), "live", None)
-        if live is not None:
-            live.max_mean_diff = self.max_mean_diff
+        data = rollout_data(trainer)
+        if data is not None:
+            data.live.max_mean_diff = self.max_mean_diff
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    def on_rollout_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: RolloutBatch, rollout: int
     ) -> None:
-        """Check a rollout at its first micro-batch; where one rank has to stop, all do."""
-        if not batch.metrics:
+        """Check a rollout at its first micro-batch; if one rank has to stop, all do."""
+        module, data = trained(pl_module), rollout_data(trainer)
+        if data is None:
             return
-        stop_together(lambda: self.check_version(trainer, pl_module, batch), pl_module.reduce)
-        self._waiting = batch
-        if not batch.old_pending:
-            self._compare_waiting(trainer, pl_module)
-        data: Any = getattr(trainer, "datamodule", None)
-        if not getattr(data, "max_off_policy_steps", 0):
+        stop_together(lambda: self.check_version(trainer, module, batch), module.reduce)
+        if batch.old_logprobs is None:
+            self._waiting = batch  # the update's own forward pass gives them
+        else:
+            stop_together(lambda: self.compare(trainer, module, batch), module.reduce)
+        if not data.rollout.max_off_policy_steps:
             return
-        # The same on all ranks. Behind the last rollout nothing was pushed any more.
-        step = trainer.global_step
-        due = data.rollout_at(step) % self.every_n_rollouts == 0
-        if due and data.rollout_engine.version == step:
+        # The same on all ranks. After the last rollout nothing was pushed any more.
+        due = rollout % self.every_n_rollouts == 0
+        if due and data.rollout_engine.version == trainer.global_step:
             fresh = data.probe()
-            stop_together(lambda: self.compare(trainer, pl_module, fresh), pl_module.reduce)
+            stop_together(lambda: self.compare(trainer, module, fresh), module.reduce)
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         """Compare what the update's own forward pass said."""
-        if self._waiting is not None:
-            self._compare_waiting(trainer, pl_module)
+        if self._waiting is None:
+            return
+        module = trained(pl_module)
+        batch, self._waiting = module.completed(self._waiting), None
+        stop_together(lambda: self.compare(trainer, module, batch), module.reduce)
 
-    def _compare_waiting(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        batch, self._waiting = self._waiting, None
-        stop_together(lambda: self.compare(trainer, pl_module, batch), pl_module.reduce)
-
-    def check_version(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+    def check_version(
+        self, trainer: pl.Trainer, pl_module: TrainedModule, batch: RolloutBatch
+    ) -> None:
         """Check the age of this rank's completions.
 
         Raises:
             TrainingStopped: they are too old.
         """
-        data: Any = getattr(trainer, "datamodule", None)
-        rollouts = getattr(data, "max_off_policy_steps", 0)
-        allowed = rollouts * getattr(data, "updates_per_rollout", 1)
+        data = rollout_data(trainer)
+        rollouts = 0 if data is None else data.rollout.max_off_policy_steps
+        allowed = rollouts * updates_per_rollout(trainer)
         staleness = int(trainer.global_step - batch.policy_version.min())
         pl_module.log_step({"rollout/staleness": float(staleness)})
         if staleness > allowed:
@@ -107,7 +115,7 @@ class WeightSync(pl.Callback):
                 "the engine's update_weights."
             )
 
-    def compare(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+    def compare(self, trainer: pl.Trainer, pl_module: TrainedModule, batch: RolloutBatch) -> None:
         """Compare log-probabilities, engine against trainer, on completions of current weights.
 
         Raises:
@@ -123,8 +131,9 @@ class WeightSync(pl.Callback):
         mean = float(gap.sum() / own.sum())
         values = {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": float(gap.max())}
         pl_module.log_step(values)
-        engine = getattr(getattr(trainer, "datamodule", None), "rollout_engine", None)
-        bound = self.bound(str(trainer.precision), getattr(engine, "dtype", None))
+        data = rollout_data(trainer)
+        dtype = None if data is None else data.rollout_engine.dtype
+        bound = self.bound(str(trainer.precision), dtype)
         if not mean <= bound:
             row, place = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.shape[1])
             raise TrainingStopped(
@@ -136,3 +145,11 @@ class WeightSync(pl.Callback):
                 "samples with settings that change its log-probabilities, or computes this "
                 "architecture otherwise."
             )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WeightSync":
+        text = "`WeightSync` is now `WeightSyncCheck`: the old name goes with 0.3."
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        return WeightSyncCheck
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

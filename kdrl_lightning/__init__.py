@@ -15,7 +15,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "KDRLModule": "module",
+    "EvaluationSettings": "evaluation",
+    "RewardFailures": "rewards",
     "RolloutDataModule": "datamodule",
+    "RolloutSettings": "rollout.settings",
+    "TeacherCompletions": "rollout.settings",
     "SupervisedDataModule": "supervised",
     "EvalSet": "evaluation",
     "RolloutBatch": "rollout_batch",
@@ -81,6 +85,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.errors import ConfigurationError as ConfigurationError
     from kdrl_lightning.errors import TrainingStopped as TrainingStopped
     from kdrl_lightning.evaluation import EvalSet as EvalSet
+    from kdrl_lightning.evaluation import EvaluationSettings as EvaluationSettings
     from kdrl_lightning.models.gguf import GGUFModel as GGUFModel
     from kdrl_lightning.models.lora import LoRA as LoRA
     from kdrl_lightning.module import KDRLModule as KDRLModule
@@ -109,12 +114,15 @@ if TYPE_CHECKING:
     from kdrl_lightning.rewards import LengthPenalty as LengthPenalty
     from kdrl_lightning.rewards import MathReward as MathReward
     from kdrl_lightning.rewards import ReasoningGymReward as ReasoningGymReward
+    from kdrl_lightning.rewards import RewardFailures as RewardFailures
     from kdrl_lightning.rewards import RewardFunction as RewardFunction
     from kdrl_lightning.rewards import RoutedReward as RoutedReward
     from kdrl_lightning.rewards import Sample as Sample
     from kdrl_lightning.rewards import TaskReward as TaskReward
     from kdrl_lightning.rewards import Verdict as Verdict
     from kdrl_lightning.rewards import WeightedRewards as WeightedRewards
+    from kdrl_lightning.rollout.settings import RolloutSettings as RolloutSettings
+    from kdrl_lightning.rollout.settings import TeacherCompletions as TeacherCompletions
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher

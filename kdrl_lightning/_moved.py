@@ -51,6 +51,7 @@ MOVED = {
     "rewards.units": "rewards.answers.units",
     "rewards.worker": "rewards.processes.worker",
     "rewards.workers": "rewards.processes.workers",
+    "rollout.ahead": "rollout.live",
     "rollout.collector": "rollout.groups",
     "rollout.engine": "engines.base",
     "rollout.hub_names": "engines.vllm.hub_names",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -15,27 +14,39 @@ from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.evaluation import EvalSets, EvaluationBatch, EvaluationSource, NamedSet
+from kdrl_lightning.evaluation import (
+    EvalSets,
+    EvaluationBatch,
+    EvaluationSettings,
+    EvaluationSource,
+)
 from kdrl_lightning.models.end_tokens import warn_of_turn_end
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts.base import Prompts, first_of_each_kind
 from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
 from kdrl_lightning.rewards.base import Reward
-from kdrl_lightning.rewards.processes.runner import RewardRunner
-from kdrl_lightning.rollout.groups import Collector, Source
+from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
+from kdrl_lightning.rollout.groups import Collector, GroupShare
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.loader import IndexLoader, limited
+from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout.rollouts import RolloutSource
+from kdrl_lightning.rollout.settings import RolloutSettings, TeacherCompletions
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.trainer.checks import (
-    check_groups,
     check_micro_batches,
-    check_off_policy,
-    check_rollout_settings,
+    check_steps,
     longest_that_fits,
     overfit_rollouts,
+)
+from kdrl_lightning.trainer.group_checks import (
+    check_completions,
+    check_groups,
+    check_off_policy,
+    check_policy,
+    check_teacher_completions,
 )
 
 # Evaluation prompts up to as many are all checked before the run, and kept with their ids.
@@ -45,7 +56,7 @@ EVALUATED_ROWS = 10_000
 class RolloutDataModule(pl.LightningDataModule):
     """Turns prompts into rollouts with the current weights, and cuts them into micro-batches.
 
-    One rollout serves ``minibatches_per_rollout * epochs_per_rollout`` optimizer steps; each takes
+    One rollout serves ``rollout.updates_per_rollout`` optimizer steps; each takes
     ``trainer.accumulate_grad_batches`` micro-batches. The rollout to use follows from
     ``trainer.global_step``, the noise of a completion from (seed, rollout, prompt, completion).
 
@@ -57,43 +68,20 @@ class RolloutDataModule(pl.LightningDataModule):
             says how they are sampled. ``val/accuracy`` is that of the first.
         test_prompts: likewise for test and predict; None: those of ``val_prompts``.
         rollout_engine: samples completions; the transformers engine if None.
-        prompts_per_rollout: prompts of one rollout, over all processes.
-        group_size: completions per prompt that the student samples; 0 with ``teacher_completions``
-            trains on the teacher's alone.
-        teacher_completions: completions per prompt that the teacher adds to the group; they are
-            rewarded like the student's.
-        teacher_temperature: sampling temperature of the teacher; None: ``temperature``.
-        teacher_engine: samples the teacher's completions; the transformers engine if None.
-        max_refills: how often a group whose rewards are all equal is replaced by another prompt's
-            (DAPO's dynamic sampling). Prompts kept for refills are skipped where none is needed.
-        max_tokens: longest completion, the end token included.
-        temperature: sampling temperature of rollouts; log-probabilities are taken at it.
-        minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
-        epochs_per_rollout: how often a rollout is replayed.
-        max_off_policy_steps: how many rollouts old the weights may be that sample one. 0: none. 1:
-            the next rollout is sampled while the present one trains, by an engine that can
-            (``VLLMServerEngine``); importance weights on sampled tokens correct for it.
-        rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
-            take each prompt once.
-        mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
-        max_tokens_per_micro_batch: tokens, padding included, for which memory is enough. The worst
-            case is checked before training, and no micro-batch is larger; None: no limit.
-        val_batch_size: prompts per evaluation batch and process.
-        val_samples: completions per evaluation prompt.
-        val_temperature: 0 is greedy.
-        val_k: of pass@k and majority@k, each from 1 to ``val_samples``; None: ``val_samples``,
-            where that is above 1.
+        rollout: how rollouts are sampled, and how the updates use them.
+        teacher_completions: completions per prompt that the teacher adds to the group.
+        evaluation: how evaluation prompts are sampled.
         overlong_prompts: a prompt that is too long stops the run (``refuse``), or is left out and
             counted (``drop``). Of more than 1,000 training prompts a sample is looked at before the
             run, and each when it is drawn.
         max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
-        max_reward_failure_frac: stop when the reward fails on more than this part of a rollout.
-        failed_reward: what a completion gets on which the reward fails; it counts as wrong.
+        reward_failures: what follows from a reward that fails.
         seed: order of prompts and noise of sampling; None: 0, on the command line
             ``seed_everything``.
     """
 
-    trainer: Any  # attached by Lightning before any hook runs
+    # Lightning attaches it before any hook runs.
+    trainer: pl.Trainer
 
     def __init__(
         self,
@@ -102,110 +90,57 @@ class RolloutDataModule(pl.LightningDataModule):
         val_prompts: EvalSets | None = None,
         test_prompts: EvalSets | None = None,
         rollout_engine: RolloutEngine | None = None,
-        prompts_per_rollout: int = 32,
-        group_size: int = 8,
-        teacher_completions: int = 0,
-        teacher_temperature: float | None = None,
-        teacher_engine: RolloutEngine | None = None,
-        max_refills: int = 0,
-        max_tokens: int = 512,
-        temperature: float = 1.0,
-        minibatches_per_rollout: int = 1,
-        epochs_per_rollout: int = 1,
-        max_off_policy_steps: int = 0,
-        rollouts_per_epoch: int | None = None,
-        mask_truncated: bool = False,
-        max_tokens_per_micro_batch: int | None = None,
-        val_batch_size: int = 256,
-        val_samples: int = 1,
-        val_temperature: float = 0.0,
-        val_k: Sequence[int] | None = None,
+        rollout: RolloutSettings = RolloutSettings(),
+        teacher_completions: TeacherCompletions = TeacherCompletions(),
+        evaluation: EvaluationSettings = EvaluationSettings(),
         overlong_prompts: Literal["refuse", "drop"] = "refuse",
         max_prompt_tokens: int | None = None,
-        max_reward_failure_frac: float = 0.1,
-        failed_reward: float = 0.0,
+        reward_failures: RewardFailures = RewardFailures(),
         seed: int | None = None,
     ) -> None:
         super().__init__()
         seed = 0 if seed is None else seed
-        counts = {
-            "prompts_per_rollout": prompts_per_rollout,
-            "max_tokens": max_tokens,
-            "minibatches_per_rollout": minibatches_per_rollout,
-            "epochs_per_rollout": epochs_per_rollout,
-            "max_prompt_tokens": 1 if max_prompt_tokens is None else max_prompt_tokens,
-            "rollouts_per_epoch": 1 if rollouts_per_epoch is None else rollouts_per_epoch,
-            "max_tokens_per_micro_batch": (
-                1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch
-            ),
-        }
-        for name, value in counts.items():
-            require_between(name, value, 1, float("inf"))
-        for name, value in {
-            "group_size": group_size,
-            "teacher_completions": teacher_completions,
-            "max_refills": max_refills,
-            "seed": seed,
-        }.items():
-            require_between(name, value, 0, float("inf"))
+        if max_prompt_tokens is not None:
+            require_between("max_prompt_tokens", max_prompt_tokens, 1, float("inf"))
+        require_between("seed", seed, 0, float("inf"))
         if overlong_prompts not in ("refuse", "drop"):
             raise ConfigurationError(
                 f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
             )
-        check_groups(group_size, teacher_completions, temperature, teacher_temperature)
+        check_groups(rollout, teacher_completions.count)
         self.train_prompts = train_prompts
         self.val_prompts = val_prompts
         self.rollout_engine = rollout_engine or TransformersEngine()
-        check_off_policy(max_off_policy_steps, self.rollout_engine)
-        self.max_off_policy_steps = max_off_policy_steps
-        self.prompts_per_rollout = prompts_per_rollout
-        self.group_size = group_size
-        self.teacher_completions = teacher_completions
-        self.teacher_engine = teacher_engine or TransformersEngine()
-        self.train_sampling = Sampling(max_tokens, temperature)
+        check_off_policy(rollout, self.rollout_engine)
+        self.rollout = rollout
         self.collector = Collector(
-            Slots(prompts_per_rollout, minibatches_per_rollout, max_refills, seed),
-            Source(STUDENT, self.rollout_engine, group_size, self.train_sampling),
-            Source(
-                TEACHER,
-                self.teacher_engine,
-                teacher_completions,
-                Sampling(max_tokens, teacher_temperature or temperature),
-            ),
-            mask_truncated,
+            Slots(rollout, seed), *_shares(rollout, self.rollout_engine, teacher_completions)
         )
-        self.minibatches_per_rollout = minibatches_per_rollout
-        self.epochs_per_rollout = epochs_per_rollout
-        self._one_pass_per_epoch = rollouts_per_epoch is None
-        self.rollouts_per_epoch = rollouts_per_epoch or max(
-            len(train_prompts) // prompts_per_rollout, 1
+        self.rollouts_per_epoch = self._rollouts_for(len(train_prompts))
+        self.evaluation = EvaluationSource(
+            val_prompts, test_prompts, evaluation, rollout.max_tokens, seed
         )
-        sampled = Sampling(max_tokens, val_temperature)
-        default = NamedSet("", [], val_samples, sampled, val_batch_size, tuple(val_k or ()))
-        self.evaluation = EvaluationSource(val_prompts, test_prompts, default, seed)
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.seed = seed
-        self.rewards = RewardRunner(reward, max_reward_failure_frac, failed_reward)
+        self.rewards = RewardRunner(reward, reward_failures)
         self.live = LiveSampler(self.rewards)
-        self.rollouts = RolloutSource(
-            self.collector,
-            self.live,
-            epochs_per_rollout,
-            max_tokens_per_micro_batch or float("inf"),
-            max_off_policy_steps,
-        )
+        self.rollouts = RolloutSource(rollout, self.collector, self.live)
         self.overlong_prompts = overlong_prompts
         self.max_prompt_tokens = max_prompt_tokens
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps taken on one rollout."""
-        return self.minibatches_per_rollout * self.epochs_per_rollout
+        return self.rollout.updates_per_rollout
+
+    @property
+    def max_off_policy_steps(self) -> int:
+        """How many rollouts old the weights may be that sample one."""
+        return self.rollout.max_off_policy_steps
 
     @property
     def completions_per_prompt(self) -> int:
         """Size of a group: the student's completions and the teacher's."""
-        return self.group_size + self.teacher_completions
+        return self.rollout.group_size + self.collector.teacher.count
 
     @property
     def teacher_seconds(self) -> float:
@@ -226,9 +161,9 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        self.live.trainer = self.trainer
-        self.live.vocabulary_rows = self.live.module.vocabulary_rows
-        self.live.max_mean_diff = None  # WeightSync, which is set up later, may have one
+        # Lightning's type is that of all modules.
+        self.live.join(self.trainer, cast(Policy, self.trainer.lightning_module))
+        self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may have one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":
@@ -245,26 +180,29 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def _set_up_training(self) -> PromptSet:
         """Look at the training prompts, and check the settings that rollouts depend on."""
-        trainer, module = self.trainer, self.live.module
-        rules = self._rules(self.train_sampling.max_tokens)
-        if module.teacher is not None and module.teacher.vocabulary_rows is not None:
-            models = {**rules.vocabularies, "teacher": module.teacher.vocabulary_rows}
+        trainer, module, settings = self.trainer, self.live.module, self.rollout
+        objective, teacher, share = module.objective, module.teacher, self.collector.teacher
+        rules = self._rules(settings.max_tokens)
+        if teacher is not None and teacher.vocabulary_rows is not None:
+            models = {**rules.vocabularies, "teacher": teacher.vocabulary_rows}
             rules = replace(rules, vocabularies=models)
             self.live.vocabulary_rows = min(models.values())
-        if self.teacher_completions and module.teacher is not None and module.teacher.model_name:
-            theirs = self.teacher_engine.refused_lengths(
-                module.teacher.model_name, self.train_sampling.max_tokens
-            )
+        if share.count and teacher is not None and teacher.model_name:
+            theirs = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
             rules = replace(rules, refused=[*rules.refused, *theirs])
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
-        if self._one_pass_per_epoch:
-            self.rollouts_per_epoch = max(len(prompts) // self.prompts_per_rollout, 1)
-        check_rollout_settings(trainer, self, module)
-        check_micro_batches(trainer, self, prompts.longest)
-        prompts.limit(longest_that_fits(trainer, self), "`max_tokens_per_micro_batch`")
-        if module.teacher is not None:
-            prompts.require(module.teacher.route)  # a row without a teacher is found before the run
-        self.collector.repeat = overfit_rollouts(trainer, self)
+        self.rollouts_per_epoch = self._rollouts_for(len(prompts))
+        group, length = self.completions_per_prompt, len(self.train_dataloader())
+        check_completions(objective, settings, share, self.rewards.reward)
+        check_teacher_completions(objective, teacher, share)
+        check_policy(objective, teacher, settings, self.rollout_engine)
+        check_steps(trainer, settings, group, length)
+        check_micro_batches(trainer, settings, group, prompts.longest)
+        limit = longest_that_fits(trainer, settings, group)
+        prompts.limit(limit, "`max_tokens_per_micro_batch`")
+        if teacher is not None:
+            prompts.require(teacher.route)  # a row without a teacher is found before the run
+        self.collector.repeat = overfit_rollouts(trainer, settings, length)
         self.rollouts.prompts = prompts
         return prompts
 
@@ -349,6 +287,11 @@ class RolloutDataModule(pl.LightningDataModule):
             temperature,
         )
 
+    def _rollouts_for(self, prompts: int) -> int:
+        """Return the rollouts of an epoch; unless it is set, each prompt is taken once."""
+        once = max(prompts // self.rollout.prompts_per_rollout, 1)
+        return self.rollout.rollouts_per_epoch or once
+
     def _rules(self, max_tokens: int) -> PromptRules:
         module = self.live.module
         limit, context = module.context_length - max_tokens, module.context_length
@@ -370,3 +313,15 @@ class RolloutDataModule(pl.LightningDataModule):
         if prompts.overlong and self.trainer.is_global_zero:
             print(prompts.left_out(), flush=True)
         return prompts
+
+
+def _shares(
+    settings: RolloutSettings, engine: RolloutEngine, theirs: TeacherCompletions
+) -> tuple[GroupShare, GroupShare]:
+    """Return what student and teacher add to each group."""
+    sampling = Sampling(settings.max_tokens, settings.temperature)
+    teacher_sampling = Sampling(settings.max_tokens, theirs.temperature or settings.temperature)
+    return (
+        GroupShare(STUDENT, engine, settings.group_size, sampling),
+        GroupShare(TEACHER, theirs.engine or TransformersEngine(), theirs.count, teacher_sampling),
+    )

@@ -1,4 +1,4 @@
-"""Stopping on all processes where one has to stop, so that none waits for another for ever."""
+"""Stopping every process of a run if one has to stop, so that none waits for another forever."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ T = TypeVar("T")
 
 
 def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]) -> T:
-    """Run ``work`` (without collectives); if it stops anywhere, stop everywhere.
+    """Run ``work`` on every rank and return its result; if it raises on one rank, all ranks raise.
 
     Args:
-        work: may raise on some ranks only.
-        reduce: ``(tensor, "sum") -> tensor`` over ranks.
+        work: a function without collectives; it may raise on some ranks only.
+        reduce: ``(tensor, "sum") -> tensor``, a reduction over ranks.
 
     Raises:
-        TrainingStopped: where ``work`` did not raise, but did on another rank.
+        TrainingStopped: ``work`` raised on another rank, not on this one.
+        Exception: the error of ``work`` on this rank.
     """
     result: list[T] = []
     reason: Exception | None = None
@@ -41,7 +42,10 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
 
 
 def first_to_say(message: str) -> bool:
-    """Whether this process is the first of its run to report a message; if in doubt, it is."""
+    """Return whether this process is the first of its run to report a message.
+
+    A process that cannot ask the others counts as the first.
+    """
     try:
         store = _store()
         key = f"kdrl_lightning/said/{sha256(message.encode(errors='replace')).hexdigest()}"
@@ -51,7 +55,10 @@ def first_to_say(message: str) -> bool:
 
 
 def _store() -> Any:
-    """Return what all processes of a run can reach: the group's store, or else torchrun's."""
+    """Return the key-value store that all processes of a run share: the group's, else torchrun's.
+
+    None if there is only one process.
+    """
     if distributed.is_initialized():
         alone = distributed.get_world_size() == 1
         return None if alone else distributed.distributed_c10d._get_default_store()
@@ -62,29 +69,19 @@ def _store() -> Any:
     return distributed.TCPStore(host, port, is_master=False, timeout=wait)  # type: ignore[attr-defined]
 
 
-def require_finite(teacher_logprobs: Tensor | None, tokens: int) -> None:
-    """Refuse a teacher that gives NaN or infinite values.
-
-    Raises:
-        TrainingStopped: some of the values are not finite.
-    """
-    if teacher_logprobs is not None and not bool(teacher_logprobs.isfinite().all()):
-        raise TrainingStopped(
-            f"the teacher's log-probabilities must be finite: got "
-            f"{int((~teacher_logprobs.isfinite()).sum())} NaN or infinite of {tokens}. "
-            "Check its weights and dtype."
-        )
-
-
 def require_embedded(ids: Tensor, rows: int) -> None:
-    """Refuse a teacher's tokens that the student has no embedding for.
+    """Refuse ids in a teacher's completions that the student has no embedding for.
+
+    Args:
+        ids: token ids, of any shape.
+        rows: rows of the student's embedding.
 
     Raises:
-        TrainingStopped: an id is beyond the student's ``rows``.
+        TrainingStopped: an id is ``rows`` or higher.
     """
     highest = int(ids.max()) if ids.numel() else -1
     if highest >= rows:
         raise TrainingStopped(
-            f"the teacher's completions must be of the student's {rows} tokens: got {highest}. "
-            "Take a teacher with the student's vocabulary."
+            f"token ids of the teacher's completions must be below {rows}, the rows of the "
+            f"student's embedding: got {highest}. Choose a teacher with the student's vocabulary."
         )

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: the command line prints it as a single line."""
+"""The package's exceptions; the command line prints a ``ConfigurationError`` as a single line."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import signal
 from importlib import import_module
 from typing import Any
 
-# What a disk does to whatever happens to write: full, over the quota, read-only, not permitted.
+# Errors of a disk that cannot be written: full, over the quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
-# What it says of a path that cannot be.
+# Errors of a path that no file can have.
 PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 class ConfigurationError(ValueError):
-    """A value that cannot work; the message names the value, the rule and the cure."""
+    """Raised for a setting that cannot work; the message names the value, the rule and the cure."""
 
 
 def require_between(name: str, value: float, low: float, high: float, cure: str = "") -> None:
     """Raise unless ``low <= value <= high`` (NaN and infinity fail too).
+
+    Args:
+        name: of the setting, for the message.
+        value: of the setting.
+        low: smallest value allowed.
+        high: largest value allowed; ``float("inf")`` if there is no bound.
+        cure: what the user can do, for the message.
+
+    Raises:
+        ConfigurationError: the value is no number or lies outside the bounds.
 
     >>> require_between("trrd_alpha", 0.5, 0.0, 1.0)
     """
@@ -30,15 +40,15 @@ def require_between(name: str, value: float, low: float, high: float, cure: str 
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818
-    """A run that cannot go on; the message says at which step and why."""
+    """Raised if a run cannot continue; the message says at which step and why."""
 
 
 class Interrupted(TrainingStopped):
-    """A run that a signal stopped; the message says what is saved.
+    """Raised if a signal stops a run; the message says what is saved.
 
     Args:
-        message: for the user.
-        number: of the signal.
+        message: text for the user.
+        number: number of the signal.
     """
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
@@ -47,10 +57,10 @@ class Interrupted(TrainingStopped):
 
 
 class BadRow(ConfigurationError):  # noqa: N818
-    """A row of a prompt source that cannot be used; a run that draws it takes another one.
+    """Raised for a row of a prompt source that cannot be used; training draws another row instead.
 
     Attributes:
-        wished: the user chose to leave such rows out (``overlong_prompts: drop``).
+        wished: the user asked to leave such rows out (``overlong_prompts: drop``).
     """
 
     def __init__(self, message: str, wished: bool = False) -> None:
@@ -59,7 +69,7 @@ class BadRow(ConfigurationError):  # noqa: N818
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Return the disk's failure among an error and its causes.
+    """Return the disk error among an error and its causes; None if there is none.
 
     >>> disk_error(PermissionError(13, "Permission denied"))
     PermissionError(13, 'Permission denied')
@@ -72,7 +82,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def path_error(error: BaseException | None) -> ConfigurationError | None:
-    """Return the user's mistake of a path that no file can have, among an error and its causes.
+    """Return an error for the user if a path that no file can have caused ``error``, else None.
 
     >>> print(path_error(NotADirectoryError(20, "Not a directory", "run.yaml/x")))
     a path must be one that can exist: got Not a directory: run.yaml/x. Correct it in the settings.
@@ -91,10 +101,12 @@ def path_error(error: BaseException | None) -> ConfigurationError | None:
 
 
 def load_library(module: str) -> Any:
-    """Import a library of the extra ``tasks``, or a module of one; only this function imports them.
+    """Import and return a module of a library from the extra ``tasks``.
+
+    Only this function imports those libraries.
 
     Raises:
-        ConfigurationError: it is not installed.
+        ConfigurationError: the library is not installed.
     """
     try:
         return import_module(module)

@@ -72,14 +72,12 @@ class RolloutBatch:
         teacher_route: ``[B]`` int64, which of several teachers scores it.
         rollout_logprobs: ``[B, T]``, what the engine that sampled the row reported: the behavior
             log-probabilities, the teacher's on its own rows.
-        old_logprobs: ``[B, T]``, student at rollout time, recomputed by the trainer.
+        old_logprobs: ``[B, T]``, student at rollout time, recomputed by the trainer. None: those of
+            the update's own forward pass, detached; the same holds for the two fields below.
         old_entropy: ``[B, T]`` nats, the student's at rollout time.
-        old_pending: the student's scores at rollout time are those of the coming update, whose
-            forward pass writes them in; NaN until then.
         topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
-        teacher_logprobs: ``[B, T]``, the frozen teacher's.
-        teacher_pending: the same holds for the teacher's in each update, which runs it for a
-            divergence.
+        teacher_logprobs: ``[B, T]``, the frozen teacher's. None if there is no teacher, or if the
+            update runs it for a divergence; the same holds for the two fields below.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.
@@ -110,10 +108,8 @@ class RolloutBatch:
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
-    old_pending: bool = False
     topk_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
-    teacher_pending: bool = False
     teacher_entropy: Tensor | None = None
     teacher_top_ids: Tensor | None = None
     teacher_topk_logprobs: Tensor | None = None
@@ -147,6 +143,14 @@ class RolloutBatch:
     def replace(self, **changes: Any) -> RolloutBatch:
         """Return a copy with some fields changed."""
         return replace(self, **changes)
+
+    def completed(self, found: Mapping[str, Tensor | None]) -> RolloutBatch:
+        """Return a copy in which ``found`` fills fields that are None; others stay.
+
+        Args:
+            found: by field name, what the forward passes of an update said of these completions.
+        """
+        return self.replace(**{n: v for n, v in found.items() if getattr(self, n) is None})
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """Return a copy whose tensors lie on ``device``."""
@@ -248,11 +252,11 @@ def collate(
     rollout_logprobs: Sequence[Sequence[float]] | None = None,
     source: Sequence[int] | None = None,
     teacher_route: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    engine_exact: bool = True,
     mask_truncated: bool = False,
 ) -> RolloutBatch:
     """Build a batch from token lists, one entry per completion.
+
+    What holds for all of them (``temperature``, ``engine_exact``) is set by ``replace``.
 
     Args:
         prompts: B prompts.
@@ -266,8 +270,6 @@ def collate(
         rollout_logprobs: B lists aligned with ``completions``.
         source: B of ``STUDENT`` or ``TEACHER``; the student if None.
         teacher_route: B indices of teachers; zeros if None.
-        temperature: sampling temperature.
-        engine_exact: the sampling engine is the trainer's own model.
         mask_truncated: leave truncated completions out of the loss.
     """
     size = len(prompts)
@@ -299,8 +301,6 @@ def collate(
         teacher_route=torch.tensor(
             teacher_route if teacher_route is not None else [0] * size, dtype=torch.long
         ),
-        temperature=temperature,
-        engine_exact=engine_exact,
         rollout_logprobs=None
         if rollout_logprobs is None
         else pad_rows(rollout_logprobs, 0.0, torch.float32),

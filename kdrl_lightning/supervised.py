@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import lightning.pytorch as pl
 import torch
@@ -11,30 +11,36 @@ import torch
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
 from kdrl_lightning.models.end_tokens import EndTokens
+from kdrl_lightning.objectives.sft import SFT
 from kdrl_lightning.prompts.base import Prompts
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet, check_ids
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
 from kdrl_lightning.rollout.partition import partition
+from kdrl_lightning.rollout.policy import Policy, Tokenizer
 from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.trainer.checks import overfit_batches
 
 Trace: TypeAlias = tuple[list[int], list[int]]
 
 
 class Traces(Sequence[Trace]):
-    """Ids of prompts and of completions, each with its end token; encoded when they are drawn.
+    """Token ids of prompts and completions, encoded when they are drawn.
+
+    Each completion is closed by an end token.
 
     Args:
         source: rows with ``prompt`` and ``completion``.
-        module: its tokenizer, vocabulary and context must do.
-        seed: of the sample that is checked.
+        module: the training module; its tokenizer encodes, and its vocabulary and context limit
+            the ids.
+        seed: seed of the sample that is checked.
 
     Raises:
         ConfigurationError: a checked row cannot be used.
     """
 
-    def __init__(self, source: Prompts, module: Any, seed: int) -> None:
+    def __init__(self, source: Prompts, module: Policy, seed: int) -> None:
         self.tokenizer, self.rows = module.tokenizer, module.vocabulary_rows
         self.context, self.ends = module.context_length, module.end_tokens
         rules = PromptRules(vocabularies={"student": self.rows})
@@ -46,7 +52,7 @@ class Traces(Sequence[Trace]):
         return len(self.prompts)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return one trace.
+        """Return one (prompt ids, completion ids) pair.
 
         Raises:
             BadRow: the row cannot be used.
@@ -61,28 +67,33 @@ class Traces(Sequence[Trace]):
             if len(prompt) + len(ids) > self.context:
                 raise ConfigurationError(
                     f"prompt and completion must have at most {self.context} tokens, the student's "
-                    f"context: got {len(prompt) + len(ids)}. Leave the row out."
+                    f"context: got {len(prompt) + len(ids)}. Remove the row."
                 )
         except ConfigurationError as error:
             raise BadRow(f"row {number} of `traces`: {error}") from error
         return ids
 
 
-def encode_completion(tokenizer: Any, row: Mapping[str, Any], ends: EndTokens) -> list[int]:
-    """Return the ids of a completion with one end token after them.
+def encode_completion(tokenizer: Tokenizer, row: Mapping[str, Any], ends: EndTokens) -> list[int]:
+    """Return the token ids of a row's completion, closed by one end token.
+
+    Args:
+        tokenizer: the student's tokenizer.
+        row: a row with ``completion``, and ``prompt``, which decides the end token.
+        ends: the model's end tokens.
 
     Raises:
-        ConfigurationError: there is no text.
+        ConfigurationError: ``completion`` is not a text.
     """
     text = row.get("completion")
     if not isinstance(text, str):
         raise ConfigurationError(
-            f"the column `completion` must be text: got {text!r:.80}. Leave the row out, or "
-            "rename the column."
+            f"the column `completion` must be text: got {text!r:.80}. Remove the row, or rename "
+            "the column."
         )
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for place in reversed(range(len(ids))):
-        if ids[place] in ends.ids:  # the text's own, or the tokenizer's
+        if ids[place] in ends.ids:  # an end token of the text, or one that the tokenizer adds
             ids = ids[:place]
         elif tokenizer.decode(ids[place]).strip():  # a template writes a line break after its end
             break
@@ -92,13 +103,13 @@ def encode_completion(tokenizer: Any, row: Mapping[str, Any], ends: EndTokens) -
 class SupervisedDataModule(pl.LightningDataModule):
     """Yields batches of given completions, each closed by an end token.
 
-    For a prompt of messages that is the token by which the chat template closes a turn, if it is an
-    end token of the model; else the tokenizer's ``eos_token``.
+    For a prompt of messages, the end token is the one with which the chat template closes a turn,
+    if it is an end token of the model; otherwise it is the tokenizer's ``eos_token``.
 
     Args:
         traces: rows with ``prompt`` and ``completion``.
         batch_size: completions per optimizer step, over all processes.
-        seed: order of the rows.
+        seed: seed of the rows' order.
     """
 
     def __init__(self, traces: Prompts, batch_size: int = 128, seed: int = 0) -> None:
@@ -110,53 +121,60 @@ class SupervisedDataModule(pl.LightningDataModule):
         self._step: tuple[int, list[RolloutBatch]] = (-1, [])
         self._traces: Traces | None = None
         self._counts = DrawCounts()
-        self._repeat = 0  # steps after which the same rows come again; 0: after all were taken
+        self._repeat = 0  # steps after which the rows repeat (`overfit_batches`); 0: after all rows
 
     def setup(self, stage: str) -> None:
-        """Switch validation off: there are no prompts to sample from."""
-        if getattr(self._trainer().lightning_module.objective, "only_correct", False):
+        """Check the settings and a sample of the traces; switch validation off.
+
+        Raises:
+            ConfigurationError: the objective needs verdicts, ``batch_size`` or ``overfit_batches``
+                does not fit the trainer, or a checked row cannot be used.
+        """
+        trainer, module = self._trainer(), self._policy()
+        if isinstance(module.objective, SFT) and module.objective.only_correct:
             raise ConfigurationError(
-                "`only_correct` must be false for SupervisedDataModule, without verdicts: "
-                "got true. Leave the wrong rows out of `traces`."
+                "`only_correct` must be false for SupervisedDataModule, which has no verdicts: "
+                "got true. Remove wrong completions from `traces` instead."
             )
-        trainer = self._trainer()
         ranks, micro = trainer.world_size, trainer.accumulate_grad_batches
         if self.batch_size % ranks or self.batch_size < ranks * micro:
             raise ConfigurationError(
                 f"`batch_size` must be a multiple of the {ranks} processes, with at least {micro} "
-                f"rows (`accumulate_grad_batches`) for each: got {self.batch_size}."
+                f"rows (`accumulate_grad_batches`) for each: got {self.batch_size}. Give a "
+                f"multiple of {ranks} from {ranks * micro} on."
             )
         trainer.limit_val_batches = 0
-        self._traces = Traces(self.traces, trainer.lightning_module, self.seed)
+        self._traces = Traces(self.traces, module, self.seed)
         self._counts = DrawCounts()
         length = max(len(self.traces) // self.batch_size, 1) * micro
-        batches = limited(length, trainer.overfit_batches)
-        if trainer.overfit_batches and (batches % micro or not batches):
+        overfit = overfit_batches(trainer)
+        batches = limited(length, overfit)
+        if overfit and (batches % micro or not batches):
             raise ConfigurationError(
                 f"`overfit_batches` must be whole optimizer steps of {micro} micro-batches: got "
-                f"{trainer.overfit_batches}, which is {batches} of {length}. Give a multiple."
+                f"{overfit}, which is {batches} of {length}. Give a multiple of "
+                f"{micro}."
             )
         self._repeat = batches // micro
 
     def train_dataloader(self) -> IndexLoader:
-        """Return indices of micro-batches within their optimizer step."""
+        """Return a loader of micro-batch indices within the optimizer step."""
         micro = self._trainer().accumulate_grad_batches
         return IndexLoader(max(len(self.traces) // self.batch_size, 1) * micro, micro)
 
     def val_dataloader(self) -> list[Any]:
-        """Return nothing."""
+        """Return no loaders: there are no prompts to sample from."""
         return []
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> RolloutBatch:
-        """Turn an index into a micro-batch."""
+        """Return the micro-batch of an index, on the module's device."""
         step = self._trainer().global_step
         if self._step[0] != step:
             self._step = (step, self._make_step(step))
         return self._step[1][int(batch)]
 
     def _make_step(self, step: int) -> list[RolloutBatch]:
-        trainer = self._trainer()
-        module = trainer.lightning_module
+        trainer, module = self._trainer(), self._policy()
         drawn = stop_together(lambda: self._draw(step), module.reduce)
         counts = torch.tensor(self._counts.take(), dtype=torch.float64)
         read, _, bad = module.reduce(counts, "sum").tolist()
@@ -173,7 +191,7 @@ class SupervisedDataModule(pl.LightningDataModule):
         return [whole.select(part).replace(totals=totals) for part in parts]
 
     def _draw(self, step: int) -> list[Trace]:
-        """Return this rank's traces of a step; instead of a bad row that of a later step."""
+        """Return this rank's traces of a step; a row of a later step replaces a bad row."""
         trainer, traces = self._trainer(), self._traces
         assert traces is not None
         first = step % self._repeat if self._repeat else step
@@ -186,6 +204,10 @@ class SupervisedDataModule(pl.LightningDataModule):
             drawn.append(trace)
         return drawn
 
-    def _trainer(self) -> Any:
+    def _trainer(self) -> pl.Trainer:
         assert self.trainer is not None
         return self.trainer
+
+    def _policy(self) -> Policy:
+        # Lightning's type is that of all modules.
+        return cast(Policy, self._trainer().lightning_module)

@@ -67,8 +67,10 @@ TURNS = "prompts/turns.py", "prompts/test_encoding.py"
 PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
 DRAWS = "rollout/draws.py", "rollout/test_draws.py"
 COLLECTOR = "rollout/groups.py", "rollout/test_draws.py"
-CHECKPOINTS = "checkpoints/files.py", "checkpoints/test_checkpoint_files.py"
-CHECKSUMS = "checkpoints/files.py", "checkpoints/test_integrity.py"
+WRITER = "checkpoints/writer.py", "checkpoints/test_checkpoint_files.py"
+READER = "checkpoints/reader.py", "checkpoints/test_checkpoint_files.py"
+FULL_DISK = "checkpoints/writer.py", "checkpoints/test_integrity.py"
+CHECKSUMS = "checkpoints/reader.py", "checkpoints/test_integrity.py"
 INTEGRITY = "checkpoints/integrity.py", "checkpoints/test_integrity.py"
 WORKERS = "rewards/processes/workers.py", "rewards/processes/test_workers.py"
 EXPORT = "cli/export.py", "cli/test_export.py"
@@ -96,8 +98,8 @@ FRAME_PENDING = "objectives/policy.py", "runs/test_old_scores.py"
 WEIGHTS = "models/weights.py", "models/lora/test_adapters.py"
 ADAPTERS = "models/lora/adapters.py", "models/lora/test_adapters.py"
 EXPERTS = "models/lora/targets.py", "models/lora/test_lora_experts.py"
-WATCHED = "module.py", "runs/test_trace.py"
-FROZEN_MODELS = "module.py", "runs/test_frozen_models.py"
+WATCHED = "metrics/update_stats.py", "runs/test_trace.py"
+FROZEN_MODELS = "teachers/frozen.py", "runs/test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "callbacks/test_imitation_stats.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "engines/vllm/test_hub_names.py"
@@ -105,8 +107,8 @@ KEPT_CLASSES = "engines/vllm/classes.py", "engines/vllm/test_classes.py"
 RELOAD = "engines/vllm/worker.py", "engines/vllm/test_worker.py"
 OPTIONS = "engines/vllm/options.py", "engines/vllm/test_options.py"
 RESUMED_LOG = "module.py", "checkpoints/test_resumed_log.py"
-AGREEMENT = "rollout/agreement.py", "rollout/test_agreement.py"
-COMPARED = "rollout/live.py", "rollout/test_agreement.py"
+AGREEMENT = "engines/agreement.py", "engines/test_agreement.py"
+COMPARED = "rollout/live.py", "engines/test_agreement.py"
 VLLM_ERRORS = "engines/vllm/errors.py", "engines/vllm/test_vllm_errors.py"
 PASS = "evaluation/pass_at_k.py", "evaluation/test_metrics_of_sets.py"
 MAJORITY = "evaluation/majority.py", "evaluation/test_metrics_of_sets.py"
@@ -1024,61 +1026,61 @@ MUTATIONS = [
     ),
     Mutation(
         "save: in place",
-        CHECKPOINTS,
+        WRITER,
         'with half.open("wb") as file:\n            torch.save',
         'half.touch()\n        with path.open("wb") as file:\n            torch.save',
     ),
     Mutation(
         "save: the bytes are not forced to the disk",
-        CHECKPOINTS,
+        WRITER,
         "        os.fsync(file.fileno())\n",
         "",
     ),
     Mutation(
         "save: the name is not forced to the disk",
-        CHECKPOINTS,
+        WRITER,
         "        raise\n    sync(path.parent)\n",
         "        raise\n",
     ),
     Mutation(
         "save: shards in place",
-        CHECKPOINTS,
+        WRITER,
         "self._half = half = unfinished(path)",
         "self._half = half = path",
     ),
     Mutation(
         "save: a full disk under shards is a traceback",
-        CHECKPOINTS,
+        WRITER,
         "except (Exception, CheckpointException) as",
         "except Exception as",
     ),
     Mutation(
         "read: pickles run",
-        CHECKPOINTS,
+        READER,
         'map_location="cpu", mmap=True, weights_only=True',
         'map_location="cpu", mmap=True, weights_only=False',
     ),
     Mutation(
         "read: an index may name what torch has imported",
-        CHECKPOINTS,
+        READER,
         "if not kind and name not in INDEX_NAMES.get(module, ()):",
         'if not kind and module.split(".")[0] not in ("torch", "pathlib"):',
     ),
     Mutation(
         "read: what is no tensor in a shard runs",
-        CHECKPOINTS,
+        READER,
         "view.read()), weights_only=True)",
         "view.read()), weights_only=False)",
     ),
     Mutation(
         "read: shards may be cut",
-        CHECKPOINTS,
+        READER,
         "if size < part.offset + part.length:",
         "if size < 0:",
     ),
     Mutation(
         "read: a missing part is not missed",
-        CHECKPOINTS,
+        READER,
         "for name in (SHARDS, META):",
         "for name in (META,):",
     ),
@@ -1099,13 +1101,13 @@ MUTATIONS = [
     ),
     Mutation(
         "save: half a file stays on a full disk",
-        CHECKSUMS,
+        FULL_DISK,
         "half.unlink(missing_ok=True)",
         "pass",
     ),
     Mutation(
         "save: half a folder stays on a full disk",
-        CHECKSUMS,
+        FULL_DISK,
         "shutil.rmtree(self._half, ignore_errors=True)",
         "pass",
     ),
@@ -1317,13 +1319,13 @@ MUTATIONS = [
     Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
     Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
-        "plan: a pending teacher in sight", PLAN, "TEACHER if batch.teacher_pending", "() if 1"
+        "plan: a teacher that waits is run", PLAN, "    if not waits.teacher:\n", "    if True:\n"
     ),
     Mutation(
         "plan: the first update's scores lost",
         PLAN,
-        "blank if old is None else old.clone()",
-        "blank",
+        "later if waits.student else [*first, *later]",
+        "later",
     ),
     Mutation(
         "plan: scores of other rows", PLAN, "torch.tensor(rows,", "torch.tensor(sorted(rows),"
@@ -1491,8 +1493,8 @@ MUTATIONS = [
     Mutation(
         "step sums: those of a stopped run stay",
         ("module.py", "runs/test_components.py"),
-        "        self._stats = StepStats()\n        self._step_log",
-        "        self._step_log",
+        "        self._stats = UpdateStats()\n        self._step_log.reset",
+        "        self._step_log.reset",
     ),
     Mutation(
         "full vocabulary: another type in the backward pass",
@@ -1502,9 +1504,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a teacher's NaN in the update: not looked at",
-        ("module.py", "runs/test_frozen_models.py"),
-        "            if broken:",
-        "            if broken < 0:",
+        ("metrics/update_stats.py", "runs/test_frozen_models.py"),
+        "        if broken:",
+        "        if broken < 0:",
     ),
     Mutation(
         "routed teachers: an entropy for some rows",
@@ -1527,8 +1529,8 @@ MUTATIONS = [
     Mutation(
         "store: what a teacher has yet to say is taken for said",
         STORE,
-        '        "teacher_pending": batch.teacher_pending,\n',
-        "",
+        "known |= dict.fromkeys(TEACHER_FIELDS)",
+        "pass",
     ),
     Mutation("adapters: scaling forgotten", ADAPTERS, "layer.scaling[ADAPTER]", "1.0"),
     Mutation(
@@ -1548,7 +1550,7 @@ MUTATIONS = [
     Mutation(
         "prompts: two BOS before a text",
         ENCODING,
-        "return [] if own[0] in front else front",
+        "return [] if text_ids[0] in front else front",
         "return front",
     ),
     Mutation(
@@ -1649,7 +1651,7 @@ MUTATIONS = [
     Mutation(
         "adapters: on a tower in the decoder",
         EXPERTS,
-        "not in (None, own)]",
+        "not in (None, kind)]",
         "is not None and False]",
     ),
     Mutation("adapters: on tied weights", EXPERTS, "and id(module.weight) not in tied", ""),
@@ -1677,7 +1679,7 @@ MUTATIONS = [
     Mutation(
         "tail: the teacher's not kept",
         FROZEN_MODELS,
-        "            teacher_tail_logprobs=teacher.tail_logprobs,\n",
+        "            teacher_tail_logprobs=scores.tail_logprobs,\n",
         "",
     ),
     Mutation("tail: a floor without tokens", TERMS, ".masked_fill(empty, -torch.inf)", ""),
@@ -1690,7 +1692,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mismatch: arguments swapped",
-        ("module.py", "runs/test_old_scores.py"),
+        ("metrics/update_stats.py", "metrics/test_update_stats.py"),
         "k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())",
         "k3(batch.old_logprobs.double(), batch.rollout_logprobs.double())",
     ),
@@ -1709,7 +1711,7 @@ MUTATIONS = [
     Mutation(
         "reference: always float32",
         FROZEN_MODELS,
-        '"float64" if self.trainer.precision == "64-true" else "float32"',
+        '"float64" if double else "float32"',
         '"float32"',
     ),
     Mutation("pending: one of the top k", FRAME_PENDING, "self.top_k > 0 or", "self.top_k > 1 or"),
@@ -1737,9 +1739,9 @@ MUTATIONS = [
     ),
     Mutation(
         "agreement: at rollout time",
-        FROZEN_MODELS,
-        "int(batch.topk_ids is not None)",
-        "int(batch.old_pending and batch.topk_ids is not None)",
+        ("module.py", "runs/test_frozen_models.py"),
+        "top_k, divergence = int(self.teacher is not None), ",
+        "top_k, divergence = int(batch.topk_ids is None and self.teacher is not None), ",
     ),
     Mutation(
         "vLLM: tied weights go twice",
@@ -1831,8 +1833,8 @@ MUTATIONS = [
     Mutation(
         "vLLM: an installed package is called missing",
         VLLM_ERRORS,
-        "told and package and find_spec(package) is None",
-        "told and package",
+        "import_failed and package and find_spec(package) is None",
+        "import_failed and package",
     ),
     # What completions are worth.
     Mutation(
@@ -1989,7 +1991,7 @@ MUTATIONS = [
         "if ids[length - 1] == ends.ids[0]:",
     ),
     # Loading: what is random, left out, refused or frozen.
-    Mutation("reached: parts of layers frozen", REACHED, "if not own <= names:", "if False:"),
+    Mutation("reached: parts of layers frozen", REACHED, "if not in_layer <= names:", "if False:"),
     Mutation(
         "ends: white space after a trace's end is kept",
         ("supervised.py", "test_supervised.py"),
@@ -2102,9 +2104,9 @@ MUTATIONS = [
     ),
     Mutation(
         "step log: a finished rollout's numbers return",
-        RESUMED_LOG,
-        "{} if self._ends_rollout() else self._step_log.state_dict()",
-        "self._step_log.state_dict()",
+        ("metrics/step_log.py", "checkpoints/test_resumed_log.py"),
+        "return {} if ends_rollout(trainer) else dict(self._values)",
+        "return dict(self._values)",
     ),
     Mutation(
         "statistics: a resume leaves no gaps",

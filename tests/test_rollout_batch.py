@@ -25,8 +25,7 @@ def batch() -> RolloutBatch:
         truncated=[False, False, True],
         policy_version=[7, 7, 8],
         rollout_logprobs=[[-0.1, -0.2], [-0.3, -0.4, -0.5], [-0.6, -0.7, -0.8, -0.9]],
-        temperature=0.7,
-    )
+    ).replace(temperature=0.7)
 
 
 def test_collate_writes_prompt_completion_padding(batch):

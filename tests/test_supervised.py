@@ -128,7 +128,10 @@ def test_a_bad_row_is_named_before_the_run(change, words, student_folder):
 def test_a_token_without_a_row_in_the_embedding_is_named(student_folder):
     data = attach(SupervisedDataModule(TRACES, 4), load_tokenizer(student_folder), 0, 1, 0.0)
     data.trainer.lightning_module.vocabulary_rows = 13
-    words = r"^row 0 of `traces`: .*embedding of the student, 13 rows: got the token '=', id 13\."
+    words = (
+        r"^row 0 of `traces`: .*one of the 13 rows of the student's embedding: "
+        r"got the token '=', id 13\."
+    )
     with pytest.raises(ConfigurationError, match=words):
         data.setup("fit")
 

@@ -93,31 +93,34 @@ def markdown(table: dict[str, dict[str, str]]) -> str:
 
 HEAD = """# Architectures
 
-Every causal language model type that transformers {version} can build, as a random model of about
-0.2 million parameters ({count} types). Each cell is a comparison with the model's own logits, one
-row at a time, without padding and without a cache.
+The table has all {count} types of causal language models that transformers {version} can build,
+each as a random model of about 0.2 million parameters. Each cell compares with the model's own
+logits of one row at a time, without padding and without a cache.
 
-- loads: the scorer accepts it. Refusals come before training, in one line.
-- log-probs: of completions of different lengths in one batch.
+- loads: the scorer accepts the model. If it refuses one, it does so before training, in one line.
+- log-probs: the log-probabilities of completions of different lengths in one batch.
 - shared prompts: a prompt of several completions is run once; — means that each row is run whole.
-- sampling: by `TransformersEngine`; log-probabilities of samples against those of whole rows.
+- sampling: `TransformersEngine` samples, and its log-probabilities are those of whole rows.
   "without a cache" means that each token takes a pass over all tokens before it.
-- LoRA: a step changes log-probabilities, and the merged weights give the same ones.
-- fsdp2: sharded log-probabilities and a backward pass.
+- LoRA: a step changes the log-probabilities, and the merged weights give the same ones.
+- fsdp2: the log-probabilities of a sharded model, and a backward pass.
 - export and resume: the folder that `export` writes, and a model rebuilt from a checkpoint.
 - vLLM: its engine against the scorer, on a CPU; — means that it was not tried here.
 
-Sliding windows, chunks and sparse attention are 8 tokens wide, so the comparisons are past them.
-A real model is compared past a switch of up to 4096 tokens if that costs less than about a second.
+Sliding windows, chunks and sparse attention are 8 tokens wide here, and the compared rows are
+longer. With a real model, a run compares past a switch of up to 4096 tokens if that costs less than
+about a second.
 
-Rotary embeddings that change with length (longrope of Phi-3 and Phi-4, dynamic NTK) are decided for
-each row by its length. `TransformersEngine` cannot sample completions that grow past the change,
-because all earlier tokens would then count differently. A run looks at its prompts before it loads
-weights: `overlong_prompts` says whether those that may cross it stop the run or are left out. vLLM
-takes longrope's long embedding for all rows if `max_model_len` is above the change; its
-log-probabilities of shorter rows are then not the scorer's, and a warning says so.
+Some rotary embeddings change with length (longrope of Phi-3 and Phi-4, dynamic NTK); the scorer
+chooses the one of each row by the row's length. `TransformersEngine` cannot sample completions that
+grow past the change, because the change would affect all earlier tokens. A run checks its prompts
+before it loads weights: `overlong_prompts` decides whether prompts that may cross the change stop
+the run or are left out. vLLM uses longrope's long embedding for all rows if `max_model_len` is
+above the change; its log-probabilities of shorter rows then differ from the scorer's, and a warning
+says so.
 
-Made by `python benchmarks/architectures/run.py`; `tests/models/architectures` holds a part of it.
+`python benchmarks/architectures/run.py` makes this table; `tests/models/architectures` tests a part
+of it.
 """
 
 

@@ -7,7 +7,7 @@ writes ``docs/architectures/vllm.json``, a process per family. All in float32, o
 1. The engine's log-probabilities of what it samples are those of the model's own logits, to 1e-4.
 2. They are so again after all weights have changed and were pushed; before the push they are not.
    A larger difference is named; above 1e-3 on average a run is refused before its first rollout,
-   or stopped by ``WeightSync`` if only changed weights differ.
+   or stopped by ``WeightSyncCheck`` if only changed weights differ.
 3. The student gives the same numbers, bit for bit, as before the engine was there.
 """
 
@@ -152,7 +152,7 @@ def attempt(path: str, dtype: Any) -> str:
 def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
     """Compare an engine with the model of ``weights``, before and after a change of them."""
     from kdrl_lightning.engines import Sampling
-    from kdrl_lightning.rollout.agreement import bound_of
+    from kdrl_lightning.engines.agreement import bound_of
 
     model, groups, worst, mean = weights.model, [], 0.0, 0.0
     for version in (0, 1):
@@ -169,7 +169,7 @@ def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
         if version == 0 and not all(map(torch.equal, before, after)):
             raise WrongError("the engine changes the student")
         if mean > bound_of("32-true", engine.dtype):
-            when = "WeightSync stops the run" if version else "before the first rollout"
+            when = "WeightSyncCheck stops the run" if version else "before the first rollout"
             return f"refused: {when}, log-probabilities differ by {mean:.1g} on average"
     if worst < BOUND:
         return "yes"

@@ -19,11 +19,11 @@ ROUND = 12  # kills of a part, which is lost if the campaign is stopped within i
 CASES = {
     "kill": "SIGKILL at a random moment, to all processes or one rank",
     "interrupt": "Ctrl-C at a random moment",
-    "reward": "processes of the reward are killed",
-    "server": "the server that samples dies, for good or for a moment",
-    "disk": "the disk is full: checkpoint, export, weights for the servers",
+    "reward": "the reward's processes are killed",
+    "server": "the sampling server dies, for good or for a moment",
+    "disk": "the disk is full at a checkpoint, an export, or a push of weights to the servers",
     "permission": "the disk turns read-only",
-    "damage": "files of a checkpoint are cut short, or have a flipped bit",
+    "damage": "a checkpoint's files are cut short or have a flipped bit",
 }
 
 

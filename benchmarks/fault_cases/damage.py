@@ -63,7 +63,7 @@ def contents(path: Path) -> dict[str, Any]:
     """Return all that ``fit`` and ``export`` read of a checkpoint."""
     import torch.distributed.checkpoint as dcp
 
-    from kdrl_lightning.checkpoints.files import read_metadata
+    from kdrl_lightning.checkpoints.reader import read_metadata
 
     values = read_metadata(str(path))
     if path.is_file():

@@ -17,6 +17,7 @@ from kdrl_lightning import (
     KDRLModule,
     LocalTeacher,
     RolloutDataModule,
+    RolloutSettings,
     Sample,
 )
 from kdrl_lightning.callbacks import SelectiveImitationStats
@@ -56,9 +57,13 @@ class TimedModule(KDRLModule):
         with self.clock.part("scoring"):
             return super().score(batch)
 
-    def score_frozen(self, batch: Any) -> Any:
+    def score_reference(self, batch: Any) -> Any:
         with self.clock.part("scoring"):
-            return super().score_frozen(batch)
+            return super().score_reference(batch)
+
+    def score_teacher(self, batch: Any) -> Any:
+        with self.clock.part("scoring"):
+            return super().score_teacher(batch)
 
 
 class Steps(pl.Callback):
@@ -106,9 +111,9 @@ def run(job: Job) -> dict[str, Any]:
         train_prompts=prompts(job, job.prompts * (job.steps + 1)),
         reward=reward,
         rollout_engine=TimedEngine(clock, given),
-        prompts_per_rollout=job.prompts,
-        group_size=job.group,
-        max_tokens=job.tokens,
+        rollout=RolloutSettings(
+            prompts_per_rollout=job.prompts, group_size=job.group, max_tokens=job.tokens
+        ),
         seed=job.seed,
     )
     trainer = pl.Trainer(

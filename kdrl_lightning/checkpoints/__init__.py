@@ -3,4 +3,9 @@
 from kdrl_lightning import _moved
 
 # Names that modules of 0.1 had here.
-__getattr__ = _moved.names_of("kdrl_lightning.checkpoints.files")
+__getattr__ = _moved.names_of(
+    "kdrl_lightning.checkpoints.writer",
+    "kdrl_lightning.checkpoints.reader",
+    "kdrl_lightning.checkpoints.layout",
+    "kdrl_lightning.trainer.failures",
+)

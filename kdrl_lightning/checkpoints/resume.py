@@ -10,12 +10,17 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Protocol
 
+import lightning.pytorch as pl
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import all_settings
+from kdrl_lightning.trainer.internals import before_restore
+from kdrl_lightning.trainer.protocols import TrainedModule, trained
 
 KEY = "kdrl_lightning"
 # Of a model's configuration: what says nothing about what its weights compute.
@@ -26,7 +31,14 @@ NOT_COMPARED = re.compile(
 )
 
 
-def identity(module: Any) -> dict[str, Any]:
+class HasJSON(Protocol):
+    """A model's configuration, as transformers keeps it."""
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return its settings as JSON."""
+
+
+def identity(module: TrainedModule) -> dict[str, Any]:
     """Return what a checkpoint says of the run that wrote it, in plain values."""
     model = module.weights().model
     lora = module.lora
@@ -41,26 +53,12 @@ def identity(module: Any) -> dict[str, Any]:
     }
 
 
-def optimizer_name(module: Any) -> str:
+def optimizer_name(module: TrainedModule) -> str:
     """Return the class of a module's optimizer, which need not be there yet."""
     return type(module.optimizer_callable([torch.nn.Parameter(torch.zeros(1))])).__name__
 
 
-def check_before_loading(strategy: Any, check: Callable[[str], None]) -> None:
-    """Let a strategy check a checkpoint before it reads it.
-
-    Lightning tells the path to no hook before that.
-    """
-    load = type(strategy).load_checkpoint
-
-    def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        check(str(checkpoint_path))
-        return load(strategy, checkpoint_path, *args, **kwargs)
-
-    strategy.load_checkpoint = checked
-
-
-def agree_before_loading(trainer: Any, mark: Callable[[str | None], str | None]) -> None:
+def agree_before_loading(trainer: pl.Trainer, mark: Callable[[str | None], str | None]) -> None:
     """Let all processes compare their checkpoints before any of them reads its own.
 
     Each process finds ``last`` by itself, or gets a path from its launcher. If these differ, ddp
@@ -72,22 +70,18 @@ def agree_before_loading(trainer: Any, mark: Callable[[str | None], str | None])
     """
     if trainer.world_size == 1:
         return
-    connector = trainer._checkpoint_connector
-    # The one call in which every process has its path, or None, and none has read anything.
-    restore = type(connector)._restore_modules_and_callbacks
 
-    def compared(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        path = None if checkpoint_path is None else str(checkpoint_path)
-        require_same(path, mark(path), trainer.strategy.broadcast, trainer.lightning_module.reduce)
-        return restore(connector, checkpoint_path, *args, **kwargs)
+    def compare(path: str | None) -> None:
+        reduce = trained(trainer.lightning_module).reduce
+        require_same(path, mark(path), trainer.strategy.broadcast, reduce)
 
-    connector._restore_modules_and_callbacks = compared
+    before_restore(trainer, compare)
 
 
 def require_same(
     path: str | None,
     mark: str | None,
-    broadcast: Callable[[Any], Any],
+    broadcast: Callable[[str | None], str | None],
     reduce: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> None:
     """Check that all processes go on from one checkpoint; collective.
@@ -113,7 +107,7 @@ def require_same(
 
 
 def check_identity(
-    saved: dict[str, Any], module: Any, config: Any, fitting: bool, path: str
+    saved: dict[str, Any], module: TrainedModule, config: HasJSON, fitting: bool, path: str
 ) -> None:
     """Refuse the checkpoint of another model or, to train on, of another method.
 
@@ -150,7 +144,7 @@ def check_identity(
         )
 
 
-def difference(here: str, there: str) -> tuple[str, Any, Any] | None:
+def difference(here: str, there: str) -> tuple[str, object, object] | None:
     """Return the first setting in which two configurations describe different models.
 
     What only one of them names is left out: other versions of transformers write other names. Both
@@ -166,7 +160,7 @@ def difference(here: str, there: str) -> tuple[str, Any, Any] | None:
     return _difference(all_settings(here), all_settings(there), "")
 
 
-def _difference(here: Any, there: Any, name: str) -> tuple[str, Any, Any] | None:
+def _difference(here: object, there: object, name: str) -> tuple[str, object, object] | None:
     if not (isinstance(here, dict) and isinstance(there, dict)):
         return None if here == there else (name, here, there)
     for key in sorted(here.keys() & there.keys()):
@@ -177,7 +171,7 @@ def _difference(here: Any, there: Any, name: str) -> tuple[str, Any, Any] | None
     return None
 
 
-def check_adapters(saved: dict[str, Any], module: Any, path: str) -> None:
+def check_adapters(saved: dict[str, Any], module: TrainedModule, path: str) -> None:
     """Refuse adapters of another kind, or of another base model.
 
     Raises:
@@ -214,7 +208,7 @@ def check_complete(held: Collection[str], wanted: Collection[str], path: str) ->
         )
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _pairs(values: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -223,6 +217,7 @@ def number_by_place(state: dict[str, Any], optimizer: Any, module: torch.nn.Modu
 
     torch counts those of the optimizer alone, Lightning's fsdp strategies all, frozen ones too: a
     file that one of them wrote would be misread by the other. Loading into the same goes by order.
+    The optimizer is what ``LightningModule.optimizers`` returns, one or a list by its type.
     """
     places = {id(p): place for place, p in enumerate(module.parameters())}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -241,18 +236,21 @@ class Settings:
     number of steps, so an unchanged configuration gives the very same learning rates.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any | None) -> None:
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         self._groups = [
             {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
         ]
         self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
 
-    def reapply(self, optimizer: torch.optim.Optimizer, scheduler: Any | None, steps: int) -> None:
-        """Set them again, for a run that has taken ``steps`` optimizer steps."""
+    def reapply(self, optimizer: Optimizer, scheduler: Any | None, steps: int) -> None:
+        """Set them again, for a run that has taken ``steps`` optimizer steps.
+
+        The schedule is what ``LightningModule.lr_schedulers`` returns, one or a list by its type.
+        """
         for group, settings in zip(optimizer.param_groups, self._groups, strict=True):
             group.update(copy.deepcopy(settings))
-        if scheduler is None:
+        if scheduler is None or self._schedule is None:
             return
         scheduler.load_state_dict(copy.deepcopy(self._schedule))
         with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer, seed_everything
 import kdrl_lightning.callbacks
 import kdrl_lightning.prompts
 import kdrl_lightning.rewards  # noqa: F401
-from kdrl_lightning.checkpoints.files import META
+from kdrl_lightning.checkpoints.layout import META
 from kdrl_lightning.cli import layered_yaml
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.cli.layered_yaml import load_with_base, nested

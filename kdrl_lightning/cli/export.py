@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from kdrl_lightning.checkpoints.files import read_metadata, reason_of
 from kdrl_lightning.checkpoints.integrity import whole_folder
+from kdrl_lightning.checkpoints.reader import read_metadata
 from kdrl_lightning.checkpoints.resume import KEY, check_complete
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import (
@@ -25,6 +25,7 @@ from kdrl_lightning.models.loading import (
 )
 from kdrl_lightning.models.lora import LoRA, adapter_weights, save_adapters
 from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.trainer.failures import reason_of
 
 PREFIX = "student.model."
 

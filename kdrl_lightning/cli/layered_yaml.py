@@ -15,6 +15,7 @@ from jsonargparse import set_dumper, set_loader
 
 from kdrl_lightning.cli.settings import unions
 from kdrl_lightning.cli.settings.private import util
+from kdrl_lightning.cli.settings.renamed import renamed
 from kdrl_lightning.cli.settings.replaced import contents, note_lost
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
@@ -169,7 +170,7 @@ def _document(text: str, name: str) -> Any:
                 f"`{key}` must stand once in {name}: got it with dots and inside `{above[0]}`. "
                 "Remove one."
             )
-    return found
+    return renamed(found, name) if isinstance(found, dict) else found
 
 
 def nested(settings: dict[Any, Any]) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -26,7 +26,7 @@ from kdrl_lightning.callbacks import (
     SamplePage,
     SelectiveImitationStats,
     StepProfile,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.cli import layered_yaml
 from kdrl_lightning.cli.help import OTHER_SUBCOMMANDS
@@ -36,6 +36,7 @@ from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1
 
@@ -46,6 +47,12 @@ LEAST = (
     ("log_every_n_steps", 0, "0 logs nothing."),
     ("num_sanity_val_steps", -1, "-1 takes all batches."),
 )
+
+
+if TYPE_CHECKING:  # the data module and the module meet here first: is one what the other needs?
+
+    def _as_policy(module: KDRLModule) -> Policy:
+        return module
 
 
 class KDRLCLI(LightningCLI):
@@ -101,7 +108,7 @@ class KDRLCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups of the callbacks."""
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
-        parser.add_lightning_class_args(WeightSync, "weight_sync")
+        parser.add_lightning_class_args(WeightSyncCheck, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(SamplePage, "samples")
@@ -184,19 +191,28 @@ def seeded(config: Namespace) -> Iterator[None]:
         config.data.seed = given
 
 
-def refuse_empty_groups(config: Namespace, defaults: Namespace) -> None:
+def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "") -> None:
     """Check that every group has settings.
+
+    Args:
+        config: all settings, or those of a group.
+        defaults: theirs.
+        above: name of that group, with a dot behind it.
 
     Raises:
         ConfigurationError: one is null, or a value without names.
     """
     for name, value in vars(config).items():
-        if isinstance(defaults.get(name), Namespace) and not isinstance(value, Namespace):
+        default = defaults.get(name)
+        if not isinstance(default, Namespace) or "class_path" in default:
+            continue
+        if not isinstance(value, Namespace):
             found = "null" if value is None else value
             raise ConfigurationError(
-                f"`{name}` must have settings by name: got {found}. Leave it out to keep the "
-                "others."
+                f"`{above}{name}` must have settings by name: got {found}. Leave it out to keep "
+                "the others."
             )
+        refuse_empty_groups(value, default, f"{above}{name}.")
 
 
 def require_seed(value: bool | int) -> None:

@@ -14,8 +14,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import kdrl_lightning
 from kdrl_lightning.cli.help import HELP_ALL
+from kdrl_lightning.cli.settings.renamed import renamed, renamed_flags
 from kdrl_lightning.cli.settings.text import Text
-from kdrl_lightning.cli.settings.unused import note_repeated
+from kdrl_lightning.cli.settings.unused import as_written, note_repeated
 from kdrl_lightning.cli.shipped import with_files
 from kdrl_lightning.errors import ConfigurationError
 
@@ -53,7 +54,7 @@ class OneLineParser(LightningArgumentParser):
         """Raise with one line; under ``JSONARGPARSE_DEBUG`` fail as jsonargparse does."""
         if os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
-        text = one_line(message)
+        text = as_written(one_line(message))
         if HELP not in text:
             text += self._suggestion(text) + self._help(text)
         raise ConfigurationError(text) from ex
@@ -76,7 +77,7 @@ class OneLineParser(LightningArgumentParser):
             ConfigurationError: a setting is wrong, or a file of settings is no text.
         """
         words = next(iter(args), kwargs.pop("args", None))
-        given = sys.argv[1:] if words is None else list(words)
+        given = renamed_flags(sys.argv[1:] if words is None else list(words))
         note_repeated(given)
         # Ours is the short screen; argparse's own lists every flag.
         words = ["--help" if word == HELP_ALL else word for word in with_files(given)]
@@ -84,6 +85,15 @@ class OneLineParser(LightningArgumentParser):
             return super().parse_args(words, *args[1:], **kwargs)
         except UnicodeDecodeError as error:
             raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
+
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
+        # All that jsonargparse reads from files and texts, or for one group, comes by here.
+        if type(cfg) is dict and not self._of_a_class:
+            if parent_key == "data":
+                cfg = renamed({"data": cfg}, "`data`")["data"]
+            elif not parent_key:
+                cfg = renamed(cfg, "a configuration")
+        return super()._apply_actions(cfg, parent_key, *args, **kwargs)
 
     def _help(self, text: str) -> str:
         prog = self.prog.split(" [")[0].removesuffix(" fit")

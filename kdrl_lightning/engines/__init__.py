@@ -1,4 +1,4 @@
-"""Engines: what samples completions, with the weights of the student or the teacher."""
+"""Engines that sample completions with the weights of the student or the teacher."""
 
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from kdrl_lightning.models.weights import ModelWeights
+
+RENAMED = {"beside": "supports_async", "fixed": "has_own_weights"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class RolloutEngine(ABC):
     Attributes:
         version: the ``policy_version`` of the weights it holds; None before the first sync.
         exact: its log-probabilities are the trainer's own, so that nothing has to be corrected.
-        beside: it samples elsewhere, from a copy of the weights, so that a thread may ask it while
-            the student trains.
-        fixed: its weights are its own: nothing is pushed to it.
+        supports_async: it samples elsewhere, from a copy of the weights, so that a thread may ask
+            it while the student trains.
+        has_own_weights: it samples from weights of its own: nothing is pushed to it.
         dtype: the type that it computes in; None: the trainer's.
         compared: it runs other code than the student, so its numbers are compared with the
             student's after the first push, before it samples for the run.
@@ -59,11 +62,23 @@ class RolloutEngine(ABC):
 
     version: int | None = None
     exact: bool = True
-    beside: bool = False
-    fixed: bool = False
+    supports_async: bool = False
+    has_own_weights: bool = False
     dtype: torch.dtype | None = None
     compared: bool = False
     context: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Take attributes by the names that they had in 0.1."""
+        super().__init_subclass__()
+        for old, new in RENAMED.items():
+            if old in vars(cls):
+                warnings.warn(
+                    f"`{cls.__name__}.{old}` must be called `{new}`: the old name goes with 0.3.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                setattr(cls, new, vars(cls)[old])
 
     def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
         """Return which prompts of a model it cannot complete; called before anything is loaded.

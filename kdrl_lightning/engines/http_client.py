@@ -1,6 +1,6 @@
-"""HTTP to vLLM servers: what can be tried again, and what cannot.
+"""HTTP client for vLLM servers, which retries what may work later.
 
-Python's own client: a pool of kept connections is all that is needed of a library.
+It uses Python's standard library: keeping connections open is all that we need of a client.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 
-# Overload, a proxy in between, a server that is starting or going down.
+# Status of an overloaded server, of a proxy, or of a server that starts or stops.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 KEPT_S = 2.0  # vLLM closes idle connections after 5 s
-# The model's own distribution, whatever its files or the server's flags say.
+# Sample from the model's distribution unchanged, whatever its files or the server's flags say.
 AS_IT_IS = {
     "top_p": 1.0,
     "top_k": -1,
@@ -37,12 +37,12 @@ Pool = queue.LifoQueue[tuple[HTTPConnection, float]]
 
 
 class AwayError(Exception):
-    """The server did not answer, or asks to come back later."""
+    """Raised if a server does not answer, or asks to retry later."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Status and text of an answer."""
+    """Status and text of an HTTP answer."""
 
     status: int
     text: str
@@ -53,16 +53,16 @@ class Answer:
 
 
 class ServerClient:
-    """Posts JSON to a server and names its URL in every error; for any number of threads.
+    """Exchanges JSON with a server, from any number of threads; every error names the URL.
 
     Args:
-        url: of the server; a path in it goes before every other.
-        api_key: sent as a bearer token; None for none.
+        url: address of the server; a path in it is put before the path of every request.
+        api_key: key to send as a bearer token; None sends none.
         timeout_s: longest wait for any part of an answer, in seconds.
         max_away_s: how long the server may be unreachable, in seconds.
 
     Raises:
-        ConfigurationError: this is no URL.
+        ConfigurationError: ``url`` is no URL.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, max_away_s: float) -> None:
@@ -71,7 +71,9 @@ class ServerClient:
         try:
             self._address = (parts.hostname or "", parts.port)
         except ValueError as error:
-            raise ConfigurationError(f"`urls` must be http addresses: got {url}.") from error
+            raise ConfigurationError(
+                f"`urls` must be http addresses: got {url}. For example http://127.0.0.1:8000."
+            ) from error
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._path, self._timeout = parts.path, timeout_s
         self._headers = {"Content-Type": "application/json"}
@@ -81,23 +83,27 @@ class ServerClient:
         weakref.finalize(self, _close, self._kept)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Send a request; return the JSON of its answer, None where it is empty.
+        """Post JSON and return the JSON of the answer; None if the answer is empty.
+
+        Args:
+            path: path on the server.
+            body: the JSON to send; None sends an empty object.
 
         Raises:
-            AwayError: it may work later.
-            TrainingStopped: it will not.
+            AwayError: the request may work later.
+            TrainingStopped: the server refuses the request.
         """
         return self._answer("POST", path, json.dumps(body or {}))
 
     def get(self, path: str) -> Any:
-        """Ask for a page, as ``post`` does."""
+        """Get a path and return the JSON of the answer; errors are those of ``post``."""
         return self._answer("GET", path)
 
     def patiently(self, work: Callable[[], T]) -> T:
-        """Try again, after longer and longer pauses, until the server has been away too long.
+        """Return the result of ``work``; retry it after ``AwayError``, with growing pauses.
 
         Raises:
-            TrainingStopped: it has.
+            TrainingStopped: ``work`` still fails after ``max_away_s``.
         """
         deadline = time.monotonic() + self.max_away_s
         for pause in itertools.chain([0.5, 1.0, 2.0, 4.0], itertools.repeat(5.0)):
@@ -107,8 +113,8 @@ class ServerClient:
                 if time.monotonic() + pause > deadline:
                     raise TrainingStopped(
                         f"the server {self.url} must answer within `max_away_s` "
-                        f"{self.max_away_s:g}: got {error}. Check that it runs; start it with "
-                        "`python -m kdrl_lightning serve`."
+                        f"{self.max_away_s:g} seconds: got {error}. Check that it runs; start it "
+                        "with `python -m kdrl_lightning serve`."
                     ) from error
             time.sleep(pause)
         raise AssertionError("the pauses have no end")
@@ -125,26 +131,33 @@ class ServerClient:
             raise self.stopped(path, f"no JSON: {answer}") from error
 
     def rpc(self, method: str, *arguments: str) -> list[Any]:
-        """Call a method of all of the server's workers.
+        """Call a method on every worker of the server and return each worker's result.
 
-        Returns:
-            What each of them returned.
+        Args:
+            method: name of the method.
+            *arguments: its arguments.
 
         Raises:
-            AwayError: it may work later.
-            TrainingStopped: it will not.
+            AwayError: the call may work later.
+            TrainingStopped: the server refuses the call.
         """
         body = {"method": method, "args": list(arguments)}
         results: list[Any] = self.post("/collective_rpc", body)["results"]
         return results
 
     def stopped(self, path: str, reason: str, status: int | None = None) -> Exception:
-        """Return the error of a request that will not work, with its likely cure."""
+        """Return the error for a request that the server refuses, with the likely cure.
+
+        Args:
+            path: path or method of the request.
+            reason: what came back instead of an answer.
+            status: HTTP status of the answer; None if it is not the cause.
+        """
         cure = "Start it with `python -m kdrl_lightning serve`."
         if status in (401, 403):
             cure = "Give the server's key as `api_key` or in VLLM_API_KEY."
         elif status == 404 and path == "/collective_rpc":
-            cure = f"It does not run in development mode. {cure}"
+            cure = f"The server does not run in development mode. {cure}"
         return TrainingStopped(f"the server {self.url} must answer {path}: got {reason}. {cure}")
 
     def _send(self, method: str, path: str, body: str | None = None) -> Answer:
@@ -170,7 +183,7 @@ class ServerClient:
             connection.close()
 
     def _broken(self, path: str, status: int) -> bool:
-        """Whether a healthy server fails to call a method: it does not have it."""
+        """Return whether a healthy server fails to call a method, because it lacks that method."""
         if status != 500 or path != "/collective_rpc":
             return False
         try:
@@ -182,10 +195,16 @@ class ServerClient:
 def clients(
     urls: Sequence[str], api_key: str | None, timeout_s: float, max_away_s: float
 ) -> list[ServerClient]:
-    """Return a client for each server; without a key, that of ``VLLM_API_KEY``.
+    """Return a client for each server.
+
+    Args:
+        urls: addresses of the servers, at least one.
+        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
+        timeout_s: longest wait for any part of an answer, in seconds.
+        max_away_s: how long a server may be unreachable, in seconds.
 
     Raises:
-        ConfigurationError: there is no URL, one is none, or a time is negative.
+        ConfigurationError: there is no URL, an entry is no URL, or a time is negative.
     """
     if isinstance(urls, str) or not urls or not all(u.startswith("http") for u in urls):
         raise ConfigurationError(

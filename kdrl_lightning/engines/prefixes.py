@@ -1,4 +1,4 @@
-"""The next token's logits of rows that grow: with a cache, or by running every row again."""
+"""Next-token logits of growing rows: with a cache, or by running every row again."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kdrl_lightning.models.prompt_cache import growing_cache, select_rows
 
-# Names under which architectures return and take what they remember: most, Mamba's, RWKV's.
+# Names of the cache in inputs and outputs of most architectures, of Mamba's, and of RWKV's.
 MEMORIES = ("past_key_values", "cache_params", "state")
 
 
 class Prefixes(ABC):
-    """Rows of tokens, each of which grows by one token per step.
+    """Runs rows of tokens, each of which grows by one token per step.
 
     Attributes:
         mixed: prompts of different lengths may start together.
-        cached: a step runs the new tokens alone.
+        cached: a step runs only the new tokens.
     """
 
     mixed: bool = False
@@ -37,21 +37,22 @@ class Prefixes(ABC):
 
     @abstractmethod
     def step(self, before: Tensor | None, token: Tensor) -> Tensor:
-        """Append ``token [R]`` to rows and return the logits ``[R, V]`` of the next ones.
+        """Append one token to each row and return the logits ``[R, V]`` of the next tokens.
 
         Args:
-            before: ``[R]``, each row's place among those of the step before; None: as they were.
-            token: one for each row.
+            before: ``[R]``, each row's place among the rows of the previous step; None if the rows
+                are the same.
+            token: ``[R]``, the new token of each row.
         """
 
 
 class PaddedPrefixes(Prefixes):
-    """Keys and values of prompts that are padded on the left; a cache that grows in place."""
+    """Runs prompts padded on the left, with a cache of keys and values that grows in place."""
 
     mixed = True
 
     def start(self, prompts: list[list[int]]) -> Tensor:
-        """Run each prompt once, padded on the left."""
+        """Run each prompt once, padded on the left; return the logits ``[P, V]``."""
         width = max(map(len, prompts))
         rows = [[self.pad_id] * (width - len(p)) + p for p in prompts]
         ids = torch.tensor(rows, device=self.model.device)
@@ -65,7 +66,7 @@ class PaddedPrefixes(Prefixes):
         return self._run(ids, position, logits_to_keep=1)
 
     def step(self, before: Tensor | None, token: Tensor) -> Tensor:
-        """Run the new tokens."""
+        """Run only the new tokens; see ``Prefixes.step``."""
         if before is not None:
             self.cache.batch_select_indices(before)
             self.mask = None if self.mask is None else self.mask[before]
@@ -88,10 +89,10 @@ class PaddedPrefixes(Prefixes):
 
 
 class OwnCachePrefixes(Prefixes):
-    """Whatever the architecture remembers (recurrent states, convolutions), for equal lengths."""
+    """Runs prompts of one length with the architecture's cache (recurrent states, convolutions)."""
 
     def start(self, prompts: list[list[int]]) -> Tensor:
-        """Run prompts of one length.
+        """Run prompts of one length; return the logits ``[P, V]``.
 
         Raises:
             TypeError: the architecture returns no cache.
@@ -106,7 +107,7 @@ class OwnCachePrefixes(Prefixes):
         return logits[:, -1]
 
     def step(self, before: Tensor | None, token: Tensor) -> Tensor:
-        """Run the new tokens."""
+        """Run only the new tokens; see ``Prefixes.step``."""
         if before is not None:
             self.memory = select_rows(self.memory, before)
         out = self.model(input_ids=token[:, None], use_cache=True, **{self.name: self.memory})
@@ -116,17 +117,17 @@ class OwnCachePrefixes(Prefixes):
 
 
 class WholePrefixes(Prefixes):
-    """No cache: every step runs all tokens of every row, so time grows with length squared."""
+    """Runs whole rows at each step, without a cache: time grows with the length squared."""
 
     cached = False
 
     def start(self, prompts: list[list[int]]) -> Tensor:
-        """Run prompts of one length."""
+        """Run prompts of one length; return the logits ``[P, V]``."""
         self.ids = torch.tensor(prompts, device=self.model.device)
         return self._run()
 
     def step(self, before: Tensor | None, token: Tensor) -> Tensor:
-        """Run whole rows."""
+        """Run whole rows; see ``Prefixes.step``."""
         rows = self.ids if before is None else self.ids[before]
         self.ids = torch.cat([rows, token[:, None]], 1)
         return self._run()
@@ -140,7 +141,10 @@ WAYS: tuple[type[Prefixes], ...] = (PaddedPrefixes, OwnCachePrefixes, WholePrefi
 
 
 def is_ordinary(model: Any) -> bool:
-    """Whether every layer attends to keys with rotary embeddings: the padded way is then right."""
+    """Return whether ``PaddedPrefixes`` is right for a model without trying it.
+
+    It is if every layer is attention with rotary embeddings.
+    """
     cache = DynamicCache(config=model.config)
     plain = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
     rotary = any(name.rpartition(".")[2] == "rotary_emb" for name, _ in model.named_modules())

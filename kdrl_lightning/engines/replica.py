@@ -1,4 +1,4 @@
-"""A whole copy of a sharded model."""
+"""A whole copy of a sharded model, on every rank."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 @torch.no_grad()
 def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
-    """Gather a sharded model's weights into a plain model; all ranks must call it.
+    """Return a plain copy of a sharded model; all ranks must call it.
 
-    One tensor is gathered at a time, so beyond the copy itself only the largest is held twice.
+    We gather one tensor at a time, so a rank holds the copy and at most one tensor twice.
 
     Args:
-        weights: of the sharded model.
-        replica: an earlier copy to fill again; None builds one on the ranks' device.
+        weights: weights of the sharded model.
+        replica: an earlier copy to fill again; None builds one on this rank's device.
+
+    Raises:
+        RuntimeError: the copy has parameters that the model lacks.
     """
     if replica is None:
         replica = empty_causal_lm(weights.model, _device(weights))
@@ -27,7 +30,7 @@ def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
     for name, tensor in weights.named_tensors():
         into.pop(name).copy_(tensor)
     if into:
-        raise RuntimeError(f"weights without a source: {sorted(into)}")
+        raise RuntimeError(f"the sharded model has no weights for {sorted(into)} of its copy")
     for name, buffer in weights.model.named_buffers():
         replica.get_buffer(plain_name(name)).copy_(buffer)
     return replica

@@ -1,8 +1,8 @@
-"""Sampling with transformers' own model: nothing to install, nothing to sync.
+"""Sampling from the live transformers model, without vLLM and without copies of the weights.
 
-The decode loop is written by hand because ``model.generate`` neither drops finished sequences from
-the batch, nor shares a prompt's cache among its group, nor draws each sequence's noise from its own
-seed.
+We write the decoding loop ourselves because ``model.generate`` neither drops finished sequences
+from the batch, nor shares a prompt's cache within its group, nor draws each sequence's noise from a
+separate seed.
 """
 
 from __future__ import annotations
@@ -35,21 +35,25 @@ from kdrl_lightning.models.weights import ModelWeights
 
 
 class TransformersEngine(RolloutEngine):
-    """Batched sampling with a key-value cache, from the live student.
+    """Samples from the live student in batches, with a key-value cache.
 
-    Prompts are sorted by length and prefilled once per group; finished sequences leave the batch.
+    The engine sorts prompts by length and runs each once for its whole group; finished sequences
+    leave the batch.
 
-    When it first gets weights, it compares a few samples with the model's own logits and takes the
-    fastest way that is right: prompts of mixed lengths with a cache, prompts of one length with
-    the architecture's own cache (recurrent and hybrid models), or no cache, with a warning.
+    When it first gets weights, the engine compares a few samples with the model's logits. It then
+    takes the fastest way that is right: prompts of mixed lengths with a cache, prompts of one
+    length with the architecture's cache (recurrent and hybrid models), or no cache, with a warning.
 
-    Ranks decode a different number of steps, which the collectives of a sharded model would not
-    survive. From a sharded student it therefore keeps a whole copy on every rank, refreshed at each
-    ``update_weights``: as many bytes as the student's weights, beside the shards. Models for which
-    that is too much take vLLM.
+    Ranks decode different numbers of steps, so a sharded model would wait forever in its
+    collectives. For a sharded student the engine therefore keeps a whole copy on every rank and
+    refreshes it at each ``update_weights``. The copy takes as much memory as the student's weights,
+    in addition to the shards. If that is too much, use vLLM.
 
     Args:
         max_sequences: completions decoded at once.
+
+    Raises:
+        ConfigurationError: ``max_sequences`` is below 1.
     """
 
     def __init__(self, max_sequences: int = 256) -> None:
@@ -63,7 +67,10 @@ class TransformersEngine(RolloutEngine):
         self._way: type[Prefixes] | None = None
 
     def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
-        """Refuse prompts whose completions may grow past a change of the model."""
+        """Return the prompt lengths from which a completion may grow past a change of the model.
+
+        Each comes with the reason, as text for the user.
+        """
         if not may_change(load_config(path)):
             return []
         model = skeleton_causal_lm(path)
@@ -79,15 +86,18 @@ class TransformersEngine(RolloutEngine):
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
-        """Remember the live model."""
+        """Keep a reference to the live model and its end tokens; see ``RolloutEngine.setup``."""
         self._model, self._replica, self._way = weights.model, None, None
         self._ends, self._pad = as_ids(eos_token_id), pad_token_id
         self._rows = weights.vocab_size
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Note the version: the live model already has the weights, unless it is sharded.
+        """Set the version; of a sharded model, also refresh the copy.
 
-        The first time, it tries on a few tokens how the architecture can be sampled.
+        The live model already has the weights. The first call chooses a way to sample the model.
+
+        Raises:
+            ConfigurationError: no way gives the model's log-probabilities.
         """
         if weights.sharded:
             self._replica = filled_replica(weights, self._replica)
@@ -100,7 +110,11 @@ class TransformersEngine(RolloutEngine):
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """Sample; see ``RolloutEngine.generate``."""
+        """Sample completions; see ``RolloutEngine.generate``.
+
+        Raises:
+            ConfigurationError: a completion might grow past a change of the model.
+        """
         refuse_crossing(self._model, [len(p) for p in prompts], sampling.max_tokens)
         if self._way is None:
             self._way = PaddedPrefixes if is_ordinary(self._model) else self._choose_way()
@@ -115,7 +129,7 @@ class TransformersEngine(RolloutEngine):
     ) -> list[list[Completion]]:
         out: list[list[Completion]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        # A chunk holds (prompt, its seeds); a group larger than the limit is cut.
+        # A chunk holds pairs of a prompt and its seeds; a group larger than the limit is split.
         jobs = [
             (i, seeds[i][start : start + self.max_sequences])
             for i in order
@@ -135,8 +149,8 @@ class TransformersEngine(RolloutEngine):
                 completions = iter(
                     self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
                 )
-            for i, own in chunk:
-                out[i] += [next(completions) for _ in own]
+            for i, group in chunk:
+                out[i] += [next(completions) for _ in group]
         return out
 
     def _decode(
@@ -148,18 +162,19 @@ class TransformersEngine(RolloutEngine):
     ) -> list[Completion]:
         device = self._model.device
         logits = prefixes.start(prompts)
-        # Completions that coincide so far share a row of the cache: at first all of a prompt.
-        groups = torch.tensor([len(own) for _, own in chunk], device=device)
+        # Completions that are equal so far share a row of the cache: at first all of a prompt.
+        groups = torch.tensor([len(group) for _, group in chunk], device=device)
         rows = torch.arange(len(prompts), device=device).repeat_interleave(groups)
-        noise = _uniform_noise([s for _, own in chunk for s in own], sampling.max_tokens).to(device)
+        seeds = [seed for _, group in chunk for seed in group]
+        noise = _uniform_noise(seeds, sampling.max_tokens).to(device)
         size, ends = len(noise), torch.tensor(self._ends, device=device)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
         logprobs = torch.zeros(size, sampling.max_tokens, device=device, dtype=torch.float32)
         alive = torch.arange(size, device=device)
         done = torch.zeros(size, dtype=torch.bool, device=device)
         for t in range(sampling.max_tokens):
-            own = logits[:, : self._rows]
-            token, logprob = _draw(own, rows, noise[alive, t], sampling.temperature)
+            used = logits[:, : self._rows]
+            token, logprob = _draw(used, rows, noise[alive, t], sampling.temperature)
             ids[alive, t], logprobs[alive, t] = token, logprob
             done[alive] = torch.isin(token, ends)
             keep = (~done[alive]).nonzero().squeeze(-1)
@@ -173,10 +188,10 @@ class TransformersEngine(RolloutEngine):
         return _completions(ids, logprobs, done, self._ends)
 
     def _choose_way(self) -> type[Prefixes]:
-        """Return the fastest way whose log-probabilities are those of whole rows alone.
+        """Return the fastest way whose log-probabilities equal those of whole single rows.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: no way does.
         """
         decide_per_row(self._model)
         name = type(self._model).__name__
@@ -185,26 +200,26 @@ class TransformersEngine(RolloutEngine):
                 right = self._samples_right(way)
             except (torch.OutOfMemoryError, ConfigurationError):
                 raise
-            except Exception:  # caches that a way does not know fail in as many ways
+            except Exception:  # every architecture fails on an unknown cache with another error
                 continue
             if right and not way.cached:
                 warnings.warn(
-                    f"{name} is sampled without a cache: every token takes a pass over all tokens "
-                    "before it. VLLMEngine is faster.",
+                    f"TransformersEngine samples {name} without a cache: every token takes a pass "
+                    "over all tokens before it. VLLMEngine is faster.",
                     stacklevel=2,
                 )
             if right:
                 return way
         raise ConfigurationError(
             f"`rollout_engine` must be VLLMEngine or VLLMServerEngine for {name}: got "
-            "TransformersEngine, whose log-probabilities are not those of the model's own logits."
+            "TransformersEngine, whose log-probabilities differ from the model's. Set one of them."
         )
 
     def _samples_right(self, way: type[Prefixes]) -> bool:
-        """Whether sampled log-probabilities are those of rows alone, as far as rounding allows.
+        """Return whether sampled log-probabilities equal those of single rows up to rounding.
 
-        A cache that leaves out a small thing (Nemotron-H's lower bound on time steps) is only
-        a little off; rounding is what whole rows differ by among themselves.
+        A cache that leaves out a detail (Nemotron-H's lower bound on time steps) is only slightly
+        off. So we take as rounding what whole rows differ by among themselves.
         """
         gap = self._sampling_gap(way)
         if self._model.get_output_embeddings().weight.dtype.itemsize < 4:
@@ -234,10 +249,15 @@ class TransformersEngine(RolloutEngine):
 
 
 def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
-    """Refuse completions on whose way the model changes what it computes for earlier tokens.
+    """Refuse completions that might grow past a length at which earlier tokens change.
+
+    Args:
+        model: the model to sample from.
+        prompts: lengths of the prompts, in tokens.
+        max_tokens: longest completion, in tokens.
 
     Raises:
-        ConfigurationError: a row might grow past such a change.
+        ConfigurationError: a row might grow past such a length.
     """
     for change in changes(model):
         for length in prompts:
@@ -245,15 +265,24 @@ def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
                 raise ConfigurationError(
                     f"`max_tokens` must keep a prompt of {length} tokens and its completion within "
                     f"{change.limit} tokens, beyond which the {change.what} of "
-                    f"{type(model).__name__} changes for all of a row: got {max_tokens}. Lower it, "
-                    "or shorten the prompts with `max_prompt_tokens`."
+                    f"{type(model).__name__} changes for the whole row: got {max_tokens}. Lower "
+                    "it, or shorten the prompts with `max_prompt_tokens`."
                 )
 
 
 def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution of ``rows [N]`` of the logits ``[R, V]`` at ``noise [N]``.
+    """Sample a token for each of N completions by inverting the cumulative distribution.
 
-    The most likely token if greedy.
+    At temperature 0 we take the most likely token.
+
+    Args:
+        logits: ``[R, V]``, of the next token.
+        rows: ``[N]``, the row of each completion.
+        noise: ``[N]``, uniform in [0, 1).
+        temperature: of sampling.
+
+    Returns:
+        Tokens and their log-probabilities in nats, both ``[N]``.
     """
     logits = logits.float()
     if temperature == 0.0:
@@ -261,7 +290,7 @@ def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tu
     else:
         logits = logits if temperature == 1.0 else logits / temperature
         peak = logits.amax(-1, keepdim=True)
-        # In float64: over 150k tokens a float32 sum would move the edges of rare ones.
+        # In float64, because a float32 sum over 150k tokens would shift the edges of rare ones.
         edges = (logits - peak).exp().cumsum(-1, dtype=torch.float64)
         log_norm = (edges[:, -1].log() + peak.squeeze(-1)).float()
         edges = edges[rows]

@@ -1,4 +1,4 @@
-"""Weights in files, one tensor at a time: the trainer writes them, a server reads them."""
+"""Files of weights, which the trainer writes and a server reads, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ SHARD_BYTES = 1 << 30
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> None:
-    """Write tensors to files of about a gigabyte; None: only take them from the iterator.
+    """Write tensors to safetensors files of about a gigabyte.
 
     Args:
-        tensors: name and value, one at a time.
-        folder: exists and is empty.
+        tensors: yields names and values, one at a time.
+        folder: an existing, empty folder; None only runs the iterator to its end.
     """
     shard: dict[str, Tensor] = {}
     count = 0
     for name, tensor in tensors:
         if folder is None:
             continue
-        # A copy: tied tensors share memory, which the format refuses.
+        # A copy, because the format refuses tied tensors, which share memory.
         shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
             save_file(shard, folder / f"{count:05d}.safetensors")
@@ -34,14 +34,17 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> 
 
 
 def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a folder.
+    """Yield names and values of all tensors in a folder.
 
     Raises:
-        FileNotFoundError: it holds none.
+        FileNotFoundError: the folder holds no weights.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no weights in {folder}: is it on a shared file system?")
+        raise FileNotFoundError(
+            f"`weights_folder` must be on a file system that trainer and servers share: got no "
+            f"weights in {folder}. Name another folder."
+        )
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)

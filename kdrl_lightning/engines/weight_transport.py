@@ -1,4 +1,4 @@
-"""How weights get from the trainer to the servers: the protocol, and the way through files."""
+"""Transport of weights from the trainer to the servers: the protocol, and transport by files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ from kdrl_lightning.errors import TrainingStopped
 
 
 class WeightRoute(ABC):
-    """Brings weights to servers; each then answers ``student`` with their label."""
+    """Sends weights to servers; afterwards each server reports their label as ``student``."""
 
     @abstractmethod
     def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
-        """Bring the weights to all servers; all ranks must call it, the first one works.
+        """Send the weights to all servers; all ranks must call it, but only the first one sends.
+
+        Args:
+            weights: weights of the student.
+            servers: the servers.
+            label: name of these weights.
 
         Raises:
             TrainingStopped: on the first rank, if the disk or a server does not take them.
@@ -33,19 +38,20 @@ class WeightRoute(ABC):
 
     @abstractmethod
     def again(self, server: ServerClient, label: str) -> None:
-        """Bring the weights of the last push to a server that was restarted; not collective.
+        """Send the weights of the last push to a restarted server; this is no collective.
 
         Raises:
-            AwayError: it may work later.
-            TrainingStopped: it will not.
+            AwayError: sending may work later.
+            TrainingStopped: the server refuses the weights.
         """
 
 
 class FileRoute(WeightRoute):
-    """The trainer writes files, each server loads them; a restarted one loads them again.
+    """Writes weights to files, which each server loads; a restarted server loads them again.
 
     Args:
-        folder: on a file system that trainer and servers see; None: a temporary one.
+        folder: a folder on a file system that trainer and servers share; None takes a temporary
+            folder of this machine.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -53,7 +59,7 @@ class FileRoute(WeightRoute):
         self._current = ""
 
     def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
-        """Write, and let every server load; see ``WeightRoute.push``."""
+        """Write the weights and let every server load them; see ``WeightRoute.push``."""
         rank, world = ranks()
         made, failure = [""], None
         try:
@@ -76,14 +82,14 @@ class FileRoute(WeightRoute):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, weights: HubWeights, writes: bool) -> str:
-        """Write the weights to a new folder; return its path, "" on the other ranks."""
+        """Write the weights to a new folder and return its path; return "" on the other ranks."""
         tensors, folder = weights.tensors(), ""
         try:
             if writes:
                 folder = tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder)
             write_shards(tensors, Path(folder) if writes else None)
         except (OSError, SafetensorError) as error:
-            for _ in tensors:  # reading a sharded student is a collective: the others wait for it
+            for _ in tensors:  # reading a sharded student is a collective: finish it for the others
                 pass
             shutil.rmtree(folder, ignore_errors=True)
             raise TrainingStopped(
@@ -94,7 +100,7 @@ class FileRoute(WeightRoute):
         return folder
 
     def again(self, server: ServerClient, label: str) -> None:
-        """Let a server load the files; see ``WeightRoute.again``."""
+        """Let a server load the files of the last push; see ``WeightRoute.again``."""
         with paused(server):
             answers = server.rpc("load_student", self._current, label)
         for answer in answers:
@@ -104,7 +110,13 @@ class FileRoute(WeightRoute):
 
 @contextmanager
 def paused(server: ServerClient) -> Iterator[None]:
-    """Let a server finish what it samples and take weights; empty its prefix cache behind that."""
+    """Pause a server while it takes weights, and empty its prefix cache afterwards.
+
+    The server first finishes what it samples.
+
+    Raises:
+        AwayError: the prefix cache is still in use.
+    """
     server.post("/pause?mode=wait")
     try:
         yield
@@ -115,7 +127,7 @@ def paused(server: ServerClient) -> Iterator[None]:
 
 
 def ranks() -> tuple[int, int]:
-    """Return this process's rank, and how many there are."""
+    """Return this process's rank and the number of ranks; ``(0, 1)`` without a process group."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

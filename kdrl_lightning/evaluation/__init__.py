@@ -6,7 +6,13 @@ from kdrl_lightning.evaluation.majority import majority_at_k
 from kdrl_lightning.evaluation.metric import EvaluationMetric
 from kdrl_lightning.evaluation.metrics import EvaluationMetrics
 from kdrl_lightning.evaluation.pass_at_k import pass_at_k
-from kdrl_lightning.evaluation.sets import EvalSet, EvalSets, NamedSet, named_sets
+from kdrl_lightning.evaluation.sets import (
+    EvalSet,
+    EvalSets,
+    EvaluationSettings,
+    NamedSet,
+    named_sets,
+)
 from kdrl_lightning.evaluation.source import EvaluationSource
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "EvaluationBatch",
     "EvaluationMetric",
     "EvaluationMetrics",
+    "EvaluationSettings",
     "EvaluationSource",
     "NamedSet",
     "bootstrap_interval",

@@ -1,4 +1,4 @@
-"""What an evaluation step gets."""
+"""The batch that an evaluation step gets: prompts with judged completions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.base import Reward, Sample
 from kdrl_lightning.rollout.generation import Judged
 
-ROW = "row"  # column for the prompt's columns that are called like ours
+ROW = "row"  # holds the prompt's columns whose names are already taken
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """P prompts with n completions each; P may be 0 on a rank whose shard has run out.
+    """P prompts with n completions each; P is 0 on a rank that has no prompts left.
 
     Attributes:
-        of: the set that the prompts are from.
-        rows: their P numbers in it.
+        of: the evaluation set of the prompts.
+        rows: the P row numbers in the set.
         judged: ``P * n`` completions, those of a prompt next to each other.
-        answers: of each completion; None: it has none.
+        answers: ``P * n`` extracted answers; None if a completion has none.
     """
 
     of: NamedSet
@@ -37,46 +37,45 @@ class EvaluationBatch:
     def from_judged(
         cls, of: NamedSet, rows: Sequence[int], judged: Sequence[Judged], reward: Reward
     ) -> EvaluationBatch:
-        """Let the reward name each completion's answer."""
+        """Return a batch whose answers the reward extracts."""
         samples = (Sample(j.text, j.completion.ids, j.row, j.completion.truncated) for j in judged)
         return cls(of, rows, judged, [answer_of(reward, sample) for sample in samples])
 
     @property
     def correct(self) -> Tensor:
-        """``[P, n]`` bool: the verifier's answer."""
+        """``[P, n]`` bool: the verifier accepts the completion."""
         return self._table([j.verdict.correct for j in self.judged]).bool()
 
     @property
     def rewards(self) -> Tensor:
-        """``[P, n]`` float64."""
+        """``[P, n]`` float64: rewards."""
         return self._table([j.verdict.reward for j in self.judged])
 
     @property
     def lengths(self) -> Tensor:
-        """``[P, n]`` sampled tokens."""
+        """``[P, n]`` float64: number of sampled tokens."""
         return self._table([len(j.completion.ids) for j in self.judged])
 
     @property
     def truncated(self) -> Tensor:
-        """``[P, n]`` bool: cut at the token limit."""
+        """``[P, n]`` bool: the completion was cut at the token limit."""
         return self._table([j.completion.truncated for j in self.judged]).bool()
 
     @property
     def answer_ids(self) -> Tensor:
-        """``[P, n]`` int64: the answers of a prompt, numbered; -1 is none."""
+        """``[P, n]`` int64: each prompt's distinct answers, numbered from 0; -1 is no answer."""
         n, ids = self.of.samples, []
         for start in range(0, len(self.answers), n):
-            own = self.answers[start : start + n]
             numbers: dict[str, int] = {}
-            for answer in own:
+            for answer in self.answers[start : start + n]:
                 ids.append(-1 if answer is None else numbers.setdefault(answer, len(numbers)))
         return self._table(ids).long()
 
     def predictions(self) -> list[dict[str, Any]]:
-        """Return a row per completion: the prompt's columns, and what was made of it.
+        """Return one row per completion: the prompt's columns, the completion and its verdict.
 
-        A column of the prompt that is called like one of ours (or ``row``) stands in ``row``, under
-        its name; there is no ``row`` if none is.
+        If a column of the prompt has a name that is already taken (or the name ``row``), it is
+        stored in the mapping ``row`` under its name. Otherwise there is no ``row``.
         """
         n = self.of.samples
         named = {"set": self.of.name} if self.of.name else {}

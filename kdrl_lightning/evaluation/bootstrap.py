@@ -1,4 +1,4 @@
-"""How far a mean over prompts may be from that over others of their kind."""
+"""Bootstrap interval of a mean over prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 def bootstrap_interval(
     values: Tensor, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean (Efron 1979), drawing prompts with replacement.
+    """Return a percentile interval of the mean over prompts (bootstrap, Efron 1979).
+
+    Prompts are drawn with replacement.
 
     >>> import torch
     >>> bootstrap_interval(torch.ones(8))
@@ -17,9 +19,12 @@ def bootstrap_interval(
 
     Args:
         values: ``[P]``, one number per prompt, P at least 1.
-        level: part of the resampled means that lie inside.
-        resamples: how many means are drawn.
-        seed: of the draws.
+        level: share of the resampled means that lie in the interval.
+        resamples: number of resampled means.
+        seed: seed of the draws.
+
+    Returns:
+        The lower and the upper end.
     """
     numbers = values.double().cpu().numpy()
     draws = np.random.default_rng(seed)

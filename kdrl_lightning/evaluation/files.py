@@ -1,4 +1,4 @@
-"""Files of predictions, written as rows come."""
+"""Writes predictions to a JSON Lines or Parquet file, batch by batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 
 Row = Mapping[str, Any]
-# Columns of a Parquet file; what else a row has is JSON in ``row``.
+# Columns of a Parquet file; all other columns of a row are JSON in ``row``.
 COLUMNS = {
     "set": "string",
     "index": "int64",
@@ -29,10 +29,10 @@ COLUMNS = {
 
 
 class PredictionFile(ABC):
-    """A file that has its name once it is closed.
+    """A file that appears under its final name only when it is closed, i.e. complete.
 
     Args:
-        path: its name.
+        path: the final name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,36 +42,39 @@ class PredictionFile(ABC):
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Add rows."""
+        """Append rows."""
 
     def close(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         os.replace(self.half, self.path)
 
 
 class JSONLFile(PredictionFile):
-    """One JSON object per row."""
+    """A prediction file with one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._file = open(self.half, "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Add lines."""
+        """Append one line per row."""
         self._file.writelines(_json(row) + "\n" for row in rows)
         self.rows += len(rows)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and give it its final name."""
         self._file.close()
         super().close()
 
 
 class ParquetFile(PredictionFile):
-    """The columns of ``COLUMNS``, ``parts`` of the reward, and ``row`` as JSON.
+    """A Parquet file with the columns of ``COLUMNS``, the reward's ``parts``, and ``row`` as JSON.
 
-    A source's own columns are JSON because their types may change from row to row, and a Parquet
-    file has one schema.
+    The source's columns are JSON because their types may change from row to row, but a Parquet file
+    has one schema.
+
+    Raises:
+        ConfigurationError: pyarrow is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +84,7 @@ class ParquetFile(PredictionFile):
             from pyarrow import parquet
         except ImportError as error:
             raise ConfigurationError(
-                "`format` must be jsonl where pyarrow is not installed: got parquet. "
+                "`format` must be jsonl if pyarrow is not installed: got parquet. "
                 "Install it: pip install 'kdrl_lightning[tasks]'."
             ) from error
         fields = [(name, pyarrow.type_for_alias(kind)) for name, kind in COLUMNS.items()]
@@ -91,30 +94,30 @@ class ParquetFile(PredictionFile):
         self._writer = parquet.ParquetWriter(self.half, self._schema)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Add a row group."""
+        """Append the rows as one row group."""
         if rows:
             made = [_columns(row) for row in rows]
             self._writer.write_table(self._table.from_pylist(made, schema=self._schema))
         self.rows += len(rows)
 
     def close(self) -> None:
-        """Write the footer."""
+        """Write the footer and give the file its final name."""
         self._writer.close()
         super().close()
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    own = {name: row.get(name) for name in COLUMNS}
-    prompt = own["prompt"]
-    own["prompt"] = prompt if isinstance(prompt, str) else _json(prompt)
+    ours = {name: row.get(name) for name in COLUMNS}
+    prompt = ours["prompt"]
+    ours["prompt"] = prompt if isinstance(prompt, str) else _json(prompt)
     rest = {k: v for k, v in row.items() if k not in COLUMNS and k not in ("parts", "row")}
     rest |= row.get("row", {})
-    texts = {k: _utf8(v) if isinstance(v, str) else v for k, v in own.items()}
+    texts = {k: _utf8(v) if isinstance(v, str) else v for k, v in ours.items()}
     return {**texts, "parts": list(row["parts"].items()), "row": _json(rest)}
 
 
 def _json(value: Any) -> str:
-    """Write whatever columns a data set has: arrays as lists, NaN as null, all else as text."""
+    """Convert any value of a data set to JSON: arrays as lists, NaN as null, others as text."""
     return json.dumps(_plain(value), allow_nan=False)
 
 
@@ -133,5 +136,5 @@ def _plain(value: Any) -> Any:
 
 
 def _utf8(text: str) -> str:
-    """Replace what UTF-8 cannot say (halves of surrogate pairs)."""
+    """Replace characters that UTF-8 cannot encode (halves of surrogate pairs)."""
     return text.encode("utf-8", "replace").decode("utf-8")

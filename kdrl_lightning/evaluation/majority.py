@@ -14,29 +14,32 @@ from torch import Tensor
 def majority_at_k(answers: Tensor, correct: Tensor, k: int) -> Tensor:
     """Return majority@k of each prompt (self-consistency, Wang et al., arXiv 2203.11171).
 
-    The expected value over all subsets of k of the n completions, exact, by counting. Completions
-    without an answer do not vote; where none votes, the prompt is wrong. A tie goes to the answer
-    that was given first: over the orders of a subset that is each of the tied ones equally often,
-    so that each counts its share. An answer is as right as the mean of its completions' verdicts,
-    which normally agree.
+    The value is the exact expectation over all subsets of k of the n completions, by counting.
+    Completions without an answer do not vote; if none votes, the prompt counts as wrong. A tie goes
+    to the answer that was given first. Over all orders of a subset, each tied answer comes first
+    equally often, so each gets an equal share. An answer's correctness is the mean of its
+    completions' verdicts, which normally agree.
 
     >>> majority_at_k(torch.tensor([[0, 0, 1]]), torch.tensor([[True, True, False]]), k=3)
     tensor([1.], dtype=torch.float64)
 
     Args:
-        answers: ``[P, n]`` int64: equal numbers are equal answers within a prompt; -1 is none.
+        answers: ``[P, n]`` int64; equal numbers are equal answers of a prompt, -1 is no answer.
         correct: ``[P, n]`` bool.
-        k: from 1 to n.
+        k: number of completions that vote, from 1 to n.
 
     Returns:
         ``[P]`` float64.
 
     Raises:
-        ValueError: k is larger than n.
+        ValueError: k is not from 1 to n.
     """
     n = answers.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"`k` must be from 1 to the {n} completions of a prompt: got {k}.")
+        raise ValueError(
+            f"`k` must be from 1 to the {n} completions of a prompt: got {k}. Sample more "
+            "completions, or lower k."
+        )
     rows = zip(answers.tolist(), correct.tolist(), strict=True)
     return torch.tensor([_majority(a, c, k) for a, c in rows], dtype=torch.float64)
 
@@ -53,24 +56,25 @@ def _majority(answers: Sequence[int], correct: Sequence[bool], k: int) -> float:
 
 
 @lru_cache(maxsize=65536)
-def win_share(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
-    """Probability that an answer wins the vote of k completions drawn without replacement.
+def win_share(votes: int, others: tuple[int, ...], silent: int, k: int) -> float:
+    """Return the probability that an answer wins the vote of k completions.
 
-    For each number j of its votes, the subsets are counted in which no other answer has more; with
-    t others that have as many it wins one in t + 1.
+    The k completions are drawn without replacement. For each number j of the answer's votes, the
+    function counts the subsets in which no other answer has more votes; if t other answers also
+    have j, the answer wins with probability 1 / (t + 1).
 
     >>> win_share(1, (1,), 0, 2), win_share(2, (1,), 0, 2)
     (0.5, 0.6666666666666666)
 
     Args:
-        own: completions with the answer.
-        others: completions with each other answer.
-        silent: completions without an answer.
-        k: size of a subset.
+        votes: number of completions with the answer.
+        others: number of completions with each other answer.
+        silent: number of completions without an answer.
+        k: number of drawn completions.
     """
     share = 0.0
-    subsets = comb(own + sum(others) + silent, k)
-    for j in range(1, min(own, k) + 1):
+    subsets = comb(votes + sum(others) + silent, k)
+    for j in range(1, min(votes, k) + 1):
         ways: dict[tuple[int, int], int] = {
             (s, 0): comb(silent, s) for s in range(min(silent, k - j) + 1)
         }
@@ -78,14 +82,14 @@ def win_share(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
             ways = _with_another(ways, votes, j, k - j)
         for (drawn, tied), count in ways.items():
             if drawn == k - j:
-                share += comb(own, j) * count / subsets / (tied + 1)
+                share += comb(votes, j) * count / subsets / (tied + 1)
     return share
 
 
 def _with_another(
     ways: dict[tuple[int, int], int], votes: int, most: int, room: int
 ) -> dict[tuple[int, int], int]:
-    """Count the ways once more, with up to ``most`` of another answer's votes among the drawn."""
+    """Extend the counts by another answer, which gets at most ``most`` of the drawn votes."""
     out: Counter[tuple[int, int]] = Counter()
     for (drawn, tied), count in ways.items():
         for i in range(min(votes, most, room - drawn) + 1):

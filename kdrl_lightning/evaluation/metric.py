@@ -1,4 +1,4 @@
-"""What an evaluation of one set of prompts says, as a torchmetrics metric."""
+"""All values of the evaluation of one set, as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from kdrl_lightning.evaluation.pass_at_k import pass_at_k
 class EvaluationMetric(Metric):
     """Accuracy and its interval, pass@k, majority@k, reward, length and truncation of a set.
 
-    The state is the table of all completions, gathered over ranks and put in the order of the
-    prompts: the values are those of one process, bit for bit, whatever rank saw a prompt, and each
-    prompt counts once. 48 bytes per completion.
+    The state is a table of all completions, with 48 bytes per completion. It is gathered over ranks
+    and sorted by prompt, so that several ranks give the values of one process, bit for bit, and
+    each prompt counts once.
 
-    - ``accuracy``: pass@1, the mean over prompts of the part of right completions;
-      ``accuracy_low``, ``accuracy_high``: 95 % bootstrap interval over prompts.
+    - ``accuracy``: pass@1, the mean over prompts of the share of right completions;
+      ``accuracy_low``, ``accuracy_high``: its 95 % bootstrap interval over prompts.
     - ``pass_at_<k>``, ``majority_at_<k>`` for each k.
-    - ``reward``, ``length_mean``, ``truncated_frac``: over completions; ``length_right`` and
-      ``length_wrong`` where there are such.
+    - ``reward``, ``length_mean`` (tokens), ``truncated_frac``: means over completions;
+      ``length_right`` and ``length_wrong`` if there are such completions.
 
     >>> metric = EvaluationMetric(ks=[2])
     >>> metric.add([0], *(torch.tensor([[1.0, 0.0]]) for _ in range(4)), torch.tensor([[0, 1]]))
@@ -33,8 +33,9 @@ class EvaluationMetric(Metric):
     (1.0, 0.5)
 
     Args:
-        ks: of pass@k and majority@k.
-        seed: of the bootstrap.
+        ks: the values of k for pass@k and majority@k.
+        seed: seed of the bootstrap.
+        **kwargs: arguments of ``torchmetrics.Metric``.
     """
 
     full_state_update = False
@@ -58,26 +59,32 @@ class EvaluationMetric(Metric):
         """Add P prompts with n completions each; P may be 0.
 
         Args:
-            prompts: their numbers in the set.
+            prompts: P row numbers in the set.
             correct: ``[P, n]`` bool.
             rewards: ``[P, n]``.
-            lengths: ``[P, n]`` tokens.
+            lengths: ``[P, n]``, in tokens.
             truncated: ``[P, n]`` bool.
-            answers: ``[P, n]``: equal numbers are equal answers of a prompt, -1 is none.
+            answers: ``[P, n]``; equal numbers are equal answers of a prompt, -1 is no answer.
         """
         numbers = torch.tensor(list(prompts), device=correct.device)[:, None].expand_as(correct)
         columns = (numbers, correct, rewards, lengths, truncated, answers)
         self.update(torch.stack([c.double() for c in columns], -1))
 
     def update(self, rows: Tensor) -> None:
-        """Add rows ``[P, n, 6]`` float64 as ``add`` makes them."""
+        """Add rows ``[P, n, 6]`` float64; call ``add``, which builds them.
+
+        Raises:
+            ValueError: the shape is another one.
+        """
         if rows.dim() != 3 or rows.shape[2] != 6:
-            raise ValueError(f"`rows` must have shape [P, n, 6]: got {list(rows.shape)}.")
+            raise ValueError(
+                f"`rows` must have shape [P, n, 6]: got {list(rows.shape)}. Call `add` instead."
+            )
         self.rows.append(rows)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the values by name; none without prompts."""
-        rows: Any = self.rows  # synced, they are one tensor
+        """Return the values by name, as scalar tensors; an empty dict without prompts."""
+        rows: Any = self.rows  # one tensor after torchmetrics' sync, a list before
         table = (rows if isinstance(rows, Tensor) else torch.cat(rows)).cpu()
         if not len(table):
             return {}

@@ -10,16 +10,16 @@ from kdrl_lightning.evaluation.metric import EvaluationMetric
 
 
 class EvaluationMetrics:
-    """One ``EvaluationMetric`` per set, made as its first batch arrives.
+    """Holds one ``EvaluationMetric`` per set, created when the set's first batch arrives.
 
-    No module: its states belong to no checkpoint, and a precision must not round them.
+    This is not a ``Module``, so that no checkpoint holds its states and no precision rounds them.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, EvaluationMetric] = {}
 
     def add(self, batch: EvaluationBatch, device: torch.device) -> None:
-        """Add a batch; every rank adds as many, in one order, some without prompts."""
+        """Add a batch; all ranks must add the same number, in the same order, even if empty."""
         name = batch.of.name
         if name not in self._metrics:
             self._metrics[name] = EvaluationMetric(batch.of.ks).to(device)
@@ -33,15 +33,16 @@ class EvaluationMetrics:
         )
 
     def take(self, stage: str) -> dict[str, Tensor]:
-        """Return ``<stage>/<metric>`` or, for named sets, ``<stage>/<set>/<metric>``; start anew.
+        """Return the values of all sets, and reset.
 
-        ``<stage>/accuracy`` is then that of the first set. A collective: all ranks must call it.
+        Names are ``<stage>/<metric>`` or, for named sets, ``<stage>/<set>/<metric>``;
+        ``<stage>/accuracy`` is then the first set's. A collective: all ranks must call it.
         """
         values: dict[str, Tensor] = {}
         for name, metric in self._metrics.items():
-            own = metric.compute()
-            values.setdefault(f"{stage}/accuracy", own["accuracy"])
+            computed = metric.compute()
+            values.setdefault(f"{stage}/accuracy", computed["accuracy"])
             prefix = f"{stage}/{name}/" if name else f"{stage}/"
-            values |= {f"{prefix}{key}": value for key, value in own.items()}
+            values |= {f"{prefix}{key}": value for key, value in computed.items()}
         self._metrics = {}
         return values

@@ -9,27 +9,30 @@ from torch import Tensor
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:
-    """Estimate pass@k of each prompt from n completions, without bias.
+    """Return the unbiased estimate of each prompt's pass@k from n completions.
 
-    1 - C(n - c, k) / C(n, k) with c right ones (Chen et al., arXiv 2107.03374): the part of all
-    subsets of k that hold a right one. Binomials are exact integers.
+    1 - C(n - c, k) / C(n, k) with c right completions (Chen et al., arXiv 2107.03374): the share of
+    subsets of size k with at least one right completion. Binomials are exact integers.
 
     >>> pass_at_k(torch.tensor([[True, False, False]]), k=2)
     tensor([0.6667], dtype=torch.float64)
 
     Args:
         correct: ``[P, n]`` bool.
-        k: from 1 to n.
+        k: size of a subset, from 1 to n.
 
     Returns:
         ``[P]`` float64.
 
     Raises:
-        ValueError: k is larger than n.
+        ValueError: k is not from 1 to n.
     """
     n = correct.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"`k` must be from 1 to the {n} completions of a prompt: got {k}.")
+        raise ValueError(
+            f"`k` must be from 1 to the {n} completions of a prompt: got {k}. Sample more "
+            "completions, or lower k."
+        )
     by_count = [1.0 - comb(n - c, k) / comb(n, k) for c in range(n + 1)]
     table = torch.tensor(by_count, dtype=torch.float64, device=correct.device)
     return table[correct.sum(1)]

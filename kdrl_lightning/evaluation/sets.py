@@ -1,4 +1,4 @@
-"""Which prompts are evaluated, and how each set is sampled."""
+"""Evaluation sets: their prompts, and how each set is sampled."""
 
 from __future__ import annotations
 
@@ -13,16 +13,40 @@ from kdrl_lightning.prompts.base import Prompts
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """How a set is sampled that does not say so itself.
+
+    Args:
+        batch_size: prompts per batch and process.
+        samples: completions per prompt.
+        temperature: 0 is greedy.
+        k: of pass@k and majority@k, each from 1 to ``samples``; None: ``samples``, if that is above
+            1.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
+    """
+
+    batch_size: int = 256
+    samples: int = 1
+    temperature: float = 0.0
+    k: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check("evaluation.", self.samples, self.batch_size, self.temperature)
+
+
+@dataclass(frozen=True)
 class EvalSet:
-    """One of several sets; what is None is as the data module's ``val_*`` settings say.
+    """One of several evaluation sets; None means the data module's ``evaluation`` setting.
 
     Attributes:
         prompts: the rows.
         samples: completions per prompt.
-        temperature: 0 is greedy.
-        max_tokens: longest completion; None: the data module's ``max_tokens``.
+        temperature: sampling temperature; 0 is greedy.
+        max_tokens: longest completion in tokens; None: the data module's ``max_tokens``.
         batch_size: prompts per batch and process.
-        k: of pass@k and majority@k, each from 1 to ``samples``.
+        k: the values of k for pass@k and majority@k, each from 1 to ``samples``.
     """
 
     prompts: Prompts
@@ -38,15 +62,15 @@ EvalSets: TypeAlias = Prompts | Mapping[str, EvalSet]
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set with all that is needed to sample it.
+    """An evaluation set with all its settings resolved.
 
     Attributes:
-        name: empty for the only one without a name.
+        name: the set's name; empty if there is only one set, without a name.
         prompts: the rows.
         samples: completions per prompt.
-        sampling: temperature and length.
+        sampling: temperature and longest completion.
         batch_size: prompts per batch and process.
-        ks: of pass@k and majority@k.
+        ks: the values of k for pass@k and majority@k.
     """
 
     name: str
@@ -58,7 +82,7 @@ class NamedSet:
 
     @property
     def prefix(self) -> str:
-        """What stands between stage and metric.
+        """The part of a metric's name between stage and metric.
 
         >>> NamedSet("ood", [], 1, Sampling(8), 1, ()).prefix
         'ood/'
@@ -66,55 +90,67 @@ class NamedSet:
         return f"{self.name}/" if self.name else ""
 
 
-def named_sets(given: EvalSets | None, setting: str, default: NamedSet) -> list[NamedSet]:
-    """Return the sets that a setting names, in its order.
+def named_sets(
+    given: EvalSets | None, setting: str, default: EvaluationSettings, max_tokens: int
+) -> list[NamedSet]:
+    """Return the evaluation sets of a setting, in their order.
 
     Args:
-        given: one source, or sets by name.
-        setting: how it is called, for messages.
-        default: how a set is sampled that does not say so itself.
+        given: one prompt source, or sets by name.
+        setting: the setting's name, for error messages.
+        default: values for what a set leaves None.
+        max_tokens: longest completion of a set that leaves it None, in tokens.
 
     Raises:
-        ConfigurationError: no set, a name that no metric can have, or values that cannot be.
+        ConfigurationError: there is no set, a name cannot be part of a metric's name, or a value is
+            out of range.
     """
     if given is None:
         return []
     if not isinstance(given, Mapping):
         given = {"": EvalSet(given)}
     elif not given:
-        raise ConfigurationError(f"`{setting}` must name at least one set: got none.")
-    return [_complete(name, own, setting, default) for name, own in given.items()]
+        raise ConfigurationError(
+            f"`{setting}` must name at least one set: got none. Add a set, or remove the setting."
+        )
+    return [_complete(name, one, setting, default, max_tokens) for name, one in given.items()]
 
 
-def _complete(name: str, own: EvalSet, setting: str, default: NamedSet) -> NamedSet:
+def _complete(
+    name: str, one: EvalSet, setting: str, default: EvaluationSettings, max_tokens: int
+) -> NamedSet:
     if name and not re.fullmatch(r"[\w-]+", name):
         raise ConfigurationError(
-            f"`{setting}` must name sets by letters, digits, - and _: got {name!r}."
+            f"`{setting}` must name sets with letters, digits, - and _: got {name!r}. Rename it."
         )
-    if not isinstance(own, EvalSet):
+    if not isinstance(one, EvalSet):
         raise ConfigurationError(
-            f"`{setting}.{name}` must be an EvalSet: got {type(own).__name__}. "
-            "Give `prompts`, and what else differs."
+            f"`{setting}.{name}` must be an EvalSet: got {type(one).__name__}. "
+            "Give `prompts`, and the settings that differ from the others."
         )
-    where = f"{setting}.{name}." if name else "val_"
-    samples = default.samples if own.samples is None else own.samples
+    where = f"{setting}.{name}." if name else "evaluation."
+    samples = default.samples if one.samples is None else one.samples
     sampling = Sampling(
-        default.sampling.max_tokens if own.max_tokens is None else own.max_tokens,
-        default.sampling.temperature if own.temperature is None else own.temperature,
+        max_tokens if one.max_tokens is None else one.max_tokens,
+        default.temperature if one.temperature is None else one.temperature,
     )
-    batch_size = default.batch_size if own.batch_size is None else own.batch_size
-    require_between(f"{where}samples", samples, 1, float("inf"))
-    require_between(f"{where}batch_size", batch_size, 1, float("inf"))
+    batch_size = default.batch_size if one.batch_size is None else one.batch_size
+    _check(where, samples, batch_size, sampling.temperature)
     require_between(f"{where}max_tokens", sampling.max_tokens, 1, float("inf"))
-    require_between(f"{where}temperature", sampling.temperature, 0.0, float("inf"), "0 is greedy.")
     if samples > 1 and sampling.temperature == 0.0:
         raise ConfigurationError(
             f"`{where}temperature` must be above 0 for {samples} samples of a prompt: got 0. "
-            "Greedy completions of one prompt are all the same."
+            "Greedy completions of one prompt are all equal: raise it, or set `samples` to 1."
         )
-    ks = default.ks if own.k is None else tuple(own.k)
-    if not ks and own.k is None:
+    ks = tuple((default.k if one.k is None else one.k) or ())
+    if not ks and one.k is None:
         ks = (samples,) if samples > 1 else ()
     for k in ks:
-        require_between(f"{where}k", k, 1, samples, "It is a part of the samples of a prompt.")
-    return NamedSet(name, own.prompts, samples, sampling, batch_size, ks)
+        require_between(f"{where}k", k, 1, samples, "Lower it, or raise `samples`.")
+    return NamedSet(name, one.prompts, samples, sampling, batch_size, ks)
+
+
+def _check(where: str, samples: int, batch_size: int, temperature: float) -> None:
+    require_between(f"{where}samples", samples, 1, float("inf"))
+    require_between(f"{where}batch_size", batch_size, 1, float("inf"))
+    require_between(f"{where}temperature", temperature, 0.0, float("inf"), "0 is greedy.")

@@ -1,4 +1,4 @@
-"""The sets of a stage, encoded and cut into batches that every rank counts alike."""
+"""Encodes the sets of a stage, and samples their batches; all ranks have the same number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from kdrl_lightning.engines.base import Sampling, noise_seed
 from kdrl_lightning.errors import BadRow, ConfigurationError
 from kdrl_lightning.evaluation.batch import EvaluationBatch
-from kdrl_lightning.evaluation.sets import EvalSets, NamedSet, named_sets
+from kdrl_lightning.evaluation.sets import EvalSets, EvaluationSettings, NamedSet, named_sets
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts
 from kdrl_lightning.prompts.prompt_set import PromptSet
 from kdrl_lightning.rewards.base import Reward
@@ -20,49 +20,58 @@ from kdrl_lightning.rollout.prompt_order import EVALUATION_NOISE
 
 
 class SampleAndJudge(Protocol):
-    """Samples and judges completions of prompts, one per seed."""
+    """A function that samples and judges completions of prompts, one per seed."""
 
     def __call__(
         self, prompts: list[EncodedPrompt], seeds: list[list[int]], sampling: Sampling
     ) -> list[Judged]:
-        """Return the completions, those of a prompt next to each other."""
+        """Return the judged completions, those of a prompt next to each other."""
 
 
 class EvaluationSource:
-    """Hands out prompts by the index of set and batch.
+    """Samples the batches of the evaluation sets.
 
     Args:
-        val: sets of validations, and of tests that have none of their own.
+        val: sets of validations, and of tests if ``test`` is None.
         test: sets of ``test`` and ``predict``.
-        default: how a set is sampled that does not say so itself.
-        seed: of the sampling noise, which depends on it, the row and the sample alone.
+        default: values for what a set leaves None.
+        max_tokens: longest completion of a set that leaves it None, in tokens.
+        seed: seed of the sampling noise, which depends only on it, the row and the sample.
+
+    Raises:
+        ConfigurationError: a set's name or a value of it cannot be used.
     """
 
     def __init__(
-        self, val: EvalSets | None, test: EvalSets | None, default: NamedSet, seed: int
+        self,
+        val: EvalSets | None,
+        test: EvalSets | None,
+        default: EvaluationSettings,
+        max_tokens: int,
+        seed: int,
     ) -> None:
-        self.val = named_sets(val, "val_prompts", default)
-        self.test = named_sets(test, "test_prompts", default) or self.val
+        self.val = named_sets(val, "val_prompts", default, max_tokens)
+        self.test = named_sets(test, "test_prompts", default, max_tokens) or self.val
         self.seed = seed
         self._sets: list[tuple[NamedSet, PromptSet]] = []
 
     def setup(
         self, stage: str, encode: Callable[[Prompts, str, int], PromptSet]
     ) -> list[PromptSet]:
-        """Look at the sets of a stage, and return them.
+        """Encode the sets of a stage, and return their prompts.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
-            encode: ``(prompts, name, max_tokens) -> their set``.
+            encode: ``(prompts, name, max_tokens) -> PromptSet``.
 
         Raises:
-            ConfigurationError: a stage that is all evaluation has no set.
+            ConfigurationError: a stage that only evaluates has no set.
         """
         own_tests = stage in ("test", "predict") and self.test is not self.val
         sets, setting = (self.test, "test_prompts") if own_tests else (self.val, "val_prompts")
         if not sets and stage != "fit":
             raise ConfigurationError(
-                f"`val_prompts` must be given to {stage}: got None. Name a prompt source."
+                f"`val_prompts` must be given to {stage}: got None. Give a prompt source."
             )
         self._sets = []
         for one in sets:
@@ -71,10 +80,10 @@ class EvaluationSource:
         return [prompts for _, prompts in self._sets]
 
     def refused(self, limits: Callable[[int], list[tuple[range, str]]]) -> str:
-        """Return why a prompt of the first set cannot be sampled from; empty if all can.
+        """Return why a prompt of the first set cannot be sampled; empty if all can.
 
         Args:
-            limits: ``max_tokens -> lengths of prompts that cannot be, each with the reason``.
+            limits: ``max_tokens -> [(refused prompt lengths, reason), ...]``.
         """
         one, prompts = self._sets[0]
         found = limits(one.sampling.max_tokens)
@@ -82,7 +91,7 @@ class EvaluationSource:
         return next((why for lengths, why in found if any(n in lengths for n in sizes)), "")
 
     def loaders(self, world_size: int) -> list[IndexLoader]:
-        """Return one loader of batch indices per set, as long on every rank."""
+        """Return one loader of batch indices per set, of the same length on every rank."""
         return [
             IndexLoader(-(-len(rows) // (one.batch_size * world_size))) for one, rows in self._sets
         ]
@@ -96,15 +105,15 @@ class EvaluationSource:
         reward: Reward,
         temperature: float | None = None,
     ) -> EvaluationBatch:
-        """Sample a rank's rows of one batch, every world-size-th; there may be none left.
+        """Sample and judge this rank's rows of one batch: every world-size-th, possibly none.
 
         Args:
-            which: of the sets.
-            index: of its batches.
-            ranks: this one, and how many there are.
-            sample: samples and judges.
-            reward: names the answers.
-            temperature: instead of the set's.
+            which: index of the set.
+            index: index of the set's batch.
+            ranks: (this rank, number of ranks).
+            sample: samples and judges completions.
+            reward: extracts the answers.
+            temperature: replaces the set's temperature; None keeps it.
         """
         (one, prompts), (rank, world_size) = self._sets[which], ranks
         start, end = (b * one.batch_size * world_size for b in (index, index + 1))
@@ -122,11 +131,11 @@ class EvaluationSource:
 
 
 def usable(prompts: Sequence[EncodedPrompt], rows: Iterable[int]) -> dict[int, EncodedPrompt]:
-    """Return the prompts of rows; one that cannot be used is left out, with a warning."""
+    """Return the prompts of rows by row number; warn of rows that cannot be used, and skip them."""
     drawn = {}
     for row in rows:
         try:
             drawn[row] = prompts[row]
         except BadRow as error:
-            warnings.warn(f"left out of the evaluation: {error}", stacklevel=2)
+            warnings.warn(f"the evaluation leaves out a row: {error}", stacklevel=2)
     return drawn

@@ -1,4 +1,4 @@
-"""Evaluations of several models, side by side."""
+"""Compares the evaluations of several models in a Markdown table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, dict[str, float]]:
-    """Sort a test's metrics by set.
+    """Return a test's metrics by set and metric name.
+
+    Args:
+        values: the metrics as Lightning logs them, ``test/<set>/<metric>``.
+        sets: the evaluated sets.
 
     >>> from kdrl_lightning.engines import Sampling
     >>> by_set({"test/accuracy": 0.5}, [NamedSet("", [], 1, Sampling(8), 1, ())])
@@ -19,15 +23,20 @@ def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, d
     out = {}
     for one in sets:
         prefix = f"test/{one.prefix}"
-        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-        out[one.name] = {name: value for name, value in own.items() if "/" not in name}
+        found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        out[one.name] = {name: value for name, value in found.items() if "/" not in name}
     return out
 
 
 def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
-    """Render results by model, set and metric: a line per set and model.
+    """Return a Markdown table with one line per set and model.
 
-    Shares are in per cent; lengths in tokens; the interval is the 95 % bootstrap's over prompts.
+    Shares are in per cent and lengths in tokens; the interval is the 95 % bootstrap interval over
+    prompts.
+
+    Args:
+        results: values by model, set and metric.
+        sets: the evaluated sets.
     """
     ks = sorted({k for one in sets for k in one.ks})
     names = [name for k in ks for name in (f"pass@{k}", f"majority@{k}")]
@@ -36,13 +45,13 @@ def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
     lines = [head]
     for one in sets:
         for model, by_name in results.items():
-            own = by_name[one.name]
-            low, high = _share(own, "accuracy_low"), _share(own, "accuracy_high")
+            found = by_name[one.name]
+            low, high = _share(found, "accuracy_low"), _share(found, "accuracy_high")
             lines.append(
-                [one.name or "-", model, _share(own, "accuracy"), f"{low} - {high}"]
-                + [_share(own, name.replace("@", "_at_")) for name in names]
-                + [_tokens(own, f"length_{which}") for which in ("mean", "right", "wrong")]
-                + [_share(own, "truncated_frac")]
+                [one.name or "-", model, _share(found, "accuracy"), f"{low} - {high}"]
+                + [_share(found, name.replace("@", "_at_")) for name in names]
+                + [_tokens(found, f"length_{which}") for which in ("mean", "right", "wrong")]
+                + [_share(found, "truncated_frac")]
             )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["-" * widths[0], "-" * widths[1], *("-" * (w - 1) + ":" for w in widths[2:])]

@@ -22,6 +22,7 @@ class StepLog:
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
         self._restored: dict[str, float] = {}
+        self._written = 0  # optimizer steps, with the last one that the loggers have
 
     def add(self, trainer: Any, values: Mapping[str, float | None]) -> None:
         """Note values, and show them in the trainer's ``callback_metrics`` at once."""
@@ -38,7 +39,7 @@ class StepLog:
         trainer.logged_metrics.update(shown)
 
     def write(self, trainer: Any) -> None:
-        """Hand them to the loggers, every ``log_every_n_steps``; call it behind a step's end."""
+        """Hand them to the loggers, every ``log_every_n_steps``; call it after a step's end."""
         every = trainer.log_every_n_steps
         due = every and (trainer.should_stop or trainer.global_step % every == 0)
         if not due or not self._values:
@@ -48,14 +49,34 @@ class StepLog:
             logger.log_metrics(row, step=trainer.global_step - 1)
             logger.save()
 
+    def write_once(self, trainer: Any) -> None:
+        """Write, unless the loggers have this optimizer step already."""
+        if self._written != trainer.global_step:
+            self._written = trainer.global_step
+            self.write(trainer)
+
+    def end_step(self, trainer: Any) -> None:
+        """Write once; after the last step of a rollout forget, too.
+
+        The numbers of a rollout stand in the rows of each of its steps.
+        """
+        self.write_once(trainer)
+        if ends_rollout(trainer):
+            self.forget()
+
+    def reset(self) -> None:
+        """Forget a run that was stopped."""
+        self._written = 0
+        self.forget()
+
     def forget(self) -> None:
         """Drop them, so that no later row repeats what was not measured again."""
         self._values.clear()
         self._restored = {}
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self, trainer: Any) -> dict[str, float]:
         """Return the numbers that the next row repeats unless they are measured again."""
-        return dict(self._values)
+        return {} if ends_rollout(trainer) else dict(self._values)
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
         """Keep a checkpoint's numbers for ``resume``."""
@@ -68,3 +89,9 @@ class StepLog:
         """
         restored, self._restored = self._restored, {}
         self.add(trainer, {**restored, **self._values})
+
+
+def ends_rollout(trainer: Any) -> bool:
+    """Whether the last optimizer step was a rollout's last."""
+    data = getattr(trainer, "datamodule", None)
+    return int(trainer.global_step) % int(getattr(data, "updates_per_rollout", 1)) == 0

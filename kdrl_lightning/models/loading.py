@@ -1,4 +1,4 @@
-"""Where models come from: a folder, a hub name, or an object that can produce a folder."""
+"""Loading and saving models: from a folder, a hub name, or an object that makes a folder."""
 
 from __future__ import annotations
 
@@ -22,52 +22,64 @@ from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, ref
 
 
 class ModelSource(ABC):
-    """Anything that can name a Hugging Face model folder, making it first if need be."""
+    """Names a Hugging Face model folder, which it may make first."""
 
     @abstractmethod
     def path(self) -> str:
-        """Return the folder (or hub name) of the model."""
+        """Return the folder or hub name of the model."""
 
 
 def model_path(model: str | ModelSource) -> str:
-    """Return the folder or hub name behind ``model``."""
+    """Return the folder or hub name of ``model``; a source makes its folder first."""
     return model if isinstance(model, str) else model.path()
 
 
 def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
-    """Load a causal language model in evaluation mode (rollouts and updates must see one policy).
+    """Load a causal language model in evaluation mode.
+
+    Dropout stays off, because rollouts and updates must see one policy.
+
+    Args:
+        path: folder or hub name.
+        dtype: type of the weights; ``auto`` takes the checkpoint's.
 
     Raises:
-        ConfigurationError: there is no model at ``path``.
+        ConfigurationError: there is no model at ``path``, or its files lack weights.
     """
     from transformers import AutoModelForCausalLM
 
-    said = read_generation(path)
-    given = {} if said is None else {"generation_config": generation_config({})}
+    generation = read_generation(path)
+    given = {} if generation is None else {"generation_config": generation_config({})}
     model, info = _load(
         AutoModelForCausalLM,
         path,
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the check names them
+        ignore_mismatched_sizes=True,  # check_loaded names them
         **given,
     )
     check_loaded(model, info, path)
-    if said is not None and model.can_generate():
-        model.generation_config = generation_config(said)
+    if generation is not None and model.can_generate():
+        model.generation_config = generation_config(generation)
     keep_soft_caps(model)
     keep_precision(model)
     return model.eval()
 
 
 def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, Tensor]) -> Any:
-    """Return a model of a configuration, as JSON, that holds ``weights`` without copying them."""
+    """Return a model that holds ``weights`` without copying them.
+
+    Args:
+        config: the model's configuration, as JSON.
+        generation: its generation configuration, as JSON; None for none.
+        weights: by their names in the model.
+    """
     from transformers import AutoModelForCausalLM
 
-    own = _configuration(config)
-    own.dtype = next(iter(weights.values())).dtype
+    settings = _configuration(config)
+    settings.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own)
+        model = AutoModelForCausalLM.from_config(settings)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     if generation is not None:
@@ -76,9 +88,9 @@ def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, T
 
 
 def _configuration(config: str) -> Any:
-    """Return transformers' configuration of a whole one, as JSON.
+    """Return transformers' configuration object for a whole configuration in JSON.
 
-    A class of parts may refuse the general settings that it has itself written (DBRX).
+    The class of a nested part may refuse general settings that it wrote itself (DBRX).
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -97,7 +109,9 @@ def _configuration(config: str) -> Any:
 
 
 def decode_float(value: dict[str, Any]) -> Any:
-    """Read what JSON cannot say and transformers writes in words, e.g. Mamba 2's infinite limit.
+    """Decode a float that transformers writes in words, e.g. Mamba 2's infinite limit.
+
+    JSON has no infinity. Any other value is returned as it is.
 
     >>> json.loads('{"limit": [0.0, {"__float__": "Infinity"}]}', object_hook=decode_float)
     {'limit': [0.0, inf]}
@@ -106,26 +120,26 @@ def decode_float(value: dict[str, Any]) -> Any:
 
 
 def all_settings(config: str) -> dict[str, Any]:
-    """Return the settings of a configuration, as JSON, under the names that this version uses."""
+    """Return the settings of a JSON configuration under the names of this transformers version."""
     plain: dict[str, Any] = json.loads(config)
     try:
         return dict(json.loads(_configuration(config).to_json_string(use_diff=False)))
-    except Exception:  # an unknown type, or values that this version does not take
+    except Exception:  # an unknown type, or values that this version refuses
         return plain
 
 
 def save_causal_lm(
     model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a model as a folder; its generation configuration goes out as it came in.
+    """Write a model as a Hugging Face folder, with its generation configuration unchanged.
 
-    transformers reads one that it then refuses to write, e.g. ``temperature`` without
-    ``do_sample``.
+    transformers reads generation configurations that it refuses to write, e.g. ``temperature``
+    without ``do_sample``; we write them ourselves.
 
     Args:
         model: the transformers model.
-        folder: to write to.
-        weights: by their names, in place of the model's own.
+        folder: the folder to write.
+        weights: weights by name that replace the model's; None writes the model's.
     """
     generation = getattr(model, "generation_config", None)
     if generation is None or _is_valid(generation):
@@ -140,10 +154,10 @@ def save_causal_lm(
 
 
 def check_saves(model: Any, tokenizer: Any) -> None:
-    """Write all of a model but its weights for trial, before a run depends on it.
+    """Check, before a run starts, that configuration and tokenizer can be saved and loaded.
 
     Raises:
-        ConfigurationError: something cannot be written, or read again.
+        ConfigurationError: one of them cannot be written or read again.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -166,9 +180,9 @@ def check_saves(model: Any, tokenizer: Any) -> None:
 
 
 def frozen_names(model: Any) -> set[str]:
-    """Return the parameters that an architecture keeps without gradient.
+    """Return the names of parameters that an architecture never trains.
 
-    Its class says so, e.g. for a table of sine positions; loading weights forgets it.
+    The class of a model freezes them, e.g. a table of sine positions; loading weights loses that.
     """
     from transformers.initialization import no_init_weights
 
@@ -186,7 +200,7 @@ def _is_valid(generation: Any) -> bool:
 
 
 def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
-    """Build a model of the same class, configuration and type, with weights yet to be filled in.
+    """Return a model of the same class, configuration and type with uninitialised weights.
 
     Buffers that no checkpoint holds, such as rotary frequencies, have their values.
     """
@@ -203,7 +217,7 @@ def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
 
 
 def skeleton_causal_lm(path: str) -> Any:
-    """Build the model of a folder on the ``meta`` device, to look at its modules.
+    """Return the model of a folder on the ``meta`` device, for a look at its modules.
 
     Raises:
         ConfigurationError: there is no model at ``path``.
@@ -218,6 +232,10 @@ def skeleton_causal_lm(path: str) -> Any:
 
 def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
     """Build the model of a folder with weights that take no memory until they are written.
+
+    Args:
+        path: folder or hub name; the weight files of a hub name are downloaded.
+        dtype: type of the weights; ``auto`` takes the configuration's.
 
     Returns:
         The model on the CPU in evaluation mode, and the folder with its weight files.
@@ -239,25 +257,26 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-    said = read_generation(str(folder))
-    if said is not None and model.can_generate():
-        model.generation_config = generation_config(said)
+    generation = read_generation(str(folder))
+    if generation is not None and model.can_generate():
+        model.generation_config = generation_config(generation)
     keep_soft_caps(model)
     keep_precision(model)
     return model.eval(), folder
 
 
 def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer that lies beside a model; it must know an end token.
+    """Load a model's tokenizer, which must have an end token.
 
     Raises:
-        ConfigurationError: there is no tokenizer at ``path``, or it has no end token.
+        ConfigurationError: there is no tokenizer at ``path``, it has no end token, or the model
+            has no row for that token.
     """
     from transformers import AutoTokenizer
 
     refuse_adapter(path)
     if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZERS):
-        # transformers would make one up.
+        # transformers would build an empty one.
         raise ConfigurationError(
             f"a model folder must hold its tokenizer: got {path} without one. "
             "Save it there with `tokenizer.save_pretrained`."
@@ -266,13 +285,13 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= end:
         raise ConfigurationError(
             f"the tokenizer of `{path}` must have an end token that the model knows (below {end}): "
-            f"got {tokenizer.eos_token_id}. Set `eos_token` in it."
+            f"got {tokenizer.eos_token_id}. Set its `eos_token`."
         )
     return tokenizer
 
 
 def load_config(path: str) -> Any:
-    """Load the model's configuration.
+    """Load a model's configuration.
 
     Raises:
         ConfigurationError: there is no model at ``path``.

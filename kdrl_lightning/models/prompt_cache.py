@@ -1,7 +1,7 @@
-"""Caches of keys and values: a prompt's with gradient, and one that grows without copies.
+"""Caches of keys and values: of prompts, with gradient, and one that grows without copies.
 
-transformers' own dynamic cache appends by copying, once per token in sampling, and changes while
-it is read, which a recomputed forward pass must not find.
+transformers' dynamic cache copies everything for each sampled token. It also changes while a pass
+reads it, so activation checkpointing would recompute that pass with other values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 
 from kdrl_lightning.models.shared_prompts import MergedRows
 
-# Room for so many more tokens, and a quarter of those there: copies stay few at any length, and
-# what attention reads lies close together.
+# Extra tokens to reserve, beside a quarter of the present length: copies stay rare at any length,
+# and attention still reads memory that lies close together.
 SPARE = 8
 
 
@@ -33,22 +33,27 @@ class _Layer(DynamicLayer):
 
 
 class Recording(_Layer):
-    """Keeps the keys and values of one pass over prompts; repeating the pass changes nothing."""
+    """Keeps the keys and values of one pass over prompts; repeating the pass gives the same."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Note and return them."""
+        """Store the keys and values, and return them."""
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Nothing comes before the prompts."""
+        """Return 0: no tokens come before the prompts."""
         return 0
 
 
 class Prefixed(_Layer):
-    """Puts a prompt's keys and values in front of those of its rows, and never changes."""
+    """Puts a prompt's keys and values before those of its rows; it never changes.
+
+    Args:
+        prompts: the recorded keys and values of P prompts.
+        of: ``[R]``, the prompt of each row.
+    """
 
     def __init__(self, prompts: Recording, of: Tensor) -> None:
         super().__init__()
@@ -58,14 +63,14 @@ class Prefixed(_Layer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return them with those of the completions behind."""
-        # Repeated here, so that without gradient one layer's copies exist at a time.
+        """Return the prompts' keys and values followed by those of the completions."""
+        # We repeat them here, so that without gradient only one layer's copies exist at a time.
         keys, values = self.keys[self.of], self.values[self.of]
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 class Growing(_Layer):
-    """Appends into room that is there, and makes more when it is full."""
+    """Appends keys and values in place, into reserved memory that it extends when full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +79,7 @@ class Growing(_Layer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append."""
+        """Append keys and values; return all so far."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         self.is_initialized = True
@@ -91,7 +96,7 @@ class Growing(_Layer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep, or repeat, rows."""
+        """Keep or repeat the rows ``indices``."""
         if self.room is not None:
             end = self.keys.shape[-2]
             self.room = (self.room[0][indices], self.room[1][indices])
@@ -99,32 +104,33 @@ class Growing(_Layer):
 
 
 def growing_cache(config: Any) -> DynamicCache:
-    """Return transformers' cache for a model, with layers that grow in place where it has none."""
+    """Return transformers' cache for a model; its plain layers are replaced by ``Growing`` ones."""
     cache = DynamicCache(config=config)
     cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
 
 
 def select_rows(memory: Any, rows: Tensor) -> Any:
-    """Keep, or repeat, rows of what a model remembers of its past tokens.
+    """Return a model's cache with some rows kept or repeated.
 
     Args:
-        memory: a transformers cache, or a list of tensors ``[B, ...]`` (RWKV).
-        rows: ``[R]``, which rows.
+        memory: a transformers cache, or a list of tensors ``[B, ...]`` (RWKV); a cache is changed
+            in place.
+        rows: ``[R]``, indices of the rows.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: ``memory`` is neither of them.
     """
     if isinstance(memory, list | tuple) and all(isinstance(part, Tensor) for part in memory):
         return [part[rows] for part in memory]
     if not isinstance(memory, Cache):
         raise TypeError(f"no rows can be chosen from a {type(memory).__name__}")
     if type(memory).batch_select_indices is not Cache.batch_select_indices:
-        memory.batch_select_indices(rows)  # a class of the architecture
+        memory.batch_select_indices(rows)  # the architecture has its own cache class
         return memory
     for layer in memory.layers:
-        # Recurrent layers have no ``batch_select_indices``; where they have one, from attention
-        # in the same layer, it leaves their states as they are.
+        # Recurrent layers have no ``batch_select_indices``, or inherit one from attention in the
+        # same layer that does not change their states.
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.reorder_cache(rows)  # type: ignore[arg-type]
         else:
@@ -133,7 +139,7 @@ def select_rows(memory: Any, rows: Tensor) -> Any:
 
 
 def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
-    """Hidden states that predict completions, each prompt run once.
+    """Return the hidden states that predict completions, with each prompt run once.
 
     Args:
         decoder: a transformers decoder with attention in every layer.
@@ -142,7 +148,7 @@ def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
     Returns:
         ``[R, T, H]``; column t predicts token t of the completion.
     """
-    # Padded on the left, so that a completion's tokens come next to its prompt's.
+    # Prompts are padded on the left, so that completions follow them directly.
     prompts, of = rows.prompts, rows.prompt_of
     width = prompts.shape[1]
     column = torch.arange(width, device=of.device) - width + (prompts >= 0).sum(1, keepdim=True)

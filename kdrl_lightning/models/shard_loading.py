@@ -1,4 +1,4 @@
-"""Loading a model and its moments straight into shards, so that no rank ever holds all of it."""
+"""Loading weights and optimizer moments directly into shards: no rank ever holds all of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 class WeightFiles:
-    """The safetensors files of a Hugging Face folder, read slice by slice.
+    """Reads the safetensors files of a Hugging Face folder slice by slice.
 
     Args:
-        folder: with ``model.safetensors``, or several files and their index.
+        folder: a folder with ``model.safetensors``, or with several files and their index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,11 +39,14 @@ class WeightFiles:
 
     @property
     def names(self) -> set[str]:
-        """Return the names of all tensors."""
+        """Names of all tensors in the files."""
         return set(self._home)
 
     def name_of(self, names: list[str], shape: torch.Size) -> str | None:
-        """Return under which of a tensor's names it is here, in this shape."""
+        """Return the first of a tensor's names that is in the files.
+
+        None if there is none, or if that tensor has another shape.
+        """
         for name in names:
             if name in self._home:
                 same = list(self._home[name].get_slice(name).get_shape()) == list(shape)
@@ -51,40 +54,43 @@ class WeightFiles:
         return None
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """Read some rows of a tensor, and nothing else of it."""
+        """Read rows ``start`` to ``end - 1`` of a tensor, and nothing else of it."""
         part: Tensor = self._home[name].get_slice(name)[start:end]
         return part
 
     def scalar(self, name: str) -> Tensor:
-        """Read a tensor without rows."""
+        """Read a tensor without dimensions."""
         value: Tensor = self._home[name].get_tensor(name)
         return value
 
 
 def sources(model: nn.Module, files: WeightFiles) -> dict[int, str] | None:
-    """Map the id of each parameter and stored buffer to its name in the files; None if one lacks.
+    """Return the name in the files for the ``id`` of each parameter and stored buffer.
 
-    Checkpoints that transformers has to convert (renamed, fused or quantised weights) lack some.
+    None if the files lack one of them: transformers must convert such a checkpoint (renamed, fused
+    or quantised weights).
     """
     names: dict[int, list[str]] = {}
     shapes: dict[int, torch.Size] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)  # tied weights lie under one of theirs
+        names.setdefault(id(tensor), []).append(name)  # files hold tied weights under one name
         shapes[id(tensor)] = tensor.shape
-    found = {key: files.name_of(own, shapes[key]) for key, own in names.items()}
+    found = {key: files.name_of(several, shapes[key]) for key, several in names.items()}
     known = {key: name for key, name in found.items() if name is not None}
     return known if len(known) == len(found) else None
 
 
 def to_meta(model: nn.Module) -> None:
-    """Drop the storage of all parameters, tied ones staying tied; buffers keep their values."""
+    """Drop the storage of all parameters; tied ones stay tied, and buffers keep their values."""
     seen: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, own in module._parameters.items():
-            if own is not None:
-                if id(own) not in seen:
-                    seen[id(own)] = nn.Parameter(own.detach().to("meta"), own.requires_grad)
-                module._parameters[name] = seen[id(own)]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in seen:
+                    seen[id(parameter)] = nn.Parameter(
+                        parameter.detach().to("meta"), parameter.requires_grad
+                    )
+                module._parameters[name] = seen[id(parameter)]
 
 
 @torch.no_grad()
@@ -96,21 +102,21 @@ def fill(
     given: dict[str, Tensor],
     on: str,
 ) -> None:
-    """Give a sharded model on the meta device its storage, and read this rank's rows into it.
+    """Give a sharded model on the meta device its storage and read this rank's rows into it.
 
     Args:
         module: the root of the sharding.
-        model: the transformers model inside.
-        names: of each parameter and stored buffer, its name in the files.
-        files: to read from.
-        given: whole tensors that are in no file.
-        on: device of the parts.
+        model: the transformers model inside ``module``.
+        names: name in the files of each parameter and stored buffer.
+        files: the files to read.
+        given: whole tensors that no file holds, by name.
+        on: device of this rank's parts.
     """
     buffers = {name: buffer for name, buffer in module.named_buffers()}
     module.to_empty(device=on)
-    for name, buffer in buffers.items():  # to_empty forgets them
-        owner, _, own = name.rpartition(".")
-        module.get_submodule(owner)._buffers[own] = buffer
+    for name, buffer in buffers.items():  # to_empty drops their values
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = buffer
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in names and name not in given:
             continue
@@ -134,16 +140,16 @@ def load_moments(
 ) -> None:
     """Load the state of a sharded module's optimizer; all ranks must call it.
 
-    Lightning demands the moments of all parameters, but one that never had a gradient (a vision
-    tower on text, an expert without tokens) has none. It has none after a resume, too.
+    Lightning requires moments for all parameters, but a parameter that never had a gradient (a
+    vision tower on text, an expert without tokens) has none, also after a resume.
 
     Args:
-        module: with all parameters.
-        optimizer: over some of them.
-        source: a folder of shards; or the whole state, on the first rank.
-        key: of the optimizer among the shards.
+        module: the sharded module with all parameters.
+        optimizer: an optimizer over some of them.
+        source: a folder of shards, or the whole state on the first rank.
+        key: the optimizer's key among the shards.
     """
-    state: Any = get_optimizer_state_dict(module, optimizer)  # makes moments for all
+    state: Any = get_optimizer_state_dict(module, optimizer)  # creates moments for all parameters
     options = StateDictOptions(strict=False, cpu_offload=isinstance(source, Path))
     if isinstance(source, Path):
         index = FileSystemReader(source).read_metadata().state_dict_metadata

@@ -1,7 +1,7 @@
-"""How a model lies over ranks: FSDP2's ``fully_shard``, layer by layer, around a scorer.
+"""Sharding of models over ranks: FSDP2's ``fully_shard``, layer by layer, around a scorer.
 
-Written against torch's own API: the model is any transformers causal language model, and the head
-has to lie inside the wrapped forward, which no trainer at hand arranges.
+We call torch's API directly, because the head of the model must be inside the wrapped forward for
+any transformers causal language model, and existing trainers do not arrange that.
 """
 
 from __future__ import annotations
@@ -39,26 +39,27 @@ from kdrl_lightning.models.shard_loading import WeightFiles, fill, sources, to_m
 
 @dataclass(frozen=True)
 class Sharding:
-    """Parameters split over all ranks, each decoder layer a unit, the scorer the last one.
+    """Splits parameters over all ranks: each decoder layer is a unit, and the scorer the root.
 
     A rank holds ``1 / ranks`` of every parameter, gradient and optimizer state. In a forward or
-    backward pass it also holds one layer (two while the next is on its way), embedding and head.
+    backward pass it also holds one whole layer (two while it fetches the next), the embedding and
+    the head.
 
     Attributes:
-        mesh: one-dimensional, over all ranks.
-        param_dtype: what a trained model computes in, over weights of its own type; gradients are
-            reduced in float32. None computes in the weights' type.
+        mesh: a one-dimensional mesh over all ranks.
+        param_dtype: type in which a trained model computes; weights keep their type, and gradients
+            are reduced in float32. None computes in the weights' type.
     """
 
     mesh: DeviceMesh
     param_dtype: torch.dtype | None = None
 
     def shard(self, scorer: Scorer, offload: bool = False) -> Scorer:
-        """Shard a scorer in place; frozen models keep their own type.
+        """Shard a scorer in place and return it; frozen models compute in their weights' type.
 
         Args:
-            scorer: with all its weights, on any device.
-            offload: keep the parts on the CPU, and move them over for each pass.
+            scorer: a scorer with all its weights, on any device.
+            offload: keep this rank's parts on the CPU and move them to the device for each pass.
         """
         trained = any(p.requires_grad for p in scorer.parameters())
         policy = MixedPrecisionPolicy()
@@ -68,15 +69,15 @@ class Sharding:
         wrap = partial(
             fully_shard,
             mesh=self.mesh,
-            # The root too: else embedding and head stay gathered, in the computing type, after a
-            # pass without gradient, and whoever reads the weights then finds no DTensor.
+            # For the root too: otherwise embedding and head stay gathered in the computing type
+            # after a pass without gradient, and readers of the weights find no DTensor.
             reshard_after_forward=True,
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy(),
         )
         for layer in decoder_layers(scorer.model):
             wrap(layer)
-        # Its only floats are another model's states, which keep that model's type.
+        # The scorer's only float inputs are another model's states, which keep that model's type.
         wrap(scorer, mp_policy=replace(policy, cast_forward_inputs=False))
         for method in ("states", "alone", "head_gap", "chosen"):
             register_fsdp_forward_method(scorer, method)
@@ -98,23 +99,23 @@ def load_scorer(
     seed: int = 0,
     chunk_size: int | None = None,
 ) -> Scorer:
-    """Load a model, spread it if need be, and compare its scores with its own logits.
+    """Load a model as a scorer, shard it if asked, and compare its scores with its logits.
 
     Args:
         path: Hugging Face folder or hub name.
-        dtype: of the weights.
-        sharding: spreads them; None keeps them whole.
-        vocab_size: rows of the head that count.
-        swap: two ids whose logits change places.
-        frozen: without gradient.
+        dtype: type of the weights.
+        sharding: splits the weights over ranks; None keeps them whole.
+        vocab_size: rows of the head that are used; None uses all.
+        swap: two ids whose logits are swapped; None swaps none.
+        frozen: load the model without gradients.
         offload: see ``Sharding.shard``.
         activation_checkpointing: recompute each layer in the backward pass.
-        lora: trains adapters in place of the model.
-        seed: of the adapters.
-        chunk_size: tokens whose logits exist at once.
+        lora: adapters to train instead of the model.
+        seed: seed of the adapters.
+        chunk_size: tokens whose logits exist at once; None takes as many as fit about 64 MiB.
 
     Raises:
-        ConfigurationError: no model at ``path``, or an architecture that is not known.
+        ConfigurationError: there is no sound model at ``path``, or the scorer cannot run it.
     """
 
     def adapt(model: Any) -> None:
@@ -153,10 +154,10 @@ def load_scorer(
 
 
 def check_finite(model: Any, path: str) -> None:
-    """Check the weights of a model; of a sharded one, all ranks must.
+    """Refuse weights that are NaN or infinite; all ranks must call it for a sharded model.
 
     Raises:
-        ConfigurationError: on all ranks, if some are NaN or infinite; it names the first tensor.
+        ConfigurationError: on all ranks, with the name of the first such tensor.
     """
     names, first, mesh = [], torch.inf, None
     for number, (name, tensor) in enumerate(model.named_parameters()):
@@ -176,7 +177,7 @@ def check_finite(model: Any, path: str) -> None:
     if first != torch.inf:
         raise ConfigurationError(
             f"the weights of `{path}` must be finite: got NaN or infinity in {names[int(first)]}. "
-            "Download or export that model again."
+            "Download or export the model again."
         )
 
 
@@ -188,19 +189,19 @@ def _from_slices(
     sharding: Sharding,
     offload: bool,
 ) -> Scorer | None:
-    """Shard an empty model and read each rank's rows; None where the files need a conversion."""
+    """Shard an empty model and read each rank's rows; None if the files need a conversion."""
     model, folder = unfilled_causal_lm(path, dtype)
     found = None
     if getattr(model.config, "quantization_config", None) is None:
-        with suppress(SafetensorError):  # damaged: loading all of it says so in proper words
+        with suppress(SafetensorError):  # loading the whole model reports a damaged file
             files = WeightFiles(folder)
             found = sources(model, files)
     if found is not None:
         check_used(model, files.names - set(found.values()), path)
     if found is None:
         warnings.warn(
-            f"the weights of {path} cannot be read in parts (no safetensors under the model's own "
-            "names): every rank loads all of them on the CPU before it keeps its own.",
+            f"the weights of {path} cannot be read in parts (no safetensors under the model's "
+            "names): every rank loads all of them on the CPU before it keeps its part.",
             stacklevel=2,
         )
         return None
@@ -218,10 +219,10 @@ def _from_slices(
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Return the layers that transformers says must not be split (``_no_split_modules``).
 
-    Nested ones count once, and one that shares its weights with the head is left to the root.
-    An architecture that names none gives none, with a warning: its root is then the only unit.
+    Of nested layers only the outer one is returned; layers that share weights with the head are
+    left to the root. If the architecture names no layers, we warn: its root is the only unit.
     """
-    # transformers gives a list, a set, or nothing, on the model or on the one inside.
+    # transformers keeps a list, a set or nothing there, on the model or on an inner one.
     names = {
         name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
     }
@@ -235,18 +236,19 @@ def decoder_layers(model: Any) -> list[nn.Module]:
             found[path] = module
     if not found:
         warnings.warn(
-            f"{type(model).__name__} names no layers (`_no_split_modules`): it is one unit, and "
-            "a pass holds all of its weights on every rank.",
+            f"{type(model).__name__} names no layers (`_no_split_modules`): it is sharded as one "
+            "unit, so every rank holds all of its weights during a pass.",
             stacklevel=2,
         )
     return list(found.values())
 
 
 def recompute_layers(model: Any) -> None:
-    """Keep only the input of each decoder layer for the backward pass; recompute the rest.
+    """Keep only each decoder layer's input for the backward pass and recompute the rest.
 
-    transformers' ``gradient_checkpointing_enable`` acts in training mode alone, which a policy is
-    never in (dropout), and switches off the cache that sampling needs. Names stay as they are.
+    transformers' ``gradient_checkpointing_enable`` works only in training mode, which a policy
+    never uses because of dropout, and switches off the cache that sampling needs. Parameter names
+    do not change.
 
     Raises:
         ConfigurationError: the architecture names no layers.
@@ -255,7 +257,7 @@ def recompute_layers(model: Any) -> None:
     if not layers:
         raise ConfigurationError(
             "`activation_checkpointing` must be false for an architecture without named layers: "
-            f"got true for {type(model).__name__}."
+            f"got true for {type(model).__name__}. Set it to false."
         )
     for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)
@@ -268,7 +270,7 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether ``flag`` holds on at least one rank; all of them must ask."""
+    """Return whether ``flag`` is true on at least one rank; all ranks must call it."""
     value = torch.tensor(float(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)

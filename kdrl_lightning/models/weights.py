@@ -1,4 +1,4 @@
-"""Read access to a model's weights, for the engines that sample from them."""
+"""Read access to a model's weights, for engines, export and fingerprints."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from kdrl_lightning.models.lora import (
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """What an engine may know of a model.
+    """Reads the weights of a model, whole and under their Hugging Face names.
 
     Attributes:
         model: the live transformers model; an engine in this process may sample from it directly.
         path: the folder or hub name that it was loaded from.
-        merged: adapters are added to the weights below them; else they are left out.
-        end_token_ids: a teacher's end tokens; None: those of the student.
-        vocab_size: where a teacher has more rows than the student: the student's.
+        merged: add adapters to the weights that they adapt; else adapters are left out.
+        end_token_ids: a teacher's end tokens; None takes the student's.
+        vocab_size: the student's number of rows, if a teacher has more; else None.
     """
 
     model: Any
@@ -42,14 +42,14 @@ class ModelWeights:
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks hold parts; reading is then a collective, on all ranks alike."""
+        """Whether each rank holds a part; all ranks must then read together."""
         return any(isinstance(p, DTensor) for p in self.model.parameters())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights by their Hugging Face names, one at a time, tied ones under each.
+        """Yield Hugging Face names and weights, one at a time; tied weights under each name.
 
-        Sharded ones are gathered, whole on every rank for as long as the caller keeps them. Every
-        rank must then take all of them, also one that has no use for them.
+        A sharded weight is gathered on every rank and stays for as long as the caller keeps it.
+        Every rank must then iterate to the end, even if it does not need the weights.
         """
         layers = adapted_layers(self.model)
         for name, tensor in self._base():
@@ -62,9 +62,9 @@ class ModelWeights:
         return sorted(base, key=lambda item: order.get(plain_name(item[0]), 0))
 
     def stored(self) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
-        """Return weights and stored buffers: as they lie here, and what reads them whole.
+        """Return, by name, each weight and stored buffer with a function that reads it whole.
 
-        Reading a sharded one is a collective.
+        The tensor is as this rank holds it. Calling the function for a sharded one is a collective.
         """
         layers = adapted_layers(self.model)
         return {
@@ -77,27 +77,31 @@ class ModelWeights:
         """Write a Hugging Face folder; all ranks must call it if the model is sharded.
 
         Args:
-            path: of the folder.
-            writes: on the one rank that does; it alone holds all weights, on the CPU.
+            path: path of the folder.
+            writes: True on the one rank that writes; only it holds all weights, on the CPU.
         """
         write = self.writer(writes)
         if writes:
             write(path)
 
     def writer(self, writes: bool = True) -> Callable[[str], None]:
-        """Gather the weights now; return what writes them later, without collectives.
+        """Gather the weights now and return a function that writes them to a folder later.
 
-        So the disk may fail on the rank that writes, and no rank waits for it in a collective.
+        That function has no collectives: if the disk fails on the writing rank, no other rank waits
+        for it.
+
+        Args:
+            writes: True on the rank that will write.
         """
         gathers = self.sharded or (writes and bool(adapted_layers(self.model)))
         state = self.state(writes) if gathers else None
         return lambda path: save_causal_lm(self.model, path, state)
 
     def state(self, keeps: bool = True) -> dict[str, Tensor]:
-        """Gather weights and stored buffers on the CPU; all ranks must call it if sharded.
+        """Return weights and stored buffers, gathered on the CPU; a collective if sharded.
 
         Args:
-            keeps: on the ranks that want them; others get placeholders.
+            keeps: True on the ranks that need them; other ranks get empty tensors.
         """
         layers = adapted_layers(self.model)
         gathered: dict[int, Tensor] = {}  # by id: tied weights once
@@ -112,7 +116,7 @@ class ModelWeights:
         return state
 
     def _whole(self, name: str, tensor: Tensor, layers: dict[str, Any]) -> Tensor:
-        """Gather a tensor; add what its adapter has learned."""
+        """Gather a tensor and add its adapter's update, if adapters are merged."""
         whole = full_tensor(tensor.detach())
         layer = layers.get(name) if self.merged else None
         if layer is None:
@@ -121,7 +125,7 @@ class ModelWeights:
         return add_update(layer, whole, *parts)
 
     def fingerprint(self) -> str:
-        """Digest the configuration and every tensor, about a second per gigabyte."""
+        """Return a SHA-256 of the configuration and every tensor; takes about a second per GB."""
         config = {k: v for k, v in self.model.config.to_dict().items() if k != "_name_or_path"}
         digest = hashlib.sha256(f"{type(self.model).__name__} {config}".encode())
         for name, tensor in self.named_tensors():
@@ -131,10 +135,10 @@ class ModelWeights:
         return digest.hexdigest()
 
     def base_digest(self) -> str:
-        """Digest some values of every tensor, without adapters.
+        """Return a SHA-256 of some values of every tensor, without adapters.
 
-        Rounded to bfloat16, so that it does not depend on the type that they are loaded in. Costs
-        as much as a sync of an engine: sharded tensors are gathered.
+        Values are rounded to bfloat16, so that the digest does not depend on the type that the
+        model was loaded in. It costs as much as a sync of an engine: sharded tensors are gathered.
         """
         digest = hashlib.sha256()
         for name, tensor in replace(self, merged=False).named_tensors():
@@ -145,7 +149,7 @@ class ModelWeights:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor whole, on the ranks' device; any other as it is."""
+    """Return a sharded tensor whole, on the ranks' device; return any other tensor unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     on_device = tensor.to(tensor.device_mesh.device_type)  # from the CPU, if offloaded
@@ -154,7 +158,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def plain_name(name: str) -> str:
-    """Strip what wrappers (DDP, ``torch.compile``, checkpointing, adapters) put into a name.
+    """Return a parameter's name without the parts that wrappers add.
+
+    Wrappers are DDP, ``torch.compile``, activation checkpointing and adapters.
 
     >>> plain_name("module.model._orig_mod.layers.0._checkpoint_wrapped_module.mlp.weight")
     'model.layers.0.mlp.weight'

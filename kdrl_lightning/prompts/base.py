@@ -1,4 +1,4 @@
-"""The prompt protocol, and how a row becomes token ids."""
+"""The prompt protocol, and the encoding of all rows of a source."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kdrl_lightning.prompts.encoding import encode_prompt as encode_prompt
 
 
 class PromptSource(ABC):
-    """A sized sequence of rows; where one is asked for, a list of dicts will do as well.
+    """A sized sequence of rows; a list of dicts works wherever a source is expected.
 
-    A row has ``prompt``: a string, or a list of chat messages (``{"role": ..., "content": ...}``),
-    which is rendered with the tokenizer's chat template and the row's ``template_args``, if it has
-    any. Other columns reach the reward.
+    Each row has a ``prompt``: a string, or a list of chat messages (``{"role": ..., "content":
+    ...}``), which is rendered with the tokenizer's chat template and the row's ``template_args``,
+    if it has any. The reward gets all other columns.
     """
 
     @abstractmethod
@@ -28,11 +28,11 @@ class PromptSource(ABC):
         """Return one row."""
 
     def where(self, index: int) -> str:
-        """Say in words where a row comes from, for messages that name it; empty if it is plain."""
+        """Describe where a row comes from, for error messages; empty if its number says enough."""
         return ""
 
 
-# Kinds of rows that a reward is tried on before a run.
+# A reward is tried on at most this number of kinds of rows before a run.
 MOST_KINDS = 50
 
 Prompts: TypeAlias = PromptSource | Sequence[Mapping[str, Any]]
@@ -40,7 +40,12 @@ EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
 
 
 def encode_all(source: Prompts, name: str, tokenizer: Any) -> list[EncodedPrompt]:
-    """Return every row with its token ids.
+    """Return every row of a source with its token ids.
+
+    Args:
+        source: the rows.
+        name: the setting that names the source, for error messages.
+        tokenizer: the student's tokenizer.
 
     Raises:
         ConfigurationError: the source is empty, or a row cannot be encoded.
@@ -53,17 +58,17 @@ def encode_all(source: Prompts, name: str, tokenizer: Any) -> list[EncodedPrompt
         except ConfigurationError as error:
             raise ConfigurationError(f"row {i} of `{name}`: {error}") from error
     if not prompts:
-        raise ConfigurationError(f"`{name}` must have at least one row: got none.")
+        raise ConfigurationError(f"`{name}` must have at least one row: got none. Add rows.")
     return prompts
 
 
 def first_of_each_kind(
     rows: Iterable[Mapping[str, Any]], most: int = MOST_KINDS
 ) -> list[Mapping[str, Any]]:
-    """Return the first row of each set of columns and ``source``: one per part of a mixture.
+    """Return one row of each kind, i.e. of each combination of column names and ``source``.
 
-    Of more than ``most`` kinds (a ``source`` that is different in every row) as many are drawn,
-    always the same.
+    If there are more than ``most`` kinds (e.g. because every row has another ``source``), ``most``
+    of them are drawn, always the same.
 
     >>> first_of_each_kind([{"a": 1}, {"a": 2}, {"b": 1}, {"a": 1, "source": "x"}])
     [{'a': 1}, {'b': 1}, {'a': 1, 'source': 'x'}]

@@ -1,4 +1,4 @@
-"""How the prompt of a row becomes token ids."""
+"""Encodes a row's prompt as token ids."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from kdrl_lightning.prompts.turns import (
     without_none,
 )
 
-# Arguments that are no matter of the template.
+# Arguments of `apply_chat_template` that a row must not set.
 OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
 
 
 def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
-    """Turn a row's prompt into token ids: one BOS at most, and no end token after it.
+    """Return the token ids of a row's prompt, with at most one BOS and without a final end token.
+
+    Args:
+        tokenizer: the student's tokenizer.
+        row: the prompt's row; ``template_args`` and ``tools`` reach the chat template.
 
     Raises:
-        ConfigurationError: no ``prompt`` column, an empty prompt, or messages that cannot be
-            rendered.
+        ConfigurationError: the row has no ``prompt``, the prompt is empty or ends with the end
+            token, or the chat template cannot render the messages.
     """
     if "prompt" not in row:
         raise ConfigurationError(
@@ -37,56 +41,61 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
         ids = _encode_text(tokenizer, prompt)
     elif not isinstance(prompt, list | tuple):
         raise ConfigurationError(
-            f"a prompt must be a string or a list of chat messages: got {prompt!r}."
+            f"a prompt must be a string or a list of chat messages: got {prompt!r}. Convert it, or "
+            "remove the row."
         )
     elif getattr(tokenizer, "chat_template", None):
         ids = _encode_messages(tokenizer, plain(prompt), row)
     else:
         raise ConfigurationError(
             "a prompt of messages needs a tokenizer with a chat template: got none. "
-            "Give plain text, or a model with a template."
+            "Use prompts of plain text, or a model with a chat template."
         )
     if not ids:
-        raise ConfigurationError(f"a prompt must have at least one token: got {prompt!r}.")
+        raise ConfigurationError(
+            f"a prompt must have at least one token: got {prompt!r}. Remove the row."
+        )
     _refuse_an_end(tokenizer, ids, prompt)
     return ids
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encode a text, which may begin with BOS if somebody has rendered it already."""
+    """Encode a text, which begins with BOS if it was already rendered with a chat template."""
     if is_json_of_messages(text):
         raise ConfigurationError(
             "a prompt must be a string or a list of chat messages: got messages as a string, "
             f"{text[:40]!r}. Store the column as lists, e.g. in JSON Lines."
         )
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not own:
+    text_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not text_ids:
         return []
     if not text.strip():
-        raise ConfigurationError(f"a prompt must be more than white space: got {text!r}.")
-    ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), own), *own]
+        raise ConfigurationError(
+            f"a prompt must be more than white space: got {text!r}. Remove the row."
+        )
+    ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), text_ids), *text_ids]
     return _trimmed(tokenizer, ids, lambda: text)
 
 
-def _added_in_front(with_added: list[int], own: list[int]) -> list[int]:
-    """Return what the tokenizer puts before a text, unless the text brings it.
+def _added_in_front(with_added: list[int], text_ids: list[int]) -> list[int]:
+    """Return the tokens that the tokenizer adds before a text, unless the text begins with them.
 
-    What it puts after a text, an end token or a separator, is no part of a prompt.
+    Tokens that it adds after the text, such as an end token or a separator, are dropped.
 
     >>> _added_in_front([1, 7, 8, 2], [7, 8]), _added_in_front([1, 1, 7, 8, 2], [1, 7, 8])
     ([1], [])
     """
-    for start in range(len(with_added) - len(own) + 1):
-        if with_added[start : start + len(own)] == own:
+    for start in range(len(with_added) - len(text_ids) + 1):
+        if with_added[start : start + len(text_ids)] == text_ids:
             front = with_added[:start]
-            return [] if own[0] in front else front
+            return [] if text_ids[0] in front else front
     return []
 
 
 def _trimmed(tokenizer: Any, ids: list[int], text: Callable[[], str]) -> list[int]:
-    """Leave out a second BOS, and an end token that is not in the text itself.
+    """Remove a second BOS, and a final end token that is not part of the text.
 
-    Some tokenizers add them even if they are asked for a text without special tokens.
+    Some tokenizers add them even with ``add_special_tokens=False``.
     """
     bos, end = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
     if bos is not None and ids[:2] == [bos, bos]:
@@ -100,30 +109,30 @@ def _encode_messages(tokenizer: Any, messages: Sequence[Any], row: Mapping[str, 
     """Render a conversation and encode it."""
     template = str(tokenizer.chat_template)
     arguments = without_none(plain(row.get(TEMPLATE_ARGS) or {}))
-    if arguments != arguments:  # NaN is how pandas says that there are none
+    if arguments != arguments:  # pandas marks a missing value with NaN
         arguments = {}
     if not isinstance(arguments, dict) or set(arguments) & OURS:
         raise ConfigurationError(
-            f"the column `{TEMPLATE_ARGS}` must hold arguments of the chat template by name, other "
-            f"than {', '.join(sorted(OURS))}: got {arguments!r:.80}."
+            f"the column `{TEMPLATE_ARGS}` must map names of the chat template's arguments to "
+            f"values, without {', '.join(sorted(OURS))}: got {arguments!r:.80}. Fix the column."
         )
-    goes_on = bool(arguments.pop(CONTINUE, False) or _is_true(row.get(CONTINUE)))
-    options = {"add_generation_prompt": not goes_on, "tokenize": True, "return_dict": True}
-    if goes_on:
+    continued = bool(arguments.pop(CONTINUE, False) or _is_true(row.get(CONTINUE)))
+    options = {"add_generation_prompt": not continued, "tokenize": True, "return_dict": True}
+    if continued:
         options[CONTINUE] = True
     tools = tools_of(row, template)
     if tools:
         arguments.setdefault("tools", tools)
     try:
         turns = clean_messages(messages, template)
-        _check_the_last([turn["role"] for turn in turns], goes_on)
+        _check_the_last([turn["role"] for turn in turns], continued)
         ids = list(tokenizer.apply_chat_template(turns, **options, **arguments)["input_ids"])
     except ConfigurationError:
         raise
-    except Exception as error:  # whatever the template meets in the messages, or refuses by itself
+    except Exception as error:  # a template may fail on its input, or raise on purpose
         raise ConfigurationError(
-            f"a prompt must be messages that the chat template takes: got {messages!r:.200} "
-            f"({type(error).__name__}: {' '.join(str(error).split())})."
+            f"a prompt must be messages that the chat template accepts: got {messages!r:.200} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Fix or remove the row."
         ) from error
     unencoded = {**options, **arguments, "tokenize": False, "return_dict": False}
     return _trimmed(tokenizer, ids, lambda: str(tokenizer.apply_chat_template(turns, **unencoded)))
@@ -133,24 +142,24 @@ def _is_true(value: Any) -> bool:
     return value is not None and value == value and bool(value)  # NaN is an empty cell
 
 
-def _check_the_last(roles: Sequence[str], goes_on: bool) -> None:
-    """Refuse a conversation that shows the model its answer, unless it is to be continued."""
-    if goes_on and roles[-1] != "assistant":
+def _check_the_last(roles: Sequence[str], continued: bool) -> None:
+    """Refuse a conversation that already ends with the answer, unless the model continues it."""
+    if continued and roles[-1] != "assistant":
         raise ConfigurationError(
             f"a prompt with `{CONTINUE}` must end with a message of the assistant: got "
-            f"{roles[-1]}. Add the beginning of the answer, or leave `{CONTINUE}` out."
+            f"{roles[-1]}. Add the beginning of the answer, or remove `{CONTINUE}`."
         )
-    before = roles[:-1] if goes_on else roles
+    before = roles[:-1] if continued else roles
     if before[-1:] == ["assistant"]:
         raise ConfigurationError(
             "a prompt must not end with a message of the assistant, which would show the model its "
-            f"answer: got one in message {len(before) - 1}. Take it out; to let the model continue "
-            f"it, set the column `{CONTINUE}`, or `template_args: {{{CONTINUE}: true}}`."
+            f"answer: got one in message {len(before) - 1}. Remove it, or let the model continue "
+            f"it: set the column `{CONTINUE}`, or `template_args: {{{CONTINUE}: true}}`."
         )
 
 
 def _refuse_an_end(tokenizer: Any, ids: Sequence[int], prompt: Any) -> None:
-    """Refuse a prompt whose last token, white space aside, is the end token."""
+    """Refuse a prompt that ends with the end token, apart from white space after it."""
     end = getattr(tokenizer, "eos_token_id", None)
     tail = list(ids[-3:])
     if end is None or end not in tail or len(ids) == 1:  # BOS alone may be the same token
@@ -158,9 +167,9 @@ def _refuse_an_end(tokenizer: Any, ids: Sequence[int], prompt: Any) -> None:
     after = tail[len(tail) - tail[::-1].index(end) :]
     if after and tokenizer.decode(after).strip():
         return
-    cure = "Take it off."
+    cure = "Remove the token."
     if not isinstance(prompt, str):
-        cure = "Let the chat template open the assistant's turn (`add_generation_prompt`)."
+        cure = "Use a chat template that opens the assistant's turn (`add_generation_prompt`)."
     raise ConfigurationError(
         f"a prompt must not end with the end token {tokenizer.eos_token}: got "
         f"{prompt!r:.100}. {cure}"

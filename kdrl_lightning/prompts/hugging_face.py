@@ -1,4 +1,4 @@
-"""Prompts from a Hugging Face dataset: by its name on the hub, or from local files."""
+"""Prompts from a Hugging Face dataset, by its name on the hub or from local files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ READERS = {
 
 
 class HFPrompts(PromptSource):
-    """Rows of a dataset; all columns stay in the row, beside ``prompt`` (and ``answer``).
+    """Rows of a dataset; each row keeps all its columns and gets ``prompt`` (and ``answer``).
 
-    A column inside another is named with a dot: ``reward_model.ground_truth``.
+    Name a nested column with a dot: ``reward_model.ground_truth``.
 
     Args:
         path: name on the hub, a file (JSONL, JSON, Parquet, CSV, Arrow), or a folder that
             ``save_to_disk`` wrote.
         name: the dataset's configuration on the hub.
-        split: its split. A file has no other than ``train``.
+        split: the dataset's split. A file has only ``train``.
         prompt_column: column with the question, a text or chat messages.
-        answer_column: column that becomes ``answer``; None leaves the columns alone.
-        take: the first so many rows; None: all.
-        streaming: read no more than that (needs ``take``, since a source has a size).
+        answer_column: column that becomes ``answer``; None changes no column.
+        take: number of rows, from the first on; None: all.
+        streaming: download only these rows (needs ``take``, because a source has a size).
         chat: as messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
@@ -63,17 +63,24 @@ class HFPrompts(PromptSource):
         if take is not None:
             require_between("take", take, 1, float("inf"))
         elif streaming:
-            raise ConfigurationError("`take` must be given with `streaming: true`: got None.")
+            raise ConfigurationError(
+                "`take` must be given with `streaming: true`: got None. Set the number of rows."
+            )
         self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
         self.answer_column = answer_column
         self.rows = _load(path, name, split, take, streaming)
         if not len(self.rows):
-            raise ConfigurationError(f"`path` must have at least one row: got {path}, without any.")
+            raise ConfigurationError(
+                f"`path` must have at least one row: got {path}, without rows. Name another file "
+                "or split."
+            )
         try:
             first = self.rows[0]
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"`path` must be UTF-8: got {path} ({error}).") from error
+            raise ConfigurationError(
+                f"`path` must be UTF-8: got {path} ({error}). Convert the file."
+            ) from error
         for argument, column in (
             ("prompt_column", prompt_column),
             ("answer_column", answer_column),
@@ -97,14 +104,14 @@ def _look_up(row: Mapping[str, Any], column: str, argument: str) -> Any:
         if not isinstance(value, Mapping) or key not in value:
             raise ConfigurationError(
                 f"`{argument}` must be a column of the dataset: got {column}. "
-                f"It has {', '.join(map(str, row))}."
+                f"The dataset has {', '.join(map(str, row))}."
             )
         value = value[key]
     return value
 
 
 def zero_padded(path: Path) -> list[str]:
-    """Return the columns of a CSV file with a number like 007, which must stay a text."""
+    """Return the columns of a CSV file that hold a number like 007, which must stay a text."""
     found: set[str] = set()
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -114,7 +121,7 @@ def zero_padded(path: Path) -> list[str]:
                 for name, cell in zip(names, cells, strict=False):
                     if cell[:1] == "0" and len(cell) > 1 and cell.isdecimal():
                         found.add(name)
-    except (csv.Error, UnicodeDecodeError):  # the reader says what is wrong
+    except (csv.Error, UnicodeDecodeError):  # the dataset's reader raises a better error later
         return []
     return [name for name in names if name in found]
 
@@ -125,7 +132,9 @@ def _load(path: str, name: str | None, split: str, take: int | None, streaming: 
         datasets.disable_progress_bars()
     local = Path(path)
     if not local.exists() and local.suffix in READERS:
-        raise ConfigurationError(f"`path` must be a file that exists: got {path}.")
+        raise ConfigurationError(
+            f"`path` must be a file that exists: got {path}. Check the path and the working folder."
+        )
     try:
         if local.is_dir() and any(
             (local / f"{s}.json").is_file() for s in ("state", "dataset_dict")
@@ -146,9 +155,9 @@ def _load(path: str, name: str | None, split: str, take: int | None, streaming: 
             return list(itertools.islice(rows, take))
         return rows if take is None else rows.select(range(min(take, len(rows))))
     except Exception as error:
-        cause = error.__cause__ or error  # datasets hides what a reader says behind its own words
+        cause = error.__cause__ or error  # datasets wraps the reader's error in a generic one
         first = (str(cause).splitlines() or ["no rows"])[0]
         raise ConfigurationError(
             f"`path` must be a dataset that can be read: got {path}, split {split} "
-            f"({type(cause).__name__}: {first[:300]})."
+            f"({type(cause).__name__}: {first[:300]}). Check the name, the split and the file."
         ) from error

@@ -15,7 +15,9 @@ from kdrl_lightning.prompts.messages import PromptForm
 
 
 class JSONLPrompts(PromptSource):
-    """One JSON object per line, read without another library; all columns stay in the row.
+    """Rows of a file with one JSON object per line; each row keeps all its columns.
+
+    Needs no other library, and keeps only the lines' positions in memory.
 
     Args:
         path: the file.
@@ -52,20 +54,21 @@ class JSONLPrompts(PromptSource):
 
 
 class JSONLines(Sequence[dict[str, Any]]):
-    """The rows of a file that was checked line by line; only where each begins is in memory.
+    """The rows of a JSON Lines file, checked line by line; only their positions are in memory.
 
     Args:
         path: the file.
-        column: that every row must have.
+        column: a column that every row must have.
 
     Raises:
-        ConfigurationError: the file or a line cannot be read, or there is none.
+        ConfigurationError: the file or a line cannot be read, or the file has no rows.
     """
 
     def __init__(self, path: Path, column: str) -> None:
         if not path.is_file():
             raise ConfigurationError(
-                f"`path` must be a JSON Lines file: got {path}, which is no file."
+                f"`path` must be a JSON Lines file: got {path}, which is not a file. Check the "
+                "path and the working folder."
             )
         self.path = path
         self._starts = array("q")
@@ -81,21 +84,21 @@ class JSONLines(Sequence[dict[str, Any]]):
                     start += len(line)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(
-                f"`path` must be readable UTF-8: got {path} ({error})."
+                f"`path` must be readable UTF-8: got {path} ({error}). Convert the file."
             ) from error
         if not self._starts:
             raise ConfigurationError(
-                f"`path` must have at least one row: got {path}, which is empty."
+                f"`path` must have at least one row: got {path}, which is empty. Name another file."
             )
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: Any) -> Any:
-        """Read one row, or several.
+        """Read one row, or a list of rows for a slice.
 
         Raises:
-            ConfigurationError: the file has changed.
+            ConfigurationError: the file has changed since it was checked.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -103,8 +106,8 @@ class JSONLines(Sequence[dict[str, Any]]):
         with self.path.open("rb") as file:
             if _state(file) != self._state:
                 raise ConfigurationError(
-                    f"`path` must stay as it is during a run: got {self.path}, which has changed. "
-                    "Start anew."
+                    f"`path` must not change during a run: got {self.path}, which has changed. "
+                    "Start the run again."
                 )
             file.seek(start)
             return json.loads(_text(file.readline(), start))
@@ -116,14 +119,14 @@ def _state(file: BinaryIO) -> tuple[int, int]:
 
 
 def _text(line: bytes, start: int) -> str:
-    return line.decode("utf-8-sig" if start == 0 else "utf-8")  # Windows begins files with a mark
+    return line.decode("utf-8-sig" if start == 0 else "utf-8")  # Windows editors write a BOM
 
 
 def _check(text: str, where: str, column: str) -> None:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigurationError(f"{where} must be JSON: got {error}.") from error
+        raise ConfigurationError(f"{where} must be JSON: got {error}. Fix the line.") from error
     if not isinstance(row, dict) or column not in row:
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ConfigurationError(

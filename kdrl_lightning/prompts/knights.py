@@ -1,4 +1,4 @@
-"""Knights and Knaves with any number of people: the paper's PPL2 to PPL8."""
+"""Knights and Knaves puzzles with 2 to 8 people: the paper's PPL2 to PPL8."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from kdrl_lightning.prompts.reasoning_gym import ReasoningGymPrompts
 
 
 class KnightsAndKnavesPrompts(ReasoningGymPrompts):
-    """Puzzles of inhabitants who each say something about who tells the truth; one solution fits.
+    """Generated Knights and Knaves puzzles, each with exactly one solution.
 
-    reasoning-gym's generator, after arXiv 2410.23123: statements are drawn until one assignment of
-    roles alone fits them (about 1 ms a puzzle with 2 people, 16 ms with 8). The names of the two
-    roles change from puzzle to puzzle. With 2 people and depth 2 there are only some hundred pairs
-    of statements: other seeds bring other names, but many of the same pairs.
+    The puzzles come from reasoning-gym's generator (after arXiv 2410.23123), which draws statements
+    until exactly one assignment of roles fits them: about 1 ms a puzzle with 2 people, 16 ms with
+    8. The names of the two roles change from puzzle to puzzle. With 2 people and depth 2 there are
+    only some hundred pairs of statements, so another seed gives other names, but many of the same
+    pairs.
 
     Args:
-        people: inhabitants, from 2 to 8.
+        people: number of inhabitants, from 2 to 8.
         size: number of puzzles.
-        seed: of the generator.
-        depth: deepest nesting of a statement, from 2 on.
-        width: most branches of a statement, from 2 on.
+        seed: seed of the generator.
+        depth: maximum nesting of a statement, at least 2.
+        width: maximum number of branches of a statement, at least 2.
         chat: as messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).

@@ -1,4 +1,4 @@
-"""From a question to a prompt: plain text or chat messages, with a system message and examples."""
+"""Turns a question into a prompt: text or chat messages, with a system message and examples."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.turns import is_json_of_messages, plain
 
-# The row's column with arguments of the chat template.
+# A row's column with arguments of the chat template.
 TEMPLATE_ARGS = "template_args"
-# The argument, or column, that lets the model continue a last message of the assistant.
+# The argument or column that lets the model continue the assistant's last message.
 CONTINUE = "continue_final_message"
 
 
 class PromptForm:
-    r"""How a question is put to the model.
+    r"""Turns questions into prompts, all in the same form.
 
     Args:
-        chat: as messages, for the tokenizer's chat template; else as text.
-        system: the system message of a chat, unless the question brings its own.
-        template_args: arguments of the chat template, e.g. ``enable_thinking: false``.
-        examples: solved questions that stand before it, each with ``prompt`` and ``answer``: turns
-            of a chat, or text with an empty line behind each.
-        suffix: put behind every question, e.g. what the answer must look like.
-        prefill: the beginning of every answer of a chat, which the model continues; no part of the
-            completion that the reward reads.
+        chat: make chat messages for the tokenizer's chat template; otherwise plain text.
+        system: system message of a chat, unless the question has one (needs ``chat``).
+        template_args: arguments of the chat template, e.g. ``enable_thinking: false`` (needs
+            ``chat``).
+        examples: solved questions to show before the question, each with ``prompt`` and ``answer``:
+            turns of a chat, or text with an empty line after each.
+        suffix: text to add to every question, e.g. the form that the answer must have.
+        prefill: beginning of every answer, which the model continues (needs ``chat``). The reward
+            does not see it as part of the completion.
+
+    Raises:
+        ConfigurationError: a setting needs ``chat``, or an example does not have both texts.
 
     >>> PromptForm(examples=[{"prompt": "1+1=", "answer": "2"}])("2+2=")
     '1+1=2\n\n2+2='
@@ -45,12 +49,14 @@ class PromptForm:
         needs_chat = {"system": system, "template_args": template_args, "prefill": prefill}
         for name, value in needs_chat.items():
             if value is not None and not chat:
-                raise ConfigurationError(f"`{name}` must go with `chat: true`: got {value!r}.")
+                raise ConfigurationError(
+                    f"`{name}` must go with `chat: true`: got {value!r}. Set `chat: true`."
+                )
         for example in examples:
             if set(example) != {"prompt", "answer"}:
                 raise ConfigurationError(
                     "`examples` must have `prompt` and `answer` each: got "
-                    f"{sorted(map(str, example))}."
+                    f"{sorted(map(str, example))}. Rename the keys."
                 )
             for name, text in example.items():
                 if not isinstance(text, str):
@@ -65,21 +71,21 @@ class PromptForm:
         self.prefill = prefill
 
     def __call__(self, question: Any) -> Any:
-        """Return the prompt; a question of messages is the end of the chat."""
+        """Return the prompt of a question; a list of messages becomes the end of the chat."""
         if hasattr(question, "tolist"):
             question = plain(question)
         if isinstance(question, str):
             if not question.strip() or is_json_of_messages(question):
-                return question  # refused when it is encoded; what is around must not hide it
+                return question  # the encoding refuses it; added text would hide the mistake
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
         if isinstance(question, list | tuple):
             turns = self._with_suffix(list(question))
             return self._chat(turns) if self.chat else turns
-        return question  # refused when it is encoded
+        return question  # the encoding refuses it
 
     def row(self, row: Mapping[str, Any], question: Any) -> dict[str, Any]:
-        """Return the row with its prompt, and the template's arguments where there are any."""
+        """Return the row with its prompt, and with the template's arguments if there are any."""
         extra: dict[str, Any] = {TEMPLATE_ARGS: self.template_args} if self.template_args else {}
         if self.prefill:
             extra[CONTINUE] = True
@@ -95,7 +101,7 @@ class PromptForm:
         if isinstance(content, list) and content:
             part = {"type": "text", "text": self.suffix}
             return [*turns[:-1], {**last, "content": [*content, part]}]
-        return turns  # refused when it is encoded
+        return turns  # the encoding refuses it
 
     def _chat(self, turns: list[Any]) -> list[Any]:
         system = [] if self.system is None else [message("system", self.system)]
@@ -119,5 +125,5 @@ class PromptForm:
 
 
 def message(role: str, content: str) -> dict[str, str]:
-    """Return one turn of a chat."""
+    """Return one message of a chat."""
     return {"role": role, "content": content}

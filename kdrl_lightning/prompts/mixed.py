@@ -13,17 +13,20 @@ from kdrl_lightning.prompts.base import Prompts, PromptSource
 
 
 class MixedPrompts(PromptSource):
-    """Rows of several sources by weight; each row gets ``source``, the name of its own.
+    """Rows of several sources, mixed by weight; each row gets its source's name as ``source``.
 
-    Every beginning of the mixture has the proportions of the weights, to within one row per source:
-    of the sources behind their share the one goes next whose next row is due first. Within a source
-    rows come in a seeded shuffle; where it is used up, in another one.
+    The first n rows have the proportions of the weights for every n, to within one row per source:
+    among the sources that have got less than their share, the one whose next row is due first comes
+    next. Each source's rows are shuffled with the seed; after its last row, it is shuffled again.
 
     Args:
         sources: prompt sources by name.
-        weights: share of each name, above 0, in any unit; None: the sources' sizes.
-        size: rows; None: as many as there are without taking a row twice.
-        seed: of the shuffles.
+        weights: weight of each source, above 0, in any unit; None: the sources' sizes.
+        size: number of rows; None: stop before a row would be repeated.
+        seed: seed of the shuffles.
+
+    Raises:
+        ConfigurationError: an empty source, or weights that do not fit the sources.
     """
 
     def __init__(
@@ -36,19 +39,19 @@ class MixedPrompts(PromptSource):
         if not sources or not all(len(source) for source in sources.values()):
             raise ConfigurationError(
                 "`sources` must be sources with at least one row each: got "
-                f"{ {name: len(source) for name, source in sources.items()} }."
+                f"{ {name: len(source) for name, source in sources.items()} }. Remove empty ones."
             )
         weights = {n: float(len(s)) for n, s in sources.items()} if weights is None else weights
         if set(weights) != set(sources):
             raise ConfigurationError(
                 f"`weights` must have the names of `sources`, {', '.join(sources)}: got "
-                f"{', '.join(map(str, weights)) or 'none'}."
+                f"{', '.join(map(str, weights)) or 'none'}. Give each source one weight."
             )
         for name, weight in weights.items():
             if not 0.0 < weight < float("inf"):
                 raise ConfigurationError(
                     f"`weights` must be above 0 and finite: got {weight} for {name}. "
-                    "Leave a source out that has no share."
+                    "Remove a source that must not be used."
                 )
         require_between("seed", seed, 0, float("inf"))
         if size is not None:
@@ -68,7 +71,7 @@ class MixedPrompts(PromptSource):
         return {**self.sources[name][row], "source": name}
 
     def where(self, index: int) -> str:
-        """Name the row's source and its number there."""
+        """Describe a row by its number in its source."""
         which, row = (places[index] for places in self._rows)
         return f"row {row} of its source {self.names[which]}"
 
@@ -76,7 +79,7 @@ class MixedPrompts(PromptSource):
 def _interleave(
     shares: list[float], sizes: list[int], size: int | None, seed: int
 ) -> tuple[array[int], array[int]]:
-    """Return sources and rows of all places; without a size it ends where a source is used up."""
+    """Return the source's index and the row of each position; without a size, repeat no row."""
     taken = [0] * len(shares)
     orders: list[Any] = [None] * len(shares)
     whiches, rows = array("i"), array("q")

@@ -1,4 +1,4 @@
-"""The prompts of a source, encoded when they are drawn, after a look at a sample of them."""
+"""A source's prompts: a sample is checked before the run, and each is encoded when it is drawn."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, PromptSource
 from kdrl_lightning.prompts.encoding import encode_prompt
 
-# Rows that a run looks at before it starts, beside the first and the last: under a second.
+# Rows checked before a run, besides the first and the last; this takes under a second.
 CHECKED_ROWS = 1_000
 
 
 @dataclass(frozen=True)
 class PromptRules:
-    """What a prompt must keep to.
+    """The rules that every prompt must keep.
 
     Attributes:
-        limit: most tokens.
-        why: what the limit follows from, for messages.
-        refused: lengths below ``limit`` that cannot be either, with what they follow from.
-        drop: leave longer prompts out, instead of stopping the run.
-        vocabularies: rows of the embedding by the model's name: every id must be below.
-        checks: each raises ``ConfigurationError`` for a row that it cannot take; see ``require``.
+        limit: maximum number of tokens.
+        why: reason of the limit, for error messages.
+        refused: ranges of lengths below ``limit`` that are not allowed either, with their reasons.
+        drop: leave out prompts that are too long, instead of stopping the run.
+        vocabularies: rows of each model's embedding, by the model's name; token ids must be lower.
+        checks: functions that raise ``ConfigurationError`` for a row that cannot be used; see
+            ``require``.
     """
 
     limit: float = float("inf")
@@ -36,7 +37,11 @@ class PromptRules:
     checks: Sequence[Callable[[Mapping[str, Any]], Any]] = ()
 
     def broken_by(self, tokens: int) -> tuple[float, str] | None:
-        """Return the limit that a prompt of this length exceeds, and its reason; None: it fits."""
+        """Return the limit that a length exceeds, and its reason; None if the length is allowed.
+
+        Args:
+            tokens: number of the prompt's tokens.
+        """
         if tokens > self.limit:
             return self.limit, self.why
         found = ((lengths.start - 1, why) for lengths, why in self.refused if tokens in lengths)
@@ -46,25 +51,26 @@ class PromptRules:
 class PromptSet(Sequence[EncodedPrompt]):
     """A source's prompts with their token ids.
 
-    A source of at most ``most`` rows is encoded at once, and kept. Of a larger one a seeded sample
-    is checked, and rows are encoded when they are drawn: it needs no memory per row.
+    A source of at most ``most`` rows is encoded at once and kept. Of a larger source, a seeded
+    sample is checked, and each row is encoded when it is drawn, so that no memory is needed per
+    row.
 
     Args:
         source: the rows.
-        name: the setting that names it, for messages.
-        tokenizer: the student's.
-        rules: what every prompt must keep to.
-        most: rows to check; see ``CHECKED_ROWS``.
-        seed: of the sample.
+        name: the setting that names the source, for error messages.
+        tokenizer: the student's tokenizer.
+        rules: the rules that every prompt must keep.
+        most: number of rows to check; see ``CHECKED_ROWS``.
+        seed: seed of the sample.
 
     Attributes:
-        sample: the usable prompts among those that were checked.
-        checked: how many were.
-        overlong: number and tokens of the prompts among them that are too long.
-        whole: all rows were checked; those that are too long are no part of the set.
+        sample: the usable prompts among the checked rows.
+        checked: number of checked rows.
+        overlong: (row number, tokens) of the checked prompts that are too long.
+        whole: all rows were checked; the set then leaves out those that are too long.
 
     Raises:
-        ConfigurationError: no rows, or a checked row that cannot be used.
+        ConfigurationError: the source has no rows, or a checked row cannot be used.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         self.source, self.name, self.tokenizer, self.rules = source, name, tokenizer, rules
         count = len(source)
         if not count:
-            raise ConfigurationError(f"`{name}` must have at least one row: got none.")
+            raise ConfigurationError(f"`{name}` must have at least one row: got none. Add rows.")
         numbers = sample_rows(count, most, seed)
         self.checked, self.whole = len(numbers), len(numbers) == count
         self.sample: list[EncodedPrompt] = []
@@ -99,11 +105,11 @@ class PromptSet(Sequence[EncodedPrompt]):
         return len(self.sample) if self.whole else len(self.source)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return one prompt.
+        """Return one prompt with its token ids.
 
         Raises:
             BadRow: the row cannot be used.
-            TrainingStopped: it is too long, and such rows are to stop the run.
+            TrainingStopped: the prompt is too long, and the rules do not say to drop it.
         """
         if self.whole:
             return self.sample[index]
@@ -121,16 +127,25 @@ class PromptSet(Sequence[EncodedPrompt]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt that was checked."""
+        """Number of tokens of the longest checked prompt."""
         return max(len(ids) for _, ids in self.sample)
 
     def limit(self, limit: int | None, why: str) -> None:
-        """Take no longer prompts than this from now on; the checked ones must keep to it."""
+        """Lower the maximum length from now on; the caller ensures that checked prompts fit.
+
+        Args:
+            limit: maximum number of tokens; None changes nothing.
+            why: reason of the limit, for error messages.
+        """
         if limit is not None and limit < self.rules.limit:
             self.rules = replace(self.rules, limit=limit, why=why)
 
     def require(self, check: Callable[[Mapping[str, Any]], Any]) -> None:
-        """Ask ``check`` for every row from now on, and at once for those that were checked."""
+        """Run ``check`` on the checked rows now, and on every row that is drawn later.
+
+        Raises:
+            BadRow: ``check`` refuses a checked row.
+        """
         for number, (row, _) in self.checked_rows():
             self._asked(check, row, number)
         self.rules = replace(self.rules, checks=(*self.rules.checks, check))
@@ -138,7 +153,11 @@ class PromptSet(Sequence[EncodedPrompt]):
     def ask(
         self, check: Callable[[Mapping[str, Any]], Any], rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Ask ``check`` once, for those of ``rows`` that are rows of this set."""
+        """Run ``check`` once on those of ``rows`` that belong to this set.
+
+        Raises:
+            BadRow: ``check`` refuses a row.
+        """
         chosen = {id(row) for row in rows}
         for number, (row, _) in self.checked_rows():
             if id(row) in chosen:
@@ -146,39 +165,39 @@ class PromptSet(Sequence[EncodedPrompt]):
                 self._asked(check, row, number)
 
     def checked_rows(self) -> Iterator[tuple[int, EncodedPrompt]]:
-        """Yield number and prompt of the usable rows among those that were checked."""
+        """Yield the row number and the prompt of each usable checked row."""
         return zip(self._numbers, self.sample, strict=True)
 
     def bad_row(self, number: int, reason: object) -> BadRow:
-        """Return the error that names a row of the source."""
+        """Return an error that names a row of the source and the reason."""
         where = self.source.where(number) if isinstance(self.source, PromptSource) else ""
         place = f" ({where})" if where else ""
         return BadRow(f"row {number} of `{self.name}`{place}: {reason}")
 
     def left_out(self) -> str:
-        """Say in a line what is left out for its length; empty if nothing is."""
+        """Return a line on the prompts that are left out as too long; empty if there are none."""
         if not self.overlong:
             return ""
-        # Each has more tokens than its own limit, so more than the lowest of them.
+        # Each has more tokens than its limit, so more than the lowest limit.
         limits = [self.rules.broken_by(tokens) for _, tokens in self.overlong]
         count, limit = len(self.overlong), min(found[0] for found in limits if found)
         if self.whole:
             return (
-                f"{self.name}: {count} of {self.checked} prompts left out, which have more than "
-                f"{limit} tokens"
+                f"{self.name}: {count} of {self.checked} prompts are left out because they have "
+                f"more than {limit} tokens"
             )
         return (
-            f"{self.name}: {count} of {self.checked} prompts checked, of {len(self.source)}, have "
-            f"more than {limit} tokens; a run leaves such prompts out when it draws them"
+            f"{self.name}: {count} of {self.checked} checked prompts (of {len(self.source)}) have "
+            f"more than {limit} tokens; the run leaves such prompts out when it draws them"
         )
 
     def _too_long(self) -> str:
         number, tokens = self.overlong[0]
         limit, why = self.rules.broken_by(tokens) or (self.rules.limit, self.rules.why)
-        seen = "" if self.whole else f" checked, of {len(self.source)}"
+        seen = "" if self.whole else f" checked, in {len(self.source)} rows"
         return (
             f"`{self.name}` must have at most {limit} tokens a prompt ({why}): got {tokens} in row "
-            f"{number}, and {len(self.overlong)} such rows of {self.checked}{seen}. Set "
+            f"{number} (above the limit: {len(self.overlong)} of {self.checked}{seen}). Set "
             "`overlong_prompts: drop`, or lower `max_tokens`."
         )
 
@@ -186,15 +205,19 @@ class PromptSet(Sequence[EncodedPrompt]):
         try:
             row = self.source[number]
             if not isinstance(row, Mapping):
-                raise ConfigurationError(f"a row must be a mapping of columns: got {row!r:.80}.")
+                raise ConfigurationError(
+                    f"a row must be a mapping of columns: got {row!r:.80}. Return a dict."
+                )
             ids = encode_prompt(self.tokenizer, row)
             for model, rows in self.rules.vocabularies.items():
                 check_ids(ids, rows, model, self.tokenizer)
         except ConfigurationError as error:
             raise self.bad_row(number, error) from error
-        except Exception as error:  # whatever a source of the user's meets
+        except Exception as error:  # a user's source may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise self.bad_row(number, f"it must be readable: got {reason}.") from error
+            raise self.bad_row(
+                number, f"it must be readable: got {reason}. Fix the source, or remove the row."
+            ) from error
         for check in self.rules.checks:
             self._asked(check, row, number)
         return row, ids
@@ -209,7 +232,7 @@ class PromptSet(Sequence[EncodedPrompt]):
 
 
 def sample_rows(count: int, most: int, seed: int) -> list[int]:
-    """Return the first and the last of ``count`` rows and ``most`` others, in order.
+    """Return the numbers of the first and the last of ``count`` rows and of ``most`` others.
 
     >>> sample_rows(4, 4, seed=0), len(sample_rows(10**9, 100, seed=0))
     ([0, 1, 2, 3], 102)
@@ -221,16 +244,22 @@ def sample_rows(count: int, most: int, seed: int) -> list[int]:
 
 
 def check_ids(ids: Sequence[int], rows: int, model: str, tokenizer: Any) -> None:
-    """Check that a model has an embedding for every token.
+    """Check that a model has an embedding for every token; a GPU would only fail an assertion.
+
+    Args:
+        ids: token ids of one prompt or completion.
+        rows: number of rows of the model's embedding.
+        model: the model's name, for the error message.
+        tokenizer: the tokenizer of the ids.
 
     Raises:
-        ConfigurationError: it has not; on a GPU this would be an assertion of the device.
+        ConfigurationError: the embedding has no row for a token.
     """
     highest = max(ids, default=-1)
     if highest >= rows:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise ConfigurationError(
-            f"every token must have a row in the embedding of the {model}, {rows} rows: got the "
-            f"token {token!r}, id {highest}. Take the tokenizer that the model was made with, or "
-            "resize its embedding."
+            f"every token must have one of the {rows} rows of the {model}'s embedding: got the "
+            f"token {token!r}, id {highest}. Use the model's original tokenizer, or resize the "
+            "embedding."
         )

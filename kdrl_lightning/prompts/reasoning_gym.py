@@ -1,4 +1,4 @@
-"""Prompts from the generators of reasoning-gym."""
+"""Prompts from reasoning-gym's generators."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from kdrl_lightning.errors import ConfigurationError, load_library, require_betw
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 
-# reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds are
-# one item apart. Ours are this far apart.
+# reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds
+# differ in one item only. Our seeds are multiplied by this stride.
 SEED_STRIDE = 10_000_000
 
 
 class ReasoningGymPrompts(PromptSource):
-    """Items of one task; a row has ``prompt``, ``question``, ``answer`` and ``metadata``.
+    """Generated items of one task; each row has ``prompt``, ``question``, ``answer``, ``metadata``.
 
-    A row depends on its index, the seed and the task's arguments alone: no two seeds share items of
-    the generator, though small tasks repeat themselves.
+    A row depends only on its index, the seed and the task's arguments. Two seeds never share the
+    generator's items, but small tasks repeat themselves.
 
     Args:
         task: name of the data set, e.g. ``chain_sum``.
         size: number of rows.
-        seed: of the generator.
-        config: arguments of the task, its difficulty.
+        seed: seed of the generator.
+        config: arguments of the task, e.g. its difficulty.
         chat: as messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
@@ -64,23 +64,24 @@ class ReasoningGymPrompts(PromptSource):
 
 
 def create_task(task: str, config: Mapping[str, Any]) -> Any:
-    """Return a data set of reasoning-gym.
+    """Create a data set of reasoning-gym.
 
     Raises:
-        ConfigurationError: there is no such task, or it refuses its arguments.
+        ConfigurationError: reasoning-gym has no such task, or the task refuses its arguments.
     """
     gym = load_library("reasoning_gym")
     known = load_library("reasoning_gym.factory").DATASETS
     if task not in known:
         close = get_close_matches(task, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"It has {len(known)}, e.g. chain_sum."
-        raise ConfigurationError(f"`task` must be one of reasoning-gym's: got {task}. {hint}")
+        raise ConfigurationError(f"`task` must be a task of reasoning-gym: got {task}. {hint}")
     try:
         items = gym.create_dataset(task, **config)
         items[0]
-    except Exception as error:  # an assertion, a TypeError, or whatever the generator meets
-        own = {k: v for k, v in config.items() if k not in ("seed", "size")}
+    except Exception as error:  # the generators raise assertions, TypeErrors and others
+        given = {k: v for k, v in config.items() if k not in ("seed", "size")}
         raise ConfigurationError(
-            f"`config` must be arguments that {task} takes: got {own} ({error})."
+            f"`config` must be arguments that {task} accepts: got {given} ({error}). See the "
+            "task's config class in reasoning-gym."
         ) from error
     return items

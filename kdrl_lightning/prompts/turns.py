@@ -1,4 +1,4 @@
-"""Messages as data sets bring them, made into what a chat template takes."""
+"""Converts messages and tools from data sets into the form that a chat template accepts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 
-# What chat templates know; a template that names another role itself takes that one, too.
+# Roles that chat templates know; a role that the template itself names is accepted, too.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 
 
 def plain(value: Any) -> Any:
-    """Return numpy's arrays and scalars, which Parquet readers give, as Python's own values.
+    """Convert numpy's arrays and scalars, which Parquet readers return, to plain Python values.
 
     >>> import numpy as np
     >>> plain(np.array([{"role": "user", "content": np.str_("1+1=")}]))
@@ -31,10 +31,10 @@ def plain(value: Any) -> Any:
 
 
 def without_none(value: Any) -> Any:
-    """Leave out keys whose value is None, at any depth.
+    """Remove keys whose value is None, at any depth.
 
-    Parquet has one set of keys for all messages of a file and fills the others with None, and a
-    template asks whether ``tool_calls`` is there.
+    Parquet stores the same keys for all messages of a file and fills missing ones with None, but
+    templates test whether a message has ``tool_calls``.
 
     >>> without_none([{"role": "user", "content": "hi", "tool_calls": None}])
     [{'role': 'user', 'content': 'hi'}]
@@ -47,7 +47,7 @@ def without_none(value: Any) -> Any:
 
 
 def is_json_of_messages(text: str) -> bool:
-    """Say whether a text is a list of messages that somebody wrote as JSON or by ``repr``.
+    """Check whether a text is a list of messages that was written as JSON or with ``repr``.
 
     >>> is_json_of_messages('[{"role": "user", "content": "hi"}]'), is_json_of_messages("[1, 2]")
     (True, False)
@@ -57,15 +57,15 @@ def is_json_of_messages(text: str) -> bool:
 
 
 def clean_messages(messages: Sequence[Any], template: str) -> list[dict[str, Any]]:
-    """Return messages with a known role and text content, as new dicts without None.
+    """Return a conversation's messages as new dicts, with known roles, text content and no None.
 
     Args:
-        messages: of one conversation; left as they are.
+        messages: the messages of one conversation; they are not changed.
         template: the chat template, which may know further roles.
 
     Raises:
-        ValueError: something is no message.
-        ConfigurationError: a message that no template of text would render right.
+        ValueError: an entry is not a message.
+        ConfigurationError: a text template would not render a message correctly.
     """
     turns = []
     for number, turn in enumerate(messages):
@@ -85,13 +85,11 @@ def clean_messages(messages: Sequence[Any], template: str) -> list[dict[str, Any
         _check_content(turn, number)
         turns.append(turn)
     if not turns:
-        raise ConfigurationError(
-            "a prompt must have at least one message: got []. Leave the row out."
-        )
+        raise ConfigurationError("a prompt must have at least one message: got []. Remove the row.")
     asked = [turn["content"] for turn in turns if turn["role"] == "user"]
     if asked and not asked[-1].strip():
         raise ConfigurationError(
-            f"the last message of the user must have text: got {asked[-1]!r}. Leave the row out."
+            f"the last message of the user must have text: got {asked[-1]!r}. Remove the row."
         )
     return turns
 
@@ -103,8 +101,8 @@ def _joined(parts: Sequence[Any], number: int) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind != "text" or not isinstance(text, str):
             raise ConfigurationError(
-                f"a message must be text alone: got a part of type {kind} in message {number}. "
-                "Images, audio and video are not supported: leave such rows out."
+                f"a message must contain only text: got a part of type {kind} in message {number}. "
+                "Images, audio and video are not supported: remove such rows."
             )
         texts.append(text)
     return "".join(texts)
@@ -113,19 +111,20 @@ def _joined(parts: Sequence[Any], number: int) -> str:
 def _check_content(turn: Mapping[str, Any], number: int) -> None:
     role, content = turn["role"], turn.get("content")
     if role in ("tool", "function", "ipython") or (content is None and turn.get("tool_calls")):
-        return  # a tool may return any value, and a call needs no words
+        return  # a tool may return any value, and a message with a tool call needs no text
     if not isinstance(content, str):
         found = "none" if content is None else f"{type(content).__name__} {content!r:.40}"
         raise ConfigurationError(
-            f"the content of a message must be text: got {found} in message {number} ({role})."
+            f"the content of a message must be text: got {found} in message {number} ({role}). "
+            "Add the text, or remove the row."
         )
 
 
 def tools_of(row: Mapping[str, Any], template: str) -> list[Any]:
-    """Return the tools that a row offers to the model; a text is read as JSON.
+    """Return the tools that a row offers to the model; a text is parsed as JSON.
 
     Raises:
-        ConfigurationError: they are no list, or the template would not show them.
+        ConfigurationError: the tools are not a list, or the template would not show them.
     """
     tools = plain(row.get("tools"))
     if isinstance(tools, str) and tools.strip():
@@ -134,17 +133,18 @@ def tools_of(row: Mapping[str, Any], template: str) -> list[Any]:
         except json.JSONDecodeError as error:
             raise ConfigurationError(
                 f"the column `tools` must be a list, or a list in JSON: got {tools[:40]!r} "
-                f"({error})."
+                f"({error}). Fix the column."
             ) from error
-    if not tools or tools != tools:  # NaN is how pandas says that there are none
+    if not tools or tools != tools:  # pandas marks a missing value with NaN
         return []
     if not isinstance(tools, list):
         raise ConfigurationError(
-            f"the column `tools` must be a list, or a list in JSON: got {tools!r:.40}."
+            f"the column `tools` must be a list, or a list in JSON: got {tools!r:.40}. Fix the "
+            "column."
         )
     if "tools" not in template:
         raise ConfigurationError(
-            "the chat template must take `tools` if a row has this column: got a template without "
-            "them. Rename the column if the model is not meant to see it."
+            "the chat template must accept `tools` if a row has this column: got a template that "
+            "ignores them. Rename the column if the model must not see it."
         )
     return [without_none(tool) for tool in tools]

@@ -1,4 +1,4 @@
-"""Samples that a person can read: tokens as text, what became of each, and an HTML page."""
+"""Readable reports of a run: samples as HTML and for loggers, and plots."""
 
 from kdrl_lightning.reports.loggers import log_samples
 from kdrl_lightning.reports.page import Section, render

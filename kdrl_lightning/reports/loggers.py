@@ -1,4 +1,4 @@
-"""Samples for loggers that show text: TensorBoard and W&B."""
+"""Sends samples to the loggers that show text: TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from kdrl_lightning.reports.views import SampleView
 
 
 def log_samples(loggers: Sequence[Any], section: Section, step: int) -> None:
-    """Send samples to the loggers that can show them, as ``samples/<where from>``."""
+    """Send samples to the loggers that can show text, as ``samples/<group's name>``.
+
+    Args:
+        loggers: the trainer's loggers; those that cannot show text are skipped.
+        section: samples by group.
+        step: the logger's step.
+    """
     for logger in loggers:
         for name, samples in section.groups.items():
             tag = f"samples/{name}".replace(" ", "_")
@@ -25,7 +31,7 @@ def log_samples(loggers: Sequence[Any], section: Section, step: int) -> None:
 
 
 def as_markdown(samples: Sequence[SampleView]) -> str:
-    """Render samples as indented code, which no text can leave: every line of it is indented."""
+    """Render samples as Markdown code; all lines are indented, so that no text ends the block."""
     return "\n\n".join(
         "\n".join(f"    {line}" for text in as_lines(sample) for line in text.splitlines() or [""])
         for sample in samples
@@ -33,7 +39,7 @@ def as_markdown(samples: Sequence[SampleView]) -> str:
 
 
 def as_lines(sample: SampleView) -> list[str]:
-    """Return verdict, prompt, completion, and each token with the teacher's gap."""
+    """Return a sample as lines of text: verdict, prompt, completion, and the teacher's gaps."""
     verdict = "right" if sample.correct else "wrong"
     parts = "".join(f", {name} {value:.4g}" for name, value in sample.parts.items())
     lines = [f"{verdict}, reward {sample.reward:.4g}{parts}", "prompt:", visible(sample.prompt)]
@@ -44,7 +50,7 @@ def as_lines(sample: SampleView) -> list[str]:
 
 
 def as_row(sample: SampleView) -> dict[str, Any]:
-    """Return the columns of a table of samples."""
+    """Return a sample as one row of a table, by column name."""
     return {
         "prompt": sample.prompt,
         "completion": sample.completion,

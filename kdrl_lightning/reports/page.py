@@ -1,4 +1,4 @@
-"""The page of samples: one file, no scripts, nothing from outside, light and dark."""
+"""Renders samples as one HTML file: no scripts, no external files, light and dark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from kdrl_lightning.reports.style import STYLE
 from kdrl_lightning.reports.text import visible
 from kdrl_lightning.reports.views import SampleView, TokenView
 
-# Edges of the teacher's gap, in nats: e^0.1 is a tenth, e^0.7 a factor of two, e^3 of twenty.
+# Limits of the shades of the teacher's gap, in nats: e^0.1 is 10 % more, e^0.7 a factor of 2, e^3
+# of 20.
 EDGES = (0.1, 0.7, 3.0)
 FATES = {
     "rewarded": "A > 0: pushed up",
@@ -23,12 +24,12 @@ FATES = {
 
 @dataclass(frozen=True)
 class Section:
-    """Samples of one moment.
+    """Samples of one moment of a run.
 
     Attributes:
-        title: of the moment.
-        notes: what is to be known of the groups.
-        groups: samples by where they are from.
+        title: heading of the section.
+        notes: remarks by group name.
+        groups: samples by group name, e.g. training or validation.
     """
 
     title: str
@@ -37,12 +38,12 @@ class Section:
 
 
 def render(heading: str, sections: Sequence[Section], max_tokens: int = 512) -> str:
-    """Return the page; every text from a model or a data set is escaped.
+    """Return the HTML page; every text from a model or a data set is escaped.
 
     Args:
-        heading: of the page.
-        sections: newest first; the first one is open.
-        max_tokens: tokens shown of a completion.
+        heading: heading of the page.
+        sections: newest first; the first one is shown open.
+        max_tokens: number of tokens to show of each completion.
     """
     body = "\n".join(_section(s, i == 0, max_tokens) for i, s in enumerate(sections))
     return f"""<!DOCTYPE html>
@@ -144,7 +145,7 @@ def _token(token: TokenView) -> str:
 
 
 def _shade(gap: float | None) -> str:
-    """Return the class of a gap: ``n3`` to ``n1`` below 0, ``p1`` to ``p3`` above.
+    """Return the CSS class of a gap in nats: ``n3`` to ``n1`` below 0, ``p1`` to ``p3`` above.
 
     >>> _shade(-4.0), _shade(0.05), _shade(1.0)
     ('n3', '', 'p2')

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Plots of a run, as PNG files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def plot_curves(
     """Draw accuracy, teacher KL, imitation and completion length over rollouts.
 
     Args:
-        path: PNG to write.
-        curves: one row per rollout with ``rollout`` and metrics.
-        accuracy: (rollout, validation accuracy) pairs.
-        summary: of the run; ``method`` and ``teacher_accuracy`` are shown.
+        path: the PNG file to write.
+        curves: one row per rollout, with ``rollout`` and the logged metrics.
+        accuracy: (rollout, validation accuracy) pairs; accuracy is in [0, 1].
+        summary: the run's summary; shows ``method``, ``seed`` and ``teacher_accuracy``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -105,12 +105,12 @@ def plot_imitation(
     rows: Sequence[Mapping[str, float]],
     histograms: Mapping[int, Mapping[str, Histogram]],
 ) -> None:
-    """Draw where the teacher acted over rollouts, and its gap at the first and the last histogram.
+    """Draw the share of imitated tokens over rollouts, and the first and last gap histogram.
 
     Args:
-        path: PNG to write.
-        rows: one per rollout with ``rollout`` and statistics.
-        histograms: by rollout and name.
+        path: the PNG file to write.
+        rows: one row per rollout, with ``rollout`` and the imitation statistics.
+        histograms: histograms by rollout and name; ``hist/teacher_gap`` is shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def plot_imitation(
     shown = [r for r in sorted(histograms) if "hist/teacher_gap" in histograms[r]]
     for rollout in dict.fromkeys(shown[:1] + shown[-1:]):
         histogram = histograms[rollout]["hist/teacher_gap"]
-        width = max(len(histogram.counts) // 50, 1)  # 50 bars, where the bins allow it
+        width = max(len(histogram.counts) // 50, 1)  # about 50 bars if there are enough bins
         starts = range(0, len(histogram.counts), width)
         counts = [float(histogram.counts[i : i + width].sum()) for i in starts]
         edges = [float(histogram.edges[i]) for i in starts] + [histogram.high]

@@ -1,7 +1,7 @@
-"""Tokens as the pieces of text that they add, and text without anything invisible.
+"""Shows the text that each token adds, and makes invisible characters visible.
 
-Written by hand: tokenizers' ``DecodeStream`` needs a fast tokenizer, gives nothing for the bytes of
-a broken character, and does not say which token a character was finished by.
+It is written by hand because tokenizers' ``DecodeStream`` needs a fast tokenizer, returns nothing
+for the bytes of a broken character, and does not say which token completes a character.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-# A character of UTF-8 has at most 4 bytes: more tokens than that do not wait for its end.
+# A UTF-8 character has at most 4 bytes, so no more than 4 tokens wait for its last byte.
 LONGEST = 4
 BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 MARKS = {"\u200e", "\u200f", "\u061c"}
@@ -18,14 +18,17 @@ BROKEN = "\ufffd"
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds; put together they are the decoded whole.
+    """Return the text that each token adds; joined, the texts are the decoded completion.
 
-    A character that several byte-level tokens make stands at its last one; the others add an empty
-    text. Special tokens are shown.
+    If several byte-level tokens form one character, the last one gets it and the others get an
+    empty text. Special tokens are shown.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        ids: of one completion.
+        ids: the token ids of one completion, T of them.
+
+    Returns:
+        T texts.
     """
 
     def decode(start: int, end: int) -> str:
@@ -36,8 +39,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         )
 
     out = []
-    # What lies before ``start`` is written; decoding begins a token earlier than the new text, for
-    # some tokenizers drop the space at the beginning of what they decode.
+    # The text before ``start`` is complete. Decoding begins one token earlier than the new text,
+    # because some tokenizers drop a space at the beginning of the decoded text.
     before, start = 0, 0
     for end in range(1, len(ids) + 1):
         known, text = decode(before, start), decode(before, end)
@@ -51,10 +54,10 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    r"""Replace what cannot be seen, or would change the order of other text, by what can.
+    r"""Replace characters that are invisible or change the direction of text by visible ones.
 
-    Control characters become their pictures, direction marks and halves of surrogate pairs their
-    code points; line ends stay and get a sign, as tabs do.
+    Control characters become their Unicode symbols; direction marks and halves of surrogate pairs
+    become their code points. Line ends and tabs stay, with a sign before them.
 
     >>> visible("a\x00b\n")
     'a␀b↵\n'

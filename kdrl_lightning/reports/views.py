@@ -1,4 +1,4 @@
-"""What became of each token of a completion, decided by the objective's own methods."""
+"""Describes samples and how the loss treats each token, as the objective's methods decide it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ REWARDED, PUNISHED, DEAD, PROTECTED = "rewarded", "punished", "dead", "protected
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token.
+    """One token of a completion, and how the loss treats it.
 
     Attributes:
-        text: what it adds to the completion.
-        student: its log-probability under the student, at the update that is shown.
-        teacher: under the teacher; None without one.
-        advantage: what multiplies its ratio.
-        fate: ``rewarded`` (advantage above 0) or ``punished`` (below 0) where the policy gradient
-            is alive; ``dead`` (above 0) or ``protected`` (below 0) where the clip removes it; empty
-            without an advantage.
-        imitated: the teacher enters its gradient.
-        used: it is part of the loss.
+        text: the text that the token adds to the completion.
+        student: the student's log-probability of the token in this update, in nats.
+        teacher: the teacher's log-probability, in nats; None without a teacher.
+        advantage: the advantage that multiplies the token's ratio.
+        fate: ``rewarded`` (advantage above 0) or ``punished`` (below 0) if the token has a policy
+            gradient; ``dead`` (above 0) or ``protected`` (below 0) if the clip removes it; empty if
+            the advantage is 0.
+        imitated: the teacher contributes to the token's gradient.
+        used: the token is part of the loss.
     """
 
     text: str
@@ -42,23 +42,23 @@ class TokenView:
 
     @property
     def gap(self) -> float | None:
-        """The teacher's gap d = log pi_T - log pi, in nats."""
+        """The teacher's gap d = log pi_T - log pi, in nats; None without a teacher."""
         return None if self.teacher is None else self.teacher - self.student
 
 
 @dataclass(frozen=True)
 class SampleView:
-    """One completion.
+    """One completion with its prompt, verdict and tokens.
 
     Attributes:
-        title: where it is from.
-        prompt: its text.
-        completion: its text.
-        reward: of the completion.
-        correct: the verifier's answer.
-        truncated: cut at the token limit.
-        parts: what the reward is made of.
-        tokens: empty where nobody has scored them.
+        title: where the completion comes from.
+        prompt: the prompt as text, with special tokens.
+        completion: the completion as text.
+        reward: the completion's reward.
+        correct: the verifier accepts the completion.
+        truncated: the completion was cut at the token limit.
+        parts: the components of the reward by name.
+        tokens: one view per token; empty if the tokens were not scored.
     """
 
     title: str
@@ -72,7 +72,12 @@ class SampleView:
 
 
 def choose(groups: Sequence[int], correct: Sequence[bool], count: int) -> list[int]:
-    """Return ``count`` positions, first a right and a wrong one of each group that has both.
+    """Choose ``count`` completions: first a right and a wrong one of each group that has both.
+
+    Args:
+        groups: each completion's group.
+        correct: each completion's correctness.
+        count: number of positions to return, or fewer if there are fewer completions.
 
     >>> choose([0, 0, 1, 1, 1], [True, True, True, False, False], 3)
     [2, 3, 0]
@@ -80,9 +85,9 @@ def choose(groups: Sequence[int], correct: Sequence[bool], count: int) -> list[i
     first: dict[int, dict[bool, int]] = {}
     for i, (group, c) in enumerate(zip(groups, correct, strict=True)):
         first.setdefault(group, {}).setdefault(c, i)
-    pairs = [[own[True], own[False]] for own in first.values() if len(own) == 2]
+    pairs = [[found[True], found[False]] for found in first.values() if len(found) == 2]
     ordered = [i for pair in pairs for i in pair]
-    singles = [next(iter(own.values())) for own in first.values() if len(own) == 1]
+    singles = [next(iter(found.values())) for found in first.values() if len(found) == 1]
     chosen = [*ordered, *singles]
     rest = [i for i in range(len(groups)) if i not in set(chosen)]
     return [*chosen, *rest][:count]
@@ -95,14 +100,14 @@ def scored_views(
     tokenizer: Any,
     judged: Sequence[Judged] = (),
 ) -> list[SampleView]:
-    """Describe scored completions.
+    """Return a view of each completion of a scored batch.
 
     Args:
-        batch: a few rows of a micro-batch, as the update got it.
-        logprobs: ``[B, T]``, the student's in that update.
-        objective: decides what is imitated and what is dead.
-        tokenizer: the student's.
-        judged: completions with the parts of their rewards, these among them.
+        batch: B rows of a micro-batch, as the update got it.
+        logprobs: ``[B, T]``, the student's log-probabilities in that update.
+        objective: decides which tokens are imitated and which have no policy gradient.
+        tokenizer: the student's tokenizer.
+        judged: judged completions, including those of the batch, for the parts of their rewards.
     """
     advantages = objective.token_advantages(batch, logprobs)
     dead = objective.dead(batch, logprobs, advantages) & batch.loss_mask
@@ -137,7 +142,7 @@ def _scored(
         for t, a in enumerate(advantage)
     ]
     found = known.get((tuple(prompt), tuple(ids)))
-    by = "the teacher's own" if int(batch.source[row]) == TEACHER else "the student's"
+    by = "the teacher's" if int(batch.source[row]) == TEACHER else "the student's"
     return SampleView(
         f"group {int(batch.group_ids[row])}, {by} completion",
         tokenizer.decode(prompt, skip_special_tokens=False),
@@ -159,7 +164,13 @@ def _fate(advantage: float, dead: bool, used: bool) -> str:
 
 
 def text_view(judged: Judged, title: str, tokenizer: Any) -> SampleView:
-    """Describe a completion that nobody has scored."""
+    """Return the view of a completion whose tokens were not scored.
+
+    Args:
+        judged: the completion with its verdict.
+        title: where the completion comes from.
+        tokenizer: the student's tokenizer.
+    """
     return SampleView(
         title,
         tokenizer.decode(judged.prompt_ids, skip_special_tokens=False),

@@ -1,4 +1,4 @@
-"""Verifiable rewards: a function of one sampled completion."""
+"""Verifiable rewards: functions that judge one sampled completion."""
 
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, TaskReward, Verdict
 from kdrl_lightning.rewards.code import CodeReward
@@ -9,7 +9,7 @@ from kdrl_lightning.rewards.function import RewardFunction
 from kdrl_lightning.rewards.knights import KnightsAndKnavesReward
 from kdrl_lightning.rewards.length import LengthPenalty
 from kdrl_lightning.rewards.math import MathReward
-from kdrl_lightning.rewards.processes.runner import RewardRunner
+from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
 from kdrl_lightning.rewards.reasoning_gym import ReasoningGymReward
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MathReward",
     "ReasoningGymReward",
     "Reward",
+    "RewardFailures",
     "RewardFunction",
     "RewardRunner",
     "RoutedReward",

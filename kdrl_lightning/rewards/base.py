@@ -1,4 +1,4 @@
-"""The reward protocol, and the runner that keeps a bad reward from corrupting a run."""
+"""The reward protocol: what a reward gets, what it returns, and how many samples are judged."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ATOMS = (str, int, float, bool, bytes, type(None))  # what nobody can change in 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a reward sees.
+    """One completion and its prompt's row, as a reward sees them.
 
     Attributes:
-        text: the decoded completion, without the token that ends it. Tags that are special tokens
-            (``<think>``, ``<tool_call>``) stand in it.
-        ids: its tokens as the engine sampled them.
-        row: the prompt's row, with whatever columns the source has.
+        text: the decoded completion without its end token. Tags that are special tokens
+            (``<think>``, ``<tool_call>``) are kept.
+        ids: the completion's token ids as the engine sampled them.
+        row: the prompt's row with all columns of the source.
         truncated: the completion was cut at the token limit.
     """
 
@@ -33,12 +33,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reward that differs from the verifier's answer (partial credit, penalties).
+    """A reward together with the verifier's decision, which may differ (partial credit, penalties).
 
     Attributes:
-        reward: what is learned from.
+        reward: the value that the policy learns from.
         correct: the verifier accepts the completion.
-        parts: what the reward is made of, by name; each is logged as ``reward/<name>_mean``.
+        parts: the components of the reward by name; each is logged as ``reward/<name>_mean``.
     """
 
     reward: float
@@ -47,7 +47,12 @@ class Verdict:
 
     @classmethod
     def of(cls, result: float | Verdict) -> Verdict:
-        """Return a reward's result as a verdict; a number is correct from 1 on."""
+        """Convert a reward's result to a verdict; a number counts as correct if it is at least 1.
+
+        Raises:
+            TypeError: the result is not a number.
+            ValueError: the number is not finite in float32.
+        """
         if isinstance(result, Verdict):
             return result
         value = _number("reward", result)
@@ -55,35 +60,35 @@ class Verdict:
 
 
 class TaskReward(ABC):
-    """A reward with a class of its own; a plain callable of one sample will do as well."""
+    """Base class of rewards with checks or processes; a plain function of one sample works, too."""
 
     @abstractmethod
     def __call__(self, sample: Sample) -> float | Verdict:
-        """Judge one sample; an error is a failure of the reward, not of the completion."""
+        """Judge one sample; raise only if the reward itself fails, not for a wrong completion."""
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge many; where one fails, its error stands in place of the verdict."""
+        """Judge several samples; the result of one that fails is its exception."""
         return [_attempt(self, sample) for sample in samples]
 
     def answer(self, sample: Sample) -> str | None:
-        """Return what majority@k compares: the extraction that the verdict is based on.
+        """Return the answer that majority@k compares: the extraction behind the verdict.
 
-        None has no vote. Here the whole text, without white space around it.
+        A completion whose answer is None does not vote. The default is the whole text, stripped.
         """
         return sample.text.strip()
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Look at a row before training; an error says that no completion of it can be judged."""
+        """Check a row before training; raise if no completion of it could be judged."""
         for child in self.children():
             if isinstance(child, TaskReward):
                 child.check(row)
 
     def children(self) -> Sequence[Reward]:
-        """Return the rewards that this one is made of."""
+        """Return the rewards that this reward combines."""
         return ()
 
     def start(self) -> None:
-        """Check before training that it can work here: libraries, processes.
+        """Check before training that the reward's libraries and processes work on this machine.
 
         Raises:
             ConfigurationError: something is missing.
@@ -93,7 +98,7 @@ class TaskReward(ABC):
                 child.start()
 
     def close(self) -> None:
-        """End what it has started; it may be used again afterwards."""
+        """Stop the processes that the reward has started; it can be used again afterwards."""
         for child in self.children():
             if isinstance(child, TaskReward):
                 child.close()
@@ -104,7 +109,7 @@ class BatchReward(TaskReward):
 
     @abstractmethod
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge many; where one fails, its error stands in place of the verdict."""
+        """Judge several samples; the result of one that fails is its exception."""
 
     def __call__(self, sample: Sample) -> float | Verdict:
         """Judge one sample."""
@@ -118,9 +123,9 @@ Reward: TypeAlias = TaskReward | Callable[[Sample], float | Verdict]
 
 
 def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception]:
-    """Judge samples by any reward; every result is a finite verdict or the error in its place.
+    """Judge samples with any reward; return one finite verdict or exception per sample.
 
-    The reward gets copies: what it changes in a row or in tokens, it changes for itself alone.
+    The reward gets copies, so that it cannot change the rows and tokens of the run.
     """
     results: Sequence[Any]
     samples = [own_copy(sample) for sample in samples]
@@ -137,7 +142,7 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
 
 
 def own_copy(sample: Sample) -> Sample:
-    """Return a sample whose row and tokens may be changed."""
+    """Copy a sample, so that its row and tokens may be changed."""
     row: Mapping[str, Any] = dict(sample.row)
     if not all(type(value) in ATOMS for value in row.values()):
         with suppress(Exception):  # something in it cannot be copied, e.g. a lock
@@ -146,7 +151,7 @@ def own_copy(sample: Sample) -> Sample:
 
 
 def walk(reward: Reward) -> Iterator[Reward]:
-    """Yield a reward and all that it is made of."""
+    """Yield a reward and, recursively, all rewards that it combines."""
     yield reward
     for child in reward.children() if isinstance(reward, TaskReward) else ():
         yield from walk(child)
@@ -172,11 +177,11 @@ def _checked(result: Any) -> Verdict | Exception:
 
 
 def _number(name: str, value: Any) -> float:
-    """Read a number of Python, numpy or torch.
+    """Convert a scalar of Python, numpy or torch to a float.
 
     Raises:
-        TypeError: it is none; texts are none, and arrays of several values.
-        ValueError: it is not finite in float32.
+        TypeError: the value is not a number, e.g. a text or an array of several values.
+        ValueError: the value is not finite in float32.
     """
     plain = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
     if isinstance(plain, str | bytes | complex) or not hasattr(plain, "__float__"):

@@ -1,4 +1,4 @@
-"""Which objects can be called with samples, and how another process gets one."""
+"""Checks that an object can be called with samples, and finds it from another process."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ HERE = "Put it at the top level of a module, or set `time_limit_s: null`."
 
 
 def require_callable(name: str, function: Any) -> None:
-    """Make sure that an object can be called with one argument and returns a result at once.
+    """Refuse an object that cannot be called with one argument, or does not return a result.
 
-    Functions, partials, bound methods and objects with ``__call__`` can.
+    Functions, partials, bound methods and objects with ``__call__`` are accepted.
+
+    Args:
+        name: the setting that names the object, for error messages.
+        function: the object.
 
     Raises:
-        ConfigurationError: it is a class, asynchronous, a generator, takes another number of
-            arguments, or is no function at all.
+        ConfigurationError: the object is a class, asynchronous or a generator, takes another number
+            of arguments, or cannot be called.
     """
     shown = describe(function)
     if inspect.isclass(function):
         raise ConfigurationError(
-            f"`{name}` must be a function or an object: got the class {shown}. Make an object of "
+            f"`{name}` must be a function or an object: got the class {shown}. Create an object of "
             f"it: {function.__name__}()."
         )
     if not callable(function):
@@ -41,12 +45,12 @@ def require_callable(name: str, function: Any) -> None:
     forms = [inner, getattr(type(inner), "__call__", None)]  # noqa: B004 (the function itself)
     if any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in forms):
         raise ConfigurationError(
-            f"`{name}` must return its result at once: got the asynchronous function {shown}. "
-            "Wrap it: lambda sample: asyncio.run(function(sample)), as a function of your module."
+            f"`{name}` must not be asynchronous: got {shown}. Define a function in your module "
+            "that returns asyncio.run(function(sample))."
         )
     if any(inspect.isgeneratorfunction(f) for f in forms):
         raise ConfigurationError(
-            f"`{name}` must return its result: got {shown}, which yields. Return a number."
+            f"`{name}` must return its result: got the generator {shown}. Return a number."
         )
     try:
         signature = inspect.signature(function)
@@ -56,17 +60,17 @@ def require_callable(name: str, function: Any) -> None:
         signature.bind(None)
     except TypeError:
         raise ConfigurationError(
-            f"`{name}` must take one argument, the sample: got {shown}{signature}. Give the others "
-            "a default, or bind them with functools.partial."
+            f"`{name}` must take one argument, the sample: got {shown}{signature}. Give the other "
+            "arguments defaults, or bind them with functools.partial."
         ) from None
 
 
 def portable_target(function: Callable[[Any], Any]) -> tuple[str | None, Any]:
-    """Return how another process finds a function: module and name, or else None and a pickle.
+    """Return how another process can load a function: its module and name, or None and a pickle.
 
     Raises:
-        ConfigurationError: it cannot be had there: a lambda, a nested function, one of the user's
-            main module, or an object that cannot be pickled.
+        ConfigurationError: another process cannot load it: a lambda, a nested function, a function
+            of the user's main module, or an object that cannot be pickled.
     """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if module == "__main__" or "<" in str(name):
@@ -86,7 +90,7 @@ def portable_target(function: Callable[[Any], Any]) -> tuple[str | None, Any]:
 
 
 def describe(function: Any) -> str:
-    """Return a function's name, or what kind of object it is."""
+    """Return a function's name, or an object's class, for messages."""
     name = getattr(function, "__qualname__", None)
     return name if isinstance(name, str) else f"{type(function).__name__} object"
 
@@ -95,5 +99,5 @@ def _not_importable(function: Any, why: str) -> ConfigurationError:
     module = getattr(function, "__module__", None)
     shown = f"{module}.{describe(function)}" if isinstance(module, str) else describe(function)
     return ConfigurationError(
-        f"`function` must be one that another process can import: got {shown}{why}. {HERE}"
+        f"`function` must be importable from another process: got {shown}{why}. {HERE}"
     )

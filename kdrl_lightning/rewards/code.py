@@ -1,4 +1,4 @@
-"""Programs, judged by unit tests in a sandbox."""
+"""A reward that runs the completion's program against unit tests in a sandbox."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ BLOCK = re.compile(r"^```(?:python|py)[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTI
 
 
 class CodeReward(BatchReward):
-    """1 if the completion's program passes all tests of its row, else 0.
+    """Give 1 if the completion's program passes all tests of its row, else 0.
 
-    The program is the last closed block of Python (three backticks and ``python``). Tests are
+    The program is the last closed Python code block (three backticks and ``python``). Tests are
 
-    - assertions: a text or a list of texts (as in MBPP's ``test_list``), run behind the program;
+    - assertions: a text or a list of texts (as in MBPP's ``test_list``), run after the program;
     - or ``{"inputs": [...], "outputs": [...]}``, also as JSON (as in APPS and TACO): the program
-      reads an input and prints the output, compared line by line without white space at the ends.
+      reads an input and prints an output. Outputs are compared line by line; white space at the
+      ends of a line is ignored.
 
-    A program runs in bubblewrap with the standard library alone: without network, files, other
-    processes or an environment, and with limits on time, memory and output. Where that cannot be
-    had, nothing is run. Assertions share an interpreter with the program: one that sets out to
-    deceive them can. Outputs are compared outside, where nothing can be forged.
+    Programs run in bubblewrap with only the standard library: without network, files, other
+    processes or environment variables, and with limits on time, memory and output. If bubblewrap
+    does not work, no program runs. Assertions run in the same interpreter as the program, so a
+    program can cheat them. Outputs are compared outside the sandbox, which a program cannot cheat.
 
     Args:
         tests_column: the row's column with the tests.
-        time_limit_s: of one run.
-        memory_mb: of one run.
-        output_kb: of one run.
-        workers: programs that run at once.
+        time_limit_s: time limit of one run, in seconds.
+        memory_mb: memory limit of one run, in MiB.
+        output_kb: limit on the output of one run, in KiB.
+        workers: number of programs that run at once.
     """
 
     def __init__(
@@ -54,24 +55,29 @@ class CodeReward(BatchReward):
         self.sandbox = Sandbox(time_limit_s, memory_mb, output_kb)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge many, several at once."""
+        """Judge several samples, ``workers`` at a time."""
         require_sandbox()
         with ThreadPoolExecutor(self.workers) as threads:
             return list(threads.map(self._attempt, samples))
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the program; None without one."""
+        """Return the completion's program; None if it has none."""
         return last_program(sample.text)
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Make sure that the row's tests can be read."""
+        """Check that the row's tests can be read.
+
+        Raises:
+            KeyError: the row has no such column.
+            ValueError: the tests are neither assertions nor inputs and outputs.
+        """
         read_tests(row[self.tests_column])
 
     def start(self) -> None:
-        """Try the sandbox.
+        """Check that the sandbox works.
 
         Raises:
-            ConfigurationError: there is no bubblewrap, or it cannot make namespaces here.
+            ConfigurationError: bubblewrap is not installed, or cannot create namespaces.
         """
         require_sandbox()
 
@@ -94,16 +100,16 @@ class CodeReward(BatchReward):
 
 
 def last_program(text: str) -> str | None:
-    """Return the last block of Python; None without one."""
+    """Return the last Python code block of a text; None if it has none."""
     blocks = BLOCK.findall(text)
     return blocks[-1] if blocks else None
 
 
 def read_tests(tests: Any) -> str | list[tuple[str, str]]:
-    """Return assertions as one text, or pairs of input and output.
+    """Return tests as one text of assertions, or as pairs of input and output.
 
     Raises:
-        ValueError: they are neither, or there are none.
+        ValueError: the tests have neither form, or there are none.
 
     >>> read_tests('{"inputs": ["1 2"], "outputs": ["3"]}')
     [('1 2', '3')]
@@ -121,9 +127,9 @@ def read_tests(tests: Any) -> str | list[tuple[str, str]]:
         joined = "\n".join(tests)
         if joined.strip():
             return joined
-    raise ValueError(f"tests must be assertions, or inputs and outputs: got {tests!r:.100}")
+    raise ValueError(f"tests must be assertions, or inputs and outputs: got {tests!r:.100}.")
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines that are compared."""
+    """Split an output into stripped lines for the comparison."""
     return [line.strip() for line in text.strip().splitlines()]

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: added up with weights, or chosen by a column of the row."""
+"""Rewards that combine others: a weighted sum, or a choice by a column of the row."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from kdrl_lightning.rewards.base import (
 
 
 class WeightedRewards(BatchReward):
-    """The weighted sum of several rewards; one of them decides what is correct.
+    """The weighted sum of several rewards; one of them decides correctness.
 
-    Each is logged, unweighted, as ``reward/<name>_mean``, and its own parts as
-    ``reward/<name>.<part>_mean``. Where one fails, the completion's reward fails.
+    Each reward is logged without its weight as ``reward/<name>_mean``, and its parts as
+    ``reward/<name>.<part>_mean``. If one of them fails, the completion's reward fails.
 
     Args:
         rewards: rewards by name.
-        correct: name of the reward whose verdict on correctness counts; None: the first.
-        weights: factor of each name; a name that is not there has 1.
+        correct: name of the reward that decides correctness; None: the first.
+        weights: factor by name; a missing name has the factor 1.
+
+    Raises:
+        ConfigurationError: no rewards, an unknown name, or a weight that is not finite.
 
     >>> both = WeightedRewards({"short": lambda s: len(s.ids) < 3, "any": lambda s: 1.0},
     ...                        correct="short", weights={"any": 0.5})
@@ -45,10 +48,14 @@ class WeightedRewards(BatchReward):
             raise ConfigurationError("`rewards` must have at least one reward: got none.")
         names = ", ".join(rewards)
         if correct is not None and correct not in rewards:
-            raise ConfigurationError(f"`correct` must be one of {names}: got {correct}.")
+            raise ConfigurationError(
+                f"`correct` must be one of {names}: got {correct}. Name one of `rewards`."
+            )
         for name, weight in (weights or {}).items():
             if name not in rewards:
-                raise ConfigurationError(f"`weights` must be of {names}: got one of {name}.")
+                raise ConfigurationError(
+                    f"`weights` must name only {names}: got {name}. Name one of `rewards`."
+                )
             if not abs(weight) < float("inf"):
                 raise ConfigurationError(f"`weights` must be finite: got {weight} for {name}.")
         self.rewards = rewards
@@ -56,16 +63,16 @@ class WeightedRewards(BatchReward):
         self.correct = correct or next(iter(rewards))
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge by each reward in turn, all samples at once."""
+        """Judge all samples with one reward after the other, and sum the results."""
         results = {name: judge(reward, samples) for name, reward in self.rewards.items()}
         return [self._sum({n: r[i] for n, r in results.items()}) for i in range(len(samples))]
 
     def children(self) -> Sequence[Reward]:
-        """Return the rewards."""
+        """Return the rewards of the sum."""
         return list(self.rewards.values())
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the answer that the deciding reward finds."""
+        """Return the answer that the reward named by ``correct`` extracts."""
         return answer_of(self.rewards[self.correct], sample)
 
     def _sum(self, results: dict[str, Verdict | Exception]) -> Verdict | Exception:
@@ -81,11 +88,14 @@ class WeightedRewards(BatchReward):
 
 
 class RoutedReward(BatchReward):
-    """Another reward for each kind of row, as ``MixedPrompts`` puts them together.
+    """Judges each row with the reward that a column names, e.g. for a mixture of ``MixedPrompts``.
 
     Args:
-        rewards: rewards by the column's value.
-        column: the row's column that says which.
+        rewards: rewards by value of the column.
+        column: the row's column that selects the reward.
+
+    Raises:
+        ConfigurationError: no rewards.
     """
 
     def __init__(self, rewards: dict[str, Reward], column: str = "source") -> None:
@@ -95,37 +105,37 @@ class RoutedReward(BatchReward):
         self.column = column
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge the samples of each kind together."""
+        """Judge the samples, those of each reward in one call."""
         results: list[float | Verdict | Exception] = [
             KeyError(f"no reward for {self.column} {sample.row.get(self.column)!r}")
             for sample in samples
         ]
         for name, reward in self.rewards.items():
-            own = [i for i, s in enumerate(samples) if self._name(s.row) == name]
-            judged = judge(reward, [samples[i] for i in own])
-            for i, result in zip(own, judged, strict=True):
+            routed = [i for i, s in enumerate(samples) if self._name(s.row) == name]
+            judged = judge(reward, [samples[i] for i in routed])
+            for i, result in zip(routed, judged, strict=True):
                 results[i] = result
         return results
 
     def children(self) -> Sequence[Reward]:
-        """Return the rewards."""
+        """Return the rewards of all values of the column."""
         return list(self.rewards.values())
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Let the row's own reward look at it; a row without one fails when it is judged."""
+        """Check a row with its reward; a row without a reward fails when it is judged."""
         reward = self.rewards.get(self._name(row) or "")
         if isinstance(reward, TaskReward):
             reward.check(row)
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the answer that the row's own reward finds."""
+        """Return the answer that the row's reward extracts."""
         name = self._name(sample.row) or str(sample.row[self.column])
         return answer_of(self.rewards[name], sample)
 
     def _name(self, row: Mapping[str, Any]) -> str | None:
-        """Return the name that the column's value stands for; None without one.
+        """Return the key of ``rewards`` that matches the column's value; None if no key does.
 
-        A whole number counts without its fraction, ``True`` as ``true``, too; see ``accepted``.
+        2.0 also matches ``2``, and ``True`` also matches ``true``; see ``accepted``.
         """
         value = row.get(self.column)
         names = () if missing(value) else accepted(row, self.column)

@@ -1,4 +1,4 @@
-"""Exact match with a reference answer."""
+"""A reward for an exact match with the reference answer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
 class ExactMatch(TaskReward):
-    """1 if the completion's answer equals one that the row accepts, else 0.
+    """Give 1 if the completion's answer equals a reference answer of the row, else 0.
 
     White space around both is ignored. See ``accepted`` for numbers, lists and missing answers.
 
     Args:
-        marker: the answer is what follows its last occurrence, in the completion (one without it
-            has no answer) and, where it occurs there, in the reference; None takes all of both.
+        marker: the answer is the text after its last occurrence. A completion without the marker
+            has no answer; a reference without it counts whole. None: compare the whole texts.
         answer_column: the row's column with the reference answer.
 
     >>> ExactMatch(marker="#")(Sample("6*7=42 #42", [], {"answer": "42"}))
@@ -30,15 +30,20 @@ class ExactMatch(TaskReward):
         self.answer_column = answer_column
 
     def __call__(self, sample: Sample) -> float:
-        """Judge one sample; a row without the answer's column is an error."""
+        """Judge one sample.
+
+        Raises:
+            KeyError: the row has no ``answer_column``.
+            ConfigurationError: the row has no answer.
+        """
         return float(self.answer(sample) in self._references(sample.row))
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Make sure that the row has an answer."""
+        """Check that the row has an answer."""
         self._references(row)
 
     def answer(self, sample: Sample) -> str | None:
-        """Return what follows the marker; None without one."""
+        """Return the text after the last marker; None if the completion has no marker."""
         if self.marker is None:
             return sample.text.strip()
         return after_marker(sample.text, self.marker)
@@ -51,6 +56,6 @@ class ExactMatch(TaskReward):
         if not any(cut):
             raise ConfigurationError(
                 f"`{self.answer_column}` must have an answer after {self.marker!r}: got "
-                f"{texts[0]!r:.40} in the row {shorten(row)}. Fill it in, or leave the row out."
+                f"{texts[0]!r:.40} in the row {shorten(row)}. Add the answer, or remove the row."
             )
         return [text for text in cut if text]

@@ -1,4 +1,4 @@
-"""Whether a completion thinks first and answers then."""
+"""A reward for completions that think first and then answer, in tags."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
 class FormatReward(TaskReward):
-    """1 for ``<think>...</think> <answer>...</answer>``, else 0.
+    """Give 1 for a completion of the form ``<think>...</think> <answer>...</answer>``, else 0.
 
-    Each tag once, in this order, nothing before, between or behind but white space.
+    Each tag must occur once, in this order, with only white space before, between and after the
+    two blocks.
 
     Args:
-        opened: the prompt ends with ``<think>``, as some chat templates do it; the completion then
-            must not open it again.
+        opened: the prompt already ends with ``<think>``, as with some chat templates, so the
+            completion must not open it again.
 
     >>> FormatReward()(Sample("<think>6*7</think><answer>42</answer>", [], {}))
     1.0
@@ -27,6 +28,6 @@ class FormatReward(TaskReward):
         return float(in_think_format(sample.text, self.opened))
 
     def answer(self, sample: Sample) -> str | None:
-        """Return what stands in the answer's tags; None where the format is wrong."""
+        """Return the text between the answer tags; None if the format is wrong."""
         formed = in_think_format(sample.text, self.opened)
         return last_tagged(sample.text, "answer") if formed else None

@@ -1,4 +1,4 @@
-"""Any Python function as a reward, of one sample or of many, with a time limit."""
+"""Any Python function as a reward, for one sample or a batch, with a time limit."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 
 class RewardFunction(BatchReward):
-    """A function, by its import path, as a reward.
+    """Uses a Python function, given by its import path, as a reward.
 
-    A function, a partial, a bound method or an object with ``__call__``; not a class, a lambda or
-    an asynchronous function. It runs in other processes, where it can be ended, and with it what it
-    has started: import what it needs in its own module, and keep no state. One that needs this
-    process's state or GPU takes ``time_limit_s: null``: it then runs here, and one that hangs
-    cannot be ended. A plain function given as the reward itself runs here, too.
+    The function may also be a partial, a bound method or an object with ``__call__``, but not a
+    class, a lambda or an asynchronous function. It runs in worker processes, which are killed with
+    all that they have started if a call exceeds the time limit. So import what it needs in its
+    module, and keep no state. If it needs the state or the GPU of the training process, set
+    ``time_limit_s: null``: it then runs in the training process, and a call that hangs cannot be
+    stopped. A plain function given directly as the reward also runs in the training process.
 
     Args:
-        function: of one ``Sample``, returning a number or a ``Verdict``; with ``batch``, of a list
-            of samples, returning as many.
-        batch: it takes all samples of a call together.
-        time_limit_s: of one call; None runs it in this process.
-        workers: processes; a batch goes to one.
+        function: takes one ``Sample`` and returns a number or a ``Verdict``; with ``batch``, takes
+            a list of samples and returns a list of the same length.
+        batch: call the function once with all samples.
+        time_limit_s: limit of one call in seconds; None runs it in the training process.
+        workers: number of worker processes; a batch uses one.
+
+    Raises:
+        ConfigurationError: the function cannot be called with one argument, or another process
+            cannot load it.
     """
 
     def __init__(
@@ -44,18 +49,21 @@ class RewardFunction(BatchReward):
         )
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge many; if a batch fails, all of it does."""
+        """Judge several samples; with ``batch``, an error fails all of them."""
         if not self.batch:
             return self._map(list(samples))
         (results,) = self._map([list(samples)])
         if isinstance(results, Exception):
             raise results
         if isinstance(results, str | bytes | Mapping) or not hasattr(results, "__iter__"):
-            raise TypeError(f"a batch's results must be a list: got {type(results).__name__}")
+            raise TypeError(
+                f"`function` must return a list for a batch: got {type(results).__name__}. "
+                "Return one number or Verdict per sample."
+            )
         return list(results)
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the worker processes."""
         if self.pool is not None:
             self.pool.close()
 

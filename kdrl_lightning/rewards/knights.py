@@ -1,4 +1,4 @@
-"""Knights and Knaves: format and answer, as Logic-RL rewards them."""
+"""Logic-RL's reward for Knights and Knaves: a part for the format and one for the answer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ CLAIM = re.compile(r"\b(\w+)\s+is\s+(?:an?\s+)?(\w+)", re.IGNORECASE)
 
 
 class KnightsAndKnavesReward(TaskReward):
-    """Format and answer, separately (Logic-RL, arXiv 2502.14768).
+    """Sum of a format reward and an answer reward (Logic-RL, arXiv 2502.14768).
 
-    The format is that of ``FormatReward``. The answer counts only where the format is right; it is
-    read from the answer's tags, and must say of each inhabitant once what he is. ``parts`` has
-    ``format`` and ``answer``; correct is a right answer in the right format.
+    The format is that of ``FormatReward``. The answer is read from the answer tags, only if the
+    format is right, and must name the role of each inhabitant exactly once. The verdict's ``parts``
+    are ``format`` and ``answer``; a completion is correct if both are right.
 
     Args:
-        answer_column: the row's column with the solution: ``Emma is a knight, and Liam is ...``,
-            or with several of which each is right.
-        format: for the right format; less that for a wrong one.
-        right: for the right answer.
-        wrong: for one with a wrong role.
-        unreadable: for none, or one that leaves an inhabitant out or names him twice.
-        opened: the prompt ends with ``<think>``.
+        answer_column: the row's column with the solution (``Emma is a knight, and Liam is ...``),
+            or with a list of accepted solutions.
+        format: reward for the right format; a wrong format gets minus this value.
+        right: reward for the right answer.
+        wrong: reward for an answer with a wrong role.
+        unreadable: reward if there is no answer, or if it omits an inhabitant or names one twice.
+        opened: the prompt already ends with ``<think>``.
     """
 
     def __init__(
@@ -48,7 +48,12 @@ class KnightsAndKnavesReward(TaskReward):
         self.opened = opened
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Judge one sample; a row whose solution cannot be read is an error."""
+        """Judge one sample.
+
+        Raises:
+            KeyError: the row has no ``answer_column``.
+            ConfigurationError: the row's solution cannot be read.
+        """
         solutions = self._solutions(sample.row)
         formed = in_think_format(sample.text, self.opened)
         given = self._given(sample, solutions[0])
@@ -58,16 +63,16 @@ class KnightsAndKnavesReward(TaskReward):
         return Verdict(sum(parts.values()), correct, parts)
 
     def answer(self, sample: Sample) -> str | None:
-        """Return who is said to be what, in the order of the names; None if it cannot be read."""
+        """Return each inhabitant's claimed role, sorted by name; None if it cannot be read."""
         given = self._given(sample, self._solutions(sample.row)[0])
         return None if given is None else ", ".join(f"{n} {given[n]}" for n in sorted(given))
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Make sure that the row's solution can be read."""
+        """Check that the row's solution can be read."""
         self._solutions(row)
 
     def _solutions(self, row: Mapping[str, Any]) -> Sequence[dict[str, str]]:
-        rule = f"`{self.answer_column}` must say once what each inhabitant is"
+        rule = f"`{self.answer_column}` must name the role of each inhabitant once"
         try:
             read = [claims(text) for text in accepted(row, self.answer_column)]
         except ConfigurationError as error:
@@ -76,7 +81,10 @@ class KnightsAndKnavesReward(TaskReward):
         names = {frozenset(solution) for solution in solutions}
         doubled = any(len(one) != len(all_) for one, all_ in zip(solutions, read, strict=True))
         if doubled or len(names) != 1 or not solutions[0]:
-            raise ConfigurationError(f"{rule}: got {row[self.answer_column]!r:.100}.")
+            raise ConfigurationError(
+                f"{rule}: got {row[self.answer_column]!r:.100}. Write it as `Emma is a knight, and "
+                "Liam is a knave.`"
+            )
         return solutions
 
     def _given(self, sample: Sample, solution: dict[str, str]) -> dict[str, str] | None:
@@ -88,7 +96,7 @@ class KnightsAndKnavesReward(TaskReward):
 
 
 def claims(text: str) -> list[tuple[str, str]]:
-    """Return who is said to be what, in small letters.
+    """Return the (name, role) pairs that a text claims, in lower case.
 
     >>> claims("Emma is a knight, and Liam is an egoist.")
     [('emma', 'knight'), ('liam', 'egoist')]

@@ -7,15 +7,18 @@ from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
 
 
 class LengthPenalty(TaskReward):
-    """A penalty that grows over the last tokens before the limit; put it beside a task's reward.
+    """A penalty that grows over the last tokens before the token limit.
 
     DAPO (arXiv 2503.14476, Eq. 13): 0 up to ``max_tokens - buffer_tokens``, then falling linearly
-    to -1 at ``max_tokens``. It says nothing about correctness: ``WeightedRewards`` adds it to the
-    reward that does.
+    to -1 at ``max_tokens``. The penalty does not judge correctness: add it to a task's reward with
+    ``WeightedRewards``.
 
     Args:
         max_tokens: token limit of a completion, as in ``data.max_tokens``.
-        buffer_tokens: width of the penalty, from 1 to ``max_tokens``.
+        buffer_tokens: tokens over which the penalty falls, from 1 to ``max_tokens``.
+
+    Raises:
+        ConfigurationError: ``buffer_tokens`` is outside this range.
 
     >>> penalty = LengthPenalty(max_tokens=10, buffer_tokens=4)
     >>> [penalty(Sample("", [0] * n, {})).reward for n in (6, 8, 10)]
@@ -27,12 +30,12 @@ class LengthPenalty(TaskReward):
         if not 1 <= buffer_tokens <= max_tokens:
             raise ConfigurationError(
                 f"`buffer_tokens` must be from 1 to max_tokens {max_tokens}: got {buffer_tokens}. "
-                "DAPO takes a fifth of it."
+                "DAPO uses a fifth of max_tokens."
             )
         self.max_tokens = max_tokens
         self.buffer_tokens = buffer_tokens
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Judge one sample."""
+        """Return the penalty of one sample, in [-1, 0], with ``correct`` false."""
         over = len(sample.ids) - (self.max_tokens - self.buffer_tokens)
         return Verdict(0.0 - min(max(over / self.buffer_tokens, 0.0), 1.0), False)

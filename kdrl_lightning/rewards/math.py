@@ -1,4 +1,4 @@
-"""Mathematics, judged by math-verify in processes that can be killed."""
+"""A reward that compares mathematical answers, with math-verify in processes that can be killed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kdrl_lightning.rewards.answers.units import same_quantity
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 
-# Longer answers are wrong: nobody asks for them, and parsers take their time over them.
+# Longer answers count as wrong: no task asks for them, and parsers take very long to read them.
 LONGEST_ANSWER = 1000
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z ]*")
-# Parsers are built at their first use, which takes longer than all others.
+# math-verify builds its parsers at their first use, which takes longer than all later calls.
 WARM_UP = [(r"\frac{1}{2}", "0.5"), ("x+1", r"1+\sqrt{x^2}"), ("(1, 2)", r"\{1, 2\}")]
-# To math-verify 1e-9 is e - 9.
+# math-verify reads 1e-9 as e - 9.
 E_NOTATION = re.compile(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)")
-RELATIVE = 5e-6  # what rounding to six places leaves of 0.1
-# What people type, as LaTeX writes it.
+RELATIVE = 5e-6  # the relative error of 0.1 after rounding to six places
+# Symbols that people type, and their LaTeX.
 SYMBOLS = str.maketrans(
     {"²": "^2", "³": "^3", "⁄": "/", "°": r"^\circ ", "×": r"\times "}
     | {"·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
@@ -36,20 +36,20 @@ STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
 
 
 class MathReward(BatchReward):
-    r"""1 if the answer equals the reference, or one of several, as mathematics, else 0.
+    r"""Give 1 if the answer equals a reference answer of the row mathematically, else 0.
 
-    The answer is the content of the last ``\boxed{...}``, or what follows the last marker on its
-    line; a completion without one is wrong, whatever else it says. The reference is cut in the same
-    way if it has a box or the marker, else taken whole. Numbers are compared exactly: ``5\%`` is
+    The answer is the content of the last ``\boxed{...}``, or the rest of the line after the last
+    marker; a completion without one is wrong. The reference is extracted in the same way if it has
+    a box or the marker; otherwise the whole text counts. Numbers are compared exactly: ``5\%`` is
     0.05, ``1.6e-19`` is not ``9.1e-31``; a decimal equals 1/3 if it has at least six places. Words
-    are compared as words; all else by math-verify, in other processes: what hangs there is killed
-    and fails with ``TimeoutError`` (see ``RewardRunner`` for what a failure gets).
+    are compared as words. math-verify compares everything else, in worker processes: a comparison
+    that hangs is killed and fails with ``TimeoutError`` (``RewardRunner`` handles failures).
 
     Args:
-        marker: what stands before the answer, e.g. ``####``; None: the answer is boxed.
-        answer_column: the row's column with the reference.
-        time_limit_s: of one comparison.
-        workers: processes that compare.
+        marker: text before the answer, e.g. ``####``; None: the answer is boxed.
+        answer_column: the row's column with the reference answer.
+        time_limit_s: time limit of one comparison, in seconds.
+        workers: number of worker processes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MathReward(BatchReward):
         self.pool = WorkerPool(equal, time_limit_s, workers, WARM_UP)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge many; each pair of reference and answer once."""
+        """Judge several samples; each distinct pair of reference and answer is compared once."""
         results: list[float | Verdict | Exception] = [0.0] * len(samples)
         hard: dict[tuple[str, str], list[int]] = {}
         for i, sample in enumerate(samples):
@@ -90,13 +90,13 @@ class MathReward(BatchReward):
         return results
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Make sure that the row has an answer."""
+        """Check that the row has an answer."""
         self.references(row)
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the answer that votes: texts that ``equal_at_once`` finds equal are one.
+        """Return the answer that votes in majority@k; integers and words have one spelling.
 
-        Nothing else is compared here: 1/2 and 0.5 are two answers, both of which may be right.
+        Votes are compared as texts: 1/2 and 0.5 are two answers, both of which may be right.
         """
         given = self.given(sample.text)
         if given is None or INTEGER.fullmatch(given):
@@ -107,7 +107,7 @@ class MathReward(BatchReward):
         return word if len(word) == 1 else word.lower()
 
     def given(self, text: str) -> str | None:
-        """Return a completion's answer; None without one, or with one of absurd length."""
+        """Return a completion's answer; None if it has none, or one of over 1000 characters."""
         found = last_boxed(text) if self.marker is None else after_marker(text, self.marker)
         if found is None:
             return None
@@ -118,13 +118,14 @@ class MathReward(BatchReward):
         """Return the answers that a row accepts; see ``accepted``.
 
         Raises:
-            ConfigurationError: it has none.
+            KeyError: the row has no ``answer_column``.
+            ConfigurationError: the row has no answer.
         """
         golds = [self._cut(text) for text in accepted(row, self.answer_column)]
         if not any(golds):
             raise ConfigurationError(
                 f"a row must have an answer, but its `{self.answer_column}` is empty: got none "
-                f"in the row {shorten(row)}. Fill it in, or leave the row out."
+                f"in the row {shorten(row)}. Add the answer, or remove the row."
             )
         return list(dict.fromkeys(gold for gold in golds if gold))
 
@@ -134,22 +135,25 @@ class MathReward(BatchReward):
         return _bare(next(text for text in (boxed, marked, whole) if text is not None))
 
     def start(self) -> None:
-        """Start the processes, and let one compare.
+        """Start a worker process and check one comparison.
 
         Raises:
             ConfigurationError: math-verify is not installed, or does not work.
         """
         (result,) = self.pool.map([("x+1", "1+x")])
         if result is not True:
-            raise ConfigurationError(f"`math_verify` must find x+1 equal to 1+x: got {result!r}.")
+            raise ConfigurationError(
+                f"`math_verify` must find x+1 equal to 1+x: got {result!r}. Reinstall it: pip "
+                "install 'kdrl_lightning[tasks]'."
+            )
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the worker processes."""
         self.pool.close()
 
 
 def equal_at_once(gold: str, answer: str) -> bool | None:
-    """Compare what needs no parser; None for all else.
+    """Compare two answers without a parser; return None if that cannot decide.
 
     >>> equal_at_once("72", "072"), equal_at_once("yes", "No"), equal_at_once("1/2", "0.5")
     (True, False, True)
@@ -166,7 +170,7 @@ def equal_at_once(gold: str, answer: str) -> bool | None:
         return number if number is not None else quantity
     word = _plain(gold)
     if WORDS.fullmatch(word):
-        # A letter may be a symbol; to a parser a word is a product of symbols, in any order.
+        # A letter may be a symbol. A parser would read a word as a product of symbols.
         given = _plain(answer)
         return given == word if len(word) == 1 else given.lower() == word.lower()
     sides = numeric_sides(answer)
@@ -179,7 +183,7 @@ def equal_at_once(gold: str, answer: str) -> bool | None:
 
 
 def equal(pair: tuple[str, str]) -> bool:
-    """Compare reference and answer by math-verify; runs in a worker.
+    """Compare a (reference, answer) pair with math-verify; runs in a worker process.
 
     Raises:
         ValueError: math-verify cannot read the reference.
@@ -193,12 +197,12 @@ def equal(pair: tuple[str, str]) -> bool:
     if ("%" in pair[0]) != ("%" in pair[1]):
         return False  # math-verify drops the sign
     math_verify = load_library("math_verify")
-    logging.disable(logging.CRITICAL)  # of what it cannot read
+    logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
 
     def parsed(text: str) -> list[Any]:
         config = [math_verify.LatexExtractionConfig()]
         text = E_NOTATION.sub(r"\1\\times 10^{\2}", text)
-        # Its own time-outs use signals.
+        # Without its time-outs, which use signals.
         found: list[Any] = math_verify.parse(f"${text}$", config, parsing_timeout=None)
         return found
 
@@ -229,7 +233,7 @@ def _values(parsed: Any) -> list[complex] | None:
     kind = type(parsed).__name__
     if kind in ("Tuple", "FiniteSet", "Interval"):
         entries = [_values(entry) for entry in parsed.args[: 2 if kind == "Interval" else None]]
-        return None if None in entries else [v for own in entries for v in own or ()]
+        return None if None in entries else [v for entry in entries for v in entry or ()]
     try:
         symbols = sorted(parsed.free_symbols, key=str)
         given = {symbol: 1.37 + 0.71 * i for i, symbol in enumerate(symbols)}

@@ -1,4 +1,4 @@
-"""reasoning-gym's own scorers, behind a strict extraction of the answer."""
+"""A reward that extracts the answer strictly and scores it with reasoning-gym's scorers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdrl_lightning.rewards.answers.references import accepted, missing
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 
-# What a student would find if a scorer gave full credit to it, whatever the question.
+# Constant answers that a student would learn if a scorer gave them full credit for any question.
 CONSTANTS = (
     *("no answer at all", "nan", "nan+nanj", "inf", "-inf", "1e999", "0", "1", "-1", "x", "?"),
     *("None", "True", "False", "yes", "no", "[]", "{}", "()", "."),
@@ -23,20 +23,20 @@ WARM_UP = [("chain_sum", "1", {"answer": "1"})]  # imports the library
 
 
 class ReasoningGymReward(BatchReward):
-    """The score of the row's task for the answer; correct is what gets the full score.
+    """Score the answer with the scorer of the row's task; a full score counts as correct.
 
-    The answer is what stands between the last ``<answer>`` tags, or follows the last marker; a
-    completion without is wrong. Never the whole completion: many scorers give credit to any text
-    that contains the answer. Scorers run in other processes: some compute what they are
-    given.
+    The answer is the text between the last ``<answer>`` tags, or after the last marker; a
+    completion without one is wrong. The scorer never sees the whole completion, because many
+    scorers give credit to any text that contains the answer. Scorers run in worker processes,
+    because some evaluate the answer as an expression.
 
     Args:
-        marker: what stands before the answer; None: it is in ``<answer>`` tags.
-        task: whose scorer; None: the row's ``metadata.source_dataset``, which
+        marker: text before the answer; None: the answer is in ``<answer>`` tags.
+        task: name of the reasoning-gym task; None: the row's ``metadata.source_dataset``, which
             ``ReasoningGymPrompts`` writes.
-        partial: keep the scorer's partial credit; else that is 0.
-        time_limit_s: of one scoring.
-        workers: processes that score.
+        partial: keep the scorer's partial credit; otherwise only a full score is rewarded.
+        time_limit_s: time limit of one scoring, in seconds.
+        workers: number of worker processes.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class ReasoningGymReward(BatchReward):
         self._probed: set[str] = set()
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge many."""
+        """Judge several samples in the worker processes."""
         return [self._verdict(value) for value in self.pool.map([self._asked(s) for s in samples])]
 
     def answer(self, sample: Sample) -> str | None:
-        """Return what stands between the tags or behind the marker; None without them."""
+        """Return the text between the tags or after the marker; None if they are missing."""
         if self.marker is None:
             return last_tagged(sample.text, "answer")
         return after_marker(sample.text, self.marker)
@@ -78,7 +78,7 @@ class ReasoningGymReward(BatchReward):
                 raise result
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the worker processes."""
         self.pool.close()
 
     def _asked(self, sample: Sample) -> tuple[str | None, str | None, dict[str, Any]]:
@@ -92,11 +92,11 @@ class ReasoningGymReward(BatchReward):
 
 
 def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
-    """Score an answer; runs in a worker.
+    """Score a (task, answer, row) triple; runs in a worker process.
 
     Raises:
-        ConfigurationError: there is no such task, or its scorer gives full credit to this answer
-            whatever the question.
+        ConfigurationError: reasoning-gym has no such task, or the task's scorer gives this constant
+            answer full credit for most questions.
     """
     task, answer, row = asked
     task = task or str(row["metadata"]["source_dataset"])
@@ -105,17 +105,17 @@ def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
         return 0.0
     best = max(_credit(scorer, answer, one) for one in _with_each_answer(row))
     if best >= 1.0 and answer in CONSTANTS and always_right(task, answer):
-        # As game_of_life_halting's does with any text, complex_arithmetic's with nan (0.1.25).
+        # In 0.1.25, game_of_life_halting does so with any text, complex_arithmetic with nan.
         raise ConfigurationError(
-            f"`task` must have a scorer that tells right from wrong: got {task}, whose scorer in "
-            f"reasoning-gym gives full credit to {answer!r} whatever the answer is. Choose another "
-            "task, or judge its answers with a reward of your own."
+            f"`task` must have a scorer that rejects wrong answers: got {task}, whose scorer in "
+            f"reasoning-gym gives {answer!r} full credit for most questions. Choose another "
+            "task, or write your own reward for it."
         )
     return best
 
 
 def _with_each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row once for each accepted answer; scorers read texts, and some need none."""
+    """Return one copy of the row per accepted answer, as text; scorers cannot read other types."""
     if isinstance(row.get("answer"), str) or missing(row.get("answer")):
         return [row]
     return [{**row, "answer": text} for text in accepted(row)]
@@ -125,7 +125,7 @@ def _credit(scorer: Any, answer: str, row: dict[str, Any]) -> float:
     try:
         return float(scorer(answer, row))
     except Exception:
-        # Some scorers raise at an answer that they cannot read; the right one they must.
+        # Some scorers raise if they cannot read an answer; they must be able to read the right one.
         if row.get("answer") is not None:
             scorer(str(row["answer"]), row)
         return 0.0
@@ -133,12 +133,12 @@ def _credit(scorer: Any, answer: str, row: dict[str, Any]) -> float:
 
 @cache
 def always_right(task: str, answer: str) -> bool:
-    """Whether a task's scorer gives full credit to an answer on most rows, whose answers differ."""
+    """Check whether a scorer gives one answer full credit on most rows, whose answers differ."""
     scorer = load_scorer(task)
     items = load_library("reasoning_gym").create_dataset(task, size=PROBE_ROWS, seed=PROBE_SEED)
     satisfied: list[Any] = []
     for row in (items[i] for i in range(PROBE_ROWS)):
-        with suppress(Exception):  # it cannot read the answer
+        with suppress(Exception):  # the scorer cannot read the answer
             if float(scorer(answer, row)) >= 1.0:
                 satisfied.append(row.get("answer") or len(satisfied))
     return len(satisfied) > PROBE_ROWS / 2 and len(set(map(str, satisfied))) > 1
@@ -146,13 +146,16 @@ def always_right(task: str, answer: str) -> bool:
 
 @cache
 def load_scorer(task: str) -> Any:
-    """Return a task's scorer.
+    """Return a task's scoring function.
 
     Raises:
-        ConfigurationError: there is no such task, or reasoning-gym is not installed.
+        ConfigurationError: reasoning-gym has no such task, or is not installed.
     """
     factory = load_library("reasoning_gym.factory")
     load_library("reasoning_gym")  # fills the factory
     if task not in factory.DATASETS:
-        raise ConfigurationError(f"`task` must be one of reasoning-gym's: got {task}.")
+        raise ConfigurationError(
+            f"`task` must be a task of reasoning-gym: got {task}. Choose one of its data sets, "
+            "e.g. chain_sum."
+        )
     return factory.get_score_answer_fn(task)

@@ -10,6 +10,7 @@ from kdrl_lightning.engines.base import Completion, Sampling
 from kdrl_lightning.models.end_tokens import EndTokens, first_end
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.processes.runner import RewardRunner
+from kdrl_lightning.rollout.policy import Tokenizer
 from kdrl_lightning.rollout_batch import STUDENT
 
 EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
@@ -38,7 +39,7 @@ class Generates(Protocol):
 
 def sample_and_judge(
     engine: Generates,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rewards: RewardRunner,
     prompts: Sequence[EncodedPrompt],
     seeds: Sequence[list[int]],
@@ -73,8 +74,8 @@ def sample_and_judge(
     groups = engine.generate([ids for _, ids in prompts], seeds, sampling)
     flat = [
         (row, ids, _ended(c, ends, row))
-        for (row, ids), own in zip(prompts, groups, strict=True)
-        for c in own
+        for (row, ids), group in zip(prompts, groups, strict=True)
+        for c in group
     ]
     texts = _texts(tokenizer, [c for _, _, c in flat])
     samples = [
@@ -87,7 +88,7 @@ def sample_and_judge(
     ]
 
 
-def _texts(tokenizer: Any, completions: Sequence[Completion]) -> list[str]:
+def _texts(tokenizer: Tokenizer, completions: Sequence[Completion]) -> list[str]:
     """Decode; tags as ``<think>`` are special tokens of some tokenizers, and rewards read them."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     frame = {getattr(tokenizer, name, None) for name in names}
@@ -96,8 +97,7 @@ def _texts(tokenizer: Any, completions: Sequence[Completion]) -> list[str]:
         [i for i in (c.ids if c.truncated else c.ids[:-1]) if i not in frame]
         for c in completions
     ]
-    decoded: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=False)
-    return decoded
+    return tokenizer.batch_decode(ids, skip_special_tokens=False)
 
 
 def _ended(completion: Completion, ends: EndTokens, row: Mapping[str, Any]) -> Completion:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
-from kdrl_lightning.rollout.ahead import Request
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
+from kdrl_lightning.rollout.live import Request
 from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.rollout.prompt_order import (
     PROBE_NOISE,
@@ -41,8 +42,8 @@ class SampleAndJudge(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Who adds completions to a group.
+class GroupShare:
+    """What the student, or the teacher, adds to each group.
 
     Attributes:
         source: ``STUDENT`` or ``TEACHER``.
@@ -65,7 +66,6 @@ class Collector:
         slots: which groups there are.
         student: the student's part of each group.
         teacher: the teacher's part of each group.
-        mask_truncated: leave completions cut at the token limit out of the loss.
         teacher_seconds: time that the teacher took to generate.
         repeat: rollouts after which the same prompts come again; 0: after all have been taken.
         counts: of the rows that were drawn and skipped.
@@ -73,9 +73,8 @@ class Collector:
     """
 
     slots: Slots
-    student: Source
-    teacher: Source
-    mask_truncated: bool = False
+    student: GroupShare
+    teacher: GroupShare
     teacher_seconds: float = 0.0
     repeat: int = 0
     counts: DrawCounts = field(default_factory=DrawCounts)
@@ -105,12 +104,15 @@ class Collector:
         Returns:
             The batch, its groups, and the groups that were replaced.
         """
+        # 1. Sample a group for each of this rank's slots, and another one for a flat group.
         groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
-            lambda slots, attempt: self._groups(rollout, prompts, slots, attempt, sample),
+            partial(self._groups, rollout, prompts, sample),
             self.slots.max_refills,
         )
+        # 2. Put the completions of a group next to each other.
         self.latest = judged = [j for group in groups for j in group]
+        # 3. Build the batch, with the teacher that is to score each row.
         batch = collate(
             [j.prompt_ids for j in judged],
             [j.completion.ids for j in judged],
@@ -123,22 +125,20 @@ class Collector:
             rollout_logprobs=[j.completion.logprobs for j in judged],
             source=[j.source for j in judged],
             teacher_route=[route(j.row) for j in judged],
-            temperature=self.student.sampling.temperature,
-            engine_exact=self.student.engine.exact,
-            mask_truncated=self.mask_truncated,
+            mask_truncated=self.slots.settings.mask_truncated,
         )
-        return batch, groups, replaced
+        return self._sampled(batch), groups, replaced
 
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
     ) -> list[Request]:
-        """Return what ``collect`` will ask first of the engines that can sample beside training."""
+        """Return what ``collect`` will ask first of the engines that can sample during training."""
         slots = self.slots.of_rank(rank, world_size)
         ids = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         return [
-            Request(own.engine, ids, seeds, own.sampling)
-            for own, seeds in self._seeded(rollout, slots)
-            if own.engine.beside
+            Request(share.engine, ids, seeds, share.sampling)
+            for share, seeds in self._seeded(rollout, slots)
+            if share.engine.supports_async
         ]
 
     def probe(
@@ -156,20 +156,26 @@ class Collector:
         engine, sampling = self.student.engine, self.student.sampling
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, PROBE_TOKENS))
         made = [c for (c,) in engine.generate(asked, seeds, sampling)]
-        return collate(
+        batch = collate(
             asked,
             [c.ids for c in made],
             list(range(len(made))),
             pad_id=pad_id,
             policy_version=[engine.version or 0] * len(made),
             rollout_logprobs=[c.logprobs for c in made],
-            temperature=sampling.temperature,
-            engine_exact=engine.exact,
+        )
+        return self._sampled(batch)
+
+    def _sampled(self, batch: RolloutBatch) -> RolloutBatch:
+        """Note how the student's engine sampled."""
+        student = self.student
+        return batch.replace(
+            temperature=student.sampling.temperature, engine_exact=student.engine.exact
         )
 
     def _version(self, judged: Judged) -> int:
-        own = judged.completion.version
-        return self.student.engine.version or 0 if own is None else own
+        version = judged.completion.version
+        return self.student.engine.version or 0 if version is None else version
 
     def _prompts(
         self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
@@ -191,27 +197,27 @@ class Collector:
 
     def _seeded(
         self, rollout: int, slots: list[int], attempt: int = 0
-    ) -> Iterator[tuple[Source, list[list[int]]]]:
-        for own, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
-            if own.count:
-                yield own, [self.slots.seeds(rollout, s, attempt, stream, own.count) for s in slots]
+    ) -> Iterator[tuple[GroupShare, list[list[int]]]]:
+        for share, stream in ((self.student, TRAIN_NOISE), (self.teacher, TEACHER_NOISE)):
+            if size := share.count:
+                yield share, [self.slots.seeds(rollout, s, attempt, stream, size) for s in slots]
 
     def _groups(
         self,
         rollout: int,
         prompts: Sequence[EncodedPrompt],
+        sample: SampleAndJudge,
         slots: list[int],
         attempt: int,
-        sample: SampleAndJudge,
     ) -> list[list[Judged]]:
         chosen, skipped = self._prompts(rollout, prompts, slots, attempt)
         self.counts.add(len(slots), skipped)
         groups: list[list[Judged]] = [[] for _ in slots]
-        for own, seeds in self._seeded(rollout, slots, attempt):
+        for share, seeds in self._seeded(rollout, slots, attempt):
             started = time.perf_counter()
-            judged = sample(own.engine, chosen, seeds, own.sampling, own.source)
+            judged = sample(share.engine, chosen, seeds, share.sampling, share.source)
             for i, group in enumerate(groups):
-                group += judged[i * own.count : (i + 1) * own.count]
-            if own.source == TEACHER:
+                group += judged[i * share.count : (i + 1) * share.count]
+            if share.source == TEACHER:
                 self.teacher_seconds += time.perf_counter() - started
         return groups

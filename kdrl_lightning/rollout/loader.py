@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class IndexLoader:
@@ -65,6 +66,6 @@ def rows_at(positions: Iterable[int], size: int, seed: int) -> list[int]:
 
 
 @lru_cache(maxsize=2)  # a rollout may lie in two passes
-def _order(size: int, epoch: int, seed: int) -> Any:
+def _order(size: int, epoch: int, seed: int) -> NDArray[np.integer[Any]]:
     order = np.random.default_rng([seed, epoch]).permutation(size)
     return order.astype(np.uint32) if size < 1 << 32 else order  # 4 MB for a million rows

@@ -9,6 +9,7 @@ import torch
 
 from kdrl_lightning.engines.base import noise_seed
 from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout_batch import flat_groups, reward_dtype
 
 # Streams of noise: student rollouts, evaluation, the teacher's completions, probes of the sync.
@@ -22,16 +23,28 @@ class Slots:
     Prompt and noise of a slot depend on seed, rollout, slot and attempt alone.
 
     Attributes:
-        count: groups of a rollout.
-        minibatches: parts of a rollout; each rank holds its share of every part.
-        max_refills: attempts beyond the first for a group whose rewards are all equal.
+        settings: how many groups a rollout has, in how many mini-batches, and how often a group is
+            sampled anew.
         seed: of the run.
     """
 
-    count: int
-    minibatches: int
-    max_refills: int
+    settings: RolloutSettings
     seed: int
+
+    @property
+    def count(self) -> int:
+        """Groups of a rollout."""
+        return self.settings.prompts_per_rollout
+
+    @property
+    def minibatches(self) -> int:
+        """Parts of a rollout; each rank holds its share of every part."""
+        return self.settings.minibatches_per_rollout
+
+    @property
+    def max_refills(self) -> int:
+        """Attempts beyond the first for a group whose rewards are all equal."""
+        return self.settings.max_refills
 
     def of_rank(self, rank: int, world_size: int) -> list[int]:
         """Return a rank's slots: of every mini-batch, every world-size-th."""

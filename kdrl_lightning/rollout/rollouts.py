@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from kdrl_lightning.distributed import require_embedded, require_finite, stop_together
+from kdrl_lightning.distributed import require_embedded, stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.metrics import peak_gb
 from kdrl_lightning.rollout.draws import DrawCounts
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
 from kdrl_lightning.rollout.groups import Collector
 from kdrl_lightning.rollout.live import LiveSampler
-from kdrl_lightning.rollout.parts import part_means
 from kdrl_lightning.rollout.saved import pack, unpack
-from kdrl_lightning.rollout.statistics import RolloutWatch
-from kdrl_lightning.rollout.updates import FROZEN_TOKENS, RolloutPlan, plan_updates
+from kdrl_lightning.rollout.settings import RolloutSettings
+from kdrl_lightning.rollout.statistics import RolloutWatch, part_means
+from kdrl_lightning.rollout.updates import (
+    FROZEN_TOKENS,
+    Cut,
+    RolloutPlan,
+    Waits,
+    plan_updates,
+    resume_updates,
+)
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
-
-BatchChange: TypeAlias = Callable[[RolloutBatch], RolloutBatch]
 
 
 class RolloutSource:
     """Hands out micro-batches; which rollout they are of follows from ``trainer.global_step``.
 
     Args:
+        settings: how rollouts are sampled and used.
         collector: fills the groups of a rollout.
         live: samples with the run's weights.
-        epochs: how often a rollout is replayed.
-        max_micro_tokens: of a micro-batch, padding included.
-        max_off_policy_steps: 1 samples the next rollout while one trains.
 
     Attributes:
         prompts: all that are trained on.
@@ -40,19 +43,12 @@ class RolloutSource:
         plan: the rollout in use.
     """
 
-    def __init__(
-        self,
-        collector: Collector,
-        live: LiveSampler,
-        epochs: int,
-        max_micro_tokens: float,
-        max_off_policy_steps: int,
-    ) -> None:
+    def __init__(self, settings: RolloutSettings, collector: Collector, live: LiveSampler) -> None:
         self.collector = collector
         self.live = live
-        self.epochs = epochs
-        self.max_micro_tokens = max_micro_tokens
-        self.max_off_policy_steps = max_off_policy_steps
+        self.epochs = settings.epochs_per_rollout
+        self.max_micro_tokens: float = settings.max_tokens_per_micro_batch or float("inf")
+        self.max_off_policy_steps = settings.max_off_policy_steps
         self.prompts: Sequence[EncodedPrompt] = []
         self.watch = RolloutWatch()
         self.plan: RolloutPlan | None = None
@@ -147,29 +143,29 @@ class RolloutSource:
         """Return the half-used rollout of a checkpoint; without one it is made anew."""
         if self._stored is None or self._stored["rollout"] != rollout:
             return self._make(rollout)
-        batch, module = unpack(self._stored["tensors"], self._slots()), self.live.module
+        module = self.live.module
+        batch = unpack(self._stored["tensors"], self._slots()).to(module.device)
         self._stored = None
-        frozen: dict[str, Any] = {}
-        if batch.teacher_pending and module.objective.divergence is None:
-            # Of an estimator that ran the teacher in each update; this one does not.
-            batch, frozen = (
-                batch.replace(teacher_pending=False),
-                {"score_frozen": module.score_frozen},
-            )
-        return self._cut(batch, rollout, lambda b: b, lambda b: b, **frozen)
+        # The scores of the updates to come are stored, unless these run the teacher.
+        waits = Waits(teacher=module.objective.divergence is not None)
+        return resume_updates(batch, rollout, self._cut(), module, waits)
 
     def _make(self, rollout: int) -> RolloutPlan:
+        """Make a rollout with the current weights."""
         started, module = time.perf_counter(), self.live.module
+        # 1. Give the engines the current weights, unless they sampled this rollout in advance.
         sync_seconds = self._sync(rollout)
+        # 2. Sample this rank's groups, and judge the completions.
         batch, groups, replaced = stop_together(lambda: self._collect(rollout), module.reduce)
         self.collector.student.engine.release()
+        # 3. Begin to sample the next rollout, if the run samples in advance.
         if self.max_off_policy_steps:
             sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
-        plan = self._planned(batch, rollout)
-        teacher, tokens = plan.batch.teacher_logprobs, int(plan.batch.completion_mask.sum())
-        teacher = None if plan.batch.teacher_pending else teacher  # the update sees to it
-        stop_together(lambda: require_finite(teacher, tokens), module.reduce)
+        # 4. Score the completions, prepare the objective, and cut them into updates.
+        batch = batch.to(module.device)
+        plan = plan_updates(batch, rollout, self._cut(), module, self._waits(batch))
+        # 5. Measure the rollout; its first micro-batch carries the metrics.
         seconds = {
             "time/sync_s": sync_seconds,
             "time/rollout_s": sampled - started - sync_seconds,
@@ -178,6 +174,17 @@ class RolloutSource:
             "time/teacher_s": self.teacher_seconds - (self._teacher_seconds or 0.0),
         }
         self._teacher_seconds = self.teacher_seconds
+        metrics = self._measure(plan, groups, replaced, seconds)
+        return plan.with_metrics(metrics, self.live.trainer.global_step % self.updates)
+
+    def _measure(
+        self,
+        plan: RolloutPlan,
+        groups: list[list[Judged]],
+        replaced: list[list[Judged]],
+        seconds: dict[str, float],
+    ) -> dict[str, float]:
+        module = self.live.module
         metrics = self.watch.measure(
             plan.batch,
             self.live.rewards,
@@ -186,13 +193,11 @@ class RolloutSource:
             module.objective.needs_groups,
             replaced,
         )
-        own = [j.verdict for group in groups for j in group if j.source == STUDENT]
-        metrics |= part_means(own)
+        metrics |= part_means(j.verdict for g in groups for j in g if j.source == STUDENT)
         metrics["rollout/bad_rows"] = self._bad_rows()
         cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
         padding, peak = module.reduce(cost, "max").tolist()
-        metrics |= {"rollout/padding_frac": padding, "memory/peak_gb": peak}
-        return plan.with_metrics(metrics, self.live.trainer.global_step % self.updates)
+        return metrics | {"rollout/padding_frac": padding, "memory/peak_gb": peak}
 
     def _bad_rows(self) -> float:
         """Count the rows that were skipped on all ranks; stop if they are too many."""
@@ -209,8 +214,9 @@ class RolloutSource:
         if self.live.ahead.rollout != rollout:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
         if theirs.count and theirs.engine.version is None:
-            owner = module if theirs.engine.fixed else module.teacher
-            self.live.sync(theirs.engine, owner.weights())
+            teacher = None if theirs.engine.has_own_weights else module.teacher
+            weights = None if teacher is None else teacher.weights()
+            self.live.sync(theirs.engine, module.weights() if weights is None else weights)
         return seconds
 
     def _start_next(self, rollout: int) -> float:
@@ -229,7 +235,7 @@ class RolloutSource:
 
     def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
         """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
-        teacher = self.live.module.teacher
+        module = self.live.module
         # The precision decides in which type rewards are compared and kept.
         with self.live.trainer.precision_plugin.forward_context():
             batch, groups, replaced = self.collector.collect(
@@ -237,57 +243,35 @@ class RolloutSource:
                 self.prompts,
                 *self.live.ranks,
                 self.live.sample,
-                (lambda row: 0) if teacher is None else teacher.route,
+                module.frozen.route,
                 self.live.pad_id,
             )
-        if teacher is not None:
-            teacher.accept(batch)
+        module.frozen.accept(batch)
         if self.collector.teacher.count:
-            require_embedded(batch.completion_ids, self.live.module.vocabulary_rows)
+            require_embedded(batch.completion_ids, module.vocabulary_rows)
         return batch, groups, replaced
 
-    def _planned(self, batch: RolloutBatch, rollout: int) -> RolloutPlan:
-        """Score a new rollout; what updates compute in any case, and nothing reads before, waits.
+    def _waits(self, batch: RolloutBatch) -> Waits:
+        """Return the scores that updates give in any case, and that ``prepare`` does not read.
 
-        Of the student that is the first update, of a teacher with a divergence each.
+        A replay needs the scores of before the first update, so with several epochs nothing waits.
         """
-        module, objective = self.live.module, self.live.module.objective
-        once = self.epochs == 1
-        pending = once and not objective.reads_old_scores(batch)
-        runs = once and objective.divergence is not None
-        waits = runs and not objective.reads_teacher_scores(batch)
-        return self._cut(
-            batch,
-            rollout,
-            module.score,
-            module.objective.prepare,
-            score_first=module.leave_room if pending else None,
-            leave_teacher_room=module.leave_teacher_room if waits else None,
-            score_frozen=module.score_frozen,
-            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if module.joins_frozen else 0,
+        objective, once = self.live.module.objective, self.epochs == 1
+        runs_teacher = once and objective.divergence is not None
+        return Waits(
+            student=once and not objective.reads_old_scores(batch),
+            teacher=runs_teacher and not objective.reads_teacher_scores(batch),
         )
 
-    def _cut(
-        self,
-        batch: RolloutBatch,
-        rollout: int,
-        score: BatchChange,
-        prepare: BatchChange,
-        **frozen: Any,
-    ) -> RolloutPlan:
-        module = self.live.module
-        return plan_updates(
-            batch.to(module.device),
-            rollout=rollout,
+    def _cut(self) -> Cut:
+        joins = self.live.module.frozen.joins
+        return Cut(
             minibatches=self.collector.slots.minibatches,
             epochs=self.epochs,
             micro_batches=self.live.trainer.accumulate_grad_batches,
             max_tokens=self.collector.student.sampling.max_tokens,
             max_micro_tokens=self.max_micro_tokens,
-            score=score,
-            prepare=prepare,
-            reduce=module.reduce,
-            **frozen,
+            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if joins else 0.0,
         )
 
     def _slots(self) -> list[int]:

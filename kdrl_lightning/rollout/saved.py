@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kdrl_lightning.rollout.updates import TEACHER_FIELDS
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 
@@ -39,7 +40,6 @@ def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, An
     return {name: value[order] for name, value in whole.items()} | {
         "temperature": batch.temperature,
         "engine_exact": batch.engine_exact,
-        "teacher_pending": batch.teacher_pending,
     }
 
 
@@ -50,7 +50,10 @@ def unpack(state: Mapping[str, Any], slots: Sequence[int]) -> RolloutBatch:
         state: what ``pack`` returned.
         slots: of this rank's groups, in their order.
     """
-    everything = RolloutBatch(**state)
+    known = dict(state)
+    if known.pop("teacher_pending", False):  # 0.1 wrote NaN where the update runs the teacher
+        known |= dict.fromkeys(TEACHER_FIELDS)
+    everything = RolloutBatch(**known)
     rows, groups = [], []
     for group, slot in enumerate(slots):
         members = (everything.group_ids == slot).nonzero().squeeze(-1).tolist()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
+from kdrl_lightning.rewards.base import Verdict
 from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
 
+Sums: TypeAlias = dict[str, tuple[float, int]]  # of each part: total and count
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
 
 
@@ -46,7 +47,7 @@ class RolloutWatch:
         """Return the rollout's metrics, and warn once for each way in which it is wasted.
 
         Args:
-            batch: this rank's scored completions.
+            batch: this rank's completions.
             rewards: its failures since the last rollout are reported.
             seconds: time of each phase.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
@@ -56,15 +57,6 @@ class RolloutWatch:
         sizes = batch.group_ids.bincount()
         own = batch.source == STUDENT
         real = batch.completion_mask & own[:, None]
-        gap, floored = torch.zeros(()), torch.zeros(())
-        known = batch.old_logprobs is not None and not batch.old_pending
-        if batch.rollout_logprobs is not None and batch.old_logprobs is not None and known:
-            # Unbiased, non-negative estimate (k3) of KL(engine || trainer) on engine samples.
-            log_ratio = (batch.old_logprobs - batch.rollout_logprobs).double()
-            gap = (log_ratio.expm1() - log_ratio)[real].sum()
-        teacher_known = batch.teacher_logprobs is not None and not batch.teacher_pending
-        if batch.teacher_logprobs is not None and teacher_known:
-            floored = (batch.teacher_logprobs <= LOGPROB_FLOOR)[batch.completion_mask].sum()
         values = [
             float(own.sum()),
             float(batch.rewards[own].double().sum()),
@@ -73,21 +65,19 @@ class RolloutWatch:
             float(batch.truncated[own].sum()),
             float(len(sizes)),
             float(flat_groups(batch.rewards, batch.group_ids).sum()),
-            float(gap),
             float(rewards.take_failures()),
             float((~own).sum()),
             float(batch.rewards[~own].double().sum()),
             float(batch.correct[~own].sum()),
             float(batch.completion_mask.sum()),
-            float(floored),
             float(len(replaced)),
             float(sum(len(group) for group in replaced)),
             float(sum(len(j.completion.ids) for group in replaced for j in group)),
         ]
         totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
-        count, reward, correct, tokens, truncated, groups, flat, mismatch, failures = totals[:9]
-        theirs, their_reward, their_correct, all_tokens, floored_tokens = totals[9:14]
-        refilled, dropped, dropped_tokens = totals[14:]
+        count, reward, correct, tokens, truncated, groups, flat, failures = totals[:8]
+        theirs, their_reward, their_correct, all_tokens = totals[8:12]
+        refilled, dropped, dropped_tokens = totals[12:]
         sampled = all_tokens + dropped_tokens
         self.rollouts += 1
         self.completions += int(count + theirs + dropped)
@@ -120,16 +110,12 @@ class RolloutWatch:
                 "rollout/length_mean": tokens / count,
                 "rollout/truncated_frac": truncated / count,
             }
-            if not batch.old_pending:  # else the update reports it
-                metrics["rollout/mismatch_kl"] = mismatch / tokens
         if theirs:
             metrics |= {
                 "teacher/reward_mean": their_reward / theirs,
                 "teacher/correct_frac": their_correct / theirs,
                 "teacher/length_mean": (all_tokens - tokens) / theirs,
             }
-        if teacher_known:  # else the update reports it
-            metrics["kd/floored_frac"] = floored_tokens / all_tokens
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,3 +132,34 @@ class RolloutWatch:
         if value > limit and text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"{value:.0%} {text}.", stacklevel=2)
+
+
+def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """Return ``reward/<name>_mean`` of every part on any rank; collective.
+
+    A part's mean is over the completions that have it: with a reward for each kind of row, not all
+    have the same.
+    """
+    here: Sums = {}
+    for verdict in verdicts:
+        for name, value in verdict.parts.items():
+            total, count = here.get(name, (0.0, 0))
+            here[name] = total + value, count + 1
+    totals: dict[str, list[tuple[float, int]]] = {}
+    for sums in _gather(here):
+        for name, pair in sums.items():
+            totals.setdefault(name, []).append(pair)
+    return {
+        f"reward/{name}_mean": sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+        for name, pairs in sorted(totals.items())
+    }
+
+
+def _gather(here: Sums) -> list[Sums]:
+    # Objects, not tensors: ranks need not know the same names.
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [here]
+    ranks: list[Sums] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(ranks, here)
+    return ranks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +13,14 @@ from torch import Tensor
 from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 
-OLD = ("old_logprobs", "old_entropy", "topk_ids")
-TEACHER = ("teacher_logprobs", "teacher_entropy", "teacher_top_ids")
-FROZEN = (*TEACHER, "teacher_topk_logprobs", "teacher_tail_logprobs", "ref_logprobs")
+OLD_FIELDS = ("old_logprobs", "old_entropy", "topk_ids")
+TEACHER_FIELDS = (
+    "teacher_logprobs",
+    "teacher_entropy",
+    "teacher_top_ids",
+    "teacher_topk_logprobs",
+    "teacher_tail_logprobs",
+)
 # A pass without gradient keeps no activations: it may take more than a micro-batch at once.
 FROZEN_TOKENS = 4096
 # In a layer a prompt's keys and values are repeated for each row: so many times the tokens.
@@ -31,6 +38,8 @@ class RolloutPlan:
         totals: per optimizer step, its counts over all ranks.
         metrics: measurements, handed out with the first micro-batch.
         first_update: the update at which the rollout was made; not 0 after a resume in between.
+        unscored: so many updates, from the start, have no stored scores of the student: their own
+            forward passes give them.
     """
 
     rollout: int
@@ -39,15 +48,17 @@ class RolloutPlan:
     totals: list[StepTotals]
     metrics: Mapping[str, float]
     first_update: int = 0
+    unscored: int = 0
 
     def micro_batch(self, update: int, micro: int) -> RolloutBatch:
         """Return one micro-batch, trimmed to its own longest row."""
         first = update == self.first_update and micro == 0
         part = self.batch.select(self.updates[update][micro])
+        missing = OLD_FIELDS if update < self.unscored else ()
         return part.replace(
             totals=self.totals[update],
             metrics=self.metrics if first else {},
-            old_pending=self.batch.old_pending and update == 0,
+            **dict.fromkeys(missing),
         )
 
     @property
@@ -63,71 +74,145 @@ class RolloutPlan:
         return replace(self, metrics=metrics, first_update=first_update)
 
 
-def plan_updates(
-    batch: RolloutBatch,
-    *,
-    rollout: int,
-    minibatches: int,
-    epochs: int,
-    micro_batches: int,
-    max_tokens: int,
-    max_micro_tokens: float,
-    score: Callable[[RolloutBatch], RolloutBatch],
-    prepare: Callable[[RolloutBatch], RolloutBatch],
-    reduce: Callable[[Tensor, str], Tensor],
-    score_first: Callable[[RolloutBatch], RolloutBatch] | None = None,
-    leave_teacher_room: Callable[[RolloutBatch], RolloutBatch] | None = None,
-    score_frozen: Callable[[RolloutBatch], RolloutBatch] = lambda batch: batch,
-    frozen_tokens: float = 0,
-) -> RolloutPlan:
-    """Cut, score and prepare a rollout.
+class Scoring(Protocol):
+    """What a plan asks of the module: each method returns the batch with fields added."""
 
-    The student's scoring runs on the very micro-batches of the updates, so that old
-    log-probabilities equal those of the first update bit for bit, and need no more memory. That of
-    teacher and reference joins micro-batches up to ``frozen_tokens``, so that a prompt that several
-    of them share is run once.
+    def score(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add the student's scores."""
 
-    Args:
-        batch: this rank's completions; groups in the order of their mini-batches.
-        rollout: its index.
+    def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add the reference's scores, if there is a reference."""
+
+    def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add the teacher's scores, if there is a teacher."""
+
+    def prepare(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add what the objective decides once for the whole rollout."""
+
+    def reduce(self, value: Tensor, operation: str) -> Tensor:
+        """Reduce a tensor over ranks."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How rollouts are cut into updates.
+
+    Attributes:
         minibatches: disjoint parts, whole groups, one update each.
         epochs: replays; every replay has the same mini-batches.
         micro_batches: per update.
         max_tokens: the token limit of a completion.
         max_micro_tokens: of a micro-batch, padding included.
-        score: adds the student's scores to a part.
-        prepare: the objective's, on the whole rollout.
-        reduce: ``(tensor, "sum") -> tensor`` over ranks.
-        score_first: instead of ``score`` on the parts of the first update, where that update's own
-            forward pass gives the student's scores and ``prepare`` does not read them.
-        leave_teacher_room: makes room for the teacher's scores, where the updates run it for a
-            divergence and ``prepare`` does not read them.
-        score_frozen: adds the scores of teacher and reference to a part.
-        frozen_tokens: of such a part, where it is more than one micro-batch.
+        frozen_tokens: of what teacher and reference score at once, if it is more than one
+            micro-batch.
     """
-    groups = int(batch.group_ids.max()) + 1
-    lengths = batch.lengths.tolist()
-    members: list[list[int]] = [[] for _ in range(minibatches)]
-    for row, group in enumerate(batch.group_ids.tolist()):
-        members[group * minibatches // groups].append(row)
-    updates = []
-    for rows in members:
-        parts = partition([lengths[r] for r in rows], micro_batches, max_micro_tokens)
-        updates.append([[rows[i] for i in part] for part in parts])
-    first, later = updates[0], [rows for update in updates[1:] for rows in update]
-    batch = _scored(batch, first, score_first or score, OLD)
-    batch = _scored(batch, later, score, OLD)
-    if leave_teacher_room is not None:
-        batch = leave_teacher_room(batch)
-    wide = joined([*first, *later], batch, frozen_tokens)
-    batch = _scored(batch, wide, score_frozen, FROZEN)
-    # What is yet to come is hidden, so that whoever reads it after all is told.
-    names = (*(OLD if score_first else ()), *(TEACHER if batch.teacher_pending else ()))
-    room = {name: getattr(batch, name) for name in names}
-    batch = prepare(batch.replace(**dict.fromkeys(names))).replace(**room)
-    batch = batch.replace(old_pending=score_first is not None)
-    totals = [step_totals(batch.select(rows), max_tokens, reduce) for rows in members]
-    return RolloutPlan(rollout, batch, updates * epochs, totals * epochs, {})
+
+    minibatches: int
+    epochs: int
+    micro_batches: int
+    max_tokens: int
+    max_micro_tokens: float = float("inf")
+    frozen_tokens: float = 0.0
+
+    def updates(self, batch: RolloutBatch) -> list[list[list[int]]]:
+        """Return the rows of each micro-batch of each update of one replay."""
+        lengths = batch.lengths.tolist()
+        groups = int(batch.group_ids.max()) + 1
+        members: list[list[int]] = [[] for _ in range(self.minibatches)]
+        for row, group in enumerate(batch.group_ids.tolist()):
+            members[group * self.minibatches // groups].append(row)
+        updates = []
+        for rows in members:
+            own = [lengths[r] for r in rows]
+            parts = partition(own, self.micro_batches, self.max_micro_tokens)
+            updates.append([[rows[i] for i in part] for part in parts])
+        return updates
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Scores that updates give by themselves, so that no model is run for them before.
+
+    Attributes:
+        student: the first update's forward pass gives the student's scores of its completions.
+        teacher: each update runs the teacher, for a divergence over the full vocabulary.
+    """
+
+    student: bool = False
+    teacher: bool = False
+
+
+def plan_updates(
+    batch: RolloutBatch, rollout: int, cut: Cut, scoring: Scoring, waits: Waits
+) -> RolloutPlan:
+    """Score a new rollout and cut it into optimizer steps.
+
+    Scoring by the student runs on the very micro-batches of the updates, so that old
+    log-probabilities equal those of the first update bit for bit, and need no more memory. That of
+    teacher and reference joins micro-batches up to ``cut.frozen_tokens``, so that a prompt that
+    several of them share is run once.
+
+    Args:
+        batch: this rank's completions; groups in the order of their mini-batches.
+        rollout: its index.
+        cut: sizes of the updates.
+        scoring: scores and prepares.
+        waits: scores that the updates give.
+    """
+    # 1. Cut the rows into updates and micro-batches.
+    updates = cut.updates(batch)
+    first, later = updates[0], list(chain.from_iterable(updates[1:]))
+    # 2. Score with the student, except what the first update's own pass gives.
+    batch = _scored(batch, later if waits.student else [*first, *later], scoring.score, OLD_FIELDS)
+    # 3. Score with the reference, and with the teacher unless each update runs it.
+    wide = joined([*first, *later], batch, cut.frozen_tokens)
+    batch = _scored(batch, wide, scoring.score_reference, ("ref_logprobs",))
+    if not waits.teacher:
+        batch = _scored(batch, wide, scoring.score_teacher, TEACHER_FIELDS)
+    # 4. Let the objective decide what holds for the whole rollout. It sees the student's scores of
+    #    all completions or of none.
+    hidden = OLD_FIELDS if waits.student else ()
+    kept = {name: getattr(batch, name) for name in hidden}
+    batch = scoring.prepare(batch.replace(**dict.fromkeys(hidden))).replace(**kept)
+    # 5. Count each step over all ranks.
+    return _plan(batch, rollout, updates, cut, scoring, int(waits.student))
+
+
+def resume_updates(
+    batch: RolloutBatch, rollout: int, cut: Cut, scoring: Scoring, waits: Waits
+) -> RolloutPlan:
+    """Cut a rollout of a checkpoint, which was scored and prepared when it was made.
+
+    Args:
+        batch: this rank's completions.
+        rollout: its index.
+        cut: sizes of the updates.
+        scoring: scores with the teacher, if the run before left that to its updates and this one
+            does not.
+        waits: scores that the updates give.
+    """
+    updates = cut.updates(batch)
+    if batch.teacher_logprobs is None and not waits.teacher:
+        rows = list(chain.from_iterable(updates))
+        batch = _scored(batch, rows, scoring.score_teacher, TEACHER_FIELDS)
+    return _plan(batch, rollout, updates, cut, scoring, 0)
+
+
+def _plan(
+    batch: RolloutBatch,
+    rollout: int,
+    updates: list[list[list[int]]],
+    cut: Cut,
+    scoring: Scoring,
+    unscored: int,
+) -> RolloutPlan:
+    totals = [
+        step_totals(batch.select(sorted(chain.from_iterable(u))), cut.max_tokens, scoring.reduce)
+        for u in updates
+    ]
+    return RolloutPlan(
+        rollout, batch, updates * cut.epochs, totals * cut.epochs, {}, unscored=unscored
+    )
 
 
 def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> list[list[int]]:
@@ -166,7 +251,7 @@ def _scored(
     score: Callable[[RolloutBatch], RolloutBatch],
     names: tuple[str, ...],
 ) -> RolloutBatch:
-    """Run ``score`` on parts and gather the fields of ``names``."""
+    """Run ``score`` on parts and gather the fields of ``names``; 0 on rows of no part."""
     whole: dict[str, Tensor] = {}
     for rows in parts:
         part = score(batch.select(rows))
@@ -175,9 +260,7 @@ def _scored(
             if value is None:
                 continue
             if name not in whole:
-                old = getattr(batch, name)
-                blank = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
-                whole[name] = blank if old is None else old.clone()
+                whole[name] = value.new_zeros(*batch.completion_ids.shape, *value.shape[2:])
             index = torch.tensor(rows, device=value.device)
             whole[name][index, : value.shape[1]] = value
     return batch.replace(**whole)

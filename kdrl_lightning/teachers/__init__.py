@@ -1,4 +1,4 @@
-"""Frozen teachers behind one protocol."""
+"""Frozen teachers: in this process, on servers, cached on disk, or several with routing."""
 
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher

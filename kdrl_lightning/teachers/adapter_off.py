@@ -1,4 +1,4 @@
-"""The base model of a LoRA student as a teacher or reference."""
+"""A teacher that is the base model of a LoRA student."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from kdrl_lightning.teachers.base import Teacher
 
 
 class AdapterOffTeacher(Teacher):
-    """The student with its adapters switched off: the base model, without a second copy of it.
+    """Scores with the student's base model: the same weights with the adapters switched off.
 
-    It scores and gives hidden states. It does not generate: the model at hand is the student's.
+    There is no second copy of the model. This teacher gives scores and hidden states; it cannot
+    generate, because an engine would sample from the student with its adapters.
     """
 
     gives_states = True
@@ -35,38 +36,38 @@ class AdapterOffTeacher(Teacher):
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
-        """Whether the student runs a prompt once for all its completions."""
+        """Whether the student runs each prompt once for all its completions."""
         return self._scorer().shares
 
     def prepare(self) -> None:
-        """Do nothing: the student is there."""
+        """Do nothing: the student is already prepared."""
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Accept: the vocabulary is the student's own."""
+        """Do nothing: the vocabulary is the student's."""
 
     def look_at(self, student: Scorer, path: str) -> None:
-        """Remember the student."""
+        """Keep a reference to the student, which was loaded from ``path``."""
         self._student, self._path = student, path
 
     def load(self, device: torch.device) -> None:
-        """Do nothing: the weights are where the student's are."""
+        """Do nothing: the weights are the student's."""
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Score the sampled tokens in one forward pass of the student's model."""
+        """Score the sampled tokens in one forward pass of the base model; see ``Teacher.score``."""
         scorer = self._scorer()
         with adapters_off(scorer.model):
             return scorer.score(batch, top_k=1, topk_ids=topk_ids)
 
     @torch.no_grad()
     def states(self, batch: RolloutBatch) -> Other:
-        """Run the forward pass up to the head, which has no adapter."""
+        """Return the base model's hidden states and its head, which has no adapter."""
         scorer = self._scorer()
         with adapters_off(scorer.model):
             return scorer.states(batch)
 
     def fingerprint(self) -> str:
-        """Digest the base model."""
+        """Return a digest of the base model's configuration and weights."""
         return ModelWeights(self._scorer().model, self._path, merged=False).fingerprint()
 
     def _scorer(self) -> Scorer:

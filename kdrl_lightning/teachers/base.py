@@ -1,4 +1,4 @@
-"""What the module asks of a teacher."""
+"""The protocol of a teacher: what a run asks of it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class Teacher(ABC):
-    """Scores the student's tokens. A plain object, so that no optimizer or checkpoint sees it.
+    """Scores completions with a frozen model.
+
+    A teacher is a plain object, not a submodule, so that optimizers and checkpoints do not see it.
 
     Attributes:
-        generates: its weights are at hand, so that it can sample completions.
-        gives_states: it can give hidden states, for divergences over the full vocabulary.
-        collective: it lies over several ranks, so that all must score equally often.
-        other_end: student's and teacher's end token in words, where they differ and its scores are
-            not translated; set by ``check``.
-        needs_lora: it is the student without its adapters.
-        knows_entropy: it tells the entropy of its distributions.
-        joins: it may score several micro-batches at once, prompts that they share run once.
+        generates: the weights are in this process, so that an engine can sample from them.
+        gives_states: ``states`` works; divergences over the full vocabulary need it.
+        collective: ranks score together, so that all of them must call ``score`` equally often.
+        other_end: the end tokens of student and teacher, in words, if they differ and the teacher
+            does not translate them; else None. ``check`` sets it.
+        needs_lora: the teacher is the student without its adapters.
+        knows_entropy: ``score`` returns the entropy of the teacher's distributions.
+        joins: one call may score several micro-batches, so that a prompt they share runs once.
     """
 
     generates: bool = False
@@ -41,33 +43,41 @@ class Teacher(ABC):
 
     @property
     def model_name(self) -> str | None:
-        """Folder or hub name of its model; None if it is not in this process."""
+        """Folder or hub name of the teacher's model; None if it is not in this process."""
         return None
 
     @property
     def vocabulary_rows(self) -> int | None:
-        """Rows of its embedding: every id of a prompt must be below; None if nobody knows."""
+        """Rows of the teacher's embedding, which ids must stay below; None if unknown."""
         return None
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make or fetch what is needed; called on one process, before anything is loaded."""
+        """Make or download the model; one process calls it before anything is loaded."""
 
     @abstractmethod
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Raise ``ConfigurationError`` unless token ids mean the same to student and teacher."""
+        """Compare the tokenizers of student and teacher.
+
+        Args:
+            student_tokenizer: the student's tokenizer.
+            student_path: folder or hub name of the student, for messages.
+
+        Raises:
+            ConfigurationError: a token id has different meanings.
+        """
 
     def spread(self, sharding: Sharding | None) -> None:  # noqa: B027
-        """Say how weights in this process are to lie over ranks, before they are loaded."""
+        """Set how the weights are split over ranks; called before ``load``. None: not at all."""
 
     def check_temperature(self, temperature: float) -> None:  # noqa: B027
-        """Raise ``ConfigurationError`` for a temperature that it cannot score at."""
+        """Raise ``ConfigurationError`` if the teacher cannot score at this temperature."""
 
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
-        """Get the student, loaded from ``path``, for a teacher that is a view of it."""
+        """Receive the student, loaded from ``path``; only teachers that use its weights need it."""
 
     def accept(self, batch: RolloutBatch) -> None:  # noqa: B027
-        """Raise ``TrainingStopped`` for completions that it cannot score, before it has to."""
+        """Raise ``TrainingStopped`` if the teacher cannot score these completions."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
@@ -75,46 +85,53 @@ class Teacher(ABC):
 
     @abstractmethod
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Score the sampled tokens, without gradient, at the batch's temperature.
+        """Return log-probabilities of the sampled tokens, at the batch's temperature.
+
+        No gradient is kept.
 
         Args:
-            batch: completions.
-            topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+            batch: B completions of at most T tokens.
+            topk_ids: ``[B, T, K]``, further token ids to score at each position; None for none.
 
         Returns:
-            ``[B, T]`` scores, 0 on padding, with the teacher's own best token in ``topk_ids`` and
-            its values at the given ids in ``topk_logprobs``, and of the rest in ``tail_logprobs``.
+            ``logprobs`` ``[B, T]`` in nats, 0 on padding; the teacher's most likely token in
+            ``topk_ids``. With the argument ``topk_ids``: the log-probabilities of those ids in
+            ``topk_logprobs`` and of all other tokens together in ``tail_logprobs``.
         """
 
     def take_part(self, batch: RolloutBatch) -> None:
-        """Do a collective teacher's part where this rank has nothing for it to score."""
+        """Join the collectives of a collective teacher if this rank has nothing to score."""
         self.score(batch.select([0]))
 
     def states(self, batch: RolloutBatch) -> Other:
-        """Return hidden states and head, for a divergence over the full vocabulary.
+        """Return hidden states and head, from which a loss computes full-vocabulary divergences.
 
         Raises:
             ConfigurationError: the teacher can only score tokens.
         """
         raise ConfigurationError(
             f"`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
-            f"{type(self).__name__}. Use one, or a sampled or top-k estimator."
+            f"{type(self).__name__}. Use a LocalTeacher, or a sampled or top-k estimator."
         )
 
     def route(self, row: Mapping[str, Any]) -> int:
-        """Return which of several teachers scores the completions of a prompt row."""
+        """Return the index of the teacher that scores a prompt row's completions; 0 if only one."""
         return 0
 
     def fingerprint(self) -> str:
-        """Return what tells its scores from another teacher's, once it is loaded."""
+        """Return a text that differs for teachers with different scores; call it after ``load``.
+
+        Raises:
+            ConfigurationError: the weights are not in this process.
+        """
         weights = self.weights()
         if weights is None:
             raise ConfigurationError(
-                f"`teacher` must have a fingerprint to be cached: got {type(self).__name__}, whose "
-                "weights are not at hand. Cache the teachers behind it."
+                f"`teacher` must have weights in this process to be cached: got "
+                f"{type(self).__name__}. Wrap each of its teachers in a CachedTeacher instead."
             )
         return weights.fingerprint()
 
     def weights(self) -> ModelWeights | None:
-        """Return the weights if they are at hand, so that the teacher can generate."""
+        """Return the weights for an engine to sample from; None if they are not in this process."""
         return None

@@ -1,4 +1,4 @@
-"""Teacher scores kept on disk, by content."""
+"""A teacher whose scores are kept on disk."""
 
 from __future__ import annotations
 
@@ -25,20 +25,26 @@ from kdrl_lightning.teachers.routed import scatter
 
 
 class CachedTeacher(Teacher):
-    """Another teacher, whose scores of a completion are looked up on disk first.
+    """Looks up scores on disk; the wrapped teacher scores only completions that are not there.
 
-    The key is the content: the teacher's fingerprint, the precision, prompt, completion,
-    temperature and the ids asked for. It pays where the same completions come again: after a
-    resume, with other hyper-parameters of the same seed, and on the teacher's own completions.
+    The key holds everything that a score depends on: the teacher's fingerprint, precision, prompt,
+    completion, temperature and requested ids. The cache saves time if the same completions occur
+    again: after a resume, with other hyper-parameters and the same seed, and on completions that
+    the teacher generated.
 
     Args:
-        teacher: the teacher that scores what is not known yet.
-        path: SQLite file; made if it is not there. Several processes may share it.
+        teacher: the teacher that scores completions that are not in the file yet.
+        path: SQLite file; created if it does not exist. Several processes may share it.
+
+    Raises:
+        ConfigurationError: ``path`` is a folder.
     """
 
     def __init__(self, teacher: Teacher, path: str) -> None:
         if Path(path).is_dir():
-            raise ConfigurationError(f"`path` must be a file: got {path}, which is a folder.")
+            raise ConfigurationError(
+                f"`path` must be a file: got {path}, which is a folder. Name a file in it."
+            )
         self.teacher = teacher
         self.path = path
         self.hits = self.misses = 0
@@ -47,105 +53,112 @@ class CachedTeacher(Teacher):
 
     @property
     def generates(self) -> bool:  # type: ignore[override]
-        """Whether the teacher behind it does."""
+        """Whether the wrapped teacher generates."""
         return self.teacher.generates
 
     @property
     def gives_states(self) -> bool:  # type: ignore[override]
-        """Whether the teacher behind it does."""
+        """Whether the wrapped teacher gives hidden states."""
         return self.teacher.gives_states
 
     @property
     def model_name(self) -> str | None:
-        """Folder or hub name of the teacher's model."""
+        """Folder or hub name of the wrapped teacher's model."""
         return self.teacher.model_name
 
     @property
     def vocabulary_rows(self) -> int | None:
-        """Rows of the teacher's embedding."""
+        """Rows of the wrapped teacher's embedding."""
         return self.teacher.vocabulary_rows
 
     def prepare(self) -> None:
-        """Prepare the teacher."""
+        """Prepare the wrapped teacher."""
         self.teacher.prepare()
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Check the teacher."""
+        """Compare the tokenizers of the student and the wrapped teacher."""
         self.teacher.check(student_tokenizer, student_path)
 
     @property
     def other_end(self) -> str | None:  # type: ignore[override]
-        """Return the teacher's."""
+        """The wrapped teacher's ``other_end``."""
         return self.teacher.other_end
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
-        """Whether the teacher behind it is."""
+        """Whether the wrapped teacher is collective."""
         return self.teacher.collective
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
-        """Whether the teacher behind it does."""
+        """Whether the wrapped teacher scores several micro-batches in one call."""
         return self.teacher.joins
 
     @property
     def knows_entropy(self) -> bool:  # type: ignore[override]
-        """Whether the teacher behind it does."""
+        """Whether the wrapped teacher returns entropies."""
         return self.teacher.knows_entropy
 
     @property
     def needs_lora(self) -> bool:  # type: ignore[override]
-        """Whether the teacher behind it does."""
+        """Whether the wrapped teacher needs a student with adapters."""
         return self.teacher.needs_lora
 
     def spread(self, sharding: Sharding | None) -> None:
-        """Tell the teacher."""
+        """Set how the wrapped teacher is split over ranks."""
         self.teacher.spread(sharding)
 
     def check_temperature(self, temperature: float) -> None:
-        """Ask the teacher."""
+        """Raise if the wrapped teacher cannot score at this temperature."""
         self.teacher.check_temperature(temperature)
 
     def look_at(self, student: Scorer, path: str) -> None:
-        """Show it to the teacher."""
+        """Pass the student on to the wrapped teacher."""
         self.teacher.look_at(student, path)
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Ask the teacher."""
+        """Raise if the wrapped teacher cannot score these completions."""
         self.teacher.accept(batch)
 
     def load(self, device: torch.device) -> None:
-        """Load the teacher and open the file."""
+        """Load the wrapped teacher and open the file.
+
+        Raises:
+            ConfigurationError: the file is no SQLite file that can be written.
+        """
         self.teacher.load(device)
         self._fingerprint = self.teacher.fingerprint()
         if self._database is None:
             self._database = _open(Path(self.path))
 
     def route(self, row: Mapping[str, Any]) -> int:
-        """Ask the teacher."""
+        """Return the wrapped teacher's route."""
         return self.teacher.route(row)
 
     def weights(self) -> ModelWeights | None:
-        """Return the teacher's."""
+        """Return the wrapped teacher's weights."""
         return self.teacher.weights()
 
     def states(self, batch: RolloutBatch) -> Other:
-        """Ask the teacher: hidden states are too large to keep."""
+        """Return the wrapped teacher's states; they are too large to cache."""
         return self.teacher.states(batch)
 
     def fingerprint(self) -> str:
-        """Return the teacher's."""
+        """Return the wrapped teacher's fingerprint."""
         return self.teacher.fingerprint()
 
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Look every row up; let the teacher score the others, and keep what it says."""
+        """Return scores from disk; the wrapped teacher scores the missing rows, which are stored.
+
+        See ``Teacher.score``.
+        """
         if self._database is None:
             raise RuntimeError("the teacher is not loaded: call load() first")
         keys = [self._key(batch, row, topk_ids) for row in range(len(batch))]
         found = {k: self._read(k, batch.input_ids.device) for k in dict.fromkeys(keys)}
         new = [row for row, key in enumerate(keys) if found[key] is None]
         if self.collective and on_any_rank(bool(new), batch.input_ids.device) and not new:
-            # All know it here, but another rank's forward pass needs this one's part.
+            # This rank found all rows, but another rank's forward pass needs it in the collectives.
             self.teacher.take_part(batch)
         self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
         whole: TokenScores | None = None
@@ -168,7 +181,7 @@ class CachedTeacher(Teacher):
         return whole
 
     def take_part(self, batch: RolloutBatch) -> None:
-        """Take part in what other ranks' unknown rows cost."""
+        """Join the collectives if another rank has rows that are not in the file."""
         if on_any_rank(False, batch.input_ids.device):
             self.teacher.take_part(batch)
 
@@ -194,7 +207,7 @@ class CachedTeacher(Teacher):
         try:
             fields = load(row[0])
         except SafetensorError:
-            return None  # damaged: it is scored and written again
+            return None  # a damaged entry is scored and written again
         return TokenScores(*(fields.get(n) for n in TokenScores._fields)).map(  # type: ignore[arg-type]
             lambda v: v.to(device)
         )
@@ -219,6 +232,6 @@ def _open(path: Path) -> sqlite3.Connection:
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(
             f"`path` must be a SQLite file that can be written: got {path} ({error}). "
-            "Give another one, or delete it."
+            "Name another file, or delete this one."
         ) from error
     return database

@@ -1,4 +1,4 @@
-"""A frozen teacher in this process."""
+"""A frozen teacher in the training process."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ from kdrl_lightning.teachers.tokenizers import compare
 
 
 class LocalTeacher(Teacher):
-    """A teacher loaded beside the student, on the same device; sharded like it, on its own.
+    """Scores and generates with a frozen model on the student's device.
+
+    Under fsdp2 the teacher is sharded like the student, as a separate root.
 
     Args:
         model: a Hugging Face folder, hub name, or model source.
-        dtype: torch dtype name of its weights; ``auto`` takes the checkpoint's.
-        offload: keep the weights on the CPU and move them over to score: layer by layer under
-            fsdp2, else all at once. It then samples slowly where it is not sharded.
-        translate_end_token: where it ends with another token than the student (a chat teacher's
-            ``<|im_end|>``, a base student's ``<|endoftext|>``), read its end as the student's: the
-            two tokens change places in all that it says of a completion.
+        dtype: torch dtype name of the weights; ``auto`` takes the checkpoint's.
+        offload: keep the weights on the CPU and move them to the device for scoring: layer by
+            layer under fsdp2, else all at once. An offloaded teacher that is not sharded samples
+            slowly.
+        translate_end_token: if teacher and student end with different tokens (a chat teacher with
+            ``<|im_end|>``, a base student with ``<|endoftext|>``), swap the two tokens in the
+            teacher's scores, so that its end token counts as the student's.
         chunk_size: tokens whose logits exist at once; None takes as many as fit about 64 MiB.
     """
 
@@ -61,52 +64,58 @@ class LocalTeacher(Teacher):
         self._scorer: Scorer | None = None
         self._sharding: Sharding | None = None
         self._vocab_size: int | None = None
-        self._ends: tuple[int, int] | None = None  # the student's, its own, if they differ
+        self._ends: tuple[int, int] | None = None  # student's and teacher's, if they differ
         self._end_token_ids: tuple[int, ...] = ()
         self._device = torch.device("cpu")
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
-        """Whether it is sharded."""
+        """Whether the teacher is sharded."""
         return self._sharding is not None
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
-        """Whether it runs a prompt once for all its completions, in this process."""
+        """Whether the teacher runs each prompt once for all its completions."""
         return self._loaded().shares
 
     @property
     def model_name(self) -> str:
-        """Folder or hub name of the model."""
+        """Folder or hub name of the teacher's model."""
         return model_path(self.model)
 
     @property
     def vocabulary_rows(self) -> int:
-        """Rows of its embedding."""
+        """Rows of the teacher's embedding."""
         return int(load_config(model_path(self.model)).get_text_config().vocab_size)
 
     def prepare(self) -> None:
-        """Make the model if its source has to."""
+        """Make the model's folder if its source needs to."""
         model_path(self.model)
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Compare tokens, end tokens and chat templates; logits are cut to the student's rows."""
+        """Compare tokens, end tokens and chat templates with the student's.
+
+        From then on, the teacher's logits are cut to the rows of the student's embedding.
+
+        Raises:
+            ConfigurationError: vocabularies differ, or the student has no row for the end token.
+        """
         path = model_path(self.model)
         tokenizer = load_tokenizer(path)
         self._vocab_size = int(load_config(student_path).get_text_config().vocab_size)
-        own = end_tokens(path, tokenizer)
-        pair = (end_tokens(student_path, student_tokenizer).main, own.main)
+        teacher_ends = end_tokens(path, tokenizer)
+        pair = (end_tokens(student_path, student_tokenizer).main, teacher_ends.main)
         ends = compare(student_tokenizer, tokenizer, student_path, path, self._vocab_size, pair)
-        self._end_token_ids = tuple(i for i in own.ids if i < self._vocab_size)
+        self._end_token_ids = tuple(i for i in teacher_ends.ids if i < self._vocab_size)
         self._ends = pair if ends else None
         self.other_end = None if self.translate_end_token else ends
 
     def spread(self, sharding: Sharding | None) -> None:
-        """Shard the model over ranks, apart from the student."""
+        """Set how the teacher is split over ranks; called before ``load``."""
         self._sharding = sharding
 
     def load(self, device: torch.device) -> None:
-        """Load and freeze the model once, then move it to ``device``, or shard it."""
+        """Load and freeze the model once, then move it to ``device`` or shard it."""
         self._device = device
         if self._scorer is None:
             self._scorer = load_scorer(
@@ -126,10 +135,10 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Score the sampled tokens in one forward pass.
+        """Score the sampled tokens in one forward pass; see ``Teacher.score``.
 
         Raises:
-            TrainingStopped: the student sampled a padding row that the teacher does not have.
+            TrainingStopped: student or teacher has no row for a token; see ``accept``.
         """
         self.accept(batch)
         with self._at_hand() as scorer:
@@ -137,37 +146,39 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def states(self, batch: RolloutBatch) -> Other:
-        """Run the forward pass up to the head."""
+        """Return the hidden states of one forward pass, and the head."""
         self.accept(batch)
         with self._at_hand() as scorer:
             return scorer.states(batch)
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Refuse tokens that only one of the two has a row for.
+        """Refuse token ids for which only one of the two models has a row.
 
         Raises:
-            TrainingStopped: the student sampled a padding row, or the teacher a token, that is
-                behind the other's last row.
+            TrainingStopped: the student sampled a padding row that the teacher does not have, or
+                the teacher sampled a token that the student does not have.
         """
         rows, highest = self._loaded().head().weight.shape[0], int(batch.input_ids.max())
         if highest >= rows:
             raise TrainingStopped(
-                f"sampled tokens must be among the teacher's {rows}: got {highest}, a row of the "
-                "student's embedding that stands for no token. Train it to avoid such rows first."
+                f"sampled token ids must be below {rows}, the rows of the teacher's head: got "
+                f"{highest}, a padding row of the student's embedding. Train the student to avoid "
+                "padding rows first."
             )
         if self._vocab_size is not None and highest >= self._vocab_size:
             raise TrainingStopped(
-                f"the teacher's completions must be of the student's {self._vocab_size} tokens: "
-                f"got {highest}. Let the teacher only score, or take the transformers engine as "
-                "`teacher_engine`, which samples from those alone."
+                f"token ids of the teacher's completions must be below {self._vocab_size}, the "
+                f"rows of the student's embedding: got {highest}. Use the teacher for scores only, "
+                "or set `teacher_completions.engine` to the transformers engine, which never "
+                "samples others."
             )
 
     def fingerprint(self) -> str:
-        """Digest weights, configuration, how many rows of the head count, and which ones swap."""
+        """Return a digest of weights, configuration, used rows of the head and swapped tokens."""
         return f"{self.weights().fingerprint()} {self._vocab_size} {self._swap}"
 
     def weights(self) -> ModelWeights:
-        """Return the loaded model and its folder, and how it differs from the student."""
+        """Return the loaded model with its folder, end tokens and, if cut, number of rows."""
         model, path = self._loaded().model, model_path(self.model)
         rows = model.get_output_embeddings().weight.shape[0]
         cut = self._vocab_size if self._vocab_size and self._vocab_size < rows else None
@@ -179,7 +190,7 @@ class LocalTeacher(Teacher):
 
     @contextmanager
     def _at_hand(self) -> Iterator[Scorer]:
-        """Have the weights on the device for a while; FSDP2 sees to that itself."""
+        """Move offloaded weights to the device while a pass runs; FSDP2 moves sharded ones."""
         scorer = self._loaded()
         moves = self.offload and not scorer.sharded
         try:

@@ -1,4 +1,4 @@
-"""Several teachers, each for its own kind of prompt."""
+"""Several teachers: a column of the prompt row names the one that scores."""
 
 from __future__ import annotations
 
@@ -17,105 +17,111 @@ from kdrl_lightning.teachers.base import Teacher
 
 
 class RoutedTeacher(Teacher):
-    """The teacher of a completion is named by a column of its prompt's row.
+    """Scores each completion with the teacher that a column of its prompt row names.
 
-    All of them share the student's vocabulary. It scores; it does not generate.
+    All teachers must share the student's vocabulary. A routed teacher does not generate.
 
     Args:
-        teachers: by name.
-        column: the row's column with the name.
+        teachers: the teachers by name, at least one.
+        column: column of the prompt row that holds the name.
+
+    Raises:
+        ConfigurationError: there is no teacher.
     """
 
     def __init__(self, teachers: dict[str, Teacher], column: str = "teacher") -> None:
         if not teachers:
-            raise ConfigurationError("`teachers` must have at least one: got none.")
+            raise ConfigurationError(
+                "`teachers` must have at least one teacher: got none. Add one by its name."
+            )
         self.teachers = teachers
         self.column = column
         self._order = list(teachers)
 
     def prepare(self) -> None:
-        """Prepare each."""
+        """Prepare every teacher."""
         for teacher in self.teachers.values():
             teacher.prepare()
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Check each."""
+        """Compare the tokenizers of the student and every teacher."""
         for teacher in self.teachers.values():
             teacher.check(student_tokenizer, student_path)
 
     @property
     def vocabulary_rows(self) -> int | None:
-        """Rows of the smallest embedding among them."""
+        """Rows of the smallest embedding of the teachers; None if no teacher knows."""
         known = (teacher.vocabulary_rows for teacher in self.teachers.values())
         return min((rows for rows in known if rows is not None), default=None)
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
-        """Whether one of them is."""
+        """Whether any teacher is collective."""
         return any(teacher.collective for teacher in self.teachers.values())
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
-        """Whether all of them do."""
+        """Whether every teacher scores several micro-batches in one call."""
         return all(teacher.joins for teacher in self.teachers.values())
 
     @property
     def knows_entropy(self) -> bool:  # type: ignore[override]
-        """Whether all of them do: else some rows, on some ranks, would have one."""
+        """Whether every teacher returns entropies; else only some rows and ranks would have one."""
         return all(teacher.knows_entropy for teacher in self.teachers.values())
 
     @property
     def other_end(self) -> str | None:  # type: ignore[override]
-        """Return the first teacher's that has one."""
+        """The ``other_end`` of the first teacher that has one."""
         return next((t.other_end for t in self.teachers.values() if t.other_end), None)
 
     @property
     def needs_lora(self) -> bool:  # type: ignore[override]
-        """Whether one of them does."""
+        """Whether any teacher needs a student with adapters."""
         return any(teacher.needs_lora for teacher in self.teachers.values())
 
     def spread(self, sharding: Sharding | None) -> None:
-        """Tell each."""
+        """Set how every teacher is split over ranks."""
         for teacher in self.teachers.values():
             teacher.spread(sharding)
 
     def check_temperature(self, temperature: float) -> None:
-        """Ask each."""
+        """Raise if a teacher cannot score at this temperature."""
         for teacher in self.teachers.values():
             teacher.check_temperature(temperature)
 
     def look_at(self, student: Scorer, path: str) -> None:
-        """Show it to each."""
+        """Pass the student on to every teacher."""
         for teacher in self.teachers.values():
             teacher.look_at(student, path)
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Ask each for its own rows."""
+        """Raise if a teacher cannot score the rows that are routed to it."""
         for index in batch.teacher_route.unique().tolist():
             rows = (batch.teacher_route == index).nonzero().squeeze(-1)
             self.teachers[self._order[index]].accept(batch.select(rows))
 
     def load(self, device: torch.device) -> None:
-        """Load each."""
+        """Load every teacher."""
         for teacher in self.teachers.values():
             teacher.load(device)
 
     def route(self, row: Mapping[str, Any]) -> int:
-        """Return the index of the row's teacher.
+        """Return the index of the teacher that the row names.
 
         Raises:
-            ConfigurationError: the row names none of them.
+            ConfigurationError: the row names no known teacher.
         """
         name = row.get(self.column)
         if name not in self._order:
             raise ConfigurationError(
                 f"the column `{self.column}` of a prompt row must name one of "
-                f"{', '.join(self._order)}: got {name!r}. Add the column, or the teacher."
+                f"{', '.join(self._order)}: got {name!r}. Add the column to the row, or the "
+                "teacher to `teachers`."
             )
         return self._order.index(str(name))
 
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Let each teacher score its own rows."""
+        """Score every row with its teacher; see ``Teacher.score``."""
         whole: TokenScores | None = None
         for index, name in enumerate(self._order):
             rows = (batch.teacher_route == index).nonzero().squeeze(-1)
@@ -134,7 +140,17 @@ class RoutedTeacher(Teacher):
 def scatter(
     whole: TokenScores | None, part: TokenScores, rows: Tensor, batch: RolloutBatch
 ) -> TokenScores:
-    """Write the scores of some rows into those of the batch; a field that a part lacks is None."""
+    """Return the scores of a batch with those of some rows written into them.
+
+    Args:
+        whole: scores of the batch so far; None before the first part.
+        part: scores of the rows, ``[R, T, ...]``; T may be shorter than the batch's.
+        rows: ``[R]``, places of the rows in the batch.
+        batch: the whole batch, which gives the shape.
+
+    Returns:
+        Scores ``[B, T, ...]``; a field that any part lacks is None.
+    """
     shape = batch.completion_ids.shape
 
     def blank(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A frozen teacher behind vLLM servers."""
+"""A frozen teacher on vLLM servers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ from kdrl_lightning.teachers.tokenizers import compare
 PATH = "/v1/completions"
 # vLLM's bound on `logprob_token_ids` of one request.
 MAX_IDS = 128
-# The same token scored as part of a prompt and as the next one differs by rounding, up to about
-# 0.1 nats in bfloat16. Logits in the place of log-probabilities differ by more.
+# vLLM scores a token as part of a prompt and as the next token with different rounding, up to about
+# 0.1 nats in bfloat16. A server that returns logits instead of log-probabilities is off by more.
 MAX_DIFF, LIKELY = 0.5, -10.0
 SENTENCE = "The answer to 12+34 is 46, isn't it?\n"
 
 
 class Row(NamedTuple):
-    """Scores of one completion: T log-probabilities, T best tokens, T lists of asked values."""
+    """Scores of one completion of T tokens.
+
+    Attributes:
+        logprobs: T log-probabilities of the sampled tokens, in nats.
+        best: T most likely tokens.
+        asked: T lists with the log-probabilities of the requested ids; empty if none were.
+    """
 
     logprobs: list[float]
     best: list[int]
@@ -43,20 +49,21 @@ class Row(NamedTuple):
 
 
 class ServerTeacher(Teacher):
-    """Scores the student's tokens on vLLM servers, which share the completions.
+    """Scores completions on vLLM servers, which divide the completions among them.
 
-    ``prompt_logprobs`` of prompt and completion, as token ids, give the sampled tokens and the
-    teacher's best. The student's top-k ids cost a request of one token for each position (its
-    prefix is cached): exact, but slow. The teacher's entropy is not known. Its values are over all
-    rows of its head; a ``LocalTeacher`` cuts them to the student's.
+    One request with ``prompt_logprobs`` gives the log-probabilities of a completion and the
+    teacher's most likely tokens. Scores of the student's top-k ids need one more request for each
+    position (the prefix is cached): they are exact, but slow. Servers do not return the teacher's
+    entropy. Log-probabilities are over all rows of the teacher's head; a ``LocalTeacher`` cuts them
+    to the student's rows.
 
     Args:
-        model: folder or hub name of what the servers hold: its tokenizer and configuration.
-        urls: of the servers, e.g. ``http://127.0.0.1:8001``.
-        api_key: their key; None: the environment variable ``VLLM_API_KEY``.
+        model: folder or hub name of the served model; tokenizer and configuration are read from it.
+        urls: addresses of the servers, e.g. ``http://127.0.0.1:8001``.
+        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
-        max_sequences: completions at once on each server.
+        max_sequences: completions scored at once on each server.
     """
 
     def __init__(
@@ -79,20 +86,24 @@ class ServerTeacher(Teacher):
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
-        """Whether several ranks score: where one has to stop, all do."""
+        """Whether several ranks score; if one has to stop, all do."""
         return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
-        """Whether ranks need not wait for each other."""
+        """Whether there is a single rank, which need not wait for others."""
         return not self.collective
 
     def prepare(self) -> None:
-        """Make the model's folder if its source has to."""
+        """Make the model's folder if its source needs to."""
         model_path(self.model)
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Compare tokens, end tokens and chat templates."""
+        """Compare tokens, end tokens and chat templates with the student's.
+
+        Raises:
+            ConfigurationError: vocabularies differ, or the student has no row for the end token.
+        """
         path = model_path(self.model)
         rows = int(load_config(student_path).get_text_config().vocab_size)
         tokenizer = load_tokenizer(path)
@@ -107,16 +118,16 @@ class ServerTeacher(Teacher):
         """
         if temperature != 1.0:
             raise ConfigurationError(
-                f"`temperature` must be 1 with a ServerTeacher: got {temperature}. vLLM's "
-                "prompt_logprobs know no temperature. Sample at 1, or use a LocalTeacher."
+                f"`temperature` must be 1 with a ServerTeacher: got {temperature}. vLLM ignores "
+                "temperatures in prompt_logprobs. Sample at 1, or use a LocalTeacher."
             )
 
     def load(self, device: torch.device) -> None:
-        """Ask the servers, once, what they serve.
+        """Check what the servers serve; a second call does nothing.
 
         Raises:
-            TrainingStopped: one is away, has another tokenizer, or serves another model than the
-                first one.
+            TrainingStopped: a server does not answer, has another tokenizer, or serves another
+                model than the first server.
         """
         if self._context:
             return
@@ -129,43 +140,45 @@ class ServerTeacher(Teacher):
             theirs = server.patiently(partial(server.post, "/tokenize", {"prompt": SENTENCE}))
             if theirs["tokens"] != ours:
                 raise TrainingStopped(
-                    f"the server {server.url} must serve `model` {path}, whose tokenizer makes "
-                    f"{len(ours)} tokens {ours[:8]} of a sentence: got {theirs['tokens'][:8]}."
+                    f"the server {server.url} must have the tokenizer of `model` {path}, which "
+                    f"splits a test sentence into {len(ours)} tokens, first {ours[:8]}: got "
+                    f"{theirs['tokens'][:8]}. Correct `model`, or serve that model."
                 )
             self._served = self._served or str(card["root"])
             if card["root"] != self._served:
                 raise TrainingStopped(
-                    f"all `urls` must serve one model: got {self._served} and {card['root']} from "
-                    f"{server.url}."
+                    f"all `urls` must serve the same model: got {self._served}, and {card['root']} "
+                    f"from {server.url}. Restart that server, or remove it from `urls`."
                 )
             limits.append(int(card["max_model_len"]))
         self._context = min(limits)
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Refuse what the servers cannot score.
+        """Refuse completions that the servers cannot score.
 
         Raises:
-            TrainingStopped: a token that the teacher does not have, or too long a completion.
+            TrainingStopped: the teacher has no row for a token, or a completion is too long.
         """
         highest, longest = int(batch.input_ids.max()), int(batch.lengths.max()) + 1
         if highest >= self._vocab_size:
             raise TrainingStopped(
-                f"sampled tokens must be among the teacher's {self._vocab_size}: got {highest}, a "
-                "row of the student's embedding that stands for no token."
+                f"sampled token ids must be below {self._vocab_size}, the rows of the teacher's "
+                f"head: got {highest}, a padding row of the student's embedding. Train the student "
+                "to avoid padding rows first."
             )
         if longest > self._context:
             raise TrainingStopped(
-                f"prompt, completion and one token more must fit the {self._context} tokens of the "
-                f"server {self._servers[0].url}: got {longest}. Start it with a larger "
-                "--max-model-len, or lower `max_tokens`."
+                f"prompt and completion plus one token must fit into the context of "
+                f"{self._context} tokens of the server {self._servers[0].url}: got {longest}. "
+                "Start it with a larger --max-model-len, or lower `max_tokens`."
             )
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Score the sampled tokens; all ranks wait for the slowest.
+        """Score the sampled tokens; all ranks wait for the slowest. See ``Teacher.score``.
 
         Raises:
-            TrainingStopped: a server is away, or its answer is not about these tokens.
+            TrainingStopped: a server does not answer, or its answer is not for these tokens.
         """
         rows: list[Row] = []
         failure: Exception | None = None
@@ -186,7 +199,7 @@ class ServerTeacher(Teacher):
         return TokenScores(logprobs.to(device), None, best.to(device), asked)
 
     def take_part(self, batch: RolloutBatch) -> None:
-        """Hear whether another rank has to stop."""
+        """Raise if another rank has to stop."""
         self._stop_together(None, batch.input_ids.device)
 
     def _stop_together(self, failure: Exception | None, device: torch.device) -> None:
@@ -196,7 +209,10 @@ class ServerTeacher(Teacher):
             raise failure
 
     def fingerprint(self) -> str:
-        """Return which model is served; other weights under its name need another cache."""
+        """Return the name of the served model and its configuration.
+
+        It does not change with the weights: use a new cache file for other weights of that name.
+        """
         return f"server {self._served} {load_config(model_path(self.model)).to_json_string()}"
 
     def _rows(self, batch: RolloutBatch, topk_ids: Tensor | None) -> list[Row]:
@@ -218,7 +234,7 @@ class ServerTeacher(Teacher):
         self, server: ServerClient, ids: list[int], start: int, asked: list[list[int]] | None
     ) -> Row:
         (steps,) = _ask(server, [ids], {"prompt_logprobs": 1}, "prompt_logprobs")
-        known = zip(ids[start:], steps[start:], strict=False)  # of equal length, or refused
+        known = zip(ids[start:], steps[start:], strict=False)  # unequal lengths are refused below
         if len(steps) != len(ids) or not all(str(token) in step for token, step in known):
             raise server.stopped(PATH, f"{len(steps)} log-probabilities for {len(ids)} tokens")
         logprobs = [steps[t][str(ids[t])]["logprob"] for t in range(start, len(ids))]
@@ -226,25 +242,27 @@ class ServerTeacher(Teacher):
         if asked is None:
             return Row(logprobs, best, [])
         values: list[list[float]] = []
-        own = [[*a, token] for a, token in zip(asked, ids[start:], strict=True)]
-        for places, union in bundles(own, self._vocab_size):
+        wanted = [[*a, token] for a, token in zip(asked, ids[start:], strict=True)]
+        for places, union in bundles(wanted, self._vocab_size):
             prefixes = [ids[: start + t] for t in places]
             settings = {"logprobs": 1, "logprob_token_ids": union}
             for t, answer in zip(places, _ask(server, prefixes, settings, "logprobs"), strict=True):
                 table = answer["top_logprobs"][0]
                 if not all(f"token_id:{i}" in table for i in union):
-                    raise server.stopped(PATH, f"{len(table)} of {len(union)} asked tokens")
-                *found, again = [table.get(f"token_id:{i}", -torch.inf) for i in own[t]]
+                    raise server.stopped(PATH, f"{len(table)} of {len(union)} requested tokens")
+                *found, again = [table.get(f"token_id:{i}", -torch.inf) for i in wanted[t]]
                 if max(logprobs[t], again) > LIKELY and abs(logprobs[t] - again) > MAX_DIFF:
-                    raise server.stopped(PATH, f"{again} where the prompt has {logprobs[t]}")
+                    raise server.stopped(PATH, f"{again} for a token scored {logprobs[t]} before")
                 values.append(found)
         return Row(logprobs, best, values)
 
 
 def bundles(asked: list[list[int]], vocab_size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield positions that one request can serve, and all ids that they ask for.
+    """Yield the positions that one request can score, with the ids that they ask for together.
 
-    Ids that the teacher does not have are left out.
+    Args:
+        asked: requested ids of each position.
+        vocab_size: rows of the teacher's embedding; higher ids are left out.
 
     >>> list(bundles([[1, 2], [2, 9], [3, 1]], 5))
     [([0, 1, 2], [1, 2, 3])]
@@ -265,7 +283,7 @@ def bundles(asked: list[list[int]], vocab_size: int) -> Iterator[tuple[list[int]
 def _ask(
     server: ServerClient, prompts: list[list[int]], settings: dict[str, Any], field: str
 ) -> list[Any]:
-    """Let the server see prompts; return a field for each, checked to be about these tokens."""
+    """Send prompts and return one field of each answer, checked to be for these tokens."""
     body = {
         "prompt": prompts,
         "max_tokens": 1,
@@ -277,7 +295,7 @@ def _ask(
     }
     choices = sorted(server.post(PATH, body)["choices"], key=lambda choice: choice["index"])
     if [choice.get("prompt_token_ids") for choice in choices] != prompts:
-        raise server.stopped(PATH, "other prompts back")
+        raise server.stopped(PATH, "an answer for other prompts")
     if not all(choice.get(field) for choice in choices):
         raise server.stopped(PATH, f"no {field}")
     return [choice[field] for choice in choices]

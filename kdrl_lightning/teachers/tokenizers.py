@@ -1,7 +1,7 @@
-"""Whether student and teacher speak one language: vocabulary, end token, chat template.
+"""Comparison of the student's and the teacher's tokenizers: vocabulary, end token, chat template.
 
-What makes scores meaningless is refused with the difference named; what only makes them worse is a
-warning.
+A difference that makes the teacher's scores meaningless raises an error; one that only makes them
+worse gives a warning.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ PROBES = (
 
 
 def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher_path: str) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
+    """Refuse a teacher whose token ids have other meanings than the student's.
 
-    Tokens are compared by content, id by id. Tokens that only the teacher has are a warning: the
-    student can neither sample them nor be compared on them, but the teacher's own completions may
-    hold them. Rows of an embedding matrix that stand for no token do not count.
+    Tokens are compared by content, id by id. Tokens that only the teacher has give a warning: the
+    student cannot sample them and is not compared on them, but completions that the teacher
+    generates may contain them. Padding rows of an embedding do not count.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        student_path: folder or hub name of the student, for messages.
+        teacher_path: folder or hub name of the teacher, for messages.
 
     Raises:
-        ConfigurationError: an id stands for different tokens, or the student has one more.
+        ConfigurationError: an id has two meanings, or the student has a token that the teacher
+            lacks.
     """
     ours, theirs = _by_id(student), _by_id(teacher)
     different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
@@ -37,13 +44,13 @@ def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher
         found += repr(theirs[first])
     elif missing:
         first = missing[0]
-        found = f"{len(missing)} of the student's ids are unknown, first {first}: {ours[first]!r}"
+        found = f"{len(missing)} ids that only the student has, first {first}: {ours[first]!r}"
     else:
         if extra:
             warnings.warn(
                 f"the teacher {teacher_path} has {len(extra)} tokens that the student "
-                f"{student_path} does not know, first {extra[0]}: {theirs[extra[0]]!r}. They mean "
-                "nothing to the student, should the teacher's own completions hold them.",
+                f"{student_path} does not know, first {extra[0]}: {theirs[extra[0]]!r}. "
+                "In completions that the teacher generates, they mean nothing to the student.",
                 stacklevel=2,
             )
         return
@@ -61,18 +68,22 @@ def compare(
     vocab_size: int,
     ends: tuple[int, int],
 ) -> str | None:
-    """Compare two tokenizers in everything.
+    """Compare vocabularies, chat templates and end tokens; return both end tokens if they differ.
 
     Args:
-        student: its tokenizer.
-        teacher: its tokenizer.
-        student_path: its folder or hub name.
-        teacher_path: its folder or hub name.
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+        student_path: folder or hub name of the student, for messages.
+        teacher_path: folder or hub name of the teacher, for messages.
         vocab_size: rows of the student's embedding.
-        ends: the token that each writes when it is done, the student's first.
+        ends: the tokens with which student and teacher end a completion.
 
     Returns:
-        Both end tokens in words, where they differ.
+        Both end tokens in words if they differ, else None.
+
+    Raises:
+        ConfigurationError: vocabularies differ, or the student has no row for the teacher's end
+            token.
     """
     check_same_vocabulary(student, teacher, student_path, teacher_path)
     warn_of_templates(student, teacher, student_path, teacher_path)
@@ -85,13 +96,14 @@ def different_ends(
     """Return student's and teacher's end token in words if they differ, else None.
 
     Args:
-        student: its tokenizer.
-        teacher: its tokenizer.
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
         vocab_size: rows of the student's embedding.
-        ends: the token that each writes when it is done; None: the tokenizers' ``eos_token``.
+        ends: the tokens with which student and teacher end a completion; None takes the
+            ``eos_token`` of each tokenizer.
 
     Raises:
-        ConfigurationError: the teacher's is not among the ``vocab_size`` rows of the student.
+        ConfigurationError: the teacher's end token is ``vocab_size`` or higher.
     """
     ours, theirs = ends or (student.eos_token_id, teacher.eos_token_id)
     if ours == theirs:
@@ -99,39 +111,39 @@ def different_ends(
     names = f"{_by_id(student)[ours]!r} ({ours}) and {_by_id(teacher)[theirs]!r} ({theirs})"
     if theirs >= vocab_size:
         raise ConfigurationError(
-            f"the teacher's end token must be among the student's {vocab_size} rows: got {names}. "
-            "Choose a teacher of the same family."
+            f"the teacher's end token must be below {vocab_size}, the rows of the student's "
+            f"embedding: got {names}. Choose a teacher of the same family."
         )
     return names
 
 
 def check_end_tokens(ends: str | None, objective: Any) -> None:
-    """Refuse an objective that reads the teacher at an end that the teacher never writes.
+    """Refuse an objective that would teach the student never to end.
 
-    Where a completion ends the student writes its own end token. A teacher that ends with another
-    one gives it next to no probability, and would teach the student not to end.
+    The student closes a completion with its end token. A teacher with another end token gives that
+    token almost no probability, so a teacher term on it teaches the student not to end.
 
     Args:
-        ends: what ``compare`` returned, None also where the teacher translates.
-        objective: says whether it reads the teacher there.
+        ends: what ``compare`` returned; None also if the teacher translates end tokens.
+        objective: says whether it needs a teacher, and whether it leaves out end tokens.
 
     Raises:
-        ConfigurationError: it does.
+        ConfigurationError: end tokens differ and the objective reads the teacher there.
     """
     if ends is None or not objective.needs_teacher or objective.leaves_out_end:
         return
     raise ConfigurationError(
         f"student and teacher must end with the same token: got {ends}. Set "
-        "`translate_end_token: true` of a LocalTeacher, which reads its own end as the student's, "
-        "or leave the end out of the teacher's term with the selection ExceptEndToken."
+        "`translate_end_token: true` of a LocalTeacher, which swaps the two tokens in its scores, "
+        "or leave end tokens out of the teacher's term with the selection ExceptEndToken."
     )
 
 
 def warn_of_templates(student: Any, teacher: Any, student_path: str, teacher_path: str) -> None:
-    """Warn where the teacher's chat template renders a conversation in another way.
+    """Warn if the teacher's chat template renders a conversation differently.
 
-    The teacher reads the student's prompts, token by token. One that was trained with another
-    template scores them worse, without any error.
+    The teacher reads the student's prompts token by token. If it was trained with another template,
+    its scores get worse without any error.
     """
     for messages in PROBES:
         ours, theirs = _render(student, messages), _render(teacher, messages)
@@ -141,9 +153,9 @@ def warn_of_templates(student: Any, teacher: Any, student_path: str, teacher_pat
             warnings.warn(
                 f"the chat templates of student {student_path} and teacher {teacher_path} differ, "
                 f"first at character {at} of {len(messages)} rendered messages: "
-                f"{_excerpt(ours, at)} against {_excerpt(theirs, at)}. The teacher scores the "
-                "student's prompts: give the student's tokenizer the template that the teacher was "
-                "trained with, unless prompts are plain text for both.",
+                f"{_excerpt(ours, at)} against {_excerpt(theirs, at)}. The teacher scores prompts "
+                "as the student's template renders them. Give the student's tokenizer the template "
+                "that the teacher was trained with, unless all prompts are plain text.",
                 stacklevel=2,
             )
             return
@@ -154,7 +166,7 @@ def _by_id(tokenizer: Any) -> dict[int, str]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Return the prompt as text; in angle brackets why there is none."""
+    """Return the rendered prompt, or in angle brackets the reason why there is none."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):

@@ -1,4 +1,4 @@
-"""``python -m kdrl_lightning.tiny``: train the shipped pair again from its seed, with checksums."""
+"""``python -m kdrl_lightning.tiny``: train the shipped models again from their seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdrl_lightning.tiny.models import SHIPPED, TinyModel, pack, shipped_checksu
 
 
 def main() -> None:
-    """Write the files, and say whether they are the ones of ``shipped/SHA256SUMS``."""
+    """Write both weight files and print whether their checksums match ``shipped/SHA256SUMS``."""
     for model in (TinyModel("teacher"), TinyModel("student")):
         with tempfile.TemporaryDirectory() as folder:
             model.train(Path(folder))

@@ -15,10 +15,20 @@ SYMBOLS = "0123456789+=,#"
 
 
 def worked_answer(a: int, b: int, digits: int, forget: Sequence[bool] | None = None) -> str:
-    """The column sums, least significant first, then ``#`` and the (digits + 1)-digit result.
+    """Return the column sums, least significant first, then ``#`` and the result.
 
-    ``forget[i]`` drops the carry out of column ``i``. The last column has no flag: its carry goes
-    to no other column, it is the leading digit of the result.
+    The result has ``digits + 1`` digits.
+
+    Args:
+        a: first number, from 0 to ``10**digits - 1``.
+        b: second number, from 0 to ``10**digits - 1``.
+        digits: columns of the addition, at least 1.
+        forget: one flag for each column but the last; ``forget[i]`` drops the carry out of column
+            ``i``. The carry out of the last column is the leading digit of the result, so that
+            column has no flag. None forgets none.
+
+    Raises:
+        ConfigurationError: a number does not fit, or ``forget`` has another length.
 
     >>> worked_answer(1234, 5678, 4)
     '12,11,09,06#06912'
@@ -51,7 +61,7 @@ def worked_answer(a: int, b: int, digits: int, forget: Sequence[bool] | None = N
 
 
 def addition_reward(sample: Sample) -> float:
-    """1 if the text after the only ``#`` is the row's answer, else 0."""
+    """Return 1 if the text after the only ``#`` is the row's answer, else 0."""
     if sample.text.count("#") != 1:
         return 0.0
     return float(sample.text.partition("#")[2] in accepted(sample.row))
@@ -62,8 +72,8 @@ class ColumnAddition(PromptSource):
 
     Args:
         size: number of problems, at least 1.
-        seed: of the problems; another seed gives others.
-        digits: of each number, at least 1; the shipped pair has learnt four.
+        seed: seed of the problems; another seed gives other problems.
+        digits: digits of each number, at least 1; the shipped models are trained on four.
 
     >>> ColumnAddition(size=1, digits=2)[0]
     {'prompt': '85+63=', 'answer': '148'}
@@ -89,13 +99,13 @@ class ColumnAddition(PromptSource):
 class AdditionTraces(PromptSource):
     """Worked additions whose annotator forgets each carry with probability ``slip``.
 
-    Problem ``i`` is the one that ``ColumnAddition`` of the same seed has at ``i``.
+    Problem ``i`` is the same as in a ``ColumnAddition`` with this seed and number of digits.
 
     Args:
         size: number of problems, at least 1.
-        seed: of the problems and the slips.
-        digits: of each number, at least 1.
-        slip: probability that a carry is forgotten, in [0, 1].
+        seed: seed of the problems and of the forgotten carries.
+        digits: digits of each number, at least 1.
+        slip: probability that the annotator forgets a carry, in [0, 1].
     """
 
     def __init__(self, size: int = 4096, seed: int = 0, digits: int = 4, slip: float = 0.0) -> None:
@@ -104,7 +114,7 @@ class AdditionTraces(PromptSource):
         _at_least("digits", digits, 1)
         if not 0.0 <= slip <= 1.0:
             raise ConfigurationError(
-                f"`slip` must lie in [0, 1]: got {slip}. "
+                f"`slip` must be in [0, 1]: got {slip}. "
                 "Pass the probability that a carry is forgotten."
             )
         self.size = size
@@ -124,7 +134,7 @@ class AdditionTraces(PromptSource):
 
 def _problem(i: int, size: int, seed: int, digits: int) -> tuple[int, int, np.random.Generator]:
     if not 0 <= i < size:
-        raise IndexError(f"problem {i} of {size}")
+        raise IndexError(f"`index` must be in [0, {size - 1}]: got {i}")
     rng = np.random.default_rng([seed, i])
     a, b = (int(number) for number in rng.integers(0, 10**digits, size=2))
     return a, b, rng

@@ -1,7 +1,8 @@
-"""The embedded teacher and student: small Qwen2 models from a seed.
+"""The embedded teacher and student: small Qwen2 models for column addition.
 
-The pair of the configurations is shipped, so that every machine starts from the same weights; any
-other (another slip, seed or number of digits) is trained on first use. Both end in the cache.
+The package ships the two models that the configurations use, so that every machine starts from the
+same weights. A model with another slip, seed or number of digits is trained on first use. Both
+kinds are kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
 
 @dataclass(frozen=True)
 class Recipe:
-    """Shape of a model and its supervised training.
+    """Shape of a model and settings of its supervised training.
 
     Attributes:
-        width: hidden size; heads are 32 wide, which vLLM's CPU kernels need.
-        layers: transformer layers.
-        steps: optimizer steps; the rate rises over the first tenth and then falls to 0.
-        batch_size: worked additions per step, each seen once.
+        width: hidden size; heads are 32 wide, as vLLM's CPU kernels need.
+        layers: number of transformer layers.
+        steps: optimizer steps; the learning rate rises over the first tenth, then falls to 0.
+        batch_size: worked additions per step; each is seen once.
         lr: peak learning rate.
-        muon: take Muon for the layers' matrices. It learns the student's habit more exactly: a
-            student that also carries where nothing is to be carried hardly moves under RL.
+        muon: train the layers' matrices with Muon. It teaches the student its misconception more
+            exactly: a student that also writes carries that do not exist hardly improves under RL.
     """
 
     width: int
@@ -55,16 +56,18 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 class TinyModel(ModelSource):
-    """A model source for column addition: shipped, or made from a seed on first use; then cached.
+    """Model source for column addition: unpacks a shipped model, or trains it on first use.
 
     The student has a misconception: the annotator of its training data forgets each carry with
-    probability ``slip``. So the right step is in its distribution, but rarely.
+    probability ``slip``. So the student samples the right step, but rarely. Models are kept in the
+    cache folder.
 
     Args:
         role: ``teacher`` (correct traces) or ``student``.
-        slip: strength of the student's misconception, in [0, 1]; the teacher has none.
-        digits: digits of each number.
-        seed: of initialisation and data.
+        slip: probability that a carry is forgotten in the student's data, in [0, 1]; the teacher's
+            data is always correct.
+        digits: digits of each number, 1 to 9.
+        seed: seed of the initial weights and the data.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class TinyModel(ModelSource):
         seed: int = 0,
     ) -> None:
         if role not in RECIPES:
-            raise ConfigurationError(f"`role` must be teacher or student: got {role}.")
+            raise ConfigurationError(
+                f"`role` must be teacher or student: got {role}. Choose one of the two."
+            )
         require_between("slip", slip, 0.0, 1.0)
         require_between("digits", digits, 1, 9)
         require_between("seed", seed, 0, float("inf"))
@@ -86,18 +91,18 @@ class TinyModel(ModelSource):
 
     @property
     def recipe_name(self) -> str:
-        """Name of what the weights are made from."""
+        """Name of the settings that determine the weights."""
         slip = f"-slip{float(self.slip)!r}" if self.role == "student" else ""
         key = hashlib.sha256(repr(RECIPES[self.role]).encode()).hexdigest()[:8]
         return f"addition{self.digits}-{self.role}{slip}-seed{self.seed}-{key}"
 
     @property
     def name(self) -> str:
-        """Name in the cache; it changes with recipe, library and torch version."""
+        """Folder name in the cache; it changes with recipe, package version and torch version."""
         return f"{self.recipe_name}-{__version__}-torch{torch.__version__}"
 
     def path(self) -> str:
-        """Return the model's folder, making it if need be."""
+        """Return the model's folder; make it if the cache does not have it."""
         return str(cached_folder(self.name, self._make))
 
     def _make(self, folder: Path) -> None:
@@ -108,13 +113,13 @@ class TinyModel(ModelSource):
             self.train(folder)
 
     def train(self, folder: Path) -> None:
-        """Train the model from its seed into ``folder``, without any cache."""
+        """Train the model from its seed and write it to ``folder``; the cache is not used."""
         from lightning.pytorch.utilities.seed import isolate_rng
 
         threads = torch.get_num_threads()
         with isolate_rng(), tempfile.TemporaryDirectory() as start:
             try:
-                # One thread: the order of additions, and so the weights, do not depend on cores.
+                # With one thread the order of sums, and so the weights, does not depend on cores.
                 torch.set_num_threads(1)
                 save_untrained(RECIPES[self.role], Path(start), self.seed)
                 self._train(start, folder)
@@ -160,7 +165,7 @@ class TinyModel(ModelSource):
 
 
 def pack(folder: Path, file: Path) -> str:
-    """Write a model folder's weights in half precision; return the file's SHA-256."""
+    """Write the weights of a model folder to ``file`` in half precision; return its SHA-256."""
     weights = load_file(folder / "model.safetensors")
     file.parent.mkdir(exist_ok=True)
     save_file({name: tensor.half() for name, tensor in weights.items()}, file)
@@ -168,7 +173,7 @@ def pack(folder: Path, file: Path) -> str:
 
 
 def shipped_checksum(name: str) -> str | None:
-    """Return the SHA-256 that a shipped file must have; None if it is not listed."""
+    """Return the SHA-256 that a shipped file must have; None if ``SHA256SUMS`` does not list it."""
     lines = (SHIPPED / "SHA256SUMS").read_text().splitlines()
     return {file: checksum for checksum, file in map(str.split, lines)}.get(name)
 
@@ -177,7 +182,7 @@ def unpack(file: Path, recipe: Recipe, folder: Path) -> None:
     """Write the Hugging Face folder of a shipped model.
 
     Raises:
-        ConfigurationError: the file is not the one that was shipped.
+        ConfigurationError: the file's checksum is not the one in ``SHA256SUMS``.
     """
     found, expected = hashlib.sha256(file.read_bytes()).hexdigest(), shipped_checksum(file.name)
     if found != expected:
@@ -217,9 +222,9 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
 
 
 def make_tokenizer() -> Any:
-    """One token a character, plus padding and end.
+    """Return a tokenizer with one token per character, plus padding and end token.
 
-    transformers gives every Qwen2 folder a Qwen2 tokenizer, so that is what it has to be.
+    It is a Qwen2 tokenizer, because transformers loads one for every Qwen2 folder.
     """
     from transformers import Qwen2Tokenizer
 
@@ -229,11 +234,11 @@ def make_tokenizer() -> Any:
 
 
 def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW, or Muon on the layers' matrices and AdamW on all else."""
+    """Return AdamW, or Muon for the layers' matrices with AdamW for all other parameters."""
     betas = (0.9, 0.99)
     if not recipe.muon:
         return torch.optim.AdamW(parameters, lr=recipe.lr, betas=betas, weight_decay=0.0)
-    # Embedding and head, too, are matrices, but have only as many rows as there are symbols.
+    # Embedding and head are matrices too, but have only one row per symbol.
     matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > len(SYMBOLS) + 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in chosen]
@@ -244,7 +249,7 @@ def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Opti
 
 
 class Chained(torch.optim.Optimizer):
-    """Several optimizers over disjoint parameters as one, with shared parameter groups."""
+    """Steps several optimizers over disjoint parameters as one, with their parameter groups."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})
@@ -252,7 +257,7 @@ class Chained(torch.optim.Optimizer):
         self.param_groups = [group for part in parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> Any:
-        """Evaluate the closure once, then let every part take its step."""
+        """Evaluate the closure once, step every optimizer, and return the loss."""
         loss = None if closure is None else closure()
         for part in self.parts:
             part.step()

@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
 
-from kdrl_lightning.checkpoints.files import not_exported
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
+from kdrl_lightning.trainer.failures import not_exported
+from kdrl_lightning.trainer.internals import stop_after_validation
+from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, student_of
 
 
 def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
@@ -52,24 +55,26 @@ def check_space(needs: Mapping[Path, int]) -> None:
             )
 
 
-def student_bytes(pl_module: Any) -> int:
+def student_bytes(pl_module: TrainedModule) -> int:
     """Return the size of the student's weights as a model folder, adapters merged."""
     named = pl_module.weights().model.named_parameters()
     sizes: list[int] = [p.numel() * p.element_size() for n, p in named if not is_adapter(n)]
     return sum(sizes)
 
 
-def checkpoint_bytes(pl_module: Any) -> int:
+def checkpoint_bytes(pl_module: TrainedModule) -> int:
     """Return the size of the weights in a checkpoint, and of what an optimizer adds.
 
     A LoRA student's checkpoint holds the adapters alone.
     """
-    trained = [p for p in pl_module.student.parameters() if p.requires_grad or not pl_module.lora]
+    trained = [
+        p for p in student_of(pl_module).parameters() if p.requires_grad or not pl_module.lora
+    ]
     weights: int = sum(p.numel() * p.element_size() for p in trained)
     return int(weights * (1 + _moments(pl_module)))
 
 
-def _moments(pl_module: Any) -> float:
+def _moments(pl_module: TrainedModule) -> float:
     """Return how many numbers the optimizer keeps per weight, from a trial of one step."""
     weight = torch.nn.Parameter(torch.zeros(8, 8))
     weight.grad = torch.zeros_like(weight)
@@ -82,7 +87,9 @@ def _moments(pl_module: Any) -> float:
     return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / weight.numel()
 
 
-def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False) -> None:
+def save_student(
+    trainer: pl.Trainer, pl_module: TrainedModule, folder: Path, alone: bool = False
+) -> None:
     """Write the student as a Hugging Face folder, whole or not at all.
 
     Args:
@@ -117,7 +124,7 @@ def save_student(trainer: Any, pl_module: Any, folder: Path, alone: bool = False
         stop_together(write, pl_module.reduce)
 
 
-def check_early_stopping(trainer: Any) -> None:
+def check_early_stopping(trainer: pl.Trainer) -> None:
     """Let EarlyStopping look at a metric of the validation after each validation.
 
     Lightning asks at the end of an epoch, also of one that ``max_steps`` ends before its
@@ -126,24 +133,25 @@ def check_early_stopping(trainer: Any) -> None:
     Raises:
         ConfigurationError: there is no validation.
     """
-    for callback in trainer.callbacks:
+    data = getattr(trainer, "datamodule", None)
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/"):
-            prompts = getattr(trainer.datamodule, "val_prompts", True)
+            prompts = getattr(data, "val_prompts", True)
             if callback.strict and (prompts is None or trainer.limit_val_batches == 0):
                 raise ConfigurationError(
                     f"`monitor` of EarlyStopping must be a metric that is logged: got "
                     f"{callback.monitor} without a validation. Set `data.val_prompts`, or drop it."
                 )
-            callback._check_on_train_epoch_end = False
+            stop_after_validation(callback)
 
 
-def check_monitors(trainer: Any) -> None:
+def check_monitors(trainer: pl.Trainer) -> None:
     """Check after a validation that callbacks watch metrics that it has.
 
     Raises:
         ConfigurationError: one does not.
     """
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         name = getattr(callback, "monitor", None)
         strict = getattr(callback, "strict", True)
         known = trainer.callback_metrics

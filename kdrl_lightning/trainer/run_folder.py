@@ -12,20 +12,23 @@ from pydoc import locate
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.trainer.protocols import is_trial_run
 
 # An empty file that reserves a folder for one run, also while nothing else is in it.
 MARK = ".run"
 # What tells the folder of a run that an earlier version of this library made, without the mark.
 WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html")
 
-_folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+_folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
 
 
-def run_folder(trainer: Any, file: str | None = None) -> Path:
+def run_folder(trainer: pl.Trainer, file: str | None = None) -> Path:
     """Return the folder of a trainer's run, the same on all ranks; the first call reserves it.
 
     A logger names it: ``save_dir/name/version``, as Lightning's own checkpoints. Without a logger
@@ -88,7 +91,7 @@ def is_alive(folder: Path) -> bool:
     return held is None
 
 
-def checkpoint_folders(trainer: Any) -> list[Path]:
+def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     """Return where runs under the same name keep checkpoints; not collective.
 
     If the logger continues a run by its version (a run id, say), and that has checkpoints: its own.
@@ -105,7 +108,7 @@ def checkpoint_folders(trainer: Any) -> list[Path]:
     return list(parent.glob("/".join(["*"] * len(name.parts)) + "/checkpoints"))
 
 
-def _place(trainer: Any) -> tuple[Path, Path | None]:
+def _place(trainer: pl.Trainer) -> tuple[Path, Path | None]:
     """Return the folder of all runs under a name, and the run's own in it; None if unknown yet."""
     logger = next(iter(trainer.loggers), None)
     if logger is None:
@@ -121,11 +124,11 @@ def _place(trainer: Any) -> tuple[Path, Path | None]:
     return parent, Path(f"version_{version}" if isinstance(version, int) else version)
 
 
-def _reserve(trainer: Any, file: str | None) -> Path:
+def _reserve(trainer: pl.Trainer, file: str | None) -> Path:
     written, mark = (WRITTEN, MARK) if file is None else ((file,), f"{file}.part")
     parent, name = _place(trainer)
     for folder in _candidates(parent, name):
-        if trainer.fast_dev_run:
+        if is_trial_run(trainer):
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         if any(True for pattern in written for _ in folder.glob(pattern)):
@@ -149,7 +152,7 @@ def _candidates(parent: Path, name: Path | None) -> Iterator[Path]:
         number += 1
 
 
-def loggers_in_root(trainer: Any) -> None:
+def loggers_in_root(trainer: Namespace) -> None:
     """Let loggers write to ``default_root_dir``, unless their own ``save_dir`` is given.
 
     Args:
@@ -179,31 +182,31 @@ class RunConfig(SaveConfigCallback):
     ``fit`` write it if a logger gives them a folder.
     """
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wait for the start."""
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it."""
         self._write(trainer)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it unless training does."""
         self._write_beside_log(trainer)
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it."""
         self._write_beside_log(trainer)
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it."""
         self._write_beside_log(trainer)
 
-    def _write_beside_log(self, trainer: Any) -> None:
+    def _write_beside_log(self, trainer: pl.Trainer) -> None:
         if trainer.loggers:
             self._write(trainer)
 
-    def _write(self, trainer: Any) -> None:
-        if self.already_saved or trainer.fast_dev_run:
+    def _write(self, trainer: pl.Trainer) -> None:
+        if self.already_saved or is_trial_run(trainer):
             return
         file = run_folder(trainer) / self.config_filename
         if trainer.is_global_zero:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class StopSignals:
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == self._number == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped at once by Ctrl-C: {self._last_words()}")
         if number == signal.SIGINT and self._speaks:

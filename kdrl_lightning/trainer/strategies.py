@@ -5,29 +5,36 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
+    Strategy,
     StrategyRegistry,
 )
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.shard_loading import load_moments
 from kdrl_lightning.models.sharding import Sharding
+from kdrl_lightning.trainer.internals import (
+    finds_unused_parameters,
+    load_weights,
+    on_child_failure,
+    set_data_parallel_size,
+)
 
 GRACE_S = 5.0
 # What a signal makes of a process that has not got to its own handling, and so says nothing.
 EARLY = {-signal.SIGINT: 128 + signal.SIGINT, -signal.SIGTERM: 128 + signal.SIGTERM}
 NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
-_KILL: Any = _ChildProcessObserver._terminate_all
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 
 
@@ -53,19 +60,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Take every process as data-parallel; Lightning's "auto" means one per node."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Load the weights as Lightning does, and the moments of the parameters that have some."""
         path = Path(self.broadcast(checkpoint_path))
-        assert self.lightning_module is not None
-        rest = _load_checkpoint(
-            path=path,
-            state={"state_dict": self.model},
-            strict=self.lightning_module.strict_loading,
-            weights_only=weights_only,
-        )
+        rest = load_weights(path, self, weights_only)
         assert self.model is not None
         for index, optimizer in enumerate(self.optimizers):
             source = path if path.is_dir() else rest["optimizer_states"][index]
@@ -92,12 +93,11 @@ def end_with_children() -> None:
     Python handles no signal, as at the start of a process group. So Ctrl-C would not end with 130.
     """
 
-    def terminate(observer: Any) -> None:
-        children = observer._child_processes
+    def end(children: Sequence[Popen[bytes]], kill_all: Callable[[], None]) -> None:
         raw = [child.returncode or 0 for child in children]
         code = max(EARLY.get(value, value) for value in raw)
         if code <= 0:  # something killed one
-            _KILL(observer)
+            kill_all()
             return
         time.sleep(GRACE_S)  # in a thread: a process that can end by itself does so meanwhile
         for child in children:
@@ -106,10 +106,10 @@ def end_with_children() -> None:
             os.write(2, f"error: stopped by {NAMES[code]}: nothing was saved.\n".encode())
         os._exit(code)
 
-    _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign, assignment]
+    on_child_failure(end)
 
 
-def refuse_fsdp1(strategy: Any) -> None:
+def refuse_fsdp1(strategy: object) -> None:
     """Refuse FSDP1 by flag, by configured class, or as an object.
 
     Raises:
@@ -126,14 +126,14 @@ def refuse_fsdp1(strategy: Any) -> None:
         )
 
 
-def check_unreached(strategy: Any, unreached: list[str]) -> None:
+def check_unreached(strategy: Strategy, unreached: list[str]) -> None:
     """Refuse DDP, which waits for a gradient of each parameter, if some may get none.
 
     Raises:
         ConfigurationError: it is DDP, and does not look for them.
     """
-    waits = isinstance(strategy, DDPStrategy)
-    if waits and unreached and not strategy._ddp_kwargs.get("find_unused_parameters"):
+    waits = isinstance(strategy, DDPStrategy) and not finds_unused_parameters(strategy)
+    if waits and unreached:
         raise ConfigurationError(
             "`strategy` must look for unused parameters if a model has some: got ddp, and "
             f"{unreached[0]} and {len(unreached) - 1} more get no gradient. Use "
@@ -141,7 +141,7 @@ def check_unreached(strategy: Any, unreached: list[str]) -> None:
         )
 
 
-def sharding_of(trainer: Any) -> Sharding | None:
+def sharding_of(trainer: pl.Trainer | None) -> Sharding | None:
     """Return how the trainer's strategy shards models; None where every rank holds all.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import KDRL, checkpoints
 from kdrl_lightning.callbacks import FSDPCheckpoint
-from kdrl_lightning.checkpoints.files import read_metadata
+from kdrl_lightning.checkpoints.reader import read_metadata
 from kdrl_lightning.errors import ConfigurationError, Interrupted, TrainingStopped
 
 pytestmark = pytest.mark.filterwarnings(

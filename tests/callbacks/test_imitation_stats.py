@@ -32,6 +32,7 @@ def case(**changes: Any) -> tuple[RolloutBatch, Tensor]:
     logprobs = torch.full((3, 4), -3.0, dtype=torch.float64)
     batch = batch.replace(
         old_logprobs=logprobs - f64(RATIO).log(),
+        rollout_logprobs=logprobs - f64(RATIO).log(),
         teacher_logprobs=logprobs - f64(GAP),
         advantages=f64([1.0, -2.0, 0.0]),
         imitation_mask=batch.loss_mask,
@@ -238,6 +239,10 @@ class Module:
         self.device = torch.device("cpu")
         self.logged: list[dict[str, float]] = []
 
+    def completed(self, batch: RolloutBatch) -> RolloutBatch:
+        """Nothing is missing."""
+        return batch
+
     def log_step(self, values: dict[str, float]) -> None:
         self.logged.append(values)
 
@@ -245,7 +250,11 @@ class Module:
 def test_callback_logs_once_per_step() -> None:
     batch, logprobs = case()
     trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=2, global_step=1, loggers=[], datamodule=None
+        accumulate_grad_batches=2,
+        num_training_batches=4,
+        global_step=1,
+        loggers=[],
+        datamodule=None,
     )
     module, callback = Module(KDRL()), SelectiveImitationStats()
     for index in range(4):
@@ -260,8 +269,8 @@ def test_callback_logs_once_per_step() -> None:
         check(values, {**stats_of(KDRL(), batch, logprobs), "kd/imitated_groups_frac": 1.0})
 
 
-def test_callback_is_silent_without_old_logprobs() -> None:
-    batch, logprobs = case(old_logprobs=None)
+def test_callback_is_silent_on_given_completions() -> None:
+    batch, logprobs = case(old_logprobs=None, rollout_logprobs=None)
     trainer: Any = SimpleNamespace(accumulate_grad_batches=1)
     module = Module(SFT())
     SelectiveImitationStats().on_train_batch_end(trainer, module, {"logprobs": logprobs}, batch, 0)
@@ -308,7 +317,11 @@ def test_what_has_nothing_to_average_is_a_gap() -> None:
     batch, logprobs = case()
     module, callback = Module(RLAD()), SelectiveImitationStats()
     trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=1, global_step=1, loggers=[], datamodule=None
+        accumulate_grad_batches=1,
+        num_training_batches=4,
+        global_step=1,
+        loggers=[],
+        datamodule=None,
     )
     nothing = batch.loss_mask & False
     for part in (batch, batch.replace(loss_mask=nothing, imitation_mask=nothing)):

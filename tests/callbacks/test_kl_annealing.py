@@ -80,7 +80,10 @@ def test_coefficient_follows_the_unit(unit: Any, per_step: int) -> None:
         objective=KDRL(), log_step=lambda values: logged.extend(values.values())
     )
     trainer: Any = SimpleNamespace(
-        global_step=0, datamodule=SimpleNamespace(rollout_at=lambda step: step // 4)
+        global_step=0,
+        accumulate_grad_batches=1,
+        num_training_batches=100,
+        datamodule=SimpleNamespace(updates_per_rollout=4),
     )
     annealing.on_train_start(trainer, module)
     assert module.objective.coefficient("teacher_kl_coef") == 5e-3

@@ -337,7 +337,7 @@ def test_a_sanity_check_is_no_validation_of_a_plateau() -> None:
     with pytest.raises(ConfigurationError, match=r"`monitor` .* got val/accuracy\. Known: \."):
         callback.on_validation_end(trainer, module)
     trainer.callback_metrics = {"val/accuracy": torch.tensor(0.5)}
-    trainer.global_step, trainer.datamodule = 6, SimpleNamespace(rollout_at=lambda step: step // 2)
+    trainer.global_step, trainer.datamodule = 6, SimpleNamespace(updates_per_rollout=2)
     callback.on_validation_end(trainer, module)
     assert module.objective.coefficient("teacher_kl_coef") == 1.0
     callback.on_validation_end(trainer, module)

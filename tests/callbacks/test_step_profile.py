@@ -44,7 +44,7 @@ def test_the_command_line_asks_for_it(
         f"--model.teacher.model={teacher_folder}",
         "--data.train_prompts.size=8",
         "--data.val_prompts.size=2",
-        "--data.prompts_per_rollout=4",
+        "--data.rollout.prompts_per_rollout=4",
         "--trainer.max_steps=8",
         f"--trainer.default_root_dir={tmp_path}",
         f"--trainer.logger.init_args.save_dir={tmp_path}",

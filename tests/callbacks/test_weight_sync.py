@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdrl_lightning.callbacks import WeightSync
+from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.errors import ConfigurationError
 
 
@@ -23,10 +23,21 @@ from kdrl_lightning.errors import ConfigurationError
 def test_the_bound_follows_the_coarser_side(
     precision: str, dtype: torch.dtype | None, bound: float
 ) -> None:
-    assert WeightSync().bound(precision, dtype) == bound
-    assert WeightSync(0.02).bound(precision, dtype) == 0.02
+    assert WeightSyncCheck().bound(precision, dtype) == bound
+    assert WeightSyncCheck(0.02).bound(precision, dtype) == 0.02
 
 
 def test_a_negative_bound_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"`max_mean_diff` must be at least 0: got -1"):
-        WeightSync(-1.0)
+        WeightSyncCheck(-1.0)
+
+
+def test_the_old_name_still_works() -> None:
+    from kdrl_lightning import callbacks
+    from kdrl_lightning.callbacks import weight_sync
+
+    for module in (callbacks, weight_sync):
+        with pytest.warns(FutureWarning, match="`WeightSync` is now `WeightSyncCheck`"):
+            assert module.WeightSync is WeightSyncCheck
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            _ = module.Nothing

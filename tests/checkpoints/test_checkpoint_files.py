@@ -14,15 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from kdrl_lightning.checkpoints.files import (
-    META,
-    SHARDS,
-    CheckpointWriter,
-    check_shards,
-    read_metadata,
-    save_file,
-    unfinished,
-)
+from kdrl_lightning.checkpoints.layout import META, SHARDS, unfinished
+from kdrl_lightning.checkpoints.reader import check_shards, read_metadata
+from kdrl_lightning.checkpoints.writer import CheckpointWriter, save_file
 from kdrl_lightning.cli.export import student_weights
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 

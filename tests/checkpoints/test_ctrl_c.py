@@ -25,9 +25,9 @@ from test_resumed_cli import refused, start, version  # noqa: F401
 from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRLModule, __main__
 from kdrl_lightning.callbacks import FSDPCheckpoint
-from kdrl_lightning.checkpoints.files import read_metadata
+from kdrl_lightning.checkpoints.reader import read_metadata
 from kdrl_lightning.errors import Interrupted, TrainingStopped
-from kdrl_lightning.trainer import strategies
+from kdrl_lightning.trainer import internals, strategies
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",
@@ -294,7 +294,7 @@ def test_the_first_process_ends_with_the_code_of_the_others(
 
     monkeypatch.setattr(os, "_exit", calls.append)
     monkeypatch.setattr("time.sleep", lambda seconds: calls.append("waits"))
-    monkeypatch.setattr(strategies, "_KILL", lambda observer: calls.append("lightning"))
+    monkeypatch.setattr(internals, "KILL_ALL", lambda observer: calls.append("lightning"))
     before = _ChildProcessObserver._terminate_all
     monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", before)  # and restore it
     strategies.end_with_children()

@@ -16,16 +16,6 @@ from test_checkpoint_files import sharded_trainer, student_weights
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint
-from kdrl_lightning.checkpoints.files import (
-    META,
-    SHARDS,
-    CheckpointWriter,
-    ShardWriter,
-    newest_whole,
-    read_metadata,
-    reason_of,
-    save_file,
-)
 from kdrl_lightning.checkpoints.integrity import (
     SEAL,
     Part,
@@ -34,7 +24,11 @@ from kdrl_lightning.checkpoints.integrity import (
     seal,
     whole_folder,
 )
+from kdrl_lightning.checkpoints.layout import META, SHARDS
+from kdrl_lightning.checkpoints.reader import newest_whole, read_metadata
+from kdrl_lightning.checkpoints.writer import CheckpointWriter, ShardWriter, save_file
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.trainer.failures import reason_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is .*:UserWarning")
 WEIGHTS = torch.arange(300.0)

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.checkpoints.files import together
+from kdrl_lightning.checkpoints.writer import together
 from kdrl_lightning.errors import TrainingStopped
 
 pytestmark = pytest.mark.filterwarnings(
@@ -39,9 +39,11 @@ def start(tmp_path: Path, student_folder: str, monkeypatch: pytest.MonkeyPatch) 
             "train_prompts": prompts,
             "val_prompts": prompts,
             "reward": "kdrl_lightning.tiny.addition_reward",
-            "prompts_per_rollout": 4,
-            "group_size": 2,
-            "max_tokens": 8,
+            "rollout": {
+                "prompts_per_rollout": 4,
+                "group_size": 2,
+                "max_tokens": 8,
+            },
         },
         "trainer": {"max_steps": 2, "accelerator": "cpu"},
     }

@@ -17,7 +17,7 @@ from kdrl_lightning.callbacks import (
     FSDPCheckpoint,
     KLCoefficientAnnealing,
     SelectiveImitationStats,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.objectives import Objective
@@ -43,7 +43,9 @@ class Sometimes(pl.Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step in self.steps:
-            pl_module._stats.add_sum("kd/sometimes", torch.tensor(float(trainer.global_step)))
+            pl_module._stats._stats.add_sum(
+                "kd/sometimes", torch.tensor(float(trainer.global_step))
+            )
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -64,7 +66,7 @@ def run(
         if isinstance(objective, KDRL)
         else []
     )
-    others = [SelectiveImitationStats(), WeightSync(), FSDPCheckpoint(str(root / "saved"))]
+    others = [SelectiveImitationStats(), WeightSyncCheck(), FSDPCheckpoint(str(root / "saved"))]
     trainer = make_trainer(
         root, callbacks=[*annealing, *others, sees], enable_checkpointing=True, logger=logger,
         log_every_n_steps=1, max_steps=steps,

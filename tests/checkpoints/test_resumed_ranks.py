@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_lightning.checkpoints.files import content_mark
+from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import require_same
 from kdrl_lightning.errors import ConfigurationError
 

@@ -36,9 +36,11 @@ def config(tmp_path: Path, student_folder: str, teacher_folder: str) -> dict[str
             "train_prompts": prompts,
             "val_prompts": prompts,
             "reward": "kdrl_lightning.tiny.addition_reward",
-            "prompts_per_rollout": 4,
-            "group_size": 2,
-            "max_tokens": 8,
+            "rollout": {
+                "prompts_per_rollout": 4,
+                "group_size": 2,
+                "max_tokens": 8,
+            },
         },
         "trainer": {
             "max_steps": 1,
@@ -76,13 +78,16 @@ CASES = {
         "did you mean trrd_alpha? (see `python -m kdrl_lightning fit --help`)",
     ),
     "wrong type": (["--trainer.max_steps=many"], "trainer.max_steps"),
-    "group of one": (["--data.group_size=1"], "`group_size` must be at least 2 for RLAD"),
+    "group of one": (["--data.rollout.group_size=1"], "`group_size` must be at least 2 for RLAD"),
     "no teacher": (["--model.teacher=null"], "`teacher` must be given for the objective RLAD"),
     "alpha": (["--model.objective.trrd_alpha=1.5"], r"`trrd_alpha` must be in [0, 1]: got 1.5"),
-    "temperature": (["--data.temperature=0"], "`temperature` must be above 0"),
+    "temperature": (["--data.rollout.temperature=0"], "`temperature` must be above 0"),
     "no such model": (["--model.student=/no/such/model"], "got /no/such/model"),
     "no such teacher": (["--model.teacher.model=/no/such/model"], "got /no/such/model"),
-    "context": (["--data.max_tokens=125"], "must have at most 3 tokens a prompt (context 128"),
+    "context": (
+        ["--data.rollout.max_tokens=125"],
+        "must have at most 3 tokens a prompt (context 128",
+    ),
     "cut step": (
         ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=3"],
         "`limit_train_batches` must not cut an optimizer step of 2 micro-batches",
@@ -92,15 +97,15 @@ CASES = {
         "`accumulate_grad_batches` must be at most 8",
     ),
     "micro-batches that do not fit": (
-        ["--data.max_tokens_per_micro_batch=60"],
+        ["--data.rollout.max_tokens_per_micro_batch=60"],
         "got 60. Set `accumulate_grad_batches` 3.",
     ),
     "a completion that does not fit": (
-        ["--data.max_tokens_per_micro_batch=10"],
+        ["--data.rollout.max_tokens_per_micro_batch=10"],
         "got 10. One alone may have 18: lower `max_tokens`, or drop long prompts.",
     ),
     "uneven mini-batches": (
-        ["--data.minibatches_per_rollout=3"],
+        ["--data.rollout.minibatches_per_rollout=3"],
         "`prompts_per_rollout` must be a multiple",
     ),
     "a schedule that cannot be": (
@@ -119,7 +124,7 @@ CASES = {
     "reward is NaN": (["--data.reward=test_bad_input.not_a_number"], "must return a finite number"),
     "no such file": (
         ["--data.train_prompts=JSONLPrompts", "--data.train_prompts.path=/no/file.jsonl"],
-        "/no/file.jsonl, which is no file",
+        "/no/file.jsonl, which is not a file",
     ),
     "rows without prompt": (['--data.train_prompts=[{"question": "1"}]'], "the column `prompt`"),
 }
@@ -259,7 +264,7 @@ METHOD_CASES = {
         "`teacher` must be given for the objective GKD: got None.",
     ),
     "teacher completions without a rule": (
-        ["--data.teacher_completions=2"],
+        ["--data.teacher_completions.count=2"],
         "`teacher_completions` must be 0 for RLAD without a rule for them: got 2. Give",
     ),
     "teacher completions without a teacher": (
@@ -267,7 +272,7 @@ METHOD_CASES = {
             "--model.objective=GRPO",
             "--model.objective.teacher_tokens=ShapedProbability",
             "--model.teacher=null",
-            "--data.teacher_completions=2",
+            "--data.teacher_completions.count=2",
         ],
         "one that can generate for `teacher_completions` 2: got no teacher. Use a LocalTeacher, ",
     ),
@@ -290,7 +295,7 @@ METHOD_CASES = {
         "got k1. The expected gradient of k1 as a loss is zero.",
     ),
     "supervised loss beside own completions": (
-        ["--model.objective=SFT", "--data.teacher_completions=2"],
+        ["--model.objective=SFT", "--data.teacher_completions.count=2"],
         "`group_size` must be 0 for SFT, which trains on given completions: got 2. Let the",
     ),
     "form against estimator": (
@@ -302,11 +307,11 @@ METHOD_CASES = {
         "`form` must be joint for `kl_estimator`",
     ),
     "no completions at all": (
-        ["--data.group_size=0"],
+        ["--data.rollout.group_size=0"],
         "`group_size` must be at least 1 without `teacher_completions`: got 0.",
     ),
     "refills for an objective that compares nothing": (
-        ["--model.objective=OnPolicyDistillation", "--data.max_refills=2"],
+        ["--model.objective=OnPolicyDistillation", "--data.rollout.max_refills=2"],
         "`max_refills` must be 0 for OnPolicyDistillation, which does not compare a group: got 2.",
     ),
     "penalty at another length": (
@@ -332,7 +337,7 @@ SCHEDULE_CASES = {
     "end before start": (
         "trrd_alpha",
         {"class_path": "Linear", "init_args": {"start": 1.0, "end": 0.5, "end_step": 0}},
-        "`end_step` must come after begin_step 0: got 0. For a jump use Switch.",
+        "`end_step` must come after begin_step 0: got 0. For a jump, use Switch.",
     ),
     "another objective's coefficient": (
         "teacher_kl_coef",

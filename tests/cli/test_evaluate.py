@@ -28,7 +28,9 @@ CONFIG: dict[str, Any] = {
             "far": {"prompts": SET, "max_tokens": 5},
         },
         "reward": "kdrl_lightning.tiny.addition_reward",
-        "max_tokens": 8,
+        "rollout": {
+            "max_tokens": 8,
+        },
     },
     "trainer": {"accelerator": "cpu", "max_steps": 7, "logger": {"class_path": "NotThere"}},
 }

@@ -28,10 +28,11 @@ from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.checkpoints.files import CheckpointWriter, export_together
+from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.tiny.models import make_tokenizer
+from kdrl_lightning.trainer.failures import export_together
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",

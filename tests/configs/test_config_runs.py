@@ -31,7 +31,7 @@ def test_every_config_trains(
         *reward,
         "--data.train_prompts.size=16",
         "--data.val_prompts.size=2",
-        "--data.prompts_per_rollout=4",
+        "--data.rollout.prompts_per_rollout=4",
         f"--trainer.fast_dev_run={updates}",
         f"--trainer.default_root_dir={tmp_path}",
         "--report.evaluate_teacher=false",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.layered_yaml import load_with_base, merge
@@ -41,14 +42,14 @@ def test_overrides_win_over_the_file() -> None:
             f"--config={ROOT / 'configs/rlad.yaml'}",
             "--model.objective.trrd_alpha=0.7",
             "--model.student=some/folder",
-            "--data.group_size=4",
+            "--data.rollout.group_size=4",
             "--seed_everything=7",
         ],
         instantiate_only=True,
     )
     assert cli.model.objective.coefficient("trrd_alpha") == 0.7
     assert cli.model.student_source == "some/folder"
-    assert (cli.datamodule.group_size, cli.datamodule.seed) == (4, 7)
+    assert (cli.datamodule.rollout.group_size, cli.datamodule.seed) == (4, 7)
 
 
 @pytest.mark.parametrize(("value", "seed"), [(3, 3), (0, 0), (True, 0), (False, 0), (None, 0)])
@@ -68,7 +69,10 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     ("flags", "words"),
     [
         (["--help_all"], ["{fit,validate,test,predict}", "export", "evaluate", "serve"]),
-        (["fit", "--help_all"], ["--data.group_size", "completions per prompt", "--report.export"]),
+        (
+            ["fit", "--help_all"],
+            ["--data.rollout.group_size", "completions per prompt", "--report.export"],
+        ),
         (["export", "--help"], ["--ckpt_path", "a folder of shards"]),
         (["evaluate", "--help_all"], ["--models", "without training"]),
         (["serve", "--help"], ["--model", "--expose", "VLLM_API_KEY"]),
@@ -127,6 +131,5 @@ def test_a_base_that_says_nothing_of_its_settings_is_refused(tmp_path: Path) -> 
     with pytest.raises(ConfigurationError, match=words):
         load_with_base("base: a.yaml\ndata: {group_size: 2}", over)
     base.write_text("# nothing yet\n")
-    assert load_with_base("base: a.yaml\ndata: {group_size: 2}", over) == {
-        "data": {"group_size": 2}
-    }
+    rest = "data: {rollout: {group_size: 2}}"
+    assert load_with_base(f"base: a.yaml\n{rest}", over) == yaml.safe_load(rest)

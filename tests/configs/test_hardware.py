@@ -26,9 +26,9 @@ HERE = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.max_steps=2",
-    "--data.prompts_per_rollout=4",
+    "--data.rollout.prompts_per_rollout=4",
     "--data.val_prompts=null",
-    "--data.minibatches_per_rollout=1",
+    "--data.rollout.minibatches_per_rollout=1",
     "--report.export=false",
 ]
 

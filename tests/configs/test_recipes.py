@@ -124,11 +124,15 @@ def shrunk(recipe: Path, names: dict[str, str], to: Path, overlay: Path | None =
     if overlay is not None:
         config = merge(config, load_with_base(overlay.read_text(), str(overlay)))
     config = replaced(config, names)
+    rollout = config["data"].get("rollout", {})
     config["data"] |= {
         "rollout_engine": {"class_path": "TransformersEngine"},
-        "prompts_per_rollout": config["data"].get("minibatches_per_rollout", 1) * 2,
-        "group_size": 2,
-        "max_tokens": 12,
+        "rollout": rollout
+        | {
+            "prompts_per_rollout": rollout.get("minibatches_per_rollout", 1) * 2,
+            "group_size": 2,
+            "max_tokens": 12,
+        },
         "max_prompt_tokens": None,
     }
     config["trainer"] |= {

@@ -76,8 +76,8 @@ def test_samples_are_those_of_the_models_own_logits(model_type: str, way: type[P
 
 def test_a_model_without_a_cache_says_so() -> None:
     words = (
-        "RwkvForCausalLM is sampled without a cache: every token takes a pass over all tokens "
-        "before it. VLLMEngine is faster."
+        "TransformersEngine samples RwkvForCausalLM without a cache: every token takes a pass "
+        "over all tokens before it. VLLMEngine is faster."
     )
     with pytest.warns(UserWarning, match=words):
         engine_for(build("rwkv"))
@@ -105,7 +105,7 @@ def test_a_model_that_is_never_right_needs_vllm() -> None:
     model.forward = noisy
     words = (
         r"`rollout_engine` must be VLLMEngine or VLLMServerEngine for LlamaForCausalLM: got "
-        r"TransformersEngine, whose log-probabilities are not those of the model's own logits\."
+        r"TransformersEngine, whose log-probabilities differ from the model's\. Set one of them\."
     )
     with pytest.raises(ConfigurationError, match=words):
         engine_for(model)

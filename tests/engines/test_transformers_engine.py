@@ -154,8 +154,7 @@ def test_logprobs_equal_the_scorers(build, model, temperature):
         [i for i, _ in flat],
         pad_id=PAD,
         rollout_logprobs=[c.logprobs for _, c in flat],
-        temperature=temperature,
-    )
+    ).replace(temperature=temperature)
     with torch.no_grad():
         scores = Scorer(model).score(batch)
     torch.testing.assert_close(batch.rollout_logprobs, scores.logprobs, atol=1e-5, rtol=0)

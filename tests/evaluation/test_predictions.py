@@ -145,7 +145,7 @@ def test_what_the_writer_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigurationError) as caught:
         ParquetFile(tmp_path / "x.parquet")
     assert str(caught.value) == (
-        "`format` must be jsonl where pyarrow is not installed: got parquet. "
+        "`format` must be jsonl if pyarrow is not installed: got parquet. "
         "Install it: pip install 'kdrl_lightning[tasks]'."
     )
 

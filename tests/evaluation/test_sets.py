@@ -13,12 +13,12 @@ from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.evaluation import NamedSet, named_sets
+from kdrl_lightning.evaluation import EvaluationSettings, NamedSet, named_sets
 from kdrl_lightning.rewards import WeightedRewards
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.tiny import ColumnAddition
 
-DEFAULT = NamedSet("", [], 2, Sampling(16, 0.7), 64, ())
+DEFAULT = EvaluationSettings(64, 2, 0.7)
 ROWS = [{"prompt": "1+2="}]
 TWO = {
     "near": EvalSet(ColumnAddition(5, seed=2), samples=3, temperature=1.0, batch_size=2, k=[1, 2]),
@@ -27,19 +27,28 @@ TWO = {
 
 
 def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
-    near, far = named_sets({"near": EvalSet(ROWS, k=[1]), "far": EvalSet(ROWS, 4)}, "x", DEFAULT)
+    near, far = named_sets(
+        {"near": EvalSet(ROWS, k=[1]), "far": EvalSet(ROWS, 4)}, "x", DEFAULT, 16
+    )
     assert near == NamedSet("near", ROWS, 2, Sampling(16, 0.7), 64, (1,))
     assert far == NamedSet("far", ROWS, 4, Sampling(16, 0.7), 64, (4,))
-    assert named_sets(ROWS, "x", DEFAULT)[0].name == ""
-    assert named_sets(None, "x", DEFAULT) == []
+    assert named_sets(ROWS, "x", DEFAULT, 16)[0].name == ""
+    assert named_sets(None, "x", DEFAULT, 16) == []
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "`x` must name at least one set: got none."),
-        ({"a/b": EvalSet(ROWS)}, "`x` must name sets by letters, digits, - and _: got 'a/b'."),
-        ({"a": ROWS}, "`x.a` must be an EvalSet: got list. Give `prompts`, and what else differs."),
+        ({}, "`x` must name at least one set: got none. Add a set, or remove the setting."),
+        (
+            {"a/b": EvalSet(ROWS)},
+            "`x` must name sets with letters, digits, - and _: got 'a/b'. Rename it.",
+        ),
+        (
+            {"a": ROWS},
+            "`x.a` must be an EvalSet: got list. Give `prompts`, and the settings that differ "
+            "from the others.",
+        ),
         ({"a": EvalSet(ROWS, 0)}, "`x.a.samples` must be at least 1: got 0."),
         ({"a": EvalSet(ROWS, batch_size=0)}, "`x.a.batch_size` must be at least 1: got 0."),
         ({"a": EvalSet(ROWS, max_tokens=0)}, "`x.a.max_tokens` must be at least 1: got 0."),
@@ -50,17 +59,17 @@ def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
         (
             {"a": EvalSet(ROWS, 4, temperature=0.0)},
             "`x.a.temperature` must be above 0 for 4 samples of a prompt: got 0. Greedy "
-            "completions of one prompt are all the same.",
+            "completions of one prompt are all equal: raise it, or set `samples` to 1.",
         ),
         (
             {"a": EvalSet(ROWS, 4, k=[2, 5])},
-            "`x.a.k` must be in [1, 4]: got 5. It is a part of the samples of a prompt.",
+            "`x.a.k` must be in [1, 4]: got 5. Lower it, or raise `samples`.",
         ),
     ],
 )
 def test_what_a_set_cannot_be(given: Any, words: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        named_sets(given, "x", DEFAULT)
+        named_sets(given, "x", DEFAULT, 16)
     assert str(caught.value) == words
 
 
@@ -118,7 +127,9 @@ def test_answers_are_the_rewards_own() -> None:
         def answer(self, sample: Sample) -> str:
             raise ValueError
 
-    with pytest.warns(UserWarning, match="`answer` failed, so no vote: ValueError"):
+    with pytest.warns(
+        UserWarning, match="`answer` failed, so the completion does not vote: ValueError"
+    ):
         assert answer_of(Fails(), sample) is None
 
 

@@ -51,8 +51,8 @@ def tree(path: Path, student: str, teacher: str) -> dict[str, Any]:
         "train_prompts": rows,
         "val_prompts": rows,
         "reward": "kdrl_lightning.tiny.addition_reward",
-        "max_tokens": 8,
     }
+    config["data"]["rollout"] = config["data"].get("rollout", {}) | {"max_tokens": 8}
     config["data"] = {k: v for k, v in config["data"].items() if not k.endswith("engine")}
     trainer = config["trainer"]
     trainer |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "max_steps": 1}
@@ -133,19 +133,21 @@ WRONG = {
     float: ["warm", [[1.0]], {"zzz": 1}, "1,5"],
     str: [{"zzz": 1}, [[{"zzz": 1}]]],
 }
-AT_LEAST_1 = ["prompts_per_rollout", "max_tokens", "minibatches_per_rollout", "epochs_per_rollout"]
-AT_LEAST_1 += ["max_prompt_tokens", "rollouts_per_epoch", "max_tokens_per_micro_batch"]
-AT_LEAST_1 += ["val_samples", "val_batch_size"]
+COUNTS = ["prompts_per_rollout", "max_tokens", "minibatches_per_rollout", "epochs_per_rollout"]
+COUNTS += ["rollouts_per_epoch", "max_tokens_per_micro_batch"]
+AT_LEAST_1 = [*(f"rollout.{name}" for name in COUNTS), "max_prompt_tokens"]
+AT_LEAST_1 += ["evaluation.samples", "evaluation.batch_size"]
+AT_LEAST_0 = ["rollout.group_size", "teacher_completions.count", "seed"]
 OUT_OF_RANGE: dict[str, list[Any]] = {
     **{f"data.{name}": [0, -1, -(10**12)] for name in AT_LEAST_1},
-    **{f"data.{name}": [-1, -(2**63)] for name in ("group_size", "teacher_completions", "seed")},
-    "data.max_refills": [-1],
-    "data.temperature": [0, -1, float("nan"), float("inf")],
-    "data.val_temperature": [-0.5, float("nan"), float("inf")],
-    "data.max_off_policy_steps": [2, -1],
-    "data.max_reward_failure_frac": [-0.1, 1.5, float("nan")],
+    **{f"data.{name}": [-1, -(2**63)] for name in AT_LEAST_0},
+    "data.rollout.max_refills": [-1],
+    "data.rollout.temperature": [0, -1, float("nan"), float("inf")],
+    "data.evaluation.temperature": [-0.5, float("nan"), float("inf")],
+    "data.rollout.max_off_policy_steps": [2, -1],
+    "data.reward_failures.max_frac": [-0.1, 1.5, float("nan")],
     "data.overlong_prompts": ["maybe"],
-    "data.failed_reward": [float("nan"), float("inf")],
+    "data.reward_failures.reward": [float("nan"), float("inf")],
     "model.max_nonfinite_steps": [-1],
     "model.chunk_size": [0, -5],
     "model.optimizer": [{"class_path": "torch.optim.AdamW", "init_args": {"lr": -1.0}}],

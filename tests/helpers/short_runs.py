@@ -8,9 +8,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning import RLAD, KDRLModule, LocalTeacher, LoRA, RolloutDataModule
+from kdrl_lightning import (
+    RLAD,
+    EvaluationSettings,
+    KDRLModule,
+    LocalTeacher,
+    LoRA,
+    RewardFailures,
+    RolloutDataModule,
+    RolloutSettings,
+    TeacherCompletions,
+)
+from kdrl_lightning.cli.settings.renamed import RENAMED
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rewards import Sample
+from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.teachers import Teacher
 from kdrl_lightning.tiny import ColumnAddition
 
@@ -47,7 +59,38 @@ def make_data(**changes: Any) -> RolloutDataModule:
         "minibatches_per_rollout": 2,
         "rollouts_per_epoch": 2,
     }
-    return RolloutDataModule(**{**settings, **changes})
+    return RolloutDataModule(**grouped({**settings, **changes}))
+
+
+GROUPS: dict[str, Any] = {
+    "rollout": RolloutSettings,
+    "teacher_completions": TeacherCompletions,
+    "evaluation": EvaluationSettings,
+    "reward_failures": RewardFailures,
+}
+
+
+def grouped(flat: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a data module from one list: ``group_size`` is that of ``rollout``.
+
+    The table of former names says which group a setting is in; it knows each of them.
+    """
+    out: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        if f"data.{name}" in RENAMED:
+            _, group, inner = RENAMED[f"data.{name}"].split(".")
+            groups.setdefault(group, {})[inner] = value
+        else:
+            out[name] = value
+    return out | {group: GROUPS[group](**values) for group, values in groups.items()}
+
+
+def make_slots(count: int, minibatches: int, max_refills: int, seed: int) -> Slots:
+    settings = RolloutSettings(
+        prompts_per_rollout=count, minibatches_per_rollout=minibatches, max_refills=max_refills
+    )
+    return Slots(settings, seed)
 
 
 def make_trainer(tmp_path: Path, **changes: Any) -> pl.Trainer:
@@ -66,7 +109,7 @@ def make_trainer(tmp_path: Path, **changes: Any) -> pl.Trainer:
 
 
 class Trace(pl.Callback):
-    """Keeps every micro-batch with the step at which it arrived."""
+    """Keeps every micro-batch, with all scores that its update used, and the step then."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, Any]] = []
@@ -78,6 +121,10 @@ class Trace(pl.Callback):
         self.seen.append((trainer.global_step, batch))
         distill = getattr(pl_module.objective, "distill", None)
         self.coefs.append(0.0 if distill is None else distill.teacher_kl_coef)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
+        step, batch = self.seen[-1]
+        self.seen[-1] = step, pl_module.completed(batch)
 
 
 def fit(

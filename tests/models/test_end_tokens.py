@@ -286,7 +286,7 @@ def test_an_end_token_that_is_no_id_is_refused(
     folder = copied(student_folder, tmp_path / "it")
     edit(Path(folder), "generation_config.json", eos_token_id=value)
     with pytest.raises(
-        ConfigurationError, match=r"^`eos_token_id` must be the id of a token, or a"
+        ConfigurationError, match=r"^`eos_token_id` must be a token id or a list of ids: got"
     ):
         found(folder)
 
@@ -303,7 +303,7 @@ def test_a_generation_configuration_that_is_no_json_is_refused(
 
 def test_a_configuration_of_other_types_is_refused(student_folder: str, tmp_path: Path) -> None:
     folder = copied(student_folder, tmp_path / "it", config={"eos_token_id": ["5"]})
-    words = r"^the model's config\.json must be one that transformers takes: got .*'eos_token_id'"
+    words = r"^the model's config\.json must be valid for transformers: got .*'eos_token_id'"
     with pytest.raises(ConfigurationError, match=words) as caught:
         found(folder)
     assert "\n" not in str(caught.value)

@@ -39,7 +39,7 @@ def refused(words: str, file: str | None = None, package: str | None = None) -> 
 
 
 def test_neither_file_nor_package_is_refused() -> None:
-    refused(r"^`file` or `package` must be given: got neither\.$")
+    refused(r"^`file` or `package` must be given: got neither\. Name a GGUF file or a package\.$")
 
 
 def test_a_package_that_is_not_installed_names_the_cure() -> None:

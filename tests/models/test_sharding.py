@@ -210,7 +210,7 @@ def test_gpt2_layers_are_found_and_a_model_without_names_is_one_unit(sharding):
     assert decoder_layers(model) == list(model.transformer.h)
     for module in model.modules():
         module._no_split_modules = None
-    words = r"GPT2LMHeadModel names no layers \(`_no_split_modules`\): it is one unit"
+    words = r"GPT2LMHeadModel names no layers \(`_no_split_modules`\): it is sharded as one unit"
     with pytest.warns(UserWarning, match=words):
         scorer = sharding.shard(Scorer(model))
     assert sum(isinstance(m, FSDPModule) for m in scorer.modules()) == 1

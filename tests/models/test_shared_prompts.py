@@ -31,8 +31,7 @@ def rollout(prompt_lengths: tuple[int, int] = (9, 12)) -> RolloutBatch:
         [*completions, completions[-1]],
         [0] * 3 + [1] * 4,
         pad_id=scorers.PAD,
-        temperature=0.7,
-    )
+    ).replace(temperature=0.7)
 
 
 def gradients(scorer: Scorer, batch: RolloutBatch) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -37,8 +37,7 @@ def rollout(exact: bool = False) -> RolloutBatch:
         pad_id=0,
         rewards=[1.0, 0.0],
         rollout_logprobs=[[-3.0, -3.0, -3.0], [-3.0]],
-        engine_exact=exact,
-    )
+    ).replace(engine_exact=exact)
     old = torch.tensor([[LOG2, 2 * LOG2, -LOG2], [-2 * LOG2, 0.0, 0.0]]) - 3.0
     return batch.replace(old_logprobs=old, teacher_logprobs=old)
 

@@ -162,7 +162,7 @@ def test_an_engine_lies_over_any_method(path: Path) -> None:
     for method in ("rlad", "kdrl_mask_group"):
         flags = ["--config", str(ROOT / f"configs/{method}.yaml"), "--config", str(path)]
         if importlib.util.find_spec("vllm") is None and wanted["class_path"] == "VLLMEngine":
-            with pytest.raises(ValueError, match="where vLLM is not installed"):
+            with pytest.raises(ValueError, match="if vLLM is not installed"):
                 KDRLCLI.run(flags, instantiate_only=True)
             continue
         cli = KDRLCLI.run(flags, instantiate_only=True)

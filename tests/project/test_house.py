@@ -27,22 +27,22 @@ ALLOWED = {
     "distributed": {"errors"},
     "losses": FLOOR,
     "objectives": FLOOR | {"losses"},
-    "metrics": {"errors"},
+    "metrics": FLOOR | {"losses"},
     "models": FLOOR | {"losses"},
     "rewards": FLOOR,
     "prompts": FLOOR,
     "engines": FLOOR | {"models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
-    "checkpoints": FLOOR | {"distributed", "models"},
-    "rollout": FLOOR | {"distributed", "engines", "losses", "metrics", "models", "rewards"},
+    "checkpoints": FLOOR | {"distributed", "models", "trainer"},
+    "rollout": FLOOR
+    | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
     "evaluation": FLOOR | {"engines", "prompts", "rewards", "rollout"},
     "trainer": FLOOR
-    | {"checkpoints", "distributed", "engines", "models", "objectives", "rewards", "rollout"},
+    | {"distributed", "engines", "models", "objectives", "rewards", "rollout", "teachers"},
     "module": FLOOR
-    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives", "pending"}
+    | {"checkpoints", "evaluation", "losses", "metrics", "models", "objectives"}
     | {"teachers", "trainer"},
-    "pending": FLOOR | {"losses"},
     "datamodule": FLOOR
     | {
         "distributed",
@@ -54,15 +54,15 @@ ALLOWED = {
         "rollout",
         "trainer",
     },
-    "supervised": FLOOR | {"distributed", "models", "prompts", "rollout"},
+    "supervised": FLOOR | {"distributed", "models", "objectives", "prompts", "rollout", "trainer"},
     "callbacks": FLOOR
     | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
-    | {"reports", "rollout", "trainer"},
+    | {"engines", "reports", "trainer"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
-    | {"objectives", "prompts", "rewards", "trainer"},
+    | {"objectives", "prompts", "rewards", "rollout", "trainer"},
     "__main__": {"cli", "distributed", "errors", "trainer"},
 }
 LIGHTNING = {
@@ -78,7 +78,7 @@ LIGHTNING = {
 }
 TRANSFORMERS = {"cli", "engines", "models", "tiny"}
 # A reader sees a folder at once, and so its files.
-MOST_FILES = {"": 26, "rollout": 15}
+MOST_FILES = {"": 26}
 
 
 def imports(path: Path) -> set[str]:

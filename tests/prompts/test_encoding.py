@@ -98,16 +98,16 @@ def test_a_tokenizer_that_always_adds_tokens_is_set_right() -> None:
 
 @pytest.mark.parametrize("text", ["1 + <eos>", "1 + <eos> \n", "<bos> u 1 ; a 2 <eos>"])
 def test_a_text_that_ends_with_the_end_token_is_refused(text: str) -> None:
-    words = rf"^a prompt must not end with the end token <eos>: got {re.escape(repr(text))}\. Take"
+    words = (
+        rf"^a prompt must not end with the end token <eos>: got {re.escape(repr(text))}\. Remove"
+    )
     refused(word_tokenizer(), {"prompt": text}, words)
 
 
 def test_a_template_that_does_not_open_the_answer_is_refused_if_it_ends_the_turn() -> None:
     row = {"prompt": [ask("1 +")]}
     silent = "{% for m in messages %}u {{ m['content'] }} <eos>{% endfor %}"
-    refused(
-        word_tokenizer(template=silent), row, r"end token <eos>: got \[.*\]\. Let the chat temp"
-    )
+    refused(word_tokenizer(template=silent), row, r"end token <eos>: got \[.*\]\. Use a chat temp")
     # Llama 2 and Mistral open nothing either, and are right: no end token stands there.
     inst = "{{ bos_token }}{% for m in messages %}u {{ m['content'] }} ; {% endfor %}"
     assert encode_prompt(word_tokenizer(template=inst), row) == ASKED[:-1]
@@ -157,7 +157,10 @@ def test_a_call_needs_no_words_and_its_arguments_lose_what_parquet_filled_in() -
 
 BAD: dict[str, tuple[Any, str]] = {
     "an answer": ([ask("1 +"), answer("2")], r"must not end with a message of the assistant.* 1\."),
-    "an image": ([ask([{"type": "image"}])], r"text alone: got a part of type image in message 0"),
+    "an image": (
+        [ask([{"type": "image"}])],
+        r"contain only text: got a part of type image in message 0",
+    ),
     "a link": (
         [ask([{"type": "text", "text": "1"}, {"type": "image_url", "image_url": {"url": "u"}}])],
         "got a part of type image_url in message 0",
@@ -191,7 +194,9 @@ def test_white_space_that_has_tokens_is_refused() -> None:
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": list(text.encode())}
 
-    refused(Bytes(), {"prompt": " \n"}, r"must be more than white space: got ' \\n'\.$")
+    refused(
+        Bytes(), {"prompt": " \n"}, r"must be more than white space: got ' \\n'\. Remove the row\.$"
+    )
 
 
 def test_a_role_that_the_template_names_is_taken() -> None:
@@ -203,7 +208,9 @@ def test_a_role_that_the_template_names_is_taken() -> None:
 def test_what_the_template_refuses_is_one_line() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}"
     row = {"prompt": [{"role": "system", "content": "s"}, ask("1")]}
-    refused(word_tokenizer(template=template), row, r"takes: got \[.*\(TemplateError: no system\)")
+    refused(
+        word_tokenizer(template=template), row, r"accepts: got \[.*\(TemplateError: no system\)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +274,7 @@ def test_no_tools_change_nothing(tools: Any) -> None:
         (
             [{"name": "add"}],
             "{{ messages }}",
-            "chat template must take `tools`.* Rename the column",
+            "chat template must accept `tools`.* Rename the column",
         ),
     ],
 )

@@ -90,11 +90,11 @@ BAD = {
     "no such saved split": ({"path": "splits", "split": "val"}, "KeyError: 'val'"),
     "no such prompt": (
         {"path": "rows.jsonl"},
-        "`prompt_column` must be a column of the dataset: got prompt. It has q, a, n.",
+        "`prompt_column` must be a column of the dataset: got prompt. The dataset has q, a, n.",
     ),
     "no such answer": (
         {"path": "rows.jsonl", "prompt_column": "q", "answer_column": "a.no"},
-        "`answer_column` must be a column of the dataset: got a.no. It has q, a, n.",
+        "`answer_column` must be a column of the dataset: got a.no. The dataset has q, a, n.",
     ),
     "streaming without a size": (
         {"path": "rows.jsonl", "streaming": True},
@@ -103,7 +103,7 @@ BAD = {
     "nothing taken": ({"path": "rows.jsonl", "take": 0}, "`take` must be at least 1: got 0."),
     "a template without a chat": (
         {"path": "rows.jsonl", "template_args": {"a": 1}},
-        "`template_args` must go with `chat: true`: got {{'a': 1}}.",
+        "`template_args` must go with `chat: true`: got {{'a': 1}}. Set `chat: true`.",
     ),
 }
 

@@ -101,12 +101,14 @@ def refused(words: str, *args: Any, **kwargs: Any) -> None:
 
 
 def test_system_without_chat_is_refused(file):
-    refused(r"^`system` must go with `chat: true`: got 'Be brief\.'\.$", file, system="Be brief.")
+    refused(
+        r"^`system` must go with `chat: true`: got 'Be brief\.'\. Set", file, system="Be brief."
+    )
 
 
 def test_a_missing_file_is_refused(tmp_path):
     path = str(tmp_path / "none.jsonl")
-    refused(rf"^`path` must be a JSON Lines file: got {path}, which is no file\.$", path)
+    refused(rf"^`path` must be a JSON Lines file: got {path}, which is not a file\. Check", path)
 
 
 def test_a_folder_is_refused(tmp_path):
@@ -116,12 +118,15 @@ def test_a_folder_is_refused(tmp_path):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}')
-    refused(rf"^`path` must be readable UTF-8: got {path} \('utf-8' codec .*\)\.$", str(path))
+    refused(
+        rf"^`path` must be readable UTF-8: got {path} \('utf-8' codec .*\)\. Convert the file\.$",
+        str(path),
+    )
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):
     path = write(tmp_path, '{"prompt": "a"}', "", "{prompt: b}")
-    refused(rf"^{path}:3 must be JSON: got Expecting property name .*\.$", path)
+    refused(rf"^{path}:3 must be JSON: got Expecting property name .*\. Fix the line\.$", path)
 
 
 def test_a_row_without_the_column_is_named(tmp_path):
@@ -141,7 +146,10 @@ def test_a_line_that_is_no_object_is_named(tmp_path):
 @pytest.mark.parametrize("text", ["", "\n\n  \n"])
 def test_a_file_without_rows_is_refused(tmp_path, text):
     path = write(tmp_path, text)
-    refused(rf"^`path` must have at least one row: got {path}, which is empty\.$", path)
+    refused(
+        rf"^`path` must have at least one row: got {path}, which is empty\. Name another file\.$",
+        path,
+    )
 
 
 def test_text_is_encoded_token_by_token():
@@ -178,7 +186,7 @@ def test_messages_are_rendered_by_a_real_tokenizer():
 def test_messages_that_the_template_does_not_take_are_refused(messages):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    words = r"^a prompt must be messages that the chat template takes: got \[.*\]? \(\w+Error: "
+    words = r"^a prompt must be messages that the chat template accepts: got \[.*\]? \(\w+Error: "
     with pytest.raises(ConfigurationError, match=words):
         encode_prompt(tokenizer, {"prompt": messages})
 
@@ -195,7 +203,7 @@ def test_a_row_without_prompt_is_refused():
 
 
 def test_messages_without_template_are_refused():
-    words = r"^a prompt of messages needs a tokenizer with a chat template: got none\. Give plain"
+    words = r"^a prompt of messages needs a tokenizer with a chat template: got none\. Use prompts"
     with pytest.raises(ConfigurationError, match=words):
         encode_prompt(make_tokenizer(), {"prompt": [{"role": "user", "content": "1"}]})
 
@@ -203,7 +211,8 @@ def test_messages_without_template_are_refused():
 # The tokenizer has no unknown token: what it does not know leaves nothing.
 @pytest.mark.parametrize("prompt", ["", "why?"])
 def test_an_empty_prompt_is_refused(prompt):
-    words = rf"^a prompt must have at least one token: got {re.escape(repr(prompt))}\.$"
+    got = re.escape(repr(prompt))
+    words = rf"^a prompt must have at least one token: got {got}\. Remove the row\.$"
     with pytest.raises(ConfigurationError, match=words):
         encode_prompt(make_tokenizer(), {"prompt": prompt})
 
@@ -216,14 +225,15 @@ def test_a_prompt_that_is_neither_text_nor_messages_is_refused(prompt, template)
     with pytest.raises(ConfigurationError) as caught:
         encode_prompt(tokenizer, {"prompt": prompt})
     assert str(caught.value) == (
-        f"a prompt must be a string or a list of chat messages: got {prompt!r}."
+        f"a prompt must be a string or a list of chat messages: got {prompt!r}. "
+        "Convert it, or remove the row."
     )
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_number_in_the_file_is_no_prompt(tmp_path, chat):
     source = JSONLPrompts(write(tmp_path, '{"prompt": 5}'), chat=chat)
-    with pytest.raises(ConfigurationError, match=r"a list of chat messages: got 5\.$"):
+    with pytest.raises(ConfigurationError, match=r"a list of chat messages: got 5\. Convert it"):
         encode_all(source, "prompts", make_tokenizer())
 
 
@@ -239,7 +249,8 @@ def test_a_whole_source_is_encoded_in_order(file):
 
 def test_a_source_without_rows_is_refused_by_its_name():
     with pytest.raises(
-        ConfigurationError, match=r"^`val_prompts` must have at least one row: got none\.$"
+        ConfigurationError,
+        match=r"^`val_prompts` must have at least one row: got none\. Add rows\.$",
     ):
         encode_all([], "val_prompts", make_tokenizer())
 
@@ -264,6 +275,6 @@ def test_a_file_that_changes_under_a_run_is_refused(tmp_path):
     path = write(tmp_path, '{"prompt": "a"}', '{"prompt": "b"}')
     rows = JSONLPrompts(path)
     write(tmp_path, '{"prompt": "a longer one"}', '{"prompt": "b"}')
-    words = rf"^`path` must stay as it is during a run: got {path}, which has changed\. Start"
+    words = rf"^`path` must not change during a run: got {path}, which has changed\. Start"
     with pytest.raises(ConfigurationError, match=words):
         rows[1]

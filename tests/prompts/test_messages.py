@@ -98,7 +98,9 @@ def test_what_is_no_argument_of_the_template_is_refused(value: Any) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     row: dict[str, Any] = {"prompt": [turn("user", "1+")]}
-    with pytest.raises(ConfigurationError, match="`template_args` must hold arguments of the chat"):
+    with pytest.raises(
+        ConfigurationError, match="`template_args` must map names of the chat template"
+    ):
         encode_prompt(tokenizer, {**row, "template_args": value})
     for nothing in (None, float("nan"), {}):
         assert encode_prompt(tokenizer, {**row, "template_args": nothing}) == [3, 12]

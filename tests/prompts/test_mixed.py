@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.short_runs import Trace, make_data, make_module, make_trainer
+from helpers.short_runs import Trace, make_data, make_module, make_slots, make_trainer
 from kdrl_lightning import GRPO, MixedPrompts
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import first_of_each_kind
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.rollout.prompt_order import Slots
 
 
 def source(name: str, size: int) -> list[dict[str, str]]:
@@ -108,7 +107,7 @@ def mixture_of_sums() -> MixedPrompts:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_prompts_of_one_process(ranks: int) -> None:
-    slots, mixture = Slots(count=8, minibatches=2, max_refills=1, seed=9), mixture_of_sums()
+    slots, mixture = make_slots(8, 2, 1, seed=9), mixture_of_sums()
 
     def prompts(rank: int, world: int) -> list[str]:
         own = slots.of_rank(rank, world)

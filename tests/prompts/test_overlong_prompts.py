@@ -36,7 +36,7 @@ def test_they_are_left_out_and_counted(
     )
     out = capsys.readouterr().out
     for name in ("train_prompts", "val_prompts"):
-        words = f"{name}: 2 of 8 prompts left out, which have more than 8 tokens\n"
+        words = f"{name}: 2 of 8 prompts are left out because they have more than 8 tokens\n"
         assert out.count(words) == 1
     assert len(data.rollouts.prompts) == 6
     assert data.rollouts_per_epoch == 3  # one pass of what is left, two prompts a rollout
@@ -47,7 +47,7 @@ def test_they_are_left_out_and_counted(
 def test_they_refuse_the_run(tmp_path: Path, student_folder: str) -> None:
     words = re.escape(
         "`val_prompts` must have at most 8 tokens a prompt (context 128, `max_tokens` 10): got 21 "
-        "in row 0, and 2 such rows of 8. Set `overlong_prompts: drop`, or lower `max_tokens`."
+        "in row 0 (above the limit: 2 of 8). Set `overlong_prompts: drop`, or lower `max_tokens`."
     )
     with pytest.raises(ConfigurationError, match=f"^{words}$"):
         run(tmp_path, student_folder, max_prompt_tokens=8)

@@ -130,12 +130,13 @@ def test_long_rows_of_a_sample_are_counted() -> None:
     assert [row["prompt"] for row, _ in prompts.sample] == [f"{i}=" for i in short]
     assert prompts.longest == 6 and prompts.checked == 1002
     assert prompts.left_out() == (
-        f"train_prompts: {1002 - len(short)} of 1002 prompts checked, of 1000000, have more than "
-        "6 tokens; a run leaves such prompts out when it draws them"
+        f"train_prompts: {1002 - len(short)} of 1002 checked prompts (of 1000000) have more than "
+        "6 tokens; the run leaves such prompts out when it draws them"
     )
     words = (
-        rf"^`train_prompts` must have at most 6 tokens a prompt \(why\): got 7 in row \d+, and "
-        rf"{1002 - len(short)} such rows of 1002 checked, of 1000000\. Set `overlong_prompts: drop`"
+        rf"^`train_prompts` must have at most 6 tokens a prompt \(why\): got 7 in row \d+ "
+        rf"\(above the limit: {1002 - len(short)} of 1002 checked, in 1000000 rows\)\. "
+        r"Set `overlong_prompts: drop`"
     )
     with pytest.raises(ConfigurationError, match=words):
         prompts_of(rows, limit=6, why="why")
@@ -157,8 +158,8 @@ def test_what_else_asks_for_rows_is_asked_at_once_and_later() -> None:
 
 def test_a_token_beyond_an_embedding_is_named() -> None:
     words = (
-        r"^row 0 of `train_prompts`: every token must have a row in the embedding of the teacher"
-        r", 13 rows: got the token '=', id 13\. Take the tokenizer that the model was made with"
+        r"^row 0 of `train_prompts`: every token must have one of the 13 rows of the teacher's "
+        r"embedding: got the token '=', id 13\. Use the model's original tokenizer"
     )
     with pytest.raises(ConfigurationError, match=words):
         prompts_of(Numbers(3), vocabularies={"student": 14, "teacher": 13})

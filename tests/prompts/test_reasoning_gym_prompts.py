@@ -47,7 +47,7 @@ BAD = {
         r"`task` must be .*: got chain_sums\. Did you mean chain_sum",
     ),
     "far task": ({"task": "?"}, r"`task` must be .*: got \?\. It has \d+, e\.g\. chain_sum\."),
-    "argument": ({"config": {"foo": 1}}, r"`config` must be .* chain_sum takes: got .* 'foo'"),
+    "argument": ({"config": {"foo": 1}}, r"`config` must be .* chain_sum accepts: got .* 'foo'"),
     "value": ({"config": {"min_terms": -1}}, r"`config` must be .*: got \{'min_terms': -1\} \("),
     "size": ({"size": 0}, r"`size` must be in \[1, 1e\+07\]: got 0\."),
     "seed": ({"seed": -1}, r"`seed` must be at least 0: got -1\."),

@@ -11,7 +11,7 @@ import pytest
 from helpers.rewards import judged_elsewhere
 from helpers.rewards.judged_elsewhere import Judge, scaled
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rewards import ExactMatch, RewardFunction, RewardRunner, Sample
+from kdrl_lightning.rewards import ExactMatch, RewardFailures, RewardFunction, RewardRunner, Sample
 from kdrl_lightning.rewards.callables import portable_target
 
 SAMPLE = Sample("abc", [], {"answer": "abc"})
@@ -39,7 +39,7 @@ def test_it_judges_here_and_in_another_process(name: str, seconds: float | None)
 
 def test_numbers_of_other_libraries_come_back(tmp_path: Any) -> None:
     reward = RewardFunction(judged_elsewhere.number_of, time_limit_s=60.0, workers=1)
-    runner = RewardRunner(reward, max_failure_frac=1.0)
+    runner = RewardRunner(reward, RewardFailures(1.0))
     samples = [Sample(text, [], {}) for text in ("numpy", "torch", "bool", "none")]
     with pytest.warns(UserWarning, match=r"1 of 4 .* reward must be a number: got None"):
         assert [v.reward for v in runner(samples)] == [0.5, 0.5, 1.0, 0.0]
@@ -47,12 +47,18 @@ def test_numbers_of_other_libraries_come_back(tmp_path: Any) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a class": (Judge, r"must be a function or an object: got the class Judge\. Make .* Judge\(\)"),
+    "a class": (
+        Judge,
+        r"must be a function or an object: got the class Judge\. Create .* Judge\(\)",
+    ),
     "a text": ("reward", r"must be a function of one sample: got 'reward'\. Give a function"),
     "nothing": (None, r"must be a function of one sample: got None"),
-    "asynchronous": (judged_elsewhere.later, r"must return its result at once: got the .* later"),
-    "asynchronous, bound": (partial(judged_elsewhere.later), r"must return its result at once"),
-    "a generator": (judged_elsewhere.one_by_one, r"must return its result: got one_by_one, which"),
+    "asynchronous": (judged_elsewhere.later, r"must not be asynchronous: got .*later"),
+    "asynchronous, bound": (partial(judged_elsewhere.later), r"must not be asynchronous"),
+    "a generator": (
+        judged_elsewhere.one_by_one,
+        r"must return its result: got the generator one_by_one",
+    ),
     "two arguments": (judged_elsewhere.two, r"must take one argument, .*: got two\(prompt: 'str'"),
     "a keyword alone": (judged_elsewhere.keyword_only, r"must take one argument, the sample"),
     "none left": (partial(scaled, 1.0, SAMPLE), r"must take one argument, the sample: got partial"),
@@ -79,7 +85,7 @@ class Locked(Judge):
 
 
 def test_what_does_not_travel_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = r"^`function` must be one that another process can import: got .*{}.* Put it at the top"
+    words = r"^`function` must be importable from another process: got .*{}.* Put it at the top"
     with pytest.raises(ConfigurationError, match=words.format("Locked object.*cannot pickle")):
         RewardFunction(Locked())
     assert RewardFunction(Locked(), time_limit_s=None)(SAMPLE) == 1.0
@@ -103,5 +109,5 @@ def test_a_function_is_found_by_its_name_if_it_has_one() -> None:
 @pytest.mark.parametrize("results", ["ab", {"a": 1.0, "b": 2.0}, None, 1.0])
 def test_the_results_of_a_batch_are_a_list(results: Any) -> None:
     reward = RewardFunction(lambda samples: results, batch=True, time_limit_s=None)
-    with pytest.raises(TypeError, match=r"^a batch's results must be a list: got "):
+    with pytest.raises(TypeError, match=r"^`function` must return a list for a batch: got "):
         reward.judge([SAMPLE] * 2)

@@ -163,7 +163,7 @@ def test_where_bubblewrap_cannot_make_a_sandbox_nothing_is_run(
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create' >&2\nexit 1\n")
     broken.chmod(0o755)
     elsewhere.setattr(sandbox, "which", lambda name: str(broken))
-    words = r"^`bwrap` must be able to make a sandbox here: got bwrap: No permissions to.* Run"
+    words = r"^`bwrap` must be able to create a sandbox: got bwrap: No permissions to.* Run"
     with pytest.raises(ConfigurationError, match=words) as caught:
         CodeReward().judge([Sample(ADD, [], {"tests": "assert True"})])
     assert "\n" not in str(caught.value)

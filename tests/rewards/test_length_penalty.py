@@ -57,7 +57,7 @@ def test_the_verdict_is_the_tasks(correct: bool) -> None:
     ("limit", "buffer", "message"),
     [
         (0, 1, r"`max_tokens` must be at least 1: got 0\."),
-        (8, 0, r"`buffer_tokens` must be from 1 to max_tokens 8: got 0\. DAPO takes a fifth"),
+        (8, 0, r"`buffer_tokens` must be from 1 to max_tokens 8: got 0\. DAPO uses a fifth"),
         (8, 9, r"`buffer_tokens` must be from 1 to max_tokens 8: got 9\."),
     ],
 )

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rewards import ExactMatch, RewardRunner, Sample, Verdict, WeightedRewards
+from kdrl_lightning.rewards import (
+    ExactMatch,
+    RewardFailures,
+    RewardRunner,
+    Sample,
+    Verdict,
+    WeightedRewards,
+)
 
 # Each test of a failing reward would have to expect that it is shown; one does.
 pytestmark = pytest.mark.filterwarnings("ignore:the reward failed on .* of a rollout:UserWarning")
@@ -136,7 +143,7 @@ def test_verdicts_are_in_the_order_of_the_samples():
     "bad", [math.nan, math.inf, -math.inf, None, "one", Verdict(math.nan, True)]
 )
 def test_a_result_that_is_no_finite_number_is_a_failure(bad):
-    runner = RewardRunner(lambda s: bad, max_failure_frac=1.0)
+    runner = RewardRunner(lambda s: bad, RewardFailures(1.0))
     assert runner([sample()]) == [Verdict(0.0, False)]
     assert runner.failures == 1
 
@@ -145,7 +152,7 @@ def test_a_failing_reward_is_counted_and_given_0():
     def picky(s: Sample) -> float:
         return 1.0 if s.text == "fine" else fails(s)
 
-    runner = RewardRunner(picky, max_failure_frac=0.5)
+    runner = RewardRunner(picky, RewardFailures(0.5))
     assert [v.reward for v in runner([sample("fine"), sample("bad")])] == [1.0, 0.0]
     runner([sample("bad"), sample("fine"), sample("fine")])
     assert runner.failures == 2
@@ -165,7 +172,7 @@ def rollout(bad: int, total: int) -> list[Sample]:
     [(0.1, 2, 1), (0.1, 10, 1), (0.1, 20, 2), (0.1, 29, 2), (0.0, 10, 1), (0.5, 8, 4)],
 )
 def test_failures_up_to_the_bound_are_borne_and_more_stop_the_run(fraction, total, most):
-    runner = RewardRunner(fails_if_bad, fraction)
+    runner = RewardRunner(fails_if_bad, RewardFailures(fraction))
     verdicts = runner(rollout(most, total))
     assert [v.reward for v in verdicts] == [0.0] * most + [1.0] * (total - most)
     with pytest.raises(TrainingStopped, match=rf"on {most + 1} of {total} completions"):
@@ -174,11 +181,11 @@ def test_failures_up_to_the_bound_are_borne_and_more_stop_the_run(fraction, tota
 
 
 def test_one_failure_of_one_completion_is_borne():
-    assert RewardRunner(fails, 0.0)([sample()]) == [Verdict(0.0, False)]
+    assert RewardRunner(fails, RewardFailures(0.0))([sample()]) == [Verdict(0.0, False)]
 
 
 def test_a_bound_of_1_never_stops():
-    assert RewardRunner(fails, 1.0)(rollout(10, 10)) == [Verdict(0.0, False)] * 10
+    assert RewardRunner(fails, RewardFailures(1.0))(rollout(10, 10)) == [Verdict(0.0, False)] * 10
 
 
 def test_failures_are_bounded_within_a_rollout_not_over_the_run():
@@ -190,21 +197,21 @@ def test_failures_are_bounded_within_a_rollout_not_over_the_run():
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, math.nan, math.inf])
 def test_a_bound_outside_0_and_1_is_refused(fraction):
-    words = rf"^`max_reward_failure_frac` must be in \[0, 1\]: got {fraction}\.$"
+    words = rf"^`reward_failures.max_frac` must be in \[0, 1\]: got {fraction}\.$"
     with pytest.raises(ConfigurationError, match=words):
-        RewardRunner(fails, max_failure_frac=fraction)
+        RewardFailures(max_frac=fraction)
 
 
 def test_the_first_failure_of_each_kind_in_training_is_shown():
     def fails_by_name(s: Sample) -> float:
         raise {"a": KeyError, "b": OSError}[s.text]("why")
 
-    runner = RewardRunner(fails_by_name, max_failure_frac=1.0, failed_reward=-1.0)
+    runner = RewardRunner(fails_by_name, RewardFailures(1.0, -1.0))
     words = (
         r"^the reward failed on 1 of 1 completions of a rollout, which count as wrong and get -1: "
     )
     for text, error in (("a", "KeyError: 'why'"), ("b", "OSError: why")):
-        with pytest.warns(UserWarning, match=words + rf"last {error}\.$"):
+        with pytest.warns(UserWarning, match=words + rf"the last error was {error}\.$"):
             runner([sample(text)])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -212,21 +219,23 @@ def test_the_first_failure_of_each_kind_in_training_is_shown():
 
 
 def test_a_failed_completion_gets_what_is_documented():
-    verdicts = RewardRunner(fails_if_bad, failed_reward=-2.0)(rollout(1, 10))
+    verdicts = RewardRunner(fails_if_bad, RewardFailures(reward=-2.0))(rollout(1, 10))
     assert verdicts == [Verdict(-2.0, False)] + [Verdict(1.0, True)] * 9
 
 
 def test_a_failed_reward_that_is_no_number_is_refused():
-    with pytest.raises(ConfigurationError, match=r"^`failed_reward` must be in .*: got nan\.$"):
-        RewardRunner(fails, failed_reward=math.nan)
+    with pytest.raises(
+        ConfigurationError, match=r"^`reward_failures.reward` must be .*: got nan\.$"
+    ):
+        RewardFailures(reward=math.nan)
 
 
 @pytest.mark.parametrize("bad", [1, 3, 10])
 def test_an_evaluation_warns_of_failures_and_goes_on(bad):
-    runner = RewardRunner(fails_if_bad, 0.0)
+    runner = RewardRunner(fails_if_bad, RewardFailures(0.0))
     words = (
         rf"^the reward failed on {bad} of 10 completions of an evaluation, "
-        r"which count as wrong: last KeyError: 'answer'\.$"
+        r"which count as wrong: the last error was KeyError: 'answer'\.$"
     )
     with pytest.warns(UserWarning, match=words) as caught:
         verdicts = runner(rollout(bad, 10), training=False)
@@ -245,8 +254,9 @@ def test_an_evaluation_without_failures_is_silent():
 def test_failures_above_the_bound_stop_the_run_with_the_figures():
     runner = RewardRunner(fails_if_bad)
     words = (
-        r"^the reward failed on 2 of 10 completions, above 10%: last KeyError: 'answer'\. "
-        r"Mend the reward function\.$"
+        r"^the reward failed on 2 of 10 completions, above 10%: "
+        r"the last error was KeyError: 'answer'\. "
+        r"Fix the reward function\.$"
     )
     with pytest.raises(TrainingStopped, match=words):
         runner(rollout(2, 10))
@@ -257,12 +267,12 @@ def test_an_error_without_words_is_named():
     def silent(_: Sample) -> float:
         raise ZeroDivisionError
 
-    with pytest.raises(TrainingStopped, match=r"last ZeroDivisionError\. Mend"):
+    with pytest.raises(TrainingStopped, match=r"the last error was ZeroDivisionError\. Fix"):
         RewardRunner(silent)([sample()] * 2)
 
 
 def test_a_reward_that_is_not_finite_is_named():
-    with pytest.raises(TrainingStopped, match=r"last ValueError: reward nan\."):
+    with pytest.raises(TrainingStopped, match=r"the last error was ValueError: reward nan\."):
         RewardRunner(lambda s: math.nan)([sample()] * 2)
 
 
@@ -374,11 +384,11 @@ def test_try_once_refuses_a_reward_that_fails(reward, found):
     words = rf"^`reward` must return a finite number: got {found} for the completion '' of the "
     with pytest.raises(ConfigurationError, match=words) as caught:
         RewardRunner(reward).try_once(ROW)
-    assert str(caught.value).endswith(f"row {ROW!r}. Mend the reward function.")
+    assert str(caught.value).endswith(f"row {ROW!r}. Fix the reward function.")
     assert caught.value.__cause__ is not None
 
 
 def test_try_once_shortens_a_long_row():
-    with pytest.raises(ConfigurationError, match=r"x\.\.\.\. Mend") as caught:
+    with pytest.raises(ConfigurationError, match=r"x\.\.\.\. Fix") as caught:
         RewardRunner(fails).try_once({"prompt": "x" * 5000})
     assert len(str(caught.value)) < 400

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.short_runs import make_slots
 from kdrl_lightning.distributed import require_embedded
 from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.errors import BadRow, TrainingStopped
 from kdrl_lightning.rollout.draws import LAST_ROLLOUTS, DrawCounts, draw
-from kdrl_lightning.rollout.groups import Collector, Source
+from kdrl_lightning.rollout.groups import Collector, GroupShare
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER
 
 
@@ -38,9 +38,9 @@ def collector(count: int, refills: int = 0, seed: int = 3) -> Collector:
     engine: Any = None
     sampling = Sampling(4, 1.0)
     return Collector(
-        Slots(count, 1, refills, seed),
-        Source(STUDENT, engine, 2, sampling),
-        Source(TEACHER, engine, 0, sampling),
+        make_slots(count, 1, refills, seed),
+        GroupShare(STUDENT, engine, 2, sampling),
+        GroupShare(TEACHER, engine, 0, sampling),
     )
 
 
@@ -143,7 +143,8 @@ def test_a_resumed_run_decides_as_the_whole_one() -> None:
 
 def test_a_teachers_token_that_the_student_does_not_have_is_refused() -> None:
     words = (
-        r"^the teacher's completions must be of the student's 16 tokens: got 16\. Take a teacher"
+        r"^token ids of the teacher's completions must be below 16, the rows of the student's "
+        r"embedding: got 16\. Choose a teacher"
     )
     with pytest.raises(TrainingStopped, match=words):
         require_embedded(torch.tensor([[3, 16], [1, 0]]), 16)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import reference  # noqa: F401  (the hypothesis profile)
+from helpers.short_runs import make_slots
 from kdrl_lightning.engines.base import Completion, noise_seed
 from kdrl_lightning.rewards import Verdict
 from kdrl_lightning.rollout.generation import Judged
@@ -14,7 +15,6 @@ from kdrl_lightning.rollout.prompt_order import (
     EVALUATION_NOISE,
     TEACHER_NOISE,
     TRAIN_NOISE,
-    Slots,
     fill_groups,
 )
 
@@ -24,7 +24,7 @@ def test_ranks_share_all_slots_and_every_mini_batch(
     minibatches: int, world_size: int, each: int
 ) -> None:
     share = world_size * each
-    slots = Slots(minibatches * share, minibatches, 0, seed=0)
+    slots = make_slots(minibatches * share, minibatches, 0, seed=0)
     of_ranks = [slots.of_rank(rank, world_size) for rank in range(world_size)]
     assert sorted(s for own in of_ranks for s in own) == list(range(slots.count))
     for own in of_ranks:
@@ -33,7 +33,7 @@ def test_ranks_share_all_slots_and_every_mini_batch(
 
 
 def test_slots_of_two_ranks_by_hand() -> None:
-    slots = Slots(count=8, minibatches=2, max_refills=0, seed=0)
+    slots = make_slots(8, 2, 0, seed=0)
     assert slots.of_rank(0, 2) == [0, 2, 4, 6]
     assert slots.of_rank(1, 2) == [1, 3, 5, 7]
     assert slots.of_rank(0, 1) == list(range(8))
@@ -41,7 +41,7 @@ def test_slots_of_two_ranks_by_hand() -> None:
 
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 5))
 def test_no_position_comes_twice(count: int, max_refills: int, rollouts: int) -> None:
-    slots = Slots(count, 1, max_refills, seed=0)
+    slots = make_slots(count, 1, max_refills, seed=0)
     positions = [
         slots.position(rollout, slot, attempt)
         for rollout in range(rollouts)
@@ -52,7 +52,7 @@ def test_no_position_comes_twice(count: int, max_refills: int, rollouts: int) ->
 
 
 def test_without_refills_positions_run_through_the_prompts() -> None:
-    slots = Slots(count=4, minibatches=2, max_refills=0, seed=3)
+    slots = make_slots(4, 2, 0, seed=3)
     for rollout in range(5):
         for slot in range(4):
             assert slots.position(rollout, slot, 0) == rollout * 4 + slot
@@ -62,13 +62,13 @@ def test_without_refills_positions_run_through_the_prompts() -> None:
 
 
 def test_noise_of_the_first_attempt_does_not_depend_on_refills() -> None:
-    few, many = Slots(4, 1, 0, seed=1), Slots(4, 1, 5, seed=1)
+    few, many = make_slots(4, 1, 0, seed=1), make_slots(4, 1, 5, seed=1)
     for slot in range(4):
         assert few.seeds(7, slot, 0, TRAIN_NOISE, 3) == many.seeds(7, slot, 0, TRAIN_NOISE, 3)
 
 
 def test_no_noise_comes_twice() -> None:
-    slots = Slots(count=3, minibatches=1, max_refills=2, seed=0)
+    slots = make_slots(3, 1, 2, seed=0)
     seeds = [
         seed
         for stream in (TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE)
@@ -81,7 +81,7 @@ def test_no_noise_comes_twice() -> None:
 
 
 def test_a_longer_group_begins_like_a_shorter_one() -> None:
-    slots = Slots(count=3, minibatches=1, max_refills=0, seed=0)
+    slots = make_slots(3, 1, 0, seed=0)
     assert slots.seeds(1, 2, 0, 0, 6)[:4] == slots.seeds(1, 2, 0, 0, 4)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.short_runs import make_slots
 from kdrl_lightning.rollout import saved as store
 from kdrl_lightning.rollout.prompt_order import Slots
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -22,7 +23,7 @@ WIDE = ("old_logprobs", "old_entropy", "teacher_logprobs", "teacher_entropy", "r
 @st.composite
 def rollouts(draw: Any) -> tuple[Slots, list[list[tuple[list[int], list[int]]]], int]:
     """Slots, with (prompt, completion) pairs for each; shares of processes may be uneven."""
-    slots = Slots(12 * draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3])), 0, 0)
+    slots = make_slots(12 * draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3])), 0, 0)
     tokens = st.lists(st.integers(0, 30), max_size=5)
     prompt = st.lists(st.integers(0, 30), min_size=1, max_size=4)
     size = draw(st.integers(1, 3))
@@ -54,9 +55,8 @@ def batch_of(slots: list[int], groups: Any, seed: int, dtype: torch.dtype) -> Ro
         rollout_logprobs=[noise(1, s, i, len(groups[s][i][1])).tolist() for _, s, i in rows],
         source=[i % 2 for _, _, i in rows],
         teacher_route=[s % 3 for _, s, _ in rows],
-        temperature=0.7,
         mask_truncated=seed % 2 == 0,
-    )
+    ).replace(temperature=0.7)
     width = batch.completion_ids.shape[1]
     scored: dict[str, Tensor] = {
         n: torch.zeros(len(rows), width, dtype=dtype) for n in WIDE
@@ -69,8 +69,10 @@ def batch_of(slots: list[int], groups: Any, seed: int, dtype: torch.dtype) -> Ro
             own = noise(key + 2, s, i, length, *value.shape[2:])
             value[row, :length] = (own * 100).to(value.dtype)
     scored["advantages"] = torch.stack([noise(99, s, i, 1)[0] for _, s, i in rows])
-    scored["imitation_mask"] = batch.completion_mask & (scored["old_logprobs"] > 0)
-    return batch.replace(**scored, teacher_pending=seed % 3 == 0)
+    scored["imitation_mask"] = batch.completion_mask & (scored["ref_logprobs"] > 0)
+    if seed % 3 == 0:  # each update runs the teacher, and the first one the student
+        scored = {n: v for n, v in scored.items() if not n.startswith(("teacher", "old", "topk"))}
+    return batch.replace(**scored)
 
 
 def packed(parts: list[tuple[RolloutBatch, list[int]]], patch: Any) -> Any:
@@ -121,7 +123,7 @@ def test_any_number_of_processes_finds_its_rows(
 
 
 def test_one_process_needs_no_other() -> None:
-    slots = Slots(4, 2, 0, 0)
+    slots = make_slots(4, 2, 0, 0)
     groups = [[([1, 2], [3] * n), ([1, 2], [4])] for n in range(4)]
     own = slots.of_rank(0, 1)
     batch = batch_of(own, groups, 3, torch.float32)
@@ -130,3 +132,17 @@ def test_one_process_needs_no_other() -> None:
     same(store.unpack(state, own), batch)
     # The state is plain, so that it is read without running anything.
     assert all(value.device.type == "cpu" for value in state.values() if torch.is_tensor(value))
+
+
+@pytest.mark.parametrize("pending", [True, False])
+def test_a_rollout_of_0_1_says_that_its_teacher_is_yet_to_come(pending: bool) -> None:
+    slots = make_slots(2, 1, 0, 0)
+    batch = batch_of([0, 1], [[([1], [2, 3])], [([1], [4])]], 1, torch.float32)
+    assert batch.teacher_logprobs is not None
+    state = store.pack(batch, slots.of_rank(0, 1), PAD)
+    assert state is not None
+    got = store.unpack({**state, "teacher_pending": pending}, slots.of_rank(0, 1))
+    names = [f.name for f in fields(got) if f.name.startswith("teacher_") and "route" not in f.name]
+    assert len(names) == 5
+    missing = batch.replace(**dict.fromkeys(names))
+    same(got, missing if pending else batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -9,10 +10,18 @@ import pytest
 import torch
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout.updates import RolloutPlan, plan_updates, step_totals
+from kdrl_lightning.rollout.updates import (
+    Cut,
+    RolloutPlan,
+    Waits,
+    plan_updates,
+    resume_updates,
+    step_totals,
+)
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals, collate
 
 GROUPS, SIZE = 6, 3
+NONE = Waits()
 
 
 def rollout(cut: frozenset[int] = frozenset()) -> RolloutBatch:
@@ -53,20 +62,29 @@ def alone(tensor: torch.Tensor, operation: str) -> torch.Tensor:
     return tensor
 
 
-def plan(batch: RolloutBatch | None = None, **changes: Any) -> RolloutPlan:
-    settings = {
-        "rollout": 4,
-        "minibatches": 3,
-        "epochs": 2,
-        "micro_batches": 2,
-        "max_tokens": 8,
-        "max_micro_tokens": float("inf"),
-        "score": fake_score,
-        "score_frozen": fake_frozen,
-        "prepare": imitate_even_tokens,
-        "reduce": alone,
-    }
-    return plan_updates(batch or rollout(), **{**settings, **changes})
+def unscored(part: RolloutBatch) -> RolloutBatch:
+    return part
+
+
+@dataclass
+class Scorers:
+    """As much of a module as a plan asks."""
+
+    score: Any = fake_score
+    score_teacher: Any = fake_frozen
+    score_reference: Any = unscored
+    prepare: Any = imitate_even_tokens
+    reduce: Any = alone
+
+
+def plan(
+    batch: RolloutBatch | None = None, make: Any = plan_updates, waits: Waits = NONE, **changes: Any
+) -> RolloutPlan:
+    cut = {"minibatches": 3, "epochs": 2, "micro_batches": 2, "max_tokens": 8}
+    own = {f.name for f in fields(Scorers)}
+    scorers = Scorers(**{n: v for n, v in changes.items() if n in own})
+    cut |= {n: v for n, v in changes.items() if n not in own}
+    return make(batch or rollout(), 4, Cut(**cut), scorers, waits)
 
 
 def rows_of(update: list[list[int]]) -> list[int]:
@@ -154,7 +172,7 @@ def test_scores_keep_their_type():
 def test_a_score_that_is_not_made_stays_missing():
     made = plan(
         score=lambda part: part.replace(old_logprobs=part.completion_ids * -1.0),
-        score_frozen=lambda part: part,
+        score_teacher=unscored,
     ).batch
     assert made.old_logprobs is not None
     assert made.teacher_logprobs is None and made.old_entropy is None
@@ -168,7 +186,7 @@ def frozen_parts(batch: RolloutBatch | None = None, **changes: Any) -> list[Roll
         seen.append(part)
         return fake_frozen(part)
 
-    ids = plan(batch, score_frozen=score, **changes).batch
+    ids = plan(batch, score_teacher=score, **changes).batch
     assert torch.equal(ids.teacher_logprobs, -3.0 * ids.completion_ids * ids.completion_mask)
     return seen
 
@@ -232,24 +250,18 @@ def test_frozen_models_see_what_the_student_said_of_the_same_rows(limit):
         assert torch.equal(part.old_logprobs, -1.0 * part.completion_ids * part.completion_mask)
 
 
-def blank(part: RolloutBatch) -> torch.Tensor:
-    return torch.full(part.completion_ids.shape, torch.nan, dtype=torch.float64)
-
-
-def leave_room(part: RolloutBatch) -> RolloutBatch:
-    return part.replace(old_logprobs=blank(part))
-
-
-def leave_teacher_room(part: RolloutBatch) -> RolloutBatch:
-    return part.replace(teacher_logprobs=blank(part), teacher_pending=True)
-
-
 @pytest.mark.parametrize("student", [True, False])
 @pytest.mark.parametrize("teacher", [True, False])
 def test_the_first_update_waits_for_the_student_and_each_for_its_teacher(student, teacher):
+    seen: list[str] = []
+
     def score(part: RolloutBatch) -> RolloutBatch:
-        assert part.teacher_pending == teacher
-        return part if part.teacher_pending else fake_frozen(part)
+        seen.append("student")
+        return fake_score(part)
+
+    def score_teacher(part: RolloutBatch) -> RolloutBatch:
+        seen.append("teacher")
+        return fake_frozen(part)
 
     def prepare(batch: RolloutBatch) -> RolloutBatch:
         assert (batch.old_logprobs is None, batch.teacher_logprobs is None) == (student, teacher)
@@ -257,20 +269,52 @@ def test_the_first_update_waits_for_the_student_and_each_for_its_teacher(student
 
     made = plan(
         epochs=1,
-        score_first=leave_room if student else None,
-        leave_teacher_room=leave_teacher_room if teacher else None,
-        score_frozen=score,
+        waits=Waits(student, teacher),
+        score=score,
+        score_teacher=score_teacher,
         prepare=prepare,
     )
+    assert seen == ["student"] * (4 if student else 6) + ["teacher"] * (0 if teacher else 6)
     for update in range(3):
         micro = made.micro_batch(update, 0)
         waits = student and not update
-        assert (micro.old_pending, micro.teacher_pending) == (waits, teacher)
-        assert micro.old_logprobs.isnan().all() == waits
-        assert micro.teacher_logprobs.isnan().all() == teacher
+        assert (micro.old_logprobs is None, micro.old_entropy is None) == (waits, waits)
+        assert (micro.teacher_logprobs is None) == teacher
         ids = micro.completion_ids * micro.completion_mask
         assert waits or torch.equal(micro.old_logprobs, -1.0 * ids)
         assert teacher or torch.equal(micro.teacher_logprobs, -3.0 * ids)
+
+
+def test_with_one_update_nothing_is_stored_of_the_student():
+    made = plan(minibatches=1, epochs=1, waits=Waits(student=True))
+    assert made.batch.old_logprobs is None and made.micro_batch(0, 1).old_logprobs is None
+
+
+@pytest.mark.parametrize("had", [True, False])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_a_resumed_rollout_is_scored_only_by_a_teacher_that_it_left_to_its_updates(had, teacher):
+    def never(part: RolloutBatch) -> RolloutBatch:
+        raise AssertionError
+
+    before = plan(epochs=1, waits=Waits(student=True, teacher=not had))
+    others = {"score": never, "score_reference": never, "prepare": never}
+    asked = fake_frozen if not had and not teacher else never
+    after = plan(
+        before.batch,
+        resume_updates,
+        Waits(teacher=teacher),
+        epochs=1,
+        score_teacher=asked,
+        **others,
+    )
+    assert (after.updates, after.totals) == (before.updates, before.totals)
+    for update in (1, 2):
+        micro = after.micro_batch(update, 0)
+        ids = micro.completion_ids * micro.completion_mask
+        assert torch.equal(micro.old_logprobs, -1.0 * ids)
+        assert (micro.teacher_logprobs is None) == (teacher and not had)
+        if micro.teacher_logprobs is not None:
+            assert torch.equal(micro.teacher_logprobs, -3.0 * ids)
 
 
 def test_scoring_sees_the_very_micro_batches_of_the_updates():

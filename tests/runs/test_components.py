@@ -21,7 +21,7 @@ from kdrl_lightning.callbacks import (
     RolloutProgress,
     RunReport,
     SelectiveImitationStats,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import load_causal_lm
@@ -164,7 +164,7 @@ def test_wrong_counts_are_refused() -> None:
         ("minibatches_per_rollout", 0, "`minibatches_per_rollout` must be at least 1"),
         ("epochs_per_rollout", 0, "`epochs_per_rollout` must be at least 1"),
         ("max_tokens", 0, "`max_tokens` must be at least 1"),
-        ("val_temperature", -1.0, "`val_temperature` must be at least 0"),
+        ("val_temperature", -1.0, "`evaluation.temperature` must be at least 0"),
         ("seed", -1, "`seed` must be at least 0"),
     ):
         with pytest.raises(ConfigurationError, match=words):
@@ -224,9 +224,9 @@ def test_a_run_that_was_stopped_leaves_nothing_behind_for_the_next(
     plan: dict[str, Any] = {"max_steps": 2, "accumulate_grad_batches": 2}
     fresh = Log()
     start = make_module(student_folder, teacher_folder)
-    fit(tmp_path, start, make_data(), [SelectiveImitationStats(), WeightSync(), fresh], **plan)
+    fit(tmp_path, start, make_data(), [SelectiveImitationStats(), WeightSyncCheck(), fresh], **plan)
     module, data = make_module(student_folder, teacher_folder), make_data()
-    stats, sync, fault = SelectiveImitationStats(), WeightSync(), Interrupted()
+    stats, sync, fault = SelectiveImitationStats(), WeightSyncCheck(), Interrupted()
     with pytest.raises(OSError, match="no more disk"):
         fit(tmp_path, module, data, [stats, sync, fault, Log()], **plan)
     assert module.student is not None
@@ -262,7 +262,7 @@ def test_a_number_stands_in_the_rows_of_its_rollout_alone(
 def test_a_rollout_that_was_never_compared_is_forgotten(
     tmp_path: Path, student_folder: str
 ) -> None:
-    sync, module = WeightSync(), make_module(student_folder, None, GRPO())
+    sync, module = WeightSyncCheck(), make_module(student_folder, None, GRPO())
     with pytest.raises(OSError, match="no more disk"):
         fit(tmp_path, module, make_data(), [sync, Once(stops=True)])
     nobody: Any = None

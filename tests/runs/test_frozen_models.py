@@ -77,6 +77,9 @@ def test_the_reference_of_a_resumed_run_is_the_same(tmp_path: Path, student_fold
     batches: list[RolloutBatch] = []
 
     class Keep(pl.Callback):
+        def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
+            batches[-1] = module.completed(batches[-1])
+
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             batches.append(batch)
 
@@ -106,10 +109,10 @@ def test_nothing_is_loaded_without_need(tmp_path: Path, student_folder: str) -> 
     schedule = CoefficientSchedule("ref_kl_coef", Switch(0.0, 0.0, at_step=1))
     module = make_module(student_folder, None, GRPO())
     trace = fit(tmp_path, module, make_data(**SMALL), [schedule], max_steps=1)
-    assert module._reference is None and trace.seen[0][1].ref_logprobs is None
+    assert module.frozen.reference is None and trace.seen[0][1].ref_logprobs is None
     module = make_module(student_folder, None, GRPO(ref_kl_coef=0.1))
     make_trainer(tmp_path).validate(module, datamodule=make_data(), verbose=False)
-    assert module._reference is None
+    assert module.frozen.reference is None
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer
 
 from kdrl_lightning import GKD, GRPO, RLAD, SFT, LocalTeacher
-from kdrl_lightning.callbacks import WeightSync
+from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.losses.advantages import group_relative
 from kdrl_lightning.objectives.ratios import BehaviorRatio, ShapedProbability
 from kdrl_lightning.rewards import Sample
@@ -102,7 +102,7 @@ def test_refills_give_up_at_the_limit(tmp_path: Path, student_folder: str) -> No
     trace = fit(tmp_path, make_module(student_folder, None, GRPO()), data, [log], max_steps=1)
     assert len(groups_of(trace)) == 4
     assert log.rows[0]["rollout/refilled_groups"] == 8.0
-    assert data.watch.completions == 3 * 4 * data.group_size
+    assert data.watch.completions == 3 * 4 * data.rollout.group_size
     kept = sum(int(batch.completion_mask.sum()) for _, batch in trace.seen)
     assert data.watch.tokens > kept
     assert log.rows[0]["rollout/flat_group_frac"] == 1.0
@@ -113,7 +113,7 @@ def mixed(
 ) -> tuple[list[RolloutBatch], list[dict[str, float]], Any]:
     settings = {**ONE_UPDATE, "group_size": 3, "teacher_completions": 2, **changes}
     log, module = Log(), make_module(student, teacher, objective)
-    trace = fit(tmp_path, module, make_data(**settings), [WeightSync(), log], max_steps=steps)
+    trace = fit(tmp_path, module, make_data(**settings), [WeightSyncCheck(), log], max_steps=steps)
     return [batch for _, batch in trace.seen], log.rows, module
 
 

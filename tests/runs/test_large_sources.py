@@ -156,7 +156,7 @@ def test_a_large_evaluation_set_leaves_out_what_it_cannot_use(
     assert 3 not in sample_rows(SIZE, 10_000, 0)
     data = make_data(val_prompts=source, val_batch_size=8)
     trainer = make_trainer(tmp_path, limit_val_batches=1)
-    words = r"^left out of the evaluation: row 3 of `val_prompts`: .*got nan"
+    words = r"^the evaluation leaves out a row: row 3 of `val_prompts`: .*got nan"
     with pytest.warns(UserWarning, match=words):
         trainer.validate(make_module(student_folder, None, GRPO()), data, verbose=False)
     assert sorted(source.read[-8:]) == list(range(8))
@@ -219,8 +219,8 @@ def test_the_padding_is_one_that_the_teacher_knows_too(
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, student_folder: str) -> None:
     more = with_tokens(student_folder, tmp_path / "more", bos_token="<more>")
     words = (
-        r"^row 1 of `train_prompts`: every token must have a row in the embedding of the student, "
-        r"16 rows: got the token '<more>', id 16\."
+        r"^row 1 of `train_prompts`: every token must have one of the 16 rows of the student's "
+        r"embedding: got the token '<more>', id 16\."
     )
     with pytest.raises(ConfigurationError, match=words):
         run(tmp_path, more, [{"prompt": "1="}, {"prompt": "<more>1="}] * 2)

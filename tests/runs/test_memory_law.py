@@ -79,7 +79,7 @@ def test_a_step_has_one_chunk_of_logits_at_a_time(
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            for name in ("score", "score_frozen", "training_step", "backward"):
+            for name in ("score", "score_reference", "score_teacher", "training_step", "backward"):
                 inner = getattr(pl_module, name)
 
                 def watched(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:

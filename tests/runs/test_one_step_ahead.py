@@ -13,7 +13,7 @@ import torch
 from helpers.short_runs import Log, Trace, fit, make_data, make_module, make_trainer, some_reward
 
 from kdrl_lightning import GRPO
-from kdrl_lightning.callbacks import WeightSync
+from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import load_causal_lm
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* of the (completions|groups) "
 class Elsewhere(TransformersEngine):
     """Samples from a copy of the weights, as a server does, and notes in which thread."""
 
-    beside = True
+    supports_async = True
     exact = False
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ def run(tmp_path: Path, folder: str, engine: Any = None, **changes: Any) -> tupl
     settings: dict[str, Any] = {"limit_val_batches": 0, **changes.pop("trainer", {})}
     data = make_data(rollout_engine=engine, **{"max_off_policy_steps": 1, **changes})
     module = make_module(folder, None, GRPO())
-    return engine, fit(tmp_path, module, data, [WeightSync(), log], **settings), log
+    return engine, fit(tmp_path, module, data, [WeightSyncCheck(), log], **settings), log
 
 
 def test_versions_importance_weights_and_pushes(tmp_path: Path, student_folder: str) -> None:
@@ -166,7 +166,7 @@ def test_a_push_that_gets_lost_is_found_by_fresh_completions(
     engine.forgets = True
     data = make_data(rollout_engine=engine, max_off_policy_steps=1)
     with pytest.raises(TrainingStopped, match=r"must agree with the trainer's .* at step 4"):
-        callbacks = [WeightSync(every_n_rollouts=2)]
+        callbacks = [WeightSyncCheck(every_n_rollouts=2)]
         fit(tmp_path, make_module(student_folder, None, GRPO()), data, callbacks)
 
 
@@ -178,7 +178,7 @@ def test_completions_that_are_too_old_stop_the_run(tmp_path: Path, student_folde
     data = make_data(rollout_engine=Late(), max_off_policy_steps=1)
     module = make_module(student_folder, None, GRPO())
     with pytest.raises(TrainingStopped, match=r"at most 2 optimizer steps old .* got .* 4 optim"):
-        fit(tmp_path, module, data, [WeightSync()], limit_val_batches=0)
+        fit(tmp_path, module, data, [WeightSyncCheck()], limit_val_batches=0)
 
 
 def test_a_resume_goes_on_with_a_fresh_rollout(tmp_path: Path, student_folder: str) -> None:
@@ -206,4 +206,4 @@ def test_what_cannot_work_is_refused(tmp_path: Path, student_folder: str) -> Non
     with pytest.warns(UserWarning, match=r"NoCorrection with `max_off_policy_steps` 1"):
         fit(tmp_path, make_module(student_folder, None, objective), data, max_steps=1)
     with pytest.raises(ConfigurationError, match=r"`every_n_rollouts` must be at least 1: got 0"):
-        WeightSync(every_n_rollouts=0)
+        WeightSyncCheck(every_n_rollouts=0)

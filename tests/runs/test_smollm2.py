@@ -18,6 +18,7 @@ from kdrl_lightning import (
     LocalTeacher,
     ReasoningGymPrompts,
     RolloutDataModule,
+    RolloutSettings,
     SupervisedDataModule,
 )
 from kdrl_lightning.engines import Sampling, TransformersEngine
@@ -110,10 +111,7 @@ def test_rlad_takes_a_step_towards_a_supervised_copy_and_the_export_is_that_mode
             sums(64, seed=1),
             # Right or not, no two texts are alike: a group without variance would teach nothing.
             reward=lambda s: float(s.row["answer"] in s.text) + 0.01 * len(s.text),
-            prompts_per_rollout=2,
-            group_size=4,
-            max_tokens=12,
-            minibatches_per_rollout=1,
+            rollout=RolloutSettings(prompts_per_rollout=2, group_size=4, max_tokens=12),
         ),
     )
     trace = fit(tmp_path, module, data, [log], max_steps=1, precision="bf16-mixed")

@@ -18,7 +18,7 @@ from kdrl_lightning.callbacks import (
     KLCoefficientAnnealing,
     RunReport,
     SelectiveImitationStats,
-    WeightSync,
+    WeightSyncCheck,
 )
 from kdrl_lightning.engines import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -32,15 +32,23 @@ def test_rollouts_come_from_the_weights_of_their_first_update(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     data = make_data(epochs_per_rollout=2)  # 4 updates per rollout
-    trace = fit(tmp_path, make_module(student_folder, teacher_folder), data, [WeightSync()])
+    trace = fit(tmp_path, make_module(student_folder, teacher_folder), data, [WeightSyncCheck()])
     steps = [step for step, _ in trace.seen]
     assert steps == list(range(8))
     for step, batch in trace.seen:
         assert (batch.policy_version == step // 4 * 4).all()
 
 
+class ScoredBefore(RLAD):
+    """Has the student run before the updates."""
+
+    def reads_old_scores(self, rollout: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("objective", [RLAD(), ScoredBefore()], ids=lambda o: type(o).__name__)
 def test_old_logprobs_equal_the_first_updates_bit_for_bit(
-    tmp_path: Path, student_folder: str, teacher_folder: str
+    tmp_path: Path, student_folder: str, teacher_folder: str, objective: RLAD
 ) -> None:
     ratios = []
 
@@ -48,9 +56,11 @@ def test_old_logprobs_equal_the_first_updates_bit_for_bit(
         def on_train_batch_end(
             self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            ratios.append((outputs["logprobs"] - batch.old_logprobs).abs().max().item())
+            assert (batch.old_logprobs is None) == (type(objective) is RLAD)
+            old = pl_module.completed(batch).old_logprobs
+            ratios.append((outputs["logprobs"] - old).abs().max().item())
 
-    module = make_module(student_folder, teacher_folder)
+    module = make_module(student_folder, teacher_folder, objective)
     fit(tmp_path, module, make_data(minibatches_per_rollout=1), [Ratio()], max_steps=3)
     assert ratios == [0.0, 0.0, 0.0]
 
@@ -308,10 +318,10 @@ def test_weight_sync_stops_a_stale_or_lying_engine(
 
     module = make_module(student_folder, teacher_folder)
     with pytest.raises(TrainingStopped, match="2 optimizer steps old at step 2"):
-        fit(tmp_path, module, make_data(rollout_engine=Stale()), [WeightSync()])
+        fit(tmp_path, module, make_data(rollout_engine=Stale()), [WeightSyncCheck()])
     module = make_module(student_folder, teacher_folder)
     with pytest.raises(TrainingStopped, match=r"must agree with the trainer's within 0\.001 nats"):
-        fit(tmp_path, module, make_data(rollout_engine=Lying()), [WeightSync()])
+        fit(tmp_path, module, make_data(rollout_engine=Lying()), [WeightSyncCheck()])
 
 
 def test_truncated_completions_can_be_left_out_of_the_loss(
@@ -388,7 +398,7 @@ def test_bf16_mixed_trains_float32_weights(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     module = make_module(student_folder, teacher_folder)
-    trace = fit(tmp_path, module, make_data(), [WeightSync()], max_steps=2, precision="bf16-mixed")
+    trace = fit(tmp_path, module, make_data(), [WeightSyncCheck()], max_steps=2, precision="bf16-mixed")
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert trace.seen[0][1].old_logprobs.dtype == torch.float32
 

@@ -81,9 +81,13 @@ def test_ids_that_the_teacher_does_not_have(
     found = teacher.score(batch, asked).topk_logprobs
     assert found is not None and bool((found[batch.completion_mask][:, 1] == -torch.inf).all())
     strange = collate([[3]], [[99]], [0], pad_id=0)
-    with pytest.raises(TrainingStopped, match=r"among the teacher's 16: got 99"):
+    with pytest.raises(
+        TrainingStopped, match=r"must be below 16, the rows of the teacher's head: got 99"
+    ):
         teacher.accept(strange)
-    with pytest.raises(TrainingStopped, match=r"must fit the 128 tokens of .*got 141"):
+    with pytest.raises(
+        TrainingStopped, match=r"must fit into the context of 128 tokens of .*got 141"
+    ):
         teacher.accept(collate([[3] * 100], [[4] * 40], [0], pad_id=0))
 
 
@@ -124,7 +128,9 @@ def test_wrong_key_tokenizer_and_temperature(
     with pytest.raises(TrainingStopped, match=rf"{server.url} .*/v1/models: got status 401"):
         ServerTeacher(teacher.model, [server.url], "another").load(device)
     other = save_reordered(tmp_path / "other")
-    with pytest.raises(TrainingStopped, match=rf"{server.url} must serve `model` {other}, whose"):
+    with pytest.raises(
+        TrainingStopped, match=rf"{server.url} must have the tokenizer of `model` {other}, "
+    ):
         ServerTeacher(other, [server.url], KEY).load(device)
     with pytest.raises(ConfigurationError, match=r"`temperature` must be 1 with a ServerTeacher"):
         teacher.score(batch.replace(temperature=0.7))
@@ -152,9 +158,9 @@ def test_luffy_with_teacher_and_completions_from_the_server(
         "--model.teacher.class_path=ServerTeacher",
         f"--model.teacher.init_args.model={folder}",
         f"--model.teacher.init_args.urls=[{server.url}]",
-        "--data.teacher_engine.class_path=VLLMTeacherEngine",
-        f"--data.teacher_engine.init_args.urls=[{server.url}]",
-        "--data.prompts_per_rollout=8",
+        "--data.teacher_completions.engine.class_path=VLLMTeacherEngine",
+        f"--data.teacher_completions.engine.init_args.urls=[{server.url}]",
+        "--data.rollout.prompts_per_rollout=8",
         "--data.val_prompts.size=16",
         "--trainer.max_steps=4",
         "--report.evaluate_teacher=false",

@@ -58,7 +58,7 @@ def test_it_scores_as_the_base_does_after_every_step(tmp_path: Path, student_fol
         student_folder, AdapterOffTeacher(), KDRL(0.1, ref_kl_coef=0.1), lora=LoRA(4)
     )
     fit(tmp_path, module, make_data(**SMALL), [beside], max_steps=6)
-    assert isinstance(module._reference, AdapterOffTeacher)  # no second model
+    assert isinstance(module.frozen.reference, AdapterOffTeacher)  # no second model
     assert beside.moved[0] == 0.0 and min(beside.moved[1:]) > 1e-3
     assert all(p.requires_grad for n, p in module.named_parameters() if ".lora_" in n)
 

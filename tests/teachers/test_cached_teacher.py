@@ -28,7 +28,7 @@ COMPLETIONS = [[9, 1], [4, 4, 4, 1], [2]]
 
 
 def batch_of(completions: list[list[int]] = COMPLETIONS, **changes: Any) -> RolloutBatch:
-    return collate(PROMPTS, completions, [0, 1, 2], pad_id=0, **changes)
+    return collate(PROMPTS, completions, [0, 1, 2], pad_id=0).replace(**changes)
 
 
 def cached(folder: str, path: Path) -> CachedTeacher:
@@ -110,7 +110,7 @@ def test_other_content_is_not_found(
         (batch, ids),
         (batch, ids + 1),
         (batch_of([[9, 2], [4, 4, 5, 1], [3]]), None),
-        (batch_of(teacher_route=[1, 1, 1]), None),
+        (batch_of(teacher_route=torch.tensor([1, 1, 1])), None),
         # The same tokens, cut elsewhere between prompt and completion.
         (collate([[5, 6], [8, 4], [3]], [[7, 9, 1], [4, 4, 1], [3, 2]], [0, 1, 2], pad_id=0), None),
     ):
@@ -243,7 +243,7 @@ def test_behind_a_routed_teacher(tmp_path: Path, student_folder: str, teacher_fo
         made.load(CPU)
         return made
 
-    batch = batch_of(teacher_route=[0, 1, 0])
+    batch = batch_of(teacher_route=torch.tensor([0, 1, 0]))
     first, second = make(), make()
     expected = first.score(batch)
     same(second.score(batch), expected)

@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def batch() -> RolloutBatch:
-    return collate([[5, 6, 7], [8]], [[9, 1], [4, 4, 4, 1]], [0, 1], pad_id=0, temperature=0.7)
+    return collate([[5, 6, 7], [8]], [[9, 1], [4, 4, 4, 1]], [0, 1], pad_id=0).replace(
+        temperature=0.7
+    )
 
 
 @pytest.fixture

@@ -107,7 +107,9 @@ def test_a_row_that_names_none_is_refused(
 
 
 def test_no_teachers_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="`teachers` must have at least one: got none"):
+    with pytest.raises(
+        ConfigurationError, match="`teachers` must have at least one teacher: got none"
+    ):
         RoutedTeacher({})
 
 
@@ -158,5 +160,7 @@ def test_it_scores_and_does_not_generate(
 
 def test_it_cannot_be_cached_as_one(two: RoutedTeacher, tmp_path: Path) -> None:
     cached = CachedTeacher(two, str(tmp_path / "scores.db"))
-    with pytest.raises(ConfigurationError, match=r"got RoutedTeacher.*Cache the teachers behind"):
+    with pytest.raises(
+        ConfigurationError, match=r"got RoutedTeacher.*Wrap each of its teachers in a Cached"
+    ):
         cached.load(CPU)

@@ -87,11 +87,11 @@ def test_the_first_of_many_differences_is_named() -> None:
 
 
 def test_tokens_that_only_the_student_has_are_named() -> None:
-    refused("2 of the student's ids are unknown, first 2: 'a'", {"<pad>": 0, "<eos>": 1})
+    refused("2 ids that only the student has, first 2: 'a'", {"<pad>": 0, "<eos>": 1})
 
 
 def test_a_token_that_moved_behind_the_end_is_refused() -> None:
-    found = "1 of the student's ids are unknown, first 3: 'b'"
+    found = "1 ids that only the student has, first 3: 'b'"
     refused(found, {"<pad>": 0, "<eos>": 1, "a": 2, "b": 7})
 
 
@@ -105,7 +105,9 @@ def test_real_tokenizers_of_one_family_agree(student_folder: str, teacher_folder
 def test_a_token_added_to_one_of_the_two(student_folder: str, teacher_folder: str) -> None:
     ours, theirs = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
     ours.add_tokens(["<think>"])
-    with pytest.raises(ConfigurationError, match=r"1 of the student's ids .* 16: '<think>'"):
+    with pytest.raises(
+        ConfigurationError, match=r"1 ids that only the student has.* 16: '<think>'"
+    ):
         check_same_vocabulary(ours, theirs, student_folder, teacher_folder)
     with pytest.warns(UserWarning, match=r"has 1 tokens .* first 16: '<think>'"):
         check_same_vocabulary(theirs, ours, teacher_folder, student_folder)
@@ -173,7 +175,7 @@ def test_padding_rows_that_the_teacher_lacks_are_refused_once_sampled(
     student_folder: str, teacher_folder: str, tmp_path: Path
 ) -> None:
     teacher = ready(LocalTeacher(teacher_folder), padded(student_folder, tmp_path, 32))
-    with pytest.raises(TrainingStopped, match=r"must be among the teacher's 16: got 20, a row"):
+    with pytest.raises(TrainingStopped, match=r"must be below 16, .*head: got 20, a padding row"):
         teacher.accept(collate([[5]], [[20, EOS]], [0], pad_id=0))
 
 
@@ -186,7 +188,7 @@ def test_a_taller_teacher_samples_the_students_tokens_only(
     whole = trace.seen[0][1]
     theirs = whole.select((whole.source == TEACHER).nonzero().squeeze(-1))
     assert len(theirs) == 4 and int(theirs.completion_ids.max()) < 16
-    with pytest.raises(TrainingStopped, match=r"must be of the student's 16 tokens: got 20"):
+    with pytest.raises(TrainingStopped, match=r"must be below 16, .* student's embedding: got 20"):
         tall.accept(collate([[5]], [[20, EOS]], [0], pad_id=0))
 
 
@@ -211,7 +213,7 @@ def test_end_tokens_are_named_by_content() -> None:
 
 def test_a_teachers_end_token_behind_the_students_rows_is_refused() -> None:
     ours, theirs = Vocabulary(BASE), Vocabulary({**BASE, "<end>": 4}, 4)
-    words = r"among the student's 4 rows: got '<eos>' \(1\) and '<end>' \(4\)\. Choose a teacher"
+    words = r"below 4, the rows of .*: got '<eos>' \(1\) and '<end>' \(4\)\. Choose a teacher"
     with pytest.raises(ConfigurationError, match=words):
         different_ends(ours, theirs, 4)
 
@@ -251,8 +253,8 @@ def test_another_end_token_is_refused_in_setup_with_both_cures(
         fit(tmp_path, make_module(student_folder, teacher, KDRL()), make_data())
     assert str(caught.value) == (
         "student and teacher must end with the same token: got '<eos>' (1) and '#' (15). Set "
-        "`translate_end_token: true` of a LocalTeacher, which reads its own end as the student's, "
-        "or leave the end out of the teacher's term with the selection ExceptEndToken."
+        "`translate_end_token: true` of a LocalTeacher, which swaps the two tokens in its scores, "
+        "or leave end tokens out of the teacher's term with the selection ExceptEndToken."
     )
 
 
@@ -403,7 +405,7 @@ def test_another_template_is_a_warning_that_shows_the_first_difference(
     message = str(caught[0].message)
     assert message.startswith(
         "the chat templates of student the/student and teacher the/teacher differ, first at "
-        f"character {found}. The teacher scores the student's prompts: "
+        f"character {found}. The teacher scores prompts as the student's template renders them. "
     )
 
 

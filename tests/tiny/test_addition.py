@@ -138,7 +138,7 @@ def test_a_source_can_be_iterated_to_its_end():
 @pytest.mark.parametrize("source", [ColumnAddition(5), AdditionTraces(5)])
 @pytest.mark.parametrize("index", [5, -1, 99])
 def test_an_index_outside_is_refused(source, index):
-    with pytest.raises(IndexError, match=rf"^problem {index} of 5$"):
+    with pytest.raises(IndexError, match=rf"^`index` must be in \[0, 4\]: got {index}$"):
         source[index]
 
 
@@ -260,6 +260,6 @@ def test_sources_refuse_bad_values(source, arguments, words):
 
 @pytest.mark.parametrize("slip", [-0.1, 1.1, float("nan")])
 def test_slip_is_a_probability(slip):
-    words = rf"^`slip` must lie in \[0, 1\]: got {slip}\. Pass the probability"
+    words = rf"^`slip` must be in \[0, 1\]: got {slip}\. Pass the probability"
     with pytest.raises(ConfigurationError, match=words):
         AdditionTraces(slip=slip)

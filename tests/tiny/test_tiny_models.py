@@ -18,7 +18,10 @@ from kdrl_lightning.tiny.models import Recipe, TinyModel, save_untrained
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"role": "parent"}, r"^`role` must be teacher or student: got parent\.$"),
+        (
+            {"role": "parent"},
+            r"^`role` must be teacher or student: got parent\. Choose one of the two\.$",
+        ),
         ({"role": "student", "slip": 1.5}, r"^`slip` must be in \[0, 1\]: got 1\.5\.$"),
         ({"role": "student", "slip": math.nan}, r"^`slip` must be in \[0, 1\]: got nan\.$"),
         ({"role": "teacher", "digits": 0}, r"^`digits` must be in \[1, 9\]: got 0\.$"),

@@ -230,9 +230,11 @@ def start(tmp_path: Path, student_folder: str, monkeypatch: pytest.MonkeyPatch) 
         "data": {
             "train_prompts": prompts,
             "reward": "kdrl_lightning.tiny.addition_reward",
-            "prompts_per_rollout": 2,
-            "group_size": 2,
-            "max_tokens": 4,
+            "rollout": {
+                "prompts_per_rollout": 2,
+                "group_size": 2,
+                "max_tokens": 4,
+            },
         },
         "trainer": {"max_steps": 1, "accelerator": "cpu"},
     }

@@ -51,7 +51,7 @@ def fit(folder: Path, *flags: str, launcher: tuple[str, ...] = ("-m",)) -> dict[
         "fit",
         f"--config={ROOT / 'configs/gkd.yaml'}",
         "--trainer.max_steps=2",
-        "--data.prompts_per_rollout=8",
+        "--data.rollout.prompts_per_rollout=8",
         "--data.val_prompts.size=9",
         *flags,
         launcher=launcher,

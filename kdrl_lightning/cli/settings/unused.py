@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
-VALIDATION = ("val_batch_size", "val_samples", "val_temperature", "val_k")
+VALIDATION = ("batch_size", "samples", "temperature", "k")
 TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
 # They wait until everything is built: a mistake is answered by one line alone.
 _waiting: list[str] = []
+_renamed: dict[str, str] = {}
 
 
 def take_notes() -> list[str]:
     """Return the lines so far, each once, and forget them."""
     notes = list(dict.fromkeys(_waiting))
+    if _renamed:
+        pairs = ", ".join(f"`{old}` is now `{new}`" for old, new in _renamed.items())
+        notes.append(f"{pairs}. The old names go with 0.3.")
     _waiting.clear()
+    _renamed.clear()
     return notes
 
 
 def note(line: str) -> None:
     """Keep a line until everything is built, see ``take_notes``."""
     _waiting.append(line)
+
+
+def note_renamed(old: str, new: str) -> None:
+    """Note a setting that is given by its former name."""
+    _renamed[old] = new
+
+
+def as_written(text: str) -> str:
+    """Return a message about settings with the names that the user gave them."""
+    for old, new in _renamed.items():
+        text = re.sub(rf"`{re.escape(new)}(?=[.`])", f"`{old}", text)
+    return text
 
 
 def note_unused(config: Any, defaults: Any) -> None:
@@ -46,10 +64,14 @@ def note_unused(config: Any, defaults: Any) -> None:
         ),
         (
             data.val_prompts is None and data.test_prompts is None,
-            [f"data.{name}" for name in VALIDATION],
+            [f"data.evaluation.{name}" for name in VALIDATION],
             "data.val_prompts: null",
         ),
-        (not data.teacher_completions, ["data.teacher_engine"], "data.teacher_completions: 0"),
+        (
+            not data.teacher_completions.count,
+            ["data.teacher_completions.engine"],
+            "data.teacher_completions.count: 0",
+        ),
     ]
     for holds, names, cause in rules:
         given = [name for name in names if holds and config[name] not in (None, defaults(name))]

@@ -1,1 +1,1 @@
-"""vLLM as an engine, in this process or as a server."""
+"""vLLM as an engine, in the training process or on servers."""

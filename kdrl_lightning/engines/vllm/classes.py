@@ -1,9 +1,9 @@
-"""Keeps transformers' classes as they are beside an engine that changes them.
+"""Protects transformers' classes from an engine that changes them.
 
-vLLM runs architectures that it has no code for with transformers' own classes. It gives the
-decoder's class another base, ``__init__`` and ``__call__``, and the student, an instance of the
-same class, dies in its next forward pass. So the changes go to copies of the classes, which only
-the engine's model has.
+vLLM runs architectures for which it has no code with transformers' classes. It gives the decoder's
+class another base, ``__init__`` and ``__call__``. The student is an instance of the same class, and
+its next forward pass would fail. So we undo the changes and move them to copies of the classes,
+which only the engine's model uses.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-# What Python or a library writes into a class by itself, when it is first used.
+# Attributes that Python or a library sets on a class when it is first used.
 INCIDENTAL = {"__abstractmethods__", "_abc_impl", "__doc__", "__dict__", "__weakref__"}
 
 
 class Changes:
-    """What has happened to classes since this object was made."""
+    """Records changes of model and configuration classes since this object was made."""
 
     def __init__(self) -> None:
         from transformers import PreTrainedConfig
@@ -33,7 +33,7 @@ class Changes:
         self._changed: dict[type, tuple[tuple[type, ...], dict[str, Any]]] = {}
 
     def undo(self) -> None:
-        """Give every class its bases and attributes back."""
+        """Restore the bases and attributes of every class."""
         for kind, (bases, attributes) in self._before.items():
             now = dict(vars(kind))
             new = {
@@ -53,7 +53,7 @@ class Changes:
                 setattr(kind, name, attributes[name])
 
     def give(self, model: nn.Module) -> None:
-        """Let a model have what was undone, in classes of its own."""
+        """Give a model the undone changes, in copies of its classes."""
         copies: dict[type, type] = {}
         for module in model.modules():
             kind = type(module)
@@ -76,10 +76,10 @@ class Changes:
 
 @contextmanager
 def classes_kept() -> Iterator[Callable[[nn.Module], None]]:
-    """Undo at the end what happens to the classes of models and configurations inside.
+    """Undo, at the end, all changes that code inside makes to classes of models and configurations.
 
     Yields:
-        Called with a model: let it keep the changed classes.
+        A function; a model that you pass to it keeps the changed classes.
     """
     changes = Changes()
     models: list[nn.Module] = []

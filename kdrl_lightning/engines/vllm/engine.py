@@ -1,6 +1,6 @@
 """Sampling with vLLM inside the training process, one engine per rank.
 
-Imports vLLM only when an engine is built.
+vLLM is imported only when the engine starts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
-# Read by vLLM at import; what the user has set stays. In this process, so that weights are handed
-# over as they are; and quiet, for the screen belongs to the run.
+# vLLM reads these variables at import; values that the user has set are kept. It runs in this
+# process, so that it takes weights directly, and logs errors only.
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 ENVIRONMENT = {
     IN_PROCESS: "0",
@@ -45,23 +45,29 @@ ASLEEP = -1
 
 
 class VLLMEngine(RolloutEngine):
-    """vLLM in the training process: fast sampling from a copy of the student's weights.
+    """Samples with vLLM in the training process, from a copy of the student's weights.
 
-    The copy is refreshed before every rollout that finds it old, and the prefix cache is emptied
-    with it. Prompts go in and completions come out as token ids; nothing is tokenised again. The
+    Before each rollout the copy is refreshed if the student has changed, and the prefix cache is
+    emptied. Prompts go in and completions come out as token ids; no text is tokenised again. The
     engine's log-probabilities differ from the trainer's by rounding (about 1e-5 in float32, 1e-2
-    in bfloat16), so an importance weight corrects for it unless the objective says otherwise.
+    in bfloat16), so objectives apply importance weights unless you switch them off.
 
     Args:
-        gpu_memory_utilization: part of the GPU's memory that the engine may take in all, weights
-            and cache, in (0, 1].
-        max_model_len: longest prompt and completion together, in tokens; None: the model's context.
-        dtype: ``auto`` is bfloat16 on a GPU and the student's own type on a CPU.
-        sleep: on a GPU, free weights and cache between rollouts, for the updates.
-        kv_cache_memory_bytes: size of the cache; None: what ``gpu_memory_utilization`` leaves on a
-            GPU, 512 MiB on a CPU.
+        gpu_memory_utilization: part of the GPU's memory that the engine may take for weights and
+            cache together, in (0, 1].
+        max_model_len: longest prompt and completion together, in tokens; None takes the model's
+            context.
+        dtype: type of the copy; ``auto`` is bfloat16 on a GPU and the student's type on a CPU.
+        sleep: on a GPU, free weights and cache between rollouts, for use by the updates.
+        kv_cache_memory_bytes: size of the cache in bytes; None takes what
+            ``gpu_memory_utilization`` leaves on a GPU, 512 MiB on a CPU.
         max_sequences: completions decoded at once.
-        enforce_eager: no CUDA graphs: starts sooner, samples slower. A CPU has none.
+        enforce_eager: switch CUDA graphs off, which starts sooner and samples slower. A CPU has
+            none.
+
+    Raises:
+        ConfigurationError: a value breaks its rule, ``sleep`` is set without a GPU, or vLLM is not
+            installed.
     """
 
     exact = False
@@ -81,7 +87,7 @@ class VLLMEngine(RolloutEngine):
         if not 0.0 < gpu_memory_utilization <= 1.0:
             raise ConfigurationError(
                 f"`gpu_memory_utilization` must be above 0 and at most 1: got "
-                f"{gpu_memory_utilization}. The rest is the trainer's."
+                f"{gpu_memory_utilization}. Choose a part that leaves the trainer enough memory."
             )
         for name, value in {
             "max_model_len": max_model_len,
@@ -92,12 +98,13 @@ class VLLMEngine(RolloutEngine):
                 require_between(name, value, 1, float("inf"))
         if sleep and not torch.cuda.is_available():
             raise ConfigurationError(
-                "`sleep` must be false without a GPU: got true. vLLM cannot sleep on a CPU."
+                "`sleep` must be false without a GPU: got true. Set it to false: vLLM cannot sleep "
+                "on a CPU."
             )
         if importlib.util.find_spec("vllm") is None:
             raise ConfigurationError(
-                "`rollout_engine` must be TransformersEngine where vLLM is not installed: got "
-                "VLLMEngine. Install it: pip install 'kdrl_lightning[vllm]'."
+                "`rollout_engine` must be TransformersEngine if vLLM is not installed: got "
+                "VLLMEngine. Install vLLM: pip install 'kdrl_lightning[vllm]'."
             )
         self.gpu_memory_utilization = gpu_memory_utilization
         self.max_model_len = max_model_len
@@ -118,6 +125,8 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         """Start the engine with random weights; a second call with the same model keeps it.
 
+        See ``RolloutEngine.setup``.
+
         Raises:
             ConfigurationError: vLLM cannot run this model here.
         """
@@ -125,11 +134,11 @@ class VLLMEngine(RolloutEngine):
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
         self.context = context_of(config, self.max_model_len)
         warn_of_one_rotary(weights.model, self.context)
-        own = next(weights.model.parameters())
-        on_gpu = own.device.type == "cuda"
+        weight = next(weights.model.parameters())
+        on_gpu = weight.device.type == "cuda"
         self._options = options_of(config, on_gpu)
         self._options["model_impl"] = implementation_of(config.model_type)
-        auto = torch.bfloat16 if on_gpu else own.dtype
+        auto = torch.bfloat16 if on_gpu else weight.dtype
         self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
         wanted = (weights.path, self.dtype)
         if self._llm is not None and self._made_for == wanted:
@@ -141,10 +150,10 @@ class VLLMEngine(RolloutEngine):
             self._llm.sleep(level=2)
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Copy the student's weights, one tensor at a time, and forget what the old ones cached.
+        """Copy the student's weights, one tensor at a time, and empty the prefix cache.
 
         Raises:
-            TrainingStopped: the engine does not take them.
+            TrainingStopped: the engine does not take the weights.
         """
         llm = self._running()
         with _stopping("take the weights"):
@@ -160,7 +169,7 @@ class VLLMEngine(RolloutEngine):
                 after_reload(self._model)
             if self.sleep:
                 llm.wake_up(tags=["kv_cache"])
-            # Keys and values of the old weights must not meet the new ones.
+            # Cached keys and values come from the old weights.
             if llm.reset_prefix_cache() is False:
                 raise RuntimeError("the prefix cache is still in use")
         self.version = version
@@ -168,18 +177,20 @@ class VLLMEngine(RolloutEngine):
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """Sample; see ``RolloutEngine.generate``.
+        """Sample completions; see ``RolloutEngine.generate``.
 
         Raises:
-            TrainingStopped: a prompt is empty, too long, or holds an unknown id; vLLM fails.
+            TrainingStopped: a prompt is empty, too long, or holds an unknown id, or vLLM fails.
         """
         check_requests(prompts, sampling, self._vocab_size, self.context)
         llm = self._running()
         if self.version is None or self.version == ASLEEP:
-            raise TrainingStopped("the engine must have weights to sample from: call update first.")
+            raise TrainingStopped(
+                "the engine must have weights to sample from: got none. Call update_weights first."
+            )
         from vllm import SamplingParams
 
-        requests = [(p, s) for p, own in zip(prompts, seeds, strict=True) for s in own]
+        requests = [(p, s) for p, group in zip(prompts, seeds, strict=True) for s in group]
         parameters = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -187,23 +198,23 @@ class VLLMEngine(RolloutEngine):
                 max_tokens=sampling.max_tokens,
                 logprobs=0,
                 stop_token_ids=list(self._ends),
-                ignore_eos=True,  # the end tokens are those above, whatever the model's files say
+                ignore_eos=True,  # only the end tokens above count, not those of the model's files
                 detokenize=False,
             )
             for _, seed in requests
         ]
-        # The trainer's autocast, under which rollouts are made, is not the engine's.
+        # Rollouts run under the trainer's autocast, which must not act on the engine.
         with _stopping("sample", self._forget), torch.autocast(_device_type(), enabled=False):
             outputs = llm.generate(
                 [{"prompt_token_ids": list(p)} for p, _ in requests], parameters, use_tqdm=False
             )
         made = iter(outputs)
-        return [[self._completion(next(made).outputs[0]) for _ in own] for own in seeds]
+        return [[self._completion(next(made).outputs[0]) for _ in group] for group in seeds]
 
     def release(self) -> None:
         """Free the GPU's memory for the updates, if ``sleep`` is on."""
         if self.sleep and self.version not in (None, ASLEEP):
-            self._running().sleep(level=2)  # forgets the weights: the next rollout pushes them
+            self._running().sleep(level=2)  # drops the weights: the next rollout copies them again
             self.version = ASLEEP
 
     def _completion(self, output: Any) -> Completion:
@@ -216,8 +227,8 @@ class VLLMEngine(RolloutEngine):
             os.environ.setdefault(name, value)
         if os.environ[IN_PROCESS] != "0":
             raise ConfigurationError(
-                f"`{IN_PROCESS}` must be 0 for an engine that takes weights in the trainer's "
-                f"process: got {os.environ[IN_PROCESS]}. Unset it, or use VLLMServerEngine."
+                f"`{IN_PROCESS}` must be 0 for an engine in the trainer's process: got "
+                f"{os.environ[IN_PROCESS]}. Unset it, or use VLLMServerEngine."
             )
         cache = self.kv_cache_memory_bytes
         if cache is None and not on_gpu:
@@ -251,19 +262,20 @@ class VLLMEngine(RolloutEngine):
         except Exception as error:
             reason, cure = reason_and_cure(error, _import_error)
             raise ConfigurationError(
-                f"`rollout_engine` must be one that can run {path}: got VLLMEngine, which says "
-                f"{reason}. {cure}, or use TransformersEngine."
+                f"`rollout_engine` must be an engine that can run {path}: got VLLMEngine, which "
+                f"failed: {reason}. {cure}, or use TransformersEngine."
             ) from error
 
     def _running(self) -> Any:
         if self._llm is None:
             raise TrainingStopped(
-                "the engine must be running: vLLM has stopped. Start the run anew."
+                "the engine must be running: got one whose vLLM has stopped. Start the run anew "
+                "from its last checkpoint."
             )
         return self._llm
 
     def _forget(self) -> None:
-        # After a fault inside, vLLM waits for requests that never end.
+        # After an error vLLM would wait for requests that never end.
         self._llm = self._made_for = self.version = None
 
 
@@ -280,10 +292,10 @@ def _stopping(what: str, then: Any = lambda: None) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[str | None]:
-    """Keep the process as it was while vLLM starts: seeds, threads, the launcher's variables.
+    """Restore seeds, threads and the launcher's variables after vLLM has started.
 
     Yields:
-        vLLM's way to start: ``external_launcher`` beside other ranks, else its own choice.
+        vLLM's executor backend: ``external_launcher`` if there are several ranks, else None.
     """
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     launcher = {name: os.environ.pop(name, None) for name in LAUNCHER}
@@ -296,7 +308,7 @@ def _undisturbed() -> Iterator[str | None]:
         with torch.random.fork_rng():
             yield "external_launcher" if several else None
     finally:
-        torch.set_num_threads = threads  # vLLM's CPU worker takes it away
+        torch.set_num_threads = threads  # vLLM's CPU worker replaces it
         random.setstate(states[0])
         np.random.set_state(states[1])
         for name, value in launcher.items():
@@ -310,7 +322,7 @@ def _device_type() -> str:
 
 
 def _import_error(architecture: str) -> Exception | None:
-    """Import vLLM's code for an architecture; return what goes wrong."""
+    """Import vLLM's code for an architecture; return the error, or None."""
     try:
         from vllm.model_executor.models import ModelRegistry
 

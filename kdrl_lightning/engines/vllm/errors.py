@@ -1,4 +1,4 @@
-"""Says in one line why vLLM did not start."""
+"""Finds, in one line, the reason why vLLM did not start."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 MISSING = re.compile(r"No module named '(\w+)")
-# vLLM looks at a model's code in another process and leaves the reason in that one's log.
+# vLLM inspects a model's code in another process and leaves the reason in that process's log.
 UNSAID = re.compile(r"\['(\w+)'.*\] failed to be inspected")
 
 
 def short(error: BaseException) -> str:
-    """Return the message of an error, at most 300 characters in one line."""
+    """Return the message of an error in one line of at most about 300 characters."""
     text = str(error)
-    if hasattr(error, "errors"):  # pydantic puts the rule between its own words
+    if hasattr(error, "errors"):  # pydantic's text surrounds the rule with other lines
         text = "; ".join(str(found.get("msg", found)) for found in error.errors())
     text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -25,11 +25,11 @@ def reason_and_cure(
 ) -> tuple[str, str]:
     """Return why vLLM did not start, and what the user can do.
 
-    A package that vLLM's code for the architecture needs is named, wherever the error was raised.
+    If vLLM's code for the architecture needs a package that is not installed, the reason names it.
 
     Args:
-        error: that vLLM raised.
-        import_error: imports vLLM's code for an architecture and returns what goes wrong.
+        error: the error that vLLM raised.
+        import_error: imports vLLM's code for an architecture and returns the error, or None.
     """
     unsaid = UNSAID.search(str(error))
     found = (import_error(unsaid[1]) if unsaid else None) or error
@@ -43,19 +43,19 @@ def reason_and_cure(
 
 
 def missing_package(error: BaseException) -> str:
-    """Return the package that is not installed and led to an error; empty if there is none."""
+    """Return the missing package that caused an error; an empty text if no package is missing."""
     for cause in causes(error):
         named = MISSING.search(str(cause))
         name = getattr(cause, "name", None) or (named[1] if named else "")
         package = str(name).partition(".")[0]
-        told = isinstance(cause, ImportError) or named
-        if told and package and find_spec(package) is None:
+        import_failed = isinstance(cause, ImportError) or named
+        if import_failed and package and find_spec(package) is None:
             return package
     return ""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from."""
+    """Yield an error and, one after the other, the errors that caused it."""
     seen: set[int] = set()
     rest: BaseException | None = error
     while rest is not None and id(rest) not in seen:

@@ -1,7 +1,7 @@
-"""The student's weights under the names and in the layouts of its folder, which vLLM knows.
+"""The student's weights with the names and layouts of its folder, as vLLM expects them.
 
 transformers renames and fuses weights when it loads them (the experts of a layer become one
-tensor); ``save_pretrained`` turns that back. So does this module, one layer at a time.
+tensor), and ``save_pretrained`` reverts that. This module reverts it one layer at a time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions join tensors of one layer, ne
 class HubWeights:
     """Reads a model's weights as ``save_pretrained`` would write them.
 
-    Stored buffers belong to them: some routers of experts keep a correction there.
+    Stored buffers are included: some routers of experts keep a correction there.
 
     Args:
-        weights: of the student.
+        weights: weights of the student.
     """
 
     def __init__(self, weights: ModelWeights) -> None:
@@ -35,23 +35,23 @@ class HubWeights:
             self._stored.pop(name, None)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and value; holds one tensor, or those of a layer that are converted.
+        """Yield names and values; holds one tensor, or one layer's tensors that need conversion.
 
-        Sharded ones are gathered: every rank must then take all of them, also one that has no use
-        for them.
+        Sharded tensors are gathered. Every rank must then iterate to the end, even if it does not
+        need the weights.
         """
         for names in self._groups:
             whole = {name: self._stored[name][1]() for name in names}
             yield from self._converted(whole).items()
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Yield name, type and whole shape of what ``tensors`` yields; not collective."""
+        """Yield name, type and whole shape of each tensor of ``tensors``; this is no collective."""
         for names in self._groups:
             for name, tensor in self._converted({n: self._empty[n] for n in names}).items():
                 yield name, tensor.dtype, tuple(tensor.shape)
 
     def _unwritten(self) -> list[str]:
-        """Names that a folder does not hold: of tied weights, all but the first."""
+        """Return the names that a folder does not hold, e.g. all names of a tied weight but one."""
         ignored = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         both = self._stored.keys()
@@ -66,7 +66,7 @@ class HubWeights:
 
     @cached_property
     def _empty(self) -> dict[str, Tensor]:
-        """Tensors of the stored ones' shapes, without memory."""
+        """Tensors of the stored shapes and types on the meta device."""
         return {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, (tensor, _) in self._stored.items()
@@ -74,20 +74,20 @@ class HubWeights:
 
     @cached_property
     def _new_names(self) -> dict[str, str]:
-        """Names of tensors that are renamed at most."""
-        # The whole model at once: some renamings depend on names that have been seen before.
+        """Names in the folder of tensors that are at most renamed, by their names in the model."""
+        # We rename the whole model at once: some renamings depend on names seen before.
         turned = _revert(self._model, self._empty)
         names = {id(tensor): name for name, tensor in turned.items()}
         return {old: names[id(t)] for old, t in self._empty.items() if id(t) in names}
 
     @cached_property
     def _groups(self) -> list[list[str]]:
-        """What has to be read at once, in the order of the model."""
+        """Names of tensors that must be read together, in the order of the model."""
         groups: dict[str, list[str]] = {}
         for name in self._empty:
             layer = LAYER.match(name)
             alone = name in self._new_names or layer is None
-            # The space keeps a layer's key apart from all names.
+            # No name has a space, so a layer's key cannot be the name of a tensor.
             key = name if alone or layer is None else f"{layer[1]} converted"
             groups.setdefault(key, []).append(name)
         return list(groups.values())

@@ -1,6 +1,6 @@
-"""Weights by vLLM's weight-transfer API: from GPU to GPU, without files.
+"""Transport of weights from GPU to GPU, by vLLM's weight-transfer API.
 
-The other module that imports vLLM, and only where this way is taken.
+vLLM is imported only when weights are sent this way.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from kdrl_lightning.errors import TrainingStopped
 
 
 class TransferRoute(WeightRoute):
-    """The first rank sends tensor by tensor to one server after the other.
+    """Sends weights from the first rank to one server after the other, tensor by tensor.
 
-    A restarted server cannot get them again before the next push: that is an error. The others
-    ranks only take part in the gathering.
+    The other ranks only join in gathering sharded weights. A restarted server cannot get the
+    weights again before the next push, so a restart stops the run.
 
     Args:
-        backend: which the servers have been started with.
+        backend: the transfer backend that the servers were started with.
     """
 
     def __init__(self, backend: str) -> None:
@@ -36,7 +36,7 @@ class TransferRoute(WeightRoute):
         self._engines: dict[str, Any] = {}
 
     def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
-        """Send to every server; see ``WeightRoute.push``."""
+        """Send the weights to every server; see ``WeightRoute.push``."""
         failure: Exception | None = None
         for server in servers:
             self._source.take(weights)
@@ -45,24 +45,25 @@ class TransferRoute(WeightRoute):
                     self._send(server, label)
             except (AwayError, TrainingStopped, RuntimeError, OSError) as error:
                 failure = error
-            for _ in self._source.rest:  # other ranks gather all of it
+            for _ in self._source.rest:  # the other ranks gather all weights
                 pass
         if failure is not None:
             raise TrainingStopped(
                 f"the server {server.url} must take the weights by the transfer API: got "
-                f"{failure}. Go on from the last checkpoint, with `transfer` false for files."
+                f"{failure}. Resume from the last checkpoint with `transfer: false`, which sends "
+                "weights by files."
             ) from failure
 
     def again(self, server: ServerClient, label: str) -> None:
-        """Refuse.
+        """Raise: weights that were sent cannot be sent again.
 
         Raises:
             TrainingStopped: always.
         """
         raise TrainingStopped(
-            f"the server {server.url} must keep the weights until the next push: got none, it was "
-            "restarted. Go on from the last checkpoint, with `transfer` false for files, which a "
-            "restarted server loads again."
+            f"the server {server.url} must keep the weights until the next push: got none, because "
+            "it was restarted. Resume from the last checkpoint with `transfer: false`: a restarted "
+            "server loads files again."
         )
 
     def _send(self, server: ServerClient, label: str) -> None:
@@ -70,7 +71,7 @@ class TransferRoute(WeightRoute):
             self._engine(server).send_weights()
             return
         with paused(server):
-            workers = len(server.rpc("name_student", ""))  # until all of it is there
+            workers = len(server.rpc("name_student", ""))  # no label until all weights are there
             self._engine(server, workers).send_weights()
         server.rpc("name_student", label)
 
@@ -87,14 +88,21 @@ class TransferRoute(WeightRoute):
 
 
 def init_info(backend: str, server: ServerClient, world_size: int, rank: int) -> Any:
-    """Return where trainer and servers meet, for vLLM's NCCL backend."""
+    """Return vLLM's description of the NCCL group of trainer and server workers.
+
+    Args:
+        backend: the transfer backend.
+        server: the server.
+        world_size: processes in the group: the sender and the server's workers.
+        rank: rank of this process in the trainer.
+    """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     return NCCLTrainerInitInfo(*meeting_point(server), world_size, rank=rank)
 
 
 def meeting_point(server: ServerClient) -> tuple[str, int]:
-    """Return an address of this machine that the server reaches, and a free port."""
+    """Return an address of this machine that the server can reach, and a free port."""
     parts = urlsplit(server.url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
         towards.connect((parts.hostname or "", parts.port or 80))
@@ -105,7 +113,7 @@ def meeting_point(server: ServerClient) -> tuple[str, int]:
 
 
 class Meta(NamedTuple):
-    """What vLLM wants to know of a tensor before it comes."""
+    """Name, type and whole shape of a tensor, which vLLM reads before the tensor arrives."""
 
     name: str
     dtype: torch.dtype
@@ -113,19 +121,19 @@ class Meta(NamedTuple):
 
 
 class Source:
-    """The weights of one push, as vLLM's engines read them: once."""
+    """The weights of one push, which vLLM reads once."""
 
     def __init__(self) -> None:
         self.rest: Iterator[tuple[str, Tensor]] = iter(())
         self._meta: list[Meta] = []
 
     def take(self, weights: HubWeights) -> None:
-        """Be about these weights from now on."""
+        """Take the weights of the next push."""
         self.rest = weights.tensors()
         self._meta = [Meta(*described) for described in weights.described()]
 
     def metadata(self) -> list[Meta]:
-        """Return names, types and shapes, without gathering anything."""
+        """Return names, types and whole shapes; nothing is gathered."""
         return self._meta
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -134,22 +142,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Control:
-    """The routes of a server that the sender needs, by the names that vLLM gives them."""
+    """HTTP calls to a server that vLLM's sender needs, under the names that it uses."""
 
     server: ServerClient
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let the workers meet the sender."""
+        """Let the server's workers connect to the sender."""
         self.server.post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Get ready for weights."""
+        """Prepare the server for new weights."""
         self.server.post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """Receive them."""
+        """Let the server receive weights."""
         self.server.post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Take them into use."""
+        """Let the server use the weights that it received."""
         self.server.post("/finish_weight_update", {"weight_version": weight_version})

@@ -1,6 +1,6 @@
-"""vLLM's settings for an architecture: without them its numbers are not the student's.
+"""vLLM's settings for an architecture; without them its log-probabilities are not the student's.
 
-``VLLMEngine`` and ``python -m kdrl_lightning serve`` both take them from here.
+``VLLMEngine`` and ``python -m kdrl_lightning serve`` both use them.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_config
 
-# vLLM's code for these writes some weights where a reload does not look for them, so that updates
-# would get lost. If transformers' classes run the model, the weights arrive.
+# vLLM's code for these architectures keeps some weights where a reload does not find them, so
+# updates would be lost. If transformers' classes run the model, all weights arrive.
 BY_TRANSFORMERS = {
     "apertus": "activation parameters, which vLLM rounds to bfloat16",
     "gemma3n_text": "weights (by its code, numbers are not the student's)",
     "gpt_oss": "sinks, and experts with their biases",
 }
 
-# Since vLLM 0.29 a token of these sees `sliding_window` tokens and itself; by transformers'
-# masks it sees itself and one token less.
+# Since vLLM 0.29 a token of these architectures sees `sliding_window` tokens besides itself; with
+# transformers' masks it sees one token less.
 LONGER_WINDOW = ("cohere2", "cohere2_moe")
 LONGER_SINCE = (0, 29)
 
-# vLLM's CPU kernel takes rows of one head each for rows of several (LFM2, DeepSeek V2 and V3): it
-# turns the first tokens' queries and keys only. Its code in PyTorch is right.
+# vLLM's CPU kernel mistakes rows of one head for rows of several heads (LFM2, DeepSeek V2 and V3)
+# and rotates only the first tokens' queries and keys. vLLM's PyTorch code is right.
 ROTARY_IN_TORCH = {"custom_ops": ["-rotary_embedding"]}
 
 
 def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
-    """Return the flags of vLLM's server for the model at ``path``; none if it cannot be read.
+    """Return the flags of vLLM's server for the model at ``path``; empty if it cannot be read.
 
     Args:
         path: folder or hub name.
-        reloads: whether the server takes other weights later.
+        reloads: whether the server gets new weights later.
         on_gpu: whether vLLM runs on a GPU.
     """
     try:
         config = load_config(path).get_text_config()
-    except ConfigurationError:  # vLLM may know the architecture, and says it if there is no model
+    except ConfigurationError:  # vLLM may know the architecture, and reports a missing model
         return []
     options = options_of(config, on_gpu)
     if reloads:
@@ -53,7 +53,7 @@ def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
 
 
 def implementation_of(model_type: str) -> str:
-    """Return by whose code vLLM has to run an architecture: its setting ``model_impl``.
+    """Return vLLM's setting ``model_impl`` for an architecture: whose code must run it.
 
     >>> implementation_of("gpt_oss"), implementation_of("qwen3")
     ('transformers', 'auto')
@@ -62,14 +62,14 @@ def implementation_of(model_type: str) -> str:
 
 
 def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
-    """Return the settings with which vLLM computes what transformers computes.
+    """Return the settings with which vLLM computes the same as transformers.
 
     Args:
-        config: of the text model.
+        config: configuration of the text model.
         on_gpu: whether vLLM runs on a GPU.
 
     Returns:
-        Arguments of ``vllm.LLM``; as flags, the server takes them, too.
+        Arguments of ``vllm.LLM``; the server accepts the same ones as flags.
     """
     options: dict[str, Any] = {}
     if not on_gpu:

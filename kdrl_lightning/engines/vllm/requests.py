@@ -1,4 +1,4 @@
-"""What vLLM is asked and what it answers, in process and by server alike."""
+"""Checks of requests to vLLM and of its answers, for the engine in process and for servers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kdrl_lightning.models.end_tokens import first_end
 def check_requests(
     prompts: Sequence[list[int]], sampling: Sampling, vocab_size: int, context: int
 ) -> None:
-    """Refuse what vLLM cannot take: an unknown id would bring its engine down.
+    """Refuse prompts that vLLM cannot take: an unknown id would crash its engine.
 
     Args:
-        prompts: P token lists.
-        sampling: length and temperature.
-        vocab_size: ids are below it.
+        prompts: P lists of token ids.
+        sampling: settings with the longest completion.
+        vocab_size: all ids must be below it.
         context: longest prompt and completion together, in tokens.
 
     Raises:
@@ -28,7 +28,9 @@ def check_requests(
     """
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise TrainingStopped(f"a prompt must have at least one token: got none in row {i}.")
+            raise TrainingStopped(
+                f"a prompt must have at least one token: got none in row {i}. Check the prompts."
+            )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             wrong = next(t for t in prompt if not 0 <= t < vocab_size)
             raise TrainingStopped(
@@ -39,55 +41,60 @@ def check_requests(
             raise TrainingStopped(
                 f"prompt and `max_tokens` must fit the engine's {context} tokens: got "
                 f"{len(prompt)} + {sampling.max_tokens} in row {i}. Raise `max_model_len`, or "
-                "shorten one of them."
+                "shorten the prompt or the completion."
             )
 
 
 def context_of(config: Any, max_model_len: int | None) -> int:
-    """Return the longest sequence: the given one, at most what the model was made for.
+    """Return the longest prompt and completion together, in tokens.
+
+    Args:
+        config: configuration of the text model.
+        max_model_len: the user's limit; None takes the model's context.
 
     Raises:
-        ConfigurationError: it is longer than the model's context, or neither is known.
+        ConfigurationError: the limit exceeds the model's context, or neither is known.
     """
-    own: int | None = getattr(config, "max_position_embeddings", None)
-    if max_model_len is None and own is None:
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if max_model_len is None and positions is None:
         raise ConfigurationError(
-            "`max_model_len` must be given for a model that does not name its context: got None."
+            "`max_model_len` must be given for a model that does not name its context: got None. "
+            "Set it to the longest prompt and completion together."
         )
-    if own is not None and max_model_len is not None and max_model_len > own:
+    if positions is not None and max_model_len is not None and max_model_len > positions:
         raise ConfigurationError(
-            f"`max_model_len` must be at most the model's context of {own} tokens: got "
-            f"{max_model_len}."
+            f"`max_model_len` must be at most the model's context of {positions} tokens: got "
+            f"{max_model_len}. Lower it."
         )
-    return max_model_len or own or 0
+    return max_model_len or positions or 0
 
 
 def warn_of_one_rotary(model: Any, context: int) -> None:
-    """Warn if vLLM embeds positions of short rows otherwise than the trainer does.
+    """Warn if vLLM and the trainer use different rotary embeddings for short rows.
 
-    Of longrope's two embeddings it takes one for all rows, by its longest sequence.
+    Of longrope's two embeddings vLLM uses one for all rows, chosen by its longest sequence.
 
     Args:
         model: the student.
-        context: vLLM's longest sequence.
+        context: vLLM's longest sequence, in tokens.
     """
     for limit, always in switch_lengths(model):
         if not always and context > limit:
             warnings.warn(
-                f"vLLM takes the rotary embedding of {type(model).__name__} for more than {limit} "
-                f"tokens in rows of any length, as `max_model_len` is {context}: its "
-                "log-probabilities of shorter rows are not the trainer's. Set `max_model_len` to "
-                f"{limit} if prompts with their completions fit.",
+                f"vLLM uses the rotary embedding of {type(model).__name__} for more than {limit} "
+                f"tokens in rows of any length, because `max_model_len` is {context}: its "
+                "log-probabilities of shorter rows differ from the trainer's. Set `max_model_len` "
+                f"to {limit} if prompts with their completions fit.",
                 stacklevel=3,
             )
 
 
 def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
-    """Build a completion, checked to be one.
+    """Return a ``Completion``, after a check that its parts fit together.
 
     Args:
-        ids: sampled tokens.
-        logprobs: of each.
+        ids: sampled token ids.
+        logprobs: log-probability of each token, in nats.
         ends: the end tokens.
 
     Raises:
@@ -97,6 +104,7 @@ def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Co
     if not ids or len(ids) != len(logprobs) or end != len(ids):
         raise TrainingStopped(
             f"vLLM must return one log-probability per token and nothing after an end token of "
-            f"{list(ends)}: got {len(ids)} tokens {ids[:8]}, {len(logprobs)} log-probabilities."
+            f"{list(ends)}: got {len(ids)} tokens {ids[:8]}, {len(logprobs)} log-probabilities. "
+            "Check the version of vLLM."
         )
     return Completion(ids, logprobs, truncated=ids[-1] not in ends)

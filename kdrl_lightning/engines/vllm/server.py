@@ -1,4 +1,4 @@
-"""Sampling by vLLM servers: on other GPUs, or on other machines with a shared folder."""
+"""Sampling with vLLM servers, on other GPUs or on other machines."""
 
 from __future__ import annotations
 
@@ -29,28 +29,34 @@ from kdrl_lightning.models.weights import ModelWeights
 
 
 class VLLMServerEngine(RolloutEngine):
-    """Samples from servers that ``python -m kdrl_lightning serve`` starts, which share the prompts.
+    """Samples on servers that ``python -m kdrl_lightning serve`` starts; they divide the prompts.
 
-    Weights go through files: the trainer writes them to ``weights_folder``, each server loads them;
-    or by vLLM's weight-transfer API, from GPU to GPU.
-    Every answer is used only if its server held these weights before and after: a server that was
-    restarted in between gets them again, and its completions are sampled again, the same ones.
+    The engine sends weights in one of two ways: the trainer writes files to ``weights_folder``,
+    which each server loads, or vLLM's weight-transfer API copies them from GPU to GPU.
+
+    The engine uses a server's answers only if the server held the current weights before and after.
+    A server that was restarted in between gets the weights again and samples again; the seeds are
+    the same, and so are the completions.
 
     Args:
-        urls: of the servers, e.g. ``http://127.0.0.1:8000``.
-        api_key: their key; None: the environment variable ``VLLM_API_KEY``.
-        weights_folder: on a file system that trainer and servers see; None: a temporary folder of
-            this machine.
-        transfer: send weights by vLLM's weight-transfer API, without files; None: where the servers
-            offer it (``serve --transfer nccl``) and the student lies on a GPU.
+        urls: addresses of the servers, e.g. ``http://127.0.0.1:8000``.
+        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
+        weights_folder: a folder on a file system that trainer and servers share; None takes a
+            temporary folder of this machine.
+        transfer: send weights by vLLM's weight-transfer API instead of files; None does so if the
+            servers offer it (``serve --transfer nccl``) and the student is on a GPU.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
         max_sequences: requests at once to each server.
-        max_model_len: longest prompt and completion together, in tokens; None: the server's.
+        max_model_len: longest prompt and completion together, in tokens; None takes the servers'
+            limit.
+
+    Raises:
+        ConfigurationError: there is no URL, or a number is out of range.
     """
 
     exact = False
-    beside = True
+    supports_async = True
     compared = True
     context: int
 
@@ -80,16 +86,16 @@ class VLLMServerEngine(RolloutEngine):
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
-        """Ask every server whether it serves this model.
+        """Check that every server serves this model; see ``RolloutEngine.setup``.
 
         Raises:
-            ConfigurationError: there is no ``weights_folder``.
-            TrainingStopped: a server is away or serves another model.
+            ConfigurationError: ``weights_folder`` does not exist, or ``max_model_len`` is too long.
+            TrainingStopped: a server does not answer, or serves another model.
         """
         if self.weights_folder is not None and not Path(self.weights_folder).is_dir():
             raise ConfigurationError(
-                f"`weights_folder` must be a folder that trainer and servers see: got "
-                f"{self.weights_folder}, which is none."
+                f"`weights_folder` must be a folder that trainer and servers share: got "
+                f"{self.weights_folder}, which does not exist. Create it, or name another one."
             )
         config = weights.model.config.get_text_config()
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
@@ -123,21 +129,22 @@ class VLLMServerEngine(RolloutEngine):
         by = found.get("implementation", "")
         if implementation_of(model_type) == "transformers" and not by.startswith("Transformers"):
             raise TrainingStopped(
-                f"the server {server.url} must run {model_type} by transformers' code, or updates "
-                f"of its {BY_TRANSFORMERS[model_type]} get lost: got {by or 'an old server'}. "
-                "Start it with `python -m kdrl_lightning serve`, which chooses that code."
+                f"the server {server.url} must run {model_type} with transformers' code, or "
+                f"updates of its {BY_TRANSFORMERS[model_type]} are lost: got "
+                f"{by or 'an old server'}. Start it with `python -m kdrl_lightning serve`, which "
+                "chooses that code."
             )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Bring the weights to every server; all ranks call it, the first one works.
+        """Send the weights to every server; all ranks must call it, but only the first one sends.
 
         Raises:
-            TrainingStopped: a server is away or does not take them.
+            TrainingStopped: a server does not answer, or does not take the weights.
         """
         world = ranks()[1]
         label, failure = [f"{version}-{uuid.uuid4().hex}"], [""]
         if world > 1:
-            torch.distributed.barrier()  # no rank is still sampling from the old ones
+            torch.distributed.barrier()  # until no rank samples from the old weights
             torch.distributed.broadcast_object_list(label)
         self._label = label[0]
         try:
@@ -153,17 +160,20 @@ class VLLMServerEngine(RolloutEngine):
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """Sample; see ``RolloutEngine.generate``.
+        """Sample completions; see ``RolloutEngine.generate``.
 
         Raises:
-            TrainingStopped: a prompt cannot be sampled from; a server is away too long, or fails.
+            TrainingStopped: a prompt is empty, too long, or holds an unknown id, or a server fails
+                or does not answer in time.
         """
         check_requests(prompts, sampling, self._vocab_size, self.context)
         if self.version is None:
-            raise TrainingStopped("the servers must have weights to sample from: update first.")
-        requests = [(i, seed) for i, own in enumerate(seeds) for seed in own]
+            raise TrainingStopped(
+                "the servers must have weights to sample from: got none. Call update_weights first."
+            )
+        requests = [(i, seed) for i, group in enumerate(seeds) for seed in group]
         first, count = ranks()[0], len(self._servers)
-        # A group stays on one server, which then has its prompt in the cache.
+        # A group stays on one server, which then has the prompt in its cache.
         shares = [
             [r for r in requests if (r[0] + first) % count == place] for place in range(count)
         ]
@@ -177,7 +187,7 @@ class VLLMServerEngine(RolloutEngine):
                 answers.update(zip(share, made, strict=True))
 
         self._on_all(work)
-        return [[answers[i, seed] for seed in own] for i, own in enumerate(seeds)]
+        return [[answers[i, seed] for seed in group] for i, group in enumerate(seeds)]
 
     def _batch(
         self,
@@ -189,7 +199,7 @@ class VLLMServerEngine(RolloutEngine):
         with ThreadPoolExecutor(min(self.max_sequences, len(share))) as pool:
             made = list(pool.map(lambda r: self._ask(server, bodies[r]), share))
         if not self._holds(server):
-            raise AwayError("it was restarted meanwhile, with other weights")
+            raise AwayError("it was restarted while it sampled, and has other weights")
         return made
 
     def _body(self, prompt: list[int], seed: int, sampling: Sampling) -> dict[str, Any]:
@@ -208,16 +218,16 @@ class VLLMServerEngine(RolloutEngine):
     def _ask(self, server: ServerClient, body: dict[str, Any]) -> Completion:
         choice = server.post("/v1/completions", body)["choices"][0]
         if choice.get("prompt_token_ids") != body["prompt"]:
-            raise server.stopped("/v1/completions", "another prompt back")
+            raise server.stopped("/v1/completions", "an answer for another prompt")
         return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._ends)
 
     def _load(self, server: ServerClient) -> None:
-        """Bring a server that was restarted back to these weights."""
+        """Send the current weights to a server that was restarted."""
         if not self._holds(server) and self._route is not None:
             self._route.again(server, self._label)
 
     def _route_of(self, weights: ModelWeights) -> WeightRoute:
-        """Choose how weights get to the servers, at the first push."""
+        """Return the way in which weights are sent; the first call chooses it."""
         if self._route is None:
             on_gpu = next(weights.model.parameters()).device.type == "cuda"
             offered = len(self._backends) == 1 and "" not in self._backends
@@ -234,7 +244,7 @@ class VLLMServerEngine(RolloutEngine):
         return self._route
 
     def _holds(self, server: ServerClient) -> bool:
-        """Whether a server has the weights that are to sample."""
+        """Return whether a server holds the current weights."""
         return bool(server.rpc("student")[0]["label"] == self._label)
 
     def _on_all(self, work: Callable[[ServerClient], None]) -> None:

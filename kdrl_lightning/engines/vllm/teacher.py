@@ -1,4 +1,4 @@
-"""Sampling the teacher's completions from the servers that hold it."""
+"""Sampling the teacher's completions on servers that hold the teacher."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from kdrl_lightning.models.weights import ModelWeights
 
 
 class VLLMTeacherEngine(VLLMServerEngine):
-    """Samples from vLLM servers as they are, e.g. from those of a ``ServerTeacher``.
+    """Samples from vLLM servers with the weights that they have, e.g. those of a ``ServerTeacher``.
 
-    Nothing is pushed to them. Any ``vllm serve`` will do.
+    The engine never sends weights, so any ``vllm serve`` works.
 
     Args:
-        urls: of the servers, e.g. ``http://127.0.0.1:8001``.
-        api_key: their key; None: the environment variable ``VLLM_API_KEY``.
+        urls: addresses of the servers, e.g. ``http://127.0.0.1:8001``.
+        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
         max_sequences: requests at once to each server.
     """
 
-    fixed = True
+    has_own_weights = True
     compared = False
 
     def __init__(
@@ -46,10 +46,10 @@ class VLLMTeacherEngine(VLLMServerEngine):
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
-        """Ask every server for its limit; ``weights`` only tell how many tokens there are.
+        """Read every server's context limit, and the number of tokens from ``weights``.
 
         Raises:
-            TrainingStopped: a server is away.
+            TrainingStopped: a server does not answer.
         """
         self._ends = as_ids(eos_token_id)
         self._vocab_size = int(weights.model.config.get_text_config().vocab_size)
@@ -57,7 +57,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
         self.context = min(int(card["max_model_len"]) for card in cards)
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Do nothing but remember the version."""
+        """Store the version; the servers keep their weights."""
         self.version = version
 
     def _holds(self, server: ServerClient) -> bool:

@@ -1,6 +1,7 @@
-"""What ``python -m kdrl_lightning serve`` adds to vLLM's worker, called by ``/collective_rpc``.
+"""Methods that ``python -m kdrl_lightning serve`` adds to vLLM's worker.
 
-vLLM mixes the class into its worker; nothing here imports vLLM.
+The trainer calls them by ``/collective_rpc``. vLLM mixes the class into its worker, so this module
+does not import vLLM.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ NAME = f"{__name__}.StudentWorker"
 
 
 def before_reload(model: Any) -> None:
-    """Let a CPU's kernels of experts pack the weights that come next.
+    """Make CPU kernels of experts pack the weights that arrive next.
 
-    vLLM packs them only when it makes the kernel, and lays plain weights into it afterwards.
+    vLLM packs weights only when it makes a kernel, and writes unpacked weights into it later. So we
+    remove the kernel before a reload.
     """
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
@@ -30,9 +32,9 @@ def before_reload(model: Any) -> None:
 
 
 def use_bias(router: Any) -> None:
-    """Let a CPU's router of experts use its correction bias, which it ignores without groups.
+    """Make a CPU router of experts use its correction bias, which it ignores without groups.
 
-    One group of all experts is the same choice, with the bias (Ernie 4.5; vLLM 0.32).
+    With one group of all experts it makes the same choice and uses the bias (Ernie 4.5; vLLM 0.32).
     """
     if type(router).__name__ != "CPURouter" or router.use_grouped_topk:
         return
@@ -41,9 +43,9 @@ def use_bias(router: Any) -> None:
 
 
 def after_reload(model: Any) -> None:
-    """Let a CPU pack a head that is tied to the embeddings, whose new values it has by now.
+    """Make a CPU pack a head that is tied to the embedding, after the new weights have arrived.
 
-    vLLM packs what arrives under a name of its own; a folder holds tied weights once.
+    vLLM packs only weights that arrive under their own name, and a folder holds tied weights once.
     """
     modules = [m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)]
     shared = Counter(id(module.weight) for module in modules)
@@ -55,7 +57,7 @@ def after_reload(model: Any) -> None:
 
 
 class StudentWorker:
-    """Takes the student's weights from files, and says which ones it holds."""
+    """Loads the student's weights from files, and reports which weights the server holds."""
 
     student_label = ""
 
@@ -63,27 +65,34 @@ class StudentWorker:
         """Load all safetensors files of a folder, one tensor at a time.
 
         Args:
-            folder: written by ``write_shards``, on a file system that both sides see.
-            label: what ``student`` returns from now on.
+            folder: a folder that ``write_shards`` wrote, on a file system that both sides share.
+            label: name of these weights, which ``student`` returns from now on.
+
+        Returns:
+            The label, or under ``error`` what went wrong.
         """
-        self.student_label = ""  # until all of it is there
+        self.student_label = ""  # no label until all weights are there
         try:
             before_reload(self.get_model())
             self.reload_weights(weights_iterator=read_shards(Path(folder)))
             after_reload(self.get_model())
-        except Exception as error:  # the server's own answer would only be `500`
+        except Exception as error:  # otherwise the server would only answer `500`
             return {"error": f"{type(error).__name__}: {error}"}
         self.student_label = label
         return {"label": label}
 
     def name_student(self: Any, label: str) -> dict[str, str]:
-        """Say which weights others have brought; nothing: that they begin to."""
+        """Set the label of weights that arrived in another way.
+
+        Args:
+            label: name of the weights; an empty text if the transfer begins now.
+        """
         (after_reload if label else before_reload)(self.get_model())
         self.student_label = label
         return {"label": label}
 
     def student(self: Any) -> dict[str, str]:
-        """Return the label of the weights, empty before the first, and what else must fit."""
+        """Return the label of the weights, empty before the first, and the server's settings."""
         model = self.vllm_config.model_config
         return {
             "label": self.student_label,

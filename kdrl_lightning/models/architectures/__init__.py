@@ -1,1 +1,1 @@
-"""What architectures do differently: where their states are, what changes with length, caches."""
+"""Differences between architectures: hidden states, effects of length, attention, caches."""

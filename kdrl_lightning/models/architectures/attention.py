@@ -1,4 +1,4 @@
-"""Features of attention that a fast implementation leaves out."""
+"""Soft caps of attention scores, which transformers' fast attention leaves out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 
 def keep_soft_caps(model: Any) -> bool:
-    """Take eager attention for a model whose attention scores are soft-capped (Gemma 2).
+    """Switch a model with soft-capped attention scores (Gemma 2) to eager attention.
 
-    transformers' ``sdpa`` leaves the cap out, which shows only where scores are large. Returns
-    whether the implementation changed.
+    transformers' ``sdpa`` leaves out the cap, which shows only if scores are large.
+
+    Returns:
+        Whether the implementation changed.
     """
     config = model.config.get_text_config(decoder=True)
     capped = getattr(config, "attn_logit_softcapping", None) is not None

@@ -1,4 +1,4 @@
-"""How a mixture of experts is computed."""
+"""Implementation of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 
 def keep_precision(model: Any) -> bool:
-    """Run experts one by one in a float64 model: grouped products take at most 32 bits.
+    """Let a float64 model run its experts one by one: grouped products take at most 32 bits.
 
-    Returns whether the implementation changed.
+    Returns:
+        Whether the implementation changed.
     """
     if model.dtype != torch.float64 or model.config._experts_implementation != "grouped_mm":
         return False

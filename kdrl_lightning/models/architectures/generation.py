@@ -1,4 +1,4 @@
-"""A model's generation configuration, whatever stands in it: we sample by our own settings."""
+"""A model's generation configuration, kept even if invalid: runs sample by their own settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ NAME = "generation_config.json"
 
 
 def read_generation(path: str) -> dict[str, Any] | None:
-    """Return what a folder's or hub name's ``generation_config.json`` says; None if it has none.
+    """Return the settings in a model's ``generation_config.json``; None if it has none.
+
+    Args:
+        path: folder or hub name of the model.
 
     Raises:
-        ConfigurationError: it is no JSON object, or its end tokens are no ids.
+        ConfigurationError: the file is no JSON object, or its end tokens are no ids.
     """
     from transformers.utils.hub import cached_file
 
@@ -41,25 +44,29 @@ def read_generation(path: str) -> dict[str, Any] | None:
 
 
 def check_end_ids(value: Any, where: str) -> list[int]:
-    """Return what a configuration names as end tokens: none, one id, or several.
+    """Return the end token ids of a configuration as a list.
+
+    Args:
+        value: ``eos_token_id``: None, one id, or several.
+        where: the model, for the message.
 
     Raises:
-        ConfigurationError: something is no id.
+        ConfigurationError: a value is no id.
     """
     several = isinstance(value, list | tuple)
     ids = [] if value is None else list(value) if several else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise ConfigurationError(
-            f"`eos_token_id` must be the id of a token, or a list of ids: got {value!r} in a "
+            f"`eos_token_id` must be a token id or a list of ids: got {value!r} in a "
             f"configuration of {where}. Correct its config.json or generation_config.json."
         )
     return ids
 
 
 def generation_config(values: dict[str, Any]) -> Any:
-    """Return transformers' object for settings, also for those that it refuses together.
+    """Return transformers' ``GenerationConfig`` with these settings, even if it refuses them.
 
-    It reads ``num_return_sequences: 2`` without sampling, say, in no other way.
+    It refuses, for example, ``num_return_sequences: 2`` without sampling.
     """
     from transformers import GenerationConfig
 

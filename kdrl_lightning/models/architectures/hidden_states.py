@@ -1,4 +1,4 @@
-"""The states that the language-model head reads, from any transformers causal language model."""
+"""The hidden states that the head of any transformers causal language model reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def decoder_of(model: Any) -> Any | None:
-    """Return the part of a model that ends before its head; None if it has no such module.
+    """Return the module of a model that holds everything but its head; None if there is none.
 
     transformers' ``get_decoder`` may return the whole model (Llama 4) or its head.
     """
@@ -25,17 +25,17 @@ def decoder_of(model: Any) -> Any | None:
 
 
 class _Reached(Exception):  # noqa: N818
-    """The head was called; carries what it was called with."""
+    """Raised when the head is called; carries the head's input."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
 def states_at_head(model: Any, **inputs: Any) -> Tensor:
-    """Run a model up to its output embeddings and return their input, ``[B, S, H]``.
+    """Run a model up to its head and return the head's input, ``[B, S, H]``.
 
-    For models that transform the decoder's states before the head (BERT's), or that have no
-    decoder module. The logits are never computed.
+    Use it for models that transform the decoder's states before the head (BERT), or that have no
+    decoder module. Logits are not computed.
 
     Raises:
         RuntimeError: the model does not call its output embeddings.

@@ -1,4 +1,4 @@
-"""Checks that a model holds what its folder's files hold: transformers only reports it."""
+"""Checks that a loaded model uses all weights of its files, which transformers only reports."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from kdrl_lightning.errors import ConfigurationError
 
 
 def check_loaded(model: Any, info: dict[str, Any], path: str) -> None:
-    """Check what transformers reports of loading.
+    """Check transformers' report on loading a model.
 
     Args:
-        model: as it was loaded.
-        info: its ``output_loading_info``.
-        path: of the model.
+        model: the loaded model.
+        info: transformers' ``output_loading_info``.
+        path: folder or hub name of the model, for messages.
 
     Raises:
-        ConfigurationError: some weights are random for want of others, or files hold some for a
-            layer that does not use them.
+        ConfigurationError: the files lack some weights, which are then random, hold some in other
+            shapes, or hold weights that their layer does not use.
     """
     if info["mismatched_keys"]:
         name, held, wanted = min(info["mismatched_keys"])
         raise ConfigurationError(
             f"the weights of `{path}` must have the shapes of its config.json: got {name} of shape "
-            f"{list(held)} where the configuration says {list(wanted)}. Correct the configuration, "
-            "or download the model again."
+            f"{list(held)}, and {list(wanted)} by the configuration. Correct the configuration, or "
+            "download the model again."
         )
     if info["missing_keys"]:
         missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -33,16 +33,16 @@ def check_loaded(model: Any, info: dict[str, Any], path: str) -> None:
         rest += f" (the files also hold {extra[0]}, which no layer has)" if extra else ""
         raise ConfigurationError(
             f"the files of `{path}` must hold all weights of a {type(model).__name__}: got none "
-            f"for {missing[0]}{rest}. Correct its config.json, or save the whole model again."
+            f"for {missing[0]}{rest}. Correct config.json, or save the whole model again."
         )
     check_used(model, info["unexpected_keys"], path)
 
 
 def check_trainable(model: Any, path: str) -> None:
-    """Check that weights which are to be trained are floats: 8-bit ones get no gradient.
+    """Refuse to train quantized weights, which get no gradient.
 
     Raises:
-        ConfigurationError: some are quantized.
+        ConfigurationError: a weight is no float of at least 16 bits.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
@@ -54,24 +54,24 @@ def check_trainable(model: Any, path: str) -> None:
 
 
 def check_used(model: Any, unread: Iterable[str], path: str) -> None:
-    """Check that no layer leaves out a tensor of its own, such as a bias or a scale.
+    """Refuse a model with a layer that ignores some of its tensors, such as a bias or a scale.
 
-    Whole layers that a model lacks are left out with reason: those for drafting, or for images.
+    Files may hold whole layers that the model does not have, such as those for drafting or images.
 
     Args:
-        model: as it was loaded.
+        model: the loaded model.
         unread: names in its files that it did not use.
-        path: of the model.
+        path: folder or hub name of the model, for messages.
 
     Raises:
-        ConfigurationError: it does.
+        ConfigurationError: a layer ignores a tensor.
     """
     for name in sorted(unread):
-        owner, _, own = name.rpartition(".")
+        owner, _, leaf = name.rpartition(".")
         layer = dict(model.named_modules()).get(owner)
         if owner and layer is not None and next(layer.parameters(False), None) is not None:
             raise ConfigurationError(
-                f"the layers of `{path}` must use all of their weights: got {name} in its files, "
-                f"and a {type(layer).__name__} without `{own}`. Correct its config.json (biases, "
-                "or `quantization_config`), or take another copy of the model."
+                f"the layers of `{path}` must use all of their weights: got {name} in the files, "
+                f"and a {type(layer).__name__} without `{leaf}`. Correct config.json (biases, or "
+                "`quantization_config`), or use another copy of the model."
             )

@@ -1,4 +1,4 @@
-"""Parameters that text never reaches, such as those of a model's vision tower."""
+"""Parameters that get no gradient from text, such as those of a vision tower."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 def unreached(model: Any) -> set[str]:
-    """Return the trainable parameters that get no gradient from the logits of a row of ids.
+    """Return the names of trainable parameters that get no gradient from the logits of a short row.
 
-    It walks the graph of a short forward pass and makes no gradients. A model that cannot run so
-    has none here: the scorer says why.
+    We walk the graph of one forward pass over 8 ids and compute no gradients. The set is empty if
+    the model cannot run on ids alone; ``verify`` then raises an error with the reason.
     """
     ids = torch.arange(8, device=model.device)[None] % model.get_output_embeddings().weight.shape[0]
     try:
@@ -35,27 +35,27 @@ def unreached(model: Any) -> set[str]:
 
 
 def freeze(model: Any, names: set[str], layers: Iterable[nn.Module]) -> list[str]:
-    """Freeze parameters that text never reaches; ddp would wait for their gradients.
+    """Freeze parameters that text never reaches, because ddp would wait for their gradients.
 
-    Those inside a layer that text does reach stay as they are: longer rows may reach them. So
-    does a model that names no layers.
+    Parameters inside a layer that text does reach stay trainable: longer rows may reach them. If
+    the model names no layers, all stay trainable.
 
     Args:
-        model: whose other parameters are trained.
-        names: of the parameters that a short row does not reach.
-        layers: its decoder layers, and others of that size.
+        model: the model to train.
+        names: parameters that a short row does not reach.
+        layers: the model's decoder layers, and other layers of that size.
 
     Returns:
-        The names of those that stay trainable, and get no gradient from short rows.
+        The parameters in ``names`` that stay trainable, sorted.
     """
     inside, known = set(), list(layers)
     if not known:
         return sorted(names)
     for layer in known:
         of = {id(p) for p in layer.parameters()}
-        own = {name for name, p in model.named_parameters() if id(p) in of}
-        if not own <= names:  # some of the layer is reached
-            inside |= own & names
+        in_layer = {name for name, p in model.named_parameters() if id(p) in of}
+        if not in_layer <= names:  # some of the layer is reached
+            inside |= in_layer & names
     for name, parameter in model.named_parameters():
         if name in names - inside:
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Loading from a model's folder, with the cause and its cure if that fails."""
+"""Error messages for models that cannot be loaded: the cause and its cure."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ AGAIN = "Download the model again."
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn what goes wrong in loading from a folder or hub name into one line.
+    """Turn an error while a model is loaded into one line with cause and cure.
+
+    Args:
+        path: folder or hub name of the model.
 
     Raises:
-        ConfigurationError: names the cause and its cure.
+        ConfigurationError: ``path`` is an adapter, or loading fails inside the context.
     """
     refuse_adapter(path)
     try:
@@ -34,8 +37,8 @@ def reading(path: str) -> Iterator[None]:
         raise
     except StrictDataclassError as error:
         raise ConfigurationError(
-            f"the model's config.json must be one that transformers takes: got {path} "
-            f"({' '.join(str(error).split())}). Correct it."
+            f"the model's config.json must be valid for transformers: got {path} "
+            f"({' '.join(str(error).split())}). Correct that value."
         ) from error
     except Exception as error:  # transformers has no exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -80,13 +83,13 @@ def _cause(folder: Path, error: Exception) -> tuple[str, str]:
         name = kind.get("quant_method", "an unnamed method")
         return (
             f"hold weights that this installation can read, and {name} needs more",
-            "Install what it asks for, or name the folder of the unquantized model.",
+            "Install what the error asks for, or name the folder of the unquantized model.",
         )
     return _of_weights(folder, error)
 
 
 def _of_configuration(folder: Path) -> tuple[str, str] | None:
-    """Return what is wrong with ``config.json``, if it cannot be used at all."""
+    """Return the rule that ``config.json`` breaks and its cure; None if it can be used."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -109,12 +112,12 @@ def _of_configuration(folder: Path) -> tuple[str, str] | None:
         return None
     if "auto_map" in settings:
         return (
-            f"need no code of its own, and {kind} does",
-            "Such code is never run here: use a version of the model for transformers itself.",
+            f"not need code from its folder, and {kind} does",
+            "Such code is never run: use a version of the model that transformers itself supports.",
         )
     return (
         f"hold an architecture that transformers {transformers.__version__} knows, not {kind}",
-        "Install one that does, or correct `model_type` in config.json.",
+        "Install a version that does, or correct `model_type` in config.json.",
     )
 
 
@@ -148,10 +151,10 @@ def _settings(path: str) -> dict[str, Any]:
 
 
 def refuse_adapter(path: str) -> None:
-    """Refuse a folder that holds an adapter: transformers would load its base, if it finds that.
+    """Refuse a folder that holds an adapter, for which transformers may load the base model.
 
     Raises:
-        ConfigurationError: it does.
+        ConfigurationError: the folder holds an ``adapter_config.json``.
     """
     file = Path(path) / "adapter_config.json"
     if not file.is_file():

@@ -1,8 +1,8 @@
-"""Rotary embeddings that change with the length of a row, decided for each row by itself.
+"""Rotary embeddings that depend on a row's length: chosen for each row instead of each batch.
 
-transformers decides for a whole batch by its largest position: with longrope (Phi-3, Phi-4) and
-dynamic NTK a token's log-probability then depends on the longest row beside it, and with dynamic
-NTK also on the batches before.
+transformers chooses one embedding for a batch by its largest position. With longrope (Phi-3, Phi-4)
+and dynamic NTK, a token's log-probability then depends on the longest row of its batch, and with
+dynamic NTK also on earlier batches.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MARK = "row_lengths"  # on a rotary module that decides per row: of the rows of this pass, or None
+# Attribute of a rotary module that decides per row: the row lengths of this pass, or None.
+MARK = "row_lengths"
 
 
 def decide_per_row(model: Any) -> None:
-    """Let the rotary modules of a model decide for each row; a second call changes nothing."""
+    """Make a model's rotary modules choose the embedding row by row; repeat calls do nothing."""
     for module in _switching(model):
         if not hasattr(module, MARK):
             setattr(module, MARK, None)
@@ -28,11 +29,11 @@ def decide_per_row(model: Any) -> None:
 
 @contextmanager
 def lengths_of_rows(model: Any, lengths: Tensor | None) -> Iterator[None]:
-    """Say how long the rows of a pass are; without it, a row ends at its largest position.
+    """Set the row lengths for passes inside; without them, a row ends at its largest position.
 
     Args:
-        model: after ``decide_per_row``.
-        lengths: ``[B]``, without padding on the right.
+        model: a model after ``decide_per_row``.
+        lengths: ``[B]``, in tokens, without padding on the right; None sets none.
     """
     modules = _switching(model)
     for module in modules:
@@ -48,7 +49,7 @@ def switch_lengths(model: Any) -> list[tuple[int, bool]]:
     """Return the row lengths beyond which rotary embeddings change.
 
     Returns:
-        Pairs of the length and whether there is another change with every further token.
+        Pairs of a length and whether the embedding changes again with every further token.
     """
     found = set()
     for module in _switching(model):
@@ -61,7 +62,7 @@ def switch_lengths(model: Any) -> list[tuple[int, bool]]:
 
 
 def _switching(model: Any) -> list[Any]:
-    """Modules with transformers' ``dynamic_rope_update`` whose type depends on the length."""
+    """Return the rotary modules whose embedding depends on length (``dynamic_rope_update``)."""
     out = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -90,7 +91,7 @@ def _limit(module: Any, layer: str | None) -> int:
 def _forward(
     module: Any, forward: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> Any:
-    """Compute the embeddings of ``position_ids [B, S]``, group by group of rows."""
+    """Return the embeddings of ``position_ids [B, S]``, computed for groups of equal rows."""
     call = {} if layer_type is None else {"layer_type": layer_type}
     lengths = getattr(module, MARK)
     if not _changes(_kind(module, layer_type)) or position_ids.ndim != 2:
@@ -99,15 +100,15 @@ def _forward(
         position_ids = position_ids.expand(len(lengths), -1)
     ends = position_ids.amax(1) + 1 if lengths is None else lengths
     limit, dynamic = _limit(module, layer_type), "dynamic" in _kind(module, layer_type)
-    # One number per way of embedding: 0 is the plain one.
+    # One number per embedding: 0 is the plain one.
     way = torch.where(ends > limit, ends if dynamic else torch.ones_like(ends), 0)
     parts = []
     for each in way.unique().tolist():
         rows = (way == each).nonzero().squeeze(1)
         chosen = position_ids[rows]
-        if dynamic:  # a short call takes it back to the plain one, whatever came before
+        if dynamic:  # a short call resets the module to the plain embedding
             forward(x, torch.zeros_like(chosen[:1, :1]), **call)
-        if dynamic or not each:  # padding must not count
+        if dynamic or not each:  # padding must not switch the embedding
             chosen = chosen.clamp(max=(each or limit) - 1)
         parts.append((rows, forward(x, chosen, **call)))
     if len(parts) == 1:

@@ -1,4 +1,4 @@
-"""Lengths at which an architecture starts to compute differently."""
+"""Row lengths at which an architecture changes what it computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from kdrl_lightning.models.architectures.rotary import switch_lengths
 
-# Windows and chunks of attention, and how many keys a sparse attention keeps.
+# Settings with a length: windows and chunks of attention, number of keys of a sparse attention.
 NAMES = (
     "sliding_window",
     "sliding_window_size",
@@ -28,14 +28,17 @@ OPERATIONS = 2e10  # on a CPU, per row: about a second
 
 
 def probe_length(model: Any, rotary: bool = True) -> int:
-    """Return the length of a comparison's longest row: just past every affordable switch.
+    """Return the length of a comparison's longest row: just past every switch we can afford.
+
+    We skip a switch beyond ``LONGEST`` tokens, beyond the model's positions, or too slow for this
+    device: the row would cost more than the run's first update.
 
     Args:
-        model: to compare.
-        rotary: also past those that sampling is refused across; else below them.
+        model: the model to compare.
+        rotary: go also past the switches that sampling refuses to cross; else stay below them.
 
-    A switch beyond ``LONGEST`` tokens, beyond the model's positions or too slow for this device is
-    not compared: the row would cost more than the run's first update.
+    Returns:
+        The length in tokens.
     """
     config = model.config.get_text_config(decoder=True)
     named = [getattr(config, name, None) for name in NAMES]
@@ -56,8 +59,8 @@ class Change:
     """A length of a row beyond which a model computes all of its tokens differently.
 
     Attributes:
-        limit: that length, in tokens.
-        always: it changes again with every further token.
+        limit: the length, in tokens.
+        always: the model changes again with every further token.
         what: the part of the model that changes.
     """
 
@@ -66,7 +69,7 @@ class Change:
     what: str
 
     def crossing(self, max_tokens: int) -> range:
-        """Return the lengths of prompts whose completions may grow past the change.
+        """Return the prompt lengths from which a completion may grow past the change.
 
         >>> Change(4096, False, "rotary embedding").crossing(512)
         range(3585, 4097)
@@ -82,16 +85,19 @@ def changes(model: Any) -> list[Change]:
 
 
 def may_change(config: Any) -> bool:
-    """Whether a model of a configuration may have ``changes``; only its modules tell for sure."""
+    """Return whether a model with this configuration may have ``changes``.
+
+    Only the model's modules tell for sure.
+    """
     rotary = str(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
     return "longrope" in rotary or "dynamic" in rotary or bool(_picked_keys(config))
 
 
 def picked_keys(model: Any) -> list[int]:
-    """Return how many keys a sparse attention picks by an indexer, if the model has one.
+    """Return how many keys a sparse attention picks with its indexer; empty without an indexer.
 
-    Many keys have equal scores of 0, and which of them are picked depends on how many there are:
-    beyond this length a token's log-probability changes with the number of tokens after it.
+    Many keys have equal scores of 0, and their number decides which of them are picked. So in rows
+    longer than this, a token's log-probability changes with the number of tokens after it.
     """
     return _picked_keys(model.config)
 

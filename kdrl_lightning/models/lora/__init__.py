@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen student, by peft."""
+"""Low-rank adapters (LoRA) on a frozen student, with peft."""
 
 from kdrl_lightning.models.lora.adapters import (
     ADAPTER,

@@ -1,7 +1,7 @@
-"""Low-rank adapters on a frozen student (LoRA, arXiv 2106.09685), by peft.
+"""Low-rank adapters on a frozen student (LoRA, arXiv 2106.09685), with peft.
 
-peft injects its layers into the transformers model, which keeps its class: decoder, head,
-generation and the names of its layers stay where engines, sharding and scorer look for them.
+peft injects its layers into the transformers model, which keeps its class. Decoder, head,
+generation and layer names stay where engines, sharding and scorer look for them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ class LoRA:
     """Trains ``W + alpha / rank * B A`` with ``W`` frozen, in the student's text decoder.
 
     ``B`` starts at 0, so the policy starts as the base model; ``A`` is drawn from the run's seed.
+    Source: arXiv 2106.09685, section 4.1.
 
     Args:
-        rank: columns of ``B`` and rows of ``A``.
-        alpha: scale; the update of a weight is multiplied by ``alpha / rank``.
+        rank: columns of ``B`` and rows of ``A``, at least 1.
+        alpha: scale, above 0; the update of a weight is multiplied by ``alpha / rank``.
         target_modules: names of the adapted linear layers or fused experts, e.g.
-            ``[q_proj, v_proj]`` or ``[experts.down_proj]``; ``all-linear`` takes all of both, but
-            neither head nor routers.
-        dropout: must be 0, for rollouts and updates have to see one policy.
+            ``[q_proj, v_proj]`` or ``[experts.down_proj]``; ``all-linear`` takes all of both except
+            the head and routers.
+        dropout: must be 0, because rollouts and updates must see one policy.
 
     Raises:
-        ConfigurationError: peft is missing, or a value cannot be.
+        ConfigurationError: peft is not installed, or a value breaks its rule.
     """
 
     def __init__(
@@ -47,20 +48,22 @@ class LoRA:
     ) -> None:
         if importlib.util.find_spec("peft") is None:
             raise ConfigurationError(
-                "`lora` must have peft: got no installation of it. "
+                "peft must be installed for `lora`: got no installation of it. "
                 "Install it with `pip install 'kdrl_lightning[lora]'`."
             )
         require_between("rank", rank, 1, float("inf"))
         if not 0.0 < alpha < float("inf"):
-            raise ConfigurationError(f"`alpha` must be above 0: got {alpha}.")
+            raise ConfigurationError(
+                f"`alpha` must be above 0: got {alpha}. A common choice is twice the rank."
+            )
         if dropout:
             raise ConfigurationError(
                 f"`dropout` must be 0 for adapters: got {dropout}. Rollouts, old log-probabilities "
-                "and updates have to see one policy; regularise with weight decay or a KL."
+                "and updates must see one policy; regularise with weight decay or a KL term."
             )
         if not target_modules:
             raise ConfigurationError(
-                "`target_modules` must name a layer: got none. `all-linear` takes all."
+                "`target_modules` must name a layer: got none. Use `all-linear` for all layers."
             )
         if isinstance(target_modules, str) and target_modules != ALL:
             target_modules = [target_modules]
@@ -69,7 +72,7 @@ class LoRA:
         self.target_modules = target_modules
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells one kind of adapter from another, in plain values."""
+        """Return the settings that two runs must share to exchange adapters, as plain values."""
         names = self.target_modules
         return {
             "rank": self.rank,
@@ -78,7 +81,11 @@ class LoRA:
         }
 
     def inject(self, model: Any, seed: int) -> None:
-        """Freeze a transformers model and give it adapters, the same ones for the same seed.
+        """Freeze a transformers model and add adapters to it.
+
+        Args:
+            model: the model; it is changed in place.
+            seed: seed of the initial ``A``.
 
         Raises:
             ConfigurationError: ``target_modules`` names what cannot be adapted, the rank is too
@@ -109,33 +116,36 @@ class LoRA:
 
 
 def base_order(model: Any) -> dict[str, int]:
-    """Return the place of each weight before adapters came; empty for a plain model.
+    """Return the place of each weight before adapters were added; empty for a plain model.
 
-    peft takes an expert's weight out of its module for a forward pass, and puts it back last.
+    peft removes an expert's weight from its module for a forward pass and puts it back last.
     """
     return getattr(model, "_base_order", {})
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:
-    """Return peft's layers by the name of the weight that each adapts; none in a plain model."""
+    """Return peft's layers by the name of the weight that each adapts; empty for a plain model."""
     found = {}
     layers = [(path, m) for path, m in model.named_modules() if hasattr(m, "lora_A")]
     for path, layer in layers:
         inner = layer
-        while hasattr(inner, "lora_A"):  # the adapters of one module's weights lie in each other
+        while hasattr(inner, "lora_A"):  # adapters of several weights of one module are nested
             inner, path = inner.base_layer, f"{path}.base_layer"
         found[f"{path}.{getattr(layer, 'parameter_name', 'weight')}"] = layer
     return found
 
 
 def add_update(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a weight with what its adapter has learned, computed in float32 or wider.
+    """Return a weight plus its adapter's update, computed in float32 or wider.
 
     Args:
-        layer: peft's.
+        layer: peft's layer.
         weight: ``[out, in]``, or experts ``[E, out, in]`` (``[E, in, out]`` in some models).
         a: ``[rank * E, in]``.
-        b: ``[out, rank * E]``; its columns count the experts fastest.
+        b: ``[out, rank * E]``; the expert index runs fastest over its columns.
+
+    Returns:
+        A new tensor of the weight's shape and type.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b, scale = a.to(wide), b.to(wide), layer.scaling[ADAPTER]
@@ -146,7 +156,7 @@ def add_update(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         a = a.view(experts, -1, a.shape[-1])  # [E, rank, in]
         b = b.view(b.shape[0], -1, experts)  # [out, rank, E]
         out = torch.empty_like(weight)
-        for i, expert in enumerate(weight):  # one at a time: all of them in float32 are large
+        for i, expert in enumerate(weight):  # one at a time, since float32 copies are large
             update = b[..., i] @ a[i]
             update = update if layer._did_swap_in_out_features else update.T
             out[i] = torch.add(expert.to(wide), update, alpha=scale)
@@ -154,7 +164,7 @@ def add_update(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter.
+    """Return whether a parameter belongs to an adapter.
 
     >>> is_adapter("model.layers.0.mlp.up_proj.lora_A.default.weight")
     True
@@ -164,10 +174,10 @@ def is_adapter(name: str) -> bool:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Let a model be its base for a while."""
+    """Switch a model's adapters off inside the context."""
     layers = adapted_layers(model).values()
-    # Not peft's ``enable_adapters``: it flips ``requires_grad`` too, which optimizer, DDP and FSDP2
-    # have looked at once and for all.
+    # peft's ``enable_adapters`` would also flip ``requires_grad``, which optimizer, DDP and FSDP2
+    # read only once.
     for layer in layers:
         layer._disable_adapters = True
         assert layer.disable_adapters, "peft has renamed its switch"
@@ -179,7 +189,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def leave_base_out(module: nn.Module) -> None:
-    """Let a module's ``state_dict`` hold what is trained, and nothing of the base beside it."""
+    """Make a module's ``state_dict`` hold only the trained parameters, without the base model."""
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}
@@ -190,26 +200,26 @@ def leave_base_out(module: nn.Module) -> None:
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
-    """Return the adapters of a whole model by their names."""
+    """Return the adapters of an unsharded model by their names."""
     return {name: p.detach() for name, p in model.named_parameters() if is_adapter(name)}
 
 
 def save_adapters(model: Any, adapters: dict[str, Tensor], folder: Path, base: str) -> None:
-    """Write peft's folder, which ``PeftModel.from_pretrained`` puts on the base model.
+    """Write adapters as a peft folder, which ``PeftModel.from_pretrained`` loads.
 
-    ``inject_adapter_in_model`` leaves no ``PeftModel`` that would write it itself.
+    We write it ourselves, because ``inject_adapter_in_model`` makes no ``PeftModel`` that could.
 
     Args:
-        model: with adapters.
-        adapters: by their names in it, as they shall be written.
-        folder: to write to.
+        model: the model with adapters; its adapter configuration is written.
+        adapters: the weights to write, by their names in the model.
+        folder: the folder to write.
         base: folder or hub name of the base model, for the adapter's configuration.
     """
     from safetensors.torch import save_file
 
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path, config.inference_mode = base, True
-    # peft's sets have no order.
+    # peft keeps sets, whose order may change between runs.
     config.target_modules = sorted(config.target_modules)
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)

@@ -15,11 +15,11 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
 
 ALL = "all-linear"
-# transformers keeps the experts of a layer in one 3-D parameter, gate and up projection in one.
+# transformers keeps a layer's experts in one 3-D parameter, often with gate and up fused into one.
 FUSED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 HALVES = (("gate_proj", "up_proj"), ("w1", "w3"))
-# Given as modules, peft takes layers of these names for experts of older checkpoints, in a model
-# that has experts; given as parameters it leaves them alone.
+# In a model with experts, peft mistakes modules of these names for experts of older checkpoints; as
+# parameters it accepts them.
 OLD_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 ROUTERS = ("gate", "wg", "shared_expert_gate")
 WARN_ABOVE = 0.1  # share of the decoder's weights that `all-linear` leaves without an adapter
@@ -27,11 +27,11 @@ WARN_ABOVE = 0.1  # share of the decoder's weights that `all-linear` leaves with
 
 @dataclass(frozen=True)
 class Targets:
-    """What peft is to adapt, by its paths in the model.
+    """Paths of the weights that peft adapts.
 
     Attributes:
         modules: linear layers.
-        parameters: weights that peft adapts as parameters: experts, and layers beside them.
+        parameters: weights that peft adapts as parameters: experts, and layers named like experts.
     """
 
     modules: list[str] = field(default_factory=list)
@@ -40,10 +40,10 @@ class Targets:
 
 @dataclass(frozen=True)
 class Adaptable:
-    """What can be adapted in a model's text decoder.
+    """The weights of a model's text decoder that adapters can change.
 
     Attributes:
-        modules: all modules there by path.
+        modules: all modules of the decoder by path.
         linear: linear layers by path, without the head.
         experts: fused experts ``[E, ...]`` by path.
     """
@@ -57,19 +57,19 @@ class Adaptable:
         return _ending((*self.linear, *self.experts), name)
 
     def width(self, path: str) -> int:
-        """Return the largest rank that an update of a weight can have."""
+        """Return the largest rank that an update of the weight at ``path`` can have."""
         weight: Any = self.linear[path].weight if path in self.linear else self.experts[path]
         return int(min(weight.shape[-2:]))
 
 
 def find_targets(model: Any, names: Sequence[str] | str, rank: int) -> Targets:
-    """Find the weights that names stand for.
+    """Return the weights that ``names`` select.
 
     Args:
         model: a transformers causal language model.
-        names: ends of paths, or ``all-linear``: every linear layer and all experts of the text
-            decoder, without routers.
-        rank: of the adapters.
+        names: ends of paths, or ``all-linear`` for every linear layer and all experts of the text
+            decoder except routers.
+        rank: rank of the adapters.
 
     Raises:
         ConfigurationError: a name matches no such weight, or the rank exceeds their widths.
@@ -87,15 +87,15 @@ def find_targets(model: Any, names: Sequence[str] | str, rank: int) -> Targets:
     if rank > widest:
         raise ConfigurationError(
             f"`rank` must be at most {widest}, the width of the widest adapted layer: got {rank}. "
-            "A higher rank adds parameters and no freedom."
+            "Lower it: a higher rank adds parameters but cannot express more."
         )
     return _for_peft(model, known, chosen, names)
 
 
 def adaptable(model: Any) -> Adaptable:
-    """Find linear layers and fused experts of the part that the scorer runs."""
+    """Return the linear layers and fused experts of the part of a model that the scorer runs."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is head:  # ModernBERT calls its head so
+    if decoder is head:  # ModernBERT returns its head as decoder
         decoder = decoder_of(model)
     root = next((path for path, m in model.named_modules() if m is decoder), "")
     tied = _tied(model)
@@ -113,10 +113,10 @@ def adaptable(model: Any) -> Adaptable:
 
 
 def _text_modules(decoder: Any, root: str) -> dict[str, nn.Module]:
-    """Return a decoder's modules, without models of another type in it, e.g. a vision tower."""
+    """Return a decoder's modules without nested models of another type, e.g. a vision tower."""
     modules = dict(decoder.named_modules(prefix=root))
-    own = _model_type(decoder)
-    others = [path for path, m in modules.items() if _model_type(m) not in (None, own)]
+    kind = _model_type(decoder)
+    others = [path for path, m in modules.items() if _model_type(m) not in (None, kind)]
     return {
         path: m
         for path, m in modules.items()
@@ -129,19 +129,19 @@ def _model_type(module: Any) -> str | None:
 
 
 def _maps(layer: nn.Linear) -> bool:
-    """Whether a layer's output is ``[..., out]``: a subclass may choose experts, or map groups."""
+    """Return whether a layer maps ``[..., in]`` to ``[..., out]``, which subclasses need not do."""
     if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():
         return True
     try:
         with torch.no_grad():
             out = layer(layer.weight.new_zeros(2, layer.in_features))
-    except Exception:  # a subclass may want any other shape
+    except Exception:  # a subclass may need another input shape
         return False
     return isinstance(out, Tensor) and out.shape == (2, layer.out_features)
 
 
 def is_router(path: str) -> bool:
-    """Whether a layer chooses experts, or weighs them.
+    """Return whether a layer chooses or weights experts.
 
     >>> is_router("model.layers.0.mlp.gate"), is_router("model.layers.0.mlp.gate_proj")
     (True, False)
@@ -157,7 +157,7 @@ def _experts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tied(model: Any) -> set[int]:
-    """Ids of weights under several names: an adapter would change one of their uses alone."""
+    """Return ``id`` of each weight with several names: an adapter would change only one use."""
     seen: set[int] = set()
     tied: set[int] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -179,16 +179,19 @@ def _chosen(model: Any, known: Adaptable, names: Sequence[str]) -> set[str]:
     if bypassed:
         raise ConfigurationError(
             f"`target_modules` must be layers whose output {type(model).__name__} uses: got "
-            f"{', '.join(bypassed)}, whose weight it reads itself. `all-linear` leaves them out."
+            f"{', '.join(bypassed)}, whose weights it reads directly. Leave them out, or use "
+            "`all-linear`, which does."
         )
     return chosen
 
 
 def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
-    """Paths of the experts that hold a projection which older checkpoints hold apart.
+    """Return the paths of fused experts that contain the projection ``name``.
+
+    Older checkpoints keep gate and up projection in separate weights.
 
     Raises:
-        ConfigurationError: one half of a fused projection is named without the other.
+        ConfigurationError: ``names`` has one half of a fused projection without the other.
     """
     if name == "w2":
         return known.named("down_proj") & known.experts.keys()
@@ -200,7 +203,7 @@ def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
             (other,) = set(halves) - {name}
             raise ConfigurationError(
                 f"`target_modules` must name both {name} and {other} in a model whose experts keep "
-                f"them in one weight: got {name} alone. Add {other}, or leave {name} out."
+                f"them in one weight: got only {name}. Add {other}, or leave {name} out."
             )
         return fused
     return set()
@@ -209,7 +212,7 @@ def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
 def _for_peft(
     model: Any, known: Adaptable, chosen: set[str], names: Sequence[str] | str
 ) -> Targets:
-    """Split paths into modules and parameters; keep short names if they mean the same."""
+    """Split paths into modules and parameters; keep the user's names if they select the same."""
     parameters = sorted(chosen & known.experts.keys())
     linear = sorted(chosen & known.linear.keys())
     if known.experts:
@@ -236,7 +239,7 @@ def _no_match(model: Any, known: Adaptable, wrong: Sequence[str]) -> Configurati
 
 
 def _bypassed(model: Any, path: str) -> bool:
-    """Whether the model may read a layer's weight itself, past an adapter on its output."""
+    """Return whether the model may read a layer's weight directly, which bypasses an adapter."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
@@ -244,7 +247,7 @@ def _bypassed(model: Any, path: str) -> bool:
     if leaf == "dt_proj" and hasattr(model.get_submodule(parent), "A_log"):  # Mamba, Jamba
         return True
     config = LoraConfig(task_type="CAUSAL_LM")
-    with suppress(AttributeError):  # no such check in another version of peft
+    with suppress(AttributeError):  # another version of peft may lack this check
         try:
             LoraModel._check_target_module_compatiblity(None, config, model, leaf)  # type: ignore[arg-type]
         except ValueError:
@@ -253,7 +256,7 @@ def _bypassed(model: Any, path: str) -> bool:
 
 
 def _warn_of_the_rest(model: Any, known: Adaptable, chosen: set[str]) -> None:
-    """Warn if much of the decoder stays as it is."""
+    """Warn if ``all-linear`` leaves much of the decoder without adapters."""
     embedding = {id(p) for p in model.get_input_embeddings().parameters()}
     embedding |= {id(p) for p in model.get_output_embeddings().parameters()}
     adapted = {id(m.weight) for path, m in known.linear.items() if path in chosen}
@@ -270,6 +273,6 @@ def _warn_of_the_rest(model: Any, known: Adaptable, chosen: set[str]) -> None:
         largest = max(frozen, key=lambda name: frozen[name])
         warnings.warn(
             f"`target_modules: all-linear` leaves {share:.0%} of the decoder's weights without an "
-            f"adapter, e.g. {largest}: they are no linear layers that peft can adapt.",
+            f"adapter, e.g. {largest}: they are not linear layers that peft can adapt.",
             stacklevel=2,
         )

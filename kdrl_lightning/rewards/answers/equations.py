@@ -1,4 +1,4 @@
-r"""Equations as answers: ``x = 5`` says 5, ``2 + 3 = 5`` too, and ``3 = 5`` says nothing."""
+r"""Reads equations as answers: ``x = 5`` and ``2 + 3 = 5`` mean 5; ``3 = 5`` contradicts itself."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from kdrl_lightning.rewards.answers.numbers import same_number
 
 EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|\\approx(?![A-Za-z])")
-# Commands that leave a side a number; whatever letters are left make it something else.
+# Commands that may occur in a number. A side with any other letter is not a number.
 NUMERIC = re.compile(
     r"\\(?:[dt]?frac|sqrt|times|cdot|div|pi|pm|left|right|circ|infty|[!,;:%$ ])(?![A-Za-z])"
     r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[eE](?=[+-]?\d)"
 )
-# A name between two signs of equality: x, S_{10}, f(2).
+# A name between two equals signs: x, S_{10}, f(2).
 MIDDLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([^()]*\))?")
 
 
 def numeric_sides(text: str) -> list[str]:
-    """Return the sides of an equation that are numbers; none if it is no (single) equation.
+    """Return the numeric sides of an equation; an empty list if the text is not one equation.
 
     >>> numeric_sides("x = 2 + 3 = 5"), numeric_sides("5"), numeric_sides("x=1, y=2")
     (['2 + 3', '5'], [], [])
@@ -38,5 +38,5 @@ def _is_number(side: str) -> bool:
 
 
 def contradicts(sides: list[str]) -> bool:
-    """Whether two sides are numbers that differ."""
+    """Check whether an equation's sides are numbers that differ from each other."""
     return any(same_number(sides[0], side) is False for side in sides[1:])

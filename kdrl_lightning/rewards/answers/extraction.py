@@ -1,4 +1,4 @@
-"""Where a completion's answer stands: strictly the last one, found in one pass over the text."""
+"""Extracts the last answer of a completion, in one pass over the text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BOXES = ("\\boxed", "\\fbox")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last ``\boxed{...}``; None without one, or if it is not closed.
+    r"""Return the content of the last ``\boxed{...}``; None if it is missing or not closed.
 
     >>> last_boxed(r"\boxed{41} or \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
@@ -24,7 +24,7 @@ def last_boxed(text: str) -> str | None:
     for i in range(start, len(text)):
         char = text[i]
         if escaped or char == "\\":
-            escaped = not escaped  # \{ and \} are set braces
+            escaped = not escaped  # \{ and \} do not open or close a group
         elif char in "{}":
             depth += 1 if char == "{" else -1
             if not depth:
@@ -33,7 +33,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def after_marker(text: str, marker: str) -> str | None:
-    """Return what follows the last marker; None without one.
+    """Return the text after the last marker; None if there is no marker.
 
     >>> after_marker("#### 41, no: #### 42 ", "####")
     '42'
@@ -43,7 +43,7 @@ def after_marker(text: str, marker: str) -> str | None:
 
 
 def last_tagged(text: str, tag: str) -> str | None:
-    """Return the content of the last ``<tag>...</tag>``; None without one.
+    """Return the content of the last ``<tag>...</tag>``; None if there is none.
 
     >>> last_tagged("<answer>41</answer> no, <answer> 42 </answer>.", "answer")
     '42'
@@ -54,11 +54,11 @@ def last_tagged(text: str, tag: str) -> str | None:
 
 
 def in_think_format(text: str, opened: bool) -> bool:
-    """Whether the text is ``<think>...</think> <answer>...</answer>``, each once, nothing else.
+    """Check that a text is ``<think>...</think> <answer>...</answer>``, each once, nothing else.
 
     Args:
         text: the completion.
-        opened: the prompt ends with ``<think>``, so the completion does not begin with it.
+        opened: the prompt already ends with ``<think>``, so the completion must not open it.
     """
     tags = re.findall(r"</?(?:think|answer)>", text)
     wanted = ["<think>", "</think>", "<answer>", "</answer>"][1 if opened else 0 :]
@@ -69,11 +69,12 @@ def in_think_format(text: str, opened: bool) -> bool:
 
 
 def answer_of(reward: Reward, sample: Sample) -> str | None:
-    """Return what the reward takes as the answer, for majority@k to compare; None for none.
+    """Return the answer that majority@k compares; None if the completion has none.
 
-    It is the extraction that the verdict is based on (``TaskReward.answer``). A method that fails
-    finds none, with a warning. A plain function has none: the answer is the whole text, of which
-    hardly two are equal where there is reasoning in it, and majority@k is no more than pass@1.
+    The answer is the extraction behind the verdict (``TaskReward.answer``). If that method fails,
+    a warning is issued and there is no answer. A plain function has no such method: its answer is
+    the whole text. Texts with reasoning are hardly ever equal, so that majority@k is then no more
+    than pass@1.
     """
     extract = getattr(reward, "answer", None)
     if not callable(extract):
@@ -82,6 +83,9 @@ def answer_of(reward: Reward, sample: Sample) -> str | None:
         found = extract(own_copy(sample))
     except Exception as error:
         failed = f"{type(error).__name__}: {error}"
-        warnings.warn(f"the reward's `answer` failed, so no vote: {failed}.", stacklevel=2)
+        warnings.warn(
+            f"the reward's `answer` failed, so the completion does not vote: {failed}.",
+            stacklevel=2,
+        )
         return None
     return None if found is None else str(found)

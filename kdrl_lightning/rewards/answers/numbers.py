@@ -1,7 +1,7 @@
-r"""Numbers as people write them, read exactly: ``1.6\times 10^{-19}``, ``50\%``, ``1,000``.
+r"""Reads numbers exactly, as people write them: ``1.6\times 10^{-19}``, ``50\%``, ``1,000``.
 
-math-verify rounds to six places after the point, which makes all tiny numbers equal, and drops
-percent signs.
+math-verify would round to six decimal places, which makes all tiny numbers equal, and drop percent
+signs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 LARGEST_EXPONENT, LONGEST = 2000, 1000
-# math-verify rounds to as many; shorter decimals are no value of a fraction.
+# math-verify rounds to this number of places; a shorter decimal does not equal a fraction like 1/3.
 FEWEST_PLACES = 6
 FLOAT_DIGITS, NOISE = 15, Fraction(1, 10**14)
-# What stands in a number for its looks: spaces, delimiters, a currency sign before it.
+# Parts of a number that only change its look: spaces and delimiters.
 SPACING = re.compile(r"\\[!,;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~")
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|([+-]?\d+))"
@@ -31,11 +31,11 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])"
 
 @dataclass(frozen=True)
 class Number:
-    """An exact value.
+    """An exact value, and how precisely it was written.
 
     Attributes:
         value: the number; 50 % is 1/2.
-        places: digits after the point if it was written as a decimal, else None.
+        places: digits after the decimal point; None if it was not written as a decimal.
         digits: significant digits of the decimal.
     """
 
@@ -45,7 +45,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    r"""Read an integer, decimal, fraction, power of ten or percentage; None for all else.
+    r"""Read an integer, decimal, fraction, power of ten or percentage; None for anything else.
 
     >>> read_number(r"-1{,}234.50"), read_number(r"12.5\%").value
     (Number(value=Fraction(-2469, 2), places=2, digits=6), Fraction(1, 8))
@@ -67,10 +67,11 @@ def read_number(text: str) -> Number | None:
 
 
 def same_number(one: str, other: str) -> bool | None:
-    r"""Compare two numbers; None if one of the texts is no number.
+    r"""Compare two numbers; return None if one of the texts is not a number.
 
-    Decimals are compared exactly, unless one is as long as a float64. A decimal equals a fraction
-    that it cannot write (1/3) if it is its value, rounded to six places after the point or more.
+    Decimals are compared exactly, unless one has as many digits as a float64, whose last digits are
+    rounding noise. A decimal equals a fraction without a finite decimal form (1/3) if it is the
+    fraction's value rounded to at least six decimal places.
 
     >>> same_number("1.6e-19", "9.1e-31"), same_number("1/3", "0.333333"), same_number("x", "1")
     (False, True, None)
@@ -92,7 +93,7 @@ def same_number(one: str, other: str) -> bool | None:
 
 
 def _is_float(number: Number) -> bool:
-    """Whether a decimal has all the digits of a float64, the last of which are noise."""
+    """Check whether a decimal has all digits of a float64, the last of which are noise."""
     return bool(number.places) and number.digits >= FLOAT_DIGITS
 
 

@@ -1,4 +1,4 @@
-"""A row's reference answer as texts, whatever type the column has."""
+"""Reads a row's reference answers as texts, whatever type the column has."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ import numpy as np
 from kdrl_lightning.errors import ConfigurationError
 
 ROW_CHARACTERS = 120
-# A float64 with fewer digits was written so; a float32 keeps any decimal of six.
+# A float64 with fewer digits than this was written as such a decimal; a float32 keeps any decimal
+# of six digits.
 FLOAT_DIGITS, SINGLE_DIGITS = 15, 6
-SMALLEST, LARGEST = 1e-37, 1e38  # of float32, about
+SMALLEST, LARGEST = 1e-37, 1e38  # about the range of float32
 
 
 def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
-    """Return every text that a row accepts as its answer; any of them is right.
+    """Return every text that a row accepts as its answer; a completion must match one of them.
 
-    - A text counts as it is, bytes as UTF-8.
-    - A whole float counts with and without its fraction (a column of integers becomes one of floats
-      if a cell is empty), a tiny or a huge one with and without its exponent, one that carries the
-      noise of a sum (0.1 + 0.2) as 0.3, one that was a float32 (0.10000000149) as 0.1, too.
-    - ``True`` and ``False`` count in both spellings, ``True`` and ``true``.
-    - A time counts with a space and with a T before the hour, midnight as the date alone, too.
-    - Of a list, a tuple, a set or an array each entry counts; missing entries are skipped.
+    - A text counts as it is; bytes are decoded as UTF-8.
+    - A whole float counts with and without its fraction (pandas turns a column of integers with an
+      empty cell into floats). A tiny or huge float counts with and without its exponent. A float
+      with the noise of a sum (0.1 + 0.2) also counts as 0.3, and one that was a float32
+      (0.10000000149) also as 0.1.
+    - A bool counts in both spellings, ``True`` and ``true``.
+    - A time counts with a space and with a T before the hour; midnight also counts as the date.
+    - Each entry of a list, tuple, set or array counts; missing entries are skipped.
 
     Args:
         row: the prompt's row.
         column: the row's column with the answer.
 
     Returns:
-        At least one text, none of them empty; a number's first is written without an exponent.
+        At least one text, none of them empty; the first text of a number has no exponent.
 
     Raises:
         KeyError: the row has no such column.
         ConfigurationError: the answer is missing (None, NaN, an empty text or list), or its type
-            has no text.
+            is not supported.
 
     >>> accepted({"answer": 72.0}), accepted({"answer": ["yes", "y"]}), accepted({"answer": " 7 "})
     (('72', '72.0'), ('yes', 'y'), ('7',))
@@ -50,30 +52,30 @@ def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
     except (TypeError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"`{column}` must be a text, a number, or a list of them: got {error} in the row "
-            f"{shorten(row)}. Name a column inside another with a dot, or convert it."
+            f"{shorten(row)}. Name a nested column with a dot (outer.inner), or convert the value."
         ) from error
     if not texts:
         raise ConfigurationError(
             f"a row must have an answer, but its `{column}` is empty: got {value!r:.40} in the row "
-            f"{shorten(row)}. Fill it in, or leave the row out."
+            f"{shorten(row)}. Add the answer, or remove the row."
         )
     return tuple(texts)
 
 
 def missing(value: Any) -> bool:
-    """Whether a value says that there is none: None, NaN, pandas' NA and NaT, or empty text."""
+    """Check whether a value is missing: None, NaN, pandas' NA or NaT, or an empty text."""
     if value is None:
         return True
     if isinstance(value, str | bytes):
         return not value.strip()
     try:
         return bool(value != value)
-    except (TypeError, ValueError, RuntimeError):  # NA has no truth, nor has an array
+    except (TypeError, ValueError, RuntimeError):  # NA and arrays cannot be converted to bool
         return type(value).__name__ == "NAType"
 
 
 def shorten(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> str:
-    """Return a row for a message."""
+    """Return a row as text for a message, cut after ``limit`` characters."""
     text = repr(dict(row))
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -120,7 +122,7 @@ def _of_decimal(value: Decimal, text: str) -> list[str]:
 
 
 def _of_single(value: float) -> list[str]:
-    """Return the short text of a fraction that was a float32: libraries read columns as floats."""
+    """Return the short text of a value that was stored as float32; else an empty list."""
     if value.is_integer() or _digits(value) < FLOAT_DIGITS or not SMALLEST <= abs(value) < LARGEST:
         return []
     single = np.float32(value)
@@ -149,6 +151,6 @@ def _entries(value: Any) -> list[Any]:
 def _scalar(value: Any) -> Any:
     whole, kind = value.item(), str(value.dtype).removeprefix("torch.")
     if isinstance(whole, float) and kind != "float64":
-        # The shortest text that its precision distinguishes: 0.1, not 0.10000000149.
+        # The shortest decimal that the type can distinguish: 0.1, not 0.10000000149.
         return float(str((np.float16 if kind == "float16" else np.float32)(whole)))
     return whole

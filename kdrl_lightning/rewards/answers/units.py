@@ -1,6 +1,6 @@
-r"""Units of measurement behind a number: ``5\text{ cm}`` is ``50 mm``, and never ``5 m``.
+r"""Compares numbers with units: ``5\text{ cm}`` equals ``50 mm``, but not ``5 m``.
 
-math-verify drops every unit, so that 5 cm equals 5 m.
+math-verify would drop the units, so that 5 cm equals 5 m.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from kdrl_lightning.rewards.answers.numbers import read_number, same_number
 
-# Names by dimension, with their size in the dimension's first unit.
+# Unit names by dimension, with the unit's size in the dimension's first unit.
 _TABLE = {
     "length": {"m meter metre": "1", "mm millimeter millimetre": "1/1000"}
     | {"cm centimeter centimetre": "1/100", "km kilometer kilometre": "1000"}
@@ -39,8 +39,8 @@ class Quantity:
 
     Attributes:
         number: the text before the unit.
-        dimension: what is measured, e.g. length over time, with the unit's power.
-        size: of the unit.
+        dimension: the measured dimensions, e.g. length over time, and the unit's power.
+        size: the unit's size in the dimension's base unit.
     """
 
     number: str
@@ -49,21 +49,23 @@ class Quantity:
 
 
 def same_quantity(one: str, other: str) -> bool | None:
-    r"""Compare two numbers with units that are known, or one with a number without a unit.
+    r"""Compare two numbers if at least one has a known unit; None if they cannot be compared.
+
+    A number without a unit is compared with the other's number alone.
 
     >>> same_quantity(r"5\text{ cm}", "50 mm"), same_quantity("5 cm", "5 m")
     (True, False)
     """
     a, b = _read(one), _read(other)
     if a is None or b is None:
-        # A number that says no unit is compared with the number alone.
+        # Without a unit on one side, only the numbers are compared.
         quantity, text = (a, other) if a is not None else (b, one)
         return None if quantity is None else same_number(quantity.number, text)
     if a.dimension != b.dimension:
         return False
     values = read_number(a.number), read_number(b.number)
     if values[0] is None or values[1] is None:
-        # The same unit: what stands before it decides.
+        # With the same unit, a parser must compare what comes before it.
         return None if a.size == b.size else False
     return values[0].value * a.size == values[1].value * b.size
 
@@ -74,7 +76,7 @@ def _read(text: str) -> Quantity | None:
         return None
     number, styled, plain, power = found.groups()
     if plain is not None and len(plain) == 1 and power:
-        return None  # rather a power of a symbol
+        return None  # more likely a power of a symbol
     parts = [UNITS.get(n) or UNITS.get(_singular(n)) for n in (styled or plain).split("/")]
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):

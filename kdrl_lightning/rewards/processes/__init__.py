@@ -1,1 +1,1 @@
-"""Rewards in processes of their own: time limits, workers, and the sandbox."""
+"""Runs rewards safely: the runner, worker processes with time limits, and the sandbox."""

@@ -1,10 +1,11 @@
-"""Runs a reward so that whatever it does, the training run stays sound."""
+"""Runs a reward so that its failures cannot corrupt the training run."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
@@ -13,82 +14,100 @@ from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, jud
 from kdrl_lightning.rewards.callables import require_callable
 
 
-class RewardRunner:
-    """Calls a reward; a failing one is counted, and its completion counts as wrong.
+@dataclass(frozen=True)
+class RewardFailures:
+    """What follows when the reward fails on a completion.
 
     Args:
-        reward: any callable of one sample, or a ``TaskReward``. A plain number is its own verdict:
-            correct from 1 on.
-        max_failure_frac: stop when more than this fraction of a rollout (and more than one
-            completion) fails, in [0, 1].
-        failed_reward: what a completion gets on which the reward fails.
+        max_frac: stop when the reward fails on more than this part of a rollout, and on more than
+            one completion, in [0, 1].
+        reward: what a completion gets on which the reward fails; it counts as wrong.
 
-    Attributes:
-        failures: of all samples so far, those of evaluations among them.
+    Raises:
+        ConfigurationError: a value is out of its range.
     """
 
-    def __init__(
-        self, reward: Reward, max_failure_frac: float = 0.1, failed_reward: float = 0.0
-    ) -> None:
-        require_between("max_reward_failure_frac", max_failure_frac, 0.0, 1.0)
-        require_between("failed_reward", failed_reward, -1e9, 1e9)
+    max_frac: float = 0.1
+    reward: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_between("reward_failures.max_frac", self.max_frac, 0.0, 1.0)
+        require_between("reward_failures.reward", self.reward, -1e9, 1e9)
+
+
+class RewardRunner:
+    """Calls a reward and counts its failures; a completion on which it fails counts as wrong.
+
+    Args:
+        reward: any callable of one sample, or a ``TaskReward``. If it returns a plain number, the
+            completion counts as correct if the number is at least 1.
+        failures: what follows if the reward fails.
+
+    Attributes:
+        failures: number of failures so far, including evaluations.
+
+    Raises:
+        ConfigurationError: a value is out of range, or the reward cannot be called.
+    """
+
+    def __init__(self, reward: Reward, failures: RewardFailures = RewardFailures()) -> None:
         for part in walk(reward):
             require_callable("reward", part)
         self.reward = reward
-        self.max_failure_frac = max_failure_frac
-        self.failed = Verdict(float(failed_reward), False)
+        self.max_failure_frac = failures.max_frac
+        self.failed = Verdict(float(failures.reward), False)
         self.failures = self._untold = 0
         self._shown: set[type[Exception]] = set()
 
     def try_once(self, row: Mapping[str, Any]) -> None:
-        """Try the reward on a real row, before anything is trained.
+        """Try the reward on a real row before training.
 
-        Once with an empty completion, which students do produce, and once with a text.
+        The reward judges an empty completion, which students do produce, and a text.
 
         Raises:
-            ConfigurationError: it raises, or returns something that is not a finite number.
+            ConfigurationError: the reward raises, or does not return a finite number.
         """
         texts = ("", str(row.get("prompt", "text")))
         samples = [Sample(text, [0] * len(text), row) for text in texts]
         for text, result in zip(texts, judge(self.reward, samples), strict=True):
-            if isinstance(result, ConfigurationError):  # says by itself what to mend
+            if isinstance(result, ConfigurationError):  # its message already names the cure
                 raise result
             if isinstance(result, Exception):
                 raise ConfigurationError(
                     f"`reward` must return a finite number: got {_describe(result)} for the "
                     f"completion {text[:40]!r} of the row {shorten(row)}. "
-                    "Mend the reward function."
+                    "Fix the reward function."
                 ) from result
         self.check([row])
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Let the reward look at rows before training, without completions.
+        """Let the reward check rows before training, without completions.
 
         Raises:
-            ConfigurationError: it cannot judge a row, which the message shows.
+            ConfigurationError: the reward could not judge a row; the message shows the row.
         """
         if not isinstance(self.reward, TaskReward):
             return
         for row in rows:
             try:
                 self.reward.check(row)
-            except ConfigurationError:  # says by itself what to mend
+            except ConfigurationError:  # its message already names the cure
                 raise
             except Exception as error:
                 raise ConfigurationError(
                     f"`reward` must be able to judge every row: got {_describe(error)} for the row "
-                    f"{shorten(row)}. Mend the row, or leave it out."
+                    f"{shorten(row)}. Fix the row, or remove it."
                 ) from error
 
     def __call__(self, samples: Sequence[Sample], training: bool = True) -> list[Verdict]:
-        """Judge samples.
+        """Judge samples; return one verdict per sample, in their order.
 
         Args:
-            samples: of one rollout, or of one evaluation batch.
-            training: stop on too many failures; an evaluation only warns of them.
+            samples: the samples of one rollout or one evaluation batch.
+            training: stop on too many failures; an evaluation only warns.
 
         Raises:
-            TrainingStopped: too many of a rollout's samples fail.
+            TrainingStopped: the reward failed on too many samples of a rollout.
         """
         results = judge(self.reward, samples)
         errors = [result for result in results if isinstance(result, Exception)]
@@ -99,12 +118,12 @@ class RewardRunner:
         return [self.failed if isinstance(result, Exception) else result for result in results]
 
     def take_failures(self) -> int:
-        """Return those of training since the last call."""
+        """Return the number of failures in training since the last call."""
         untold, self._untold = self._untold, 0
         return untold
 
     def start(self) -> None:
-        """Check that the reward can work here.
+        """Check that the reward's libraries and processes work on this machine.
 
         Raises:
             ConfigurationError: something is missing.
@@ -113,7 +132,7 @@ class RewardRunner:
             self.reward.start()
 
     def close(self) -> None:
-        """End the reward's processes."""
+        """Stop the reward's processes."""
         if isinstance(self.reward, TaskReward):
             self.reward.close()
 
@@ -122,7 +141,7 @@ class RewardRunner:
         if training and len(errors) > max(1, math.floor(self.max_failure_frac * count + 1e-9)):
             raise TrainingStopped(
                 f"the reward failed on {len(errors)} of {count} completions, above "
-                f"{self.max_failure_frac:.0%}: last {last}. Mend the reward function."
+                f"{self.max_failure_frac:.0%}: the last error was {last}. Fix the reward function."
             )
         kinds = {type(error) for error in errors}
         if not training or kinds - self._shown:
@@ -130,7 +149,7 @@ class RewardRunner:
             which = "" if not training else f" and get {self.failed.reward:g}"
             warnings.warn(
                 f"the reward failed on {len(errors)} of {count} completions of {where}, "
-                f"which count as wrong{which}: last {last}.",
+                f"which count as wrong{which}: the last error was {last}.",
                 stacklevel=3,
             )
         self._shown |= kinds if training else set()

@@ -1,7 +1,7 @@
 """Runs untrusted Python in bubblewrap: no network, no files, no other processes.
 
-The kernel holds each limit: namespaces (bubblewrap), resource limits, and a seccomp filter, since
-the limit on processes does not bind where the training runs as root.
+The kernel enforces the limits: by namespaces (bubblewrap), resource limits, and a seccomp filter,
+because the limit on processes does not apply if the training runs as root.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from shutil import which
 from kdrl_lightning.errors import ConfigurationError
 
 INSTALL = "Run `apt-get install bubblewrap`, or your distribution's command."
-# What no answer needs: other processes and threads, namespaces, memory that no limit counts. By
-# machine, the kernel's name of the architecture and its numbers of: clone, clone3, unshare, setns,
-# mount, ptrace, shmget, msgget, memfd_create, io_uring_setup, socket, socketpair (fork, vfork).
+# System calls that no answer needs: they start processes and threads, create namespaces, or take
+# memory that no limit counts. For each machine: the kernel's number of the architecture, and its
+# numbers of clone, clone3, unshare, setns, mount, ptrace, shmget, msgget, memfd_create,
+# io_uring_setup, socket, socketpair (and fork, vfork on x86_64).
 FORBIDDEN_ON = {
     "x86_64": (
         0xC000003E,
@@ -31,8 +32,8 @@ FORBIDDEN_ON = {
     ),
     "aarch64": (0xC00000B7, (220, 435, 97, 268, 40, 117, 194, 186, 279, 425, 198, 199)),
 }
-# Sets the limits from the inside (those of our process would bind bubblewrap as well), runs the
-# program, and writes the last word, which the program has not been told.
+# Runs in the sandbox: sets the limits (set outside, they would also apply to bubblewrap), runs the
+# program, and then prints a random word that the program does not know.
 HARNESS = """
 import resource, sys
 _, memory, seconds, size, word = sys.argv
@@ -46,12 +47,12 @@ print(word, end="", flush=True)
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Limits of a run.
+    """Runs Python programs in bubblewrap with these limits.
 
     Attributes:
-        seconds: by the clock.
-        memory_mb: address space of the interpreter.
-        output_kb: standard output; nothing else can be written.
+        seconds: wall-clock time of a run.
+        memory_mb: address space of the interpreter, in MiB.
+        output_kb: size of the standard output in KiB; a program cannot write anywhere else.
     """
 
     seconds: float = 5.0
@@ -59,14 +60,14 @@ class Sandbox:
     output_kb: int = 256
 
     def run(self, program: str, text: str = "") -> str | None:
-        """Run Python with a text as its standard input.
+        """Run a program with a text as its standard input.
 
         Returns:
-            What it printed, or None if it did not come to its end: it raised, exited, or met a
-            limit.
+            The program's output; None if it did not reach its end because it raised, exited, or
+            exceeded a limit.
 
         Raises:
-            ConfigurationError: there is no bubblewrap, or it cannot make namespaces here.
+            ConfigurationError: bubblewrap is not installed, or cannot create namespaces.
         """
         require_sandbox()
         status, output, _ = self._run(program, text, word := token_hex(16))
@@ -103,7 +104,7 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 pass
             finally:
-                process.kill()  # and with it, by --die-with-parent, all that it has started
+                process.kill()  # by --die-with-parent this also kills all that it has started
                 process.wait()
             output.seek(0)
             errors.seek(0)
@@ -113,22 +114,23 @@ class Sandbox:
 
 @cache
 def require_sandbox() -> None:
-    """Make sure that programs can be run in a sandbox.
+    """Check once that the sandbox works.
 
     Raises:
-        ConfigurationError: there is no bubblewrap, or it cannot make namespaces here.
+        ConfigurationError: bubblewrap is not installed, or cannot create namespaces.
     """
     if which("bwrap") is None:
         raise ConfigurationError(f"`bwrap` must be installed to run code: got none. {INSTALL}")
     if platform.machine() not in FORBIDDEN_ON:
         raise ConfigurationError(
-            f"the sandbox must run on one of {', '.join(FORBIDDEN_ON)}: got {platform.machine()}."
+            f"the sandbox must run on one of {', '.join(FORBIDDEN_ON)}: got {platform.machine()}. "
+            "Train on such a machine, or choose a task without code."
         )
     status, output, errors = Sandbox(seconds=60.0)._run("", "", "ok")
     if (status, output) != (0, "ok"):
         reason = (errors.strip().splitlines() or [f"status {status}"])[-1]
         raise ConfigurationError(
-            f"`bwrap` must be able to make a sandbox here: got {reason[:300]}. {INSTALL} In a "
+            f"`bwrap` must be able to create a sandbox: got {reason[:300]}. {INSTALL} In a "
             "container, allow unprivileged user namespaces (Docker: `--security-opt "
             "seccomp=unconfined`)."
         )
@@ -148,7 +150,7 @@ def _bubblewrap() -> tuple[str, ...]:
 
 @cache
 def _filter() -> bytes:
-    """Return the seccomp program: forbidden calls fail with EPERM, another architecture kills."""
+    """Return the seccomp program: forbidden calls fail with EPERM, calls of another ABI kill."""
     architecture, numbers = FORBIDDEN_ON[platform.machine()]
     load, equal, least, answer = 0x20, 0x15, 0x35, 0x06
     denied, allowed, killed = 0x00050001, 0x7FFF0000, 0x80000000

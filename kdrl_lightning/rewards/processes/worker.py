@@ -1,10 +1,10 @@
-"""The process that ``WorkerPool`` starts: imports a function once, forks children that call it.
+"""The worker process of ``WorkerPool``: imports a function once and forks children that call it.
 
-Its argument is the number of an open pipe. It is a new interpreter with one thread, which has not
-seen what the training process has started, so that forking is safe; a child that was killed is
-replaced in milliseconds, without another import. Processes that a child has started end with it:
-they become children of this process, which kills them. If the training process is gone, this one
-kills all and ends.
+The process gets the number of an open pipe. It is a new interpreter with one thread and without
+the threads of the training process, so that forking is safe. A child that was killed is replaced in
+milliseconds, without another import. When a child ends, the worker kills the processes that the
+child has started: they become the worker's children. If the training process has ended, the worker
+kills all of them and ends.
 """
 
 from __future__ import annotations
@@ -24,26 +24,30 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MEMORY_BYTES = 2 << 30
-CLOSED = 113  # how a child ends whose pipe was closed
-# Of prctl(2): the signal that a process gets when its parent ends; whose orphans come to us.
+CLOSED = 113  # exit status of a child whose pipe was closed
+# Options of prctl(2): send this process a signal when its parent ends; adopt orphaned descendants.
 PDEATHSIG, SUBREAPER = 1, 36
-LOOK_SECONDS = 0.5  # between looks for the training process, whose fork may keep the pipe open
+# Time between checks that the training process still runs: a fork of it may keep the pipe open.
+LOOK_SECONDS = 0.5
 
 
 def main(descriptor: int) -> None:
-    """Serve until the pipe is closed.
+    """Serve calls until the pipe is closed.
 
-    First come what to import, arguments to try it on, and the time limit; then one ``(ticket,
-    argument)`` after the other. Answers are ``("ready", process)`` from each child, ``("done",
-    ticket, result, error)``, or ``("failed", error)`` if the function cannot be imported, or fails
-    at what it is tried on.
+    The first message names the function, arguments to try it on, and the time limit in seconds;
+    each later message is ``(ticket, argument)``. Replies are ``("ready", process)`` from each new
+    child, ``("done", ticket, result, error)`` for each call, and ``("failed", error)`` if the
+    function cannot be imported or fails on the first arguments.
+
+    Args:
+        descriptor: file descriptor of the pipe.
     """
     pipe, trainer = Connection(descriptor), os.getppid()
     _control(SUBREAPER, 1)
     try:
         sys.path[:], module, name, first, seconds = pipe.recv()
         function = _load(module, name)
-        for argument in first:  # what it imports and caches, all children have
+        for argument in first:  # all children inherit what these calls import and cache
             function(argument)
     except Exception as error:
         pipe.send(("failed", portable(error)))
@@ -58,7 +62,7 @@ def main(descriptor: int) -> None:
             _serve(pipe, function, seconds)
         status = _end_of(child, pipe, trainer)
         _end_rest(child)
-        # Any other end: it was killed for hanging, or died of its work.
+        # With any other status, the child was killed because it hung, or its call crashed it.
         if status == CLOSED:
             return
 
@@ -73,18 +77,18 @@ def _load(module: str | None, name: Any) -> Any:
 
 
 def _end_of(child: int, pipe: Connection, trainer: int) -> int:
-    """Wait for a child's end; end it if the training process is gone, whatever it works on."""
+    """Wait for a child's end and return its status; kill it if the training process has ended."""
     try:
         descriptor = os.pidfd_open(child)
-    except (AttributeError, OSError):  # no Linux, or an old one: see the limit on its CPU time
+    except (AttributeError, OSError):  # not Linux, or an old one; the CPU limit must suffice
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    poll.register(pipe.fileno(), 0)  # reports nothing but that the other end is closed
+    poll.register(pipe.fileno(), 0)  # reports only that the other side was closed
     happened: dict[int, int] = {}
     while not happened and os.getppid() == trainer:
         happened = dict(poll.poll(LOOK_SECONDS * 1000))
-        for orphan in set(_children()) - {child}:  # ours to wait for, or they stay as zombies
+        for orphan in set(_children()) - {child}:  # without a wait they stay as zombies
             with suppress(ChildProcessError):
                 os.waitpid(orphan, os.WNOHANG)
     os.close(descriptor)
@@ -96,7 +100,7 @@ def _end_of(child: int, pipe: Connection, trainer: int) -> int:
 
 
 def _end_rest(child: int) -> None:
-    """Kill what a child has left: its session, and orphans that made sessions of their own."""
+    """Kill what a child has left running: its session, and orphans in other sessions."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     while orphans := _children():
@@ -105,11 +109,11 @@ def _end_rest(child: int) -> None:
                 os.kill(orphan, signal.SIGKILL)
         for orphan in orphans:
             with suppress(ChildProcessError):
-                os.waitpid(orphan, 0)  # its own orphans come to us before
+                os.waitpid(orphan, 0)  # when it returns, the orphan's children are ours
 
 
 def _children() -> list[int]:
-    """Return this process's children; none where /proc does not say."""
+    """Return the ids of this process's children; an empty list if /proc does not show them."""
     me = os.getpid()
     try:
         return [int(c) for c in Path(f"/proc/{me}/task/{me}/children").read_text().split()]
@@ -127,7 +131,7 @@ def _serve(pipe: Connection, function: Any, seconds: float) -> NoReturn:
         pipe.send(("ready", os.getpid()))
         while True:
             ticket, argument = pipe.recv()
-            # If whoever started us is gone and cannot kill us, the kernel does.
+            # If the parent has ended and cannot kill this process, the kernel does.
             limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * seconds) + 2)
             try:
                 answer = pickle.dumps(("done", ticket, function(argument), None))
@@ -141,7 +145,7 @@ def _serve(pipe: Connection, function: Any, seconds: float) -> NoReturn:
 
 
 def portable(error: Exception) -> Exception:
-    """Return an error that the other side can read, whatever class it has."""
+    """Return the error if it can be pickled, else a ``RuntimeError`` with its class and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -150,6 +154,6 @@ def portable(error: Exception) -> Exception:
 
 
 def limit(which: int, value: int) -> None:
-    """Lower one of this process's limits."""
+    """Lower one of this process's resource limits to ``value``, at most its hard limit."""
     hard = resource.getrlimit(which)[1]
     resource.setrlimit(which, (value if hard < 0 else min(value, hard), hard))

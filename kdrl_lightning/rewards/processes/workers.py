@@ -1,7 +1,7 @@
-"""Processes that call a function with a time limit: what hangs is killed and replaced.
+"""A pool of processes that call a function with a time limit, and kill and replace what hangs.
 
-Written by hand because ``multiprocessing`` and ``concurrent.futures`` cannot end one call of many,
-and import the user's main module again in each process.
+It is written by hand because ``multiprocessing`` and ``concurrent.futures`` cannot stop one call of
+many, and import the user's main module again in each process.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from typing import Any
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rewards.callables import describe, portable_target
 
-START_SECONDS = 120.0  # imports, on a busy machine
-STARTS = 3  # of processes that end before they are ready
+START_SECONDS = 120.0  # enough for the imports on a busy machine
+STARTS = 3  # the pool gives up after this many processes that ended before they were ready
 DIED = "the process that judged it has died"
 
 
 class WorkerPool:
-    """Calls a function of one argument in several processes.
+    """Calls a function of one argument in several processes, with a time limit per call.
 
-    A process that dies, e.g. for want of memory, is replaced, and its call is made once more.
-    Processes start at the first call, end with ``close`` or with this process, and do not travel
-    when the pool is pickled. Calls that hang cost about ``hanging / workers * seconds``, and the
-    cores that they keep busy. A process has 2 GiB for its data.
+    A process that dies, e.g. because it has no memory left, is replaced, and its call is made once
+    more. The processes start at the first call, end with ``close`` or with this process, and are
+    left out when the pool is pickled. Calls that hang cost about ``hanging / workers * seconds``,
+    and keep their cores busy. Each process may use 2 GiB for its data.
 
     Args:
-        function: one that another process can have: at the top level of a module, or a partial, a
-            bound method or an object that can be pickled (with the state that it has now).
+        function: a function at the top level of a module, or a partial, a bound method or an object
+            that can be pickled (with its state at this moment).
         seconds: time limit of a call.
-        workers: processes.
-        first: arguments of calls that are made once, before any other, without a time limit: what
-            they import and cache, all processes share.
+        workers: number of processes.
+        first: arguments of calls that are made once, before all others and without a time limit;
+            all processes share what these calls import and cache.
+
+    Raises:
+        ConfigurationError: a value is out of range, or another process cannot load the function.
     """
 
     def __init__(
@@ -65,11 +68,11 @@ class WorkerPool:
         """Call the function for each argument.
 
         Returns:
-            In the order of the arguments: results, and the exceptions of calls that failed
-            (``TimeoutError`` for one that hung).
+            One result per argument, in their order; for a call that failed, its exception
+            (``TimeoutError`` if it hung).
 
         Raises:
-            Exception: the function cannot be imported by the processes, or fails at ``first``.
+            Exception: the processes cannot import the function, or it fails on ``first``.
             TrainingStopped: the processes end before they are ready.
         """
         calls = _Calls(arguments)
@@ -84,13 +87,13 @@ class WorkerPool:
                     if calls.waiting and worker.ready and not worker.send(calls):
                         self._replace(place, calls)
                 self._collect(calls)
-        except BaseException:  # what is on its way would be taken for later answers
+        except BaseException:  # late replies would be taken for those of later calls
             self.close()
             raise
         return calls.results
 
     def close(self) -> None:
-        """End the processes; the next call starts new ones."""
+        """Stop the processes; the next call starts new ones."""
         _end(self._workers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,9 +103,9 @@ class WorkerPool:
         return _Worker((*self.target, self.first), self.seconds)
 
     def _collect(self, calls: _Calls) -> None:
-        """Take what has come in; kill what is late; replace what has ended."""
+        """Receive results, kill calls past their deadline, and replace processes that ended."""
         until = min(worker.deadline for worker in self._workers)
-        if until == inf:  # nothing is on its way: no call could be handed over
+        if until == inf:  # no call is running, because none could be sent
             return
         timeout = max(until - time.monotonic(), 0.0)
         arrived = wait([worker.pipe for worker in self._workers], timeout)
@@ -114,15 +117,15 @@ class WorkerPool:
                 worker.expire(calls.results)
 
     def _replace(self, place: int, calls: _Calls) -> None:
-        """Start another process instead of one that has ended."""
+        """Replace a process that has ended by a new one."""
         ended = self._workers[place]
         self._failed_starts += ended.child is None
         if self._failed_starts == STARTS:
             module, name = self.target
             called = f"{module}.{name}" if module else self.name
             raise TrainingStopped(
-                f"a process that calls {called} must start: {STARTS} ended before "
-                "they were ready. Check that its module can be imported, and the machine's memory."
+                f"the worker processes of {called} must start: got {STARTS} that ended before they "
+                "were ready. Check that its module can be imported, and the machine's memory."
             )
         calls.again(ended.call)
         _end([ended])
@@ -130,7 +133,7 @@ class WorkerPool:
 
 
 class _Calls:
-    """The calls of one ``map``: which wait, what came of the others."""
+    """The calls of one ``map``: those that wait, and the results of the others."""
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         self.arguments = arguments
@@ -139,7 +142,7 @@ class _Calls:
         self._died: set[int] = set()
 
     def again(self, call: int | None) -> None:
-        """Make a call whose process died once more; it fails if that kills a second one."""
+        """Repeat a call whose process died; if a second process dies of it, the call fails."""
         if call is None:
             return
         if call in self._died:
@@ -150,25 +153,25 @@ class _Calls:
 
 
 class _Worker:
-    """A process, and what it does: starts, is ready, or works on a call, until a deadline."""
+    """A process and its state: it starts, is ready, or works on a call, until a deadline."""
 
     def __init__(self, target: tuple[Any, ...], seconds: float) -> None:
         self.seconds = seconds
         self.child: int | None = None
         self.call: int | None = None
         self.ready = False
-        self.ticket = 0  # of the latest call: a call may be answered twice after a kill
+        self.ticket = 0  # number of the latest call: after a kill, an older reply may still arrive
         self.deadline = time.monotonic() + START_SECONDS
-        self.pipe, theirs = Pipe()
-        code = f"from kdrl_lightning.rewards.processes.worker import main; main({theirs.fileno()})"
-        with theirs:
+        self.pipe, far_end = Pipe()
+        code = f"from kdrl_lightning.rewards.processes.worker import main; main({far_end.fileno()})"
+        with far_end:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                # An interrupt from the keyboard is ours to handle; and its group can be killed.
+                pass_fds=[far_end.fileno()],
+                # Only this process gets keyboard interrupts, and the group can be killed at once.
                 start_new_session=True,
                 env={
                     **os.environ,
@@ -180,25 +183,25 @@ class _Worker:
         self.pipe.send((sys.path, *target, seconds))
 
     def send(self, calls: _Calls) -> bool:
-        """Hand it the next call; return whether the process is there."""
+        """Send the next call; return whether the process still runs."""
         call = calls.waiting.popleft()
         self.ticket += 1
         try:
-            while self.pipe.poll():  # its child died, and was replaced, while nothing was to do
+            while self.pipe.poll():  # its child died and was replaced while it was idle
                 if not self.receive(calls):
                     raise EOFError
             self.pipe.send((self.ticket, calls.arguments[call]))
         except (EOFError, OSError):
             calls.waiting.appendleft(call)
             return False
-        except Exception as error:  # the argument cannot travel
+        except Exception as error:  # the argument cannot be pickled
             calls.results[call] = error
             return True
         self.ready, self.call, self.deadline = False, call, time.monotonic() + self.seconds
         return True
 
     def receive(self, calls: _Calls) -> bool:
-        """Take one message; return whether the process is there."""
+        """Receive one message; return whether the process still runs."""
         try:
             kind, *content = self.pipe.recv()
         except (EOFError, OSError):
@@ -206,18 +209,22 @@ class _Worker:
         if kind == "failed":
             raise content[0]
         if kind == "ready":
-            calls.again(self.call)  # its predecessor died of the call, or was killed
+            calls.again(self.call)  # the child before it died during this call, or was killed
             self.child = content[0]
         else:
             ticket, result, error = content
-            if self.call is None or ticket != self.ticket:  # an answer that crossed a kill
+            if self.call is None or ticket != self.ticket:  # a reply sent just before a kill
                 return True
             calls.results[self.call] = result if error is None else error
         self.call, self.ready, self.deadline = None, True, inf
         return True
 
     def expire(self, results: list[Any]) -> None:
-        """Kill what hangs; the worker ends what it started, and its successor reports by itself."""
+        """Kill a child that hangs; the worker cleans up after it and starts the next one.
+
+        Raises:
+            TimeoutError: the process did not get ready in time.
+        """
         if self.call is None or self.child is None:
             raise TimeoutError(f"a worker process did not start in {START_SECONDS:g} s")
         os.kill(self.child, signal.SIGKILL)
@@ -227,7 +234,7 @@ class _Worker:
 
 def _end(workers: list[_Worker]) -> None:
     for worker in workers:
-        worker.pipe.close()  # a child that waits ends, and its parent with it
+        worker.pipe.close()  # a waiting child then ends, and its parent too
         if worker.child is None:
             _kill(worker.process)
         elif worker.call is not None:
@@ -243,6 +250,6 @@ def _end(workers: list[_Worker]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker that does not end by itself, with what it has started while it imported."""
+    """Kill a worker that does not end by itself, and the processes that its imports started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -135,7 +135,7 @@ def test_a_key_given_twice_in_a_class_file_or_in_json_is_refused(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("teacher.yaml").write_text("class_path: LocalTeacher\ninit_args:\n  model: a\n  model: b")
-    Path("data.yaml").write_text("group_size: 2\nseed: 1\nseed: 2\n")
+    Path("data.yaml").write_text("rollout: {group_size: 2}\nseed: 1\nseed: 2\n")
     Path("config.json").write_text('{"trainer": {"max_steps": 1,\n"max_steps": 2}}')
     Path("over.yaml").write_text("base: config.yaml\nmodel: {teacher: teacher.yaml}\n")
     for flags, words in (
@@ -220,9 +220,9 @@ def test_classes_that_a_list_replaces_are_named(
 
 UNUSED = {
     "checkpoint.save_top_k": "trainer: {enable_checkpointing: false}\ncheckpoint: {save_top_k: 3}",
-    "data.val_samples": "data: {val_prompts: null, val_samples: 4, val_temperature: 1.0}",
+    "data.evaluation.samples": "data: {val_prompts: null, evaluation: {samples: 4, k: [4]}}",
     "trainer.limit_val_batches": "data: {val_prompts: null}\ntrainer: {limit_val_batches: 2}",
-    "data.teacher_engine": "data: {teacher_engine: TransformersEngine}",
+    "data.teacher_completions.engine": "data: {teacher_completions: {engine: TransformersEngine}}",
 }
 
 
@@ -243,8 +243,8 @@ def test_settings_with_an_effect_are_no_matter(
         "--config",
         "config.yaml",
         "--checkpoint.save_top_k=3",
-        "--data.val_samples=2",
-        "--data.val_temperature=1",
+        "--data.evaluation.samples=2",
+        "--data.evaluation.temperature=1",
         "--trainer.limit_val_batches=2",
     )
     assert capsys.readouterr().out == ""

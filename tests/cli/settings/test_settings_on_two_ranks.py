@@ -19,8 +19,8 @@ model: {{student: {student}, objective: {{class_path: GRPO}}}}
 data:
   train_prompts: {{class_path: kdrl_lightning.tiny.ColumnAddition, init_args: {{size: 8}}}}
   reward: kdrl_lightning.tiny.addition_reward
-  val_samples: 4
-  max_tokens: 125
+  evaluation: {{samples: 4}}
+  rollout: {{max_tokens: 125}}
 trainer: {{max_steps: 1, accelerator: cpu, devices: 2, strategy: ddp}}
 """
 
@@ -36,7 +36,7 @@ def test_two_ranks_print_a_note_and_an_error_once(student_folder: str, tmp_path:
         timeout=300,
     )
     assert out.returncode == 2
-    assert out.stdout.count("note: `data.val_samples` has no effect") == 1
+    assert out.stdout.count("note: `data.evaluation.samples` has no effect") == 1
     assert out.stderr.count("error: ") == 1
     assert "error: `train_prompts` must have at most 3 tokens a prompt" in out.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]

@@ -78,7 +78,7 @@ CASES = {
             "--data.val_prompts={ood: {prompts: {class_path: JSONLPrompts, init_args: "
             "{path: /no/file}}}}"
         ],
-        "`path` must be a JSON Lines file: got /no/file, which is no file.",
+        "`path` must be a JSON Lines file: got /no/file, which is not a file. Check",
     ),
     "an argument in a named set": (
         ["--data.val_prompts={ood: {prompts: {class_path: JSONLPrompts, init_args: {pth: x}}}}"],
@@ -192,8 +192,8 @@ def test_the_cause_is_named(
 
 
 def test_a_class_may_be_named_by_its_class_path(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--data.teacher_engine.class_path=TransformersEngine"]
-    flags += ["--data.teacher_engine.init_args.max_sequences=7", "--print_config"]
+    flags = ["--data.teacher_completions.engine.class_path=TransformersEngine"]
+    flags += ["--data.teacher_completions.engine.init_args.max_sequences=7", "--print_config"]
     with pytest.raises(SystemExit) as ended:
         main(["fit", *flags])
     assert ended.value.code in (0, None)

@@ -262,5 +262,6 @@ def test_bfloat16_is_close(tmp_path: Path) -> None:
 
 
 def test_a_model_that_vllm_cannot_run_is_one_clear_error(tmp_path: Path, model: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"must be one that can run /no/model: got VLLMEn"):
+    words = r"must be an engine that can run /no/model: got VLLMEngine"
+    with pytest.raises(ConfigurationError, match=words):
         VLLMEngine().setup(ModelWeights(model, "/no/model"), EOS, PAD)

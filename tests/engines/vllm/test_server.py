@@ -57,7 +57,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_rlad_learns_through_a_server(real: Any, tmp_path: Path, lag: int) -> None:
-    flags = [f"--data.rollout_engine.urls=[{real.url}]", f"--data.max_off_policy_steps={lag}"]
+    flags = [
+        f"--data.rollout_engine.urls=[{real.url}]",
+        f"--data.rollout.max_off_policy_steps={lag}",
+    ]
     command = ["kdrl_lightning", "fit", *FLAGS, *flags]
     out = run(command, tmp_path, timeout=400, VLLM_API_KEY=real.key)
     assert out.returncode == 0, out.stderr[-3000:]
@@ -136,7 +139,8 @@ def test_faults_that_last_stop_in_time_and_name_the_url(
 ) -> None:
     engine = engine_of(weights, server.url)
     server.faults = [(503, "overloaded")] * 100
-    with pytest.raises(TrainingStopped, match=rf"{server.url} .* 3: got status 503: .*overloaded"):
+    words = rf"{server.url} .* 3 seconds: got status 503: .*overloaded"
+    with pytest.raises(TrainingStopped, match=words):
         engine.generate([[7]], [[0]], Sampling(4))
     assert 2 <= server.asked <= 5
 
@@ -189,7 +193,9 @@ def test_without_development_mode_the_cure_is_named(
     server: Scripted, weights: ModelWeights
 ) -> None:
     del server.routes["/collective_rpc"]
-    with pytest.raises(TrainingStopped, match=r"status 404.*It does not run in development mode"):
+    with pytest.raises(
+        TrainingStopped, match=r"status 404.*The server does not run in development mode"
+    ):
         engine_of(weights, server.url)
 
 
@@ -231,7 +237,7 @@ def test_a_server_whose_code_loses_updates_is_refused(
     if by.startswith("Transformers"):
         engine.setup(weights, EOS, PAD)
         return
-    words = rf"transformers' code, or updates of its sinks get lost: got {by or 'an old server'}\."
+    words = rf"transformers' code, or updates of its sinks are lost: got {by or 'an old server'}\."
     with pytest.raises(TrainingStopped, match=words):
         engine.setup(weights, EOS, PAD)
 
@@ -251,7 +257,9 @@ def test_answers_that_cannot_be_are_refused(
         return answer
 
     server.routes["/v1/completions"] = wrong
-    with pytest.raises(TrainingStopped, match=r"must return one log-prob|got another prompt back"):
+    with pytest.raises(
+        TrainingStopped, match=r"must return one log-prob|got an answer for another prompt"
+    ):
         engine.generate([[7]], [[0]], Sampling(4))
 
 
@@ -332,7 +340,7 @@ def test_shards_hold_every_tensor_once_and_tied_ones_twice(
     assert list(found) == list(tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     write_shards(iter(tensors.items()), None)  # a rank that only takes part in the reading
-    with pytest.raises(FileNotFoundError, match=r"shared file system"):
+    with pytest.raises(FileNotFoundError, match=r"file system that trainer and servers share"):
         list(read_shards(tmp_path / "none"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.with_vllm.need import ROOT, need_vllm, run
 
 ENGINE = [f"--config={ROOT / 'configs/rlad.yaml'}", f"--config={ROOT / 'configs/engine/vllm.yaml'}"]
-SMALL = ["--data.prompts_per_rollout=8", "--data.val_prompts.size=16"]
+SMALL = ["--data.rollout.prompts_per_rollout=8", "--data.val_prompts.size=16"]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from kdrl_lightning import GRPO, KDRLModule, RolloutDataModule
+from kdrl_lightning import GRPO, KDRLModule, RolloutDataModule, RolloutSettings
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, sample_rows
 
@@ -71,9 +71,7 @@ def fit(folder: Path, rows: int, rollouts: int, prompts: int, start: str | None)
     data = RolloutDataModule(
         Rows(rows),
         lambda sample: len(sample.ids) % 2,
-        prompts_per_rollout=prompts,
-        group_size=2,
-        max_tokens=3,
+        rollout=RolloutSettings(prompts_per_rollout=prompts, group_size=2, max_tokens=3),
     )
     module: Any = KDRLModule(str(folder / "student"), GRPO(), optimizer=frozen)
     trainer.fit(module, data, ckpt_path=start, weights_only=False)

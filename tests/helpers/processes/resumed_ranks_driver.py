@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from kdrl_lightning import GRPO, KDRLModule, RolloutDataModule
+from kdrl_lightning import GRPO, KDRLModule, RolloutDataModule, RolloutSettings
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.tiny import ColumnAddition
 
@@ -41,9 +41,7 @@ def fit(folder: Path, strategy: str, name: str, path: Path | None = None) -> str
     data = RolloutDataModule(
         ColumnAddition(8, seed=1),
         lambda sample: len(sample.ids) % 2,
-        prompts_per_rollout=2,
-        group_size=2,
-        max_tokens=4,
+        rollout=RolloutSettings(prompts_per_rollout=2, group_size=2, max_tokens=4),
     )
     try:
         trainer.fit(module, data, ckpt_path=path, weights_only=False)

@@ -29,11 +29,13 @@ from kdrl_lightning import (
     LocalTeacher,
     LoRA,
     RolloutDataModule,
+    RolloutSettings,
     RoutedTeacher,
+    TeacherCompletions,
     TrainingStopped,
     TransformersEngine,
 )
-from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSync
+from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSyncCheck
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.prompts import PromptSource
@@ -160,7 +162,7 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
     elif case == "gkd":
         # Its distribution over the full vocabulary needs the teacher's head outside its forward.
         module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
-        data["teacher_completions"] = 1
+        data["teacher_completions"] = TeacherCompletions(1)
     elif case in ("routed", "half"):
         if case == "half":
             forget_half(out / "scores.db")
@@ -212,7 +214,12 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
         enable_model_summary=False,
         num_sanity_val_steps=-1,
         inference_mode=False,
-        callbacks=[record, SelectiveImitationStats(), WeightSync(), *([saver] if saves else [])],
+        callbacks=[
+            record,
+            SelectiveImitationStats(),
+            WeightSyncCheck(),
+            *([saver] if saves else []),
+        ],
         default_root_dir=out,
         **settings,
     )
@@ -221,11 +228,13 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             "train_prompts": ColumnAddition(24, seed=1),
             "val_prompts": ColumnAddition(5, seed=2),
             "reward": reward,
-            "prompts_per_rollout": 8,
-            "group_size": 4,
-            "max_tokens": 16,
-            "minibatches_per_rollout": 2,
-            "mask_truncated": True,
+            "rollout": RolloutSettings(
+                prompts_per_rollout=8,
+                group_size=4,
+                max_tokens=16,
+                minibatches_per_rollout=2,
+                mask_truncated=True,
+            ),
             **data,
         }
     )

@@ -24,7 +24,9 @@ from kdrl_lightning import (
     LocalTeacher,
     OnPolicyDistillation,
     RolloutDataModule,
+    RolloutSettings,
     SupervisedDataModule,
+    TeacherCompletions,
 )
 from kdrl_lightning.objectives import (
     BehaviorRatio,
@@ -73,12 +75,14 @@ def cases() -> Iterator[tuple[str, Objective, pl.LightningDataModule]]:
             data = RolloutDataModule(
                 ColumnAddition(24, seed=1),
                 judge,
-                prompts_per_rollout=8,
-                group_size=group_size,
-                teacher_completions=theirs,
-                max_tokens=12,
-                minibatches_per_rollout=2,
-                mask_truncated=objectives is OWN,
+                rollout=RolloutSettings(
+                    prompts_per_rollout=8,
+                    group_size=group_size,
+                    max_tokens=12,
+                    minibatches_per_rollout=2,
+                    mask_truncated=objectives is OWN,
+                ),
+                teacher_completions=TeacherCompletions(theirs),
             )
             yield name, make(), data
     yield "supervised", SFT(), SupervisedDataModule(AdditionTraces(40, seed=4), batch_size=8)

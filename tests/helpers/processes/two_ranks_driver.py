@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning import GRPO, EvalSet, KDRLModule, RolloutDataModule, Sample
+from kdrl_lightning import GRPO, EvalSet, KDRLModule, RolloutDataModule, RolloutSettings, Sample
 from kdrl_lightning.callbacks import PredictionWriter
 from kdrl_lightning.tiny import ColumnAddition
 
@@ -49,7 +49,7 @@ def run(folder: Path, devices: int, strategy: str, format: str) -> None:
         default_root_dir=out,
     )
     module: Any = KDRLModule(str(folder / "student"), GRPO())
-    data = RolloutDataModule([], reward, val_prompts=sets(), max_tokens=12)
+    data = RolloutDataModule([], reward, val_prompts=sets(), rollout=RolloutSettings(max_tokens=12))
     values: dict[str, Any] = {}
     for stage in (trainer.validate, trainer.test):
         values |= stage(module, datamodule=data, verbose=False)[0]

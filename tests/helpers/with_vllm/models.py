@@ -59,8 +59,7 @@ def worst_gap(
         [0] * len(rows),
         pad_id=PAD,
         rollout_logprobs=[c.logprobs for _, c in rows],
-        temperature=temperature,
-    )
+    ).replace(temperature=temperature)
     with torch.no_grad():
         scores = Scorer(model).score(batch)
     assert batch.rollout_logprobs is not None

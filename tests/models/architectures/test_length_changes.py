@@ -57,7 +57,7 @@ def test_such_a_prompt_refuses_the_run_before_weights_are_loaded(
     words = re.escape(
         f"`{where}` must have at most 22 tokens a prompt (TransformersEngine cannot sample past 32 "
         "tokens, beyond which the rotary embedding of Phi3ForCausalLM changes; `max_tokens` 10): "
-        "got 25 in row 2, and 1 such rows of 3. Set `overlong_prompts: drop`, or lower "
+        "got 25 in row 2 (above the limit: 1 of 3). Set `overlong_prompts: drop`, or lower "
         "`max_tokens`."
     )
     sets = {"train_prompts": [SHORT], "val_prompts": [SHORT]}
@@ -77,7 +77,7 @@ def test_such_prompts_are_left_out_and_longer_ones_stay(
         prompts_per_rollout=2,
     )
     trace = fit(tmp_path, make_module(longrope, None, GRPO()), data, max_steps=2)
-    words = "train_prompts: 2 of 4 prompts left out, which have more than 22 tokens\n"
+    words = "train_prompts: 2 of 4 prompts are left out because they have more than 22 tokens\n"
     assert capsys.readouterr().out.count(words) == 1
     lengths = {int(n) for _, batch in trace.seen for n in batch.lengths - batch.completion_lengths}
     assert lengths == {22, 40}
@@ -133,7 +133,7 @@ class Stop(pl.Callback):
 def test_slow_sampling_is_said_before_the_first_update(tmp_path: Path) -> None:
     folder = save("openai-gpt", tmp_path / "model")
     data = make_data(train_prompts=[SHORT], val_prompts=None, max_tokens=2)
-    words = "OpenAIGPTLMHeadModel is sampled without a cache"
+    words = "TransformersEngine samples OpenAIGPTLMHeadModel without a cache"
     with pytest.warns(UserWarning, match=words), pytest.raises(InterruptedError):
         fit(tmp_path, make_module(folder, None, GRPO()), data, [Stop()])
 
@@ -174,9 +174,9 @@ def test_vllm_says_that_it_takes_one_embedding(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(VLLMEngine, "_start", lambda *_: object())
     words = re.escape(
-        "vLLM takes the rotary embedding of Phi3ForCausalLM for more than 32 tokens in rows of any "
-        "length, as `max_model_len` is 128: its log-probabilities of shorter rows are not the "
-        "trainer's. Set `max_model_len` to 32 if prompts with their completions fit."
+        "vLLM uses the rotary embedding of Phi3ForCausalLM for more than 32 tokens in rows of any "
+        "length, because `max_model_len` is 128: its log-probabilities of shorter rows differ from "
+        "the trainer's. Set `max_model_len` to 32 if prompts with their completions fit."
     )
     with pytest.warns(UserWarning, match=f"^{words}$"):
         VLLMEngine().setup(weights, 1, 0)

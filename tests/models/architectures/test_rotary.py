@@ -136,8 +136,8 @@ def test_samples_on_one_side_are_scored_as_they_were_drawn(
 def test_samples_that_may_cross_are_refused(name: str, prompt: int) -> None:
     words = (
         rf"`max_tokens` must keep a prompt of {prompt} tokens and its completion within 32 tokens, "
-        r"beyond which the rotary embedding of \w+ changes for all of a row: got 23\. Lower it, or "
-        r"shorten the prompts with `max_prompt_tokens`\."
+        r"beyond which the rotary embedding of \w+ changes for the whole row: got 23\. Lower it, "
+        r"or shorten the prompts with `max_prompt_tokens`\."
     )
     with pytest.raises(ConfigurationError, match=words):
         engine_for(name).generate([make_rows()[1][:prompt]], [[1]], Sampling(23))

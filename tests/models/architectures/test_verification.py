@@ -137,7 +137,7 @@ def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.Monk
         raise TypeError("no such thing\nsecond line")
 
     monkeypatch.setattr(model, "forward", fail)
-    words = r"the language model it must run on rows of token ids alone: got no such thing from Ll"
+    words = r"the language model it must run on token ids alone: got no such thing from Ll"
     with pytest.raises(ConfigurationError, match=words) as caught:
         Scorer(model).verify("it")
     assert "\n" not in str(caught.value)
@@ -184,7 +184,9 @@ def test_rows_that_depend_on_each_other_are_refused() -> None:
         return out
 
     decoder.forward = mixed
-    words = r"the log-probabilities of it must not depend on other rows: got some of LlamaForCausal"
+    words = (
+        r"the log-probabilities of it must not depend on other rows of a batch: got some of Llama"
+    )
     with pytest.raises(ConfigurationError, match=words):
         Scorer(model).verify("it")
 

@@ -20,7 +20,7 @@ from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
-from kdrl_lightning.checkpoints.files import CheckpointWriter
+from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
@@ -321,9 +321,11 @@ def test_from_the_command_line(
             "train_prompts": prompts,
             "val_prompts": prompts,
             "reward": "kdrl_lightning.tiny.addition_reward",
-            "prompts_per_rollout": 4,
-            "group_size": 2,
-            "max_tokens": 8,
+            "rollout": {
+                "prompts_per_rollout": 4,
+                "group_size": 2,
+                "max_tokens": 8,
+            },
         },
         "trainer": {"max_steps": 1, "accelerator": "cpu"},
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from kdrl_lightning import EvalSet, ExactMatch
-from kdrl_lightning.engines import Completion, Sampling
+from kdrl_lightning.engines import Completion
 from kdrl_lightning.evaluation import EvaluationBatch, named_sets
 from kdrl_lightning.evaluation.majority import majority_at_k
-from kdrl_lightning.evaluation.sets import NamedSet
+from kdrl_lightning.evaluation.sets import EvaluationSettings
 from kdrl_lightning.prompts import ReasoningGymPrompts
 from kdrl_lightning.rewards import (
     CodeReward,
@@ -77,7 +77,8 @@ def vote(reward: Reward, texts: list[str], correct: list[bool]) -> float:
     (of,) = named_sets(
         {"x": EvalSet([{"prompt": ""}], len(texts), 1.0)},
         "x",
-        NamedSet("", [], 1, Sampling(8, 1.0), 1, ()),
+        EvaluationSettings(temperature=1.0),
+        8,
     )
     judged = [
         Judged([1], {"answer": "42"}, Completion([1], [0.0], False), text, Verdict(float(c), c))
@@ -98,5 +99,8 @@ def test_mathematics_is_decided_by_the_vote() -> None:
 
 def test_an_answer_that_cannot_be_had_is_shown() -> None:
     row = ReasoningGymPrompts("chain_sum", size=1)[0]
-    with pytest.warns(UserWarning, match=r"the reward's `answer` failed, so no vote: KeyError"):
+    with pytest.warns(
+        UserWarning,
+        match=r"the reward's `answer` failed, so the completion does not vote: KeyError",
+    ):
         assert answer_of(RoutedReward({"a": len}), Sample("", [], {**row, "source": "b"})) is None

@@ -121,9 +121,7 @@ MISSING += [Decimal("NaN"), np.datetime64("NaT"), NAType()]
 @pytest.mark.parametrize("text", ["None", "nan", "", "NaT", "[]", "NA"])
 def test_a_missing_answer_is_never_right_and_names_its_row(answer: Any, text: str) -> None:
     row = {"prompt": "6*7=", "answer": answer}
-    words = (
-        r"^a row must have an answer, but its `answer` is empty: got .* in the row .*6\*7=.*Fill"
-    )
+    words = r"^a row must have an answer, but its `answer` is empty: got .* in the row .*6\*7=.*Add"
     for reward in (ExactMatch(), MathReward()):
         with pytest.raises(ConfigurationError, match=words):
             reward(
@@ -135,7 +133,9 @@ def test_a_missing_answer_is_never_right_and_names_its_row(answer: Any, text: st
             )
         with pytest.raises(ConfigurationError, match=words):
             RewardRunner(reward).check([{**row, "answer": "1"}, row])
-    with pytest.raises(ConfigurationError, match="`answer` must say once what each inhabitant is"):
+    with pytest.raises(
+        ConfigurationError, match="`answer` must name the role of each inhabitant once"
+    ):
         KnightsAndKnavesReward()(Sample(text, [], row))
 
 
@@ -178,7 +178,7 @@ def test_a_run_with_a_row_without_an_answer_does_not_start(
         make_module(student_folder, None, GRPO()),
         make_data(train_prompts=rows, val_prompts=None, reward=ExactMatch()),
     )
-    words = r"its `answer` is empty: got nan in the row .*'prompt': '2\+2='.*Fill it in"
+    words = r"its `answer` is empty: got nan in the row .*'prompt': '2\+2='.*Add the answer"
     with pytest.raises(ConfigurationError, match=words):
         make_trainer(tmp_path).fit(module, datamodule=data)
     assert data.rollouts.plan is None
@@ -224,7 +224,7 @@ def test_rows_are_looked_at_by_the_reward_that_judges_them() -> None:
     RewardRunner(both).check([*good, {"source": None}])
     with pytest.raises(ConfigurationError, match="its `answer` is empty"):
         RewardRunner(both).check([*good, {"source": "a", "answer": None}])
-    words = r"^`reward` must be able to judge every row: got ValueError: tests must be .* Mend the"
+    words = r"^`reward` must be able to judge every row: got ValueError: tests must be .* Fix the"
     with pytest.raises(ConfigurationError, match=words):
         RewardRunner(both).check([{"source": 1, "tests": None}])
     RewardRunner(lambda s: 0.0).check([{"answer": None}])  # a function looks at no rows

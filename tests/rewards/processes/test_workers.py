@@ -16,7 +16,7 @@ import pytest
 from helpers.rewards import judged_elsewhere
 from helpers.rewards.judged_elsewhere import answer, with_children, with_orphan
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
-from kdrl_lightning.rewards import RewardFunction, RewardRunner, Sample, Verdict
+from kdrl_lightning.rewards import RewardFailures, RewardFunction, RewardRunner, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 
@@ -108,8 +108,8 @@ def test_a_process_that_ends_before_it_is_ready_stops_the_run_in_one_line() -> N
     pool = WorkerPool(answer, seconds=5.0, workers=2)
     pool.target = ("helpers.rewards.ends_at_once", "answer")
     words = (
-        r"^a process that calls helpers\.rewards\.ends_at_once\.answer must start: "
-        r"3 ended before they were ready\. "
+        r"^the worker processes of helpers\.rewards\.ends_at_once\.answer must start: "
+        r"got 3 that ended before they were ready\. "
         r"Check that its module can be imported, and the machine's memory\.$"
     )
     with pytest.raises(TrainingStopped, match=words):
@@ -222,7 +222,7 @@ def test_a_function_that_cannot_be_imported_there(monkeypatch: pytest.MonkeyPatc
     pool.target = ("helpers.rewards.judged_elsewhere", "nothing")
     with pytest.raises(AttributeError, match="nothing"):
         pool.map([1])
-    words = r"^`function` must be one that another process can import: got .*<locals>.*Put it at"
+    words = r"^`function` must be importable from another process: got .*<locals>.*Put it at"
     with pytest.raises(ConfigurationError, match=words):
         WorkerPool(lambda x: x, 1.0, 1)
 
@@ -249,7 +249,7 @@ def samples(*texts: str) -> list[Sample]:
 @pytest.mark.filterwarnings("ignore:the reward failed on .* of a rollout:UserWarning")
 def test_a_function_that_hangs_fails_or_is_nan_is_counted() -> None:
     function = RewardFunction(judged_elsewhere.reward, time_limit_s=0.5, workers=2)
-    runner = RewardRunner(function, max_failure_frac=0.5, failed_reward=-1.0)
+    runner = RewardRunner(function, RewardFailures(0.5, -1.0))
     bad = Verdict(-1.0, False)
     good = [Verdict(n, False, {"length": n}) for n in (2.0, 0.0, 5.0, 3.0)]
     texts = ("ab", "spin", "", "raise", "sieve", "nan", "abc", "exit")
@@ -264,7 +264,7 @@ def test_a_function_of_a_batch_in_this_process_and_in_another() -> None:
         assert function.judge(samples("a", "b", "c")) == [1.0] * 3
         with pytest.raises(KeyError, match="why"):
             function(samples("raise")[0])
-        runner = RewardRunner(function, max_failure_frac=1.0)
+        runner = RewardRunner(function, RewardFailures(1.0))
         with pytest.warns(UserWarning, match="2 of 2 .*ValueError: 1 results for 2 samples"):
             assert runner(samples("short", "b")) == [Verdict(0.0, False)] * 2
         function.close()

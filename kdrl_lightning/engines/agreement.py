@@ -58,8 +58,7 @@ def probe(engine: RolloutEngine, tokenizer: Any, rows: int, context: int) -> Rol
         pad_id=0,
         policy_version=[engine.version or 0] * len(made),
         rollout_logprobs=[c.logprobs for _, c in made],
-        engine_exact=engine.exact,
-    )
+    ).replace(engine_exact=engine.exact)
 
 
 def require_agreement(

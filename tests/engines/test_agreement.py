@@ -10,11 +10,11 @@ import torch
 
 from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GRPO
-from kdrl_lightning.callbacks import WeightSync
+from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.engines import Sampling, TransformersEngine
+from kdrl_lightning.engines.agreement import TOKENS, bound_of, probe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
-from kdrl_lightning.rollout.agreement import TOKENS, bound_of, probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the (completions|groups) ")
 
@@ -45,7 +45,7 @@ class OtherCode(TransformersEngine):
         return super().generate(prompts, seeds, sampling)
 
 
-class Unseen(WeightSync):
+class Unseen(WeightSyncCheck):
     """The bound alone: nothing is compared in the run."""
 
     def compare(self, trainer: Any, pl_module: Any, batch: Any) -> None:
@@ -76,7 +76,7 @@ def test_a_weight_that_does_not_arrive_stops_before_sampling(
 
 def test_equal_numbers_are_compared_once(tmp_path: Path, student_folder: str) -> None:
     engine = OtherCode()
-    start(tmp_path, student_folder, engine, WeightSync())
+    start(tmp_path, student_folder, engine, WeightSyncCheck())
     lengths, tokens = engine.asked[0]
     assert len(set(lengths)) == 3 and tokens == TOKENS
     assert [tokens for _, tokens in engine.asked[1:]] == [10, 10]  # the rollouts of four steps
@@ -85,7 +85,7 @@ def test_equal_numbers_are_compared_once(tmp_path: Path, student_folder: str) ->
 def test_the_callbacks_bound_decides(tmp_path: Path, student_folder: str) -> None:
     start(tmp_path, student_folder, OtherCode(lost=0.5), Unseen(max_mean_diff=50.0))
     with pytest.raises(ConfigurationError, match=r"within 1e-09 nats on average: got OtherCode"):
-        start(tmp_path, student_folder, OtherCode(), WeightSync(max_mean_diff=1e-9))
+        start(tmp_path, student_folder, OtherCode(), WeightSyncCheck(max_mean_diff=1e-9))
 
 
 def test_nan_is_a_difference(tmp_path: Path, student_folder: str) -> None:

@@ -1,0 +1,153 @@
+"""Settings by the names that they had in 0.1: files and flags of users go on working.
+
+A file is translated when it is read, before it is laid over another one; the content of a group
+(``--data data.yaml``) when the parser gets it; a flag before it is parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdrl_lightning.cli.settings.unused import note_renamed
+from kdrl_lightning.errors import ConfigurationError
+
+_ROLLOUT = (
+    "prompts_per_rollout",
+    "group_size",
+    "max_refills",
+    "max_tokens",
+    "temperature",
+    "minibatches_per_rollout",
+    "epochs_per_rollout",
+    "max_off_policy_steps",
+    "rollouts_per_epoch",
+    "mask_truncated",
+    "max_tokens_per_micro_batch",
+)
+# Old name -> name of today.
+RENAMED = {
+    **{f"data.{name}": f"data.rollout.{name}" for name in _ROLLOUT},
+    "data.teacher_completions": "data.teacher_completions.count",
+    "data.teacher_temperature": "data.teacher_completions.temperature",
+    "data.teacher_engine": "data.teacher_completions.engine",
+    "data.val_batch_size": "data.evaluation.batch_size",
+    "data.val_samples": "data.evaluation.samples",
+    "data.val_temperature": "data.evaluation.temperature",
+    "data.val_k": "data.evaluation.k",
+    "data.max_reward_failure_frac": "data.reward_failures.max_frac",
+    "data.failed_reward": "data.reward_failures.reward",
+}
+# The name of a number then, and of a group today: only the number is translated.
+NOW_A_GROUP = "data.teacher_completions"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """Return settings of a file by the names of today.
+
+    Args:
+        settings: by name; names at the top may have dots.
+        where: the file, for messages.
+
+    Raises:
+        ConfigurationError: a setting has its old and its new name.
+
+    >>> renamed({"data": {"group_size": 4, "rollout": {"max_tokens": 8}}}, "x.yaml")
+    {'data': {'rollout': {'max_tokens': 8, 'group_size': 4}}}
+    >>> renamed({"data.teacher_engine.urls": ["http://a"], "data.teacher_completions": 2}, "x")
+    {'data.teacher_completions.engine.urls': ['http://a'], 'data.teacher_completions.count': 2}
+    """
+    out: dict[Any, Any] = {}
+    for name, value in settings.items():
+        if name in SUBCOMMANDS and isinstance(value, Mapping):
+            out[name] = renamed(value, where)
+        elif name == "data" and isinstance(value, Mapping):
+            out[name] = _renamed_data(value, where)
+        else:
+            new = new_name(name, value) if isinstance(name, str) else None
+            if new is not None:
+                note_renamed(name, new)
+                _refuse_both(new in settings or _holds(settings, new), name, new, where)
+            out[new or name] = value
+    return out
+
+
+def _renamed_data(data: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """Translate what stands under ``data``, and put it into its group."""
+    out = {k: v for k, v in data.items() if new_name(f"data.{k}", v) is None}
+    for name, value in data.items():
+        old = f"data.{name}"
+        new = new_name(old, value)
+        if new is None:
+            continue
+        note_renamed(old, new)
+        _, group, inner = new.split(".", 2)
+        held = out.get(group)
+        held = {} if held is None else held
+        both = not isinstance(held, Mapping) or inner in held
+        _refuse_both(both or f"{group}.{inner}" in data, old, new, where)
+        out[group] = {**held, inner: value}
+    return out
+
+
+def _holds(settings: Mapping[Any, Any], name: str) -> bool:
+    held: Any = settings
+    for key in name.split("."):
+        if not isinstance(held, Mapping) or key not in held:
+            return False
+        held = held[key]
+    return True
+
+
+def renamed_flags(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with flags by the names of today.
+
+    Raises:
+        ConfigurationError: a setting is given by its old and by its new name.
+
+    >>> renamed_flags(["--data.group_size", "4", "--data.val_k=[1, 2]", "--data.seed=1"])
+    ['--data.rollout.group_size', '4', '--data.evaluation.k=[1, 2]', '--data.seed=1']
+    """
+    flags = {word.split("=", 1)[0] for word in words}
+    out = []
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not equals and place + 1 < len(words):
+            value = words[place + 1]
+        new = new_name(flag[2:], value) if flag.startswith("--") else None
+        if new is not None:
+            note_renamed(flag[2:], new)
+            _refuse_both(f"--{new}" in flags, flag, f"--{new}", "the command line")
+            word = f"--{new}{word[len(flag) :]}"
+        out.append(word)
+    return out
+
+
+def new_name(name: str, value: Any) -> str | None:
+    """Return what a setting is called today; None if it has that name.
+
+    >>> new_name("data.teacher_engine.urls", []), new_name("data.teacher_completions", {"count": 2})
+    ('data.teacher_completions.engine.urls', None)
+    """
+    if name == NOW_A_GROUP:
+        return RENAMED[name] if _is_number(value) else None
+    head = ".".join(name.split(".", 2)[:2])
+    key = head.removesuffix("+")
+    if key not in RENAMED or key == NOW_A_GROUP:
+        return None
+    return RENAMED[key] + name[len(key) :]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is meant for a number: no group of settings, and no file with one."""
+    if isinstance(value, str):
+        return value.strip().lstrip("+-").replace(".", "", 1).isdigit()
+    return isinstance(value, int | float)
+
+
+def _refuse_both(both: bool, old: str, new: str, where: str) -> None:
+    if both:
+        raise ConfigurationError(
+            f"`{new}` must stand once in {where}: got it by its old name `{old}`, too. Remove that."
+        )

@@ -1,0 +1,46 @@
+"""What a module does in validation, test and prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdrl_lightning.evaluation.batch import EvaluationBatch
+from kdrl_lightning.evaluation.metrics import EvaluationMetrics
+
+
+class EvaluationSteps:
+    """The evaluation half of a ``LightningModule``: it counts correct completions.
+
+    Named before ``LightningModule`` among a class's bases, it takes the place of its hooks.
+    """
+
+    device: Any
+    log_dict: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.eval_metrics = EvaluationMetrics()
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count correct completions."""
+        self.eval_metrics.add(batch, self.device)
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count correct completions."""
+        self.eval_metrics.add(batch, self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/*``."""
+        self.log_dict(self.eval_metrics.take("val"), sync_dist=True)  # equal on all ranks already
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/*``."""
+        self.log_dict(self.eval_metrics.take("test"), sync_dist=True)  # equal on all ranks already
+
+    def predict_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return a row per completion, with its prompt's columns, reward and verdict."""
+        return batch.predictions()

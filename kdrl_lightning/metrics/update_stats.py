@@ -1,0 +1,92 @@
+"""What every optimizer step measures, whichever forward pass gave its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.losses import k3
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
+from kdrl_lightning.metrics.step_stats import Reduce, StepStats
+from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+
+# Sums over a step that are checked and not logged.
+BROKEN, READ = "teacher/broken_tokens", "teacher/read_tokens"
+
+
+class UpdateStats:
+    """Adds up the micro-batches of an optimizer step.
+
+    - ``loss/total`` and each ``loss/<term>``.
+    - ``policy/entropy``: nats per loss token.
+    - ``rollout/mismatch_kl``: k3 on the student's tokens, an unbiased and non-negative estimate of
+      KL(engine || trainer) in nats per token.
+    - ``kd/floored_frac``: tokens on which the teacher's log-probability was floored at
+      ``LOGPROB_FLOOR``.
+
+    Attributes:
+        loss: of the last finished step, over all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self._stats = StepStats()
+
+    def add(
+        self, batch: RolloutBatch, entropy: Tensor, loss: Tensor, terms: Mapping[str, Tensor]
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            batch: completed; what it does not have is not measured.
+            entropy: ``[B, T]`` nats, of the update's forward pass.
+            loss: this micro-batch's share of the step's loss.
+            terms: the shares of each term.
+        """
+        self._stats.add_sum("loss/total", loss)
+        for name, value in terms.items():
+            self._stats.add_sum(f"loss/{name}", value)
+        self._stats.add_mean("policy/entropy", entropy, batch.loss_mask)
+        self._add_scores(batch)
+
+    def _add_scores(self, batch: RolloutBatch) -> None:
+        real, teacher = batch.completion_mask, batch.teacher_logprobs
+        if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
+            mismatch = k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())
+            own = real & (batch.source == STUDENT)[:, None]
+            self._stats.add_mean("rollout/mismatch_kl", mismatch, own)
+        if teacher is not None:
+            self._stats.add_mean("kd/floored_frac", teacher <= LOGPROB_FLOOR, real)
+            self._stats.add_sum(BROKEN, (~teacher.isfinite()).sum())
+            self._stats.add_sum(READ, real.sum())
+
+    def finish(self, reduce: Reduce | None = None) -> dict[str, float | None]:
+        """Return the step's values and forget them; None for what only an earlier step measured.
+
+        It comes before the optimizer step, so that a broken teacher changes no weight.
+
+        Args:
+            reduce: ``(tensor, "sum" or "max") -> tensor`` over ranks; None for one process.
+
+        Raises:
+            TrainingStopped: on all ranks, if on one the teacher's log-probabilities are not finite.
+        """
+        values = self._stats.compute(reduce)
+        broken, read = (values.pop(name, 0.0) for name in (BROKEN, READ))
+        if broken:
+            raise TrainingStopped(
+                f"the teacher's log-probabilities must be finite: got {broken:.0f} NaN or infinite "
+                f"of {read:.0f}. Check its weights and dtype."
+            )
+        self.loss = values["loss/total"]
+        return self._stats.with_gaps(values)
+
+    def state_dict(self) -> list[str]:
+        """Return the names that were measured, see ``StepStats``."""
+        return self._stats.state_dict()
+
+    def load_state_dict(self, state_dict: Iterable[str]) -> None:
+        """Restore them, so that the next step leaves a gap in their place if it has none."""
+        self._stats.load_state_dict(state_dict)

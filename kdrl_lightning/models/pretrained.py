@@ -1,0 +1,46 @@
+"""A model before training: its folder and tokenizer, and what its configuration says."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
+from kdrl_lightning.models.loading import ModelSource, load_config, load_tokenizer, model_path
+
+
+class Pretrained:
+    """Reads a Hugging Face folder, each part when it is first asked for.
+
+    Args:
+        source: folder, hub name, or model source.
+    """
+
+    def __init__(self, source: str | ModelSource) -> None:
+        self.source = source
+
+    @property
+    def path(self) -> str:
+        """Folder or hub name; a model source makes its model first."""
+        return model_path(self.source)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def end_tokens(self) -> EndTokens:
+        """The tokens that end a completion."""
+        return end_tokens(self.path, self.tokenizer)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, prompt and completion together."""
+        config = load_config(self.path).get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of its embedding: every token id must be below."""
+        return int(load_config(self.path).get_text_config().vocab_size)

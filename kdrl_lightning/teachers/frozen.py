@@ -1,0 +1,223 @@
+"""The models of a run that are not trained: the teacher, and the initial student as a reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, token_scores
+from kdrl_lightning.models.loading import ModelSource
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.tokenizers import check_end_tokens
+
+
+class FrozenModels:
+    """Loads, moves and asks the teacher and the reference.
+
+    A plain object: no parameter, optimizer or checkpoint of the module holds these models.
+
+    Args:
+        teacher: the teacher of the configuration, if there is one.
+
+    Attributes:
+        active: the teacher that this run asks; None if it asks none (an evaluation).
+        reference: the initial student; None without a KL to it.
+        seconds: time that the teacher took to score.
+    """
+
+    def __init__(self, teacher: Teacher | None) -> None:
+        self._teacher = teacher
+        self.active = teacher
+        self.reference: Teacher | None = None
+        self.seconds = 0.0
+        self._device = torch.device("cpu")
+
+    @property
+    def joins(self) -> bool:
+        """Whether all of them may score several micro-batches at once."""
+        return all(model.joins for model in self._models())
+
+    def choose(self, fitting: bool, reference: Teacher | None) -> None:
+        """Take the models that a run needs: an evaluation asks none and loads none."""
+        self.active = self._teacher if fitting else None
+        self.reference = reference
+
+    def check(self, tokenizer: Any, path: str, objective: Any) -> None:
+        """Check them against the student and the objective, before weights are loaded.
+
+        Args:
+            tokenizer: the student's.
+            path: of the student.
+            objective: the loss that reads them.
+
+        Raises:
+            ConfigurationError: one of them cannot do what the objective asks.
+        """
+        teacher = self.active
+        if objective.divergence is not None and teacher and not teacher.gives_states:
+            raise ConfigurationError(
+                "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
+                f"{type(teacher).__name__}. Use one, or a sampled or top-k estimator."
+            )
+        for model in self._models():
+            model.check(tokenizer, path)
+            check_end_tokens(model.other_end, objective)
+
+    def load(
+        self, student: Scorer, path: str, sharding: Sharding | None, device: torch.device
+    ) -> None:
+        """Load them once and shard them as the student is.
+
+        Args:
+            student: the loaded student, which an ``AdapterOffTeacher`` is a view of.
+            path: of the student.
+            sharding: how weights lie over ranks; None: each rank has all.
+            device: where they score.
+        """
+        for model in self._models():
+            model.spread(sharding)
+            model.look_at(student, path)
+        self.move(device)
+
+    def move(self, device: torch.device) -> None:
+        """Move them to a device."""
+        self._device = device
+        for model in self._models():
+            model.load(device)
+
+    def route(self, row: Mapping[str, Any]) -> int:
+        """Return which of several teachers scores the completions of a prompt row."""
+        return 0 if self._teacher is None else self._teacher.route(row)
+
+    def accept(self, batch: RolloutBatch) -> None:
+        """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
+        if self._teacher is not None:
+            self._teacher.accept(batch)
+
+    def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
+        """Add the reference's log-probabilities; without a reference, return the batch."""
+        if self.reference is None:
+            return batch
+        return batch.replace(ref_logprobs=self.reference.score(batch).logprobs)
+
+    def score_teacher(self, batch: RolloutBatch, topk_ids: Tensor | None) -> RolloutBatch:
+        """Add the teacher's scores; without a teacher, return the batch.
+
+        Log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
+
+        Args:
+            batch: completions.
+            topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+        """
+        if self.active is None:
+            return batch
+        with self._clock():
+            scores = self.active.score(batch, topk_ids)
+        best = scores.topk_ids
+        return batch.replace(
+            teacher_logprobs=scores.logprobs.clamp(min=LOGPROB_FLOOR),
+            teacher_entropy=scores.entropy,
+            teacher_top_ids=None if best is None else best[..., 0],
+            teacher_topk_logprobs=scores.topk_logprobs,
+            teacher_tail_logprobs=scores.tail_logprobs,
+        )
+
+    @torch.no_grad()
+    def states(
+        self, batch: RolloutBatch, chunk_size: int | None
+    ) -> tuple[Other, dict[str, Tensor | None]]:
+        """Run the teacher for a divergence over the full vocabulary.
+
+        Args:
+            batch: completions.
+            chunk_size: tokens whose logits exist at once.
+
+        Returns:
+            The teacher's hidden states with its head, and the batch's fields that follow from them:
+            empty if the batch has the teacher's scores already.
+        """
+        assert self.active is not None, "a divergence has a teacher"
+        with self._clock():
+            states = self.active.states(batch)
+            return states, {} if batch.teacher_logprobs is not None else _said(
+                batch, states, chunk_size
+            )
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Add to ``seconds``."""
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds += time.perf_counter() - started
+
+    def _models(self) -> list[Teacher]:
+        return [model for model in (self.active, self.reference) if model is not None]
+
+
+def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None:
+    """Check that the teacher of a configuration is there, and can be what it is.
+
+    Args:
+        teacher: of the configuration.
+        objective: the loss.
+        adapters: the student is trained by LoRA.
+
+    Raises:
+        ConfigurationError: the objective has no teacher, or the teacher no base model.
+    """
+    if objective.needs_teacher and teacher is None:
+        raise ConfigurationError(
+            f"`teacher` must be given for the objective {type(objective).__name__}: got None. "
+            "Name one, e.g. `teacher: {class_path: LocalTeacher, init_args: {model: ...}}`."
+        )
+    if teacher is not None and teacher.needs_lora and not adapters:
+        raise ConfigurationError(
+            f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
+            "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
+        )
+
+
+def initial_student(
+    source: str | ModelSource, adapters: bool, double: bool, chunk_size: int | None
+) -> Teacher:
+    """Return the student before training, for a reference KL.
+
+    Args:
+        source: of the student.
+        adapters: the student is trained by LoRA: its base is the reference, without a second copy.
+        double: the student computes in float64, and so must the reference.
+        chunk_size: tokens whose logits exist at once.
+    """
+    if adapters:
+        return AdapterOffTeacher()
+    return LocalTeacher(source, "float64" if double else "float32", chunk_size=chunk_size)
+
+
+def _said(batch: RolloutBatch, states: Other, chunk_size: int | None) -> dict[str, Tensor | None]:
+    """Return the teacher's scores of the sampled tokens ``[B, T]`` by field, 0 on padding."""
+    real = batch.completion_mask
+    ids = batch.completion_ids[real]
+    found = token_scores(*states, ids, batch.temperature, chunk_size, top_k=1)
+
+    def spread(value: Tensor) -> Tensor:
+        return value.new_zeros(real.shape).masked_scatter(real, value)
+
+    assert found.entropy is not None and found.topk_ids is not None
+    return {
+        "teacher_logprobs": spread(found.logprobs.clamp(min=LOGPROB_FLOOR)),
+        "teacher_entropy": spread(found.entropy),
+        "teacher_top_ids": spread(found.topk_ids[..., 0]),
+    }

@@ -1,0 +1,59 @@
+"""What a run says when a file cannot be written, and what it can be saved from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from torch.distributed.checkpoint.api import CheckpointException
+
+from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.errors import TrainingStopped
+from kdrl_lightning.trainer.protocols import trained
+
+
+def export_together(trainer: pl.Trainer, write: Callable[[], None], path: str) -> None:
+    """Write the student; if the first rank cannot, all stop.
+
+    Raises:
+        TrainingStopped: on every rank; the message says which checkpoint holds the student.
+    """
+
+    def tried() -> None:
+        try:
+            write()
+        except Exception as error:
+            raise not_exported(trainer, path, error) from error
+
+    stop_together(tried, trained(trainer.lightning_module).reduce)
+
+
+def not_exported(trainer: pl.Trainer, path: str, error: BaseException) -> TrainingStopped:
+    """Return the error of a student that could not be written, with the command that writes it."""
+    callback = trainer.checkpoint_callback
+    names = ("last_model_path", "best_model_path")  # Lightning's own may know the best alone
+    saved = next(filter(None, (getattr(callback, name, "") for name in names)), None)
+    cure = "The run saved no checkpoint: make room, and train again with checkpoints."
+    if saved is not None:
+        flags = shlex.join(["--ckpt_path", str(saved), "--output", path])
+        cure = f"Make room, and run `python -m kdrl_lightning export {flags}`."
+    return TrainingStopped(
+        f"the student must be writable to {path}: got {reason_of(error)}. {cure}"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line why something could not be written."""
+    cause = cause_of(error)
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the system's error, e.g. of a full disk, which torch hides in one of its own."""
+    if isinstance(error, CheckpointException):  # of all ranks
+        error = next(iter(error.failures.values()))[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error

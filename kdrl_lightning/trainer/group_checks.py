@@ -1,0 +1,135 @@
+"""Conflicts between objective, groups, engine and teacher, found before anything is trained."""
+
+from __future__ import annotations
+
+import warnings
+
+from kdrl_lightning.engines.base import RolloutEngine
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.objectives.corrections import NoCorrection
+from kdrl_lightning.objectives.sft import SFT
+from kdrl_lightning.rewards.base import Reward, walk
+from kdrl_lightning.rollout.groups import GroupShare
+from kdrl_lightning.rollout.settings import RolloutSettings
+from kdrl_lightning.teachers.base import Teacher
+
+
+def check_groups(settings: RolloutSettings, teacher_completions: int) -> None:
+    """Check that a group has completions.
+
+    Raises:
+        ConfigurationError: it is empty.
+    """
+    if settings.group_size + teacher_completions < 1:
+        raise ConfigurationError(
+            f"`group_size` must be at least 1 without `teacher_completions`: got "
+            f"{settings.group_size}."
+        )
+
+
+def check_off_policy(settings: RolloutSettings, engine: RolloutEngine) -> None:
+    """Check that rollouts can be sampled in advance.
+
+    Raises:
+        ConfigurationError: the engine cannot sample while the student trains.
+    """
+    steps = settings.max_off_policy_steps
+    if steps and not engine.supports_async:
+        raise ConfigurationError(
+            f"`max_off_policy_steps` must be 0 for an engine that shares the trainer's process: "
+            f"got {steps} and {type(engine).__name__}. Use VLLMServerEngine."
+        )
+
+
+def check_policy(
+    objective: Objective,
+    teacher: Teacher | None,
+    settings: RolloutSettings,
+    engine: RolloutEngine,
+) -> None:
+    """Check that engine and teacher can take part in such rollouts; warn of stale ones.
+
+    Raises:
+        ConfigurationError: the engine takes no weights, or the teacher no such temperature.
+    """
+    if engine.has_own_weights:
+        raise ConfigurationError(
+            f"`rollout_engine` must be one that takes the student's weights: got "
+            f"{type(engine).__name__}. Use VLLMServerEngine."
+        )
+    if teacher is not None:
+        teacher.check_temperature(settings.temperature)
+    if settings.max_off_policy_steps and any(
+        isinstance(part, NoCorrection) for part in objective.parts()
+    ):
+        warnings.warn(
+            "`engine_correction` is NoCorrection with `max_off_policy_steps` 1: the updates take "
+            "completions of older weights as their own. TruncatedImportance weights them.",
+            stacklevel=2,
+        )
+
+
+def check_completions(
+    objective: Objective, settings: RolloutSettings, teacher_share: GroupShare, reward: Reward
+) -> None:
+    """Check that the objective can use such groups, and that the reward knows their length.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    name = type(objective).__name__
+    if isinstance(objective, SFT) and settings.group_size:
+        raise ConfigurationError(
+            f"`group_size` must be 0 for SFT, which trains on given completions: got "
+            f"{settings.group_size}. Let the teacher sample them with `teacher_completions`, or "
+            "use SupervisedDataModule."
+        )
+    size = settings.group_size + teacher_share.count
+    if objective.needs_groups and size < 2:
+        raise ConfigurationError(
+            f"`group_size` must be at least 2 for {name}, whose advantages compare the completions "
+            f"of one prompt: got {size}."
+        )
+    if settings.max_refills and not objective.needs_groups:
+        raise ConfigurationError(
+            f"`max_refills` must be 0 for {name}, which does not compare a group: got "
+            f"{settings.max_refills}."
+        )
+    for part in walk(reward):
+        limit = getattr(part, "max_tokens", settings.max_tokens)  # any callable is a reward
+        if limit != settings.max_tokens:
+            raise ConfigurationError(
+                f"`max_tokens` of the reward must be that of the data, "
+                f"{settings.max_tokens}: got {limit}."
+            )
+
+
+def check_teacher_completions(
+    objective: Objective, teacher: Teacher | None, share: GroupShare
+) -> None:
+    """Check that the teacher can sample its completions, and that the objective has a use for them.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if not share.count:
+        if getattr(objective, "teacher_tokens", None) is not None:  # of a PolicyObjective
+            raise ConfigurationError(
+                "`teacher_completions` must be at least 1 for an objective with `teacher_tokens`: "
+                "got 0. Set data.teacher_completions.count, or drop the rule."
+            )
+        return
+    if not objective.takes_teacher_completions:
+        raise ConfigurationError(
+            f"`teacher_completions` must be 0 for {type(objective).__name__} without a rule for "
+            f"them: got {share.count}. Give `teacher_tokens`, e.g. ShapedProbability (LUFFY) or "
+            "BehaviorRatio."
+        )
+    if teacher is None or not (teacher.generates or share.engine.has_own_weights):
+        found = "no teacher" if teacher is None else type(teacher).__name__
+        raise ConfigurationError(
+            f"`teacher` must be one that can generate for `teacher_completions` "
+            f"{share.count}: got {found}. Use a LocalTeacher, or a server with "
+            "`teacher_completions.engine` VLLMTeacherEngine."
+        )

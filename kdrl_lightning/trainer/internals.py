@@ -1,0 +1,142 @@
+"""All that this package uses of Lightning beyond its public interface.
+
+Lightning may change private attributes and methods in any release. Each use is a function here, so
+that an upgrade is checked in one file: read the new release's code for the names below, run
+``tests/trainer/test_internals.py``, and set ``CHECKED_WITH``.
+
+Classes of ours that override a private method of a Lightning class are listed in ``OVERRIDDEN``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.fabric.strategies.model_parallel import _load_checkpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+# The release whose code was read for every use below.
+CHECKED_WITH = "2.6.6"
+KILL_ALL = _ChildProcessObserver._terminate_all
+# Private methods of Lightning's classes that subclasses in this package call or override.
+OVERRIDDEN: dict[type, tuple[str, ...]] = {
+    # Called by the trainer for `ckpt_path="last"`.
+    ModelCheckpoint: ("_find_last_checkpoints",),
+    LightningCLI: (
+        "_get",
+        "_instantiate_trainer",
+        "_parse_ckpt_path",
+        "_parser",
+        "_prepare_subcommand_kwargs",
+        "_run_subcommand",
+        "_set_seed",
+    ),
+}
+
+
+def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the whole state of a run, as ``Trainer.save_checkpoint`` writes it; collective.
+
+    ``save_checkpoint`` also writes it, in place.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def before_restore(trainer: pl.Trainer, check: Callable[[str | None], None]) -> None:
+    """Call ``check(path)`` on every process before any of them reads its checkpoint.
+
+    Lightning has no hook at which every process has its path, or None, and none has read anything.
+    """
+    connector = trainer._checkpoint_connector
+    restore = type(connector)._restore_modules_and_callbacks
+
+    def checked(checkpoint_path: str | Path | None = None, *args: Any, **kwargs: Any) -> None:
+        check(None if checkpoint_path is None else str(checkpoint_path))
+        restore(connector, checkpoint_path, *args, **kwargs)
+
+    connector._restore_modules_and_callbacks = checked  # type: ignore[method-assign]
+
+
+def before_load(strategy: Strategy, check: Callable[[str], None]) -> None:
+    """Call ``check(path)`` before a strategy reads a checkpoint.
+
+    Lightning tells the path to no hook before that.
+    """
+    load = type(strategy).load_checkpoint
+
+    def checked(checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        check(str(checkpoint_path))
+        return load(strategy, checkpoint_path, *args, **kwargs)
+
+    strategy.load_checkpoint = checked  # type: ignore[method-assign]
+
+
+def validates_next(trainer: pl.Trainer) -> bool:
+    """Return whether a validation follows the training batch that ends now."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def stop_after_validation(stopping: EarlyStopping) -> None:
+    """Let EarlyStopping look at its metric after each validation, not at the end of an epoch.
+
+    Its constructor's ``check_on_train_epoch_end=False`` does the same, but is the user's.
+    """
+    stopping._check_on_train_epoch_end = False
+
+
+def saves_shards(strategy: Strategy) -> bool:
+    """Return whether a strategy writes checkpoints as folders of shards."""
+    return isinstance(strategy, ModelParallelStrategy) and bool(
+        strategy._save_distributed_checkpoint
+    )
+
+
+def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
+    """Set the number of data-parallel processes before the strategy builds its device mesh.
+
+    The constructor's value must be known before the number of processes is.
+    """
+    strategy._data_parallel_size = size
+
+
+def load_weights(path: Path, strategy: ModelParallelStrategy, weights_only: bool | None) -> Any:
+    """Load a checkpoint's weights into a strategy's sharded model.
+
+    Returns:
+        What else the checkpoint holds.
+    """
+    assert strategy.model is not None and strategy.lightning_module is not None
+    return _load_checkpoint(
+        path=path,
+        state={"state_dict": strategy.model},
+        strict=strategy.lightning_module.strict_loading,
+        weights_only=weights_only,
+    )
+
+
+def finds_unused_parameters(strategy: DDPStrategy) -> bool:
+    """Return whether DDP looks for parameters without a gradient."""
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters"))
+
+
+def on_child_failure(
+    act: Callable[[Sequence[Popen[bytes]], Callable[[], None]], None],
+) -> None:
+    """Replace what Lightning's launcher does if a process that it started fails.
+
+    Args:
+        act: gets the processes, and what Lightning would do.
+    """
+
+    def terminate(observer: _ChildProcessObserver) -> None:
+        act(observer._child_processes, lambda: KILL_ALL(observer))
+
+    _ChildProcessObserver._terminate_all = terminate  # type: ignore[method-assign, assignment]

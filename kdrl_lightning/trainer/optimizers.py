@@ -1,0 +1,86 @@
+"""The optimizer and its schedule, from the callables that a configuration gives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from kdrl_lightning.errors import ConfigurationError
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter],
+    make: Callable[..., Any],
+    make_scheduler: Callable[..., Any] | None,
+) -> tuple[Any, Any | None]:
+    """Build an optimizer over the parameters that are trained, and its schedule.
+
+    Args:
+        parameters: of the student.
+        make: ``parameters -> optimizer``.
+        make_scheduler: ``optimizer -> schedule``; None keeps the learning rate.
+
+    Raises:
+        ConfigurationError: torch refuses a setting, or the schedule waits for a metric.
+    """
+    try:
+        optimizer = make([p for p in parameters if p.requires_grad])
+        scheduler = None if make_scheduler is None else make_scheduler(optimizer)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"`optimizer` or `lr_scheduler`: {error}.") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigurationError(
+            "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau, which "
+            "waits for a metric. Take LinearLR or OneCycleLR, or the callback EarlyStopping."
+        )
+    return optimizer, scheduler
+
+
+def for_lightning(optimizer: Any, scheduler: Any | None) -> Any:
+    """Return both in the form that ``configure_optimizers`` returns."""
+    if scheduler is None:
+        return optimizer
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+    }
+
+
+def check_precision(precision: str) -> None:
+    """Refuse to train weights that are too coarse for an update.
+
+    Args:
+        precision: the trainer's.
+
+    Raises:
+        ConfigurationError: weights would be in 16 bits, or the loss scaled.
+    """
+    if precision in ("bf16-true", "16-true", "16-mixed"):
+        raise ConfigurationError(
+            "`precision` must keep float32 weights, without a loss scaler, for training: got "
+            f"{precision}. Use bf16-mixed or 32-true: in 16-bit weights an update of 1e-6 rounds "
+            "away."
+        )
+
+
+class ZeroRateWarning:
+    """Warns once of a schedule that has ended before the run: nothing is learned any more."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def check(self, optimizer: Optimizer, step: int) -> None:
+        """Warn if all learning rates are 0 after the first step."""
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if step and not any(rates) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the learning rate is 0 from step {step} on: `lr_scheduler` ends before the run. "
+                "Give it as many steps as `max_steps`.",
+                stacklevel=2,
+            )

@@ -1,0 +1,154 @@
+"""What callbacks, checkpoints and checks use of the module and the data module.
+
+Lightning types them as any ``LightningModule`` and not at all; ``trained`` and ``rollout_data`` say
+here which part of ``KDRLModule`` and ``RolloutDataModule`` the code may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from kdrl_lightning.engines.base import RolloutEngine
+from kdrl_lightning.models.lora import LoRA
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.rollout.groups import Collector
+from kdrl_lightning.rollout.live import LiveSampler
+from kdrl_lightning.rollout.settings import RolloutSettings
+from kdrl_lightning.rollout.statistics import RolloutWatch
+from kdrl_lightning.rollout_batch import RolloutBatch
+
+
+class HasWeights(Protocol):
+    """A teacher."""
+
+    def weights(self) -> ModelWeights | None:
+        """Return its weights; None if they are elsewhere."""
+
+
+class TrainedModule(Protocol):
+    """The part of ``KDRLModule`` that the code around a training run uses."""
+
+    @property
+    def objective(self) -> Objective:
+        """The loss."""
+
+    @property
+    def optimizer_callable(self) -> Callable[..., torch.optim.Optimizer]:
+        """``parameters -> optimizer``."""
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters' settings; None trains all weights."""
+
+    @property
+    def student(self) -> torch.nn.Module | None:
+        """The student, once it is loaded."""
+
+    @property
+    def teacher(self) -> HasWeights | None:
+        """The teacher; None without one."""
+
+    @property
+    def student_path(self) -> str:
+        """Name or folder of the student."""
+
+    @property
+    def tokenizer(self) -> Any:  # transformers has no type that all tokenizers share
+        """The student's tokenizer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were left out because of a non-finite gradient."""
+
+    def weights(self) -> ModelWeights:
+        """Return the student's weights."""
+
+    def base_digest(self) -> str:
+        """Return the checksum of the base model's weights under adapters."""
+
+    def reduce(self, value: Tensor, operation: str) -> Tensor:
+        """Return the ``"sum"`` or ``"max"`` over all ranks; collective."""
+
+    def completed(self, batch: RolloutBatch) -> RolloutBatch:
+        """Return the latest micro-batch with all scores that its update used."""
+
+    def log_step(self, values: Mapping[str, float | None]) -> None:
+        """Log values of the current optimizer step."""
+
+    def write_step(self) -> None:
+        """Write the row of the current optimizer step now."""
+
+
+class RolloutData(Protocol):
+    """The part of ``RolloutDataModule`` that the code around a training run uses."""
+
+    rollout_engine: RolloutEngine
+    collector: Collector
+    live: LiveSampler
+    rollout: RolloutSettings
+    seed: int
+    val_prompts: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on one rollout."""
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """Size of a group."""
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Time that the teacher took so far."""
+
+    @property
+    def watch(self) -> RolloutWatch:
+        """What the run's rollouts were like."""
+
+    def evaluate(self, weights: ModelWeights) -> float:
+        """Return a model's accuracy on the first validation set."""
+
+    def cannot_evaluate(self, weights: ModelWeights) -> str:
+        """Return why a model cannot be sampled from; empty if it can."""
+
+    def probe(self) -> RolloutBatch:
+        """Return a few scored completions of the engine's current weights."""
+
+
+def student_of(module: TrainedModule) -> torch.nn.Module:
+    """Return the student of a run, which is loaded by then."""
+    assert module.student is not None
+    return module.student
+
+
+# Lightning sets the next two on a trainer without declaring them.
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def is_trial_run(trainer: pl.Trainer) -> bool:
+    """Return whether the run is a trial that writes nothing (``fast_dev_run``)."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def trained(module: pl.LightningModule) -> TrainedModule:
+    """Return the module as a ``TrainedModule``."""
+    return cast(TrainedModule, module)
+
+
+def rollout_data(trainer: pl.Trainer) -> RolloutData | None:
+    """Return the trainer's data module; None if it does not sample rollouts."""
+    data = getattr(trainer, "datamodule", None)  # Lightning sets it without declaring it
+    return cast(RolloutData, data) if hasattr(data, "updates_per_rollout") else None
