@@ -86,6 +86,14 @@ MOVED = {
     "weights": "models.weights",
 }
 
+# Names of 0.1 without a successor of the same kind, and what to write instead.
+GONE = {
+    "WeightedSum": (
+        "write GRPO with `distill: SurrogateTerm`, which weights a second loss (see "
+        "docs/methods/README.md)"
+    ),
+}
+
 
 def install() -> None:
     """Let Python ask here for modules of the package that it finds nowhere else."""
