@@ -68,7 +68,7 @@ def shaped(
     scale_by_std: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return group-relative advantages of rewards that the teacher shapes: ``r' = r + beta mean d``.
+    """Return group-relative advantages of rewards shaped by the teacher: ``r' = r + beta mean d``.
 
     KDRL (arXiv 2506.02208) compares its joint loss with reward shaping; this form is our choice. We
     divide by the standard deviation of the **unshaped** rewards. Dividing by that of the shaped

@@ -152,8 +152,8 @@ def with_tail(topk_logprobs: Tensor, tail_logprobs: Tensor | None = None) -> Ten
     Args:
         topk_logprobs: ``[..., K]`` log-probabilities of K different tokens.
         tail_logprobs: ``[...]`` log-probability of the rest, as ``token_scores`` computes it; None:
-            one minus the probability of the K tokens, whose smallest value is about e^-16 in
-            float32.
+            take one minus the probability of the K tokens, which in float32 cannot show a rest
+            below about e^-16.
 
     Returns:
         ``[..., K + 1]`` log-probabilities; their exponentials sum to 1.

@@ -220,11 +220,11 @@ def _asked(
         # A softmax entry of 0 with a logit of -inf adds 0; their product would be NaN.
         expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
         vocab = logits.shape[-1]
-        own = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
+        best = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
         at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
         at = at.masked_fill(asked >= vocab, -torch.inf)  # ids that this model does not have
         tail = _tail(logits, asked, log_norm)
-        return TokenScores(logprobs, log_norm - expected, own, at, None, tail)
+        return TokenScores(logprobs, log_norm - expected, best, at, None, tail)
 
     parts = []
     for start in range(0, max(len(ids), 1), size):  # at least once: no tokens need a graph too
