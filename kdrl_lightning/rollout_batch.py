@@ -206,7 +206,7 @@ class RolloutBatch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        return replace(self, **changed)
+        return self.replace(**changed)
 
 
 def reward_dtype() -> torch.dtype:

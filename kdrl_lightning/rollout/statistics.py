@@ -57,20 +57,20 @@ class RolloutWatch:
             replaced: groups of this rank that were replaced because of equal rewards.
         """
         sizes = batch.group_ids.bincount()
-        own = batch.source == STUDENT
-        real = batch.completion_mask & own[:, None]
+        of_student = batch.source == STUDENT
+        real = batch.completion_mask & of_student[:, None]
         values = [
-            float(own.sum()),
-            float(batch.rewards[own].double().sum()),
-            float(batch.correct[own].sum()),
+            float(of_student.sum()),
+            float(batch.rewards[of_student].double().sum()),
+            float(batch.correct[of_student].sum()),
             float(real.sum()),
-            float(batch.truncated[own].sum()),
+            float(batch.truncated[of_student].sum()),
             float(len(sizes)),
             float(flat_groups(batch.rewards, batch.group_ids).sum()),
             float(rewards.take_failures()),
-            float((~own).sum()),
-            float(batch.rewards[~own].double().sum()),
-            float(batch.correct[~own].sum()),
+            float((~of_student).sum()),
+            float(batch.rewards[~of_student].double().sum()),
+            float(batch.correct[~of_student].sum()),
             float(batch.completion_mask.sum()),
             float(len(replaced)),
             float(sum(len(group) for group in replaced)),
@@ -78,11 +78,11 @@ class RolloutWatch:
         ]
         totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
         count, reward, correct, tokens, truncated, groups, flat, failures = totals[:8]
-        theirs, their_reward, their_correct, all_tokens = totals[8:12]
+        by_teacher, teacher_reward, teacher_correct, all_tokens = totals[8:12]
         refilled, dropped, dropped_tokens = totals[12:]
         sampled = all_tokens + dropped_tokens
         self.rollouts += 1
-        self.completions += int(count + theirs + dropped)
+        self.completions += int(count + by_teacher + dropped)
         self.tokens += int(sampled)
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
@@ -114,11 +114,11 @@ class RolloutWatch:
                 "rollout/length_mean": tokens / count,
                 "rollout/truncated_frac": truncated / count,
             }
-        if theirs:
+        if by_teacher:
             metrics |= {
-                "teacher/reward_mean": their_reward / theirs,
-                "teacher/correct_frac": their_correct / theirs,
-                "teacher/length_mean": (all_tokens - tokens) / theirs,
+                "teacher/reward_mean": teacher_reward / by_teacher,
+                "teacher/correct_frac": teacher_correct / by_teacher,
+                "teacher/length_mean": (all_tokens - tokens) / by_teacher,
             }
         return metrics
 
