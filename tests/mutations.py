@@ -824,8 +824,8 @@ MUTATIONS = [
     Mutation(
         "CISPO: counted as dead",
         RATIOS_PARTS,
-        'the gradient stays."""\n',
-        'the gradient stays."""\n        return super().dead(batch, logprobs, advantages)\n',
+        'removes no gradient."""\n',
+        'removes no gradient."""\n        return super().dead(batch, logprobs, advantages)\n',
     ),
     Mutation(
         "anchor: teacher everywhere",

@@ -1,4 +1,4 @@
-"""Objectives: presets chosen by ``class_path``, and the parts that they are built from."""
+"""Objectives: presets that you choose by ``class_path``, and the parts that build them."""
 
 from kdrl_lightning import _moved
 from kdrl_lightning.losses.logprobs import TokenScores
