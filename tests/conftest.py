@@ -42,6 +42,14 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _group_ends() -> Iterator[None]:
+    """End the process group that a file's tests leave: to Lightning the next run is distributed."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face folder with a random Qwen2 and the character tokenizer."""

@@ -78,8 +78,8 @@ def win_share(votes: int, others: tuple[int, ...], silent: int, k: int) -> float
         ways: dict[tuple[int, int], int] = {
             (s, 0): comb(silent, s) for s in range(min(silent, k - j) + 1)
         }
-        for votes in others:
-            ways = _with_another(ways, votes, j, k - j)
+        for other in others:
+            ways = _with_another(ways, other, j, k - j)
         for (drawn, tied), count in ways.items():
             if drawn == k - j:
                 share += comb(votes, j) * count / subsets / (tied + 1)

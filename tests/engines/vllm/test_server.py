@@ -95,7 +95,7 @@ def test_a_server_that_dies_leaves_a_checkpoint_and_its_url(real: Any, tmp_path:
     thread.join(10)
     assert out.returncode == 1
     last = out.stderr.strip().splitlines()[-1]
-    assert f"error: the server {real.url} must answer within `max_away_s` 1: got" in last
+    assert f"error: the server {real.url} must answer within `max_away_s` 1 seconds: got" in last
     (path,) = saved.glob("*.ckpt")
     state = torch.load(path, weights_only=True)
     assert state["global_step"] >= 4 and state["global_step"] % 4 == 0

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 KEY = "a key of the tests"
@@ -69,5 +70,6 @@ class RealServer:
 
     def kill(self) -> None:
         """As when a machine goes down: no goodbye."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(30)
