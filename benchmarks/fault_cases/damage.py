@@ -105,6 +105,6 @@ def gone_on_with(folder: Path, whole: Run, way: str, name: str) -> Event:
     run.start()
     event = finished(run, whole, "damage")
     said = run.beside("err").read_text() + run.beside("out").read_text()
-    if not event["fault"] and "passes over" not in said:
-        event["fault"] = "it does not say that it passes over a broken checkpoint"
+    if not event["fault"] and "skips" not in said:
+        event["fault"] = "it does not say that it skips a damaged checkpoint"
     return {**event, "what": f"`last` after {way} of {name or 'the file'}", "times": 1}

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a module beside weights and moments, and how a resume reads it."""
+"""Saves and restores a module's identity and counters, and exports the student."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def check_checkpoint(path: str, module: Any, fitting: bool) -> None:
     """Check a checkpoint against a module before the strategy reads it.
 
     Args:
-        path: of the checkpoint.
-        module: the ``KDRLModule`` that is to take it.
-        fitting: training goes on, so that the method counts too.
+        path: path of the checkpoint.
+        module: the ``KDRLModule`` that will load it.
+        fitting: whether training continues, so that the method must match, too.
 
     Raises:
-        ConfigurationError: it is damaged, or of another student or method.
+        ConfigurationError: it is damaged, or belongs to another student or method.
     """
     values = read_metadata(path)
     saved, held = values.get(KEY), values.get("state_dict")
     check_readable(path, module.trainer.strategy)
     if saved is not None:
-        loaded = module.student and module.weights().model.config  # or its part for text
+        loaded = module.student and module.weights().model.config  # or that of its text model
         config = loaded or load_config(module.student_path)
         check_identity(saved, module, config, fitting, path)
-    if module.lora is not None and held is not None:  # shards say so themselves
+    if module.lora is not None and held is not None:  # loading shards checks this
         check_complete(held.keys(), module.state_dict().keys(), path)
 
 
 def save_state(checkpoint: dict[str, Any], module: Any, sharded: bool) -> None:
-    """Add to a checkpoint whose it is, and what the module counts.
+    """Add the run's identity and the module's counters to a checkpoint.
 
     Args:
-        checkpoint: what Lightning is about to write.
+        checkpoint: the state that Lightning will write.
         module: the ``KDRLModule``.
-        sharded: the strategy numbers the optimizer's parameters itself.
+        sharded: whether the strategy numbers the optimizer's parameters itself.
     """
     checkpoint[KEY] = {
         **identity(module),
@@ -61,7 +61,7 @@ def save_state(checkpoint: dict[str, Any], module: Any, sharded: bool) -> None:
 
 
 def load_state(checkpoint: dict[str, Any], module: Any) -> None:
-    """Restore the module's counts."""
+    """Restore the module's counters."""
     saved = checkpoint.get(KEY)
     if saved is not None:
         module.nonfinite.load_state_dict(saved)
@@ -74,9 +74,8 @@ def export_student(module: Any, trainer: Any | None, path: str) -> None:
 
     Args:
         module: the ``KDRLModule``.
-        trainer: of the module; None outside of a run.
-        path: of the folder. It gets the new student as a whole: if that cannot be written, an
-            earlier one stays.
+        trainer: the module's trainer; None outside of a run.
+        path: path of the folder. The new student replaces an earlier one only when it is complete.
 
     Raises:
         TrainingStopped: on every rank, if the first one cannot write.
