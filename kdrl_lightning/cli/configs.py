@@ -110,7 +110,7 @@ def describe(name: str) -> str:
     """Return the first sentence of a configuration's comment, and what it needs.
 
     >>> describe("engine/vllm")
-    'Rollouts by vLLM in the training process. Needs vLLM.'
+    'vLLM samples rollouts in the training process. Needs vLLM.'
     """
     comment: list[str] = []
     for line in text_of(name).splitlines():
