@@ -240,7 +240,8 @@ def test_a_value_in_place_of_a_group_is_refused(
     value: object, config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refuse({**config, "samples": value}, tmp_path, capsys)
-    assert f"`samples` must have settings by name: got {value}. Leave it out to keep its values." in line
+    words = f"`samples` must have settings by name: got {value}. Leave it out to keep its values."
+    assert words in line
 
 
 METHOD_CASES = {
