@@ -6,8 +6,8 @@ each fault the same command runs again, and its results must equal an undisturbe
 byte: the exported student, and every logged number that does not depend on a clock.
 
 Everything runs on one machine, on loopback. The disks are small and in memory, which needs root
-(Linux); without root these cases report that they were not run. Writes ``faults.json`` into --out, and
-the page ``faults.md`` beside that folder; exits with 1 if a fault did harm.
+(Linux); without root these cases report that they were not run. The script writes ``faults.json``
+into --out, and the page ``faults.md`` beside that folder; it exits with 1 if a fault did harm.
 
 A campaign has parts, e.g. ``disk ddp export``. Each part is in ``faults.json`` as soon as it is
 done. The same command skips these, so a stopped campaign continues, and ``--only`` adds parts.

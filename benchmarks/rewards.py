@@ -10,7 +10,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import KnightsAndKnavesPrompts, ReasoningGymPrompts
@@ -152,7 +151,7 @@ def main() -> None:
     parser.add_argument("--hanging", type=int, default=10_000, help="completions, 1 %% hanging")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--limit", type=float, default=2.0, help="seconds of a verification")
-    args: Any = parser.parse_args()
+    args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.workers} workers\n")
     print("| reward | completions per second |\n| --- | --- |")
     for name, reward, samples in cases(args.count, args.workers):

@@ -61,7 +61,10 @@ def start_server(model: str, context: int) -> tuple[subprocess.Popen[bytes], str
 
 
 def measure(
-    engines: dict[str, RolloutEngine], weights: ModelWeights, tokenizer: Any, args: Any
+    engines: dict[str, RolloutEngine],
+    weights: ModelWeights,
+    tokenizer: Any,
+    args: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
     """Return medians over the rounds: tokens per second, and seconds of a sync."""
     pad = tokenizer.pad_token_id
@@ -113,7 +116,7 @@ class Clock(pl.Callback):
         self.share = (self._rollouts() - self.before) / (time.perf_counter() - self.started)
 
 
-def share_of_a_step(engine: RolloutEngine, args: Any) -> float:
+def share_of_a_step(engine: RolloutEngine, args: argparse.Namespace) -> float:
     """Return the share of sampling and syncing in the time of RLAD, four updates per rollout.
 
     For another student, its folder also serves as the teacher: the forward pass costs the same.
