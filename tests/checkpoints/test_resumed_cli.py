@@ -112,7 +112,7 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(
     assert "with the objective GSPO: got" in line and "made by GRPO" in line
     line = refused(start, capsys, *on, "--model.optimizer=torch.optim.SGD",
                    "--model.optimizer.lr=0.1")  # fmt: skip
-    assert "`optimizer` must be AdamW to go on from" in line
+    assert "`optimizer` must be AdamW to continue from" in line
     start("validate", f"--ckpt_path={file}", "--model.objective=GSPO")
     file.write_bytes(whole[: len(whole) // 2])
     assert "must be an intact checkpoint of this library: got" in refused(start, capsys, *on)

@@ -119,7 +119,7 @@ def test_a_key_given_twice_is_refused(
     assert "`model` must occur once in a mapping of" in line
     assert "twice.yaml: got it in line 1 and in line 3. Remove one." in line
     line = refused(capsys, "fit", "--config", TWICE)
-    assert line.startswith("`config`: `model` stands in lines 1 and 3")
+    assert line.startswith("`config`: `model` occurs in lines 1 and 3")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
@@ -395,4 +395,4 @@ def test_an_evaluation_reads_names_with_dots_and_refuses_unknown_ones(
     line = refused(capsys, "evaluate", "--config", str(file))
     assert line.endswith("must hold known settings: got `dta`. Did you mean data?")
     file.write_text(f"{CONFIG}qqq: 5\n")
-    assert "got `qqq`. Take it out." in refused(capsys, "evaluate", "--config", str(file))
+    assert "got `qqq`. Remove it." in refused(capsys, "evaluate", "--config", str(file))
