@@ -18,7 +18,7 @@ from kdrl_lightning.errors import ConfigurationError
 PROGRAM = "python -m kdrl_lightning"
 # Folder -> heading of the list. Files in a folder called base are parts of others.
 HEADINGS = {
-    "": "Methods on the built-in task. Each one runs as it is, on a CPU and without a download.",
+    "": "Methods on the built-in task. Each runs as it is on a CPU, without a download.",
     "engine": "Engines that sample or score. Add one to a method with a second --config.",
     "hardware": "GPUs and nodes. Add one to a method with a second --config.",
     "recipes": "The papers' settings, with their models and data.",
