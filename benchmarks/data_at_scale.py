@@ -1,11 +1,11 @@
-"""Start time and memory of a run on a large prompt source, in memory and from files.
+"""Measures start time and memory of a run on a large prompt source, in memory or in files.
 
     OMP_NUM_THREADS=1 python benchmarks/data_at_scale.py [--rows 1000000]
 
-Each source is read in a process of its own, by a run of one update with the embedded student.
-Columns: seconds until the source is there, seconds of setup up to the first rollout, peak memory
-above that of the same run on 100 rows in MB, size of the source itself (its file, or its objects)
-in MB. The files are written first, in a temporary folder, and that is not counted.
+A run of one update with the embedded student reads each source in its own process. The columns are
+seconds until the source exists, seconds of setup up to the first rollout, peak memory above that of
+the same run on 100 rows in MB, and size of the source (its file, or its objects) in MB. Writing the
+files, into a temporary folder, is not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write(folder: Path, rows: int) -> None:
 
 
 def load(kind: str, rows: int, folder: Path) -> Any:
-    """Return the source and its own size in bytes."""
+    """Return the source and its size in bytes."""
     from kdrl_lightning import HFPrompts, JSONLPrompts, MixedPrompts
     from kdrl_lightning.tiny import ColumnAddition
 

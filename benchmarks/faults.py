@@ -1,17 +1,17 @@
-"""Strikes small runs with faults on purpose, and counts what is lost.
+"""Injects faults into small runs, and counts what they lose.
 
 Processes are killed at random moments (all of a run, or one rank), Ctrl-C is pressed, disks fill up
 or turn read-only, checkpoints are cut short or get a flipped bit, rewards and servers die. After
-each fault the same command is run again, and what comes out must equal an undisturbed run byte for
-byte: the exported student, and every logged number that no clock decides.
+each fault the same command runs again, and its results must equal an undisturbed run byte for
+byte: the exported student, and every logged number that does not depend on a clock.
 
-Everything happens on this machine, on loopback. The disks are small ones in memory, which need root
-(Linux); without it these cases say that they were not run. Writes ``faults.json`` into --out, and
-the page ``faults.md`` beside that folder; exits with 1 if a fault did harm.
+Everything runs on one machine, on loopback. The disks are small and in memory, which needs root
+(Linux); without root these cases report that they were not run. The script writes ``faults.json``
+into --out, and the page ``faults.md`` beside that folder; it exits with 1 if a fault did harm.
 
-A campaign has parts, e.g. ``disk ddp export``. Each is in ``faults.json`` as soon as it is done;
-the same command leaves out those that are there, so that a campaign that was stopped goes on, and
-``--only`` adds to what is there. ``--again`` strikes them anew, e.g. after a repair.
+A campaign has parts, e.g. ``disk ddp export``. Each part is in ``faults.json`` as soon as it is
+done. The same command skips these, so a stopped campaign continues, and ``--only`` adds parts.
+``--again`` repeats them, e.g. after a repair.
 
     python benchmarks/faults.py --out docs/faults --kills 100 --seed 0 [--only "kill ddp,disk"]
 """
@@ -72,7 +72,7 @@ HEAD = """| fault | times | same end after it | most updates lost | harm |
 
 
 def row(case: str, done: list[Part]) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     mine = [e for p in done if p.case == case for e in p.events if "not_run" not in e]
     ends = [e for e in mine if e.get("end")]
     struck = sum(e.get("times", 1) for e in mine)
@@ -85,12 +85,12 @@ def row(case: str, done: list[Part]) -> str:
 
 
 def table(done: list[Part]) -> str:
-    """What was struck, what was lost."""
+    """Return the table of faults and losses."""
     return "\n".join([HEAD, *(row(case, done) for case in CASES), ""])
 
 
 def notes(done: list[Part], every: list[Part]) -> str:
-    """Return what the table cannot show: each harm, and what was not run."""
+    """Return the notes below the table: each harm, and the parts that were not run."""
     events = [(part, event) for part in done for event in part.events]
     harms = [f"- {harm(part, event)}" for part, event in events if event["fault"]]
     text = "\n".join(["What the column *harm* counts:", "", *harms, "", ""]) if harms else ""
@@ -101,7 +101,7 @@ def notes(done: list[Part], every: list[Part]) -> str:
 
 
 def harm(part: Part, event: Event) -> str:
-    """Return one harm as a line of the page."""
+    """Return a line of the page for one harm."""
     moment = f", at {event['moment']}" if event.get("moment") else ""
     return f"{part.name}, {event['what']}{moment}: `{event['fault'].replace('`', chr(39))}`"
 
@@ -122,20 +122,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for faults.json")
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs, over all strategies")
     parser.add_argument("--interrupts", type=int, default=10, help="Ctrl-Cs, over all strategies")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--only", default="", help="how names of parts begin, with commas between")
-    parser.add_argument("--again", action="store_true", help="strike parts that are done anew")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument(
+        "--only", default="", help="beginnings of names of parts, separated by commas"
+    )
+    parser.add_argument("--again", action="store_true", help="repeat parts that are done")
     args = parser.parse_args()
     every = campaign.parts(args.kills, args.interrupts, args.seed)
     try:
         wanted = campaign.chosen(every, [name for name in args.only.split(",") if name])
     except ValueError as error:
         parser.error(str(error))
-    # A shell lets what runs in the background ignore Ctrl-C, and so would the runs.
+    # A background process of a shell ignores Ctrl-C, and the runs would inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "faults.json"
-    # Of another seed or number of kills: another campaign.
+    # Another seed or number of kills starts another campaign.
     done = [p for p in campaign.load(file) if any(p.same(q) for q in every)]
     with tempfile.TemporaryDirectory(prefix="kdrl-faults-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

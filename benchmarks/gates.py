@@ -1,6 +1,7 @@
-"""Do gates on imitation help? KDRL with a fallible teacher, each gate alone and all together.
+"""Measures whether gates on imitation help: KDRL with a teacher that errs, gate by gate.
 
-The teacher forgets half of the carries, the student nine of ten. Writes ``gates.json`` and
+The teacher forgets half of the carries, the student nine of ten. Runs use each gate alone, and all
+gates together. Writes ``gates.json`` and
 ``gates.md`` into --out.
 
     python benchmarks/gates.py --out docs/comparison
@@ -18,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 ROLLOUTS, RATE = 30, 6e-4
-# A gate also lowers the weight of the KL as a whole, hence the second control.
+# A gate also lowers the total weight of the KL, so a second control lowers only that.
 BETA = {"none, β 0.1": 0.1}
 GATES: dict[str, dict[str, float]] = {
     "none": {},
@@ -35,7 +36,7 @@ GATES: dict[str, dict[str, float]] = {
 
 
 def run(gate: str, seed: int) -> dict[str, Any]:
-    """KDRL with one gate."""
+    """Train KDRL with one gate, and return its accuracies."""
     from benchmarks.methods import train
 
     config = [
@@ -53,7 +54,7 @@ def run(gate: str, seed: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: mean (lowest - highest) over seeds."""
+    """Return a Markdown table: mean (lowest - highest) over seeds."""
     lines = ["| gate | greedy | sampled |", "| --- | --- | --- |"]
     for gate in GATES:
         runs = [r for r in results if r["gate"] == gate]

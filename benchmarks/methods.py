@@ -1,10 +1,10 @@
-"""All methods on the embedded task and on Knights and Knaves.
+"""Compares all methods on the embedded task and on Knights and Knaves.
 
-The search of the learning rate is equal for all: for each setting and method, one run per learning
-rate on the first seed, then all seeds with the best; other settings are those of the
+The search for the learning rate is equal for all methods: for each setting and method, one run per
+learning rate on the first seed, then all seeds with the best; other settings are those of the
 configurations. Every run of a setting has the same number of rollouts and completions to learn
-from, and the same prompts; DAPO samples more, and other prompts, to replace groups without
-variance. Writes ``methods.json``, ``methods.md`` (the tables) and ``methods.png`` into --out.
+from, and the same prompts, but DAPO samples more prompts to replace groups without variance. Writes
+``methods.json``, ``methods.md`` (the tables) and ``methods.png`` into --out.
 
     python benchmarks/methods.py --out docs/comparison
 """
@@ -50,7 +50,7 @@ FAMILY = (
 
 
 class Setting(NamedTuple):
-    """A task at a difficulty: where the configurations lie, and how long runs are."""
+    """A task at one difficulty: the folder of its configurations, and the length of runs."""
 
     title: str
     configs: str
@@ -84,7 +84,7 @@ EVERY = 10
 
 
 def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
-    """One run of the comparison."""
+    """Run one method of the comparison, and return its result."""
     method, setting, rate, seed = job
     task = SETTINGS[setting]
     config = ["--config", str(ROOT / task.configs / f"{method}.yaml"), *task.overrides]
@@ -146,7 +146,7 @@ def train(config: list[str], rollouts: int, rate: float, seed: int) -> dict[str,
 
 
 def reached(curve: list[list[float]], level: float) -> float | None:
-    """First measured rollout at which accuracy is at least ``level``."""
+    """Return the first measured rollout with an accuracy of at least ``level``."""
     return next((rollout for rollout, accuracy in curve if accuracy >= level), None)
 
 
@@ -155,7 +155,7 @@ def search(
 ) -> None:
     """Run the equal search, then the remaining seeds with each method's best rate.
 
-    Appends to ``results`` and writes them to ``file``; a run that is there is not repeated.
+    It appends to ``results`` and writes them to ``file``; it does not repeat runs in ``results``.
     """
 
     def run_all(jobs: list[tuple[str, str, float, int]]) -> None:
@@ -183,7 +183,7 @@ def search(
                 if (r["method"], r["setting"], r["seed"]) == (method, setting, seeds[0])
                 and r["rollouts"] == SETTINGS[setting].rollouts
             ]
-            # The best end; of those within two points, the fastest (mean over the curve).
+            # The best final accuracy; within two points of it, the fastest (mean over the curve).
             end = max(r["greedy"] for r in tried)
             best[setting, method] = max(
                 (r for r in tried if r["greedy"] >= end - 0.02),
@@ -213,7 +213,7 @@ def chosen(results: list[dict[str, Any]], setting: str, method: str) -> list[dic
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: mean (lowest - highest) over seeds, for each setting."""
+    """Return Markdown tables for each setting: mean (lowest - highest) over seeds."""
     lines = []
     for setting, task in SETTINGS.items():
         if not any(r["setting"] == setting for r in results):
@@ -238,7 +238,7 @@ def table(results: list[dict[str, Any]]) -> str:
             known = [f for f in found if f is not None]
             first = "–" if not known else f"{statistics.median(known):g}"
             first += "" if len(known) in (0, len(found)) else f" ({len(known)} of {len(found)})"
-            # Of all its runs the quickest: other work on the machine only adds.
+            # The fastest of all its runs: other load on the machine can only slow a run.
             every = [r for r in results if (r["setting"], r["method"]) == (setting, method)]
             quickest = min(every, key=lambda r: float(r["work_seconds"]))
             rollout = quickest["work_seconds"] / task.rollouts
@@ -255,7 +255,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Greedy accuracy over rollouts, mean over seeds; few methods a panel."""
+    """Draw greedy accuracy over rollouts, averaged over seeds, with a few methods per panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

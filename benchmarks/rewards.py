@@ -1,4 +1,4 @@
-"""Rewards per second of each kind, and what completions that hang cost.
+"""Measures rewards per second of each kind, and the cost of completions that hang.
 
 ``python benchmarks/rewards.py`` prints the table of ``docs/tasks.md``.
 """
@@ -10,7 +10,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import KnightsAndKnavesPrompts, ReasoningGymPrompts
@@ -37,7 +36,7 @@ HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
 
 def length(sample: Sample) -> float:
-    """A function as users write them."""
+    """Return a reward, as a user's function does."""
     return float(len(sample.text))
 
 
@@ -93,7 +92,7 @@ def cases(count: int, workers: int) -> list[tuple[str, Reward, list[Sample]]]:
 
 
 def speed(reward: Reward, samples: Sequence[Sample]) -> float:
-    """Return completions per second, after a first one that starts what is needed."""
+    """Return completions per second, without the first one, which starts processes."""
     results: list[Verdict | Exception] = judge(reward, samples[:1])
     started = time.perf_counter()
     results += judge(reward, samples)
@@ -106,11 +105,11 @@ def speed(reward: Reward, samples: Sequence[Sample]) -> float:
 
 
 def hanging(count: int, workers: int, limit: float) -> str:
-    """Judge completions of which one in a hundred hangs; return the line of the report."""
+    """Judge completions, of which one in a hundred hangs; return a line of the report."""
     reward = MathReward(time_limit_s=limit, workers=workers)
     runner = RewardRunner(reward)
     runner.start()
-    # A hundred different ones: equal pairs are judged once.
+    # A hundred different completions, because equal pairs are judged once.
     texts = [
         rf"{HANGS[:-1]}+{i}}}" if i % 100 == 50 else rf"\boxed{{\frac{{{i}}}{{7}}}}"
         for i in range(count)
@@ -152,7 +151,7 @@ def main() -> None:
     parser.add_argument("--hanging", type=int, default=10_000, help="completions, 1 %% hanging")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--limit", type=float, default=2.0, help="seconds of a verification")
-    args: Any = parser.parse_args()
+    args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.workers} workers\n")
     print("| reward | completions per second |\n| --- | --- |")
     for name, reward, samples in cases(args.count, args.workers):

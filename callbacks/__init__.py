@@ -1,7 +1,5 @@
 """Callbacks: annealing, statistics, checks, checkpoints, progress, report, predictions, samples."""
 
-from typing import Any
-
 from kdrl_lightning.callbacks import weight_sync
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
@@ -32,7 +30,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[WeightSyncCheck]:
     if name == "WeightSync":  # its name in 0.1
-        return getattr(weight_sync, name)
+        return weight_sync.__getattr__(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,15 +36,15 @@ class RolloutCallback(pl.Callback):
     Subclass it and override ``on_rollout_start``, ``on_step_end`` or ``on_rollout_end``. A rollout
     is used for ``updates_per_rollout`` optimizer steps (mini-batches times epochs), and each of
     these has ``accumulate_grad_batches`` micro-batches. The count follows from
-    ``trainer.global_step``, so a resumed run, also one that resumes in the middle of a rollout,
-    goes on with the same numbers and needs no state. Data without rollouts, such as
-    ``SupervisedDataModule``, counts each optimizer step as one rollout.
+    ``trainer.global_step``, so a run continues with the same numbers and needs no state, even if it
+    resumes in the middle of a rollout. Data without rollouts, such as ``SupervisedDataModule``,
+    counts each optimizer step as one rollout.
 
     If ``max_steps`` ends the run in the middle of a rollout, ``on_rollout_end`` is not called for
-    that one; use ``on_train_end`` for what must happen at the end in any case.
+    that rollout. Use ``on_train_end`` for work that every run must do at its end.
 
-    A subclass that overrides ``on_train_batch_start`` or ``on_train_batch_end`` must call
-    ``super()``'s.
+    A subclass that overrides ``on_train_batch_start`` or ``on_train_batch_end`` must call the
+    method of ``super()``.
 
     Example:
         >>> class Announce(RolloutCallback):
@@ -55,15 +55,15 @@ class RolloutCallback(pl.Callback):
     def on_rollout_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, rollout: int
     ) -> None:
-        """Act before the first update on a rollout, which is sampled and scored by then.
+        """Act before the first update on a rollout, after it is sampled and scored.
 
-        Not called for the rest of a rollout after a resume in its middle.
+        If a run resumes in the middle of a rollout, this hook is not called for that rollout.
 
         Args:
-            trainer: of the run.
+            trainer: the run's trainer.
             pl_module: the module in training.
             batch: the first micro-batch of the rollout.
-            rollout: its index, from 0.
+            rollout: index of the rollout, from 0.
         """
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,7 +75,7 @@ class RolloutCallback(pl.Callback):
         """Act after the last update on a rollout, and after ``on_step_end``.
 
         Args:
-            trainer: of the run.
+            trainer: the run's trainer.
             pl_module: the module in training.
             rollout: index of the rollout that ends, from 0.
         """

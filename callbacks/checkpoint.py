@@ -1,4 +1,4 @@
-"""Checkpoints of a run, for one device, ddp and fsdp2 alike."""
+"""Saves the checkpoints of a run, on one device and under ddp and fsdp2."""
 
 from __future__ import annotations
 
@@ -35,31 +35,32 @@ class Entry(TypedDict):
 
 
 class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
-    """Saves the student, the optimizer and the run's progress, so that a killed run goes on.
+    """Saves the student, the optimizer and the run's progress, so that you can resume a killed run.
 
-    A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards; a path holds a
-    whole one or nothing. The frozen models are not in it. A half-used rollout is.
+    A checkpoint is a file ``step=N.ckpt``, or under ``fsdp2`` a folder of shards. It gets its name
+    only when it is complete. It holds a half-used rollout, but not the frozen models.
 
-    A resumed run has a run folder, and so a folder of checkpoints, of its own.
+    A resumed run gets a new run folder, and so a new folder of checkpoints.
 
-    It is saved at the end of every ``every_n_rollouts``-th rollout, behind the validation where one
-    follows; the newest ``keep_last`` stay, and the ``save_top_k`` best of those with a validation.
-    On SIGTERM or Ctrl-C all processes finish the optimizer step, save, and stop; a second Ctrl-C
-    stops at once. After that, and after an exception, the last checkpoint stands.
-    ``fit --ckpt_path last`` continues from the newest whole one under the logger's name, whatever
-    its version; ``best`` is that of this run.
+    The callback saves at the end of every ``every_n_rollouts``-th rollout; if a validation follows,
+    it saves after that. It keeps the newest ``keep_last`` checkpoints, and the ``save_top_k`` best
+    of those with a validation. On SIGTERM or Ctrl-C all processes finish the optimizer step, save,
+    and stop; a second Ctrl-C stops at once. After that, and after an exception, you can resume from
+    the last checkpoint. ``fit --ckpt_path last`` continues from the newest intact checkpoint under
+    the logger's name, whatever its version; ``best`` is the best one of this run.
 
-    A subclass, so that Lightning knows where the last and the best are; hooks and names are its
-    own: those of ``ModelCheckpoint`` save before a validation that a resume then leaves out.
+    The class extends ``ModelCheckpoint``, so that Lightning knows the last and the best checkpoint.
+    It replaces the hooks and file names of ``ModelCheckpoint``, which saves before a validation: a
+    run that resumes there would skip the validation.
 
     Args:
-        dirpath: folder; ``checkpoints`` in the run folder if None.
-        monitor: metric of the validation that ranks checkpoints; None: only the newest stay.
-        mode: ``max`` or ``min``: which end of the metric is best.
-        save_top_k: best checkpoints to keep.
-        keep_last: newest checkpoints to keep.
+        dirpath: folder of the checkpoints; None: ``checkpoints`` in the run folder.
+        monitor: metric of the validation that ranks checkpoints; None keeps only the newest.
+        mode: ``max`` or ``min``: whether large or small values are best.
+        save_top_k: number of best checkpoints to keep.
+        keep_last: number of newest checkpoints to keep.
         every_n_rollouts: rollouts (without rollouts: optimizer steps) between two checkpoints.
-        asynchronous: write while training goes on; needs host memory for a copy of the state.
+        asynchronous: write while training continues; needs host memory for a copy of the state.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Name in a checkpoint."""
+        """Key of this callback's state in a checkpoint."""
         return type(self).__name__
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -100,7 +101,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         self._due, self._stops = False, 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the folder, and room in it."""
+        """Choose the folder, and check that the disk has room."""
         module = trained(pl_module)
         named, folder = self._named, run_folder(trainer)
         self._folder = folder / "checkpoints" if named is None else Path(named)
@@ -116,12 +117,12 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         stop_together(lambda: check_space(needs) if trainer.is_global_zero else None, module.reduce)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the run goes on, clear up behind a kill, and listen for signals."""
+        """Print where a run resumes, delete unfinished checkpoints, and listen for signals."""
         sharded = trainer.strategy.restore_checkpoint_after_setup
         if self._named is not None and sharded and not is_trial_run(trainer):
             self._refuse_another_run(trainer)  # `ckpt_path` was not known before
         if trainer.ckpt_path and trainer.is_global_zero:
-            print(f"going on from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
+            print(f"continuing from {trainer.ckpt_path} at step {trainer.global_step}", flush=True)
         if trainer.is_global_zero:
             remove_unfinished(self._folder)
         if not is_trial_run(trainer):
@@ -156,17 +157,17 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         self._save_if_due(trainer, score)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: epochs mean nothing here."""
+        """Do nothing: checkpoints follow rollouts, not epochs."""
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Save nothing: the other ranks may be somewhere else."""
+        """Stop listening for signals; save nothing, since other ranks may not have failed."""
         self._signals.explain(exception)
         self._let_go()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait for the last one; stop if a signal came after the last step."""
+        """Wait for the last checkpoint; stop if a signal came after the last step."""
         self._writer.wait(trainer)
         self._prune(trainer)
         self._stops = self._signals.agreed(trained(pl_module).reduce)
@@ -174,7 +175,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         self._stop_if_agreed(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give back signals and folder."""
+        """Restore the signal handlers, and release the run folder."""
         self._let_go()
 
     def _let_go(self) -> None:
@@ -183,12 +184,13 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             os.close(self._held)
             self._held = None
 
+    # `Any`: Lightning's type of states.
     def state_dict(self) -> dict[str, Any]:
-        """Return which checkpoints there are, with their scores."""
+        """Return the list of checkpoints, with their scores."""
         return {"entries": [entry.copy() for entry in self.entries]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore the list of checkpoints."""
         self.entries = [entry.copy() for entry in state_dict["entries"]]
         self._name_best()
 
@@ -207,7 +209,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             self._writer.wait(trainer)
             raise Interrupted(
                 f"stopped by {NAMES[self._stops]} after step {trainer.global_step}: saved "
-                f"{self.last_model_path}. Go on with `--ckpt_path last`.",
+                f"{self.last_model_path}. Continue with `--ckpt_path last`.",
                 self._stops,
             )
 
@@ -237,10 +239,10 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         self.last_model_path = self.entries[-1]["path"] if self.entries else ""
 
     def _prune(self, trainer: pl.Trainer) -> None:
-        """Delete what is neither among the best nor among the newest.
+        """Delete checkpoints that are neither among the best nor among the newest.
 
-        That of an earlier run goes only if ``last`` has found it, and that run has ended: a path
-        that a user names may be the start of several runs.
+        Delete one of an earlier run only if ``last`` found it and that run has ended: several runs
+        may start from a path that a user names.
         """
         keep = [*self.entries[-self.keep_last :], *self._ranked()[: self.save_top_k]]
         gone = [e for e in self.entries if e not in keep]
@@ -257,7 +259,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         together(trainer, delete)
 
     def _refuse_another_run(self, trainer: pl.Trainer) -> None:
-        """Keep two runs out of one named folder: each would overwrite the other's checkpoints."""
+        """Refuse another run's folder: each would overwrite the checkpoints of the other."""
         found = next(self._folder.glob("step=*.ckpt"), None) if trainer.is_global_zero else None
         found = trainer.strategy.broadcast(found)
         start = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent
@@ -268,14 +270,14 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             )
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        """Return the newest whole one of any run under this name, for ``ckpt_path="last"``."""
+        """Return the newest intact checkpoint under this name, for ``ckpt_path="last"``."""
         named = self._named
         folders = checkpoint_folders(trainer) if named is None else [Path(named)]
         found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
         newest, broken = newest_whole(found)
         self._continues = True
-        if newest is None:  # a broken one is refused when it is read
+        if newest is None:  # reading a damaged one raises an error
             return {str(max(found, key=lambda p: p.stat().st_mtime_ns))} if found else set()
         for text in broken:
-            rank_zero_warn(f"`--ckpt_path last` passes over {text} and takes {newest}.")
+            rank_zero_warn(f"`--ckpt_path last` skips {text} and takes {newest}.")
         return {str(newest)}

@@ -1,4 +1,4 @@
-"""Where the teacher acts: statistics of selective imitation."""
+"""Statistics of selective imitation: on which tokens the teacher acts, and how strongly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RANGES = {
 class SelectiveImitationStats(RolloutCallback):
     """Logs ``kd/*`` and ``policy/*`` once per optimizer step, token-weighted over all ranks.
 
-    ``docs/statistics.md`` says how to read each. Histograms of the teacher's gap, the log ratio,
+    ``docs/statistics.md`` explains each. Histograms of the teacher's gap, the log ratio,
     TRRD's weight and the entropy go to a TensorBoard or W&B logger. At the end it prints a table of
     the first and the last rollouts, and writes ``imitation.png`` into the run folder.
 
@@ -45,15 +45,17 @@ class SelectiveImitationStats(RolloutCallback):
     - ``kd/reverse_kl``: mean of log pi - log pi_T (k1), an estimate of KL(student || teacher) per
       token; ``kd/reverse_kl_k3`` another that is never negative; ``_correct`` and ``_wrong`` split
       both by the verifier's answer.
-    - ``kd/conflict_frac``: of the tokens with an advantage, those that the teacher would push the
-      other way; ``kd/strong_conflict_frac``: by more than a factor of two in probability.
-    - ``kd/top_token_agreement``: tokens at which both find the same token most likely.
-    - ``kd/teacher_entropy``, beside ``policy/entropy``.
+    - ``kd/conflict_frac``: of the tokens with an advantage, those on which the teacher's gap has
+      the opposite sign; ``kd/strong_conflict_frac``: those on which the gap is also larger than a
+      factor of two in probability.
+    - ``kd/top_token_agreement``: tokens at which student and teacher have the same most likely
+      token.
+    - ``kd/teacher_entropy``: the teacher's entropy, to compare with ``policy/entropy``.
     - ``kd/offset_clamp_frac``: tokens whose teacher offset RLAD clamps; ``kd/offset_weight_max``
-      and ``_p99``: of TRRD's weight ``(pi_old / pi_T)^(1 - alpha)``.
+      and ``_p99``: maximum and 99th percentile of TRRD's ``(pi_old / pi_T)^(1 - alpha)``.
     - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range; ``_low``,
       ``_high``.
-    - ``policy/ratio_mean``, ``policy/ratio_max``: of the ratio that is clipped.
+    - ``policy/ratio_mean``, ``policy/ratio_max``: mean and maximum of the ratio that is clipped.
 
     Args:
         histogram_every: rollouts between two histograms.
@@ -85,7 +87,7 @@ class SelectiveImitationStats(RolloutCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: Any,  # Lightning's union of step outputs cannot be indexed
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
@@ -111,7 +113,7 @@ class SelectiveImitationStats(RolloutCallback):
         histograms = self._hist.compute(module.reduce)
         weight = histograms.get("hist/log_offset_weight")
         if weight is not None and weight.counts.sum():
-            edge = math.exp(weight.quantile(0.99))  # of a bin: it may lie beyond the largest value
+            edge = math.exp(weight.quantile(0.99))  # of a bin, above the largest value perhaps
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
         module.log_step(self._stats.with_gaps(values))
         self._step, self._step_histograms = values, histograms
@@ -119,7 +121,7 @@ class SelectiveImitationStats(RolloutCallback):
     def on_rollout_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
     ) -> None:
-        """Keep the values of the rollout's last step; now and then also the histograms."""
+        """Keep the rollout's last values, and its histograms every ``histogram_every`` rollouts."""
         self.rows.append({"rollout": rollout + 1, **self._step})
         if rollout % self.histogram_every == 0:
             self.histograms[rollout + 1] = self._step_histograms
@@ -135,7 +137,7 @@ class SelectiveImitationStats(RolloutCallback):
         write_or_warn(file, lambda: plot_imitation(file, self.rows, self.histograms))
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep rows and histograms over a resume."""
+        """Return rows, histograms and the statistics of an unfinished step."""
         counts = {
             rollout: {name: h.counts.tolist() for name, h in histograms.items()}
             for rollout, histograms in self.histograms.items()
@@ -143,7 +145,7 @@ class SelectiveImitationStats(RolloutCallback):
         return {"rows": self.rows, "histograms": counts, "step_stats": self._stats.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore what ``state_dict`` returned."""
         self.rows = state_dict["rows"]
         self._stats.load_state_dict(state_dict.get("step_stats", ()))  # not in older checkpoints
         self.histograms = {
@@ -154,13 +156,14 @@ class SelectiveImitationStats(RolloutCallback):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch and what its objective makes of it, worked out once.
+    """A micro-batch and what its objective computes from it, each value once.
 
     Attributes:
         objective: decides what is clipped and what is imitated.
         batch: a scored micro-batch.
         logprobs: ``[B, T]`` of the update's forward pass, detached.
-        top_ids: ``[B, T]``, the most likely tokens there; None takes those at rollout time.
+        top_ids: ``[B, T]``, the student's most likely tokens in that pass; None: those at rollout
+            time are used.
     """
 
     objective: Objective
@@ -180,7 +183,7 @@ class MicroBatch:
 
     @cached_property
     def offset_weight(self) -> Tensor | None:
-        """``[B, T]`` log of TRRD's weight w: what its ratio has beyond rho; None without one."""
+        """``[B, T]`` log of TRRD's weight w, its ratio divided by rho; None without TRRD."""
         anchored = any(getattr(p, "anchored", False) for p in self.objective.parts())
         if self.batch.old_logprobs is None or not anchored:
             return None
@@ -263,7 +266,7 @@ def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -
 def log_histograms(trainer: pl.Trainer, histograms: dict[str, Histogram]) -> None:
     """Send histograms to the loggers that can show them."""
     for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)  # of TensorBoard, W&B or another
+        experiment: Any = getattr(logger, "experiment", None)  # loggers share no type
         for name, histogram in histograms.items():
             counts, edges = histogram.counts, histogram.edges
             if hasattr(experiment, "add_histogram_raw"):  # TensorBoard

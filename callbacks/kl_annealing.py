@@ -11,14 +11,14 @@ from kdrl_lightning.callbacks.schedules import LinearWithFloor
 class KLCoefficientAnnealing(CoefficientSchedule):
     """Sets the objective's ``teacher_kl_coef`` to ``max(start - decrement * step, floor)``.
 
-    KDRL (arXiv 2506.02208): the defaults are the paper's; the floor is reached at step 80. It is
-    ``CoefficientSchedule`` with ``LinearWithFloor``.
+    KDRL (arXiv 2506.02208): the defaults are the paper's and reach the floor at step 80. The
+    class is ``CoefficientSchedule`` with ``LinearWithFloor``.
 
     Args:
         start: coefficient at step 0.
         floor: smallest coefficient, at most ``start``.
-        decrement: fall per step, above 0.
-        unit: what a step is.
+        decrement: decrease per step, above 0.
+        unit: whether a step is a rollout or an optimizer step.
 
     >>> KLCoefficientAnnealing().coef_at(0), KLCoefficientAnnealing().coef_at(80)
     (0.005, 0.001)

@@ -1,4 +1,4 @@
-"""The completions that ``predict`` makes, in one file."""
+"""Writes the completions of ``predict`` into one file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from kdrl_lightning.trainer.run_folder import run_folder
 class PredictionWriter(pl.Callback):
     """Writes ``predictions.jsonl`` or ``.parquet`` into the run folder, batch by batch.
 
-    One file for all processes, a row per completion, in the order of sets, prompts and samples. It
-    has its name once it is whole, and ``.part`` behind it until then. Nothing is kept in memory.
+    All processes write one file, with a row per completion, in the order of sets, prompts and
+    samples. The file's name ends in ``.part`` until it is complete. The callback keeps no
+    completions in memory.
 
     Args:
-        format: ``jsonl``: the prompt's columns beside ours; those that are called like ours
-            (``completion``, ``reward``, ``index``, ...) under their names in ``row``. ``parquet``:
-            ours, and all of the prompt's columns as JSON in ``row``; needs pyarrow.
+        format: ``jsonl``: our columns and the prompt's; if a column of the prompt has the name of
+            one of ours (``completion``, ``reward``, ``index``, ...), it goes into ``row``.
+            ``parquet``: our columns, and all of the prompt's as JSON in ``row``; needs pyarrow.
     """
 
     def __init__(self, format: Literal["jsonl", "parquet"] = "jsonl") -> None:
@@ -50,7 +51,7 @@ class PredictionWriter(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: Any,  # Lightning's types
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import NoReturn
 
 import lightning.pytorch as pl
 from tqdm import tqdm
@@ -21,7 +21,7 @@ SHOWN = {
 
 
 class RolloutProgress(RolloutCallback):
-    """One bar over the whole run: rollouts done, time left, and the figures that matter.
+    """Shows one progress bar for the run: rollouts done, time left, and the main metrics.
 
     Without a terminal it prints a line every few seconds instead.
 
@@ -31,11 +31,11 @@ class RolloutProgress(RolloutCallback):
 
     def __init__(self, description: str = "rollouts") -> None:
         self.description = description
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[NoReturn] | None = None
         self._per = 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how many rollouts the run means, and open the bar."""
+        """Print the number of rollouts in the run, and open the bar."""
         if not trainer.is_global_zero:
             return
         data = rollout_data(trainer)
@@ -43,7 +43,7 @@ class RolloutProgress(RolloutCallback):
         steps = trainer.estimated_stepping_batches
         total = None if steps == float("inf") else -(-int(steps) // self._per)
         if data is not None:
-            amount = "no limit of steps" if total is None else f"{steps} steps = {total} rollouts"
+            amount = "no step limit" if total is None else f"{steps} steps = {total} rollouts"
             print(
                 f"{amount}, each of {data.rollout.prompts_per_rollout} prompts x "
                 f"{data.completions_per_prompt} completions for {self._per} optimizer steps",
@@ -74,14 +74,14 @@ class RolloutProgress(RolloutCallback):
             self._bar.update(done - self._bar.n)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say that it validates."""
+        """Show that a validation is running."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self.description} (validating)")
         elif trainer.is_global_zero:
             print("measuring the student on the validation prompts", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go back to the rollouts."""
+        """Show the rollouts again."""
         if self._bar is not None:
             self._bar.set_description_str(self.description, refresh=False)
 
@@ -92,7 +92,7 @@ class RolloutProgress(RolloutCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar, so that the error stands on a line of its own."""
+        """Close the bar, so that the error starts on a new line."""
         self._close()
 
     def _close(self) -> None:

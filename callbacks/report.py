@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary, picture, trained student, and a table at the end."""
+"""Writes a run's summary, curves and trained student, and prints a table at the end."""
 
 from __future__ import annotations
 
@@ -49,17 +49,18 @@ CURVES = (
 
 
 class RunReport(RolloutCallback):
-    """Measures student and teacher before and after, and writes the run folder.
+    """Measures the accuracy of student and teacher, and writes the run folder.
 
-    The run folder is the logger's (or ``default_root_dir``); a run that finds another one there
-    takes a new folder beside it. It gets ``summary.json``, ``curves.png`` and ``student/``, the
-    trained student as a Hugging Face folder, which is written also if anything else fails.
+    The student is measured before and after training, the teacher before. The run folder is the
+    logger's (or ``default_root_dir``); if another run uses it, the run takes a new folder beside
+    it. The callback writes ``summary.json``, ``curves.png`` and ``student/``, the trained student
+    as a Hugging Face folder. It writes the student even if something else fails.
 
-    Put it behind the callbacks whose values it shows, e.g. ``SelectiveImitationStats``.
+    Put it after the callbacks that log the values it shows, e.g. ``SelectiveImitationStats``.
 
     Args:
-        evaluate_teacher: measure the teacher on the validation prompts before training. A sharded
-            one is gathered whole on every rank for it: switch it off where that does not fit.
+        evaluate_teacher: measure the teacher on the validation prompts before training. For this,
+            every rank gathers the whole of a sharded teacher: set False if that does not fit.
         export: write the student.
     """
 
@@ -84,7 +85,7 @@ class RunReport(RolloutCallback):
             self._saved = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reserve the run folder, and try now what would fail at the end."""
+        """Reserve the run folder, and check now what could fail at the end."""
         module = trained(pl_module)
         run_folder(trainer)
         check_early_stopping(trainer)
@@ -94,7 +95,7 @@ class RunReport(RolloutCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the teacher, and the student unless the sanity check just did.
 
-        A resumed run has both from its start.
+        A resumed run has both values from its checkpoint.
         """
         module = trained(pl_module)
         if self.accuracy and trainer.ckpt_path:
@@ -115,6 +116,7 @@ class RunReport(RolloutCallback):
         if value is not None and whole:
             self._note(trainer.global_step, float(value))
 
+    # `Any` as in Lightning: its batches, outputs and states.
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -135,7 +137,7 @@ class RunReport(RolloutCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the latest values: some are logged at a rollout's start, before a resume perhaps."""
+        """Keep the latest values: some are logged only at a rollout's start, before a resume."""
         metrics = trainer.callback_metrics
         self._latest |= {name: float(metrics[name]) for name in CURVES if name in metrics}
 
@@ -146,11 +148,11 @@ class RunReport(RolloutCallback):
         self.curves.append({"rollout": rollout + 1, **self._latest})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure once more if need be."""
+        """Measure the student, unless the last validation just did."""
         self._measure_student(trainer, trained(pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write everything, and print the table below a closed progress bar."""
+        """Write all files, and print the table; the progress bar is closed by now."""
         module = trained(pl_module)
         folder = run_folder(trainer)
         if self.export and not is_trial_run(trainer):
@@ -173,10 +175,10 @@ class RunReport(RolloutCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Save the student of a run that someone else's error ends.
+        """Save the student if an error ends the run, but not if a signal does.
 
-        Without the other ranks, which may be somewhere else. Shards on several ranks cannot be
-        gathered then; their last checkpoint stands.
+        Rank 0 saves alone, since the other ranks may not have failed. It cannot gather a student
+        that is sharded over several ranks; for that, use the last checkpoint.
         """
         module = trained(pl_module)
         stopped = isinstance(exception, KeyboardInterrupt | Interrupted)
@@ -191,7 +193,7 @@ class RunReport(RolloutCallback):
                 print(f"the student of step {trainer.global_step} is in {folder}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the curves over a resume."""
+        """Return the curves and the measured values."""
         return {
             "curves": self.curves,
             "latest": self._latest,
@@ -201,7 +203,7 @@ class RunReport(RolloutCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the curves."""
+        """Restore the curves and the measured values."""
         self.curves, self._latest = state_dict["curves"], state_dict["latest"]
         self.accuracy = [(int(step), float(value)) for step, value in state_dict["accuracy"]]
         self.teacher_accuracy = state_dict["teacher_accuracy"]
@@ -285,7 +287,7 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
 
 
 def _evaluate(trainer: pl.Trainer, weights: ModelWeights, who: str) -> float | None:
-    """Return a model's accuracy; None, with a warning, if it cannot be sampled from."""
+    """Return a model's accuracy; None, with a warning, if we cannot sample from it."""
     data = rollout_data(trainer)
     assert data is not None  # see `_can_evaluate`
     reason = data.cannot_evaluate(weights)

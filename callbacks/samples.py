@@ -1,4 +1,4 @@
-"""A few completions to read: a page in the run folder, and the loggers that show text."""
+"""Shows a few completions, on a page in the run folder and in loggers that take text."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ from kdrl_lightning.trainer.protocols import TrainedModule, is_trial_run, rollou
 from kdrl_lightning.trainer.run_folder import run_folder
 
 SCORED = (
-    "Completions of the last rollout, with the log-probabilities of the update that they were part "
-    "of last."
+    "Completions of the last rollout, with the log-probabilities of the last update that used them."
 )
-UNSCORED = "Completions of the validation: no teacher has scored them, so there is only the text."
+UNSCORED = (
+    "Completions of the validation: the teacher has not scored them, so only the text is shown."
+)
 
 
 class SamplePage(RolloutCallback):
     """Shows a few completions at each validation and at the end of training.
 
-    ``samples.html`` in the run folder colours each token of the last rollout by the teacher's gap
-    and marks what became of it; of the validation it shows the text. A TensorBoard or W&B logger
-    gets the text of both. All are the first rank's share. A resumed run begins a new page.
+    ``samples.html`` in the run folder colours each token of the last rollout by the teacher's gap,
+    and marks how the update used it. For validation completions it shows only the text. A
+    TensorBoard or W&B logger gets the text of both. All completions come from the first rank. A
+    resumed run starts a new page.
 
-    ``docs/evaluation.md`` says how to read it.
+    ``docs/evaluation.md`` explains the page.
 
     Args:
-        completions: of the rollout, and of each set of the validation; 0 writes nothing.
-        moments: newest validations that stay on the page.
-        max_tokens: tokens shown of a completion.
+        completions: number shown of the rollout, and of each validation set; 0 writes no page.
+        moments: number of newest validations that the page keeps.
+        max_tokens: most tokens shown of a completion.
     """
 
     def __init__(self, completions: int = 4, moments: int = 10, max_tokens: int = 512) -> None:
@@ -64,6 +66,7 @@ class SamplePage(RolloutCallback):
         if stage == "fit":
             self.sections, self._step, self._validated, self._shown = [], [], {}, -1
 
+    # `Any` as in Lightning: its outputs and batches.
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -72,7 +75,7 @@ class SamplePage(RolloutCallback):
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
-        """Keep the micro-batches of one optimizer step; they exist anyway."""
+        """Keep the micro-batches of the latest optimizer step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not trainer.is_global_zero or batch.rollout_logprobs is None:
             return
@@ -92,11 +95,11 @@ class SamplePage(RolloutCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first completions of each set."""
-        own = self._validated.setdefault(batch.of.name, [])
-        for i in range(min(self.completions - len(own), len(batch.judged))):
+        views = self._validated.setdefault(batch.of.name, [])
+        for i in range(min(self.completions - len(views), len(batch.judged))):
             row, sample = batch.rows[i // batch.of.samples], i % batch.of.samples
             title = f"prompt {row}, sample {sample}"
-            own.append(text_view(batch.judged[i], title, trained(pl_module).tokenizer))
+            views.append(text_view(batch.judged[i], title, trained(pl_module).tokenizer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the page."""
@@ -105,13 +108,13 @@ class SamplePage(RolloutCallback):
         self._validated = {}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it once more, unless the last validation just did."""
+        """Write the page again, unless the last validation just did."""
         if self._shown != trainer.global_step:
             self._show(trainer, trained(pl_module))
         self._step = []
 
     def section(self, trainer: pl.Trainer, pl_module: TrainedModule) -> Section:
-        """Return what there is to show at this step."""
+        """Return the section of the page for this step."""
         groups, notes = {}, {}
         scored = self._scored(trainer, pl_module)
         if scored:

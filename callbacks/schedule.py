@@ -1,4 +1,4 @@
-"""A coefficient that follows a schedule."""
+"""Sets a coefficient of the objective by a schedule."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ METRICS = {
 class CoefficientSchedule(RolloutCallback):
     """Sets one coefficient of the objective before each rollout or optimizer step.
 
-    It is a function of ``trainer.global_step``, so that a resumed run needs no state; only
-    ``PlateauSwitch`` remembers, and its memory is saved. Several of them may stand side by side.
+    The value is a function of ``trainer.global_step``, so a resumed run needs no state; only
+    ``PlateauSwitch`` has a state, which checkpoints hold. You can use several of these callbacks,
+    one for each coefficient.
 
     Args:
         coefficient: ``teacher_kl_coef``, ``trrd_alpha``, ``entropy_coef``, ``ref_kl_coef``,
             ``rl_coef``, ``reward_coef`` or ``distill_coef``.
-        schedule: its values.
-        unit: what a step of the schedule is.
+        schedule: the coefficient's value at each step.
+        unit: whether a step of the schedule is a rollout or an optimizer step.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class CoefficientSchedule(RolloutCallback):
 
     @property
     def state_key(self) -> str:
-        """Several schedules keep their states apart."""
+        """Key of this callback's state in a checkpoint, one for each coefficient."""
         return self._generate_state_key(coefficient=self.coefficient)
 
     @property
@@ -64,11 +65,11 @@ class CoefficientSchedule(RolloutCallback):
         return METRICS.get(self.coefficient, f"policy/{self.coefficient}")
 
     def coef_at(self, step: int) -> float:
-        """Coefficient at a step of the schedule's unit."""
+        """Return the coefficient at a step, counted in ``unit``."""
         return self.schedule.coef_at(step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that there is such a coefficient, that no other callback sets it, and set it."""
+        """Check that the objective has the coefficient, and that no other callback sets it."""
         if stage != "fit":
             return
         twins = [
@@ -78,23 +79,24 @@ class CoefficientSchedule(RolloutCallback):
         ]
         if len(twins) > 1:
             raise ConfigurationError(
-                f"`callbacks` must have one schedule for {self.coefficient}: got {len(twins)}."
+                f"`callbacks` must have one schedule for {self.coefficient}: got {len(twins)}. "
+                "Remove the others."
             )
         if isinstance(self.schedule, PlateauSwitch):
             self.schedule.reset()
             if trainer.limit_val_batches == 0:
                 raise ConfigurationError(
                     "`schedule` PlateauSwitch must have a validation to watch: got none. "
-                    "Give `val_prompts`, or take Switch."
+                    "Give `val_prompts`, or use Switch."
                 )
         objective = trained(pl_module).objective
         self._before = objective.coefficient(self.coefficient), objective.needs_reference
         _put_last(trainer)
         if self.coefficient == "ref_kl_coef" and max(self.schedule.extremes()) > 0.0:
-            objective.needs_reference = True  # also where the schedule starts at 0
+            objective.needs_reference = True  # even if the schedule starts at 0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the objective back as it was."""
+        """Restore the objective's coefficient."""
         module = trained(pl_module)
         if self._before is not None:
             coefficient, module.objective.needs_reference = self._before
@@ -105,6 +107,7 @@ class CoefficientSchedule(RolloutCallback):
         """Set the coefficient before the first rollout."""
         self._set(trainer, trained(pl_module))
 
+    # `Any` as in Lightning: its batches and states.
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -115,11 +118,11 @@ class CoefficientSchedule(RolloutCallback):
         module.log_step({self.metric: float(value)})
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the next one."""
+        """Set the coefficient of the next update."""
         self._set(trainer, trained(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let a plateau switch see the validation."""
+        """Pass the validation's metric to a plateau switch."""
         schedule = self.schedule
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not isinstance(schedule, PlateauSwitch) or not fitting:
@@ -134,11 +137,11 @@ class CoefficientSchedule(RolloutCallback):
         self._set(trainer, trained(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a plateau switch's memory."""
+        """Return the state of a plateau switch; empty for other schedules."""
         return self.schedule.state_dict() if isinstance(self.schedule, PlateauSwitch) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the state of a plateau switch."""
         if isinstance(self.schedule, PlateauSwitch):
             self.schedule.load_state_dict(state_dict)
 
@@ -152,10 +155,10 @@ class CoefficientSchedule(RolloutCallback):
 
 
 def _put_last(trainer: pl.Trainer) -> None:
-    """Let statistics see the coefficient of their update: schedules set the next one after them."""
+    """Move schedules after the statistics, which must see the coefficient of their update."""
     callbacks = callbacks_of(trainer)
     schedules = [c for c in callbacks if isinstance(c, CoefficientSchedule)]
     savers = [c for c in callbacks if isinstance(c, Checkpoint)]
     others = [c for c in callbacks if not isinstance(c, CoefficientSchedule | Checkpoint)]
-    # A new list: Lightning is going through the old one.
+    # A new list: Lightning iterates over the old one.
     trainer.callbacks = [*others, *schedules, *savers]  # type: ignore[attr-defined]

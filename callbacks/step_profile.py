@@ -1,9 +1,8 @@
-"""Where the time of a step goes."""
+"""Prints where the time of a rollout and its updates goes."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,12 +16,12 @@ from kdrl_lightning.trainer.protocols import trained
 class StepProfile(RolloutCallback):
     """Prints, once, the phases of a rollout and its updates, and the operators that take longest.
 
-    torch's profiler runs from the sampling of one rollout to its last update, on rank 0; the step
-    itself is slower under it.
+    torch's profiler runs on rank 0, from the sampling of one rollout to its last update. It makes
+    both slower.
 
     Args:
-        rollout: which one, counted from the start of the run; the first pays for what comes once.
-        operators: lines of the table.
+        rollout: its index, where 0 is the run's first, which also pays one-time costs; at least 1.
+        operators: number of operators in the table.
     """
 
     def __init__(self, rollout: int = 1, operators: int = 15) -> None:
@@ -36,7 +35,7 @@ class StepProfile(RolloutCallback):
         self._began: float | None = None
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Note when the updates begin."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -46,7 +45,7 @@ class StepProfile(RolloutCallback):
     def on_rollout_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
     ) -> None:
-        """Start after the rollout before, print after the last update."""
+        """Start the profiler after the rollout before; print after the profiled one."""
         module = trained(pl_module)
         if not trainer.is_global_zero:
             return
@@ -60,7 +59,7 @@ class StepProfile(RolloutCallback):
             self._finish(trainer, module.device)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End a profile that the run was too short for."""
+        """Print the profile of a rollout that the run did not finish."""
         if self._profile is not None:
             self._finish(trainer, trained(pl_module).device)
 

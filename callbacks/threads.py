@@ -1,4 +1,4 @@
-"""How many threads torch may use on the CPU."""
+"""Sets how many threads torch uses on the CPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kdrl_lightning.errors import require_between
 
 
 class CPUThreads(pl.Callback):
-    """Sets torch's intra-operation threads on a CPU: for models of under a million parameters, one.
+    """Sets torch's intra-operation threads on a CPU; use 1 below a million parameters.
 
-    Threads that wait for each other after every small matrix product are slower than one thread
-    alone, and many times slower where other processes hold a core. Where the models are on a GPU
-    nothing is set.
+    In so small a model, several threads wait for each other after every matrix product. They are
+    slower than one thread, and many times slower if other processes use the same cores. If the
+    models are on a GPU, the callback does nothing.
 
     Args:
         threads: number of threads.

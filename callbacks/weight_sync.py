@@ -1,9 +1,8 @@
-"""Checks that the engine samples from the student's weights, and how old they may be."""
+"""Checks that the engine samples from the student's current weights."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,21 +20,22 @@ class WeightSyncCheck(RolloutCallback):
     """Stops a run if its rollouts do not come from the student's current weights.
 
     The data module pushes weights once per rollout; this callback checks the result. At a rollout's
-    first update the version that travels with each completion must be the trainer's step, and the
-    engine's log-probabilities must agree with the trainer's own on the same tokens; where only the
-    update's forward pass gives those, they are compared between it and the backward pass, before
-    anything is changed. With ``max_off_policy_steps`` 1 the version may be one rollout older; the
-    log-probabilities of such completions differ as expected, so a few fresh ones are sampled and
-    compared now and then. Logs
-    ``rollout/staleness`` (optimizer steps), ``rollout/logprob_diff_mean`` and
-    ``rollout/logprob_diff_max``.
+    first update, the ``policy_version`` of each completion must be the trainer's step, and the
+    engine's log-probabilities must agree with the trainer's on the same tokens. If only the
+    update's forward pass computes the trainer's, the callback compares before the backward pass.
+
+    With ``max_off_policy_steps`` 1 the version may be one rollout older. The log-probabilities of
+    such completions differ as expected, so every ``every_n_rollouts`` rollouts the callback samples
+    a few fresh completions and compares those. It logs ``rollout/staleness`` (optimizer steps),
+    ``rollout/logprob_diff_mean`` and ``rollout/logprob_diff_max``.
 
     Args:
         max_mean_diff: bound on the mean absolute difference of log-probabilities, in nats. None:
-            0.001 where trainer and engine compute in float32 or above, and 0.1 in bfloat16. Equal
-            weights differ by about 1e-6 in float32 and 1e-2 in bfloat16, old ones by more.
-        every_n_rollouts: rollouts between two samples of fresh completions, where rollouts are
-            stale. Where they are not, every rollout is compared.
+            0.001 if trainer and engine compute in float32 or above, and 0.1 in bfloat16. With equal
+            weights the difference is about 1e-6 in float32 and 1e-2 in bfloat16; with outdated
+            weights it is larger.
+        every_n_rollouts: rollouts between two samples of fresh completions, if rollouts are stale.
+            If they are not, the callback compares every rollout.
     """
 
     def __init__(self, max_mean_diff: float | None = None, every_n_rollouts: int = 10) -> None:
@@ -58,7 +58,7 @@ class WeightSyncCheck(RolloutCallback):
         return bound_of(precision, engine_dtype)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget a run that was stopped; give the bound to the comparison before sampling."""
+        """Reset the state; pass the bound to the comparison that runs before sampling."""
         self._waiting = None
         data = rollout_data(trainer)
         if data is not None:
@@ -73,12 +73,12 @@ class WeightSyncCheck(RolloutCallback):
             return
         stop_together(lambda: self.check_version(trainer, module, batch), module.reduce)
         if batch.old_logprobs is None:
-            self._waiting = batch  # the update's own forward pass gives them
+            self._waiting = batch  # the update's forward pass computes them
         else:
             stop_together(lambda: self.compare(trainer, module, batch), module.reduce)
         if not data.rollout.max_off_policy_steps:
             return
-        # The same on all ranks. After the last rollout nothing was pushed any more.
+        # `due` is equal on all ranks. After the last rollout no weights were pushed.
         due = rollout % self.every_n_rollouts == 0
         if due and data.rollout_engine.version == trainer.global_step:
             fresh = data.probe()
@@ -87,7 +87,7 @@ class WeightSyncCheck(RolloutCallback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Compare what the update's own forward pass said."""
+        """Compare the log-probabilities of the update's forward pass."""
         if self._waiting is None:
             return
         module = trained(pl_module)
@@ -124,11 +124,11 @@ class WeightSyncCheck(RolloutCallback):
         if batch.rollout_logprobs is None or batch.old_logprobs is None:
             return
         fresh = (batch.source == STUDENT) & (batch.policy_version == trainer.global_step)
-        own = batch.completion_mask & fresh[:, None]
-        if not own.any():
+        compared = batch.completion_mask & fresh[:, None]
+        if not compared.any():
             return
-        gap = (batch.rollout_logprobs - batch.old_logprobs).abs().masked_fill(~own, 0.0)
-        mean = float(gap.sum() / own.sum())
+        gap = (batch.rollout_logprobs - batch.old_logprobs).abs().masked_fill(~compared, 0.0)
+        mean = float(gap.sum() / compared.sum())
         values = {"rollout/logprob_diff_mean": mean, "rollout/logprob_diff_max": float(gap.max())}
         pl_module.log_step(values)
         data = rollout_data(trainer)
@@ -143,13 +143,13 @@ class WeightSyncCheck(RolloutCallback):
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
                 f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, "
                 "samples with settings that change its log-probabilities, or computes this "
-                "architecture otherwise."
+                "architecture differently."
             )
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[WeightSyncCheck]:
     if name == "WeightSync":
-        text = "`WeightSync` is now `WeightSyncCheck`: the old name goes with 0.3."
+        text = "`WeightSync` is now `WeightSyncCheck`: 0.3 removes the old name."
         warnings.warn(text, FutureWarning, stacklevel=2)
         return WeightSyncCheck
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""``python -m kdrl_lightning``: the command line, with a user's mistake as one line."""
+"""Runs ``python -m kdrl_lightning``, and prints a user's mistake as one line."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LONGEST = 1000
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand.
 
-    Exit with 2 on a user's mistake, 1 if training cannot continue, 143 if SIGTERM stopped it, 130
-    if Ctrl-C did.
+    The process exits with 2 on a user's mistake, 1 if training cannot continue, 143 if SIGTERM
+    stopped it, and 130 if Ctrl-C did.
     """
     try:
         _run(args)
     except KeyboardInterrupt as error:
         _exit_on_ctrl_c(error)
     except (SystemExit, Exception) as error:
-        # Lightning's exit, with 1, or what fails while a run is taken down after Ctrl-C.
+        # Lightning exits with 1 after Ctrl-C, or something fails while it shuts the run down.
         pressed = _ctrl_c_behind(error)
         if pressed is not None:
             _exit_on_ctrl_c(pressed)
@@ -71,7 +71,7 @@ def _run(args: Sequence[str] | None) -> None:
             # Lightning kills the first process of a node if another one fails before it has ended.
             raise SystemExit(0) from error
         _exit(error, 128 + error.number)
-    except SIGTERMException as error:  # before the first step, or without training
+    except SIGTERMException as error:  # before the first step, or outside of training
         _exit(Interrupted("stopped by SIGTERM: nothing was saved."), 128 + signal.SIGTERM, error)
     except TrainingStopped as error:
         _exit_if_interrupted(error)
@@ -87,7 +87,7 @@ def _run(args: Sequence[str] | None) -> None:
         if disk is None:
             raise
         text = f"the run must be able to use its files: got {type(disk).__name__}: {disk}. Make "
-        cure = "room, or mend the permissions, and go on with `--ckpt_path last`."
+        cure = "room, or correct the permissions, and continue with `--ckpt_path last`."
         _exit(TrainingStopped(text + cure), 1, error)
 
 
@@ -112,7 +112,7 @@ def _without_torch(given: Sequence[str]) -> bool:
 
 
 def run_export(args: Sequence[str]) -> None:
-    """Run the subcommand that needs no trainer."""
+    """Run ``export``, which needs no trainer."""
     from jsonargparse import auto_cli
 
     from kdrl_lightning.cli import layered_yaml, quiet
@@ -138,21 +138,21 @@ def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
 
 
 def _ctrl_c_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """Find the Ctrl-C during whose handling an error came up."""
+    """Return the Ctrl-C that Python was handling when an error was raised."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
 
 
 def _exit_if_interrupted(error: Exception) -> None:
-    """Report the signal that an error followed, see ``StopSignals.explain``."""
+    """Exit for the signal that came before an error, see ``StopSignals.explain``."""
     signalled = getattr(error, "interrupted", None)
     if isinstance(signalled, Interrupted):
         _exit(signalled, 128 + signalled.number, error)
 
 
 def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
-    """Find the user's mistake where a parser has wrapped it in errors of its own."""
+    """Return the user's mistake, which a parser may have wrapped in other errors."""
     while error is not None and not isinstance(error, ConfigurationError):
         error = error.__cause__ or error.__context__
     return error
@@ -176,11 +176,11 @@ def _exit(error: Exception, code: int, cause: BaseException | None = None) -> No
 
 
 def command() -> None:
-    """Run a subcommand as a program of its own."""
+    """Run a subcommand, as the whole program."""
     try:
         main()
     finally:
-        # All is written. While Python ends, Ctrl-C would kill the process without a word.
+        # All is written. While Python shuts down, Ctrl-C would kill the process without a message.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""The LightningDataModule: prompts to scored rollout batches, on the fly."""
+"""The LightningDataModule: turns prompts into scored rollout batches, on the fly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from kdrl_lightning.trainer.group_checks import (
     check_teacher_completions,
 )
 
-# Evaluation prompts up to as many are all checked before the run, and kept with their ids.
+# Up to this number, all evaluation prompts are checked before the run and kept with their ids.
 EVALUATED_ROWS = 10_000
 
 
@@ -57,30 +57,30 @@ class RolloutDataModule(pl.LightningDataModule):
     """Turns prompts into rollouts with the current weights, and cuts them into micro-batches.
 
     One rollout serves ``rollout.updates_per_rollout`` optimizer steps; each takes
-    ``trainer.accumulate_grad_batches`` micro-batches. The rollout to use follows from
-    ``trainer.global_step``, the noise of a completion from (seed, rollout, prompt, completion).
+    ``trainer.accumulate_grad_batches`` micro-batches. An update's rollout follows from
+    ``trainer.global_step``, a completion's noise from (seed, rollout, prompt, completion).
 
     Args:
         train_prompts: prompts to train on.
         reward: a ``TaskReward``, or any callable of one ``Sample`` that returns a number or a
             ``Verdict``.
-        val_prompts: prompts to validate on: a source, or several sets by name, whose ``EvalSet``
-            says how they are sampled. ``val/accuracy`` is that of the first.
-        test_prompts: likewise for test and predict; None: those of ``val_prompts``.
+        val_prompts: prompts to validate on: a source, or several sets by name, each with an
+            ``EvalSet`` that says how to sample it. ``val/accuracy`` is that of the first set.
+        test_prompts: prompts for test and predict, in the same forms; None: ``val_prompts``.
         rollout_engine: samples completions; the transformers engine if None.
-        rollout: how rollouts are sampled, and how the updates use them.
+        rollout: how to sample rollouts, and how the updates use them.
         teacher_completions: completions per prompt that the teacher adds to the group.
-        evaluation: how evaluation prompts are sampled.
-        overlong_prompts: a prompt that is too long stops the run (``refuse``), or is left out and
-            counted (``drop``). Of more than 1,000 training prompts a sample is looked at before the
-            run, and each when it is drawn.
-        max_prompt_tokens: longest prompt; None: what the context leaves beside ``max_tokens``.
-        reward_failures: what follows from a reward that fails.
-        seed: order of prompts and noise of sampling; None: 0, on the command line
+        evaluation: how to sample on evaluation prompts.
+        overlong_prompts: whether prompts that are too long stop the run (``refuse``), or are left
+            out and counted (``drop``). If there are more than 1,000 training prompts, the run
+            checks a sample before it starts, and each prompt when it draws it.
+        max_prompt_tokens: longest prompt; None: the context length minus ``max_tokens``.
+        reward_failures: what happens if a reward fails.
+        seed: seed of the prompts' order and of sampling; None: 0, on the command line
             ``seed_everything``.
     """
 
-    # Lightning attaches it before any hook runs.
+    # Lightning sets it before any hook runs.
     trainer: pl.Trainer
 
     def __init__(
@@ -134,7 +134,7 @@ class RolloutDataModule(pl.LightningDataModule):
 
     @property
     def max_off_policy_steps(self) -> int:
-        """How many rollouts old the weights may be that sample one."""
+        """How many rollouts old the weights that sample a rollout may be."""
         return self.rollout.max_off_policy_steps
 
     @property
@@ -144,16 +144,16 @@ class RolloutDataModule(pl.LightningDataModule):
 
     @property
     def teacher_seconds(self) -> float:
-        """Time that the teacher took so far, to generate and to score."""
+        """Seconds that the teacher has taken so far, to generate and to score."""
         return self.rollouts.teacher_seconds
 
     @property
     def watch(self) -> RolloutWatch:
-        """What the run's rollouts were like."""
+        """Statistics of the run's rollouts."""
         return self.rollouts.watch
 
     def rollout_at(self, global_step: int) -> int:
-        """Index of the rollout that the update after ``global_step`` updates uses."""
+        """Return the index of the rollout that the update after ``global_step`` updates uses."""
         return global_step // self.updates_per_rollout
 
     def setup(self, stage: str) -> None:
@@ -161,9 +161,9 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        # Lightning's type is that of all modules.
+        # The cast: Lightning's type is that of all modules.
         self.live.join(self.trainer, cast(Policy, self.trainer.lightning_module))
-        self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may have one
+        self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may set one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
         if stage == "fit":
@@ -174,12 +174,12 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards.start()
         kinds = first_of_each_kind(row for prompts in sets for row, _ in prompts.sample)
         for prompts in sets:
-            # The row of each kind is tried with completions, all others are only looked at.
+            # Run the reward on one row of each kind; only check the form of all others.
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
 
     def _set_up_training(self) -> PromptSet:
-        """Look at the training prompts, and check the settings that rollouts depend on."""
+        """Encode the training prompts, and check the settings that rollouts depend on."""
         trainer, module, settings = self.trainer, self.live.module, self.rollout
         objective, teacher, share = module.objective, module.teacher, self.collector.teacher
         rules = self._rules(settings.max_tokens)
@@ -188,8 +188,8 @@ class RolloutDataModule(pl.LightningDataModule):
             rules = replace(rules, vocabularies=models)
             self.live.vocabulary_rows = min(models.values())
         if share.count and teacher is not None and teacher.model_name:
-            theirs = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
-            rules = replace(rules, refused=[*rules.refused, *theirs])
+            refused = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
+            rules = replace(rules, refused=[*rules.refused, *refused])
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
@@ -201,7 +201,7 @@ class RolloutDataModule(pl.LightningDataModule):
         limit = longest_that_fits(trainer, settings, group)
         prompts.limit(limit, "`max_tokens_per_micro_batch`")
         if teacher is not None:
-            prompts.require(teacher.route)  # a row without a teacher is found before the run
+            prompts.require(teacher.route)  # a row without a teacher stops the run here
         self.collector.repeat = overfit_rollouts(trainer, settings, length)
         self.rollouts.prompts = prompts
         return prompts
@@ -222,7 +222,9 @@ class RolloutDataModule(pl.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_after_batch_transfer(
+        self, batch: object, dataloader_idx: int
+    ) -> RolloutBatch | EvaluationBatch:
         """Turn an index into a batch, on every rank, with the current weights."""
         if not isinstance(batch, int):  # Lightning moves ints as they are
             raise TypeError(f"expected an index, got {type(batch).__name__}")
@@ -231,7 +233,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rollouts.drain()
         engine, module = self.rollout_engine, self.live.module
         self.live.sync(engine, module.weights())
-        # A rank that fails must not leave the others waiting for its metrics.
+        # If one rank fails, the others must not wait for its metrics.
         evaluated = stop_together(
             lambda: self._evaluate(engine, dataloader_idx, batch), module.reduce
         )
@@ -239,13 +241,14 @@ class RolloutDataModule(pl.LightningDataModule):
         return evaluated
 
     def evaluate(self, weights: ModelWeights, temperature: float | None = None) -> float:
-        """Accuracy of any model at hand on the first set that a validation takes.
-
-        All ranks must call it.
+        """Return the accuracy of any model on the first validation set; all ranks must call it.
 
         Args:
-            weights: of the model.
-            temperature: instead of the set's.
+            weights: the model's weights.
+            temperature: sampling temperature; None: the set's.
+
+        Returns:
+            The share of correct completions, averaged over prompts; NaN without prompts.
         """
         engine = TransformersEngine()
         self.live.sync(engine, weights)
@@ -265,19 +268,20 @@ class RolloutDataModule(pl.LightningDataModule):
         """Sample a few tokens from the weights that the engine holds now; see ``RolloutSource``."""
         return self.rollouts.probe()
 
+    # `Any`: Lightning's type of states.
     def state_dict(self) -> dict[str, Any]:
-        """Return the totals and, between two updates of a rollout, the rollout; collective."""
+        """Return the totals and a half-used rollout, if there is one; all ranks must call it."""
         return self.rollouts.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back; an evaluation needs none of it."""
+        """Restore what ``state_dict`` returned; an evaluation needs none of it."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.rollouts.load_state_dict(state_dict)
 
     def _evaluate(
         self, engine: RolloutEngine, which: int, batch: int, temperature: float | None = None
     ) -> EvaluationBatch:
-        """Sample this rank's rows of one batch of a set; there may be none left."""
+        """Sample this rank's rows of one batch of a set; the last batch may have none."""
         return self.evaluation.batch(
             which,
             batch,
@@ -288,7 +292,7 @@ class RolloutDataModule(pl.LightningDataModule):
         )
 
     def _rollouts_for(self, prompts: int) -> int:
-        """Return the rollouts of an epoch; unless it is set, each prompt is taken once."""
+        """Return the rollouts of an epoch; by default each prompt is used once."""
         once = max(prompts // self.rollout.prompts_per_rollout, 1)
         return self.rollout.rollouts_per_epoch or once
 
@@ -316,12 +320,14 @@ class RolloutDataModule(pl.LightningDataModule):
 
 
 def _shares(
-    settings: RolloutSettings, engine: RolloutEngine, theirs: TeacherCompletions
+    settings: RolloutSettings, engine: RolloutEngine, teacher: TeacherCompletions
 ) -> tuple[GroupShare, GroupShare]:
     """Return what student and teacher add to each group."""
     sampling = Sampling(settings.max_tokens, settings.temperature)
-    teacher_sampling = Sampling(settings.max_tokens, theirs.temperature or settings.temperature)
+    teacher_sampling = Sampling(settings.max_tokens, teacher.temperature or settings.temperature)
     return (
         GroupShare(STUDENT, engine, settings.group_size, sampling),
-        GroupShare(TEACHER, theirs.engine or TransformersEngine(), theirs.count, teacher_sampling),
+        GroupShare(
+            TEACHER, teacher.engine or TransformersEngine(), teacher.count, teacher_sampling
+        ),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from kdrl_lightning.checkpoints.module_state import (
@@ -50,25 +51,25 @@ from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sha
 
 
 class KDRLModule(EvaluationSteps, pl.LightningModule):
-    """Trains a student on rollouts, with a frozen teacher beside it.
+    """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
-    The teacher is no submodule: parameters, optimizers, buckets and checkpoints hold the student
-    only.
+    The teacher is not a submodule, so parameters, optimizers, buckets and checkpoints hold only the
+    student.
 
     Args:
         student: Hugging Face folder, hub name, or model source of the student.
         objective: the loss, e.g. ``KDRL`` or ``RLAD``.
-        teacher: the frozen teacher, where the objective needs one.
+        teacher: the frozen teacher; None for objectives without one.
         optimizer: any torch optimizer over the student's parameters.
         lr_scheduler: any torch schedule that needs no metric, stepped once per optimizer step
             (``LinearLR`` warms up, ``OneCycleLR`` with ``cycle_momentum: false`` also decays).
-        max_nonfinite_steps: optimizer steps in a row whose loss or gradient may be NaN or infinite;
-            each is skipped and counted, one more stops the run.
+        max_nonfinite_steps: consecutive optimizer steps with a NaN or infinite loss or gradient
+            that the run skips and counts; one more stops the run.
         activation_checkpointing: keep only the inputs of the student's layers for the backward
-            pass, and recompute the rest: less memory for a third more time.
+            pass, and recompute the rest. This saves memory and takes a third more time.
         lora: train low-rank adapters in the student's linear layers instead of all its weights.
-        chunk_size: tokens whose logits exist at once, of student and reference; None takes as many
-            as fit about 64 MiB, at most 1024.
+        chunk_size: tokens whose logits student and reference compute at once; None: as many as
+            fit about 64 MiB, at most 1024.
 
     Attributes:
         frozen: the teacher and the reference of the run.
@@ -119,7 +120,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
 
     @property
     def teacher_seconds(self) -> float:
-        """Time that the teacher took to score."""
+        """Seconds that the teacher has taken to score."""
         return self.frozen.seconds
 
     @property
@@ -128,7 +129,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         return self.pretrained.path
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:  # transformers has no type that all tokenizers share
         """The student's tokenizer."""
         return self.pretrained.tokenizer
 
@@ -144,7 +145,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
 
     @property
     def vocabulary_rows(self) -> int:
-        """Rows of the student's embedding: every token id must be below."""
+        """Rows of the student's embedding: every token id must be smaller."""
         return self.pretrained.vocabulary_rows
 
     def prepare_data(self) -> None:
@@ -154,7 +155,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
             self.teacher.prepare()
 
     def setup(self, stage: str) -> None:
-        """Check what can be checked before weights are loaded; forget a run that was stopped."""
+        """Check all that needs no weights, and reset the state of an earlier run."""
         fitting = stage == "fit"
         self._stats = UpdateStats()
         self._step_log.reset()
@@ -172,7 +173,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         self.frozen.check(self.tokenizer, self.student_path, self.objective)
 
     def configure_model(self) -> None:
-        """Load the student and, for training, the teacher, once; shard each where asked to."""
+        """Load the student and, for training, the frozen models; shard them under fsdp2."""
         sharding = sharding_of(self._trainer)
         if self.student is None:
             self.student = load_scorer(
@@ -191,11 +192,11 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         self.frozen.load(self.student, self.student_path, sharding, self.device)
 
     def on_fit_start(self) -> None:
-        """Move the frozen models to where the student is by now."""
+        """Move the frozen models to the student's device."""
         self.frozen.move(self.device)
 
-    def configure_optimizers(self) -> Any:
-        """Build optimizer and schedule from their callables."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer and its schedule, built from their callables."""
         parameters = list(self._student().parameters())
         optimizer, scheduler = build_optimizer(
             parameters, self.optimizer_callable, self.lr_scheduler_callable
@@ -204,14 +205,15 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         return for_lightning(optimizer, scheduler)
 
     def on_train_start(self) -> None:
-        """Let the configuration win over a checkpoint's optimizer settings; restore the log."""
+        """Apply the configured optimizer settings over the checkpoint's; restore the log."""
         if self.trainer.global_step and self._settings is not None:
-            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)  # or a list, by its type
             self._settings.reapply(optimizer, self.lr_schedulers(), self.trainer.global_step)
         self._step_log.resume(self.trainer)
 
+    # `Any` below: Lightning's type of checkpoints.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add whose checkpoint it is, and what the module counts."""
+        """Add the run's identity and the module's counters to a checkpoint."""
         save_state(checkpoint, self, sharding_of(self.trainer) is not None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -220,7 +222,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the student says of completions, under the trainer's precision."""
+        """Return the batch with the student's scores, computed in the trainer's precision."""
         with self.trainer.precision_plugin.forward_context():
             top_k = self.objective.top_k or int(self.teacher is not None)
             scores = self._student().score(batch, top_k=top_k)
@@ -228,42 +230,42 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
 
     @torch.no_grad()
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the initial student says, if the objective needs it."""
+        """Return the batch with the initial student's scores, if the objective needs them."""
         with self.trainer.precision_plugin.forward_context():
             return self.frozen.score_reference(batch)
 
     @torch.no_grad()
     def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the teacher says, if there is one, at the student's top tokens if asked for."""
+        """Return the batch with the teacher's scores, if there is a teacher."""
         with self.trainer.precision_plugin.forward_context():
             return self.frozen.score_teacher(batch, self._asked(batch))
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
-        """Let the objective decide what holds for a whole rollout."""
+        """Return the batch with the fields that the objective sets once per rollout."""
         return self.objective.prepare(batch)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return this micro-batch's share of the step's loss, scaled against later averaging.
+        """Return this micro-batch's share of the step's loss, scaled to undo Lightning's averaging.
 
         Raises:
-            TrainingStopped: on all ranks, if on one the teacher's log-probabilities are not finite.
+            TrainingStopped: on all ranks, if the teacher's log-probabilities are not finite on one.
         """
         # 1. Run the teacher, if the objective compares whole distributions.
-        states, said = self._teacher_states(batch)
+        states, teacher_scores = self._teacher_states(batch)
         # 2. Run the student.
         scores = self._forward(batch, states)
-        # 3. Complete the batch: scores that were not stored are those of these passes.
-        self._found = {**said, **_old_scores(scores)}
+        # 3. Complete the batch with the scores of these passes, where none are stored.
+        self._found = {**teacher_scores, **_old_scores(scores)}
         batch = self.completed(batch)
         # 4. Compute the loss.
         loss, terms = self.objective(batch, scores)
-        # 5. Measure; the step's last micro-batch logs the step.
+        # 5. Add to the statistics; log them at the step's last micro-batch.
         entropy = known(scores.entropy, "entropy").detach()
         self._stats.add(batch, entropy, loss, terms)
         if self._ends_step(batch_idx):
             self.log_step(self._stats.finish(self.reduce))
         self.log_step(batch.metrics)
-        # 6. Undo the averaging to come.
+        # 6. Undo Lightning's averaging.
         return {
             "loss": loss * self._averaging(),
             "logprobs": scores.logprobs.detach(),
@@ -274,8 +276,8 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def completed(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the micro-batch of the latest ``training_step`` with all scores that it used.
 
-        Callbacks call it from ``on_before_backward`` on: a field of the batch is None if the
-        update's own forward pass gives it.
+        Callbacks may call it from ``on_before_backward`` on. A field that the update's forward pass
+        computes is None in the batch that they get.
         """
         return batch.completed(self._found)
 
@@ -285,7 +287,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         return self.frozen.states(batch, self._student().chunk_size)
 
     def _forward(self, batch: RolloutBatch, states: Other | None) -> TokenScores:
-        """Run the student with gradient; beside a teacher, name its most likely tokens."""
+        """Run the student with gradient; with a teacher, also return the student's top tokens."""
         top_k, divergence = int(self.teacher is not None), self.objective.divergence
         return self._student().score(batch, top_k, self._asked(batch), states, divergence)
 
@@ -294,7 +296,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         return batch.topk_ids if self.objective.top_k else None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip and count a step that is not finite; stop when that repeats."""
+        """Skip and count a step with a non-finite loss or gradient; stop after too many."""
         self._zero_rate.check(optimizer, self.trainer.global_step)
         parameters = list(self._student().parameters())
         norm = self.nonfinite.check(parameters, self._stats.loss, self.trainer.global_step)
@@ -304,37 +306,37 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def log_step(self, values: Mapping[str, float | None]) -> None:
         """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does.
 
-        A number stands in the rows of its rollout until it is logged again; None leaves a gap.
+        The rows of a rollout repeat a number until it is logged again; None leaves the field empty.
         """
         self._step_log.add(self.trainer, values)
 
     def log_state(self) -> dict[str, Any]:
-        """Return what the next rows of the log need of this one."""
+        """Return the state from which a resumed run continues the log."""
         return {
             "step_log": self._step_log.state_dict(self.trainer),
             "step_stats": self._stats.state_dict(),
         }
 
     def load_log_state(self, saved: Mapping[str, Any]) -> None:
-        """Restore it; older checkpoints have neither."""
+        """Restore the state of the log, which older checkpoints lack."""
         self._step_log.load_state_dict(saved.get("step_log", {}))
         self._stats.load_state_dict(saved.get("step_stats", ()))
 
     def write_step(self) -> None:
         """Hand the numbers of the finished step to the loggers, once.
 
-        A callback that ends or saves the run calls it first: what is saved is also logged.
+        A callback that ends or saves the run calls it first, so that a saved step is also logged.
         """
         self._step_log.write_once(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
-        """Hand a step's numbers to the loggers, those of the callbacks, too."""
+        """Hand a step's numbers, including those of callbacks, to the loggers."""
         if self._ends_step(batch_idx):
             self._step_log.end_step(self.trainer)
 
     def base_digest(self) -> str:
-        """Return what tells a LoRA student's base model from another; all ranks must ask."""
-        if self._base_digest is None:  # it is frozen
+        """Return a checksum of a LoRA student's base model; all ranks must call it."""
+        if self._base_digest is None:  # computed once: the base is frozen
             self._base_digest = self.weights().base_digest()
         return self._base_digest
 
@@ -345,7 +347,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def export(self, path: str) -> None:
         """Write the student and its tokenizer as a Hugging Face folder; all ranks must call it.
 
-        The folder gets the new student as a whole; if it cannot be written, an earlier one stays.
+        The new student replaces an earlier one in the folder only when it is complete.
 
         Raises:
             TrainingStopped: on every rank, if the first one cannot write.
@@ -362,8 +364,8 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     def _averaging(self) -> float:
-        # The one place: Lightning divides by the accumulation, data-parallel strategies average
-        # gradients over ranks, but our weights are already global.
+        # Lightning divides by the accumulation, and data-parallel strategies average gradients over
+        # ranks, but our loss weights are already global. Only this line undoes both.
         return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _student(self) -> Scorer:
@@ -373,7 +375,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
 
 
 def _old_scores(scores: TokenScores) -> dict[str, Tensor | None]:
-    """Return what a forward pass of the student gives a batch, by field, detached."""
+    """Return the batch fields that a forward pass of the student fills, detached."""
     entropy = scores.entropy
     return {
         "old_logprobs": scores.logprobs.detach(),

@@ -1398,7 +1398,7 @@ MUTATIONS = [
     Mutation(
         "changes: the teacher's unseen",
         ("datamodule.py", CHANGES[1]),
-        "refused=[*rules.refused, *theirs]",
+        "refused=[*rules.refused, *refused]",
         "refused=rules.refused",
     ),
     Mutation("rotary: padding counts", ROTARY, "if dynamic or not each:", "if False:"),
@@ -2020,8 +2020,8 @@ MUTATIONS = [
     Mutation(
         "settings: dots after the base",
         ("cli/layered_yaml.py", "cli/settings/test_given.py"),
-        'own = nested({k: v for k, v in value.items() if k != "base"})',
-        'own = {k: v for k, v in value.items() if k != "base"}',
+        'over = nested({k: v for k, v in value.items() if k != "base"})',
+        'over = {k: v for k, v in value.items() if k != "base"}',
     ),
     Mutation(
         "answers: a float32 keeps its noise",
@@ -2078,8 +2078,8 @@ MUTATIONS = [
     Mutation(
         "settings: others read another text",
         YAML_TEXT,
-        "# Other readers of YAML, e.g. Lightning's of hyper-parameters, must read the same text as "
-        "we do.\n",
+        "# Other readers of YAML, e.g. Lightning for hyper-parameters, must read the values that "
+        "we wrote.\n",
         "_resolve_as_we_do(Dumper)\n",
     ),
     Mutation(

@@ -1,7 +1,7 @@
-"""What the table of architectures tries with one small random model; a cell per function.
+"""Tries one small random model for the table of architectures, with a function per cell.
 
 A case returns ``yes``, ``—`` if it does not apply, or raises: a ``ConfigurationError`` is a refusal
-and anything else a failure. A difference in log-probabilities is a failure too, never a cell.
+and anything else a failure. A difference in log-probabilities is always a failure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPES = [(5, 3), (1, 19), (17, 1), (12, 20), (12, 9), (12, 13)]  # prompt, comp
 
 
 class WrongError(AssertionError):
-    """Log-probabilities differ."""
+    """Raised if log-probabilities differ."""
 
 
 def make_rows() -> list[list[int]]:
@@ -46,8 +46,9 @@ def make_batch(rows: list[list[int]]) -> RolloutBatch:
 
 
 @torch.no_grad()
+# `Any`: transformers has no type that all models share.
 def alone(model: Any, row: list[int], prompt: int) -> torch.Tensor:
-    """Log-probabilities of a completion, from the model's own logits of its row alone."""
+    """Return log-probabilities of a completion from the model's logits, with its row alone."""
     logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, prompt - 1 : -1]
     chosen = torch.tensor(row[prompt:])[:, None]
     return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
@@ -86,7 +87,7 @@ def logprobs(folder: Path) -> str:
 
 
 def compare_attention(model: Any, reference: Any) -> None:
-    """The reference is what transformers calls eager, if the architecture has it."""
+    """Compare with the attention that transformers calls eager, if the architecture has it."""
     try:
         reference.set_attn_implementation("eager")
     except ValueError:
@@ -120,7 +121,7 @@ def sampling(folder: Path) -> str:
 
 
 def lora(folder: Path) -> str:
-    """One step moves the log-probabilities, and the merged weights give the same ones."""
+    """Check that a step changes the log-probabilities, and that merged weights give the same."""
     scorer = load_scorer(str(folder), torch.float32, lora=LoRA(rank=2, alpha=4.0))
     rows = make_rows()
     inputs = call(make_batch(rows))
@@ -160,7 +161,7 @@ def fsdp2(folder: Path) -> str:
 
 
 def export(folder: Path) -> str:
-    """A changed model is exported from its folder, and from what a checkpoint holds."""
+    """Check that a changed model can be exported, from its folder and from a checkpoint."""
     scorer = load_scorer(str(folder), torch.float32)
     model = scorer.model
     with torch.no_grad():

@@ -1,8 +1,10 @@
-"""Small random models of every causal language model type that transformers can build.
+"""Builds small random models of every causal language model type of transformers.
 
 One table of sizes fits all types: a size is set if the type's configuration has a field of that
-name. What a type needs beyond that stands in ``SPECIAL``; types without a small form stand in
-``LEFT_OUT`` with the reason.
+name. ``SPECIAL`` has what a type needs beyond that; ``LEFT_OUT`` has the types without a small
+form, with the reason.
+
+Configurations, models and tokenizers are ``Any``: transformers has no types that all share.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 WIDTH, HEADS, LAYERS, VOCAB, POSITIONS = 64, 4, 4, 256, 256
-WINDOW = 8  # sliding windows, chunks and the like: short, so that a test is past them
+WINDOW = 8  # of sliding windows and chunks: short, so that tests exceed it
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size"], WIDTH),
@@ -110,7 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "got_ocr2": {"text_config": {"model_type": "qwen2"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": LINEAR},
-    "hrm_text": {"initializer_range": 0.05},  # its cycles multiply rounding
+    "hrm_text": {"initializer_range": 0.05},  # its cycles amplify rounding errors
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": LINEAR},

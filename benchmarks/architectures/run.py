@@ -1,7 +1,8 @@
 """Writes the table of architectures: ``docs/architectures.md`` and its JSON.
 
 Run it as ``python benchmarks/architectures/run.py``; ``--families qwen3,gemma2`` and
-``--columns sampling,LoRA`` renew a part. Each family has a process of its own and a time limit.
+``--columns sampling,LoRA`` update a part of it. Each family runs in its own process, with a time
+limit.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def try_family(model_type: str, columns: list[str]) -> dict[str, str]:
 
 
 def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Add what ``vllm_case`` found, which needs an environment of its own."""
+    """Add the results of ``vllm_case``, which needs another environment."""
     results = TABLE.parent / "vllm.json"
     found = json.loads(results.read_text()) if results.exists() else {}
     return {
@@ -67,7 +68,7 @@ def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 def _unloaded(cells: dict[str, str]) -> str:
-    """Return the refusal of a student that does not load, so that no engine is asked for it."""
+    """Return the error of a student that does not load; no engine is tried then."""
     loads = cells.get("loads", "—")
     return loads if loads.startswith("refused") else "—"
 

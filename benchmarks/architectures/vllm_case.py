@@ -1,14 +1,17 @@
-"""Does vLLM sample from a student of an architecture, with the student's own log-probabilities?
+"""Checks that vLLM samples from students of an architecture with the right log-probabilities.
 
     OMP_NUM_THREADS=1 python -m benchmarks.architectures.vllm_case qwen3 mixtral smollm3
 
-writes ``docs/architectures/vllm.json``, a process per family. All in float32, on random weights:
+writes ``docs/architectures/vllm.json``, with a process per family. All runs use float32 and random
+weights, and check that:
 
-1. The engine's log-probabilities of what it samples are those of the model's own logits, to 1e-4.
-2. They are so again after all weights have changed and were pushed; before the push they are not.
-   A larger difference is named; above 1e-3 on average a run is refused before its first rollout,
-   or stopped by ``WeightSyncCheck`` if only changed weights differ.
-3. The student gives the same numbers, bit for bit, as before the engine was there.
+1. The engine's log-probabilities of its samples agree with the model's logits to 1e-4.
+2. They agree again after all weights have changed and were pushed, and not before the push. The
+   table names a larger difference. Above 1e-3 on average, a run is refused before its first
+   rollout, or stopped by ``WeightSyncCheck`` if only changed weights differ.
+3. The student gives the same numbers, bit for bit, as before the engine existed.
+
+Models, engines and their weights are ``Any``: transformers and vLLM have no common types.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ WIDE: dict[str, Any] = {
     **dict.fromkeys(["query_pre_attn_scalar", "kv_channels"], 32),
     **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 128),
 }
-# What folders of the hub name and the defaults do not stands here, too.
+# This also has settings that folders of the hub have and the defaults lack.
 SPECIAL: dict[str, dict[str, Any]] = {
     # 512 and 64: the only sizes of its attention that CPU kernels are compiled for.
     "deepseek_v3": {
@@ -56,7 +59,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "bamba": {"mamba_n_heads": 8},
     "granitemoehybrid": {"mamba_n_heads": 8},
-    "falcon": {"ffn_hidden_size": 512},  # vLLM knows four times the width alone
+    "falcon": {"ffn_hidden_size": 512},  # vLLM supports only four times the width
     "lfm2": {"conv_dim": 128, "block_dim": 128},
     "dots1": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "lfm2_moe": {"conv_dim": 128},
@@ -65,7 +68,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 class WrongError(AssertionError):
-    """Numbers that are not the student's."""
+    """Raised if numbers differ from the student's."""
 
 
 def settings(model_type: str) -> dict[str, Any]:
@@ -86,14 +89,14 @@ def wide(known: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def logprobs(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """``[T]``: of a completion's tokens by the model's own logits, each row alone."""
+    """Return ``[T]`` log-probabilities of a completion from the model's logits, each row alone."""
     logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
     chosen = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
     return chosen.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def gaps(model: Any, groups: list[list[Any]]) -> torch.Tensor:
-    """``[N]``: differences of the engine's log-probabilities from the model's, token by token."""
+    """Return ``[N]`` differences of the engine's log-probabilities from the model's, by token."""
     rows = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
     return torch.cat([torch.tensor(c.logprobs) - logprobs(model, p, c.ids) for p, c in rows]).abs()
 
@@ -111,13 +114,13 @@ def change(model: Any) -> None:
 def check(model_type: str) -> str:
     """Try an architecture in this process, which must have no engine yet.
 
-    In float32; again in bfloat16 if vLLM's CPU kernels for it know nothing else.
+    It uses float32, or bfloat16 if vLLM's CPU kernels for the architecture support only that.
 
     Returns:
         ``yes``, with the difference if it is above 1e-4; or ``refused: `` and the reason.
 
     Raises:
-        WrongError: numbers are not the student's.
+        WrongError: numbers differ from the student's.
     """
     os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
     from benchmarks.architectures.families import save
@@ -179,16 +182,20 @@ def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
 
 
 def last_line(out: subprocess.CompletedProcess[str]) -> str:
-    """Return the last line of an error; how the process ended if it said nothing."""
+    """Return the last line of an error, or the exit code if there is no output."""
     lines = out.stderr.strip().splitlines()
     return lines[-1] if lines else f"the process ended with {out.returncode}"
 
 
 def main() -> None:
-    """Check families, each in its process, and keep the results beside earlier ones."""
+    """Check families, each in its own process, and add the results to earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("families", nargs="+")
-    parser.add_argument("--alone", action="store_true", help="check one here, print the result")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="check one family in this process, and print the result",
+    )
     parser.add_argument("--timeout", type=int, default=240, help="seconds per family")
     settings = parser.parse_args()
     if settings.alone:

@@ -1,4 +1,4 @@
-"""A campaign in parts: what is done is kept on disk, so that one cut short goes on."""
+"""Runs a campaign in parts, and stores finished parts, so that a stopped one continues."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CASES = {
 
 @dataclass
 class Part:
-    """A part of a campaign, and what came out of it.
+    """A part of a campaign, with its results.
 
     Attributes:
-        name: case, strategy and what else tells it from others.
-        seed: of its random moments.
-        count: its faults at random moments; 0 if the case fixes the number.
-        seconds: it took.
+        name: case and strategy, with what distinguishes it from other parts.
+        seed: seed of its random moments.
+        count: number of faults at random moments; 0 if the case fixes the number.
+        seconds: duration.
         events: one per fault, and one per end that was compared.
     """
 
@@ -52,15 +52,15 @@ class Part:
 
     @property
     def words(self) -> list[str]:
-        """What tells it from other parts of its case."""
+        """What distinguishes the part from others of its case."""
         return self.name.split()[1:]
 
     def replaces(self, other: Part) -> bool:
-        """Whether it strikes the same runs."""
+        """Return whether another part uses the same runs."""
         return self.name == other.name
 
     def same(self, other: Part) -> bool:
-        """Whether it strikes the same runs at the same moments."""
+        """Return whether another part uses the same runs and moments."""
         return (self.name, self.seed, self.count) == (other.name, other.seed, other.count)
 
 
@@ -88,10 +88,10 @@ def parts(kills: int, interrupts: int, seed: int) -> list[Part]:
 
 
 def chosen(every: list[Part], names: list[str]) -> list[Part]:
-    """Return the parts that some name begins, word by word; all without names.
+    """Return the parts that begin with one of the names; all parts without names.
 
     Raises:
-        ValueError: a name begins none.
+        ValueError: no part begins with a name.
     """
 
     def begins(name: str, part: Part) -> bool:
@@ -105,7 +105,7 @@ def chosen(every: list[Part], names: list[str]) -> list[Part]:
 
 
 def strike(part: Part, folder: Path, plain: kills.Undisturbed) -> None:
-    """Run a part; an error of its own is an event, so that the others are tried."""
+    """Run a part; an error in it becomes an event, so that the other parts still run."""
     work: dict[str, Callable[..., Iterator[Event]]] = {
         "kill": kills.kill, "interrupt": kills.interrupt, "reward": servers.reward,
         "server": servers.server, "disk": disks.disk, "permission": disks.permission,
@@ -130,25 +130,25 @@ def strike(part: Part, folder: Path, plain: kills.Undisturbed) -> None:
 
 
 def harmed(event: Event) -> str:
-    """Return what a fault has harmed: its own words, or more than the current rollout."""
+    """Return the harm of a fault: its description, or a loss beyond the current rollout."""
     if not event["fault"] and not kills.within_a_rollout(event):
         return f"{event['lost_updates']} updates are lost"
     return str(event["fault"])
 
 
 def without(value: Any, folder: str) -> Any:
-    """Leave out of a text where the runs were."""
+    """Return a text without the folder of the runs."""
     return value.replace(folder, "") if isinstance(value, str) else value
 
 
 def load(file: Path) -> list[Part]:
-    """Return the parts that are done; none of a file of another format."""
+    """Return the finished parts; none if the file has another format."""
     found = json.loads(file.read_text()) if file.exists() else []
     return [Part(**entry) for entry in found if "events" in entry]
 
 
 def save(file: Path, done: list[Part]) -> None:
-    """Write the parts that are done, whole or not at all."""
+    """Write the finished parts, completely or not at all."""
     half = file.with_suffix(".unfinished")
     half.write_text(json.dumps([asdict(part) for part in done], indent=1) + "\n")
     os.replace(half, file)

@@ -1,4 +1,4 @@
-"""Checkpoints whose files are cut short, or have a flipped byte: refused, or read as written."""
+"""Damages checkpoints, and checks that they are refused or read as they were written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLIPS = 40
 
 
 def damage(folder: Path, plain: Undisturbed, strategy: str, seed: str) -> Iterator[Event]:
-    """Damage each file of the newest checkpoint in many ways, and go on with some."""
+    """Damage each file of the newest checkpoint in many ways, and resume from some."""
     whole = plain.run(strategy)
     path = whole.checkpoints()[-1]
     names = [""] if path.is_file() else sorted(p.name for p in path.iterdir())
@@ -30,7 +30,7 @@ def damage(folder: Path, plain: Undisturbed, strategy: str, seed: str) -> Iterat
 
 
 def in_every_way(path: Path, name: str, strategy: str, draw: random.Random) -> Event:
-    """Read one checkpoint again and again, with one file damaged at head, middle and end."""
+    """Read one checkpoint repeatedly, with one file damaged at its head, middle or end."""
     wanted, file = contents(path), path / name if name else path
     raw = file.read_bytes()
     places = {0, 1, len(raw) // 2, len(raw) - 1, *draw.sample(range(len(raw)), FLIPS)}
@@ -54,7 +54,7 @@ def in_every_way(path: Path, name: str, strategy: str, draw: random.Random) -> E
 
 
 def damaged(raw: bytes, way: str, place: int) -> bytes:
-    """Cut bytes short at a place, or flip a bit there."""
+    """Return bytes that are cut short at a position, or have a flipped bit there."""
     rest = b"" if way == "cut" else bytes([raw[place] ^ 16]) + raw[place + 1 :]
     return raw[:place] + rest
 
@@ -78,8 +78,8 @@ def contents(path: Path) -> dict[str, Any]:
     return {**values, **state}
 
 
-def equal(a: Any, b: Any) -> bool:
-    """Whether two states hold the same values."""
+def equal(a: object, b: object) -> bool:
+    """Return whether two states hold the same values."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -90,14 +90,14 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def gone_on_with(folder: Path, whole: Run, way: str, name: str) -> Event:
-    """Damage the newest checkpoint of a copy: ``last`` takes the one before, to the same end."""
+    """Damage the newest checkpoint of a copy, and check that ``last`` takes the one before."""
     shutil.copytree(whole.folder, folder, copy_function=shutil.copy2)
     run = Run(folder, whole.strategy, whole.models)
     newest = run.checkpoints()[-1]
     file = newest / name if name else newest
     raw = file.read_bytes()
     times = (newest.stat().st_atime_ns, newest.stat().st_mtime_ns)
-    # A byte of weights or moments: most of the file.
+    # A byte of weights or moments, which are most of the file.
     file.write_bytes(damaged(raw, way, len(raw) // 2))
     os.utime(newest, ns=times)
     for student in folder.rglob("student"):
@@ -105,6 +105,6 @@ def gone_on_with(folder: Path, whole: Run, way: str, name: str) -> Event:
     run.start()
     event = finished(run, whole, "damage")
     said = run.beside("err").read_text() + run.beside("out").read_text()
-    if not event["fault"] and "passes over" not in said:
-        event["fault"] = "it does not say that it passes over a broken checkpoint"
+    if not event["fault"] and "skips" not in said:
+        event["fault"] = "it does not say that it skips a damaged checkpoint"
     return {**event, "what": f"`last` after {way} of {name or 'the file'}", "times": 1}

@@ -1,4 +1,4 @@
-"""Disks that fill up or turn read-only in the middle: a small tmpfs, which needs root."""
+"""Fills disks or makes them read-only during a run, with a small tmpfs, which needs root."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def mount(*arguments: str) -> bool:
 
 @contextmanager
 def small_disk(place: Path) -> Iterator[Callable[[str], None]]:
-    """Mount a file system of 64 MiB; yield what changes its options.
+    """Mount a file system of 64 MiB; yield a function that changes its options.
 
     Raises:
-        PermissionError: this user may not mount one.
+        PermissionError: the user may not mount file systems.
     """
     place.mkdir(parents=True)
     if not mount("-t", "tmpfs", "-o", f"size={64 << 20}", "tmpfs", str(place)):
         raise PermissionError("not run: mounting a small tmpfs needs root")
 
     def change(option: str) -> None:
-        for _ in range(500):  # "busy" while a file is open for writing
+        for _ in range(500):  # the disk is busy while a file is open for writing
             if mount("-o", f"remount,{option}", str(place)):
                 return
             time.sleep(0.01)
@@ -47,7 +47,7 @@ def small_disk(place: Path) -> Iterator[Callable[[str], None]]:
 
 
 def fill(place: Path, leave: int) -> Path:
-    """Fill a disk up to some bytes that are left; return the file to delete."""
+    """Fill a disk until some bytes are left; return the file to delete."""
     ballast = place / "ballast"
     for _ in range(100):
         found = os.statvfs(place)
@@ -55,13 +55,13 @@ def fill(place: Path, leave: int) -> Path:
             with ballast.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
             return ballast
-        except OSError:  # the run has written meanwhile
+        except OSError:  # the run has written in this time
             ballast.unlink()
     raise OSError(f"{place} cannot be filled")
 
 
 def stopped(run: Run, case: str, what: str, words: str, codes: tuple[int, ...] = (1,)) -> Event:
-    """Wait for a run that cannot go on: one line with ``words`` in it."""
+    """Wait for a run that cannot continue; expect one line that contains ``words``."""
     code, line = run.wait(), run.last_line()
     told = code in codes and line.startswith("error: ") and words in line
     fault = "" if told else f"{code}: {line}"
@@ -71,7 +71,7 @@ def stopped(run: Run, case: str, what: str, words: str, codes: tuple[int, ...] =
 
 
 def fill_between_pushes(run: Run, place: Path, leave: int) -> Path:
-    """Fill a disk while one set of weights is on it; an older one, once deleted, makes room."""
+    """Fill a disk while it holds one set of weights; deleting an older set makes room."""
     for _ in range(1000):
         with run.held():
             if len(list(place.glob("kdrl-weights-*"))) == 1:
@@ -93,7 +93,7 @@ def disk(folder: Path, plain: Undisturbed, strategy: str, what: str, seed: str) 
 
 
 def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
-    """Let the second checkpoint find room for half of it."""
+    """Leave room for half of the second checkpoint."""
     one, place = size_of(plain.run(strategy).checkpoints()[0]), folder / "small"
     with small_disk(place):
         run = Run(folder, strategy, plain.models, (f"--checkpoint.dirpath={place}",))
@@ -111,7 +111,7 @@ def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> Iterator
 
 
 def full_export(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
-    """Leave the run folder room for its logs, and not for the student."""
+    """Leave room for the logs, but not for the student."""
     saved, place = folder / "checkpoints", folder / "small"
     with small_disk(place):
         run = Run(place, strategy, plain.models, (f"--checkpoint.dirpath={saved}",))
@@ -129,7 +129,7 @@ def full_export(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Eve
 
 
 def full_push(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event]:
-    """Let the weights for the servers find room for half of them."""
+    """Leave room for half of the weights for the servers."""
     place, size = folder / "small", size_of(Path(plain.models[0]) / "model.safetensors")
     with small_disk(place), Server(plain.models[0]) as server:
         other = plain.run(strategy, *server.flags())
@@ -145,7 +145,7 @@ def full_push(folder: Path, plain: Undisturbed, strategy: str) -> Iterator[Event
 
 
 def permission(folder: Path, plain: Undisturbed, strategy: str, seed: str) -> Iterator[Event]:
-    """Take the permission to write away: in the middle, and from the start."""
+    """Remove the permission to write, in the middle or from the start."""
     place = folder / "small"
     with small_disk(place) as change:
         run = Run(folder, strategy, plain.models, (f"--checkpoint.dirpath={place}",))

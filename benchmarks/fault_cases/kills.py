@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and Ctrl-C: what is lost, and whether the end is the same."""
+"""Sends SIGKILL or Ctrl-C at random moments, and compares the results with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Event = dict[str, Any]
 
 
 class Undisturbed:
-    """A run of each strategy that nothing strikes, made when it is first asked for."""
+    """Holds an undisturbed run for each strategy, made at the first request."""
 
     def __init__(self, folder: Path, models: tuple[str, str]) -> None:
         self.folder, self.models = folder, models
@@ -48,8 +48,8 @@ class Undisturbed:
 def kill(folder: Path, plain: Undisturbed, strategy: str, count: int, seed: str) -> Iterator[Event]:
     """Kill all processes or one rank, ``count`` times.
 
-    It goes on with one run until that gets to its end, then starts another. After the last kill the
-    run is left alone. Every run that ends is compared with the undisturbed one.
+    It resumes one run until that ends, then starts another. After the last kill the run may end.
+    Every run that ends is compared with the undisturbed one.
     """
     draw = random.Random(seed)
     chain, run = 0, Run(folder / "0", strategy, plain.models)
@@ -92,8 +92,8 @@ def strike(run: Run, plain: Undisturbed, draw: random.Random) -> Event | None:
 def wait(run: Run, plain: Undisturbed, draw: random.Random, early: float) -> str:
     """Wait for a random moment of a run; return its name.
 
-    It lies within a quarter of a second after a random step that is still to come, or, with a
-    probability of ``early``, before the first step.
+    The moment is within a quarter of a second after a random later step, or, with probability
+    ``early``, before the first step.
     """
     startup = plain.seconds(run.strategy)
     done = max(map(step_of, run.checkpoints()), default=0)
@@ -109,7 +109,7 @@ def wait(run: Run, plain: Undisturbed, draw: random.Random, early: float) -> str
 
 
 def lost(run: Run) -> Event:
-    """Return which steps a killed start has taken in vain."""
+    """Return the steps that a killed start has lost."""
     kept = max(map(step_of, run.checkpoints()), default=0)
     begun = run.steps()
     done = begun[-1] if begun else kept
@@ -128,10 +128,10 @@ def finished(run: Run, undisturbed: Run, case: str) -> Event:
 def interrupt(
     folder: Path, plain: Undisturbed, strategy: str, count: int, seed: str
 ) -> Iterator[Event]:
-    """Press Ctrl-C: exit code 130, one line that names the checkpoint, and the same end."""
+    """Press Ctrl-C; expect exit code 130, one line with the checkpoint, and the same end."""
     draw = random.Random(seed)
     for number in range(count):
-        for attempt in range(9):  # some have ended when the moment comes
+        for attempt in range(9):  # some runs end before the moment
             run = Run(folder / f"{number}-{attempt}", strategy, plain.models)
             run.start()
             moment = wait(run, plain, draw, early=0.2)
@@ -140,7 +140,7 @@ def interrupt(
             run.wait()
         run.signal(signal.SIGINT)
         code, line = run.wait(), run.last_line()
-        # One that comes when all is written may change nothing.
+        # A signal after everything is written may change nothing.
         fault = "" if code in (0, 130) else f"exit code {code}: {line}"
         if code == 0 and not run.student():
             fault = "it was passed over"
@@ -154,7 +154,7 @@ def interrupt(
 
 
 def interrupted(run: Run, line: str) -> str:
-    """Return what is wrong with an interrupted run's last words."""
+    """Return what is wrong with the last line of an interrupted run."""
     if not line.startswith("error: ") or run.traceback():
         return f"no single line: {line}"
     named = re.findall(r"\S*step=\d+\.ckpt", line)
@@ -164,5 +164,5 @@ def interrupted(run: Run, line: str) -> str:
 
 
 def within_a_rollout(event: Event) -> bool:
-    """Whether nothing but the current rollout was lost."""
+    """Return whether only the current rollout was lost."""
     return int(event.get("lost_updates", 0)) <= UPDATES

@@ -1,4 +1,4 @@
-"""The small run that the faults strike, how it is started, and how two runs are compared."""
+"""Starts the small runs into which faults are injected, and compares two runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-STEPS, UPDATES = 12, 4  # of a run, and of a rollout
+STEPS, UPDATES = 12, 4  # per run, and per rollout
 PATIENCE = 300.0  # seconds until a run counts as hanging
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "single": (),
     "ddp": ("--trainer.strategy=ddp", "--trainer.devices=2"),
     "fsdp2": ("--trainer.strategy=fsdp2", "--trainer.devices=2"),
 }
-# What a clock or a cache decides.
+# Values that depend on a clock or a cache.
 LEFT_OUT = ("time/", "memory/", "tokens_per_s")
 HELPERS = '''
 import os
@@ -74,7 +74,7 @@ def save_models(folder: Path) -> tuple[str, str]:
 
 @dataclass
 class Run:
-    """A run of ``fit`` in a folder of its own; each start goes on with it.
+    """A run of ``fit`` in its own folder; each start after the first continues it.
 
     Attributes:
         folder: the run's working directory.
@@ -90,12 +90,12 @@ class Run:
     process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        """Start, or go on with the last checkpoint."""
+        """Start the run, or continue it from the last checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "run.yaml").write_text(yaml.safe_dump(configuration(*self.models)))
         (self.folder / "helpers.py").write_text(HELPERS)
         self.marks.unlink(missing_ok=True)
-        # To files: a full pipe would hold the run up.
+        # Write to files: a full pipe would block the run.
         self.out = self.beside("out").open("w")
         self.err = self.beside("err").open("w")
         self.process = subprocess.Popen(
@@ -108,11 +108,11 @@ class Run:
 
     @property
     def marks(self) -> Path:
-        """Where the run notes its steps."""
+        """File in which the run notes its steps."""
         return self.beside("marks")
 
     def beside(self, word: str) -> Path:
-        """Return a file that a full disk in the run's folder does not touch."""
+        """Return a file outside the run's folder, which may be on a full disk."""
         return self.folder.parent / f"{self.folder.name}-{word}.txt"
 
     def steps(self) -> list[int]:
@@ -120,7 +120,7 @@ class Run:
         lines = self.marks.read_text().splitlines() if self.marks.exists() else []
         return [int(line.split()[1]) for line in lines if line.startswith("step ")]
 
-    def until(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> bool:
+    def until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
         """Wait for a condition; return False if the run ended before."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -133,11 +133,11 @@ class Run:
         raise TimeoutError(f"{self} took more than {seconds:g} s")
 
     def alive(self) -> bool:
-        """Whether its first process has not ended."""
+        """Return whether the first process is still running."""
         return self.process is not None and self.process.poll() is None
 
     def ranks(self) -> list[int]:
-        """Return the processes of its ranks, the first one's first."""
+        """Return the processes of all ranks, rank 0 first."""
         assert self.process is not None
         return [self.process.pid, *children(self.process.pid)]
 
@@ -165,7 +165,7 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let all its processes stand still."""
+        """Stop all processes of the run inside the block."""
         self.signal(signal.SIGSTOP)
         try:
             yield
@@ -173,7 +173,7 @@ class Run:
             self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Make sure that nothing of the run is left."""
+        """Kill all processes that are left of the run."""
         if self.process is not None:
             self.signal(signal.SIGKILL)
             self.process.wait()
@@ -187,7 +187,7 @@ class Run:
         return next(reversed(errors or lines), "")
 
     def traceback(self) -> bool:
-        """Whether it ended in a traceback."""
+        """Return whether the run ended with a traceback."""
         return "Traceback (most recent call last)" in self.beside("err").read_text()
 
     def checkpoints(self) -> list[Path]:
@@ -200,7 +200,7 @@ class Run:
         return max(found, key=os.path.getmtime).read_bytes() if found else b""
 
     def rows(self) -> dict[int, dict[str, str]]:
-        """Return the logged numbers by step; of a step that was done twice, the later ones."""
+        """Return the logged numbers by step; the later ones for a repeated step."""
         rows: dict[int, dict[str, str]] = {}
         for path in sorted(self.folder.rglob("metrics.csv"), key=os.path.getmtime):
             with path.open() as file:
@@ -238,7 +238,7 @@ def children(process: int) -> list[int]:
 
 
 def running(process: int) -> bool:
-    """Whether a process has not ended, waited for or not."""
+    """Return whether a process is still running."""
     try:
         return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -254,7 +254,7 @@ def command(process: int) -> bytes:
 
 
 def configuration(student: str, teacher: str) -> dict[str, Any]:
-    """Three rollouts of four updates, a checkpoint after each, a validation after the second."""
+    """Return settings: 3 rollouts of 4 updates, a checkpoint after each, one validation."""
     prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 9}}
     return {
         "model": {

@@ -1,4 +1,4 @@
-"""Other processes that die: reward workers, and the server that samples."""
+"""Kills other processes of a run: reward workers, and the server that samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ time.sleep(1e6)
 
 
 class Server:
-    """A scripted server in a process of its own, on one port of loopback.
+    """Runs a scripted server in its own process, on one port of loopback.
 
     Args:
         student: folder of the model that it pretends to serve.
@@ -57,7 +57,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def flags(self, max_away_s: float = 120.0) -> tuple[str, ...]:
@@ -78,14 +78,14 @@ class Server:
             raise RuntimeError("the scripted server did not start")
 
     def kill(self) -> None:
-        """Let it die without a word."""
+        """Kill the server without notice."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
+    """Return a free port of loopback."""
     import socket
 
     with socket.socket() as found:
@@ -94,7 +94,7 @@ def free_port() -> int:
 
 
 def reward(folder: Path, plain: Any, strategy: str, seed: str) -> Iterator[Event]:
-    """Kill processes of the reward, five times in a run: no verdict changes."""
+    """Kill processes of the reward five times in a run, and check that no verdict changes."""
     from fault_cases.kills import finished
 
     init = {"function": "helpers.odd_length", "time_limit_s": 60.0, "workers": 2}
@@ -139,7 +139,7 @@ def ancestors(process: int) -> list[int]:
 
 
 def server(folder: Path, plain: Any, strategy: str, seed: str) -> Iterator[Event]:
-    """Kill the server for good: one line with its URL; for a moment: the same end."""
+    """Kill the server, for good or for a moment; expect an error with its URL, or the same end."""
     from fault_cases.disks import stopped
     from fault_cases.kills import finished
 

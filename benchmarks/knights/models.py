@@ -1,7 +1,7 @@
-"""Teacher and student for Knights and Knaves: small Llama models, made from a seed on first use.
+"""Makes teacher and student for Knights and Knaves: small Llama models, trained on first use.
 
 The student is a smaller model that has seen few worked puzzles: it knows the form of an answer, and
-evaluates simple statements. It has no planted misconception.
+evaluates simple statements. We have planted no error in it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
 
-# Seeds of the puzzles that models are made from start here, away from those of the configurations.
+# Seeds of the training puzzles start here, apart from those of the configurations.
 TRACES_SEED = 1000
-# Raise it when puzzles, traces or the parts change: models are made anew.
+# Raise it if puzzles, traces or parts change, so that models are trained again.
 TRACES_VERSION = 2
 
 
@@ -55,13 +55,13 @@ RECIPES = {
 
 
 class KnightsModel(ModelSource):
-    """A model source for Knights and Knaves, made on first use; then cached.
+    """A model source for Knights and Knaves: trains the model on first use, then caches it.
 
     Args:
         role: ``teacher`` or ``student``.
         depth: deepest nesting of a statement in its training puzzles.
-        seed: of initialisation and data.
-        steps: optimizer steps instead of the recipe's: the student's strength.
+        seed: seed of initialisation and data.
+        steps: optimizer steps in place of the recipe's; more make a stronger student.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class KnightsModel(ModelSource):
 
     @property
     def name(self) -> str:
-        """Name in the cache; it changes with recipe, traces and versions of the libraries."""
+        """Return the name in the cache, which depends on recipe, traces and library versions."""
         from importlib.metadata import version
 
         versions = f"{__version__}-rg{version('reasoning-gym')}-torch{torch.__version__}"
@@ -94,7 +94,7 @@ class KnightsModel(ModelSource):
         return f"knights-{self.role}-{own}-{key}-{versions}"
 
     def path(self) -> str:
-        """Return the model's folder, making it if need be."""
+        """Return the model's folder; the model is trained if it does not exist."""
         return str(cached_folder(self.name, self.train))
 
     def train(self, folder: Path) -> None:
@@ -165,7 +165,7 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
         num_attention_heads=recipe.width // 32,
         num_key_value_heads=recipe.width // 32,
         max_position_embeddings=256,
-        # Short sequences: these two make the models learn quickly.
+        # For short sequences, these two make the models learn quickly.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.06,
         tie_word_embeddings=False,
@@ -178,7 +178,7 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon on the layers' matrices, AdamW on embedding, head and norms, as one optimizer."""
+    """Combines Muon on the layers' matrices with AdamW on embedding, head and norms."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         every = list(parameters)

@@ -1,6 +1,7 @@
-"""Knights and Knaves of reasoning-gym: its puzzles, its answers and its scorer.
+"""Provides Knights and Knaves of reasoning-gym: puzzles, answers and scorer.
 
-``KnightsAndKnavesPrompts`` with two inhabitants, in fewer words, and parted by what they say.
+The puzzles are those of ``KnightsAndKnavesPrompts`` with two inhabitants, in fewer words, and split
+into parts by the statements. Entries and statements of reasoning-gym are ``Any``: it has no types.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class KnightsAndKnaves(PromptSource):
 
     Args:
         size: number of puzzles.
-        seed: of the puzzles.
+        seed: seed of the puzzles.
         depth: deepest nesting of a statement, from 2 on.
         width: most branches of a statement, from 2 on.
         part: which pairs of statements: ``train``, ``validation`` or ``all``.
 
     Attributes:
-        dropped: puzzles of the other part that were left out.
+        dropped: number of puzzles of the other part that were left out.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class KnightsAndKnaves(PromptSource):
 
 
 def held_out(entry: dict[str, Any]) -> bool:
-    """Whether the statements, as they read, belong to the validation part."""
+    """Return whether the statements, as worded, belong to the validation part."""
     form = [reading(statement) for statement in entry["metadata"]["statements"]]
     same = min(repr(form), repr([mirrored(statement) for statement in reversed(form)]))
     return zlib.crc32(same.encode()) % 5 == 0
@@ -117,7 +118,7 @@ def reading(statement: Any) -> Any:
 
 
 class KnightsTraces(KnightsAndKnaves):
-    """The same puzzles with ``completion``: a check of the four cases, then reasoning-gym's answer.
+    """Adds ``completion`` to the puzzles: a check of the four cases, then reasoning-gym's answer.
 
     The cases: both tell the truth, only the first, only the second, neither. For each: is the first
     statement true, is the second, and does that fit the case.
@@ -129,7 +130,7 @@ class KnightsTraces(KnightsAndKnaves):
 
 
 def check_cases(statements: Any) -> str:
-    """Truth of each statement in each case, and whether the case is possible.
+    """Return the truth of each statement in each case, and whether the case is possible.
 
     >>> check_cases((("lying", 1), ("telling-truth", 1)))
     'false true no true false yes false true yes true false no'
@@ -144,10 +145,10 @@ def check_cases(statements: Any) -> str:
 
 
 class KnightsReward:
-    """reasoning-gym's ``score_answer``; correct is what it gives its full score.
+    """Scores with reasoning-gym's ``score_answer``; only the full score counts as correct.
 
     Args:
-        partial: keep its partial credit (0.65 for one right role of two); else that is 0.
+        partial: keep partial credit (0.65 for one right role of two); if false, it becomes 0.
     """
 
     def __init__(self, partial: bool = False) -> None:
@@ -155,7 +156,7 @@ class KnightsReward:
         self._score = load_scorer("knights_knaves")
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Judge one sample; what stands before the answer does not count."""
+        """Judge one sample; text before the answer does not count."""
         answer = sample.text.rpartition(";")[2]
         score = float(self._score(answer, dict(sample.row)))
         correct = score >= 1.0
@@ -163,7 +164,7 @@ class KnightsReward:
 
 
 def make_tokenizer() -> Any:
-    """One token a word or punctuation mark, over all words that the generator can write."""
+    """Return a tokenizer with a token per word and punctuation mark of the generator."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

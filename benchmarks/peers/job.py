@@ -1,4 +1,4 @@
-"""What both sides of the comparison are given: models, prompts, rewards, lengths, clocks."""
+"""Defines what both sides of the comparison get: models, prompts, rewards, lengths, clocks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ PARTS = ("generation", "scoring", "training", "step")
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one side.
+    """Describes one run of one side.
 
     Attributes:
         side: ``ours`` or ``trl``.
         model: ``embedded``, ``smollm2``, or a folder with the embedded model's tokenizer.
         work: ``grpo``, ``kdrl``, ``rlad`` or ``distillation``.
-        prompts: per optimizer step.
-        group: completions of each.
+        prompts: prompts per optimizer step.
+        group: completions per prompt.
         micro: completions per micro-batch.
         tokens: longest completion.
-        steps: timed optimizer steps; one more comes first.
+        steps: timed optimizer steps; one untimed step comes first.
         fixed: completions of exactly ``tokens`` random tokens are given instead of sampled.
         checkpointing: layers are recomputed in the backward pass.
         precision: ``32`` or ``bf16`` (mixed).
-        threads: of torch.
-        seed: of prompts, sampling and given completions.
+        threads: number of torch's threads.
+        seed: seed of prompts, sampling and given completions.
     """
 
     side: str
@@ -57,7 +57,7 @@ class Job:
 
 
 def model_folder(name: str) -> str:
-    """Return the Hugging Face folder of a model, making it if need be."""
+    """Return the Hugging Face folder of a model, which is made if it does not exist."""
     if Path(name).is_dir():
         return name
     if name == "embedded":
@@ -104,14 +104,14 @@ def reward_of(text: str, answer: str) -> float:
 
 
 def given_completions(job: Job, vocab: int, eos: int, count: int) -> list[list[int]]:
-    """Return random tokens, the end token never among them."""
+    """Return random tokens without the end token."""
     generator = torch.Generator().manual_seed(job.seed)
     ids = torch.randint(0, vocab - 1, (count, job.tokens), generator=generator)
     return (ids + (ids >= eos)).tolist()
 
 
 class Clock:
-    """Seconds per part, memory, and the tokens of the completions, from one run."""
+    """Collects seconds per part, memory and completion tokens of one run."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -124,15 +124,15 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the time inside to a part."""
+        """Add the time inside the block to a part."""
         started = time.perf_counter()
         yield
         self._now[name] += time.perf_counter() - started
 
     def step_done(self, tokens: int) -> None:
-        """End an optimizer step, while gradients and moments are there."""
+        """End an optimizer step while gradients and moments exist."""
         now = time.perf_counter()
-        if self._memory is None:  # the first step pays for what comes once
+        if self._memory is None:  # the first step has one-time costs
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             self._memory = Memory()

@@ -1,4 +1,4 @@
-"""A run of our side: the library as it is, with its statistics on."""
+"""Runs our side: the library without changes, with its statistics on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OBJECTIVES = {"grpo": GRPO, "kdrl": KDRL, "rlad": RLAD, "distillation": lambda: 
 
 
 class TimedEngine(TransformersEngine):
-    """Samples, or hands out given completions, and reports the time."""
+    """Samples, or returns given completions, and reports the time."""
 
     def __init__(self, clock: Clock, given: list[list[int]] | None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class TimedModule(KDRLModule):
 
 
 class Steps(pl.Callback):
-    """Tells the clock of updates and the ends of steps."""
+    """Reports updates and the ends of steps to the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -88,7 +88,7 @@ class Steps(pl.Callback):
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train for a few steps."""
+    """Train for a few steps, and return the clock's figures."""
     clock, folder = Clock(job), model_folder(job.model)
     objective = OBJECTIVES[job.work]()
     module = TimedModule(
@@ -122,7 +122,7 @@ def run(job: Job) -> dict[str, Any]:
         gradient_clip_val=1.0,
         precision="32-true" if job.precision == "32" else "bf16-mixed",
         accelerator="cpu",
-        # Steps in front of the statistics: what they cost belongs to the step that follows.
+        # `Steps` comes before the statistics, so their cost counts for the next step.
         callbacks=[Steps(clock), SelectiveImitationStats()],
         default_root_dir=tempfile.mkdtemp(),
         logger=False,

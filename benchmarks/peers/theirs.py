@@ -1,4 +1,7 @@
-"""A run of TRL's side: its trainers as they are, timed from outside."""
+"""Runs TRL's side: its trainers without changes, timed from outside.
+
+TRL's trainers, hooks and batches are ``Any`` here: TRL has no types.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from peers.job import Clock, Job, given_completions, model_folder, prompts, reward_of
 
-# TRL imports vLLM where it is installed, of whatever version; nothing here needs it.
+# TRL imports any installed version of vLLM, which this comparison does not need.
 import_module("trl.import_utils").is_vllm_available = lambda min_version=None: False
 
 
 class Steps(TrainerCallback):
-    """Tells the clock of the optimizer and the ends of steps."""
+    """Reports optimizer steps to the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -34,7 +37,7 @@ class Steps(TrainerCallback):
 
 
 def timed(clock: Clock, name: str, trainer: Any, method: str) -> None:
-    """Wrap a method of a trainer in a clock."""
+    """Add the time of a trainer's method to a part of the clock."""
     inner = getattr(trainer, method)
 
     @wraps(inner)
@@ -46,7 +49,7 @@ def timed(clock: Clock, name: str, trainer: Any, method: str) -> None:
 
 
 def make(job: Job, folder: str) -> Any:
-    """Build the trainer that does the same work."""
+    """Return the TRL trainer that does the same work."""
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     rows = prompts(job, job.prompts * (job.steps + 1))
@@ -81,21 +84,21 @@ def make(job: Job, folder: str) -> Any:
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         return [reward_of(c, a) for c, a in zip(completions, answer, strict=True)]
 
-    # The nearest that it has to a teacher: the reference model.
+    # TRL has no teacher here; the reference model is the closest.
     beta = 0.0 if job.work == "grpo" else 0.04
     args = GRPOConfig(**common, num_generations=job.group, beta=beta, loss_type="dapo")
     return GRPOTrainer(model, reward, args=args, **own)
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train for a few steps."""
+    """Train for a few steps, and return the clock's figures."""
     clock, folder = Clock(job), model_folder(job.model)
     trainer, steps = make(job, folder), Steps(clock)
     trainer.add_callback(steps)
     if job.fixed:
         tokenizer, count = trainer.processing_class, job.prompts * job.group
         given = given_completions(job, len(tokenizer), tokenizer.eos_token_id, count)
-        # DistillationTrainer's returns the ids alone.
+        # DistillationTrainer's method returns only the ids.
         out = given if job.work == "distillation" else (given, None)
         trainer._generate_single_turn = lambda *_, **__: out
     else:
@@ -118,7 +121,7 @@ def run(job: Job) -> dict[str, Any]:
                 return inner(model, *args, **kwargs)
 
         trainer._get_per_token_logps_and_entropies = logps
-    # Forward and backward, without what comes before the first micro-batch.
+    # Forward and backward, without the work before the first micro-batch.
     update, prepare = trainer.training_step, trainer._prepare_inputs
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # One task per GPU; Lightning reads ranks and addresses from SLURM. Five minutes before the time is up, or
-# on preemption, the run saves and ends with 143; it is queued again and goes on from there.
+# on preemption, the run saves and ends with 143; SLURM queues it again, and it continues from there.
 #   sbatch configs/hardware/slurm.sh my.yaml [flags]
 set -u
 srun python -m kdrl_lightning fit --config "$1" --config configs/hardware/node8.yaml \

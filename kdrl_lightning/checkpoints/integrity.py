@@ -1,8 +1,8 @@
-"""What is on disk is whole: checksums that are checked, folders that appear at once.
+"""Detects damaged checkpoints by their checksums, and replaces folders only when complete.
 
-A checkpoint carries its checksums: ``torch.save`` writes zip archives with a CRC-32 per record, and
+A checkpoint contains checksums: ``torch.save`` writes zip archives with a CRC-32 per record, and
 the shards of a folder hold such an archive per tensor. ``torch.load`` checks none of them. Only the
-index of shards has no checksum of its own; it gets one after its last byte, where pickle stops.
+index of shards has no checksum; we append one after its last byte, where pickle stops reading.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import IO, Any, cast
 
 import torch
 
-CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a model
+CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of these holds a model
 SEAL = b"\nkdrl_lightning crc32 "
 
 
 class Part(io.RawIOBase):
-    """A part of a file, as a file to read.
+    """Reads a part of a file as if it were a file.
 
     Args:
-        file: the whole one.
-        offset: where the part starts, in bytes.
-        length: of the part, in bytes.
+        file: the whole file.
+        offset: start of the part, in bytes.
+        length: length of the part, in bytes.
     """
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
@@ -44,23 +44,23 @@ class Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place in the part."""
+        """Set the position in the part, and return it."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         if start + offset < 0:
-            raise ValueError("a place before the part")
+            raise ValueError("the position must not be before the start of the part")
         self._place = start + offset
         return self._place
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return what follows, up to the end of the part."""
+        """Return the next ``size`` bytes, or all bytes up to the end of the part."""
         left = max(0, self._length - self._place)
         self._file.seek(self._offset + self._place)
         raw = self._file.read(left if size is None or size < 0 else min(size, left))
         self._place += len(raw)
         return raw
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer with what follows."""
+    def readinto(self, buffer: Any) -> int:  # typeshed's buffer type has no length
+        """Fill a buffer with the next bytes."""
         raw = self.read(len(buffer))
         buffer[: len(raw)] = raw
         return len(raw)
@@ -70,8 +70,8 @@ def check_archive(file: IO[bytes] | Part, name: str) -> None:
     """Compare every record of an archive of ``torch.save`` with its checksum.
 
     Args:
-        file: open archive, or part of a file. It is read once, at some 3 to 5 GB/s.
-        name: of the file, for the message.
+        file: open archive, or part of a file. It is read once, at about 3 to 5 GB/s.
+        name: name of the file, for the message.
 
     Raises:
         ValueError: it is cut short, or its bytes are not those that were written.
@@ -80,12 +80,13 @@ def check_archive(file: IO[bytes] | Part, name: str) -> None:
         with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             record = archive.testzip()
         file.seek(0)
-        torch._C.PyTorchFileReader(cast(IO[bytes], file))  # stricter on what is no record
-    except Exception as error:  # a changed header can mislead zipfile into any of them
+        # It is stricter about bytes outside the records.
+        torch._C.PyTorchFileReader(cast(IO[bytes], file))
+    except Exception as error:  # a damaged header makes zipfile raise any of them
         text = str(error).partition(". ")[0]
         raise ValueError(f"{name} is cut short or damaged: {text}") from error
     if record is not None:
-        raise ValueError(f"{name} is damaged: {record} has another checksum")
+        raise ValueError(f"{name} is damaged: {record} does not match its checksum")
 
 
 def seal(path: Path) -> None:
@@ -98,14 +99,14 @@ def seal(path: Path) -> None:
 
 
 def check_seal(raw: bytes, name: str) -> None:
-    """Compare a pickle with its checksum; one of an earlier version has none.
+    """Compare a pickle with its checksum, which files of earlier versions lack.
 
     Raises:
         ValueError: the bytes are not those that were written.
     """
     body, found, checksum = raw.rpartition(SEAL)
     if found and b"%08x" % zlib.crc32(body) != checksum:
-        raise ValueError(f"{name} is damaged: it has another checksum")
+        raise ValueError(f"{name} is damaged: it does not match its checksum")
 
 
 def sync(path: Path) -> None:
@@ -129,7 +130,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Yields:
         The folder to write to.
     """
-    path = Path(os.path.abspath(path))  # "." and "student/" have no name of their own
+    path = Path(os.path.abspath(path))  # "." and "student/" have no usable name
     inside = path.is_dir()
     half = path / "unfinished" if inside else path.with_name(f"{path.name}.unfinished")
     try:
@@ -149,7 +150,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _move(half: Path, path: Path) -> None:
-    """Replace the model in a folder; if this is killed, no model is there rather than a mixture."""
+    """Replace the model in a folder; if this is killed, no model is there instead of a mix."""
     for name in CONFIGS:
         (path / name).unlink(missing_ok=True)
     for file in path.glob("*.safetensors*"):  # it may have had more parts

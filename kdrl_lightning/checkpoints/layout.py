@@ -9,11 +9,11 @@ SHARDS, META = ".metadata", "meta.pt"
 
 
 def unfinished(path: Path) -> Path:
-    """Name of a checkpoint while it is written."""
+    """Return the path of a checkpoint while it is being written."""
     return path.with_name(path.name + ".unfinished")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed runs left half-written in a folder."""
+    """Delete the unfinished checkpoints of killed runs in a folder."""
     for path in folder.glob("*.unfinished"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,9 +1,13 @@
-"""What a checkpoint says of a module beside weights and moments, and how a resume reads it."""
+"""Saves and restores a module's identity and counters, and exports the student."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, cast
+
+import lightning.pytorch as pl
+import torch
 
 from kdrl_lightning.checkpoints.integrity import whole_folder
 from kdrl_lightning.checkpoints.reader import check_readable, read_metadata
@@ -16,37 +20,87 @@ from kdrl_lightning.checkpoints.resume import (
 )
 from kdrl_lightning.models.loading import load_config
 from kdrl_lightning.trainer.failures import export_together
+from kdrl_lightning.trainer.protocols import TrainedModule
 
 
-def check_checkpoint(path: str, module: Any, fitting: bool) -> None:
+# `Any`: the values of a checkpoint, as Lightning types them.
+class Counters(Protocol):
+    """Counts that a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counts."""
+
+
+class Timed(Protocol):
+    """Models that count the seconds of their work."""
+
+    seconds: float
+
+
+class SavedModule(TrainedModule, Protocol):
+    """The part of ``KDRLModule`` that a checkpoint saves and restores."""
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The trainer of the run."""
+
+    @property
+    def nonfinite(self) -> Counters:
+        """The counts of skipped steps."""
+
+    @property
+    def frozen(self) -> Timed:
+        """The frozen models."""
+
+    @property
+    def teacher_seconds(self) -> float:
+        """Seconds that the teacher has taken to score."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights by name."""
+
+    def optimizers(self, use_pl_optimizer: Literal[False]) -> object:
+        """Return the optimizer."""
+
+    def log_state(self) -> dict[str, Any]:
+        """Return the state of the log."""
+
+    def load_log_state(self, saved: Mapping[str, Any]) -> None:
+        """Restore the state of the log."""
+
+
+def check_checkpoint(path: str, module: SavedModule, fitting: bool) -> None:
     """Check a checkpoint against a module before the strategy reads it.
 
     Args:
-        path: of the checkpoint.
-        module: the ``KDRLModule`` that is to take it.
-        fitting: training goes on, so that the method counts too.
+        path: path of the checkpoint.
+        module: the ``KDRLModule`` that will load it.
+        fitting: whether training continues, so that the method must match, too.
 
     Raises:
-        ConfigurationError: it is damaged, or of another student or method.
+        ConfigurationError: it is damaged, or belongs to another student or method.
     """
     values = read_metadata(path)
     saved, held = values.get(KEY), values.get("state_dict")
     check_readable(path, module.trainer.strategy)
     if saved is not None:
-        loaded = module.student and module.weights().model.config  # or its part for text
+        loaded = module.student and module.weights().model.config  # or that of its text model
         config = loaded or load_config(module.student_path)
         check_identity(saved, module, config, fitting, path)
-    if module.lora is not None and held is not None:  # shards say so themselves
+    if module.lora is not None and held is not None:  # loading shards checks this
         check_complete(held.keys(), module.state_dict().keys(), path)
 
 
-def save_state(checkpoint: dict[str, Any], module: Any, sharded: bool) -> None:
-    """Add to a checkpoint whose it is, and what the module counts.
+def save_state(checkpoint: dict[str, Any], module: SavedModule, sharded: bool) -> None:
+    """Add the run's identity and the module's counters to a checkpoint.
 
     Args:
-        checkpoint: what Lightning is about to write.
+        checkpoint: the state that Lightning will write.
         module: the ``KDRLModule``.
-        sharded: the strategy numbers the optimizer's parameters itself.
+        sharded: whether the strategy numbers the optimizer's parameters itself.
     """
     checkpoint[KEY] = {
         **identity(module),
@@ -57,11 +111,11 @@ def save_state(checkpoint: dict[str, Any], module: Any, sharded: bool) -> None:
     if not sharded:
         optimizer = module.optimizers(use_pl_optimizer=False)
         for state in checkpoint.get("optimizer_states", []):
-            number_by_place(state, optimizer, module)
+            number_by_place(state, optimizer, cast(torch.nn.Module, module))
 
 
-def load_state(checkpoint: dict[str, Any], module: Any) -> None:
-    """Restore the module's counts."""
+def load_state(checkpoint: dict[str, Any], module: SavedModule) -> None:
+    """Restore the module's counters."""
     saved = checkpoint.get(KEY)
     if saved is not None:
         module.nonfinite.load_state_dict(saved)
@@ -69,14 +123,13 @@ def load_state(checkpoint: dict[str, Any], module: Any) -> None:
         module.load_log_state(saved)
 
 
-def export_student(module: Any, trainer: Any | None, path: str) -> None:
+def export_student(module: TrainedModule, trainer: pl.Trainer | None, path: str) -> None:
     """Write a module's student and tokenizer as a Hugging Face folder; all ranks must call it.
 
     Args:
         module: the ``KDRLModule``.
-        trainer: of the module; None outside of a run.
-        path: of the folder. It gets the new student as a whole: if that cannot be written, an
-            earlier one stays.
+        trainer: the module's trainer; None outside of a run.
+        path: path of the folder. The new student replaces an earlier one only when it is complete.
 
     Raises:
         TrainingStopped: on every rank, if the first one cannot write.

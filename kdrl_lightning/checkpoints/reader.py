@@ -1,7 +1,7 @@
-"""Reads checkpoints, and checks before that they are whole and safe.
+"""Reads checkpoints, after checking that they are intact and safe.
 
 A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's own formats.
-Lightning loads the weights; the checks here come first.
+Lightning loads the weights; these checks run before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kdrl_lightning.checkpoints.integrity import Part, check_archive, check_seal
 from kdrl_lightning.checkpoints.layout import META, SHARDS
 from kdrl_lightning.errors import ConfigurationError
 
-# What the index of shards may be made of; it is a pickle, and torch would run any other.
+# The only names that an index of shards may use: it is a pickle, and torch would run any code.
 INDEX_NAMES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -42,23 +42,25 @@ INDEX_NAMES = {
 }
 
 
+# `Any`: the values of a checkpoint, as torch and Lightning type them.
 def read_metadata(path: str) -> dict[str, Any]:
-    """Read a checkpoint without the weights of a folder; a file's tensors stay on disk.
+    """Return a checkpoint's content without the weights of a folder; tensors stay on disk.
 
-    Every byte is compared with the checkpoint's checksums.
+    It compares every byte with the checkpoint's checksums.
 
     Raises:
-        ConfigurationError: it is not there, broken, or holds more than tensors and plain values.
+        ConfigurationError: it is missing or damaged, or holds more than tensors and plain values.
     """
     values, damage = _read(Path(path))
     if damage:
         place = Path(path).absolute()
         earlier = newest_whole(p for p in place.parent.glob("step=*.ckpt") if p != place)[0]
-        cure = "Take an earlier one of another run: its folder holds no other whole one."
+        cure = "Use an earlier one of another run: this folder holds no other intact one."
         if earlier is not None:
-            cure = f"Take an earlier one: `--ckpt_path {earlier}`."
+            cure = f"Use an earlier one: `--ckpt_path {earlier}`."
         raise ConfigurationError(
-            f"`ckpt_path` must be a whole checkpoint of this library: got {path} ({damage}). {cure}"
+            f"`ckpt_path` must be an intact checkpoint of this library: got {path} ({damage}). "
+            f"{cure}"
         )
     if not isinstance(values, dict) or "loops" not in values:
         raise ConfigurationError(
@@ -69,10 +71,10 @@ def read_metadata(path: str) -> dict[str, Any]:
 
 
 def newest_whole(paths: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """Find the newest whole one of some checkpoints.
+    """Find the newest intact checkpoint among some paths.
 
     Returns:
-        Its path, None if there is none; and for each newer one what is broken about it.
+        Its path, None if there is none; and a description of the damage for each newer one.
     """
     broken: list[str] = []
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns, reverse=True):
@@ -84,7 +86,7 @@ def newest_whole(paths: Iterable[Path]) -> tuple[Path | None, list[str]]:
 
 
 def _read(place: Path) -> tuple[Any, str]:
-    """Return what a checkpoint holds but the weights of a folder, and what is broken about it."""
+    """Return a checkpoint's content without a folder's weights, and a description of damage."""
     try:
         if place.is_dir():
             check_shards(place)
@@ -97,19 +99,19 @@ def _read(place: Path) -> tuple[Any, str]:
 
 
 def content_mark(path: str | None) -> str | None:
-    """Return what tells a checkpoint from others, without its weights; None: there is none."""
+    """Return a mark that differs between checkpoints, without reading weights; None without one."""
     if path is None:
         return None
     place = Path(path)
     try:
         with zipfile.ZipFile(place / META if place.is_dir() else place) as archive:
             return str(zlib.crc32(str([r.CRC for r in archive.infolist()]).encode()))
-    except (OSError, ValueError, zipfile.BadZipFile):  # refused when it is read
+    except (OSError, ValueError, zipfile.BadZipFile):  # reading it raises an error
         return None
 
 
 def check_readable(path: str, strategy: Strategy) -> None:
-    """Check that a strategy reads this form of checkpoint.
+    """Check that a strategy can read this form of checkpoint.
 
     Raises:
         ConfigurationError: it is a folder of shards, and the strategy holds whole models.
@@ -117,8 +119,8 @@ def check_readable(path: str, strategy: Strategy) -> None:
     if Path(path).is_dir() and not isinstance(strategy, ModelParallelStrategy):
         raise ConfigurationError(
             f"`ckpt_path` must be a file for {type(strategy).__name__}: got {path}, a folder of "
-            "shards. Go on with `--trainer.strategy fsdp2` on any number of processes, or start "
-            "from its `export`."
+            "shards. Continue with `--trainer.strategy fsdp2` on any number of processes, or "
+            "export the student and start from it."
         )
 
 
@@ -126,12 +128,12 @@ def check_shards(folder: Path) -> None:
     """Check that the shards of a folder are all there, and safe to read.
 
     Raises:
-        ValueError: they are not there, or damaged.
+        ValueError: some are missing or damaged.
         UnpicklingError: index or shards hold more than an index, tensors and plain values.
     """
     for name in (SHARDS, META):
         if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing: it was not finished")
+            raise ValueError(f"{name} is missing: the run did not finish it")
     try:
         raw = (folder / SHARDS).read_bytes()
         check_seal(raw, SHARDS)
@@ -148,7 +150,7 @@ def check_shards(folder: Path) -> None:
             view = Part(file, part.offset, part.length)
             check_archive(view, part.relative_path)
             if isinstance(entries[key.fqn], BytesStorageMetadata):
-                # torch would unpickle it without asking what it is.
+                # torch would unpickle any object from it.
                 view.seek(0)
                 torch.load(io.BytesIO(view.read()), weights_only=True)
 

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what from its configuration.
+"""Decides what a resumed run takes from its checkpoint and what from its configuration.
 
 Weights, moments and progress come from the checkpoint; everything that a user can set comes from
 the configuration, so that the command line wins.
@@ -23,7 +23,7 @@ from kdrl_lightning.trainer.internals import before_restore
 from kdrl_lightning.trainer.protocols import TrainedModule, trained
 
 KEY = "kdrl_lightning"
-# Of a model's configuration: what says nothing about what its weights compute.
+# Settings of a model that do not change what its weights compute.
 NOT_COMPARED = re.compile(
     r"_.*|architectures|(torch_)?dtype|transformers_version|use_cache|.*_token_id|.*_token_index"
     r"|output_.*|.*return_dict|initializer_.*|.*dropout|chunk_size_feed_forward|id2label|label2id"
@@ -39,7 +39,7 @@ class HasJSON(Protocol):
 
 
 def identity(module: TrainedModule) -> dict[str, Any]:
-    """Return what a checkpoint says of the run that wrote it, in plain values."""
+    """Return what identifies a run in its checkpoints, in plain values."""
     model = module.weights().model
     lora = module.lora
     generation = getattr(model, "generation_config", None)
@@ -54,19 +54,20 @@ def identity(module: TrainedModule) -> dict[str, Any]:
 
 
 def optimizer_name(module: TrainedModule) -> str:
-    """Return the class of a module's optimizer, which need not be there yet."""
+    """Return the class name of a module's optimizer, which need not exist yet."""
     return type(module.optimizer_callable([torch.nn.Parameter(torch.zeros(1))])).__name__
 
 
 def agree_before_loading(trainer: pl.Trainer, mark: Callable[[str | None], str | None]) -> None:
     """Let all processes compare their checkpoints before any of them reads its own.
 
-    Each process finds ``last`` by itself, or gets a path from its launcher. If these differ, ddp
-    would train on moments and positions of different runs; fsdp2 would read the first process's.
+    Each process finds ``last`` by itself, or gets a path from its launcher. If the paths differ,
+    ddp would train on moments and positions of different runs, and fsdp2 would read the first
+    process's checkpoint.
 
     Args:
-        trainer: of the run.
-        mark: ``path -> mark`` of a checkpoint's content; None: it cannot be read.
+        trainer: the run's trainer.
+        mark: ``path -> mark`` of a checkpoint's content; None if it cannot be read.
     """
     if trainer.world_size == 1:
         return
@@ -84,11 +85,11 @@ def require_same(
     broadcast: Callable[[str | None], str | None],
     reduce: Callable[[torch.Tensor, str], torch.Tensor],
 ) -> None:
-    """Check that all processes go on from one checkpoint; collective.
+    """Check that all processes continue from one checkpoint; all must call it.
 
     Args:
-        path: of this process's checkpoint; None: it starts afresh.
-        mark: of its content; None: it cannot be read.
+        path: path of this process's checkpoint; None: it starts from the beginning.
+        mark: mark of its content; None: it cannot be read.
         broadcast: returns what the first process passes.
         reduce: ``(tensor, "max") -> tensor`` over ranks.
 
@@ -99,7 +100,7 @@ def require_same(
     mark = mark or str(path)
     first, first_mark = broadcast(path), broadcast(mark)
     if float(reduce(torch.tensor(float(mark != first_mark)), "max")):
-        other = "another one under this path" if path == first else path
+        other = "another one at this path" if path == first else path
         raise ConfigurationError(
             f"`ckpt_path` must be the same on all processes: got {first} and {other}. Name a "
             "checkpoint that all of them see, instead of `last`."
@@ -113,10 +114,10 @@ def check_identity(
 
     Args:
         saved: what ``identity`` returned.
-        module: the module that is to take the checkpoint.
+        module: the module that will load the checkpoint.
         config: the configuration of its student.
-        fitting: training goes on: the method counts.
-        path: of the checkpoint.
+        fitting: whether training continues, so that the method must match, too.
+        path: path of the checkpoint.
 
     Raises:
         ConfigurationError: they differ; the message names the difference.
@@ -126,36 +127,36 @@ def check_identity(
         name, here, there = different
         raise ConfigurationError(
             f"`ckpt_path` must hold this student: got {path}, whose {name} is {there!r} "
-            f"instead of {here!r}. Give the student that it was made from, {saved['student']}."
+            f"instead of {here!r}. Give the student of that run, {saved['student']}."
         )
     check_adapters(saved, module, path)
     objective = type(module.objective).__name__
     if fitting and objective != saved["objective"]:
         raise ConfigurationError(
             f"`ckpt_path` must be of a run with the objective {objective}: got {path}, made by "
-            f"{saved['objective']}. To go on with another method, export that student and start "
-            "from it."
+            f"{saved['objective']}. To continue with another method, export that student and "
+            "start from it."
         )
     optimizer = optimizer_name(module)
     if fitting and optimizer != saved["optimizer"]:
         raise ConfigurationError(
-            f"`optimizer` must be {saved['optimizer']} to go on from {path}, for its moments: got "
-            f"{optimizer}. To go on with another one, export that student and start from it."
+            f"`optimizer` must be {saved['optimizer']} to continue from {path}, which holds its "
+            f"moments: got {optimizer}. To use another one, export that student and start from it."
         )
 
 
 def difference(here: str, there: str) -> tuple[str, object, object] | None:
     """Return the first setting in which two configurations describe different models.
 
-    What only one of them names is left out: other versions of transformers write other names. Both
-    are first read by this version, which translates the names that it has changed.
+    It ignores settings that only one of them has, because other versions of transformers write
+    other names. The installed version reads both first, and translates the names that it changed.
 
     Args:
         here: JSON of all settings.
         there: JSON of all settings, perhaps by another version.
 
     Returns:
-        Its name and both values, or None.
+        The setting's name and both values; None if they describe the same model.
     """
     return _difference(all_settings(here), all_settings(there), "")
 
@@ -184,7 +185,7 @@ def check_adapters(saved: dict[str, Any], module: TrainedModule, path: str) -> N
         found = "all weights" if not there else f"adapters with {_pairs(there)}"
         wanted = "all weights" if here is None else f"adapters with {_pairs(here)}"
         raise ConfigurationError(
-            f"`lora` must be that of the checkpoint: got {wanted}, and {path} holds {found}. Set "
+            f"`lora` must be that of the checkpoint: got {wanted}, but {path} holds {found}. Set "
             "`model.lora` to it, or export that student and start from it."
         )
     if base is not None and base != module.base_digest():
@@ -195,7 +196,7 @@ def check_adapters(saved: dict[str, Any], module: TrainedModule, path: str) -> N
 
 
 def check_complete(held: Collection[str], wanted: Collection[str], path: str) -> None:
-    """Refuse adapters that are not all there, or unknown; torch passes over them in silence.
+    """Refuse missing or unknown adapters, which torch would skip without a message.
 
     Raises:
         ConfigurationError: their names differ.
@@ -215,8 +216,8 @@ def _pairs(values: dict[str, object]) -> str:
 def number_by_place(state: dict[str, Any], optimizer: Any, module: torch.nn.Module) -> None:
     """Number an optimizer's parameters in its state by their place in the module.
 
-    torch counts those of the optimizer alone, Lightning's fsdp strategies all, frozen ones too: a
-    file that one of them wrote would be misread by the other. Loading into the same goes by order.
+    torch numbers only the optimizer's parameters; Lightning's fsdp strategies number all, including
+    frozen ones, so each would misread a file of the other. torch itself loads by order.
     The optimizer is what ``LightningModule.optimizers`` returns, one or a list by its type.
     """
     places = {id(p): place for place, p in enumerate(module.parameters())}
@@ -230,10 +231,10 @@ def number_by_place(state: dict[str, Any], optimizer: Any, module: torch.nn.Modu
 class Settings:
     """The optimizer's and the schedule's settings, as configured.
 
-    Optimizers and schedules keep settings among their state (learning rate, betas, length of a
-    schedule), and loading a checkpoint brings back the old ones. ``reapply`` undoes that: settings
-    as configured, and the schedule stepped to where the run is. A schedule is a function of the
-    number of steps, so an unchanged configuration gives the very same learning rates.
+    The state of optimizers and schedules contains settings (learning rate, betas, length of a
+    schedule), so loading a checkpoint restores the old ones. ``reapply`` undoes this: it restores
+    the configured settings, and steps the schedule to the run's step. A schedule depends only on
+    the number of steps, so an unchanged configuration gives exactly the same learning rates.
     """
 
     def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
@@ -244,7 +245,7 @@ class Settings:
         self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
 
     def reapply(self, optimizer: Optimizer, scheduler: Any | None, steps: int) -> None:
-        """Set them again, for a run that has taken ``steps`` optimizer steps.
+        """Apply the settings again, for a run that has taken ``steps`` optimizer steps.
 
         The schedule is what ``LightningModule.lr_schedulers`` returns, one or a list by its type.
         """
@@ -260,6 +261,6 @@ class Settings:
                     scheduler.step()
             except ValueError as error:
                 raise ConfigurationError(
-                    f"`lr_scheduler` must not end before step {steps}, where this run goes on: "
-                    f"{error}."
+                    f"`lr_scheduler` must not end before step {steps}, where this run resumes: "
+                    f"got {error}. Give it more steps."
                 ) from error

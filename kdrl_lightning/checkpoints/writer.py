@@ -1,8 +1,8 @@
-"""Writes checkpoints whole or not at all.
+"""Writes each checkpoint completely or not at all.
 
 A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's own formats, and
-Lightning reads it. Only writing is ours, because Lightning's strategies write folders in place, so
-that a kill in between leaves a broken one, and cannot write a folder asynchronously.
+Lightning reads it. We write it ourselves, because Lightning's strategies write folders in place, so
+that a killed run leaves a damaged one, and cannot write a folder asynchronously.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CheckpointWriter:
     """Writes a trainer's checkpoints; all ranks call every method.
 
     Args:
-        asynchronous: copy the state to host memory, and write it while training goes on.
+        asynchronous: copy the state to host memory, and write it while training continues.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
@@ -47,13 +47,13 @@ class CheckpointWriter:
         self._threads: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._half: Path | None = None  # the folder that is being written
-        self._pending: tuple[Future[Any], Callable[[], None]] | None = None
+        self._pending: tuple[Future[Any], Callable[[], None]] | None = None  # `Any`: torch's result
 
     def write(self, trainer: pl.Trainer, path: Path) -> None:
-        """Write the run as it is now to ``path``; an earlier write is waited for.
+        """Write the run's current state to ``path``, after any earlier write has ended.
 
         Raises:
-            TrainingStopped: on every rank, where one cannot write.
+            TrainingStopped: on every rank, if one cannot write.
         """
         self.wait(trainer)
         state = dump_checkpoint(trainer)
@@ -65,7 +65,7 @@ class CheckpointWriter:
             self.wait(trainer)
 
     def wait(self, trainer: pl.Trainer) -> None:
-        """Wait for what is being written."""
+        """Wait until the current write has ended."""
         if self._pending is None:
             return
         (future, finish), self._pending = self._pending, None
@@ -76,7 +76,7 @@ class CheckpointWriter:
     def _together(self, trainer: pl.Trainer, work: Callable[[], object]) -> None:
         try:
             together(trainer, work)
-        except TrainingStopped:  # half a checkpoint would keep a full disk full
+        except TrainingStopped:  # half a checkpoint would keep the disk full
             if trainer.is_global_zero and self._half is not None:
                 shutil.rmtree(self._half, ignore_errors=True)
             raise
@@ -118,7 +118,7 @@ class CheckpointWriter:
 
         self._together(trainer, prepare)
         if self.asynchronous:
-            # Shards may be written through the CPU's backend only, aside of the training's own.
+            # torch writes shards in the background only through a CPU backend: a second group.
             self._group = self._group or torch.distributed.new_group(backend="gloo")
             future = dcp.async_save(  # type: ignore[attr-defined]
                 tensors, storage_writer=ShardWriter(half), process_group=self._group
@@ -133,7 +133,7 @@ class CheckpointWriter:
 
 
 def together(trainer: pl.Trainer, work: Callable[[], object]) -> None:
-    """Run work that touches the disk; if it fails on one rank, all stop."""
+    """Run work that uses the disk; if it fails on one rank, all ranks stop."""
 
     def tried() -> None:
         try:
@@ -141,21 +141,21 @@ def together(trainer: pl.Trainer, work: Callable[[], object]) -> None:
         except (Exception, CheckpointException) as error:
             raise TrainingStopped(
                 f"a checkpoint must be writable: got {reason_of(error)} at step "
-                f"{trainer.global_step}. Earlier checkpoints are whole; make room, or mend the "
-                "folder, and resume."
+                f"{trainer.global_step}. Earlier checkpoints are intact; make room, or repair "
+                "the folder, and resume."
             ) from error
 
     stop_together(tried, trained(trainer.lightning_module).reduce)
 
 
 class ShardWriter(FileSystemWriter):
-    """Writes shards, and tells the other ranks the system's error.
+    """Writes shards, and raises the operating system's error if that fails.
 
-    What is sent to them loses its causes on the way.
+    torch sends the error to the other ranks, and drops its causes.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        """Write a rank's shards."""
+        """Write the shards of this rank."""
         try:
             return super().write_data(plan, planner)
         except Exception as error:
@@ -163,7 +163,7 @@ class ShardWriter(FileSystemWriter):
 
 
 def save_file(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` to ``path``, or leave what was there."""
+    """Write ``state`` to ``path``; if that fails, an earlier file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = unfinished(path)
     try:
@@ -172,14 +172,14 @@ def save_file(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
-    except Exception:  # half a checkpoint would keep a full disk full
+    except Exception:  # half a checkpoint would keep the disk full
         half.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def on_cpu(value: Tensor) -> Tensor:
-    """Copy a tensor, so that training may change it."""
+    """Return a copy of a tensor on the CPU, so that training may change the tensor."""
     return value.detach().to("cpu", copy=True)
 
 

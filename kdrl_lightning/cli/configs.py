@@ -1,4 +1,4 @@
-"""``python -m kdrl_lightning configs``: list, show and copy the library's configurations."""
+"""Runs ``python -m kdrl_lightning configs``: list, show or copy the configurations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kdrl_lightning.cli.shipped import FOLDER, names, require
 from kdrl_lightning.errors import ConfigurationError
 
 PROGRAM = "python -m kdrl_lightning"
-# Folder -> heading of the list. What lies in a folder called base is a part of others.
+# Folder -> heading of the list. Files in a folder called base are parts of others.
 HEADINGS = {
-    "": "Methods on the built-in task. Each runs by itself on a CPU, without a download.",
-    "engine": "What samples or scores. Add one to a method with a second --config.",
+    "": "Methods on the built-in task. Each runs as it is on a CPU, without a download.",
+    "engine": "Engines that sample or score. Add one to a method with a second --config.",
     "hardware": "GPUs and nodes. Add one to a method with a second --config.",
     "recipes": "The papers' settings, with their models and data.",
 }
@@ -45,7 +45,7 @@ def configs(args: Sequence[str]) -> None:
     """List, show or copy configurations.
 
     Args:
-        args: the words after ``configs``.
+        args: the command line after ``configs``.
 
     Raises:
         ConfigurationError: there is no such configuration, or its copy would overwrite a file.
@@ -75,16 +75,16 @@ def parser() -> PlainParser:
     copied = actions.add_parser("copy", help="copy a configuration, and the files it builds on")
     copied.add_argument("name", help="such as rlad or engine/vllm")
     copied.add_argument(
-        "--output", type=Path, help="the copy; NAME.yaml in this folder if left out"
+        "--output", type=Path, help="path of the copy; by default NAME.yaml in this folder"
     )
     return made
 
 
 def listing(width: int) -> str:
-    """Return all configurations by kind: name, what it is, what it needs.
+    """Return the list of configurations by kind: name, description, what it needs.
 
     Args:
-        width: columns of the terminal.
+        width: width of the terminal, in columns.
     """
     shown = [name for name in names() if "base" not in name.split("/")]
     out: list[str] = []
@@ -110,7 +110,7 @@ def describe(name: str) -> str:
     """Return the first sentence of a configuration's comment, and what it needs.
 
     >>> describe("engine/vllm")
-    'Rollouts by vLLM in the training process. Needs vLLM.'
+    'vLLM samples rollouts in the training process. Needs vLLM.'
     """
     comment: list[str] = []
     for line in text_of(name).splitlines():
@@ -123,7 +123,7 @@ def describe(name: str) -> str:
     return f"{words} Needs {', '.join(needs)}." if needs else words
 
 
-def needs_of(settings: Any) -> Iterator[str]:
+def needs_of(settings: dict[str, Any]) -> Iterator[str]:
     """Yield what merged settings need beyond a CPU and the library."""
     trainer = settings.get("trainer") or {}
     if trainer.get("accelerator") == "gpu":
@@ -138,7 +138,7 @@ def needs_of(settings: Any) -> Iterator[str]:
             yield NEEDS[name]
 
 
-def class_names(value: Any) -> Iterator[str]:
+def class_names(value: object) -> Iterator[str]:
     """Yield the names of all classes in settings, without their modules."""
     if isinstance(value, dict):
         if isinstance(value.get("class_path"), str):
@@ -155,7 +155,7 @@ def text_of(name: str) -> str:
     return require(name).read_text(encoding="utf-8")
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str) -> dict[str, Any]:  # as PyYAML returns it
     """Return a configuration's settings, merged over those of the files that it builds on."""
     settings: dict[str, Any] = load_with_base(text_of(name), str(require(name)))
     return settings
@@ -169,14 +169,14 @@ def resolved(name: str) -> str:
 def copy(name: str, output: Path | None) -> list[Path]:
     """Copy a configuration with the files that it builds on, comments included.
 
-    Those go into a folder beside the copy, ``<copy>_bases``, under their names here.
+    These files go into a folder beside the copy, ``<copy>_bases``, and keep their names.
 
     Args:
-        name: of the configuration.
-        output: the copy; None: the last part of the name, in the working directory.
+        name: name of the configuration.
+        output: path of the copy; None: the last part of the name, in the working directory.
 
     Returns:
-        The written files, the copy first.
+        The paths of the written files; the copy comes first.
 
     Raises:
         ConfigurationError: there is no such configuration, or a file is already there.
@@ -187,7 +187,7 @@ def copy(name: str, output: Path | None) -> list[Path]:
     for there in (target, folder):
         if there.exists():
             raise ConfigurationError(
-                f"`--output` must name a new file: {there} is already there. Name another, or "
+                f"`--output` must name a new file: got {there}, which exists. Name another, or "
                 "remove it."
             )
     text = source.read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ def copy(name: str, output: Path | None) -> list[Path]:
 
 
 def bases_of(file: Path) -> list[Path]:
-    """Return the files that a configuration builds on, the nearest first."""
+    """Return the files that a configuration builds on; the nearest comes first."""
     found = BASE_LINE.search(file.read_text(encoding="utf-8"))
     if found is None:
         return []

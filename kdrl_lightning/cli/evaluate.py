@@ -1,4 +1,4 @@
-"""``python -m kdrl_lightning evaluate``: several models on the same prompts, in one table."""
+"""Runs ``python -m kdrl_lightning evaluate``: several models on the same prompts, one table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -34,9 +33,9 @@ from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
 
-# Of a configuration for training; a flag still switches them on.
+# Settings of a training configuration that are switched off; a flag can switch them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-# What is read of a configuration; the rest concerns training.
+# Groups of a configuration that are read; the rest concerns training.
 GROUPS = ("models", "output", "seed_everything", "data", "trainer")
 FOR_TRAINING = (
     *("model", "imitation_stats", "weight_sync", "checkpoint", "predictions", "samples", "report"),
@@ -45,11 +44,11 @@ FOR_TRAINING = (
 
 
 class CheckpointStudent(ModelSource):
-    """A checkpoint's student, exported when it is first asked for.
+    """Provides a checkpoint's student, exported at the first request.
 
     Args:
         ckpt_path: a checkpoint of ``fit``: a file, or a folder of shards.
-        output: folder under which the model goes.
+        output: folder in which the exported model is put.
     """
 
     def __init__(self, ckpt_path: str, output: str) -> None:
@@ -59,7 +58,7 @@ class CheckpointStudent(ModelSource):
         self.folder = Path(output) / f"exported-{digest}"
 
     def path(self) -> str:
-        """Return the folder."""
+        """Return the folder of the exported student; the first call exports it."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.folder}.lock"):
             if not self.folder.exists():
@@ -79,11 +78,11 @@ def evaluate(args: Sequence[str]) -> None:
     """Sample every model on the sets of ``test``, and write ``evaluation.json`` and ``.md``.
 
     Raises:
-        ConfigurationError: no model is named, or a setting cannot be.
+        ConfigurationError: no model is named, or a setting is wrong.
     """
     quiet()
     layered_yaml.install()
-    take_notes()  # of a command line before this one
+    take_notes()  # drops those of an earlier command line
     parser = make_parser()
     config = parser.parse_args(pruned(args))
     refuse_empty_groups(config, parser.get_defaults())
@@ -94,7 +93,7 @@ def evaluate(args: Sequence[str]) -> None:
         raise ConfigurationError(
             "`models` must name at least one model: got none. Give `--models.NAME PATH`."
         )
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for name in config.models:
         results[name], data, trainer = evaluate_one(parser, config, name)
     if not trainer.is_global_zero:
@@ -128,7 +127,7 @@ def evaluate(args: Sequence[str]) -> None:
 def evaluate_one(
     parser: OneLineParser, config: Namespace, name: str
 ) -> tuple[dict[str, dict[str, float]], RolloutDataModule, Trainer]:
-    """Sample one model; return its metrics by set, and what they were measured with."""
+    """Sample one model; return its metrics by set, the data module and the trainer."""
     with seeded(config):
         made = parser.instantiate_classes(config)
     seed_everything(as_seed(config.seed_everything), verbose=False)
@@ -139,7 +138,7 @@ def evaluate_one(
     source = made.models[name]
     if isinstance(source, str) and is_checkpoint(source):
         source = CheckpointStudent(source, config.output)
-    # An evaluation asks no objective: the one that needs nothing stands in its place.
+    # An evaluation uses no objective, but the module needs one: SFT needs nothing else.
     module = KDRLModule(source, SFT())
     if trainer.is_global_zero:
         print(f"measuring {name}", flush=True)
@@ -155,11 +154,13 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m kdrl_lightning evaluate",
         description="Compare models and checkpoints on the prompts of `data.test_prompts` (or "
-        "`data.val_prompts`), without training. Of a configuration for `fit`, `data` and `trainer` "
-        "are read.",
+        "`data.val_prompts`), without training. From a configuration of `fit` it reads `data` and "
+        "`trainer`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="a configuration, also one of `fit`.")
+    parser.add_argument(
+        "--config", action="config", help="a configuration; one of `fit` works, too."
+    )
     parser.add_argument(
         "--models",
         type=dict[str, str | ModelSource],
@@ -176,7 +177,7 @@ def make_parser() -> OneLineParser:
 
 
 def pruned(args: Sequence[str]) -> list[str]:
-    """Replace each ``--config FILE`` by what an evaluation needs of it."""
+    """Return a command line with, for each ``--config FILE``, what an evaluation needs of it."""
     out, rest = [], list(args)
     while rest:
         word = rest.pop(0)
@@ -201,7 +202,7 @@ def _needed(name: str) -> str:
     for key in config:
         if key not in GROUPS + FOR_TRAINING:
             close = get_close_matches(str(key), GROUPS + FOR_TRAINING, n=1)
-            cure = f"Did you mean {close[0]}?" if close else "Take it out."
+            cure = f"Did you mean {close[0]}?" if close else "Remove it."
             raise ConfigurationError(f"{name} must hold known settings: got `{key}`. {cure}")
     kept = {k: v for k, v in config.items() if k in GROUPS and v is not None}
     for group, names in (("data", ("train_prompts",)), ("trainer", SWITCHED_OFF)):

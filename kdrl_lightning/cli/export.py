@@ -42,16 +42,16 @@ def export(
 
     Args:
         ckpt_path: a checkpoint of ``fit``: a file, or a folder of shards.
-        output: the folder; it must not hold a model yet.
-        tokenizer: folder or hub name; the student that the run started from if None.
-        dtype: torch dtype of the weights, e.g. ``bfloat16``; as trained if None.
-        base: folder or hub name of a LoRA student's base model; the student that the run started
-            from if None.
-        adapter: write a LoRA student's adapters alone, as peft does, instead of merging them.
+        output: path of the folder, which must not hold a model yet.
+        tokenizer: folder or hub name; None: that of the student that the run started from.
+        dtype: torch dtype of the weights, e.g. ``bfloat16``; None: that of training.
+        base: folder or hub name of a LoRA student's base model; None: the student that the run
+            started from.
+        adapter: write only a LoRA student's adapters, as peft does, instead of merging them.
 
     Raises:
-        ConfigurationError: the checkpoint is broken or not of this library, a model is already
-            there, there is no tokenizer, or the base model is another.
+        ConfigurationError: the checkpoint is damaged or not of this library, the folder holds a
+            model, there is no tokenizer, or the base model is another.
     """
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
@@ -66,7 +66,8 @@ def export(
     saved = read_metadata(ckpt_path)
     if KEY not in saved:
         raise ConfigurationError(
-            f"`ckpt_path` must be a checkpoint of a KDRLModule: got {ckpt_path}."
+            f"`ckpt_path` must be a checkpoint of a KDRLModule: got {ckpt_path}. "
+            "Give one that `fit` wrote."
         )
     identity = saved[KEY]
     if identity.get("lora") is None and (adapter or base is not None):
@@ -101,11 +102,11 @@ def export(
 
 def with_adapters(
     path: str, lora: dict[str, Any], adapters: dict[str, Tensor], ckpt_path: str
-) -> Any:
+) -> Any:  # transformers has no type that all models share
     """Load a base model and put a checkpoint's adapters on it.
 
     Raises:
-        ConfigurationError: it is not the model that they were trained on, or they do not fit.
+        ConfigurationError: the adapters were trained on another model, or do not fit.
     """
     kind = dict(lora)
     digest = kind.pop("base")
@@ -132,7 +133,7 @@ def student_weights(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
-    """Read the weights, and not the optimizer's moments, of a folder of shards."""
+    """Return the weights of a folder of shards; the optimizer's moments are not read."""
     index = FileSystemReader(folder).read_metadata().state_dict_metadata
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -1,6 +1,7 @@
-"""What ``--help`` prints: one screen for the program, and one for each of its large subcommands.
+"""Prints ``--help``: one screen for the program, and one for each of its large subcommands.
 
-Written by hand: the parser's own help has 900 lines, and imports torch. It is at ``--help_all``.
+We write these screens by hand, because the parser's help has 900 lines and imports torch.
+``--help_all`` prints that.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ Read on:
 
 
 def help_text(args: Sequence[str]) -> str | None:
-    """Return the screen that a command line asks for; None if it asks for none of these.
+    """Return the help screen that a command line asks for; None if it asks for none.
 
     Args:
-        args: the words after the program.
+        args: the command line after the program.
 
     Raises:
         ConfigurationError: the subcommand is missing or unknown.

@@ -1,7 +1,7 @@
-"""``base: other.yaml`` at the top of a configuration: start from that file, list what differs.
+"""Reads configurations with ``base: other.yaml``, which start from that file and list differences.
 
-Written by hand because jsonargparse layers files only on the command line (``--config a --config
-b``), and a method should be one file that runs by itself.
+jsonargparse layers files only on the command line (``--config a --config b``), but a method should
+be one file that runs by itself.
 """
 
 from __future__ import annotations
@@ -26,54 +26,55 @@ CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def install() -> None:
-    """Make jsonargparse read and write YAML, and name a mistake, as this library does."""
+    """Make jsonargparse read and write YAML, and report mistakes, in the way of this library."""
     set_loader("yaml", read, exceptions=(yaml.YAMLError,))
     set_dumper("yaml", dump)
     unions.install()
 
 
+# `Any` in this file: a YAML document, as PyYAML types it.
 def load_with_base(text: str, path: str) -> Any:
-    """Load YAML; a mapping with ``base`` is merged over the file that it names.
+    """Return the settings of a YAML text, merged over those of its ``base`` if it has one.
 
     Args:
         text: YAML.
-        path: where it comes from. ``base`` is relative to it, or names a configuration of the
+        path: path of the text. ``base`` is relative to it, or names a configuration of the
             library.
 
     Raises:
-        ConfigurationError: a file is not YAML or names a key twice, a base does not exist, or bases
+        ConfigurationError: a file is not YAML or has a key twice, a base does not exist, or bases
             form a circle.
     """
     return plain(_resolve(_document(text, path), Path(path), ()))
 
 
 def read(text: str, path: str | None = None) -> Any:
-    """Load YAML for jsonargparse; its strings are ``Text``.
+    """Return the value of a YAML text for jsonargparse, with ``Text`` for strings.
 
     Args:
         text: YAML.
-        path: where it comes from, see ``load_with_base``. None: a value of the command line, or
-            the file that jsonargparse is reading.
+        path: path of the text, see ``load_with_base``. None: it is a value of the command line,
+            or the file that jsonargparse is reading.
 
     Raises:
-        ConfigurationError: a file is not YAML or names a key twice, a base does not exist, or bases
+        ConfigurationError: a file is not YAML or has a key twice, a base does not exist, or bases
             form a circle.
         yaml.YAMLError: a value of the command line is not YAML.
     """
     file = _being_read(text)
     if path is None and file is None:
         return _value(text)
-    # jsonargparse changes into the folder of a file that it reads, and passes its last name alone.
+    # jsonargparse changes into the folder of a file that it reads, and passes only its last name.
     full, name = file or (path or "", path or "--config")
     return _resolve(_document(text, name), Path(full), ())
 
 
 def merge(base: Any, over: Any, where: str = "") -> Any:
-    """Merge mappings key by key; anything else in ``over`` replaces what ``base`` has.
+    """Return ``over`` merged into ``base``: mappings key by key, anything else replaced.
 
-    A different ``class_path`` replaces the whole class, so that no argument leaks into another;
-    so does a mapping of other names, e.g. of evaluation sets. A list under ``name+`` is added to
-    the one that ``base`` has.
+    A different ``class_path`` replaces the whole class, so that it gets no argument of the other;
+    a mapping of other names, e.g. of evaluation sets, replaces a class, too. A list under ``name+``
+    is added to the list of ``base``.
 
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
@@ -85,7 +86,7 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
             return base
         _note_dropped(where, base, {"class_path": over})
     if over is None and "." not in where and isinstance(base, dict) and "class_path" not in base:
-        return base  # a group all of whose lines are comments
+        return base  # a group in which all lines are comments
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "class_path" in over and not _same(base.get("class_path"), over["class_path"]):
@@ -107,7 +108,7 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
 
 
 def _being_read(text: str) -> tuple[str, str] | None:
-    """Return path and given name of the file whose content jsonargparse has passed, if it has."""
+    """Return path and given name of the file that a text comes from; None for other text."""
     for full, name in util.config_load_stack.get()[-1:]:
         try:
             if Path(full).read_text(encoding="utf-8") == text:
@@ -118,7 +119,7 @@ def _being_read(text: str) -> tuple[str, str] | None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two names are of one class, which may be given by its name alone."""
+    """Return whether two names are of one class; a name may lack its module."""
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
     if one.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
@@ -143,7 +144,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _value(text: str) -> Any:
-    """Read a value of the command line; a comment, an anchor or a lone name is text."""
+    """Return a value of the command line; a comment, an anchor or a lone name is text."""
     found = load(text)
     if found is None and text.strip().lower() not in ("null", "~", ""):
         return text
@@ -158,7 +159,7 @@ def _document(text: str, name: str) -> Any:
     except TwiceError as error:
         first, second = error.lines
         raise ConfigurationError(
-            f"`{error.key}` must stand once in a mapping of {name}: got it in line {first} and in "
+            f"`{error.key}` must occur once in a mapping of {name}: got it in line {first} and in "
             f"line {second}. Remove one."
         ) from error
     except yaml.YAMLError as error:
@@ -167,14 +168,14 @@ def _document(text: str, name: str) -> Any:
         above = [k for k in _prefixes(str(key)) if _holds(found, str(key), k)]
         if above:
             raise ConfigurationError(
-                f"`{key}` must stand once in {name}: got it with dots and inside `{above[0]}`. "
+                f"`{key}` must occur once in {name}: got it with dots and inside `{above[0]}`. "
                 "Remove one."
             )
     return renamed(found, name) if isinstance(found, dict) else found
 
 
 def nested(settings: dict[Any, Any]) -> dict[Any, Any]:
-    """Return settings whose names have no dots at the top.
+    """Return settings with nested mappings in place of names with dots.
 
     >>> nested({"a": {"x": 1}, "a.y": 2, "b.c.z": 3})
     {'a': {'x': 1, 'y': 2}, 'b': {'c': {'z': 3}}}
@@ -199,7 +200,7 @@ def _prefixes(key: str) -> list[str]:
 
 
 def _holds(found: dict[Any, Any], key: str, above: str) -> bool:
-    """Whether a key with dots stands inside the value of one of its beginnings, too."""
+    """Return whether the value of a key's beginning holds the rest of the key, too."""
     if above not in found:
         return False
     tree = found[above]
@@ -215,7 +216,7 @@ def _holds(found: dict[Any, Any], key: str, above: str) -> bool:
 def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(value, dict) or "base" not in value:
         return value
-    own = nested({k: v for k, v in value.items() if k != "base"})
+    over = nested({k: v for k, v in value.items() if k != "base"})
     if not isinstance(value["base"], str):
         raise ConfigurationError(f"`base` must name one YAML file: got {value['base']!r}.")
     file = (path.parent / value["base"]).resolve()
@@ -234,10 +235,10 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
             f"`base` must hold settings by name: got {file} with {below!r:.80}."
         )
     below = nested(below or {})
-    for name, settings in own.items():
+    for name, settings in over.items():
         had = below.get(name)
         if isinstance(settings, dict) and isinstance(had, str | list):
             raise ConfigurationError(
                 f"`{name}` must have settings by name: got {had!r:.80} in {file}."
             )
-    return merge(below, own)
+    return merge(below, over)

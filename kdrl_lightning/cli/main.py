@@ -1,4 +1,4 @@
-"""The command line: LightningCLI over ``KDRLModule`` and ``RolloutDataModule``."""
+"""The command line for training: LightningCLI with ``KDRLModule`` and ``RolloutDataModule``."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ LEAST = (
 )
 
 
-if TYPE_CHECKING:  # the data module and the module meet here first: is one what the other needs?
+if TYPE_CHECKING:  # mypy checks that the module is what the data module needs
 
     def _as_policy(module: KDRLModule) -> Policy:
         return module
 
 
 class KDRLCLI(LightningCLI):
-    """fit, validate, test and predict, configured by YAML and flags.
+    """Runs fit, validate, test and predict, configured by YAML and flags.
 
-    Always there: a progress bar, and callbacks with a group of settings each, ``imitation_stats``,
-    ``weight_sync``, ``checkpoint``, ``predictions``, ``samples`` and ``report``. Others
-    go to ``trainer.callbacks``.
+    Every run has a progress bar, and callbacks with a group of settings each: ``imitation_stats``,
+    ``weight_sync``, ``checkpoint``, ``predictions``, ``samples`` and ``report``. You add others
+    to ``trainer.callbacks``.
     """
 
     @classmethod
@@ -69,11 +69,11 @@ class KDRLCLI(LightningCLI):
 
         Args:
             args: replaces the command line.
-            instantiate_only: build trainer, model and data from ``args`` without a subcommand.
+            instantiate_only: build trainer, model and data from ``args``, and run no subcommand.
         """
         quiet()
         layered_yaml.install()
-        take_notes()  # of a command line before this one
+        take_notes()  # drops those of an earlier command line
         return cls(
             KDRLModule,
             RolloutDataModule,
@@ -106,7 +106,7 @@ class KDRLCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups of the callbacks."""
+        """Add a group of settings for each callback."""
         parser.add_lightning_class_args(SelectiveImitationStats, "imitation_stats")
         parser.add_lightning_class_args(WeightSyncCheck, "weight_sync")
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
@@ -124,7 +124,7 @@ class KDRLCLI(LightningCLI):
         """Check strategy and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_empty_groups(config, self._parser(self.subcommand).get_defaults())
-        refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it with other words
+        refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it without a cure
         loggers_in_root(config.trainer)
         for name, low, cure in LEAST:
             value = config.trainer[name]
@@ -133,7 +133,10 @@ class KDRLCLI(LightningCLI):
         note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
-            raise ConfigurationError(f"`ckpt_path` must be a checkpoint: got {path}, not there.")
+            raise ConfigurationError(
+                f"`ckpt_path` must be a checkpoint: got {path}, which does not exist. Give a path, "
+                "or `last`."
+            )
 
     def _set_seed(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -141,15 +144,16 @@ class KDRLCLI(LightningCLI):
         super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Build everything; data without a seed of its own takes ``seed_everything``."""
+        """Build everything; data without a seed takes ``seed_everything``."""
         with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
             super().instantiate_classes()
         if self.trainer.is_global_zero:
             for note in take_notes():
                 print(f"note: {note}", flush=True)
 
+    # `Any`: Lightning's types.
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; what Lightning refuses is the user's mistake."""
+        """Build the trainer; report what Lightning refuses as the user's mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError, TypeError) as error:
@@ -168,7 +172,7 @@ class KDRLCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "predict":  # they are written as they come, and need not be kept
+        if subcommand == "predict":  # PredictionWriter writes each batch at once
             kwargs["return_predictions"] = False
         return kwargs
 
@@ -196,11 +200,11 @@ def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "")
 
     Args:
         config: all settings, or those of a group.
-        defaults: theirs.
-        above: name of that group, with a dot behind it.
+        defaults: the defaults of these settings.
+        above: name of that group, with a dot after it.
 
     Raises:
-        ConfigurationError: one is null, or a value without names.
+        ConfigurationError: a group is null, or a value without names.
     """
     for name, value in vars(config).items():
         default = defaults.get(name)
@@ -210,7 +214,7 @@ def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "")
             found = "null" if value is None else value
             raise ConfigurationError(
                 f"`{above}{name}` must have settings by name: got {found}. Leave it out to keep "
-                "the others."
+                "its values."
             )
         refuse_empty_groups(value, default, f"{above}{name}.")
 
@@ -226,19 +230,19 @@ def require_seed(value: bool | int) -> None:
 
 
 def as_seed(value: bool | int | None) -> int:
-    """Seed of rollouts from ``seed_everything``: a flag means 0."""
+    """Return the seed of rollouts from ``seed_everything``; true and false give 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def quiet() -> None:
-    """Keep the screen for what concerns the run."""
+    """Hide messages of other libraries that do not concern the run."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It logs what it raises, which is one line of ours.
+    # It logs the error that it raises, which we print as one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    # The student stays in evaluation mode on purpose: rollouts and updates must see one policy.
+    # The student stays in evaluation mode, so that rollouts and updates use the same policy.
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")
-    # Lightning 2.6 against torch 2.13's tree specification.
+    # Lightning 2.6 uses an old name of torch 2.13's tree specification.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar

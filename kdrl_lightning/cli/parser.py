@@ -1,4 +1,4 @@
-"""The command line's parser: it prints a mistake as one line, not after two screens of usage."""
+"""The command line's parser, which prints a mistake as one line instead of two screens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from kdrl_lightning.cli.shipped import with_files
 from kdrl_lightning.errors import ConfigurationError
 
 HELP = "--help`"
-# How a message begins that is about one setting: jsonargparse's words, or ours.
+# Start of a message about one setting, in jsonargparse's words or in ours.
 KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must ))")
 
-# Words of jsonargparse, and what a user needs of them.
+# Words of jsonargparse -> what we print instead.
 REWORDED = {
     r"- Expected a path but .* either not accessible or invalid - ": "",
     r"Subclass types expect one of: .*": "Name a class, or give `class_path`.",
@@ -48,10 +48,14 @@ WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "t
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line, with the nearest known name where a word is unknown."""
+    """Prints an error as one line, with the nearest known name if a word is unknown."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise with one line; under ``JSONARGPARSE_DEBUG`` fail as jsonargparse does."""
+        """Raise a one-line error; with ``JSONARGPARSE_DEBUG`` set, fail as jsonargparse does.
+
+        Raises:
+            ConfigurationError: always, without ``JSONARGPARSE_DEBUG``.
+        """
         if os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
         text = as_written(one_line(message))
@@ -59,11 +63,12 @@ class OneLineParser(LightningArgumentParser):
             text += self._suggestion(text) + self._help(text)
         raise ConfigurationError(text) from ex
 
+    # `Any` below: jsonargparse's private methods have no types.
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a configuration file.
 
         Raises:
-            ConfigurationError: it is no text in UTF-8.
+            ConfigurationError: it is not UTF-8 text.
         """
         try:
             return super().parse_path(path, *args, **kwargs)
@@ -71,15 +76,15 @@ class OneLineParser(LightningArgumentParser):
             raise ConfigurationError(f"`config` must be UTF-8: got {path} ({error}).") from error
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Read the command line, on which ``--config`` may name a configuration of the library.
+        """Parse the command line, where ``--config`` may name a configuration of the library.
 
         Raises:
-            ConfigurationError: a setting is wrong, or a file of settings is no text.
+            ConfigurationError: a setting is wrong, or a file of settings is not UTF-8 text.
         """
         words = next(iter(args), kwargs.pop("args", None))
         given = renamed_flags(sys.argv[1:] if words is None else list(words))
         note_repeated(given)
-        # Ours is the short screen; argparse's own lists every flag.
+        # `--help` is our short screen; argparse's `--help` lists every flag.
         words = ["--help" if word == HELP_ALL else word for word in with_files(given)]
         try:
             return super().parse_args(words, *args[1:], **kwargs)
@@ -87,7 +92,7 @@ class OneLineParser(LightningArgumentParser):
             raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
-        # All that jsonargparse reads from files and texts, or for one group, comes by here.
+        # jsonargparse calls this for everything it reads from files, texts and groups.
         if type(cfg) is dict and not self._of_a_class:
             if parent_key == "data":
                 cfg = renamed({"data": cfg}, "`data`")["data"]
@@ -151,18 +156,18 @@ class OneLineParser(LightningArgumentParser):
         return names
 
     def _check_value_key(self, action: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        # jsonargparse opens the file that a plain string names, and no other.
+        # jsonargparse opens a file only if a plain `str` names it.
         opens = getattr(action, "_enable_path", True)  # a group of settings always does
         if opens and isinstance(value, Text) and is_file(value):
             value = str(value)
         if value is None and action.default is not None and hasattr(action, "_typehint"):
-            # jsonargparse takes null for a setting that is not given, and passes None on.
+            # jsonargparse treats null as a setting that is not given, and passes None on.
             action._check_type_(None, mode=self.parser_mode)
         return super()._check_value_key(action, value, *args, **kwargs)
 
 
 def is_file(name: str) -> bool:
-    """Return whether a text names a file; one that cannot be a name does not."""
+    """Return whether a text names a file; also false for a text that cannot be a path."""
     try:
         return Path(name).is_file()
     except (OSError, ValueError):
@@ -170,7 +175,7 @@ def is_file(name: str) -> bool:
 
 
 def one_line(message: str) -> str:
-    r"""Fold a parser's message; the keys of nested classes become one path.
+    r"""Return a parser's message as one line, with the keys of nested classes as one path.
 
     >>> one_line("Parser key x:\n  Parser key \"y\":\n  Expected a <class 'int'>")
     "`x.y`: Expected a <class 'int'>"

@@ -9,10 +9,10 @@ from kdrl_lightning.errors import ConfigurationError
 
 
 class PlainParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """Raises its errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise with one line.
+        """Raise a one-line error.
 
         Raises:
             ConfigurationError: always.

@@ -1,4 +1,4 @@
-"""``python -m kdrl_lightning serve``: a vLLM server with the flags that rollouts need."""
+"""Runs ``python -m kdrl_lightning serve``: a vLLM server with the flags that rollouts need."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kdrl_lightning.engines.vllm.worker import NAME
 from kdrl_lightning.errors import ConfigurationError
 
 WARNING = """\
-warning: whoever reaches {host}:{port} can replace the weights, pause the server and call any method
-of its workers: vLLM's key guards /v1 only. Expose it to a private network, behind a firewall."""
+warning: anyone who can reach {host}:{port} can replace the weights, pause the server and call any
+method of its workers: vLLM's key guards only /v1. Expose it only to a private network."""
 
 
 def serve(args: Sequence[str]) -> NoReturn:
-    """Become the server; the process is replaced.
+    """Replace this process by the server.
 
     Args:
         args: the command line after ``serve``.
@@ -60,8 +60,8 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser = PlainParser(
         "python -m kdrl_lightning serve",
         description="Start a vLLM server for rollouts by VLLMServerEngine, or for a ServerTeacher. "
-        "The server takes its key from VLLM_API_KEY, or makes one and prints it. It passes flags "
-        "after -- on to vLLM.",
+        "The server takes its key from VLLM_API_KEY, or makes one and prints it. Flags after -- go "
+        "to vLLM.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder or name")
@@ -118,7 +118,7 @@ def command(settings: argparse.Namespace) -> list[str]:
     given = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
     given += flags_of(settings.model, not settings.teacher, torch.cuda.is_available())
     quiet = ["--disable-uvicorn-access-log"]
-    # The user's flags come last: of a flag that is given twice, vLLM takes the last.
+    # The user's flags come last, because vLLM uses the last of several values.
     return ["-m", "vllm.entrypoints.openai.api_server", *given, *quiet, *settings.vllm]
 
 

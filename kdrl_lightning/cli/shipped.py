@@ -1,4 +1,4 @@
-"""The configurations that come with the library, found by name: ``--config rlad``."""
+"""Finds the configurations of the library by name, as in ``--config rlad``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdrl_lightning.errors import ConfigurationError
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SUFFIXES = ("", ".yaml")
-# jsonargparse also takes YAML itself for a configuration; a file's name has none of these.
+# jsonargparse also accepts YAML text in place of a file; a file's name has none of these.
 YAML_SIGNS = re.compile(r"[\n:{\[]")
 LIST = "`python -m kdrl_lightning configs` lists all configurations of the library."
 
@@ -57,7 +57,7 @@ def require(name: str) -> Path:
 def config_file(name: str) -> Path:
     """Return the file that ``--config NAME`` means: a file of the user's, else a shipped one.
 
-    Notes it if the user's file hides a shipped configuration that was asked for by its name.
+    It prints a note if the user's file hides a shipped configuration of the same name.
 
     Raises:
         ConfigurationError: there is no such file.
@@ -89,7 +89,7 @@ def folder_cure(name: str) -> str:
 
 
 def cure(name: str) -> str:
-    """Return what to write instead of a name that is not there."""
+    """Return what to write instead of an unknown name."""
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     last = {known.rsplit("/", 1)[-1]: known for known in reversed(names())}
     close = get_close_matches(wanted, names(), n=2) or get_close_matches(wanted, last, n=2)
@@ -99,7 +99,7 @@ def cure(name: str) -> str:
 
 
 def with_files(args: Sequence[str]) -> list[str]:
-    """Replace the names after ``--config`` by the files that they mean.
+    """Return a command line with files in place of the names after ``--config``.
 
     >>> with_files(["fit", "--config", "rlad", "--config={data: {group_size: 4}}"])[2][-17:]
     'configs/rlad.yaml'

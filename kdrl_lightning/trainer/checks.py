@@ -1,4 +1,4 @@
-"""Conflicts between trainer and rollouts, found before anything is trained."""
+"""Checks for conflicts between trainer and rollouts, before training starts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
     """Check that rollouts divide into optimizer steps on every process.
 
     Args:
-        trainer: of the run.
-        settings: of its rollouts.
-        group: completions of one prompt, the teacher's too.
+        trainer: the run's trainer.
+        settings: the run's rollout settings.
+        group: completions of one prompt, including the teacher's.
         length: micro-batches of a trainer epoch.
 
     Raises:
-        ConfigurationError: they do not.
+        ConfigurationError: they do not divide, or the trainer would cut a step.
     """
     unit = settings.minibatches_per_rollout * trainer.world_size
     if settings.prompts_per_rollout % unit:
         raise ConfigurationError(
             f"`prompts_per_rollout` must be a multiple of minibatches_per_rollout * processes "
-            f"= {unit}: got {settings.prompts_per_rollout}."
+            f"= {unit}: got {settings.prompts_per_rollout}. Set it to "
+            f"{-(-settings.prompts_per_rollout // unit) * unit}."
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # as below
     rows = rows_of_step(trainer, settings, group)
@@ -34,7 +35,7 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
     if accumulate > rows:
         raise ConfigurationError(
             f"`accumulate_grad_batches` must be at most {rows}, the completions of one "
-            f"optimizer step on one process: got {accumulate}."
+            f"optimizer step on one process: got {accumulate}. Lower it."
         )
     if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
         raise ConfigurationError(
@@ -72,7 +73,7 @@ def check_micro_batches(
     """Check that a micro-batch of the longest completions fits the limit of tokens.
 
     Raises:
-        ConfigurationError: it does not; the message names the accumulation that would fit.
+        ConfigurationError: it does not fit; the message names the accumulation that would fit.
     """
     limit = settings.max_tokens_per_micro_batch
     if limit is None:
@@ -84,7 +85,10 @@ def check_micro_batches(
         return
     cure = f"Set `accumulate_grad_batches` {-(-rows // max(limit // longest, 1))}."
     if longest > limit:
-        cure = f"One alone may have {longest}: lower `max_tokens`, or drop long prompts."
+        cure = (
+            f"One completion may have {longest} with its prompt: lower `max_tokens`, or drop long "
+            "prompts."
+        )
     raise ConfigurationError(
         f"`max_tokens_per_micro_batch` must hold the longest completions with their prompts, "
         f"{worst} tokens with accumulate_grad_batches {trainer.accumulate_grad_batches}: got "
@@ -102,15 +106,15 @@ def longest_that_fits(trainer: Trainer, settings: RolloutSettings, group: int) -
 
 
 def overfit_rollouts(trainer: Trainer, settings: RolloutSettings, length: int) -> int:
-    """Return after how many rollouts ``overfit_batches`` repeats their prompts; 0: it is not set.
+    """Return after how many rollouts ``overfit_batches`` repeats their prompts; 0 if not set.
 
     Args:
-        trainer: of the run.
-        settings: of its rollouts.
+        trainer: the run's trainer.
+        settings: the run's rollout settings.
         length: micro-batches of a trainer epoch.
 
     Raises:
-        ConfigurationError: it would end an epoch in the middle of a rollout.
+        ConfigurationError: an epoch would end in the middle of a rollout.
     """
     limit = overfit_batches(trainer)
     if not limit:
@@ -119,8 +123,8 @@ def overfit_rollouts(trainer: Trainer, settings: RolloutSettings, length: int) -
     batches = limited(length, limit)
     if batches % each or not batches:
         raise ConfigurationError(
-            f"`overfit_batches` must be whole rollouts of {each} micro-batches, whose prompts then "
-            f"come again and again: got {limit}, which is {batches} of {length}. "
+            f"`overfit_batches` must be a multiple of {each}, the micro-batches of one rollout: "
+            f"got {limit}, which is {batches} of {length}. "
             f"Set `overfit_batches: {max(batches // each, 1) * each}`."
         )
     return batches // each

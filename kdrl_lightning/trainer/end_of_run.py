@@ -1,4 +1,4 @@
-"""What may fail at the end of a run: tried at the start, and kept from costing the student."""
+"""Checks at the start what could fail at the end of a run, and writes the student safely."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,8 +21,8 @@ from kdrl_lightning.trainer.internals import stop_after_validation
 from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, student_of
 
 
-def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
-    """Write something that a run can do without; if that fails, warn and continue."""
+def write_or_warn(file: Path, write: Callable[[], object]) -> None:
+    """Write a file that the run does not need; if that fails, warn and continue."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write()
@@ -71,7 +70,7 @@ def student_bytes(pl_module: TrainedModule) -> int:
 def checkpoint_bytes(pl_module: TrainedModule) -> int:
     """Return the size of the weights in a checkpoint, and of what an optimizer adds.
 
-    A LoRA student's checkpoint holds the adapters alone.
+    A LoRA student's checkpoint holds only the adapters.
     """
     trained = [
         p for p in student_of(pl_module).parameters() if p.requires_grad or not pl_module.lora
@@ -81,14 +80,14 @@ def checkpoint_bytes(pl_module: TrainedModule) -> int:
 
 
 def _moments(pl_module: TrainedModule) -> float:
-    """Return how many numbers the optimizer keeps per weight, from a trial of one step."""
+    """Return how many numbers the optimizer keeps per weight, measured in one trial step."""
     weight = torch.nn.Parameter(torch.zeros(8, 8))
     weight.grad = torch.zeros_like(weight)
     try:
         optimizer = pl_module.optimizer_callable([weight])
         optimizer.step()
         state = optimizer.state[weight].values()
-    except Exception:  # one that wants more than gradients: count the weights alone
+    except Exception:  # the optimizer needs more than gradients: count only the weights
         return 0.0
     return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / weight.numel()
 
@@ -96,13 +95,13 @@ def _moments(pl_module: TrainedModule) -> float:
 def save_student(
     trainer: pl.Trainer, pl_module: TrainedModule, folder: Path, alone: bool = False
 ) -> None:
-    """Write the student as a Hugging Face folder, whole or not at all.
+    """Write the student as a Hugging Face folder, completely or not at all.
 
     Args:
-        trainer: of the run.
-        pl_module: with the student.
-        folder: to write to; a model there is replaced.
-        alone: other ranks may be somewhere else: the first one writes without asking them.
+        trainer: the run's trainer.
+        pl_module: the module with the student.
+        folder: folder of the model; an earlier model there is replaced.
+        alone: write on the first rank without waiting for the others, which may have failed.
 
     Raises:
         TrainingStopped: on all ranks, if it cannot be written.
@@ -121,7 +120,7 @@ def save_student(
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(half, folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(half, ignore_errors=True)  # or it keeps a full disk full
+            shutil.rmtree(half, ignore_errors=True)  # or it would keep the disk full
             raise not_exported(trainer, str(folder), error) from error
 
     if alone:
@@ -133,8 +132,8 @@ def save_student(
 def check_early_stopping(trainer: pl.Trainer) -> None:
     """Let EarlyStopping look at a metric of the validation after each validation.
 
-    Lightning asks at the end of an epoch, also of one that ``max_steps`` ends before its
-    validation: then the metric is missing, and the run dies after its last step.
+    Lightning looks at the metric at the end of an epoch. If ``max_steps`` ends the epoch before its
+    validation, the metric is missing, and the run fails after its last step.
 
     Raises:
         ConfigurationError: there is no validation.
@@ -146,16 +145,17 @@ def check_early_stopping(trainer: pl.Trainer) -> None:
             if callback.strict and (prompts is None or trainer.limit_val_batches == 0):
                 raise ConfigurationError(
                     f"`monitor` of EarlyStopping must be a metric that is logged: got "
-                    f"{callback.monitor} without a validation. Set `data.val_prompts`, or drop it."
+                    f"{callback.monitor} without a validation. Set `data.val_prompts`, or "
+                    "remove the callback."
                 )
             stop_after_validation(callback)
 
 
 def check_monitors(trainer: pl.Trainer) -> None:
-    """Check after a validation that callbacks watch metrics that it has.
+    """Check after a validation that it logged the metrics that callbacks monitor.
 
     Raises:
-        ConfigurationError: one does not.
+        ConfigurationError: a metric is missing.
     """
     for callback in callbacks_of(trainer):
         name = getattr(callback, "monitor", None)

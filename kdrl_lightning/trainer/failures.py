@@ -1,4 +1,4 @@
-"""What a run says when a file cannot be written, and what it can be saved from."""
+"""Errors for files that a run cannot write, with the command that recovers the student."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdrl_lightning.trainer.protocols import trained
 
 
 def export_together(trainer: pl.Trainer, write: Callable[[], None], path: str) -> None:
-    """Write the student; if the first rank cannot, all stop.
+    """Write the student; if the first rank cannot, all ranks stop.
 
     Raises:
         TrainingStopped: on every rank; the message says which checkpoint holds the student.
@@ -32,7 +32,7 @@ def export_together(trainer: pl.Trainer, write: Callable[[], None], path: str) -
 def not_exported(trainer: pl.Trainer, path: str, error: BaseException) -> TrainingStopped:
     """Return the error of a student that could not be written, with the command that writes it."""
     callback = trainer.checkpoint_callback
-    names = ("last_model_path", "best_model_path")  # Lightning's own may know the best alone
+    names = ("last_model_path", "best_model_path")  # Lightning's callback may know only the best
     saved = next(filter(None, (getattr(callback, name, "") for name in names)), None)
     cure = "The run saved no checkpoint: make room, and train again with checkpoints."
     if saved is not None:
@@ -44,13 +44,13 @@ def not_exported(trainer: pl.Trainer, path: str, error: BaseException) -> Traini
 
 
 def reason_of(error: BaseException) -> str:
-    """Say in one line why something could not be written."""
+    """Return in one line why something could not be written."""
     cause = cause_of(error)
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return the system's error, e.g. of a full disk, which torch hides in one of its own."""
+    """Return the system's error, e.g. of a full disk, which torch wraps in another."""
     if isinstance(error, CheckpointException):  # of all ranks
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error

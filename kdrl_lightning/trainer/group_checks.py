@@ -1,4 +1,4 @@
-"""Conflicts between objective, groups, engine and teacher, found before anything is trained."""
+"""Checks for conflicts of objective, groups, engine and teacher, before training starts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def check_groups(settings: RolloutSettings, teacher_completions: int) -> None:
     """Check that a group has completions.
 
     Raises:
-        ConfigurationError: it is empty.
+        ConfigurationError: the group is empty.
     """
     if settings.group_size + teacher_completions < 1:
         raise ConfigurationError(
             f"`group_size` must be at least 1 without `teacher_completions`: got "
-            f"{settings.group_size}."
+            f"{settings.group_size}. Set one of them."
         )
 
 
@@ -48,10 +48,10 @@ def check_policy(
     settings: RolloutSettings,
     engine: RolloutEngine,
 ) -> None:
-    """Check that engine and teacher can take part in such rollouts; warn of stale ones.
+    """Check that engine and teacher support these rollouts; warn of uncorrected stale ones.
 
     Raises:
-        ConfigurationError: the engine takes no weights, or the teacher no such temperature.
+        ConfigurationError: the engine takes no weights, or the teacher refuses the temperature.
     """
     if engine.has_own_weights:
         raise ConfigurationError(
@@ -64,8 +64,9 @@ def check_policy(
         isinstance(part, NoCorrection) for part in objective.parts()
     ):
         warnings.warn(
-            "`engine_correction` is NoCorrection with `max_off_policy_steps` 1: the updates take "
-            "completions of older weights as their own. TruncatedImportance weights them.",
+            "`engine_correction` is NoCorrection with `max_off_policy_steps` 1: the updates treat "
+            "completions of older weights as if the current weights had sampled them. Use "
+            "TruncatedImportance to correct for this.",
             stacklevel=2,
         )
 
@@ -73,10 +74,10 @@ def check_policy(
 def check_completions(
     objective: Objective, settings: RolloutSettings, teacher_share: GroupShare, reward: Reward
 ) -> None:
-    """Check that the objective can use such groups, and that the reward knows their length.
+    """Check that the objective can use such groups, and that the reward has their length.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the objective cannot use them, or the lengths differ.
     """
     name = type(objective).__name__
     if isinstance(objective, SFT) and settings.group_size:
@@ -88,36 +89,36 @@ def check_completions(
     size = settings.group_size + teacher_share.count
     if objective.needs_groups and size < 2:
         raise ConfigurationError(
-            f"`group_size` must be at least 2 for {name}, whose advantages compare the completions "
-            f"of one prompt: got {size}."
+            f"`group_size` must be at least 2 for {name}, which compares the completions of one "
+            f"prompt: got {size}. Sample more completions per prompt."
         )
     if settings.max_refills and not objective.needs_groups:
         raise ConfigurationError(
             f"`max_refills` must be 0 for {name}, which does not compare a group: got "
-            f"{settings.max_refills}."
+            f"{settings.max_refills}. Leave it out."
         )
     for part in walk(reward):
         limit = getattr(part, "max_tokens", settings.max_tokens)  # any callable is a reward
         if limit != settings.max_tokens:
             raise ConfigurationError(
                 f"`max_tokens` of the reward must be that of the data, "
-                f"{settings.max_tokens}: got {limit}."
+                f"{settings.max_tokens}: got {limit}. Set both to one value."
             )
 
 
 def check_teacher_completions(
     objective: Objective, teacher: Teacher | None, share: GroupShare
 ) -> None:
-    """Check that the teacher can sample its completions, and that the objective has a use for them.
+    """Check that the teacher can sample its completions, and that the objective uses them.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the teacher cannot, or the objective does not.
     """
     if not share.count:
         if getattr(objective, "teacher_tokens", None) is not None:  # of a PolicyObjective
             raise ConfigurationError(
                 "`teacher_completions` must be at least 1 for an objective with `teacher_tokens`: "
-                "got 0. Set data.teacher_completions.count, or drop the rule."
+                "got 0. Set data.teacher_completions.count, or remove `teacher_tokens`."
             )
         return
     if not objective.takes_teacher_completions:

@@ -1,4 +1,4 @@
-"""All that this package uses of Lightning beyond its public interface.
+"""Holds all that this package uses of Lightning beyond its public interface.
 
 Lightning may change private attributes and methods in any release. Each use is a function here, so
 that an upgrade is checked in one file: read the new release's code for the names below, run
@@ -40,10 +40,11 @@ OVERRIDDEN: dict[type, tuple[str, ...]] = {
 }
 
 
+# `Any` below: Lightning's type of checkpoints, and the other arguments of its methods.
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
     """Return the whole state of a run, as ``Trainer.save_checkpoint`` writes it; collective.
 
-    ``save_checkpoint`` also writes it, in place.
+    We do not call ``save_checkpoint``, because it also writes the state, in place.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
@@ -51,7 +52,8 @@ def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
 def before_restore(trainer: pl.Trainer, check: Callable[[str | None], None]) -> None:
     """Call ``check(path)`` on every process before any of them reads its checkpoint.
 
-    Lightning has no hook at which every process has its path, or None, and none has read anything.
+    Lightning has no hook that runs after every process knows its path (or None) and before any of
+    them reads it.
     """
     connector = trainer._checkpoint_connector
     restore = type(connector)._restore_modules_and_callbacks
@@ -66,7 +68,7 @@ def before_restore(trainer: pl.Trainer, check: Callable[[str | None], None]) -> 
 def before_load(strategy: Strategy, check: Callable[[str], None]) -> None:
     """Call ``check(path)`` before a strategy reads a checkpoint.
 
-    Lightning tells the path to no hook before that.
+    No Lightning hook gets the path before that.
     """
     load = type(strategy).load_checkpoint
 
@@ -87,7 +89,7 @@ def validates_next(trainer: pl.Trainer) -> bool:
 def stop_after_validation(stopping: EarlyStopping) -> None:
     """Let EarlyStopping look at its metric after each validation, not at the end of an epoch.
 
-    Its constructor's ``check_on_train_epoch_end=False`` does the same, but is the user's.
+    Its constructor's ``check_on_train_epoch_end=False`` does the same, but the user calls it.
     """
     stopping._check_on_train_epoch_end = False
 
@@ -102,16 +104,18 @@ def saves_shards(strategy: Strategy) -> bool:
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
     """Set the number of data-parallel processes before the strategy builds its device mesh.
 
-    The constructor's value must be known before the number of processes is.
+    The constructor takes this number too early: the number of processes is not known then.
     """
     strategy._data_parallel_size = size
 
 
-def load_weights(path: Path, strategy: ModelParallelStrategy, weights_only: bool | None) -> Any:
+def load_weights(
+    path: Path, strategy: ModelParallelStrategy, weights_only: bool | None
+) -> dict[str, Any]:
     """Load a checkpoint's weights into a strategy's sharded model.
 
     Returns:
-        What else the checkpoint holds.
+        The rest of the checkpoint.
     """
     assert strategy.model is not None and strategy.lightning_module is not None
     return _load_checkpoint(
@@ -130,10 +134,10 @@ def finds_unused_parameters(strategy: DDPStrategy) -> bool:
 def on_child_failure(
     act: Callable[[Sequence[Popen[bytes]], Callable[[], None]], None],
 ) -> None:
-    """Replace what Lightning's launcher does if a process that it started fails.
+    """Replace what Lightning's launcher does when a process that it started fails.
 
     Args:
-        act: gets the processes, and what Lightning would do.
+        act: takes the processes, and a function that does what Lightning would do.
     """
 
     def terminate(observer: _ChildProcessObserver) -> None:

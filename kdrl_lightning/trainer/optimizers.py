@@ -1,47 +1,50 @@
-"""The optimizer and its schedule, from the callables that a configuration gives."""
+"""Builds the optimizer and its schedule from the callables of a configuration."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kdrl_lightning.errors import ConfigurationError
 
 
 def build_optimizer(
     parameters: Sequence[nn.Parameter],
-    make: Callable[..., Any],
-    make_scheduler: Callable[..., Any] | None,
-) -> tuple[Any, Any | None]:
-    """Build an optimizer over the parameters that are trained, and its schedule.
+    make: OptimizerCallable,
+    make_scheduler: LRSchedulerCallable | None,
+) -> tuple[Optimizer, LRScheduler | None]:
+    """Return an optimizer over the trainable parameters, and its schedule.
 
     Args:
-        parameters: of the student.
+        parameters: all parameters of the student.
         make: ``parameters -> optimizer``.
         make_scheduler: ``optimizer -> schedule``; None keeps the learning rate.
 
     Raises:
-        ConfigurationError: torch refuses a setting, or the schedule waits for a metric.
+        ConfigurationError: torch refuses a setting, or the schedule needs a metric.
     """
     try:
         optimizer = make([p for p in parameters if p.requires_grad])
         scheduler = None if make_scheduler is None else make_scheduler(optimizer)
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"`optimizer` or `lr_scheduler`: {error}.") from error
+        raise ConfigurationError(
+            f"`optimizer` and `lr_scheduler` must have valid arguments: got {error}."
+        ) from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigurationError(
             "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau, which "
-            "waits for a metric. Take LinearLR or OneCycleLR, or the callback EarlyStopping."
+            "needs a metric. Use LinearLR or OneCycleLR, or the callback EarlyStopping."
         )
     return optimizer, scheduler
 
 
-def for_lightning(optimizer: Any, scheduler: Any | None) -> Any:
+def for_lightning(optimizer: Optimizer, scheduler: LRScheduler | None) -> OptimizerLRScheduler:
     """Return both in the form that ``configure_optimizers`` returns."""
     if scheduler is None:
         return optimizer
@@ -55,10 +58,10 @@ def check_precision(precision: str) -> None:
     """Refuse to train weights that are too coarse for an update.
 
     Args:
-        precision: the trainer's.
+        precision: the trainer's ``precision``.
 
     Raises:
-        ConfigurationError: weights would be in 16 bits, or the loss scaled.
+        ConfigurationError: weights would be in 16 bits, or the loss would be scaled.
     """
     if precision in ("bf16-true", "16-true", "16-mixed"):
         raise ConfigurationError(
@@ -69,7 +72,7 @@ def check_precision(precision: str) -> None:
 
 
 class ZeroRateWarning:
-    """Warns once of a schedule that has ended before the run: nothing is learned any more."""
+    """Warns once if the schedule ends before the run: the student then learns nothing more."""
 
     def __init__(self) -> None:
         self._warned = False

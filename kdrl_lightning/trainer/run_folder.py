@@ -1,4 +1,4 @@
-"""The folder of a run: one for each run, whatever the logger; and its ``config.yaml``."""
+"""Chooses a folder for each run, with any logger, and writes its ``config.yaml``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.trainer.protocols import is_trial_run
 
-# An empty file that reserves a folder for one run, also while nothing else is in it.
+# An empty file that reserves a folder for one run before the run writes anything else.
 MARK = ".run"
-# What tells the folder of a run that an earlier version of this library made, without the mark.
+# A folder with one of these belongs to a run of an earlier version, which wrote no mark.
 WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html")
 
 _folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
@@ -31,17 +31,18 @@ _folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
 def run_folder(trainer: pl.Trainer, file: str | None = None) -> Path:
     """Return the folder of a trainer's run, the same on all ranks; the first call reserves it.
 
-    A logger names it: ``save_dir/name/version``, as Lightning's own checkpoints. Without a logger
-    it is ``default_root_dir``. If another run lies there, the run takes the next free folder beside
-    it, or without a logger ``version_1``, ``version_2``, ... inside. A resumed run is a run too.
+    With a logger it is ``save_dir/name/version``, as for Lightning's checkpoints. Without a logger
+    it is ``default_root_dir``. If another run uses it, the run takes the next free folder beside
+    it, or, without a logger, ``version_1``, ``version_2``, ... inside it. A resumed run also counts
+    as another run.
 
     The first call is collective: all ranks must make it. A trial run (``fast_dev_run``) reserves
     nothing.
 
     Args:
-        trainer: of the run.
-        file: what the run writes, if that is one file: the folder need only be without it. The
-            reservation is then the file's name with ``.part``.
+        trainer: the run's trainer.
+        file: the only file that the run writes; None: it writes several. With one file, a folder
+            is free if it lacks this file, and the file's name with ``.part`` reserves it.
 
     Raises:
         ConfigurationError: on every rank, if the first one cannot create it.
@@ -67,7 +68,8 @@ def hold(folder: Path) -> int | None:
     """Mark the run of a folder as alive until ``os.close``, or the end of this process.
 
     Returns:
-        What to close; None if it is alive already, or the file system has no locks.
+        The file descriptor to close; None if it is alive already, or if the file system has no
+        locks.
     """
     try:
         held = os.open(folder / MARK, os.O_RDWR | os.O_CREAT)
@@ -82,7 +84,7 @@ def hold(folder: Path) -> int | None:
 
 
 def is_alive(folder: Path) -> bool:
-    """Tell whether a process is at work on the run of a folder."""
+    """Return whether a process is still running the run of a folder."""
     if not (folder / MARK).exists():
         return False
     held = hold(folder)
@@ -92,24 +94,25 @@ def is_alive(folder: Path) -> bool:
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
-    """Return where runs under the same name keep checkpoints; not collective.
+    """Return the checkpoint folders of all runs under the same name; not collective.
 
-    If the logger continues a run by its version (a run id, say), and that has checkpoints: its own.
+    If the logger continues a run by its version (e.g. a run id), and that run has checkpoints, only
+    its folders are returned.
     """
     parent, name = _place(trainer)
     if name == Path():
         return [run / "checkpoints" for run in (parent, *parent.glob("version_*"))]
     if name is None:
         return list(parent.glob("*/checkpoints"))
-    own = [parent / name, *parent.glob(f"{escape(str(name))}-*")]
+    runs = [parent / name, *parent.glob(f"{escape(str(name))}-*")]
     named = not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger)  # or counted
-    if named and any(True for run in own for _ in run.glob("checkpoints/step=*.ckpt")):
-        return [run / "checkpoints" for run in own]
+    if named and any(True for run in runs for _ in run.glob("checkpoints/step=*.ckpt")):
+        return [run / "checkpoints" for run in runs]
     return list(parent.glob("/".join(["*"] * len(name.parts)) + "/checkpoints"))
 
 
 def _place(trainer: pl.Trainer) -> tuple[Path, Path | None]:
-    """Return the folder of all runs under a name, and the run's own in it; None if unknown yet."""
+    """Return the folder of all runs under a name, and this run's in it; None if not known yet."""
     logger = next(iter(trainer.loggers), None)
     if logger is None:
         return Path(trainer.default_root_dir), Path()
@@ -153,7 +156,7 @@ def _candidates(parent: Path, name: Path | None) -> Iterator[Path]:
 
 
 def loggers_in_root(trainer: Namespace) -> None:
-    """Let loggers write to ``default_root_dir``, unless their own ``save_dir`` is given.
+    """Let loggers write to ``default_root_dir``, unless they have a ``save_dir``.
 
     Args:
         trainer: configuration of the trainer, before anything is built; changed in place.
@@ -164,12 +167,12 @@ def loggers_in_root(trainer: Namespace) -> None:
         if "save_dir" in settings and settings["save_dir"] in (
             None,
             "",
-            *_defaults(locate(logger.class_path)),
+            *_defaults(cast(type, locate(logger.class_path))),
         ):
             settings["save_dir"] = trainer.default_root_dir
 
 
-def _defaults(logger: Any) -> list[Any]:
+def _defaults(logger: type) -> list[object]:
     """Return the default of ``save_dir`` in a class of loggers and its bases."""
     found = [inspect.signature(c).parameters.get("save_dir") for c in inspect.getmro(logger)[:-1]]
     return [parameter.default for parameter in found if parameter is not None]
@@ -178,27 +181,27 @@ def _defaults(logger: Any) -> list[Any]:
 class RunConfig(SaveConfigCallback):
     """Writes the command line's whole configuration as ``config.yaml`` into the run folder.
 
-    Once the models are loaded: a run that is refused before leaves nothing. Other subcommands than
-    ``fit`` write it if a logger gives them a folder.
+    It waits until the models are loaded, so a run that is refused before leaves no file.
+    Subcommands other than ``fit`` write it if a logger gives them a folder.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wait for the start."""
+        """Do nothing yet."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it."""
+        """Write the file."""
         self._write(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it unless training does."""
+        """Write the file, unless training has written it."""
         self._write_beside_log(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it."""
+        """Write the file."""
         self._write_beside_log(trainer)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it."""
+        """Write the file."""
         self._write_beside_log(trainer)
 
     def _write_beside_log(self, trainer: pl.Trainer) -> None:

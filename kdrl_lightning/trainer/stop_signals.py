@@ -1,4 +1,4 @@
-"""Signals that stop a run at the end of an optimizer step, on all ranks alike."""
+"""Stops a run on SIGTERM or Ctrl-C, on all ranks at the end of the same optimizer step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,29 +14,31 @@ from torch import Tensor
 from kdrl_lightning.errors import Interrupted
 
 NAMES = {int(signal.SIGTERM): "SIGTERM", int(signal.SIGINT): "Ctrl-C"}
-NOTICE = b"\nCtrl-C: saving after this optimizer step; once more stops at once\n"
+NOTICE = b"\nCtrl-C: saving after this optimizer step; press it again to stop at once\n"
+
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C until the ranks ask for them; a second Ctrl-C stops at once.
+    """Records SIGTERM and Ctrl-C until the ranks ask for them; a second Ctrl-C stops at once.
 
-    In place of Lightning's handlers, one of which runs a collective inside the signal's.
+    It replaces Lightning's handlers, one of which runs a collective inside the signal handler.
 
     Args:
-        last_words: what a run that cannot save any more says of its last checkpoint.
+        last_words: returns a sentence about the last checkpoint, for a run that can no longer save.
     """
 
     def __init__(self, last_words: Callable[[], str]) -> None:
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, Handler] = {}
         self._number = 0
         self._speaks = False
         self._last_words = last_words
 
     def listen(self, speaks: bool) -> None:
-        """Take the signals, if this is the main thread.
+        """Start to handle the signals, if this is the main thread.
 
         Args:
-            speaks: on the rank that answers the user.
+            speaks: whether this rank prints messages.
         """
         self._number, self._speaks = 0, speaks
         if threading.current_thread() is threading.main_thread():
@@ -49,10 +50,11 @@ class StopSignals:
         return int(reduce(torch.tensor(float(self._number)), "max"))
 
     def explain(self, error: BaseException) -> None:
-        """Let an error that followed a signal say so: it may have ended an engine's process first.
+        """Attach a signal to an error that it may have caused, e.g. by ending an engine's process.
 
         ``python -m kdrl_lightning`` then reports the signal instead of the error. A Ctrl-C before
-        the first step, or after the last one (in the export), is Python's own, without words.
+        the first step, or after the last one (in the export), raises Python's KeyboardInterrupt,
+        which gets a message here.
         """
         if isinstance(error, KeyboardInterrupt) and not str(error):
             error.args = (f"stopped by Ctrl-C: {self._last_words()}",)
@@ -61,7 +63,7 @@ class StopSignals:
             error.interrupted = Interrupted(words, self._number)  # type: ignore[attr-defined]
 
     def give_back(self) -> None:
-        """Restore the handlers from before."""
+        """Restore the earlier handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -70,5 +72,5 @@ class StopSignals:
         if number == self._number == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped at once by Ctrl-C: {self._last_words()}")
         if number == signal.SIGINT and self._speaks:
-            os.write(2, NOTICE)  # print may be what it interrupts
+            os.write(2, NOTICE)  # the signal may have interrupted a print
         self._number = number

@@ -32,7 +32,7 @@ from kdrl_lightning.trainer.internals import (
 )
 
 GRACE_S = 5.0
-# What a signal makes of a process that has not got to its own handling, and so says nothing.
+# Exit codes if a signal ends a process before it handles signals itself and prints a message.
 EARLY = {-signal.SIGINT: 128 + signal.SIGINT, -signal.SIGTERM: 128 + signal.SIGTERM}
 NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
 REFUSED = ("fsdp", "fsdp_cpu_offload")
@@ -41,13 +41,13 @@ REFUSED = ("fsdp", "fsdp_cpu_offload")
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards student, teacher and reference over all processes of all nodes (FSDP2).
 
-    ``--trainer.strategy fsdp2`` writes checkpoints as folders, each rank its part;
-    ``fsdp2_full`` gathers one file on rank 0.
+    With ``--trainer.strategy fsdp2`` a checkpoint is a folder, to which each rank writes its part;
+    with ``fsdp2_full`` rank 0 gathers all parts and writes one file.
 
     Args:
-        save_distributed_checkpoint: write the parts; else one file.
-        process_group_backend: of torch.distributed; None follows the device.
-        timeout: of collectives.
+        save_distributed_checkpoint: write a folder of parts; if false, one file.
+        process_group_backend: backend of torch.distributed; None: the device's default.
+        timeout: time limit of a collective.
     """
 
     def __init__(
@@ -59,12 +59,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
-        """Take every process as data-parallel; Lightning's "auto" means one per node."""
+        """Make every process data-parallel; Lightning's "auto" would make one per node so."""
         set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Load the weights as Lightning does, and the moments of the parameters that have some."""
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:  # as in Lightning
+        """Load the weights as Lightning does, and the moments of parameters that have them."""
         path = Path(self.broadcast(checkpoint_path))
         rest = load_weights(path, self, weights_only)
         assert self.model is not None
@@ -75,7 +77,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def register() -> None:
-    """Make the names known to ``Trainer(strategy=...)``."""
+    """Register the names for ``Trainer(strategy=...)``."""
     for name, parts in (("fsdp2", True), ("fsdp2_full", False)):
         StrategyRegistry.register(
             name,
@@ -87,19 +89,20 @@ def register() -> None:
 
 
 def end_with_children() -> None:
-    """Let the process that started the others exit with their code if one of them ends first.
+    """Let the launching process exit with the code of the others if one of them ends first.
 
-    Lightning kills it then, with -9: it may wait for the others in a call of C++ during which
-    Python handles no signal, as at the start of a process group. So Ctrl-C would not end with 130.
+    Lightning would kill the launching process with -9, because it may be waiting in C++ code, where
+    Python handles no signal, e.g. at the start of a process group. Then Ctrl-C would not exit with
+    130.
     """
 
     def end(children: Sequence[Popen[bytes]], kill_all: Callable[[], None]) -> None:
         raw = [child.returncode or 0 for child in children]
         code = max(EARLY.get(value, value) for value in raw)
-        if code <= 0:  # something killed one
+        if code <= 0:  # something killed a process
             kill_all()
             return
-        time.sleep(GRACE_S)  # in a thread: a process that can end by itself does so meanwhile
+        time.sleep(GRACE_S)  # runs in a thread; processes that can end by themselves do so now
         for child in children:
             child.kill()
         if code not in raw:
@@ -110,10 +113,10 @@ def end_with_children() -> None:
 
 
 def refuse_fsdp1(strategy: object) -> None:
-    """Refuse FSDP1 by flag, by configured class, or as an object.
+    """Refuse FSDP1, whether it comes as a flag, a configured class or an object.
 
     Raises:
-        ConfigurationError: it is FSDP1.
+        ConfigurationError: the strategy is FSDP1.
     """
     named = getattr(strategy, "class_path", strategy)
     if isinstance(strategy, FSDPStrategy):
@@ -130,7 +133,7 @@ def check_unreached(strategy: Strategy, unreached: list[str]) -> None:
     """Refuse DDP, which waits for a gradient of each parameter, if some may get none.
 
     Raises:
-        ConfigurationError: it is DDP, and does not look for them.
+        ConfigurationError: the strategy is DDP and does not look for unused parameters.
     """
     waits = isinstance(strategy, DDPStrategy) and not finds_unused_parameters(strategy)
     if waits and unreached:
@@ -142,7 +145,7 @@ def check_unreached(strategy: Strategy, unreached: list[str]) -> None:
 
 
 def sharding_of(trainer: pl.Trainer | None) -> Sharding | None:
-    """Return how the trainer's strategy shards models; None where every rank holds all.
+    """Return how the trainer's strategy shards models; None if every rank holds whole models.
 
     Raises:
         ConfigurationError: FSDP1, tensor parallelism, or evaluation in inference mode.

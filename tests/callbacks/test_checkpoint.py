@@ -267,7 +267,9 @@ def test_sigterm_stops_behind_the_step_and_saves(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     saver = FSDPCheckpoint(asynchronous=asynchronous)
-    words = rf"stopped by SIGTERM after step {step}: saved .*step={step:08d}\.ckpt\. Go on with `--"
+    words = (
+        rf"stopped by SIGTERM after step {step}: saved .*step={step:08d}\.ckpt\. Continue with `--"
+    )
     with pytest.raises(Interrupted, match=words):
         fit(tmp_path, folders, saver, At(step, terminate), max_steps=20)
     file = tmp_path / f"checkpoints/step={step:08d}.ckpt"

@@ -87,17 +87,17 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        refused(file, r"a whole checkpoint of this library.*Take an earlier one")
+        refused(file, r"an intact checkpoint of this library.*Use an earlier one")
     file.write_bytes(b"not a checkpoint at all\n" * 50)
-    refused(file, "a whole checkpoint of this library")
+    refused(file, "an intact checkpoint of this library")
     torch.save({"loops": Runs(flag)}, file)
-    refused(file, "a whole checkpoint of this library")
+    refused(file, "an intact checkpoint of this library")
     file.write_bytes(pickle.dumps({"loops": Runs(flag)}))
-    refused(file, "a whole checkpoint of this library")
+    refused(file, "an intact checkpoint of this library")
     for other in ([1, 2], {"weights": torch.zeros(2)}):
         torch.save(other, file)
         refused(file, r"a checkpoint of a run.*give it as `model.student`")
-    refused(tmp_path / "nothing.ckpt", "a whole checkpoint of this library")
+    refused(tmp_path / "nothing.ckpt", "an intact checkpoint of this library")
     assert not flag.exists()
 
 
@@ -184,8 +184,8 @@ def test_a_folder_that_cannot_be_written_stops_the_run(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (META, r"meta\.pt is missing: it was not finished"),
-        (SHARDS, r"\.metadata is missing: it was not finished"),
+        (META, r"meta\.pt is missing: the run did not finish it"),
+        (SHARDS, r"\.metadata is missing: the run did not finish it"),
         ("__0_0.distcp", r"__0_0\.distcp has -1 bytes, too few"),
     ],
 )
@@ -196,7 +196,7 @@ def test_folders_that_are_not_whole_are_refused(folder: Path, name: str, words: 
     refused(folder, words)
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        refused(folder, "a whole checkpoint of this library")
+        refused(folder, "an intact checkpoint of this library")
         if name == "__0_0.distcp":  # known before anything is read
             refused(folder, rf"__0_0\.distcp has {size} bytes, too few")
 
@@ -232,7 +232,7 @@ def test_an_index_that_would_run_something_is_refused(
 @pytest.mark.parametrize("index", [b"", b"N.", b"\x80\x04", b"abc", b"ctorch\nnothing\n."])
 def test_an_index_that_is_none_is_refused(folder: Path, index: bytes) -> None:
     (folder / SHARDS).write_bytes(index)
-    refused(folder, "a whole checkpoint of this library")
+    refused(folder, "an intact checkpoint of this library")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is .*:UserWarning")
@@ -242,7 +242,7 @@ def test_a_shard_that_would_run_something_is_refused(tmp_path: Path) -> None:
     state = trainer._checkpoint_connector.dump_checkpoint(False)
     state["optimizer_states"][0]["settings"]["lr"] = Runs(flag)
     CheckpointWriter().write(trainer, path)
-    refused(path, "a whole checkpoint of this library")
+    refused(path, "an intact checkpoint of this library")
     assert not flag.exists()
 
 

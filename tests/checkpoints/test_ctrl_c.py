@@ -85,14 +85,16 @@ def test_the_first_saves_after_the_step(
     tmp_path: Path, student_folder: str, capfd: Any, hook: str, step: int, saved: int
 ) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    words = rf"stopped by Ctrl-C after step {saved}: saved .*step={saved:08d}\.ckpt\. Go on with `-"
+    words = (
+        rf"stopped by Ctrl-C after step {saved}: saved .*step={saved:08d}\.ckpt\. Continue with `-"
+    )
     with pytest.raises(Interrupted, match=words) as error:
         fit(tmp_path, student_folder, Presses(hook, step))
     assert error.value.number == signal.SIGINT
     file = tmp_path / f"checkpoints/step={saved:08d}.ckpt"
     assert read_metadata(str(file))["global_step"] == saved
     assert (
-        "Ctrl-C: saving after this optimizer step; once more stops at once"
+        "Ctrl-C: saving after this optimizer step; press it again to stop at once"
         in capfd.readouterr().err
     )
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -62,7 +62,7 @@ def harmless(path: Path, wanted: dict[str, torch.Tensor]) -> bool:
     except ConfigurationError as error:
         text = str(error)
         assert text.startswith(
-            f"`ckpt_path` must be a whole checkpoint of this library: got {path}"
+            f"`ckpt_path` must be an intact checkpoint of this library: got {path}"
         )
         assert "\n" not in text
         return False
@@ -106,14 +106,14 @@ def test_the_message_names_the_file_and_the_cure(tmp_path: Path) -> None:
         at = raw.index(WEIGHTS.numpy().tobytes()) + 40
         path.write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
     words = (
-        rf"got {newest} \(step=00000006\.ckpt is damaged: .*data/0 has another checksum\)\. Take "
-        rf"an earlier one: `--ckpt_path {old}`\."
+        rf"got {newest} \(step=00000006\.ckpt is damaged: .*data/0 does not match its checksum\)\. "
+        rf"Use an earlier one: `--ckpt_path {old}`\."
     )
     with pytest.raises(ConfigurationError, match=words):
         read_metadata(str(newest))
     assert newest_whole([old, newer, newest])[0] == old
     old.unlink()
-    words = r"Take an earlier one of another run: its folder holds no other whole one\.$"
+    words = r"Use an earlier one of another run: this folder holds no other intact one\.$"
     with pytest.raises(ConfigurationError, match=words):
         read_metadata(str(newest))
     assert newest_whole([newer, newest])[0] is None
@@ -132,7 +132,7 @@ def test_last_passes_over_broken_ones_and_says_so(tmp_path: Path, make: Any) -> 
         raw, times = file.read_bytes(), (path.stat().st_atime, path.stat().st_mtime)
         file.write_bytes(raw[: len(raw) // 2])
         os.utime(path, times)
-    with pytest.warns(UserWarning, match=r"`--ckpt_path last` passes over .* and takes") as said:
+    with pytest.warns(UserWarning, match=r"`--ckpt_path last` skips .* and takes") as said:
         assert saver._find_last_checkpoints(trainer) == {str(paths[0])}
     texts = [str(w.message) for w in said]
     assert [str(p) in t and str(paths[0]) in t for p, t in zip(paths[:0:-1], texts, strict=True)]
@@ -154,7 +154,7 @@ def test_a_seal_is_of_all_bytes_before_it(tmp_path: Path) -> None:
     for place in range(3):
         raw = bytearray(file.read_bytes())
         raw[place] ^= 1
-        with pytest.raises(ValueError, match="index is damaged: it has another checksum"):
+        with pytest.raises(ValueError, match="index is damaged: it does not match its checksum"):
             check_seal(bytes(raw), "index")
 
 
@@ -167,7 +167,7 @@ def test_a_part_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
         assert part.seek(-5, os.SEEK_END) == 15 and part.read(100) == bytes(range(25, 30))
         assert part.seek(3) == 3 and part.seek(2, os.SEEK_CUR) == 5 and part.read(2) == b"\x0f\x10"
         assert part.tell() == 7
-        with pytest.raises(ValueError, match="a place before the part"):
+        with pytest.raises(ValueError, match="position must not be before the start of the part"):
             part.seek(-1)
         with pytest.raises(ValueError, match="all is cut short or damaged: "):
             check_archive(part, "all")
@@ -238,8 +238,8 @@ def test_a_full_disk_under_anything_else_is_one_line(
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
         "error: the run must be able to use its files: got OSError: [Errno 28] No space left on "
-        "device: 'metrics.csv'. Make room, or mend the permissions, and go on with `--ckpt_path "
-        "last`.\n"
+        "device: 'metrics.csv'. Make room, or correct the permissions, and continue with "
+        "`--ckpt_path last`.\n"
     )
 
 

@@ -179,11 +179,13 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(
     out, err = fit(tmp_path, models, last, killer("start:5", signal.SIGTERM), code=143)
     assert "step=00000004.ckpt at step 4" in out
     (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
-    words = r"error: stopped by SIGTERM after step 6: saved (\S+step=00000006\.ckpt)\. Go on with"
+    words = (
+        r"error: stopped by SIGTERM after step 6: saved (\S+step=00000006\.ckpt)\. Continue with"
+    )
     found = re.match(words, line)
     assert found and (tmp_path / found[1]).exists()
     out, _ = fit(tmp_path, models, last, killer(""))
-    assert "going on from" in out and "step=00000006.ckpt at step 6" in out
+    assert "continuing from" in out and "step=00000006.ckpt at step 6" in out
     assert student(tmp_path).read_bytes() == student(whole).read_bytes()
     assert set(samples(tmp_path)) == set(samples(whole)) and len(samples(whole)) == STEPS
     assert rows(tmp_path) == rows(whole) and len(rows(whole)) == STEPS

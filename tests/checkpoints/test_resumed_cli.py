@@ -74,11 +74,11 @@ def test_last_is_a_fresh_start_where_there_is_none(
 ) -> None:
     """So that a job may always be started with it."""
     start("fit", "--ckpt_path=last")
-    assert "going on from" not in capsys.readouterr().out
+    assert "continuing from" not in capsys.readouterr().out
     first = version(0) / "checkpoints/step=00000002.ckpt"
     assert first.exists()
     start("fit", "--ckpt_path=last", "--trainer.max_steps=3", "--report.export=false")
-    assert f"going on from {first} at step 2" in capsys.readouterr().out.replace(
+    assert f"continuing from {first} at step 2" in capsys.readouterr().out.replace(
         f"{Path.cwd()}/", ""
     )
     assert (version(1) / "checkpoints/step=00000003.ckpt").exists()
@@ -112,13 +112,13 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(
     assert "with the objective GSPO: got" in line and "made by GRPO" in line
     line = refused(start, capsys, *on, "--model.optimizer=torch.optim.SGD",
                    "--model.optimizer.lr=0.1")  # fmt: skip
-    assert "`optimizer` must be AdamW to go on from" in line
+    assert "`optimizer` must be AdamW to continue from" in line
     start("validate", f"--ckpt_path={file}", "--model.objective=GSPO")
     file.write_bytes(whole[: len(whole) // 2])
-    assert "must be a whole checkpoint of this library: got" in refused(start, capsys, *on)
+    assert "must be an intact checkpoint of this library: got" in refused(start, capsys, *on)
     # The newest is broken: `last` says so, and starts nothing else in its place.
     line = refused(start, capsys, "fit", "--ckpt_path=last", "--trainer.max_steps=3")
-    assert "must be a whole checkpoint" in line and "Take an earlier one" in line
+    assert "must be an intact checkpoint" in line and "Use an earlier one" in line
 
     class Runs:
         def __reduce__(self) -> Any:
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(
 
     saved = torch.load(_restored(file, whole))
     torch.save({**saved, "callbacks": Runs()}, file)
-    assert "must be a whole checkpoint of this library: got" in refused(start, capsys, *on)
+    assert "must be an intact checkpoint of this library: got" in refused(start, capsys, *on)
     assert not flag.exists()
     line = refused(start, capsys, "fit", f"--ckpt_path={student_folder}")
     assert "`ckpt_path` must be a" in line
@@ -182,7 +182,7 @@ def test_a_folder_without_checkpoints_is_refused(
     start("fit", "--report.export=false")
     shutil.rmtree(version(0) / "checkpoints")
     line = refused(start, capsys, "fit", f"--ckpt_path={version(0)}")
-    assert "`ckpt_path` must be a whole checkpoint of this library" in line
+    assert "`ckpt_path` must be an intact checkpoint of this library" in line
 
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])

@@ -68,7 +68,7 @@ def test_another_file_under_the_same_path_is_refused(tmp_path: Path) -> None:
         ours.append(content_mark(str(path)))
     assert ours[0] != ours[1]
     sent = iter([str(path), ours[0]])
-    words = rf"^`ckpt_path` must be the same on all processes: got {path} and another one under"
+    words = rf"^`ckpt_path` must be the same on all processes: got {path} and another one at"
     with pytest.raises(ConfigurationError, match=words):
         require_same(str(path), ours[1], lambda value: next(sent), lambda value, how: value)
     require_same(str(path), ours[1], lambda value: value, lambda value, how: value)

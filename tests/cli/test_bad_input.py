@@ -102,7 +102,8 @@ CASES = {
     ),
     "a completion that does not fit": (
         ["--data.rollout.max_tokens_per_micro_batch=10"],
-        "got 10. One alone may have 18: lower `max_tokens`, or drop long prompts.",
+        "got 10. One completion may have 18 with its prompt: lower `max_tokens`, or drop long "
+        "prompts.",
     ),
     "uneven mini-batches": (
         ["--data.rollout.minibatches_per_rollout=3"],
@@ -113,7 +114,8 @@ CASES = {
             "--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR",
             "--model.lr_scheduler.max_lr=0.1",
         ],
-        "`optimizer` or `lr_scheduler`: You must define either total_steps",
+        "`optimizer` and `lr_scheduler` must have valid arguments: got You must define either "
+        "total_steps",
     ),
     "a schedule that waits for a metric": (
         ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],
@@ -211,7 +213,7 @@ CLI_CASES = {
     ),
     "null for a student": (
         ["--model.student=null"],
-        "`model.student` must be given: got null. Leave it out to keep what it was.",
+        "`model.student` must be given: got null. Leave it out to keep its value.",
     ),
     "no such strategy": (["--trainer.strategy=luck"], "luck"),
     "negative rate": (
@@ -238,7 +240,8 @@ def test_a_value_in_place_of_a_group_is_refused(
     value: object, config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refuse({**config, "samples": value}, tmp_path, capsys)
-    assert f"`samples` must have settings by name: got {value}. Leave it out to keep the" in line
+    words = f"`samples` must have settings by name: got {value}. Leave it out to keep its values."
+    assert words in line
 
 
 METHOD_CASES = {

@@ -180,7 +180,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         (["--ckpt_path", model, "--output", here], "`ckpt_path` must be a"),
         (["--ckpt_path", f"{model}/model.safetensors", "--output", here], "`ckpt_path` must be a"),
         (["--ckpt_path", str(foreign), "--output", here], "a checkpoint of a KDRLModule"),
-        (["--ckpt_path", str(broken), "--output", here], "a whole checkpoint of this library"),
+        (["--ckpt_path", str(broken), "--output", here], "an intact checkpoint of this library"),
         (["--ckpt_path", checkpoint, "--output", here, "--dtype", "float31"], "got float31"),
         (["--ckpt_path", checkpoint, "--output", here, "--dtype", "int64"], "got int64"),
         (["--ckpt_path", checkpoint, "--output", here, "--tokenizer", "/no/where"], "/no/where"),

@@ -156,7 +156,7 @@ def test_a_copy_overwrites_nothing(here: Path, capsys: pytest.CaptureFixture[str
     assert "fit --config rlad.yaml" in capsys.readouterr().out
     for name, there in (("rlad.yaml", "rlad.yaml"), ("rlad.yml", "rlad_bases")):
         line = refused(capsys, "configs", "copy", "rlad", "--output", name)
-        assert f"`--output` must name a new file: {there} is already there." in line
+        assert f"`--output` must name a new file: got {there}, which exists." in line
 
 
 def test_show_prints_a_file_or_all_that_it_sets(

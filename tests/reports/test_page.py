@@ -140,7 +140,7 @@ def test_a_run_leaves_a_page_and_says_what_is_scored(
     assert right.correct and not wrong.correct and right.parts["odd"] == 1.0
     assert any(token.fate for token in right.tokens)
     text = (tmp_path / "samples.html").read_text()
-    assert "no teacher has scored them" in text and "more tokens" in text
+    assert "the teacher has not scored them" in text and "more tokens" in text
     assert {tag for tag, _, _ in texts} >= {"samples/rollout_3", "samples/validation_on_far"}
     assert {step for _, _, step in texts} == {0, 4, 8, 10}
 

@@ -169,8 +169,8 @@ def test_overfit_batches_trains_on_the_same_prompts(tmp_path: Path, student_fold
     )
     assert found == [named(rows) for rows in ROLLOUTS[:2]] * 3
     words = (
-        r"^`overfit_batches` must be whole rollouts of 2 micro-batches, whose prompts then come "
-        r"again and again: got 3, which is 3 of 4\. Set `overfit_batches: 2`\.$"
+        r"^`overfit_batches` must be a multiple of 2, the micro-batches of one rollout: got 3, "
+        r"which is 3 of 4\. Set `overfit_batches: 2`\.$"
     )
     with pytest.raises(ConfigurationError, match=words):
         run(tmp_path, student_folder, Sums(), trainer={"overfit_batches": 3})

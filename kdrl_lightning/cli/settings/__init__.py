@@ -1,1 +1,1 @@
-"""How the command line reads settings: text stays text, and a mistake is named by its cause."""
+"""Reads settings: text stays text, and an error names the cause of a mistake."""

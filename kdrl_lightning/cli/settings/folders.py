@@ -1,4 +1,4 @@
-"""A run that is refused leaves no folder behind."""
+"""Removes the folders of a run that is refused."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from lightning.pytorch import Trainer
 
 from kdrl_lightning.errors import ConfigurationError, path_error
 
 
 @contextmanager
-def removed_if_refused(trainer: Any) -> Iterator[None]:
-    """Delete the folders that loggers make for a run, if the run is refused before its first step.
+def removed_if_refused(trainer: Trainer) -> Iterator[None]:
+    """Delete the folders that loggers made for a run, if it is refused before its first step.
 
-    Lightning opens every logger before anything is checked. A folder that was there before stays,
-    and so does one that holds a checkpoint.
+    Lightning opens every logger before it checks anything. Folders that existed before stay, and so
+    do folders with a checkpoint.
     """
     folders = [Path(f) for f in (getattr(x, "log_dir", None) for x in trainer.loggers) if f]
     made = [p for folder in folders for p in (folder, *folder.parents) if not p.exists()]

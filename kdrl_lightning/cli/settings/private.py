@@ -1,6 +1,6 @@
-"""The one place that imports what jsonargparse does not promise to keep.
+"""Imports all that this package uses of jsonargparse beyond its public interface.
 
-Its public interface cannot replace how a value is read, or say which file is being read. After an
+The public interface cannot replace how a value is read, or tell which file is being read. After an
 update of jsonargparse, run ``tests/cli/settings`` and widen ``CHECKED`` here and in
 ``pyproject.toml``.
 """
@@ -33,11 +33,11 @@ UTIL = ("NestedArg", "config_load_stack")
 ACTIONS = ("_ActionConfigLoad",)
 
 
-def private(module: str, names: tuple[str, ...]) -> Any:
-    """Import a module of jsonargparse that has all these names.
+def private(module: str, names: tuple[str, ...]) -> Any:  # mypy sees no attributes of a module
+    """Return a module of jsonargparse, after checking that it has all these names.
 
     Raises:
-        ConfigurationError: it lacks one; the installed version is another than those checked.
+        ConfigurationError: it lacks a name: we have not checked the installed version.
     """
     try:
         found = import_module(f"jsonargparse.{module}")

@@ -1,7 +1,9 @@
-"""Settings by the names that they had in 0.1: files and flags of users go on working.
+"""Translates settings from their names in 0.1, so that users' files and flags still work.
 
-A file is translated when it is read, before it is laid over another one; the content of a group
+A file is translated when it is read, before it is merged with another one; the content of a group
 (``--data data.yaml``) when the parser gets it; a flag before it is parsed.
+
+Values, and the keys of YAML mappings, are ``Any``, as PyYAML types them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _ROLLOUT = (
     "mask_truncated",
     "max_tokens_per_micro_batch",
 )
-# Old name -> name of today.
+# Old name -> new name.
 RENAMED = {
     **{f"data.{name}": f"data.rollout.{name}" for name in _ROLLOUT},
     "data.teacher_completions": "data.teacher_completions.count",
@@ -38,20 +40,20 @@ RENAMED = {
     "data.max_reward_failure_frac": "data.reward_failures.max_frac",
     "data.failed_reward": "data.reward_failures.reward",
 }
-# The name of a number then, and of a group today: only the number is translated.
+# In 0.1 a number, now a group: only a number is translated.
 NOW_A_GROUP = "data.teacher_completions"
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """Return settings of a file by the names of today.
+    """Return the settings of a file under their new names.
 
     Args:
-        settings: by name; names at the top may have dots.
-        where: the file, for messages.
+        settings: settings by name; names at the top may have dots.
+        where: name of the file, for messages.
 
     Raises:
-        ConfigurationError: a setting has its old and its new name.
+        ConfigurationError: a setting is given by its old and by its new name.
 
     >>> renamed({"data": {"group_size": 4, "rollout": {"max_tokens": 8}}}, "x.yaml")
     {'data': {'rollout': {'max_tokens': 8, 'group_size': 4}}}
@@ -74,7 +76,7 @@ def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
 
 
 def _renamed_data(data: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """Translate what stands under ``data``, and put it into its group."""
+    """Return the settings of ``data`` under their new names, each in its group."""
     out = {k: v for k, v in data.items() if new_name(f"data.{k}", v) is None}
     for name, value in data.items():
         old = f"data.{name}"
@@ -101,7 +103,7 @@ def _holds(settings: Mapping[Any, Any], name: str) -> bool:
 
 
 def renamed_flags(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with flags by the names of today.
+    """Return a command line with the new names of flags.
 
     Raises:
         ConfigurationError: a setting is given by its old and by its new name.
@@ -125,7 +127,7 @@ def renamed_flags(words: Sequence[str]) -> list[str]:
 
 
 def new_name(name: str, value: Any) -> str | None:
-    """Return what a setting is called today; None if it has that name.
+    """Return the new name of a setting; None if its name has not changed.
 
     >>> new_name("data.teacher_engine.urls", []), new_name("data.teacher_completions", {"count": 2})
     ('data.teacher_completions.engine.urls', None)
@@ -140,7 +142,7 @@ def new_name(name: str, value: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is meant for a number: no group of settings, and no file with one."""
+    """Return whether a value is meant as a number, and not as a group or the file of a group."""
     if isinstance(value, str):
         return value.strip().lstrip("+-").replace(".", "", 1).isdigit()
     return isinstance(value, int | float)
@@ -149,5 +151,5 @@ def _is_number(value: Any) -> bool:
 def _refuse_both(both: bool, old: str, new: str, where: str) -> None:
     if both:
         raise ConfigurationError(
-            f"`{new}` must stand once in {where}: got it by its old name `{old}`, too. Remove that."
+            f"`{new}` must occur once in {where}: got it by its old name `{old}`, too. Remove that."
         )

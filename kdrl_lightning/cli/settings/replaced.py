@@ -1,4 +1,7 @@
-"""What a list of classes, or a mapping by name, loses when a later one takes its place."""
+"""Notes what is lost when a list of classes, or a mapping by name, is replaced.
+
+Actions and values are ``Any``, as in jsonargparse.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from kdrl_lightning.cli.settings.unused import note_replaced
 
 _load_group = actions._ActionConfigLoad.__call__
 _check_type = typehints.ActionTypeHint._check_type
-# Inside a class, jsonargparse knows a setting by its last name alone.
+# Inside a class, jsonargparse knows only the last part of a setting's name.
 _groups: ContextVar[tuple[str, ...]] = ContextVar("groups", default=())
 
 
 class Given(NamedTuple):
-    """A class of a list, by its name, with the names of its arguments."""
+    """Name of a class in a list, with the names of its arguments."""
 
     name: str
     arguments: tuple[str, ...]
@@ -28,7 +31,7 @@ class Given(NamedTuple):
 def check_type(
     self: Any, value: Any, append: bool = False, cfg: Any = None, mode: Any = None
 ) -> Any:
-    """Check a value as ``ActionTypeHint._check_type`` does; note what it replaces."""
+    """Return a value as ``ActionTypeHint._check_type`` does; note what it replaces."""
     before = cfg.get(self.dest) if cfg else None
     had = None if _is_default(before, self.default) else contents(before)
     token = _groups.set((*_groups.get(), self.dest))
@@ -43,7 +46,7 @@ def check_type(
 
 def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Read a file of a group, e.g. ``--trainer=trainer.yaml``; note what it replaces."""
-    if not args:  # jsonargparse makes the action
+    if not args:  # jsonargparse is creating the action
         return _load_group(self, **kwargs)
     parser, namespace = args[:2]
     defaults = {action.dest: action.default for action in parser._actions}
@@ -61,14 +64,14 @@ def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
 def note_lost(
     where: str, before: Any, had: Any, after: Any, what: str = "an earlier value"
 ) -> None:
-    """Note what a value loses of the one before; only lists and mappings by name lose anything.
+    """Note what is lost of an earlier value; only lists and mappings by name lose anything.
 
     Args:
-        where: the setting.
-        before: the value before.
+        where: name of the setting.
+        before: the earlier value.
         had: its ``contents``, taken before jsonargparse changed it.
-        after: the value that takes its place.
-        what: how a user knows the value before.
+        after: the new value.
+        what: description of the earlier value, for users.
     """
     has = contents(after)
     last = where.rsplit(".", 1)[-1]
@@ -81,7 +84,7 @@ def note_lost(
 
 
 def contents(value: Any) -> list[Given] | dict[str, Any] | None:
-    """Return the classes of a list, or of one class; a mapping by name as it is.
+    """Return the classes in a list, or a single class in a list; a mapping by name as it is.
 
     >>> contents([{"class_path": "a.B", "init_args": {"x": 1}}, "C", 3])
     [Given(name='B', arguments=('x',)), Given(name='C', arguments=())]
@@ -115,7 +118,7 @@ def missing(had: list[Given], has: list[Given]) -> list[str]:
 
 
 def _is_name(item: Any) -> bool:
-    """Whether a text can name a class: a list of columns or modules is data."""
+    """Return whether a text can name a class; names of columns or modules cannot."""
     last = item.rsplit(".", 1)[-1] if isinstance(item, str) else ""
     return last.isidentifier() and last[0].isupper()
 

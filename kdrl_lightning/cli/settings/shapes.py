@@ -1,4 +1,7 @@
-"""What the shape of a value tells: which types of a union it can be meant for."""
+"""Finds, from the shape of a value, for which types of a union it can be meant.
+
+Values and types are ``Any``, as in jsonargparse.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list
     Args:
         members: the union's types.
         val: the value.
-        previous: what the setting was before.
-        given: the text on the command line that ``val`` was read from, if it was.
+        previous: the earlier value of the setting.
+        given: the text on the command line from which ``val`` was read, if there is one.
     """
     known = list(members)
     kept = [m for m in known if fits(m, val, previous)]
@@ -35,7 +38,7 @@ def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list
 
 
 def fits(member: Any, val: Any, previous: Any) -> bool:
-    """Whether a value can be meant for one type of a union; ``previous`` stood there before."""
+    """Return whether a value can be meant for a type; ``previous`` is the earlier value."""
     if member is Any or isinstance(member, typehints.UnvalidatedType):
         return True
     kind = get_origin(member) or member
@@ -52,7 +55,7 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
     if is_spec(val):
         return is_class(member)
     if isinstance(val, Mapping | Namespace):
-        if is_spec(previous) and not by_name(val):  # arguments of the class that stood there
+        if is_spec(previous) and not by_name(val):  # arguments of the earlier class
             return is_class(member)
         return mapping or (is_class(member) and not inspect.isabstract(kind))
     if isinstance(val, list | tuple | set):
@@ -67,7 +70,7 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
 
 
 def is_spec(val: Any) -> bool:
-    """Whether a value gives a class, or arguments of the class that stood there before."""
+    """Return whether a value gives a class, or arguments of the earlier class."""
     if not isinstance(val, Mapping | Namespace):
         return False
     names = set(vars(val) if isinstance(val, Namespace) else val)
@@ -75,19 +78,19 @@ def is_spec(val: Any) -> bool:
 
 
 def by_name(val: Mapping[str, Any] | Namespace) -> bool:
-    """Whether every value has values of its own, as sets by name have."""
+    """Return whether every value is a mapping, as for sets by name."""
     held = vars(val) if isinstance(val, Namespace) else val
     return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
 
 
 def is_sequence(member: Any) -> bool:
-    """Whether a type is a list, tuple or set."""
+    """Return whether a type is a list, tuple or set."""
     kind = get_origin(member) or member
     return kind in typehints.sequence_origin_types | typehints.tuple_set_origin_types
 
 
 def is_class(member: Any) -> bool:
-    """Whether a type is given as a class: by its name and arguments."""
+    """Return whether a value of this type is given as a class name with arguments."""
     kind = get_origin(member) or member
     if kind is Callable or kind in typehints.callable_origin_types:
         return True

@@ -1,8 +1,10 @@
-"""YAML whose strings stay strings, and whose mappings name each key once.
+"""Reads and writes YAML so that strings stay strings, and refuses a key given twice.
 
-jsonargparse reads every plain ``str`` as YAML again, up to three times: in an untyped place the
-quoted ``"007"`` ends as 7, and the prompt ``"Q: 2+2?"`` as a mapping. It leaves subclasses of
-``str`` alone, so the strings that YAML has already given are ``Text`` until a class receives them.
+jsonargparse reads every plain ``str`` as YAML again, up to three times: if a setting has no type,
+the quoted ``"007"`` becomes 7, and the prompt ``"Q: 2+2?"`` a mapping. It does not read subclasses
+of ``str``, so strings from YAML are ``Text`` until a class receives them.
+
+Nodes and values are ``Any``, as PyYAML types them.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import yaml
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 BOOL, NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
-# Of YAML 1.1, these surprise: dates, the value `=`, that 1e5 is no number, that 1:30 is 90, and
-# that 010 is 8.
+# These rules of YAML 1.1 surprise users: dates, the value `=`, 1e5 is no number, 1:30 is 90, and
+# 010 is 8.
 LEFT_OUT = {FLOAT, INT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
 WHOLE = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
 NUMBER = re.compile(
@@ -36,34 +38,34 @@ class Text(str):
 
 
 class TwiceError(yaml.constructor.ConstructorError):  # type: ignore[misc]
-    """A key that stands twice in one mapping.
+    """Raised for a key that occurs twice in one mapping.
 
     Attributes:
         key: the key.
-        lines: where it stands, from 1.
+        lines: the two lines in which it occurs, from 1.
     """
 
     def __init__(self, key: str, lines: tuple[int, int]) -> None:
-        super().__init__(problem=f"`{key}` stands in lines {lines[0]} and {lines[1]}")
+        super().__init__(problem=f"`{key}` occurs in lines {lines[0]} and {lines[1]}")
         self.key = key
         self.lines = lines
 
 
 class Loader(BASE):  # type: ignore[misc]
-    """A safe YAML loader that makes ``Text`` and refuses a key given twice."""
+    """Loads YAML safely, with ``Text`` for strings, and refuses a key given twice."""
 
     def get_single_node(self) -> Any:
         """Return the document's node.
 
         Raises:
-            yaml.YAMLError: a mapping names a key twice, or an anchor holds itself.
+            yaml.YAMLError: a mapping has a key twice, or an anchor contains itself.
         """
         node = super().get_single_node()
         _check_keys(node, ())
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node; its names are plain strings, `yes` and `null` too."""
+        """Return the mapping of a node, with plain strings as keys, also for `yes` and `null`."""
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.tag in (BOOL, NULL):
                 key.tag = "tag:yaml.org,2002:str"
@@ -79,7 +81,7 @@ class Loader(BASE):  # type: ignore[misc]
 
 def _check_keys(node: Any, open_nodes: tuple[int, ...]) -> None:
     if id(node) in open_nodes:
-        raise yaml.constructor.ConstructorError(problem="an anchor holds itself")
+        raise yaml.constructor.ConstructorError(problem="an anchor contains itself")
     open_nodes = (*open_nodes, id(node))
     if isinstance(node, yaml.SequenceNode):
         for one in node.value:
@@ -97,7 +99,7 @@ def _check_keys(node: Any, open_nodes: tuple[int, ...]) -> None:
 
 
 class Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes what ``Loader`` reads back as the same value."""
+    """Writes YAML that ``Loader`` reads back as the same value."""
 
     def represent_str(self, data: str) -> Any:
         """Return the node of a string."""
@@ -107,10 +109,10 @@ class Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 def load(text: str) -> Any:
-    """Read YAML.
+    """Return the value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none, or holds a key twice.
+        yaml.YAMLError: the text is not YAML, or has a key twice.
 
     >>> load('{a: "007", b: 010, c: 2026-01-01, d: 1e5, e: =, f: 1:30, yes: no}')
     {'a': '007', 'b': 10, 'c': '2026-01-01', 'd': 100000.0, 'e': '=', 'f': '1:30', 'yes': False}
@@ -122,7 +124,7 @@ def load(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    r"""Write YAML; a string that would be read as something else is quoted.
+    r"""Return a value as YAML, with quotes around strings that YAML would read differently.
 
     >>> dump({"a": "1e5", "b": Text("007"), "c": 1e-6})
     "a: '1e5'\nb: '007'\nc: 1.0e-06\n"
@@ -149,7 +151,7 @@ def plain(value: Any) -> Any:
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value is made of what YAML has: numbers, strings, lists and mappings.
+    """Return whether a value consists of numbers, strings, lists and mappings only.
 
     >>> is_data({"a": [1, None, "x"]}), is_data({"a": print}), is_data({"class_path": "x"})
     (True, False, False)
@@ -174,7 +176,7 @@ def _resolve_as_we_do(kind: Any) -> None:
 _resolve_as_we_do(Loader)
 Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: Text(node.value))
 Loader.add_constructor(INT, Loader.construct_int)
-# Other readers of YAML, e.g. Lightning's of hyper-parameters, must read the same text as we do.
+# Other readers of YAML, e.g. Lightning for hyper-parameters, must read the values that we wrote.
 Dumper.add_implicit_resolver(FLOAT, NUMBER, list("-+0123456789."))
 Dumper.add_implicit_resolver(INT, WHOLE, list("-+0123456789"))
 for kind in (str, Text):

@@ -1,9 +1,11 @@
-"""One cause for a mistake in a value that may be of several types.
+"""Reports one cause for a mistake in a value that may be of several types.
 
-jsonargparse tries every type of a union and reports what each of them says. A value's shape tells
-which of them it is meant for: settings by name belong to a class, a list to a sequence. The others
-are left out here before jsonargparse tries them, so that a misspelt argument of a prompt source
-does not become a data set with a column of that name.
+jsonargparse tries every type of a union and reports the errors of all. The shape of a value shows
+for which of them it is meant: settings by name are for a class, a list is for a sequence. This
+module removes the other types before jsonargparse tries them, so that a misspelt argument of a
+prompt source does not become a data set with a column of that name.
+
+The types of values and type hints are ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _discard = typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
-    """Put ``adapt`` in the place of jsonargparse's function, which calls itself by its name."""
+    """Replace functions of jsonargparse by ours; they call each other by their module's names."""
     if typehints.adapt_typehints is not adapt:
         vars(typehints).update(
             adapt_typehints=adapt,
@@ -46,23 +48,23 @@ def install() -> None:
 
 
 def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
-    """Read a value of the command line; a ``Text`` has been read."""
+    """Return a value of the command line as jsonargparse reads it; ``Text`` is read already."""
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
 
 
 def load_basic(text: str) -> Any:
-    """Read a number, a truth value or null as configuration files do; all else is text."""
+    """Return a number, a truth value or null as in configuration files; all else is text."""
     try:
         found = load(str(text))
     except yaml.YAMLError:
         return text
-    # The text of a file has been read: a quoted number may stand for a number, but never for null.
+    # `Text` comes from a file: a quoted number may be meant as a number, but never as null.
     nothing = found is None and (isinstance(text, Text) or not text.strip())
     return text if nothing or isinstance(found, str | list | dict) else found
 
 
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
-    """Remove the arguments that a class has not, when it takes the place of another; note it."""
+    """Remove the arguments that a new class lacks, and note which of the old class are lost."""
     had = _arguments(previous)
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
@@ -79,13 +81,13 @@ def _arguments(spec: Any) -> dict[str, Any]:
 
 
 def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
-    """Fit a value to its type, as ``jsonargparse._typehints.adapt_typehints`` does.
+    """Return a value as its type, as ``jsonargparse._typehints.adapt_typehints`` does.
 
     Raises:
-        ValueError: it does not fit; the message is of the type that the value is meant for.
+        ValueError: it does not fit; the message is that of the type for which it is meant.
     """
     if kwargs.get("serialize"):
-        # Data without a type is written as it is; jsonargparse would read its strings once more.
+        # Write untyped data as it is; jsonargparse would read its strings once more.
         as_it_is = typehints.accepts_any_value(typehint) and is_data(val)
         return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
     building = kwargs.get("instantiate_classes")
@@ -93,15 +95,16 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         val = val.clone()
         val["dict_kwargs"] = plain(val["dict_kwargs"])
     if isinstance(val, NestedArg) and is_class(typehint):
-        # An argument of the class: its own parser reads the text, which is YAML or not.
+        # An argument of the class, whose parser decides whether the text is YAML.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
     if _is_named(typehint) and isinstance(val, dict):
-        val = {str(k): v for k, v in val.items()}  # of YAML, 1 is a number
+        val = {str(k): v for k, v in val.items()}  # in YAML, 1 is a number
     if isinstance(val, list) and is_sequence(typehint) and not kwargs.get("append"):
-        kwargs["prev_val"] = None  # a class takes no arguments of another at its place in the list
+        # A class must not get arguments of the one at its place in the old list.
+        kwargs["prev_val"] = None
     if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
-        val = str(val)  # PyYAML reads no subclass
+        val = str(val)  # PyYAML accepts no subclass
     if get_origin(typehint) in (Union, UnionType):
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
@@ -112,7 +115,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_named(typehint: Any) -> bool:
-    """Whether a type is a mapping whose keys are text."""
+    """Return whether a type is a mapping with text as keys."""
     kind = get_origin(typehint)
     named = inspect.isclass(kind) and issubclass(kind, Mapping)
     return named and get_args(typehint)[:1] == (str,)
@@ -121,7 +124,7 @@ def _is_named(typehint: Any) -> bool:
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     val = _spec_in(val)
     sequences = [m for m in get_args(typehint) if is_sequence(m)]
-    if kwargs.get("append") and sequences:  # `--name+`: the value is one entry more
+    if kwargs.get("append") and sequences:  # `--name+`: the value is one more entry
         return adapt(val, sequences[0], *args, **kwargs)
     check_given(val, typehint, kwargs.get("orig_val"))
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
@@ -142,7 +145,7 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_given(val: Any, typehint: Any, given: Any) -> None:
-    """Check that a flag does not set null where a value must stand, as text that is called so.
+    """Check that a flag does not set null, also not as the text `null`, where a value must be.
 
     Raises:
         ValueError: it does.
@@ -150,7 +153,7 @@ def check_given(val: Any, typehint: Any, given: Any) -> None:
     text = given if val is None else val
     null = type(text) is str and text.strip().lower() in NULL  # in a file, a quoted one is text
     if null and NoneType not in get_args(typehint):
-        raise ValueError(f"must be given: got {text}. Leave it out to keep what it was.")
+        raise ValueError(f"must be given: got {text}. Leave it out to keep its value.")
 
 
 def _choices(member: Any) -> list[str]:
@@ -158,7 +161,7 @@ def _choices(member: Any) -> list[str]:
 
 
 def _spec_in(val: Any) -> Any:
-    """Return the class that a text of the command line gives; other text as it is."""
+    """Return the class that a text of the command line describes; other text as it is."""
     if type(val) is not str or "class_path" not in val:
         return val
     try:
@@ -177,7 +180,7 @@ def _errors(val: Any, members: Iterable[Any], *args: Any, **kwargs: Any) -> Iter
 
 
 def _unlikely(error: Exception) -> int:
-    """Order errors: first of arguments, then of classes, last of a type that is another."""
+    """Return a rank of an error: arguments first, then classes, then errors of another type."""
     words = str(error)
     if words.startswith(("Expected a ", "Not a valid subclass")):
         return 2
@@ -188,7 +191,7 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     """Check that a class named without its module exists.
 
     Raises:
-        ValueError: it does not; the message has the nearest name.
+        ValueError: it does not; the message gives the nearest name.
     """
     name = val if isinstance(val, str) else None
     if isinstance(val, Mapping | Namespace):
@@ -196,7 +199,7 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     kinds = [m for m in members if m is not NoneType]
     if not isinstance(name, str) or "." in name or not all(is_class(m) for m in kinds):
         return
-    if Path(name).is_file():  # which holds the class and its arguments
+    if Path(name).is_file():  # the file holds the class and its arguments
         return
     names = {path.rsplit(".", 1)[1] for m in kinds for path in class_paths(m)}
     if name in names or not names or "\n" in name:
@@ -212,7 +215,7 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
     """Check that an argument by flag belongs to a class.
 
     Raises:
-        ValueError: nothing says which class.
+        ValueError: the class is unknown.
     """
     kinds = [m for m in members if m is not NoneType]
     unknown = all(is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
@@ -223,7 +226,7 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
 
 
 def class_paths(member: Any) -> list[str]:
-    """Return the import paths of a type's classes; abstract ones too, which have an error."""
+    """Return the import paths of a type's classes, including abstract ones."""
     if get_origin(member) is not None:
         return list(typehints.get_all_subclass_paths(member))
     return list(typehints.get_all_subclass_paths(member, include_abstract=True))

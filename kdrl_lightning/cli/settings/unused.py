@@ -1,33 +1,34 @@
-"""A line for every setting that has no effect beside the others."""
+"""Collects a note for every setting that has no effect."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+
+from jsonargparse import Namespace
 
 VALIDATION = ("batch_size", "samples", "temperature", "k")
 TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
-# They wait until everything is built: a mistake is answered by one line alone.
+# Notes wait until everything is built, so that a mistake prints only one line.
 _waiting: list[str] = []
 _renamed: dict[str, str] = {}
 
 
 def take_notes() -> list[str]:
-    """Return the lines so far, each once, and forget them."""
+    """Return the notes so far, each once, and clear them."""
     notes = list(dict.fromkeys(_waiting))
     if _renamed:
         pairs = ", ".join(f"`{old}` is now `{new}`" for old, new in _renamed.items())
-        notes.append(f"{pairs}. The old names go with 0.3.")
+        notes.append(f"{pairs}. 0.3 removes the old names.")
     _waiting.clear()
     _renamed.clear()
     return notes
 
 
 def note(line: str) -> None:
-    """Keep a line until everything is built, see ``take_notes``."""
+    """Keep a note until everything is built, see ``take_notes``."""
     _waiting.append(line)
 
 
@@ -43,12 +44,12 @@ def as_written(text: str) -> str:
     return text
 
 
-def note_unused(config: Any, defaults: Any) -> None:
+def note_unused(config: Namespace, defaults: Callable[[str], object]) -> None:
     """Note the settings that differ from their default and change nothing.
 
     Args:
         config: all settings, before anything is built.
-        defaults: returns the default of a setting, by its name with dots.
+        defaults: ``name with dots -> default``.
     """
     data, trainer = config.data, config.trainer
     rules: list[tuple[bool, Iterable[str], str]] = [
@@ -81,48 +82,46 @@ def note_unused(config: Any, defaults: Any) -> None:
             _waiting.append(f"{listed} {verb} no effect with `{cause}`.")
 
 
-def note_repeated(args: Any) -> None:
-    """Note the flags that are given twice, of which the last counts.
+def note_repeated(args: Sequence[object]) -> None:
+    """Note the flags that are given several times, of which only the last counts.
 
     ``--config`` may be repeated, and so may the arguments of classes that ``+`` adds to a list.
 
     Args:
-        args: the command line, if it is a list of words.
+        args: the command line.
     """
     names = [word.split("=", 1)[0] for word in args if isinstance(word, str)]
     flags = [name for name in names if name.startswith("--") and not name.endswith("+")]
     lists = tuple(f"{name[:-1]}." for name in names if name.startswith("--") and name[-1] == "+")
     for flag in dict.fromkeys(flags):
         if flags.count(flag) > 1 and flag != "--config" and not f"{flag}.".startswith(lists or " "):
-            _waiting.append(f"`{flag}` stands {flags.count(flag)} times: the last one counts.")
+            _waiting.append(f"`{flag}` is given {flags.count(flag)} times: the last one counts.")
 
 
 def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
-    """Note the arguments of a class when another one takes its place.
+    """Note the arguments of a class that have no effect when another class replaces it.
 
     Args:
-        where: the setting; empty if it is not known.
-        names: the arguments.
-        before: import path of the class.
-        after: of the other one.
+        where: name of the setting; empty if it is not known.
+        names: names of the arguments.
+        before: import path of the old class.
+        after: import path of the new class.
     """
     given = ", ".join(f"`{name}`" for name in names)
     if given:
         old, new = (path.rsplit(".", 1)[-1] for path in (before, after))
         place = f"`{where}`: " if where else ""
-        _waiting.append(
-            f"{place}{new} takes the place of {old}, so {given} of {old} has no effect."
-        )
+        _waiting.append(f"{place}{new} replaces {old}, so {given} of {old} has no effect.")
 
 
 def note_replaced(where: str, what: str, lost: Iterable[str], cure: str) -> None:
-    """Note what a list or a mapping loses when another one takes its place.
+    """Note what is lost when a list or a mapping replaces another one.
 
     Args:
-        where: the setting.
-        what: the one that is replaced.
-        lost: what the other one has not.
-        cure: what to write to keep it.
+        where: name of the setting.
+        what: description of the value that is replaced.
+        lost: entries that the new value lacks.
+        cure: what to write to keep them.
     """
     names = list(lost)
     if names:

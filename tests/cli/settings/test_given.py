@@ -116,10 +116,10 @@ def test_a_key_given_twice_is_refused(
         "base of an overlay": ["--config", "config.yaml", "--config", "next.yaml"],
     }[where]
     line = refused(capsys, "fit", *flags)
-    assert "`model` must stand once in a mapping of" in line
+    assert "`model` must occur once in a mapping of" in line
     assert "twice.yaml: got it in line 1 and in line 3. Remove one." in line
     line = refused(capsys, "fit", "--config", TWICE)
-    assert line.startswith("`config`: `model` stands in lines 1 and 3")
+    assert line.startswith("`config`: `model` occurs in lines 1 and 3")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
@@ -128,7 +128,7 @@ def test_a_key_given_twice_is_refused_by_the_other_subcommands(
 ) -> None:
     Path("twice.yaml").write_text("output: a\nckpt_path: x\noutput: b\n")
     line = refused(capsys, command, "--config", "twice.yaml")
-    assert "`output` must stand once in a mapping of twice.yaml: got it in line 1 and" in line
+    assert "`output` must occur once in a mapping of twice.yaml: got it in line 1 and" in line
 
 
 def test_a_key_given_twice_in_a_class_file_or_in_json_is_refused(
@@ -145,10 +145,10 @@ def test_a_key_given_twice_in_a_class_file_or_in_json_is_refused(
         ),
         (
             ["--config=over.yaml"],
-            "`model.teacher.model` must stand once in a mapping of teacher.yaml",
+            "`model.teacher.model` must occur once in a mapping of teacher.yaml",
         ),
-        (["--config=config.yaml", "--data=data.yaml"], "`seed` must stand once in a mapping of"),
-        (["--config=config.json"], "`max_steps` must stand once in a mapping of config.json"),
+        (["--config=config.yaml", "--data=data.yaml"], "`seed` must occur once in a mapping of"),
+        (["--config=config.json"], "`max_steps` must occur once in a mapping of config.json"),
     ):
         assert words in refused(capsys, "fit", *flags)
 
@@ -158,7 +158,7 @@ def test_a_key_with_dots_and_without_is_twice_the_same(
 ) -> None:
     file.write_text(CONFIG + "trainer.max_steps: 5\n")
     line = refused(capsys, "fit", "--config", str(file))
-    assert "`trainer.max_steps` must stand once in" in line
+    assert "`trainer.max_steps` must occur once in" in line
     assert "got it with dots and inside `trainer`. Remove one." in line
 
 
@@ -257,11 +257,11 @@ def test_arguments_of_a_class_that_is_replaced_are_named(
     file.write_text(CONFIG.replace("GRPO", given))
     cli = made("--config", str(file), "--model.objective=GRPO")
     assert cli.config.model.objective.init_args.clip_low == 0.1
-    words = "GRPO takes the place of KDRL, so `teacher_kl_coef` of KDRL has no effect."
+    words = "GRPO replaces KDRL, so `teacher_kl_coef` of KDRL has no effect."
     assert capsys.readouterr().out == f"note: {words}\n"
     Path("over.yaml").write_text("base: config.yaml\nmodel: {objective: {class_path: GRPO}}\n")
     made("--config", "over.yaml")
-    words = "`model.objective`: GRPO takes the place of KDRL, so `teacher_kl_coef`, `clip_low` of"
+    words = "`model.objective`: GRPO replaces KDRL, so `teacher_kl_coef`, `clip_low` of"
     assert words in capsys.readouterr().out
 
 
@@ -314,7 +314,7 @@ def test_a_flag_given_twice_is_named(file: Path, capsys: pytest.CaptureFixture[s
     flags = ["--trainer.callbacks=StepProfile", f"--trainer.callbacks={THREADS}"]
     names = {type(c).__name__ for c in made("--config", str(file), *flags).trainer.callbacks}
     assert "CPUThreads" in names and "StepProfile" not in names
-    words = "note: `--trainer.callbacks` stands 2 times: the last one counts.\n"
+    words = "note: `--trainer.callbacks` is given 2 times: the last one counts.\n"
     assert capsys.readouterr().out == words
     flags = ["--trainer.max_steps=2", "--trainer.max_steps", "3", "--config", "{}", "--config={}"]
     assert made("--config", str(file), *flags).trainer.max_steps == 3
@@ -340,16 +340,16 @@ def test_names_with_dots_change_the_base(file: Path, text: str, clip: float) -> 
         (
             "model.objective.init_args.clip_low: 0.1\n"
             "model.objective: {class_path: GRPO, init_args: {clip_low: 0.3}}",
-            "`model.objective.init_args.clip_low` must stand once in over.yaml: got it with dots "
+            "`model.objective.init_args.clip_low` must occur once in over.yaml: got it with dots "
             "and inside `model.objective`. Remove one.",
         ),
         (
             "model.objective: GRPO\nmodel.objective.init_args.clip_low: 0.1",
-            "`model.objective.init_args.clip_low` must stand once in over.yaml",
+            "`model.objective.init_args.clip_low` must occur once in over.yaml",
         ),
         (
             "trainer: {<<: {max_steps: 3}, <<: {max_steps: 4}}",
-            "`<<` must stand once in a mapping of over.yaml",
+            "`<<` must occur once in a mapping of over.yaml",
         ),
     ],
 )
@@ -368,7 +368,7 @@ def test_a_group_of_comments_changes_nothing(
     for name in ("trainer", "checkpoint"):
         Path("empty.yaml").write_text(f"{name}:\n")
         line = refused(capsys, "fit", "--config", str(file), "--config", "empty.yaml")
-        assert "must have settings by name: got null. Leave it out to keep the others." in line
+        assert "must have settings by name: got null. Leave it out to keep its values." in line
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
@@ -395,4 +395,4 @@ def test_an_evaluation_reads_names_with_dots_and_refuses_unknown_ones(
     line = refused(capsys, "evaluate", "--config", str(file))
     assert line.endswith("must hold known settings: got `dta`. Did you mean data?")
     file.write_text(f"{CONFIG}qqq: 5\n")
-    assert "got `qqq`. Take it out." in refused(capsys, "evaluate", "--config", str(file))
+    assert "got `qqq`. Remove it." in refused(capsys, "evaluate", "--config", str(file))

@@ -161,13 +161,13 @@ def test_an_evaluation_reads_them_too() -> None:
         (
             {"group_size": 3, "rollout": {"group_size": 4}},
             [],
-            "`data.rollout.group_size` must stand once in over.yaml: got it by its old name "
+            "`data.rollout.group_size` must occur once in over.yaml: got it by its old name "
             "`data.group_size`, too. Remove that.",
         ),
         (
             {},
             ["--data.group_size=3", "--data.rollout.group_size=4"],
-            "`--data.rollout.group_size` must stand once in the command line: got it by its old "
+            "`--data.rollout.group_size` must occur once in the command line: got it by its old "
             "name `--data.group_size`, too. Remove that.",
         ),
         ({"group_size": "many"}, [], "`data.group_size` must be a whole number: got many."),

@@ -114,7 +114,7 @@ def test_notes_are_given_once() -> None:
     for _ in range(2):
         note_dropped("model.objective", ["x", "y"], "a.B", "c.D")
         note_dropped("", [], "a.B", "c.D")
-    words = "`model.objective`: D takes the place of B, so `x`, `y` of B has no effect."
+    words = "`model.objective`: D replaces B, so `x`, `y` of B has no effect."
     assert take_notes() == [words] and take_notes() == []
 
 
