@@ -152,7 +152,11 @@ def feed(
     parts: list[list[int]],
 ) -> dict[str, float]:
     trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=len(parts), global_step=1, loggers=[], datamodule=None
+        accumulate_grad_batches=len(parts),
+        num_training_batches=len(parts),
+        global_step=1,
+        loggers=[],
+        datamodule=None,
     )
     for index, rows in enumerate(parts):
         part = batch.select(rows)
