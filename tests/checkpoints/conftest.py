@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from kdrl_lightning.__main__ import main
 
 
 @pytest.fixture
+def ends_the_group() -> Iterator[None]:
+    """A process group that a run's strategy opened ends with the test."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def start(
-    tmp_path: Path, student_folder: str, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+    tmp_path: Path,
+    student_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    no_pictures: None,
+    ends_the_group: None,
 ) -> Any:
     """Run a subcommand of the program in a folder of its own."""
     monkeypatch.chdir(tmp_path)
