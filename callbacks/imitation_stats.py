@@ -16,6 +16,7 @@ from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
 from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.objectives.ratios import TrustRegionRatio
 from kdrl_lightning.reports.plots import plot_imitation
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
@@ -238,11 +239,13 @@ def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
         return
     if micro.offset_weight is not None:
         stats.add_max("kd/offset_weight_max", micro.offset_weight.exp(), mask)
-    ratio = next((p for p in micro.objective.parts() if getattr(p, "offset_clamp", None)), None)
-    if ratio is not None:
-        cut = (batch.old_logprobs - teacher).abs() > ratio.offset_clamp
+    ratios = [part for part in micro.objective.parts() if isinstance(part, TrustRegionRatio)]
+    clamps = [(ratio.offset_clamp, ratio.anchored) for ratio in ratios if ratio.offset_clamp]
+    if clamps:
+        clamp, anchored = clamps[0]
+        cut = (batch.old_logprobs - teacher).abs() > clamp
         where = batch.loss_mask if batch.imitation_mask is None else batch.imitation_mask
-        stats.add_mean("kd/offset_clamp_frac", cut & where & ratio.anchored, mask)
+        stats.add_mean("kd/offset_clamp_frac", cut & where & anchored, mask)
 
 
 def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -> None:

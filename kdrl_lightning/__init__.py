@@ -134,6 +134,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _moved.GONE:
+        raise AttributeError(f"`{name}` is gone: {_moved.GONE[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'kdrl_lightning' has no attribute {name!r}")
     return getattr(import_module(f"kdrl_lightning.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""Modules by the names that they had in 0.1: imports and class paths of users go on working."""
+"""The module names of 0.1, so that imports and class paths written for it keep working."""
 
 from __future__ import annotations
 
@@ -86,18 +86,27 @@ MOVED = {
     "weights": "models.weights",
 }
 
+# Names of 0.1 without a successor of the same kind, and what to write instead.
+GONE = {
+    "WeightedSum": (
+        "write GRPO with `distill: SurrogateTerm`, which weights a second loss (see "
+        "docs/methods/README.md)"
+    ),
+}
+
 
 def install() -> None:
-    """Let Python ask here for modules of the package that it finds nowhere else."""
+    """Let Python find the package's modules by their former names too."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())
 
 
+# `Any`: type checkers give a name found by a module's `__getattr__` the type that this returns.
 def names_of(*modules: str) -> Callable[[str], Any]:
     """Return a ``__getattr__`` for a package that has the name of a former module.
 
     Args:
-        modules: where the former module's names are today.
+        modules: modules that hold the former module's names today.
     """
 
     def find(name: str) -> Any:
@@ -116,7 +125,7 @@ class MovedModules(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return how to import a former module; None for any other."""
+        """Return the spec of a module asked for by its former name; None for any other name."""
         old = fullname.removeprefix(f"{PACKAGE}.")
         for head in (old, old.rpartition(".")[0]):
             if fullname != old and head in MOVED:
@@ -130,11 +139,14 @@ class _Forward(Loader):
         self.new = new
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Let Python make a plain module."""
+        """Return None, so that Python makes a plain module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give it the names of the module of today."""
+        """Copy the names of today's module into it, and warn."""
         today = import_module(self.new)
-        text = f"`{module.__name__}` must be imported as `{self.new}`: the old name goes with 0.3."
+        text = (
+            f"`{module.__name__}` must be imported as `{self.new}`: got the name of 0.1, which 0.3 "
+            "removes. Change the import or class path."
+        )
         warnings.warn(text, FutureWarning, stacklevel=2)
         module.__dict__.update({k: v for k, v in vars(today).items() if not k.startswith("__")})

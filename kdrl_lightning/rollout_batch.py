@@ -1,8 +1,8 @@
-"""The one structure that travels: from the engine, through scoring, to the objective."""
+"""``RolloutBatch``: completions on their way from the engine, through scoring, to the objective."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,14 @@ STUDENT, TEACHER = 0, 1
 class StepTotals:
     """Counts over one optimizer step: all micro-batches of all ranks.
 
-    Reductions divide by these, so that a loss does not depend on how the step was cut.
+    Reductions divide by these, so that a loss does not depend on the cut into micro-batches.
+
+    Attributes:
+        num_loss_tokens: tokens in the loss.
+        num_imitated_tokens: loss tokens on which the teacher is imitated.
+        num_completions: completions with at least one loss token.
+        num_prompts: prompts with at least one loss token.
+        max_tokens: the token limit of a completion.
     """
 
     num_loss_tokens: float
@@ -41,11 +48,11 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """B completions with everything that is known about them.
+    """B completions with their masks, rewards, scores and advantages.
 
-    Rows are ``prompt + completion + padding`` in ``input_ids``; the completion's tokens stand once
-    more, shifted to column 0, in ``completion_ids``, and every ``[B, T]`` field is aligned to them:
-    column t speaks of ``completion_ids[:, t]``. Values behind a completion's end are 0.
+    A row of ``input_ids`` is ``prompt + completion + padding``. ``completion_ids`` repeats the
+    completion's tokens from column 0 on, and every ``[B, T]`` field is aligned to it: column t
+    belongs to ``completion_ids[:, t]``. Values after a completion's end are 0.
 
     Example: prompt ``1+2=`` (4 tokens), completion ``3<eos>``, one padding column::
 
@@ -57,37 +64,39 @@ class RolloutBatch:
     Attributes:
         input_ids: ``[B, S]`` int64, padded on the right.
         prompt_lengths: ``[B]`` int64, tokens of the prompt.
-        completion_ids: ``[B, T]`` int64, the tokens that were sampled (the end token counts).
-        completion_mask: ``[B, T]`` bool, a fact about the data: True on sampled tokens.
-        loss_mask: ``[B, T]`` bool: ``completion_mask`` less the completions left out of the loss.
-        group_ids: ``[B]`` int64; completions of one prompt share it.
+        completion_ids: ``[B, T]`` int64, the sampled tokens, with the end token.
+        completion_mask: ``[B, T]`` bool: True on sampled tokens.
+        loss_mask: ``[B, T]`` bool: ``completion_mask`` without completions left out of the loss.
+        group_ids: ``[B]`` int64, one number for all completions of a prompt.
         group_tokens: ``[B]``, loss tokens of the completion's whole group.
         rewards: ``[B]``, the composite reward; float64 in a float64 run, else float32.
-        correct: ``[B]`` bool, the verifier's own answer.
-        truncated: ``[B]`` bool, cut at the token limit.
-        policy_version: ``[B]`` int64, optimizer steps that the sampling weights had seen.
+        correct: ``[B]`` bool, the verifier's answer.
+        truncated: ``[B]`` bool: the completion was cut at the token limit.
+        policy_version: ``[B]`` int64, optimizer steps that the sampling weights had taken.
         temperature: sampling temperature; all log-probabilities are taken at it.
-        engine_exact: the student's ``rollout_logprobs`` are the trainer's own, by construction.
+        engine_exact: the engine's log-probabilities of the student equal the trainer's by
+            construction.
         source: ``[B]`` int64, who sampled the completion: ``STUDENT`` or ``TEACHER``.
-        teacher_route: ``[B]`` int64, which of several teachers scores it.
-        rollout_logprobs: ``[B, T]``, what the engine that sampled the row reported: the behavior
-            log-probabilities, the teacher's on its own rows.
-        old_logprobs: ``[B, T]``, student at rollout time, recomputed by the trainer. None: those of
-            the update's own forward pass, detached; the same holds for the two fields below.
+        teacher_route: ``[B]`` int64, index of the teacher that scores the completion.
+        rollout_logprobs: ``[B, T]``, the behavior log-probabilities, as the engine that sampled the
+            row reported them: the teacher's in rows of the teacher.
+        old_logprobs: ``[B, T]``, the student's at rollout time, recomputed by the trainer. None:
+            take those of the update's forward pass, detached; this holds for the next two fields
+            too.
         old_entropy: ``[B, T]`` nats, the student's at rollout time.
         topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
         teacher_logprobs: ``[B, T]``, the frozen teacher's. None if there is no teacher, or if the
-            update runs it for a divergence; the same holds for the two fields below.
+            update runs it for a divergence; this holds for the next two fields too.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.
-        teacher_tail_logprobs: ``[B, T]``, of all other tokens together.
+        teacher_tail_logprobs: ``[B, T]``, the teacher's for all other tokens together.
         ref_logprobs: ``[B, T]``, the initial student's.
-        importance_weights: ``[B, T]``, correction of the sampling engine.
+        importance_weights: ``[B, T]``, weights that correct for the sampling engine.
         advantages: ``[B]`` or ``[B, T]``.
-        imitation_mask: ``[B, T]`` bool, a decision: where the teacher's term applies.
+        imitation_mask: ``[B, T]`` bool: True on tokens on which the teacher is imitated.
         totals: counts of the optimizer step that this batch belongs to.
-        metrics: measurements of the rollout (seconds, tokens); on its first micro-batch only.
+        metrics: measurements of the rollout (seconds, tokens); only in its first micro-batch.
     """
 
     input_ids: Tensor
@@ -127,39 +136,40 @@ class RolloutBatch:
 
     @property
     def completion_lengths(self) -> Tensor:
-        """``[B]`` int64: sampled tokens of each completion."""
+        """Number of sampled tokens of each completion, ``[B]`` int64."""
         return self.completion_mask.sum(1)
 
     @cached_property
     def student_mask(self) -> Tensor:
-        """``[B, T]`` bool: loss tokens that the student sampled."""
+        """Loss tokens that the student sampled, ``[B, T]`` bool."""
         return self.loss_mask & (self.source == STUDENT)[:, None]
 
     @property
     def lengths(self) -> Tensor:
-        """``[B]`` int64: tokens of prompt and completion together."""
+        """Number of tokens of prompt and completion together, ``[B]`` int64."""
         return self.prompt_lengths + self.completion_lengths
 
+    # `Any`: fields have many types, and `dataclasses.replace` takes them as `Any`.
     def replace(self, **changes: Any) -> RolloutBatch:
-        """Return a copy with some fields changed."""
+        """Return a copy with the given fields changed."""
         return replace(self, **changes)
 
     def completed(self, found: Mapping[str, Tensor | None]) -> RolloutBatch:
-        """Return a copy in which ``found`` fills fields that are None; others stay.
+        """Return a copy in which ``found`` fills the fields that are None; others stay.
 
         Args:
-            found: by field name, what the forward passes of an update said of these completions.
+            found: values by field name, from an update's forward passes over these completions.
         """
         return self.replace(**{n: v for n, v in found.items() if getattr(self, n) is None})
 
     def to(self, device: torch.device | str) -> RolloutBatch:
-        """Return a copy whose tensors lie on ``device``."""
+        """Return a copy with its tensors on ``device``."""
         return self._map(lambda t: t.to(device))
 
     def select(self, rows: Tensor | Sequence[int]) -> RolloutBatch:
-        """Return the given rows, trimmed to their own longest row and completion.
+        """Return the given rows, trimmed to the longest row and completion among them.
 
-        Only tensors are selected: ``totals`` and ``metrics`` stay as they are.
+        ``totals``, ``metrics`` and other fields without tensors stay as they are.
         """
         index = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
         picked = self._map(lambda t: t[index])
@@ -175,7 +185,11 @@ class RolloutBatch:
         return replace(picked, **cut)  # type: ignore[arg-type]
 
     def count(self, max_tokens: int) -> StepTotals:
-        """Count what this batch adds to the totals of its step."""
+        """Return the counts that this batch adds to the totals of its step.
+
+        Args:
+            max_tokens: the token limit of a completion.
+        """
         used = self.loss_mask.any(1)
         imitated = self.loss_mask if self.imitation_mask is None else self.imitation_mask
         return StepTotals(
@@ -186,32 +200,32 @@ class RolloutBatch:
             max_tokens=max_tokens,
         )
 
-    def _map(self, function: Any) -> RolloutBatch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> RolloutBatch:
         changed = {
             item.name: function(value)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        return replace(self, **changed)
+        return self.replace(**changed)
 
 
 def reward_dtype() -> torch.dtype:
-    """Type of rewards: float64 if that is torch's default type, as in a float64 run."""
+    """Return the type of rewards: float64 if it is torch's default type, else float32."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def flat_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Whether all rewards of a group are equal: it gets no advantage, and is worth a refill.
+    """Return the groups in which all rewards are equal, so that their advantages are 0.
 
-    Rewards are compared in the type that they have in the batch: 0.1 + 0.2 and 0.3 are equal in
+    We compare rewards in the type that they have in the batch: 0.1 + 0.2 and 0.3 are equal in
     float32 and differ in float64.
 
     Args:
-        rewards: ``[B]``.
-        group_ids: ``[B]`` int64, groups from 0 to P - 1, each with a completion.
+        rewards: ``[B]`` one reward per completion.
+        group_ids: ``[B]`` int64, group numbers from 0 to P - 1, each with a completion.
 
     Returns:
-        ``[P]`` bool.
+        ``[P]`` bool: True if the rewards of the group are equal.
 
     >>> flat_groups(torch.tensor([0.1 + 0.2, 0.3, 1.0, 0.0]), torch.tensor([0, 0, 1, 1]))
     tensor([ True, False])
@@ -225,7 +239,7 @@ def flat_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
 def pad_rows(
     rows: Sequence[Sequence[float] | Sequence[int]], value: float, dtype: torch.dtype
 ) -> Tensor:
-    """Stack sequences of different length into ``[B, T]``, padded on the right.
+    """Return sequences of different length as one ``[B, T]``, padded on the right with ``value``.
 
     >>> pad_rows([[1, 2], [3]], 0, torch.long).tolist()
     [[1, 2], [3, 0]]
@@ -254,22 +268,22 @@ def collate(
     teacher_route: Sequence[int] | None = None,
     mask_truncated: bool = False,
 ) -> RolloutBatch:
-    """Build a batch from token lists, one entry per completion.
+    """Return a batch built from token lists, with one entry per completion.
 
-    What holds for all of them (``temperature``, ``engine_exact``) is set by ``replace``.
+    Set what holds for all completions (``temperature``, ``engine_exact``) by ``replace``.
 
     Args:
-        prompts: B prompts.
-        completions: B completions; their end token, if sampled, is part of them.
+        prompts: B lists of token ids.
+        completions: B lists of token ids; the end token, if sampled, is part of them.
         group_ids: B group numbers.
-        pad_id: token written behind the end (masked everywhere).
-        rewards: B rewards, kept in ``reward_dtype()``; zeros if None.
-        correct: B verifier answers; False if None.
-        truncated: B flags; False if None.
-        policy_version: B versions; zeros if None.
+        pad_id: token after the end of a row; every mask leaves it out.
+        rewards: B rewards, kept in ``reward_dtype()``; None: zeros.
+        correct: B verifier answers; None: False.
+        truncated: B flags: the completion was cut at the token limit; None: False.
+        policy_version: B counts of optimizer steps; None: zeros.
         rollout_logprobs: B lists aligned with ``completions``.
-        source: B of ``STUDENT`` or ``TEACHER``; the student if None.
-        teacher_route: B indices of teachers; zeros if None.
+        source: B of ``STUDENT`` or ``TEACHER``; None: the student.
+        teacher_route: B indices of teachers; None: zeros.
         mask_truncated: leave truncated completions out of the loss.
     """
     size = len(prompts)

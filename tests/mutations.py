@@ -91,6 +91,7 @@ VERIFIED = "models/architectures/verification.py", "models/architectures/test_ve
 SCORED = "models/scorer.py", "models/architectures/test_verification.py"
 PREFIXES = "engines/prefixes.py", "engines/test_prefixes.py"
 WAYS = "engines/transformers_engine.py", "engines/test_prefixes.py"
+SHARED_HEADS = "engines/shared_heads.py", "engines/test_shared_heads.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "metrics/test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "runs/test_old_scores.py"
@@ -823,8 +824,8 @@ MUTATIONS = [
     Mutation(
         "CISPO: counted as dead",
         RATIOS_PARTS,
-        'the gradient stays."""\n',
-        'the gradient stays."""\n        return super().dead(batch, logprobs, advantages)\n',
+        'removes no gradient."""\n',
+        'removes no gradient."""\n        return super().dead(batch, logprobs, advantages)\n',
     ),
     Mutation(
         "anchor: teacher everywhere",
@@ -1451,6 +1452,37 @@ MUTATIONS = [
     Mutation("sampling: lengths mix in any cache", WAYS, "way.mixed or ", "True or "),
     Mutation("sampling: the first way is taken", WAYS, "return gap <= BOUND\n", "return True\n"),
     Mutation("sampling: a small gap is none", WAYS, "gap <= BOUND / 10", "gap <= BOUND"),
+    Mutation(
+        "shared heads: padding is seen",
+        SHARED_HEADS,
+        "value, attention_mask, dropout, scale",
+        "value, None, dropout, scale",
+    ),
+    Mutation("shared heads: the scaling forgotten", SHARED_HEADS, "scale=scaling", "scale=None"),
+    Mutation(
+        "shared heads: a bias forgotten",
+        SHARED_HEADS,
+        ' or settings.keys() & {"position_bias", "cache"}',
+        "",
+    ),
+    Mutation(
+        "shared heads: no masks are made",
+        SHARED_HEADS,
+        "AttentionMaskInterface.register(NAME, sdpa_mask)",
+        "pass",
+    ),
+    Mutation(
+        "shared heads: the name stays",
+        SHARED_HEADS,
+        "model.set_attn_implementation(REPLACED)",
+        "pass",
+    ),
+    Mutation(
+        "shared heads: sparse attention loses its name",
+        SHARED_HEADS,
+        "        and is_ordinary(model)\n",
+        "",
+    ),
     Mutation("step log: nothing is forgotten", STEP_LOG, "self._values.clear()", "pass"),
     Mutation(
         "statistics: those of a stopped run stay",

@@ -24,6 +24,7 @@ from kdrl_lightning.engines.prefixes import (
     is_ordinary,
 )
 from kdrl_lightning.engines.replica import filled_replica
+from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.architectures.rotary import decide_per_row
 from kdrl_lightning.models.architectures.switches import changes, may_change, probe_length
@@ -144,9 +145,10 @@ class TransformersEngine(RolloutEngine):
                 chunk.append(jobs.pop(0))
                 size += len(chunk[-1][1])
             prefixes = way(self._model, self._pad)
-            completions = iter(
-                self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
-            )
+            with shared_heads_in_place(self._model):
+                completions = iter(
+                    self._decode(prefixes, [prompts[i] for i, _ in chunk], chunk, sampling)
+                )
             for i, group in chunk:
                 out[i] += [next(completions) for _ in group]
         return out

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors: per-token values out, the caller reduces."""
+"""Losses as pure functions of tensors. They return per-token values; the caller reduces them."""
 
 from kdrl_lightning.losses.corrections import (
     importance_mask,

@@ -1,4 +1,4 @@
-"""Rewards to advantages, pure functions of tensors."""
+"""Turn rewards into advantages: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from kdrl_lightning.rollout_batch import flat_groups
 
 
 def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Advantage of each completion within its group.
+    """Return the advantage of each completion within its group.
 
-    DeepSeekMath (arXiv 2402.03300, GRPO); without the division: Dr.GRPO (arXiv 2503.20783).
+    DeepSeekMath (arXiv 2402.03300) introduces it with GRPO; Dr.GRPO (arXiv 2503.20783) leaves the
+    division out.
 
-    ``A_i = (r_i - mean(r)) / (std(r) + eps)``, std with ddof = 1. A group whose rewards are all
-    equal gets exactly 0.
+    ``A_i = (r_i - mean(r)) / (std(r) + eps)``, std with ddof = 1. A group gets exactly 0 if all its
+    rewards are equal.
 
     Args:
         rewards: ``[P, G]`` finite rewards, one row per prompt, G >= 2.
         scale_by_std: divide by the group's standard deviation.
-        eps: added to the standard deviation.
+        eps: term added to the standard deviation.
 
     Returns:
-        ``[P, G]`` advantages; integer rewards give float32.
+        ``[P, G]`` advantages in the type of the rewards; float32 for integer rewards.
 
     Raises:
-        ConfigurationError: shape is not ``[P, G]``, G = 1, or a reward is not finite.
+        ConfigurationError: the shape is not ``[P, G]``, G = 1, or a reward is not finite.
 
     >>> import torch
     >>> group_relative(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), scale_by_std=False)
@@ -48,14 +49,14 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
     if not rewards.isfinite().all():
         raise ConfigurationError(
             f"`rewards` must be finite: got {int((~rewards.isfinite()).sum())} NaN or infinite "
-            f"of {rewards.numel()}. Mend the reward function."
+            f"of {rewards.numel()}. Correct the reward function."
         )
     if not rewards.shape[0]:
         return rewards.clone()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
-    # Equal rewards can leave a rounding residue of the mean, which the division would blow up.
+    # The mean of equal rewards can be off by a rounding error, which the division would enlarge.
     constant = _flat(rewards)
     return advantages.masked_fill(constant, 0.0)
 
@@ -67,22 +68,26 @@ def shaped(
     scale_by_std: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Group-relative advantages of rewards shaped by the teacher: ``r' = r + beta mean_t d``.
+    """Return group-relative advantages of rewards shaped by the teacher: ``r' = r + beta mean d``.
 
-    KDRL (arXiv 2506.02208) compares the joint loss with a reward shaping whose exact form was not
-    recovered; this one is our choice. The standard deviation is that of the **unshaped** rewards:
-    that of the shaped ones would cancel beta in a group of equal rewards and train it on KL noise
-    at full size. Where it is 0, the shaped reward's own difference from the group's mean stands.
+    KDRL (arXiv 2506.02208) compares its joint loss with reward shaping; this form is our choice. We
+    divide by the standard deviation of the **unshaped** rewards. Dividing by that of the shaped
+    rewards would cancel beta in a group of equal rewards, and the group would train on KL noise at
+    full size. If the standard deviation is 0, the advantage is the shaped reward minus the group's
+    mean.
 
     Args:
         rewards: ``[P, G]`` finite rewards, G >= 2.
-        mean_gaps: ``[P, G]`` mean over a completion's tokens of log pi_T - log pi_old.
+        mean_gaps: ``[P, G]`` mean over a completion's tokens of log pi_T - log pi_old, in nats.
         teacher_kl_coef: beta.
         scale_by_std: divide by the group's standard deviation of ``rewards``.
-        eps: added to the standard deviation.
+        eps: term added to the standard deviation.
 
     Returns:
         ``[P, G]`` advantages.
+
+    Raises:
+        ConfigurationError: the shape is not ``[P, G]``, G = 1, or a reward is not finite.
     """
     plain = group_relative(rewards, scale_by_std=False)  # checks shape and values as well
     gaps = mean_gaps - mean_gaps.mean(1, keepdim=True)
@@ -95,25 +100,25 @@ def shaped(
 
 
 def _flat(rewards: Tensor) -> Tensor:
-    """``[P, 1]`` bool: groups of equal rewards."""
+    """Return ``[P, 1]`` bool: True for groups of equal rewards."""
     rows = torch.arange(len(rewards), device=rewards.device)
     return flat_groups(rewards.flatten(), rows.repeat_interleave(rewards.shape[1]))[:, None]
 
 
 def reweighted(advantages: Tensor, gap: Tensor, mix: float = 0.5, width: float = 0.2) -> Tensor:
-    """Self-distilled reweighting: the teacher scales an advantage, never flips it.
+    """Return advantages scaled by the teacher, which never changes their sign.
 
     RLSD (arXiv 2604.03128), with lambda = mix and eps_w = width:
     ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
 
     Args:
         advantages: ``[B, T]`` or broadcastable to it.
-        gap: ``[B, T]`` d = log pi_T - log pi.
-        mix: in [0, 1]; 0 leaves the advantage alone.
-        width: in [0, 1].
+        gap: ``[B, T]`` d = log pi_T - log pi, in nats.
+        mix: share of the scaled advantage, in [0, 1]; 0 returns the advantage unchanged.
+        width: the scale stays in [1 - width, 1 + width]; in [0, 1].
 
     Returns:
-        ``[B, T]``.
+        ``[B, T]`` advantages.
     """
     tilt = torch.where(advantages == 0, 0.0, advantages.sign() * gap)  # not 0 * inf
     weight = tilt.exp().clamp(1.0 - width, 1.0 + width)

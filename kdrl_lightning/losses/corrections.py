@@ -1,7 +1,7 @@
-"""Correction for a sampling engine that disagrees with the trainer about log-probabilities.
+"""Corrections for a sampling engine whose log-probabilities differ from the trainer's.
 
-All take the trainer's log-probabilities at rollout time, never the current ones: a correction by
-the current ones would be a second, unclipped policy ratio.
+Every function takes the trainer's log-probabilities at rollout time, never the current ones: a
+correction by the current ones would be a second, unclipped policy ratio.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float = 2.0) -> Tensor:
-    """Truncated importance weights ``min(pi_old / mu, cap)``, per token.
+    """Return truncated importance weights ``min(pi_old / mu, cap)``, per token.
 
     Args:
-        old_logprobs: ``[B, T]`` student at rollout time, by the trainer.
+        old_logprobs: ``[B, T]`` the student's at rollout time, computed by the trainer.
         rollout_logprobs: ``[B, T]`` of the same tokens, as the engine reported them.
         cap: largest weight.
 
@@ -29,30 +29,31 @@ def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: floa
 def importance_mask(
     old_logprobs: Tensor, rollout_logprobs: Tensor, low: float = 0.5, high: float = 2.0
 ) -> Tensor:
-    """Keep the tokens whose ratio ``pi_old / mu`` lies in ``[low, high]``.
+    """Return the tokens with a ratio ``pi_old / mu`` in ``[low, high]``.
 
     Args:
-        old_logprobs: ``[B, T]`` student at rollout time, by the trainer.
+        old_logprobs: ``[B, T]`` the student's at rollout time, computed by the trainer.
         rollout_logprobs: ``[B, T]`` of the same tokens, as the engine reported them.
         low: smallest ratio kept.
         high: largest ratio kept.
 
     Returns:
-        ``[B, T]`` bool.
+        ``[B, T]`` bool: True for the tokens to keep.
     """
     log_ratio = (old_logprobs - rollout_logprobs).detach()
     return (log_ratio >= math.log(low)) & (log_ratio <= math.log(high))
 
 
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over each completion, at each of its tokens.
+    """Return the sum over each completion, repeated at each of its tokens.
 
-    The log of a whole completion's ratio from those of its tokens; with it in place of
-    ``old_logprobs``, and 0 for ``rollout_logprobs``, the functions above weight whole completions.
+    The sum of a completion's token log-ratios is the log-ratio of the whole completion. To weight
+    whole completions, pass it to the functions above as ``old_logprobs``, and 0 as
+    ``rollout_logprobs``.
 
     Args:
-        values: ``[B, T]``.
-        mask: ``[B, T]`` bool, the completion's tokens.
+        values: ``[B, T]`` one value per token.
+        mask: ``[B, T]`` bool: True on the completion's tokens.
 
     Returns:
         ``[B, T]``, equal along T.

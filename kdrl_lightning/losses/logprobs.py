@@ -1,8 +1,8 @@
-"""Scores of chosen tokens, straight from hidden states, in chunks.
+"""Scores of chosen tokens, computed from hidden states in chunks.
 
-Written by hand because no library at hand gives per-token log-probabilities *and* entropy at a
-temperature with a soft-capped head: torch's ``linear_cross_entropy`` returns neither entropy nor,
-on its chunked path, unreduced values.
+We wrote it by hand because no library that we use returns per-token log-probabilities *and* entropy
+at a temperature with a soft-capped head: torch's ``linear_cross_entropy`` returns no entropy, and
+on its chunked path no unreduced values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses.logprobs_backward import ChosenTokens, OfLogits, Transform
 
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-# e^-30 is below what a float32 softmax tells apart from 0: teachers are floored here.
+# A float32 softmax cannot distinguish e^-30 from 0, so teachers' log-probabilities end here.
 LOGPROB_FLOOR = -30.0
 CHUNK_BYTES = 64 << 20
 MAX_CHUNK = 1024
@@ -35,8 +35,8 @@ class Head:
         bias: ``[V]`` or None.
         scale: factor on the logits (Granite divides them, Cohere multiplies them).
         softcap: ``c * tanh(logits / c)`` (Gemma 2), or None.
-        vocab_size: rows that count; a teacher's padding rows behind it are cut off.
-        swap: two ids whose logits change places (a teacher's end token and the student's), or None.
+        vocab_size: number of rows to use, which cuts off a teacher's padding rows; None: all.
+        swap: two ids to exchange the logits of (a teacher's end token and the student's), or None.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class Head:
     swap: tuple[int, int] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[N, H]`` hidden states to ``[N, V]`` logits, in float32 at least."""
+        """Return ``[N, V]`` logits of ``[N, H]`` hidden states, in float32 at least."""
         rows = slice(None, self.vocab_size)
         logits = F.linear(hidden, self.weight[rows], None if self.bias is None else self.bias[rows])
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -57,14 +57,14 @@ class Head:
         return self.order(logits)
 
     def order(self, logits: Tensor) -> Tensor:
-        """Let the two ids of ``swap`` change places in ``[..., V]``."""
+        """Return ``[..., V]`` logits with the two ids of ``swap`` exchanged."""
         if self.swap is None:
             return logits
         there, back = list(self.swap), list(reversed(self.swap))
         return logits.index_copy(-1, logits.new_tensor(there, dtype=torch.long), logits[..., back])
 
     def renamed(self, ids: Tensor) -> Tensor:
-        """Exchange the two ids of ``swap``: the rows that these ids are scored by."""
+        """Return the ids with the two of ``swap`` exchanged: the rows that score these ids."""
         if self.swap is None:
             return ids
         first, second = self.swap
@@ -72,16 +72,16 @@ class Head:
 
 
 class TokenScores(NamedTuple):
-    """What a model says of chosen tokens; N stands for any leading shape, ``[B, T]`` in a batch.
+    """A model's scores of chosen tokens; N is any leading shape, ``[B, T]`` in a batch.
 
     Attributes:
-        logprobs: ``[N]`` of the chosen tokens.
-        entropy: ``[N]`` nats; None from a teacher that cannot tell.
-        topk_ids: ``[N, K]`` int64, the model's own most likely tokens, best first.
-        topk_logprobs: ``[N, K]`` at the ids that were asked for.
-        divergence: ``[N]`` from another model's distribution, over the full vocabulary.
-        tail_logprobs: ``[N]`` of all tokens together that were not asked for; None from a teacher
-            that cannot tell.
+        logprobs: ``[N]`` log-probabilities of the chosen tokens, in nats.
+        entropy: ``[N]`` nats; None from a teacher that does not return it.
+        topk_ids: ``[N, K]`` int64, the model's most likely tokens, best first.
+        topk_logprobs: ``[N, K]`` log-probabilities of the requested ids.
+        divergence: ``[N]`` nats, from another model's distribution, over the full vocabulary.
+        tail_logprobs: ``[N]`` log-probability of all other tokens together; None from a teacher
+            that does not return it.
     """
 
     logprobs: Tensor
@@ -92,7 +92,7 @@ class TokenScores(NamedTuple):
     tail_logprobs: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
-        """Return a copy with ``function`` of every field that is there."""
+        """Return a copy with ``function`` applied to every field that is not None."""
         logprobs, *rest = self
         changed = (None if value is None else function(value) for value in rest)
         return TokenScores(function(logprobs), *changed)
@@ -112,12 +112,12 @@ def chosen_logprobs(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each chosen token and the entropy of its distribution.
+    """Return each chosen token's log-probability ``[N]`` and the entropy ``[N]`` there, in nats.
 
-    See ``token_scores``, of which these are the first two fields.
+    These are the first two fields of ``token_scores``, which describes the arguments and errors.
     """
     scores = token_scores(hidden, head, ids, temperature, chunk_size)
-    assert scores.entropy is not None, "a model at hand knows its entropy"
+    assert scores.entropy is not None, "token_scores always computes the entropy"
     return scores.logprobs, scores.entropy
 
 
@@ -133,30 +133,31 @@ def token_scores(
     other: Other | None = None,
     divergence: Divergence | None = None,
 ) -> TokenScores:
-    """Score chosen tokens.
+    """Return the scores of chosen tokens.
 
-    Only one chunk of logits exists at a time, forward and backward: chunks are recomputed in the
-    backward pass, so memory grows with ``chunk_size * V`` and not with ``N * V``.
+    Only one chunk of logits exists at a time, forward and backward: the backward pass recomputes
+    the chunks, so memory grows with ``chunk_size * V`` and not with ``N * V``.
 
     Args:
         hidden: ``[N, H]`` last hidden states, one row per predicted token.
         head: the language-model head.
         ids: ``[N]`` int64, the chosen tokens.
-        temperature: logits are divided by it; above 0.
-        chunk_size: rows per chunk; None takes about 64 MiB of float32 logits, at most 1024 rows.
-        top_k: how many of its own most likely tokens to name.
-        topk_ids: ``[N, K]``, tokens whose log-probabilities are wanted as well.
+        temperature: divisor of the logits, above 0.
+        chunk_size: rows per chunk; None: as many as give about 64 MiB of float32 logits, at most
+            1024.
+        top_k: number of the model's most likely tokens to return in ``topk_ids``.
+        topk_ids: ``[N, K]``, further tokens to return log-probabilities of.
         other: the model that ``divergence`` compares with, at the same temperature.
         divergence: ``(logits [n, V], other logits [n, V]) -> [n]``.
 
     Returns:
-        Scores in nats, float32 or float64, with gradient; fields not asked for are None.
+        Scores in nats, float32 or float64, with gradient; None in each field not requested.
 
     Raises:
-        ConfigurationError: temperature or chunk size out of range.
+        ConfigurationError: the temperature or the chunk size is out of range.
     """
     if not 0.0 < temperature < float("inf"):
-        raise ConfigurationError(f"`temperature` must be above 0: got {temperature}.")
+        raise ConfigurationError(f"`temperature` must be above 0: got {temperature}. 1.0 is usual.")
     if chunk_size is not None:
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
@@ -186,11 +187,11 @@ def token_scores(
 def _from(
     other: Other | None, head: Head, temperature: float, divergence: Divergence | None
 ) -> OfLogits | None:
-    """Return the divergence of given rows as a function of their logits."""
+    """Return the divergence as a function of logits and of their rows."""
     if other is None or divergence is None:
         return None
     device = other.hidden.device.type
-    # The backward pass is outside of this context, where a GPU's own default is float16.
+    # The backward pass runs outside this context, where a GPU's default is float16.
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def gap(logits: Tensor, rows: slice) -> Tensor:
@@ -210,23 +211,23 @@ def _asked(
     top_k: int,
     topk_ids: Tensor,
 ) -> TokenScores:
-    """Score the chosen tokens and those of ``topk_ids``; chunks are recomputed by autograd."""
+    """Score the chosen tokens and those of ``topk_ids``; autograd recomputes the chunks."""
 
     def score(states: Tensor, chosen: Tensor, asked: Tensor) -> TokenScores:
         logits = head.logits(states) / temperature
         log_norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, chosen[:, None]).squeeze(-1) - log_norm
-        # A softmax entry of 0 times a logit of -inf is no contribution, not NaN.
+        # A softmax entry of 0 with a logit of -inf adds 0; their product would be NaN.
         expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
         vocab = logits.shape[-1]
-        own = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
+        best = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
         at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
-        at = at.masked_fill(asked >= vocab, -torch.inf)  # rows it does not have
+        at = at.masked_fill(asked >= vocab, -torch.inf)  # ids that this model does not have
         tail = _tail(logits, asked, log_norm)
-        return TokenScores(logprobs, log_norm - expected, own, at, None, tail)
+        return TokenScores(logprobs, log_norm - expected, best, at, None, tail)
 
     parts = []
-    for start in range(0, max(len(ids), 1), size):  # once at least: a graph also without tokens
+    for start in range(0, max(len(ids), 1), size):  # at least once: no tokens need a graph too
         rows = slice(start, start + size)
         chunk = hidden[rows], ids[rows], topk_ids[rows]
         parts.append(
@@ -240,13 +241,13 @@ def _asked(
 
 
 def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:
-    """Log-probability of all tokens but the asked ones together; -inf if there are none.
+    """Return the log-probability of all tokens outside ``asked`` together; -inf without any.
 
-    From their logits: one minus the asked ones' probabilities has no digits left below 1e-7.
+    We sum their logits, because one minus the other probabilities has no correct digit below 1e-7.
 
     Args:
         logits: ``[n, V]``.
-        asked: ``[n, K]``, ids; those from V on are no tokens of this model.
+        asked: ``[n, K]`` ids; this model has no token for ids from V on.
         log_norm: ``[n]`` logsumexp of the logits.
     """
     vocab, lowest = logits.shape[-1], torch.finfo(logits.dtype).min
@@ -257,7 +258,7 @@ def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:
 
 
 def auto_chunk_size(vocab_size: int) -> int:
-    """Rows whose float32 logits take about 64 MiB.
+    """Return how many rows of float32 logits take about 64 MiB, at least 1 and at most 1024.
 
     >>> auto_chunk_size(151_936), auto_chunk_size(19)
     (110, 1024)

@@ -1,9 +1,9 @@
-"""Log-probability, entropy and divergence of chosen tokens with a backward pass of their own.
+"""Log-probability, entropy and divergence of chosen tokens, with a hand-written backward pass.
 
-Written by hand because autograd rebuilds more than the result needs: it multiplies out one
-``[V, H]`` gradient of the head per chunk of rows and then adds them up, and makes a new table of
-logits in every elementwise step. Here a chunk's table is changed in place, and its gradient is
-added where the product is taken: the same mathematics, 1.5 times as fast (docs/speed.md).
+Autograd computes more than the result needs: it makes one ``[V, H]`` gradient of the head per chunk
+of rows and then adds them up, and every elementwise step makes a new table of logits. This backward
+pass changes a chunk's table in place and adds its gradient in the matrix product. The mathematics
+is the same, and it is 1.5 times as fast (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# What remains of a token without probability: e^-10000 is 0, and 0 times it is no NaN.
+# Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
 FLOOR = -1e4
 
 
-# What a divergence makes of ``logits [n, V]`` of the given rows: ``[n]``.
+# A divergence ``[n]`` as a function of ``logits [n, V]`` and of their rows.
 OfLogits: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
 class Transform(NamedTuple):
-    """What happens to ``hidden @ weight.T + bias``: scale, soft cap, temperature."""
+    """Changes the logits ``hidden @ weight.T + bias`` by scale, soft cap and temperature."""
 
     scale: float
     softcap: float | None
     temperature: float
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """Change ``[n, V]`` logits in place."""
+        """Change ``[n, V]`` logits in place and return them."""
         if self.softcap is None:
             factor = self.scale / self.temperature
             return logits if factor == 1.0 else logits.mul_(factor)
@@ -39,7 +39,7 @@ class Transform(NamedTuple):
         return capped.mul_(self.softcap / self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative by the raw logits, from what ``apply_`` returned; read it before a change."""
+        """Return the derivative by the raw logits; ``logits`` is the result of ``apply_``."""
         factor = self.scale / self.temperature
         if self.softcap is None:
             return factor
@@ -50,10 +50,12 @@ class Transform(NamedTuple):
 class ChosenTokens(torch.autograd.Function):
     """``(hidden [N, H], weight [V, H], bias [V] or None, ids [N]) -> logprobs [N], entropy [N]``.
 
-    Then the ``top_k`` most likely tokens ``[N, K]``, without gradient, and ``[N]`` what
-    ``divergence`` makes of the logits, or None; autograd differentiates it, by a chunk's logits
-    alone. Tables of logits have ``size`` rows, forward and backward.
+    It also returns the ``top_k`` most likely tokens ``[N, K]``, without gradient, and the
+    divergence ``[N]``, or None without one. Autograd differentiates the divergence by the logits of
+    one chunk. Tables of logits have ``size`` rows, forward and backward.
     """
+
+    # `ctx` is `Any`: torch's type of it declares neither the attributes set here nor its tensors.
 
     @staticmethod
     def forward(
@@ -68,7 +70,7 @@ class ChosenTokens(torch.autograd.Function):
         divergence: OfLogits | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Score the tokens, a chunk at a time."""
-        ctx.set_materialize_grads(False)  # no gradient of the entropy costs nothing
+        ctx.set_materialize_grads(False)  # a missing gradient stays None and costs nothing
         ctx.transform, ctx.size, ctx.dtype = transform, size, _computing_dtype(hidden)
         ctx.divergence = divergence
         wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
@@ -149,7 +151,7 @@ def _to_gradient(
     d_logprobs: Tensor | None,
     d_entropy: Tensor | None,
 ) -> None:
-    """Change log-probabilities ``[n, V]`` into the gradient by the logits; the rest ``[n, 1]``."""
+    """Turn log-probabilities ``[n, V]`` into the gradient by the logits; others are ``[n, 1]``."""
     if d_entropy is None:
         table.exp_()
     else:  # dH/dz = -p (log p + H)
@@ -166,7 +168,7 @@ def _to_gradient(
 
 
 def _gradient(divergence: OfLogits, logits: Tensor, rows: slice, d_gap: Tensor) -> Tensor:
-    """Differentiate by the logits ``[n, V]``."""
+    """Return the divergence's gradient by the logits ``[n, V]``."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(divergence(leaf, rows), leaf, d_gap)
@@ -174,14 +176,14 @@ def _gradient(divergence: OfLogits, logits: Tensor, rows: slice, d_gap: Tensor) 
 
 
 class _Head:
-    """Weight and bias in the type that products are taken in."""
+    """Weight and bias in the type of the matrix products."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, V]`` in float32 at least, free to be changed."""
+        """Return new ``[n, V]`` logits in float32 at least; the caller may change them in place."""
         logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -193,7 +195,7 @@ class _Head:
         of_hidden: Tensor | None,
         of_weight: Tensor | None,
     ) -> None:
-        """Add the gradients of one chunk, given that of its logits ``[n, V]``."""
+        """Add one chunk's gradients; ``table`` is the gradient by its logits ``[n, V]``."""
         narrow = table.to(self.weight.dtype)
         if of_hidden is not None:
             of_hidden[rows] = narrow @ self.weight
@@ -201,7 +203,7 @@ class _Head:
             return
         if of_weight.dtype == narrow.dtype:
             of_weight.addmm_(narrow.T, hidden.to(narrow.dtype))
-        else:  # a sum of many chunks in 16 bits would lose the small ones
+        else:  # a 16-bit sum over many chunks would lose small values
             of_weight += narrow.T @ hidden.to(narrow.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Policy surrogates: token, sequence, CISPO, trust region (TRRD) and teacher-token ratios."""
+"""Policy surrogates with token, sequence, CISPO, trust-region (TRRD) and teacher-token ratios."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ def clipped_surrogate(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate as a loss, per token.
+    """Return PPO's clipped surrogate as a loss, per token.
 
-    PPO (arXiv 1707.06347, Eq. 7), as used by GRPO (2402.03300); unequal bounds: DAPO (2503.14476).
+    PPO (arXiv 1707.06347, Eq. 7), as GRPO (2402.03300) uses it; DAPO (2503.14476) takes unequal
+    bounds.
 
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(logprobs - old_logprobs)``.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        old_logprobs: ``[B, T]`` student at rollout time; detached here.
-        advantages: ``[B]`` or ``[B, T]``; detached here.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
+        advantages: ``[B]`` or ``[B, T]``; this function detaches them.
         clip_low: the ratio's lower bound is ``1 - clip_low``.
         clip_high: the ratio's upper bound is ``1 + clip_high``.
-        dual_clip: upper bound on the ratio where A < 0, above 1 (arXiv 1912.09729); None for none.
+        dual_clip: upper bound on the ratio for A < 0, above 1 (arXiv 1912.09729); None: no bound.
 
     Returns:
         ``[B, T]`` loss; at r = 1 its gradient is ``-A`` times that of ``logprobs``.
@@ -41,17 +42,17 @@ def clipped_surrogate(
 
 
 def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Log of GSPO's ratio: the mean of log rho over a completion's tokens, on each of them.
+    """Return the log of GSPO's ratio: the mean of log rho over a completion, at each of its tokens.
 
     GSPO (arXiv 2507.18071): ``s = (pi(o|q) / pi_old(o|q))^(1/|o|)``.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        old_logprobs: ``[B, T]`` student at rollout time; detached here.
-        mask: ``[B, T]`` bool, the completion's tokens.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
+        mask: ``[B, T]`` bool: True on the completion's tokens.
 
     Returns:
-        ``[B, T]``, one value per row; 0 in a row without tokens.
+        ``[B, T]``, equal along T; 0 in a row without tokens.
     """
     log_rho = (logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0)
     mean = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -66,17 +67,17 @@ def sequence_surrogate(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """GSPO's surrogate: one clipped ratio for a whole completion.
+    """Return GSPO's surrogate, which clips one ratio for a whole completion.
 
-    GSPO (arXiv 2507.18071), in its token form: the ratio's value is the completion's, its gradient
-    each token's own, ``sg(s) pi / sg(pi)``. With one advantage per completion it is the paper's
-    loss under ``sequence_mean``; advantages per token stay with their token.
+    GSPO (arXiv 2507.18071) in its token form ``sg(s) pi / sg(pi)``: the ratio has the completion's
+    value and the token's gradient. With one advantage per completion and ``sequence_mean`` it is
+    the paper's loss; advantages per token multiply the gradients of their tokens.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        old_logprobs: ``[B, T]`` student at rollout time; detached here.
-        advantages: ``[B]`` or ``[B, T]``; detached here.
-        mask: ``[B, T]`` bool, the completion's tokens.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
+        advantages: ``[B]`` or ``[B, T]``; this function detaches them.
+        mask: ``[B, T]`` bool: True on the completion's tokens.
         clip_low: the ratio's lower bound is ``1 - clip_low``.
         clip_high: the ratio's upper bound is ``1 + clip_high``.
 
@@ -90,18 +91,18 @@ def sequence_surrogate(
 def cispo_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_high: float = 0.28
 ) -> Tensor:
-    """CISPO: a policy gradient whose importance weight is clipped, never its gradient.
+    """Return CISPO's policy gradient loss, which clips the importance weight, never the gradient.
 
     MiniMax-M1 (arXiv 2506.13585): ``-sg(min(rho, 1 + clip_high)) A log pi``.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        old_logprobs: ``[B, T]`` student at rollout time; detached here.
-        advantages: ``[B]`` or ``[B, T]``; detached here.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
+        advantages: ``[B]`` or ``[B, T]``; this function detaches them.
         clip_high: the weight's upper bound is ``1 + clip_high``.
 
     Returns:
-        ``[B, T]`` loss; no token's gradient is dead.
+        ``[B, T]`` loss; the clip removes no token's gradient.
     """
     log_ratio = (logprobs - old_logprobs).detach()
     weight = log_ratio.clamp(max=math.log1p(clip_high)).exp()
@@ -109,15 +110,15 @@ def cispo_surrogate(
 
 
 def luffy_surrogate(logprobs: Tensor, advantages: Tensor, gamma: float = 0.1) -> Tensor:
-    """LUFFY's shaped, unclipped surrogate for the tokens of a teacher's completion.
+    """Return LUFFY's shaped, unclipped surrogate for the tokens of a teacher's completion.
 
     LUFFY (arXiv 2504.14945): ``-f(pi) A`` with ``f(x) = x / (x + gamma)``, which keeps the gradient
-    of tokens that the student finds improbable.
+    of tokens that are improbable for the student.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        advantages: ``[B]`` or ``[B, T]``; detached here.
-        gamma: where f reaches one half, above 0.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        advantages: ``[B]`` or ``[B, T]``; this function detaches them.
+        gamma: probability at which f is one half, above 0.
 
     Returns:
         ``[B, T]`` loss.
@@ -125,7 +126,7 @@ def luffy_surrogate(logprobs: Tensor, advantages: Tensor, gamma: float = 0.1) ->
     >>> luffy_surrogate(torch.tensor([[0.1]]).log(), torch.tensor([1.0]))
     tensor([[-0.5000]])
     """
-    # x / (x + gamma) as a sigmoid of log x: no division, and no underflow of x.
+    # x / (x + gamma) is a sigmoid of log x, which needs no division and cannot underflow.
     return -_per_token(advantages, logprobs) * (logprobs - math.log(gamma)).sigmoid()
 
 
@@ -140,29 +141,31 @@ def trrd_surrogate(
     offset_clamp: float | None = 1.0,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Trust Region Ratio Distillation: a clipped surrogate anchored at old student and teacher.
+    """Return TRRD's loss: a clipped surrogate whose ratio is anchored at old student and teacher.
 
-    RLAD (arXiv 2602.22495, Eq. 3 and 4), alpha by the formula: 1 is GRPO, bit for bit.
+    Trust Region Ratio Distillation is RLAD's surrogate (arXiv 2602.22495, Eq. 3 and 4). alpha is
+    that of Eq. 3: alpha = 1 is GRPO, bit for bit.
 
-    ``r = (pi/pi_old)^alpha (pi/pi_T)^(1-alpha)``, loss ``-min(r A, clip(r) A)``. Equal to
-    ``w min(rho A, clip(rho, (1-clip_low)/w, (1+clip_high)/w) A)`` with the constant
-    ``w = (pi_old/pi_T)^(1-alpha)``: the teacher scales a token's gradient and moves its fence. At
-    ``pi = pi_old`` a rewarded token is dead where ``pi_old/pi_T > (1+clip_high)^(1/(1-alpha))``, a
-    punished one where it is below ``(1-clip_low)^(1/(1-alpha))``.
+    ``r = (pi/pi_old)^alpha (pi/pi_T)^(1-alpha)``, loss ``-min(r A, clip(r) A)``. It equals
+    ``-w min(rho A, clip(rho, (1-clip_low)/w, (1+clip_high)/w) A)`` with the constant
+    ``w = (pi_old/pi_T)^(1-alpha)``: the teacher scales a token's gradient and moves its clip bound.
+    At ``pi = pi_old`` the clip removes the gradient of a rewarded token if
+    ``pi_old/pi_T > (1+clip_high)^(1/(1-alpha))``, and of a punished one if it is below
+    ``(1-clip_low)^(1/(1-alpha))``.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        old_logprobs: ``[B, T]`` student at rollout time; detached here.
-        teacher_logprobs: ``[B, T]`` frozen teacher; detached here.
-        advantages: ``[B]`` or ``[B, T]``; detached here.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
+        teacher_logprobs: ``[B, T]`` the frozen teacher's; this function detaches them.
+        advantages: ``[B]`` or ``[B, T]``; this function detaches them.
         trrd_alpha: weight of the old student's anchor, in [0, 1].
         clip_low: the ratio's lower bound is ``1 - clip_low``.
         clip_high: the ratio's upper bound is ``1 + clip_high``.
-        offset_clamp: bound on ``|log pi_old - log pi_T|`` [our choice; None: unbounded].
-        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
+        offset_clamp: bound on ``|log pi_old - log pi_T|``, see ``trrd_log_ratio``; None: no bound.
+        dual_clip: upper bound on the ratio for A < 0, above 1; None: no bound.
 
     Returns:
-        ``[B, T]`` loss; exactly without gradient where A = 0.
+        ``[B, T]`` loss; for A = 0 its gradient is exactly 0.
     """
     log_ratio = trrd_log_ratio(logprobs, old_logprobs, teacher_logprobs, trrd_alpha, offset_clamp)
     return _clipped(log_ratio, advantages, clip_low, clip_high, dual_clip)
@@ -175,21 +178,22 @@ def trrd_log_ratio(
     trrd_alpha: float = 0.5,
     offset_clamp: float | None = 1.0,
 ) -> Tensor:
-    """Log of TRRD's ratio: ``log rho + (1 - alpha) o`` with o the clamped, detached offset.
+    """Return the log of TRRD's ratio: ``log rho + (1 - alpha) o`` with a clamped, detached o.
 
-    RLAD (arXiv 2602.22495, Eq. 3) with ``alpha (lp - lp_old) + (1 - alpha)(lp - lp_T)`` sorted by
-    what carries gradient. The clamp touches ``o = lp_old - lp_T`` only: clamping ``lp - lp_T``
-    inside the graph would silently cut a token's weight to alpha.
+    RLAD (arXiv 2602.22495, Eq. 3) writes ``alpha (lp - lp_old) + (1 - alpha)(lp - lp_T)``; here the
+    terms with gradient come first. We clamp the detached offset ``o = lp_old - lp_T`` [our choice].
+    The paper (App. B) clamps ``lp - lp_T`` to [-1, 1] inside the graph, and a clamped token keeps
+    only the weight alpha. Both give the same value at rho = 1.
 
     Args:
-        logprobs: ``[B, T]`` student now, with gradient.
-        old_logprobs: ``[B, T]`` student at rollout time; detached here.
-        teacher_logprobs: ``[B, T]`` frozen teacher; detached here.
+        logprobs: ``[B, T]`` the current student's, with gradient.
+        old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
+        teacher_logprobs: ``[B, T]`` the frozen teacher's; this function detaches them.
         trrd_alpha: weight of the old student's anchor, in [0, 1].
-        offset_clamp: bound on ``|o|``; None for none.
+        offset_clamp: bound on ``|o|``; 1.0 is the paper's value; None: no bound.
 
     Returns:
-        ``[B, T]``.
+        ``[B, T]`` log-ratio with the gradient of ``logprobs``.
     """
     log_rho = logprobs - old_logprobs.detach()
     if trrd_alpha == 1.0:
@@ -207,9 +211,9 @@ def _clipped(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """``-min(r A, clip(r) A)``: only the bound on the side of A's sign ever acts.
+    """Return ``-min(r A, clip(r) A)``; the sign of A says which of the two bounds can act.
 
-    It is applied before the exponential, so that a fenced ratio cannot overflow into 0 * inf.
+    We clip before the exponential, so that a clipped ratio cannot overflow into 0 * inf.
     """
     advantages = _per_token(advantages, log_ratio)
     high = log_ratio.new_tensor(clip_high).log1p()
@@ -223,6 +227,6 @@ def _clipped(
 
 
 def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
-    """Detach, and let ``[B]`` stand in front of ``[B, T]``."""
+    """Return the detached advantages; ``[B]`` becomes ``[B, 1]``."""
     advantages = advantages.detach()
     return advantages.unsqueeze(-1) if advantages.dim() == like.dim() - 1 else advantages

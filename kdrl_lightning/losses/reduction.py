@@ -1,7 +1,8 @@
-"""Per-token losses to one number, with denominators that are global over the optimizer step.
+"""Reduce per-token losses to one number, with denominators of the whole optimizer step.
 
-Each function returns this batch's share: the shares of all micro-batches and ranks add up to the
-step's loss, whatever the cut. A fully masked batch gives a zero that still carries a graph.
+Each function returns this batch's share of the step's loss. The shares of all micro-batches and
+ranks add up to the same loss for every cut. A fully masked batch gives a zero that still has a
+graph.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from torch import Tensor
 
 
 def token_mean(per_token: Tensor, mask: Tensor, num_loss_tokens: float | Tensor) -> Tensor:
-    """Sum over the masked tokens, divided by the step's loss tokens.
+    """Return the sum over the masked tokens, divided by the step's loss tokens.
 
-    DAPO (arXiv 2503.14476, Eq. 8): every token of the step weighs the same.
+    DAPO (arXiv 2503.14476, Eq. 8): every token of the step has the same weight.
 
     Args:
-        per_token: ``[B, T]``.
-        mask: ``[B, T]``, nonzero where the token counts.
-        num_loss_tokens: loss tokens of the whole step, all micro-batches and ranks.
+        per_token: ``[B, T]`` loss values.
+        mask: ``[B, T]``, nonzero for the tokens that count.
+        num_loss_tokens: loss tokens of the whole step, over all micro-batches and ranks.
 
     Returns:
         Scalar share of the step's mean; 0 for a step without loss tokens.
@@ -26,14 +27,17 @@ def token_mean(per_token: Tensor, mask: Tensor, num_loss_tokens: float | Tensor)
 
 
 def sequence_mean(per_token: Tensor, mask: Tensor, num_completions: float | Tensor) -> Tensor:
-    """Mean over each completion's tokens, then over the step's completions.
+    """Return the mean over each completion's tokens, then over the step's completions.
 
-    GRPO (arXiv 2402.03300, Eq. 3): every completion weighs the same, whatever its length.
+    GRPO (arXiv 2402.03300, Eq. 3): every completion has the same weight, whatever its length.
 
     Args:
-        per_token: ``[B, T]``.
-        mask: ``[B, T]``.
+        per_token: ``[B, T]`` loss values.
+        mask: ``[B, T]``, nonzero for the tokens that count.
         num_completions: completions with at least one loss token in the whole step.
+
+    Returns:
+        Scalar share of the step's mean; 0 for a step without loss tokens.
     """
     lengths = (mask != 0).sum(1).clamp(min=1)
     return (_masked(per_token, mask).sum(1) / lengths).sum() / _at_least_one(num_completions)
@@ -42,15 +46,18 @@ def sequence_mean(per_token: Tensor, mask: Tensor, num_completions: float | Tens
 def constant_length(
     per_token: Tensor, mask: Tensor, num_completions: float | Tensor, length: int
 ) -> Tensor:
-    """Sum over tokens divided by a constant length, mean over the step's completions.
+    """Return the mean over completions of their token sums divided by a constant length.
 
-    Dr.GRPO (arXiv 2503.20783): no preference for short or long completions.
+    Dr.GRPO (arXiv 2503.20783): the loss prefers neither short nor long completions.
 
     Args:
-        per_token: ``[B, T]``.
-        mask: ``[B, T]``.
+        per_token: ``[B, T]`` loss values.
+        mask: ``[B, T]``, nonzero for the tokens that count.
         num_completions: completions with at least one loss token in the whole step.
         length: the constant, usually the token limit of a completion.
+
+    Returns:
+        Scalar share of the step's mean; 0 for a step without loss tokens.
     """
     return _masked(per_token, mask).sum() / (_at_least_one(num_completions) * length)
 
@@ -58,22 +65,25 @@ def constant_length(
 def group_token_mean(
     per_token: Tensor, mask: Tensor, group_tokens: Tensor, num_prompts: float | Tensor
 ) -> Tensor:
-    """Mean over the tokens of a prompt's group, then over the step's prompts.
+    """Return the mean over the tokens of a prompt's group, then over the step's prompts.
 
-    KDRL's own normalisation (arXiv 2506.02208): ``sum_i sum_t l / sum_i |o_i|`` within a group.
+    KDRL (arXiv 2506.02208, Eq. 8) normalises so: ``sum_i sum_t l / sum_i |o_i|`` within a group.
 
     Args:
-        per_token: ``[B, T]``.
-        mask: ``[B, T]``.
+        per_token: ``[B, T]`` loss values.
+        mask: ``[B, T]``, nonzero for the tokens that count.
         group_tokens: ``[B]`` loss tokens of the completion's whole group.
         num_prompts: prompts with at least one loss token in the whole step.
+
+    Returns:
+        Scalar share of the step's mean; 0 for a step without loss tokens.
     """
     per_group = _masked(per_token, mask).sum(1) / group_tokens.clamp(min=1)
     return per_group.sum() / _at_least_one(num_prompts)
 
 
 def _masked(per_token: Tensor, mask: Tensor) -> Tensor:
-    # Not a product: 0 * inf and 0 * nan would leak through it.
+    # A product with the mask would turn inf and nan outside it into nan.
     return per_token.masked_fill(mask == 0, 0.0)
 
 

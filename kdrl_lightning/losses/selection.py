@@ -1,4 +1,4 @@
-"""Where to imitate: masks over tokens, from what is known once a rollout is scored."""
+"""Masks of the tokens on which the student imitates the teacher, from a scored rollout."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def wrong_completions(correct: Tensor) -> Tensor:
-    """Completions that the verifier rejects: KDRL's response-level mask (arXiv 2506.02208).
+    """Return the completions that the verifier rejects: KDRL's response mask (arXiv 2506.02208).
 
     Args:
-        correct: ``[B]`` bool.
+        correct: ``[B]`` bool: the verifier accepts the completion.
 
     Returns:
         ``[B]`` bool.
@@ -19,11 +19,13 @@ def wrong_completions(correct: Tensor) -> Tensor:
 
 
 def wrong_groups(correct: Tensor, group_ids: Tensor) -> Tensor:
-    """Completions of groups without a correct one: KDRL's group-level mask (arXiv 2506.02208).
+    """Return the completions of groups without a correct one: KDRL's group mask (arXiv 2506.02208).
+
+    HDPO (arXiv 2603.23871) uses the same mask.
 
     Args:
-        correct: ``[B]`` bool.
-        group_ids: ``[B]`` int64 from 0 on.
+        correct: ``[B]`` bool: the verifier accepts the completion.
+        group_ids: ``[B]`` int64, group numbers from 0 on.
 
     Returns:
         ``[B]`` bool.
@@ -44,14 +46,14 @@ def aligned(
     threshold: float,
     per_completion: bool = False,
 ) -> Tensor:
-    """Tokens where student and teacher are close: ``|log pi_T - log pi_old| <= threshold``.
+    """Return the tokens with a small gap: ``|log pi_T - log pi_old| <= threshold``.
 
     Args:
-        old_logprobs: ``[B, T]``.
-        teacher_logprobs: ``[B, T]``.
-        mask: ``[B, T]`` bool, the completion's tokens.
-        threshold: largest gap, nats.
-        per_completion: judge a whole completion by its mean gap.
+        old_logprobs: ``[B, T]`` the student's at rollout time.
+        teacher_logprobs: ``[B, T]`` the teacher's.
+        mask: ``[B, T]`` bool: True on the completion's tokens.
+        threshold: largest gap, in nats.
+        per_completion: compare each completion's mean gap with the threshold.
 
     Returns:
         ``[B, T]`` bool; False outside ``mask``.
@@ -63,10 +65,13 @@ def aligned(
 
 
 def beneficial(advantages: Tensor, threshold: float) -> Tensor:
-    """Where the advantage reaches ``threshold``; shape of ``advantages``."""
+    """Return bool of the shape of ``advantages``: the advantage is at least ``threshold``."""
     return advantages >= threshold
 
 
 def certain(old_entropy: Tensor, threshold: float) -> Tensor:
-    """Where the student's entropy is at most ``threshold`` nats: no free exploration needed."""
+    """Return bool of the shape of ``old_entropy``: the student's entropy is at most ``threshold``.
+
+    Both are in nats. On the other tokens the student is left free to explore.
+    """
     return old_entropy <= threshold

@@ -1,4 +1,4 @@
-"""Statistics and histograms of one optimizer step; a watch for values that are not finite."""
+"""Statistics and histograms of optimizer steps, their log, and a check that steps are finite."""
 
 from kdrl_lightning import _moved
 from kdrl_lightning.metrics.histograms import Histogram, Histograms
@@ -8,5 +8,5 @@ from kdrl_lightning.metrics.step_stats import StepStats
 
 __all__ = ["Histogram", "Histograms", "StepLog", "StepStats", "peak_gb"]
 
-# Names that modules of 0.1 had here.
+# Version 0.1 had modules of `evaluation` here; their names still work.
 __getattr__ = _moved.names_of("kdrl_lightning.evaluation")

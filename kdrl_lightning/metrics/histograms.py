@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values.
+    """Counts of values in bins of equal width.
 
     Attributes:
-        counts: ``[N]``; the first and the last bin also take what lies beyond.
+        counts: ``[N]``; the first and the last bin also count the values below and above the range.
         low: left edge of the first bin.
         high: right edge of the last bin.
     """
@@ -25,11 +25,14 @@ class Histogram:
 
     @property
     def edges(self) -> Tensor:
-        """``[N + 1]`` edges of the bins."""
+        """Edges of the bins, ``[N + 1]`` float64."""
         return torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.float64)
 
     def quantile(self, share: float) -> float:
-        """Right edge of the bin that holds the quantile; NaN without values.
+        """Return the right edge of the bin that holds the quantile; NaN without values.
+
+        Args:
+            share: share of the values at or below the quantile, in [0, 1].
 
         >>> Histogram(torch.tensor([1.0, 2.0, 1.0, 0.0]), 0.0, 4.0).quantile(0.5)
         2.0
@@ -43,11 +46,11 @@ class Histogram:
 
 
 class Histograms:
-    """Histograms by name, each over a range of its own.
+    """Collects histograms by name, each over its range.
 
     Args:
-        ranges: per name the range that is told apart.
-        bins: of each histogram.
+        ranges: per name the left edge of the first bin and the right edge of the last one.
+        bins: number of bins of each histogram.
     """
 
     def __init__(self, ranges: Mapping[str, tuple[float, float]], bins: int = 500) -> None:
@@ -56,7 +59,7 @@ class Histograms:
         self._counts: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values where ``mask`` is True."""
+        """Add the values for which ``mask``, of their shape, is True; NaN is not counted."""
         low, high = self.ranges[name]
         place = (values.detach().masked_select(mask).float() - low) * (self.bins / (high - low))
         place = place.clamp_(0, self.bins - 1).nan_to_num_(self.bins).int()  # NaN: one bin more
@@ -64,7 +67,11 @@ class Histograms:
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def compute(self, reduce: Callable[[Tensor, str], Tensor] | None) -> dict[str, Histogram]:
-        """Return the histograms over all ranks and forget them."""
+        """Return the histograms over all ranks, and start again with empty ones.
+
+        Args:
+            reduce: ``(tensor, "sum") -> tensor`` over ranks; None for one process.
+        """
         counts, self._counts = self._counts, {}
         if not counts:
             return {}

@@ -1,9 +1,8 @@
-"""Optimizer steps whose loss or gradient is not finite: skipped, counted, in the end refused."""
+"""Skips and counts optimizer steps with a loss or gradient that is not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,16 @@ from kdrl_lightning.errors import TrainingStopped, require_between
 
 
 class NonFiniteSteps:
-    """Watches the gradients of each optimizer step.
+    """Checks loss and gradients of each optimizer step.
 
     Args:
-        allowed: steps in a row that are skipped; one more stops the run.
+        allowed: number of consecutive steps to skip; the next one stops the run.
 
     Attributes:
         skipped: steps skipped so far.
+
+    Raises:
+        ConfigurationError: ``allowed`` is negative.
     """
 
     def __init__(self, allowed: int) -> None:
@@ -29,13 +31,18 @@ class NonFiniteSteps:
         self._in_a_row = 0
 
     def check(self, parameters: Sequence[nn.Parameter], loss: float, step: int) -> Tensor:
-        """Drop the gradients of a step that is not finite; all ranks see the same.
+        """Drop the gradients of a step that is not finite; all ranks decide alike.
+
+        Args:
+            parameters: those of the optimizer, with their gradients.
+            loss: the step's loss over all ranks.
+            step: optimizer steps so far, for the message.
 
         Returns:
-            The gradient's norm; NaN where the step is skipped.
+            The scalar norm of the gradient; NaN if the step is skipped.
 
         Raises:
-            TrainingStopped: that has happened too often in a row.
+            TrainingStopped: more than ``allowed`` steps in a row were not finite.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = _full(torch.nn.utils.get_total_norm(gradients))
@@ -44,7 +51,7 @@ class NonFiniteSteps:
             return norm
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
         for parameter in parameters:
-            parameter.grad = None  # an optimizer leaves such a parameter alone
+            parameter.grad = None  # optimizers do not change a parameter without a gradient
         if self._in_a_row > self.allowed:
             raise TrainingStopped(
                 f"loss or gradient was not finite for {self._in_a_row} optimizer steps in a row, "
@@ -57,11 +64,11 @@ class NonFiniteSteps:
         """Return the counts."""
         return {"skipped_steps": self.skipped, "skipped_in_a_row": self._in_a_row}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore the counts."""
         self.skipped, self._in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
 
 def _full(value: Tensor) -> Tensor:
-    """Return a plain tensor also where parameters are sharded."""
+    """Return a plain tensor, also of sharded parameters."""
     return value.full_tensor() if isinstance(value, DTensor) else value

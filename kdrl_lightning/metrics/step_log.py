@@ -1,31 +1,80 @@
-"""What an optimizer step measured, shown to callbacks and handed to the loggers.
+"""The log of optimizer steps: callbacks see each value at once, loggers get a row per step.
 
-Written by hand because ``LightningModule.log`` takes a quarter of a millisecond a value: it copies
-the description of a metric that may be reduced in many ways. These are finished numbers, about 45
-a step, and that was a tenth of the time of the embedded task (docs/speed.md).
+We wrote it by hand because ``LightningModule.log`` takes a quarter of a millisecond per value: it
+copies the description of a metric that can be reduced in many ways. Here the numbers are final,
+about 45 per step, and that call took a tenth of the time of the embedded task (docs/speed.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
+
+
+class RowLogger(Protocol):
+    """The part of Lightning's ``Logger`` that a ``StepLog`` calls."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write one row."""
+
+    def save(self) -> None:
+        """Write buffered rows to disk."""
+
+
+class Placed(Protocol):
+    """The part of Lightning's ``Strategy`` that a ``StepLog`` reads."""
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+
+
+class LoggedRun(Protocol):
+    """The part of Lightning's ``Trainer`` that a ``StepLog`` uses."""
+
+    should_stop: bool
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """Values that callbacks read."""
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """Values that Lightning shows as logged."""
+
+    @property
+    def strategy(self) -> Placed:
+        """It knows the device."""
+
+    @property
+    def loggers(self) -> Sequence[RowLogger]:
+        """The loggers of the run."""
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken so far."""
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs finished so far."""
 
 
 class StepLog:
-    """Collects values, as ``log_dict`` does; the last of a name stays until ``forget``.
+    """Collects values as ``log_dict`` does; a name keeps its last value until ``forget``.
 
-    None takes a name out: a mean that has nothing to average leaves a gap, not its last value.
+    None removes a name: a mean over nothing leaves a gap in the log instead of its last value.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
         self._restored: dict[str, float] = {}
-        self._written = 0  # optimizer steps, with the last one that the loggers have
+        self._written = 0  # optimizer steps, up to the last row that the loggers have
 
-    def add(self, trainer: Any, values: Mapping[str, float | None]) -> None:
-        """Note values, and show them in the trainer's ``callback_metrics`` at once."""
+    def add(self, trainer: LoggedRun, values: Mapping[str, float | None]) -> None:
+        """Keep values for the next row, and put them into the trainer's ``callback_metrics``."""
         for name in [name for name, value in values.items() if value is None]:
             for table in (self._values, trainer.callback_metrics, trainer.logged_metrics):
                 table.pop(name, None)
@@ -38,9 +87,9 @@ class StepLog:
         trainer.callback_metrics.update(shown)
         trainer.logged_metrics.update(shown)
 
-    def write(self, trainer: Any) -> None:
-        """Hand them to the loggers, every ``log_every_n_steps``; call it after a step's end."""
-        every = trainer.log_every_n_steps
+    def write(self, trainer: LoggedRun) -> None:
+        """Pass the values to the loggers every ``log_every_n_steps``; call it after a step."""
+        every = getattr(trainer, "log_every_n_steps", 0)  # which Lightning's class does not declare
         due = every and (trainer.should_stop or trainer.global_step % every == 0)
         if not due or not self._values:
             return
@@ -49,49 +98,50 @@ class StepLog:
             logger.log_metrics(row, step=trainer.global_step - 1)
             logger.save()
 
-    def write_once(self, trainer: Any) -> None:
-        """Write, unless the loggers have this optimizer step already."""
+    def write_once(self, trainer: LoggedRun) -> None:
+        """Write the row, unless the loggers have this optimizer step already."""
         if self._written != trainer.global_step:
             self._written = trainer.global_step
             self.write(trainer)
 
-    def end_step(self, trainer: Any) -> None:
-        """Write once; after the last step of a rollout forget, too.
+    def end_step(self, trainer: LoggedRun) -> None:
+        """Write the row once; after the last step of a rollout also forget the values.
 
-        The numbers of a rollout stand in the rows of each of its steps.
+        So the numbers of a rollout are in the row of each of its steps.
         """
         self.write_once(trainer)
         if ends_rollout(trainer):
             self.forget()
 
     def reset(self) -> None:
-        """Forget a run that was stopped."""
+        """Forget the values of an earlier run."""
         self._written = 0
         self.forget()
 
     def forget(self) -> None:
-        """Drop them, so that no later row repeats what was not measured again."""
+        """Drop the values, so that a later row repeats none that was not measured again."""
         self._values.clear()
         self._restored = {}
 
-    def state_dict(self, trainer: Any) -> dict[str, float]:
-        """Return the numbers that the next row repeats unless they are measured again."""
+    def state_dict(self, trainer: LoggedRun) -> dict[str, float]:
+        """Return the values that the next row repeats unless they are measured again."""
         return {} if ends_rollout(trainer) else dict(self._values)
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Keep a checkpoint's numbers for ``resume``."""
+        """Keep a checkpoint's values for ``resume``."""
         self._restored = dict(state_dict)
 
-    def resume(self, trainer: Any) -> None:
-        """Add a checkpoint's numbers once training begins; those logged since then win.
+    def resume(self, trainer: LoggedRun) -> None:
+        """Add a checkpoint's values, except those measured since then; call it as training begins.
 
-        Not earlier: after the sanity check Lightning empties the tables that ``add`` fills.
+        An earlier call would be lost: Lightning empties ``callback_metrics`` after the sanity
+        check.
         """
         restored, self._restored = self._restored, {}
         self.add(trainer, {**restored, **self._values})
 
 
-def ends_rollout(trainer: Any) -> bool:
-    """Whether the last optimizer step was a rollout's last."""
+def ends_rollout(trainer: LoggedRun) -> bool:
+    """Return whether the last optimizer step was the last one of a rollout."""
     data = getattr(trainer, "datamodule", None)
     return int(trainer.global_step) % int(getattr(data, "updates_per_rollout", 1)) == 0

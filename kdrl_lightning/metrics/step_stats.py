@@ -1,7 +1,7 @@
 """Statistics summed over the micro-batches and ranks of one optimizer step.
 
-Lightning keeps only the last micro-batch of an accumulating step, and torchmetrics would run one
-collective per metric; here a step's statistics cost two.
+With gradient accumulation Lightning keeps only the last micro-batch of a step, and torchmetrics
+would run one collective per metric. These statistics take two collectives per step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 
 class StepStats:
-    """Weighted means, sums and maxima by name.
+    """Collects means, sums and maxima by name.
 
     >>> stats = StepStats()
     >>> stats.add_mean("length", torch.tensor([2.0, 4.0]), torch.tensor([True, True]))
@@ -30,7 +30,7 @@ class StepStats:
         self._shown: set[str] = set()
 
     def add_mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add values to a mean over those where ``mask`` is nonzero."""
+        """Add values to a mean; ``mask`` of their shape is nonzero for those that count."""
         values = values.detach()
         if mask is None:
             mask = torch.ones_like(values, dtype=torch.bool)
@@ -47,7 +47,7 @@ class StepStats:
         self._sums[name] = (total, count)
 
     def add_sum(self, name: str, value: Tensor) -> None:
-        """Add to a sum."""
+        """Add a scalar to a sum."""
         value = value.detach().double()
         if name in self._sums:
             old, count = self._sums[name]
@@ -56,7 +56,7 @@ class StepStats:
         self._sums[name] = (value, None)
 
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Keep the largest value where ``mask`` is nonzero."""
+        """Keep the largest value; ``mask`` of their shape is nonzero for those that count."""
         values = values.detach().where(mask != 0, -torch.inf)
         value = values.max() if values.numel() else values.new_tensor(-torch.inf)
         value = value.double()
@@ -64,7 +64,7 @@ class StepStats:
         self._maxima[name] = value if old is None else torch.maximum(old, value)
 
     def compute(self, reduce: Reduce | None = None) -> dict[str, float]:
-        """Return the step's values and forget them; a mean over nothing is left out.
+        """Return the step's values and start again; a mean over nothing is left out.
 
         Args:
             reduce: ``(tensor, "sum" or "max") -> tensor`` over ranks; None for one process.
@@ -93,19 +93,19 @@ class StepStats:
         return out
 
     def with_gaps(self, values: Mapping[str, float]) -> dict[str, float | None]:
-        """Add None for what an earlier step measured and this one does not.
+        """Return the values, with None for names that only an earlier step measured.
 
-        Without it a log would repeat the earlier value. Names of a rollout (``rollout/...``) are
-        measured at one of its steps and hold for the others.
+        Without None a log would repeat the earlier value. A name that begins with ``rollout/`` gets
+        no None: one step measures it, and it holds for all steps of the rollout.
         """
         gaps = dict.fromkeys(self._shown - values.keys())
         self._shown |= {name for name in values if not name.startswith("rollout/")}
         return {**values, **gaps}
 
     def state_dict(self) -> list[str]:
-        """Return the names that leave a gap if a step does not measure them."""
+        """Return the names that get None if a step does not measure them."""
         return sorted(self._shown)
 
     def load_state_dict(self, state_dict: Iterable[str]) -> None:
-        """Restore them, so that the first step after a resume leaves the same gaps."""
+        """Restore the names, so that the first step after a resume leaves the same gaps."""
         self._shown = set(state_dict)

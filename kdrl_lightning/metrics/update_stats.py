@@ -1,4 +1,4 @@
-"""What every optimizer step measures, whichever forward pass gave its scores."""
+"""The metrics that every optimizer step measures, whichever forward pass gave its scores."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.metrics.step_stats import Reduce, StepStats
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
-# Sums over a step that are checked and not logged.
+# Sums over a step that `finish` checks and does not log.
 BROKEN, READ = "teacher/broken_tokens", "teacher/read_tokens"
 
 
 class UpdateStats:
-    """Adds up the micro-batches of an optimizer step.
+    """Adds up the metrics of an optimizer step over its micro-batches.
 
-    - ``loss/total`` and each ``loss/<term>``.
+    - ``loss/total`` and each ``loss/<term>``: the step's loss, and its terms without coefficients.
     - ``policy/entropy``: nats per loss token.
     - ``rollout/mismatch_kl``: k3 on the student's tokens, an unbiased and non-negative estimate of
       KL(engine || trainer) in nats per token.
-    - ``kd/floored_frac``: tokens on which the teacher's log-probability was floored at
-      ``LOGPROB_FLOOR``.
+    - ``kd/floored_frac``: share of the tokens with a teacher log-probability at ``LOGPROB_FLOOR``.
 
     Attributes:
-        loss: of the last finished step, over all ranks.
+        loss: loss of the last finished step, over all ranks.
     """
 
     def __init__(self) -> None:
@@ -40,10 +39,10 @@ class UpdateStats:
         """Add a micro-batch.
 
         Args:
-            batch: completed; what it does not have is not measured.
-            entropy: ``[B, T]`` nats, of the update's forward pass.
-            loss: this micro-batch's share of the step's loss.
-            terms: the shares of each term.
+            batch: the micro-batch with all scores; a field that is None is not measured.
+            entropy: ``[B, T]`` nats, from the update's forward pass.
+            loss: this micro-batch's scalar share of the step's loss.
+            terms: this micro-batch's scalar share of each term, by name.
         """
         self._stats.add_sum("loss/total", loss)
         for name, value in terms.items():
@@ -55,23 +54,24 @@ class UpdateStats:
         real, teacher = batch.completion_mask, batch.teacher_logprobs
         if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
             mismatch = k3(batch.rollout_logprobs.double(), batch.old_logprobs.double())
-            own = real & (batch.source == STUDENT)[:, None]
-            self._stats.add_mean("rollout/mismatch_kl", mismatch, own)
+            of_student = real & (batch.source == STUDENT)[:, None]
+            self._stats.add_mean("rollout/mismatch_kl", mismatch, of_student)
         if teacher is not None:
             self._stats.add_mean("kd/floored_frac", teacher <= LOGPROB_FLOOR, real)
             self._stats.add_sum(BROKEN, (~teacher.isfinite()).sum())
             self._stats.add_sum(READ, real.sum())
 
     def finish(self, reduce: Reduce | None = None) -> dict[str, float | None]:
-        """Return the step's values and forget them; None for what only an earlier step measured.
+        """Return the step's values and start again; None for names only an earlier step measured.
 
-        It comes before the optimizer step, so that a broken teacher changes no weight.
+        Call it before the optimizer step, so that a broken teacher changes no weight.
 
         Args:
             reduce: ``(tensor, "sum" or "max") -> tensor`` over ranks; None for one process.
 
         Raises:
-            TrainingStopped: on all ranks, if on one the teacher's log-probabilities are not finite.
+            TrainingStopped: the teacher's log-probabilities are not finite on some rank; all ranks
+                raise it.
         """
         values = self._stats.compute(reduce)
         broken, read = (values.pop(name, 0.0) for name in (BROKEN, READ))
@@ -84,9 +84,9 @@ class UpdateStats:
         return self._stats.with_gaps(values)
 
     def state_dict(self) -> list[str]:
-        """Return the names that were measured, see ``StepStats``."""
+        """Return the names measured so far, see ``StepStats``."""
         return self._stats.state_dict()
 
     def load_state_dict(self, state_dict: Iterable[str]) -> None:
-        """Restore them, so that the next step leaves a gap in their place if it has none."""
+        """Restore the names, so that the next step leaves a gap for those it does not measure."""
         self._stats.load_state_dict(state_dict)

@@ -1,5 +1,6 @@
-"""Objectives: presets chosen by ``class_path``, and the parts that they are built from."""
+"""Objectives: presets that you choose by ``class_path``, and the parts that build them."""
 
+from kdrl_lightning import _moved
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.objectives.advantages import (
     Advantage,
@@ -90,3 +91,8 @@ __all__ = [
     "WrongCompletions",
     "WrongGroups",
 ]
+
+
+def __getattr__(name: str) -> object:
+    cure = _moved.GONE.get(name)
+    raise AttributeError(f"`{name}` is gone: {cure}" if cure else f"no attribute {name!r}")

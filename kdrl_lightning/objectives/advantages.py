@@ -1,4 +1,4 @@
-"""Advantage rules: from rewards, verdicts and the teacher's gap to one advantage per token."""
+"""Advantage rules: they turn rewards, verdicts and the teacher's gap into advantages per token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class Advantage(Part):
-    """The group-relative advantage A of the completion on each of its tokens: GRPO.
+    """Gives each token its completion's group-relative advantage A: GRPO (arXiv 2402.03300).
 
     Args:
         scale_by_std: divide by the group's standard deviation; Dr.GRPO (arXiv 2503.20783) leaves
             the division out.
 
     Attributes:
-        needs_groups: it compares the completions of one prompt.
+        needs_groups: the rule compares the completions of one prompt.
     """
 
     needs_groups: bool = True
@@ -30,33 +30,33 @@ class Advantage(Part):
         self.scale_by_std = scale_by_std
 
     def prepare(self, rollout: RolloutBatch) -> Tensor:
-        """``[B]``: what is known once the rollout is judged."""
+        """Return ``[B]`` advantages, once per rollout."""
         return by_group(rollout, lambda r: group_relative(r, self.scale_by_std), rollout.rewards)
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """``[B, T]`` advantage of each token.
+        """Return the ``[B, T]`` advantage of each token.
 
         Args:
-            batch: with the advantages of ``prepare``.
-            gap: ``[B, T]`` d = log pi_T - log pi of the current forward, detached; 0 where nothing
-                is imitated.
+            batch: completions with the advantages of ``prepare``.
+            gap: ``[B, T]`` d = log pi_T - log pi of the current forward pass, in nats, detached; 0
+                on tokens that are not imitated.
         """
         advantages = known(batch.advantages, "advantages")
         return advantages if advantages.dim() == 2 else advantages[:, None].expand_as(gap)
 
     def same_scores(self, other: Advantage | None) -> bool:
-        """Whether ``prepare`` of the other gives the same."""
+        """Return whether ``prepare`` of the other rule gives the same advantages."""
         plain = type(self).prepare is Advantage.prepare
         same = other is not None and type(other).prepare is Advantage.prepare
         return plain and same and other is not None and self.scale_by_std == other.scale_by_std
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
-        """``[B, T]`` bool: where ``advantages`` are others than without the teacher."""
+        """Return ``[B, T]`` bool: the teacher changed the token's advantage."""
         return advantages != self(batch, torch.zeros_like(advantages))
 
 
 class GapAdvantage(Advantage):
-    """d alone: on-policy distillation as a policy gradient (arXiv 2506.02208, section 2.2)."""
+    """Takes d alone: on-policy distillation by policy gradient (arXiv 2506.02208, section 2.2)."""
 
     needs_teacher = True
     needs_groups = False
@@ -65,7 +65,7 @@ class GapAdvantage(Advantage):
         super().__init__(scale_by_std=False)
 
     def prepare(self, rollout: RolloutBatch) -> Tensor:
-        """Return zeros: rewards are measured only."""
+        """Return zeros: rewards are measured and do not enter the loss."""
         return torch.zeros_like(rollout.rewards)
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ class GapAdvantage(Advantage):
 
 
 class SumAdvantage(Advantage):
-    """``reward_coef A + teacher_kl_coef d``: KDRL as a policy gradient (arXiv 2506.02208).
+    """Takes ``reward_coef A + teacher_kl_coef d``: KDRL as a policy gradient (arXiv 2506.02208).
 
-    With a selection of wrong completions KDRL-mask, of wrong groups HDPO (2603.23871); with
-    schedules on both coefficients OPD-then-RL (2609.04108).
+    It is KDRL-mask with ``WrongCompletions``, HDPO (2603.23871) with ``WrongGroups``, and
+    OPD-then-RL (2609.04108) with schedules on both coefficients.
 
     Args:
         teacher_kl_coef: weight of d, at least 0.
@@ -95,27 +95,34 @@ class SumAdvantage(Advantage):
         self.reward_coef = check_coefficient("reward_coef", reward_coef)
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Add the two."""
+        """Return the weighted sum of A and d."""
         return self.reward_coef * super().__call__(batch, gap) + self.teacher_kl_coef * gap
 
 
 class VerdictAdvantage(Advantage):
-    """A on correct completions, d on wrong ones: SRPO (arXiv 2604.02288)."""
+    """Takes A on correct completions and d on wrong ones: SRPO (arXiv 2604.02288).
+
+    SRPO is self-distillation; an external teacher takes its place in arXiv 2609.04108, as here.
+
+    Args:
+        scale_by_std: divide A by the group's standard deviation.
+    """
 
     needs_teacher = True
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Choose by the verdict."""
+        """Return A or d by the verifier's verdict."""
         return torch.where(batch.correct[:, None], super().__call__(batch, gap), gap)
 
 
 class ReweightedAdvantage(Advantage):
-    """A scaled by the teacher: RLSD (arXiv 2604.03128).
+    """Takes A scaled by the teacher: RLSD (arXiv 2604.03128).
 
-    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``.
+    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``. RLSD is self-distillation; an
+    external teacher takes its place in arXiv 2609.04108, as here.
 
     Args:
-        mix: lambda, in [0, 1].
+        mix: lambda, in [0, 1]; 0 is GRPO.
         width: eps_w, in [0, 1].
         scale_by_std: divide A by the group's standard deviation.
     """
@@ -130,12 +137,14 @@ class ReweightedAdvantage(Advantage):
         self.width = width
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Scale A."""
+        """Return A, scaled."""
         return reweighted(super().__call__(batch, gap), gap, self.mix, self.width)
 
 
 class ShapedAdvantage(Advantage):
-    """A of rewards shaped by the teacher's mean gap: KDRL's reward shaping [form is our choice].
+    """Takes A of rewards shaped by the teacher's mean gap: KDRL's reward shaping.
+
+    KDRL (arXiv 2506.02208) compares reward shaping with its joint loss; this form is our choice.
 
     Args:
         teacher_kl_coef: weight of the mean gap in the reward, at least 0.
@@ -150,7 +159,7 @@ class ShapedAdvantage(Advantage):
         self.teacher_kl_coef = check_coefficient("teacher_kl_coef", teacher_kl_coef)
 
     def prepare(self, rollout: RolloutBatch) -> Tensor:
-        """Shape the rewards with old log-probabilities, once per rollout."""
+        """Return ``[B]`` advantages of the shaped rewards, with d at the old log-probabilities."""
         old = known(rollout.old_logprobs, "old_logprobs")
         gap = known(rollout.teacher_logprobs, "teacher_logprobs") - old
         mask = known(rollout.imitation_mask, "imitation_mask") & rollout.student_mask
@@ -163,7 +172,7 @@ class ShapedAdvantage(Advantage):
         return by_group(rollout, advantages, rollout.rewards, mean.to(rollout.rewards.dtype))
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
-        """In groups with an imitated token, which moves the rewards of all of them."""
+        """Return True in groups with an imitated token: it changes all advantages of its group."""
         used = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
         groups = batch.group_ids[used.any(1)]
         rows = torch.isin(batch.group_ids, groups) & (self.teacher_kl_coef > 0.0)
@@ -171,15 +180,23 @@ class ShapedAdvantage(Advantage):
 
 
 def by_group(rollout: RolloutBatch, function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """Apply ``function([P, G], ...) -> [P, G]`` to columns ``[B]`` in any order of rows.
+    """Return ``[B]``: ``function([P, G], ...) -> [P, G]`` of columns ``[B]`` in any order of rows.
+
+    Args:
+        rollout: completions with their ``group_ids``.
+        function: rule over tables with one row per group.
+        columns: ``[B]`` values of each completion.
 
     Raises:
-        ConfigurationError: groups differ in size.
+        ConfigurationError: the groups differ in size.
     """
     order = rollout.group_ids.argsort(stable=True)
     sizes = rollout.group_ids.unique(return_counts=True)[1]
     if sizes.numel() and bool((sizes != sizes[0]).any()):
-        raise ConfigurationError(f"groups must have one size: got {sizes.tolist()}.")
+        raise ConfigurationError(
+            f"`group_ids` must give groups of one size: got {sizes.tolist()}. Give each prompt "
+            "the same number of completions."
+        )
     out = torch.zeros_like(columns[0])
     if len(rollout):
         tables = [column[order].view(sizes.numel(), -1) for column in columns]

@@ -1,11 +1,11 @@
-"""What every objective shares: a sum of per-token terms, reduced with global denominators."""
+"""The base of all objectives: a sum of per-token terms, reduced with global denominators."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 Reduction = Literal["token_mean", "sequence_mean", "constant_length", "group_token_mean"]
 T = TypeVar("T")
 
-# What a schedule may set, and the range of each.
+# The coefficients that a schedule may set, each with its range.
 COEFFICIENTS = {
     "rl_coef": (0.0, float("inf")),
     "reward_coef": (0.0, float("inf")),
@@ -38,8 +38,12 @@ COEFFICIENTS = {
 def check_coefficient(name: str, value: float) -> float:
     """Return ``value`` if it lies in the coefficient's range.
 
+    Args:
+        name: one of ``COEFFICIENTS``.
+        value: the coefficient.
+
     Raises:
-        ConfigurationError: it does not.
+        ConfigurationError: the value lies outside the range.
     """
     low, high = COEFFICIENTS[name]
     cure = "1 is GRPO, 0 anchors at the teacher." if name == "trrd_alpha" else ""
@@ -48,19 +52,19 @@ def check_coefficient(name: str, value: float) -> float:
 
 
 class Part:
-    """A piece of an objective: a ratio rule, an advantage rule, a distillation term, a selection.
+    """A part of an objective: a ratio rule, an advantage rule, a distillation term, a selection.
 
     Attributes:
-        needs_teacher: it reads the teacher's log-probabilities.
-        reads_old_scores: what it decides once per rollout follows from the student's scores then,
-            or from those of a teacher.
+        needs_teacher: the part reads the teacher's log-probabilities.
+        reads_old_scores: what the part decides once per rollout depends on scores by the student or
+            by a teacher.
     """
 
     needs_teacher: bool = False
     reads_old_scores: bool = False
 
     def parts(self) -> Iterator[Part]:
-        """Yield this part and those that it is built from."""
+        """Yield this part and all parts in it."""
         yield self
         for value in vars(self).values():
             if isinstance(value, Part):
@@ -75,9 +79,10 @@ class Term:
         name: logged as ``loss/<name>``, without the coefficient.
         per_token: ``[B, T]`` loss values.
         coef: weight in the sum.
-        mask: ``[B, T]`` bool, where the term applies; None: on every loss token.
-        per_masked_token: divide by the step's imitated tokens. By default a term is divided by what
-            the whole step's loss tokens give, so that ``coef`` does not depend on the mask.
+        mask: ``[B, T]`` bool: True on the tokens of the term; None: every loss token.
+        per_masked_token: divide by the step's imitated tokens. By default the denominator counts
+            all loss tokens of the step, so that the meaning of ``coef`` does not depend on the
+            mask.
     """
 
     name: str
@@ -90,21 +95,26 @@ class Term:
 class Objective(ABC):
     """A loss over rollouts.
 
-    A subclass yields its terms; what must be known about a whole rollout (advantages, where to
-    imitate) it computes once in ``prepare``.
+    A subclass yields its terms in ``terms``. In ``prepare`` it computes what it needs once for a
+    whole rollout: advantages, and the tokens to imitate.
 
     Args:
         reduction: how per-token values become one number.
         entropy_coef: weight of the entropy bonus, at least 0.
 
     Attributes:
-        needs_teacher: a frozen teacher has to score the rollouts.
-        needs_reference: the initial student has to score them as well.
-        needs_groups: it compares the completions of one prompt.
-        takes_teacher_completions: it has a rule for completions that the teacher sampled.
-        top_k: most likely tokens of the student at which the teacher is scored.
-        divergence: from the teacher, over the full vocabulary, in each update.
-        leaves_out_end: what it reads of the teacher leaves out where a completion ends.
+        needs_teacher: a frozen teacher must score the rollouts.
+        needs_reference: the initial student must score them too.
+        needs_groups: the objective compares the completions of one prompt.
+        takes_teacher_completions: the objective has a rule for completions that the teacher
+            sampled.
+        top_k: number of the student's most likely tokens that the teacher scores; 0: none.
+        divergence: full-vocabulary divergence from the teacher, computed in each update; None
+            without one.
+        leaves_out_end: the teacher's score of a completion's end token is not used.
+
+    Raises:
+        ConfigurationError: ``reduction`` is unknown, or ``entropy_coef`` is out of range.
     """
 
     needs_teacher: bool = False
@@ -118,56 +128,62 @@ class Objective(ABC):
     def __init__(self, reduction: Reduction = "token_mean", entropy_coef: float = 0.0) -> None:
         if reduction not in get_args(Reduction):
             raise ConfigurationError(
-                f"`reduction` must be one of {', '.join(get_args(Reduction))}: got {reduction}."
+                f"`reduction` must be one of {', '.join(get_args(Reduction))}: got {reduction}. "
+                "token_mean is the default."
             )
         self.reduction = reduction
         self.entropy_coef = check_coefficient("entropy_coef", entropy_coef)
 
     @abstractmethod
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
-        """Yield the summands for one micro-batch."""
+        """Yield the terms of one micro-batch.
+
+        Args:
+            batch: B completions, scored and prepared.
+            scores: the student's scores ``[B, T]`` of the current forward pass, with gradient.
+        """
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Add to a scored rollout what the terms need; whole groups are present."""
+        """Return the scored rollout with what the terms need; it holds whole groups."""
         return rollout.replace(imitation_mask=rollout.loss_mask)
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
-        """Whether ``prepare`` reads the student's scores of such a rollout.
+        """Return whether ``prepare`` reads the student's scores of such a rollout.
 
-        Where it does not, the student is not run for them: at the first update they are those of
-        that update's own forward pass, and the terms find them in the batch all the same.
+        If not, we skip the separate scoring pass: the first update's forward pass gives the scores,
+        and the terms find them in the batch as usual.
         """
         return True
 
     def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
-        """Whether ``prepare`` reads the teacher's scores of such a rollout.
+        """Return whether ``prepare`` reads the teacher's scores of such a rollout.
 
-        Where it does not, a teacher that a ``divergence`` runs in the updates is not run before.
+        If not, a teacher with a full-vocabulary ``divergence`` runs only during updates.
         """
         return True
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """``[B, T]`` log of the ratio that the surrogate clips; log rho unless overridden."""
+        """Return the ``[B, T]`` log of the ratio that the surrogate clips; log rho by default."""
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``[B, T]`` bool each: that ratio lies below, above its clip range; None without one."""
+        """Return two ``[B, T]`` bool: the ratio is below or above its clip range; None without."""
         return None
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """``[B, T]`` advantage that multiplies the ratio; 0 without one."""
+        """Return the ``[B, T]`` advantages that multiply the ratio; 0 without an advantage rule."""
         return torch.zeros_like(logprobs)
 
     def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """``[B, T]`` bool: tokens whose policy gradient the clip removes."""
+        """Return ``[B, T]`` bool: the clip removes the token's policy gradient."""
         return torch.zeros_like(batch.loss_mask)
 
     def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """``[B, T]`` bool: tokens on which the teacher enters the gradient; none here."""
+        """Return ``[B, T]`` bool: the teacher enters the token's gradient; False by default."""
         return torch.zeros_like(batch.loss_mask)
 
-    def parts(self) -> Iterator[Any]:
-        """Yield this object and the parts that it is built from."""
+    def parts(self) -> Iterator[Objective | Part]:
+        """Yield this objective and all parts in it."""
         yield self
         for value in vars(self).values():
             if isinstance(value, Part):
@@ -177,15 +193,19 @@ class Objective(ABC):
         """Return a coefficient of this objective or of its parts.
 
         Raises:
-            ConfigurationError: it has none of that name.
+            ConfigurationError: no part has a coefficient of that name, or several have.
         """
         return float(getattr(self._owner(name), name))
 
     def set_coefficient(self, name: str, value: float) -> None:
-        """Set a coefficient, in its range."""
+        """Set a coefficient of this objective or of its parts.
+
+        Raises:
+            ConfigurationError: no part has it, several have it, or the value is out of range.
+        """
         setattr(self._owner(name), name, check_coefficient(name, value))
 
-    def _owner(self, name: str) -> Any:
+    def _owner(self, name: str) -> Objective | Part:
         parts = list(self.parts())
         owners = [part for part in parts if name in COEFFICIENTS and hasattr(part, name)]
         if len(owners) == 1:
@@ -193,18 +213,31 @@ class Objective(ABC):
         if owners:
             found = " and ".join(type(part).__name__ for part in owners)
             raise ConfigurationError(
-                f"`coefficient` must belong to one part: got {name}, which {found} have."
+                f"`coefficient` must belong to one part: got {name}, which {found} have. Keep it "
+                "in one of them."
             )
         known_names = [c for c in COEFFICIENTS if any(hasattr(part, c) for part in parts)]
         raise ConfigurationError(
             f"`coefficient` must be one of {type(self).__name__}'s ({', '.join(known_names)}): "
-            f"got {name}."
+            f"got {name}. Name one of these, or add a part that has it."
         )
 
     def __call__(
         self, batch: RolloutBatch, scores: TokenScores
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return this micro-batch's share of the step's loss, and of each term."""
+        """Return this micro-batch's share of the step's loss, and the share of each term.
+
+        Args:
+            batch: B completions, scored and prepared, with the step's ``totals``.
+            scores: the student's scores ``[B, T]`` of the current forward pass, with gradient.
+
+        Returns:
+            The scalar share of the loss, with gradient, and each term's share by name, detached and
+            without its coefficient.
+
+        Raises:
+            ConfigurationError: two terms have one name, or the batch misses a field.
+        """
         batch, scores = blank(batch, scores)
         terms = list(self.terms(batch, scores))
         if self.entropy_coef:
@@ -212,8 +245,8 @@ class Objective(ABC):
         names = [term.name for term in terms]
         if len(set(names)) < len(names) or "total" in names:
             raise ConfigurationError(
-                f"terms of an objective must have names of their own, and none is `total`: got "
-                f"{', '.join(names)}."
+                f"`terms` must have different names, none of them `total`: got {', '.join(names)}. "
+                "Rename a term."
             )
         shares = {term.name: self._reduce(term, batch) for term in terms}
         loss = torch.stack([term.coef * shares[term.name] for term in terms]).sum()
@@ -228,7 +261,7 @@ class Objective(ABC):
             case "token_mean":
                 return token_mean(term.per_token, mask, totals.num_loss_tokens)
             case "sequence_mean":
-                # Divide by the completion's loss tokens, not by the term's own.
+                # Divide by the completion's loss tokens, not by the tokens of the term.
                 weights = batch.loss_mask.sum(1, keepdim=True).clamp(min=1)
                 spread = term.per_token * mask.sum(1, keepdim=True) / weights
                 return sequence_mean(spread, mask, totals.num_completions)
@@ -243,7 +276,7 @@ class Objective(ABC):
 
 
 def blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, TokenScores]:
-    """Set every score outside the loss to 0: an inf there cannot reach a gradient."""
+    """Return batch and scores with 0 outside the loss, so that an inf there reaches no gradient."""
     out = ~batch.loss_mask
 
     def zero(value: Tensor) -> Tensor:
@@ -263,11 +296,15 @@ def blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, Token
 
 
 def known(value: T | None, name: str) -> T:
-    """Return a field that scoring must have filled; raise where it is missing."""
+    """Return a batch field that scoring must have filled.
+
+    Raises:
+        ConfigurationError: the field is None.
+    """
     if value is None:
         raise ConfigurationError(
             f"`{name}` must be present in the rollout batch: got None. "
-            "Score the rollout first; teacher scores need a teacher, and what `prepare` reads of "
-            "student or teacher must be declared by `reads_old_scores`."
+            "Score the rollout first, with a teacher for teacher scores. If your objective reads "
+            "scores in `prepare`, declare it by `reads_old_scores`."
         )
     return value

@@ -1,4 +1,4 @@
-"""Corrections for a sampling engine that disagrees with the trainer."""
+"""Corrections for a sampling engine whose log-probabilities differ from the trainer's."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ Level = Literal["token", "sequence"]
 
 
 class EngineCorrection(Part):
-    """Weights of the student's sampled tokens, from the engine's and the trainer's log-probs."""
+    """Weights the student's sampled tokens by the engine's and the trainer's log-probabilities."""
 
     reads_old_scores = True
 
     @abstractmethod
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """``[B, T]`` weights, once per rollout."""
+        """Return ``[B, T]`` weights, once per rollout."""
 
 
 class NoCorrection(EngineCorrection):
-    """Take the engine's samples as they are, also where the engine is not exact."""
+    """Leaves the engine's samples uncorrected, even if the engine is not exact."""
 
     reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Weight by 1."""
+        """Return weights of 1."""
         return torch.ones_like(known(rollout.rollout_logprobs, "rollout_logprobs"))
 
 
 class TruncatedImportance(EngineCorrection):
-    """Importance weights ``min(pi_old / mu, cap)``.
+    """Weights tokens by ``min(pi_old / mu, cap)``: truncated importance sampling.
 
     Args:
         cap: largest weight, at least 1.
-        level: the ratio of each ``token``, or the product over the whole completion (``sequence``):
-            unbiased up to the cap, but of larger variance.
+        level: take the ratio of each ``token``, or the product over the whole completion
+            (``sequence``), which is unbiased up to the cap but has a larger variance.
     """
 
     def __init__(self, cap: float = 2.0, level: Level = "token") -> None:
@@ -51,30 +51,33 @@ class TruncatedImportance(EngineCorrection):
         self.level = _checked(level)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Weight by the truncated ratio."""
+        """Return the truncated ratios."""
         log_ratio = _log_ratio(rollout, self.level)
         return importance_weights(log_ratio, torch.zeros_like(log_ratio), self.cap)
 
 
 class MaskedImportance(EngineCorrection):
-    """Leave out tokens, or completions, whose ratio ``pi_old / mu`` lies outside ``[low, high]``.
+    """Leaves out tokens or completions with a ratio ``pi_old / mu`` outside ``[low, high]``.
 
     Args:
         low: smallest ratio kept, above 0 and at most 1.
         high: largest ratio kept, at least 1.
-        level: the ratio of each ``token``, or the product over the whole completion (``sequence``).
+        level: judge each ``token`` by its ratio, or a whole completion by the product of its ratios
+            (``sequence``).
     """
 
     def __init__(self, low: float = 0.5, high: float = 2.0, level: Level = "token") -> None:
         if not 0.0 < low <= 1.0:
-            raise ConfigurationError(f"`low` must be above 0 and at most 1: got {low}.")
+            raise ConfigurationError(
+                f"`low` must be above 0 and at most 1: got {low}. 0.5 is usual."
+            )
         require_between("high", high, 1.0, float("inf"))
         self.low = low
         self.high = high
         self.level = _checked(level)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Weight by 1 or 0."""
+        """Return weights of 1 or 0."""
         log_ratio = _log_ratio(rollout, self.level)
         kept = importance_mask(log_ratio, torch.zeros_like(log_ratio), self.low, self.high)
         return kept.to(log_ratio.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
 from typing import Any
 
 from kdrl_lightning.objectives.divergences import VocabularyKL
@@ -10,9 +11,9 @@ from kdrl_lightning.objectives.policy import PolicyObjective
 
 
 class OnPolicyDistillation(PolicyObjective):
-    """KD-RKL, the distillation baseline of KDRL (arXiv 2506.02208, section 2.2).
+    """On-policy reverse KL without rewards: KDRL's baseline KD-RKL (arXiv 2506.02208, section 2.2).
 
-    ``teacher_kl_coef (log pi_T - log pi)^2 / 2`` per token of the student's own completions: the k2
+    ``teacher_kl_coef (log pi_T - log pi)^2 / 2`` per token of the student's completions: the k2
     estimate, with the gradient of KL(pi || pi_T). Rewards are measured but do not enter the loss.
 
     Args:
@@ -40,13 +41,13 @@ class OnPolicyDistillation(PolicyObjective):
 
 
 class GKD(PolicyObjective):
-    """Generalised knowledge distillation (arXiv 2306.13649): whole distributions are compared.
+    """Generalised knowledge distillation, which compares whole distributions (arXiv 2306.13649).
 
     ``teacher_kl_coef (b KL(T || M) + (1 - b) KL(S || M))`` at each token, with the teacher's
     distribution T, the student's S, ``M = b T + (1 - b) S`` and b ``jsd_beta``. Rewards are
     measured but do not enter the loss.
 
-    It takes completions of student and teacher: the paper's student-data fraction is
+    It trains on completions of student and teacher: the paper's student-data fraction is
     ``group_size / (group_size + teacher_completions)``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Distillation terms: losses against the teacher that are added to the policy loss."""
+"""Distillation terms: losses against the teacher, added to the policy loss."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class DistillTerm(Part):
 
     Attributes:
         name: logged as ``loss/<name>``.
-        needs_advantages: it reads the advantages of the policy loss.
-        ratio: the ratio that it clips; None without one.
-        sampled: an estimate on the student's sampled tokens, to be corrected for their engine.
-        top_k: student's most likely tokens at which the teacher must be scored.
-        divergence: full-vocabulary divergence to evaluate in each update.
+        needs_advantages: the term reads the advantages of the policy loss.
+        ratio: the ratio that the term clips; None without one.
+        sampled: the term is an estimate on sampled tokens, so the engine's correction applies.
+        top_k: number of the student's most likely tokens that the teacher must score; 0: none.
+        divergence: full-vocabulary divergence to compute in each update; None without one.
     """
 
     needs_teacher = True
@@ -60,27 +60,30 @@ class DistillTerm(Part):
 
     @abstractmethod
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
-        """``[B, T]`` loss; ``mask [B, T]`` says where it will count."""
+        """Return the ``[B, T]`` loss; only the tokens of ``mask [B, T]`` will count."""
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """``[B, T]`` bool: tokens of the term."""
+        """Return ``[B, T]`` bool: the tokens of the term."""
         return known(batch.imitation_mask, "imitation_mask") & batch.loss_mask
 
     def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """``[B, T]`` bool: tokens on which the teacher enters the term's gradient."""
+        """Return ``[B, T]`` bool: the teacher enters the term's gradient on the token."""
         return self.where(batch)
 
 
 class SampledKL(DistillTerm):
-    """A KL estimate on the sampled tokens; on the student's own completions only.
+    """A KL estimate on the sampled tokens of the student's completions (arXiv 2506.02208, Eq. 8).
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         estimator: ``k2`` and ``policy_gradient`` have reverse KL's gradient, ``k3`` **forward**
             KL's. ``k1`` is refused: its expected gradient is zero.
-        ratio_weight: weight by the detached ratio, which keeps the gradient unbiased with several
-            updates per rollout. Without effect at the first.
+        ratio_weight: weight the estimate by the detached ratio, which keeps the gradient unbiased
+            with several updates per rollout. At the first update the ratio is 1.
         per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+
+    Raises:
+        ConfigurationError: the estimator is unknown or k1, or the weight is out of range.
     """
 
     sampled = True
@@ -106,9 +109,9 @@ class SampledKL(DistillTerm):
         return super().where(batch) & batch.student_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
-        """Estimate at each sampled token."""
+        """Return the estimate at each sampled token."""
         teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-        # Where nothing is imitated the teacher is ignored, even if its value there is -inf.
+        # Ignore the teacher on tokens that are not imitated, even if its value there is -inf.
         teacher = torch.where(mask, teacher, scores.logprobs.detach())
         per_token = SAMPLED[self.estimator](scores.logprobs, teacher)
         if not self.ratio_weight:
@@ -120,16 +123,18 @@ class SampledKL(DistillTerm):
 class VocabularyKL(DistillTerm):
     """The generalised Jensen-Shannon divergence of whole distributions: GKD (arXiv 2306.13649).
 
-    Exact at each position, on completions of student and teacher alike. Over the full vocabulary
-    the teacher runs in every update; over the student's top-k with a tail bucket it is scored once
-    per rollout.
+    It is exact at each position, on completions of both student and teacher. Over the full
+    vocabulary the teacher runs in every update. With ``top_k`` the teacher scores the student's
+    most likely tokens once per rollout, and one bucket holds the rest.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         jsd_beta: 0 is KL(teacher || student), 1 is KL(student || teacher), in [0, 1].
-        top_k: take the student's most likely tokens at rollout time, and one bucket for the rest;
-            None: all tokens.
+        top_k: number of the student's most likely tokens at rollout time; None: all tokens.
         per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
     """
 
     def __init__(
@@ -158,7 +163,7 @@ class VocabularyKL(DistillTerm):
             batch.teacher_tail_logprobs,
         )
         teacher = torch.where(mask[..., None], teacher, student.detach())
-        # Without a token in the rest, nothing is compared there; a floor would be infinitely far.
+        # An empty bucket compares nothing; with a floor there the divergence would be infinite.
         empty = student.detach() == -torch.inf
         if batch.teacher_tail_logprobs is not None:
             empty = empty & (teacher == -torch.inf)
@@ -168,14 +173,17 @@ class VocabularyKL(DistillTerm):
 
 
 class SurrogateTerm(DistillTerm):
-    """A second clipped surrogate: two losses, weighted, e.g. RLAD's surrogate beside GRPO's.
+    """A second clipped surrogate with its own weight, e.g. RLAD's surrogate added to GRPO's.
 
     ``-distill_coef min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token, with the ratio r
-    of ``ratio`` and the advantages A of the policy loss.
+    of ``ratio`` and the advantages A of the policy loss. RLAD's ratio is Eq. 3 of arXiv 2602.22495.
 
     Args:
         ratio: the ratio rule, e.g. ``TrustRegionRatio``.
         distill_coef: weight of the term, at least 0.
+
+    Raises:
+        ConfigurationError: the weight is out of range.
     """
 
     name = "distill_policy"
@@ -184,7 +192,7 @@ class SurrogateTerm(DistillTerm):
     per_imitated_token = False
     ratio: Ratio
 
-    # Its weight has a name of its own, so that a schedule of the KL's weight leaves it alone.
+    # The weight has another name, so that a schedule of `teacher_kl_coef` does not change it.
     def __init__(self, ratio: Ratio, distill_coef: float = 1.0) -> None:
         self.ratio = ratio
         self.needs_teacher = ratio.needs_teacher
@@ -196,7 +204,7 @@ class SurrogateTerm(DistillTerm):
         return self.distill_coef
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Take every loss token: where nothing is imitated, the ratio says so."""
+        """Return every loss token: the ratio leaves the teacher out where nothing is imitated."""
         return batch.loss_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -204,7 +212,7 @@ class SurrogateTerm(DistillTerm):
         return self.ratio.loss(batch, scores.logprobs, self._advantages(batch))
 
     def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the tokens whose ratio is anchored at the teacher and whose gradient is alive."""
+        """Return the tokens whose ratio is anchored at the teacher and has a gradient."""
         if not self.ratio.anchored:
             return torch.zeros_like(batch.loss_mask)
         advantages = self._advantages(batch)
@@ -217,6 +225,15 @@ class SurrogateTerm(DistillTerm):
 
 
 def floored_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:
-    """``generalized_jsd`` with the teacher's log-probabilities at least ``LOGPROB_FLOOR``."""
+    """Return ``generalized_jsd`` with the teacher's log-probabilities raised to ``LOGPROB_FLOOR``.
+
+    Args:
+        student_logits: ``[..., V]`` with gradient.
+        teacher_logits: ``[..., V]`` the teacher's.
+        jsd_beta: weight of the teacher in the mixture, in [0, 1].
+
+    Returns:
+        ``[...]`` nats.
+    """
     teacher = teacher_logits.log_softmax(-1).clamp(min=LOGPROB_FLOOR)
     return generalized_jsd(student_logits, teacher, jsd_beta)

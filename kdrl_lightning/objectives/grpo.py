@@ -1,7 +1,8 @@
-"""GRPO and its variants: a clipped policy gradient with group-relative advantages, no teacher."""
+"""GRPO, GSPO and CISPO: policy gradients with group-relative advantages and without a teacher."""
 
 from __future__ import annotations
 
+# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
 from typing import Any
 
 from kdrl_lightning.objectives.advantages import Advantage
@@ -15,8 +16,9 @@ class GRPO(PolicyObjective):
     ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` per token, with ``rho = pi / pi_old``
     and A the group-relative advantage; by default without a reference KL.
 
-    Dr.GRPO (2503.20783): ``scale_by_std: false, reduction: constant_length``. DAPO (2503.14476):
-    ``clip_high: 0.28``. LUFFY (2504.14945): ``teacher_tokens: ShapedProbability``.
+    For Dr.GRPO (2503.20783) set ``scale_by_std: false`` and ``reduction: constant_length``; for
+    DAPO (2503.14476) set ``clip_high: 0.28``; for LUFFY (2504.14945) set
+    ``teacher_tokens: ShapedProbability``.
 
     Args:
         clip_low: see ``TokenRatio``.
@@ -43,7 +45,7 @@ class GRPO(PolicyObjective):
 
 
 class GSPO(PolicyObjective):
-    """Group Sequence Policy Optimization (arXiv 2507.18071): one ratio per completion.
+    """Group Sequence Policy Optimization, with one ratio per completion (arXiv 2507.18071).
 
     ``-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)`` on each token of a completion o, with
     ``s = (pi(o) / pi_old(o))^(1 / |o|)``.
@@ -71,9 +73,10 @@ class GSPO(PolicyObjective):
 
 
 class CISPO(PolicyObjective):
-    """Clipped importance weights, unclipped gradients (MiniMax-M1, arXiv 2506.13585).
+    """CISPO: a policy gradient with clipped importance weights (MiniMax-M1, arXiv 2506.13585).
 
-    ``-min(rho, 1 + clip_high) A log pi`` per token, without gradient through the weight.
+    ``-min(rho, 1 + clip_high) A log pi`` per token. The weight carries no gradient, and the clip
+    removes no token's gradient.
 
     Args:
         clip_high: see ``WeightRatio`` [our choice: DAPO's value].

@@ -1,7 +1,8 @@
-"""KDRL: GRPO plus a reverse KL to the teacher, on the student's own completions."""
+"""KDRL: GRPO plus a reverse KL to the teacher, on the student's completions."""
 
 from __future__ import annotations
 
+# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
 from typing import Any, Literal
 
 from kdrl_lightning.errors import ConfigurationError
@@ -14,40 +15,44 @@ ESTIMATORS = (*SAMPLED, "full_vocabulary", "top_k")
 
 
 class KDRL(PolicyObjective):
-    """Knowledge distillation and RL in one loss (arXiv 2506.02208, Eq. 8).
+    """KDRL: knowledge distillation and RL in one loss (arXiv 2506.02208, Eq. 8).
 
     ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta (log pi_T - log pi)^2 / 2`` per
     token, with ``rho = pi / pi_old``, A the group-relative advantage and beta ``teacher_kl_coef``.
 
-    The first part is GRPO's surrogate, the second the k2 estimate of KL(pi || pi_T). At rho = 1 the
-    gradient is that of a policy gradient with advantage ``A + beta (log pi_T - log pi)`` per token,
-    which is the form ``advantage``. KDRL-mask: ``selection: [WrongCompletions]`` or
+    The first term is GRPO's surrogate, the second the k2 estimate of KL(pi || pi_T). At rho = 1 the
+    gradient is that of a policy gradient with advantage ``A + beta (log pi_T - log pi)`` per token;
+    ``form: advantage`` computes it that way. For KDRL-mask set ``selection: [WrongCompletions]`` or
     ``[WrongGroups]``.
 
-    Give another distillation term as ``distill``, e.g. ``VocabularyKL(2e-3, top_k=64)``; the
-    arguments ``kl_estimator`` and ``kd_*`` name the usual ones.
+    ``kl_estimator`` and the ``kd_*`` arguments name the usual distillation terms. Pass any other
+    term as ``distill``, e.g. ``VocabularyKL(2e-3, top_k=64)``.
 
     Args:
         teacher_kl_coef: beta, at least 0. Published: 2e-3 constant, or 5e-3 annealed to 1e-3 (see
             ``KLCoefficientAnnealing``).
         kd_ratio_weight: weight the sampled KL by the detached ratio, which keeps it unbiased with
             several updates per rollout [our choice].
-        kl_estimator: ``k2`` (the paper's) and ``policy_gradient``: reverse KL's gradient, on
-            sampled tokens; ``k3``: **forward** KL's; ``full_vocabulary``: reverse KL, exact, the
-            teacher runs in every update; ``top_k``: reverse KL over the student's most likely
-            tokens and a tail bucket. ``k1`` is refused: as a loss its expected gradient is zero.
-        form: ``joint``: two losses (the paper's choice); ``advantage``: ``A + beta d`` in the
-            clipped surrogate; ``reward_shaping``: the mean gap in the reward.
+        kl_estimator: ``k2`` (the paper's) and ``policy_gradient`` have reverse KL's gradient on
+            sampled tokens, ``k3`` **forward** KL's. ``full_vocabulary`` is the exact reverse KL,
+            for which the teacher runs in every update; ``top_k`` is the reverse KL over the
+            student's most likely tokens and a tail bucket. ``k1`` is refused: its expected gradient
+            is zero.
+        form: ``joint`` adds two losses (the paper's choice), ``advantage`` takes ``A + beta d`` in
+            the clipped surrogate, ``reward_shaping`` adds the mean gap to the reward.
         kd_top_k: K of ``top_k``.
         kd_per_imitated_token: divide the KL by the imitated tokens, not by all loss tokens.
         clip_low: see ``TokenRatio``.
         clip_high: see ``TokenRatio``.
         dual_clip: see ``TokenRatio``.
         scale_by_std: see ``Advantage``.
-        distill: the distillation term with its weight, in place of all arguments above that
+        distill: the distillation term with its weight; it replaces the arguments above that
             describe one.
         policy: further settings of ``PolicyObjective``. The paper takes ``group_token_mean`` for
             ``reduction``.
+
+    Raises:
+        ConfigurationError: the arguments name no term, contradict each other, or are out of range.
     """
 
     def __init__(
@@ -69,9 +74,9 @@ class KDRL(PolicyObjective):
         advantage, kl = _by_name(*names, kd_per_imitated_token, scale_by_std)
         if distill is not None and (*names, kd_per_imitated_token) != _defaults():
             raise ConfigurationError(
-                "`distill` must stand without `teacher_kl_coef`, `form`, `kl_estimator` and "
-                f"`kd_*`, which name a term as well: got {type(distill).__name__} and some of "
-                "them. Give `distill` its own weight, and leave them out."
+                "`distill` must be given without `teacher_kl_coef`, `form`, `kl_estimator` and "
+                f"`kd_*`, which name a term too: got {type(distill).__name__} and some of them. "
+                "Set the weight in `distill`, and leave the others out."
             )
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high, dual_clip),
@@ -97,7 +102,8 @@ def _by_name(
     if kl_estimator != "k2" or ratio_weight or per_imitated_token:
         raise ConfigurationError(
             "`form` must be joint for `kl_estimator`, `kd_ratio_weight` and "
-            f"`kd_per_imitated_token`, which belong to its loss: got {form}."
+            f"`kd_per_imitated_token`, which belong to its loss: got {form}. Leave them out, or "
+            "take the joint form."
         )
     if form == "advantage":
         return SumAdvantage(teacher_kl_coef, scale_by_std=scale_by_std), None
@@ -106,7 +112,7 @@ def _by_name(
     raise ConfigurationError(f"`form` must be joint, advantage or reward_shaping: got {form}.")
 
 
-def _defaults() -> tuple[Any, ...]:
+def _defaults() -> tuple[object, ...]:
     """Return the defaults of the arguments that name a term, in their order."""
     return (KDRL.__init__.__defaults__ or ())[:6]
 
@@ -118,7 +124,7 @@ def named_kl(
     top_k: int = 64,
     per_imitated_token: bool = False,
 ) -> DistillTerm:
-    """Return the reverse or forward KL to the teacher by an estimator's name.
+    """Return the KL term, reverse or forward, that an estimator's name stands for.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
@@ -128,8 +134,8 @@ def named_kl(
         per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
 
     Raises:
-        ConfigurationError: there is no such estimator (k1 has no gradient), or an exact one is
-            weighted by the ratio.
+        ConfigurationError: the estimator is unknown or k1 (its expected gradient is zero), or
+            ``ratio_weight`` is set for an exact one.
     """
     if kl_estimator not in ESTIMATORS:
         why = " The expected gradient of k1 as a loss is zero." if kl_estimator == "k1" else ""
@@ -141,7 +147,7 @@ def named_kl(
     if ratio_weight:
         raise ConfigurationError(
             f"`kd_ratio_weight` must be false for `kl_estimator` {kl_estimator}, which is exact at "
-            "each position: got true."
+            "each position: got true. Leave it out."
         )
     k = top_k if kl_estimator == "top_k" else None
     return VocabularyKL(teacher_kl_coef, 1.0, k, per_imitated_token)

@@ -1,7 +1,12 @@
-"""Advantages mixed from rewards and teacher: SRPO and RLSD, as arXiv 2609.04108 rewrites them."""
+"""SRPO and RLSD: advantages mixed from rewards and teacher.
+
+Both were published as self-distillation. We follow arXiv 2609.04108, which puts an external teacher
+in their place.
+"""
 
 from __future__ import annotations
 
+# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
 from typing import Any
 
 from kdrl_lightning.objectives.advantages import ReweightedAdvantage, VerdictAdvantage
@@ -10,10 +15,10 @@ from kdrl_lightning.objectives.ratios import TokenRatio
 
 
 class SRPO(PolicyObjective):
-    """Rewards teach the correct completions, the teacher the wrong ones (arXiv 2604.02288).
+    """SRPO: rewards train the correct completions, the teacher the wrong ones (arXiv 2604.02288).
 
-    GRPO's surrogate with advantage ``c A + (1 - c) d`` per token: c is 1 where the verifier accepts
-    the completion, else 0, and ``d = log pi_T - log pi``, without gradient.
+    It is GRPO's surrogate with the advantage ``c A + (1 - c) d`` per token: c is 1 if the verifier
+    accepts the completion, else 0, and ``d = log pi_T - log pi``, without gradient.
 
     Args:
         clip_low: see ``TokenRatio``.
@@ -37,9 +42,9 @@ class SRPO(PolicyObjective):
 
 
 class RLSD(PolicyObjective):
-    """The teacher scales each token's advantage, and never flips it (arXiv 2604.03128).
+    """RLSD: the teacher scales each token's advantage and keeps its sign (arXiv 2604.03128).
 
-    GRPO's surrogate with the advantage
+    It is GRPO's surrogate with the advantage
     ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))`` per token, with
     ``d = log pi_T - log pi``, without gradient.
 

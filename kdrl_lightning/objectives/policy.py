@@ -1,4 +1,4 @@
-"""The frame of all policy methods: ratio rule x advantage rule, and what may stand beside it."""
+"""The frame of all policy methods: ratio rule x advantage rule, and the terms added to it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,29 @@ from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
 
 
 class PolicyObjective(Objective):
-    """``policy(ratio, advantage) + distill + ref_kl_coef KL(pi || pi_ref)``, from parts.
+    """A loss from parts: ``policy(ratio, advantage) + distill + ref_kl_coef KL(pi || pi_ref)``.
 
-    GRPO, KDRL, RLAD and the others are this class with their parts filled in; a mixture of them is
-    this class by hand.
+    GRPO, KDRL, RLAD and the others are this class with fixed parts. To mix methods, give this class
+    the parts that you want.
 
     Args:
-        ratio: which ratio multiplies the advantage, and its clip; None for no policy loss.
-        advantage: what rewards and teacher make of each token; None for no policy loss.
-        distill: a distillation loss beside the policy loss.
-        selection: where the teacher is imitated; several intersect, none means everywhere.
+        ratio: the ratio that multiplies the advantage, and its clip; None: no policy loss.
+        advantage: rule that gives each token an advantage; None: no policy loss.
+        distill: a distillation term added to the policy loss.
+        selection: rules for the tokens on which the teacher is imitated: those that every rule
+            selects; without a rule all tokens.
         teacher_tokens: ratio rule for completions that the teacher sampled.
-        engine_correction: weights against a sampling engine that disagrees with the trainer, on the
-            student's sampled tokens; None: ``TruncatedImportance`` where the engine is not exact
-            and a term reads sampled tokens, else nothing. ``NoCorrection`` switches it off.
+        engine_correction: weights of the student's sampled tokens, against a sampling engine that
+            disagrees with the trainer. None: ``TruncatedImportance`` if the engine is not exact and
+            a term reads sampled tokens, else nothing. ``NoCorrection`` switches it off.
         rl_coef: weight of the policy loss, at least 0.
         ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
             the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.
         reduction: how per-token values become one number.
-        entropy_coef: weight of the entropy bonus.
+        entropy_coef: weight of the entropy bonus, at least 0.
+
+    Raises:
+        ConfigurationError: the parts do not fit together, or a coefficient is out of range.
     """
 
     def __init__(
@@ -66,20 +70,20 @@ class PolicyObjective(Objective):
         super().__init__(reduction, entropy_coef)
         if (ratio is None) != (advantage is None) or (ratio is None and distill is None):
             raise ConfigurationError(
-                "`ratio` and `advantage` must go together, or `distill` stand alone: got "
-                f"{_names(ratio, advantage, distill)}."
+                "`ratio` and `advantage` must be given together, or `distill` alone: got "
+                f"{_names(ratio, advantage, distill)}. Add the missing part."
             )
         if teacher_tokens is not None and ratio is None:
             raise ConfigurationError(
-                f"`teacher_tokens` must go with a policy loss: got {_names(teacher_tokens)} beside "
-                f"{_names(distill)} alone."
+                f"`teacher_tokens` must be given with a policy loss: got {_names(teacher_tokens)} "
+                f"and {_names(distill)} alone. Add `ratio` and `advantage`, or drop it."
             )
         if distill is not None and distill.needs_advantages:
             _check_second(distill, advantage, teacher_tokens)
         compares = advantage is not None and advantage.needs_groups
         if not compares and any(s.needs_advantages for s in selection or ()):
             raise ConfigurationError(
-                "`advantage_threshold` must go with advantages from rewards: got "
+                "`advantage_threshold` must be used with advantages from rewards: got "
                 f"{_names(advantage, distill)}. Use KDRL, or drop the gate."
             )
         self.ratio = ratio
@@ -93,9 +97,9 @@ class PolicyObjective(Objective):
         self.needs_teacher = any(p and p.needs_teacher for p in (ratio, advantage, distill))
         if self.selection and not self.needs_teacher:
             raise ConfigurationError(
-                f"`selection` must go with a part that imitates the teacher: got "
-                f"{_names(*self.selection)} beside {_names(ratio, advantage)}. Drop it, or take "
-                "an objective with a teacher."
+                f"`selection` must be used with a part that imitates the teacher: got "
+                f"{_names(*self.selection)} and {_names(ratio, advantage)}. Drop it, or take an "
+                "objective with a teacher."
             )
         self.leaves_out_end = any(isinstance(s, ExceptEndToken) for s in self.selection)
         self.needs_reference = ref_kl_coef > 0.0
@@ -105,11 +109,11 @@ class PolicyObjective(Objective):
             self.top_k, self.divergence = distill.top_k, distill.divergence
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Decide once per rollout: advantages, where to imitate, the engine's correction."""
+        """Return the rollout with advantages, the tokens to imitate and the engine's correction."""
         # Selections may read the advantages, and shaped advantages the selection.
         mask = rollout.loss_mask
         if self.distill is None or self.distill.sampled:
-            mask = rollout.student_mask  # only whole distributions compare on the teacher's samples
+            mask = rollout.student_mask  # on the teacher's samples only VocabularyKL is valid
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None:
             rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
@@ -126,20 +130,20 @@ class PolicyObjective(Objective):
         return rollout.replace(importance_weights=torch.where(rollout.student_mask, weights, 1.0))
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
-        """Ask the parts of ``prepare``; one of another kind may read everything."""
+        """Return whether a part reads the student's scores; True if you override ``prepare``."""
         correction = self.engine_correction or self._default_correction(rollout)
-        own = self.top_k > 0 or correction.reads_old_scores
-        return own or self.reads_teacher_scores(rollout)
+        of_student = self.top_k > 0 or correction.reads_old_scores
+        return of_student or self.reads_teacher_scores(rollout)
 
     def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
-        """Ask them, but the correction, which is of the student."""
+        """Return whether a part reads the teacher's scores; True if you override ``prepare``."""
         if type(self).prepare is not PolicyObjective.prepare:
             return True
         parts = (self.advantage, *self.selection)
         return any(part.reads_old_scores for part in parts if part is not None)
 
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
-        # A ratio to what the engine reported corrects already, and whole distributions need none.
+        # A ratio to the engine's log-probabilities corrects already; VocabularyKL needs none.
         corrected = self.ratio is not None and self.ratio.to_behavior
         sampled = self.ratio or self.needs_reference or (self.distill and self.distill.sampled)
         if rollout.engine_exact or corrected or not sampled:
@@ -178,7 +182,7 @@ class PolicyObjective(Objective):
             yield Term("ref_kl", reference, self.ref_kl_coef, batch.student_mask)
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Apply the advantage rule, with the teacher's gap where it is imitated."""
+        """Return the advantage rule's ``[B, T]``; the teacher's gap is 0 on tokens not imitated."""
         gap = torch.zeros_like(logprobs)
         if self.advantage is None:
             return gap
@@ -189,7 +193,7 @@ class PolicyObjective(Objective):
         return self.advantage(batch, gap)
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the log of the ratio that is clipped, by who sampled the token."""
+        """Return the log of the clipped ratio, by the rule for whoever sampled the token."""
         ratio = self._shown()
         if ratio is None:
             return super().log_ratio(batch, logprobs)
@@ -199,7 +203,7 @@ class PolicyObjective(Objective):
         return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Ask the ratio rule, by who sampled the token."""
+        """Return what the ratio rule says, by the rule for whoever sampled the token."""
         ratio = self._shown()
         if ratio is None:
             return None
@@ -223,8 +227,8 @@ class PolicyObjective(Objective):
     def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return the tokens on which the teacher enters the gradient.
 
-        Those of the distillation term, and those of the policy loss whose ratio or advantage the
-        teacher changes and whose gradient is alive.
+        These are the tokens of the distillation term, and the tokens of the policy loss whose ratio
+        or advantage the teacher changes and whose gradient the clip does not remove.
         """
         out = torch.zeros_like(batch.loss_mask)
         weights = batch.importance_weights
@@ -243,7 +247,7 @@ class PolicyObjective(Objective):
         return out | (changed & alive & kept & batch.student_mask)
 
     def _shown(self) -> Ratio | None:
-        """Return the ratio that statistics describe: of two, the one with the teacher."""
+        """Return the ratio that statistics describe; of two, that of the distillation term."""
         second = None if self.distill is None else self.distill.ratio
         return second or self.ratio
 
@@ -254,18 +258,21 @@ def _check_second(
     """Refuse a second surrogate without advantages from rewards, or with teacher completions."""
     if teacher_tokens is not None:
         raise ConfigurationError(
-            f"`teacher_tokens` must be None beside `distill` {type(distill).__name__}, which has "
-            f"no rule for the teacher's completions: got {_names(teacher_tokens)}."
+            f"`teacher_tokens` must be None with `distill` {type(distill).__name__}, which has no "
+            f"rule for the teacher's completions: got {_names(teacher_tokens)}. Drop one of them."
         )
     if advantage is None or advantage.needs_teacher or not advantage.needs_groups:
         raise ConfigurationError(
-            f"`distill` {type(distill).__name__} must stand beside a policy loss whose advantages "
-            f"come from rewards alone: got {_names(advantage)}. Use Advantage, e.g. GRPO."
+            f"`distill` {type(distill).__name__} must be added to a policy loss with advantages "
+            f"from rewards alone: got {_names(advantage)}. Use Advantage, e.g. GRPO."
         )
 
 
 def _neutral(batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> RolloutBatch:
-    """Let every ratio be 1 on rows of the other rule: an overflow there is a NaN gradient."""
+    """Return the batch with every ratio 1 on ``rows``: an overflow there would give NaN gradients.
+
+    These are the rows of the other ratio rule.
+    """
     names = ("old_logprobs", "rollout_logprobs", "teacher_logprobs")
     fields = {n: v for n in names if (v := getattr(batch, n)) is not None}
     same = logprobs.detach()

@@ -1,4 +1,4 @@
-"""Ratio rules: which ratio multiplies the advantage, and how it is clipped."""
+"""Ratio rules: the ratio that multiplies the advantage, and its clip."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Ratio(Part):
     Args:
         clip_low: the ratio is clipped below at ``1 - clip_low``, in [0, 1].
         clip_high: the ratio is clipped above at ``1 + clip_high``, at least 0.
-        dual_clip: upper bound on the ratio where A < 0, above 1 (arXiv 1912.09729); None for none.
+        dual_clip: upper bound on the ratio for A < 0, above 1 (arXiv 1912.09729); None: no bound.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
     """
 
     def __init__(
@@ -48,30 +51,30 @@ class Ratio(Part):
 
     @property
     def anchored(self) -> bool:
-        """Whether the teacher stands in the ratio."""
+        """Whether the teacher enters the ratio."""
         return False
 
     @property
     def to_behavior(self) -> bool:
-        """Whether it divides by what the engine reported: nothing is left to correct."""
+        """Whether the ratio divides by the engine's probabilities, so it needs no correction."""
         return False
 
     @abstractmethod
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """``[B, T]`` surrogate for advantages ``[B, T]``."""
+        """Return the ``[B, T]`` surrogate for advantages ``[B, T]``."""
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """``[B, T]`` log of the ratio."""
+        """Return the ``[B, T]`` log of the ratio."""
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` bool each: the ratio lies below, above the clip range."""
+        """Return two ``[B, T]`` bool: the ratio is below or above the clip range."""
         log_ratio = self.log_ratio(batch, logprobs)
         low = math.log1p(-self.clip_low) if self.clip_low < 1.0 else -math.inf
         return log_ratio < low, log_ratio > math.log1p(self.clip_high)
 
     def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """``[B, T]`` bool: the clip removes the gradient."""
+        """Return ``[B, T]`` bool: the clip removes the token's gradient."""
         below, above = self.outside(batch, logprobs)
         far = torch.zeros_like(above)
         if self.dual_clip is not None:
@@ -80,13 +83,13 @@ class Ratio(Part):
 
 
 class TokenRatio(Ratio):
-    """PPO's ratio of each token, ``rho = pi / pi_old``: GRPO (arXiv 2402.03300).
+    """PPO's ratio per token, ``rho = pi / pi_old``: GRPO (arXiv 2402.03300).
 
-    DAPO (2503.14476) takes ``clip_high`` 0.28.
+    DAPO (2503.14476) sets ``clip_high`` to 0.28.
     """
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Clip rho."""
+        """Return the surrogate with a clipped rho."""
         old = known(batch.old_logprobs, "old_logprobs")
         return clipped_surrogate(
             logprobs, old, advantages, self.clip_low, self.clip_high, self.dual_clip
@@ -94,7 +97,7 @@ class TokenRatio(Ratio):
 
 
 class SequenceRatio(Ratio):
-    """One ratio for a whole completion, ``(pi / pi_old)^(1/|o|)``: GSPO (arXiv 2507.18071).
+    """One ratio per completion, ``(pi / pi_old)^(1/|o|)``: GSPO (arXiv 2507.18071).
 
     Args:
         clip_low: the ratio is clipped below at ``1 - clip_low``.
@@ -105,20 +108,20 @@ class SequenceRatio(Ratio):
         super().__init__(clip_low, clip_high)
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Clip the sequence ratio."""
+        """Return the surrogate with a clipped sequence ratio."""
         old = known(batch.old_logprobs, "old_logprobs")
         return sequence_surrogate(
             logprobs, old, advantages, batch.loss_mask, self.clip_low, self.clip_high
         )
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the row's ratio at each of its tokens."""
+        """Return the log of the completion's ratio, at each of its tokens."""
         old = known(batch.old_logprobs, "old_logprobs")
         return sequence_log_ratio(logprobs, old, batch.loss_mask)
 
 
 class WeightRatio(Ratio):
-    """rho as a clipped, detached weight of ``A log pi``: CISPO (arXiv 2506.13585).
+    """A weight for ``A log pi``: rho, clipped and detached, as in CISPO (arXiv 2506.13585).
 
     Args:
         clip_high: the weight is at most ``1 + clip_high``.
@@ -128,28 +131,32 @@ class WeightRatio(Ratio):
         super().__init__(1.0, clip_high)
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Weight the policy gradient."""
+        """Return the weighted policy gradient loss."""
         old = known(batch.old_logprobs, "old_logprobs")
         return cispo_surrogate(logprobs, old, advantages, self.clip_high)
 
     def dead(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Nowhere: the weight is clipped, the gradient stays."""
+        """Return False everywhere: the clip acts on the weight and removes no gradient."""
         return torch.zeros_like(batch.loss_mask)
 
 
 class TrustRegionRatio(Ratio):
-    """Trust Region Ratio Distillation: RLAD (arXiv 2602.22495, Eq. 3 and 4).
+    """Trust Region Ratio Distillation's ratio: RLAD (arXiv 2602.22495, Eq. 3 and 4).
 
-    ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``. Where nothing is to be imitated, and on
-    the teacher's own completions, r is rho.
+    ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``. On tokens that are not imitated, and on the
+    teacher's completions, r is rho.
 
     Args:
         trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.
-        offset_clamp: bound on ``|log pi_old - log pi_T|``, at least 0 [one public implementation's
-            value]; None for none.
+        offset_clamp: bound on ``|log pi_old - log pi_T|``, at least 0; None: no bound. 1.0 is the
+            paper's value (App. B); the paper clamps the current student's log-ratio, we clamp the
+            old student's [our choice, see ``trrd_log_ratio``].
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
-        dual_clip: upper bound on the ratio where A < 0, above 1; None for none.
+        dual_clip: upper bound on the ratio for A < 0, above 1; None: no bound.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
     """
 
     needs_teacher = True
@@ -170,11 +177,11 @@ class TrustRegionRatio(Ratio):
 
     @property
     def anchored(self) -> bool:
-        """Whether alpha and clamp leave the teacher a say."""
+        """Whether the teacher enters the ratio: alpha is below 1 and the clamp is not 0."""
         return self.trrd_alpha < 1.0 and self.offset_clamp != 0.0
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Clip TRRD's ratio."""
+        """Return the surrogate with TRRD's clipped ratio."""
         old = known(batch.old_logprobs, "old_logprobs")
         return trrd_surrogate(
             logprobs,
@@ -195,18 +202,19 @@ class TrustRegionRatio(Ratio):
 
 
 class BehaviorRatio(Ratio):
-    """``pi / mu`` with what the sampler reported, clipped: importance sampling from the teacher.
+    """The clipped ratio ``pi / mu`` to the sampler's probabilities: importance sampling.
 
-    For the teacher's completions, whose log-probabilities are at its own sampling temperature.
+    Use it as ``teacher_tokens``. The log-probabilities of the teacher's completions are at the
+    teacher's sampling temperature.
     """
 
     @property
     def to_behavior(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Clip the ratio to the behavior policy."""
+        """Return the surrogate with the clipped ratio to the behavior policy."""
         behavior = known(batch.rollout_logprobs, "rollout_logprobs")
         return clipped_surrogate(
             logprobs, behavior, advantages, self.clip_low, self.clip_high, self.dual_clip
@@ -218,12 +226,15 @@ class BehaviorRatio(Ratio):
 
 
 class ShapedProbability(Ratio):
-    """``f(pi)`` with ``f(x) = x / (x + gamma)``, unclipped: LUFFY (arXiv 2504.14945).
+    """LUFFY's unclipped ``f(pi)`` with ``f(x) = x / (x + gamma)`` (arXiv 2504.14945).
 
-    For the teacher's completions.
+    Use it as ``teacher_tokens``.
 
     Args:
-        gamma: where f reaches one half, above 0.
+        gamma: probability at which f is one half, above 0. Published: 0.1.
+
+    Raises:
+        ConfigurationError: ``gamma`` is not above 0.
     """
 
     def __init__(self, gamma: float = 0.1) -> None:
@@ -233,7 +244,7 @@ class ShapedProbability(Ratio):
         self.gamma = gamma
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Shape the probability."""
+        """Return the surrogate with the shaped probability."""
         return luffy_surrogate(logprobs, advantages, self.gamma)
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
@@ -242,7 +253,7 @@ class ShapedProbability(Ratio):
 
 
 def _anchor(batch: RolloutBatch) -> Tensor:
-    """Return the teacher where it is imitated, else the old student: the ratio is then rho."""
+    """Return the teacher on imitated tokens, elsewhere the old student: the ratio is rho there."""
     teacher = known(batch.teacher_logprobs, "teacher_logprobs")
     if batch.imitation_mask is None:
         return teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
 from typing import Any
 
 from kdrl_lightning.objectives.advantages import Advantage
@@ -10,17 +11,18 @@ from kdrl_lightning.objectives.ratios import TrustRegionRatio
 
 
 class RLAD(PolicyObjective):
-    """RL-aware distillation (arXiv 2602.22495, Eq. 3 and 4): the teacher stands in the ratio.
+    """RLAD: RL-aware distillation, with the teacher in the ratio (arXiv 2602.22495, Eq. 3 and 4).
 
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token, with A the group-relative
-    advantage and ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``; by default without a
-    reference KL.
+    advantage and ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``. Eq. 4 also has a reference
+    KL; the default is without one.
 
-    A rewarded token that the teacher dislikes is not reinforced; a punished token that it likes is
-    protected. ``offset_clamp`` c limits both: below ``log(1 + clip_high) / (1 - alpha)`` the first
-    does not happen, below ``-log(1 - clip_low) / (1 - alpha)`` neither does the second. Run RLAD
-    with 2 to 4 updates per rollout: only they can use the wider clip range. To add this surrogate
-    to another loss, see ``SurrogateTerm``.
+    RLAD does not reinforce a rewarded token that the teacher finds improbable, and does not
+    suppress a punished token that the teacher finds probable. ``offset_clamp`` limits both: below
+    ``log(1 + clip_high) / (1 - alpha)`` the first no longer happens at rho = 1, below
+    ``-log(1 - clip_low) / (1 - alpha)`` neither does the second. Run RLAD with 2 to 4 updates per
+    rollout: only further updates can use the wider clip range. To add this surrogate to another
+    loss, use ``SurrogateTerm``.
 
     Args:
         trrd_alpha: alpha, see ``TrustRegionRatio``. Published: 0.5.

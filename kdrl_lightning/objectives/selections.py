@@ -1,4 +1,4 @@
-"""Selections: where the teacher is imitated. Each is decided once per rollout."""
+"""Selections: the tokens on which the teacher is imitated, decided once per rollout."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 
 class Selection(Part):
-    """Tokens on which the teacher is imitated; several selections intersect.
+    """A rule for the tokens on which the teacher is imitated.
+
+    With several selections the teacher is imitated on the tokens that all of them select.
 
     Attributes:
-        needs_advantages: it reads the advantages.
+        needs_advantages: the rule reads the advantages.
     """
 
     needs_teacher = True
@@ -27,56 +29,63 @@ class Selection(Part):
 
     @abstractmethod
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """``[B]`` or ``[B, T]`` bool, from a scored rollout with its advantages."""
+        """Return ``[B]`` or ``[B, T]`` bool, from a scored rollout with its advantages."""
 
 
 class WrongCompletions(Selection):
-    """Completions that the verifier rejects: KDRL's response-level mask (arXiv 2506.02208)."""
+    """Selects completions that the verifier rejects: KDRL's response mask (arXiv 2506.02208)."""
 
     reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Select by the verdict."""
+        """Return ``[B]`` bool by the verdict."""
         return wrong_completions(rollout.correct)
 
 
 class WrongGroups(Selection):
-    """Completions of prompts that the student never solves: KDRL's group-level mask, and HDPO's."""
+    """Selects completions of prompts that the student solves in none of its completions.
 
-    reads_old_scores = False
-
-    def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Select by the verdicts on the student's completions of the group."""
-        return wrong_groups(rollout.correct & (rollout.source == STUDENT), rollout.group_ids)
-
-
-class ExceptEndToken(Selection):
-    """All but the final end token, where student and teacher end in different ways.
-
-    A replication of KDRL masks it in the teacher's term (arXiv 2609.04108): a base student and a
-    chat teacher close their answers differently.
+    It is the group mask of KDRL (arXiv 2506.02208) and of HDPO (arXiv 2603.23871).
     """
 
     reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Leave out the last token of each completion that was not cut."""
+        """Return ``[B]`` bool by the verdicts on the student's completions of the group."""
+        return wrong_groups(rollout.correct & (rollout.source == STUDENT), rollout.group_ids)
+
+
+class ExceptEndToken(Selection):
+    """Selects all tokens but the final end token.
+
+    Use it if student and teacher end an answer with different tokens, as a base student and a chat
+    teacher do. A replication of KDRL masks the end token in the teacher's term (arXiv 2609.04108).
+    """
+
+    reads_old_scores = False
+
+    def __call__(self, rollout: RolloutBatch) -> Tensor:
+        """Return ``[B, T]`` bool: False on the last token of each completion that was not cut."""
         columns = torch.arange(rollout.completion_ids.shape[1], device=rollout.truncated.device)
         last = columns == (rollout.completion_lengths - 1)[:, None]
         return ~(last & ~rollout.truncated[:, None])
 
 
 class Gates(Selection):
-    """Selective imitation by thresholds; each gate is off at None.
+    """Selects tokens by thresholds; None switches a threshold off.
 
-    A description of RLAD other than the paper's. All three together keep tokens where the teacher
-    has little to say (d near 0): see the method's page.
+    These gates are not in the RLAD paper [our choice]. All three together keep tokens on which
+    student and teacher nearly agree (d near 0): see the method's page.
 
     Args:
-        alignment_threshold: largest ``|log pi_T - log pi_old|``, nats.
+        alignment_threshold: largest ``|log pi_T - log pi_old|``, in nats.
         advantage_threshold: smallest advantage.
-        exploration_entropy: largest entropy of the student, nats.
-        alignment_per: judge alignment by ``token`` or by the ``completion``'s mean.
+        exploration_entropy: largest entropy of the student, in nats.
+        alignment_per: apply the alignment threshold to each ``token``, or to the mean of each
+            ``completion``.
+
+    Raises:
+        ConfigurationError: a threshold is no number or negative, or ``alignment_per`` is unknown.
     """
 
     def __init__(
@@ -93,7 +102,9 @@ class Gates(Selection):
             if value is not None:
                 require_between(name, value, 0.0, float("inf"), "Use null for no gate.")
         if advantage_threshold is not None and advantage_threshold != advantage_threshold:
-            raise ConfigurationError("`advantage_threshold` must be a number: got nan.")
+            raise ConfigurationError(
+                "`advantage_threshold` must be a number: got nan. Use null for no gate."
+            )
         if alignment_per not in ("token", "completion"):
             raise ConfigurationError(
                 f"`alignment_per` must be token or completion: got {alignment_per}."
@@ -106,7 +117,7 @@ class Gates(Selection):
         self.reads_old_scores = (alignment_threshold, exploration_entropy) != (None, None)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Select by old log-probabilities, advantages and old entropy."""
+        """Return ``[B, T]`` bool by old log-probabilities, advantages and old entropy."""
         kept = rollout.loss_mask
         if self.alignment_threshold is not None:
             kept = kept & aligned(

@@ -14,8 +14,10 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class SFT(Objective):
     """Cross-entropy of given completions: the teacher's (``group_size: 0``), or a dataset's.
 
+    KDRL compares with it (arXiv 2506.02208, section 2.2).
+
     Args:
-        only_correct: keep the completions that the verifier accepts: rejection-sampled SFT.
+        only_correct: train on the completions that the verifier accepts: rejection-sampled SFT.
         reduction: how per-token values become one number.
         entropy_coef: weight of the entropy bonus.
     """
@@ -32,7 +34,7 @@ class SFT(Objective):
         self.only_correct = only_correct
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Leave wrong completions out of the loss."""
+        """Return the rollout, with wrong completions left out of the loss if you asked for that."""
         if self.only_correct and len(rollout):
             kept = rollout.loss_mask & rollout.correct[:, None]
             tokens = kept.new_zeros(int(rollout.group_ids.max()) + 1, dtype=torch.float32)
@@ -41,9 +43,9 @@ class SFT(Objective):
         return super().prepare(rollout)
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
-        """It reads the verdict alone."""
+        """Return False: ``prepare`` reads only the verdicts."""
         return False
 
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
-        """Yield the negative log-likelihood."""
+        """Yield the negative log-likelihood of each token."""
         yield Term("nll", -scores.logprobs)

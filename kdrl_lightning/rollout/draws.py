@@ -1,31 +1,33 @@
-"""Drawing the prompts of a rollout: a row that cannot be used is replaced, counted and named."""
+"""Draw the prompts of a rollout; a row that cannot be used is replaced, counted and reported."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+# `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
 from typing import Any, TypeVar
 
 from kdrl_lightning.errors import BadRow, TrainingStopped
 
 T = TypeVar("T")
 
-# Stop when more than this part of the prompts drawn in the last rollouts could not be used.
+# Stop if more than this share of the prompts drawn in the last rollouts could not be used.
 MAX_BAD_FRAC, LAST_ROLLOUTS = 0.1, 10
-# A slot gives up after as many, and a run names as many.
+# A slot stops the run after so many unusable rows; a run warns of so many rows.
 MOST_TRIES, NAMED = 100, 5
 
 
 def draw(prompts: Sequence[T], rows: Iterable[int]) -> tuple[T, list[BadRow]]:
-    """Return the first prompt that can be used, and why those before it cannot.
+    """Return the first prompt that can be used, and the errors of the rows before it.
 
     Args:
-        prompts: all of them; one that cannot be used raises ``BadRow``.
-        rows: in the order in which they are tried.
+        prompts: all prompts; reading one that cannot be used raises ``BadRow``.
+        rows: rows to try, in this order.
 
     Raises:
-        TrainingStopped: none of them can be used.
+        TrainingStopped: none of the rows can be used.
     """
     skipped: list[BadRow] = []
     for row in rows:
@@ -34,12 +36,13 @@ def draw(prompts: Sequence[T], rows: Iterable[int]) -> tuple[T, list[BadRow]]:
         except BadRow as error:
             skipped.append(error)
     raise TrainingStopped(
-        f"{len(skipped)} prompts in a row cannot be used, the last because {skipped[-1]}"
+        f"{len(skipped)} prompts in a row cannot be used. Correct these rows. The last error: "
+        f"{skipped[-1]}"
     )
 
 
 class DrawCounts:
-    """Counts what one rank draws, and decides over all ranks whether to go on."""
+    """Counts the prompts that a rank draws, and stops the run if too many cannot be used."""
 
     def __init__(self) -> None:
         self._drawn, self._skipped, self._bad = 0, 0, 0
@@ -48,7 +51,7 @@ class DrawCounts:
         self._reason = ""
 
     def add(self, prompts: int, skipped: Sequence[BadRow]) -> None:
-        """Count prompts that were drawn and rows that were skipped; name the first of these."""
+        """Count the prompts drawn and the rows skipped, and warn of the first rows skipped."""
         bad = [error for error in skipped if not error.wished]
         self._drawn += prompts + len(skipped)
         self._skipped += len(skipped)
@@ -57,35 +60,39 @@ class DrawCounts:
             self._reason = str(error)
             if self._named < NAMED:
                 self._named += 1
-                more = " Further ones are only counted." if self._named == NAMED else ""
+                more = " Further rows are only counted." if self._named == NAMED else ""
                 warnings.warn(f"skipped {error}{more}", stacklevel=2)
 
     def take(self) -> list[float]:
-        """Return prompts drawn, rows skipped, and bad ones among these, since the last call."""
+        """Return prompts drawn, rows skipped, and rows skipped as bad, since the last call."""
         values = [float(self._drawn), float(self._skipped), float(self._bad)]
         self._drawn = self._skipped = self._bad = 0
         return values
 
     def judge(self, drawn: float, bad: float) -> None:
-        """Stop if too many rows were bad in the last rollouts; sums over all ranks.
+        """Stop the run if too many rows were bad in the last rollouts.
+
+        Args:
+            drawn: prompts drawn in this rollout, summed over all ranks.
+            bad: bad rows among them, summed over all ranks.
 
         Raises:
-            TrainingStopped: more than a tenth of them, and more than one.
+            TrainingStopped: more than a tenth of the prompts, and more than one, were bad.
         """
         self._last.append((drawn, bad))
         drawn, bad = (sum(values) for values in zip(*self._last, strict=True))
         if bad > max(1.0, MAX_BAD_FRAC * drawn):
-            last = f" The last one here: {self._reason}" if self._reason else ""
+            last = f" The last error on this rank: {self._reason}" if self._reason else ""
             raise TrainingStopped(
                 f"{bad:.0f} of the {drawn:.0f} prompts drawn in the last {len(self._last)} "
-                f"rollouts cannot be used, above {MAX_BAD_FRAC:.0%}.{last}"
+                f"rollouts cannot be used, above {MAX_BAD_FRAC:.0%}. Correct these rows.{last}"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next decision depends on."""
+        """Return the counts of the last rollouts."""
         return {"last": [list(pair) for pair in self._last], "named": self._named}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts."""
         self._last = deque(((d, b) for d, b in state["last"]), maxlen=LAST_ROLLOUTS)
         self._named = state["named"]

@@ -1,4 +1,4 @@
-"""Prompts in, judged completions out: the part that training and evaluation share."""
+"""Turn prompts into judged completions, for training and evaluation alike."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.policy import Tokenizer
 from kdrl_lightning.rollout_batch import STUDENT
 
-EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
+# A row holds values of any type, as a JSON line or a Hugging Face data set gives them.
+Row: TypeAlias = Mapping[str, Any]
+EncodedPrompt: TypeAlias = tuple[Row, list[int]]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One completion with its text and verdict; ``source`` says whose it is."""
+    """One completion with its text and verdict.
+
+    Attributes:
+        prompt_ids: token ids of the prompt.
+        row: row of the prompt.
+        completion: token ids, log-probabilities and version.
+        text: decoded completion that the rewards read.
+        verdict: its reward and whether it is correct.
+        source: ``STUDENT`` or ``TEACHER``, whichever sampled it.
+    """
 
     prompt_ids: list[int]
-    row: Mapping[str, Any]
+    row: Row
     completion: Completion
     text: str
     verdict: Verdict
@@ -29,12 +40,12 @@ class Judged:
 
 
 class Generates(Protocol):
-    """An engine, or what stands for one."""
+    """An engine, or anything that samples like one."""
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> list[list[Completion]]:
-        """Sample; see ``RolloutEngine.generate``."""
+        """Return a completion per seed for each prompt; see ``RolloutEngine.generate``."""
 
 
 def sample_and_judge(
@@ -48,25 +59,26 @@ def sample_and_judge(
     source: int = STUDENT,
     ends: EndTokens | None = None,
 ) -> list[Judged]:
-    """Sample completions for ``(row, prompt ids)`` pairs and judge them.
+    """Return sampled and judged completions of ``(row, prompt ids)`` pairs.
 
-    A completion ends with one of the student's end tokens: a teacher may have stopped at one that
-    only it has, or written more after the student's. Its text keeps all special tokens but those
-    that begin, end and pad a turn.
+    Every completion that is not truncated ends with one of the student's end tokens. A teacher can
+    stop at a token that does not end a text of the student, which we replace, or write on after one
+    that does, which we cut off. The text keeps all special tokens except those that begin, end and
+    pad a turn.
 
     Args:
-        engine: samples.
+        engine: samples the completions.
         tokenizer: the student's.
-        rewards: judge.
+        rewards: judge the completions.
         prompts: P rows with their token ids.
-        seeds: P lists of seeds, one completion each.
+        seeds: P lists of seeds, one seed per completion.
         sampling: length and temperature.
-        training: a failing reward may stop the run.
-        source: who samples.
-        ends: the student's end tokens; None: the tokenizer's alone.
+        training: whether a failing reward may stop the run.
+        source: ``STUDENT`` or ``TEACHER``, whichever samples.
+        ends: the student's end tokens; None: only the tokenizer's.
 
     Returns:
-        One entry per completion, those of a prompt next to each other.
+        One entry per completion; completions of a prompt are next to each other.
     """
     if not prompts:
         return []
@@ -89,19 +101,19 @@ def sample_and_judge(
 
 
 def _texts(tokenizer: Tokenizer, completions: Sequence[Completion]) -> list[str]:
-    """Decode; tags as ``<think>`` are special tokens of some tokenizers, and rewards read them."""
+    """Return texts with special tokens, because rewards read tags such as ``<think>``."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     frame = {getattr(tokenizer, name, None) for name in names}
     ids = [
-        # What is not cut ends with an end token, of which a model may have several.
+        # A completion that is not cut ends with an end token; a model may have several of them.
         [i for i in (c.ids if c.truncated else c.ids[:-1]) if i not in frame]
         for c in completions
     ]
     return tokenizer.batch_decode(ids, skip_special_tokens=False)
 
 
-def _ended(completion: Completion, ends: EndTokens, row: Mapping[str, Any]) -> Completion:
-    """Cut after the first end token; replace an end that is not the student's by one that is."""
+def _ended(completion: Completion, ends: EndTokens, row: Row) -> Completion:
+    """Cut after the student's first end token, and replace another model's end token by it."""
     ids, logprobs = completion.ids, completion.logprobs
     length = first_end(ids, ends.ids)
     if ids[length - 1] in ends.ids:

@@ -1,17 +1,17 @@
-"""One rank's share of a rollout: groups of judged completions, as a batch."""
+"""Sample one rank's share of a rollout: groups of judged completions, as a batch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
-from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
+from kdrl_lightning.rollout.generation import EncodedPrompt, Judged, Row
 from kdrl_lightning.rollout.live import Request
 from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.rollout.prompt_order import (
@@ -23,7 +23,7 @@ from kdrl_lightning.rollout.prompt_order import (
 )
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
-# Enough to tell weights apart, and little beside a rollout.
+# Enough tokens to notice other weights, and few compared with a rollout.
 PROBES, PROBE_TOKENS = 4, 64
 
 
@@ -38,16 +38,16 @@ class SampleAndJudge(Protocol):
         sampling: Sampling,
         source: int,
     ) -> list[Judged]:
-        """Return the completions, those of a prompt next to each other."""
+        """Return the completions; completions of a prompt are next to each other."""
 
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What the student, or the teacher, adds to each group.
+    """The completions that the student, or the teacher, adds to each group.
 
     Attributes:
         source: ``STUDENT`` or ``TEACHER``.
-        engine: samples them.
+        engine: samples the completions.
         count: completions per prompt.
         sampling: length and temperature.
     """
@@ -60,15 +60,15 @@ class GroupShare:
 
 @dataclass
 class Collector:
-    """Fills the groups of a rollout with the student's completions, and then the teacher's.
+    """Fills the groups of a rollout with completions of the student, then of the teacher.
 
     Attributes:
-        slots: which groups there are.
-        student: the student's part of each group.
-        teacher: the teacher's part of each group.
-        teacher_seconds: time that the teacher took to generate.
-        repeat: rollouts after which the same prompts come again; 0: after all have been taken.
-        counts: of the rows that were drawn and skipped.
+        slots: the groups of a rollout.
+        student: the student's share of each group.
+        teacher: the teacher's share of each group.
+        teacher_seconds: seconds that the teacher's engine took to generate.
+        repeat: number of rollouts after which the prompts repeat; 0: after all have been used.
+        counts: counts of the rows drawn and skipped.
         latest: this rank's completions of the last rollout, in the order of the batch.
     """
 
@@ -87,22 +87,25 @@ class Collector:
         rank: int,
         world_size: int,
         sample: SampleAndJudge,
-        route: Callable[[Mapping[str, Any]], int],
+        route: Callable[[Row], int],
         pad_id: int,
     ) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
-        """Sample this rank's groups of a rollout.
+        """Return this rank's groups of a rollout, sampled and judged.
 
         Args:
-            rollout: its index.
-            prompts: all of them; a slot's follows from the seed.
-            rank: of this process.
-            world_size: processes.
-            sample: samples and judges.
-            route: which of several teachers scores the completions of a row.
-            pad_id: token behind the end of a row.
+            rollout: index of the rollout.
+            prompts: all prompts; the seed decides which of them a slot gets.
+            rank: rank of this process.
+            world_size: number of processes.
+            sample: samples and judges completions.
+            route: returns the index of the teacher that scores the completions of a row.
+            pad_id: token after the end of a row.
 
         Returns:
             The batch, its groups, and the groups that were replaced.
+
+        Raises:
+            TrainingStopped: too many rows of the prompts cannot be used.
         """
         # 1. Sample a group for each of this rank's slots, and another one for a flat group.
         groups, replaced = fill_groups(
@@ -132,7 +135,7 @@ class Collector:
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
     ) -> list[Request]:
-        """Return what ``collect`` will ask first of the engines that can sample during training."""
+        """Return the first requests of ``collect`` to engines that can sample during training."""
         slots = self.slots.of_rank(rank, world_size)
         ids = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         return [
@@ -149,7 +152,7 @@ class Collector:
         world_size: int,
         pad_id: int,
     ) -> RolloutBatch:
-        """Sample the beginning of a completion for a few prompts of a rollout, without rewards."""
+        """Return the first tokens of completions of a few prompts of a rollout, without rewards."""
         slots = self.slots.of_rank(rank, world_size)[:PROBES]
         asked = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         seeds = [self.slots.seeds(rollout, slot, 0, PROBE_NOISE, 1) for slot in slots]
@@ -167,7 +170,7 @@ class Collector:
         return self._sampled(batch)
 
     def _sampled(self, batch: RolloutBatch) -> RolloutBatch:
-        """Note how the student's engine sampled."""
+        """Return the batch with temperature and exactness of the student's engine."""
         student = self.student
         return batch.replace(
             temperature=student.sampling.temperature, engine_exact=student.engine.exact
@@ -180,10 +183,10 @@ class Collector:
     def _prompts(
         self, rollout: int, prompts: Sequence[EncodedPrompt], slots: list[int], attempt: int = 0
     ) -> tuple[list[EncodedPrompt], list[BadRow]]:
-        """Return the slots' prompts, and what was skipped on the way to them.
+        """Return the slots' prompts, and the rows skipped before them.
 
-        Instead of a row that cannot be used a slot takes the row that is its own one rollout later:
-        no other slot of this rollout has it, and no rank has to ask another.
+        If a row cannot be used, the slot takes its row of the next rollout. No other slot of this
+        rollout has that row, so ranks need not communicate.
         """
         first = rollout % self.repeat if self.repeat else rollout
         chosen, skipped = [], []

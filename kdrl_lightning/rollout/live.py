@@ -1,6 +1,6 @@
 """Sampling in a run: sync engines to the current weights, then sample and judge.
 
-A rollout can be sampled in advance, in threads, while the rollout before trains.
+Threads can sample the next rollout in advance, while the current one trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Groups = list[list[Completion]]
 
 @dataclass(frozen=True)
 class Request:
-    """What to sample from one engine: P prompts, and P lists of seeds."""
+    """A request to one engine: P prompts, and P lists of seeds, one per completion."""
 
     engine: RolloutEngine
     prompts: list[list[int]]
@@ -34,13 +34,13 @@ class Request:
 
 
 class Ahead:
-    """The completions of the coming rollout, from the weights that the engines hold now.
+    """Samples the next rollout in advance, from the weights that the engines hold now.
 
-    A thread per engine only asks it: no collective, no reward, and none of torch's randomness. What
-    goes wrong in it is raised by ``wait`` and ``over(...).generate``.
+    One thread per engine waits for its completions; it runs no collective and no reward, and uses
+    none of torch's randomness. ``wait`` and ``over(...).generate`` raise a thread's errors.
 
     Attributes:
-        rollout: the one that is sampled ahead; None where none is.
+        rollout: index of the rollout sampled in advance; None without one.
     """
 
     def __init__(self) -> None:
@@ -48,12 +48,12 @@ class Ahead:
         self._jobs: list[tuple[Request, Future[Groups]]] = []
 
     def start(self, rollout: int, version: int, requests: Sequence[Request]) -> None:
-        """Begin to sample.
+        """Begin to sample a rollout.
 
         Args:
-            rollout: index of the coming rollout.
-            version: of the student's weights, for every completion to carry.
-            requests: to engines that can sample during training.
+            rollout: index of the next rollout.
+            version: version of the student's weights, which every completion gets.
+            requests: requests to engines that can sample during training.
         """
         self.drop()
         self.rollout = rollout
@@ -63,23 +63,23 @@ class Ahead:
             Thread(target=_sample, args=(request, version, future), daemon=True).start()
 
     def wait(self) -> None:
-        """Wait until all is sampled; it stays here until it is taken."""
+        """Wait until all completions are sampled, and keep them."""
         for _, future in self._jobs:
             future.result()
 
     def drop(self) -> None:
-        """Wait, and forget what came out."""
+        """Wait until all completions are sampled, and discard them."""
         wait([future for _, future in self._jobs])
         self.rollout, self._jobs = None, []
 
     def over(self, engine: RolloutEngine) -> Taker:
-        """Return what generates like ``engine``, from here where it is sampled already."""
+        """Return an engine that gives the completions sampled in advance and asks for the rest."""
         return Taker(engine, self._jobs)
 
 
 @dataclass(frozen=True)
 class Taker:
-    """An engine with completions that it need not sample any more."""
+    """An engine with completions sampled in advance."""
 
     engine: RolloutEngine
     jobs: list[tuple[Request, Future[Groups]]]
@@ -87,7 +87,7 @@ class Taker:
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> Groups:
-        """Sample; see ``RolloutEngine.generate``. Seeds tell what was asked for ahead."""
+        """Return completions as ``RolloutEngine.generate``; equal seeds find those in advance."""
         wanted = (self.engine, list(seeds), sampling)
         for request, future in self.jobs:
             if (request.engine, request.seeds, request.sampling) == wanted:
@@ -104,17 +104,17 @@ def _sample(request: Request, version: int, future: Future[Groups]) -> None:
 
 
 class LiveSampler:
-    """What rollouts and evaluations share.
+    """Syncs engines, then samples and judges, for rollouts and evaluations.
 
     Args:
         rewards: judges the completions.
 
     Attributes:
-        trainer: of the run; set by ``join``.
+        trainer: trainer of the run; set by ``join``.
         module: the module that is trained or evaluated; set by ``join``.
-        vocabulary_rows: of the smallest embedding that reads the completions.
-        ahead: completions that have been sampled already.
-        max_mean_diff: ``WeightSyncCheck``'s bound, in nats; None: that of the precision.
+        vocabulary_rows: rows of the smallest embedding that reads the completions.
+        ahead: completions sampled in advance.
+        max_mean_diff: ``WeightSyncCheck``'s bound, in nats; None: the bound of the precision.
     """
 
     trainer: Run
@@ -127,13 +127,13 @@ class LiveSampler:
         self.max_mean_diff: float | None = None
 
     def join(self, trainer: Run, module: Policy) -> None:
-        """Sample for this run from now on; before anything is sampled."""
+        """Set the run to sample for; call it before anything is sampled."""
         self.trainer, self.module = trainer, module
         self.vocabulary_rows = module.vocabulary_rows
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """This process, and how many there are."""
+        """Rank of this process, and number of processes."""
         return self.trainer.global_rank, self.trainer.world_size
 
     @property
@@ -144,11 +144,15 @@ class LiveSampler:
         return pad if pad is not None and pad < self.vocabulary_rows else tokenizer.eos_token_id
 
     def sync(self, engine: RolloutEngine, weights: ModelWeights) -> float:
-        """Bring an engine to the current weights before it samples; return the seconds."""
+        """Sync an engine to the current weights before it samples; return the seconds it took.
+
+        Raises:
+            ConfigurationError: the engine's first log-probabilities disagree with the student's.
+        """
         started = time.perf_counter()
         first = engine.version is None
         if first:
-            # A teacher stops at its own end tokens.
+            # A teacher's completions stop at the teacher's end tokens.
             ends = weights.end_token_ids or self.module.end_tokens.ids
             engine.setup(weights, ends, self.pad_id)
         if engine.version != self.trainer.global_step:
@@ -158,7 +162,7 @@ class LiveSampler:
         return time.perf_counter() - started
 
     def _compare(self, engine: RolloutEngine, architecture: str) -> None:
-        """Compare an engine with the student before it samples for the run; on all ranks."""
+        """Compare an engine's log-probabilities with the student's; all ranks must call it."""
         module, precision = self.module, str(self.trainer.precision)
         rows = int(min(self.vocabulary_rows, module.vocabulary_rows))
         context = min(engine.context or module.context_length, module.context_length)
@@ -178,7 +182,7 @@ class LiveSampler:
         source: int = STUDENT,
         training: bool = True,
     ) -> list[Judged]:
-        """Sample one completion per seed for each prompt and judge them, under the precision."""
+        """Return one judged completion per seed for each prompt, in the run's precision."""
         with self.trainer.precision_plugin.forward_context():
             return sample_and_judge(
                 self.ahead.over(engine),

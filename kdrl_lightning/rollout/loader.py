@@ -1,10 +1,9 @@
-"""What the trainer iterates over: integers. The data module turns them into batches."""
+"""Loaders of integers for the trainer. The data module turns each integer into a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,14 @@ from numpy.typing import NDArray
 class IndexLoader:
     """Yields ``0 .. length-1``, each modulo ``modulus``.
 
-    Sized, because Lightning prefetches an unsized loader by one batch, and every rollout would then
-    be sampled from weights one optimizer step old. Stateless: what to do at an index follows from
-    ``trainer.global_step`` (the state methods tell Lightning that a resume in mid-epoch is fine).
+    It has a length, because Lightning prefetches one batch of a loader without, and every rollout
+    would come from weights one optimizer step old. It has no state, because ``trainer.global_step``
+    decides what to do at an index; the state methods tell Lightning that a resume within an epoch
+    works.
+
+    Args:
+        length: number of integers.
+        modulus: integers are taken modulo this; None: they are not.
     """
 
     def __init__(self, length: int, modulus: int | None = None) -> None:
@@ -28,16 +32,20 @@ class IndexLoader:
     def __iter__(self) -> Iterator[int]:
         return (i % self.modulus for i in range(self.length))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the position is ``trainer.global_step``."""
+    def state_dict(self) -> dict[str, object]:
+        """Return an empty state: the position is ``trainer.global_step``."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Ignore the state."""
 
 
 def limited(length: int, limit: int | float) -> int:
-    """Batches that one of Lightning's ``limit_*_batches`` leaves: a count, or a fraction.
+    """Return how many batches one of Lightning's ``limit_*_batches`` leaves.
+
+    Args:
+        length: batches without the limit.
+        limit: a count as ``int``, or a fraction as ``float``.
 
     >>> limited(6, 1000), limited(6, 0.5), limited(6, 1.0)
     (6, 3, 6)
@@ -46,7 +54,13 @@ def limited(length: int, limit: int | float) -> int:
 
 
 def prompt_stream(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Rows at positions ``start ..`` of an endless stream of seeded shuffles of ``size`` rows.
+    """Return ``count`` rows from position ``start`` of an endless stream of seeded shuffles.
+
+    Args:
+        start: first position in the stream.
+        count: number of rows.
+        size: number of rows in a shuffle.
+        seed: seed of the shuffles.
 
     >>> sorted(prompt_stream(0, 4, 4, seed=0))
     [0, 1, 2, 3]
@@ -57,7 +71,7 @@ def prompt_stream(start: int, count: int, size: int, seed: int) -> list[int]:
 
 
 def rows_at(positions: Iterable[int], size: int, seed: int) -> list[int]:
-    """Rows at any positions of that stream."""
+    """Return the rows at the given positions of the stream of ``prompt_stream``."""
     rows = []
     for position in positions:
         epoch, offset = divmod(position, size)
@@ -65,7 +79,7 @@ def rows_at(positions: Iterable[int], size: int, seed: int) -> list[int]:
     return rows
 
 
-@lru_cache(maxsize=2)  # a rollout may lie in two passes
-def _order(size: int, epoch: int, seed: int) -> NDArray[np.integer[Any]]:
+@lru_cache(maxsize=2)  # a rollout can begin in one shuffle and end in the next
+def _order(size: int, epoch: int, seed: int) -> NDArray[np.int64] | NDArray[np.uint32]:
     order = np.random.default_rng([seed, epoch]).permutation(size)
     return order.astype(np.uint32) if size < 1 << 32 else order  # 4 MB for a million rows

@@ -1,8 +1,9 @@
 """Cut the completions of one optimizer step into micro-batches.
 
-Sorted by length and cut into contiguous parts, so that little is padded; the cut is the one with
-the smallest largest part whose padding stays within one percent of the least possible. Little
-padding can mean one large part of all long rows: a limit, for memory, comes first.
+We sort the rows by length and cut them into contiguous parts, so that there is little padding.
+Among the cuts with at most one percent more padded tokens than the best one, we take the cut with
+the smallest largest part. The least padding can put all long rows into one part; a token limit, for
+memory, comes first.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ Ints = NDArray[np.int64]
 def partition(
     lengths: Sequence[int], parts: int, max_tokens: float = float("inf")
 ) -> list[list[int]]:
-    """Split row indices into ``parts`` micro-batches.
+    """Return row indices split into ``parts`` micro-batches.
 
     Args:
-        lengths: tokens of each row.
+        lengths: number of tokens of each row.
         parts: number of micro-batches, at most the number of rows.
-        max_tokens: of a part, padding included; it is kept where it can be, as always from
-            ``ceil(rows / parts)`` times the longest row on.
+        max_tokens: most tokens of a part, with padding. It is kept if possible, which it always is
+            from ``ceil(rows / parts)`` times the longest row on.
 
     Returns:
         ``parts`` non-empty lists of row indices, shortest rows first.
 
     Raises:
-        ConfigurationError: more parts than rows.
+        ConfigurationError: there are more parts than rows.
 
     >>> partition([9, 1, 1, 1, 8, 1], 2)
     [[1, 2, 3, 5], [4, 0]]
@@ -64,10 +65,12 @@ def partition(
 
 
 def _cheapest_cut(ordered: Floats, parts: int, limit: float) -> tuple[float, list[int]]:
-    """Least padded tokens with no part above ``limit``, by dynamic programming over the parts.
+    """Return the cut with the fewest padded tokens and no part above ``limit``.
+
+    It is found by dynamic programming over the parts.
 
     Returns:
-        The tokens (huge where the limit cannot be kept), and the bounds ``0 .. n`` of the parts.
+        The tokens (huge if the limit cannot be kept), and the bounds ``0 .. n`` of the parts.
     """
     n = len(ordered)
     total = _padded(ordered, np.full(n, -1), np.arange(n), limit)
@@ -83,10 +86,13 @@ def _cheapest_cut(ordered: Floats, parts: int, limit: float) -> tuple[float, lis
 
 
 def _add_part(ordered: Floats, total: Floats, part: int, limit: float) -> tuple[Floats, Ints]:
-    """Best row after which to start one more part, for every row at which that part may end.
+    """Find where to start one more part, for every row at which that part may end.
 
-    The best start never moves left when the end moves right, so the ends are solved by halving:
-    each between the answers of its two solved neighbours. ``O(n log n)`` instead of ``O(n^2)``.
+    The best start never moves left when the end moves right. So we solve the ends by halving, each
+    between the answers of its two solved neighbours: ``O(n log n)`` instead of ``O(n^2)``.
+
+    Returns:
+        The fewest padded tokens up to each end, and the last row of the part before.
     """
     ends = len(ordered) - part
     start, value = np.zeros(ends, dtype=np.int64), np.empty(ends)
@@ -109,6 +115,6 @@ def _add_part(ordered: Floats, total: Floats, part: int, limit: float) -> tuple[
 
 
 def _padded(ordered: Floats, before: Ints, end: Ints, limit: float) -> Floats:
-    """Padded tokens of the rows ``before + 1 .. end``; what exceeds the limit costs dearly."""
+    """Return padded tokens of rows ``before + 1 .. end``, with a large cost above the limit."""
     tokens = (end - before) * ordered[end]
     return tokens if np.isinf(limit) else tokens + OVER_LIMIT * np.maximum(tokens - limit, 0.0)

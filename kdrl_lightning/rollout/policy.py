@@ -1,7 +1,7 @@
-"""What rollouts ask of the module that is trained, and of the trainer that runs it.
+"""Protocols of the module and the trainer, with all that rollouts use of them.
 
-``KDRLModule`` is a ``Policy`` and Lightning's ``Trainer`` a ``Run``. Rollouts know no more of them,
-so they need neither Lightning nor a real run in a test.
+``KDRLModule`` is a ``Policy`` and Lightning's ``Trainer`` a ``Run``. Tests of rollouts need neither
+Lightning nor a real run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdrl_lightning.teachers.frozen import FrozenModels
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that completions and exports need.
 
-    Its classes share no base with types: each loads its own.
+    We use a protocol because the tokenizer classes have no typed base class.
     """
 
     @property
@@ -33,10 +33,10 @@ class Tokenizer(Protocol):
 
     @property
     def pad_token_id(self) -> int | None:
-        """The token that fills rows up, if there is one."""
+        """The token that pads rows; None without one."""
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
-        """Return the ids of a text under ``input_ids``."""
+        """Return the ids of a text, as ``input_ids``."""
 
     def decode(self, token_ids: int) -> str:
         """Return the text of a token."""
@@ -54,8 +54,8 @@ class Policy(Protocol):
     """The student with its teacher and objective.
 
     Attributes:
-        objective: says which scores the updates read, and prepares a rollout for them.
-        teacher: the frozen teacher, if there is one.
+        objective: names the scores that the updates read, and prepares a rollout for them.
+        teacher: the frozen teacher; None without one.
     """
 
     objective: Objective
@@ -63,11 +63,11 @@ class Policy(Protocol):
 
     @property
     def teacher_seconds(self) -> float:
-        """Time that the teacher took to score."""
+        """Seconds that the teacher took to score."""
 
     @property
     def frozen(self) -> FrozenModels:
-        """Teacher and reference."""
+        """The frozen models: teacher and reference."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -79,48 +79,48 @@ class Policy(Protocol):
 
     @property
     def student_path(self) -> str:
-        """Folder or hub name of the student before training."""
+        """Folder or hub name that the student was loaded from."""
 
     @property
     def context_length(self) -> int:
-        """Longest sequence, prompt and completion together, that the student can take."""
+        """Most tokens, of prompt and completion together, that the student can read."""
 
     @property
     def vocabulary_rows(self) -> int:
-        """Rows of the student's embedding: every token id must be below."""
+        """Rows of the student's embedding: every token id must be smaller."""
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """The student's device."""
 
     def weights(self) -> ModelWeights:
-        """Return the student's live weights."""
+        """Return the student's current weights."""
 
     def score(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the student says of completions."""
+        """Return the batch with the student's scores."""
 
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the initial student says, if the objective needs it."""
+        """Return the batch with the initial student's scores, if the objective needs them."""
 
     def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the teacher says, if there is one."""
+        """Return the batch with the teacher's scores, if there is a teacher."""
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
-        """Let the objective decide what holds for a whole rollout."""
+        """Return the batch with what the objective decides once for the whole rollout."""
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
-        """Reduce a tensor over ranks; ``sum`` or ``max``."""
+        """Return a tensor reduced over ranks by ``sum`` or ``max``."""
 
 
 class Precision(Protocol):
     """Lightning's precision plugin."""
 
     def forward_context(self) -> AbstractContextManager[None]:
-        """Return the context in which a model computes."""
+        """Return the context in which models run."""
 
 
 class Run(Protocol):
-    """The trainer of a run."""
+    """The part of Lightning's ``Trainer`` that rollouts read."""
 
     @property
     def global_step(self) -> int:
@@ -128,11 +128,11 @@ class Run(Protocol):
 
     @property
     def global_rank(self) -> int:
-        """The number of this process."""
+        """Rank of this process."""
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
 
     @property
     def estimated_stepping_batches(self) -> float:
@@ -140,11 +140,11 @@ class Run(Protocol):
 
     @property
     def precision(self) -> str:
-        """Its name, such as ``bf16-mixed``; Lightning's type is wider."""
+        """Name of the precision, such as ``bf16-mixed``; Lightning's type is wider."""
 
     @property
     def precision_plugin(self) -> Precision:
-        """In what types the models compute."""
+        """Lightning's plugin, which sets the types that models compute in."""
 
     @property
     def accumulate_grad_batches(self) -> int:

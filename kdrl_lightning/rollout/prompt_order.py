@@ -1,4 +1,4 @@
-"""Which groups make a rollout: slots, their prompts and noise, and refills for flat groups."""
+"""The groups of a rollout: slots, their prompts and noise, and refills for flat groups."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout_batch import flat_groups, reward_dtype
 
-# Streams of noise: student rollouts, evaluation, the teacher's completions, probes of the sync.
+# Streams of noise: student rollouts, evaluation, teacher completions, probes of the weight sync.
 TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE, PROBE_NOISE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The places for groups in each rollout, over all processes.
+    """The slots for groups in each rollout, over all processes.
 
-    Prompt and noise of a slot depend on seed, rollout, slot and attempt alone.
+    A slot's prompt and noise depend only on seed, rollout, slot and attempt.
 
     Attributes:
-        settings: how many groups a rollout has, in how many mini-batches, and how often a group is
-            sampled anew.
-        seed: of the run.
+        settings: numbers of groups, mini-batches and refills of a rollout.
+        seed: seed of the run.
     """
 
     settings: RolloutSettings
@@ -33,32 +32,32 @@ class Slots:
 
     @property
     def count(self) -> int:
-        """Groups of a rollout."""
+        """Number of groups in a rollout."""
         return self.settings.prompts_per_rollout
 
     @property
     def minibatches(self) -> int:
-        """Parts of a rollout; each rank holds its share of every part."""
+        """Number of mini-batches in a rollout; each rank holds its share of every one."""
         return self.settings.minibatches_per_rollout
 
     @property
     def max_refills(self) -> int:
-        """Attempts beyond the first for a group whose rewards are all equal."""
+        """Attempts after the first for a group with equal rewards."""
         return self.settings.max_refills
 
     def of_rank(self, rank: int, world_size: int) -> list[int]:
-        """Return a rank's slots: of every mini-batch, every world-size-th."""
+        """Return a rank's slots: every ``world_size``-th slot of every mini-batch."""
         share = self.count // self.minibatches
         return [
             m * share + g for m in range(self.minibatches) for g in range(rank, share, world_size)
         ]
 
     def position(self, rollout: int, slot: int, attempt: int) -> int:
-        """Return the position in the stream of prompts; no two attempts share one."""
+        """Return the position in the stream of prompts, another one for every attempt."""
         return (rollout * (1 + self.max_refills) + attempt) * self.count + slot
 
     def seeds(self, rollout: int, slot: int, attempt: int, stream: int, size: int) -> list[int]:
-        """Return the noise of ``size`` completions."""
+        """Return the seeds of ``size`` completions."""
         index = attempt * self.count + slot
         return [noise_seed(self.seed, stream, rollout, index, k) for k in range(size)]
 
@@ -68,16 +67,16 @@ def fill_groups(
     sample: Callable[[list[int], int], list[list[Judged]]],
     max_refills: int,
 ) -> tuple[list[list[Judged]], list[list[Judged]]]:
-    """Sample a group for each slot, and another prompt's where all rewards are equal.
+    """Return a sampled group per slot, and refill groups with equal rewards from other prompts.
 
-    DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy gradient.
-    What is still flat after the last refill stays. Rewards are compared in the type of the batch,
-    so that a group is replaced if and only if it would get no advantage.
+    This is DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy
+    gradient. A group that is still flat after the last refill stays. We compare rewards in the type
+    of the batch, so that a group is replaced if and only if its advantages would be 0.
 
     Args:
-        slots: to be filled.
+        slots: slots to fill.
         sample: ``(slots, attempt) -> groups``.
-        max_refills: attempts beyond the first.
+        max_refills: attempts after the first.
 
     Returns:
         The groups in the order of the slots, and those that were replaced.

@@ -1,9 +1,11 @@
-"""Rollouts of a run, made when their first micro-batch is asked for."""
+"""The rollouts of a run: each is made when training asks for its first micro-batch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+# `Any` in the states: Lightning reads checkpoints as dictionaries of `Any`.
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 
 class RolloutSource:
-    """Hands out micro-batches; which rollout they are of follows from ``trainer.global_step``.
+    """Gives out micro-batches; ``trainer.global_step`` decides of which rollout.
 
     Args:
         settings: how rollouts are sampled and used.
@@ -38,8 +40,8 @@ class RolloutSource:
         live: samples with the run's weights.
 
     Attributes:
-        prompts: all that are trained on.
-        watch: what the run's rollouts were like.
+        prompts: all training prompts.
+        watch: statistics of the run's rollouts.
         plan: the rollout in use.
     """
 
@@ -53,7 +55,7 @@ class RolloutSource:
         self.watch = RolloutWatch()
         self.plan: RolloutPlan | None = None
         self._stored: dict[str, Any] | None = None
-        self._teacher_seconds: float | None = None  # up to the last rollout; None: not begun
+        self._teacher_seconds: float | None = None  # up to the last rollout; None before the first
 
     @property
     def updates(self) -> int:
@@ -62,39 +64,40 @@ class RolloutSource:
 
     @property
     def teacher_seconds(self) -> float:
-        """Time that the teacher took so far, to generate and to score."""
+        """Seconds that the teacher took so far, to generate and to score."""
         return float(self.collector.teacher_seconds + self.live.module.teacher_seconds)
 
     def reset(self, fitting: bool) -> None:
-        """Forget an earlier run's rollout and weights; and its totals, if a new one begins."""
+        """Forget an earlier run's rollout and weights, and its totals if training begins."""
         self.live.ahead.drop()
         self.plan = self._stored = None
         self.collector.counts = DrawCounts()
         self._teacher_seconds = None
         self.live.rewards.take_failures()
         self.watch = RolloutWatch() if fitting else self.watch
-        for own in (self.collector.student, self.collector.teacher):
-            own.engine.version = None
+        for share in (self.collector.student, self.collector.teacher):
+            share.engine.version = None
 
     def drain(self) -> None:
-        """Wait for what is sampled ahead, before the engine gets other weights; on all ranks."""
+        """Wait for completions sampled in advance; all ranks call it before weights change."""
         if self.live.ahead.rollout is not None:
             stop_together(self.live.ahead.wait, self.live.module.reduce)
 
     def micro_batch(self, micro: int) -> RolloutBatch:
-        """Return a micro-batch of the coming update; a new rollout is made at its first."""
+        """Return a micro-batch of the next update; the first one of a rollout makes the rollout."""
         rollout, update = divmod(self.live.trainer.global_step, self.updates)
         if self._teacher_seconds is None:
-            self._teacher_seconds = self.teacher_seconds  # a checkpoint's, behind a resume
+            self._teacher_seconds = self.teacher_seconds  # after a resume the checkpoint's
         if self.plan is None or self.plan.rollout != rollout:
             self.plan = None  # free the old one before the new one is made
             self.plan = self._make(rollout) if not update else self._resumed(rollout)
         return self.plan.micro_batch(update, micro)
 
     def probe(self) -> RolloutBatch:
-        """Sample a few tokens from the weights that the engine holds now, and score them.
+        """Return a few tokens, sampled from the weights that the engine holds now, and scored.
 
-        All ranks must call it. Where a rollout is from older weights, it cannot prove the sync.
+        All ranks must call it. ``WeightSyncCheck`` uses it if rollouts come from older weights and
+        so cannot show that the sync works.
         """
         (rank, world), module = self.live.ranks, self.live.module
         rollout = self.live.trainer.global_step // self.updates
@@ -106,7 +109,7 @@ class RolloutSource:
         return scored
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the totals and, between two updates of a rollout, the rollout; collective."""
+        """Return the totals and a half-used rollout; all ranks must call it."""
         rollout, update = divmod(self.live.trainer.global_step, self.updates)
         stored = self._stored
         if update and self.plan is not None:
@@ -119,11 +122,12 @@ class RolloutSource:
             "draws": self.collector.counts.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the totals and the half-used rollout.
 
         Raises:
-            ConfigurationError: the rollout is half used, and rollouts are laid out otherwise here.
+            ConfigurationError: the rollout is half used, and a setting that lays out rollouts has
+                changed.
         """
         self.watch.load_state_dict(state_dict["watch"])
         self.collector.teacher_seconds = state_dict.get("teacher_seconds", 0.0)
@@ -134,19 +138,19 @@ class RolloutSource:
         for name, value in {} if self._stored is None else self._stored["layout"].items():
             if here[name] != value:
                 raise ConfigurationError(
-                    f"`{name}` must be {value} to go on in the middle of a rollout, as this "
-                    f"checkpoint does: got {here[name]}. Give {value}, or take a checkpoint at a "
-                    "rollout's end."
+                    f"`{name}` must be {value} to resume in the middle of a rollout, as this "
+                    f"checkpoint does: got {here[name]}. Set {value}, or resume from a checkpoint "
+                    "at a rollout's end."
                 )
 
     def _resumed(self, rollout: int) -> RolloutPlan:
-        """Return the half-used rollout of a checkpoint; without one it is made anew."""
+        """Return the half-used rollout of a checkpoint; without one make the rollout again."""
         if self._stored is None or self._stored["rollout"] != rollout:
             return self._make(rollout)
         module = self.live.module
         batch = unpack(self._stored["tensors"], self._slots()).to(module.device)
         self._stored = None
-        # The scores of the updates to come are stored, unless these run the teacher.
+        # The scores for the remaining updates are stored, unless these updates run the teacher.
         waits = Waits(teacher=module.objective.divergence is not None)
         return resume_updates(batch, rollout, self._cut(), module, waits)
 
@@ -170,7 +174,7 @@ class RolloutSource:
             "time/sync_s": sync_seconds,
             "time/rollout_s": sampled - started - sync_seconds,
             "time/score_s": time.perf_counter() - sampled,
-            # Of the two above, and of the updates since the last rollout.
+            # The teacher's part of the two above, and of the updates since the last rollout.
             "time/teacher_s": self.teacher_seconds - (self._teacher_seconds or 0.0),
         }
         self._teacher_seconds = self.teacher_seconds
@@ -200,7 +204,7 @@ class RolloutSource:
         return metrics | {"rollout/padding_frac": padding, "memory/peak_gb": peak}
 
     def _bad_rows(self) -> float:
-        """Count the rows that were skipped on all ranks; stop if they are too many."""
+        """Return how many rows all ranks skipped; stop the run if too many were bad."""
         counts = self.collector.counts
         totals = self.live.module.reduce(torch.tensor(counts.take(), dtype=torch.float64), "sum")
         drawn, skipped, bad = totals.tolist()
@@ -208,22 +212,22 @@ class RolloutSource:
         return float(skipped)
 
     def _sync(self, rollout: int) -> float:
-        """Bring the engines to their weights; return the seconds that the student's took."""
-        module, theirs = self.live.module, self.collector.teacher
+        """Sync the engines to their weights; return the seconds that the student's engine took."""
+        module, share = self.live.module, self.collector.teacher
         seconds = 0.0
         if self.live.ahead.rollout != rollout:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
-        if theirs.count and theirs.engine.version is None:
-            teacher = None if theirs.engine.has_own_weights else module.teacher
+        if share.count and share.engine.version is None:
+            teacher = None if share.engine.has_own_weights else module.teacher
             weights = None if teacher is None else teacher.weights()
-            self.live.sync(theirs.engine, module.weights() if weights is None else weights)
+            self.live.sync(share.engine, module.weights() if weights is None else weights)
         return seconds
 
     def _start_next(self, rollout: int) -> float:
-        """Sample a rollout beside the updates of the one before; return the seconds of the sync."""
+        """Begin to sample the next rollout while this one trains; return the sync's seconds."""
         self.live.ahead.drop()
         if rollout * self.updates >= self.live.trainer.estimated_stepping_batches:
-            return 0.0  # there are no updates left for it
+            return 0.0  # the run ends before its first update
         engine = self.collector.student.engine
         seconds = self.live.sync(engine, self.live.module.weights())
         requests = stop_together(
@@ -234,9 +238,9 @@ class RolloutSource:
         return seconds
 
     def _collect(self, rollout: int) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
-        """Sample this rank's share of a rollout: the batch, its groups, those replaced."""
+        """Return this rank's share of a rollout: the batch, its groups, the groups replaced."""
         module = self.live.module
-        # The precision decides in which type rewards are compared and kept.
+        # The precision decides the type in which rewards are compared and kept.
         with self.live.trainer.precision_plugin.forward_context():
             batch, groups, replaced = self.collector.collect(
                 rollout,
@@ -252,9 +256,9 @@ class RolloutSource:
         return batch, groups, replaced
 
     def _waits(self, batch: RolloutBatch) -> Waits:
-        """Return the scores that updates give in any case, and that ``prepare`` does not read.
+        """Return the scores that updates give anyway and that ``prepare`` does not read.
 
-        A replay needs the scores of before the first update, so with several epochs nothing waits.
+        A replay needs scores from before the first update, so with several epochs there are none.
         """
         objective, once = self.live.module.objective, self.epochs == 1
         runs_teacher = once and objective.divergence is not None
@@ -278,7 +282,7 @@ class RolloutSource:
         return self.collector.slots.of_rank(*self.live.ranks)
 
     def _layout(self) -> dict[str, int]:
-        """What decides which completions a rollout has, and when they are used."""
+        """Return the settings that decide which completions a rollout has and when it uses them."""
         slots = self.collector.slots
         return {
             "seed": slots.seed,

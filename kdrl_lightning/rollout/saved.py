@@ -1,13 +1,15 @@
-"""A half-used rollout in a checkpoint, so that a run goes on with the completions that it had.
+"""Save a half-used rollout in a checkpoint, so that a resumed run uses the same completions.
 
-Rows are kept by the slot of their group over all processes. So another number of processes finds
-its share.
+Rows are saved by the slot of their group over all processes, so that a run with another number of
+processes finds its share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+
+# `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
 from typing import Any
 
 import torch
@@ -19,23 +21,23 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, Any] | None:
-    """Collect a rollout from all processes; collective.
+    """Return a rollout collected from all processes; all ranks must call it.
 
     Args:
         batch: this rank's completions, scored and prepared.
-        slots: of this rank's groups, by ``group_ids``.
-        pad_id: token behind the end of a row.
+        slots: slots of this rank's groups, indexed by ``group_ids``.
+        pad_id: token after the end of a row.
 
     Returns:
-        On rank 0 the tensors of all ranks by field name, on the CPU, rows in the order of their
-        slots, which ``group_ids`` holds; None on other ranks.
+        On rank 0 the tensors of all ranks by field name, on the CPU; ``group_ids`` holds the slots,
+        and rows are in the order of the slots. None on other ranks.
     """
     group_ids = torch.tensor(slots)[batch.group_ids.cpu()]
-    own = _tensors(batch.to("cpu").replace(group_ids=group_ids))
-    parts = _gather(own)
+    here = _tensors(batch.to("cpu").replace(group_ids=group_ids))
+    parts = _gather(here)
     if parts is None:
         return None
-    whole = {name: _stack([p[name] for p in parts], _filler(name, pad_id)) for name in own}
+    whole = {name: _stack([p[name] for p in parts], _filler(name, pad_id)) for name in here}
     order = torch.argsort(whole["group_ids"], stable=True)
     return {name: value[order] for name, value in whole.items()} | {
         "temperature": batch.temperature,
@@ -44,14 +46,14 @@ def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, An
 
 
 def unpack(state: Mapping[str, Any], slots: Sequence[int]) -> RolloutBatch:
-    """Return the rows of a rank's slots, as they were when the rollout was made there.
+    """Return a rank's completions of a saved rollout, with ``group_ids`` from 0 on.
 
     Args:
-        state: what ``pack`` returned.
-        slots: of this rank's groups, in their order.
+        state: the result of ``pack``.
+        slots: slots of this rank's groups, in their order.
     """
     known = dict(state)
-    if known.pop("teacher_pending", False):  # 0.1 wrote NaN where the update runs the teacher
+    if known.pop("teacher_pending", False):  # 0.1 wrote NaN if the update runs the teacher
         known |= dict.fromkeys(TEACHER_FIELDS)
     everything = RolloutBatch(**known)
     rows, groups = [], []
@@ -67,13 +69,13 @@ def _tensors(batch: RolloutBatch) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _gather(own: dict[str, Tensor]) -> list[dict[str, Tensor]] | None:
+def _gather(here: dict[str, Tensor]) -> list[dict[str, Tensor]] | None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
+        return [here]
     first = distributed.get_rank() == 0
     parts: list[Any] | None = [None] * distributed.get_world_size() if first else None
-    distributed.gather_object(own, parts)
+    distributed.gather_object(here, parts)
     return parts
 
 

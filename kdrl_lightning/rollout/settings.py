@@ -1,4 +1,4 @@
-"""How a rollout is sampled and used: the settings that slots, source, checks and resume share."""
+"""Settings of how rollouts are sampled and used; slots, source, checks and resume share them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ class RolloutSettings:
 
     Args:
         prompts_per_rollout: prompts of one rollout, over all processes.
-        group_size: completions per prompt that the student samples; 0 with completions of the
-            teacher trains on those alone.
-        max_tokens: longest completion, the end token included.
+        group_size: completions per prompt that the student samples; 0: train only on completions
+            of the teacher.
+        max_tokens: most tokens of a completion, with the end token.
         temperature: sampling temperature of rollouts; log-probabilities are taken at it.
-        minibatches_per_rollout: disjoint parts of a rollout, whole groups, one update each.
-        epochs_per_rollout: how often a rollout is replayed.
-        max_off_policy_steps: how many rollouts old the weights may be that sample one. 0: none. 1:
-            the next rollout is sampled while the present one trains, by an engine that can
-            (``VLLMServerEngine``); importance weights on sampled tokens correct for it.
-        rollouts_per_epoch: rollouts of one trainer epoch (validation follows it); None: as many as
-            take each prompt once.
-        max_refills: how often a group whose rewards are all equal is replaced by another prompt's
-            (DAPO's dynamic sampling). Prompts kept for refills are skipped where none is needed.
+        minibatches_per_rollout: number of disjoint parts of a rollout; each has whole groups and
+            gives one update.
+        epochs_per_rollout: number of passes over a rollout.
+        max_off_policy_steps: by how many rollouts the sampling weights may be old. 0: not at all.
+            1: an engine that can (``VLLMServerEngine``) samples the next rollout while this one
+            trains, and importance weights on sampled tokens correct for it.
+        rollouts_per_epoch: rollouts of one trainer epoch, after which validation runs; None: enough
+            to use each prompt once.
+        max_refills: how often a group with equal rewards is replaced by a group of another prompt
+            (DAPO's dynamic sampling, arXiv 2503.14476). Each rollout reserves prompts for refills
+            and skips those that it does not need.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
-        max_tokens_per_micro_batch: tokens, padding included, for which memory is enough. The worst
-            case is checked before training, and no micro-batch is larger; None: no limit.
+        max_tokens_per_micro_batch: most tokens of a micro-batch, with padding, that fit into
+            memory. The worst case is checked before training; None: no limit.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -69,7 +71,8 @@ class RolloutSettings:
             require_between("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, 1, ANY)
         if self.max_off_policy_steps not in (0, 1):
             raise ConfigurationError(
-                f"`max_off_policy_steps` must be 0 or 1 rollouts: got {self.max_off_policy_steps}."
+                f"`max_off_policy_steps` must be 0 or 1 rollouts: got {self.max_off_policy_steps}. "
+                "1 samples the next rollout while this one trains."
             )
 
     @property
@@ -85,10 +88,10 @@ class TeacherCompletions:
     Args:
         count: completions per prompt; 0: none.
         temperature: sampling temperature of the teacher; None: the student's.
-        engine: samples them; the transformers engine if None.
+        engine: engine that samples them; None: the transformers engine.
 
     Raises:
-        ConfigurationError: a value is out of its range, or has no effect.
+        ConfigurationError: a value is out of its range or has no effect.
     """
 
     count: int = 0
@@ -101,20 +104,24 @@ class TeacherCompletions:
             return
         if not self.count:
             raise ConfigurationError(
-                "`teacher_completions.temperature` must go with a `count`: got "
-                f"{self.temperature} and no completions."
+                "`teacher_completions.temperature` must be given with a `count` above 0: got "
+                f"{self.temperature} and no completions. Set `teacher_completions.count`."
             )
         require_temperature("teacher_completions.temperature", self.temperature)
 
 
 def require_temperature(name: str, value: float) -> None:
-    """Check that a temperature can be that of rollouts.
+    """Raise unless rollouts can be sampled at a temperature.
+
+    Args:
+        name: name of the setting, for the message.
+        value: the temperature.
 
     Raises:
-        ConfigurationError: it is not above 0.
+        ConfigurationError: the temperature is not above 0 and finite.
     """
     if not 0.0 < value < ANY:
         raise ConfigurationError(
             f"`{name}` must be above 0 for rollouts: got {value}. "
-            "Greedy sampling has no gradient; 1.0 is usual."
+            "Greedy sampling gives no policy gradient; 1.0 is usual."
         )

@@ -1,9 +1,11 @@
-"""Measures each rollout, keeps the run's totals, and warns of two silent ways to learn nothing."""
+"""Measure each rollout, keep the run's totals, and warn if a rollout teaches little."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+
+# `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
 from typing import Any, TypeAlias
 
 import torch
@@ -14,18 +16,18 @@ from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
 
-Sums: TypeAlias = dict[str, tuple[float, int]]  # of each part: total and count
+Sums: TypeAlias = dict[str, tuple[float, int]]  # total and count of each reward part
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
 
 
 class RolloutWatch:
-    """Statistics of rollouts over all ranks.
+    """Measures rollouts over all ranks and keeps the run's totals.
 
     Attributes:
         rollouts: rollouts made.
-        completions: completions sampled, those of replaced groups too.
-        tokens: their tokens.
-        seconds: spent in each phase, by metric name.
+        completions: completions sampled, with those of replaced groups.
+        tokens: tokens of these completions.
+        seconds: seconds spent in each phase, by metric name.
     """
 
     def __init__(self) -> None:
@@ -44,31 +46,31 @@ class RolloutWatch:
         compares_group: bool = True,
         replaced: Sequence[Sequence[Judged]] = (),
     ) -> dict[str, float]:
-        """Return the rollout's metrics, and warn once for each way in which it is wasted.
+        """Return the rollout's metrics; warn once of too many flat groups or cut completions.
 
         Args:
             batch: this rank's completions.
-            rewards: its failures since the last rollout are reported.
-            seconds: time of each phase.
+            rewards: runner of the rewards, with the failures since the last rollout.
+            seconds: seconds of each phase, by metric name.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
-            compares_group: the objective learns from differences within a group.
-            replaced: groups of this rank that others took the place of, for their equal rewards.
+            compares_group: the objective compares the completions of a group.
+            replaced: groups of this rank that were replaced because of equal rewards.
         """
         sizes = batch.group_ids.bincount()
-        own = batch.source == STUDENT
-        real = batch.completion_mask & own[:, None]
+        of_student = batch.source == STUDENT
+        real = batch.completion_mask & of_student[:, None]
         values = [
-            float(own.sum()),
-            float(batch.rewards[own].double().sum()),
-            float(batch.correct[own].sum()),
+            float(of_student.sum()),
+            float(batch.rewards[of_student].double().sum()),
+            float(batch.correct[of_student].sum()),
             float(real.sum()),
-            float(batch.truncated[own].sum()),
+            float(batch.truncated[of_student].sum()),
             float(len(sizes)),
             float(flat_groups(batch.rewards, batch.group_ids).sum()),
             float(rewards.take_failures()),
-            float((~own).sum()),
-            float(batch.rewards[~own].double().sum()),
-            float(batch.correct[~own].sum()),
+            float((~of_student).sum()),
+            float(batch.rewards[~of_student].double().sum()),
+            float(batch.correct[~of_student].sum()),
             float(batch.completion_mask.sum()),
             float(len(replaced)),
             float(sum(len(group) for group in replaced)),
@@ -76,11 +78,11 @@ class RolloutWatch:
         ]
         totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
         count, reward, correct, tokens, truncated, groups, flat, failures = totals[:8]
-        theirs, their_reward, their_correct, all_tokens = totals[8:12]
+        by_teacher, teacher_reward, teacher_correct, all_tokens = totals[8:12]
         refilled, dropped, dropped_tokens = totals[12:]
         sampled = all_tokens + dropped_tokens
         self.rollouts += 1
-        self.completions += int(count + theirs + dropped)
+        self.completions += int(count + by_teacher + dropped)
         self.tokens += int(sampled)
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
@@ -88,13 +90,15 @@ class RolloutWatch:
             self._warn_above(
                 MAX_WITHOUT_VARIANCE,
                 flat / groups,
-                "of the groups have equal rewards and give no policy gradient. Take easier or "
-                "harder prompts, a larger `group_size`, or an objective with a dense teacher term",
+                "of the groups have equal rewards and give no policy gradient. Use easier or "
+                "harder prompts, a larger `group_size`, or an objective that imitates the teacher "
+                "on every token, such as KDRL",
             )
         self._warn_above(
             MAX_TRUNCATED,
             truncated / max(count, 1.0),
-            "of the completions are cut at `max_tokens`. Raise it, or shorten the prompts' task",
+            "of the completions are cut at `max_tokens`. Raise it, or use prompts with shorter "
+            "answers",
         )
         metrics = {
             "reward/failures": failures,
@@ -110,11 +114,11 @@ class RolloutWatch:
                 "rollout/length_mean": tokens / count,
                 "rollout/truncated_frac": truncated / count,
             }
-        if theirs:
+        if by_teacher:
             metrics |= {
-                "teacher/reward_mean": their_reward / theirs,
-                "teacher/correct_frac": their_correct / theirs,
-                "teacher/length_mean": (all_tokens - tokens) / theirs,
+                "teacher/reward_mean": teacher_reward / by_teacher,
+                "teacher/correct_frac": teacher_correct / by_teacher,
+                "teacher/length_mean": (all_tokens - tokens) / by_teacher,
             }
         return metrics
 
@@ -124,7 +128,7 @@ class RolloutWatch:
         return {**totals, "seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the totals back."""
+        """Restore the totals."""
         self.rollouts, self.completions = state["rollouts"], state["completions"]
         self.tokens, self.seconds = state["tokens"], dict(state["seconds"])
 
@@ -135,10 +139,10 @@ class RolloutWatch:
 
 
 def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Return ``reward/<name>_mean`` of every part on any rank; collective.
+    """Return ``reward/<name>_mean`` of every reward part on any rank; all ranks must call it.
 
-    A part's mean is over the completions that have it: with a reward for each kind of row, not all
-    have the same.
+    The mean of a part is over the completions that have it: if each kind of row has its reward,
+    completions differ in their parts.
     """
     here: Sums = {}
     for verdict in verdicts:
@@ -156,7 +160,7 @@ def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
 
 
 def _gather(here: Sums) -> list[Sums]:
-    # Objects, not tensors: ranks need not know the same names.
+    # We gather objects, not tensors, because ranks can have parts of different names.
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return [here]

@@ -1,4 +1,4 @@
-"""From one rollout to its optimizer steps: mini-batches, micro-batches, scores and totals."""
+"""Turn a rollout into optimizer steps: mini-batches, micro-batches, scores and totals."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ TEACHER_FIELDS = (
     "teacher_topk_logprobs",
     "teacher_tail_logprobs",
 )
-# A pass without gradient keeps no activations: it may take more than a micro-batch at once.
+# Most tokens of one pass by teacher or reference. It keeps no activations for a gradient, so it can
+# be larger than a micro-batch.
 FROZEN_TOKENS = 4096
-# In a layer a prompt's keys and values are repeated for each row: so many times the tokens.
+# A layer repeats a prompt's keys and values for each row; these may be so many times the tokens.
 REPEATED = 4
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """A scored rollout and how its updates are cut.
+    """A scored rollout and its cut into updates.
 
     Attributes:
-        rollout: its index.
+        rollout: index of the rollout.
         batch: this rank's completions, scored and prepared.
-        updates: per optimizer step, per micro-batch, the rows of ``batch``.
-        totals: per optimizer step, its counts over all ranks.
-        metrics: measurements, handed out with the first micro-batch.
-        first_update: the update at which the rollout was made; not 0 after a resume in between.
-        unscored: so many updates, from the start, have no stored scores of the student: their own
-            forward passes give them.
+        updates: rows of ``batch`` for each micro-batch of each optimizer step.
+        totals: counts over all ranks of each optimizer step.
+        metrics: measurements; the first micro-batch carries them.
+        first_update: the update at which the rollout was made; above 0 after a resume within it.
+        unscored: number of first updates without stored scores of the student; the forward passes
+            of these updates give the scores.
     """
 
     rollout: int
@@ -51,7 +52,7 @@ class RolloutPlan:
     unscored: int = 0
 
     def micro_batch(self, update: int, micro: int) -> RolloutBatch:
-        """Return one micro-batch, trimmed to its own longest row."""
+        """Return one micro-batch, trimmed to its longest row."""
         first = update == self.first_update and micro == 0
         part = self.batch.select(self.updates[update][micro])
         missing = OLD_FIELDS if update < self.unscored else ()
@@ -63,34 +64,34 @@ class RolloutPlan:
 
     @property
     def padding_frac(self) -> float:
-        """Share of padding in the rectangles of one replay."""
+        """Share of padding in the micro-batches, in [0, 1)."""
         lengths: list[int] = self.batch.lengths.tolist()
         parts = [[lengths[r] for r in rows] for update in self.updates for rows in update]
         area = sum(len(part) * max(part) for part in parts)
         return 1.0 - sum(map(sum, parts)) / area
 
     def with_metrics(self, metrics: Mapping[str, float], first_update: int = 0) -> RolloutPlan:
-        """Return a copy with measurements, and the update that is to carry them."""
+        """Return a copy with measurements and the update that carries them."""
         return replace(self, metrics=metrics, first_update=first_update)
 
 
 class Scoring(Protocol):
-    """What a plan asks of the module: each method returns the batch with fields added."""
+    """The part of a ``Policy`` that scores and prepares a rollout."""
 
     def score(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add the student's scores."""
+        """Return the batch with the student's scores."""
 
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add the reference's scores, if there is a reference."""
+        """Return the batch with the reference's scores, if there is a reference."""
 
     def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add the teacher's scores, if there is a teacher."""
+        """Return the batch with the teacher's scores, if there is a teacher."""
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
-        """Add what the objective decides once for the whole rollout."""
+        """Return the batch with what the objective decides once for the whole rollout."""
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
-        """Reduce a tensor over ranks."""
+        """Return a tensor reduced over ranks by ``sum`` or ``max``."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ class Cut:
     """How rollouts are cut into updates.
 
     Attributes:
-        minibatches: disjoint parts, whole groups, one update each.
-        epochs: replays; every replay has the same mini-batches.
-        micro_batches: per update.
+        minibatches: number of disjoint parts; each has whole groups and gives one update.
+        epochs: number of passes over a rollout; every pass has the same mini-batches.
+        micro_batches: number of micro-batches per update.
         max_tokens: the token limit of a completion.
-        max_micro_tokens: of a micro-batch, padding included.
-        frozen_tokens: of what teacher and reference score at once, if it is more than one
-            micro-batch.
+        max_micro_tokens: most tokens of a micro-batch, with padding.
+        frozen_tokens: most tokens, with padding, of joined micro-batches that teacher and reference
+            score in one pass; 0: they score each micro-batch alone.
     """
 
     minibatches: int
@@ -115,7 +116,7 @@ class Cut:
     frozen_tokens: float = 0.0
 
     def updates(self, batch: RolloutBatch) -> list[list[list[int]]]:
-        """Return the rows of each micro-batch of each update of one replay."""
+        """Return the rows of each micro-batch of each update in one pass over the rollout."""
         lengths = batch.lengths.tolist()
         groups = int(batch.group_ids.max()) + 1
         members: list[list[int]] = [[] for _ in range(self.minibatches)]
@@ -123,19 +124,19 @@ class Cut:
             members[group * self.minibatches // groups].append(row)
         updates = []
         for rows in members:
-            own = [lengths[r] for r in rows]
-            parts = partition(own, self.micro_batches, self.max_micro_tokens)
+            sizes = [lengths[r] for r in rows]
+            parts = partition(sizes, self.micro_batches, self.max_micro_tokens)
             updates.append([[rows[i] for i in part] for part in parts])
         return updates
 
 
 @dataclass(frozen=True)
 class Waits:
-    """Scores that updates give by themselves, so that no model is run for them before.
+    """Scores that updates give, so that no separate scoring pass is needed.
 
     Attributes:
         student: the first update's forward pass gives the student's scores of its completions.
-        teacher: each update runs the teacher, for a divergence over the full vocabulary.
+        teacher: each update runs the teacher for a divergence over the full vocabulary.
     """
 
     student: bool = False
@@ -145,16 +146,16 @@ class Waits:
 def plan_updates(
     batch: RolloutBatch, rollout: int, cut: Cut, scoring: Scoring, waits: Waits
 ) -> RolloutPlan:
-    """Score a new rollout and cut it into optimizer steps.
+    """Return a new rollout, scored and cut into optimizer steps.
 
-    Scoring by the student runs on the very micro-batches of the updates, so that old
-    log-probabilities equal those of the first update bit for bit, and need no more memory. That of
-    teacher and reference joins micro-batches up to ``cut.frozen_tokens``, so that a prompt that
-    several of them share is run once.
+    The student scores the same micro-batches that the updates use. So old log-probabilities equal
+    those of the first update bit for bit, and scoring needs no more memory than an update. Teacher
+    and reference score joined micro-batches up to ``cut.frozen_tokens``, so that they run a prompt
+    in several micro-batches only once.
 
     Args:
-        batch: this rank's completions; groups in the order of their mini-batches.
-        rollout: its index.
+        batch: this rank's completions; groups are in the order of their mini-batches.
+        rollout: index of the rollout.
         cut: sizes of the updates.
         scoring: scores and prepares.
         waits: scores that the updates give.
@@ -162,14 +163,14 @@ def plan_updates(
     # 1. Cut the rows into updates and micro-batches.
     updates = cut.updates(batch)
     first, later = updates[0], list(chain.from_iterable(updates[1:]))
-    # 2. Score with the student, except what the first update's own pass gives.
+    # 2. Score with the student, except what the first update's forward pass gives.
     batch = _scored(batch, later if waits.student else [*first, *later], scoring.score, OLD_FIELDS)
     # 3. Score with the reference, and with the teacher unless each update runs it.
     wide = joined([*first, *later], batch, cut.frozen_tokens)
     batch = _scored(batch, wide, scoring.score_reference, ("ref_logprobs",))
     if not waits.teacher:
         batch = _scored(batch, wide, scoring.score_teacher, TEACHER_FIELDS)
-    # 4. Let the objective decide what holds for the whole rollout. It sees the student's scores of
+    # 4. Let the objective decide what holds for the whole rollout. It gets the student's scores of
     #    all completions or of none.
     hidden = OLD_FIELDS if waits.student else ()
     kept = {name: getattr(batch, name) for name in hidden}
@@ -181,13 +182,13 @@ def plan_updates(
 def resume_updates(
     batch: RolloutBatch, rollout: int, cut: Cut, scoring: Scoring, waits: Waits
 ) -> RolloutPlan:
-    """Cut a rollout of a checkpoint, which was scored and prepared when it was made.
+    """Return a checkpoint's rollout, which is scored and prepared already, cut into updates.
 
     Args:
         batch: this rank's completions.
-        rollout: its index.
+        rollout: index of the rollout.
         cut: sizes of the updates.
-        scoring: scores with the teacher, if the run before left that to its updates and this one
+        scoring: scores with the teacher if the earlier run left that to its updates and this run
             does not.
         waits: scores that the updates give.
     """
@@ -216,13 +217,13 @@ def _plan(
 
 
 def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> list[list[int]]:
-    """Join neighbouring parts where that is no more work, prompts counted once.
+    """Return parts, with neighbours joined if that adds no tokens; a prompt counts once per part.
 
     Args:
-        parts: rows of ``batch``.
-        batch: of all rows.
-        max_tokens: of a joined part, padding included; prompts in each of their rows, ``REPEATED``
-            times as many.
+        parts: lists of rows of ``batch``.
+        batch: all completions.
+        max_tokens: most tokens of a joined part, with padding. With the prompt counted in each of
+            its rows, the limit is ``REPEATED`` times that.
     """
     prompts: list[int] = batch.prompt_lengths.tolist()
     completions: list[int] = batch.completion_lengths.tolist()
@@ -251,7 +252,7 @@ def _scored(
     score: Callable[[RolloutBatch], RolloutBatch],
     names: tuple[str, ...],
 ) -> RolloutBatch:
-    """Run ``score`` on parts and gather the fields of ``names``; 0 on rows of no part."""
+    """Return the batch with the fields ``names`` from ``score`` of each part; other rows get 0."""
     whole: dict[str, Tensor] = {}
     for rows in parts:
         part = score(batch.select(rows))
@@ -269,10 +270,10 @@ def _scored(
 def step_totals(
     batch: RolloutBatch, max_tokens: int, reduce: Callable[[Tensor, str], Tensor]
 ) -> StepTotals:
-    """Count one rank's completions of an optimizer step, summed over ranks."""
-    own = batch.count(max_tokens)
+    """Return an optimizer step's counts over all ranks, from this rank's completions of it."""
+    here = batch.count(max_tokens)
     counts = torch.tensor(
-        [own.num_loss_tokens, own.num_imitated_tokens, own.num_completions, own.num_prompts],
+        [here.num_loss_tokens, here.num_imitated_tokens, here.num_completions, here.num_prompts],
         dtype=torch.float64,
     )
     tokens, imitated, completions, prompts = reduce(counts, "sum").tolist()

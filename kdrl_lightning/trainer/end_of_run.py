@@ -33,17 +33,23 @@ def write_or_warn(file: Path, write: Callable[[], Any]) -> None:
 
 
 def check_space(needs: Mapping[Path, int]) -> None:
-    """Check that a disk has room for what a run will write to its folders.
+    """Check that a run can write to its folders, and that their disks have room for it.
 
     Args:
         needs: bytes per folder, which need not exist yet.
 
     Raises:
-        ConfigurationError: it has not.
+        ConfigurationError: one cannot be made or written, or a disk is too full.
     """
     disks: dict[int, int] = {}
     for folder, size in needs.items():
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            found = "may not be written" if place.is_dir() else "is no folder"
+            raise ConfigurationError(
+                f"`{folder}` must be a folder that the run can write: got {place}, which {found}. "
+                "Name another with `trainer.default_root_dir` or `checkpoint.dirpath`."
+            )
         disk = place.stat().st_dev
         disks[disk] = disks.get(disk, 0) + size
         free = shutil.disk_usage(place).free

@@ -32,6 +32,10 @@ HELD = {"reward/mean", "rollout/length_mean", "rollout/mismatch_kl",
         "rollout/logprob_diff_max", "rollout/staleness", "rollout/padding_frac"}  # fmt: skip
 
 
+# Lightning's own table keeps it longer than the log.
+ONCE = "rollout/once"
+
+
 class Sometimes(pl.Callback):
     """Measures something at the steps of a list only, as a mean over some tokens may be."""
 
@@ -42,6 +46,8 @@ class Sometimes(pl.Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step == self.steps[0]:  # stands in the rows of the first rollout alone
+            pl_module.log_step({ONCE: 1.0})
         if trainer.global_step in self.steps:
             pl_module._stats._stats.add_sum(
                 "kd/sometimes", torch.tensor(float(trainer.global_step))
@@ -51,7 +57,7 @@ class Sometimes(pl.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         shown = trainer.callback_metrics.items()
-        kept = {k: float(v) for k, v in shown if not k.startswith((*CLOCKS, "val/"))}
+        kept = {k: float(v) for k, v in shown if not k.startswith((*CLOCKS, "val/", ONCE))}
         self.shown.append(kept)
 
 
@@ -103,6 +109,7 @@ def test_rows_after_a_resume_are_those_of_an_undisturbed_run(
     later, seen = run(tmp_path / "parts", models, objective, 8, str(path), **data)
     assert [HELD - row.keys() for row in rows] == [set()] * 8
     assert [row["kd/sometimes"] for row in rows if "kd/sometimes" in row] == ["1.0", "4.0"]
+    assert [ONCE in row for row in rows] == [False] + [True] * 3 + [False] * 4
     assert first + later == rows
     assert seen == shown[stop:]
 

@@ -257,7 +257,7 @@ METHOD_CASES = {
             '{"alignment_threshold": 1}}]',
             "--model.teacher=null",
         ],
-        "`selection` must go with a part that imitates the teacher: got Gates",
+        "`selection` must be used with a part that imitates the teacher: got Gates",
     ),
     "divergence without teacher": (
         ["--model.objective=GKD", "--model.teacher=null"],

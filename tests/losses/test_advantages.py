@@ -91,7 +91,7 @@ def test_no_prompts_give_no_advantages() -> None:
         (torch.zeros(3, 1), r"`group_size` must be at least 2 .*: got 1\. Sample more"),
         (torch.zeros(3, 0), r"`group_size` must be at least 2 .*: got 0\."),
         (torch.tensor([[1.0, math.nan]]), r"`rewards` must be finite: got 1 NaN or inf.* of 2\."),
-        (torch.tensor([[math.inf, -math.inf]]), r"`rewards` must be finite: got 2 .*Mend"),
+        (torch.tensor([[math.inf, -math.inf]]), r"`rewards` must be finite: got 2 .*Correct the"),
     ],
 )
 def test_refusals(rewards: torch.Tensor, message: str) -> None:

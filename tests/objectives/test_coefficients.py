@@ -130,23 +130,23 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: SRPO(distill=SurrogateTerm(TrustRegionRatio())),
-        r"`distill` SurrogateTerm must stand beside .* from rewards alone: got VerdictAdvantage\.",
+        r"`distill` SurrogateTerm must be added to .* from rewards alone: got VerdictAdvantage\.",
     ),
     (
         lambda: PolicyObjective(None, None, SurrogateTerm(TrustRegionRatio())),
-        r"`distill` SurrogateTerm must stand beside .*: got None\. Use Advantage, e\.g\. GRPO\.",
+        r"`distill` SurrogateTerm must be added to .*: got None\. Use Advantage, e\.g\. GRPO\.",
     ),
     (
         lambda: GRPO(distill=SurrogateTerm(TrustRegionRatio()), teacher_tokens=ShapedProbability()),
-        r"`teacher_tokens` must be None beside `distill` SurrogateTerm, .*: got ShapedProbability",
+        r"`teacher_tokens` must be None with `distill` SurrogateTerm, .*: got ShapedProbability\.",
     ),
     (
         lambda: KDRL(0.3, distill=VocabularyKL(2e-3)),
-        r"`distill` must stand without `teacher_kl_coef`, .*: got VocabularyKL and some of them\.",
+        r"`distill` must be given without `teacher_kl.*`, .*: got VocabularyKL and some of them\.",
     ),
     (
         lambda: KDRL(form="advantage", distill=SampledKL()),
-        r"`distill` must stand without .*`form`.*: got SampledKL and some of them\.",
+        r"`distill` must be given without .*`form`.*: got SampledKL and some of them\.",
     ),
     (
         lambda: SampledKL(estimator="k1"),
@@ -174,21 +174,21 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: PolicyObjective(TokenRatio(), None),
-        r"`ratio` and `advantage` must go together, or .* alone: got TokenRatio, None, None\.",
+        r"`ratio` and `advantage` must be given together, or .*: got TokenRatio, None, None\. Add",
     ),
     (lambda: PolicyObjective(None, Advantage(), SampledKL()), r"got None, Advantage, SampledKL\."),
-    (lambda: PolicyObjective(None, None), r"`distill` stand alone: got None, None, None\."),
+    (lambda: PolicyObjective(None, None), r"or `distill` alone: got None, None, None\."),
     (
         lambda: GRPO(selection=[WrongGroups()]),
-        r"`selection` must go with a part .*: got WrongGroups beside TokenRatio, Advantage\. Drop",
+        r"`selection` must be used with a part.*: got WrongGroups and TokenRatio, Advantage\. Drop",
     ),
     (
         lambda: OnPolicyDistillation(teacher_tokens=ShapedProbability()),
-        r"`teacher_tokens` must go with a policy loss: got ShapedProbability beside SampledKL",
+        r"`teacher_tokens` must be given with a policy loss: got ShapedProbability and SampledKL",
     ),
     (
         lambda: GKD(selection=[Gates(None, 0.0)]),
-        r"`advantage_threshold` must go with advantages from rewards: got None, VocabularyKL\.",
+        r"`advantage_threshold` must be used with .* from rewards: got None, VocabularyKL\.",
     ),
     (lambda: TruncatedImportance(0.9), r"`cap` must be at least 1: got 0\.9\. 2 is usual\."),
     (lambda: MaskedImportance(0.0), r"`low` must be above 0 and at most 1: got 0\.0\."),

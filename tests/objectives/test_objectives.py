@@ -555,7 +555,7 @@ def test_prepare_takes_an_empty_rollout() -> None:
 
 def test_prepare_refuses_unequal_groups() -> None:
     batch = make_batch().select([0, 1, 2])
-    with pytest.raises(ConfigurationError, match=r"groups must have one size: got \[2, 1\]\."):
+    with pytest.raises(ConfigurationError, match=r"must give groups of one size: got \[2, 1\]\."):
         GRPO().prepare(batch)
 
 

@@ -77,7 +77,7 @@ def test_the_same_prompts_come_again_if_they_are_to_be_overfit() -> None:
 
 
 def test_a_source_of_bad_rows_stops_the_run() -> None:
-    words = r"^100 prompts in a row cannot be used, the last because row \d+ of `some`: bad\.$"
+    words = r"^100 prompts in a row cannot be used\..* The last error: row \d+ of `some`: bad\.$"
     with pytest.raises(TrainingStopped, match=words):
         drawn(collector(2), Some(1000, set(range(1000))), 0, [0])
     assert draw(Some(9, {1, 2}), [1, 2, 3])[0] == ({"row": 3}, [3])
@@ -96,7 +96,7 @@ def test_the_first_bad_rows_are_named() -> None:
         counts.add(4, bad(7, wished=True))
     lines = [str(warning.message) for warning in caught]
     assert lines == [f"skipped row {i} of `some`: bad." for i in range(1, 5)] + [
-        "skipped row 5 of `some`: bad. Further ones are only counted."
+        "skipped row 5 of `some`: bad. Further rows are only counted."
     ]
     assert counts.take() == [12 + 7, 7, 6]
     assert counts.take() == [0, 0, 0]
@@ -115,8 +115,8 @@ def test_more_than_a_tenth_of_the_last_rollouts_does() -> None:
     counts.add(8, bad(5))
     counts.judge(9, 1)
     words = (
-        r"^3 of the 19 prompts drawn in the last 2 rollouts cannot be used, above 10%\. The last "
-        r"one here: row 5 of `some`: bad\.$"
+        r"^3 of the 19 prompts drawn in the last 2 rollouts cannot be used, above 10%\. Correct "
+        r"these rows\. The last error on this rank: row 5 of `some`: bad\.$"
     )
     with pytest.raises(TrainingStopped, match=words):
         counts.judge(10, 2)

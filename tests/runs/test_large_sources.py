@@ -141,7 +141,7 @@ def test_a_long_prompt_later(tmp_path: Path, student_folder: str) -> None:
 
 def test_too_many_bad_rows_stop_the_run(tmp_path: Path, student_folder: str) -> None:
     source = Sums({row: {"prompt": None} for row in ROLLOUTS[0][:2]})
-    words = r"^2 of the 6 prompts drawn in the last 1 rollouts cannot be used, above 10%\. The last"
+    words = r"^2 of the 6 prompts drawn in the last 1 rollouts cannot be used, above 10%\. Correct"
     with (
         pytest.warns(UserWarning, match="^skipped row"),
         pytest.raises(TrainingStopped, match=words),

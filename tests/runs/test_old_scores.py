@@ -230,7 +230,7 @@ def test_reading_without_saying_so_is_refused(tmp_path: Path, student_folder: st
             return known(rollout.old_logprobs, "old_logprobs").sum(1)
 
     module = make_module(student_folder, None, PolicyObjective(TokenRatio(), Reader()))
-    with pytest.raises(ConfigurationError, match=r"must be declared by `reads_old_scores`"):
+    with pytest.raises(ConfigurationError, match=r"declare it by `reads_old_scores`"):
         fit(tmp_path, module, make_data(), max_steps=1)
     module = make_module(student_folder, None, PolicyObjective(TokenRatio(), Peeks()))
     fit(tmp_path, module, make_data(), max_steps=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import build_causal_lm, load_causal_lm
 from kdrl_lightning.models.weights import ModelWeights
-from kdrl_lightning.trainer.end_of_run import checkpoint_bytes, student_bytes
+from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*of the (completions|groups):UserWarning",
@@ -276,6 +277,27 @@ def test_a_disk_without_room_is_found_before_training(
     with pytest.raises(ConfigurationError, match=words):
         fit(tmp_path, student_folder)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(
+    tmp_path: Path, student_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    place = tmp_path / "run.yaml/saved"
+    words = (
+        rf"^`{place}` must be a folder that the run can write: got .*run\.yaml, which is no folder"
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        check_space({place: 1})
+    out = make_trainer(
+        tmp_path, callbacks=[FSDPCheckpoint(str(place))], max_steps=1, enable_checkpointing=True
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        out.fit(make_module(student_folder, None, GRPO()), datamodule=make_data(val_prompts=None))
+    check_space({tmp_path / "new/folder": 1})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigurationError, match=r"which may not be written\. Name another"):
+        check_space({tmp_path / "new/folder": 1})
 
 
 # ---- early stopping

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from jsonargparse import Namespace
 
+from kdrl_lightning._moved import GONE
 from kdrl_lightning.cli.settings.private import actions, typehints, util
 from kdrl_lightning.cli.settings.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.shapes import LEAVES, NULL, fitting, is_class, is_sequence, is_spec
@@ -202,6 +203,7 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
         return
     close = get_close_matches(name, sorted(names), n=1)
     cure = f"; did you mean {close[0]}?" if close else ""
+    cure = f", which is gone: {GONE[name]}" if name in GONE else cure
     wanted = " or ".join(_named(m) for m in kinds)
     raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
 

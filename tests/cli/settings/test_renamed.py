@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import kdrl_lightning
 from helpers.program import made
 from kdrl_lightning import RolloutDataModule, RolloutEngine, TransformersEngine
 from kdrl_lightning.__main__ import main
@@ -218,3 +220,18 @@ def test_an_engine_may_use_the_former_names(old: str, new: str) -> None:
     with pytest.warns(FutureWarning, match=rf"^`Mine.{old}` must be called `{new}`"):
         engine = type("Mine", (TransformersEngine,), {old: True})
     assert getattr(engine, new) is True
+
+
+def test_a_class_that_is_gone_names_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    cure = r"is gone: write GRPO with `distill: SurrogateTerm`"
+    with pytest.raises(AttributeError, match=cure):
+        _ = kdrl_lightning.WeightedSum
+    for name in (
+        "WeightedSum",
+        "kdrl_lightning.WeightedSum",
+        "kdrl_lightning.objectives.WeightedSum",
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["fit", "--config", "rlad", f"--model.objective={name}"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2 and re.search(cure, line), line
