@@ -16,6 +16,8 @@ from kdrl_lightning.tiny.models import Recipe, save_untrained
 
 # A plugin that vLLM loads, and a module that ends its process, in processes of their own.
 collect_ignore = ["helpers/with_vllm/store_transfer.py", "helpers/rewards/ends_at_once.py"]
+# Fixtures, not tests; several files of one name cannot be imported for their docstrings.
+collect_ignore_glob = ["*conftest.py"]
 
 # Where Lightning and torchrun tell a process which group it belongs to, and where that group meets.
 GROUP = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -42,12 +44,22 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group_ends() -> Iterator[None]:
-    """End the process group that a file's tests leave: to Lightning the next run is distributed."""
+def _end_group() -> Iterator[None]:
+    """End the process group that tests leave: to Lightning the next run is distributed."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+_group_ends = pytest.fixture(_end_group, scope="module", autouse=True)
+ends_the_group = pytest.fixture(_end_group, name="ends_the_group")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no pictures: that takes longer than they do."""
+    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
+        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

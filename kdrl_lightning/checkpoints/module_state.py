@@ -34,12 +34,6 @@ class Counters(Protocol):
         """Restore the counts."""
 
 
-class Timed(Protocol):
-    """Models that count the seconds of their work."""
-
-    seconds: float
-
-
 class SavedModule(TrainedModule, Protocol):
     """The part of ``KDRLModule`` that a checkpoint saves and restores."""
 
@@ -50,14 +44,6 @@ class SavedModule(TrainedModule, Protocol):
     @property
     def nonfinite(self) -> Counters:
         """The counts of skipped steps."""
-
-    @property
-    def frozen(self) -> Timed:
-        """The frozen models."""
-
-    @property
-    def teacher_seconds(self) -> float:
-        """Seconds that the teacher has taken to score."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights by name."""
@@ -142,7 +128,7 @@ def export_student(module: TrainedModule, trainer: pl.Trainer | None, path: str)
             return
         with whole_folder(Path(path)) as half:
             write(str(half))
-            module.tokenizer.save_pretrained(half)
+            module.tokenizer.save_pretrained(str(half))
 
     if trainer is None:
         write_both()

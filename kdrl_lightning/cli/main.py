@@ -36,7 +36,7 @@ from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
-from kdrl_lightning.rollout.policy import Policy
+from kdrl_lightning.trainer.protocols import RolloutData, TrainedModule
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1
 
@@ -49,10 +49,13 @@ LEAST = (
 )
 
 
-if TYPE_CHECKING:  # mypy checks that the module is what the data module needs
+if TYPE_CHECKING:  # module and data module meet here first: is each what the others ask for?
 
-    def _as_policy(module: KDRLModule) -> Policy:
+    def _as_trained(module: KDRLModule) -> TrainedModule:
         return module
+
+    def _as_rollout_data(data: RolloutDataModule) -> RolloutData:
+        return data
 
 
 class KDRLCLI(LightningCLI):

@@ -22,7 +22,7 @@ from kdrl_lightning.teachers.frozen import FrozenModels
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that completions need.
+    """The part of a Hugging Face tokenizer that completions and exports need.
 
     We use a protocol because the tokenizer classes have no typed base class.
     """
@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
         self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool
     ) -> list[str]:
         """Return the text of each sequence."""
+
+    def save_pretrained(self, save_directory: str) -> object:
+        """Write it to a folder."""
 
 
 class Policy(Protocol):

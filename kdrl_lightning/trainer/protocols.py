@@ -2,41 +2,30 @@
 
 Lightning types them as any ``LightningModule`` and not at all; ``trained`` and ``rollout_data`` say
 here which part of ``KDRLModule`` and ``RolloutDataModule`` the code may use.
+``rollout/policy.py`` says what rollouts use of the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from kdrl_lightning.engines.base import RolloutEngine
 from kdrl_lightning.models.lora import LoRA
 from kdrl_lightning.models.weights import ModelWeights
-from kdrl_lightning.objectives.base import Objective
 from kdrl_lightning.rollout.groups import Collector
 from kdrl_lightning.rollout.live import LiveSampler
+from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 
-class HasWeights(Protocol):
-    """A teacher."""
-
-    def weights(self) -> ModelWeights | None:
-        """Return its weights; None if they are elsewhere."""
-
-
-class TrainedModule(Protocol):
-    """The part of ``KDRLModule`` that the code around a training run uses."""
-
-    @property
-    def objective(self) -> Objective:
-        """The loss."""
+class TrainedModule(Policy, Protocol):
+    """A ``Policy`` with what the code around a training run uses besides."""
 
     @property
     def optimizer_callable(self) -> Callable[..., torch.optim.Optimizer]:
@@ -51,33 +40,11 @@ class TrainedModule(Protocol):
         """The student, once it is loaded."""
 
     @property
-    def teacher(self) -> HasWeights | None:
-        """The teacher; None without one."""
-
-    @property
-    def student_path(self) -> str:
-        """Name or folder of the student."""
-
-    @property
-    def tokenizer(self) -> Any:  # transformers has no type that all tokenizers share
-        """The student's tokenizer."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the student is."""
-
-    @property
     def skipped_steps(self) -> int:
         """Optimizer steps that were left out because of a non-finite gradient."""
 
-    def weights(self) -> ModelWeights:
-        """Return the student's weights."""
-
     def base_digest(self) -> str:
         """Return the checksum of the base model's weights under adapters."""
-
-    def reduce(self, value: Tensor, operation: str) -> Tensor:
-        """Return the ``"sum"`` or ``"max"`` over all ranks; collective."""
 
     def completed(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the latest micro-batch with all scores that its update used."""
@@ -97,7 +64,10 @@ class RolloutData(Protocol):
     live: LiveSampler
     rollout: RolloutSettings
     seed: int
-    val_prompts: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
+
+    @property
+    def val_prompts(self) -> object:
+        """The validation sets; None if there are none."""
 
     @property
     def updates_per_rollout(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from helpers.plain_module import OneWeight
 from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import FSDPCheckpoint, RolloutCallback
@@ -85,27 +86,13 @@ def test_a_run_that_goes_on_in_the_middle_of_a_rollout_counts_on(
     assert run(9, path)[0] == expected(6, 9, 4)
 
 
-class Plain(pl.LightningModule):
-    """A model of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.weight * batch.float().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 def test_without_rollouts_each_optimizer_step_counts(tmp_path: Path) -> None:
     seen = Seen()
     settings: dict[str, Any] = {"max_steps": 4, "accumulate_grad_batches": 2, "logger": False}
     trainer = make_trainer(tmp_path, callbacks=[seen], **settings)
     # Five batches: Lightning takes a step after the last one alone.
-    trainer.fit(Plain(), DataLoader(torch.arange(5)))  # type: ignore[arg-type]
+    trainer.fit(OneWeight(), DataLoader(torch.arange(5)))  # type: ignore[arg-type]
     assert seen.calls == expected(0, 4, 1)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.fake_module import FakeModule
 from helpers.reference import close, f64
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats
@@ -230,23 +231,6 @@ def test_micro_batches_add_up_to_the_step() -> None:
         check(stats.compute(), stats_of(objective, batch, logprobs))
 
 
-class Module:
-    """What the callback asks of the module."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.reduce = lambda value, operation: value
-        self.device = torch.device("cpu")
-        self.logged: list[dict[str, float]] = []
-
-    def completed(self, batch: RolloutBatch) -> RolloutBatch:
-        """Nothing is missing."""
-        return batch
-
-    def log_step(self, values: dict[str, float]) -> None:
-        self.logged.append(values)
-
-
 def test_callback_logs_once_per_step() -> None:
     batch, logprobs = case()
     trainer: Any = SimpleNamespace(
@@ -256,7 +240,7 @@ def test_callback_logs_once_per_step() -> None:
         loggers=[],
         datamodule=None,
     )
-    module, callback = Module(KDRL()), SelectiveImitationStats()
+    module, callback = FakeModule(KDRL()), SelectiveImitationStats()
     for index in range(4):
         rows = [0] if index % 2 == 0 else [1, 2]
         part = batch.select(rows)
@@ -272,7 +256,7 @@ def test_callback_logs_once_per_step() -> None:
 def test_callback_is_silent_on_given_completions() -> None:
     batch, logprobs = case(old_logprobs=None, rollout_logprobs=None)
     trainer: Any = SimpleNamespace(accumulate_grad_batches=1)
-    module = Module(SFT())
+    module = FakeModule(SFT())
     SelectiveImitationStats().on_train_batch_end(trainer, module, {"logprobs": logprobs}, batch, 0)
     assert module.logged == []
 
@@ -315,7 +299,7 @@ def test_agreement_is_that_of_the_present_student() -> None:
 
 def test_what_has_nothing_to_average_is_a_gap() -> None:
     batch, logprobs = case()
-    module, callback = Module(RLAD()), SelectiveImitationStats()
+    module, callback = FakeModule(RLAD()), SelectiveImitationStats()
     trainer: Any = SimpleNamespace(
         accumulate_grad_batches=1,
         num_training_batches=4,

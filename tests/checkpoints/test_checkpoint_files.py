@@ -6,14 +6,13 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.strategies import ModelParallelStrategy
 
+from helpers.sharded_trainer import sharded_trainer
 from kdrl_lightning.checkpoints.layout import META, SHARDS, unfinished
 from kdrl_lightning.checkpoints.reader import check_shards, read_metadata
 from kdrl_lightning.checkpoints.writer import CheckpointWriter, save_file
@@ -102,23 +101,6 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
 
 
 # ---- folders of shards
-
-
-def sharded_trainer(step: int = 4) -> Any:
-    """A trainer as the writer sees it, alone, with a sharded strategy."""
-    state = {
-        "loops": {},
-        "global_step": step,
-        "state_dict": {"student.model.w": torch.arange(6.0).reshape(2, 3) + step},
-        "optimizer_states": [{"moments": torch.ones(3), "settings": {"lr": 0.1, "name": "w"}}],
-    }
-    return SimpleNamespace(
-        strategy=ModelParallelStrategy(),
-        is_global_zero=True,
-        global_step=step,
-        lightning_module=SimpleNamespace(reduce=lambda value, operation: value),
-        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: state),
-    )
 
 
 @pytest.fixture

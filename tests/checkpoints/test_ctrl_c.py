@@ -17,11 +17,11 @@ import lightning.pytorch as pl
 import pytest
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.loggers import CSVLogger
-from test_killed_runs import fit as fit_in_processes
-from test_killed_runs import killer
-from test_killed_runs import start as start_process
-from test_resumed_cli import refused, start, version  # noqa: F401
 
+from helpers.processes.killed_runs import fit as fit_in_processes
+from helpers.processes.killed_runs import killer
+from helpers.processes.killed_runs import start as start_process
+from helpers.program import refusal
 from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRLModule, __main__
 from kdrl_lightning.callbacks import FSDPCheckpoint
@@ -124,7 +124,7 @@ def _keep_handler() -> Any:
     ],
 )  # fmt: skip
 def test_the_command_line_says_so_and_exits_with_130(
-    start: Any,  # noqa: F811
+    start: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     hook: str,
@@ -137,7 +137,7 @@ def test_the_command_line_says_so_and_exits_with_130(
         press_at = Presses("at", 2, times)
         act = lambda module, *_: press_at.act(module.trainer)  # noqa: E731
         monkeypatch.setattr(KDRLModule, hook, act)
-    line = refused(start, capsys, "fit", "--trainer.max_steps=6", code=130)
+    line = refusal(start, capsys, "fit", "--trainer.max_steps=6", code=130)
     assert re.match(f"error: {words}", line)
 
 
@@ -150,7 +150,7 @@ def test_the_command_line_says_so_and_exits_with_130(
     ],
 )
 def test_an_export_or_a_first_measurement_that_is_stopped_names_the_last_checkpoint(
-    start: Any,  # noqa: F811
+    start: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     place: str,
@@ -166,7 +166,7 @@ def test_an_export_or_a_first_measurement_that_is_stopped_names_the_last_checkpo
         press()
 
     monkeypatch.setattr(f"kdrl_lightning.callbacks.report.{place}", pressed)
-    line = refused(start, capsys, *flags, code=130)
+    line = refusal(start, capsys, *flags, code=130)
     assert re.fullmatch(f"error: stopped by Ctrl-C: {words}", line), line
     assert not list(Path().rglob("version_0/student/model.safetensors")) or steps > 4
 
@@ -174,7 +174,7 @@ def test_an_export_or_a_first_measurement_that_is_stopped_names_the_last_checkpo
 @pytest.mark.parametrize("kind", [KeyError, TrainingStopped, ValueError])
 @pytest.mark.parametrize(("number", "name", "code"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143)])
 def test_an_engine_that_the_same_signal_ended_is_no_error_of_the_program(
-    start: Any,  # noqa: F811
+    start: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     kind: type[Exception],
@@ -188,14 +188,14 @@ def test_an_engine_that_the_same_signal_ended_is_no_error_of_the_program(
             raise kind("the engine is gone")
 
     monkeypatch.setattr(KDRLModule, "on_before_backward", act)
-    line = refused(start, capsys, "fit", "--trainer.max_steps=6", code=code)
+    line = refusal(start, capsys, "fit", "--trainer.max_steps=6", code=code)
     words = rf"error: stopped by {name} within a step: the last checkpoint is .*=00000002\.ckpt\."
     assert re.fullmatch(words, line)
 
 
 @pytest.mark.parametrize("command", ["validate", "evaluate", "export", "serve"])
 def test_other_subcommands_stop_at_once(
-    start: Any,  # noqa: F811
+    start: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     command: str,
@@ -206,7 +206,7 @@ def test_other_subcommands_stop_at_once(
     for place in ("cli.evaluate.evaluate", "cli.serve.serve", "__main__.run_export"):
         monkeypatch.setattr(f"kdrl_lightning.{place}", interrupted)
     monkeypatch.setattr(pl.Trainer, "_run_stage", lambda self: press())
-    line = refused(start, capsys, command, code=130)
+    line = refusal(start, capsys, command, code=130)
     assert line == "error: stopped by Ctrl-C: nothing was saved."
 
 
@@ -306,7 +306,7 @@ def test_the_first_process_ends_with_the_code_of_the_others(
 
 
 def test_what_fails_after_ctrl_c_is_no_error_of_the_program(
-    start: Any,  # noqa: F811
+    start: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -315,7 +315,7 @@ def test_what_fails_after_ctrl_c_is_no_error_of_the_program(
 
     monkeypatch.setattr(pl.Trainer, "_run_sanity_check", lambda self: press())
     monkeypatch.setattr("kdrl_lightning.callbacks.RunReport.on_exception", fails)
-    line = refused(start, capsys, "fit", code=130)
+    line = refusal(start, capsys, "fit", code=130)
     assert line == "error: stopped by Ctrl-C: nothing was saved."
 
 

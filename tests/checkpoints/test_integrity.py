@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_checkpoint_files import sharded_trainer, student_weights
 
+from helpers.sharded_trainer import sharded_trainer
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.checkpoints.integrity import (
@@ -27,6 +27,7 @@ from kdrl_lightning.checkpoints.integrity import (
 from kdrl_lightning.checkpoints.layout import META, SHARDS
 from kdrl_lightning.checkpoints.reader import newest_whole, read_metadata
 from kdrl_lightning.checkpoints.writer import CheckpointWriter, ShardWriter, save_file
+from kdrl_lightning.cli.export import student_weights
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.trainer.failures import reason_of
 

@@ -14,16 +14,13 @@ from kdrl_lightning.callbacks import CoefficientSchedule
 from kdrl_lightning.callbacks.schedules import Linear, PlateauSwitch
 from kdrl_lightning.objectives import GKD, ShapedProbability, TruncatedImportance
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*of the (completions|groups):UserWarning",
-    "ignore:The number of training batches:UserWarning",
-)
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
-        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*of the (completions|groups):UserWarning",
+        "ignore:The number of training batches:UserWarning",
+    ),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 
 def plateau() -> list[Any]:

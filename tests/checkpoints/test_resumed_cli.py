@@ -12,10 +12,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
-from kdrl_lightning.__main__ import main
+from helpers.program import refusal, version
 from kdrl_lightning.checkpoints.writer import together
 from kdrl_lightning.errors import TrainingStopped
 
@@ -24,49 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches:UserWarning",
     "ignore:.*there is no last checkpoint available:UserWarning",
 )
-
-
-@pytest.fixture
-def start(tmp_path: Path, student_folder: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a subcommand of the program in a folder of its own."""
-    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
-        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
-    monkeypatch.chdir(tmp_path)
-    prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 8}}
-    config = {
-        "model": {"student": student_folder, "objective": {"class_path": "GRPO"}},
-        "data": {
-            "train_prompts": prompts,
-            "val_prompts": prompts,
-            "reward": "kdrl_lightning.tiny.addition_reward",
-            "rollout": {
-                "prompts_per_rollout": 4,
-                "group_size": 2,
-                "max_tokens": 8,
-            },
-        },
-        "trainer": {"max_steps": 2, "accelerator": "cpu"},
-    }
-    Path("run.yaml").write_text(yaml.safe_dump(config))
-
-    def run(command: str, *flags: str) -> None:
-        main([command, "--config", "run.yaml", *flags])
-
-    return run
-
-
-def refused(start: Any, capsys: pytest.CaptureFixture[str], *flags: str, code: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        start(*flags)
-    assert error.value.code == code
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def version(number: int) -> Path:
-    return Path(f"runs/kdrl_lightning/version_{number}")
 
 
 def test_last_is_a_fresh_start_where_there_is_none(
@@ -108,16 +64,16 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(
     file = version(0) / "checkpoints/step=00000002.ckpt"
     whole, flag = file.read_bytes(), Path("flag")
     on = "fit", "--trainer.max_steps=3", f"--ckpt_path={file}"
-    line = refused(start, capsys, *on, "--model.objective=GSPO")
+    line = refusal(start, capsys, *on, "--model.objective=GSPO")
     assert "with the objective GSPO: got" in line and "made by GRPO" in line
-    line = refused(start, capsys, *on, "--model.optimizer=torch.optim.SGD",
+    line = refusal(start, capsys, *on, "--model.optimizer=torch.optim.SGD",
                    "--model.optimizer.lr=0.1")  # fmt: skip
     assert "`optimizer` must be AdamW to continue from" in line
     start("validate", f"--ckpt_path={file}", "--model.objective=GSPO")
     file.write_bytes(whole[: len(whole) // 2])
-    assert "must be an intact checkpoint of this library: got" in refused(start, capsys, *on)
+    assert "must be an intact checkpoint of this library: got" in refusal(start, capsys, *on)
     # The newest is broken: `last` says so, and starts nothing else in its place.
-    line = refused(start, capsys, "fit", "--ckpt_path=last", "--trainer.max_steps=3")
+    line = refusal(start, capsys, "fit", "--ckpt_path=last", "--trainer.max_steps=3")
     assert "must be an intact checkpoint" in line and "Use an earlier one" in line
 
     class Runs:
@@ -126,9 +82,9 @@ def test_a_checkpoint_that_cannot_be_is_refused_in_one_line(
 
     saved = torch.load(_restored(file, whole))
     torch.save({**saved, "callbacks": Runs()}, file)
-    assert "must be an intact checkpoint of this library: got" in refused(start, capsys, *on)
+    assert "must be an intact checkpoint of this library: got" in refusal(start, capsys, *on)
     assert not flag.exists()
-    line = refused(start, capsys, "fit", f"--ckpt_path={student_folder}")
+    line = refusal(start, capsys, "fit", f"--ckpt_path={student_folder}")
     assert "`ckpt_path` must be a" in line
 
 
@@ -141,7 +97,7 @@ def _restored(file: Path, whole: bytes) -> Path:
 def test_an_unknown_metric_is_refused_in_one_line(
     start: Any, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    line = refused(start, capsys, "fit", f"--checkpoint.monitor={flag}/luck")
+    line = refusal(start, capsys, "fit", f"--checkpoint.monitor={flag}/luck")
     assert f"`monitor` must be a metric of the validation: got {flag}/luck. Known: " in line
 
 
@@ -161,7 +117,7 @@ def test_sigterm_before_the_first_step_is_no_error_of_the_program(
 
     monkeypatch.setattr(pl.Trainer, "_run_sanity_check", sanity)
     stopped = "error: stopped by SIGTERM: nothing was saved."
-    assert refused(start, capsys, "fit", "--trainer.max_steps=50", code=143) == stopped
+    assert refusal(start, capsys, "fit", "--trainer.max_steps=50", code=143) == stopped
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -181,7 +137,7 @@ def test_a_folder_without_checkpoints_is_refused(
 ) -> None:
     start("fit", "--report.export=false")
     shutil.rmtree(version(0) / "checkpoints")
-    line = refused(start, capsys, "fit", f"--ckpt_path={version(0)}")
+    line = refusal(start, capsys, "fit", f"--ckpt_path={version(0)}")
     assert "`ckpt_path` must be an intact checkpoint of this library" in line
 
 
@@ -194,5 +150,5 @@ def test_last_goes_on_in_a_folder_with_a_name(
     start(*flags)
     start(*flags, "--ckpt_path=last", "--trainer.max_steps=3")
     assert "step=00000002.ckpt at step 2" in capsys.readouterr().out
-    line = refused(start, capsys, *flags)
+    line = refusal(start, capsys, *flags)
     assert "`dirpath` must be a folder without another run's checkpoints: got" in line

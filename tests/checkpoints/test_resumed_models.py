@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,15 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import frozen_names, load_causal_lm
 from kdrl_lightning.models.sharding import load_scorer
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*of the (completions|groups):UserWarning",
-    "ignore:The number of training batches:UserWarning",
-    "ignore:.*cannot be read in parts.*:UserWarning",
-    "ignore:.*:FutureWarning",
-)
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
-        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*of the (completions|groups):UserWarning",
+        "ignore:The number of training batches:UserWarning",
+        "ignore:.*cannot be read in parts.*:UserWarning",
+        "ignore:.*:FutureWarning",
+    ),
+    pytest.mark.usefixtures("no_pictures", "ends_the_group"),
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -19,17 +19,14 @@ from kdrl_lightning.checkpoints.resume import KEY
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*of the (completions|groups):UserWarning",
-    "ignore:The number of training batches:UserWarning",
-    "ignore:the learning rate is 0 from step:UserWarning",
-)
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
-        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*of the (completions|groups):UserWarning",
+        "ignore:The number of training batches:UserWarning",
+        "ignore:the learning rate is 0 from step:UserWarning",
+    ),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 
 def adam(lr: float, decay: float = 0.0, **more: Any) -> Callable[[Any], Any]:

@@ -24,10 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from helpers.short_runs import make_data, make_module, make_trainer
-from kdrl_lightning import GRPO
+from helpers.short_runs import trained
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -69,16 +67,6 @@ def save_model(folder: Path, kind: str, tied: bool) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def trained(root: Path, student: str) -> tuple[Any, str]:
-    """Train two steps; return the module and the checkpoint's path."""
-    saver = FSDPCheckpoint(monitor=None)
-    callbacks = [RunReport(evaluate_teacher=False), saver]
-    module = make_module(student, None, GRPO())
-    trainer = make_trainer(root, max_steps=2, callbacks=callbacks, enable_checkpointing=True)
-    trainer.fit(module, datamodule=make_data(val_prompts=None))
-    return module, saver.last_model_path
 
 
 def same_files(ours: Path, theirs: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.program import refused
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.configs import bases_of, copy, describe, listing, load
 from kdrl_lightning.cli.evaluate import make_parser
@@ -28,14 +29,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     take_notes()
     return tmp_path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(args)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 def test_the_package_reaches_the_folder_of_the_repository() -> None:

@@ -7,13 +7,13 @@ import importlib.util
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.ports import free_port
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.main import KDRLCLI
 
@@ -75,12 +75,6 @@ def trained(folder: Path) -> list[dict[str, str]]:
     (file,) = folder.glob("runs/*/version_*/metrics.csv")
     with file.open() as lines:
         return [row for row in csv.DictReader(lines) if row.get("loss/total")]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_the_torchrun_line_of_the_page_starts_two_nodes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.engines import engine_for
 from helpers.small_models import build
 from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
 from kdrl_lightning.engines.prefixes import (
@@ -23,13 +24,6 @@ from kdrl_lightning.models.weights import ModelWeights
 
 PROMPTS = [[5, 9, 23, 4, 51], [7], [3, 14, 3, 3, 88, 60, 41, 7, 9, 11, 13], [12, 11, 10, 9, 8]]
 SEEDS = [[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]
-
-
-def engine_for(model: Any) -> TransformersEngine:
-    engine, weights = TransformersEngine(), ModelWeights(model, "some/model")
-    engine.setup(weights, 1, 0)
-    engine.update_weights(weights, 0)
-    return engine
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from helpers.engines import ids
 from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
@@ -37,10 +38,6 @@ def build(model: Any, student_folder: str) -> Build:
         return made
 
     return engine
-
-
-def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
-    return [[c.ids for c in group] for group in groups]
 
 
 def flatten(groups: list[list[Completion]]) -> list[Completion]:

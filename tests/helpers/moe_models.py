@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 BASE = {
@@ -125,3 +126,10 @@ def save(name: str, folder: Path, tokenizer: str) -> str:
     for file in Path(tokenizer).glob("tokenizer*"):
         shutil.copy(file, folder / file.name)
     return str(folder)
+
+
+@torch.no_grad()
+def logprobs(model: Any, ids: Tensor) -> Tensor:
+    """Log-probs of all next tokens of rows of ids."""
+    out: Tensor = model(input_ids=ids).logits.log_softmax(-1)
+    return out

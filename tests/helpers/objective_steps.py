@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from helpers.reference import f64, normal
+from helpers.reference import close, f64, normal
 from kdrl_lightning.objectives import (
     CISPO,
     GKD,
@@ -171,6 +172,25 @@ def some_mask(batch: RolloutBatch) -> Tensor:
     return mask
 
 
+def widen(batch: RolloutBatch, width: int, fill: float = 0.0) -> RolloutBatch:
+    """Add columns of padding; float tables get ``fill``."""
+    changes = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            number = fill if value.is_floating_point() else 0
+            sides = (0, width) if value.dim() == 2 else (0, 0, 0, width)
+            changes[name] = torch.nn.functional.pad(value, sides, value=number)
+    return batch.replace(**changes)
+
+
+def same(a: Objective, b: Objective, batch: RolloutBatch, near: float = 0.3) -> None:
+    """Check that two objectives give a step one loss and one gradient."""
+    scores = student(batch, near=near)
+    got, expected = (graded(o, ready(o, batch), scores) for o in (a, b))
+    close(got[0], expected[0])
+    close(got[1]["logprobs"], expected[1]["logprobs"])
+
+
 def shifted(make: Callable[..., Objective], *args: Any, **fixed: Any) -> Callable[..., Objective]:
     """A constructor with some arguments given."""
     return lambda **kw: make(*args, **fixed, **kw)
@@ -217,3 +237,8 @@ TAUGHT: dict[str, Callable[..., Objective]] = {
     "grpo+opd": shifted(GRPO, distill=SampledKL(0.28)),
 }
 PRESETS = PLAIN | TAUGHT
+
+
+def make(name: str, **policy: Any) -> Any:
+    """Build a preset anew: a test may change an objective's parts."""
+    return copy.deepcopy(PRESETS[name](**policy))

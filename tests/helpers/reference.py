@@ -35,6 +35,19 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+def one(value: float) -> Tensor:
+    """A table of one number."""
+    return torch.tensor([[value]], dtype=torch.float64)
+
+
+def graded(function: Any, logprobs: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Per-token loss and its derivative by ``logprobs``."""
+    leaf = logprobs.clone().requires_grad_()
+    loss = function(leaf, *args, **kwargs)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
 def log_softmax(logits: Sequence[float]) -> list[float]:
     """Normalise a list of logits."""
     top = max(logits)

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning import (
+    GRPO,
     RLAD,
     EvaluationSettings,
     KDRLModule,
@@ -19,6 +20,7 @@ from kdrl_lightning import (
     RolloutSettings,
     TeacherCompletions,
 )
+from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.cli.settings.renamed import RENAMED
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rewards import Sample
@@ -152,3 +154,20 @@ class Log(pl.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def trained(root: Path, student: str, lora: LoRA | None = None) -> tuple[Any, str]:
+    """Train two steps; return the module and the checkpoint's path."""
+    saver = FSDPCheckpoint(monitor=None)
+    module = make_module(student, None, GRPO(), lora=lora)
+    callbacks = [RunReport(evaluate_teacher=False), saver]
+    trainer = make_trainer(root, max_steps=2, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(module, datamodule=make_data(val_prompts=None))
+    return module, saver.last_model_path
+
+
+class ScoredBefore(RLAD):
+    """Has the student run before the updates."""
+
+    def reads_old_scores(self, rollout: Any) -> bool:
+        return True

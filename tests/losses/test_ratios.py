@@ -11,24 +11,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.reference import close, f64, normal, surrogate, trrd_ratio
+from helpers.reference import close, f64, graded, normal, one, surrogate, trrd_ratio
 from kdrl_lightning.losses import clipped_surrogate, trrd_log_ratio, trrd_surrogate
 
 LOGP = st.floats(-8.0, -0.001)
 CLIP = st.floats(0.05, 0.5)
 ADVANTAGE = st.floats(-3.0, 3.0)
-
-
-def one(value: float) -> Tensor:
-    return torch.tensor([[value]], dtype=torch.float64)
-
-
-def graded(function: Any, logprobs: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Per-token loss and its derivative by ``logprobs``."""
-    leaf = logprobs.clone().requires_grad_()
-    loss = function(leaf, *args, **kwargs)
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), gradient
 
 
 def scores(seed: int, rows: int = 6, columns: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.reference import close, f64, normal, surrogate, trrd_ratio
+from helpers.reference import close, f64, graded, normal, one, surrogate, trrd_ratio
 from kdrl_lightning.losses import (
     cispo_surrogate,
     clipped_surrogate,
@@ -23,18 +23,6 @@ from kdrl_lightning.losses import (
 
 LOGP = st.floats(-8.0, -0.001)
 ADVANTAGE = st.floats(-3.0, 3.0)
-
-
-def one(value: float) -> Tensor:
-    return torch.tensor([[value]], dtype=torch.float64)
-
-
-def graded(function: Any, logprobs: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Per-token loss and its derivative by ``logprobs``."""
-    leaf = logprobs.clone().requires_grad_()
-    loss = function(leaf, *args, **kwargs)
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), gradient
 
 
 def scores(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

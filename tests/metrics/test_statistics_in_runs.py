@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.fake_module import FakeModule
 from helpers.reference import f64
 from helpers.short_runs import Log, fit, make_data, make_module
 from kdrl_lightning import GRPO, KDRL, RLAD
@@ -117,28 +118,6 @@ def test_cutting_a_step_changes_no_statistic(
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 
 
-class Module:
-    """What the callback asks of the module."""
-
-    def __init__(self, objective: Objective, ranks: int = 1) -> None:
-        self.objective, self.ranks = objective, ranks
-        self.device = torch.device("cpu")
-        self.logged: list[dict[str, float]] = []
-        self.shapes: list[tuple[int, ...]] = []
-
-    def reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
-        """As many ranks with the same values."""
-        self.shapes.append(tuple(value.shape))
-        return value * self.ranks if operation == "sum" else value
-
-    def completed(self, batch: RolloutBatch) -> RolloutBatch:
-        """Nothing is missing."""
-        return batch
-
-    def log_step(self, values: dict[str, float]) -> None:
-        self.logged.append(values)
-
-
 # Three groups of two completions of two tokens; log rho is 0.
 SOURCES = [0, 0, 0, 0, 0, TEACHER]
 CORRECT = [True, False, False, False, True, True]
@@ -167,7 +146,10 @@ def case() -> RolloutBatch:
 
 
 def feed(
-    callback: SelectiveImitationStats, module: Module, batch: RolloutBatch, parts: list[list[int]]
+    callback: SelectiveImitationStats,
+    module: FakeModule,
+    batch: RolloutBatch,
+    parts: list[list[int]],
 ) -> dict[str, float]:
     trainer: Any = SimpleNamespace(
         accumulate_grad_batches=len(parts),
@@ -192,7 +174,7 @@ def test_completions_and_groups_by_hand(parts: list[list[int]]) -> None:
     batch = case()
     wrong = ~torch.tensor(CORRECT)[:, None] & batch.loss_mask
     got = feed(
-        SelectiveImitationStats(), Module(objective), batch.replace(imitation_mask=wrong), parts
+        SelectiveImitationStats(), FakeModule(objective), batch.replace(imitation_mask=wrong), parts
     )
     # Wrong are completions 1, 2 and 3: groups 0 and 1.
     assert got["kd/imitation_frac"] == pytest.approx(6 / 12)
@@ -202,7 +184,7 @@ def test_completions_and_groups_by_hand(parts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_agreement_and_entropy_of_the_teacher_by_hand(parts: list[list[int]]) -> None:
-    got = feed(SelectiveImitationStats(), Module(KDRL()), case(), parts)
+    got = feed(SelectiveImitationStats(), FakeModule(KDRL()), case(), parts)
     # Per row the same best token: 2, 1, 0, 2, 1, 0 of 2.
     assert got["kd/top_token_agreement"] == pytest.approx(6 / 12)
     assert got["kd/teacher_entropy"] == pytest.approx((5 * 1.5 + 5.0) / 12)
@@ -210,7 +192,7 @@ def test_agreement_and_entropy_of_the_teacher_by_hand(parts: list[list[int]]) ->
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_estimates_of_the_kl_by_hand(parts: list[list[int]]) -> None:
-    got = feed(SelectiveImitationStats(), Module(KDRL()), case(), parts)
+    got = feed(SelectiveImitationStats(), FakeModule(KDRL()), case(), parts)
     own = f64(GAP[:5])  # the teacher's own completion is no sample of the student
     k3 = own.exp() - 1 - own
     assert got["kd/reverse_kl"] == pytest.approx(float(-own.mean()))
@@ -225,7 +207,7 @@ def test_estimates_of_the_kl_by_hand(parts: list[list[int]]) -> None:
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_weight_of_trrd_by_hand(parts: list[list[int]]) -> None:
     objective = RLAD(trrd_alpha=0.5, offset_clamp=None)
-    got = feed(SelectiveImitationStats(), Module(objective), case(), parts)
+    got = feed(SelectiveImitationStats(), FakeModule(objective), case(), parts)
     # w = e^(-gap / 2), largest at the gap of -.4; the teacher's own row has none.
     largest = 2.718281828459045**0.2
     assert got["kd/offset_weight_max"] == pytest.approx(largest)
@@ -236,13 +218,13 @@ def test_the_weight_of_trrd_by_hand(parts: list[list[int]]) -> None:
     assert got["policy/clip_frac_low"] == pytest.approx(2 / 12)
     assert got["policy/clip_frac"] == pytest.approx(3 / 12)
     clamped = RLAD(trrd_alpha=0.5, offset_clamp=0.45)
-    got = feed(SelectiveImitationStats(), Module(clamped), case(), parts)
+    got = feed(SelectiveImitationStats(), FakeModule(clamped), case(), parts)
     assert got["kd/offset_clamp_frac"] == pytest.approx(2 / 10)  # .5 and 2
 
 
 @pytest.mark.parametrize("objective", [KDRL(), RLAD()], ids=lambda o: type(o).__name__)
 def test_equal_ranks_leave_every_value_as_it_is(objective: Objective) -> None:
-    alone, both = Module(objective), Module(objective, ranks=2)
+    alone, both = FakeModule(objective), FakeModule(objective, ranks=2)
     batch = case()
     expected = feed(SelectiveImitationStats(), alone, batch, PARTS[1])
     assert feed(SelectiveImitationStats(), both, batch, PARTS[1]) == expected
@@ -251,7 +233,7 @@ def test_equal_ranks_leave_every_value_as_it_is(objective: Objective) -> None:
 @pytest.mark.parametrize("objective", [KDRL(), RLAD()], ids=lambda o: type(o).__name__)
 def test_a_rank_without_loss_tokens_reduces_the_same_shapes(objective: Objective) -> None:
     # Or two ranks would wait for each other for ever.
-    batch, full, empty = case(), Module(objective), Module(objective)
+    batch, full, empty = case(), FakeModule(objective), FakeModule(objective)
     feed(SelectiveImitationStats(), full, batch, PARTS[1])
     nothing = torch.zeros_like(batch.loss_mask)
     got = feed(SelectiveImitationStats(), empty, batch.replace(loss_mask=nothing), PARTS[1])

@@ -21,12 +21,6 @@ from kdrl_lightning.models.folder_cache import (
 CONTENT = {"config.json": b'{"a": 1}', "model.bin": bytes(range(256)), "sub/more.txt": b"more"}
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KDRL_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 class Maker:
     """Writes the content, and counts its calls."""
 
@@ -45,27 +39,27 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in CONTENT}
 
 
-def left(root: Path) -> set[str]:
+def left(cache_folder: Path) -> set[str]:
     """What is in the cache beside locks."""
-    return {path.name for path in root.iterdir() if path.suffix != ".lock"}
+    return {path.name for path in cache_folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_a_folder_is_made_once(root):
+def test_a_folder_is_made_once(cache_folder):
     make = Maker()
     first = cached_folder("thing", make)
-    assert cached_folder("thing", make) == first == root / "thing"
+    assert cached_folder("thing", make) == first == cache_folder / "thing"
     assert make.calls == 1
     assert content(first) == CONTENT
-    assert left(root) == {"thing"}
+    assert left(cache_folder) == {"thing"}
 
 
-def test_names_do_not_share_a_folder(root):
+def test_names_do_not_share_a_folder(cache_folder):
     make = Maker()
     assert cached_folder("one", make) != cached_folder("two", make)
     assert make.calls == 2
 
 
-def test_the_manifest_lists_every_other_file(root):
+def test_the_manifest_lists_every_other_file(cache_folder):
     folder = cached_folder("thing", Maker())
     manifest = json.loads((folder / MANIFEST).read_text())
     assert set(manifest) == set(CONTENT)
@@ -101,7 +95,7 @@ BREAKS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("harm", BREAKS)
-def test_a_broken_folder_is_made_anew(root, harm):
+def test_a_broken_folder_is_made_anew(cache_folder, harm):
     make = Maker()
     folder = cached_folder("thing", make)
     BREAKS[harm](folder)
@@ -110,10 +104,10 @@ def test_a_broken_folder_is_made_anew(root, harm):
     assert make.calls == 2
     assert is_sound(folder) and content(folder) == CONTENT
     assert not (folder / "extra").exists()
-    assert left(root) == {"thing"}
+    assert left(cache_folder) == {"thing"}
 
 
-def test_a_folder_that_was_deleted_is_made_anew(root):
+def test_a_folder_that_was_deleted_is_made_anew(cache_folder):
     make = Maker()
     folder = cached_folder("thing", make)
     remove_all(folder)
@@ -126,45 +120,45 @@ def fail(folder: Path) -> None:
     raise RuntimeError("no luck")
 
 
-def test_a_failing_make_leaves_nothing_behind(root):
+def test_a_failing_make_leaves_nothing_behind(cache_folder):
     with pytest.raises(RuntimeError, match="no luck"):
         cached_folder("thing", fail)
-    assert left(root) == set()
+    assert left(cache_folder) == set()
 
 
-def test_after_a_failure_it_can_be_made(root):
+def test_after_a_failure_it_can_be_made(cache_folder):
     with pytest.raises(RuntimeError, match="no luck"):
         cached_folder("thing", fail)
     assert content(cached_folder("thing", Maker())) == CONTENT
 
 
-def test_a_failing_make_does_not_harm_other_folders(root):
+def test_a_failing_make_does_not_harm_other_folders(cache_folder):
     other = cached_folder("other", Maker())
     with pytest.raises(RuntimeError, match="no luck"):
         cached_folder("thing", fail)
-    assert is_sound(other) and left(root) == {"other"}
+    assert is_sound(other) and left(cache_folder) == {"other"}
 
 
-def test_an_interrupted_make_leaves_nothing_behind(root):
+def test_an_interrupted_make_leaves_nothing_behind(cache_folder):
     def interrupted(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cached_folder("thing", interrupted)
-    assert left(root) == set()
+    assert left(cache_folder) == set()
 
 
-def test_nothing_stands_at_the_name_while_it_is_made(root):
+def test_nothing_stands_at_the_name_while_it_is_made(cache_folder):
     def make(folder: Path) -> None:
-        assert folder != root / "thing"
-        assert not (root / "thing").exists()
+        assert folder != cache_folder / "thing"
+        assert not (cache_folder / "thing").exists()
         (folder / "a").write_text("a")
 
     assert (cached_folder("thing", make) / "a").read_text() == "a"
 
 
-def test_one_makes_it_while_others_wait(root):
+def test_one_makes_it_while_others_wait(cache_folder):
     make, folders = Maker(), []
 
     def slow(folder: Path) -> None:
@@ -179,7 +173,7 @@ def test_one_makes_it_while_others_wait(root):
         thread.start()
     for thread in threads:
         thread.join()
-    assert folders == [root / "thing"] * 4
+    assert folders == [cache_folder / "thing"] * 4
     assert make.calls == 1
 
 

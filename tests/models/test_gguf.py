@@ -13,11 +13,7 @@ from kdrl_lightning import GGUFModel
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models import gguf
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KDRL_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture
@@ -70,12 +66,12 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no model at all, but long enough to be read"])
 def test_a_file_that_is_broken_is_refused_and_leaves_nothing(
-    tmp_path: Path, cache: Path, content: bytes
+    tmp_path: Path, cache_folder: Path, content: bytes
 ) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     words = r"`file` must be a GGUF model that transformers can read: got .+/x\.gguf \(.+\)\."
     refused(words, str(tmp_path / "x.gguf"))
-    assert [p for p in cache.iterdir() if p.is_dir()] == []
+    assert [p for p in cache_folder.iterdir() if p.is_dir()] == []
 
 
 @pytest.mark.parametrize("missing", [["gguf"], ["gguf", "accelerate"]])

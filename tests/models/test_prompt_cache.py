@@ -6,11 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import test_scorer as scorers
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from helpers import scored_models
 from kdrl_lightning.models.prompt_cache import SPARE, Growing, growing_cache
 
 
@@ -78,9 +78,9 @@ def decode(model: Any, cache: DynamicCache, ids: Tensor, prompt: int) -> Tensor:
     ],
 )
 def test_a_decode_is_that_of_transformers_own_cache(name: str, kinds: list[type]) -> None:
-    model = scorers.build(name, dtype=torch.float64)
+    model = scored_models.build(name, dtype=torch.float64)
     generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(2, scorers.VOCAB, (3, 90), generator=generator)
+    ids = torch.randint(2, scored_models.VOCAB, (3, 90), generator=generator)
     own, theirs = growing_cache(model.config), DynamicCache(config=model.config)
     assert [type(layer) for layer in own.layers] == kinds
     found, expected = decode(model, own, ids, 6), decode(model, theirs, ids, 6)

@@ -6,84 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
+from helpers.scored_models import (
+    ARCHITECTURES,
+    PAD,
+    build,
+    reference,
+    rollout,
+)
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Head
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.rollout_batch import collate
 
-VOCAB, PAD = 40, 0
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    # Wide logits: a soft-cap or a scale that is forgotten must show.
-    "initializer_range": 0.3,
-    "pad_token_id": PAD,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-HEAD_16 = {"head_dim": 16}
-GEMMA = {**HEAD_16, "query_pre_attn_scalar": 16, "sliding_window": 4}
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen2ForCausalLM": ("Qwen2Config", {}),
-    "Qwen3ForCausalLM": ("Qwen3Config", HEAD_16),
-    "LlamaForCausalLM": ("LlamaConfig", {}),
-    "Gemma2ForCausalLM": ("Gemma2Config", {**GEMMA, "final_logit_softcapping": 2.0}),
-    "Gemma3ForCausalLM": ("Gemma3TextConfig", GEMMA),
-    "GraniteForCausalLM": ("GraniteConfig", {"logits_scaling": 3.0}),
-    "CohereForCausalLM": ("CohereConfig", {"logit_scale": 0.25}),
-    # The one with a bias on its head.
-    "PhiForCausalLM": ("PhiConfig", {}),
-}
 CASES = [(name, tied) for name in ARCHITECTURES for tied in (True, False)]
 every = pytest.mark.parametrize(("name", "tied"), CASES)
-
-
-def build(name: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    config, own = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    settings = {**COMMON, **own, "tie_word_embeddings": tied}
-    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    if bias is not None:
-        torch.nn.init.normal_(bias)
-    return model.to(dtype)
-
-
-def rollout(temperature: float = 1.0) -> RolloutBatch:
-    """Rows of different prompt, completion and total length."""
-    generator = torch.Generator().manual_seed(3)
-    shape = [(5, 3), (1, 9), (7, 1), (2, 2)]
-    draw = [torch.randint(2, VOCAB, (p + c,), generator=generator).tolist() for p, c in shape]
-    return collate(
-        [row[:p] for row, (p, _) in zip(draw, shape, strict=True)],
-        [row[p:] for row, (p, _) in zip(draw, shape, strict=True)],
-        [0, 0, 1, 1],
-        pad_id=PAD,
-    ).replace(temperature=temperature)
-
-
-def reference(
-    model: Any, batch: RolloutBatch, vocab_size: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row and one token at a time, without padding, from the model's own logits."""
-    logprobs = [[torch.zeros(())] * batch.completion_ids.shape[1] for _ in range(len(batch))]
-    entropy = [list(row) for row in logprobs]
-    for b in range(len(batch)):
-        prompt, length = int(batch.prompt_lengths[b]), int(batch.lengths[b])
-        logits = model(input_ids=batch.input_ids[b : b + 1, :length], use_cache=False).logits[0]
-        for t in range(length - prompt):
-            row = logits[prompt - 1 + t, :vocab_size] / batch.temperature
-            shares = row.log_softmax(-1)
-            logprobs[b][t] = shares[batch.input_ids[b, prompt + t]]
-            entropy[b][t] = -(shares.exp() * shares).sum()
-    return tuple(torch.stack([torch.stack(row) for row in t]) for t in (logprobs, entropy))
 
 
 @every

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_scorer import ARCHITECTURES, build, reference, rollout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from helpers.scored_models import ARCHITECTURES, build, reference, rollout
 from kdrl_lightning.engines.replica import filled_replica
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import generalized_jsd

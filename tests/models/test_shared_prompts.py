@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import test_scorer as scorers
 import torch
 
 import kdrl_lightning.models.scorer as scoring
+from helpers import scored_models
 from helpers.reference import close
 from kdrl_lightning.losses import reverse_kl
 from kdrl_lightning.models.scorer import Scorer
@@ -22,7 +22,7 @@ def rollout(prompt_lengths: tuple[int, int] = (9, 12)) -> RolloutBatch:
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
-        return torch.randint(2, scorers.VOCAB, (count,), generator=generator).tolist()
+        return torch.randint(2, scored_models.VOCAB, (count,), generator=generator).tolist()
 
     first, second = (draw(n) for n in prompt_lengths)
     completions = [draw(n) for n in (5, 3, 6, 1, 4, 6)]
@@ -30,7 +30,7 @@ def rollout(prompt_lengths: tuple[int, int] = (9, 12)) -> RolloutBatch:
         [first] * 3 + [second] * 4,
         [*completions, completions[-1]],
         [0] * 3 + [1] * 4,
-        pad_id=scorers.PAD,
+        pad_id=scored_models.PAD,
     ).replace(temperature=0.7)
 
 
@@ -44,11 +44,11 @@ def gradients(scorer: Scorer, batch: RolloutBatch) -> tuple[Any, dict[str, torch
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("prompts", [(9, 12), (10, 10)])
-@pytest.mark.parametrize("name", scorers.ARCHITECTURES)
+@pytest.mark.parametrize("name", scored_models.ARCHITECTURES)
 def test_shared_prompts_change_nothing(
     name: str, prompts: tuple[int, int], recompute: bool
 ) -> None:
-    model, batch = scorers.build(name, dtype=torch.float64), rollout(prompts)
+    model, batch = scored_models.build(name, dtype=torch.float64), rollout(prompts)
     if recompute:
         recompute_layers(model)
     scorer = Scorer(model)
@@ -69,9 +69,9 @@ def test_shared_prompts_change_nothing(
 
 
 def test_equal_rows_that_are_asked_different_things_stay_apart() -> None:
-    scorer, batch = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64)), rollout()
+    scorer, batch = Scorer(scored_models.build("LlamaForCausalLM", dtype=torch.float64)), rollout()
     shape, draw = (*batch.completion_ids.shape, 3), torch.Generator().manual_seed(1)
-    asked = torch.randint(0, scorers.VOCAB, shape, generator=draw)
+    asked = torch.randint(0, scored_models.VOCAB, shape, generator=draw)
     plain = scorer.score(batch, topk_ids=asked)
     scorer.shares = True
     shared = scorer.score(batch, topk_ids=asked)
@@ -86,7 +86,7 @@ def test_equal_rows_that_are_asked_different_things_stay_apart() -> None:
 @pytest.mark.parametrize("teacher_shares", [False, True])
 def test_another_models_states_go_with_their_rows(teacher_shares: bool) -> None:
     scorer, teacher = (
-        Scorer(scorers.build(name, dtype=torch.float64))
+        Scorer(scored_models.build(name, dtype=torch.float64))
         for name in ("LlamaForCausalLM", "Qwen2ForCausalLM")
     )
     batch = rollout()
@@ -109,7 +109,7 @@ def test_another_models_states_go_with_their_rows(teacher_shares: bool) -> None:
 
 
 def test_equal_rows_are_scored_once_where_nothing_tells_them_apart() -> None:
-    scorer, batch = Scorer(scorers.build("LlamaForCausalLM")), rollout()
+    scorer, batch = Scorer(scored_models.build("LlamaForCausalLM")), rollout()
     scorer.shares = True
     tokens, other = int(batch.completion_mask.sum()), scorer.states(batch)
     assert head_rows(scorer, batch) == [tokens - 6]  # without the last row
@@ -148,7 +148,7 @@ def count_tokens(scorer: Scorer) -> list[int]:
 
 
 def test_prompts_of_one_completion_are_not_worth_two_passes() -> None:
-    scorer = Scorer(scorers.build("LlamaForCausalLM"))
+    scorer = Scorer(scored_models.build("LlamaForCausalLM"))
     scorer.verify("it")
     assert scorer.shares
     tokens = count_tokens(scorer)
@@ -159,7 +159,7 @@ def test_prompts_of_one_completion_are_not_worth_two_passes() -> None:
 
 
 def test_an_architecture_without_such_a_cache_is_left_alone() -> None:
-    model = scorers.build("LlamaForCausalLM")
+    model = scored_models.build("LlamaForCausalLM")
     decoder, forward = model.get_decoder(), model.get_decoder().forward
 
     def refuse(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -175,7 +175,7 @@ def test_an_architecture_without_such_a_cache_is_left_alone() -> None:
 
 
 def test_one_that_ignores_the_cache_is_left_alone() -> None:
-    model = scorers.build("LlamaForCausalLM")
+    model = scored_models.build("LlamaForCausalLM")
     decoder, forward = model.get_decoder(), model.get_decoder().forward
 
     def ignore(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ def test_one_that_ignores_the_cache_is_left_alone() -> None:
 
 
 def test_float64_is_left_alone() -> None:
-    scorer = Scorer(scorers.build("LlamaForCausalLM", dtype=torch.float64))
+    scorer = Scorer(scored_models.build("LlamaForCausalLM", dtype=torch.float64))
     scorer.verify("it")
     assert not scorer.shares
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.objective_steps import PRESETS, graded, ready, step, student
+from helpers.objective_steps import graded, make, ready, step, student
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
     CISPO,
@@ -39,11 +39,6 @@ from kdrl_lightning.objectives import (
     VocabularyKL,
     WrongGroups,
 )
-
-
-def make(name: str, **policy: Any) -> Any:
-    return copy.deepcopy(PRESETS[name](**policy))
-
 
 # --- Coefficients ---
 

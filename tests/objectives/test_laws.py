@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -23,26 +22,23 @@ from helpers.objective_steps import (
     bigram,
     graded,
     keep,
+    make,
     ready,
     some_mask,
     step,
     student,
     table_gradient,
+    widen,
 )
 from helpers.reference import close, normal
 from kdrl_lightning.losses import TokenScores
-from kdrl_lightning.objectives import GRPO, Objective
+from kdrl_lightning.objectives import GRPO
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
 every_taught = pytest.mark.parametrize("name", TAUGHT)
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 every_garbage = pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-
-
-def make(name: str, **policy: Any) -> Objective:
-    """Build anew: a test may change an objective's parts."""
-    return copy.deepcopy(PRESETS[name](**policy))
 
 
 def same(a: tuple[Any, Any], b: tuple[Any, Any]) -> None:
@@ -83,17 +79,6 @@ def test_part_without_loss_tokens_gives_zero_with_a_graph(name: str) -> None:
     loss.backward()
     assert table.grad is not None
     assert table.grad.eq(0).all()
-
-
-def widen(batch: RolloutBatch, width: int, fill: float) -> RolloutBatch:
-    """Add columns of padding; float tables get ``fill``."""
-    changes = {}
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            number = fill if value.is_floating_point() else 0
-            sides = (0, width) if value.dim() == 2 else (0, 0, 0, width)
-            changes[name] = torch.nn.functional.pad(value, sides, value=number)
-    return batch.replace(**changes)
 
 
 @every_reduction

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.objective_steps import some_mask, widen
 from helpers.reference import close, f64, normal, surrogate, token_weights, trrd_ratio
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
@@ -61,16 +62,6 @@ def make_batch(seed: int = 0, width: int | None = None) -> RolloutBatch:
     return batch if width is None else widen(batch, width)
 
 
-def widen(batch: RolloutBatch, width: int, fill: float = 0.0) -> RolloutBatch:
-    """Add columns of padding to every table; float tables get ``fill``."""
-    changes = {}
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor) and value.dim() == 2:
-            number = fill if value.is_floating_point() else 0
-            changes[name] = torch.nn.functional.pad(value, (0, width), value=number)
-    return batch.replace(**changes)
-
-
 def student(batch: RolloutBatch, seed: int = 5, near: float = 0.3) -> TokenScores:
     """A leaf table of log-probs near the old ones, and one of entropies."""
     logprobs = batch.old_logprobs + normal(*batch.loss_mask.shape, seed=seed, scale=near)
@@ -114,13 +105,6 @@ def slow(
                 value += weights[i] * loss
                 gradient[i, t] = weights[i] * slope
     return value, gradient
-
-
-def some_mask(batch: RolloutBatch) -> Tensor:
-    """A decision that keeps part of the tokens: none of one completion, all of another."""
-    mask = normal(*batch.loss_mask.shape, seed=77) > 0
-    mask[0], mask[2] = False, True
-    return mask
 
 
 ALL = [

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.objective_steps import PRESETS, TAUGHT, graded, keep, ready, some_mask, step, student
+from helpers.objective_steps import (
+    PRESETS,
+    TAUGHT,
+    graded,
+    keep,
+    make,
+    ready,
+    same,
+    some_mask,
+    step,
+    student,
+)
 from helpers.reference import close, f64
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import TokenScores
@@ -31,10 +40,6 @@ from kdrl_lightning.objectives import (
 )
 from kdrl_lightning.objectives.base import blank
 from kdrl_lightning.rollout_batch import RolloutBatch
-
-
-def make(name: str, **policy: Any) -> Any:
-    return copy.deepcopy(PRESETS[name](**policy))
 
 
 def gradient(objective: Objective, batch: RolloutBatch, scores: TokenScores) -> Tensor:
@@ -220,13 +225,6 @@ def test_outside_goes_by_who_sampled_the_token() -> None:
 
 
 # --- Degenerate cases ---
-
-
-def same(a: Objective, b: Objective, batch: RolloutBatch, near: float = 0.3) -> None:
-    scores = student(batch, near=near)
-    got, expected = (graded(o, ready(o, batch), scores) for o in (a, b))
-    close(got[0], expected[0])
-    close(got[1]["logprobs"], expected[1]["logprobs"])
 
 
 @pytest.mark.parametrize("near", [0.0, 0.3])

@@ -10,7 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.objective_steps import CORRECT, CUT, GROUPS, THEIRS, Keep, graded, ready, step, student
+from helpers.objective_steps import (
+    CORRECT,
+    CUT,
+    GROUPS,
+    THEIRS,
+    Keep,
+    graded,
+    ready,
+    same,
+    step,
+    student,
+)
 from helpers.reference import close, f64
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import (
@@ -23,7 +34,6 @@ from kdrl_lightning.objectives import (
     ExceptEndToken,
     GapAdvantage,
     Gates,
-    Objective,
     OnPolicyDistillation,
     PolicyObjective,
     TokenRatio,
@@ -169,13 +179,6 @@ def test_response_and_group_masks_differ_in_mixed_groups() -> None:
 
 
 # --- An empty selection ---
-
-
-def same(a: Objective, b: Objective, batch: RolloutBatch) -> None:
-    scores = student(batch)
-    got, expected = (graded(o, ready(o, batch), scores) for o in (a, b))
-    close(got[0], expected[0])
-    close(got[1]["logprobs"], expected[1]["logprobs"])
 
 
 @pytest.mark.parametrize(

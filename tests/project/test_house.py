@@ -62,7 +62,7 @@ ALLOWED = {
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
-    | {"objectives", "prompts", "rewards", "rollout", "trainer"},
+    | {"objectives", "prompts", "rewards", "trainer"},
     "__main__": {"cli", "distributed", "errors", "trainer"},
 }
 LIGHTNING = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +12,6 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import MathReward, Sample
 from kdrl_lightning.rewards.answers.extraction import after_marker, last_boxed, last_tagged
 from kdrl_lightning.rewards.math import equal_at_once
-
-
-@pytest.fixture(scope="module")
-def reward() -> Iterator[MathReward]:
-    reward = MathReward(time_limit_s=10.0, workers=1)
-    reward.start()
-    yield reward
-    reward.close()
 
 
 def judged(reward: MathReward, text: str, gold: Any) -> Any:
@@ -61,8 +52,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "gold", "expected"), CASES)
-def test_answers(reward: MathReward, text: str, gold: Any, expected: float) -> None:
-    assert judged(reward, text, gold) == expected
+def test_answers(math_reward: MathReward, text: str, gold: Any, expected: float) -> None:
+    assert judged(math_reward, text, gold) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,9 +68,9 @@ def test_answers(reward: MathReward, text: str, gold: Any, expected: float) -> N
         ("#### 71 or 72", 0),
     ],
 )
-def test_the_answer_after_a_marker(reward: MathReward, text: str, expected: float) -> None:
+def test_the_answer_after_a_marker(math_reward: MathReward, text: str, expected: float) -> None:
     marked = MathReward(marker="####")
-    marked.pool = reward.pool
+    marked.pool = math_reward.pool
     assert judged(marked, text, "24 + 48 = <<24+48=72>>72\n#### 72") == expected
 
 
@@ -98,8 +89,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_text_made_to_do_harm_is_wrong(reward: MathReward, case: str) -> None:
-    assert judged(reward, HOSTILE[case], "1/2") == 0.0
+def test_text_made_to_do_harm_is_wrong(math_reward: MathReward, case: str) -> None:
+    assert judged(math_reward, HOSTILE[case], "1/2") == 0.0
 
 
 def test_a_power_that_never_ends_is_stopped_and_the_others_are_judged() -> None:
@@ -121,9 +112,9 @@ def test_a_power_that_never_ends_is_stopped_and_the_others_are_judged() -> None:
     ],
 )
 def test_a_row_without_a_reference_is_an_error(
-    reward: MathReward, row: dict[str, str], error: str
+    math_reward: MathReward, row: dict[str, str], error: str
 ) -> None:
-    (result,) = reward.judge([Sample(r"\boxed{1/2}", [], row)])
+    (result,) = math_reward.judge([Sample(r"\boxed{1/2}", [], row)])
     assert isinstance(result, Exception) and error in str(result)
 
 

@@ -6,15 +6,10 @@ import warnings
 
 import pytest
 
+from helpers.one_rank import alone
 from kdrl_lightning.rewards import RewardFailures, RewardRunner, Sample
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-
-
-def alone(tensor, operation):
-    """Reduce over one rank."""
-    assert operation == "sum"
-    return tensor
 
 
 def rollout(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.one_rank import alone
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rollout.updates import (
     Cut,
@@ -55,11 +56,6 @@ def fake_frozen(part: RolloutBatch) -> RolloutBatch:
 
 def imitate_even_tokens(batch: RolloutBatch) -> RolloutBatch:
     return batch.replace(imitation_mask=batch.completion_mask & (batch.completion_ids % 2 == 0))
-
-
-def alone(tensor: torch.Tensor, operation: str) -> torch.Tensor:
-    assert operation == "sum"
-    return tensor
 
 
 def unscored(part: RolloutBatch) -> RolloutBatch:

@@ -11,9 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from test_trace import fit, make_data, make_module, make_trainer
 
-from helpers.short_runs import Log
+from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, SFT, KDRLModule, SupervisedDataModule
 from kdrl_lightning.callbacks import (
     CPUThreads,

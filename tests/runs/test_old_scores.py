@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from helpers.short_runs import Log, fit, make_data, make_module
+from helpers.short_runs import Log, ScoredBefore, fit, make_data, make_module
 from kdrl_lightning import (
     GKD,
     GRPO,
@@ -117,13 +117,6 @@ def passes(
     return rows, log.rows, [v.clone() for _, v in module.weights().named_tensors()]
 
 
-class Reads(RLAD):
-    """The same, but scored before."""
-
-    def reads_old_scores(self, rollout: RolloutBatch) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_run_is_the_same_without_the_second_pass(
     tmp_path: Path, student_folder: str, teacher_folder: str, minibatches: int
@@ -131,7 +124,7 @@ def test_a_run_is_the_same_without_the_second_pass(
     settings = {"minibatches_per_rollout": minibatches}
     folders = (tmp_path, student_folder, teacher_folder)
     rows, logged, weights = passes(*folders, RLAD(), **settings)
-    before, expected, same = passes(*folders, Reads(), **settings)
+    before, expected, same = passes(*folders, ScoredBefore(), **settings)
     # 16 completions a rollout; of two mini-batches only the second is scored ahead.
     assert rows == ([] if minibatches == 1 else [8, 8])
     assert before == ([16] * 4 if minibatches == 1 else [8] * 4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
+from helpers.short_runs import Log, ScoredBefore, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, KDRL, RLAD, KDRLModule, LocalTeacher
 from kdrl_lightning.callbacks import (
     KLCoefficientAnnealing,
@@ -37,13 +37,6 @@ def test_rollouts_come_from_the_weights_of_their_first_update(
     assert steps == list(range(8))
     for step, batch in trace.seen:
         assert (batch.policy_version == step // 4 * 4).all()
-
-
-class ScoredBefore(RLAD):
-    """Has the student run before the updates."""
-
-    def reads_old_scores(self, rollout: Any) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("objective", [RLAD(), ScoredBefore()], ids=lambda o: type(o).__name__)

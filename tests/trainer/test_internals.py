@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch.utils.data import DataLoader
 
+from helpers.plain_module import OneWeight
 from helpers.short_runs import make_trainer
 from kdrl_lightning.trainer import internals
 from kdrl_lightning.trainer.strategies import FSDP2Strategy
@@ -39,21 +40,9 @@ ELSEWHERE = {
 }
 
 
-class Plain(pl.LightningModule):
-    """A model of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.weight * batch.float().mean()
-
+class Validated(OneWeight):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Asks(pl.Callback):
@@ -81,7 +70,7 @@ def run(folder: Path, asks: Asks, path: str | None = None, steps: int = 6) -> pl
     trainer.read = read  # type: ignore[attr-defined]
     internals.before_restore(trainer, lambda p: read.append(("all", p)))
     internals.before_load(trainer.strategy, lambda p: read.append(("strategy", p)))
-    trainer.fit(Plain(), loader, loader, ckpt_path=path)
+    trainer.fit(Validated(), loader, loader, ckpt_path=path)
     return trainer
 
 

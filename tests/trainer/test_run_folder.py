@@ -20,12 +20,15 @@ from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*of the (completions|groups):UserWarning",
-    "ignore:The number of training batches:UserWarning",
-    "ignore:Experiment logs directory:UserWarning",
-    "ignore:.*there is no last checkpoint available:UserWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*of the (completions|groups):UserWarning",
+        "ignore:The number of training batches:UserWarning",
+        "ignore:Experiment logs directory:UserWarning",
+        "ignore:.*there is no last checkpoint available:UserWarning",
+    ),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 
 class ServiceLogger(Logger):
@@ -74,12 +77,6 @@ class Nameless(ServiceLogger):
 
     def __init__(self, save_dir: str | None) -> None:
         super().__init__(save_dir, None)
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
-        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
 
 
 def fit(

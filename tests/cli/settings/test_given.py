@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_lightning.__main__ import main
+from helpers.program import made, refused
 from kdrl_lightning.cli.evaluate import make_parser, pruned, seeded
 from kdrl_lightning.cli.layered_yaml import install, load_with_base, merge
-from kdrl_lightning.cli.main import KDRLCLI
 
 CONFIG = """
 model: {student: some/model, objective: {class_path: GRPO}}
@@ -27,18 +26,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG)
     return path
-
-
-def made(*args: str) -> KDRLCLI:
-    return KDRLCLI.run(list(args), instantiate_only=True)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(args)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line.removeprefix("error: ")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 import kdrl_lightning
+from helpers.program import made
 from kdrl_lightning import RolloutDataModule, RolloutEngine, TransformersEngine
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.evaluate import make_parser, pruned
-from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.cli.settings.renamed import RENAMED, renamed, renamed_flags
 from kdrl_lightning.cli.settings.unused import take_notes
 from kdrl_lightning.errors import ConfigurationError
@@ -66,10 +66,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write(name: str, data: dict[str, Any], **more: Any) -> str:
     Path(name).write_text(yaml.safe_dump({**REST, "data": {**ROWS, **data}, **more}))
     return f"--config={name}"
-
-
-def made(*flags: str) -> Any:
-    return KDRLCLI.run([*flags], instantiate_only=True)
 
 
 def settings(cli: Any) -> Any:

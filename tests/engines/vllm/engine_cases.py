@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.engines import ids
 from helpers.with_vllm.models import CASES, CONTEXT, EOS, PAD, make_model, save_model, worst_gap
 from kdrl_lightning import LoRA
-from kdrl_lightning.engines import Completion, Sampling, TransformersEngine, VLLMEngine
+from kdrl_lightning.engines import Sampling, TransformersEngine, VLLMEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.models.weights import ModelWeights
@@ -26,11 +27,6 @@ BOUND = 1e-4  # float32, by two implementations
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model("qwen2", tmp_path_factory.mktemp("qwen2"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: str) -> Any:
-    return load_causal_lm(folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +47,6 @@ def engine(started: VLLMEngine, model: Any, folder: str) -> VLLMEngine:
     started.setup(weights, EOS, PAD)
     started.update_weights(weights, 0)
     return started
-
-
-def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:
-    return [[c.ids for c in group] for group in groups]
 
 
 def test_same_seeds_give_the_same_whatever_else_is_asked(engine: VLLMEngine) -> None:

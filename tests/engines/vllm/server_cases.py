@@ -36,11 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(folder: str) -> Any:
-    return load_causal_lm(folder)
-
-
-@pytest.fixture(scope="module")
 def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     made = RealServer(
         folder,

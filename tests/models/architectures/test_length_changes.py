@@ -10,8 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from test_rotary import CASES, LIMIT
 
+from helpers.rotary_models import CASES, LIMIT
 from helpers.short_runs import fit, make_data, make_module
 from helpers.small_models import build, save
 from kdrl_lightning import GRPO, SFT, KDRLModule, LocalTeacher

@@ -7,43 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.engines import engine_for
+from helpers.rotary_models import CASES, LIMIT
 from helpers.small_models import build
-from kdrl_lightning.engines import Sampling, TransformersEngine
+from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.rotary import decide_per_row, switch_lengths
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import collate
 
-LIMIT, PROMPT = 32, 10
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "original_max_position_embeddings": LIMIT,
-    "short_factor": [1.0, 1.5, 1.2, 1.1, 1.0, 1.0, 1.0, 1.0],
-    "long_factor": [3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0, 17.0],
-}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-PLAIN = {"rope_type": "default", "rope_theta": 100.0}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "longrope": (
-        "phi3",
-        {
-            "rope_parameters": LONG,
-            "original_max_position_embeddings": LIMIT,
-            "max_position_embeddings": 128,
-            "sliding_window": None,
-        },
-    ),
-    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": LIMIT}),
-    "dynamic in some layers": (
-        "gemma3_text",
-        {
-            "rope_parameters": {"sliding_attention": PLAIN, "full_attention": DYNAMIC},
-            "max_position_embeddings": LIMIT,
-        },
-    ),
-}
+PROMPT = 10
 every = pytest.mark.parametrize("name", CASES)
 
 
@@ -107,14 +80,6 @@ def test_a_second_call_changes_nothing(name: str) -> None:
     assert switch_lengths(model) == [(LIMIT, name != "longrope")]
 
 
-def engine_for(name: str) -> TransformersEngine:
-    model, engine = make(name), TransformersEngine()
-    weights = ModelWeights(model, name)
-    engine.setup(weights, 1, 0)
-    engine.update_weights(weights, 0)
-    return engine
-
-
 @pytest.mark.parametrize(
     ("name", "prompts", "tokens"),
     [(name, (10, 5), 22) for name in CASES] + [("longrope", (33, 40), 9)],
@@ -123,7 +88,9 @@ def test_samples_on_one_side_are_scored_as_they_were_drawn(
     name: str, prompts: tuple[int, int], tokens: int
 ) -> None:
     row = make_rows()[1]
-    groups = engine_for(name).generate([row[:n] for n in prompts], [[1, 2], [5]], Sampling(tokens))
+    groups = engine_for(make(name), name).generate(
+        [row[:n] for n in prompts], [[1, 2], [5]], Sampling(tokens)
+    )
     for length, group in zip(prompts, groups, strict=True):
         for one in group:
             wanted = alone(name, row[:length] + one.ids, length)
@@ -140,4 +107,4 @@ def test_samples_that_may_cross_are_refused(name: str, prompt: int) -> None:
         r"or shorten the prompts with `max_prompt_tokens`\."
     )
     with pytest.raises(ConfigurationError, match=words):
-        engine_for(name).generate([make_rows()[1][:prompt]], [[1]], Sampling(23))
+        engine_for(make(name), name).generate([make_rows()[1][:prompt]], [[1]], Sampling(23))

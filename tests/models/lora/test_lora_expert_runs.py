@@ -7,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from helpers.moe_models import save
+from helpers.moe_models import logprobs, save
 from helpers.resumed_runs import Setting, run, same_batches, same_weights
 from kdrl_lightning import KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.models.loading import load_causal_lm
 
 IDS = torch.arange(6, 30)[None]
-
-
-@torch.no_grad()
-def logprobs(model: Any) -> Tensor:
-    out: Tensor = model(input_ids=IDS).logits.log_softmax(-1)
-    return out
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -56,7 +49,7 @@ def test_a_run_goes_on_and_its_export_is_the_student(
     export(whole.checkpoints[4], str(tmp_path / "merged"))
     merged = load_causal_lm(str(tmp_path / "merged"))
     model = whole.module.student.model
-    torch.testing.assert_close(logprobs(merged), logprobs(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs(merged, IDS), logprobs(model, IDS), rtol=0, atol=1e-5)
     base = dict(load_causal_lm(student).named_parameters())
     moved = {n for n, t in merged.named_parameters() if not torch.equal(t, base[n])}
     assert {n for n in base if n.endswith(("experts.gate_up_proj", "experts.down_proj"))} <= moved

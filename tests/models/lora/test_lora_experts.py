@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from helpers.moe_models import MODELS, build
+from helpers.moe_models import MODELS, build, logprobs
 from kdrl_lightning import LoRA
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
@@ -22,12 +22,6 @@ from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 IDS = torch.stack([torch.arange(6, 30), torch.arange(29, 5, -1)])
 FUSED = sorted(MODELS.keys() - {"gemma3", "mamba", "dbrx"})
-
-
-@torch.no_grad()
-def logprobs(model: Any) -> Tensor:
-    out: Tensor = model(input_ids=IDS).logits.log_softmax(-1)
-    return out
 
 
 def adapted(name: str, lora: LoRA | None = None, dtype: torch.dtype = torch.float64) -> Any:
@@ -54,14 +48,14 @@ def test_a_plain_model_with_the_merged_weights_is_the_adapted_model(name: str) -
     model, base = adapted(name), build(name)
     tensors = dict(ModelWeights(model, "it").named_tensors())
     assert tensors.keys() == dict(base.named_parameters(remove_duplicate=False)).keys()
-    ours = logprobs(model)
-    assert (ours - logprobs(base)).abs().max() > 0.1
+    ours = logprobs(model, IDS)
+    assert (ours - logprobs(base, IDS)).abs().max() > 0.1
     merged = copy.deepcopy(base)
     merged.load_state_dict(tensors, strict=False)  # buffers are the base's
-    torch.testing.assert_close(logprobs(merged), ours, rtol=0, atol=1e-10)
+    torch.testing.assert_close(logprobs(merged, IDS), ours, rtol=0, atol=1e-10)
     with adapters_off(model):
-        assert torch.equal(logprobs(model), logprobs(base))
-    torch.testing.assert_close(logprobs(model), ours, rtol=0, atol=0)  # no weight was changed
+        assert torch.equal(logprobs(model, IDS), logprobs(base, IDS))
+    torch.testing.assert_close(logprobs(model, IDS), ours, rtol=0, atol=0)  # no weight was changed
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -98,7 +92,7 @@ def test_a_saved_folder_holds_the_adapted_experts(name: str, tmp_path: Path) -> 
     model = adapted(name, dtype=torch.float32)
     ModelWeights(model, "it").save(str(tmp_path))
     merged = load_causal_lm(str(tmp_path), torch.float32)
-    torch.testing.assert_close(logprobs(merged), logprobs(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs(merged, IDS), logprobs(model, IDS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -108,7 +102,7 @@ def test_peft_reads_the_adapter(name: str, tmp_path: Path) -> None:
     model = adapted(name)
     save_adapters(model, adapter_weights(model), tmp_path, "base")
     theirs = PeftModel.from_pretrained(build(name), str(tmp_path)).eval()
-    torch.testing.assert_close(logprobs(theirs), logprobs(model), rtol=0, atol=1e-10)
+    torch.testing.assert_close(logprobs(theirs, IDS), logprobs(model, IDS), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe"])
@@ -116,7 +110,7 @@ def test_a_pass_does_not_change_what_tells_the_base(name: str) -> None:
     """peft changes the order of a module's weights; engines read them in one order."""
     base, model = build(name), adapted(name)
     digest = ModelWeights(base, "it").base_digest()
-    logprobs(model)
+    logprobs(model, IDS)
     assert ModelWeights(model, "it").base_digest() == digest
     names = [key for key, _ in ModelWeights(base, "it").named_tensors()]
     assert [key for key, _ in ModelWeights(model, "it").named_tensors()] == names
@@ -155,7 +149,7 @@ def test_names_stand_for_layers_and_experts(name: str, targets: list[str], found
     assert not any("vision" in weight for weight in adapted_layers(model))
     base = build(name)
     base.load_state_dict(dict(ModelWeights(model, "it").named_tensors()), strict=False)
-    torch.testing.assert_close(logprobs(base), logprobs(model), rtol=0, atol=1e-10)
+    torch.testing.assert_close(logprobs(base, IDS), logprobs(model, IDS), rtol=0, atol=1e-10)
 
 
 def test_a_vision_tower_inside_the_decoder_is_left_alone() -> None:

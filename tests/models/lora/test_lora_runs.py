@@ -16,10 +16,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from helpers.resumed_runs import Run, Setting, run, same_batches, same_weights
-from helpers.short_runs import make_data, make_module, make_trainer
+from helpers.short_runs import make_data, make_module, make_trainer, trained
 from kdrl_lightning import GRPO, KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
@@ -28,28 +27,15 @@ from kdrl_lightning.models.lora import is_adapter
 from kdrl_lightning.models.sharding import load_scorer
 from kdrl_lightning.models.weights import ModelWeights
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*of the (completions|groups):UserWarning",
-    "ignore:The number of training batches:UserWarning",
-    "ignore:torch.distributed is .*:UserWarning",
-    "ignore:Be aware that when using `ckpt_path`:UserWarning",
-)
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
-        monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
-
-
-def trained(root: Path, student: str, lora: LoRA | None) -> tuple[Any, str]:
-    """Train two steps; return the module and the checkpoint's path."""
-    saver = FSDPCheckpoint(monitor=None)
-    module = make_module(student, None, GRPO(), lora=lora)
-    callbacks = [RunReport(evaluate_teacher=False), saver]
-    trainer = make_trainer(root, max_steps=2, callbacks=callbacks, enable_checkpointing=True)
-    trainer.fit(module, datamodule=make_data(val_prompts=None))
-    return module, saver.last_model_path
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*of the (completions|groups):UserWarning",
+        "ignore:The number of training batches:UserWarning",
+        "ignore:torch.distributed is .*:UserWarning",
+        "ignore:Be aware that when using `ckpt_path`:UserWarning",
+    ),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 
 @pytest.fixture(scope="module")

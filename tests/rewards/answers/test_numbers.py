@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -12,15 +11,6 @@ from hypothesis import strategies as st
 from kdrl_lightning.rewards import MathReward, Sample
 from kdrl_lightning.rewards.answers.numbers import read_number, same_number
 from kdrl_lightning.rewards.answers.units import same_quantity
-
-
-@pytest.fixture(scope="module")
-def reward() -> Iterator[MathReward]:
-    reward = MathReward(time_limit_s=20.0, workers=1)
-    reward.start()
-    yield reward
-    reward.close()
-
 
 # reference | answer | right
 CASES = r"""
@@ -149,8 +139,8 @@ ROWS = [tuple(part.strip() for part in line.split(" | ")) for line in CASES.stri
 
 
 @pytest.mark.parametrize(("gold", "answer", "right"), ROWS)
-def test_values(reward: MathReward, gold: str, answer: str, right: str) -> None:
-    (result,) = reward.judge([Sample(f"\\boxed{{{answer}}}", [], {"answer": gold})])
+def test_values(math_reward: MathReward, gold: str, answer: str, right: str) -> None:
+    (result,) = math_reward.judge([Sample(f"\\boxed{{{answer}}}", [], {"answer": gold})])
     assert result == float(right)
 
 

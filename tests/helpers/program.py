@@ -1,0 +1,41 @@
+"""The program on its command line, in this process: what it builds, and how it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdrl_lightning.__main__ import main
+from kdrl_lightning.cli.main import KDRLCLI
+
+
+def made(*args: str) -> KDRLCLI:
+    """Build trainer, model and data of a command line without a subcommand."""
+    return KDRLCLI.run(list(args), instantiate_only=True)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Return the one line with which the program refuses a command line."""
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line.removeprefix("error: ")
+
+
+def refusal(start: Any, capsys: pytest.CaptureFixture[str], *flags: str, code: int = 2) -> str:
+    """Return the one line with which a run of the fixture ``start`` ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        start(*flags)
+    assert error.value.code == code
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def version(number: int) -> Path:
+    """Folder of a run's logs, in the working folder."""
+    return Path(f"runs/kdrl_lightning/version_{number}")

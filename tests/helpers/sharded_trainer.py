@@ -1,0 +1,26 @@
+"""A trainer whose strategy shards."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+def sharded_trainer(step: int = 4) -> Any:
+    """A trainer as the writer sees it, alone, with a sharded strategy."""
+    state = {
+        "loops": {},
+        "global_step": step,
+        "state_dict": {"student.model.w": torch.arange(6.0).reshape(2, 3) + step},
+        "optimizer_states": [{"moments": torch.ones(3), "settings": {"lr": 0.1, "name": "w"}}],
+    }
+    return SimpleNamespace(
+        strategy=ModelParallelStrategy(),
+        is_global_zero=True,
+        global_step=step,
+        lightning_module=SimpleNamespace(reduce=lambda value, operation: value),
+        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: state),
+    )
