@@ -74,6 +74,8 @@ def changed(config: Any, key: Key, value: Any) -> Any:
     made = copy.deepcopy(config)
     inside = made
     for name in key[:-1]:
+        if isinstance(inside, dict):
+            inside.setdefault(name, {})
         inside = inside[name]
     inside[key[-1]] = value
     return made

@@ -177,7 +177,7 @@ def test_other_adapters_are_refused(
 def test_adapters_and_all_weights_are_not_mixed_up(
     half: tuple[Path, Any, str], full: str, tmp_path: Path, student_folder: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=r"got all weights, and .* holds adapters with"):
+    with pytest.raises(ConfigurationError, match=r"got all weights, but .* holds adapters with"):
         resumed(tmp_path, student_folder, None, half[2])
     with pytest.raises(ConfigurationError, match=r"got adapters with .* holds all weights"):
         resumed(tmp_path, student_folder, LoRA(**SAME), full)  # type: ignore[arg-type]
