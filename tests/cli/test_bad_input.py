@@ -207,6 +207,10 @@ CLI_CASES = {
         ["--trainer.accumulate_grad_batches=0"],
         "`trainer.accumulate_grad_batches` must be at least 1: got 0. It is the number of",
     ),
+    "at least -5 steps": (
+        ["--trainer.min_steps=-5"],
+        "`trainer.min_steps` must be at least 0: got -5. 0 asks for none.",
+    ),
     "a clip below 0, which clips nothing": (
         ["--trainer.gradient_clip_val=-1"],
         "`trainer.gradient_clip_val` must be at least 0: got -1. 0 clips nothing.",
