@@ -53,6 +53,7 @@ _HOME = {
     "KnightsAndKnavesPrompts": "prompts",
     "MixedPrompts": "prompts",
     "ReasoningGymPrompts": "prompts",
+    "StreamedHFPrompts": "prompts",
     "BatchReward": "rewards",
     "CodeReward": "rewards",
     "ExactMatch": "rewards",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
     from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
     from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
+    from kdrl_lightning.prompts import StreamedHFPrompts as StreamedHFPrompts
     from kdrl_lightning.rewards import BatchReward as BatchReward
     from kdrl_lightning.rewards import CodeReward as CodeReward
     from kdrl_lightning.rewards import ExactMatch as ExactMatch

@@ -29,6 +29,7 @@ NEEDS = {
     "VLLMServerEngine": "a vLLM server",
     "ServerTeacher": "a vLLM server",
     "HFPrompts": "the extra `tasks`",
+    "StreamedHFPrompts": "the extra `tasks`",
     "ReasoningGymPrompts": "the extra `tasks`",
     "MathReward": "the extra `tasks`",
     "GGUFModel": "the extra `gguf`",

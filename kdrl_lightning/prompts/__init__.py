@@ -7,7 +7,7 @@ from kdrl_lightning.prompts.base import (
     encode_all,
     encode_prompt,
 )
-from kdrl_lightning.prompts.hugging_face import HFPrompts
+from kdrl_lightning.prompts.hugging_face import HFPrompts, StreamedHFPrompts
 from kdrl_lightning.prompts.jsonl import JSONLPrompts
 from kdrl_lightning.prompts.knights import KnightsAndKnavesPrompts
 from kdrl_lightning.prompts.mixed import MixedPrompts
@@ -22,6 +22,7 @@ __all__ = [
     "PromptSource",
     "Prompts",
     "ReasoningGymPrompts",
+    "StreamedHFPrompts",
     "encode_all",
     "encode_prompt",
 ]

@@ -35,14 +35,15 @@ class HFPrompts(PromptSource):
         prompt_column: column with the question, a text or chat messages.
         answer_column: column that becomes ``answer``; None changes no column.
         take: number of rows, from the first on; None: all.
-        streaming: download only these rows (needs ``take``, because a source has a size).
         chat: as messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions before it, each with ``prompt`` and ``answer``.
-        suffix: put behind every question.
+        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
+
+    _streaming = False
 
     def __init__(
         self,
@@ -52,7 +53,6 @@ class HFPrompts(PromptSource):
         prompt_column: str = "prompt",
         answer_column: str | None = None,
         take: int | None = None,
-        streaming: bool = False,
         chat: bool = False,
         system: str | None = None,
         template_args: dict[str, Any] | None = None,
@@ -62,14 +62,10 @@ class HFPrompts(PromptSource):
     ) -> None:
         if take is not None:
             require_between("take", take, 1, float("inf"))
-        elif streaming:
-            raise ConfigurationError(
-                "`take` must be given with `streaming: true`: got None. Set the number of rows."
-            )
         self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
         self.answer_column = answer_column
-        self.rows = _load(path, name, split, take, streaming)
+        self.rows = _load(path, name, split, take, self._streaming)
         if not len(self.rows):
             raise ConfigurationError(
                 f"`path` must have at least one row: got {path}, without rows. Name another file "
@@ -96,6 +92,48 @@ class HFPrompts(PromptSource):
         if self.answer_column is not None:
             row = {**row, "answer": _look_up(row, self.answer_column, "answer_column")}
         return self.form.row(row, _look_up(row, self.prompt_column, "prompt_column"))
+
+
+class StreamedHFPrompts(HFPrompts):
+    """The first rows of a dataset, of which only these are downloaded, at every start.
+
+    Rows and the other arguments are those of ``HFPrompts``. All rows are in memory.
+
+    Args:
+        path: name on the hub, a file (JSONL, JSON, Parquet, CSV, Arrow), or a folder that
+            ``save_to_disk`` wrote.
+        take: number of rows, from the first on.
+        name: the dataset's configuration on the hub.
+        split: the dataset's split. A file has only ``train``.
+        prompt_column: column with the question, a text or chat messages.
+        answer_column: column that becomes ``answer``; None changes no column.
+        chat: as messages, for the tokenizer's chat template.
+        system: system message (needs ``chat``).
+        template_args: arguments of the chat template (needs ``chat``).
+        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        suffix: text to add to every question.
+        prefill: the beginning of every answer, which the model continues (needs ``chat``).
+    """
+
+    _streaming = True
+
+    def __init__(
+        self,
+        path: str,
+        take: int,
+        name: str | None = None,
+        split: str = "train",
+        prompt_column: str = "prompt",
+        answer_column: str | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        template_args: dict[str, Any] | None = None,
+        examples: Sequence[dict[str, str]] = (),
+        suffix: str = "",
+        prefill: str | None = None,
+    ) -> None:
+        form = (chat, system, template_args, examples, suffix, prefill)
+        super().__init__(path, name, split, prompt_column, answer_column, take, *form)
 
 
 def _look_up(row: Mapping[str, Any], column: str, argument: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import datasets
 import pytest
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.prompts import HFPrompts
+from kdrl_lightning.prompts import HFPrompts, StreamedHFPrompts
 
 ROWS = [{"q": f"{i}+1=", "a": {"gold": str(i + 1)}, "n": i} for i in range(5)]
 
@@ -46,12 +48,33 @@ def test_every_kind_of_file_gives_the_same_rows(folder: Path, file: str) -> None
 
 
 @pytest.mark.parametrize("file", ["rows.jsonl", "rows.parquet", "rows.arrow", "saved"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_so_many_rows_are_taken(folder: Path, file: str, streaming: bool) -> None:
+@pytest.mark.parametrize("kind", [HFPrompts, StreamedHFPrompts])
+def test_so_many_rows_are_taken(folder: Path, file: str, kind: type[HFPrompts]) -> None:
     path = str(folder / file)
-    rows = HFPrompts(path, prompt_column="q", answer_column="a.gold", take=2, streaming=streaming)
+    rows = kind(path, prompt_column="q", answer_column="a.gold", take=2)
     assert [rows[i] for i in range(len(rows))] == [expected(i) for i in range(2)]
-    assert len(HFPrompts(path, prompt_column="q", take=9, streaming=streaming)) == 5
+    assert len(kind(path, prompt_column="q", take=9)) == 5
+
+
+def test_only_the_taken_rows_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def stream(*args: Any, streaming: bool, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        assert streaming
+        for i, row in enumerate(ROWS):
+            read.append(i)
+            yield row
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    rows = StreamedHFPrompts("some/name", prompt_column="q", take=3)
+    assert [row["q"] for row in rows] == ["0+1=", "1+1=", "2+1="] and read == [0, 1, 2]
+
+
+def test_a_stream_has_a_size_and_the_same_form() -> None:
+    stream, whole = (inspect.signature(c).parameters for c in (StreamedHFPrompts, HFPrompts))
+    assert stream.keys() == whole.keys()
+    assert stream["take"].default is inspect.Parameter.empty
+    assert all(stream[name].default == whole[name].default for name in set(whole) - {"take"})
 
 
 def test_csv(folder: Path) -> None:
@@ -96,10 +119,6 @@ BAD = {
         {"path": "rows.jsonl", "prompt_column": "q", "answer_column": "a.no"},
         "`answer_column` must be a column of the dataset: got a.no. The dataset has q, a, n.",
     ),
-    "streaming without a size": (
-        {"path": "rows.jsonl", "streaming": True},
-        "`take` must be given with `streaming: true`: got None.",
-    ),
     "nothing taken": ({"path": "rows.jsonl", "take": 0}, "`take` must be at least 1: got 0."),
     "a template without a chat": (
         {"path": "rows.jsonl", "template_args": {"a": 1}},
@@ -124,7 +143,7 @@ def test_what_cannot_be_read_is_one_line(folder: Path, case: str) -> None:
 def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("prompt,answer\n")
     with pytest.raises(ConfigurationError, match=r"`path` must have at least one row: got .*none"):
-        HFPrompts(str(tmp_path / "none.csv"), streaming=True, take=3)
+        StreamedHFPrompts(str(tmp_path / "none.csv"), take=3)
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line() -> None:

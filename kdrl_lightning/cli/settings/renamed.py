@@ -1,4 +1,4 @@
-"""Translates settings from their names in 0.1, so that users' files and flags still work.
+"""Translates settings from their former names, so that users' files and flags still work.
 
 A file is translated when it is read, before it is merged with another one; the content of a group
 (``--data data.yaml``) when the parser gets it; a flag before it is parsed.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdrl_lightning.cli.settings.unused import note_renamed
+from kdrl_lightning.cli.settings.unused import note, note_renamed
 from kdrl_lightning.errors import ConfigurationError
 
 _ROLLOUT = (
@@ -42,6 +42,8 @@ RENAMED = {
 }
 # In 0.1 a number, now a group: only a number is translated.
 NOW_A_GROUP = "data.teacher_completions"
+# A class -> the class that it was with an argument set to true.
+SPLIT = {("HFPrompts", "streaming"): "StreamedHFPrompts"}
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -72,6 +74,28 @@ def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
                 note_renamed(name, new)
                 _refuse_both(new in settings or _holds(settings, new), name, new, where)
             out[new or name] = value
+    return {name: with_classes(value) for name, value in out.items()}
+
+
+def with_classes(value: Any) -> Any:
+    """Return a value in which classes that were split have their new names.
+
+    >>> with_classes([{"class_path": "HFPrompts", "init_args": {"take": 2, "streaming": True}}])
+    [{'class_path': 'StreamedHFPrompts', 'init_args': {'take': 2}}]
+    """
+    if type(value) is list:
+        return [with_classes(one) for one in value]
+    if type(value) is not dict:
+        return value
+    out = {key: with_classes(one) for key, one in value.items()}
+    path, given = str(out.get("class_path", "")), out.get("init_args")
+    for (name, argument), new in SPLIT.items():
+        if path.rsplit(".", 1)[-1] == name and isinstance(given, dict) and argument in given:
+            rest = {k: v for k, v in given.items() if k != argument}
+            out["init_args"] = rest
+            if given[argument]:
+                note(f"{name} with `{argument}` is now {new}. 0.3 removes `{argument}`.")
+                out["class_path"] = path.removesuffix(name) + new
     return out
 
 

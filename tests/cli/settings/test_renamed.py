@@ -222,6 +222,23 @@ def test_an_engine_may_use_the_former_names(old: str, new: str) -> None:
     assert getattr(engine, new) is True
 
 
+@pytest.mark.parametrize("name", ["HFPrompts", "kdrl_lightning.prompts.HFPrompts"])
+@pytest.mark.parametrize(("streaming", "kind"), [(True, "StreamedHFPrompts"), (False, "HFPrompts")])
+def test_a_class_that_was_split_is_found_by_its_former_argument(
+    name: str, streaming: bool, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    spec = {
+        "class_path": name,
+        "init_args": {"path": "rows.jsonl", "take": 1, "streaming": streaming},
+    }
+    mixed = {"class_path": "MixedPrompts", "init_args": {"sources": {"a": spec}}}
+    data = made(write("x.yaml", {"train_prompts": mixed, "val_prompts": spec})).datamodule
+    for source in (data.train_prompts.sources["a"], data.val_prompts):
+        assert type(source).__name__ == kind and len(source) == 1
+    assert capsys.readouterr().out.count("is now StreamedHFPrompts") == streaming
+
+
 def test_a_class_that_is_gone_names_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
     cure = r"is gone: write GRPO with `distill: SurrogateTerm`"
     with pytest.raises(AttributeError, match=cure):
