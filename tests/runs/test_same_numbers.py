@@ -14,7 +14,7 @@ from helpers.processes.strategy_runs import Runs
 from kdrl_lightning.cli.export import export
 
 two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-EXACT = ("kdrl", "rlad", "gkd", "routed", "lora")
+EXACT = ("kdrl", "rlad", "gkd", "routed", "mixed", "lora")
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -64,6 +64,12 @@ def test_gradients_and_weights_are_the_same(runs: Runs, strategy: str, case: str
         assert distance(ours, theirs) <= bound
     start = load_file(runs.folder / "student/model.safetensors")
     assert distance(change(one, start), change(both, start)) <= bound
+
+
+@two
+def test_the_teachers_completions_are_measured(runs: Runs, strategy: str):
+    names = runs(strategy, "mixed")["logged"][-1].keys()
+    assert {"loss/teacher_kl", "kd/imitated_groups_frac", "teacher/reward_mean"} <= names
 
 
 @two
@@ -170,6 +176,7 @@ def test_bf16_mixed_keeps_float32_masters(runs: Runs):
 @pytest.mark.parametrize(
     ("strategy", "case", "words"),
     [
+        ("ddp", "failing", "the reward failed on"),
         ("ddp", "stale", "the engine's log-probabilities must agree"),
         ("fsdp2", "stale", "the engine's log-probabilities must agree"),
         ("fsdp2", "choosy", "sampled tokens must be among the teacher's"),

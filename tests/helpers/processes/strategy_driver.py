@@ -38,12 +38,20 @@ from kdrl_lightning import (
 from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSyncCheck
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.models.weights import full_tensor, plain_name
+from kdrl_lightning.objectives import BehaviorRatio
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample, Verdict
 from kdrl_lightning.tiny import ColumnAddition
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
+ROLLOUT = RolloutSettings(
+    prompts_per_rollout=8,
+    group_size=4,
+    max_tokens=16,
+    minibatches_per_rollout=2,
+    mask_truncated=True,
+)
 
 
 def reward(sample: Sample) -> Verdict:
@@ -88,6 +96,13 @@ def forget_half(database: Path) -> None:
 
 def on_last_rank() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
+
+
+def failing(sample: Sample) -> float:
+    """Fails on the last rank alone; the texts on which it is tried before the run are right."""
+    if on_last_rank() and sample.text not in ("", sample.row["prompt"]):
+        raise ZeroDivisionError
+    return 1.0
 
 
 class OtherPolicy(TransformersEngine):
@@ -186,6 +201,15 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
         )
         if case == "lora_bf16":
             trainer["precision"] = "bf16-mixed"
+    elif case == "mixed":
+        cached = CachedTeacher(teacher, str(out / "mixed.db"))
+        objective = KDRL(0.5, kl_estimator="full_vocabulary", teacher_tokens=BehaviorRatio())
+        module = make(objective, cached)
+        data["teacher_completions"] = TeacherCompletions(2)
+        data["rollout"] = replace(ROLLOUT, max_refills=1)
+    elif case == "failing":
+        module = make(RLAD(), teacher)
+        data |= {"reward": failing, "val_prompts": None}
     elif case == "stale":
         module = make(RLAD(), teacher)
         data["rollout_engine"] = OtherPolicy()
@@ -228,17 +252,11 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             "train_prompts": ColumnAddition(24, seed=1),
             "val_prompts": ColumnAddition(5, seed=2),
             "reward": reward,
-            "rollout": RolloutSettings(
-                prompts_per_rollout=8,
-                group_size=4,
-                max_tokens=16,
-                minibatches_per_rollout=2,
-                mask_truncated=True,
-            ),
+            "rollout": ROLLOUT,
             **data,
         }
     )
-    if case in ("stale", "choosy"):
+    if case in ("stale", "choosy", "failing"):
         reason = ""
         try:
             trainer.fit(module, datamodule=datamodule)

@@ -16,10 +16,14 @@ from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 CASES = (
-    *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "family"),
+    *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "mixed", "family"),
     *("lora", "lora_resumed"),
 )
-OWN = {"auto": (), "ddp": ("stale",), "fsdp2": ("bf16", "lora_bf16", "half", "stale", "choosy")}
+OWN = {
+    "auto": (),
+    "ddp": ("stale", "failing"),
+    "fsdp2": ("bf16", "lora_bf16", "half", "stale", "choosy"),
+}
 
 
 def save_phi(folder: Path, seed: int) -> None:
