@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -24,6 +24,7 @@ from kdrl_lightning.trainer.internals import validates_next
 from kdrl_lightning.trainer.protocols import callbacks_of, is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
+from kdrl_lightning.untyped import State
 
 
 class Entry(TypedDict):
@@ -185,11 +186,11 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             self._held = None
 
     # `Any`: Lightning's type of states.
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the list of checkpoints, with their scores."""
         return {"entries": [entry.copy() for entry in self.entries]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the list of checkpoints."""
         self.entries = [entry.copy() for entry in state_dict["entries"]]
         self._name_best()

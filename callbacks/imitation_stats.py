@@ -22,6 +22,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
 from kdrl_lightning.trainer.protocols import is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import run_folder
+from kdrl_lightning.untyped import State
 
 RANGES = {
     "hist/teacher_gap": (-10.0, 10.0),
@@ -136,7 +137,7 @@ class SelectiveImitationStats(RolloutCallback):
         file = folder / "imitation.png"
         write_or_warn(file, lambda: plot_imitation(file, self.rows, self.histograms))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return rows, histograms and the statistics of an unfinished step."""
         counts = {
             rollout: {name: h.counts.tolist() for name, h in histograms.items()}
@@ -144,7 +145,7 @@ class SelectiveImitationStats(RolloutCallback):
         }
         return {"rows": self.rows, "histograms": counts, "step_stats": self._stats.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore what ``state_dict`` returned."""
         self.rows = state_dict["rows"]
         self._stats.load_state_dict(state_dict.get("step_stats", ()))  # not in older checkpoints

@@ -34,6 +34,7 @@ from kdrl_lightning.trainer.protocols import (
     trained,
 )
 from kdrl_lightning.trainer.run_folder import run_folder
+from kdrl_lightning.untyped import State
 
 CURVES = (
     "reward/correct_frac",
@@ -192,7 +193,7 @@ class RunReport(RolloutCallback):
             if folder.exists():
                 print(f"the student of step {trainer.global_step} is in {folder}", flush=True)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the curves and the measured values."""
         return {
             "curves": self.curves,
@@ -202,7 +203,7 @@ class RunReport(RolloutCallback):
             "train_seconds": self._train_seconds,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the curves and the measured values."""
         self.curves, self._latest = state_dict["curves"], state_dict["latest"]
         self.accuracy = [(int(step), float(value)) for step, value in state_dict["accuracy"]]

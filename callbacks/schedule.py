@@ -13,6 +13,7 @@ from kdrl_lightning.callbacks.schedules import PlateauSwitch, Schedule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
 from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, trained
+from kdrl_lightning.untyped import State
 
 METRICS = {
     "teacher_kl_coef": "kd/teacher_kl_coef",
@@ -136,11 +137,11 @@ class CoefficientSchedule(RolloutCallback):
         schedule.observe(value, self._step(trainer))
         self._set(trainer, trained(pl_module))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the state of a plateau switch; empty for other schedules."""
         return self.schedule.state_dict() if isinstance(self.schedule, PlateauSwitch) else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the state of a plateau switch."""
         if isinstance(self.schedule, PlateauSwitch):
             self.schedule.load_state_dict(state_dict)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.untyped import State
 
 
 class Schedule(ABC):
@@ -233,11 +233,11 @@ class PlateauSwitch(Schedule):
         """Return the smaller and the larger value."""
         return min(self.before, self.after), max(self.before, self.after)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the state for a checkpoint."""
         return {"best": self.best, "waited": self.waited, "switched_at": self.switched_at}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the state of a checkpoint."""
         self.best, self.waited = state["best"], state["waited"]
         self.switched_at = state["switched_at"]

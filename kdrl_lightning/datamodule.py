@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -48,6 +48,7 @@ from kdrl_lightning.trainer.group_checks import (
     check_policy,
     check_teacher_completions,
 )
+from kdrl_lightning.untyped import State
 
 # Up to this number, all evaluation prompts are checked before the run and kept with their ids.
 EVALUATED_ROWS = 10_000
@@ -269,11 +270,11 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.rollouts.probe()
 
     # `Any`: Lightning's type of states.
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the totals and a half-used rollout, if there is one; all ranks must call it."""
         return self.rollouts.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore what ``state_dict`` returned; an evaluation needs none of it."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.rollouts.load_state_dict(state_dict)

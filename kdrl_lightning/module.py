@@ -48,6 +48,7 @@ from kdrl_lightning.trainer.optimizers import (
     for_lightning,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
+from kdrl_lightning.untyped import HFTokenizer, State
 
 
 class KDRLModule(EvaluationSteps, pl.LightningModule):
@@ -129,7 +130,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         return self.pretrained.path
 
     @property
-    def tokenizer(self) -> Any:  # transformers has no type that all tokenizers share
+    def tokenizer(self) -> HFTokenizer:  # transformers has no type that all tokenizers share
         """The student's tokenizer."""
         return self.pretrained.tokenizer
 
@@ -212,11 +213,11 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         self._step_log.resume(self.trainer)
 
     # `Any` below: Lightning's type of checkpoints.
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: State) -> None:
         """Add the run's identity and the module's counters to a checkpoint."""
         save_state(checkpoint, self, sharding_of(self.trainer) is not None)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: State) -> None:
         """Restore the counters."""
         load_state(checkpoint, self)
 
@@ -310,14 +311,14 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         """
         self._step_log.add(self.trainer, values)
 
-    def log_state(self) -> dict[str, Any]:
+    def log_state(self) -> State:
         """Return the state from which a resumed run continues the log."""
         return {
             "step_log": self._step_log.state_dict(self.trainer),
             "step_stats": self._stats.state_dict(),
         }
 
-    def load_log_state(self, saved: Mapping[str, Any]) -> None:
+    def load_log_state(self, saved: State) -> None:
         """Restore the state of the log, which older checkpoints lack."""
         self._step_log.load_state_dict(saved.get("step_log", {}))
         self._stats.load_state_dict(saved.get("step_stats", ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import lightning.pytorch as pl
@@ -21,6 +21,7 @@ from kdrl_lightning.rollout.policy import Policy, Tokenizer
 from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.trainer.checks import overfit_batches
+from kdrl_lightning.untyped import Row
 
 Trace: TypeAlias = tuple[list[int], list[int]]
 
@@ -60,7 +61,7 @@ class Traces(Sequence[Trace]):
         row, ids = self.prompts[index]
         return ids, self._completed(row, ids, index)
 
-    def _completed(self, row: Mapping[str, Any], prompt: list[int], number: int) -> list[int]:
+    def _completed(self, row: Row, prompt: list[int], number: int) -> list[int]:
         try:
             ids = encode_completion(self.tokenizer, row, self.ends)
             check_ids(ids, self.rows, "student", self.tokenizer)
@@ -74,7 +75,7 @@ class Traces(Sequence[Trace]):
         return ids
 
 
-def encode_completion(tokenizer: Tokenizer, row: Mapping[str, Any], ends: EndTokens) -> list[int]:
+def encode_completion(tokenizer: Tokenizer, row: Row, ends: EndTokens) -> list[int]:
     """Return the token ids of a row's completion, closed by one end token.
 
     Args:

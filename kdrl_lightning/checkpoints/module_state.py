@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +20,7 @@ from kdrl_lightning.checkpoints.resume import (
 from kdrl_lightning.models.loading import load_config
 from kdrl_lightning.trainer.failures import export_together
 from kdrl_lightning.trainer.protocols import TrainedModule
+from kdrl_lightning.untyped import State
 
 
 # `Any`: the values of a checkpoint, as Lightning types them.
@@ -30,7 +30,7 @@ class Counters(Protocol):
     def state_dict(self) -> dict[str, int]:
         """Return the counts."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the counts."""
 
 
@@ -51,10 +51,10 @@ class SavedModule(TrainedModule, Protocol):
     def optimizers(self, use_pl_optimizer: Literal[False]) -> object:
         """Return the optimizer."""
 
-    def log_state(self) -> dict[str, Any]:
+    def log_state(self) -> State:
         """Return the state of the log."""
 
-    def load_log_state(self, saved: Mapping[str, Any]) -> None:
+    def load_log_state(self, saved: State) -> None:
         """Restore the state of the log."""
 
 
@@ -80,7 +80,7 @@ def check_checkpoint(path: str, module: SavedModule, fitting: bool) -> None:
         check_complete(held.keys(), module.state_dict().keys(), path)
 
 
-def save_state(checkpoint: dict[str, Any], module: SavedModule, sharded: bool) -> None:
+def save_state(checkpoint: State, module: SavedModule, sharded: bool) -> None:
     """Add the run's identity and the module's counters to a checkpoint.
 
     Args:
@@ -100,7 +100,7 @@ def save_state(checkpoint: dict[str, Any], module: SavedModule, sharded: bool) -
             number_by_place(state, optimizer, cast(torch.nn.Module, module))
 
 
-def load_state(checkpoint: dict[str, Any], module: SavedModule) -> None:
+def load_state(checkpoint: State, module: SavedModule) -> None:
     """Restore the module's counters."""
     saved = checkpoint.get(KEY)
     if saved is not None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from kdrl_lightning.checkpoints.integrity import Part, check_archive, check_seal
 from kdrl_lightning.checkpoints.layout import META, SHARDS
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.untyped import State
 
 # The only names that an index of shards may use: it is a pickle, and torch would run any code.
 INDEX_NAMES = {
@@ -43,7 +44,7 @@ INDEX_NAMES = {
 
 
 # `Any`: the values of a checkpoint, as torch and Lightning type them.
-def read_metadata(path: str) -> dict[str, Any]:
+def read_metadata(path: str) -> State:
     """Return a checkpoint's content without the weights of a folder; tensors stay on disk.
 
     It compares every byte with the checkpoint's checksums.

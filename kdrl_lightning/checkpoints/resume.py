@@ -21,6 +21,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import all_settings
 from kdrl_lightning.trainer.internals import before_restore
 from kdrl_lightning.trainer.protocols import TrainedModule, trained
+from kdrl_lightning.untyped import State
 
 KEY = "kdrl_lightning"
 # Settings of a model that do not change what its weights compute.
@@ -38,7 +39,7 @@ class HasJSON(Protocol):
         """Return its settings as JSON."""
 
 
-def identity(module: TrainedModule) -> dict[str, Any]:
+def identity(module: TrainedModule) -> State:
     """Return what identifies a run in its checkpoints, in plain values."""
     model = module.weights().model
     lora = module.lora
@@ -108,7 +109,7 @@ def require_same(
 
 
 def check_identity(
-    saved: dict[str, Any], module: TrainedModule, config: HasJSON, fitting: bool, path: str
+    saved: State, module: TrainedModule, config: HasJSON, fitting: bool, path: str
 ) -> None:
     """Refuse the checkpoint of another model or, to train on, of another method.
 
@@ -172,7 +173,7 @@ def _difference(here: object, there: object, name: str) -> tuple[str, object, ob
     return None
 
 
-def check_adapters(saved: dict[str, Any], module: TrainedModule, path: str) -> None:
+def check_adapters(saved: State, module: TrainedModule, path: str) -> None:
     """Refuse adapters of another kind, or of another base model.
 
     Raises:
@@ -213,7 +214,7 @@ def _pairs(values: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def number_by_place(state: dict[str, Any], optimizer: Any, module: torch.nn.Module) -> None:
+def number_by_place(state: State, optimizer: Any, module: torch.nn.Module) -> None:
     """Number an optimizer's parameters in its state by their place in the module.
 
     torch numbers only the optimizer's parameters; Lightning's fsdp strategies number all, including

@@ -33,6 +33,7 @@ from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.trainer.failures import cause_of, reason_of
 from kdrl_lightning.trainer.internals import dump_checkpoint, saves_shards
 from kdrl_lightning.trainer.protocols import trained
+from kdrl_lightning.untyped import State
 
 
 class CheckpointWriter:
@@ -81,7 +82,7 @@ class CheckpointWriter:
                 shutil.rmtree(self._half, ignore_errors=True)
             raise
 
-    def _write_file(self, trainer: pl.Trainer, state: dict[str, Any], path: Path) -> None:
+    def _write_file(self, trainer: pl.Trainer, state: State, path: Path) -> None:
         if not trainer.is_global_zero:
             self._pending = _done(), lambda: None
             return
@@ -92,7 +93,7 @@ class CheckpointWriter:
         else:
             self._pending = _done(), lambda: save_file(state, path)
 
-    def _write_folder(self, trainer: pl.Trainer, state: dict[str, Any], path: Path) -> None:
+    def _write_folder(self, trainer: pl.Trainer, state: State, path: Path) -> None:
         self._half = half = unfinished(path)
         first = trainer.is_global_zero
         tensors = {"state_dict": state.pop("state_dict")}
@@ -162,7 +163,7 @@ class ShardWriter(FileSystemWriter):
             raise cause_of(error) from None
 
 
-def save_file(state: dict[str, Any], path: Path) -> None:
+def save_file(state: State, path: Path) -> None:
     """Write ``state`` to ``path``; if that fails, an earlier file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = unfinished(path)

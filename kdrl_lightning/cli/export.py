@@ -26,6 +26,7 @@ from kdrl_lightning.models.loading import (
 from kdrl_lightning.models.lora import LoRA, adapter_weights, save_adapters
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.trainer.failures import reason_of
+from kdrl_lightning.untyped import State
 
 PREFIX = "student.model."
 
@@ -122,7 +123,7 @@ def with_adapters(
     return model
 
 
-def student_weights(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
+def student_weights(path: Path, saved: State) -> dict[str, Tensor]:
     """Return the student's tensors by their Hugging Face names."""
     state = read_shards(path) if path.is_dir() else saved["state_dict"]
     return {
@@ -135,7 +136,7 @@ def student_weights(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """Return the weights of a folder of shards; the optimizer's moments are not read."""
     index = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state: dict[str, Any] = {
+    state: State = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in index.items()
         if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from kdrl_lightning.evaluation.sets import NamedSet
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.base import Reward, Sample
 from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.untyped import Row
 
 ROW = "row"  # holds the prompt's columns whose names are already taken
 
@@ -102,7 +103,7 @@ class EvaluationBatch:
         return torch.tensor(values, dtype=torch.float64).view(-1, self.of.samples)
 
 
-def _beside(row: Mapping[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def _beside(row: Row, ours: dict[str, Any]) -> dict[str, Any]:
     theirs = {name: value for name, value in row.items() if name not in (*ours, "set", ROW)}
     hidden = {name: value for name, value in row.items() if name not in theirs}
     return {**theirs, **ours, **({ROW: hidden} if hidden else {})}

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
+from kdrl_lightning.untyped import HFConfig, HFTokenizer
 
 # An answer that chat templates leave as it is.
 PROBE = "zq7"
@@ -60,7 +61,7 @@ def first_end(ids: Sequence[int], ends: Sequence[int]) -> int:
     return next((i for i, token in enumerate(ids, 1) if token in ends), len(ids))
 
 
-def end_tokens(path: str, tokenizer: Any) -> EndTokens:
+def end_tokens(path: str, tokenizer: HFTokenizer) -> EndTokens:
     """Return a model's end tokens, from tokenizer, configuration and generation configuration.
 
     We leave out ids that the model has no row for, and ids that come only from the default of a
@@ -85,7 +86,7 @@ def end_tokens(path: str, tokenizer: Any) -> EndTokens:
     return EndTokens(kept, turn if turn in kept else None)
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def turn_end(tokenizer: HFTokenizer) -> int | None:
     """Return the special or added token with which the chat template closes an assistant's turn.
 
     None if there is no template, if it refuses the probe, or if it closes a turn with plain text.
@@ -105,7 +106,7 @@ def turn_end(tokenizer: Any) -> int | None:
     return following[0] if following and following[0] in markers else None
 
 
-def warn_of_turn_end(ends: EndTokens, tokenizer: Any, path: str) -> None:
+def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None:
     """Warn if the chat template closes a turn with a token that does not end completions."""
     turn = turn_end(tokenizer)
     if turn is None or turn in ends.ids:
@@ -120,7 +121,7 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: Any, path: str) -> None:
     )
 
 
-def _named(value: Any, config: Any, markers: set[int]) -> Sequence[int]:
+def _named(value: Any, config: HFConfig, markers: set[int]) -> Sequence[int]:
     """Return the ids of a setting; of a class's default, only those that are special tokens.
 
     transformers copies defaults of configuration classes into files.

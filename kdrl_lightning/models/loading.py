@@ -19,6 +19,7 @@ from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.generation import generation_config, read_generation
 from kdrl_lightning.models.architectures.loaded import check_loaded
 from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
+from kdrl_lightning.untyped import HFConfig, HFModel, HFTokenizer
 
 
 class ModelSource(ABC):
@@ -34,7 +35,7 @@ def model_path(model: str | ModelSource) -> str:
     return model if isinstance(model, str) else model.path()
 
 
-def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
+def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> HFModel:
     """Load a causal language model in evaluation mode.
 
     Dropout stays off, because rollouts and updates must see one policy.
@@ -66,7 +67,7 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
-def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, Tensor]) -> Any:
+def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, Tensor]) -> HFModel:
     """Return a model that holds ``weights`` without copying them.
 
     Args:
@@ -87,7 +88,7 @@ def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, T
     return model
 
 
-def _configuration(config: str) -> Any:
+def _configuration(config: str) -> HFConfig:
     """Return transformers' configuration object for a whole configuration in JSON.
 
     The class of a nested part may refuse general settings that it wrote itself (DBRX).
@@ -129,7 +130,7 @@ def all_settings(config: str) -> dict[str, Any]:
 
 
 def save_causal_lm(
-    model: Any, folder: str | Path, weights: dict[str, Tensor] | None = None
+    model: HFModel, folder: str | Path, weights: dict[str, Tensor] | None = None
 ) -> None:
     """Write a model as a Hugging Face folder, with its generation configuration unchanged.
 
@@ -153,7 +154,7 @@ def save_causal_lm(
     generation.to_json_file(Path(folder) / "generation_config.json", use_diff=True)
 
 
-def check_saves(model: Any, tokenizer: Any) -> None:
+def check_saves(model: HFModel, tokenizer: HFTokenizer) -> None:
     """Check, before a run starts, that configuration and tokenizer can be saved and loaded.
 
     Raises:
@@ -179,7 +180,7 @@ def check_saves(model: Any, tokenizer: Any) -> None:
                 ) from error
 
 
-def frozen_names(model: Any) -> set[str]:
+def frozen_names(model: HFModel) -> set[str]:
     """Return the names of parameters that an architecture never trains.
 
     The class of a model freezes them, e.g. a table of sine positions; loading weights loses that.
@@ -191,7 +192,7 @@ def frozen_names(model: Any) -> set[str]:
     return {name for name, p in empty.named_parameters() if not p.requires_grad}
 
 
-def _is_valid(generation: Any) -> bool:
+def _is_valid(generation: HFConfig) -> bool:
     try:
         generation.validate(strict=True)
     except ValueError:
@@ -199,7 +200,7 @@ def _is_valid(generation: Any) -> bool:
     return True
 
 
-def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
+def empty_causal_lm(like: HFModel, device: torch.device | str) -> HFModel:
     """Return a model of the same class, configuration and type with uninitialised weights.
 
     Buffers that no checkpoint holds, such as rotary frequencies, have their values.
@@ -216,7 +217,7 @@ def empty_causal_lm(like: Any, device: torch.device | str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def skeleton_causal_lm(path: str) -> Any:
+def skeleton_causal_lm(path: str) -> HFModel:
     """Return the model of a folder on the ``meta`` device, for a look at its modules.
 
     Raises:
@@ -230,7 +231,7 @@ def skeleton_causal_lm(path: str) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
+def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[HFModel, Path]:
     """Build the model of a folder with weights that take no memory until they are written.
 
     Args:
@@ -265,7 +266,7 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
     return model.eval(), folder
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> HFTokenizer:
     """Load a model's tokenizer, which must have an end token.
 
     Raises:
@@ -290,7 +291,7 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str) -> HFConfig:
     """Load a model's configuration.
 
     Raises:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.models.loading import ModelSource, load_config, load_tokenizer, model_path
+from kdrl_lightning.untyped import HFTokenizer
 
 
 class Pretrained:
@@ -25,7 +25,7 @@ class Pretrained:
         return model_path(self.source)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> HFTokenizer:
         """Its tokenizer."""
         return load_tokenizer(self.path)
 

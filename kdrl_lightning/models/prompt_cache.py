@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from kdrl_lightning.models.shared_prompts import MergedRows
+from kdrl_lightning.untyped import HFConfig, HFModel
 
 # Extra tokens to reserve, beside a quarter of the present length: copies stay rare at any length,
 # and attention still reads memory that lies close together.
@@ -103,7 +104,7 @@ class Growing(_Layer):
             self.keys, self.values = (part[:, :, :end] for part in self.room)
 
 
-def growing_cache(config: Any) -> DynamicCache:
+def growing_cache(config: HFConfig) -> DynamicCache:
     """Return transformers' cache for a model; its plain layers are replaced by ``Growing`` ones."""
     cache = DynamicCache(config=config)
     cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
@@ -138,7 +139,7 @@ def select_rows(memory: Any, rows: Tensor) -> Any:
     return memory
 
 
-def shared_states(decoder: Any, rows: MergedRows) -> Tensor:
+def shared_states(decoder: HFModel, rows: MergedRows) -> Tensor:
     """Return the hidden states that predict completions, with each prompt run once.
 
     Args:

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.distributed.tensor import DTensor, Shard
 
+from kdrl_lightning.untyped import HFModel, State
+
 
 class WeightFiles:
     """Reads the safetensors files of a Hugging Face folder slice by slice.
@@ -96,7 +98,7 @@ def to_meta(model: nn.Module) -> None:
 @torch.no_grad()
 def fill(
     module: nn.Module,
-    model: Any,
+    model: HFModel,
     names: dict[str, str],
     files: WeightFiles,
     given: dict[str, Tensor],
@@ -135,9 +137,7 @@ def fill(
             local.copy_(files.rows(names[name], start, end) if known is None else known[start:end])
 
 
-def load_moments(
-    module: nn.Module, optimizer: Any, source: Path | dict[str, Any], key: str
-) -> None:
+def load_moments(module: nn.Module, optimizer: Any, source: Path | State, key: str) -> None:
     """Load the state of a sharded module's optimizer; all ranks must call it.
 
     Lightning requires moments for all parameters, but a parameter that never had a gradient (a

@@ -35,6 +35,7 @@ from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled
 from kdrl_lightning.models.lora import LoRA, leave_base_out
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.shard_loading import WeightFiles, fill, sources, to_meta
+from kdrl_lightning.untyped import HFModel
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def load_scorer(
         ConfigurationError: there is no sound model at ``path``, or the scorer cannot run it.
     """
 
-    def adapt(model: Any) -> None:
+    def adapt(model: HFModel) -> None:
         if not frozen and lora is None:
             check_trainable(model, path)
         fixed = frozen_names(model)
@@ -127,7 +128,7 @@ def load_scorer(
         if lora is not None:
             lora.inject(model, seed)
 
-    def wrap(model: Any) -> Scorer:
+    def wrap(model: HFModel) -> Scorer:
         scorer = Scorer(model, vocab_size, swap, chunk_size)
         if lora is not None:
             leave_base_out(scorer)
@@ -153,7 +154,7 @@ def load_scorer(
     return scorer
 
 
-def check_finite(model: Any, path: str) -> None:
+def check_finite(model: HFModel, path: str) -> None:
     """Refuse weights that are NaN or infinite; all ranks must call it for a sharded model.
 
     Raises:
@@ -184,8 +185,8 @@ def check_finite(model: Any, path: str) -> None:
 def _from_slices(
     path: str,
     dtype: torch.dtype | str,
-    adapt: Callable[[Any], None],
-    wrap: Callable[[Any], Scorer],
+    adapt: Callable[[HFModel], None],
+    wrap: Callable[[HFModel], Scorer],
     sharding: Sharding,
     offload: bool,
 ) -> Scorer | None:
@@ -216,7 +217,7 @@ def _from_slices(
     return scorer
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
+def decoder_layers(model: HFModel) -> list[nn.Module]:
     """Return the layers that transformers says must not be split (``_no_split_modules``).
 
     Of nested layers only the outer one is returned; layers that share weights with the head are
@@ -243,7 +244,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(found.values())
 
 
-def recompute_layers(model: Any) -> None:
+def recompute_layers(model: HFModel) -> None:
     """Keep only each decoder layer's input for the backward pass and recompute the rest.
 
     transformers' ``gradient_checkpointing_enable`` works only in training mode, which a policy

@@ -20,6 +20,7 @@ from kdrl_lightning.models.lora import (
     base_order,
     is_adapter,
 )
+from kdrl_lightning.untyped import HFModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ModelWeights:
         vocab_size: the student's number of rows, if a teacher has more; else None.
     """
 
-    model: Any
+    model: HFModel
     path: str
     merged: bool = True
     end_token_ids: tuple[int, ...] | None = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.encoding import encode_prompt as encode_prompt
+from kdrl_lightning.untyped import HFTokenizer, Row
 
 
 class PromptSource(ABC):
@@ -24,7 +25,7 @@ class PromptSource(ABC):
         """Return the number of rows."""
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         """Return one row."""
 
     def where(self, index: int) -> str:
@@ -35,11 +36,11 @@ class PromptSource(ABC):
 # A reward is tried on at most this number of kinds of rows before a run.
 MOST_KINDS = 50
 
-Prompts: TypeAlias = PromptSource | Sequence[Mapping[str, Any]]
-EncodedPrompt: TypeAlias = tuple[Mapping[str, Any], list[int]]
+Prompts: TypeAlias = PromptSource | Sequence[Row]
+EncodedPrompt: TypeAlias = tuple[Row, list[int]]
 
 
-def encode_all(source: Prompts, name: str, tokenizer: Any) -> list[EncodedPrompt]:
+def encode_all(source: Prompts, name: str, tokenizer: HFTokenizer) -> list[EncodedPrompt]:
     """Return every row of a source with its token ids.
 
     Args:
@@ -62,9 +63,7 @@ def encode_all(source: Prompts, name: str, tokenizer: Any) -> list[EncodedPrompt
     return prompts
 
 
-def first_of_each_kind(
-    rows: Iterable[Mapping[str, Any]], most: int = MOST_KINDS
-) -> list[Mapping[str, Any]]:
+def first_of_each_kind(rows: Iterable[Row], most: int = MOST_KINDS) -> list[Row]:
     """Return one row of each kind, i.e. of each combination of column names and ``source``.
 
     If there are more than ``most`` kinds (e.g. because every row has another ``source``), ``most``
@@ -75,7 +74,7 @@ def first_of_each_kind(
     >>> len(first_of_each_kind(({"source": i} for i in range(20_000)), most=5))
     5
     """
-    kinds: dict[Any, Mapping[str, Any]] = {}
+    kinds: dict[object, Row] = {}
     for row in rows:
         kinds.setdefault((frozenset(row), str(row.get("source"))), row)
     found = list(kinds.values())

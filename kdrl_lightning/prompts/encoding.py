@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
@@ -14,12 +14,13 @@ from kdrl_lightning.prompts.turns import (
     tools_of,
     without_none,
 )
+from kdrl_lightning.untyped import HFTokenizer, Row
 
 # Arguments of `apply_chat_template` that a row must not set.
 OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
 
 
-def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+def encode_prompt(tokenizer: HFTokenizer, row: Row) -> list[int]:
     """Return the token ids of a row's prompt, with at most one BOS and without a final end token.
 
     Args:
@@ -59,7 +60,7 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     return ids
 
 
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
+def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
     """Encode a text, which begins with BOS if it was already rendered with a chat template."""
     if is_json_of_messages(text):
         raise ConfigurationError(
@@ -92,7 +93,7 @@ def _added_in_front(with_added: list[int], text_ids: list[int]) -> list[int]:
     return []
 
 
-def _trimmed(tokenizer: Any, ids: list[int], text: Callable[[], str]) -> list[int]:
+def _trimmed(tokenizer: HFTokenizer, ids: list[int], text: Callable[[], str]) -> list[int]:
     """Remove a second BOS, and a final end token that is not part of the text.
 
     Some tokenizers add them even with ``add_special_tokens=False``.
@@ -105,7 +106,7 @@ def _trimmed(tokenizer: Any, ids: list[int], text: Callable[[], str]) -> list[in
     return ids
 
 
-def _encode_messages(tokenizer: Any, messages: Sequence[Any], row: Mapping[str, Any]) -> list[int]:
+def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) -> list[int]:
     """Render a conversation and encode it."""
     template = str(tokenizer.chat_template)
     arguments = without_none(plain(row.get(TEMPLATE_ARGS) or {}))
@@ -158,7 +159,7 @@ def _check_the_last(roles: Sequence[str], continued: bool) -> None:
         )
 
 
-def _refuse_an_end(tokenizer: Any, ids: Sequence[int], prompt: Any) -> None:
+def _refuse_an_end(tokenizer: HFTokenizer, ids: Sequence[int], prompt: Any) -> None:
     """Refuse a prompt that ends with the end token, apart from white space after it."""
     end = getattr(tokenizer, "eos_token_id", None)
     tail = list(ids[-3:])

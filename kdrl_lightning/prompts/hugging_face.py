@@ -12,6 +12,7 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
+from kdrl_lightning.untyped import Row
 
 READERS = {
     ".jsonl": "json",
@@ -87,7 +88,7 @@ class HFPrompts(PromptSource):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         row = self.rows[index]
         if self.answer_column is not None:
             row = {**row, "answer": _look_up(row, self.answer_column, "answer_column")}
@@ -136,7 +137,7 @@ class StreamedHFPrompts(HFPrompts):
         super().__init__(path, name, split, prompt_column, answer_column, take, *form)
 
 
-def _look_up(row: Mapping[str, Any], column: str, argument: str) -> Any:
+def _look_up(row: Row, column: str, argument: str) -> Any:
     value: Any = row
     for key in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or key not in value:

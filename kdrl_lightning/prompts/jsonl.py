@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
+from kdrl_lightning.untyped import Row
 
 
 class JSONLPrompts(PromptSource):
@@ -48,12 +49,12 @@ class JSONLPrompts(PromptSource):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         row = self.rows[index]
         return self.form.row(row, row[self.prompt_column])
 
 
-class JSONLines(Sequence[dict[str, Any]]):
+class JSONLines(Sequence[Row]):
     """The rows of a JSON Lines file, checked line by line; only their positions are in memory.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.turns import is_json_of_messages, plain
+from kdrl_lightning.untyped import Row
 
 # A row's column with arguments of the chat template.
 TEMPLATE_ARGS = "template_args"
@@ -84,7 +85,7 @@ class PromptForm:
             return self._chat(turns) if self.chat else turns
         return question  # the encoding refuses it
 
-    def row(self, row: Mapping[str, Any], question: Any) -> dict[str, Any]:
+    def row(self, row: Row, question: Any) -> dict[str, Any]:
         """Return the row with its prompt, and with the template's arguments if there are any."""
         extra: dict[str, Any] = {TEMPLATE_ARGS: self.template_args} if self.template_args else {}
         if self.prefill:

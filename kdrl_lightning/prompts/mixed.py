@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts, PromptSource
+from kdrl_lightning.untyped import Row
 
 
 class MixedPrompts(PromptSource):
@@ -65,7 +65,7 @@ class MixedPrompts(PromptSource):
     def __len__(self) -> int:
         return len(self._rows[0])
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         which, row = (places[index] for places in self._rows)
         name = self.names[which]
         return {**self.sources[name][row], "source": name}

@@ -10,6 +10,7 @@ from typing import Any
 from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, PromptSource
 from kdrl_lightning.prompts.encoding import encode_prompt
+from kdrl_lightning.untyped import HFTokenizer, Row
 
 # Rows checked before a run, besides the first and the last; this takes under a second.
 CHECKED_ROWS = 1_000
@@ -34,7 +35,7 @@ class PromptRules:
     refused: Sequence[tuple[range, str]] = ()
     drop: bool = False
     vocabularies: Mapping[str, int] = field(default_factory=dict)
-    checks: Sequence[Callable[[Mapping[str, Any]], Any]] = ()
+    checks: Sequence[Callable[[Row], object]] = ()
 
     def broken_by(self, tokens: int) -> tuple[float, str] | None:
         """Return the limit that a length exceeds, and its reason; None if the length is allowed.
@@ -77,7 +78,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         self,
         source: Prompts,
         name: str,
-        tokenizer: Any,
+        tokenizer: HFTokenizer,
         rules: PromptRules,
         most: int = CHECKED_ROWS,
         seed: int = 0,
@@ -140,7 +141,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         if limit is not None and limit < self.rules.limit:
             self.rules = replace(self.rules, limit=limit, why=why)
 
-    def require(self, check: Callable[[Mapping[str, Any]], Any]) -> None:
+    def require(self, check: Callable[[Row], object]) -> None:
         """Run ``check`` on the checked rows now, and on every row that is drawn later.
 
         Raises:
@@ -150,9 +151,7 @@ class PromptSet(Sequence[EncodedPrompt]):
             self._asked(check, row, number)
         self.rules = replace(self.rules, checks=(*self.rules.checks, check))
 
-    def ask(
-        self, check: Callable[[Mapping[str, Any]], Any], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def ask(self, check: Callable[[Row], object], rows: Sequence[Row]) -> None:
         """Run ``check`` once on those of ``rows`` that belong to this set.
 
         Raises:
@@ -222,9 +221,7 @@ class PromptSet(Sequence[EncodedPrompt]):
             self._asked(check, row, number)
         return row, ids
 
-    def _asked(
-        self, check: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any], number: int
-    ) -> None:
+    def _asked(self, check: Callable[[Row], object], row: Row, number: int) -> None:
         try:
             check(row)
         except ConfigurationError as error:
@@ -243,7 +240,7 @@ def sample_rows(count: int, most: int, seed: int) -> list[int]:
     return [0, *sorted(others), count - 1]
 
 
-def check_ids(ids: Sequence[int], rows: int, model: str, tokenizer: Any) -> None:
+def check_ids(ids: Sequence[int], rows: int, model: str, tokenizer: HFTokenizer) -> None:
     """Check that a model has an embedding for every token; a GPU would only fail an assertion.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
+from kdrl_lightning.untyped import Row
 
 # reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds
 # differ in one item only. Our seeds are multiplied by this stride.
@@ -56,7 +57,7 @@ class ReasoningGymPrompts(PromptSource):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.size:
             raise IndexError(index)
         item = self.items[index]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.untyped import Row
 
 # Roles that chat templates know; a role that the template itself names is accepted, too.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
@@ -120,7 +121,7 @@ def _check_content(turn: Mapping[str, Any], number: int) -> None:
         )
 
 
-def tools_of(row: Mapping[str, Any], template: str) -> list[Any]:
+def tools_of(row: Row, template: str) -> list[Any]:
     """Return the tools that a row offers to the model; a text is parsed as JSON.
 
     Raises:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+
+from kdrl_lightning.untyped import HFTokenizer
 
 # A UTF-8 character has at most 4 bytes, so no more than 4 tokens wait for its last byte.
 LONGEST = 4
@@ -17,7 +18,7 @@ MARKS = {"\u200e", "\u200f", "\u061c"}
 BROKEN = "\ufffd"
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: HFTokenizer, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds; joined, the texts are the decoded completion.
 
     If several byte-level tokens form one character, the last one gets it and the others get an

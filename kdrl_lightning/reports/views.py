@@ -12,6 +12,7 @@ from kdrl_lightning.objectives.base import Objective
 from kdrl_lightning.reports.text import token_texts
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
+from kdrl_lightning.untyped import HFTokenizer
 
 REWARDED, PUNISHED, DEAD, PROTECTED = "rewarded", "punished", "dead", "protected"
 
@@ -97,7 +98,7 @@ def scored_views(
     batch: RolloutBatch,
     logprobs: Tensor,
     objective: Objective,
-    tokenizer: Any,
+    tokenizer: HFTokenizer,
     judged: Sequence[Judged] = (),
 ) -> list[SampleView]:
     """Return a view of each completion of a scored batch.
@@ -123,7 +124,7 @@ def _scored(
     batch: RolloutBatch,
     row: int,
     columns: tuple[Tensor, ...],
-    tokenizer: Any,
+    tokenizer: HFTokenizer,
     known: Mapping[Any, Judged],
 ) -> SampleView:
     length, width = int(batch.completion_lengths[row]), int(batch.prompt_lengths[row])
@@ -163,7 +164,7 @@ def _fate(advantage: float, dead: bool, used: bool) -> str:
     return PROTECTED if dead else PUNISHED
 
 
-def text_view(judged: Judged, title: str, tokenizer: Any) -> SampleView:
+def text_view(judged: Judged, title: str, tokenizer: HFTokenizer) -> SampleView:
     """Return the view of a completion whose tokens were not scored.
 
     Args:

@@ -9,6 +9,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from kdrl_lightning.untyped import Row
+
 LARGEST = 3.4e38  # of float32
 ATOMS = (str, int, float, bool, bytes, type(None))  # what nobody can change in place
 
@@ -27,7 +29,7 @@ class Sample:
 
     text: str
     ids: Sequence[int]
-    row: Mapping[str, Any]
+    row: Row
     truncated: bool = False
 
 
@@ -77,7 +79,7 @@ class TaskReward(ABC):
         """
         return sample.text.strip()
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Check a row before training; raise if no completion of it could be judged."""
         for child in self.children():
             if isinstance(child, TaskReward):
@@ -143,7 +145,7 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
 
 def own_copy(sample: Sample) -> Sample:
     """Copy a sample, so that its row and tokens may be changed."""
-    row: Mapping[str, Any] = dict(sample.row)
+    row: Row = dict(sample.row)
     if not all(type(value) in ATOMS for value in row.values()):
         with suppress(Exception):  # something in it cannot be copied, e.g. a lock
             row = deepcopy(sample.row)

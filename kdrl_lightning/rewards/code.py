@@ -11,6 +11,7 @@ from typing import Any
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
+from kdrl_lightning.untyped import Row
 
 BLOCK = re.compile(r"^```(?:python|py)[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.I)
 
@@ -64,7 +65,7 @@ class CodeReward(BatchReward):
         """Return the completion's program; None if it has none."""
         return last_program(sample.text)
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Check that the row's tests can be read.
 
         Raises:

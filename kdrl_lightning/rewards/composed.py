@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import answer_of
@@ -16,6 +15,7 @@ from kdrl_lightning.rewards.base import (
     Verdict,
     judge,
 )
+from kdrl_lightning.untyped import Row
 
 
 class WeightedRewards(BatchReward):
@@ -121,7 +121,7 @@ class RoutedReward(BatchReward):
         """Return the rewards of all values of the column."""
         return list(self.rewards.values())
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Check a row with its reward; a row without a reward fails when it is judged."""
         reward = self.rewards.get(self._name(row) or "")
         if isinstance(reward, TaskReward):
@@ -132,7 +132,7 @@ class RoutedReward(BatchReward):
         name = self._name(sample.row) or str(sample.row[self.column])
         return answer_of(self.rewards[name], sample)
 
-    def _name(self, row: Mapping[str, Any]) -> str | None:
+    def _name(self, row: Row) -> str | None:
         """Return the key of ``rewards`` that matches the column's value; None if no key does.
 
         2.0 also matches ``2``, and ``True`` also matches ``true``; see ``accepted``.

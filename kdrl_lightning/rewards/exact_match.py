@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import after_marker
 from kdrl_lightning.rewards.answers.references import accepted, shorten
 from kdrl_lightning.rewards.base import Sample, TaskReward
+from kdrl_lightning.untyped import Row
 
 
 class ExactMatch(TaskReward):
@@ -38,7 +36,7 @@ class ExactMatch(TaskReward):
         """
         return float(self.answer(sample) in self._references(sample.row))
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Check that the row has an answer."""
         self._references(row)
 
@@ -48,7 +46,7 @@ class ExactMatch(TaskReward):
             return sample.text.strip()
         return after_marker(sample.text, self.marker)
 
-    def _references(self, row: Mapping[str, Any]) -> list[str]:
+    def _references(self, row: Row) -> list[str]:
         texts = accepted(row, self.answer_column)
         if self.marker is None:
             return list(texts)

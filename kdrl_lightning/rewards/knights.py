@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import in_think_format, last_tagged
 from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
+from kdrl_lightning.untyped import Row
 
 CLAIM = re.compile(r"\b(\w+)\s+is\s+(?:an?\s+)?(\w+)", re.IGNORECASE)
 
@@ -67,11 +67,11 @@ class KnightsAndKnavesReward(TaskReward):
         given = self._given(sample, self._solutions(sample.row)[0])
         return None if given is None else ", ".join(f"{n} {given[n]}" for n in sorted(given))
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Check that the row's solution can be read."""
         self._solutions(row)
 
-    def _solutions(self, row: Mapping[str, Any]) -> Sequence[dict[str, str]]:
+    def _solutions(self, row: Row) -> Sequence[dict[str, str]]:
         rule = f"`{self.answer_column}` must name the role of each inhabitant once"
         try:
             read = [claims(text) for text in accepted(row, self.answer_column)]

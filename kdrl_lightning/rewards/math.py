@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, load_library
@@ -15,6 +15,7 @@ from kdrl_lightning.rewards.answers.references import accepted, shorten
 from kdrl_lightning.rewards.answers.units import same_quantity
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
+from kdrl_lightning.untyped import Row
 
 # Longer answers count as wrong: no task asks for them, and parsers take very long to read them.
 LONGEST_ANSWER = 1000
@@ -89,7 +90,7 @@ class MathReward(BatchReward):
                     results[i] = result if isinstance(result, Exception) else float(result)
         return results
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Check that the row has an answer."""
         self.references(row)
 
@@ -114,7 +115,7 @@ class MathReward(BatchReward):
         found = _bare(found if self.marker is None else found.split("\n", 1)[0])
         return found if 0 < len(found) <= LONGEST_ANSWER else None
 
-    def references(self, row: Mapping[str, Any]) -> list[str]:
+    def references(self, row: Row) -> list[str]:
         """Return the answers that a row accepts; see ``accepted``.
 
         Raises:

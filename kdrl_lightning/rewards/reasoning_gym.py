@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ from kdrl_lightning.rewards.answers.extraction import after_marker, last_tagged
 from kdrl_lightning.rewards.answers.references import accepted, missing
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
+from kdrl_lightning.untyped import Row
 
 # Constant answers that a student would learn if a scorer gave them full credit for any question.
 CONSTANTS = (
@@ -63,7 +64,7 @@ class ReasoningGymReward(BatchReward):
             return last_tagged(sample.text, "answer")
         return after_marker(sample.text, self.marker)
 
-    def check(self, row: Mapping[str, Any]) -> None:
+    def check(self, row: Row) -> None:
         """Try constant answers on the first row of each task.
 
         Raises:
@@ -114,14 +115,14 @@ def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
     return best
 
 
-def _with_each_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
+def _with_each_answer(row: Row) -> list[dict[str, Any]]:
     """Return one copy of the row per accepted answer, as text; scorers cannot read other types."""
     if isinstance(row.get("answer"), str) or missing(row.get("answer")):
         return [row]
     return [{**row, "answer": text} for text in accepted(row)]
 
 
-def _credit(scorer: Any, answer: str, row: dict[str, Any]) -> float:
+def _credit(scorer: Any, answer: str, row: Row) -> float:
     try:
         return float(scorer(answer, row))
     except Exception:

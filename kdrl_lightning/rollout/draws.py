@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 # `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kdrl_lightning.errors import BadRow, TrainingStopped
+from kdrl_lightning.untyped import State
 
 T = TypeVar("T")
 
@@ -88,11 +89,11 @@ class DrawCounts:
                 f"rollouts cannot be used, above {MAX_BAD_FRAC:.0%}. Correct these rows.{last}"
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the counts of the last rollouts."""
         return {"last": [list(pair) for pair in self._last], "named": self._named}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the counts."""
         self._last = deque(((d, b) for d, b in state["last"]), maxlen=LAST_ROLLOUTS)
         self._named = state["named"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 # `Any` in the states: Lightning reads checkpoints as dictionaries of `Any`.
-from typing import Any
-
 import torch
 
 from kdrl_lightning.distributed import require_embedded, stop_together
@@ -29,6 +27,7 @@ from kdrl_lightning.rollout.updates import (
     resume_updates,
 )
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+from kdrl_lightning.untyped import State
 
 
 class RolloutSource:
@@ -54,7 +53,7 @@ class RolloutSource:
         self.prompts: Sequence[EncodedPrompt] = []
         self.watch = RolloutWatch()
         self.plan: RolloutPlan | None = None
-        self._stored: dict[str, Any] | None = None
+        self._stored: State | None = None
         self._teacher_seconds: float | None = None  # up to the last rollout; None before the first
 
     @property
@@ -108,7 +107,7 @@ class RolloutSource:
         scored: RolloutBatch = module.score(batch.to(module.device))
         return scored
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the totals and a half-used rollout; all ranks must call it."""
         rollout, update = divmod(self.live.trainer.global_step, self.updates)
         stored = self._stored
@@ -122,7 +121,7 @@ class RolloutSource:
             "draws": self.collector.counts.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore the totals and the half-used rollout.
 
         Raises:

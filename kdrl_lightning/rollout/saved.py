@@ -6,7 +6,7 @@ processes finds its share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 
 # `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 
 from kdrl_lightning.rollout.updates import TEACHER_FIELDS
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.untyped import State
 
 
-def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, Any] | None:
+def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> State | None:
     """Return a rollout collected from all processes; all ranks must call it.
 
     Args:
@@ -45,7 +46,7 @@ def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> dict[str, An
     }
 
 
-def unpack(state: Mapping[str, Any], slots: Sequence[int]) -> RolloutBatch:
+def unpack(state: State, slots: Sequence[int]) -> RolloutBatch:
     """Return a rank's completions of a saved rollout, with ``group_ids`` from 0 on.
 
     Args:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 # `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from kdrl_lightning.rewards.base import Verdict
 from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
+from kdrl_lightning.untyped import State
 
 Sums: TypeAlias = dict[str, tuple[float, int]]  # total and count of each reward part
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
@@ -122,12 +123,12 @@ class RolloutWatch:
             }
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the totals."""
         totals = {"rollouts": self.rollouts, "completions": self.completions, "tokens": self.tokens}
         return {**totals, "seconds": self.seconds}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the totals."""
         self.rollouts, self.completions = state["rollouts"], state["completions"]
         self.tokens, self.seconds = state["tokens"], dict(state["seconds"])

@@ -21,6 +21,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
+from kdrl_lightning.untyped import State
+
 # The release whose code was read for every use below.
 CHECKED_WITH = "2.6.6"
 KILL_ALL = _ChildProcessObserver._terminate_all
@@ -41,7 +43,7 @@ OVERRIDDEN: dict[type, tuple[str, ...]] = {
 
 
 # `Any` below: Lightning's type of checkpoints, and the other arguments of its methods.
-def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
+def dump_checkpoint(trainer: pl.Trainer) -> State:
     """Return the whole state of a run, as ``Trainer.save_checkpoint`` writes it; collective.
 
     We do not call ``save_checkpoint``, because it also writes the state, in place.

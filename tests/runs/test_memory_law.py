@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.qwen2 import save_qwen2
 from helpers.short_runs import make_data, make_trainer
 from kdrl_lightning import GKD, GRPO, KDRL, RLAD, KDRLModule, LocalTeacher
 from kdrl_lightning.errors import ConfigurationError
@@ -42,23 +42,17 @@ class Probe(TorchDispatchMode):
 def wide_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: str) -> str:
     """A model whose vocabulary is far larger than anything else of it."""
     folder = tmp_path_factory.mktemp("wide")
-    tokenizer = AutoTokenizer.from_pretrained(student_folder)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
+    save_qwen2(
+        folder,
+        student_folder,
+        VOCAB,
+        WIDTH,
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=1,
-        num_key_value_heads=1,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

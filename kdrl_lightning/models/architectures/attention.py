@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from kdrl_lightning.untyped import HFModel
 
 
-def keep_soft_caps(model: Any) -> bool:
+def keep_soft_caps(model: HFModel) -> bool:
     """Switch a model with soft-capped attention scores (Gemma 2) to eager attention.
 
     transformers' ``sdpa`` leaves out the cap, which shows only if scores are large.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from kdrl_lightning.untyped import HFModel
 
-def keep_precision(model: Any) -> bool:
+
+def keep_precision(model: HFModel) -> bool:
     """Let a float64 model run its experts one by one: grouped products take at most 32 bits.
 
     Returns:

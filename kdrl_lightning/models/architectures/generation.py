@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.untyped import HFConfig
 
 NAME = "generation_config.json"
 
@@ -63,7 +64,7 @@ def check_end_ids(value: Any, where: str) -> list[int]:
     return ids
 
 
-def generation_config(values: dict[str, Any]) -> Any:
+def generation_config(values: dict[str, Any]) -> HFConfig:
     """Return transformers' ``GenerationConfig`` with these settings, even if it refuses them.
 
     It refuses, for example, ``num_return_sequences: 2`` without sampling.

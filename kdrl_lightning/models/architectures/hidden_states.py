@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from kdrl_lightning.untyped import HFModel
 
-def decoder_of(model: Any) -> Any | None:
+
+def decoder_of(model: HFModel) -> HFModel | None:
     """Return the module of a model that holds everything but its head; None if there is none.
 
     transformers' ``get_decoder`` may return the whole model (Llama 4) or its head.
@@ -31,7 +33,7 @@ class _Reached(Exception):  # noqa: N818
         self.hidden = hidden
 
 
-def states_at_head(model: Any, **inputs: Any) -> Tensor:
+def states_at_head(model: HFModel, **inputs: Any) -> Tensor:
     """Run a model up to its head and return the head's input, ``[B, S, H]``.
 
     Use it for models that transform the decoder's states before the head (BERT), or that have no

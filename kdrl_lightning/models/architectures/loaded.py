@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.untyped import HFModel
 
 
-def check_loaded(model: Any, info: dict[str, Any], path: str) -> None:
+def check_loaded(model: HFModel, info: dict[str, Any], path: str) -> None:
     """Check transformers' report on loading a model.
 
     Args:
@@ -38,7 +39,7 @@ def check_loaded(model: Any, info: dict[str, Any], path: str) -> None:
     check_used(model, info["unexpected_keys"], path)
 
 
-def check_trainable(model: Any, path: str) -> None:
+def check_trainable(model: HFModel, path: str) -> None:
     """Refuse to train quantized weights, which get no gradient.
 
     Raises:
@@ -53,7 +54,7 @@ def check_trainable(model: Any, path: str) -> None:
             )
 
 
-def check_used(model: Any, unread: Iterable[str], path: str) -> None:
+def check_used(model: HFModel, unread: Iterable[str], path: str) -> None:
     """Refuse a model with a layer that ignores some of its tensors, such as a bias or a scale.
 
     Files may hold whole layers that the model does not have, such as those for drafting or images.

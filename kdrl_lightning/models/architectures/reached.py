@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
+from kdrl_lightning.untyped import HFModel
 
-def unreached(model: Any) -> set[str]:
+
+def unreached(model: HFModel) -> set[str]:
     """Return the names of trainable parameters that get no gradient from the logits of a short row.
 
     We walk the graph of one forward pass over 8 ids and compute no gradients. The set is empty if
@@ -34,7 +35,7 @@ def unreached(model: Any) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in found}
 
 
-def freeze(model: Any, names: set[str], layers: Iterable[nn.Module]) -> list[str]:
+def freeze(model: HFModel, names: set[str], layers: Iterable[nn.Module]) -> list[str]:
     """Freeze parameters that text never reaches, because ddp would wait for their gradients.
 
     Parameters inside a layer that text does reach stay trainable: longer rows may reach them. If

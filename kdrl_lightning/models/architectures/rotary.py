@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.untyped import HFModel
+
 # Attribute of a rotary module that decides per row: the row lengths of this pass, or None.
 MARK = "row_lengths"
 
 
-def decide_per_row(model: Any) -> None:
+def decide_per_row(model: HFModel) -> None:
     """Make a model's rotary modules choose the embedding row by row; repeat calls do nothing."""
     for module in _switching(model):
         if not hasattr(module, MARK):
@@ -28,7 +30,7 @@ def decide_per_row(model: Any) -> None:
 
 
 @contextmanager
-def lengths_of_rows(model: Any, lengths: Tensor | None) -> Iterator[None]:
+def lengths_of_rows(model: HFModel, lengths: Tensor | None) -> Iterator[None]:
     """Set the row lengths for passes inside; without them, a row ends at its largest position.
 
     Args:
@@ -45,7 +47,7 @@ def lengths_of_rows(model: Any, lengths: Tensor | None) -> Iterator[None]:
             setattr(module, MARK, None)
 
 
-def switch_lengths(model: Any) -> list[tuple[int, bool]]:
+def switch_lengths(model: HFModel) -> list[tuple[int, bool]]:
     """Return the row lengths beyond which rotary embeddings change.
 
     Returns:
@@ -61,7 +63,7 @@ def switch_lengths(model: Any) -> list[tuple[int, bool]]:
     return sorted(found)
 
 
-def _switching(model: Any) -> list[Any]:
+def _switching(model: HFModel) -> list[Any]:
     """Return the rotary modules whose embedding depends on length (``dynamic_rope_update``)."""
     out = []
     for module in model.modules():

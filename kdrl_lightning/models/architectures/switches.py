@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 from kdrl_lightning.models.architectures.rotary import switch_lengths
+from kdrl_lightning.untyped import HFConfig, HFModel
 
 # Settings with a length: windows and chunks of attention, number of keys of a sparse attention.
 NAMES = (
@@ -27,7 +27,7 @@ MARGIN = 6
 OPERATIONS = 2e10  # on a CPU, per row: about a second
 
 
-def probe_length(model: Any, rotary: bool = True) -> int:
+def probe_length(model: HFModel, rotary: bool = True) -> int:
     """Return the length of a comparison's longest row: just past every switch we can afford.
 
     We skip a switch beyond ``LONGEST`` tokens, beyond the model's positions, or too slow for this
@@ -78,13 +78,13 @@ class Change:
         return range(max(1, self.limit - max_tokens + 1), last + 1)
 
 
-def changes(model: Any) -> list[Change]:
+def changes(model: HFModel) -> list[Change]:
     """Return the lengths at which a model changes what it computes for earlier tokens."""
     rotary = [Change(n, always, "rotary embedding") for n, always in switch_lengths(model)]
     return rotary + [Change(n, True, "choice of keys") for n in picked_keys(model)]
 
 
-def may_change(config: Any) -> bool:
+def may_change(config: HFConfig) -> bool:
     """Return whether a model with this configuration may have ``changes``.
 
     Only the model's modules tell for sure.
@@ -93,7 +93,7 @@ def may_change(config: Any) -> bool:
     return "longrope" in rotary or "dynamic" in rotary or bool(_picked_keys(config))
 
 
-def picked_keys(model: Any) -> list[int]:
+def picked_keys(model: HFModel) -> list[int]:
     """Return how many keys a sparse attention picks with its indexer; empty without an indexer.
 
     Many keys have equal scores of 0, and their number decides which of them are picked. So in rows
@@ -102,7 +102,7 @@ def picked_keys(model: Any) -> list[int]:
     return _picked_keys(model.config)
 
 
-def _picked_keys(config: Any) -> list[int]:
+def _picked_keys(config: HFConfig) -> list[int]:
     config = config.get_text_config(decoder=True)
     indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
     count = getattr(config, "index_topk", None)

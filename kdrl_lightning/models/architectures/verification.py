@@ -15,6 +15,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
 from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
+from kdrl_lightning.untyped import HFModel
 
 BOUND = 1e-3  # of log-probabilities in 32 bits and more
 BOUND_16 = 0.1  # of a row's mean in 16 bits: single tokens differ by more if experts change
@@ -24,7 +25,7 @@ WIDE = 50.0  # logits are scaled to this size, so that a soft-cap shows in any m
 class Verified(Protocol):
     """What ``verify`` reads, sets and calls of a scorer."""
 
-    model: Any
+    model: HFModel
     vocab_size: int | None
     sharded: bool
     shares: bool

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.lora.targets import ALL, find_targets
+from kdrl_lightning.untyped import HFModel, State
 
 ADAPTER = "default"  # peft's name of a single adapter
 
@@ -71,7 +72,7 @@ class LoRA:
         self.alpha = alpha
         self.target_modules = target_modules
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> State:
         """Return the settings that two runs must share to exchange adapters, as plain values."""
         names = self.target_modules
         return {
@@ -80,7 +81,7 @@ class LoRA:
             "target_modules": names if isinstance(names, str) else sorted(set(names)),
         }
 
-    def inject(self, model: Any, seed: int) -> None:
+    def inject(self, model: HFModel, seed: int) -> None:
         """Freeze a transformers model and add adapters to it.
 
         Args:
@@ -115,7 +116,7 @@ class LoRA:
         model.eval()  # peft's new modules are in training mode
 
 
-def base_order(model: Any) -> dict[str, int]:
+def base_order(model: HFModel) -> dict[str, int]:
     """Return the place of each weight before adapters were added; empty for a plain model.
 
     peft removes an expert's weight from its module for a forward pass and puts it back last.
@@ -123,7 +124,7 @@ def base_order(model: Any) -> dict[str, int]:
     return getattr(model, "_base_order", {})
 
 
-def adapted_layers(model: Any) -> dict[str, Any]:
+def adapted_layers(model: HFModel) -> dict[str, Any]:
     """Return peft's layers by the name of the weight that each adapts; empty for a plain model."""
     found = {}
     layers = [(path, m) for path, m in model.named_modules() if hasattr(m, "lora_A")]
@@ -173,7 +174,7 @@ def is_adapter(name: str) -> bool:
 
 
 @contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
+def adapters_off(model: HFModel) -> Iterator[None]:
     """Switch a model's adapters off inside the context."""
     layers = adapted_layers(model).values()
     # peft's ``enable_adapters`` would also flip ``requires_grad``, which optimizer, DDP and FSDP2
@@ -191,7 +192,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 def leave_base_out(module: nn.Module) -> None:
     """Make a module's ``state_dict`` hold only the trained parameters, without the base model."""
 
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    def drop(module: nn.Module, state: State, prefix: str, _: Any) -> None:
         trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}
         for name in [n for n in state if n.startswith(prefix) and n not in trained]:
             del state[name]
@@ -199,12 +200,12 @@ def leave_base_out(module: nn.Module) -> None:
     module.register_state_dict_post_hook(drop)
 
 
-def adapter_weights(model: Any) -> dict[str, Tensor]:
+def adapter_weights(model: HFModel) -> dict[str, Tensor]:
     """Return the adapters of an unsharded model by their names."""
     return {name: p.detach() for name, p in model.named_parameters() if is_adapter(name)}
 
 
-def save_adapters(model: Any, adapters: dict[str, Tensor], folder: Path, base: str) -> None:
+def save_adapters(model: HFModel, adapters: dict[str, Tensor], folder: Path, base: str) -> None:
     """Write adapters as a peft folder, which ``PeftModel.from_pretrained`` loads.
 
     We write it ourselves, because ``inject_adapter_in_model`` makes no ``PeftModel`` that could.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.untyped import HFModel
 
 ALL = "all-linear"
 # transformers keeps a layer's experts in one 3-D parameter, often with gate and up fused into one.
@@ -62,7 +63,7 @@ class Adaptable:
         return int(min(weight.shape[-2:]))
 
 
-def find_targets(model: Any, names: Sequence[str] | str, rank: int) -> Targets:
+def find_targets(model: HFModel, names: Sequence[str] | str, rank: int) -> Targets:
     """Return the weights that ``names`` select.
 
     Args:
@@ -92,7 +93,7 @@ def find_targets(model: Any, names: Sequence[str] | str, rank: int) -> Targets:
     return _for_peft(model, known, chosen, names)
 
 
-def adaptable(model: Any) -> Adaptable:
+def adaptable(model: HFModel) -> Adaptable:
     """Return the linear layers and fused experts of the part of a model that the scorer runs."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is head:  # ModernBERT returns its head as decoder
@@ -112,7 +113,7 @@ def adaptable(model: Any) -> Adaptable:
     return Adaptable(modules, linear, experts)
 
 
-def _text_modules(decoder: Any, root: str) -> dict[str, nn.Module]:
+def _text_modules(decoder: HFModel, root: str) -> dict[str, nn.Module]:
     """Return a decoder's modules without nested models of another type, e.g. a vision tower."""
     modules = dict(decoder.named_modules(prefix=root))
     kind = _model_type(decoder)
@@ -156,7 +157,7 @@ def _experts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def _tied(model: Any) -> set[int]:
+def _tied(model: HFModel) -> set[int]:
     """Return ``id`` of each weight with several names: an adapter would change only one use."""
     seen: set[int] = set()
     tied: set[int] = set()
@@ -165,7 +166,7 @@ def _tied(model: Any) -> set[int]:
     return tied
 
 
-def _chosen(model: Any, known: Adaptable, names: Sequence[str]) -> set[str]:
+def _chosen(model: HFModel, known: Adaptable, names: Sequence[str]) -> set[str]:
     chosen: set[str] = set()
     wrong = []
     for name in names:
@@ -210,7 +211,7 @@ def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
 
 
 def _for_peft(
-    model: Any, known: Adaptable, chosen: set[str], names: Sequence[str] | str
+    model: HFModel, known: Adaptable, chosen: set[str], names: Sequence[str] | str
 ) -> Targets:
     """Split paths into modules and parameters; keep the user's names if they select the same."""
     parameters = sorted(chosen & known.experts.keys())
@@ -230,7 +231,7 @@ def _ending(paths: Iterable[str], name: str) -> set[str]:
     return {path for path in paths if f".{path}".endswith(f".{name}")}
 
 
-def _no_match(model: Any, known: Adaptable, wrong: Sequence[str]) -> ConfigurationError:
+def _no_match(model: HFModel, known: Adaptable, wrong: Sequence[str]) -> ConfigurationError:
     names = sorted({path.rpartition(".")[2] for path in (*known.linear, *known.experts)})
     return ConfigurationError(
         f"`target_modules` must name linear layers below the head of {type(model).__name__}, in "
@@ -238,7 +239,7 @@ def _no_match(model: Any, known: Adaptable, wrong: Sequence[str]) -> Configurati
     )
 
 
-def _bypassed(model: Any, path: str) -> bool:
+def _bypassed(model: HFModel, path: str) -> bool:
     """Return whether the model may read a layer's weight directly, which bypasses an adapter."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -255,7 +256,7 @@ def _bypassed(model: Any, path: str) -> bool:
     return False
 
 
-def _warn_of_the_rest(model: Any, known: Adaptable, chosen: set[str]) -> None:
+def _warn_of_the_rest(model: HFModel, known: Adaptable, chosen: set[str]) -> None:
     """Warn if ``all-linear`` leaves much of the decoder without adapters."""
     embedding = {id(p) for p in model.get_input_embeddings().parameters()}
     embedding |= {id(p) for p in model.get_output_embeddings().parameters()}

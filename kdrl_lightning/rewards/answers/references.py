@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.untyped import Row
 
 ROW_CHARACTERS = 120
 # A float64 with fewer digits than this was written as such a decimal; a float32 keeps any decimal
@@ -19,7 +20,7 @@ FLOAT_DIGITS, SINGLE_DIGITS = 15, 6
 SMALLEST, LARGEST = 1e-37, 1e38  # about the range of float32
 
 
-def accepted(row: Mapping[str, Any], column: str = "answer") -> tuple[str, ...]:
+def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
     """Return every text that a row accepts as its answer; a completion must match one of them.
 
     - A text counts as it is; bytes are decoded as UTF-8.
@@ -74,7 +75,7 @@ def missing(value: Any) -> bool:
         return type(value).__name__ == "NAType"
 
 
-def shorten(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> str:
+def shorten(row: Row, limit: int = ROW_CHARACTERS) -> str:
     """Return a row as text for a message, cut after ``limit`` characters."""
     text = repr(dict(row))
     return text if len(text) <= limit else text[:limit] + "..."

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rewards.answers.references import shorten
 from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, judge, walk
 from kdrl_lightning.rewards.callables import require_callable
+from kdrl_lightning.untyped import Row
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RewardRunner:
         self.failures = self._untold = 0
         self._shown: set[type[Exception]] = set()
 
-    def try_once(self, row: Mapping[str, Any]) -> None:
+    def try_once(self, row: Row) -> None:
         """Try the reward on a real row before training.
 
         The reward judges an empty completion, which students do produce, and a text.
@@ -80,7 +80,7 @@ class RewardRunner:
                 ) from result
         self.check([row])
 
-    def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def check(self, rows: Iterable[Row]) -> None:
         """Let the reward check rows before training, without completions.
 
         Raises:
