@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from helpers.processes.two_ranks import TwoRanks
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
 # A plugin that vLLM loads, and a module that ends its process, in processes of their own.
@@ -56,10 +57,25 @@ ends_the_group = pytest.fixture(_end_group, name="ends_the_group")
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no pictures: that takes longer than they do."""
+def pictures() -> None:
+    """Let the runs of a test draw their pictures."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no pictures, which takes longer than they do, unless a test has ``pictures``."""
+    if "pictures" in request.fixturenames:
+        return
     for name in ("report.plot_curves", "imitation_stats.plot_imitation"):
         monkeypatch.setattr(f"kdrl_lightning.callbacks.{name}", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, student_folder: str) -> TwoRanks:
+    """What two real processes left; they start when it is first asked for."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return TwoRanks(root / "two_ranks", student_folder)
 
 
 @pytest.fixture(scope="session")

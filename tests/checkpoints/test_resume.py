@@ -19,7 +19,6 @@ pytestmark = [
         "ignore:.*of the (completions|groups):UserWarning",
         "ignore:The number of training batches:UserWarning",
     ),
-    pytest.mark.usefixtures("no_pictures"),
 ]
 
 

@@ -29,7 +29,7 @@ pytestmark = [
         "ignore:.*cannot be read in parts.*:UserWarning",
         "ignore:.*:FutureWarning",
     ),
-    pytest.mark.usefixtures("no_pictures", "ends_the_group"),
+    pytest.mark.usefixtures("ends_the_group"),
 ]
 
 

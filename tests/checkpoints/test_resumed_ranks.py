@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from helpers.processes.two_ranks import TwoRanks
 from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import require_same
 from kdrl_lightning.errors import ConfigurationError
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, student_folder: str) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    shutil.copytree(student_folder, folder / "student")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    driver = [
-        str(ROOT / "tests/helpers/processes/resumed_ranks_driver.py"),
-        str(folder),
-        "ddp",
-        "fsdp2",
-    ]
-    out = subprocess.run(
-        [sys.executable, *launcher, *driver],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert out.returncode == 0, out.stderr[-4000:]
-    found: dict[str, Any] = json.loads((folder / "said.json").read_text())
-    return found
-
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_ranks_go_on_from_one_checkpoint_or_are_refused(
-    said: dict[str, Any], strategy: str
-) -> None:
-    found = said[strategy]
+def test_ranks_go_on_from_one_checkpoint_or_are_refused(two_ranks: TwoRanks, strategy: str) -> None:
+    found = json.loads((two_ranks("resumed_ranks") / "said.json").read_text())[strategy]
     assert found["made"] == ["step 2"] * 2
     assert found["same"] == found["copied"] == ["step 3"] * 2
     for case, first, second in (

@@ -25,7 +25,6 @@ pytestmark = [
         "ignore:The number of training batches:UserWarning",
         "ignore:the learning rate is 0 from step:UserWarning",
     ),
-    pytest.mark.usefixtures("no_pictures"),
 ]
 
 

@@ -40,13 +40,6 @@ def documented() -> set[str]:
     return names - {"kd/offset_clamp_frac_p99"}
 
 
-@pytest.fixture
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than such a run."""
-    home = "kdrl_lightning.callbacks.imitation_stats.plot_imitation"
-    monkeypatch.setattr(home, lambda *args: None)
-
-
 def run(
     tmp_path: Path,
     student: str,
@@ -69,7 +62,6 @@ def run(
     return log.rows
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_every_documented_name_is_logged(
     tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
@@ -93,7 +85,6 @@ def test_every_documented_name_is_logged(
     assert kdrl[3]["policy/ratio_max"] > 1.0 == kdrl[0]["policy/ratio_max"]
 
 
-@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize(
     "make",
     [
@@ -250,6 +241,7 @@ def test_teacher_rows_do_not_enter_the_students_estimates() -> None:
     assert stats.compute() == kept
 
 
+@pytest.mark.usefixtures("pictures")
 def test_histograms_table_and_picture_of_a_run(
     tmp_path: Path, student_folder: str, teacher_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

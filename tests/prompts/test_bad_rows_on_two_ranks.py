@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
-from helpers.processes.bad_rows_driver import Rows
+from helpers.processes.bad_rows_driver import Rows, draw
+from helpers.processes.two_ranks import DRIVERS, TwoRanks
 
-ROOT = Path(__file__).parents[2]
-ROWS, ROLLOUTS, PROMPTS = 5_000, 6, 64
+ROWS, ROLLOUTS, PROMPTS = map(int, DRIVERS["bad_rows"])
 
 
 def test_two_ranks_and_a_resume_draw_what_one_process_draws(
-    tmp_path: Path, student_folder: str
+    tmp_path: Path, two_ranks: TwoRanks, student_folder: str
 ) -> None:
+    two = json.loads((two_ranks("bad_rows") / "drawn2.json").read_text())
     shutil.copytree(student_folder, tmp_path / "student")
-    driver = [str(ROOT / "tests/helpers/processes/bad_rows_driver.py"), str(tmp_path)]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    for start in ([], launcher):
-        out = subprocess.run(
-            [sys.executable, *start, *driver, str(ROWS), str(ROLLOUTS), str(PROMPTS)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert out.returncode == 0, out.stderr[-4000:]
-    one, two = (json.loads((tmp_path / f"drawn{ranks}.json").read_text()) for ranks in (1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = json.loads(json.dumps(draw(tmp_path, ROWS, ROLLOUTS, PROMPTS)))
     assert one["whole"] == one["resumed"] == two["whole"] == two["resumed"]
     drawn = [prompt for rollout, _ in one["whole"] for prompt, _ in rollout]
     assert len(drawn) == 2 * ROLLOUTS * PROMPTS

@@ -345,6 +345,7 @@ def test_validate_test_and_predict_sample_from_the_student(
     assert again == pytest.approx(validated["val/accuracy"])
 
 
+@pytest.mark.usefixtures("pictures")
 def test_report_leaves_summary_picture_and_student(
     tmp_path: Path, student_folder: str, teacher_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

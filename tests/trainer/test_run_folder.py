@@ -27,7 +27,6 @@ pytestmark = [
         "ignore:Experiment logs directory:UserWarning",
         "ignore:.*there is no last checkpoint available:UserWarning",
     ),
-    pytest.mark.usefixtures("no_pictures"),
 ]
 
 

@@ -88,15 +88,21 @@ def frozen(parameters: Any) -> torch.optim.Optimizer:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder, rows, rollouts, prompts = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    folder, *sizes = sys.argv[1:]
+    found = draw(Path(folder), *map(int, sizes))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        ranks = int(torch.distributed.is_torchelastic_launched()) + 1
+        (Path(folder) / f"drawn{ranks}.json").write_text(json.dumps(found))
+
+
+def draw(folder: Path, rows: int, rollouts: int, prompts: int) -> dict[str, list[Any]]:
+    """What a whole run and one that resumes in the middle draw."""
     ranks = int(torch.distributed.is_torchelastic_launched()) + 1
     whole = fit(folder, rows, rollouts, prompts, None)
     half = rollouts // 2
     first = fit(folder, rows, half, prompts, None)
     second = fit(folder, rows, rollouts, prompts, str(folder / f"after{ranks}-{half}.ckpt"))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        found = {"whole": whole, "resumed": first + second}
-        (folder / f"drawn{ranks}.json").write_text(json.dumps(found))
+    return {"whole": whole, "resumed": first + second}
 
 
 if __name__ == "__main__":

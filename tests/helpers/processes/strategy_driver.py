@@ -35,7 +35,12 @@ from kdrl_lightning import (
     TrainingStopped,
     TransformersEngine,
 )
-from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSyncCheck
+from kdrl_lightning.callbacks import (
+    FSDPCheckpoint,
+    SelectiveImitationStats,
+    WeightSyncCheck,
+    imitation_stats,
+)
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.objectives import BehaviorRatio
@@ -294,6 +299,7 @@ def main() -> None:
     """Run the cases one after the other."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    imitation_stats.plot_imitation = lambda *_: None  # pictures are tested elsewhere
     folder, strategy, *cases = sys.argv[1:]
     out = Path(folder) / strategy
     out.mkdir(exist_ok=True)

@@ -103,10 +103,7 @@ class Elsewhere(TransformersEngine):
         return [[Completion([s % 7 + 5], [-1.0], True) for s in own] for own in seeds]
 
 
-def test_the_report_says_whom_it_cannot_measure(
-    tmp_path: Path, longrope: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kdrl_lightning.callbacks.report.plot_curves", lambda *_: None)
+def test_the_report_says_whom_it_cannot_measure(tmp_path: Path, longrope: str) -> None:
     data = make_data(
         train_prompts=[CROSSING],
         val_prompts=[CROSSING],

@@ -1,0 +1,68 @@
+"""Starts two processes once for the drivers whose results tests of several rooms read.
+
+``two_ranks.py FOLDER`` under ``torch.distributed.run`` runs the drivers one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[3]
+# A driver's name -> its arguments after the folder.
+DRIVERS = {
+    "two_ranks": ("2", "ddp", "fsdp2"),
+    "bad_rows": ("5000", "6", "64"),  # rows, rollouts, prompts
+    "resumed_ranks": ("ddp", "fsdp2"),
+}
+
+
+class TwoRanks:
+    """Gives the folder in which a driver's two processes have left their results.
+
+    Args:
+        folder: where each driver gets a folder; workers of a parallel session share it.
+        student: the model that each driver reads as ``student``.
+    """
+
+    def __init__(self, folder: Path, student: str) -> None:
+        self.folder, self.student = folder, student
+
+    def __call__(self, driver: str) -> Path:
+        with FileLock(f"{self.folder}.lock"):
+            if not (self.folder / "done").exists():
+                self.start()
+        return self.folder / driver
+
+    def start(self) -> None:
+        for driver in DRIVERS:
+            shutil.rmtree(self.folder / driver, ignore_errors=True)
+            shutil.copytree(self.student, self.folder / driver / "student")
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+        out = subprocess.run(
+            [sys.executable, *launcher, __file__, str(self.folder)],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert out.returncode == 0, out.stderr[-4000:]
+        (self.folder / "done").touch()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for driver, arguments in DRIVERS.items():
+        module = import_module(f"helpers.processes.{driver}_driver")
+        sys.argv = [driver, str(folder / driver), *arguments]
+        module.main()
+
+
+if __name__ == "__main__":
+    main()
