@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from peers.job import Job
+from qwen2 import save_qwen2
 
 WIDTH = 128
 BASE = {"prompts": 1, "group": 4, "tokens": 512, "vocab": 32_000, "parts": 1, "tied": False}
@@ -49,27 +50,19 @@ SERIES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 def make_model(folder: Path, vocab: int, tied: bool) -> None:
     """Write a random Qwen2 of two layers, whose head is as wide as they are."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
     from kdrl_lightning.tiny import TinyModel
 
-    tokenizer = AutoTokenizer.from_pretrained(TinyModel("student").path())
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=WIDTH,
+    save_qwen2(
+        folder,
+        TinyModel("student").path(),
+        vocab,
+        WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=8192,
         tie_word_embeddings=tied,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def measure(point: dict[str, Any], threads: int, steps: int) -> dict[str, float]:

@@ -10,6 +10,8 @@ from math import comb
 import torch
 from torch import Tensor
 
+from kdrl_lightning.evaluation.pass_at_k import check_k
+
 
 def majority_at_k(answers: Tensor, correct: Tensor, k: int) -> Tensor:
     """Return majority@k of each prompt (self-consistency, Wang et al., arXiv 2203.11171).
@@ -34,12 +36,7 @@ def majority_at_k(answers: Tensor, correct: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: k is not from 1 to n.
     """
-    n = answers.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(
-            f"`k` must be from 1 to the {n} completions of a prompt: got {k}. Sample more "
-            "completions, or lower k."
-        )
+    check_k(k, answers.shape[1])
     rows = zip(answers.tolist(), correct.tolist(), strict=True)
     return torch.tensor([_majority(a, c, k) for a, c in rows], dtype=torch.float64)
 

@@ -28,11 +28,16 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
         ValueError: k is not from 1 to n.
     """
     n = correct.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(
-            f"`k` must be from 1 to the {n} completions of a prompt: got {k}. Sample more "
-            "completions, or lower k."
-        )
+    check_k(k, n)
     by_count = [1.0 - comb(n - c, k) / comb(n, k) for c in range(n + 1)]
     table = torch.tensor(by_count, dtype=torch.float64, device=correct.device)
     return table[correct.sum(1)]
+
+
+def check_k(k: int, completions: int) -> None:
+    """Raise a ValueError if ``k`` of a prompt's completions cannot be drawn."""
+    if not 1 <= k <= completions:
+        raise ValueError(
+            f"`k` must be from 1 to the {completions} completions of a prompt: got {k}. Sample "
+            "more completions, or lower k."
+        )

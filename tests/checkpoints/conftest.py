@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.program import addition_run
 from kdrl_lightning.__main__ import main
 
 
@@ -16,26 +17,12 @@ def start(
     tmp_path: Path,
     student_folder: str,
     monkeypatch: pytest.MonkeyPatch,
-    no_pictures: None,
     ends_the_group: None,
 ) -> Any:
     """Run a subcommand of the program in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 8}}
-    config = {
-        "model": {"student": student_folder, "objective": {"class_path": "GRPO"}},
-        "data": {
-            "train_prompts": prompts,
-            "val_prompts": prompts,
-            "reward": "kdrl_lightning.tiny.addition_reward",
-            "rollout": {
-                "prompts_per_rollout": 4,
-                "group_size": 2,
-                "max_tokens": 8,
-            },
-        },
-        "trainer": {"max_steps": 2, "accelerator": "cpu"},
-    }
+    config = addition_run(student_folder)
+    config["trainer"]["max_steps"] = 2
     Path("run.yaml").write_text(yaml.safe_dump(config))
 
     def run(command: str, *flags: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from helpers.program import addition_run
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
@@ -25,31 +26,14 @@ def not_a_number(sample: object) -> float:
 @pytest.fixture
 def config(tmp_path: Path, student_folder: str, teacher_folder: str) -> dict[str, object]:
     """RLAD on random models: everything but the mistake is right."""
-    prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 8}}
-    return {
-        "model": {
-            "student": student_folder,
-            "teacher": {"class_path": "LocalTeacher", "init_args": {"model": teacher_folder}},
-            "objective": {"class_path": "RLAD"},
-        },
-        "data": {
-            "train_prompts": prompts,
-            "val_prompts": prompts,
-            "reward": "kdrl_lightning.tiny.addition_reward",
-            "rollout": {
-                "prompts_per_rollout": 4,
-                "group_size": 2,
-                "max_tokens": 8,
-            },
-        },
-        "trainer": {
-            "max_steps": 1,
-            "accelerator": "cpu",
-            "default_root_dir": str(tmp_path),
-            "logger": False,
-            "enable_checkpointing": False,
-        },
+    teacher = {"class_path": "LocalTeacher", "init_args": {"model": teacher_folder}}
+    made = addition_run(student_folder, teacher=teacher, objective={"class_path": "RLAD"})
+    made["trainer"] |= {
+        "default_root_dir": str(tmp_path),
+        "logger": False,
+        "enable_checkpointing": False,
     }
+    return made
 
 
 def refuse(

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -24,9 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.sharded_trainer import as_shards
 from helpers.short_runs import trained
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.tiny.models import make_tokenizer
@@ -86,10 +85,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_equals_the_runs_own_export(
-    tmp_path: Path, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kdrl_lightning.callbacks.report.plot_curves", lambda *_: None)
+def test_it_equals_the_runs_own_export(tmp_path: Path, kind: str, tied: bool) -> None:
     start = save_model(tmp_path / "start", kind, tied)
     module, path = trained(tmp_path, start)
     export(path, str(tmp_path / "out"))
@@ -102,16 +98,8 @@ def test_it_equals_the_runs_own_export(
     assert tokenizer("1+2=").input_ids == make_tokenizer()("1+2=").input_ids
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["max_new_tokens"] == 17
     # A folder of shards that holds the same gives the same.
-    saved = torch.load(path, weights_only=True)
-    writer = SimpleNamespace(
-        strategy=ModelParallelStrategy(),
-        is_global_zero=True,
-        global_step=2,
-        lightning_module=SimpleNamespace(reduce=lambda value, operation: value),
-        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: saved),
-    )
-    CheckpointWriter().write(writer, tmp_path / "step=00000002.ckpt")
-    export(str(tmp_path / "step=00000002.ckpt"), str(tmp_path / "from_shards"))
+    shards = as_shards(path, tmp_path / "step=00000002.ckpt")
+    export(shards, str(tmp_path / "from_shards"))
     same_files(tmp_path / "from_shards", tmp_path / "student")
 
 

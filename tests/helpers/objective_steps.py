@@ -134,14 +134,17 @@ def bigram(objective: Objective, batch: RolloutBatch, table: Tensor) -> TokenSco
 
 
 def table_gradient(
-    objective: Objective, batch: RolloutBatch, cut: Sequence[Sequence[int]]
+    objective: Objective,
+    batch: RolloutBatch,
+    cut: Sequence[Sequence[int]],
+    scores: Callable[[Objective, RolloutBatch, Tensor], TokenScores] = bigram,
 ) -> tuple[float, Tensor]:
     """Loss and gradient by the model's parameters, over the micro-batches of a prepared step."""
     table = normal(V, V, seed=11).requires_grad_()
     total = 0.0
     for rows in cut:
         part = batch.select(rows)
-        loss, _ = objective(part, bigram(objective, part, table))
+        loss, _ = objective(part, scores(objective, part, table))
         loss.backward()
         total += loss.item()
     assert table.grad is not None

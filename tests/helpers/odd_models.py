@@ -15,8 +15,10 @@ from transformers import (
     Mamba2Config,
     PegasusConfig,
     Qwen3Config,
+    WhisperConfig,
 )
 from transformers.models.pegasus.modeling_pegasus import PegasusForCausalLM
+from transformers.models.whisper.modeling_whisper import WhisperForCausalLM
 
 from kdrl_lightning.tiny.models import make_tokenizer
 
@@ -103,3 +105,21 @@ def with_sines(folder: Path) -> str:
         **ends(),
     )
     return save(PegasusForCausalLM(config), folder)
+
+
+def with_cross_attention(folder: Path) -> str:
+    """Whisper's decoder: its layers attend to sound, which text has none of."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=32,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        max_target_positions=96,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+    )
+    return save(WhisperForCausalLM(config), folder)

@@ -11,6 +11,21 @@ from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.main import KDRLCLI
 
 
+def addition_run(student: str, **model: Any) -> dict[str, Any]:
+    """Return the settings of a step on column addition; ``model`` adds to the model's."""
+    prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 8}}
+    return {
+        "model": {"student": student, "objective": {"class_path": "GRPO"}, **model},
+        "data": {
+            "train_prompts": prompts,
+            "val_prompts": prompts,
+            "reward": "kdrl_lightning.tiny.addition_reward",
+            "rollout": {"prompts_per_rollout": 4, "group_size": 2, "max_tokens": 8},
+        },
+        "trainer": {"max_steps": 1, "accelerator": "cpu"},
+    }
+
+
 def made(*args: str) -> KDRLCLI:
     """Build trainer, model and data of a command line without a subcommand."""
     return KDRLCLI.run(list(args), instantiate_only=True)

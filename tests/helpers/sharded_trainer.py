@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from kdrl_lightning.checkpoints.writer import CheckpointWriter
 
-def sharded_trainer(step: int = 4) -> Any:
+
+def sharded_trainer(step: int = 4, state: Any = None) -> Any:
     """A trainer as the writer sees it, alone, with a sharded strategy."""
-    state = {
+    state = state or {
         "loops": {},
         "global_step": step,
         "state_dict": {"student.model.w": torch.arange(6.0).reshape(2, 3) + step},
@@ -24,3 +27,10 @@ def sharded_trainer(step: int = 4) -> Any:
         lightning_module=SimpleNamespace(reduce=lambda value, operation: value),
         _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: state),
     )
+
+
+def as_shards(path: str, folder: Path) -> str:
+    """Write what a checkpoint file holds as a folder of shards; return the folder."""
+    state = torch.load(path, weights_only=True)
+    CheckpointWriter().write(sharded_trainer(state["global_step"], state), folder)
+    return str(folder)

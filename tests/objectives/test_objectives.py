@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import objective_steps
 from helpers.objective_steps import some_mask, widen
 from helpers.reference import close, f64, normal, surrogate, token_weights, trrd_ratio
 from kdrl_lightning.errors import ConfigurationError
@@ -345,7 +347,7 @@ def test_a_terms_mask_acts_within_the_loss_tokens_and_leaves_the_denominator(
 # --- Cuts, order, padding ---
 
 
-def embedding_scores(batch: RolloutBatch, table: Tensor) -> TokenScores:
+def embedding_scores(_: Objective, batch: RolloutBatch, table: Tensor) -> TokenScores:
     """A bigram model: row ``previous token`` of the table holds the next token's logits."""
     places = batch.prompt_lengths[:, None] - 1 + torch.arange(batch.completion_ids.shape[1])
     previous = batch.input_ids.gather(1, places.clamp(max=batch.input_ids.shape[1] - 1))
@@ -354,19 +356,7 @@ def embedding_scores(batch: RolloutBatch, table: Tensor) -> TokenScores:
     return TokenScores(logprobs, -(rows.exp() * rows).sum(-1))
 
 
-def table_gradient(
-    objective: Objective, batch: RolloutBatch, cut: Sequence[Sequence[int]]
-) -> tuple[float, Tensor]:
-    """Loss and gradient by the model's parameters, summed over the micro-batches of a step."""
-    table = normal(V, V, seed=11).requires_grad_()
-    total = 0.0
-    for rows in cut:
-        part = batch.select(rows)
-        loss, _ = objective(part, embedding_scores(part, table))
-        loss.backward()
-        total += loss.item()
-    assert table.grad is not None
-    return total, table.grad
+table_gradient = partial(objective_steps.table_gradient, scores=embedding_scores)
 
 
 @every_reduction
@@ -392,7 +382,8 @@ def test_cut_of_a_step_leaves_value_and_gradient(
 def test_part_without_loss_tokens_gives_zero_with_a_graph(make: Callable[..., Objective]) -> None:
     table = normal(V, V, seed=11).requires_grad_()
     part = make_batch().select([6, 7])
-    loss, _ = make(entropy_coef=0.1)(part, embedding_scores(part, table))
+    objective = make(entropy_coef=0.1)
+    loss, _ = objective(part, embedding_scores(objective, part, table))
     assert loss.item() == 0.0
     loss.backward()
     assert table.grad is not None
@@ -441,7 +432,7 @@ def test_padding_changes_nothing(
     wide = widen(batch, 6, fill)
     losses = []
     for item, table in zip((batch, wide), tables, strict=True):
-        loss, _ = objective(item, embedding_scores(item, table))
+        loss, _ = objective(item, embedding_scores(objective, item, table))
         loss.backward()
         losses.append(loss)
     close(losses[0], losses[1])

@@ -7,33 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperForCausalLM
 
-from helpers.odd_models import plain, save, with_images
+from helpers.odd_models import plain, with_cross_attention, with_images
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.reached import unreached
 from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.models.sharding import load_scorer
 from kdrl_lightning.trainer.strategies import check_unreached
-
-
-def with_cross_attention(folder: Path) -> str:
-    """Whisper's decoder: its layers attend to sound, which text has none of."""
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=32,
-        d_model=32,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=32,
-        max_target_positions=96,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        decoder_start_token_id=1,
-    )
-    return save(WhisperForCausalLM(config), folder)
 
 
 def test_a_vision_tower_is_frozen_and_all_else_gets_a_gradient(tmp_path: Path) -> None:

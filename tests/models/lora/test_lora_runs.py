@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from torch import Tensor
 
+from helpers.program import addition_run
 from helpers.resumed_runs import Run, Setting, run, same_batches, same_weights
+from helpers.sharded_trainer import as_shards
 from helpers.short_runs import make_data, make_module, make_trainer, trained
 from kdrl_lightning import GRPO, KDRL, AdapterOffTeacher, LoRA
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.checkpoints.writer import CheckpointWriter
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
@@ -34,7 +33,6 @@ pytestmark = [
         "ignore:torch.distributed is .*:UserWarning",
         "ignore:Be aware that when using `ckpt_path`:UserWarning",
     ),
-    pytest.mark.usefixtures("no_pictures"),
 ]
 
 
@@ -204,20 +202,6 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def as_shards(path: str, folder: Path) -> str:
-    """What a file holds, as a folder of shards."""
-    saved = torch.load(path, weights_only=True)
-    writer = SimpleNamespace(
-        strategy=ModelParallelStrategy(),
-        is_global_zero=True,
-        global_step=2,
-        lightning_module=SimpleNamespace(reduce=lambda value, operation: value),
-        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: saved),
-    )
-    CheckpointWriter().write(writer, folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 def test_export_merges_or_writes_the_adapter(
     half: tuple[Path, Any, str], tmp_path: Path, student_folder: str, sharded: bool
@@ -295,26 +279,12 @@ def test_from_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 8}}
-    config = {
-        "model": {
-            "student": student_folder,
-            "objective": {"class_path": "KDRL", "init_args": {"teacher_kl_coef": 0.1}},
-            "teacher": {"class_path": "AdapterOffTeacher"},
-            "lora": {"rank": 2, "target_modules": ["q_proj"]},
-        },
-        "data": {
-            "train_prompts": prompts,
-            "val_prompts": prompts,
-            "reward": "kdrl_lightning.tiny.addition_reward",
-            "rollout": {
-                "prompts_per_rollout": 4,
-                "group_size": 2,
-                "max_tokens": 8,
-            },
-        },
-        "trainer": {"max_steps": 1, "accelerator": "cpu"},
-    }
+    config = addition_run(
+        student_folder,
+        objective={"class_path": "KDRL", "init_args": {"teacher_kl_coef": 0.1}},
+        teacher={"class_path": "AdapterOffTeacher"},
+        lora={"rank": 2, "target_modules": ["q_proj"]},
+    )
     Path("run.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config=run.yaml", "--model.lora.rank=3", "--model.lora.alpha=6"])
     file = next(Path("runs").rglob("step=*.ckpt"))
