@@ -29,7 +29,7 @@ def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
 
 
-# `batch` and `outputs` are Any as in Lightning: each data module and module has its own.
+# `batch` and `outputs` are `Any` as in Lightning: each data module and module has its own.
 class RolloutCallback(pl.Callback):
     """Calls hooks at the start and the end of each rollout, and at the end of each optimizer step.
 

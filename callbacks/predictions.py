@@ -13,6 +13,8 @@ from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFi
 from kdrl_lightning.trainer.protocols import trained
 from kdrl_lightning.trainer.run_folder import run_folder
 
+# `Any`: Lightning's batches and outputs.
+
 
 class PredictionWriter(pl.Callback):
     """Writes ``predictions.jsonl`` or ``.parquet`` into the run folder, batch by batch.

@@ -135,6 +135,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.teachers import Teacher as Teacher
 
 
+# `Any`: type checkers give the names found here the type that this returns.
 def __getattr__(name: str) -> Any:
     if name in _moved.GONE:
         raise AttributeError(f"`{name}` is gone: {_moved.GONE[name]}")

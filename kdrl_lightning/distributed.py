@@ -13,6 +13,8 @@ from torch import Tensor, distributed
 
 from kdrl_lightning.errors import TrainingStopped
 
+# `Any`: torch's store has no public type.
+
 T = TypeVar("T")
 
 

@@ -7,6 +7,8 @@ import signal
 from importlib import import_module
 from typing import Any
 
+# `Any`: an optional library, which type checkers may not find.
+
 # Errors of a disk that cannot be written: full, over the quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 # Errors of a path that no file can have.

@@ -23,6 +23,8 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.trainer.checks import overfit_batches
 from kdrl_lightning.untyped import Row
 
+# `Any`: a sequence's index is a number or a slice, and Lightning's batches.
+
 Trace: TypeAlias = tuple[list[int], list[int]]
 
 

@@ -23,6 +23,8 @@ from kdrl_lightning.trainer.internals import before_restore
 from kdrl_lightning.trainer.protocols import TrainedModule, trained
 from kdrl_lightning.untyped import State
 
+# `Any`: optimizers and schedulers of torch share no type, and Lightning wraps them.
+
 KEY = "kdrl_lightning"
 # Settings of a model that do not change what its weights compute.
 NOT_COMPARED = re.compile(

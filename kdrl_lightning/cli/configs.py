@@ -15,6 +15,8 @@ from kdrl_lightning.cli.settings.text import dump
 from kdrl_lightning.cli.shipped import FOLDER, names, require
 from kdrl_lightning.errors import ConfigurationError
 
+# `Any`: a YAML document, as PyYAML types it.
+
 PROGRAM = "python -m kdrl_lightning"
 # Folder -> heading of the list. Files in a folder called base are parts of others.
 HEADINGS = {

@@ -28,6 +28,8 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.trainer.failures import reason_of
 from kdrl_lightning.untyped import State
 
+# `Any`: arguments of a model's adapters, as JSON holds them.
+
 PREFIX = "student.model."
 
 

@@ -15,6 +15,8 @@ from kdrl_lightning.engines.base import RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
+# `Any`: transformers has no type that all tokenizers share.
+
 TEXT = "Solve it step by step: 12 + 30 = 42, because 10 + 30 = 40 and 40 + 2 = 42. Now 7 * 8 = "
 TOKENS = 12  # of each completion
 SHARES = (1.0, 0.5, 0.2)  # of the text: prompts of different lengths

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 
+# `Any`: bodies and answers are JSON.
+
 # Status of an overloaded server, of a proxy, or of a server that starts or stops.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 KEPT_S = 2.0  # vLLM closes idle connections after 5 s

@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kdrl_lightning.models.prompt_cache import growing_cache, select_rows
 
+# `Any`: models of transformers share no typed base, and their caches have no type.
+
 # Names of the cache in inputs and outputs of most architectures, of Mamba's, and of RWKV's.
 MEMORIES = ("past_key_values", "cache_params", "state")
 

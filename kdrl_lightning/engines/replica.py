@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from kdrl_lightning.models.loading import empty_causal_lm
 from kdrl_lightning.models.weights import ModelWeights, plain_name
 
+# `Any`: transformers has no type that all models share.
+
 
 @torch.no_grad()
 def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:

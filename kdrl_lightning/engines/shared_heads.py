@@ -19,6 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 from kdrl_lightning.engines.prefixes import is_ordinary
 
+# `Any`: models of transformers and their settings have no types.
+
 NAME = "kdrl_shared_heads"
 REPLACED = "sdpa"
 

@@ -33,6 +33,8 @@ from kdrl_lightning.models.end_tokens import as_ids, first_end
 from kdrl_lightning.models.loading import load_config, skeleton_causal_lm
 from kdrl_lightning.models.weights import ModelWeights
 
+# `Any`: transformers has no type that all models share.
+
 
 class TransformersEngine(RolloutEngine):
     """Samples from the live student in batches, with a key-value cache.

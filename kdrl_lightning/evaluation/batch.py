@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ class EvaluationBatch:
                 ids.append(-1 if answer is None else numbers.setdefault(answer, len(numbers)))
         return self._table(ids).long()
 
-    def predictions(self) -> list[dict[str, Any]]:
+    def predictions(self) -> list[dict[str, object]]:
         """Return one row per completion: the prompt's columns, the completion and its verdict.
 
         If a column of the prompt has a name that is already taken (or the name ``row``), it is
@@ -103,7 +102,7 @@ class EvaluationBatch:
         return torch.tensor(values, dtype=torch.float64).view(-1, self.of.samples)
 
 
-def _beside(row: Row, ours: dict[str, Any]) -> dict[str, Any]:
+def _beside(row: Row, ours: dict[str, object]) -> dict[str, object]:
     theirs = {name: value for name, value in row.items() if name not in (*ours, "set", ROW)}
     hidden = {name: value for name, value in row.items() if name not in theirs}
     return {**theirs, **ours, **({ROW: hidden} if hidden else {})}

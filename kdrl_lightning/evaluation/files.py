@@ -8,11 +8,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.untyped import Row
 
-Row = Mapping[str, Any]
 # Columns of a Parquet file; all other columns of a row are JSON in ``row``.
 COLUMNS = {
     "set": "string",
@@ -106,7 +105,7 @@ class ParquetFile(PredictionFile):
         super().close()
 
 
-def _columns(row: Row) -> dict[str, Any]:
+def _columns(row: Row) -> dict[str, object]:
     ours = {name: row.get(name) for name in COLUMNS}
     prompt = ours["prompt"]
     ours["prompt"] = prompt if isinstance(prompt, str) else _json(prompt)
@@ -116,12 +115,12 @@ def _columns(row: Row) -> dict[str, Any]:
     return {**texts, "parts": list(row["parts"].items()), "row": _json(rest)}
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     """Convert any value of a data set to JSON: arrays as lists, NaN as null, others as text."""
     return json.dumps(_plain(value), allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

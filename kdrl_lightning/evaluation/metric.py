@@ -13,6 +13,8 @@ from kdrl_lightning.evaluation.bootstrap import bootstrap_interval
 from kdrl_lightning.evaluation.majority import majority_at_k
 from kdrl_lightning.evaluation.pass_at_k import pass_at_k
 
+# `Any`: torchmetrics takes any other argument, and types its states as `Any`.
+
 
 class EvaluationMetric(Metric):
     """Accuracy and its interval, pass@k, majority@k, reward, length and truncation of a set.

@@ -7,6 +7,8 @@ from typing import Any
 from kdrl_lightning.evaluation.batch import EvaluationBatch
 from kdrl_lightning.evaluation.metrics import EvaluationMetrics
 
+# `Any`: Lightning's own attributes and arguments; Lightning is not imported here.
+
 
 class EvaluationSteps:
     """The evaluation half of a ``LightningModule``: it counts correct completions.

@@ -11,6 +11,8 @@ from kdrl_lightning.models.architectures.generation import check_end_ids, read_g
 from kdrl_lightning.models.loading import load_config
 from kdrl_lightning.untyped import HFConfig, HFTokenizer
 
+# `Any`: end tokens of configurations may have any type until they are checked.
+
 # An answer that chat templates leave as it is.
 PROBE = "zq7"
 
@@ -38,7 +40,7 @@ class EndTokens:
         """The token with which the model ends an answer: the template's, else the tokenizer's."""
         return self.ids[0] if self.turn is None else self.turn
 
-    def closing(self, prompt: Any) -> int:
+    def closing(self, prompt: object) -> int:
         """Return the token that closes a completion of ``prompt``: plain text or a chat."""
         return self.ids[0] if isinstance(prompt, str) else self.main
 

@@ -21,6 +21,8 @@ from kdrl_lightning.models.architectures.loaded import check_loaded
 from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.untyped import HFConfig, HFModel, HFTokenizer
 
+# `Any`: the content of a JSON file; the classes of transformers have no types.
+
 
 class ModelSource(ABC):
     """Names a Hugging Face model folder, which it may make first."""

@@ -20,6 +20,8 @@ from transformers.cache_utils import (
 from kdrl_lightning.models.shared_prompts import MergedRows
 from kdrl_lightning.untyped import HFConfig, HFModel
 
+# `Any`: the caches of transformers have no types.
+
 # Extra tokens to reserve, beside a quarter of the present length: copies stay rare at any length,
 # and attention still reads memory that lies close together.
 SPARE = 8

@@ -20,6 +20,8 @@ from kdrl_lightning.models.architectures.verification import close, verify
 from kdrl_lightning.models.shared_prompts import MergedRows, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch
 
+# `Any`: models and configurations of transformers share no typed base.
+
 # Names that architectures give to the bound of ``bound * tanh(logits / bound)``.
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -114,7 +116,7 @@ class Scorer(nn.Module):
             divergence: from that model, over the full vocabulary.
 
         Returns:
-            Scores ``[B, T]``, 0 behind each completion's end.
+            Scores ``[B, T]``, 0 after each completion's end.
         """
         merged, of = self._merged(input_ids, prompt_lengths, completion_mask), None
         mask = completion_mask

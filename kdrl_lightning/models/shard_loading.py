@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from kdrl_lightning.untyped import HFModel, State
 
+# `Any`: safetensors has no types, and torch types the states of optimizers as `Any`.
+
 
 class WeightFiles:
     """Reads the safetensors files of a Hugging Face folder slice by slice.

@@ -37,6 +37,8 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.shard_loading import WeightFiles, fill, sources, to_meta
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: the arguments of any layer.
+
 
 @dataclass(frozen=True)
 class Sharding:

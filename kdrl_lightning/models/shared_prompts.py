@@ -18,7 +18,7 @@ class MergedRows:
         input_ids: ``[R, S]``, prompt and completion, padded on the right.
         prompt_lengths: ``[R]``.
         mask: ``[R, T]`` bool, the completions' tokens.
-        prompts: ``[P, W]``, the different prompts, -1 behind their end.
+        prompts: ``[P, W]``, the different prompts, -1 after their end.
         prompt_of: ``[R]``, each row's prompt.
     """
 

@@ -22,6 +22,8 @@ from kdrl_lightning.models.lora import (
 )
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: layers with adapters have no common type.
+
 
 @dataclass(frozen=True)
 class ModelWeights:

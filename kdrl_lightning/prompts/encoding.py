@@ -16,6 +16,8 @@ from kdrl_lightning.prompts.turns import (
 )
 from kdrl_lightning.untyped import HFTokenizer, Row
 
+# `Any`: the content of users' messages.
+
 # Arguments of `apply_chat_template` that a row must not set.
 OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
 
@@ -139,7 +141,7 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
     return _trimmed(tokenizer, ids, lambda: str(tokenizer.apply_chat_template(turns, **unencoded)))
 
 
-def _is_true(value: Any) -> bool:
+def _is_true(value: object) -> bool:
     return value is not None and value == value and bool(value)  # NaN is an empty cell
 
 
@@ -159,7 +161,7 @@ def _check_the_last(roles: Sequence[str], continued: bool) -> None:
         )
 
 
-def _refuse_an_end(tokenizer: HFTokenizer, ids: Sequence[int], prompt: Any) -> None:
+def _refuse_an_end(tokenizer: HFTokenizer, ids: Sequence[int], prompt: object) -> None:
     """Refuse a prompt that ends with the end token, apart from white space after it."""
     end = getattr(tokenizer, "eos_token_id", None)
     tail = list(ids[-3:])

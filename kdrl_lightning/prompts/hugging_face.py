@@ -14,6 +14,9 @@ from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 from kdrl_lightning.untyped import Row
 
+# `Any`: a column's content, arguments of users' chat templates, and classes of the library
+# datasets.
+
 READERS = {
     ".jsonl": "json",
     ".json": "json",
@@ -36,7 +39,7 @@ class HFPrompts(PromptSource):
         prompt_column: column with the question, a text or chat messages.
         answer_column: column that becomes ``answer``; None changes no column.
         take: number of rows, from the first on; None: all.
-        chat: as messages, for the tokenizer's chat template.
+        chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions to show before it, each with ``prompt`` and ``answer``.
@@ -108,7 +111,7 @@ class StreamedHFPrompts(HFPrompts):
         split: the dataset's split. A file has only ``train``.
         prompt_column: column with the question, a text or chat messages.
         answer_column: column that becomes ``answer``; None changes no column.
-        chat: as messages, for the tokenizer's chat template.
+        chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
         examples: solved questions to show before it, each with ``prompt`` and ``answer``.

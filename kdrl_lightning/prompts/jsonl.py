@@ -14,6 +14,8 @@ from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 from kdrl_lightning.untyped import Row
 
+# `Any`: arguments of users' chat templates, and a sequence's index.
+
 
 class JSONLPrompts(PromptSource):
     """Rows of a file with one JSON object per line; each row keeps all its columns.
@@ -23,11 +25,11 @@ class JSONLPrompts(PromptSource):
     Args:
         path: the file.
         prompt_column: column with the question.
-        chat: as messages, for the tokenizer's chat template.
+        chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions before it, each with ``prompt`` and ``answer``.
-        suffix: put behind every question.
+        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 

@@ -8,6 +8,8 @@ from typing import Any
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.prompts.reasoning_gym import ReasoningGymPrompts
 
+# `Any`: arguments of users' chat templates.
+
 
 class KnightsAndKnavesPrompts(ReasoningGymPrompts):
     """Generated Knights and Knaves puzzles, each with exactly one solution.
@@ -24,11 +26,11 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         seed: seed of the generator.
         depth: maximum nesting of a statement, at least 2.
         width: maximum number of branches of a statement, at least 2.
-        chat: as messages, for the tokenizer's chat template.
+        chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions before it, each with ``prompt`` and ``answer``.
-        suffix: put behind every question.
+        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 

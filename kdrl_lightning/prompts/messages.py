@@ -9,6 +9,8 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.turns import is_json_of_messages, plain
 from kdrl_lightning.untyped import Row
 
+# `Any`: arguments of users' chat templates, and the content of users' messages.
+
 # A row's column with arguments of the chat template.
 TEMPLATE_ARGS = "template_args"
 # The argument or column that lets the model continue the assistant's last message.
@@ -71,7 +73,7 @@ class PromptForm:
         self.suffix = suffix
         self.prefill = prefill
 
-    def __call__(self, question: Any) -> Any:
+    def __call__(self, question: object) -> object:
         """Return the prompt of a question; a list of messages becomes the end of the chat."""
         if hasattr(question, "tolist"):
             question = plain(question)
@@ -85,9 +87,9 @@ class PromptForm:
             return self._chat(turns) if self.chat else turns
         return question  # the encoding refuses it
 
-    def row(self, row: Row, question: Any) -> dict[str, Any]:
+    def row(self, row: Row, question: object) -> Row:
         """Return the row with its prompt, and with the template's arguments if there are any."""
-        extra: dict[str, Any] = {TEMPLATE_ARGS: self.template_args} if self.template_args else {}
+        extra: dict[str, object] = {TEMPLATE_ARGS: self.template_args} if self.template_args else {}
         if self.prefill:
             extra[CONTINUE] = True
         return {**row, "prompt": self(question), **extra}

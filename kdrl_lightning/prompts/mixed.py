@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts, PromptSource
@@ -81,7 +81,7 @@ def _interleave(
 ) -> tuple[array[int], array[int]]:
     """Return the source's index and the row of each position; without a size, repeat no row."""
     taken = [0] * len(shares)
-    orders: list[Any] = [None] * len(shares)
+    orders: dict[int, NDArray[np.int64]] = {}
     whiches, rows = array("i"), array("q")
     while size is None or len(rows) < size:
         due = [k for k, share in enumerate(shares) if share * (len(rows) + 1) > taken[k] + 1e-9]

@@ -12,6 +12,8 @@ from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, PromptSource
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.untyped import HFTokenizer, Row
 
+# `Any`: a sequence's index is a number or a slice.
+
 # Rows checked before a run, besides the first and the last; this takes under a second.
 CHECKED_ROWS = 1_000
 

@@ -11,6 +11,8 @@ from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 from kdrl_lightning.untyped import Row
 
+# `Any`: reasoning-gym's classes and arguments, and those of users' chat templates.
+
 # reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds
 # differ in one item only. Our seeds are multiplied by this stride.
 SEED_STRIDE = 10_000_000
@@ -27,11 +29,11 @@ class ReasoningGymPrompts(PromptSource):
         size: number of rows.
         seed: seed of the generator.
         config: arguments of the task, e.g. its difficulty.
-        chat: as messages, for the tokenizer's chat template.
+        chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions before it, each with ``prompt`` and ``answer``.
-        suffix: put behind every question.
+        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
 

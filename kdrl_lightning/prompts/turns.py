@@ -9,6 +9,8 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.untyped import Row
 
+# `Any`: the content of users' messages and tools.
+
 # Roles that chat templates know; a role that the template itself names is accepted, too.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 

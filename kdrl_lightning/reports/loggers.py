@@ -9,6 +9,8 @@ from kdrl_lightning.reports.page import Section
 from kdrl_lightning.reports.text import visible
 from kdrl_lightning.reports.views import SampleView
 
+# `Any`: loggers share no type, and a row of their tables holds several.
+
 
 def log_samples(loggers: Sequence[Any], section: Section, step: int) -> None:
     """Send samples to the loggers that can show text, as ``samples/<group's name>``.

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# `Any`: matplotlib's axes and styles, and the content of `summary.json`.
+
 if TYPE_CHECKING:
     from kdrl_lightning.metrics import Histogram
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -125,7 +124,7 @@ def _scored(
     row: int,
     columns: tuple[Tensor, ...],
     tokenizer: HFTokenizer,
-    known: Mapping[Any, Judged],
+    known: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Judged],
 ) -> SampleView:
     length, width = int(batch.completion_lengths[row]), int(batch.prompt_lengths[row])
     ids = batch.completion_ids[row, :length].tolist()

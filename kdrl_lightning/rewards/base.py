@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 from kdrl_lightning.untyped import Row
 
+# `Any`: what a user's function may return, until it is checked.
+
 LARGEST = 3.4e38  # of float32
 ATOMS = (str, int, float, bool, bytes, type(None))  # what nobody can change in place
 
@@ -178,7 +180,7 @@ def _checked(result: Any) -> Verdict | Exception:
         return error
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     """Convert a scalar of Python, numpy or torch to a float.
 
     Raises:

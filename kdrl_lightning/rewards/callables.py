@@ -12,10 +12,12 @@ from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 
+# `Any`: users' functions.
+
 HERE = "Put it at the top level of a module, or set `time_limit_s: null`."
 
 
-def require_callable(name: str, function: Any) -> None:
+def require_callable(name: str, function: object) -> None:
     """Refuse an object that cannot be called with one argument, or does not return a result.
 
     Functions, partials, bound methods and objects with ``__call__`` are accepted.
@@ -39,7 +41,7 @@ def require_callable(name: str, function: Any) -> None:
             f"`{name}` must be a function of one sample: got {function!r:.100}. Give a function, "
             "or an object with `__call__`."
         )
-    inner = function
+    inner: object = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     forms = [inner, getattr(type(inner), "__call__", None)]  # noqa: B004 (the function itself)
@@ -89,13 +91,13 @@ def portable_target(function: Callable[[Any], Any]) -> tuple[str | None, Any]:
     return None, data
 
 
-def describe(function: Any) -> str:
+def describe(function: object) -> str:
     """Return a function's name, or an object's class, for messages."""
     name = getattr(function, "__qualname__", None)
     return name if isinstance(name, str) else f"{type(function).__name__} object"
 
 
-def _not_importable(function: Any, why: str) -> ConfigurationError:
+def _not_importable(function: object, why: str) -> ConfigurationError:
     module = getattr(function, "__module__", None)
     shown = f"{module}.{describe(function)}" if isinstance(module, str) else describe(function)
     return ConfigurationError(

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
@@ -106,7 +105,7 @@ def last_program(text: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def read_tests(tests: Any) -> str | list[tuple[str, str]]:
+def read_tests(tests: object) -> str | list[tuple[str, str]]:
     """Return tests as one text of assertions, or as pairs of input and output.
 
     Raises:

@@ -9,6 +9,8 @@ from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.callables import require_callable
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 
+# `Any`: users' functions take a sample or a list, and return a number or a verdict.
+
 
 class RewardFunction(BatchReward):
     """Uses a Python function, given by its import path, as a reward.

@@ -17,6 +17,8 @@ from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 from kdrl_lightning.untyped import Row
 
+# `Any`: math-verify and sympy have no types.
+
 # Longer answers count as wrong: no task asks for them, and parsers take very long to read them.
 LONGEST_ANSWER = 1000
 INTEGER = re.compile(r"[+-]?\d{1,18}")

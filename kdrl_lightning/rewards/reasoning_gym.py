@@ -14,6 +14,8 @@ from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 from kdrl_lightning.untyped import Row
 
+# `Any`: reasoning-gym's scorers have no types.
+
 # Constant answers that a student would learn if a scorer gave them full credit for any question.
 CONSTANTS = (
     *("no answer at all", "nan", "nan+nanj", "inf", "-inf", "1e999", "0", "1", "-1", "x", "?"),
@@ -82,7 +84,7 @@ class ReasoningGymReward(BatchReward):
         """Stop the worker processes."""
         self.pool.close()
 
-    def _asked(self, sample: Sample) -> tuple[str | None, str | None, dict[str, Any]]:
+    def _asked(self, sample: Sample) -> tuple[str | None, str | None, Row]:
         return self.task, self.answer(sample), dict(sample.row)
 
     def _verdict(self, value: float | Exception) -> Verdict | Exception:
@@ -92,7 +94,7 @@ class ReasoningGymReward(BatchReward):
         return Verdict(value if self.partial else float(correct), correct)
 
 
-def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
+def score(asked: tuple[str | None, str | None, Row]) -> float:
     """Score a (task, answer, row) triple; runs in a worker process.
 
     Raises:
@@ -115,7 +117,7 @@ def score(asked: tuple[str | None, str | None, dict[str, Any]]) -> float:
     return best
 
 
-def _with_each_answer(row: Row) -> list[dict[str, Any]]:
+def _with_each_answer(row: Row) -> list[Row]:
     """Return one copy of the row per accepted answer, as text; scorers cannot read other types."""
     if isinstance(row.get("answer"), str) or missing(row.get("answer")):
         return [row]

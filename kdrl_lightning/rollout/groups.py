@@ -11,7 +11,7 @@ from typing import Protocol
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
-from kdrl_lightning.rollout.generation import EncodedPrompt, Judged, Row
+from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
 from kdrl_lightning.rollout.live import Request
 from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.rollout.prompt_order import (
@@ -22,6 +22,7 @@ from kdrl_lightning.rollout.prompt_order import (
     fill_groups,
 )
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
+from kdrl_lightning.untyped import Row
 
 # Enough tokens to notice other weights, and few compared with a rollout.
 PROBES, PROBE_TOKENS = 4, 64

@@ -14,6 +14,8 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 
+# `Any`: transformers has no type that all tokenizers share.
+
 
 class AdapterOffTeacher(Teacher):
     """Scores with the student's base model: the same weights with the adapters switched off.

@@ -16,6 +16,9 @@ from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 
+# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
+# row.
+
 
 class Teacher(ABC):
     """Scores completions with a frozen model.

@@ -23,6 +23,9 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
 
+# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
+# row.
+
 
 class CachedTeacher(Teacher):
     """Looks up scores on disk; the wrapped teacher scores only completions that are not there.

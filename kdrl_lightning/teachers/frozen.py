@@ -21,6 +21,9 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.tokenizers import check_end_tokens
 
+# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
+# row.
+
 
 class FrozenModels:
     """Loads, moves and asks the teacher and the reference.

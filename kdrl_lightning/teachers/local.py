@@ -25,6 +25,8 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.tokenizers import compare
 
+# `Any`: transformers has no type that all tokenizers share.
+
 
 class LocalTeacher(Teacher):
     """Scores and generates with a frozen model on the student's device.

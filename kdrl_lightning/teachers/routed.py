@@ -15,6 +15,9 @@ from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 
+# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
+# row.
+
 
 class RoutedTeacher(Teacher):
     """Scores each completion with the teacher that a column of its prompt row names.

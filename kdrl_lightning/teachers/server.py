@@ -25,6 +25,8 @@ from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.tokenizers import compare
 
+# `Any`: transformers has no type that all tokenizers share; requests are JSON.
+
 PATH = "/v1/completions"
 # vLLM's bound on `logprob_token_ids` of one request.
 MAX_IDS = 128

@@ -12,6 +12,8 @@ from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 
+# `Any`: transformers has no type that all tokenizers share.
+
 PROBES = (
     [{"role": "user", "content": "1+1="}],
     [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1="}],

@@ -24,6 +24,8 @@ from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
 
+# `Any`: transformers has no type that all tokenizers share; torch's closures.
+
 
 @dataclass(frozen=True)
 class Recipe:

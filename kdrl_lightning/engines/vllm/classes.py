@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+# `Any`: members of a class that vLLM made.
+
 # Attributes that Python or a library sets on a class when it is first used.
 INCIDENTAL = {"__abstractmethods__", "_abc_impl", "__doc__", "__dict__", "__weakref__"}
 

@@ -31,6 +31,8 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
+# `Any`: vLLM is optional, and type checkers skip it.
+
 # vLLM reads these variables at import; values that the user has set are kept. It runs in this
 # process, so that it takes weights directly, and logs errors only.
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"

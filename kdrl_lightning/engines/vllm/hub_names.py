@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kdrl_lightning.models.weights import ModelWeights
 
+# `Any`: transformers has no type that all models share.
+
 LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions join tensors of one layer, never of several
 
 

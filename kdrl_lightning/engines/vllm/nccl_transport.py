@@ -19,6 +19,8 @@ from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.weight_transport import WeightRoute, paused, ranks
 from kdrl_lightning.errors import TrainingStopped
 
+# `Any`: vLLM is optional, and type checkers skip it.
+
 
 class TransferRoute(WeightRoute):
     """Sends weights from the first rank to one server after the other, tensor by tensor.

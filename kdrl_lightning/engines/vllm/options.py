@@ -12,6 +12,8 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_config
 
+# `Any`: configurations of transformers share no typed base; vLLM's options have many types.
+
 # vLLM's code for these architectures keeps some weights where a reload does not find them, so
 # updates would be lost. If transformers' classes run the model, all weights arrive.
 BY_TRANSFORMERS = {

@@ -11,6 +11,8 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.architectures.rotary import switch_lengths
 from kdrl_lightning.models.end_tokens import first_end
 
+# `Any`: models and configurations of transformers share no typed base.
+
 
 def check_requests(
     prompts: Sequence[list[int]], sampling: Sampling, vocab_size: int, context: int

@@ -27,6 +27,8 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
+# `Any`: bodies of requests are JSON.
+
 
 class VLLMServerEngine(RolloutEngine):
     """Samples on servers that ``python -m kdrl_lightning serve`` starts; they divide the prompts.

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kdrl_lightning.engines.weight_files import read_shards
 
+# `Any`: vLLM is optional, and type checkers skip it.
+
 NAME = f"{__name__}.StudentWorker"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.untyped import HFConfig
 
+# `Any`: the content of a JSON file.
+
 NAME = "generation_config.json"
 
 

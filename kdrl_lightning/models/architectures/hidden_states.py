@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: each model takes other inputs.
+
 
 def decoder_of(model: HFModel) -> HFModel | None:
     """Return the module of a model that holds everything but its head; None if there is none.
@@ -43,7 +45,7 @@ def states_at_head(model: HFModel, **inputs: Any) -> Tensor:
         RuntimeError: the model does not call its output embeddings.
     """
 
-    def stop(_: Any, args: tuple[Tensor, ...]) -> None:
+    def stop(_: object, args: tuple[Tensor, ...]) -> None:
         raise _Reached(args[0])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(stop)

@@ -8,6 +8,8 @@ from typing import Any
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: transformers' report on loading, a dictionary of lists and sets.
+
 
 def check_loaded(model: HFModel, info: dict[str, Any], path: str) -> None:
     """Check transformers' report on loading a model.

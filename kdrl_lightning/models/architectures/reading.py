@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 from kdrl_lightning.errors import ConfigurationError
 
+# `Any`: the content of a JSON file.
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 AGAIN = "Download the model again."

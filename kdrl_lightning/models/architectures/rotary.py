@@ -17,6 +17,8 @@ from torch import Tensor
 
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: the rotary modules of transformers share no typed base.
+
 # Attribute of a rotary module that decides per row: the row lengths of this pass, or None.
 MARK = "row_lengths"
 

@@ -17,6 +17,8 @@ from kdrl_lightning.models.architectures.hidden_states import decoder_of
 from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: torch types an attribute of a module as a tensor or a module.
+
 BOUND = 1e-3  # of log-probabilities in 32 bits and more
 BOUND_16 = 0.1  # of a row's mean in 16 bits: single tokens differ by more if experts change
 WIDE = 50.0  # logits are scaled to this size, so that a soft-cap shows in any model

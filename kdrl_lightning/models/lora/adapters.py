@@ -19,6 +19,8 @@ from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.lora.targets import ALL, find_targets
 from kdrl_lightning.untyped import HFModel, State
 
+# `Any`: peft's layers have no common type.
+
 ADAPTER = "default"  # peft's name of a single adapter
 
 
@@ -192,7 +194,7 @@ def adapters_off(model: HFModel) -> Iterator[None]:
 def leave_base_out(module: nn.Module) -> None:
     """Make a module's ``state_dict`` hold only the trained parameters, without the base model."""
 
-    def drop(module: nn.Module, state: State, prefix: str, _: Any) -> None:
+    def drop(module: nn.Module, state: State, prefix: str, _: object) -> None:
         trained = {prefix + name for name, p in module.named_parameters() if p.requires_grad}
         for name in [n for n in state if n.startswith(prefix) and n not in trained]:
             del state[name]

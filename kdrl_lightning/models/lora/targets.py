@@ -15,6 +15,8 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
 from kdrl_lightning.untyped import HFModel
 
+# `Any`: torch types an attribute of a module as a tensor or a module.
+
 ALL = "all-linear"
 # transformers keeps a layer's experts in one 3-D parameter, often with gate and up fused into one.
 FUSED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")

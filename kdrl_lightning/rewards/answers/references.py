@@ -13,6 +13,8 @@ import numpy as np
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.untyped import Row
 
+# `Any`: entries of a column, of any type.
+
 ROW_CHARACTERS = 120
 # A float64 with fewer digits than this was written as such a decimal; a float32 keeps any decimal
 # of six digits.
@@ -63,7 +65,7 @@ def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
     return tuple(texts)
 
 
-def missing(value: Any) -> bool:
+def missing(value: object) -> bool:
     """Check whether a value is missing: None, NaN, pandas' NA or NaT, or an empty text."""
     if value is None:
         return True
@@ -81,7 +83,7 @@ def shorten(row: Row, limit: int = ROW_CHARACTERS) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def _texts(value: Any, inside: bool = False) -> Iterable[str]:
+def _texts(value: object, inside: bool = False) -> Iterable[str]:
     if isinstance(value, bytearray | memoryview):
         value = bytes(value)
     if isinstance(value, Mapping) or (inside and _many(value)):
@@ -133,11 +135,11 @@ def _of_single(value: float) -> list[str]:
     return _of_decimal(short, str(short))[:1]
 
 
-def _digits(value: Any) -> int:
+def _digits(value: object) -> int:
     return len(Decimal(str(value)).normalize().as_tuple().digits)
 
 
-def _many(value: Any) -> bool:
+def _many(value: object) -> bool:
     if isinstance(value, list | tuple | set | frozenset):
         return True
     return hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0  # an array, a series

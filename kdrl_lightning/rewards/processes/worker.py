@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+# `Any`: arguments and results of users' functions.
+
 MEMORY_BYTES = 2 << 30
 CLOSED = 113  # exit status of a child whose pipe was closed
 # Options of prctl(2): send this process a signal when its parent ends; adopt orphaned descendants.

@@ -23,6 +23,8 @@ from typing import Any
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rewards.callables import describe, portable_target
 
+# `Any`: arguments and results of users' functions.
+
 START_SECONDS = 120.0  # enough for the imports on a busy machine
 STARTS = 3  # the pool gives up after this many processes that ended before they were ready
 DIED = "the process that judged it has died"
