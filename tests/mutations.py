@@ -2047,7 +2047,19 @@ MUTATIONS = [
         "if isinstance(content, list) and content:",
         "if False:",
     ),
+    Mutation(
+        "prompts: a stream downloads all",
+        ("prompts/hugging_face.py", "prompts/test_hugging_face.py"),
+        "    _streaming = True",
+        "    _streaming = False",
+    ),
     # How settings are read.
+    Mutation(
+        "settings: a class splits without its argument",
+        ("cli/settings/renamed.py", "cli/settings/test_renamed.py"),
+        "            if given[argument]:",
+        "            if True:",
+    ),
     Mutation(
         "settings: a set by name is a class",
         SHAPES,
