@@ -26,6 +26,10 @@ DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
 EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
 JSD = "losses/divergences.py", "losses/test_jsd.py"
 POLICY = "losses/ratios.py", "losses/test_ratios.py"
+RESTRICTION = "engines/restriction.py", "engines/test_restriction.py"
+SERVER_LIMITS = "engines/vllm/server.py", "engines/vllm/test_server.py"
+TRRD_PUBLISHED = "losses/ratios.py", "losses/test_trrd_as_published.py"
+RLAD_PUBLISHED = "objectives/ratios.py", "objectives/test_rlad_as_published.py"
 POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
@@ -250,6 +254,25 @@ MUTATIONS = [
         "TRRD: clamp one-sided", POLICY, ".clamp(-offset_clamp, offset_clamp)", ".clamp(max=1.0)"
     ),
     Mutation(
+        "TRRD as published: the clamp keeps the gradient",
+        TRRD_PUBLISHED,
+        "(logprobs - teacher_logprobs.detach()).clamp(-log_ratio_clamp, log_ratio_clamp)",
+        "logprobs - logprobs.detach() + (logprobs - teacher_logprobs).detach().clamp("
+        "-log_ratio_clamp, log_ratio_clamp)",
+    ),
+    Mutation(
+        "TRRD as published: the old student is clamped",
+        TRRD_PUBLISHED,
+        "(logprobs - teacher_logprobs.detach()).clamp(",
+        "(old_logprobs - teacher_logprobs.detach()).clamp(",
+    ),
+    Mutation(
+        "TRRD as published: clamped where nothing is imitated",
+        RLAD_PUBLISHED,
+        "torch.where(self._imitated(batch), alpha, 1.0)",
+        "alpha",
+    ),
+    Mutation(
         "advantages: ddof 0",
         ADVANTAGES,
         "rewards.std(1, keepdim=True)",
@@ -374,8 +397,8 @@ MUTATIONS = [
     Mutation(
         "RLAD: clip sides swapped",
         RLAD,
-        "TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high",
-        "TrustRegionRatio(trrd_alpha, offset_clamp, clip_high, clip_low",
+        "trrd_alpha, offset_clamp, clip_low, clip_high",
+        "trrd_alpha, offset_clamp, clip_high, clip_low",
     ),
     Mutation(
         "RLAD: clamp ignored",
@@ -499,8 +522,8 @@ MUTATIONS = [
     Mutation(
         "dual clip: forgotten by TRRD",
         POLICY_FAMILY,
-        "teacher_logprobs, trrd_alpha, offset_clamp)\n",
-        "teacher_logprobs, trrd_alpha, offset_clamp)\n    dual_clip = None\n",
+        "*anchors, trrd_alpha, offset_clamp, log_ratio_clamp)\n",
+        "*anchors, trrd_alpha, offset_clamp, log_ratio_clamp)\n    dual_clip = None\n",
     ),
     Mutation(
         "sequence ratio: sum for mean",
@@ -830,14 +853,14 @@ MUTATIONS = [
     Mutation(
         "anchor: teacher everywhere",
         RATIOS_SELECTIONS,
-        "torch.where(batch.imitation_mask & batch.student_mask, teacher, old)",
+        "torch.where(self._imitated(batch), teacher, old)",
         "teacher",
     ),
     Mutation(
         "anchor: on the teacher's rows",
         (RATIOS[0], "objectives/test_teacher_completions.py"),
-        "batch.imitation_mask & batch.student_mask",
-        "batch.imitation_mask",
+        "return batch.imitation_mask & batch.student_mask",
+        "return batch.imitation_mask",
     ),
     Mutation(
         "GSPO: over the padding",
@@ -1715,7 +1738,28 @@ MUTATIONS = [
         '"float32"',
     ),
     Mutation("pending: one of the top k", FRAME_PENDING, "self.top_k > 0 or", "self.top_k > 1 or"),
-    Mutation("clamp of 0: anchored", RATIOS_STATS, " and self.offset_clamp != 0.0", ""),
+    Mutation(
+        "clamp of 0: anchored",
+        RATIOS_STATS,
+        " and 0.0 not in (self.offset_clamp, self.log_ratio_clamp)",
+        "",
+    ),
+    Mutation(
+        "top-p: keeps too few",
+        RESTRICTION,
+        "<= 1.0 - sampling.top_p",
+        "<= sampling.top_p",
+    ),
+    Mutation("min-p: of the smallest", RESTRICTION, "logits.amax(-1", "logits.amin(-1"),
+    Mutation(
+        "server: all tokens in evaluations", SERVER_LIMITS, "            **limits(sampling),\n", ""
+    ),
+    Mutation(
+        "evaluation: the average weighs the intervals",
+        ("evaluation/metrics.py", "evaluation/test_sets.py"),
+        "if name not in intervals",
+        "if name",
+    ),
     Mutation("fence: below", RATIOS_STATS, "log_ratio < low", "log_ratio <= low"),
     Mutation(
         "fence: above",
