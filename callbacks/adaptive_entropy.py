@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule
@@ -61,8 +62,11 @@ class AdaptiveEntropy(RolloutCallback):
         self.lowest = lowest
         self.highest = highest
         self.start = start
+        self.coefficient = start
+        self.entropy = 0.0  # of the last rollout; before the first, the bonus has its weight
         self._before: float | None = None
-        self._restart()
+        self._sums = 0.0, 0.0  # entropy and tokens of this rollout so far, over all ranks
+        self._micro: Tensor | None = None  # the same of this rank's unfinished step
 
     def after(self, coefficient: float, entropy: float) -> float:
         """Return c after a rollout with a mean entropy, in nats."""
@@ -96,7 +100,7 @@ class AdaptiveEntropy(RolloutCallback):
                 "`callbacks` must have one that sets entropy_coef: got AdaptiveEntropy and "
                 f"{type(rivals[0]).__name__}. Remove the others."
             )
-        self._restart()
+        self.coefficient, self.entropy, self._sums, self._micro = self.start, 0.0, (0.0, 0.0), None
         self._before = trained(pl_module).objective.coefficient("entropy_coef")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -160,12 +164,6 @@ class AdaptiveEntropy(RolloutCallback):
         self.entropy = state_dict["entropy"]
         entropy, tokens = state_dict["sums"]
         self._sums = entropy, tokens
-
-    def _restart(self) -> None:
-        self.coefficient = self.start
-        self.entropy = 0.0  # of the last rollout; before the first, the bonus has its weight
-        self._sums = 0.0, 0.0  # entropy and tokens of this rollout so far, over all ranks
-        self._micro: torch.Tensor | None = None  # the same of this rank's unfinished step
 
     def _set(self, pl_module: TrainedModule) -> None:
         value = self.weight(self.coefficient, self.entropy)

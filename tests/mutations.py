@@ -26,6 +26,7 @@ DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
 EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
 JSD = "losses/divergences.py", "losses/test_jsd.py"
 POLICY = "losses/ratios.py", "losses/test_ratios.py"
+ADAPTIVE_ENTROPY = "callbacks/adaptive_entropy.py", "callbacks/test_adaptive_entropy.py"
 RESTRICTION = "engines/restriction.py", "engines/test_restriction.py"
 SERVER_LIMITS = "engines/vllm/server.py", "engines/vllm/test_server.py"
 TRRD_PUBLISHED = "losses/ratios.py", "losses/test_trrd_as_published.py"
@@ -1750,6 +1751,36 @@ MUTATIONS = [
         "<= 1.0 - sampling.top_p",
         "<= sampling.top_p",
     ),
+    Mutation(
+        "adaptive entropy: the wrong way",
+        ADAPTIVE_ENTROPY,
+        "self.step if entropy < self.target else -self.step",
+        "-self.step if entropy < self.target else self.step",
+    ),
+    Mutation(
+        "adaptive entropy: the unfinished rollout is forgotten",
+        ADAPTIVE_ENTROPY,
+        "        self._sums = entropy, tokens\n",
+        "",
+    ),
+    Mutation(
+        "flat groups: only they train",
+        ("rollout_batch.py", "rollout/test_masked_groups.py"),
+        "loss_mask & ~flat_groups(earned, groups)",
+        "loss_mask & flat_groups(earned, groups)",
+    ),
+    Mutation(
+        "end token: a selection cures whole distributions",
+        ("objectives/policy.py", "teachers/test_tokenizers.py"),
+        "except_end and not exact",
+        "except_end",
+    ),
+    Mutation(
+        "interval: certain of nothing",
+        ("evaluation/bootstrap.py", "evaluation/test_metrics_of_sets.py"),
+        "return (0.0, far) if certain == 0.0",
+        "return (0.0, 0.0) if certain == 0.0",
+    ),
     Mutation("min-p: of the smallest", RESTRICTION, "logits.amax(-1", "logits.amin(-1"),
     Mutation(
         "server: all tokens in evaluations", SERVER_LIMITS, "            **limits(sampling),\n", ""
@@ -1966,7 +1997,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: always float32",
-        ("rollout_batch.py", "rollout/test_flat_groups.py"),
+        ("rollout_batch.py", "rollout/test_masked_groups.py"),
         "torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32",
         "torch.float32",
     ),

@@ -10,6 +10,7 @@ import torch
 
 from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
+from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
@@ -126,6 +127,23 @@ def test_every_set_has_its_metrics_and_the_first_is_monitored(
     again = data.evaluate(module.weights())
     assert again == pytest.approx(near["val/accuracy"])
     assert data.evaluate(module.weights(), temperature=0.0) != again
+
+
+def test_only_evaluations_leave_out_tokens(
+    tmp_path: Path, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rollout that left out tokens would bias every ratio of the loss."""
+    settings = EvaluationSettings(temperature=0.6, top_p=0.5, top_k=3)
+    data = make_data(val_prompts=ColumnAddition(4, seed=2), evaluation=settings)
+    trace = fit(tmp_path, make_module(student_folder, None, GRPO()), data, max_steps=2)
+    assert data.collector.student.sampling.whole and data.collector.teacher.sampling.whole
+    batch = trace.seen[0][1]  # the engine's log-probabilities are those of the whole distribution
+    gap = (batch.rollout_logprobs - batch.old_logprobs)[batch.completion_mask]
+    assert gap.abs().max() < 1e-4
+    for flag in ("top_p=0.9", "top_k=5", "min_p=0.1"):
+        with pytest.raises(SystemExit):
+            main(["fit", f"--data.rollout.{flag}"])
+        assert f"data.rollout.{flag.split('=')[0]}" in capsys.readouterr().err
 
 
 def test_a_set_of_many_is_what_it_is_alone(tmp_path: Path, student_folder: str) -> None:

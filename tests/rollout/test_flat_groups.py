@@ -1,97 +1,110 @@
-"""Groups with equal rewards are left out of the loss, as if they had not been sampled."""
+"""One definition of a flat group: for refills, advantages and statistics, in the run's type."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from helpers.objective_steps import REDUCTIONS, graded, ready, student
-from helpers.reference import close, normal
-from helpers.short_runs import fit, make_data, make_module
-from kdrl_lightning.objectives import GRPO, KDRL
-from kdrl_lightning.rewards import Sample
-from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from helpers.short_runs import make_data, make_module, make_trainer
+from kdrl_lightning import GRPO
+from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.losses.advantages import group_relative, shaped
+from kdrl_lightning.rewards import RewardRunner, Sample, Verdict
+from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.rollout.prompt_order import fill_groups
+from kdrl_lightning.rollout.statistics import RolloutWatch
+from kdrl_lightning.rollout_batch import collate, flat_groups
 
-LENGTHS, GROUPS = [3, 1, 2, 4, 2, 2], [0, 0, 1, 1, 2, 2]
-REWARDS = [1.0, 0.0, 0.1 + 0.2, 0.1 + 0.2, 0.0, 1.0]
+NEARLY = [0.1 + 0.2, 0.3]  # differ in float64, not in float32
 
 
-def batch(rows: list[int], masked: bool) -> RolloutBatch:
-    """Some of the completions, with scores that do not depend on the others."""
-    groups = [GROUPS[i] for i in rows]
-    made = collate(
-        [[1]] * len(rows),
-        [[2] * LENGTHS[i] for i in rows],
-        [sorted(set(groups)).index(g) for g in groups],
-        pad_id=0,
-        rewards=[REWARDS[i] for i in rows],
-        mask_flat_groups=masked,
+@pytest.fixture(params=[torch.float32, torch.float64])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+def everywhere(rewards: list[float]) -> tuple[bool, bool, bool, bool]:
+    """Is it replaced, without advantage (in two ways), counted as flat?"""
+    group = [Judged([1], {}, Completion([2], [0.0], False), "", Verdict(r, False)) for r in rewards]
+    other = [
+        Judged([1], {}, Completion([2], [0.0], False), "", Verdict(r, False)) for r in (0.0, 1.0)
+    ]
+    _, replaced = fill_groups([0], lambda slots, attempt: [other if attempt else group], 1)
+    size = len(rewards)
+    batch = collate([[1]] * size, [[2]] * size, [0] * size, pad_id=0, rewards=rewards)
+    table = batch.rewards[None]
+    metrics = RolloutWatch().measure(
+        batch, RewardRunner(len), {}, lambda tensor, operation: tensor, compares_group=False
     )
-    width = made.completion_ids.shape[1]
-    tables = {
-        name: normal(6, 4, seed=seed)[rows, :width] - 3.0
-        for seed, name in enumerate(("old_logprobs", "teacher_logprobs", "rollout_logprobs"))
-    }
-    return made.replace(
-        rewards=made.rewards.double(),
-        topk_ids=torch.zeros(*made.completion_ids.shape, 1, dtype=torch.long),
-        **tables,
+    gaps = torch.zeros_like(table)
+    return (
+        bool(replaced),
+        not group_relative(table).any(),
+        not shaped(table, gaps, 1.0).any(),
+        metrics["rollout/flat_group_frac"] == 1.0,
     )
 
 
-def test_a_flat_group_is_out_of_the_loss_and_of_all_counts() -> None:
-    masked = batch(list(range(6)), True)
-    assert masked.loss_mask.any(1).tolist() == [True, True, False, False, True, True]
-    assert torch.equal(masked.completion_mask.sum(1), torch.tensor(LENGTHS))
-    assert masked.group_tokens.tolist() == [4.0, 4.0, 0.0, 0.0, 4.0, 4.0]
-    assert masked.count(9) == batch([0, 1, 4, 5], False).count(9)
-    assert torch.equal(batch(list(range(6)), False).loss_mask, masked.completion_mask)
-    assert collate([], [], [], pad_id=0, mask_flat_groups=True).loss_mask.numel() == 0
+def test_values_that_only_differ_in_float64(dtype: torch.dtype) -> None:
+    assert everywhere(NEARLY) == (dtype == torch.float32,) * 4
+    assert everywhere([1.0, 1.0 + 1e-9]) == (dtype == torch.float32,) * 4
+    assert everywhere([0.5, 0.5]) == (True,) * 4
+    assert everywhere([0.5, 0.5 + 2**-20]) == (False,) * 4
+    assert everywhere([0.0, -0.0]) == (True,) * 4
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_to_mask_a_group_is_to_drop_it(reduction: Any) -> None:
-    """Also for the teacher's term and the entropy, which act on such groups otherwise."""
-    objective = KDRL(0.3, reduction=reduction, entropy_coef=0.1)
-    rows = [0, 1, 4, 5]
-    whole, masked, dropped = (
-        batch(list(range(6)), False),
-        batch(list(range(6)), True),
-        batch(rows, False),
-    )
-    scores = student(whole)
-    width = dropped.completion_ids.shape[1]
-    few = scores.map(lambda x: x.detach()[rows, :width].requires_grad_())
-    got = graded(objective, ready(objective, masked), scores)
-    expected = graded(objective, ready(objective, dropped), few)
-    unmasked = graded(objective, ready(objective, whole), scores)
-    close(got[0], expected[0])
-    for name in ("logprobs", "entropy"):
-        close(got[1][name][rows, :width], expected[1][name])
-        assert (got[1][name][[2, 3]] == 0).all() and (unmasked[1][name][[2, 3]] != 0).any()
+@given(
+    st.lists(st.floats(-2, 2) | st.sampled_from([*NEARLY, 0.6, 3 * 0.2]), min_size=2, max_size=4)
+)
+def test_the_answers_agree_whatever_the_rewards(rewards: list[float]) -> None:
+    assert len(set(everywhere(rewards))) == 1
 
 
-def flat_if_odd(sample: Sample) -> float:
-    """Completions of one half of the prompts all get the same reward."""
-    odd = sum(map(ord, sample.row["prompt"])) % 2
-    return 0.5 if odd else float(len(sample.ids) % 2)
+def test_rewards_are_kept_in_the_type_of_the_run(dtype: torch.dtype) -> None:
+    batch = collate([[1]] * 2, [[2]] * 2, [0, 0], pad_id=0, rewards=NEARLY)
+    assert batch.rewards.dtype == dtype
+    assert batch.rewards.tolist() == torch.tensor(NEARLY, dtype=dtype).tolist()
+    assert collate([[1]], [[2]], [0], pad_id=0).rewards.dtype == dtype
 
 
-@pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
-def test_a_run_leaves_flat_groups_out_and_samples_no_others(
-    tmp_path: Path, student_folder: str
+def test_in_half_precision_rewards_are_float32() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        batch = collate([[1]] * 2, [[2]] * 2, [0, 0], pad_id=0, rewards=[0.1, 0.3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert batch.rewards.dtype == torch.float32
+
+
+def test_each_group_has_its_own_answer() -> None:
+    rewards, groups = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0]), torch.tensor([1, 0, 1, 0, 2])
+    assert flat_groups(rewards, groups).tolist() == [True, True, True]
+    assert flat_groups(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])).tolist() == [False]
+    assert flat_groups(torch.zeros(0), torch.zeros(0, dtype=torch.long)).tolist() == []
+
+
+@pytest.mark.filterwarnings("ignore:.* of the completions are cut:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* of the groups have equal rewards:UserWarning")
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)]
+)
+def test_a_run_keeps_rewards_in_its_precision(
+    tmp_path: Path, student_folder: str, precision: str, dtype: torch.dtype
 ) -> None:
-    data = make_data(val_prompts=None, reward=flat_if_odd, mask_flat_groups=True)
-    trace = fit(tmp_path, make_module(student_folder, None, GRPO()), data, max_steps=4)
-    kept = 0
-    for _, micro in trace.seen:
-        for group in micro.group_ids.unique():
-            rows = micro.group_ids == group
-            flat = bool((micro.rewards[rows] == micro.rewards[rows][0]).all())
-            assert bool(micro.loss_mask[rows].any()) is not flat
-            kept += not flat
-    assert kept
-    assert data.watch.completions == data.watch.rollouts * 16
+    def nearly(sample: Sample) -> float:
+        return NEARLY[len(sample.ids) % 2]
+
+    module = make_module(student_folder, None, GRPO())
+    data = make_data(reward=nearly)
+    make_trainer(tmp_path, max_steps=1, precision=precision).fit(module, datamodule=data)
+    batch = data.rollouts.plan.batch  # type: ignore[union-attr]
+    assert batch.rewards.dtype == dtype
+    assert set(batch.rewards.tolist()) <= set(torch.tensor(NEARLY, dtype=dtype).tolist())
+    assert batch.advantages is not None and batch.advantages.dtype == dtype
