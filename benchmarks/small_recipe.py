@@ -130,7 +130,7 @@ def replaced(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def shrunk(
-    recipes: Sequence[Path], names: Mapping[str, str], folder: Path, scale: int = SCALE
+    recipes: Sequence[Path], names: Mapping[str, str], folder: Path, scale: int
 ) -> dict[str, Any]:
     """Return a recipe and its overlays as one configuration for one CPU process.
 
@@ -192,7 +192,7 @@ def main() -> None:
         names = make_stand_ins(Path(folder))
         recipes = [FOLDER / f"{name.removesuffix('.yaml')}.yaml" for name in args.recipe]
         file = Path(folder) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(shrunk(recipes, names, Path(folder))))
+        file.write_text(yaml.safe_dump(shrunk(recipes, names, Path(folder), SCALE)))
         steps = [] if args.steps is None else [f"--trainer.max_steps={args.steps}"]
         KDRLCLI.run(["fit", "--config", str(file), *steps])
 
