@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 BASES = {"base", "base.yaml", "teacher.yaml", "math.yaml", "zebra.yaml", "countdown.yaml"}
-# One recipe of each kind; the others differ from it in names and numbers, which other tests compare.
+# One recipe of each kind; the others differ in names and numbers, which other tests compare.
 KINDS = [
     *("kdrl", "kdrl_annealing", "smollm2_kdrl", "rlad_logic_0.6b_2k", "rlad_logic_1.7b_8k"),
     *("rlad_math_1.7b", "rlad_math_8b", "rlad_math_1.5b", "replication/grpo", "replication/kdrl"),
