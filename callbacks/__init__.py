@@ -1,6 +1,7 @@
 """Callbacks: annealing, statistics, checks, checkpoints, progress, report, predictions, samples."""
 
 from kdrl_lightning.callbacks import weight_sync
+from kdrl_lightning.callbacks.adaptive_entropy import AdaptiveEntropy
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
@@ -15,6 +16,7 @@ from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSyncCheck
 
 __all__ = [
+    "AdaptiveEntropy",
     "CPUThreads",
     "CoefficientSchedule",
     "FSDPCheckpoint",

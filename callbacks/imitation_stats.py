@@ -52,8 +52,8 @@ class SelectiveImitationStats(RolloutCallback):
     - ``kd/top_token_agreement``: tokens at which student and teacher have the same most likely
       token.
     - ``kd/teacher_entropy``: the teacher's entropy, to compare with ``policy/entropy``.
-    - ``kd/offset_clamp_frac``: tokens whose teacher offset RLAD clamps; ``kd/offset_weight_max``
-      and ``_p99``: maximum and 99th percentile of TRRD's ``(pi_old / pi_T)^(1 - alpha)``.
+    - ``kd/offset_clamp_frac``: tokens on which RLAD's clamp acts; ``kd/offset_weight_max`` and
+      ``_p99``: maximum and 99th percentile of TRRD's ``(pi_old / pi_T)^(1 - alpha)``.
     - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range; ``_low``,
       ``_high``.
     - ``policy/ratio_mean``, ``policy/ratio_max``: mean and maximum of the ratio that is clipped.
@@ -243,13 +243,10 @@ def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
         return
     if micro.offset_weight is not None:
         stats.add_max("kd/offset_weight_max", micro.offset_weight.exp(), mask)
-    ratios = [part for part in micro.objective.parts() if isinstance(part, TrustRegionRatio)]
-    clamps = [(ratio.offset_clamp, ratio.anchored) for ratio in ratios if ratio.offset_clamp]
-    if clamps:
-        clamp, anchored = clamps[0]
-        cut = (batch.old_logprobs - teacher).abs() > clamp
-        where = batch.loss_mask if batch.imitation_mask is None else batch.imitation_mask
-        stats.add_mean("kd/offset_clamp_frac", cut & where & anchored, mask)
+    for part in micro.objective.parts():
+        cut = part.clamped(batch, logprobs) if isinstance(part, TrustRegionRatio) else None
+        if cut is not None:
+            stats.add_mean("kd/offset_clamp_frac", cut, mask)
 
 
 def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -> None:

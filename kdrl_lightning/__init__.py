@@ -26,6 +26,7 @@ _HOME = {
     "GRPO": "objectives",
     "KDRL": "objectives",
     "RLAD": "objectives",
+    "ClippedDistillation": "objectives",
     "OnPolicyDistillation": "objectives",
     "SFT": "objectives",
     "CISPO": "objectives",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.objectives import RLSD as RLSD
     from kdrl_lightning.objectives import SFT as SFT
     from kdrl_lightning.objectives import SRPO as SRPO
+    from kdrl_lightning.objectives import ClippedDistillation as ClippedDistillation
     from kdrl_lightning.objectives import Objective as Objective
     from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
     from kdrl_lightning.objectives import PolicyObjective as PolicyObjective

@@ -26,6 +26,11 @@ DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
 EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
 JSD = "losses/divergences.py", "losses/test_jsd.py"
 POLICY = "losses/ratios.py", "losses/test_ratios.py"
+ADAPTIVE_ENTROPY = "callbacks/adaptive_entropy.py", "callbacks/test_adaptive_entropy.py"
+RESTRICTION = "engines/restriction.py", "engines/test_restriction.py"
+SERVER_LIMITS = "engines/vllm/server.py", "engines/vllm/test_server.py"
+TRRD_PUBLISHED = "losses/ratios.py", "losses/test_trrd_as_published.py"
+RLAD_PUBLISHED = "objectives/ratios.py", "objectives/test_rlad_as_published.py"
 POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
@@ -250,6 +255,25 @@ MUTATIONS = [
         "TRRD: clamp one-sided", POLICY, ".clamp(-offset_clamp, offset_clamp)", ".clamp(max=1.0)"
     ),
     Mutation(
+        "TRRD as published: the clamp keeps the gradient",
+        TRRD_PUBLISHED,
+        "(logprobs - teacher_logprobs.detach()).clamp(-log_ratio_clamp, log_ratio_clamp)",
+        "logprobs - logprobs.detach() + (logprobs - teacher_logprobs).detach().clamp("
+        "-log_ratio_clamp, log_ratio_clamp)",
+    ),
+    Mutation(
+        "TRRD as published: the old student is clamped",
+        TRRD_PUBLISHED,
+        "(logprobs - teacher_logprobs.detach()).clamp(",
+        "(old_logprobs - teacher_logprobs.detach()).clamp(",
+    ),
+    Mutation(
+        "TRRD as published: clamped where nothing is imitated",
+        RLAD_PUBLISHED,
+        "torch.where(self._imitated(batch), alpha, 1.0)",
+        "alpha",
+    ),
+    Mutation(
         "advantages: ddof 0",
         ADVANTAGES,
         "rewards.std(1, keepdim=True)",
@@ -374,8 +398,8 @@ MUTATIONS = [
     Mutation(
         "RLAD: clip sides swapped",
         RLAD,
-        "TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high",
-        "TrustRegionRatio(trrd_alpha, offset_clamp, clip_high, clip_low",
+        "trrd_alpha, offset_clamp, clip_low, clip_high",
+        "trrd_alpha, offset_clamp, clip_high, clip_low",
     ),
     Mutation(
         "RLAD: clamp ignored",
@@ -499,8 +523,8 @@ MUTATIONS = [
     Mutation(
         "dual clip: forgotten by TRRD",
         POLICY_FAMILY,
-        "teacher_logprobs, trrd_alpha, offset_clamp)\n",
-        "teacher_logprobs, trrd_alpha, offset_clamp)\n    dual_clip = None\n",
+        "*anchors, trrd_alpha, offset_clamp, log_ratio_clamp)\n",
+        "*anchors, trrd_alpha, offset_clamp, log_ratio_clamp)\n    dual_clip = None\n",
     ),
     Mutation(
         "sequence ratio: sum for mean",
@@ -830,14 +854,14 @@ MUTATIONS = [
     Mutation(
         "anchor: teacher everywhere",
         RATIOS_SELECTIONS,
-        "torch.where(batch.imitation_mask & batch.student_mask, teacher, old)",
+        "torch.where(self._imitated(batch), teacher, old)",
         "teacher",
     ),
     Mutation(
         "anchor: on the teacher's rows",
         (RATIOS[0], "objectives/test_teacher_completions.py"),
-        "batch.imitation_mask & batch.student_mask",
-        "batch.imitation_mask",
+        "return batch.imitation_mask & batch.student_mask",
+        "return batch.imitation_mask",
     ),
     Mutation(
         "GSPO: over the padding",
@@ -1715,7 +1739,58 @@ MUTATIONS = [
         '"float32"',
     ),
     Mutation("pending: one of the top k", FRAME_PENDING, "self.top_k > 0 or", "self.top_k > 1 or"),
-    Mutation("clamp of 0: anchored", RATIOS_STATS, " and self.offset_clamp != 0.0", ""),
+    Mutation(
+        "clamp of 0: anchored",
+        RATIOS_STATS,
+        " and 0.0 not in (self.offset_clamp, self.log_ratio_clamp)",
+        "",
+    ),
+    Mutation(
+        "top-p: keeps too few",
+        RESTRICTION,
+        "<= 1.0 - sampling.top_p",
+        "<= sampling.top_p",
+    ),
+    Mutation(
+        "adaptive entropy: the wrong way",
+        ADAPTIVE_ENTROPY,
+        "self.step if entropy < self.target else -self.step",
+        "-self.step if entropy < self.target else self.step",
+    ),
+    Mutation(
+        "adaptive entropy: the unfinished rollout is forgotten",
+        ADAPTIVE_ENTROPY,
+        "        self._sums = entropy, tokens\n",
+        "",
+    ),
+    Mutation(
+        "flat groups: only they train",
+        ("rollout_batch.py", "rollout/test_masked_groups.py"),
+        "loss_mask & ~flat_groups(earned, groups)",
+        "loss_mask & flat_groups(earned, groups)",
+    ),
+    Mutation(
+        "end token: a selection cures whole distributions",
+        ("objectives/policy.py", "teachers/test_tokenizers.py"),
+        "except_end and not exact",
+        "except_end",
+    ),
+    Mutation(
+        "interval: certain of nothing",
+        ("evaluation/bootstrap.py", "evaluation/test_metrics_of_sets.py"),
+        "return (0.0, far) if certain == 0.0",
+        "return (0.0, 0.0) if certain == 0.0",
+    ),
+    Mutation("min-p: of the smallest", RESTRICTION, "logits.amax(-1", "logits.amin(-1"),
+    Mutation(
+        "server: all tokens in evaluations", SERVER_LIMITS, "            **limits(sampling),\n", ""
+    ),
+    Mutation(
+        "evaluation: the average weighs the intervals",
+        ("evaluation/metrics.py", "evaluation/test_sets.py"),
+        "if name not in intervals",
+        "if name",
+    ),
     Mutation("fence: below", RATIOS_STATS, "log_ratio < low", "log_ratio <= low"),
     Mutation(
         "fence: above",
@@ -1922,7 +1997,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: always float32",
-        ("rollout_batch.py", "rollout/test_flat_groups.py"),
+        ("rollout_batch.py", "rollout/test_masked_groups.py"),
         "torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32",
         "torch.float32",
     ),

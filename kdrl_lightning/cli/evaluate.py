@@ -109,6 +109,9 @@ def evaluate(args: Sequence[str]) -> None:
                 "prompts": len(one.prompts),
                 "samples": one.samples,
                 "temperature": one.sampling.temperature,
+                "top_p": one.sampling.top_p,
+                "top_k": one.sampling.top_k,
+                "min_p": one.sampling.min_p,
                 "max_tokens": one.sampling.max_tokens,
                 "k": one.ks,
             }

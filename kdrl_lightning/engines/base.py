@@ -19,13 +19,27 @@ RENAMED = {"beside": "supports_async", "fixed": "has_own_weights"}
 class Sampling:
     """How to sample.
 
+    Evaluations may leave out improbable tokens; rollouts never do, because the ratios of the loss
+    would be biased.
+
     Attributes:
         max_tokens: longest completion, the end token included.
         temperature: 0 is greedy.
+        top_p: sample from the most likely tokens that together have this probability; 1: from all.
+        top_k: sample from this number of most likely tokens; 0: from all.
+        min_p: leave out tokens with less than this share of the largest probability.
     """
 
     max_tokens: int
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token can be sampled."""
+        return self.top_p >= 1.0 and not self.top_k and self.min_p <= 0.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,8 @@ class Completion:
 
     Attributes:
         ids: sampled tokens; the end token, if reached, is the last.
-        logprobs: log-probability of each at the sampling temperature (at 1 if greedy).
+        logprobs: log-probability of each in the distribution that it was sampled from (at
+            temperature 1 if greedy).
         truncated: cut at the token limit.
         version: ``policy_version`` of the weights; None: of those that the engine holds.
     """

@@ -24,6 +24,7 @@ from kdrl_lightning.engines.prefixes import (
     is_ordinary,
 )
 from kdrl_lightning.engines.replica import filled_replica
+from kdrl_lightning.engines.restriction import restricted
 from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.architectures.rotary import decide_per_row
@@ -176,7 +177,7 @@ class TransformersEngine(RolloutEngine):
         done = torch.zeros(size, dtype=torch.bool, device=device)
         for t in range(sampling.max_tokens):
             used = logits[:, : self._rows]
-            token, logprob = _draw(used, rows, noise[alive, t], sampling.temperature)
+            token, logprob = _draw(used, rows, noise[alive, t], sampling)
             ids[alive, t], logprobs[alive, t] = token, logprob
             done[alive] = torch.isin(token, ends)
             keep = (~done[alive]).nonzero().squeeze(-1)
@@ -272,7 +273,7 @@ def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
                 )
 
 
-def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, rows: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Sample a token for each of N completions by inverting the cumulative distribution.
 
     At temperature 0 we take the most likely token.
@@ -281,16 +282,18 @@ def _draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tu
         logits: ``[R, V]``, of the next token.
         rows: ``[N]``, the row of each completion.
         noise: ``[N]``, uniform in [0, 1).
-        temperature: of sampling.
+        sampling: temperature, and which tokens can be sampled.
 
     Returns:
         Tokens and their log-probabilities in nats, both ``[N]``.
     """
-    logits = logits.float()
+    logits, temperature = logits.float(), sampling.temperature
     if temperature == 0.0:
         token, log_norm = logits.argmax(-1)[rows], logits.logsumexp(-1)
     else:
         logits = logits if temperature == 1.0 else logits / temperature
+        if not sampling.whole:
+            logits = restricted(logits, sampling)
         peak = logits.amax(-1, keepdim=True)
         # In float64, because a float32 sum over 150k tokens would shift the edges of rare ones.
         edges = (logits - peak).exp().cumsum(-1, dtype=torch.float64)

@@ -11,11 +11,13 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return a percentile interval of the mean over prompts (bootstrap, Efron 1979).
 
-    Prompts are drawn with replacement.
+    Prompts are drawn with replacement. If all are 0, or all are 1, every draw is the same, and the
+    bootstrap would claim certainty. The interval is then Clopper and Pearson's (1934).
 
     >>> import torch
-    >>> bootstrap_interval(torch.ones(8))
-    (1.0, 1.0)
+    >>> low, high = bootstrap_interval(torch.ones(8))
+    >>> round(low, 3), high
+    (0.631, 1.0)
 
     Args:
         values: ``[P]``, one number per prompt, P at least 1.
@@ -29,6 +31,10 @@ def bootstrap_interval(
     numbers = values.double().cpu().numpy()
     draws = np.random.default_rng(seed)
     size = len(numbers)
+    for certain in (0.0, 1.0):
+        if (numbers == certain).all():
+            far = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / size)
+            return (0.0, far) if certain == 0.0 else (1.0 - far, 1.0)
     means = [numbers[draws.integers(size, size=size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return float(low), float(high)

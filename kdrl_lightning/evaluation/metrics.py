@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from kdrl_lightning.evaluation.batch import EvaluationBatch
 from kdrl_lightning.evaluation.metric import EvaluationMetric
+from kdrl_lightning.evaluation.sets import AVERAGE
 
 
 class EvaluationMetrics:
@@ -36,13 +39,30 @@ class EvaluationMetrics:
         """Return the values of all sets, and reset.
 
         Names are ``<stage>/<metric>`` or, for named sets, ``<stage>/<set>/<metric>``;
-        ``<stage>/accuracy`` is then the first set's. A collective: all ranks must call it.
+        ``<stage>/accuracy`` is then the first set's, and ``<stage>/average/<metric>`` the mean over
+        the sets. A collective: all ranks must call it.
         """
         values: dict[str, Tensor] = {}
-        for name, metric in self._metrics.items():
-            computed = metric.compute()
+        found = {name: metric.compute() for name, metric in self._metrics.items()}
+        if len(found) > 1:
+            found[AVERAGE] = average(list(found.values()))
+        for name, computed in found.items():
             values.setdefault(f"{stage}/accuracy", computed["accuracy"])
             prefix = f"{stage}/{name}/" if name else f"{stage}/"
             values |= {f"{prefix}{key}": value for key, value in computed.items()}
         self._metrics = {}
         return values
+
+
+def average(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean over sets of each metric that all of them have; each set counts the same.
+
+    The intervals are left out: they are those of single sets.
+
+    >>> average([{"reward": torch.tensor(0.5)}, {"reward": torch.tensor(1.0), "other": 1}])
+    {'reward': tensor(0.7500)}
+    """
+    names = [name for name in sets[0] if all(name in one for one in sets)]
+    intervals = ("accuracy_low", "accuracy_high")
+    kept = [name for name in names if name not in intervals]
+    return {name: torch.stack([one[name] for one in sets]).mean() for name in kept}

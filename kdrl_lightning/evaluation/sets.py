@@ -11,6 +11,11 @@ from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts
 
+# The mean over named sets; no set may have this name.
+AVERAGE = "average"
+# Settings that leave out tokens.
+LIMITS = ("top_p", "top_k", "min_p")
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -22,6 +27,9 @@ class EvaluationSettings:
         temperature: 0 is greedy.
         k: of pass@k and majority@k, each from 1 to ``samples``; None: ``samples``, if that is above
             1.
+        top_p: sample from the most likely tokens that together have this probability; 1: from all.
+        top_k: sample from this number of most likely tokens; 0: from all.
+        min_p: leave out tokens with less than this share of the largest probability.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -31,9 +39,13 @@ class EvaluationSettings:
     samples: int = 1
     temperature: float = 0.0
     k: Sequence[int] | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("evaluation.", self.samples, self.batch_size, self.temperature)
+        sampling = Sampling(1, self.temperature, self.top_p, self.top_k, self.min_p)
+        _check("evaluation.", self.samples, self.batch_size, sampling)
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,9 @@ class EvalSet:
         max_tokens: longest completion in tokens; None: the data module's ``max_tokens``.
         batch_size: prompts per batch and process.
         k: the values of k for pass@k and majority@k, each from 1 to ``samples``.
+        top_p: see ``EvaluationSettings``.
+        top_k: see ``EvaluationSettings``.
+        min_p: see ``EvaluationSettings``.
     """
 
     prompts: Prompts
@@ -55,6 +70,9 @@ class EvalSet:
     max_tokens: int | None = None
     batch_size: int | None = None
     k: Sequence[int] | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
 
 
 EvalSets: TypeAlias = Prompts | Mapping[str, EvalSet]
@@ -68,7 +86,7 @@ class NamedSet:
         name: the set's name; empty if there is only one set, without a name.
         prompts: the rows.
         samples: completions per prompt.
-        sampling: temperature and longest completion.
+        sampling: longest completion, temperature, and which tokens can be sampled.
         batch_size: prompts per batch and process.
         ks: the values of k for pass@k and majority@k.
     """
@@ -119,6 +137,11 @@ def named_sets(
 def _complete(
     name: str, one: EvalSet, setting: str, default: EvaluationSettings, max_tokens: int
 ) -> NamedSet:
+    if name == AVERAGE:
+        raise ConfigurationError(
+            f"`{setting}` must not name a set `{AVERAGE}`, the mean over all sets: got it. "
+            "Rename it."
+        )
     if name and not re.fullmatch(r"[\w-]+", name):
         raise ConfigurationError(
             f"`{setting}` must name sets with letters, digits, - and _: got {name!r}. Rename it."
@@ -133,14 +156,25 @@ def _complete(
     sampling = Sampling(
         max_tokens if one.max_tokens is None else one.max_tokens,
         default.temperature if one.temperature is None else one.temperature,
+        default.top_p if one.top_p is None else one.top_p,
+        default.top_k if one.top_k is None else one.top_k,
+        default.min_p if one.min_p is None else one.min_p,
     )
     batch_size = default.batch_size if one.batch_size is None else one.batch_size
-    _check(where, samples, batch_size, sampling.temperature)
+    _check(where, samples, batch_size, sampling)
     require_between(f"{where}max_tokens", sampling.max_tokens, 1, float("inf"))
     if samples > 1 and sampling.temperature == 0.0:
         raise ConfigurationError(
             f"`{where}temperature` must be above 0 for {samples} samples of a prompt: got 0. "
             "Greedy completions of one prompt are all equal: raise it, or set `samples` to 1."
+        )
+    if not sampling.whole and sampling.temperature == 0.0:
+        plain = Sampling(1)
+        used = [n for n in LIMITS if getattr(sampling, n) != getattr(plain, n)]
+        given = ", ".join(f"`{name}`" for name in used)
+        raise ConfigurationError(
+            f"`{where}temperature` must be above 0 with {given}: got 0. Greedy sampling takes the "
+            "most likely token: raise it, or leave them out."
         )
     ks = tuple((default.k if one.k is None else one.k) or ())
     if not ks and one.k is None:
@@ -150,7 +184,14 @@ def _complete(
     return NamedSet(name, one.prompts, samples, sampling, batch_size, ks)
 
 
-def _check(where: str, samples: int, batch_size: int, temperature: float) -> None:
+def _check(where: str, samples: int, batch_size: int, sampling: Sampling) -> None:
     require_between(f"{where}samples", samples, 1, float("inf"))
     require_between(f"{where}batch_size", batch_size, 1, float("inf"))
-    require_between(f"{where}temperature", temperature, 0.0, float("inf"), "0 is greedy.")
+    require_between(f"{where}temperature", sampling.temperature, 0.0, float("inf"), "0 is greedy.")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise ConfigurationError(
+            f"`{where}top_p` must be above 0 and at most 1: got {sampling.top_p}. "
+            "1 samples from all tokens."
+        )
+    require_between(f"{where}top_k", sampling.top_k, 0, float("inf"), "0 samples from all tokens.")
+    require_between(f"{where}min_p", sampling.min_p, 0.0, 1.0, "0 samples from all tokens.")

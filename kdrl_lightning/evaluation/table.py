@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kdrl_lightning.evaluation.sets import NamedSet
+from kdrl_lightning.evaluation.sets import AVERAGE, NamedSet
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
@@ -25,14 +25,39 @@ def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, d
         prefix = f"test/{one.prefix}"
         found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         out[one.name] = {name: value for name, value in found.items() if "/" not in name}
+    if len(sets) > 1:
+        prefix = f"test/{AVERAGE}/"
+        found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        out[AVERAGE] = found
     return out
 
 
-def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
-    """Return a Markdown table with one line per set and model.
+def described(one: NamedSet) -> str:
+    """Return how a set is sampled, in words.
 
-    Shares are in per cent and lengths in tokens; the interval is the 95 % bootstrap interval over
-    prompts.
+    >>> from kdrl_lightning.engines import Sampling
+    >>> described(NamedSet("aime", [], 32, Sampling(8192, 0.6, top_p=0.95), 1, ()))
+    'aime: 32 samples per prompt at temperature 0.6, top-p 0.95, at most 8192 tokens'
+    """
+    sampling, parts = one.sampling, []
+    if sampling.top_p < 1.0:
+        parts.append(f"top-p {sampling.top_p:g}")
+    if sampling.top_k:
+        parts.append(f"top-k {sampling.top_k}")
+    if sampling.min_p:
+        parts.append(f"min-p {sampling.min_p:g}")
+    how = f"temperature {sampling.temperature:g}" + ("" if sampling.temperature else " (greedy)")
+    many = "1 sample" if one.samples == 1 else f"{one.samples} samples"
+    listed = ", ".join([how, *parts, f"at most {sampling.max_tokens} tokens"])
+    return f"{one.name or 'prompts'}: {many} per prompt at {listed}"
+
+
+def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
+    """Return a Markdown table with one line per set and model, and one for the mean over sets.
+
+    Shares are in per cent and lengths in tokens; pass@1 is the mean over all samples of a prompt
+    (Mean@n), and the interval the 95 % bootstrap interval over prompts. Below the table stands how
+    each set is sampled.
 
     Args:
         results: values by model, set and metric.
@@ -43,19 +68,20 @@ def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
     head = ["set", "model", "pass@1", "95 %", *names]
     head += ["length", "right", "wrong", "truncated"]
     lines = [head]
-    for one in sets:
+    for set_name in [one.name for one in sets] + ([AVERAGE] if len(sets) > 1 else []):
         for model, by_name in results.items():
-            found = by_name[one.name]
+            found = by_name[set_name]
             low, high = _share(found, "accuracy_low"), _share(found, "accuracy_high")
             lines.append(
-                [one.name or "-", model, _share(found, "accuracy"), f"{low} - {high}"]
+                [set_name or "-", model, _share(found, "accuracy"), f"{low} - {high}"]
                 + [_share(found, name.replace("@", "_at_")) for name in names]
                 + [_tokens(found, f"length_{which}") for which in ("mean", "right", "wrong")]
                 + [_share(found, "truncated_frac")]
             )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["-" * widths[0], "-" * widths[1], *("-" * (w - 1) + ":" for w in widths[2:])]
-    return "\n".join(_line(row, widths) for row in [head, aligned, *lines[1:]])
+    table = [_line(row, widths) for row in [head, aligned, *lines[1:]]]
+    return "\n".join([*table, "", *(f"- {described(one)}" for one in sets)])
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

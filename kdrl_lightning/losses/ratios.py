@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from kdrl_lightning.errors import ConfigurationError
+
 
 def clipped_surrogate(
     logprobs: Tensor,
@@ -135,11 +137,12 @@ def trrd_surrogate(
     old_logprobs: Tensor,
     teacher_logprobs: Tensor,
     advantages: Tensor,
-    trrd_alpha: float = 0.5,
+    trrd_alpha: float | Tensor = 0.5,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     offset_clamp: float | None = 1.0,
     dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
 ) -> Tensor:
     """Return TRRD's loss: a clipped surrogate whose ratio is anchored at old student and teacher.
 
@@ -158,16 +161,21 @@ def trrd_surrogate(
         old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
         teacher_logprobs: ``[B, T]`` the frozen teacher's; this function detaches them.
         advantages: ``[B]`` or ``[B, T]``; this function detaches them.
-        trrd_alpha: weight of the old student's anchor, in [0, 1].
+        trrd_alpha: weight of the old student's anchor, in [0, 1]: a number, or ``[B, T]``.
         clip_low: the ratio's lower bound is ``1 - clip_low``.
         clip_high: the ratio's upper bound is ``1 + clip_high``.
         offset_clamp: bound on ``|log pi_old - log pi_T|``, see ``trrd_log_ratio``; None: no bound.
         dual_clip: upper bound on the ratio for A < 0, above 1; None: no bound.
+        log_ratio_clamp: bound on ``|log pi - log pi_T|``, in place of ``offset_clamp``.
 
     Returns:
         ``[B, T]`` loss; for A = 0 its gradient is exactly 0.
+
+    Raises:
+        ConfigurationError: both clamps are given.
     """
-    log_ratio = trrd_log_ratio(logprobs, old_logprobs, teacher_logprobs, trrd_alpha, offset_clamp)
+    anchors = (logprobs, old_logprobs, teacher_logprobs)
+    log_ratio = trrd_log_ratio(*anchors, trrd_alpha, offset_clamp, log_ratio_clamp)
     return _clipped(log_ratio, advantages, clip_low, clip_high, dual_clip)
 
 
@@ -175,33 +183,56 @@ def trrd_log_ratio(
     logprobs: Tensor,
     old_logprobs: Tensor,
     teacher_logprobs: Tensor,
-    trrd_alpha: float = 0.5,
+    trrd_alpha: float | Tensor = 0.5,
     offset_clamp: float | None = 1.0,
+    log_ratio_clamp: float | None = None,
 ) -> Tensor:
-    """Return the log of TRRD's ratio: ``log rho + (1 - alpha) o`` with a clamped, detached o.
+    """Return the log of TRRD's ratio: ``alpha log(pi/pi_old) + (1 - alpha) log(pi/pi_T)``.
 
-    RLAD (arXiv 2602.22495, Eq. 3) writes ``alpha (lp - lp_old) + (1 - alpha)(lp - lp_T)``; here the
-    terms with gradient come first. We clamp the detached offset ``o = lp_old - lp_T`` [our choice].
-    The paper (App. B) clamps ``lp - lp_T`` to [-1, 1] inside the graph, and a clamped token keeps
-    only the weight alpha. Both give the same value at rho = 1.
+    RLAD (arXiv 2602.22495, Eq. 3). One of two clamps keeps a teacher that is far away in bounds:
+
+    - ``offset_clamp`` [our choice] bounds the old student's distance ``o = lp_old - lp_T``, without
+      gradient: ``log rho + (1 - alpha) clamp(o)``. The gradient always has its full weight.
+    - ``log_ratio_clamp`` (App. B) bounds the current student's ``lp - lp_T``, inside the graph:
+      ``alpha log rho + (1 - alpha) clamp(lp - lp_T)``. Where it acts, the second summand has no
+      gradient, so the token's weight is alpha.
+
+    Both give the same value at rho = 1.
 
     Args:
         logprobs: ``[B, T]`` the current student's, with gradient.
         old_logprobs: ``[B, T]`` the student's at rollout time; this function detaches them.
         teacher_logprobs: ``[B, T]`` the frozen teacher's; this function detaches them.
-        trrd_alpha: weight of the old student's anchor, in [0, 1].
-        offset_clamp: bound on ``|o|``; 1.0 is the paper's value; None: no bound.
+        trrd_alpha: weight of the old student's anchor, in [0, 1]: a number, or ``[B, T]``.
+        offset_clamp: bound on ``|o|`` in nats; None: no bound.
+        log_ratio_clamp: bound on ``|lp - lp_T|`` in nats, 1.0 in the paper; None: no bound.
 
     Returns:
         ``[B, T]`` log-ratio with the gradient of ``logprobs``.
+
+    Raises:
+        ConfigurationError: both clamps are given.
     """
+    refuse_two_clamps(offset_clamp, log_ratio_clamp)
     log_rho = logprobs - old_logprobs.detach()
-    if trrd_alpha == 1.0:
+    if not isinstance(trrd_alpha, Tensor) and trrd_alpha == 1.0:
         return log_rho
+    if log_ratio_clamp is not None:
+        to_teacher = (logprobs - teacher_logprobs.detach()).clamp(-log_ratio_clamp, log_ratio_clamp)
+        return trrd_alpha * log_rho + (1.0 - trrd_alpha) * to_teacher
     offset = (old_logprobs - teacher_logprobs).detach()
     if offset_clamp is not None:
         offset = offset.clamp(-offset_clamp, offset_clamp)
     return log_rho + (1.0 - trrd_alpha) * offset
+
+
+def refuse_two_clamps(offset_clamp: float | None, log_ratio_clamp: float | None) -> None:
+    """Raise ``ConfigurationError`` if both clamps of TRRD's ratio are given."""
+    if offset_clamp is not None and log_ratio_clamp is not None:
+        raise ConfigurationError(
+            f"`log_ratio_clamp` must be null with an `offset_clamp` of {offset_clamp}: got "
+            f"{log_ratio_clamp}. Set `offset_clamp` to null for the paper's clamp."
+        )
 
 
 def _clipped(

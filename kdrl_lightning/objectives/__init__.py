@@ -17,7 +17,11 @@ from kdrl_lightning.objectives.corrections import (
     NoCorrection,
     TruncatedImportance,
 )
-from kdrl_lightning.objectives.distillation import GKD, OnPolicyDistillation
+from kdrl_lightning.objectives.distillation import (
+    GKD,
+    ClippedDistillation,
+    OnPolicyDistillation,
+)
 from kdrl_lightning.objectives.divergences import (
     DistillTerm,
     SampledKL,
@@ -59,6 +63,7 @@ __all__ = [
     "SRPO",
     "Advantage",
     "BehaviorRatio",
+    "ClippedDistillation",
     "DistillTerm",
     "EngineCorrection",
     "ExceptEndToken",

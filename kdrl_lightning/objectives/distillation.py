@@ -5,9 +5,11 @@ from __future__ import annotations
 # `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
 from typing import Any
 
+from kdrl_lightning.objectives.advantages import GapAdvantage
 from kdrl_lightning.objectives.divergences import VocabularyKL
 from kdrl_lightning.objectives.kdrl import named_kl
 from kdrl_lightning.objectives.policy import PolicyObjective
+from kdrl_lightning.objectives.ratios import TokenRatio
 
 
 class OnPolicyDistillation(PolicyObjective):
@@ -38,6 +40,33 @@ class OnPolicyDistillation(PolicyObjective):
             teacher_kl_coef, kl_estimator, kd_ratio_weight, kd_top_k, kd_per_imitated_token
         )
         super().__init__(ratio=None, advantage=None, distill=kl, **policy)
+
+
+class ClippedDistillation(PolicyObjective):
+    """On-policy distillation as a clipped policy gradient, as later papers write it (2609.04108).
+
+    ``-min(rho d, clip(rho, 1 - clip_low, 1 + clip_high) d)`` per token, with ``rho = pi / pi_old``
+    and the advantage ``d = log pi_T - log pi``, without gradient. At rho = 1 it has the gradient of
+    ``OnPolicyDistillation``. In later updates the clip stops a token that has moved far enough,
+    while k2 moves on towards the teacher. Rewards are measured but do not enter the loss.
+
+    Args:
+        clip_low: see ``TokenRatio``.
+        clip_high: see ``TokenRatio``.
+        dual_clip: see ``TokenRatio``.
+        policy: further settings of ``PolicyObjective``.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        **policy: Any,
+    ) -> None:
+        super().__init__(
+            ratio=TokenRatio(clip_low, clip_high, dual_clip), advantage=GapAdvantage(), **policy
+        )
 
 
 class GKD(PolicyObjective):

@@ -101,7 +101,10 @@ class PolicyObjective(Objective):
                 f"{_names(*self.selection)} and {_names(ratio, advantage)}. Drop it, or take an "
                 "objective with a teacher."
             )
-        self.leaves_out_end = any(isinstance(s, ExceptEndToken) for s in self.selection)
+        # A divergence of whole distributions reads the end token at every position.
+        exact = distill is not None and not distill.sampled
+        except_end = any(isinstance(s, ExceptEndToken) for s in self.selection)
+        self.leaves_out_end = except_end and not exact
         self.needs_reference = ref_kl_coef > 0.0
         self.needs_groups = compares
         self.takes_teacher_completions |= teacher_tokens is not None

@@ -20,6 +20,7 @@ from kdrl_lightning.losses import (
     trrd_log_ratio,
     trrd_surrogate,
 )
+from kdrl_lightning.losses.ratios import refuse_two_clamps
 from kdrl_lightning.objectives.base import Part, check_coefficient, known
 from kdrl_lightning.rollout_batch import RolloutBatch
 
@@ -148,15 +149,17 @@ class TrustRegionRatio(Ratio):
 
     Args:
         trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.
-        offset_clamp: bound on ``|log pi_old - log pi_T|``, at least 0; None: no bound. 1.0 is the
-            paper's value (App. B); the paper clamps the current student's log-ratio, we clamp the
-            old student's [our choice, see ``trrd_log_ratio``].
+        offset_clamp: bound on the old student's ``|log pi_old - log pi_T|`` in nats, at least 0
+            [our choice]; None: no bound.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         dual_clip: upper bound on the ratio for A < 0, above 1; None: no bound.
+        log_ratio_clamp: bound on the current student's ``|log pi - log pi_T|`` in nats, inside the
+            graph, with ``offset_clamp: null``. Published: 1.0 (App. B). ``trrd_log_ratio`` compares
+            the two clamps.
 
     Raises:
-        ConfigurationError: a value is out of its range.
+        ConfigurationError: a value is out of its range, or both clamps are given.
     """
 
     needs_teacher = True
@@ -168,37 +171,71 @@ class TrustRegionRatio(Ratio):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         dual_clip: float | None = None,
+        log_ratio_clamp: float | None = None,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip)
-        if offset_clamp is not None:
-            require_between("offset_clamp", offset_clamp, 0.0, float("inf"), "Use null for none.")
+        for name, clamp in ("offset_clamp", offset_clamp), ("log_ratio_clamp", log_ratio_clamp):
+            if clamp is not None:
+                require_between(name, clamp, 0.0, float("inf"), "Use null for none.")
+        refuse_two_clamps(offset_clamp, log_ratio_clamp)
         self.trrd_alpha = check_coefficient("trrd_alpha", trrd_alpha)
         self.offset_clamp = offset_clamp
+        self.log_ratio_clamp = log_ratio_clamp
 
     @property
     def anchored(self) -> bool:
-        """Whether the teacher enters the ratio: alpha is below 1 and the clamp is not 0."""
-        return self.trrd_alpha < 1.0 and self.offset_clamp != 0.0
+        """Whether the teacher enters the ratio: alpha is below 1 and no clamp is 0."""
+        return self.trrd_alpha < 1.0 and 0.0 not in (self.offset_clamp, self.log_ratio_clamp)
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Return the surrogate with TRRD's clipped ratio."""
-        old = known(batch.old_logprobs, "old_logprobs")
+        teacher, alpha = self._anchor(batch)
         return trrd_surrogate(
             logprobs,
-            old,
-            _anchor(batch),
+            known(batch.old_logprobs, "old_logprobs"),
+            teacher,
             advantages,
-            self.trrd_alpha,
+            alpha,
             self.clip_low,
             self.clip_high,
             self.offset_clamp,
             self.dual_clip,
+            self.log_ratio_clamp,
         )
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return the log of TRRD's ratio."""
+        old, (teacher, alpha) = known(batch.old_logprobs, "old_logprobs"), self._anchor(batch)
+        return trrd_log_ratio(
+            logprobs, old, teacher, alpha, self.offset_clamp, self.log_ratio_clamp
+        )
+
+    def clamped(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor | None:
+        """Return ``[B, T]`` bool: the clamp acts on the token; None without a clamp."""
+        clamp = self.log_ratio_clamp or self.offset_clamp
+        if not clamp:
+            return None
         old = known(batch.old_logprobs, "old_logprobs")
-        return trrd_log_ratio(logprobs, old, _anchor(batch), self.trrd_alpha, self.offset_clamp)
+        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+        far = (old if self.log_ratio_clamp is None else logprobs) - teacher
+        return (far.abs() > clamp) & self._imitated(batch) & self.anchored
+
+    def _anchor(self, batch: RolloutBatch) -> tuple[Tensor, float | Tensor]:
+        """Return teacher ``[B, T]`` and alpha such that the ratio is rho on tokens not imitated."""
+        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+        if batch.imitation_mask is None:
+            return teacher, self.trrd_alpha
+        if self.log_ratio_clamp is not None:
+            # An anchor at the old student would not do: the clamp would act on log rho.
+            alpha = teacher.new_tensor(self.trrd_alpha)
+            return teacher, torch.where(self._imitated(batch), alpha, 1.0)
+        old = known(batch.old_logprobs, "old_logprobs")
+        return torch.where(self._imitated(batch), teacher, old), self.trrd_alpha
+
+    def _imitated(self, batch: RolloutBatch) -> Tensor:
+        if batch.imitation_mask is None:
+            return batch.student_mask
+        return batch.imitation_mask & batch.student_mask
 
 
 class BehaviorRatio(Ratio):
@@ -250,12 +287,3 @@ class ShapedProbability(Ratio):
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return log f(pi)."""
         return logsigmoid(logprobs - math.log(self.gamma))
-
-
-def _anchor(batch: RolloutBatch) -> Tensor:
-    """Return the teacher on imitated tokens, elsewhere the old student: the ratio is rho there."""
-    teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-    if batch.imitation_mask is None:
-        return teacher
-    old = known(batch.old_logprobs, "old_logprobs")
-    return torch.where(batch.imitation_mask & batch.student_mask, teacher, old)

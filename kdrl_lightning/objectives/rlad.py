@@ -18,11 +18,15 @@ class RLAD(PolicyObjective):
     KL; the default is without one.
 
     RLAD does not reinforce a rewarded token that the teacher finds improbable, and does not
-    suppress a punished token that the teacher finds probable. ``offset_clamp`` limits both: below
+    suppress a punished token that the teacher finds probable. A clamp limits both: below
     ``log(1 + clip_high) / (1 - alpha)`` the first no longer happens at rho = 1, below
     ``-log(1 - clip_low) / (1 - alpha)`` neither does the second. Run RLAD with 2 to 4 updates per
     rollout: only further updates can use the wider clip range. To add this surrogate to another
     loss, use ``SurrogateTerm``.
+
+    As published: ``offset_clamp: null``, ``log_ratio_clamp: 1.0``, ``clip_high: 0.28``,
+    ``reduction: sequence_mean``, and ``rl_coef: sqrt(G / (G - 1))`` for groups of G completions,
+    because the paper divides by the population's standard deviation (``rlad_published.yaml``).
 
     Args:
         trrd_alpha: alpha, see ``TrustRegionRatio``. Published: 0.5.
@@ -31,8 +35,8 @@ class RLAD(PolicyObjective):
         clip_high: see ``TokenRatio``.
         dual_clip: see ``TokenRatio``.
         scale_by_std: see ``Advantage``.
-        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
-            ``reduction``.
+        log_ratio_clamp: see ``TrustRegionRatio``.
+        policy: further settings of ``PolicyObjective``.
     """
 
     def __init__(
@@ -43,10 +47,13 @@ class RLAD(PolicyObjective):
         clip_high: float = 0.2,
         dual_clip: float | None = None,
         scale_by_std: bool = True,
+        log_ratio_clamp: float | None = None,
         **policy: Any,
     ) -> None:
         super().__init__(
-            ratio=TrustRegionRatio(trrd_alpha, offset_clamp, clip_low, clip_high, dual_clip),
+            ratio=TrustRegionRatio(
+                trrd_alpha, offset_clamp, clip_low, clip_high, dual_clip, log_ratio_clamp
+            ),
             advantage=Advantage(scale_by_std),
             **policy,
         )

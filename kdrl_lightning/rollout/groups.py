@@ -130,6 +130,7 @@ class Collector:
             source=[j.source for j in judged],
             teacher_route=[route(j.row) for j in judged],
             mask_truncated=self.slots.settings.mask_truncated,
+            mask_flat_groups=self.slots.settings.mask_flat_groups,
         )
         return self._sampled(batch), groups, replaced
 

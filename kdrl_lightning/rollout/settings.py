@@ -38,6 +38,10 @@ class RolloutSettings:
             (DAPO's dynamic sampling, arXiv 2503.14476). Each rollout reserves prompts for refills
             and skips those that it does not need.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
+        mask_flat_groups: leave groups with equal rewards out of the loss and of its denominators,
+            without a replacement (rejection sampling in Skywork-OR1, arXiv 2505.22312). Without it
+            they give no policy gradient, but count as tokens, and a teacher, an entropy bonus and a
+            reference KL act on them.
         max_tokens_per_micro_batch: most tokens of a micro-batch, with padding, that fit into
             memory. The worst case is checked before training; None: no limit.
 
@@ -55,6 +59,7 @@ class RolloutSettings:
     rollouts_per_epoch: int | None = None
     max_refills: int = 0
     mask_truncated: bool = False
+    mask_flat_groups: bool = False
     max_tokens_per_micro_batch: int | None = None
 
     def __post_init__(self) -> None:

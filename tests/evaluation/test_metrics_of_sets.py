@@ -116,6 +116,15 @@ def test_the_interval_is_that_of_its_seed_and_holds_the_mean() -> None:
     assert wide[0] < narrow[0] and narrow[1] < wide[1]
 
 
+@pytest.mark.parametrize("size", [1, 8, 30, 500])
+def test_without_a_single_hit_the_interval_is_not_empty(size: int) -> None:
+    """The largest accuracy at which no hit in ``size`` prompts has a probability of 2.5 %."""
+    low, high = bootstrap_interval(torch.zeros(size))
+    assert low == 0.0 and (1.0 - high) ** size == pytest.approx(0.025)
+    assert bootstrap_interval(torch.ones(size)) == (pytest.approx(1.0 - high), 1.0)
+    assert bootstrap_interval(torch.full((size,), 0.5)) == (0.5, 0.5)  # every prompt says so
+
+
 def table(size: int, n: int = 4) -> list[torch.Tensor]:
     """Columns of ``size`` prompts: correct, rewards, lengths, truncated, answers."""
     torch.manual_seed(1)

@@ -10,6 +10,7 @@ import torch
 
 from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, EvalSet, ExactMatch, Sample
+from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
@@ -34,6 +35,18 @@ def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
     assert far == NamedSet("far", ROWS, 4, Sampling(16, 0.7), 64, (4,))
     assert named_sets(ROWS, "x", DEFAULT, 16)[0].name == ""
     assert named_sets(None, "x", DEFAULT, 16) == []
+
+
+def test_a_set_takes_the_limits_of_the_defaults_or_its_own() -> None:
+    default = EvaluationSettings(64, 2, 0.6, top_p=0.95, top_k=20, min_p=0.1)
+    near, far = named_sets(
+        {"near": EvalSet(ROWS), "far": EvalSet(ROWS, top_p=1.0, top_k=0, min_p=0.0)},
+        *("x", default, 16),
+    )
+    assert near.sampling == Sampling(16, 0.6, 0.95, 20, 0.1) and not near.sampling.whole
+    assert far.sampling == Sampling(16, 0.6) and far.sampling.whole
+    with pytest.raises(ConfigurationError, match=r"`evaluation.top_p` must be above 0 and at most"):
+        EvaluationSettings(top_p=1.1)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +75,27 @@ def test_a_set_takes_what_it_does_not_say_from_the_defaults() -> None:
             "completions of one prompt are all equal: raise it, or set `samples` to 1.",
         ),
         (
+            {"a": EvalSet(ROWS, top_p=0.0)},
+            "`x.a.top_p` must be above 0 and at most 1: got 0.0. 1 samples from all tokens.",
+        ),
+        (
+            {"a": EvalSet(ROWS, top_k=-1)},
+            "`x.a.top_k` must be at least 0: got -1. 0 samples from all tokens.",
+        ),
+        (
+            {"a": EvalSet(ROWS, min_p=1.5)},
+            "`x.a.min_p` must be in [0, 1]: got 1.5. 0 samples from all tokens.",
+        ),
+        (
+            {"a": EvalSet(ROWS, 1, 0.0, top_p=0.9, min_p=0.1)},
+            "`x.a.temperature` must be above 0 with `top_p`, `min_p`: got 0. Greedy sampling takes "
+            "the most likely token: raise it, or leave them out.",
+        ),
+        (
+            {"average": EvalSet(ROWS)},
+            "`x` must not name a set `average`, the mean over all sets: got it. Rename it.",
+        ),
+        (
             {"a": EvalSet(ROWS, 4, k=[2, 5])},
             "`x.a.k` must be in [1, 4]: got 5. Lower it, or raise `samples`.",
         ),
@@ -84,11 +118,32 @@ def test_every_set_has_its_metrics_and_the_first_is_monitored(
     assert {"val/near/pass_at_2", "val/near/majority_at_1", "val/near/accuracy_low"} <= names
     assert near["val/near/pass_at_1"] == near["val/near/accuracy"] == near["val/accuracy"]
     assert not [n for n in near if n.startswith("val/far/pass_at")]
+    for metric in ("accuracy", "reward", "length_mean"):
+        mean = (near[f"val/near/{metric}"] + near[f"val/far/{metric}"]) / 2
+        assert near[f"val/average/{metric}"] == pytest.approx(mean)
+    assert not {"val/average/accuracy_low", "val/average/pass_at_2"} & set(near)
     assert near["val/far/length_mean"] <= 6.0
     assert [n for n in near if n.count("/") == 1] == ["val/accuracy"]
     again = data.evaluate(module.weights())
     assert again == pytest.approx(near["val/accuracy"])
     assert data.evaluate(module.weights(), temperature=0.0) != again
+
+
+def test_only_evaluations_leave_out_tokens(
+    tmp_path: Path, student_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rollout that left out tokens would bias every ratio of the loss."""
+    settings = EvaluationSettings(temperature=0.6, top_p=0.5, top_k=3)
+    data = make_data(val_prompts=ColumnAddition(4, seed=2), evaluation=settings)
+    trace = fit(tmp_path, make_module(student_folder, None, GRPO()), data, max_steps=2)
+    assert data.collector.student.sampling.whole and data.collector.teacher.sampling.whole
+    batch = trace.seen[0][1]  # the engine's log-probabilities are those of the whole distribution
+    gap = (batch.rollout_logprobs - batch.old_logprobs)[batch.completion_mask]
+    assert gap.abs().max() < 1e-4
+    for flag in ("top_p=0.9", "top_k=5", "min_p=0.1"):
+        with pytest.raises(SystemExit):
+            main(["fit", f"--data.rollout.{flag}"])
+        assert f"data.rollout.{flag.split('=')[0]}" in capsys.readouterr().err
 
 
 def test_a_set_of_many_is_what_it_is_alone(tmp_path: Path, student_folder: str) -> None:

@@ -90,6 +90,20 @@ def trrd_ratio(
     return (pi / pi_old) ** alpha * (pi / pi_teacher) ** (1 - alpha)
 
 
+def published_trrd(
+    lp: float, old: float, teacher: float, alpha: float, clamp: float
+) -> tuple[float, float]:
+    """TRRD's ratio with RLAD's App. B, and the derivative of its logarithm by log pi.
+
+    The log of pi / pi_T is clamped with its gradient: outside the clamp only alpha is left.
+    """
+    to_teacher = lp - teacher
+    if abs(to_teacher) > clamp:
+        bound = math.copysign(clamp, to_teacher)
+        return math.exp(alpha * (lp - old) + (1 - alpha) * bound), alpha
+    return math.exp(alpha * (lp - old) + (1 - alpha) * to_teacher), 1.0
+
+
 def token_weights(
     lengths: Sequence[int], groups: Sequence[int], reduction: str, max_tokens: int
 ) -> list[float]:

@@ -75,7 +75,7 @@ GROUPS: dict[str, Any] = {
 def grouped(flat: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a data module from one list: ``group_size`` is that of ``rollout``.
 
-    The table of former names says which group a setting is in; it knows each of them.
+    The table of former names says which group a setting is in.
     """
     out: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
@@ -83,6 +83,8 @@ def grouped(flat: dict[str, Any]) -> dict[str, Any]:
         if f"data.{name}" in RENAMED:
             _, group, inner = RENAMED[f"data.{name}"].split(".")
             groups.setdefault(group, {})[inner] = value
+        elif name in RolloutSettings.__dataclass_fields__:  # newer than the table
+            groups.setdefault("rollout", {})[name] = value
         else:
             out[name] = value
     return out | {group: GROUPS[group](**values) for group, values in groups.items()}

@@ -41,6 +41,7 @@ from kdrl_lightning.objectives import (
     KDRL,
     RLAD,
     RLSD,
+    ClippedDistillation,
     DistillTerm,
     GapAdvantage,
     MaskedImportance,
@@ -70,6 +71,21 @@ def test_method_matches_its_row(name: str, reduction: Any, near: float) -> None:
     close(loss, value)
     close(gradients["logprobs"], gradient)
     assert gradients["entropy"].eq(0).all()
+
+
+@pytest.mark.parametrize("near", [0.0, 0.3])
+def test_distillation_with_a_clip_has_a_name(near: float) -> None:
+    """At the first update its gradient is k2's; later the clip stops what has moved far enough."""
+    batch, scores = step(mixed=False), student(step(mixed=False), near=near)
+    named, parts = ClippedDistillation(), PolicyObjective(TokenRatio(), GapAdvantage())
+    got, expected, k2_ = (
+        graded(objective, ready(objective, batch), scores)
+        for objective in (named, parts, OnPolicyDistillation())
+    )
+    close(got[0], expected[0])
+    close(got[1]["logprobs"], expected[1]["logprobs"])
+    same_as_k2 = torch.allclose(got[1]["logprobs"], k2_[1]["logprobs"])
+    assert same_as_k2 is (near == 0.0)
 
 
 def test_every_preset_is_compared() -> None:

@@ -18,7 +18,7 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses.logprobs import Head
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.objectives import SFT, Objective, SampledKL
+from kdrl_lightning.objectives import SFT, Objective, SampledKL, ShapedProbability, VocabularyKL
 from kdrl_lightning.objectives.grpo import GRPO
 from kdrl_lightning.objectives.selections import ExceptEndToken
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
@@ -231,6 +231,18 @@ def test_what_does_not_read_the_teacher_at_the_end_takes_any_end(objective: Obje
     check_end_tokens("a and b", objective)
 
 
+@pytest.mark.parametrize(
+    "distill", [VocabularyKL(1.0), VocabularyKL(1.0, top_k=3)], ids=["all", "top-k"]
+)
+def test_whole_distributions_have_the_end_at_every_position(distill: VocabularyKL) -> None:
+    """Where the teacher would end and the student did not, no selection leaves its end out."""
+    objective = KDRL(distill=distill, selection=[ExceptEndToken()])
+    words = "which swaps the two tokens in its scores, because the objective compares the end"
+    with pytest.raises(ConfigurationError, match=words):
+        check_end_tokens("a and b", objective)
+    check_end_tokens(None, objective)
+
+
 def test_teachers_around_another_tell_of_its_end(
     student_folder: str, teacher_folder: str, chat_teacher: str, tmp_path: Path
 ) -> None:
@@ -299,7 +311,8 @@ def test_a_chat_teachers_completions_end_as_the_student_has_to(
     student_folder: str, chat_teacher: str, tmp_path: Path, translate: bool
 ) -> None:
     teacher = LocalTeacher(chat_teacher, translate_end_token=translate)
-    objective = GKD(selection=[] if translate else [ExceptEndToken()])
+    sampled = KDRL(teacher_tokens=ShapedProbability(), selection=[ExceptEndToken()])
+    objective = GKD() if translate else sampled
     data = make_data(teacher_completions=4, max_tokens=24)
     trace = fit(tmp_path, make_module(student_folder, teacher, objective), data, max_steps=1)
     whole = trace.seen[0][1]
@@ -319,7 +332,8 @@ def test_a_chat_teachers_completions_end_as_the_student_has_to(
     torch.testing.assert_close(theirs.rollout_logprobs[before], theirs.teacher_logprobs[before])
     at_end = whole.completion_mask.sum(1) - 1
     imitated = whole.imitation_mask[torch.arange(len(whole)), at_end]
-    assert torch.equal(imitated, torch.full_like(imitated, translate) | whole.truncated)
+    sampled = whole.truncated & (whole.source != TEACHER)  # KDRL's estimate is on the student's
+    assert torch.equal(imitated, torch.full_like(imitated, True) if translate else sampled)
 
 
 def test_an_evaluated_teacher_stops_at_its_own_end(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from jsonargparse import Namespace
 
-VALIDATION = ("batch_size", "samples", "temperature", "k")
+VALIDATION = ("batch_size", "samples", "temperature", "k", "top_p", "top_k", "min_p")
 TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 

@@ -24,6 +24,7 @@ from kdrl_lightning.engines.vllm.requests import (
     check_requests,
     completion,
     context_of,
+    limits,
     warn_of_one_rotary,
 )
 from kdrl_lightning.engines.vllm.worker import after_reload, before_reload
@@ -202,6 +203,7 @@ class VLLMEngine(RolloutEngine):
                 stop_token_ids=list(self._ends),
                 ignore_eos=True,  # only the end tokens above count, not those of the model's files
                 detokenize=False,
+                **limits(sampling),
             )
             for _, seed in requests
         ]

@@ -47,6 +47,11 @@ def check_requests(
             )
 
 
+def limits(sampling: Sampling) -> dict[str, Any]:
+    """Return which tokens vLLM samples from, by its names."""
+    return {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+
+
 def context_of(config: Any, max_model_len: int | None) -> int:
     """Return the longest prompt and completion together, in tokens.
 

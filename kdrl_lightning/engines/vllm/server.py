@@ -20,6 +20,7 @@ from kdrl_lightning.engines.vllm.requests import (
     check_requests,
     completion,
     context_of,
+    limits,
     warn_of_one_rotary,
 )
 from kdrl_lightning.engines.weight_transport import FileRoute, WeightRoute, ranks
@@ -215,6 +216,7 @@ class VLLMServerEngine(RolloutEngine):
             "stop_token_ids": list(self._ends),
             "ignore_eos": True,
             **AS_IT_IS,
+            **limits(sampling),
         }
 
     def _ask(self, server: ServerClient, body: dict[str, Any]) -> Completion:

@@ -15,6 +15,7 @@ from helpers.engines import ids
 from helpers.with_vllm.models import CASES, CONTEXT, EOS, PAD, make_model, save_model, worst_gap
 from kdrl_lightning import LoRA
 from kdrl_lightning.engines import Sampling, TransformersEngine, VLLMEngine
+from kdrl_lightning.engines.restriction import restricted
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.models.weights import ModelWeights
@@ -74,6 +75,20 @@ def test_greedy_is_that_of_the_transformers_engine(
     ours, theirs = (e.generate(PROMPTS, [[0]] * 6, greedy) for e in (engine, exact))
     assert ids(ours) == ids(theirs)
     assert worst_gap(model, PROMPTS, ours) < BOUND  # at temperature 1, as promised
+
+
+def test_improbable_tokens_are_left_out(engine: VLLMEngine, model: Any) -> None:
+    greedy = ids(engine.generate(PROMPTS, SEEDS, Sampling(12, 0.0)))
+    for limit in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert ids(engine.generate(PROMPTS, SEEDS, Sampling(12, 1.0, **limit))) == greedy
+    sampling = Sampling(1, 2.0, top_p=0.7, top_k=12)
+    ((*group,),) = engine.generate([PROMPTS[0]], [list(range(300))], sampling)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1:]
+    scores = restricted(logits / 2.0, sampling).log_softmax(-1)[0]
+    assert {c.ids[0] for c in group} <= set(scores.isfinite().nonzero().flatten().tolist())
+    for one in group:
+        assert one.logprobs[0] == pytest.approx(scores[one.ids[0]].item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])

@@ -189,6 +189,20 @@ def test_several_servers_share_the_prompts(server: Scripted, weights: ModelWeigh
     assert [[-c.logprobs[1] - 1 for c in group] for group in groups] == [[0, 1], [2], [], [3, 4, 5]]
 
 
+def test_a_server_is_told_which_tokens_can_be_sampled(
+    server: Scripted, weights: ModelWeights
+) -> None:
+    """Also that all can, because the server's own defaults may say otherwise."""
+    bodies: list[dict[str, Any]] = []
+    complete = server.complete
+    server.routes["/v1/completions"] = lambda body: bodies.append(body) or complete(body)
+    engine = engine_of(weights, server.url)
+    engine.generate([[7]], [[0]], Sampling(4, 0.6, top_p=0.95, top_k=20, min_p=0.05))
+    engine.generate([[7]], [[0]], Sampling(4))
+    told = [(body["top_p"], body["top_k"], body["min_p"]) for body in bodies]
+    assert told == [(0.95, 20, 0.05), (1.0, 0, 0.0)]
+
+
 def test_without_development_mode_the_cure_is_named(
     server: Scripted, weights: ModelWeights
 ) -> None:
