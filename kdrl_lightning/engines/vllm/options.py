@@ -47,8 +47,9 @@ def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
         options["model_impl"] = implementation_of(config.model_type)
     flags = []
     for name, value in options.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        flags += [f"--{name.replace('_', '-')}", text]
+        flags.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            flags.append(value if isinstance(value, str) else json.dumps(value))
     return flags
 
 
@@ -71,7 +72,9 @@ def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
     Returns:
         Arguments of ``vllm.LLM``; the server accepts the same ones as flags.
     """
-    options: dict[str, Any] = {}
+    # Prompts are token ids of text. Without this, vLLM loads processors of images and sound, which
+    # need packages, files and a tokenizer, and reserves memory for them.
+    options: dict[str, Any] = {"language_model_only": True}
     if not on_gpu:
         options["compilation_config"] = ROTARY_IN_TORCH
     if config.model_type in LONGER_WINDOW and vllm_version() >= LONGER_SINCE:
