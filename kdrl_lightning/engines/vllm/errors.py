@@ -58,8 +58,12 @@ def described(error: BaseException) -> str:
         return text
     kind = type(error).__name__
     text = text if text == kind else f"{kind}: {text}"
-    # torch's own frames say less than the code that calls it.
-    callers = [frame for frame in frames if "torch" not in Path(frame.filename).parts] or frames
+    # Frames of torch, and of look-ups such as `__getattr__`, say less than the code that calls them.
+    callers = [
+        frame
+        for frame in frames
+        if "torch" not in Path(frame.filename).parts and not frame.name.startswith("__get")
+    ] or frames
     if not callers:
         return text
     file = callers[-1].filename.rpartition("site-packages/")[2]
