@@ -52,6 +52,8 @@ WIDE: dict[str, Any] = {
 # 512 and 64 are the only sizes of latent attention that CPU kernels are compiled for.
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 INDEXED = {**LATENT, "index_head_dim": 128}
+# vLLM needs whole blocks of 128 tokens, and one expert of a token, as in published models.
+LLAMA_4 = {"attention_chunk_size": 128, "num_experts_per_tok": 1}
 # vLLM reads the configuration of Gemma 4's images even for text alone; transformers has no default.
 EYES = {
     **dict.fromkeys(["hidden_size", "intermediate_size"], 64),
@@ -60,7 +62,7 @@ EYES = {
 }
 # This also has settings that folders of the hub have and the defaults lack.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "axk1": LATENT,
     "axk2": INDEXED,
     "bamba": {"mamba_n_heads": 8},
@@ -86,14 +88,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hy_v4": {"index_head_dim": 64},
     "lfm2": {"conv_dim": 128, "block_dim": 128},
     "lfm2_moe": {"conv_dim": 128},
-    "llama4": {"text_config": {"attention_chunk_size": 128}},  # vLLM needs whole blocks of 128
-    "llama4_text": {"attention_chunk_size": 128},
+    "llama4": {"text_config": LLAMA_4},
+    "llama4_text": LLAMA_4,
     "longcat_flash": {**LATENT, "head_dim": 64},
     "mamba2": {"num_heads": 8, "head_dim": 32},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 1, 1],
         "moe_layer_freq": [0, 1, 1, 1],
         "layernorm_epsilon": 1e-5,
+        "sliding_window_size": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 32,
     },
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
     "qwen4_exp": {"text_config": {"indexer_head_dim": 32}},

@@ -58,7 +58,7 @@ def described(error: BaseException) -> str:
         return text
     kind = type(error).__name__
     text = text if text == kind else f"{kind}: {text}"
-    # Frames of torch, and of look-ups such as `__getattr__`, say less than the code that calls them.
+    # Frames of torch, and look-ups such as `__getattr__`, say less than the code that calls them.
     callers = [
         frame
         for frame in frames
