@@ -54,6 +54,7 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 INDEXED = {**LATENT, "index_head_dim": 128}
 # vLLM needs whole blocks of 128 tokens, and one expert of a token, as in published models.
 LLAMA_4 = {"attention_chunk_size": 128, "num_experts_per_tok": 1}
+GEMMA_4 = {"num_experts": None, "global_head_dim": 64}  # 64: no larger than its default
 # vLLM reads the configuration of Gemma 4's images even for text alone; transformers has no default.
 EYES = {
     **dict.fromkeys(["hidden_size", "intermediate_size"], 64),
@@ -78,8 +79,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"qk_rope_head_dim": 64, "index_head_dim": 128},
     "dots1": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "falcon": {"ffn_hidden_size": 512},  # vLLM supports only four times the width
-    "gemma4": {"vision_config": EYES},
-    "gemma4_text": {"num_experts": None, "global_head_dim": 64},  # 64: no larger than its default
+    "gemma4": {"vision_config": EYES, "text_config": GEMMA_4},
+    "gemma4_text": GEMMA_4,
+    "gemma4_unified": {"vision_config": EYES, "text_config": GEMMA_4},
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {**LATENT, "first_k_dense_replace": 1},
     "glm_moe_dsa": INDEXED,
@@ -90,7 +92,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"conv_dim": 128},
     "llama4": {"text_config": LLAMA_4},
     "llama4_text": LLAMA_4,
-    "longcat_flash": {**LATENT, "head_dim": 64},
+    "longcat_flash": {
+        **LATENT,
+        "head_dim": 64,
+        **dict.fromkeys(["mla_scale_q_lora", "mla_scale_kv_lora"], True),
+        "zero_expert_type": "identity",
+    },
     "mamba2": {"num_heads": 8, "head_dim": 32},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 1, 1],
