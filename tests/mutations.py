@@ -1887,14 +1887,44 @@ MUTATIONS = [
     Mutation(
         "vLLM: wrong numbers are not seen before sampling",
         COMPARED,
-        "if first and engine.compared and",
-        "if not first and engine.compared and",
+        "compares = first and engine.compared and",
+        "compares = not first and engine.compared and",
     ),
     Mutation(
         "vLLM: the callback's bound is not used before sampling",
         COMPARED,
         "bound = self.max_mean_diff",
         "bound = None",
+    ),
+    Mutation(
+        "vLLM: what training would uncover is not looked for",
+        COMPARED,
+        "if compares and self.trainer.optimizers:",
+        "if False:",
+    ),
+    Mutation(
+        "vLLM: the student keeps moved weights", AGREEMENT, "part.copy_(value)", "part.copy_(part)"
+    ),
+    Mutation(
+        "vLLM: weights without gradient are moved", AGREEMENT, "if p.requires_grad)", "if True)"
+    ),
+    Mutation(
+        "vLLM: prompts of images are possible, which need a processor",
+        OPTIONS,
+        '{"language_model_only": True}',
+        "{}",
+    ),
+    Mutation(
+        "vLLM: a CPU refuses routers of sigmoids",
+        RELOAD,
+        'or router.scoring_func == "sigmoid")',
+        "or False)",
+    ),
+    Mutation(
+        "vLLM: an engine that never sampled asks for a checkpoint",
+        VLLM_ERRORS,
+        "    if sampled:",
+        "    if True:",
     ),
     Mutation(
         "vLLM: NaN agrees with the student", AGREEMENT, "if not mean <= bound:", "if mean > bound:"

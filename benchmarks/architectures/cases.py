@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
 import torch
 
+from benchmarks.architectures import families
 from kdrl_lightning.engines import Sampling, TransformersEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import build_causal_lm, load_causal_lm

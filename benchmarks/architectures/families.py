@@ -111,6 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": GEMMA_4,
     "got_ocr2": {"text_config": {"model_type": "qwen2"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_bigcode": {"num_key_value_heads": 1},  # it always has one
     "granitemoehybrid": {"layer_types": LINEAR},
     "hrm_text": {"initializer_range": 0.05},  # its cycles amplify rounding errors
     "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
@@ -164,7 +165,7 @@ def small_config(model_type: str, **settings: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_merged(_merged(_sizes(kind), SPECIAL.get(model_type, {})), settings))
+    return kind(**merged(merged(_sizes(kind), SPECIAL.get(model_type, {})), settings))
 
 
 def _sizes(kind: Any) -> dict[str, Any]:
@@ -181,8 +182,9 @@ def _sizes(kind: Any) -> dict[str, Any]:
     return chosen
 
 
-def _merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
-    deep = {k: _merged(sizes[k], v) for k, v in special.items() if k.endswith("_config")}
+def merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    """Return sizes with the special ones, also in the configurations of parts."""
+    deep = {k: merged(sizes.get(k, {}), v) for k, v in special.items() if k.endswith("_config")}
     return {**sizes, **special, **deep}
 
 

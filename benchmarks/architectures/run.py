@@ -1,8 +1,8 @@
 """Writes the table of architectures: ``docs/architectures.md`` and its JSON.
 
-Run it as ``python benchmarks/architectures/run.py``; ``--families qwen3,gemma2`` and
-``--columns sampling,LoRA`` update a part of it. Each family runs in its own process, with a time
-limit.
+Run it as ``python -m benchmarks.architectures.run``; ``--families qwen3,gemma2`` and
+``--columns sampling,vLLM`` update a part of it. Each family runs in its own process, with a time
+limit; the vLLM column needs vLLM, and stays as it is without.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import cases
-import families
 import torch
 import transformers
+
+from benchmarks.architectures import cases, families, vllm_case
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
 TABLE = ROOT / "docs" / "architectures" / "architectures.json"
 SECONDS = 240
+VLLM = "vLLM"
 
 
 def work(model_type: str, columns: list[str], send: object) -> None:
@@ -59,23 +58,23 @@ def try_family(model_type: str, columns: list[str]) -> dict[str, str]:
 
 
 def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Add the results of ``vllm_case``, which needs another environment."""
-    results = TABLE.parent / "vllm.json"
-    found = json.loads(results.read_text()) if results.exists() else {}
+    """Add the results of ``vllm_case``."""
+    found = vllm_case.results()
     return {
-        name: {**cells, "vLLM": found.get(name, _unloaded(cells))} for name, cells in table.items()
+        name: {**cells, VLLM: _unloaded(cells) or found.get(name, cases.NOT)}
+        for name, cells in table.items()
     }
 
 
 def _unloaded(cells: dict[str, str]) -> str:
-    """Return the error of a student that does not load; no engine is tried then."""
-    loads = cells.get("loads", "—")
-    return loads if loads.startswith("refused") else "—"
+    """Return the error of a student that does not load: no engine is tried then; else ""."""
+    loads = cells.get("loads", cases.NOT)
+    return loads if loads.startswith("refused") else ""
 
 
 def markdown(table: dict[str, dict[str, str]]) -> str:
     table = with_vllm(table)
-    columns = [*cases.COLUMNS, "vLLM"]
+    columns = [*cases.COLUMNS, VLLM]
     notes: dict[str, int] = {}
 
     def short(cell: str) -> str:
@@ -106,7 +105,8 @@ logits of one row at a time, without padding and without a cache.
 - LoRA: a step changes the log-probabilities, and the merged weights give the same ones.
 - fsdp2: the log-probabilities of a sharded model, and a backward pass.
 - export and resume: the folder that `export` writes, and a model rebuilt from a checkpoint.
-- vLLM: its engine against the scorer, on a CPU; — means that it was not tried here.
+- vLLM: its engine against the scorer, on a CPU, before and after all weights change. "refused"
+  means that a run stops before its first rollout, with the line below.
 
 Sliding windows, chunks and sparse attention are 8 tokens wide here, and the compared rows are
 longer. With a real model, a run compares past a switch of up to 4096 tokens if that costs less than
@@ -120,23 +120,38 @@ the run or are left out. vLLM uses longrope's long embedding for all rows if `ma
 above the change; its log-probabilities of shorter rows then differ from the scorer's, and a warning
 says so.
 
-`python benchmarks/architectures/run.py` makes this table; `tests/models/architectures` tests a part
-of it.
+vLLM's code for some types needs torchvision or numba, which these cells were made without. With
+both, `gemma3` and `gemma4` give "yes", and ... in bfloat16.
+
+`python -m benchmarks.architectures.run` makes this table; `tests/models/architectures` and
+`tests/engines/vllm` test a part of it.
 """
 
 
+def update(
+    table: dict[str, dict[str, str]], name: str, columns: list[str]
+) -> dict[str, dict[str, str]]:
+    """Return the table with the chosen cells of one type made anew; write the results of vLLM."""
+    own = [c for c in columns if c in cases.COLUMNS]
+    found = try_family(name, own) if own else {}
+    table = {**table, name: {**table.get(name, {}), **found}}
+    if VLLM in columns and not _unloaded(table[name]):
+        found = {**found, VLLM: vllm_case.try_family(name)}
+        vllm_case.record(name, found[VLLM])
+    print(name, found, flush=True)
+    return table
+
+
 def main() -> None:
+    known = [*cases.COLUMNS, *([VLLM] if find_spec("vllm") else [])]
     parser = argparse.ArgumentParser()
     parser.add_argument("--families", default=",".join(families.families()))
-    parser.add_argument("--columns", default=",".join(cases.COLUMNS))
+    parser.add_argument("--columns", default=",".join(known))
     chosen = parser.parse_args()
-    columns = chosen.columns.split(",")
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for name in chosen.families.split(","):
-        found = try_family(name, columns)
-        table[name] = {**table.get(name, {}), **found}
-        print(name, found, flush=True)
+        table = update(table, name, chosen.columns.split(","))
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         PAGE.write_text(markdown(table))
 

@@ -2,14 +2,20 @@
 
 Two implementations of an architecture can differ, and weights can get lost between them. A short
 comparison after the first push finds that before anything is sampled for the run.
+
+Weights that are all zero or all one can hide a difference until training changes them: a gate that
+is closed, a bias that is not added. So a first comparison moves these weights a little.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.errors import ConfigurationError
@@ -20,6 +26,9 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 TEXT = "Solve it step by step: 12 + 30 = 42, because 10 + 30 = 40 and 40 + 2 = 42. Now 7 * 8 = "
 TOKENS = 12  # of each completion
 SHARES = (1.0, 0.5, 0.2)  # of the text: prompts of different lengths
+MOVE = 0.1  # standard deviation of what is added to equal weights
+AS_THEY_ARE = "the same weights"
+MOVED = "the same weights, after a small change of those that are all equal in their tensor"
 
 
 def bound_of(precision: str, dtype: torch.dtype | None) -> float:
@@ -34,6 +43,41 @@ def bound_of(precision: str, dtype: torch.dtype | None) -> float:
     """
     narrow = dtype in (torch.bfloat16, torch.float16) or "16" in precision
     return 0.1 if narrow else 0.001
+
+
+def equal_weights(model: nn.Module) -> list[Tensor]:
+    """Return the trained parameters whose values are all equal; of a sharded one, this rank's part.
+
+    >>> [tuple(p.shape) for p in equal_weights(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)))]
+    [(2,), (2,)]
+    """
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+    return [part for part in parts if part.numel() and _all_equal(part)]
+
+
+def _all_equal(values: Tensor) -> bool:
+    flat = values.reshape(-1)
+    # Most tensors differ in their first values: the others need not be read.
+    return all(bool((some == flat[0]).all()) for some in (flat[:64], flat))
+
+
+@contextmanager
+def moved(parts: Iterable[Tensor]) -> Iterator[None]:
+    """Move parameters by random numbers inside the context; they get the same values on each rank.
+
+    Args:
+        parts: parameters, which are changed in place and restored exactly.
+    """
+    before = [(part, part.clone()) for part in parts]
+    draw = torch.Generator().manual_seed(0)
+    try:
+        for part, _ in before:
+            part += MOVE * torch.randn(part.shape, generator=draw).to(part)
+        yield
+    finally:
+        for part, value in before:
+            part.copy_(value)
 
 
 def probe(engine: RolloutEngine, tokenizer: Any, rows: int, context: int) -> RolloutBatch:
@@ -64,7 +108,11 @@ def probe(engine: RolloutEngine, tokenizer: Any, rows: int, context: int) -> Rol
 
 
 def require_agreement(
-    engine: RolloutEngine, architecture: str, scored: RolloutBatch, bound: float
+    engine: RolloutEngine,
+    architecture: str,
+    scored: RolloutBatch,
+    bound: float,
+    weights: str = AS_THEY_ARE,
 ) -> None:
     """Refuse an engine whose log-probabilities are not the student's.
 
@@ -73,6 +121,7 @@ def require_agreement(
         architecture: class of the student.
         scored: completions with the engine's and the student's log-probabilities.
         bound: on the mean absolute difference, in nats.
+        weights: what both computed with, in words.
 
     Raises:
         ConfigurationError: they differ by more.
@@ -84,6 +133,6 @@ def require_agreement(
         raise ConfigurationError(
             f"`rollout_engine` must give the student's log-probabilities within {bound:g} nats on "
             f"average: got {type(engine).__name__}, which is {mean:.2g} away for {architecture} "
-            "with the same weights. vLLM computes this architecture otherwise, or does not take "
-            "all of its weights. Use TransformersEngine, or raise `weight_sync.max_mean_diff`."
+            f"with {weights}. vLLM computes this architecture otherwise, or does not take all of "
+            "its weights. Use TransformersEngine, or raise `weight_sync.max_mean_diff`."
         )

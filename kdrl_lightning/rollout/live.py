@@ -11,8 +11,18 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from threading import Thread
 
+import torch
+
 from kdrl_lightning.distributed import stop_together
-from kdrl_lightning.engines.agreement import bound_of, probe, require_agreement
+from kdrl_lightning.engines.agreement import (
+    AS_THEY_ARE,
+    MOVED,
+    bound_of,
+    equal_weights,
+    moved,
+    probe,
+    require_agreement,
+)
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rewards.processes.runner import RewardRunner
@@ -155,14 +165,32 @@ class LiveSampler:
             # A teacher's completions stop at the teacher's end tokens.
             ends = weights.end_token_ids or self.module.end_tokens.ids
             engine.setup(weights, ends, self.pad_id)
+        compares = first and engine.compared and weights.model is self.module.weights().model
+        if compares and self.trainer.optimizers:
+            self._compare_moved(engine, weights)
         if engine.version != self.trainer.global_step:
             engine.update_weights(weights, self.trainer.global_step)
-        if first and engine.compared and weights.model is self.module.weights().model:
-            self._compare(engine, type(weights.model).__name__)
+        if compares:
+            self._compare(engine, weights, AS_THEY_ARE)
         return time.perf_counter() - started
 
-    def _compare(self, engine: RolloutEngine, architecture: str) -> None:
+    def _compare_moved(self, engine: RolloutEngine, weights: ModelWeights) -> None:
+        """Compare with other values of the weights that hide differences; all ranks must call it.
+
+        A run that trains will change them; another one never does.
+        """
+        parts = equal_weights(weights.model)
+        if not float(self.module.reduce(torch.tensor([float(len(parts))]), "sum")):
+            return
+        with moved(parts):
+            engine.update_weights(weights, self.trainer.global_step)
+            self._compare(engine, weights, MOVED)
+        engine.release()
+        engine.version = None  # the weights that it holds are not the student's
+
+    def _compare(self, engine: RolloutEngine, weights: ModelWeights, which: str) -> None:
         """Compare an engine's log-probabilities with the student's; all ranks must call it."""
+        architecture = type(weights.model).__name__
         module, precision = self.module, str(self.trainer.precision)
         rows = int(min(self.vocabulary_rows, module.vocabulary_rows))
         context = min(engine.context or module.context_length, module.context_length)
@@ -171,7 +199,9 @@ class LiveSampler:
         bound = self.max_mean_diff
         if bound is None:
             bound = bound_of(precision, engine.dtype)
-        stop_together(lambda: require_agreement(engine, architecture, scored, bound), module.reduce)
+        stop_together(
+            lambda: require_agreement(engine, architecture, scored, bound, which), module.reduce
+        )
 
     def sample(
         self,

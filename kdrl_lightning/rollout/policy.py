@@ -139,6 +139,10 @@ class Run(Protocol):
         """Optimizer steps of the whole run."""
 
     @property
+    def optimizers(self) -> Sequence[object]:
+        """The optimizers; none in a run that does not train."""
+
+    @property
     def precision(self) -> str:
         """Name of the precision, such as ``bf16-mixed``; Lightning's type is wider."""
 

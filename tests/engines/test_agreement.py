@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.short_runs import fit, make_data, make_module
+from helpers.short_runs import fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import WeightSyncCheck
 from kdrl_lightning.engines import Sampling, TransformersEngine
-from kdrl_lightning.engines.agreement import TOKENS, bound_of, probe
+from kdrl_lightning.engines.agreement import TOKENS, bound_of, equal_weights, moved, probe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_causal_lm
+from kdrl_lightning.models.lora import LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the (completions|groups) ")
 
@@ -45,6 +46,17 @@ class OtherCode(TransformersEngine):
         return super().generate(prompts, seeds, sampling)
 
 
+class WithoutNorms(OtherCode):
+    """Computes as if all norms had their initial weights, which are one."""
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        super().update_weights(weights, version)
+        with torch.no_grad():
+            for name, parameter in self._copy.named_parameters():
+                if "norm" in name:
+                    parameter.fill_(1.0)
+
+
 class Unseen(WeightSyncCheck):
     """The bound alone: nothing is compared in the run."""
 
@@ -66,7 +78,7 @@ def test_a_weight_that_does_not_arrive_stops_before_sampling(
     trainer = {"limit_val_batches": 1.0, "num_sanity_val_steps": 1} if first != "rollout" else {}
     words = (
         r"`rollout_engine` must give the student's log-probabilities within 0.001 nats on average: "
-        r"got OtherCode, which is 0\.\d+ away for Qwen2ForCausalLM with the same weights\. .*"
+        r"got OtherCode, which is 0\.\d+ away for Qwen2ForCausalLM with the same weights.*"
         r"Use TransformersEngine, or raise `weight_sync.max_mean_diff`\.$"
     )
     with pytest.raises(ConfigurationError, match=words):
@@ -74,12 +86,74 @@ def test_a_weight_that_does_not_arrive_stops_before_sampling(
     assert len(engine.asked) == 1  # the comparison; nothing was sampled for the run
 
 
-def test_equal_numbers_are_compared_once(tmp_path: Path, student_folder: str) -> None:
+def test_a_difference_that_training_would_uncover_stops_before_sampling(
+    tmp_path: Path, student_folder: str
+) -> None:
+    engine = WithoutNorms()
+    words = "with the same weights, after a small change of those that are all equal in their"
+    with pytest.raises(
+        ConfigurationError, match=f"got WithoutNorms, which is .* {words} tensor\\."
+    ):
+        start(tmp_path, student_folder, engine)
+    assert len(engine.asked) == 1
+
+
+def test_a_run_that_does_not_train_uncovers_nothing(tmp_path: Path, student_folder: str) -> None:
+    engine, module = WithoutNorms(), make_module(student_folder, None, GRPO())
+    make_trainer(tmp_path).validate(module, make_data(rollout_engine=engine), verbose=False)
+    assert [tokens for _, tokens in engine.asked[:2]] == [TOKENS, 10]
+
+
+def test_equal_numbers_are_compared_twice(tmp_path: Path, student_folder: str) -> None:
     engine = OtherCode()
     start(tmp_path, student_folder, engine, WeightSyncCheck())
-    lengths, tokens = engine.asked[0]
-    assert len(set(lengths)) == 3 and tokens == TOKENS
-    assert [tokens for _, tokens in engine.asked[1:]] == [10, 10]  # the rollouts of four steps
+    for lengths, tokens in engine.asked[:2]:  # with norms that are not one, and as they are
+        assert len(set(lengths)) == 3 and tokens == TOKENS
+    assert [tokens for _, tokens in engine.asked[2:]] == [10, 10]  # the rollouts of four steps
+
+
+def test_weights_of_which_none_are_all_equal_are_compared_once(
+    tmp_path: Path, student_folder: str
+) -> None:
+    engine, module = OtherCode(), make_module(student_folder, None, GRPO())
+    module.configure_model()
+    with torch.no_grad():
+        for part in equal_weights(module.weights().model):
+            part.view(-1)[0] += 0.1
+    data = make_data(rollout_engine=engine)
+    fit(tmp_path, module, data, [], limit_val_batches=0, max_steps=4)
+    assert [tokens for _, tokens in engine.asked] == [TOKENS, 10, 10]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_moved_weights_are_restored_exactly(student_folder: str, raises: bool) -> None:
+    model = load_causal_lm(student_folder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def changed() -> set[str]:
+        now = model.state_dict()
+        return {name for name in before if not torch.equal(now[name], before[name])}
+
+    parts = equal_weights(model)
+    try:
+        with moved(parts):
+            inside = changed()
+            if raises:
+                raise KeyError("any")
+    except KeyError:
+        assert raises
+    assert inside == {name for name in before if name.endswith(("norm.weight", ".bias"))}
+    assert changed() == set()
+
+
+def test_only_what_is_trained_is_moved(student_folder: str) -> None:
+    model = load_causal_lm(student_folder)
+    LoRA(2).inject(model, 0)
+    trained = dict(model.named_parameters())
+    equal = {p.data_ptr() for p in equal_weights(model)}
+    assert {n for n, p in trained.items() if p.data_ptr() in equal} == {
+        n for n in trained if "lora_B" in n
+    }
 
 
 def test_the_callbacks_bound_decides(tmp_path: Path, student_folder: str) -> None:

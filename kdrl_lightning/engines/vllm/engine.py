@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.vllm.classes import classes_kept
-from kdrl_lightning.engines.vllm.errors import reason_and_cure, short
+from kdrl_lightning.engines.vllm.errors import failure
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.vllm.options import implementation_of, options_of
 from kdrl_lightning.engines.vllm.requests import (
@@ -121,7 +121,9 @@ class VLLMEngine(RolloutEngine):
         self._vocab_size = self.context = 0
         self._ends: tuple[int, ...] = ()
         self._model: Any = None
+        self._sampled = False
         self._options: dict[str, Any] = {}
+        self._path = ""
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
@@ -143,6 +145,7 @@ class VLLMEngine(RolloutEngine):
         self._options["model_impl"] = implementation_of(config.model_type)
         auto = torch.bfloat16 if on_gpu else weight.dtype
         self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+        self._path = weights.path
         wanted = (weights.path, self.dtype)
         if self._llm is not None and self._made_for == wanted:
             return
@@ -156,10 +159,11 @@ class VLLMEngine(RolloutEngine):
         """Copy the student's weights, one tensor at a time, and empty the prefix cache.
 
         Raises:
-            TrainingStopped: the engine does not take the weights.
+            ConfigurationError: vLLM cannot take the weights of this model.
+            TrainingStopped: the engine has sampled before, and does not take the weights.
         """
         llm = self._running()
-        with _stopping("take the weights"):
+        with self._in_one_line("take the weights"):
             if self.sleep:
                 torch.cuda.empty_cache()
                 llm.wake_up(tags=["weights"])
@@ -183,7 +187,9 @@ class VLLMEngine(RolloutEngine):
         """Sample completions; see ``RolloutEngine.generate``.
 
         Raises:
-            TrainingStopped: a prompt is empty, too long, or holds an unknown id, or vLLM fails.
+            ConfigurationError: vLLM cannot sample from this model.
+            TrainingStopped: a prompt is empty, too long, or holds an unknown id, or vLLM fails
+                after it has sampled before.
         """
         check_requests(prompts, sampling, self._vocab_size, self.context)
         llm = self._running()
@@ -208,10 +214,12 @@ class VLLMEngine(RolloutEngine):
             for _, seed in requests
         ]
         # Rollouts run under the trainer's autocast, which must not act on the engine.
-        with _stopping("sample", self._forget), torch.autocast(_device_type(), enabled=False):
+        no_autocast = torch.autocast(_device_type(), enabled=False)
+        with self._in_one_line("sample", self._forget), no_autocast:
             outputs = llm.generate(
                 [{"prompt_token_ids": list(p)} for p, _ in requests], parameters, use_tqdm=False
             )
+        self._sampled = True
         made = iter(outputs)
         return [[self._completion(next(made).outputs[0]) for _ in group] for group in seeds]
 
@@ -237,38 +245,32 @@ class VLLMEngine(RolloutEngine):
         cache = self.kv_cache_memory_bytes
         if cache is None and not on_gpu:
             cache = CPU_CACHE_BYTES
-        try:
-            with _undisturbed() as launcher, classes_kept() as keep:
-                from vllm import LLM
+        whole = self._in_one_line("start")
+        with whole, _undisturbed() as launcher, classes_kept() as keep:
+            from vllm import LLM
 
-                llm: Any = LLM(
-                    model=path,
-                    dtype=str(self.dtype).removeprefix("torch."),
-                    load_format="dummy",  # the weights come from the trainer
-                    skip_tokenizer_init=True,
-                    generation_config="vllm",  # not the model's top-p, top-k and penalties
-                    logprobs_mode="processed_logprobs",
-                    max_model_len=self.context,
-                    max_num_seqs=self.max_sequences,
-                    gpu_memory_utilization=self.gpu_memory_utilization,
-                    kv_cache_memory_bytes=cache,
-                    enforce_eager=self.enforce_eager or not on_gpu,
-                    enable_prefix_caching=True,
-                    enable_sleep_mode=self.sleep,
-                    distributed_executor_backend=launcher,
-                    seed=0,
-                    **self._options,
-                )
-                (model,) = llm.apply_model(lambda model: model)
-                keep(model)
-                self._model = model
-                return llm
-        except Exception as error:
-            reason, cure = reason_and_cure(error, _import_error)
-            raise ConfigurationError(
-                f"`rollout_engine` must be an engine that can run {path}: got VLLMEngine, which "
-                f"failed: {reason}. {cure}, or use TransformersEngine."
-            ) from error
+            llm: Any = LLM(
+                model=path,
+                dtype=str(self.dtype).removeprefix("torch."),
+                load_format="dummy",  # the weights come from the trainer
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # not the model's top-p, top-k and penalties
+                logprobs_mode="processed_logprobs",
+                max_model_len=self.context,
+                max_num_seqs=self.max_sequences,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                kv_cache_memory_bytes=cache,
+                enforce_eager=self.enforce_eager or not on_gpu,
+                enable_prefix_caching=True,
+                enable_sleep_mode=self.sleep,
+                distributed_executor_backend=launcher,
+                seed=0,
+                **self._options,
+            )
+            (model,) = llm.apply_model(lambda model: model)
+            keep(model)
+            self._model = model
+        return llm
 
     def _running(self) -> Any:
         if self._llm is None:
@@ -278,20 +280,18 @@ class VLLMEngine(RolloutEngine):
             )
         return self._llm
 
+    @contextmanager
+    def _in_one_line(self, what: str, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Raise vLLM's errors in one line; ``then`` runs before that."""
+        try:
+            yield
+        except Exception as error:
+            then()
+            raise failure(error, what, self._path, self._sampled, _import_error) from error
+
     def _forget(self) -> None:
         # After an error vLLM would wait for requests that never end.
         self._llm = self._made_for = self.version = None
-
-
-@contextmanager
-def _stopping(what: str, then: Any = lambda: None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        then()
-        raise TrainingStopped(
-            f"vLLM could not {what}: {short(error)}. Start the run anew from its last checkpoint."
-        ) from error
 
 
 @contextmanager

@@ -1,14 +1,73 @@
-"""Finds, in one line, the reason why vLLM did not start."""
+"""Turns an error of vLLM into one line with its reason and a cure."""
 
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
+
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 
 MISSING = re.compile(r"No module named '(\w+)")
 # vLLM inspects a model's code in another process and leaves the reason in that process's log.
 UNSAID = re.compile(r"\['(\w+)'.*\] failed to be inspected")
+KNOWN = re.compile(r" Supported architectures: .*")  # vLLM lists all of some 300
+
+Importer = Callable[[str], Exception | None]
+
+
+def failure(
+    error: Exception, what: str, path: str, sampled: bool, import_error: Importer
+) -> Exception:
+    """Return the error of an engine in this process that failed, in one line.
+
+    An engine that has never sampled cannot run the model; one that has sampled broke.
+
+    Args:
+        error: the error that vLLM raised.
+        what: what the engine had to do, as in ``sample``.
+        path: folder or hub name of the model.
+        sampled: whether the engine has sampled before.
+        import_error: see ``reason_and_cure``.
+
+    >>> print(failure(ValueError("no memory"), "sample", "m", True, lambda name: None))
+    vLLM could not sample: ValueError: no memory. Start the run anew from its last checkpoint.
+    """
+    if sampled:
+        return TrainingStopped(
+            f"vLLM could not {what}: {described(error)}. Start the run anew from its last "
+            "checkpoint."
+        )
+    reason, cure = reason_and_cure(error, import_error)
+    return ConfigurationError(
+        f"`rollout_engine` must be an engine that can run {path}: got VLLMEngine, which could not "
+        f"{what}: {reason}. {cure}, or use TransformersEngine."
+    )
+
+
+def described(error: BaseException) -> str:
+    """Return an error's message, with its type and place unless code raised it on purpose.
+
+    An assertion has no message, and Python's own messages do not say what they are about.
+    """
+    text = KNOWN.sub("", short(error)).rstrip(".")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line]
+    if hasattr(error, "errors") or (frames and str(frames[-1].line).startswith("raise ")):
+        return text
+    kind = type(error).__name__
+    text = text if text == kind else f"{kind}: {text}"
+    # Frames of torch, and look-ups such as `__getattr__`, say less than the code that calls them.
+    callers = [
+        frame
+        for frame in frames
+        if "torch" not in Path(frame.filename).parts and not frame.name.startswith("__get")
+    ] or frames
+    if not callers:
+        return text
+    file = callers[-1].filename.rpartition("site-packages/")[2]
+    return f"{text}, at `{callers[-1].line}` ({file}:{callers[-1].lineno})"
 
 
 def short(error: BaseException) -> str:
@@ -20,10 +79,8 @@ def short(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def reason_and_cure(
-    error: Exception, import_error: Callable[[str], Exception | None]
-) -> tuple[str, str]:
-    """Return why vLLM did not start, and what the user can do.
+def reason_and_cure(error: Exception, import_error: Importer) -> tuple[str, str]:
+    """Return why vLLM cannot run a model, and what the user can do.
 
     If vLLM's code for the architecture needs a package that is not installed, the reason names it.
 
@@ -39,7 +96,7 @@ def reason_and_cure(
             f"its code for this architecture needs the package {package}, which is not installed",
             f"Install {package} in the version that fits your torch",
         )
-    return short(found).rstrip("."), "Check vLLM's versions and memory"
+    return described(found), "Check vLLM's versions and memory"
 
 
 def missing_package(error: BaseException) -> str:

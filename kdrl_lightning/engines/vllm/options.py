@@ -18,9 +18,13 @@ from kdrl_lightning.models.loading import load_config
 # updates would be lost. If transformers' classes run the model, all weights arrive.
 BY_TRANSFORMERS = {
     "apertus": "activation parameters, which vLLM rounds to bfloat16",
+    "dbrx": "experts",
     "gemma3n_text": "weights (by its code, numbers are not the student's)",
     "gpt_oss": "sinks, and experts with their biases",
 }
+
+# vLLM knows these classes by their names on the hub; transformers saves its own name.
+HUB_CLASS = {"phimoe": "PhiMoEForCausalLM"}
 
 # Since vLLM 0.29 a token of these architectures sees `sliding_window` tokens besides itself; with
 # transformers' masks it sees one token less.
@@ -49,8 +53,9 @@ def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
         options["model_impl"] = implementation_of(config.model_type)
     flags = []
     for name, value in options.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        flags += [f"--{name.replace('_', '-')}", text]
+        flags.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            flags.append(value if isinstance(value, str) else json.dumps(value))
     return flags
 
 
@@ -73,11 +78,15 @@ def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
     Returns:
         Arguments of ``vllm.LLM``; the server accepts the same ones as flags.
     """
-    options: dict[str, Any] = {}
+    # Prompts are token ids of text. Without this, vLLM loads processors of images and sound, which
+    # need packages, files and a tokenizer, and reserves memory for them.
+    options: dict[str, Any] = {"language_model_only": True}
     if not on_gpu:
         options["compilation_config"] = ROTARY_IN_TORCH
     if config.model_type in LONGER_WINDOW and vllm_version() >= LONGER_SINCE:
         options["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
+    if config.model_type in HUB_CLASS:
+        options["hf_overrides"] = {"architectures": [HUB_CLASS[config.model_type]]}
     return options
 
 

@@ -30,17 +30,19 @@ def before_reload(model: Any) -> None:
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
         if method is not None and experts is not None and "CPU" in type(experts).__name__:
             method.moe_kernel = None
-        use_bias(getattr(module, "router", None))
+        give_group(getattr(module, "router", None))
 
 
-def use_bias(router: Any) -> None:
-    """Make a CPU router of experts use its correction bias, which it ignores without groups.
+def give_group(router: Any) -> None:
+    """Make a CPU router of experts do what it only does for experts in groups (vLLM 0.32).
 
-    With one group of all experts it makes the same choice and uses the bias (Ernie 4.5; vLLM 0.32).
+    Without groups it ignores its correction bias (Ernie 4.5) and refuses the scores of sigmoids
+    (Laguna, MiniMax M2). One group of all experts makes the same choice with both.
     """
     if type(router).__name__ != "CPURouter" or router.use_grouped_topk:
         return
-    if router.e_score_correction_bias is not None and router.scoring_func == "softmax":
+    biased = router.e_score_correction_bias is not None and router.scoring_func == "softmax"
+    if router.custom_routing_function is None and (biased or router.scoring_func == "sigmoid"):
         router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 

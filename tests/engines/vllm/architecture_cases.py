@@ -51,6 +51,7 @@ def test_an_architecture_that_vllm_has_not_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as error:
         VLLMEngine(max_model_len=64).setup(ModelWeights(load_causal_lm(path), path), END, PAD)
     assert "\n" not in str(error.value)
-    assert "VLLMEngine, which failed: Model architecture MptForCausalLM was supported" in str(
-        error.value
+    assert (
+        "VLLMEngine, which could not start: Model architecture MptForCausalLM was supported"
+        in str(error.value)
     )

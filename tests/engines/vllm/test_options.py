@@ -15,6 +15,7 @@ from kdrl_lightning.engines.vllm import options as vllm_options
 from kdrl_lightning.engines.vllm.options import options_of, vllm_version
 
 ROTARY = {"custom_ops": ["-rotary_embedding"]}
+TEXT = {"language_model_only": True}  # no images: no processor, which needs files and a tokenizer
 
 
 def config(model_type: str, **values: Any) -> Any:
@@ -27,8 +28,8 @@ def _vllm_32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_turns_queries_by_torch() -> None:
-    assert options_of(config("lfm2"), on_gpu=False) == {"compilation_config": ROTARY}
-    assert options_of(config("lfm2"), on_gpu=True) == {}
+    assert options_of(config("lfm2"), on_gpu=False) == {**TEXT, "compilation_config": ROTARY}
+    assert options_of(config("lfm2"), on_gpu=True) == TEXT
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_a_window_that_vllm_lengthens_is_told_one_token_shorter(
     monkeypatch.setattr(vllm_options, "vllm_version", lambda: version)
     made = options_of(config("cohere2", sliding_window=8), on_gpu=True)
     assert made.get("hf_overrides", {}) == told
-    assert options_of(config("gemma2", sliding_window=8), on_gpu=True) == {}
+    assert options_of(config("gemma2", sliding_window=8), on_gpu=True) == TEXT
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_the_version_of_either_package(
 
 
 def flags(folder: Path, *more: str) -> dict[str, str]:
-    made = command(parse(["--model", str(folder), *more]))
+    made = [*command(parse(["--model", str(folder), *more])), ""]
     return {a: b for a, b in pairwise(made) if a.startswith("--")}
 
 
@@ -79,6 +80,7 @@ def test_serve_starts_vllm_with_the_engines_settings(
     assert json.loads(made["--compilation-config"]) == ROTARY
     # A teacher's weights are never reloaded.
     assert "--model-impl" not in flags(tmp_path, "--teacher")
+    assert made["--language-model-only"].startswith("--")  # it has no value
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert "--compilation-config" not in flags(tmp_path)
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
-from kdrl_lightning.engines.vllm.errors import missing_package, reason_and_cure, short
+from kdrl_lightning.engines.vllm.errors import (
+    described,
+    failure,
+    missing_package,
+    reason_and_cure,
+    short,
+)
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 
 NEEDS = "its code for this architecture needs the package {}, which is not installed"
 INSTALL = "Install {} in the version that fits your torch"
@@ -61,7 +71,7 @@ def test_what_vllm_leaves_in_its_log_is_found() -> None:
 def test_a_class_that_can_be_imported_keeps_vllms_words() -> None:
     text = "Model architectures ['A'] failed to be inspected. Check the logs."
     found = reason_and_cure(ValueError(text), lambda architecture: None)
-    assert found == (text[:-1], "Check vLLM's versions and memory")
+    assert found == (f"ValueError: {text[:-1]}", "Check vLLM's versions and memory")
 
 
 def test_long_and_nested_messages_are_one_line() -> None:
@@ -72,3 +82,72 @@ def test_long_and_nested_messages_are_one_line() -> None:
     assert short(PydanticError("many lines")) == "a rule; another"
     assert short(ValueError("x" * 400)) == "x" * 300 + "..."
     assert short(AssertionError()) == "AssertionError"
+
+
+def refuses(kind: type[Exception]) -> None:
+    raise kind("heads of 48 are not supported..")
+
+
+def has_no_words(top_k: int | None) -> None:
+    assert top_k is not None
+
+
+def looks_up(classes: dict[str, int]) -> int:
+    return classes["vllm"]
+
+
+def calls_torch(states: torch.Tensor) -> torch.Tensor:
+    return states.view(-1, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: refuses(NotImplementedError), r"heads of 48 are not supported"),
+        (
+            lambda: has_no_words(None),
+            r"AssertionError, at `assert top_k is not None` \(.*:\d+\)",
+        ),
+        (lambda: looks_up({}), r"KeyError: 'vllm', at `return classes\[\"vllm\"\]` \(.*:\d+\)"),
+        (
+            lambda: calls_torch(torch.zeros(3)),
+            r"RuntimeError: shape .* is invalid .*, at `return states\.view\(-1, 2, 32\)` \(.*\)",
+        ),
+        # The caller's line says more than torch's.
+        (
+            lambda: torch.nn.Linear(2, 2)(torch.zeros(3)),
+            r"RuntimeError: .*, at `lambda: torch\.nn\.Linear\(2, 2\).*` \(.*test_vllm_errors.*\)",
+        ),
+    ],
+)
+def test_an_error_that_code_did_not_raise_on_purpose_says_where_it_was(
+    call: Callable[[], Any], words: str
+) -> None:
+    with pytest.raises(Exception) as error:
+        call()
+    assert re.fullmatch(words, described(error.value))
+
+
+def test_the_long_list_of_architectures_is_left_out() -> None:
+    text = "Model architectures ['A'] are not supported for now. Supported architectures: dict"
+    with pytest.raises(ValueError, match="are not") as error:
+        raise ValueError(text)
+    assert described(error.value) == "Model architectures ['A'] are not supported for now"
+
+
+@pytest.mark.parametrize("what", ["start", "take the weights", "sample"])
+def test_an_engine_that_never_sampled_is_the_wrong_one_and_another_broke(what: str) -> None:
+    error = ValueError("no such kernel")
+    first, later = (
+        failure(error, what, "a/model", sampled, lambda _: None) for sampled in (False, True)
+    )
+    assert isinstance(first, ConfigurationError) and isinstance(later, TrainingStopped)
+    assert str(first) == (
+        "`rollout_engine` must be an engine that can run a/model: got VLLMEngine, which could not "
+        f"{what}: ValueError: no such kernel. Check vLLM's versions and memory, or use "
+        "TransformersEngine."
+    )
+    assert str(later) == (
+        f"vLLM could not {what}: ValueError: no such kernel. Start the run anew from its last "
+        "checkpoint."
+    )

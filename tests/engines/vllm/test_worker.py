@@ -79,6 +79,7 @@ class CPURouter:
     def __init__(self, bias: torch.Tensor | None, scoring: str = "softmax", grouped: bool = False):
         self.e_score_correction_bias, self.scoring_func = bias, scoring
         self.use_grouped_topk = grouped
+        self.custom_routing_function: Any = None
         self.num_expert_group, self.topk_group = (4, 2) if grouped else (None, None)
 
 
@@ -87,12 +88,14 @@ class CPURouter:
     [
         (CPURouter(torch.ones(4)), (True, 1, 1)),
         (CPURouter(None), (False, None, None)),
+        (CPURouter(None, "sigmoid"), (True, 1, 1)),
+        (CPURouter(torch.ones(4), "sigmoid"), (True, 1, 1)),
         (CPURouter(torch.ones(4), "sqrtsoftplus"), (False, None, None)),  # it knows the bias
         (CPURouter(torch.ones(8), grouped=True), (True, 4, 2)),
         (type("FusedTopKBiasRouter", (CPURouter,), {})(torch.ones(4)), (False, None, None)),
     ],
 )
-def test_a_cpus_router_without_groups_gets_one_so_that_it_reads_its_bias(
+def test_a_cpus_router_without_groups_gets_one_for_its_bias_and_for_sigmoids(
     router: Any, groups: tuple[bool, int | None, int | None]
 ) -> None:
     experts: Any = nn.Linear(1, 1)

@@ -1,22 +1,18 @@
 """The table of architectures in the docs is what the code does, for a sample of families.
 
-All of it is made again by ``python benchmarks/architectures/run.py``.
+All of it is made again by ``python -m benchmarks.architectures.run``.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks" / "architectures"))
-
-import cases
-import families
-import run
+from benchmarks.architectures import cases, families, run, vllm_case
 
 TABLE = json.loads(run.TABLE.read_text())
 # One of each kind: dense, soft-capped, windows, experts, hybrids, recurrent, none of these.
@@ -60,6 +56,26 @@ def test_the_table_has_every_type_and_no_wrong_numbers() -> None:
     cells = [(name, c, cell) for name, row in TABLE.items() for c, cell in row.items()]
     kinds = ("yes", "yes, without a cache", "—")
     assert [x for x in cells if x[2] not in kinds and not x[2].startswith("refused: ")] == []
+
+
+# What a run says before its first rollout, with a reason and a cure.
+REFUSALS = re.compile(
+    r"refused: ("
+    r"`rollout_engine` must be an engine that can run {name}: got VLLMEngine, which could not "
+    r"(start|take the weights|sample): .{{10,}}\. (Install \w+ in|Check vLLM's) .*, or use "
+    r"TransformersEngine\.|"
+    r"`rollout_engine` must give the student's log-probabilities within .*: got VLLMEngine, which "
+    r"is \S+ away for \w+ with .*\. Use TransformersEngine, or raise .*)"
+)
+
+
+def test_every_model_that_loads_has_a_cell_for_vllm() -> None:
+    cells = vllm_case.results()
+    assert sorted(cells) == [n for n in sorted(TABLE) if TABLE[n]["loads"] == "yes"]
+    right = re.compile(r"yes(, within 0\.\d+: .*|, in bfloat16, .*: 0\.0\d+ apart on average)?")
+    for name, cell in cells.items():
+        refusal = re.compile(REFUSALS.pattern.format(name=name))
+        assert right.fullmatch(cell) or refusal.fullmatch(cell), f"{name}: {cell}"
 
 
 def test_the_page_shows_the_table() -> None:
