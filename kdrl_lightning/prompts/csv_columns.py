@@ -13,7 +13,9 @@ from pathlib import Path
 
 from kdrl_lightning.errors import ConfigurationError
 
-NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?inf(?:inity)?", re.I)
+NUMBER = re.compile(
+    r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?inf(?:inity)?", re.I
+)
 # As Python writes whole numbers; a float64 holds all of 15 digits.
 WHOLE = re.compile(r"-?[1-9][0-9]{0,14}|0")
 
