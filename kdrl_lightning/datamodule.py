@@ -23,6 +23,7 @@ from kdrl_lightning.evaluation import (
 from kdrl_lightning.models.end_tokens import warn_of_turn_end
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts.base import Prompts, first_of_each_kind
+from kdrl_lightning.prompts.encoding import warn_of_ignored
 from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
@@ -172,10 +173,11 @@ class RolloutDataModule(pl.LightningDataModule):
         if any(not isinstance(row["prompt"], str) for prompts in sets for row, _ in prompts.sample):
             module = self.live.module
             warn_of_turn_end(module.end_tokens, module.tokenizer, module.student_path)
+            warn_of_ignored((row for s in sets for row, _ in s.sample), module.tokenizer)
         self.rewards.start()
-        kinds = first_of_each_kind(row for prompts in sets for row, _ in prompts.sample)
         for prompts in sets:
             # Run the reward on one row of each kind; only check the form of all others.
+            kinds = first_of_each_kind(row for row, _ in prompts.sample)
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
 
@@ -308,6 +310,7 @@ class RolloutDataModule(pl.LightningDataModule):
             refused=self.rollout_engine.refused_lengths(module.student_path, max_tokens),
             drop=self.overlong_prompts == "drop",
             vocabularies={"student": module.vocabulary_rows},
+            ends=module.end_tokens.ids,
         )
 
     def _encode_evaluated(self, source: Prompts, name: str, max_tokens: int) -> PromptSet:

@@ -2137,8 +2137,20 @@ MUTATIONS = [
     Mutation(
         "answers: leading zeros dropped",
         ("prompts/hugging_face.py", "rewards/answers/test_references.py"),
-        'texts = zero_padded(local) if local.suffix == ".csv" else []',
-        "texts = []",
+        "texts = text_columns(file)",
+        "texts = list[str]()",
+    ),
+    Mutation(
+        "answers: numbers of a CSV lose their form",
+        ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
+        "return repr(float(cell)) != cell",
+        "return False",
+    ),
+    Mutation(
+        "answers: the number of a class",
+        ("prompts/hugging_face.py", "prompts/test_files_as_written.py"),
+        "if has_names(one)}",
+        "if not has_names(one)}",
     ),
     Mutation(
         "answers: a route of one type",

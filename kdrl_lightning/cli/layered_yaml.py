@@ -14,11 +14,12 @@ import yaml
 from jsonargparse import set_dumper, set_loader
 
 from kdrl_lightning.cli.settings import unions
+from kdrl_lightning.cli.settings.overlaid import Layer, keep
 from kdrl_lightning.cli.settings.private import util
 from kdrl_lightning.cli.settings.renamed import renamed
 from kdrl_lightning.cli.settings.replaced import contents, note_lost
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
-from kdrl_lightning.cli.settings.unused import note_dropped
+from kdrl_lightning.cli.settings.unused import note_dropped, note_replaced
 from kdrl_lightning.cli.shipped import find
 from kdrl_lightning.errors import ConfigurationError
 
@@ -66,13 +67,15 @@ def read(text: str, path: str | None = None) -> Any:
         return _value(text)
     # jsonargparse changes into the folder of a file that it reads, and passes only its last name.
     full, name = file or (path or "", path or "--config")
-    return _resolve(_document(text, name), Path(full), ())
+    found = _resolve(_document(text, name), Path(full), ())
+    return {} if found is None else found  # all lines are comments
 
 
 def merge(base: Any, over: Any, where: str = "") -> Any:
     """Return ``over`` merged into ``base``: mappings key by key, anything else replaced.
 
-    A different ``class_path`` replaces the whole class, so that it gets no argument of the other;
+    A different ``class_path`` replaces the whole class, so that it gets no argument of the other
+    (``init_args`` of a base without a class are for the class that comes);
     a mapping of other names, e.g. of evaluation sets, replaces a class, too. A list under ``name+``
     is added to the list of ``base``.
 
@@ -89,7 +92,12 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
         return base  # a group in which all lines are comments
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
-    if "class_path" in over and not _same(base.get("class_path"), over["class_path"]):
+    if "class_path" in over and "class_path" not in base and not set(base) <= CLASS:
+        names = [f"`{name}`" for name in base]
+        note_replaced(where, "the settings of its base", names, "Write them below `init_args`.")
+        return over
+    named = over.get("class_path")
+    if named is not None and not _same(base.get("class_path", named), named):
         _note_dropped(where, base, over)
         return over
     if "class_path" in base and not set(over) <= CLASS:
@@ -241,4 +249,5 @@ def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
             raise ConfigurationError(
                 f"`{name}` must have settings by name: got {had!r:.80} in {file}."
             )
+    keep(Layer(str(value["base"]), below, over))
     return merge(below, over)

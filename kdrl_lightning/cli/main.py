@@ -151,7 +151,15 @@ class KDRLCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; data without a seed takes ``seed_everything``."""
         with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except TypeError as error:
+                if "unexpected keyword argument" not in str(error):
+                    raise
+                raise ConfigurationError(
+                    f"`dict_kwargs` must hold arguments that the class has: got {error}. Correct "
+                    "the name, or write it below `init_args`."
+                ) from error
         if self.trainer.is_global_zero:
             for note in take_notes():
                 print(f"note: {note}", flush=True)

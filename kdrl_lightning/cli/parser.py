@@ -14,9 +14,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import kdrl_lightning
 from kdrl_lightning.cli.help import HELP_ALL
+from kdrl_lightning.cli.layered_yaml import load_with_base
+from kdrl_lightning.cli.settings.empty import unknown_group
+from kdrl_lightning.cli.settings.overlaid import forget, mistakes, overruled
+from kdrl_lightning.cli.settings.private import actions
 from kdrl_lightning.cli.settings.renamed import renamed, renamed_flags
 from kdrl_lightning.cli.settings.text import Text
-from kdrl_lightning.cli.settings.unused import as_written, note_repeated
+from kdrl_lightning.cli.settings.unused import as_written, note, note_repeated
 from kdrl_lightning.cli.shipped import with_files
 from kdrl_lightning.errors import ConfigurationError
 
@@ -86,6 +90,10 @@ class OneLineParser(LightningArgumentParser):
         note_repeated(given)
         # `--help` is our short screen; argparse's `--help` lists every flag.
         words = ["--help" if word == HELP_ALL else word for word in with_files(given)]
+        for flag, file in overruled(words, _settings_of):
+            note(f"`{flag}` has no effect: --config {file} follows it and sets it. Put it last.")
+        if not self._of_a_class:
+            forget()
         try:
             return super().parse_args(words, *args[1:], **kwargs)
         except UnicodeDecodeError as error:
@@ -98,7 +106,21 @@ class OneLineParser(LightningArgumentParser):
                 cfg = renamed({"data": cfg}, "`data`")["data"]
             elif not parent_key:
                 cfg = renamed(cfg, "a configuration")
+        self._refuse_unknown_group({parent_key: cfg} if parent_key else cfg)
+        if type(cfg) is dict and not parent_key and not self._of_a_class:
+            for file, error in mistakes(self._actions):
+                words = one_line(str(error)).rstrip(".")
+                note(f"{words}. This is in {file}, and a later file replaces it.")
         return super()._apply_actions(cfg, parent_key, *args, **kwargs)
+
+    def _refuse_unknown_group(self, cfg: Any) -> None:
+        if any(isinstance(action.choices, dict) for action in self._actions):
+            return  # the parsers of the subcommands do so
+        settings = {action.dest for action in self._actions}
+        groups = {a.dest for a in self._actions if isinstance(a, actions._ActionConfigLoad)}
+        unknown = unknown_group(settings, groups, cfg)
+        if unknown:
+            self.error(f"Option '{unknown}' is not accepted")
 
     def _help(self, text: str) -> str:
         prog = self.prog.split(" [")[0].removesuffix(" fit")
@@ -166,6 +188,15 @@ class OneLineParser(LightningArgumentParser):
         return super()._check_value_key(action, value, *args, **kwargs)
 
 
+def _settings_of(config: str) -> Any:
+    """Return the settings of a file or a text after ``--config``; None if it cannot be read."""
+    try:
+        text = Path(config).read_text(encoding="utf-8") if is_file(config) else config
+        return load_with_base(text, config)
+    except (ConfigurationError, OSError, ValueError):  # the parser says why
+        return None
+
+
 def is_file(name: str) -> bool:
     """Return whether a text names a file; also false for a text that cannot be a path."""
     try:
@@ -189,6 +220,8 @@ def one_line(message: str) -> str:
         text = text[found.end() :].lstrip()
     if not keys:
         return text
+    if keys[0] == "config" and len(keys) > 1:  # a text after --config
+        keys = keys[1:]
     if found := WRONG_TYPE.fullmatch(text):
         cure = " Quote it." if found[1] == "str" else ""
         text = f"must be {WORDS[found[1]]}: got {found[2]}.{cure}"

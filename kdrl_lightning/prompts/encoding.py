@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.messages import CONTINUE, TEMPLATE_ARGS
 from kdrl_lightning.prompts.turns import (
+    check_rendered,
+    check_unicode,
     clean_messages,
     is_json_of_messages,
     plain,
@@ -22,16 +25,17 @@ from kdrl_lightning.untyped import HFTokenizer, Row
 OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
 
 
-def encode_prompt(tokenizer: HFTokenizer, row: Row) -> list[int]:
+def encode_prompt(tokenizer: HFTokenizer, row: Row, ends: Collection[int] = ()) -> list[int]:
     """Return the token ids of a row's prompt, with at most one BOS and without a final end token.
 
     Args:
         tokenizer: the student's tokenizer.
         row: the prompt's row; ``template_args`` and ``tools`` reach the chat template.
+        ends: end tokens besides the tokenizer's ``eos_token``.
 
     Raises:
-        ConfigurationError: the row has no ``prompt``, the prompt is empty or ends with the end
-            token, or the chat template cannot render the messages.
+        ConfigurationError: the row has no ``prompt``, the prompt is empty or ends with an end
+            token, or the chat template cannot render the messages or leaves text out.
     """
     if "prompt" not in row:
         raise ConfigurationError(
@@ -58,7 +62,7 @@ def encode_prompt(tokenizer: HFTokenizer, row: Row) -> list[int]:
         raise ConfigurationError(
             f"a prompt must have at least one token: got {prompt!r}. Remove the row."
         )
-    _refuse_an_end(tokenizer, ids, prompt)
+    _refuse_an_end(tokenizer, ids, prompt, ends)
     return ids
 
 
@@ -69,6 +73,7 @@ def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
             "a prompt must be a string or a list of chat messages: got messages as a string, "
             f"{text[:40]!r}. Store the column as lists, e.g. in JSON Lines."
         )
+    check_unicode(text)
     text_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not text_ids:
         return []
@@ -138,7 +143,23 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
             f"({type(error).__name__}: {' '.join(str(error).split())}). Fix or remove the row."
         ) from error
     unencoded = {**options, **arguments, "tokenize": False, "return_dict": False}
-    return _trimmed(tokenizer, ids, lambda: str(tokenizer.apply_chat_template(turns, **unencoded)))
+    text = str(tokenizer.apply_chat_template(turns, **unencoded))
+    check_rendered(turns, text)
+    return _trimmed(tokenizer, ids, lambda: text)
+
+
+def warn_of_ignored(rows: Iterable[Row], tokenizer: HFTokenizer) -> None:
+    """Warn of arguments of the chat template that the template does not read."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    given = [plain(row.get(TEMPLATE_ARGS)) for row in rows]
+    names = {str(name) for one in given if isinstance(one, dict) for name in without_none(one)}
+    ignored = sorted(name for name in names - {CONTINUE} if name not in template)
+    if ignored:
+        warnings.warn(
+            f"`{TEMPLATE_ARGS}` have no effect: the chat template does not read "
+            f"{', '.join(ignored)}. Correct the name, or remove it.",
+            stacklevel=2,
+        )
 
 
 def _is_true(value: object) -> bool:
@@ -161,19 +182,22 @@ def _check_the_last(roles: Sequence[str], continued: bool) -> None:
         )
 
 
-def _refuse_an_end(tokenizer: HFTokenizer, ids: Sequence[int], prompt: object) -> None:
-    """Refuse a prompt that ends with the end token, apart from white space after it."""
-    end = getattr(tokenizer, "eos_token_id", None)
+def _refuse_an_end(
+    tokenizer: HFTokenizer, ids: Sequence[int], prompt: object, ends: Collection[int]
+) -> None:
+    """Refuse a prompt that ends with an end token, apart from white space after it."""
+    known = {getattr(tokenizer, "eos_token_id", None), *ends}
     tail = list(ids[-3:])
-    if end is None or end not in tail or len(ids) == 1:  # BOS alone may be the same token
+    last = next((i for i in range(len(tail) - 1, -1, -1) if tail[i] in known), None)
+    if last is None or len(ids) == 1:  # BOS alone may be the same token
         return
-    after = tail[len(tail) - tail[::-1].index(end) :]
+    after = tail[last + 1 :]
     if after and tokenizer.decode(after).strip():
         return
     cure = "Remove the token."
     if not isinstance(prompt, str):
         cure = "Use a chat template that opens the assistant's turn (`add_generation_prompt`)."
     raise ConfigurationError(
-        f"a prompt must not end with the end token {tokenizer.eos_token}: got "
-        f"{prompt!r:.100}. {cure}"
+        f"a prompt must not end with the end token {tokenizer.convert_ids_to_tokens(tail[last])}: "
+        f"got {prompt!r:.100}. {cure}"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,9 @@ from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
+from kdrl_lightning.prompts.column_types import has_names, has_times, with_names
+from kdrl_lightning.prompts.csv_columns import text_columns
+from kdrl_lightning.prompts.jsonl import JSONLines
 from kdrl_lightning.prompts.messages import PromptForm
 from kdrl_lightning.untyped import Row
 
@@ -29,7 +32,9 @@ READERS = {
 class HFPrompts(PromptSource):
     """Rows of a dataset; each row keeps all its columns and gets ``prompt`` (and ``answer``).
 
-    Name a nested column with a dot: ``reward_model.ground_truth``.
+    Name a nested column with a dot: ``reward_model.ground_truth``. A column of classes
+    (``ClassLabel``) holds their names. Texts of a file stay as they are: a column of a CSV file
+    with a number like 007 or 1.50 is text, and so is a date in JSON.
 
     Args:
         path: name on the hub, a file (JSONL, JSON, Parquet, CSV, Arrow), or a folder that
@@ -69,7 +74,8 @@ class HFPrompts(PromptSource):
         self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
         self.answer_column = answer_column
-        self.rows = _load(path, name, split, take, self._streaming)
+        self.rows, features = _load(path, name, split, take, self._streaming)
+        self._classes = {n: one for n, one in (features or {}).items() if has_names(one)}
         if not len(self.rows):
             raise ConfigurationError(
                 f"`path` must have at least one row: got {path}, without rows. Name another file "
@@ -93,6 +99,9 @@ class HFPrompts(PromptSource):
 
     def __getitem__(self, index: int) -> Row:
         row = self.rows[index]
+        if self._classes:
+            named = {name: with_names(one, row[name]) for name, one in self._classes.items()}
+            row = {**row, **named}
         if self.answer_column is not None:
             row = {**row, "answer": _look_up(row, self.answer_column, "answer_column")}
         return self.form.row(row, _look_up(row, self.prompt_column, "prompt_column"))
@@ -143,37 +152,34 @@ class StreamedHFPrompts(HFPrompts):
 def _look_up(row: Row, column: str, argument: str) -> Any:
     value: Any = row
     for key in [column] if column in row else column.split("."):
+        if value is None:
+            raise ConfigurationError(
+                f"a row must have a value in `{column}`: got None on the way to it. Remove the row."
+            )
         if not isinstance(value, Mapping) or key not in value:
             raise ConfigurationError(
                 f"`{argument}` must be a column of the dataset: got {column}. "
-                f"The dataset has {', '.join(map(str, row))}."
+                f"The dataset has {', '.join(map(_shown, row))}."
             )
         value = value[key]
     return value
 
 
-def zero_padded(path: Path) -> list[str]:
-    """Return the columns of a CSV file that hold a number like 007, which must stay a text."""
-    found: set[str] = set()
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file)
-            names = next(lines, [])
-            for cells in lines:
-                for name, cell in zip(names, cells, strict=False):
-                    if cell[:1] == "0" and len(cell) > 1 and cell.isdecimal():
-                        found.add(name)
-    except (csv.Error, UnicodeDecodeError):  # the dataset's reader raises a better error later
-        return []
-    return [name for name in names if name in found]
+def _shown(name: object) -> str:
+    text = str(name)
+    return text if text == text.strip() else repr(text)
 
 
-def _load(path: str, name: str | None, split: str, take: int | None, streaming: bool) -> Any:
+def _load(
+    path: str, name: str | None, split: str, take: int | None, streaming: bool
+) -> tuple[Any, Any]:
+    """Return the rows, and the types of their columns if they are known."""
     datasets = load_library("datasets")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     local = Path(path)
-    if not local.exists() and local.suffix in READERS:
+    kind = local.suffix.lower()
+    if not local.exists() and kind in READERS:
         raise ConfigurationError(
             f"`path` must be a file that exists: got {path}. Check the path and the working folder."
         )
@@ -184,18 +190,17 @@ def _load(path: str, name: str | None, split: str, take: int | None, streaming: 
             rows = datasets.load_from_disk(path)
             rows = rows[split] if isinstance(rows, Mapping) else rows
         elif local.is_file():
-            if local.suffix not in READERS:
+            if kind not in READERS:
                 raise ValueError(f"a file must end in one of {', '.join(READERS)}")
-            texts = zero_padded(local) if local.suffix == ".csv" else []
-            kept = {"converters": dict.fromkeys(texts, str)} if texts else {}
-            rows = datasets.load_dataset(
-                READERS[local.suffix], data_files=path, split=split, streaming=streaming, **kept
-            )
+            rows = _read(datasets, local, split, streaming)
         else:
             rows = datasets.load_dataset(path, name, split=split, streaming=streaming)
+        features = getattr(rows, "features", None)
         if streaming and not isinstance(rows, Sequence | datasets.Dataset):
-            return list(itertools.islice(rows, take))
-        return rows if take is None else rows.select(range(min(take, len(rows))))
+            return list(itertools.islice(rows, take)), features
+        return _first(rows, take), features
+    except ConfigurationError:
+        raise
     except Exception as error:
         cause = error.__cause__ or error  # datasets wraps the reader's error in a generic one
         first = (str(cause).splitlines() or ["no rows"])[0]
@@ -203,3 +208,31 @@ def _load(path: str, name: str | None, split: str, take: int | None, streaming: 
             f"`path` must be a dataset that can be read: got {path}, split {split} "
             f"({type(cause).__name__}: {first[:300]}). Check the name, the split and the file."
         ) from error
+
+
+def _read(datasets: Any, file: Path, split: str, streaming: bool) -> Any:
+    reader = READERS[file.suffix.lower()]
+    given: dict[str, Any] = {"data_files": str(file), "split": split}
+    if reader == "csv":
+        texts = text_columns(file)
+        given |= {"converters": dict.fromkeys(texts, str)} if texts else {}
+    if reader != "json":
+        return datasets.load_dataset(reader, streaming=streaming, **given)
+    rows = datasets.load_dataset(reader, **given)  # nothing to download
+    if not has_times(rows.features):
+        return rows
+    # The library has turned texts that look like dates into times.
+    if split != "train":
+        raise ConfigurationError(
+            f"`split` must be train for a JSON file with dates: got {split} of {file}. Use `take`, "
+            "or convert the file to Parquet."
+        )
+    with file.open(encoding="utf-8-sig") as text:
+        array = text.read(1024).lstrip().startswith("[")
+    return json.loads(file.read_text(encoding="utf-8-sig")) if array else JSONLines(file, None)
+
+
+def _first(rows: Any, take: int | None) -> Any:
+    if take is None or take >= len(rows):
+        return rows
+    return rows.select(range(take)) if hasattr(rows, "select") else rows[:take]

@@ -61,13 +61,13 @@ class JSONLines(Sequence[Row]):
 
     Args:
         path: the file.
-        column: a column that every row must have.
+        column: a column that every row must have; None: a row may have any.
 
     Raises:
         ConfigurationError: the file or a line cannot be read, or the file has no rows.
     """
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path, column: str | None) -> None:
         if not path.is_file():
             raise ConfigurationError(
                 f"`path` must be a JSON Lines file: got {path}, which is not a file. Check the "
@@ -125,14 +125,32 @@ def _text(line: bytes, start: int) -> str:
     return line.decode("utf-8-sig" if start == 0 else "utf-8")  # Windows editors write a BOM
 
 
-def _check(text: str, where: str, column: str) -> None:
+def _check(text: str, where: str, column: str | None) -> None:
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ConfigurationError(f"{where} must be JSON: got {error}. Fix the line.") from error
-    if not isinstance(row, dict) or column not in row:
+    except KeyError as error:
+        raise ConfigurationError(
+            f"{where} must have each key once: got {error} twice. Remove one."
+        ) from error
+    if not isinstance(row, dict) or (column is not None and column not in row):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ConfigurationError(
             f"{where} must have the column `{column}`: got {found}. "
             "Name yours with `prompt_column`."
         )
+
+
+# `Any`: what JSON can hold.
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; `json` would keep the last of two equal keys.
+
+    Raises:
+        KeyError: a key occurs twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return made

@@ -28,6 +28,7 @@ class PromptRules:
         refused: ranges of lengths below ``limit`` that are not allowed either, with their reasons.
         drop: leave out prompts that are too long, instead of stopping the run.
         vocabularies: rows of each model's embedding, by the model's name; token ids must be lower.
+        ends: end tokens with which no prompt may end, besides the tokenizer's ``eos_token``.
         checks: functions that raise ``ConfigurationError`` for a row that cannot be used; see
             ``require``.
     """
@@ -38,6 +39,7 @@ class PromptRules:
     drop: bool = False
     vocabularies: Mapping[str, int] = field(default_factory=dict)
     checks: Sequence[Callable[[Row], object]] = ()
+    ends: Sequence[int] = ()
 
     def broken_by(self, tokens: int) -> tuple[float, str] | None:
         """Return the limit that a length exceeds, and its reason; None if the length is allowed.
@@ -209,7 +211,7 @@ class PromptSet(Sequence[EncodedPrompt]):
                 raise ConfigurationError(
                     f"a row must be a mapping of columns: got {row!r:.80}. Return a dict."
                 )
-            ids = encode_prompt(self.tokenizer, row)
+            ids = encode_prompt(self.tokenizer, row, self.rules.ends)
             for model, rows in self.rules.vocabularies.items():
                 check_ids(ids, rows, model, self.tokenizer)
         except ConfigurationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from kdrl_lightning.untyped import Row
 
 # Roles that chat templates know; a role that the template itself names is accepted, too.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+
+# Words that switch a model's thinking, and that its template removes (SmolLM3).
+SWITCH = re.compile(r"/(?:no_?think|think|system_override)\b")
 
 
 def plain(value: Any) -> Any:
@@ -86,6 +90,7 @@ def clean_messages(messages: Sequence[Any], template: str) -> list[dict[str, Any
         if isinstance(turn.get("content"), list):
             turn["content"] = _joined(turn["content"], number)
         _check_content(turn, number)
+        check_unicode(str(turn.get("content") or ""))
         turns.append(turn)
     if not turns:
         raise ConfigurationError("a prompt must have at least one message: got []. Remove the row.")
@@ -121,6 +126,47 @@ def _check_content(turn: Mapping[str, Any], number: int) -> None:
             f"the content of a message must be text: got {found} in message {number} ({role}). "
             "Add the text, or remove the row."
         )
+
+
+def check_unicode(text: str) -> None:
+    """Check that a text can be encoded; JSON can hold half of a pair of surrogates.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start : error.end]
+        raise ConfigurationError(
+            f"a prompt must be valid Unicode: got {found!r} in character {error.start}. Fix or "
+            "remove the row."
+        ) from None
+
+
+def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Check that a chat template has kept what the system and the user say, up to white space.
+
+    Templates change assistants' messages (they drop old reasoning) and tools' results.
+
+    Args:
+        turns: the messages.
+        text: the rendered conversation.
+
+    Raises:
+        ConfigurationError: the content of a message does not occur in the text.
+    """
+    words = " ".join(text.split())
+    for number, turn in enumerate(turns):
+        content = turn.get("content")
+        if turn["role"] not in ("system", "developer", "user") or not isinstance(content, str):
+            continue
+        if any(" ".join(part.split()) not in words for part in SWITCH.split(content)):
+            raise ConfigurationError(
+                f"the chat template must render every message as it is: got {text!r:.80} without "
+                f"message {number} ({turn['role']}), {content!r:.60}. Fix the template, or remove "
+                "the message."
+            )
 
 
 def tools_of(row: Row, template: str) -> list[Any]:

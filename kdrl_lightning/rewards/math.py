@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import normalize
 
 from kdrl_lightning.errors import ConfigurationError, load_library
 from kdrl_lightning.rewards.answers.equations import EQUALS, contradicts, numeric_sides
@@ -33,9 +34,19 @@ SYMBOLS = str.maketrans(
     {"²": "^2", "³": "^3", "⁄": "/", "°": r"^\circ ", "×": r"\times "}
     | {"·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
     | {"−": "-"}
+    # Fractions and full-width characters.
+    | {c: " " + normalize("NFKC", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+    | {c: normalize("NFKC", c) for c in "０１２３４５６７８９．，％＋－／＝（）"}
 )
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
-STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+STYLE = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
+)
+CHOICE = re.compile(r"(?<![A-Za-z])([A-Z])\s*[).:](?!\d)")
+# What may stand around a whole answer: emphasis of Markdown, and the marks of a formula.
+AROUND = re.compile(r"\\\[(.*)\\\]|\\\((.*)\\\)", re.S)
+# Spaces of LaTeX behind an answer; the space of the last one is gone already.
+BEHIND = re.compile(r"(?<=\S)(?:\s|~|\\[,;:!]|\\quad|\\ |\\$)+$")
 
 
 class MathReward(BatchReward):
@@ -175,7 +186,10 @@ def equal_at_once(gold: str, answer: str) -> bool | None:
     if WORDS.fullmatch(word):
         # A letter may be a symbol. A parser would read a word as a product of symbols.
         given = _plain(answer)
-        return given == word if len(word) == 1 else given.lower() == word.lower()
+        if len(word) > 1:
+            return given.lower() == word.lower()
+        labels = CHOICE.findall(given)  # (C) 5
+        return given == word or (labels == [word] and given.startswith(word))
     sides = numeric_sides(answer)
     if sides and contradicts(sides):
         return False
@@ -213,7 +227,9 @@ def equal(pair: tuple[str, str]) -> bool:
     if not gold:
         raise ValueError(f"math-verify cannot read the reference {pair[0][:100]!r}")
     answer = parsed(pair[1])
-    return bool(math_verify.verify(gold, answer, timeout_seconds=None)) and alike(gold, answer)
+    # An interval equals an inequality in either direction.
+    same = math_verify.verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True)
+    return bool(same) and alike(gold, answer)
 
 
 def alike(gold: list[Any], answer: list[Any]) -> bool:
@@ -248,7 +264,12 @@ def _values(parsed: Any) -> list[complex] | None:
 
 def _bare(text: str) -> str:
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text.translate(SYMBOLS))
-    return text.strip().strip("$").rstrip(".").strip()
+    text = re.sub(r"\\varnothing(?![A-Za-z])", r"\\emptyset", text.strip(" \t\r\n*`"))
+    found = AROUND.fullmatch(text)
+    text = (found[1] or found[2] or "") if found else text
+    text = BEHIND.sub("", text.strip().strip("$").strip())
+    text = "-" + text[1:] if text.startswith("–") else text
+    return text.rstrip(".").strip()
 
 
 def _plain(text: str) -> str:

@@ -109,7 +109,10 @@ def _texts(tokenizer: Tokenizer, completions: Sequence[Completion]) -> list[str]
         [i for i in (c.ids if c.truncated else c.ids[:-1]) if i not in frame]
         for c in completions
     ]
-    return tokenizer.batch_decode(ids, skip_special_tokens=False)
+    # The clean-up of some tokenizers removes spaces before punctuation.
+    return tokenizer.batch_decode(
+        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 def _ended(completion: Completion, ends: EndTokens, row: Row) -> Completion:

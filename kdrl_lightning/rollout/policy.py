@@ -42,7 +42,11 @@ class Tokenizer(Protocol):
         """Return the text of a token."""
 
     def batch_decode(
-        self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
     ) -> list[str]:
         """Return the text of each sequence."""
 

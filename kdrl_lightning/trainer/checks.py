@@ -48,6 +48,11 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
     }
     for name, limit in limits.items():
         batches = limited(length, limit)
+        if name == "limit_train_batches" and not batches:
+            raise ConfigurationError(
+                f"`{name}` must leave at least one of {length} batches to train on: got {limit}. "
+                "Raise it, or use the subcommand `validate`."
+            )
         if batches % accumulate:
             raise ConfigurationError(
                 f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "

@@ -87,3 +87,14 @@ def test_the_format_is_rewarded_where_tags_are_special_tokens(tokenizer: Any) ->
         Says(ids), tokenizer, rewards, [({}, [1])], [[0]], Sampling(len(ids))
     )
     assert judged.verdict.correct and judged.completion.ids == ids
+
+
+def test_a_tokenizer_that_cleans_up_spaces_changes_no_text() -> None:
+    words = {"<unk>": 0, "f": 1, "(": 2, "a": 3, ",": 4, "!": 5, "<eos>": 6}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", clean_up_tokenization_spaces=True
+    )
+    assert tokenizer.decode([1, 3, 4, 5]) == "f a,!"
+    assert heard(tokenizer, "f a , ! <eos>") == "f a , !"

@@ -65,7 +65,8 @@ def fits(member: Any, val: Any, previous: Any) -> bool:
             return not isinstance(val, Text) and val.strip().lower() in NULL
         return not (mapping or sequence)
     if isinstance(val, bool | int | float):
-        return (member in LEAVES and member is not NoneType) or kind is Literal
+        leaf = member in LEAVES and member is not NoneType
+        return (leaf and (member is not bool or isinstance(val, bool))) or kind is Literal
     return True
 
 

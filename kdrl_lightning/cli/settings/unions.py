@@ -11,6 +11,7 @@ The types of values and type hints are ``Any``, as in jsonargparse.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -28,6 +29,7 @@ from kdrl_lightning.cli.settings.shapes import LEAVES, NULL, fitting, is_class, 
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 
+NUMERIC = re.compile(r"[+-]?\.?\d")
 NestedArg = util.NestedArg
 _adapt = typehints.adapt_typehints
 _load_value = typehints.load_value
@@ -103,6 +105,10 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(val, list) and is_sequence(typehint) and not kwargs.get("append"):
         # A class must not get arguments of the one at its place in the old list.
         kwargs["prev_val"] = None
+    if is_spec(val) and "init_args" in val and val["init_args"] is None:
+        val = {k: one for k, one in dict(val).items() if k != "init_args"}  # all are comments
+    if isinstance(val, str) and get_origin(typehint) is Literal:
+        val = _chosen(val, get_args(typehint))
     if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
         val = str(val)  # PyYAML accepts no subclass
     if get_origin(typehint) in (Union, UnionType):
@@ -110,6 +116,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         check_name(val, [typehint])
         check_class_given(val, [typehint], kwargs.get("prev_val"))
+        check_class_named(val, typehint, kwargs.get("prev_val"))
         made = _adapt(val, typehint, *args, **kwargs)
     return plain(made) if building else made
 
@@ -135,9 +142,12 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return _adapt(val, Union[tuple(members)], *args, **kwargs)  # noqa: UP007
     except ValueError:
-        choices = [one for m in members for one in _choices(m)]
+        choices = list(dict.fromkeys(one for m in members for one in _choices(m)))
         if choices and all(m in LEAVES or _choices(m) for m in members):
             raise ValueError(f"must be one of {', '.join(choices)}: got {val}.") from None
+        numbers = [m for m in members if m in (int, float)]
+        if isinstance(val, str) and NUMERIC.match(val):
+            members = numbers or members
         errors = list(_errors(val, members, *args, **kwargs))
         if not errors:
             raise
@@ -154,6 +164,17 @@ def check_given(val: Any, typehint: Any, given: Any) -> None:
     null = type(text) is str and text.strip().lower() in NULL  # in a file, a quoted one is text
     if null and NoneType not in get_args(typehint):
         raise ValueError(f"must be given: got {text}. Leave it out to keep its value.")
+
+
+def _chosen(val: str, choices: tuple[Any, ...]) -> Any:
+    """Return the choice that a text writes; jsonargparse would also take 0x10 for 16."""
+    if any(isinstance(one, bool) for one in choices):
+        return val
+    found = [one for one in choices if str(one) == val]
+    if not found:
+        known = ", ".join(dict.fromkeys(map(str, choices)))
+        raise ValueError(f"must be one of {known}: got {val}.")
+    return found[0]
 
 
 def _choices(member: Any) -> list[str]:
@@ -223,6 +244,21 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
     if gives and unknown and not is_spec(previous):
         found = getattr(previous, "__name__", previous)
         raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
+
+
+def check_class_named(val: Any, member: Any, previous: Any) -> None:
+    """Check that settings by name, for a type with several classes, name one of them.
+
+    Raises:
+        ValueError: they do not; jsonargparse would build the base class.
+    """
+    settings = isinstance(val, Mapping | Namespace) and not is_spec(val)
+    if not settings or is_spec(previous) or not is_class(member):
+        return
+    if get_origin(member) is not None or len(class_paths(member)) > 1:
+        function = "a function, or " if get_origin(member) is not None else ""
+        kind = "" if function else f", which is an {member.__name__}"
+        raise ValueError(f"must name {function}a class{kind}: got arguments without `class_path`.")
 
 
 def class_paths(member: Any) -> list[str]:

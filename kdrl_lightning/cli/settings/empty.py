@@ -1,0 +1,38 @@
+"""Finds an empty group that no setting has; jsonargparse drops it without a word.
+
+Values are ``Any``, as in jsonargparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+
+
+def unknown_group(
+    settings: Collection[str], groups: Collection[str], value: Any, name: str = ""
+) -> str | None:
+    """Return the name of the first empty group below a value that is no setting.
+
+    Args:
+        settings: the names of all settings, with dots.
+        groups: those of the settings that only hold others.
+        value: a group, or the value of a setting.
+        name: its name, with dots; empty for the outermost group.
+
+    >>> unknown_group({"a.b"}, (), {"a": {"b": {}, "c": {}}}), unknown_group({"a.b"}, (), {"a": {}})
+    ('a.c', None)
+    """
+    if not isinstance(value, Mapping | Namespace) or (name in settings and name not in groups):
+        return None
+    held = vars(value) if isinstance(value, Namespace) else value
+    if not held and name:
+        return None if any(one.startswith(f"{name}.") for one in settings) else name
+    for key, inside in held.items():
+        path = f"{name}.{key}" if name else str(key)
+        found = unknown_group(settings, groups, inside, path.removesuffix("+"))
+        if found:
+            return found
+    return None

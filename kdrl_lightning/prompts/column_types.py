@@ -1,0 +1,37 @@
+"""Keeps what a data set's file says: texts that look like dates, and the names of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# `Any` in this file: features of `datasets`, and values of a row.
+
+
+def has_times(features: Any) -> bool:
+    """Return whether a column holds dates or times, at any depth."""
+    if isinstance(features, Mapping):
+        return any(has_times(one) for one in features.values())
+    inside = getattr(features, "feature", None)
+    kind = str(getattr(features, "dtype", ""))
+    return has_times(inside) if inside is not None else kind.startswith(("timestamp", "date"))
+
+
+def has_names(feature: Any) -> bool:
+    """Return whether a column holds numbers of classes, at any depth."""
+    if isinstance(feature, Mapping):
+        return any(has_names(one) for one in feature.values())
+    return hasattr(feature, "int2str") or has_names(getattr(feature, "feature", {}))
+
+
+def with_names(feature: Any, value: Any) -> Any:
+    """Return a value with the name of each class in place of its number; -1 has no name."""
+    if value is None:
+        return None
+    if hasattr(feature, "int2str"):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(feature, Mapping):
+        return {name: with_names(feature[name], one) for name, one in value.items()}
+    if hasattr(feature, "feature"):
+        return [with_names(feature.feature, one) for one in value]
+    return value

@@ -1,0 +1,84 @@
+"""Chat templates that leave text out, close the prompt, or ignore what a user sets."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from helpers.word_tokenizer import CHAT, word_tokenizer
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.prompts.encoding import encode_prompt, warn_of_ignored
+
+SYSTEM = {"role": "system", "content": "x"}
+FIRST = [{"role": "user", "content": "1 + 2"}, {"role": "assistant", "content": "3"}]
+LAST = {"role": "user", "content": "2 + 2 ="}
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (("for m in messages", "for m in messages[-1:]"), r"message 0 \(system\), 'x'"),
+        (("for m in messages", "for m in messages[1:]"), r"message 0 \(system\), 'x'"),
+        (("for m in messages", "for m in []"), r"message 0 \(system\), 'x'"),
+        (("m['content'] }}", "m['content'][:3] }}"), r"message 1 \(user\), '1 \+ 2'"),
+        (("m['content'] }}", "m['content'].split('2')[0] }}"), r"message 1 \(user\)"),
+        (("m['content'] }}", "m['content'] | replace('+', '-') }}"), r"message 1 \(user\)"),
+    ],
+)
+def test_a_template_that_leaves_text_out_is_refused(change: tuple[str, str], lost: str) -> None:
+    tokenizer = word_tokenizer(template=CHAT.replace(*change))
+    words = rf"^the chat template must render every message as it is: got .* without {lost}"
+    with pytest.raises(ConfigurationError, match=words):
+        encode_prompt(tokenizer, {"prompt": [SYSTEM, *FIRST, LAST]})
+
+
+@pytest.mark.parametrize(
+    ("change", "turns"),
+    [
+        (("m['content'] }}", "m['content'] | trim }}"), [{**LAST, "content": " 1 +\n\n 1 "}]),
+        # Reasoning of earlier answers, and results of tools.
+        (
+            ("m['content'] }}", "m['content'].split('x')[-1] }}"),
+            [LAST, {**FIRST[1], "content": "x 3"}],
+        ),
+        (
+            ("m['content'] }}", "m['content'].replace('/no_think', '') }}"),
+            [SYSTEM | {"content": "/no_think"}],
+        ),
+    ],
+)
+def test_a_template_may_change_white_space_switches_and_old_answers(
+    change: tuple[str, str], turns: list[Any]
+) -> None:
+    tokenizer = word_tokenizer(template=CHAT.replace(*change))
+    assert encode_prompt(tokenizer, {"prompt": [*turns, LAST]})
+
+
+def test_a_prompt_that_closes_the_turn_with_any_end_token_is_refused() -> None:
+    tokenizer = word_tokenizer(template=CHAT.split("{% if add_")[0])
+    assert encode_prompt(tokenizer, {"prompt": [LAST]})[-1] == 8
+    words = r"^a prompt must not end with the end token ;: got .*Use a chat template that opens"
+    with pytest.raises(ConfigurationError, match=words):
+        encode_prompt(tokenizer, {"prompt": [LAST]}, ends=(1, 8))
+    assert encode_prompt(word_tokenizer(), {"prompt": [LAST]}, ends=(1, 8))[-1] == 10
+
+
+@pytest.mark.parametrize("prompt", ["1 + \ud83d", [{"role": "user", "content": "1 + \ud83d"}]])
+def test_half_of_a_pair_of_surrogates_is_refused(prompt: Any) -> None:
+    words = r"^a prompt must be valid Unicode: got '\\ud83d' in character 4\. Fix or remove the row"
+    with pytest.raises(ConfigurationError, match=words):
+        encode_prompt(word_tokenizer(), {"prompt": prompt})
+
+
+def test_arguments_that_the_template_does_not_read_are_named() -> None:
+    tokenizer = word_tokenizer(template=CHAT + "{{ enable_thinking }}")
+    rows = [{"template_args": {"enable_thinking": False, "continue_final_message": True}}, {}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_ignored(rows, tokenizer)
+    rows = [*rows, {"template_args": {"enable_thinkng": False, "a": None}}]
+    words = r"`template_args` have no effect: the chat template does not read enable_thinkng\. Corr"
+    with pytest.warns(UserWarning, match=words):
+        warn_of_ignored(rows, tokenizer)
