@@ -44,6 +44,7 @@ from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
+    check_length,
     check_precision,
     for_lightning,
 )
@@ -201,6 +202,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         optimizer, scheduler = build_optimizer(
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
+        check_length(scheduler, self.trainer.max_steps)
         self._settings = Settings(optimizer, scheduler)
         return for_lightning(optimizer, scheduler)
 

@@ -19,7 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, add_instantiator
 
 from kdrl_lightning._moved import GONE
 from kdrl_lightning.cli.settings.private import actions, typehints, util
@@ -27,6 +27,7 @@ from kdrl_lightning.cli.settings.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.shapes import LEAVES, NULL, fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
+from kdrl_lightning.cli.settings.user_code import build, import_object
 
 NestedArg = util.NestedArg
 _adapt = typehints.adapt_typehints
@@ -42,7 +43,9 @@ def install() -> None:
             load_value=load_value,
             basic_json_or_yaml_load=load_basic,
             discard_init_args_on_class_path_change=discard,
+            import_object=import_object,
         )
+        add_instantiator(build, object)
         typehints.ActionTypeHint._check_type = check_type
         actions._ActionConfigLoad.__call__ = load_group
 
@@ -66,6 +69,9 @@ def load_basic(text: str) -> Any:
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     """Remove the arguments that a new class lacks, and note which of the old class are lost."""
     had = _arguments(previous)
+    default = getattr(parser_or_action, "default", None)
+    by_default = is_spec(default) and default["class_path"] == previous["class_path"]
+    had = {k: v for k, v in had.items() if not by_default or _arguments(default).get(k, had) != v}
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
     if dropped and not typehints.sub_defaults.get():
