@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -311,6 +311,11 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         The rows of a rollout repeat a number until it is logged again; None leaves the field empty.
         """
         self._step_log.add(self.trainer, values)
+
+    @property
+    def logged_names(self) -> Collection[str]:
+        """Names that ``log_step`` got so far, with or without a value."""
+        return self._step_log.names
 
     def log_state(self) -> dict[str, Any]:
         """Return the state from which a resumed run continues the log."""

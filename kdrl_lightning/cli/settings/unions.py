@@ -29,6 +29,14 @@ from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 from kdrl_lightning.cli.settings.user_code import build, import_object
 
+# What a user means who gives a path where a class must be.
+READS = {
+    "Teacher": "{class_path: LocalTeacher, init_args: {model: %s}}",
+    "PromptSource": "{class_path: HFPrompts, init_args: {path: %s}}",
+}
+DATA = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt"}
+YAML = {".yaml", ".yml"}
+
 NestedArg = util.NestedArg
 _adapt = typehints.adapt_typehints
 _load_value = typehints.load_value
@@ -203,9 +211,10 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     if isinstance(val, Mapping | Namespace):
         name = val.get("class_path")
     kinds = [m for m in members if m is not NoneType]
-    if not isinstance(name, str) or "." in name or not all(is_class(m) for m in kinds):
+    if not isinstance(name, str) or not all(is_class(m) for m in kinds):
         return
-    if Path(name).is_file():  # the file holds the class and its arguments
+    check_path(name, kinds)
+    if "." in name or Path(name).is_file():  # the file holds the class and its arguments
         return
     names = {path.rsplit(".", 1)[1] for m in kinds for path in class_paths(m)}
     if name in names or not names or "\n" in name:
@@ -215,6 +224,19 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     cure = f", which is gone: {GONE[name]}" if name in GONE else cure
     wanted = " or ".join(_named(m) for m in kinds)
     raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
+
+
+def check_path(name: str, kinds: Iterable[Any]) -> None:
+    """Check that the path of a model or of a data file is not given in place of a class.
+
+    Raises:
+        ValueError: it is; the message gives the class that reads it.
+    """
+    for kind in kinds:
+        cure = READS.get(getattr(kind, "__name__", ""))
+        suffix = Path(name).suffix
+        if cure and "\n" not in name and ("/" in name or suffix in DATA) and suffix not in YAML:
+            raise ValueError(f"must be {_named(kind)}: got the path {name}. Write {cure % name}.")
 
 
 def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
