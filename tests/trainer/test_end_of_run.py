@@ -176,7 +176,10 @@ def test_so_it_is_for_lightnings_own_checkpoints(tmp_path: Path, student_folder:
 @pytest.mark.parametrize(
     ("monitor", "words"),
     [
-        ("reward/men", r"`monitor` of EarlyStopping must .*: got reward/men\. Did you mean rew.*/me"),
+        (
+            "reward/men",
+            r"`monitor` of EarlyStopping must .*: got reward/men\. Did you mean rew.*/me",
+        ),
         ("val_loss", r"must be a metric that is logged: got val_loss\. Known: .*loss/total"),
     ],
 )

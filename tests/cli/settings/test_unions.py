@@ -186,8 +186,10 @@ CASES = {
         "`model.objective.selection` must be a list: got {'class_path': 'Gates'",
     ),
     "one of two words": (
-        ["--trainer.callbacks=[{class_path: LearningRateMonitor, init_args: "
-         "{logging_interval: stp}}]"],
+        [
+            "--trainer.callbacks=[{class_path: LearningRateMonitor, init_args: "
+            "{logging_interval: stp}}]"
+        ],
         "`trainer.callbacks.logging_interval` must be one of 'step', 'epoch': got stp.",
     ),
     "arguments without a class": (
