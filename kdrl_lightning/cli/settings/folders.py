@@ -47,6 +47,8 @@ def _remove_run(folder: Path | None, root: Path, had: set[Path]) -> None:
         for file in (root / MARK, root / CONFIG):
             if file not in had:
                 file.unlink(missing_ok=True)
-    elif folder is not None and folder.parent == root and folder not in had:
-        if not any(folder.rglob("*.ckpt")):
-            shutil.rmtree(folder, ignore_errors=True)
+        return
+    if folder is None or folder.parent != root or folder in had:
+        return
+    if not any(folder.rglob("*.ckpt")):
+        shutil.rmtree(folder, ignore_errors=True)
