@@ -19,12 +19,16 @@ from kdrl_lightning.models.loading import check_saves
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.reports.plots import plot_curves
 from kdrl_lightning.trainer.end_of_run import (
-    check_early_stopping,
-    check_monitors,
     check_space,
     save_student,
     student_bytes,
     write_or_warn,
+)
+from kdrl_lightning.trainer.monitors import (
+    check_logged,
+    check_monitors,
+    check_validated,
+    warn_of_late_validation,
 )
 from kdrl_lightning.trainer.protocols import (
     TrainedModule,
@@ -72,7 +76,7 @@ class RunReport(RolloutCallback):
         self.accuracy: list[tuple[int, float]] = []
         self.teacher_accuracy: float | None = None
         self._latest: dict[str, float] = {}
-        self._saved = False
+        self._saved = self._checked = False
         self._train_seconds = self._batch_started = 0.0
         self._started = time.perf_counter()
 
@@ -89,7 +93,7 @@ class RunReport(RolloutCallback):
         """Reserve the run folder, and check now what could fail at the end."""
         module = trained(pl_module)
         run_folder(trainer)
-        check_early_stopping(trainer)
+        check_validated(trainer)
         if self.export and not is_trial_run(trainer):
             stop_together(lambda: self._try_export(trainer, module), module.reduce)
 
@@ -99,6 +103,8 @@ class RunReport(RolloutCallback):
         A resumed run has both values from its checkpoint.
         """
         module = trained(pl_module)
+        self._checked = False
+        warn_of_late_validation(trainer)
         if self.accuracy and trainer.ckpt_path:
             return
         weights = None if module.teacher is None else module.teacher.weights()
@@ -139,6 +145,9 @@ class RunReport(RolloutCallback):
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the latest values: some are logged only at a rollout's start, before a resume."""
+        if not self._checked:
+            self._checked = True
+            check_logged(trainer, trained(pl_module).logged_names)
         metrics = trainer.callback_metrics
         self._latest |= {name: float(metrics[name]) for name in CURVES if name in metrics}
 

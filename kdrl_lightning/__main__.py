@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -177,6 +178,8 @@ def _exit(error: Exception, code: int, cause: BaseException | None = None) -> No
 
 def command() -> None:
     """Run a subcommand, as the whole program."""
+    # Runs after the handler that Lightning registers later, which lets Ctrl-C kill the process.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         main()
     finally:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +19,8 @@ from kdrl_lightning.errors import TrainingStopped
 # `Any`: torch's store has no public type.
 
 T = TypeVar("T")
+SAID = "kdrl_lightning/said"
+ANSWER_S = 2.0
 
 
 def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]) -> T:
@@ -46,14 +51,52 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
 def first_to_say(message: str) -> bool:
     """Return whether this process is the first of its run to report a message.
 
-    A process that cannot ask the others counts as the first.
+    A process that cannot ask the others counts as the first. Tasks of SLURM that have no process
+    group yet can only ask those on the same node.
     """
+    digest = sha256(message.encode(errors="replace")).hexdigest()
     try:
         store = _store()
-        key = f"kdrl_lightning/said/{sha256(message.encode(errors='replace')).hexdigest()}"
-        return store is None or int(store.add(key, 1)) == 1
+        if store is None:
+            return _first_of_job(digest)
+        first = int(store.add(f"{SAID}/{digest}", 1)) == 1
+        if first:
+            store.add(SAID, 1)
+        return first
     except RuntimeError:  # the process that holds the store has ended
         return True
+
+
+def has_spoken() -> bool:
+    """Return whether a process of this group has reported a message; true without a group.
+
+    A process of no group reports its messages itself.
+    """
+    answer: list[int] = []
+
+    def ask() -> None:
+        store = _store()
+        answer.append(1 if store is None else int(store.add(SAID, 0)))
+
+    thread = threading.Thread(target=ask, daemon=True)  # the main thread may hold the store's lock
+    thread.start()
+    thread.join(ANSWER_S)
+    return bool(answer and answer[0])
+
+
+def _first_of_job(digest: str) -> bool:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or int(os.environ.get("SLURM_NTASKS") or 1) == 1:
+        return True
+    step = f"{job}-{os.environ.get('SLURM_STEP_ID')}-{os.environ.get('SLURM_RESTART_COUNT')}"
+    file = Path(tempfile.gettempdir(), f"kdrl_lightning-{os.getuid()}-{step}-{digest[:16]}")
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _store() -> Any:

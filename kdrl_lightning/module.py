@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
+    check_length,
     check_precision,
     for_lightning,
 )
@@ -202,6 +203,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         optimizer, scheduler = build_optimizer(
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
+        check_length(scheduler, self.trainer.max_steps)
         self._settings = Settings(optimizer, scheduler)
         return for_lightning(optimizer, scheduler)
 
@@ -310,6 +312,11 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         The rows of a rollout repeat a number until it is logged again; None leaves the field empty.
         """
         self._step_log.add(self.trainer, values)
+
+    @property
+    def logged_names(self) -> Collection[str]:
+        """Names that ``log_step`` got so far, with or without a value."""
+        return self._step_log.names
 
     def log_state(self) -> State:
         """Return the state from which a resumed run continues the log."""

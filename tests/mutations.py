@@ -2111,6 +2111,30 @@ MUTATIONS = [
         "if False:",
     ),
     Mutation(
+        "settings: a module's error has no place",
+        ("cli/settings/user_code.py", "cli/settings/test_unions.py"),
+        "if not place:  # the module itself, or its attribute, is missing",
+        "if True:",
+    ),
+    Mutation(
+        "monitors: a metric that never comes is found at the end",
+        ("trainer/monitors.py", "trainer/test_end_of_run.py"),
+        'missing = bool(name) and not name.startswith("val/") and name not in known',
+        "missing = False",
+    ),
+    Mutation(
+        "optimizers: none is tried",
+        ("trainer/optimizers.py", "runs/test_components.py"),
+        "    check_step(make)\n    try:",
+        "    try:",
+    ),
+    Mutation(
+        "runs: a user's config.yaml is overwritten",
+        ("trainer/run_folder.py", "trainer/test_run_folder.py"),
+        '"summary.json", "samples.html", CONFIG)',
+        '"summary.json", "samples.html")',
+    ),
+    Mutation(
         "settings: 010 is 8",
         ("cli/settings/text.py", "cli/settings/test_settings_text.py"),
         'text.lstrip("+-")[:2].lower(), 10)',

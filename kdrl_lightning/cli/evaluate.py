@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 
 import kdrl_lightning.callbacks
 import kdrl_lightning.prompts
@@ -87,7 +88,8 @@ def evaluate(args: Sequence[str]) -> None:
     config = parser.parse_args(pruned(args))
     refuse_empty_groups(config, parser.get_defaults())
     require_seed(config.seed_everything)
-    for note in take_notes():
+    notes = take_notes()
+    for note in notes if rank_zero_only.rank == 0 else ():
         print(f"note: {note}", flush=True)
     if not config.models:
         raise ConfigurationError(

@@ -34,8 +34,14 @@ REWORDED = {
     r"Subclass types expect one of: .*": "Name a class, or give `class_path`.",
     r"Type typing\.Callable\[.*?\] expects a function or a callable class: ": "",
     r"(has no attribute '\w+')\. Got value: .*": r"\1",
+    r"Problem with given class_path '[\w.]+': (?=must )": "",
+    r"(Correct the module\.) Got value: .*": r"\1",
+    r"Expected an? <class '(?:collections\.abc\.Sequence|list)'>\. Got value: (.*)": (
+        r"must be a list: got \1. Put it into brackets."
+    ),
+    r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)": r"must be one of \1: got \2.",
     r"Expected an instantiatable class, but [\w.]*?(\w+) is abstract": (
-        r"must name a class, which is an \1: got arguments without `class_path`."
+        r"must name a class of type \1: got arguments without `class_path`."
     ),
     r"Subclasses are disabled for (\w+), thus '([\w.]+)' is not accepted.*\]\)\.": (
         r"must be settings of an \1, such as `prompts`: got \2. Put it under its setting."

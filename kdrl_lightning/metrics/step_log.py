@@ -71,10 +71,12 @@ class StepLog:
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
         self._restored: dict[str, float] = {}
+        self.names: set[str] = set()  # all so far, also of gaps
         self._written = 0  # optimizer steps, up to the last row that the loggers have
 
     def add(self, trainer: LoggedRun, values: Mapping[str, float | None]) -> None:
         """Keep values for the next row, and put them into the trainer's ``callback_metrics``."""
+        self.names.update(values)
         for name in [name for name, value in values.items() if value is None]:
             for table in (self._values, trainer.callback_metrics, trainer.logged_metrics):
                 table.pop(name, None)
@@ -116,6 +118,7 @@ class StepLog:
     def reset(self) -> None:
         """Forget the values of an earlier run."""
         self._written = 0
+        self.names = set()
         self.forget()
 
     def forget(self) -> None:

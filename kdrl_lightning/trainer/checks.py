@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+)
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rollout.loader import limited
 from kdrl_lightning.rollout.settings import RolloutSettings
+
+UNUSABLE: dict[type[Callback], tuple[str, str]] = {
+    GradientAccumulationScheduler: (
+        "change accumulate_grad_batches during a run",
+        "Set `accumulate_grad_batches` once.",
+    ),
+    LearningRateFinder: ("search a learning rate", "Set `lr` of `model.optimizer`."),
+    BatchSizeFinder: ("search a batch size", "Set `data.rollout.prompts_per_rollout`."),
+    BaseFinetuning: ("freeze parts of the student", "Train adapters: set `model.lora`."),
+    ModelPruning: ("replace the student's weights", "Prune the exported model."),
+}
 
 
 def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length: int) -> None:
@@ -29,18 +47,13 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
             f"= {unit}: got {settings.prompts_per_rollout}. Set it to "
             f"{-(-settings.prompts_per_rollout // unit) * unit}."
         )
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # as below
+    check_callbacks(trainer)
     rows = rows_of_step(trainer, settings, group)
     accumulate = trainer.accumulate_grad_batches
     if accumulate > rows:
         raise ConfigurationError(
             f"`accumulate_grad_batches` must be at most {rows}, the completions of one "
             f"optimizer step on one process: got {accumulate}. Lower it."
-        )
-    if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
-        raise ConfigurationError(
-            "`callbacks` must not change accumulate_grad_batches during a run: got "
-            "GradientAccumulationScheduler. Set `accumulate_grad_batches` once."
         )
     limits = {
         "limit_train_batches": trainer.limit_train_batches,
@@ -58,6 +71,20 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
                 f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "
                 f"{limit}, which is {batches} of {length}. Give a multiple."
             )
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Refuse Lightning's callbacks that do not work with rollouts.
+
+    Raises:
+        ConfigurationError: the trainer has one of them.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # as below
+    for callback in callbacks:
+        for kind, (what, cure) in UNUSABLE.items():
+            if isinstance(callback, kind):
+                name = type(callback).__name__
+                raise ConfigurationError(f"`callbacks` must not {what}: got {name}. {cure}")
 
 
 def overfit_batches(trainer: Trainer) -> int | float:

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
 
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
 from kdrl_lightning.trainer.failures import not_exported
-from kdrl_lightning.trainer.internals import stop_after_validation
-from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, student_of
+from kdrl_lightning.trainer.protocols import TrainedModule, student_of
 
 
 def write_or_warn(file: Path, write: Callable[[], object]) -> None:
@@ -127,42 +125,3 @@ def save_student(
         write()
     else:
         stop_together(write, pl_module.reduce)
-
-
-def check_early_stopping(trainer: pl.Trainer) -> None:
-    """Let EarlyStopping look at a metric of the validation after each validation.
-
-    Lightning looks at the metric at the end of an epoch. If ``max_steps`` ends the epoch before its
-    validation, the metric is missing, and the run fails after its last step.
-
-    Raises:
-        ConfigurationError: there is no validation.
-    """
-    data = getattr(trainer, "datamodule", None)
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/"):
-            prompts = getattr(data, "val_prompts", True)
-            if callback.strict and (prompts is None or trainer.limit_val_batches == 0):
-                raise ConfigurationError(
-                    f"`monitor` of EarlyStopping must be a metric that is logged: got "
-                    f"{callback.monitor} without a validation. Set `data.val_prompts`, or "
-                    "remove the callback."
-                )
-            stop_after_validation(callback)
-
-
-def check_monitors(trainer: pl.Trainer) -> None:
-    """Check after a validation that it logged the metrics that callbacks monitor.
-
-    Raises:
-        ConfigurationError: a metric is missing.
-    """
-    for callback in callbacks_of(trainer):
-        name = getattr(callback, "monitor", None)
-        strict = getattr(callback, "strict", True)
-        known = trainer.callback_metrics
-        if strict and isinstance(name, str) and name.startswith("val/") and name not in known:
-            raise ConfigurationError(
-                f"`monitor` must be a metric of the validation: got {name}. "
-                f"Known: {', '.join(sorted(known))}."
-            )

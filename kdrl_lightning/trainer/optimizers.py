@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from kdrl_lightning.errors import ConfigurationError
 
@@ -29,9 +31,12 @@ def build_optimizer(
     Raises:
         ConfigurationError: torch refuses a setting, or the schedule needs a metric.
     """
+    check_step(make)
     try:
         optimizer = make([p for p in parameters if p.requires_grad])
         scheduler = None if make_scheduler is None else make_scheduler(optimizer)
+    except ConfigurationError:
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigurationError(
             f"`optimizer` and `lr_scheduler` must have valid arguments: got {error}."
@@ -42,6 +47,51 @@ def build_optimizer(
             "needs a metric. Use LinearLR or OneCycleLR, or the callback EarlyStopping."
         )
     return optimizer, scheduler
+
+
+def check_step(make: OptimizerCallable) -> None:
+    """Check that an optimizer can step with gradients alone, in a trial on one small weight.
+
+    Raises:
+        ConfigurationError: it needs a closure (LBFGS) or sparse gradients (SparseAdam).
+    """
+    weight = nn.Parameter(torch.zeros(8, 8))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = make([weight])
+    except Exception:  # it needs the student's own weights, or its arguments are wrong
+        return
+    takes_closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if takes_closure is not None and takes_closure.default is inspect.Parameter.empty:
+        reason = "which evaluates the loss several times a step"
+    else:
+        try:
+            optimizer.step()
+            return
+        except Exception as error:
+            reason = f"whose step raises {type(error).__name__}: {error}"
+    raise ConfigurationError(
+        f"`optimizer` must step with one dense gradient per weight: got "
+        f"{type(optimizer).__name__}, {reason}. Use AdamW."
+    )
+
+
+def check_length(scheduler: LRScheduler | None, steps: int) -> None:
+    """Check that a schedule goes on until the end of a run.
+
+    Args:
+        scheduler: the schedule; None is constant.
+        steps: optimizer steps of the run; -1 if it has no limit.
+
+    Raises:
+        ConfigurationError: it would raise an error in the run, as OneCycleLR does after its end.
+    """
+    end = getattr(scheduler, "total_steps", None)
+    if isinstance(scheduler, OneCycleLR) and isinstance(end, int) and 0 <= end < steps:
+        raise ConfigurationError(
+            f"`lr_scheduler` must last for `max_steps` {steps}: got OneCycleLR with total_steps "
+            f"{end}. Set its `total_steps: {steps}`."
+        )
 
 
 def for_lightning(optimizer: Optimizer, scheduler: LRScheduler | None) -> OptimizerLRScheduler:

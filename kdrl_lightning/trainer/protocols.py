@@ -7,7 +7,7 @@ here which part of ``KDRLModule`` and ``RolloutDataModule`` the code may use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, cast
 
 import lightning.pytorch as pl
@@ -51,6 +51,10 @@ class TrainedModule(Policy, Protocol):
 
     def log_step(self, values: Mapping[str, float | None]) -> None:
         """Log values of the current optimizer step."""
+
+    @property
+    def logged_names(self) -> Collection[str]:
+        """Names that ``log_step`` got so far, with or without a value."""
 
     def write_step(self) -> None:
         """Write the row of the current optimizer step now."""

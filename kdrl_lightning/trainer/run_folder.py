@@ -22,8 +22,10 @@ from kdrl_lightning.trainer.protocols import is_trial_run
 
 # An empty file that reserves a folder for one run before the run writes anything else.
 MARK = ".run"
-# A folder with one of these belongs to a run of an earlier version, which wrote no mark.
-WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html")
+CONFIG = "config.yaml"
+# A folder with one of these is taken: by a run of an earlier version, which wrote no mark, or by
+# a user's own files, which a run would overwrite.
+WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html", CONFIG)
 
 _folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
 
@@ -62,6 +64,11 @@ def run_folder(trainer: pl.Trainer, file: str | None = None) -> Path:
             )
         _folders[trainer] = folder
     return _folders[trainer]
+
+
+def reserved_folder(trainer: pl.Trainer) -> Path | None:
+    """Return the folder of a trainer's run; None if it has reserved none yet."""
+    return _folders.get(trainer)
 
 
 def hold(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 
+from kdrl_lightning.distributed import has_spoken
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.shard_loading import load_moments
 from kdrl_lightning.models.sharding import Sharding
@@ -107,6 +108,9 @@ def end_with_children() -> None:
             child.kill()
         if code not in raw:
             os.write(2, f"error: stopped by {NAMES[code]}: nothing was saved.\n".encode())
+        elif code in NAMES and not has_spoken():  # it ended in the middle of its message
+            cure = "`--ckpt_path last` continues from the newest checkpoint, if there is one"
+            os.write(2, f"error: stopped by {NAMES[code]}: {cure}.\n".encode())
         os._exit(code)
 
     on_child_failure(end)

@@ -6,6 +6,8 @@ import csv
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -303,6 +305,11 @@ def test_the_first_process_ends_with_the_code_of_the_others(
     _ChildProcessObserver(2**30, [child(code) for code in codes])._run()
     assert calls == done
     assert capfd.readouterr().err == says
+    if codes == [130, 0]:  # in a group none of whose processes has spoken
+        monkeypatch.setattr(strategies, "has_spoken", lambda: False)
+        _ChildProcessObserver(2**30, [child(code) for code in codes])._run()
+        words = "error: stopped by Ctrl-C: `--ckpt_path last` continues from the newest checkpoint"
+        assert capfd.readouterr().err.startswith(words)
 
 
 def test_what_fails_after_ctrl_c_is_no_error_of_the_program(
@@ -317,6 +324,16 @@ def test_what_fails_after_ctrl_c_is_no_error_of_the_program(
     monkeypatch.setattr("kdrl_lightning.callbacks.RunReport.on_exception", fails)
     line = refusal(start, capsys, "fit", code=130)
     assert line == "error: stopped by Ctrl-C: nothing was saved."
+
+
+def test_ctrl_c_is_ignored_after_lightnings_own_handler_at_exit(tmp_path: Path) -> None:
+    """Lightning's ends the process group, and then lets Ctrl-C kill the process."""
+    code = "import atexit, os, signal\nfrom kdrl_lightning import __main__ as program\n"
+    code += "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+    code += "def main():\n    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)\n"
+    code += "program.main = main\nprogram.command()\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr
 
 
 @pytest.mark.parametrize("ends", [None, SystemExit(2)])

@@ -10,7 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.loggers import CSVLogger
+from torch.optim.lr_scheduler import OneCycleLR
 
 from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, SFT, KDRLModule, SupervisedDataModule
@@ -146,15 +148,45 @@ def test_a_teacher_that_gives_nan_stops_the_run(
         fit(tmp_path, module, make_data())
 
 
-def test_a_callback_may_not_change_the_accumulation(
-    tmp_path: Path, student_folder: str, teacher_folder: str
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (pl_callbacks.GradientAccumulationScheduler({0: 1, 1: 2}), "change accumulate_grad_batc"),
+        (pl_callbacks.LearningRateFinder(), "search a learning rate: got LearningRateFinder"),
+        (pl_callbacks.BatchSizeFinder(), "search a batch size: got BatchSizeFinder. Set `data"),
+        (pl_callbacks.BackboneFinetuning(), "freeze parts of the student: got BackboneFinetun"),
+        (pl_callbacks.ModelPruning("l1_unstructured"), "replace the student's weights: got Mod"),
+    ],
+)
+def test_callbacks_that_do_not_work_with_rollouts_are_refused(
+    tmp_path: Path, student_folder: str, teacher_folder: str, callback: Any, words: str
 ) -> None:
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler
-
     module = make_module(student_folder, teacher_folder)
-    scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
-    with pytest.raises(ConfigurationError, match="must not change accumulate_grad_batches"):
-        fit(tmp_path, module, make_data(), [scheduler])
+    with pytest.raises(ConfigurationError, match=f"`callbacks` must not {words}"):
+        fit(tmp_path, module, make_data(), [callback])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "words"),
+    [
+        (torch.optim.LBFGS, None, "`optimizer` must step with .* got LBFGS, which evaluates the l"),
+        (torch.optim.SparseAdam, None, "got SparseAdam, whose step raises RuntimeError: SparseAd"),
+        (torch.optim.AdamW, lambda o: OneCycleLR(o, 0.1, total_steps=7),
+         "`lr_scheduler` must last for `max_steps` 8: got OneCycleLR with total_steps 7. Set its"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_or_schedule_that_would_fail_in_the_run_is_refused_before_it(
+    tmp_path: Path, student_folder: str, optimizer: Any, scheduler: Any, words: str
+) -> None:
+    module = KDRLModule(student_folder, GRPO(), optimizer=optimizer, lr_scheduler=scheduler)
+    with pytest.raises(ConfigurationError, match=words):
+        fit(tmp_path, module, make_data())
+
+
+def test_a_schedule_of_just_the_run_is_fine(tmp_path: Path, student_folder: str) -> None:
+    schedule = lambda o: OneCycleLR(o, 0.001, total_steps=8)  # noqa: E731
+    module = KDRLModule(student_folder, GRPO(), lr_scheduler=schedule)
+    fit(tmp_path, module, make_data(), max_steps=8)
 
 
 def test_wrong_counts_are_refused() -> None:

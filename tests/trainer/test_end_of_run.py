@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -21,6 +21,7 @@ from helpers.odd_models import plain, state_space
 from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SamplePage, SelectiveImitationStats
+from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import build_causal_lm, load_causal_lm
@@ -48,6 +49,35 @@ def fit(
     module = make_module(student, None, GRPO())
     out.fit(module, datamodule=make_data(**{"val_prompts": None, **(data or {})}))
     return module
+
+
+class Gap(RolloutCallback):
+    """Logs a mean over nothing."""
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.log_step({"policy/gap": None})
+
+
+Gap.__module__ = "kdrl_lightning.of_these_tests"
+
+
+class Logs(pl.Callback):
+    """Logs at the end of an epoch only."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.log("mine", 1.0)
+
+
+class Steps(pl.Callback):
+    """Counts optimizer steps."""
+
+    count = 0
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.count += 1
+
+
+Steps.__module__ = "kdrl_lightning.of_these_tests"
 
 
 def check_student(root: Path, module: Any = None) -> None:
@@ -135,6 +165,43 @@ def test_what_cannot_be_saved_is_found_before_training(
     with pytest.raises(ConfigurationError, match=words):
         fit(tmp_path, student_folder)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_so_it_is_for_lightnings_own_checkpoints(tmp_path: Path, student_folder: str) -> None:
+    words = r"of ModelCheckpoint must be a metric that is logged: got val/accuracy without a valid"
+    with pytest.raises(ConfigurationError, match=words):
+        fit(tmp_path, student_folder, ModelCheckpoint(monitor="val/accuracy"))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "words"),
+    [
+        (
+            "reward/men",
+            r"`monitor` of EarlyStopping must .*: got reward/men\. Did you mean rewa",
+        ),
+        ("val_loss", r"must be a metric that is logged: got val_loss\. Known: .*loss/total"),
+    ],
+)
+def test_a_metric_of_training_that_does_not_come_stops_after_the_first_step(
+    tmp_path: Path, student_folder: str, monitor: str, words: str
+) -> None:
+    steps = Steps()
+    with pytest.raises(ConfigurationError, match=words):
+        fit(tmp_path, student_folder, steps, EarlyStopping(monitor), max_steps=8)
+    assert steps.count == 1
+
+
+def test_a_metric_without_a_value_at_the_end_of_an_epoch_does_not_end_the_run(
+    tmp_path: Path, student_folder: str
+) -> None:
+    stop = EarlyStopping("policy/gap")
+    fit(tmp_path, student_folder, Gap(), stop, max_steps=8)
+    assert json.loads((tmp_path / "summary.json").read_text())["optimizer_steps"] == 8
+
+
+def test_callbacks_of_others_may_log_what_they_like(tmp_path: Path, student_folder: str) -> None:
+    fit(tmp_path, student_folder, Logs(), EarlyStopping("mine"), max_steps=4)
     fit(tmp_path / "without", student_folder, Without())
     assert (tmp_path / "without/summary.json").exists()
 
@@ -308,7 +375,9 @@ def test_early_stopping_without_a_validation_does_not_stop_the_end(
 ) -> None:
     """An epoch has four steps; the run ends after two, before its validation."""
     stop = EarlyStopping("val/accuracy", mode="max")
-    module = fit(tmp_path, student_folder, stop, data={"val_prompts": make_data().val_prompts})
+    words = "EarlyStopping never gets val/accuracy: the first .* after 4 optimizer steps, and `max_"
+    with pytest.warns(UserWarning, match=words):
+        module = fit(tmp_path, student_folder, stop, data={"val_prompts": make_data().val_prompts})
     check_student(tmp_path, module)
     assert json.loads((tmp_path / "summary.json").read_text())["optimizer_steps"] == 2
 

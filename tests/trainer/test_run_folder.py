@@ -173,7 +173,8 @@ def test_folders_are_named_after_the_run(tmp_path: Path) -> None:
 
 def test_a_folder_from_before_is_left_alone(tmp_path: Path) -> None:
     """Also the user's own: a model called `student` must not be overwritten by the export."""
-    for number, name in enumerate(("checkpoints/step=00000002.ckpt", "student")):
+    names = ("checkpoints/step=00000002.ckpt", "student", "config.yaml")
+    for number, name in enumerate(names):
         root = tmp_path / str(number)
         (root / name).mkdir(parents=True)
         assert run_folder(make_trainer(root, logger=False)) == root / "version_1"

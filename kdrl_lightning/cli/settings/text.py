@@ -10,6 +10,7 @@ Nodes and values are ``Any``, as PyYAML types them.
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -181,3 +182,8 @@ Dumper.add_implicit_resolver(FLOAT, NUMBER, list("-+0123456789."))
 Dumper.add_implicit_resolver(INT, WHOLE, list("-+0123456789"))
 for kind in (str, Text):
     Dumper.add_representer(kind, Dumper.represent_str)
+# Defaults of other libraries' classes: enumerations of text and of numbers, and paths.
+Dumper.add_multi_representer(str, lambda dumper, data: dumper.represent_str(str.__str__(data)))
+Dumper.add_multi_representer(int, lambda dumper, data: dumper.represent_int(int(data)))
+Dumper.add_multi_representer(float, lambda dumper, data: dumper.represent_float(float(data)))
+Dumper.add_multi_representer(PurePath, lambda dumper, data: dumper.represent_str(str(data)))

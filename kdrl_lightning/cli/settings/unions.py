@@ -20,7 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, add_instantiator
 
 from kdrl_lightning._moved import GONE
 from kdrl_lightning.cli.settings.private import actions, typehints, util
@@ -28,6 +28,15 @@ from kdrl_lightning.cli.settings.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.shapes import LEAVES, NULL, fitting, is_class, is_sequence, is_spec
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
+from kdrl_lightning.cli.settings.user_code import build, import_object
+
+# What a user means who gives a path where a class must be.
+READS = {
+    "Teacher": "{class_path: LocalTeacher, init_args: {model: %s}}",
+    "PromptSource": "{class_path: HFPrompts, init_args: {path: %s}}",
+}
+DATA = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt"}
+YAML = {".yaml", ".yml"}
 
 NUMERIC = re.compile(r"[+-]?\.?\d")
 NestedArg = util.NestedArg
@@ -44,7 +53,9 @@ def install() -> None:
             load_value=load_value,
             basic_json_or_yaml_load=load_basic,
             discard_init_args_on_class_path_change=discard,
+            import_object=import_object,
         )
+        add_instantiator(build, object)
         typehints.ActionTypeHint._check_type = check_type
         actions._ActionConfigLoad.__call__ = load_group
 
@@ -68,6 +79,9 @@ def load_basic(text: str) -> Any:
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     """Remove the arguments that a new class lacks, and note which of the old class are lost."""
     had = _arguments(previous)
+    default = getattr(parser_or_action, "default", None)
+    by_default = is_spec(default) and default["class_path"] == previous["class_path"]
+    had = {k: v for k, v in had.items() if not by_default or _arguments(default).get(k, had) != v}
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
     if dropped and not typehints.sub_defaults.get():
@@ -218,9 +232,10 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     if isinstance(val, Mapping | Namespace):
         name = val.get("class_path")
     kinds = [m for m in members if m is not NoneType]
-    if not isinstance(name, str) or "." in name or not all(is_class(m) for m in kinds):
+    if not isinstance(name, str) or not all(is_class(m) for m in kinds):
         return
-    if Path(name).is_file():  # the file holds the class and its arguments
+    check_path(name, kinds)
+    if "." in name or Path(name).is_file():  # the file holds the class and its arguments
         return
     names = {path.rsplit(".", 1)[1] for m in kinds for path in class_paths(m)}
     if name in names or not names or "\n" in name:
@@ -230,6 +245,19 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     cure = f", which is gone: {GONE[name]}" if name in GONE else cure
     wanted = " or ".join(_named(m) for m in kinds)
     raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
+
+
+def check_path(name: str, kinds: Iterable[Any]) -> None:
+    """Check that the path of a model or of a data file is not given in place of a class.
+
+    Raises:
+        ValueError: it is; the message gives the class that reads it.
+    """
+    for kind in kinds:
+        cure = READS.get(getattr(kind, "__name__", ""))
+        suffix = Path(name).suffix
+        if cure and "\n" not in name and ("/" in name or suffix in DATA) and suffix not in YAML:
+            raise ValueError(f"must be {_named(kind)}: got the path {name}. Write {cure % name}.")
 
 
 def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:

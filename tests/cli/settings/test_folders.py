@@ -57,3 +57,25 @@ def test_so_it_does_if_a_path_cannot_be(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and len(line) < 1200
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("root", ["runs", "."])
+def test_so_does_the_folder_of_a_run_without_a_logger(
+    root: str,
+    student_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lightning refuses its own callback, after the run has written its configuration."""
+    monkeypatch.chdir(tmp_path)
+    text = CONFIG.format(student=student_folder, log="{}").replace("125", "8")
+    Path("config.yaml").write_text(text)
+    flags = ["--trainer.logger=false", f"--trainer.default_root_dir={root}"]
+    flags += ["--trainer.callbacks=[LearningRateMonitor]", "--data.rollout.prompts_per_rollout=4"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "config.yaml", *flags])
+    assert ended.value.code == 2
+    assert "Cannot use `LearningRateMonitor`" in capsys.readouterr().err
+    assert [str(p) for p in Path().rglob("*")] == ["config.yaml"]
+    assert Path("config.yaml").read_text() == text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from torch import distributed
 
 from kdrl_lightning import distributed as together
+from kdrl_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[3]
 CONFIG = """
@@ -69,3 +71,46 @@ def test_ranks_of_torchrun_meet_before_they_have_a_group(monkeypatch: pytest.Mon
     assert [together.first_to_say("a") for _ in range(2)] == [True, False]
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert together.first_to_say("a")
+
+
+def test_tasks_of_slurm_on_a_node_say_it_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert [together.first_to_say(words) for words in "aab"] == [True, False, True]
+    monkeypatch.setenv("SLURM_STEP_ID", "1")  # another `srun` of the job
+    assert together.first_to_say("a")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert together.first_to_say("a") and together.first_to_say("a")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert together.first_to_say("a") and together.first_to_say("a")
+
+
+def test_a_group_knows_whether_one_of_it_has_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert together.has_spoken()  # no group: each speaks for itself
+    store: Any = distributed.HashStore()
+    monkeypatch.setattr(together, "_store", lambda: store)
+    assert not together.has_spoken()
+    together.first_to_say("a")
+    assert together.has_spoken()
+    monkeypatch.setattr(together, "ANSWER_S", 0.05)
+    monkeypatch.setattr(together, "_store", lambda: time.sleep(1))
+    assert not together.has_spoken()
+
+
+@pytest.mark.parametrize(("rank", "count"), [("0", 1), ("1", 0)])
+def test_evaluate_prints_its_notes_on_the_first_rank(
+    rank: str,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", int(rank))
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--output=a", "--output=b"])
+    assert capsys.readouterr().out.count("note: `--output` is given 2 times") == count

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.program import made
 from kdrl_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[3]
@@ -170,6 +171,35 @@ CASES = {
         ["--trainer.max_steps=1:30"],
         "`trainer.max_steps` must be a whole number: got 1:30.",
     ),
+    "a model in place of a teacher": (
+        ["--model.teacher=Qwen/Qwen2.5-7B"],
+        "`model.teacher` must be a Teacher: got the path Qwen/Qwen2.5-7B. Write {class_path: "
+        "LocalTeacher, init_args: {model: Qwen/Qwen2.5-7B}}.",
+    ),
+    "a file of rows in place of a source": (
+        ["--data.train_prompts=rows.jsonl"],
+        "`data.train_prompts` must be a PromptSource: got the path rows.jsonl. Write {class_path: "
+        "HFPrompts, init_args: {path: rows.jsonl}}.",
+    ),
+    "one class in place of a list": (
+        ["--model.objective.selection={class_path: Gates}"],
+        "`model.objective.selection` must be a list: got {'class_path': 'Gates'",
+    ),
+    "one of two words": (
+        [
+            "--trainer.callbacks=[{class_path: LearningRateMonitor, init_args: "
+            "{logging_interval: stp}}]"
+        ],
+        "`trainer.callbacks.logging_interval` must be one of 'step', 'epoch': got stp.",
+    ),
+    "arguments without a class": (
+        ["--model.teacher={path: x}"],
+        "`model.teacher` must name a class of type Teacher: got arguments without `class_path`.",
+    ),
+    "a logger whose package is missing": (
+        ["--trainer.logger=CometLogger"],
+        "`CometLogger` must be possible to build: got ModuleNotFoundError: ",
+    ),
     "rows that are no rows": (
         ["--data.train_prompts=[1, 2]"],
         "`data.train_prompts`: Expected a <class 'collections.abc.Mapping'>. Got value: 1",
@@ -198,3 +228,70 @@ def test_a_class_may_be_named_by_its_class_path(capsys: pytest.CaptureFixture[st
         main(["fit", *flags])
     assert ended.value.code in (0, None)
     assert "max_sequences: 7" in capsys.readouterr().out
+
+
+MODULES = {
+    "zero.py": ("x = 1\ny = x / 0\n", "ZeroDivisionError: division by zero (zero.py, line 2)"),
+    "wrong.py": ("def f(:\n", "SyntaxError: invalid syntax (wrong.py, line 1)"),
+    "needs.py": (
+        "import no_package\n",
+        "ModuleNotFoundError: No module named 'no_package' (needs.py, line 1)",
+    ),
+    "ends.py": ("import sys\n\nsys.exit('usage')\n", "SystemExit: usage (ends.py, line 3)"),
+    "base.py": (
+        "from kdrl_lightning.rewards import Reward\n\n\nclass Mine(Reward): ...\n",
+        "TypeError: cannot create 'types.UnionType' instances (base.py, line 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", MODULES)
+@pytest.mark.parametrize("setting", ["data.reward", "model.teacher", "trainer.callbacks"])
+def test_a_module_that_fails_is_named_with_its_line(
+    file: str,
+    setting: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    text, words = MODULES[file]
+    (tmp_path / file).write_text(text)
+    name = f"{file.removesuffix('.py')}.Mine"
+    value = f"[{{class_path: {name}}}]" if setting == "trainer.callbacks" else name
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(ROOT / "configs/rlad.yaml"), f"--{setting}={value}"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    rule = f"error: `{setting}` must name a module that can be imported: got {name}, which raises "
+    assert line.startswith(f"{rule}{words}. Correct the module.")
+
+
+def test_an_error_in_a_users_constructor_is_named_with_its_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    code = "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n"
+    code += "    def __init__(self, file: str) -> None:\n        open(file)\n"
+    (tmp_path / "mine_that_fails.py").write_text(code)
+    value = "[{class_path: mine_that_fails.Mine, init_args: {file: no_file}}]"
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(ROOT / "configs/rlad.yaml"), f"--trainer.callbacks={value}"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == (
+        "error: `Mine` must be possible to build: got FileNotFoundError: [Errno 2] No such file or "
+        "directory: 'no_file' (mine_that_fails.py, line 6). Correct its settings, or install what "
+        "it needs."
+    )
+
+
+def test_a_default_that_is_an_enumeration_can_be_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The default of Timer's `interval` is a member of a `StrEnum`."""
+    timer = "[{class_path: Timer, init_args: {duration: 00:00:00:01}}]"
+    trainer = made("--config", str(ROOT / "configs/rlad.yaml"), f"--trainer.callbacks={timer}")
+    assert any(type(one).__name__ == "Timer" for one in trainer.trainer.callbacks)

@@ -1,0 +1,79 @@
+"""Reports an error inside a module or a class that a setting names as one line, with its place.
+
+Types are ``Any``, as in jsonargparse.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from kdrl_lightning.cli.settings.private import typehints
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, disk_error, path_error
+
+# Errors of ours show their traceback; `build_optimizer` reports those of torch.
+OTHERWISE = ("kdrl_lightning.", "torch.")
+# Frames of these files are never the place of a user's mistake.
+MACHINERY = ("<frozen importlib", str(Path(typehints.__file__).parent), str(Path(__file__).parent))
+
+_import = typehints.import_object
+
+
+def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Import an object by its path, as jsonargparse does.
+
+    Raises:
+        ValueError: the module raises an error while it is imported.
+    """
+    try:
+        return _import(name, *args, **kwargs)
+    except (Exception, SystemExit) as error:
+        place = place_of(error)
+        if not place:  # the module itself, or its attribute, is missing
+            raise
+        raise ValueError(
+            f"must name a module that can be imported: got {name}, which raises {shown(error)}"
+            f"{place}. Correct the module."
+        ) from error
+
+
+def build(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:
+    """Build an object from its settings.
+
+    Raises:
+        ConfigurationError: its constructor raises an error.
+    """
+    try:
+        return class_type(*args, **kwargs)
+    except (ConfigurationError, MisconfigurationException, TrainingStopped):
+        raise
+    except Exception as error:
+        known = disk_error(error) is not None or path_error(error) is not None
+        if known or class_type.__module__.startswith(OTHERWISE):
+            raise
+        raise ConfigurationError(
+            f"`{class_type.__name__}` must be possible to build: got {shown(error)}"
+            f"{place_of(error)}. Correct its settings, or install what it needs."
+        ) from error
+
+
+def shown(error: BaseException) -> str:
+    """Return an error's type and text."""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {text}".removesuffix(": ").removesuffix(".")
+
+
+def place_of(error: BaseException) -> str:
+    """Return file and line of an error in brackets; empty if no user's code raised it."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({Path(error.filename).name}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [
+        f
+        for f in frames
+        if not f.filename.startswith(MACHINERY) and "site-packages" not in f.filename
+    ]
+    return f" ({Path(users[-1].filename).name}, line {users[-1].lineno})" if users else ""
