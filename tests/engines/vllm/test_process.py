@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ NAMES = (*process.LAUNCHER, *process.MEETING, process.IN_PROCESS, "SLURM_LOCALID
 class FakeLLM:
     """Writes down what a start finds, and disturbs the process as vLLM does."""
 
-    starts: list[dict[str, Any]] = []
+    starts: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, **settings: Any) -> None:
         found = {name: os.environ.get(name) for name in NAMES}
