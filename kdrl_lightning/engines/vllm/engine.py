@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from kdrl_lightning.distributed import agree
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.vllm.classes import classes_kept
 from kdrl_lightning.engines.vllm.errors import reason_and_cure, short
@@ -146,23 +147,15 @@ class VLLMEngine(RolloutEngine):
         Raises:
             TrainingStopped: the engine does not take the weights.
         """
-        llm = self._started()
-        with _stopping("take the weights"):
-            if self.sleep:
-                torch.cuda.empty_cache()
-                llm.wake_up(tags=["weights"])
-            if self._model is not None:
-                before_reload(self._model)
-            llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": HubWeights(weights).tensors()}
-            )
-            if self._model is not None:
-                after_reload(self._model)
-            if self.sleep:
-                llm.wake_up(tags=["kv_cache"])
-            # Cached keys and values come from the old weights.
-            if llm.reset_prefix_cache() is False:
-                raise RuntimeError("the prefix cache is still in use")
+        tensors, failure = HubWeights(weights).tensors(), None
+        try:
+            with _stopping("take the weights"):
+                self._take(self._started(), tensors)
+        except Exception as error:
+            failure = error
+            for _ in tensors:  # the other ranks gather a sharded student with this one
+                pass
+        agree(failure)
         self.version = version
 
     def generate(
@@ -202,6 +195,21 @@ class VLLMEngine(RolloutEngine):
             )
         made = iter(outputs)
         return [[self._completion(next(made).outputs[0]) for _ in group] for group in seeds]
+
+    def _take(self, llm: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self.sleep:
+            torch.cuda.empty_cache()
+            llm.wake_up(tags=["weights"])
+        if self._model is not None:
+            before_reload(self._model)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        if self._model is not None:
+            after_reload(self._model)
+        if self.sleep:
+            llm.wake_up(tags=["kv_cache"])
+        # Cached keys and values come from the old weights.
+        if llm.reset_prefix_cache() is False:
+            raise RuntimeError("the prefix cache is still in use")
 
     def release(self) -> None:
         """Free the GPU's memory for the updates, if ``sleep`` is on."""
