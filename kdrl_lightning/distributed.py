@@ -48,6 +48,47 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
     return result[0]
 
 
+def agree(failure: Exception | None) -> None:
+    """Raise on every rank if work failed on one of them; all ranks must call it.
+
+    Unlike ``stop_together`` it needs no trainer, every rank gets the reason, and the work may have
+    collectives, if a rank on which it fails takes part in them to their end.
+
+    Args:
+        failure: what this rank's work raised; None if it is done.
+
+    Raises:
+        TrainingStopped: work failed on another rank only.
+        Exception: the error of this rank.
+    """
+    reasons: list[str | None] = [None]
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        reasons *= distributed.get_world_size()
+        here = None if failure is None else str(failure) or type(failure).__name__
+        distributed.all_gather_object(reasons, here)
+    if failure is not None:
+        raise failure
+    reason = next((r for r in reasons if r is not None), None)
+    if reason is not None:
+        raise TrainingStopped(reason)
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """Return the result of ``work``; if it raises on one rank, all ranks raise, with its reason.
+
+    Args:
+        work: a function without collectives.
+    """
+    result: list[T] = []
+    failure: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as error:
+        failure = error
+    agree(failure)
+    return result[0]
+
+
 def first_to_say(message: str) -> bool:
     """Return whether this process is the first of its run to report a message.
 

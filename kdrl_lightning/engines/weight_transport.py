@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from kdrl_lightning.distributed import agree
 from kdrl_lightning.engines.http_client import AwayError, ServerClient
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.weight_files import write_shards
@@ -33,7 +34,8 @@ class WeightRoute(ABC):
             label: name of these weights.
 
         Raises:
-            TrainingStopped: on the first rank, if the disk or a server does not take them.
+            TrainingStopped: the disk or a server does not take them; on the first rank alone, if
+                it is a server.
         """
 
     @abstractmethod
@@ -64,12 +66,11 @@ class FileRoute(WeightRoute):
         made, failure = [""], None
         try:
             made[0] = self._write(weights, rank == 0)
-        except TrainingStopped as error:
+        except Exception as error:  # the others wait for this rank
             failure = error
+        agree(failure)
         if world > 1:
             torch.distributed.broadcast_object_list(made)
-        if failure is not None:
-            raise failure
         old, self._current = self._current, made[0]
         if rank:
             return
@@ -88,10 +89,13 @@ class FileRoute(WeightRoute):
             if writes:
                 folder = tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder)
             write_shards(tensors, Path(folder) if writes else None)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             for _ in tensors:  # reading a sharded student is a collective: finish it for the others
                 pass
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, OSError | SafetensorError):
+                raise
             raise TrainingStopped(
                 "`weights_folder` must have room for the student's weights: got "
                 f"{type(error).__name__}: {error} in {self.folder or tempfile.gettempdir()}. Make "

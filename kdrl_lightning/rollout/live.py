@@ -161,15 +161,18 @@ class LiveSampler:
         """
         started = time.perf_counter()
         first = engine.version is None
-        if first:
-            # A teacher's completions stop at the teacher's end tokens.
-            ends = weights.end_token_ids or self.module.end_tokens.ids
-            engine.setup(weights, ends, self.pad_id)
         compares = first and engine.compared and weights.model is self.module.weights().model
-        if compares and self.trainer.optimizers:
-            self._compare_moved(engine, weights)
-        if engine.version != self.trainer.global_step:
-            engine.update_weights(weights, self.trainer.global_step)
+        # Lightning evaluates in inference mode by default. What an engine allocates there could
+        # not take new weights outside of it.
+        with torch.inference_mode(False):
+            if first:
+                # A teacher's completions stop at the teacher's end tokens.
+                ends = weights.end_token_ids or self.module.end_tokens.ids
+                engine.setup(weights, ends, self.pad_id)
+            if compares and self.trainer.optimizers:
+                self._compare_moved(engine, weights)
+            if engine.version != self.trainer.global_step:
+                engine.update_weights(weights, self.trainer.global_step)
         if compares:
             self._compare(engine, weights, AS_THEY_ARE)
         return time.perf_counter() - started

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# `Any` in the states: Lightning reads checkpoints as dictionaries of `Any`.
 import torch
 
 from kdrl_lightning.distributed import require_embedded, stop_together
@@ -151,7 +150,7 @@ class RolloutSource:
         self._stored = None
         # The scores for the remaining updates are stored, unless these updates run the teacher.
         waits = Waits(teacher=module.objective.divergence is not None)
-        return resume_updates(batch, rollout, self._cut(), module, waits)
+        return resume_updates(batch, rollout, self._cut(), module, waits, self._guard)
 
     def _make(self, rollout: int) -> RolloutPlan:
         """Make a rollout with the current weights."""
@@ -167,7 +166,8 @@ class RolloutSource:
         sampled = time.perf_counter()
         # 4. Score the completions, prepare the objective, and cut them into updates.
         batch = batch.to(module.device)
-        plan = plan_updates(batch, rollout, self._cut(), module, self._waits(batch))
+        waits = self._waits(batch)
+        plan = plan_updates(batch, rollout, self._cut(), module, waits, self._guard)
         # 5. Measure the rollout; its first micro-batch carries the metrics.
         seconds = {
             "time/sync_s": sync_seconds,
@@ -276,6 +276,11 @@ class RolloutSource:
             max_micro_tokens=self.max_micro_tokens,
             frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if joins else 0.0,
         )
+
+    def _guard(self, work: Callable[[], RolloutBatch]) -> RolloutBatch:
+        """Score with the frozen models; a teacher on a server may fail on one rank alone."""
+        module = self.live.module
+        return work() if module.frozen.collective else stop_together(work, module.reduce)
 
     def _slots(self) -> list[int]:
         return self.collector.slots.of_rank(*self.live.ranks)

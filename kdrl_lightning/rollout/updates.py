@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -143,8 +144,22 @@ class Waits:
     teacher: bool = False
 
 
+# Runs the scoring of the frozen models on every rank and returns the scored batch.
+Guard = Callable[[Callable[[], RolloutBatch]], RolloutBatch]
+
+
+def unguarded(work: Callable[[], RolloutBatch]) -> RolloutBatch:
+    """Return the result of ``work``."""
+    return work()
+
+
 def plan_updates(
-    batch: RolloutBatch, rollout: int, cut: Cut, scoring: Scoring, waits: Waits
+    batch: RolloutBatch,
+    rollout: int,
+    cut: Cut,
+    scoring: Scoring,
+    waits: Waits,
+    guard: Guard = unguarded,
 ) -> RolloutPlan:
     """Return a new rollout, scored and cut into optimizer steps.
 
@@ -159,6 +174,7 @@ def plan_updates(
         cut: sizes of the updates.
         scoring: scores and prepares.
         waits: scores that the updates give.
+        guard: runs the scoring of the frozen models.
     """
     # 1. Cut the rows into updates and micro-batches.
     updates = cut.updates(batch)
@@ -167,9 +183,7 @@ def plan_updates(
     batch = _scored(batch, later if waits.student else [*first, *later], scoring.score, OLD_FIELDS)
     # 3. Score with the reference, and with the teacher unless each update runs it.
     wide = joined([*first, *later], batch, cut.frozen_tokens)
-    batch = _scored(batch, wide, scoring.score_reference, ("ref_logprobs",))
-    if not waits.teacher:
-        batch = _scored(batch, wide, scoring.score_teacher, TEACHER_FIELDS)
+    batch = guard(partial(_frozen, batch, wide, scoring, waits))
     # 4. Let the objective decide what holds for the whole rollout. It gets the student's scores of
     #    all completions or of none.
     hidden = OLD_FIELDS if waits.student else ()
@@ -179,8 +193,20 @@ def plan_updates(
     return _plan(batch, rollout, updates, cut, scoring, int(waits.student))
 
 
+def _frozen(
+    batch: RolloutBatch, parts: list[list[int]], scoring: Scoring, waits: Waits
+) -> RolloutBatch:
+    batch = _scored(batch, parts, scoring.score_reference, ("ref_logprobs",))
+    return batch if waits.teacher else _scored(batch, parts, scoring.score_teacher, TEACHER_FIELDS)
+
+
 def resume_updates(
-    batch: RolloutBatch, rollout: int, cut: Cut, scoring: Scoring, waits: Waits
+    batch: RolloutBatch,
+    rollout: int,
+    cut: Cut,
+    scoring: Scoring,
+    waits: Waits,
+    guard: Guard = unguarded,
 ) -> RolloutPlan:
     """Return a checkpoint's rollout, which is scored and prepared already, cut into updates.
 
@@ -191,11 +217,12 @@ def resume_updates(
         scoring: scores with the teacher if the earlier run left that to its updates and this run
             does not.
         waits: scores that the updates give.
+        guard: runs the scoring of the teacher.
     """
     updates = cut.updates(batch)
     if batch.teacher_logprobs is None and not waits.teacher:
         rows = list(chain.from_iterable(updates))
-        batch = _scored(batch, rows, scoring.score_teacher, TEACHER_FIELDS)
+        batch = guard(partial(_scored, batch, rows, scoring.score_teacher, TEACHER_FIELDS))
     return _plan(batch, rollout, updates, cut, scoring, 0)
 
 

@@ -51,6 +51,11 @@ class FrozenModels:
         """Whether all of them may score several micro-batches at once."""
         return all(model.joins for model in self._models())
 
+    @property
+    def collective(self) -> bool:
+        """Whether ranks score together with one of them, so that none may stop alone."""
+        return any(model.collective for model in self._models())
+
     def choose(self, fitting: bool, reference: Teacher | None) -> None:
         """Take the models that a run needs: an evaluation asks none and loads none."""
         self.active = self._teacher if fitting else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
@@ -20,6 +21,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from kdrl_lightning.distributed import has_spoken
 from kdrl_lightning.errors import ConfigurationError
@@ -49,6 +51,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: write a folder of parts; if false, one file.
         process_group_backend: backend of torch.distributed; None: the device's default.
         timeout: time limit of a collective.
+        reduce_each_micro_batch: reduce gradients after every micro-batch. By default they are
+            reduced once per optimizer step, and each rank holds whole gradients (4 bytes per
+            trained parameter) between the micro-batches of a step.
     """
 
     def __init__(
@@ -56,8 +61,28 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        reduce_each_micro_batch: bool = False,
     ) -> None:
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        self.reduce_each_micro_batch = reduce_each_micro_batch
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients on their ranks inside: Lightning calls it for all micro-batches but one.
+
+        Lightning's own method knows DDP alone.
+        """
+        assert self.model is not None
+        sharded = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        if self.reduce_each_micro_batch:
+            sharded = []
+        for module in sharded:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_requires_gradient_sync(True, recurse=False)
 
     def setup_environment(self) -> None:
         """Make every process data-parallel; Lightning's "auto" would make one per node so."""

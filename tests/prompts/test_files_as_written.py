@@ -111,7 +111,9 @@ def test_a_class_counts_by_its_name(tmp_path: Path) -> None:
         assert first["inner"] == {"all": ["negative", "positive"]}
         nested = HFPrompts(str(tmp_path / path), answer_column="inner.all")
         assert nested[0]["answer"] == ["negative", "positive"]
-        with pytest.raises(ConfigurationError, match=r"a row must have a value in `inner\.all`: got"):
+        with pytest.raises(
+            ConfigurationError, match=r"a row must have a value in `inner\.all`: got"
+        ):
             nested[1]
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from kdrl_lightning.engines.http_client import AwayError, ServerClient
+from kdrl_lightning.engines.http_client import ServerClient
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.weight_transport import WeightRoute, paused, ranks
 from kdrl_lightning.errors import TrainingStopped
@@ -45,14 +45,14 @@ class TransferRoute(WeightRoute):
             try:
                 if failure is None:
                     self._send(server, label)
-            except (AwayError, TrainingStopped, RuntimeError, OSError) as error:
+            except Exception as error:  # whatever it is, the other ranks wait for this one
                 failure = error
             for _ in self._source.rest:  # the other ranks gather all weights
                 pass
         if failure is not None:
             raise TrainingStopped(
                 f"the server {server.url} must take the weights by the transfer API: got "
-                f"{failure}. Resume from the last checkpoint with `transfer: false`, which sends "
+                f"{str(failure) or type(failure).__name__}. Resume from the last checkpoint with `transfer: false`, which sends "
                 "weights by files."
             ) from failure
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kdrl_lightning.distributed import agree, agreed
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.http_client import AS_IT_IS, AwayError, ServerClient, clients
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
@@ -93,8 +94,11 @@ class VLLMServerEngine(RolloutEngine):
 
         Raises:
             ConfigurationError: ``weights_folder`` does not exist, or ``max_model_len`` is too long.
-            TrainingStopped: a server does not answer, or serves another model.
+            TrainingStopped: a server does not answer one of the ranks, or serves another model.
         """
+        agreed(lambda: self._check(weights, eos_token_id))
+
+    def _check(self, weights: ModelWeights, eos_token_id: int | Sequence[int]) -> None:
         if self.weights_folder is not None and not Path(self.weights_folder).is_dir():
             raise ConfigurationError(
                 f"`weights_folder` must be a folder that trainer and servers share: got "
@@ -144,20 +148,17 @@ class VLLMServerEngine(RolloutEngine):
         Raises:
             TrainingStopped: a server does not answer, or does not take the weights.
         """
-        world = ranks()[1]
-        label, failure = [f"{version}-{uuid.uuid4().hex}"], [""]
-        if world > 1:
+        label, failure = [f"{version}-{uuid.uuid4().hex}"], None
+        if ranks()[1] > 1:
             torch.distributed.barrier()  # until no rank samples from the old weights
             torch.distributed.broadcast_object_list(label)
         self._label = label[0]
+        route = agreed(lambda: self._route_of(weights))
         try:
-            self._route_of(weights).push(HubWeights(weights), self._servers, self._label)
-        except TrainingStopped as error:
-            failure[0] = str(error)
-        if world > 1:
-            torch.distributed.broadcast_object_list(failure)
-        if failure[0]:
-            raise TrainingStopped(failure[0])
+            route.push(HubWeights(weights), self._servers, self._label)
+        except Exception as error:  # the first rank may fail alone
+            failure = error
+        agree(failure)
         self.version = version
 
     def generate(

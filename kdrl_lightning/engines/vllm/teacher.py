@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from kdrl_lightning.distributed import agreed
 from kdrl_lightning.engines.http_client import ServerClient
 from kdrl_lightning.engines.vllm.server import VLLMServerEngine
 from kdrl_lightning.models.end_tokens import as_ids
@@ -53,8 +54,12 @@ class VLLMTeacherEngine(VLLMServerEngine):
         """
         self._ends = as_ids(eos_token_id)
         self._vocab_size = int(weights.model.config.get_text_config().vocab_size)
+        self.context = agreed(self._shortest)
+
+    def _shortest(self) -> int:
+        """Return the shortest context of the servers."""
         cards = [s.patiently(partial(s.get, "/v1/models"))["data"][0] for s in self._servers]
-        self.context = min(int(card["max_model_len"]) for card in cards)
+        return min(int(card["max_model_len"]) for card in cards)
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         """Store the version; the servers keep their weights."""
