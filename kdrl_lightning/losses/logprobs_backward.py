@@ -174,8 +174,8 @@ def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
     at = before.abs().argmax()
     factor = torch.where(before[at] == 0, 1.0, now[at] / before[at])
     apart = (now - factor * before).abs().max()
-    # A NaN compares false.
-    same = apart <= 16 * torch.finfo(now.dtype).eps * now.abs().max()
+    rounding = 16 * torch.finfo(now.dtype).eps * now.abs().max()
+    same = (apart <= rounding) & apart.isfinite()
     return factor if bool(same) else None
 
 
