@@ -34,6 +34,8 @@ EMBEDDED = {"model": "embedded", "prompts": 32, "group": 8, "micro": 256, "token
 SMOLLM2 = {"model": "smollm2", "prompts": 2, "group": 8, "micro": 4, "tokens": 64, "steps": 2}
 # 2,048 completion tokens in one micro-batch; layers recomputed, as is TRL's default.
 LARGE = {"prompts": 1, "micro": 8, "tokens": 256, "steps": 1, "fixed": True, "checkpointing": True}
+# 192 given tokens a completion; all of a step in one micro-batch.
+HEAD = {"model": "head-heavy", "tokens": 192, "steps": 3, "fixed": True}
 CASES: dict[str, dict[str, Any]] = {
     "embedded-grpo": EMBEDDED,
     "embedded-grpo-given": {**EMBEDDED, "fixed": True},
@@ -54,10 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
         "prompts": 8,
         "group": 1,
     },
+    "head-grpo": {**HEAD, "prompts": 4, "group": 8, "micro": 32},
+    "head-distillation": {**HEAD, "work": "distillation", "prompts": 16, "group": 1, "micro": 16},
 }
 # TRL does the same work for both: GRPO with its reference model.
 SAME_FOR_TRL = {"embedded-rlad": "embedded-kdrl", "smollm2-rlad": "smollm2-kdrl"}
-FIGURES = (*PARTS, "above_mb", "peak_mb", "tokens_per_s", "generated_per_s")
+FIGURES = (*PARTS, "cpu", "above_mb", "peak_mb", "tokens_per_s", "generated_per_s")
 
 
 def job_of(case: str, side: str, args: argparse.Namespace, run: int) -> Job:
@@ -98,7 +102,7 @@ def table(cases: list[str], record: dict[str, Any]) -> list[str]:
     for case in cases:
         pairs = [p for p in record["runs"].get(case, []) if len(p) == 2]
         for figure in FIGURES:
-            both = [(p["ours"][figure], p["trl"][figure]) for p in pairs]
+            both = [(p["ours"].get(figure, 0.0), p["trl"].get(figure, 0.0)) for p in pairs]
             if not both or not any(ours or theirs for ours, theirs in both):
                 continue
             ours, theirs = (statistics.median(x) for x in zip(*both, strict=True))

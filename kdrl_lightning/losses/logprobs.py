@@ -17,11 +17,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.logprobs_backward import ChosenTokens, OfLogits, Transform
+from kdrl_lightning.losses.chunk_math import Divergence, Transform, math_for
+from kdrl_lightning.losses.head_products import computing_dtype, project
+from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Compared, Values, Work
 
-Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # A float32 softmax cannot distinguish e^-30 from 0, so teachers' log-probabilities end here.
 LOGPROB_FLOOR = -30.0
+# If the product of a chunk's logits has so many operations, it pays to know the loss in advance:
+# that saves the product and costs a call of the objective, about 2 ms. The figure for GPUs is
+# calculated with 400 TFLOP/s, not measured.
+PAYS_FROM = {"cpu": 2e9, "cuda": 8e11}
+
+# A chunk on CUDA is large: its matrix products fill the card, and each chunk reads and writes the
+# head's gradient once.
+CUDA_CHUNK_BYTES = 1 << 30
 CHUNK_BYTES = 64 << 20
 MAX_CHUNK = 1024
 
@@ -49,8 +58,12 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``[N, V]`` logits of ``[N, H]`` hidden states, in float32 at least."""
         rows = slice(None, self.vocab_size)
-        logits = F.linear(hidden, self.weight[rows], None if self.bias is None else self.bias[rows])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+        if torch.is_grad_enabled():
+            logits = F.linear(hidden, weight, bias)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+        else:
+            logits = project(hidden, weight, bias, computing_dtype(hidden))
         if self.scale != 1.0:
             logits = logits * self.scale
         logits = logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
@@ -82,6 +95,7 @@ class TokenScores(NamedTuple):
         divergence: ``[N]`` nats, from another model's distribution, over the full vocabulary.
         tail_logprobs: ``[N]`` log-probability of all other tokens together; None from a teacher
             that does not return it.
+        other: the scores that another model gives the same tokens, without gradient.
     """
 
     logprobs: Tensor
@@ -90,19 +104,33 @@ class TokenScores(NamedTuple):
     topk_logprobs: Tensor | None = None
     divergence: Tensor | None = None
     tail_logprobs: Tensor | None = None
+    other: TokenScores | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` applied to every field that is not None."""
-        logprobs, *rest = self
+        logprobs, *rest, other = self
         changed = (None if value is None else function(value) for value in rest)
-        return TokenScores(function(logprobs), *changed)
+        further = None if other is None else other.map(function)
+        return TokenScores(function(logprobs), *changed, other=further)
 
 
 class Other(NamedTuple):
-    """Another model's last hidden states ``[N, H]`` for the same tokens, and its head."""
+    """Another model to compare with, at the same tokens.
+
+    Attributes:
+        hidden: ``[N, H]``, its last hidden states.
+        head: its head.
+        scored: whether to return its own scores of the tokens (log-probability, entropy, most
+            likely token) in ``TokenScores.other``.
+    """
 
     hidden: Tensor
     head: Head
+    scored: bool = False
+
+
+# A loss as a function of scores that have its gradient.
+Loss: TypeAlias = Callable[[TokenScores], Tensor]
 
 
 def chosen_logprobs(
@@ -132,23 +160,28 @@ def token_scores(
     topk_ids: Tensor | None = None,
     other: Other | None = None,
     divergence: Divergence | None = None,
+    loss: Loss | None = None,
 ) -> TokenScores:
     """Return the scores of chosen tokens.
 
-    Only one chunk of logits exists at a time, forward and backward: the backward pass recomputes
-    the chunks, so memory grows with ``chunk_size * V`` and not with ``N * V``.
+    Only one chunk of logits exists at a time, forward and backward: memory grows with
+    ``chunk_size * V`` and not with ``N * V``. The backward pass rebuilds the chunks, unless you say
+    with ``loss`` what the scores are for: then the forward pass computes the gradients, too.
 
     Args:
         hidden: ``[N, H]`` last hidden states, one row per predicted token.
         head: the language-model head.
         ids: ``[N]`` int64, the chosen tokens.
         temperature: divisor of the logits, above 0.
-        chunk_size: rows per chunk; None: as many as give about 64 MiB of float32 logits, at most
-            1024.
+        chunk_size: rows per chunk; None: as ``auto_chunk_size`` says.
         top_k: number of the model's most likely tokens to return in ``topk_ids``.
         topk_ids: ``[N, K]``, further tokens to return log-probabilities of.
         other: the model that ``divergence`` compares with, at the same temperature.
         divergence: ``(logits [n, V], other logits [n, V]) -> [n]``.
+        loss: the scalar that you will compute from these scores, to which each token adds a share
+            that depends on no other token's scores. It is called once per chunk, with 0 in place of
+            scores that are still to come. The gradients are right even if it is not what you
+            compute, but then they take longer.
 
     Returns:
         Scores in nats, float32 or float64, with gradient; None in each field not requested.
@@ -161,45 +194,62 @@ def token_scores(
     if chunk_size is not None:
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
-    size = chunk_size or auto_chunk_size(vocab)
+    size = chunk_size or auto_chunk_size(vocab, hidden.device.type)
     if topk_ids is None:
-        bias = None if head.bias is None else head.bias[:vocab]
-        transform = Transform(head.scale, head.softcap, temperature)
-        chosen = ChosenTokens.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            head.weight[:vocab],
-            bias,
-            head.renamed(ids),
-            transform,
+
+        def named(values: Values) -> TokenScores:
+            return _named(values, head if top_k else None)
+
+        known = torch.is_grad_enabled() and len(ids) > 0
+        work = Work(
+            Transform(head.scale, head.softcap, temperature),
             size,
+            math_for(hidden.device),
             min(top_k, vocab),
-            _from(other, head, temperature, divergence),
+            _compared(other, head, temperature, divergence),
+            (lambda values: loss(named(values))) if loss and known else None,
         )
-        logprobs, entropy, best, gap = chosen
-        return TokenScores(logprobs, entropy, head.renamed(best) if top_k else None, None, gap)
+        bias = None if head.bias is None else head.bias[:vocab]
+        chosen = head.renamed(ids)
+        found = ChosenTokens.apply(hidden, head.weight[:vocab], bias, chosen, work)  # type: ignore[no-untyped-call]
+        return named(Values(*found))
     scores = _asked(hidden, head, ids, temperature, size, top_k, topk_ids)
     if divergence is None:
         return scores
     apart = token_scores(hidden, head, ids, temperature, size, other=other, divergence=divergence)
-    return scores._replace(divergence=apart.divergence)
+    return scores._replace(divergence=apart.divergence, other=apart.other)
 
 
-def _from(
+def _named(values: Values, head: Head | None) -> TokenScores:
+    """Return values as scores; ``head`` renames the most likely tokens, None leaves them out."""
+    other = None
+    if values.their_logprobs is not None:
+        other = TokenScores(values.their_logprobs, values.their_entropy, values.their_best)
+    best = None if head is None else head.renamed(values.best)
+    return TokenScores(
+        values.logprobs, values.entropy, best, divergence=values.divergence, other=other
+    )
+
+
+def _compared(
     other: Other | None, head: Head, temperature: float, divergence: Divergence | None
-) -> OfLogits | None:
-    """Return the divergence as a function of logits and of their rows."""
+) -> Compared | None:
+    """Return the other model and the divergence as functions of rows and of logits."""
     if other is None or divergence is None:
         return None
     device = other.hidden.device.type
     # The backward pass runs outside this context, where a GPU's default is float16.
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def gap(logits: Tensor, rows: slice) -> Tensor:
+    def theirs(rows: slice) -> Tensor:
         with torch.no_grad(), torch.autocast(device, dtype, autocast):
-            theirs = other.head.logits(other.hidden[rows]) / temperature
+            logits = other.head.logits(other.hidden[rows])
+        return logits if temperature == 1.0 else logits.div_(temperature)
+
+    def gap(logits: Tensor, theirs: Tensor) -> Tensor:
         return divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)
 
-    return gap
+    return Compared(theirs, gap, other.scored)
 
 
 def _asked(
@@ -257,10 +307,24 @@ def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:
     return torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)
 
 
-def auto_chunk_size(vocab_size: int) -> int:
-    """Return how many rows of float32 logits take about 64 MiB, at least 1 and at most 1024.
+def auto_chunk_size(vocab_size: int, device: str = "cpu") -> int:
+    """Return how many rows of logits a chunk has, at least 1.
 
-    >>> auto_chunk_size(151_936), auto_chunk_size(19)
-    (110, 1024)
+    These are 64 MiB of float32 logits, at most 1024 rows; on CUDA 1 GiB.
+
+    >>> auto_chunk_size(151_936), auto_chunk_size(19), auto_chunk_size(151_936, "cuda")
+    (110, 1024, 1766)
     """
+    if device == "cuda":
+        return max(1, CUDA_CHUNK_BYTES // (4 * vocab_size))
     return max(1, min(CHUNK_BYTES // (4 * vocab_size), MAX_CHUNK))
+
+
+def pays_ahead(hidden: Tensor, head: Head, chunk_size: int | None) -> bool:
+    """Return whether to give ``token_scores`` the loss of these ``[N, H]`` states.
+
+    If not, rebuilding a chunk's logits is faster than calling the loss once more.
+    """
+    vocab, device = head.vocab_size or head.weight.shape[0], hidden.device.type
+    rows = min(len(hidden), chunk_size or auto_chunk_size(vocab, device))
+    return 2.0 * rows * vocab * hidden.shape[1] >= PAYS_FROM.get(device, PAYS_FROM["cuda"])

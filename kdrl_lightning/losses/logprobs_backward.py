@@ -1,218 +1,286 @@
 """Log-probability, entropy and divergence of chosen tokens, with a hand-written backward pass.
 
-Autograd computes more than the result needs: it makes one ``[V, H]`` gradient of the head per chunk
-of rows and then adds them up, and every elementwise step makes a new table of logits. This backward
-pass changes a chunk's table in place and adds its gradient in the matrix product. The mathematics
-is the same, and it is 1.5 times as fast (docs/speed.md).
+Autograd computes more than the result needs: it makes one ``[V, H]`` gradient of the head per
+chunk of rows and then adds them up, and every elementwise step makes a new table of logits. Here a
+chunk's table becomes its gradient in place, and the head's gradient grows in the matrix product.
+
+A backward pass has to rebuild every chunk of logits, unless we know in advance how the loss will
+depend on the tokens' values. In most losses each token adds a share of its own, so a chunk's values
+determine the derivatives by them: if ``Work.loss`` is given, the forward pass calls it after each
+chunk, and computes the gradients while the chunk's logits exist. The backward pass compares the
+derivatives that autograd brings with these. If they agree up to a common factor, it returns the
+gradients times the factor; if not, it rebuilds the chunks. A wrong guess therefore costs time, but
+never changes a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
-FLOOR = -1e4
+from kdrl_lightning.losses.chunk_math import (
+    ChunkMath,
+    Divergence,
+    Slopes,
+    Transform,
+    cut,
+    differ,
+)
+from kdrl_lightning.losses.head_products import (
+    HeadGradients,
+    HeadProducts,
+    computing_dtype,
+    wide,
+)
 
 
-# A divergence ``[n]`` as a function of ``logits [n, V]`` and of their rows.
-OfLogits: TypeAlias = Callable[[Tensor, slice], Tensor]
+class Values(NamedTuple):
+    """What a pass computes for N tokens.
+
+    Attributes:
+        logprobs: ``[N]``.
+        entropy: ``[N]``.
+        divergence: ``[N]``, or None without one.
+        best: ``[N, K]``, the most likely tokens.
+        their_logprobs: ``[N]``, another model's; None if not asked for; also the next two.
+        their_entropy: ``[N]``.
+        their_best: ``[N, 1]``.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    divergence: Tensor | None
+    best: Tensor
+    their_logprobs: Tensor | None = None
+    their_entropy: Tensor | None = None
+    their_best: Tensor | None = None
+
+    def rows(self, rows: slice) -> Values:
+        """Return views of some tokens' values."""
+        return Values(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
-class Transform(NamedTuple):
-    """Changes the logits ``hidden @ weight.T + bias`` by scale, soft cap and temperature."""
+class Compared(NamedTuple):
+    """Another model, and the divergence from it.
 
-    scale: float
-    softcap: float | None
-    temperature: float
+    Attributes:
+        logits: its logits ``[n, V']`` for a slice of the tokens.
+        divergence: ``(logits [n, V], its logits [n, V']) -> [n]``.
+        scored: whether to return its own scores of the tokens, too.
+    """
 
-    def apply_(self, logits: Tensor) -> Tensor:
-        """Change ``[n, V]`` logits in place and return them."""
-        if self.softcap is None:
-            factor = self.scale / self.temperature
-            return logits if factor == 1.0 else logits.mul_(factor)
-        capped = logits.mul_(self.scale / self.softcap).tanh_()
-        return capped.mul_(self.softcap / self.temperature)
+    logits: Callable[[slice], Tensor]
+    divergence: Divergence
+    scored: bool
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Return the derivative by the raw logits; ``logits`` is the result of ``apply_``."""
-        factor = self.scale / self.temperature
-        if self.softcap is None:
-            return factor
-        share = logits * (self.temperature / self.softcap)
-        return share.square_().neg_().add_(1.0).mul_(factor)
+
+@dataclass(frozen=True)
+class Work:
+    """What to compute for chosen tokens, and how.
+
+    Attributes:
+        transform: what happens to the raw logits.
+        size: rows of a chunk: tables of logits have no more, forward and backward.
+        math: the functions of a chunk.
+        top_k: number of most likely tokens to return.
+        compared: another model to compare with, or None.
+        loss: a scalar that will be computed of the values, if tokens enter it one by one; None if
+            it is not known or not worth computing in advance.
+    """
+
+    transform: Transform
+    size: int
+    math: ChunkMath
+    top_k: int = 0
+    compared: Compared | None = None
+    loss: Callable[[Values], Tensor] | None = None
 
 
 class ChosenTokens(torch.autograd.Function):
-    """``(hidden [N, H], weight [V, H], bias [V] or None, ids [N]) -> logprobs [N], entropy [N]``.
+    """``(hidden [N, H], weight [V, H], bias [V] or None, ids [N], work) -> Values``.
 
-    It also returns the ``top_k`` most likely tokens ``[N, K]``, without gradient, and the
-    divergence ``[N]``, or None without one. Autograd differentiates the divergence by the logits of
-    one chunk. Tables of logits have ``size`` rows, forward and backward.
+    Gradients flow from the first three values to ``hidden``, ``weight`` and ``bias``.
     """
 
     # `ctx` is `Any`: torch's type of it declares neither the attributes set here nor its tensors.
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        transform: Transform,
-        size: int,
-        top_k: int,
-        divergence: OfLogits | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, work: Work
+    ) -> tuple[Tensor | None, ...]:
         """Score the tokens, a chunk at a time."""
         ctx.set_materialize_grads(False)  # a missing gradient stays None and costs nothing
-        ctx.transform, ctx.size, ctx.dtype = transform, size, _computing_dtype(hidden)
-        ctx.divergence = divergence
-        wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        logprobs, entropy, log_norm = (hidden.new_empty(len(ids), dtype=wide) for _ in range(3))
-        best = ids.new_empty(len(ids), top_k)
-        gap = None if divergence is None else torch.empty_like(logprobs)
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, ctx.dtype)
-            for rows in _chunks(len(ids), size):
-                logits = transform.apply_(head.logits(hidden[rows]))
-                if top_k == 1:
-                    torch.argmax(logits, -1, keepdim=True, out=best[rows])
-                elif top_k:
-                    best[rows] = logits.topk(top_k, -1).indices
-                if divergence is not None and gap is not None:
-                    gap[rows] = divergence(logits, rows)
-                chosen = logits.gather(-1, ids[rows, None]).squeeze(-1)
-                peak = logits.amax(-1, keepdim=True)
-                logits.sub_(peak).clamp_(min=FLOOR)
-                shares = logits.exp()
-                total = shares.sum(-1)
-                log_norm[rows] = total.log() + peak.squeeze(-1)
-                logprobs[rows] = chosen - log_norm[rows]
-                entropy[rows] = total.log() - shares.mul_(logits).sum(-1) / total
-        ctx.save_for_backward(hidden, weight, bias, ids, log_norm, entropy)
-        ctx.mark_non_differentiable(best)
-        return logprobs, entropy, best, gap
+        ctx.work, ctx.dtype, ctx.ahead = work, computing_dtype(hidden), None
+        head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
+        values = _blank(ids, hidden.new_zeros(len(ids), dtype=wide(ctx.dtype)), work)
+        run = _Pass(hidden, ids, head, work, values, torch.empty_like(values.logprobs))
+        chunks = cut(0, len(ids), work.size)
+        if work.loss is None:
+            for rows in chunks:
+                run.score(rows, run.logits(rows))
+        else:
+            gradients, known = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, head), []
+            for rows in chunks:
+                logits = run.logits(rows)
+                of_divergence = run.score(rows, logits, with_slope=True)
+                known.append(_slopes(work.loss, values, rows))
+                gradients.add(run.gradient(rows, logits, of_divergence, known[-1]), rows)
+            ctx.ahead = known, gradients
+        ctx.save_for_backward(hidden, weight, bias, ids, run.log_norm, values.entropy)
+        ctx.mark_non_differentiable(*(x for x in values[3:] if x is not None))
+        return tuple(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any,
-        d_logprobs: Tensor | None,
-        d_entropy: Tensor | None,
-        _: Tensor | None,
-        d_gap: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        """Rebuild each chunk and add up its gradients."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the forward pass, or rebuild each chunk and add them up."""
+        slopes = Slopes(*grads[:3])
+        if ctx.ahead is not None:
+            (known, gradients), ctx.ahead = ctx.ahead, None  # the factor changes them in place
+            factor = common_factor(Slopes(*map(_joined, zip(*known, strict=True))), slopes)
+            if factor is not None:
+                return (*gradients.all(factor), None, None)
+            del gradients
         hidden, weight, bias, ids, log_norm, entropy = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head = _Head(weight, bias, ctx.dtype)
-        of_hidden = torch.empty_like(hidden) if needs_hidden else None
-        of_weight = torch.zeros_like(weight, dtype=log_norm.dtype) if needs_weight else None
-        of_bias = torch.zeros_like(bias, dtype=log_norm.dtype) if needs_bias else None
-        for rows in _chunks(len(ids), ctx.size):
-            table = ctx.transform.apply_(head.logits(hidden[rows]))
-            slope = ctx.transform.slope(table)
-            of_gap = None
-            if d_gap is not None:
-                of_gap = _gradient(ctx.divergence, table, rows, d_gap[rows])
-            if d_logprobs is None and d_entropy is None:
-                table.zero_()
-            else:
-                _to_gradient(
-                    table.sub_(log_norm[rows, None]),
-                    entropy[rows, None],
-                    ids[rows, None],
-                    None if d_logprobs is None else d_logprobs[rows, None],
-                    None if d_entropy is None else d_entropy[rows, None],
-                )
-            table = table if of_gap is None else table.add_(of_gap)
-            table = table.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else table
-            if of_bias is not None:
-                of_bias += table.sum(0)
-            head.add_gradients(table, hidden[rows], rows, of_hidden, of_weight)
-        return (
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
-            *(None,) * 5,
-        )
+        work: Work = ctx.work
+        head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, head)
+        values = Values(log_norm, entropy, torch.empty_like(entropy), ids[:, None])
+        run = _Pass(hidden, ids, head, work, values, log_norm)
+        for rows in cut(0, len(ids), work.size):
+            logits = run.logits(rows)
+            of_divergence = None
+            if slopes.divergence is not None:
+                of_divergence = run.compare(rows, logits, with_slope=True)
+            gradients.add(run.gradient(rows, logits, of_divergence, slopes.rows(rows)), rows)
+        return (*gradients.all(), None, None)
 
 
-def _to_gradient(
-    table: Tensor,
-    entropy: Tensor,
-    ids: Tensor,
-    d_logprobs: Tensor | None,
-    d_entropy: Tensor | None,
-) -> None:
-    """Turn log-probabilities ``[n, V]`` into the gradient by the logits; others are ``[n, 1]``."""
-    if d_entropy is None:
-        table.exp_()
-    else:  # dH/dz = -p (log p + H)
-        table.clamp_(min=FLOOR)
-        shares = table.exp()
-        table.add_(entropy).mul_(d_entropy)
-        if d_logprobs is not None:
-            table.add_(d_logprobs)
-        table.mul_(shares).neg_()
-    if d_logprobs is not None:  # d log p_y / dz = [y] - p
-        if d_entropy is None:
-            table.mul_(-d_logprobs)
-        table.scatter_add_(1, ids, d_logprobs)
+def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
+    """Return the scalar that makes ``known`` to ``found``; None if there is none.
+
+    They may differ by the rounding of the largest derivative.
+    """
+    if any((a is None) != (b is None) for a, b in zip(known, found, strict=True)):
+        return None
+    pairs = [(a, b) for a, b in zip(known, found, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return None
+    before, now = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    at = before.abs().argmax()
+    factor = torch.where(before[at] == 0, 1.0, now[at] / before[at])
+    apart = (now - factor * before).abs().max()
+    rounding = 16 * torch.finfo(now.dtype).eps * now.abs().max()
+    same = (apart <= rounding) & apart.isfinite()
+    return factor if bool(same) else None
 
 
-def _gradient(divergence: OfLogits, logits: Tensor, rows: slice, d_gap: Tensor) -> Tensor:
-    """Return the divergence's gradient by the logits ``[n, V]``."""
+def _blank(ids: Tensor, like: Tensor, work: Work) -> Values:
+    """Return values of zeros; ``like [N]`` gives their type."""
+    scored = work.compared is not None and work.compared.scored
+    theirs = [torch.zeros_like(like) if scored else None for _ in range(2)]
+    return Values(
+        torch.zeros_like(like),
+        torch.zeros_like(like),
+        None if work.compared is None else torch.zeros_like(like),
+        ids.new_zeros(len(ids), work.top_k),
+        *theirs,
+        ids.new_zeros(len(ids), 1) if scored else None,
+    )
+
+
+def _slopes(loss: Callable[[Values], Tensor], values: Values, rows: slice) -> Slopes:
+    """Return the loss's derivatives by the values of ``rows``; those of later rows are still 0."""
     with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(divergence(leaf, rows), leaf, d_gap)
-    return gradient
+        leaves = [None if x is None else x[rows].clone().requires_grad_() for x in values[:3]]
+        whole = (
+            x if leaf is None else x.slice_scatter(leaf, 0, rows.start, rows.stop)
+            for x, leaf in zip(values[:3], leaves, strict=True)
+        )
+        total = loss(Values(*whole, *values[3:]))
+        if not total.requires_grad:
+            return Slopes(None, None, None)
+        inputs = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(total, inputs, allow_unused=True))
+    return Slopes(*(None if leaf is None else next(found) for leaf in leaves))
 
 
-class _Head:
-    """Weight and bias in the type of the matrix products."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return new ``[n, V]`` logits in float32 at least; the caller may change them in place."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def add_gradients(
-        self,
-        table: Tensor,
-        hidden: Tensor,
-        rows: slice,
-        of_hidden: Tensor | None,
-        of_weight: Tensor | None,
-    ) -> None:
-        """Add one chunk's gradients; ``table`` is the gradient by its logits ``[n, V]``."""
-        narrow = table.to(self.weight.dtype)
-        if of_hidden is not None:
-            of_hidden[rows] = narrow @ self.weight
-        if of_weight is None:
-            return
-        if of_weight.dtype == narrow.dtype:
-            of_weight.addmm_(narrow.T, hidden.to(narrow.dtype))
-        else:  # a 16-bit sum over many chunks would lose small values
-            of_weight += narrow.T @ hidden.to(narrow.dtype)
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the chunks' derivatives by a value ``[N]``; None if no chunk has any."""
+    return None if any(x is None for x in parts) else torch.cat(parts)  # type: ignore[arg-type]
 
 
-def _computing_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+class _Pass(NamedTuple):
+    """A pass over chunks, forward or backward."""
 
+    hidden: Tensor
+    ids: Tensor
+    head: HeadProducts
+    work: Work
+    values: Values
+    log_norm: Tensor
 
-def _chunks(rows: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    def logits(self, rows: slice) -> Tensor:
+        """Return a chunk's logits ``[n, V]``, in memory that the next chunk uses again."""
+        logits = self.head.logits(self.hidden[rows])
+        for tile in self.work.math.tiles(logits):
+            self.work.transform.apply_(logits[tile])
+        return logits
+
+    def score(self, rows: slice, logits: Tensor, with_slope: bool = False) -> Tensor | None:
+        """Fill a chunk's values; return the derivative of the divergence, if you ask for it."""
+        values, ids, top_k = self.values.rows(rows), self.ids[rows], self.work.top_k
+        log_norm = self.log_norm[rows]
+        for tile in self.work.math.tiles(logits):
+            part, best = logits[tile], values.best[tile]
+            found = self.work.math.score(part, ids[tile])
+            values.logprobs[tile], values.entropy[tile], log_norm[tile] = found
+            if top_k == 1:
+                torch.argmax(part, -1, keepdim=True, out=best)
+            elif top_k:
+                best.copy_(part.topk(top_k, -1).indices)
+        return self.compare(rows, logits, with_slope)
+
+    def compare(self, rows: slice, logits: Tensor, with_slope: bool) -> Tensor | None:
+        """Fill a chunk's values that depend on another model, like ``score``."""
+        values, ids, compared = self.values.rows(rows), self.ids[rows], self.work.compared
+        if compared is None or values.divergence is None:
+            return None
+        math, theirs = self.work.math, compared.logits(rows)
+        divergence = math.compiled(compared.divergence)
+        fits = theirs.shape == logits.shape and theirs.dtype == logits.dtype
+        slope = theirs if fits or not with_slope else torch.empty_like(logits)
+        for tile in math.tiles(logits):
+            part, other = logits[tile], theirs[tile]
+            if values.their_logprobs is not None and values.their_entropy is not None:
+                found = math.score(other, ids[tile])
+                values.their_logprobs[tile], values.their_entropy[tile], _ = found
+                torch.argmax(other, -1, keepdim=True, out=values.their_best[tile])
+            if with_slope:  # takes the place of the other model's logits
+                values.divergence[tile], slope[tile] = differ(divergence, part, other)
+            else:
+                values.divergence[tile] = divergence(part, other)
+        return slope if with_slope else None
+
+    def gradient(
+        self, rows: slice, logits: Tensor, of_divergence: Tensor | None, slopes: Slopes
+    ) -> Tensor:
+        """Return the derivative of the loss by a chunk's raw logits; it may take their place."""
+        given = self.ids[rows], self.log_norm[rows], self.values.entropy[rows]
+        tiles = self.work.math.tiles(logits)
+        for tile in tiles:
+            table = self.work.math.gradient(
+                logits[tile],
+                None if of_divergence is None else of_divergence[tile],
+                *(x[tile] for x in given),
+                slopes.rows(tile),
+                self.work.transform,
+            )
+            if len(tiles) == 1:
+                return table
+            logits[tile] = table
+        return logits

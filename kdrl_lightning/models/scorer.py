@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdrl_lightning.losses.logprobs import Divergence, Head, Other, TokenScores, token_scores
+from kdrl_lightning.losses.logprobs import (
+    Divergence,
+    Head,
+    Loss,
+    Other,
+    TokenScores,
+    pays_ahead,
+    token_scores,
+)
 from kdrl_lightning.models.architectures.hidden_states import decoder_of, states_at_head
 from kdrl_lightning.models.architectures.rotary import (
     decide_per_row,
@@ -101,6 +109,7 @@ class Scorer(nn.Module):
         topk_ids: Tensor | None = None,
         other: Other | None = None,
         divergence: Divergence | None = None,
+        loss: Loss | None = None,
     ) -> TokenScores:
         """Score the completions.
 
@@ -114,6 +123,7 @@ class Scorer(nn.Module):
             topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
             other: another model's states at the same tokens, see ``states``.
             divergence: from that model, over the full vocabulary.
+            loss: what you will compute from the scores, see ``token_scores``.
 
         Returns:
             Scores ``[B, T]``, 0 after each completion's end.
@@ -124,14 +134,22 @@ class Scorer(nn.Module):
             of = merged.of  # nothing else tells equal rows apart: they are scored once
             if other is not None:
                 place = completion_mask.flatten().cumsum(0).view_as(completion_mask) - 1
-                other = Other(other.hidden[place[merged.first][merged.mask]], other.head)
+                other = other._replace(hidden=other.hidden[place[merged.first][merged.mask]])
             completion_ids, completion_mask = completion_ids[merged.first], merged.mask
         rows, columns = completion_mask.nonzero(as_tuple=True)
         places = rows if merged is None or of is not None else merged.of[rows]
         hidden = self._hidden(input_ids, prompt_lengths, mask, merged, places, columns)
+
+        def spread(value: Tensor) -> Tensor:
+            blank = value.new_zeros(*completion_ids.shape, *value.shape[1:])
+            spread_out = blank.index_put((rows, columns), value)
+            return spread_out if of is None else spread_out[of]
+
+        head = self.head()
+        pays = loss is not None and pays_ahead(hidden, head, self.chunk_size)
         scores = token_scores(
             hidden,
-            self.head(),
+            head,
             completion_ids[rows, columns],
             temperature,
             self.chunk_size,
@@ -139,13 +157,8 @@ class Scorer(nn.Module):
             topk_ids=None if topk_ids is None else topk_ids[rows, columns],
             other=other,
             divergence=divergence,
+            loss=(lambda found: loss(found.map(spread))) if loss and pays else None,
         )
-
-        def spread(value: Tensor) -> Tensor:
-            blank = value.new_zeros(*completion_ids.shape, *value.shape[1:])
-            spread_out = blank.index_put((rows, columns), value)
-            return spread_out if of is None else spread_out[of]
-
         return scores.map(spread)
 
     def _merged(self, ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows | None:
@@ -230,6 +243,7 @@ class Scorer(nn.Module):
         topk_ids: Tensor | None = None,
         other: Other | None = None,
         divergence: Divergence | None = None,
+        loss: Loss | None = None,
     ) -> TokenScores:
         """Score a rollout batch at its sampling temperature."""
         scores = self(
@@ -242,6 +256,7 @@ class Scorer(nn.Module):
             topk_ids,
             other,
             divergence,
+            loss,
         )
         return TokenScores(*scores)
 

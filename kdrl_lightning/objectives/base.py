@@ -58,10 +58,13 @@ class Part:
         needs_teacher: the part reads the teacher's log-probabilities.
         reads_old_scores: what the part decides once per rollout depends on scores by the student or
             by a teacher.
+        couples_tokens: a token's derivative depends on the scores of other tokens, as with a ratio
+            of whole completions.
     """
 
     needs_teacher: bool = False
     reads_old_scores: bool = False
+    couples_tokens: bool = False
 
     def parts(self) -> Iterator[Part]:
         """Yield this part and all parts in it."""
@@ -133,6 +136,15 @@ class Objective(ABC):
             )
         self.reduction = reduction
         self.entropy_coef = check_coefficient("entropy_coef", entropy_coef)
+
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether the derivative by a token's score depends on scores of other tokens.
+
+        If not, the head's gradients are computed in the forward pass, which is faster. By default
+        the parts answer. A wrong answer costs time, but changes no gradient.
+        """
+        return any(part.couples_tokens for part in self.parts() if part is not self)
 
     @abstractmethod
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:

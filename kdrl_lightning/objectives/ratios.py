@@ -105,6 +105,8 @@ class SequenceRatio(Ratio):
         clip_high: the ratio is clipped above at ``1 + clip_high``.
     """
 
+    couples_tokens = True
+
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4) -> None:
         super().__init__(clip_low, clip_high)
 

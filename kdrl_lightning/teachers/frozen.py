@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, token_scores
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
@@ -120,9 +120,7 @@ class FrozenModels:
         return batch.replace(ref_logprobs=self.reference.score(batch).logprobs)
 
     def score_teacher(self, batch: RolloutBatch, topk_ids: Tensor | None) -> RolloutBatch:
-        """Add the teacher's scores; without a teacher, return the batch.
-
-        Log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
+        """Add the teacher's scores, as ``teacher_fields``; without a teacher, return the batch.
 
         Args:
             batch: completions.
@@ -132,35 +130,22 @@ class FrozenModels:
             return batch
         with self._clock():
             scores = self.active.score(batch, topk_ids)
-        best = scores.topk_ids
         return batch.replace(
-            teacher_logprobs=scores.logprobs.clamp(min=LOGPROB_FLOOR),
-            teacher_entropy=scores.entropy,
-            teacher_top_ids=None if best is None else best[..., 0],
+            **teacher_fields(scores),
             teacher_topk_logprobs=scores.topk_logprobs,
             teacher_tail_logprobs=scores.tail_logprobs,
         )
 
     @torch.no_grad()
-    def states(
-        self, batch: RolloutBatch, chunk_size: int | None
-    ) -> tuple[Other, dict[str, Tensor | None]]:
-        """Run the teacher for a divergence over the full vocabulary.
+    def states(self, batch: RolloutBatch) -> Other:
+        """Return the teacher's hidden states and head, for a divergence over the full vocabulary.
 
-        Args:
-            batch: completions.
-            chunk_size: tokens whose logits exist at once.
-
-        Returns:
-            The teacher's hidden states with its head, and the batch's fields that follow from them:
-            empty if the batch has the teacher's scores already.
+        The pass that computes the divergence also scores the tokens with them, unless the batch has
+        the teacher's scores already.
         """
         assert self.active is not None, "a divergence has a teacher"
         with self._clock():
-            states = self.active.states(batch)
-            return states, {} if batch.teacher_logprobs is not None else _said(
-                batch, states, chunk_size
-            )
+            return self.active.states(batch)._replace(scored=batch.teacher_logprobs is None)
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -214,18 +199,16 @@ def initial_student(
     return LocalTeacher(source, "float64" if double else "float32", chunk_size=chunk_size)
 
 
-def _said(batch: RolloutBatch, states: Other, chunk_size: int | None) -> dict[str, Tensor | None]:
-    """Return the teacher's scores of the sampled tokens ``[B, T]`` by field, 0 on padding."""
-    real = batch.completion_mask
-    ids = batch.completion_ids[real]
-    found = token_scores(*states, ids, batch.temperature, chunk_size, top_k=1)
+def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:
+    """Return the batch's fields for a teacher's scores ``[B, T]`` of sampled tokens.
 
-    def spread(value: Tensor) -> Tensor:
-        return value.new_zeros(real.shape).masked_scatter(real, value)
-
-    assert found.entropy is not None and found.topk_ids is not None
+    Log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
+    """
+    if scores is None:
+        return {}
+    best = scores.topk_ids
     return {
-        "teacher_logprobs": spread(found.logprobs.clamp(min=LOGPROB_FLOOR)),
-        "teacher_entropy": spread(found.entropy),
-        "teacher_top_ids": spread(found.topk_ids[..., 0]),
+        "teacher_logprobs": scores.logprobs.clamp(min=LOGPROB_FLOOR),
+        "teacher_entropy": scores.entropy,
+        "teacher_top_ids": None if best is None else best[..., 0],
     }

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.reference import close, normal
+from kdrl_lightning.losses.chunk_math import CPU_LOGITS, Transform, plain_math
 from kdrl_lightning.losses.logprobs import Head, token_scores
-from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Transform
+from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Work
 
 N, H, V = 7, 3, 11
 IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])
@@ -49,7 +50,8 @@ def plain(
 def ours(parts: list[Tensor], transform: Transform, size: int) -> tuple[Tensor, Tensor]:
     hidden, weight, *rest = parts
     bias = rest[0] if rest else None
-    logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, IDS, transform, size, 0, None)
+    work = Work(transform, size, plain_math(CPU_LOGITS))
+    logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, IDS, work)
     return logprobs, entropy
 
 
@@ -150,7 +152,8 @@ def test_a_certain_token_has_no_entropy_and_no_gradient() -> None:
     hidden, weight, bias = leaves()
     bias.data.fill_(-math.inf)[3] = 0.0
     ids = torch.full_like(IDS, 3)
-    logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, ids, PLAIN, 2, 0, None)
+    work = Work(PLAIN, 2, plain_math(CPU_LOGITS))
+    logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, ids, work)
     assert logprobs.eq(0).all() and entropy.eq(0).all()
     for gradient in torch.autograd.grad((logprobs + entropy).sum(), [hidden, weight, bias]):
         assert gradient.eq(0).all()

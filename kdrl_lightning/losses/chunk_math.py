@@ -1,0 +1,190 @@
+"""Values and gradients of one table of logits: plain torch on a CPU, compiled on a GPU.
+
+Both are the same functions of ``[n, V]`` logits. Plain torch runs them on a few rows at a time, so
+that intermediate results stay in the processor's cache: on one core, scoring a chunk of 333 rows at
+V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
+into one or two passes over the chunk.
+
+We compile these functions instead of calling Liger's or cut-cross-entropy's kernels. Those return a
+loss or a log-probability, but no entropy, top token or divergence together with it, support a
+soft cap but no scale with it, and need a second implementation for CPUs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+# Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
+FLOOR = -1e4
+
+# Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
+CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
+
+# A divergence ``[n]`` as a function of ``logits [n, V]`` and another model's.
+Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class Transform(NamedTuple):
+    """Changes the logits ``hidden @ weight.T + bias`` by scale, soft cap and temperature."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Change ``[n, V]`` logits in place and return them."""
+        if self.softcap is None:
+            factor = self.scale / self.temperature
+            return logits if factor == 1.0 else logits.mul_(factor)
+        capped = logits.mul_(self.scale / self.softcap).tanh_()
+        return capped.mul_(self.softcap / self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Return the derivative by the raw logits; ``logits`` is the result of ``apply_``."""
+        factor = self.scale / self.temperature
+        if self.softcap is None:
+            return factor
+        share = logits * (self.temperature / self.softcap)
+        return share.square_().neg_().add_(1.0).mul_(factor)
+
+
+class Slopes(NamedTuple):
+    """Derivatives ``[n]`` of a loss by the values of n tokens; None: the loss does not use it."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    divergence: Tensor | None
+
+    def rows(self, rows: slice) -> Slopes:
+        """Return those of some rows."""
+        return Slopes(*(None if slope is None else slope[rows] for slope in self))
+
+
+def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities of ``ids [n]``, entropy and logsumexp, ``[n]`` each."""
+    peak = logits.amax(-1, keepdim=True)
+    shifted = (logits - peak).clamp_(min=FLOOR)
+    shares = shifted.exp()
+    total = shares.sum(-1)
+    log_norm = total.log() + peak.squeeze(-1)
+    entropy = total.log() - shares.mul_(shifted).sum(-1) / total
+    return logits.gather(-1, ids[:, None]).squeeze(-1) - log_norm, entropy, log_norm
+
+
+def differ(divergence: Divergence, logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divergence ``[n]`` and its derivative by the logits ``[n, V]``."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        gap = divergence(leaf, theirs)
+        (slope,) = torch.autograd.grad(gap.sum(), leaf)
+    return gap.detach(), slope
+
+
+def gradient(
+    logits: Tensor,
+    of_divergence: Tensor | None,
+    ids: Tensor,
+    log_norm: Tensor,
+    entropy: Tensor,
+    slopes: Slopes,
+    transform: Transform,
+) -> Tensor:
+    """Return the derivative of a loss by the raw logits ``[n, V]``.
+
+    Args:
+        logits: ``[n, V]``, after ``transform``.
+        of_divergence: ``[n, V]``, the divergence's derivative by the logits.
+        ids: ``[n]``, the chosen tokens.
+        log_norm: ``[n]``, logsumexp of the logits.
+        entropy: ``[n]``.
+        slopes: derivatives of the loss by each token's values.
+        transform: what made these logits of the raw ones.
+    """
+    d_logprobs, d_entropy = (None if x is None else x[:, None] for x in slopes[:2])
+    if d_entropy is not None:  # dH/dz = -p (log p + H)
+        table = (logits - log_norm[:, None]).clamp_(min=FLOOR)
+        shares = table.exp()
+        table.add_(entropy[:, None]).mul_(d_entropy)
+        if d_logprobs is not None:
+            table.add_(d_logprobs)
+        table.mul_(shares).neg_()
+    elif d_logprobs is not None:
+        table = (logits - log_norm[:, None]).exp_().mul_(-d_logprobs)
+    else:
+        table = torch.zeros_like(logits)
+    if d_logprobs is not None:  # d log p_y / dz = [y] - p
+        table.scatter_add_(1, ids[:, None], d_logprobs)
+    if slopes.divergence is not None and of_divergence is not None:
+        table.addcmul_(of_divergence, slopes.divergence[:, None])
+    slope = transform.slope(logits)
+    return table.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else table
+
+
+class ChunkMath(NamedTuple):
+    """The functions of this file and the number of logits on which to call them at once."""
+
+    score: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradient: Callable[..., Tensor]
+    compiled: Callable[[Divergence], Divergence]
+    logits: int | None
+
+    def tiles(self, logits: Tensor) -> list[slice]:
+        """Cut ``[n, V]`` logits into slices of rows, one for each call."""
+        rows, width = logits.shape
+        return cut(0, rows, max(1, rows if self.logits is None else self.logits // width))
+
+
+def cut(start: int, stop: int, size: int) -> list[slice]:
+    """Return slices of ``size`` rows; the last one may be shorter."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def plain_math(logits: int) -> ChunkMath:
+    """Return the functions as they stand."""
+    return ChunkMath(score, gradient, lambda divergence: divergence, logits)
+
+
+@cache
+def compiled_math() -> ChunkMath:
+    """Return the functions through ``torch.compile``, each called on a whole chunk."""
+    return ChunkMath(OrPlain(score), OrPlain(gradient), cache(OrPlain), None)
+
+
+def math_for(device: torch.device) -> ChunkMath:
+    """Return what is fast on a device: compiled on CUDA, plain elsewhere."""
+    if device.type == "cuda":
+        return compiled_math()
+    return plain_math(CPU_LOGITS)
+
+
+class OrPlain:
+    """Calls a function through ``torch.compile``; if that fails, warns once and calls it plain."""
+
+    _works = True
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.compiled = torch.compile(function, dynamic=True)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        if OrPlain._works:
+            try:
+                return self.compiled(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler fails with errors of many types
+                OrPlain._works = False
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                warnings.warn(
+                    f"torch.compile failed on the head of the model: {reason}. The head runs "
+                    "without it, which is slower. Install what is missing, e.g. triton.",
+                    stacklevel=2,
+                )
+        return self.function(*args)

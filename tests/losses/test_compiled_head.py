@@ -1,0 +1,103 @@
+"""The functions of a chunk through ``torch.compile``, as on a GPU, here on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.reference import close, normal
+from kdrl_lightning.losses import chunk_math, generalized_jsd, logprobs, token_scores
+from kdrl_lightning.losses.logprobs import Head, Other, TokenScores
+
+N, H, V = 7, 3, 11
+IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])
+WEIGHTS = normal(3, N, seed=5).float()
+
+
+def loss(scores: TokenScores) -> Tensor:
+    fields = (scores.logprobs, scores.entropy, scores.divergence)
+    return sum((w * x).sum() for w, x in zip(WEIGHTS, fields, strict=True) if x is not None)  # type: ignore[return-value]
+
+
+def run(known: Any) -> list[Tensor]:
+    """Every value and gradient of a head with all that a head can have."""
+    parts = normal(N, H, seed=0), normal(V, H, seed=1), normal(V, seed=2)
+    hidden, weight, bias = (x.float().requires_grad_() for x in parts)
+    theirs = Other(normal(N, 2, seed=3).float(), Head(normal(V, 2, seed=4).float()), scored=True)
+    scores = token_scores(
+        hidden,
+        Head(weight, bias, scale=2.0, softcap=1.5),
+        IDS,
+        0.7,
+        3,  # the last chunk has one row
+        top_k=2,
+        other=theirs,
+        divergence=partial(generalized_jsd, jsd_beta=0.4),
+        loss=known,
+    )
+    loss(scores).backward()
+    assert scores.other is not None
+    found = [*scores[:-1], *scores.other, hidden.grad, weight.grad, bias.grad]
+    return [x.detach() for x in found if x is not None]
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the compiled functions on a CPU, and forget them afterwards."""
+    chunk_math.compiled_math.cache_clear()
+    monkeypatch.setattr(chunk_math.OrPlain, "_works", True)
+    monkeypatch.setattr(logprobs, "math_for", lambda _: chunk_math.compiled_math())
+    yield
+    chunk_math.compiled_math.cache_clear()
+
+
+@pytest.mark.parametrize("known", [None, loss])
+def test_compiled_is_plain_in_float32(known: Any, request: pytest.FixtureRequest) -> None:
+    plain = run(known)
+    request.getfixturevalue("compiling")
+    compiled = run(known)
+    assert chunk_math.OrPlain._works
+    assert len(plain) == len(compiled) == 10
+    for a, b in zip(compiled, plain, strict=True):
+        close(a, b, 1e-5)  # float32
+
+
+def test_a_failing_compiler_warns_once_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    plain = run(loss)
+    request.getfixturevalue("compiling")
+
+    def broken(function: Any, **_: Any) -> Any:
+        def fail(*args: Any) -> Any:
+            raise RuntimeError("no triton here\nand a long trace")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    words = (
+        r"torch\.compile failed on the head of the model: no triton here\. The head runs without"
+    )
+    with pytest.warns(UserWarning, match=words) as told:
+        found = run(loss)
+    assert len([x for x in told if "torch.compile" in str(x.message)]) == 1
+    for a, b in zip(found, plain, strict=True):
+        close(a, b, 1e-5)  # float32
+
+
+def test_a_full_memory_is_no_failed_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(function: Any, **_: Any) -> Any:
+        def fail(*args: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        chunk_math.OrPlain(chunk_math.score)(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    assert chunk_math.OrPlain._works
