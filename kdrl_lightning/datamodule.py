@@ -194,7 +194,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
         check_completions(objective, settings, share, self.rewards.reward)
-        check_teacher_completions(objective, teacher, share)
+        check_teacher_completions(objective, teacher, share, self.rollout_engine)
         check_policy(objective, teacher, settings, self.rollout_engine)
         check_steps(trainer, settings, group, length)
         check_micro_batches(trainer, settings, group, prompts.longest)

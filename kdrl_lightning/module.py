@@ -45,6 +45,7 @@ from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
     check_precision,
+    clip_gradients,
     for_lightning,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
@@ -302,6 +303,16 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         norm = self.nonfinite.check(parameters, self._stats.loss, self.trainer.global_step)
         skipped = float(self.nonfinite.skipped)
         self.log_step({"policy/grad_norm": float(norm), "policy/skipped_steps": skipped})
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, also those of a fused optimizer."""
+        plugin = self.trainer.precision_plugin
+        clip_gradients(plugin, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log_step(self, values: Mapping[str, float | None]) -> None:
         """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does.

@@ -143,6 +143,7 @@ def evaluate_one(
     if trainer.is_global_zero:
         print(f"measuring {name}", flush=True)
     trainer.test(module, datamodule=made.data, verbose=False)
+    made.data.rollout_engine.close()  # before the next model's engine takes the memory
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
     if isinstance(source, CheckpointStudent) and trainer.is_global_zero:
         source.remove()

@@ -58,6 +58,7 @@ class RolloutEngine(ABC):
         compared: it runs other code than the student, so its numbers are compared with the
             student's after the first push, before it samples for the run.
         context: longest prompt and completion together, in tokens; None: the student's.
+        one_per_process: a process cannot hold two of these engines.
     """
 
     version: int | None = None
@@ -67,6 +68,7 @@ class RolloutEngine(ABC):
     dtype: torch.dtype | None = None
     compared: bool = False
     context: int | None = None
+    one_per_process: bool = False
 
     def __init_subclass__(cls) -> None:
         """Take attributes by the names that they had in 0.1."""
@@ -128,6 +130,9 @@ class RolloutEngine(ABC):
 
     def release(self) -> None:  # noqa: B027 (most engines hold nothing)
         """Free what the updates may need; ``update_weights`` comes before the next rollout."""
+
+    def close(self) -> None:  # noqa: B027 (most engines start nothing)
+        """Stop what ``setup`` started and free its memory; the next ``setup`` starts it anew."""
 
 
 def noise_seed(*key: int) -> int:

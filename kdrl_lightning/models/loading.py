@@ -31,11 +31,14 @@ class ModelSource(ABC):
 
 def model_path(model: str | ModelSource) -> str:
     """Return the folder or hub name of ``model``; a source makes its folder first."""
-    return model if isinstance(model, str) else model.path()
+    if isinstance(model, str):
+        return model
+    with torch.device("cpu"):  # a source may load a model while Lightning's default is the GPU
+        return model.path()
 
 
 def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
-    """Load a causal language model in evaluation mode.
+    """Load a causal language model on the CPU, in evaluation mode, whatever the default device is.
 
     Dropout stays off, because rollouts and updates must see one policy.
 
@@ -50,14 +53,15 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> Any:
 
     generation = read_generation(path)
     given = {} if generation is None else {"generation_config": generation_config({})}
-    model, info = _load(
-        AutoModelForCausalLM,
-        path,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # check_loaded names them
-        **given,
-    )
+    with torch.device("cpu"):
+        model, info = _load(
+            AutoModelForCausalLM,
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loaded names them
+            **given,
+        )
     check_loaded(model, info, path)
     if generation is not None and model.can_generate():
         model.generation_config = generation_config(generation)
@@ -249,7 +253,7 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[Any, Path]:
     config = load_config(path)
     chosen = getattr(config, "dtype", None) if dtype == "auto" else dtype
     chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-    with reading(path), no_init_weights():
+    with reading(path), no_init_weights(), torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=chosen or torch.float32)
     model.tie_weights()
     folder = Path(path)

@@ -135,21 +135,24 @@ def load_scorer(
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)
 
-    scorer = None
-    if sharding is not None:
-        scorer = _from_slices(path, dtype, adapt, wrap, sharding, offload)
-    if scorer is None:
-        model = load_causal_lm(path, dtype)
-        adapt(model)
-        trains_all = sharding is None and not frozen and lora is None
-        names = unreached(model) if trains_all else set()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* names no layers")
-            left = freeze(model, names, decoder_layers(model)) if names else []
-        scorer = wrap(model)
-        scorer.unreached = left
-    check_finite(scorer.model, path)
-    scorer.verify(path)
+    # Lightning makes the rank's GPU the default device here. transformers would then load into it
+    # (by accelerate, which may be missing), also a teacher that is to stay on the CPU.
+    with torch.device("cpu"):
+        scorer = None
+        if sharding is not None:
+            scorer = _from_slices(path, dtype, adapt, wrap, sharding, offload)
+        if scorer is None:
+            model = load_causal_lm(path, dtype)
+            adapt(model)
+            trains_all = sharding is None and not frozen and lora is None
+            names = unreached(model) if trains_all else set()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".* names no layers")
+                left = freeze(model, names, decoder_layers(model)) if names else []
+            scorer = wrap(model)
+            scorer.unreached = left
+        check_finite(scorer.model, path)
+        scorer.verify(path)
     return scorer
 
 

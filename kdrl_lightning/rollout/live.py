@@ -11,6 +11,8 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from threading import Thread
 
+import torch
+
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.engines.agreement import bound_of, probe, require_agreement
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
@@ -151,12 +153,15 @@ class LiveSampler:
         """
         started = time.perf_counter()
         first = engine.version is None
-        if first:
-            # A teacher's completions stop at the teacher's end tokens.
-            ends = weights.end_token_ids or self.module.end_tokens.ids
-            engine.setup(weights, ends, self.pad_id)
-        if engine.version != self.trainer.global_step:
-            engine.update_weights(weights, self.trainer.global_step)
+        # Lightning evaluates in inference mode by default. What an engine allocates there could
+        # not take new weights outside of it.
+        with torch.inference_mode(False):
+            if first:
+                # A teacher's completions stop at the teacher's end tokens.
+                ends = weights.end_token_ids or self.module.end_tokens.ids
+                engine.setup(weights, ends, self.pad_id)
+            if engine.version != self.trainer.global_step:
+                engine.update_weights(weights, self.trainer.global_step)
         if first and engine.compared and weights.model is self.module.weights().model:
             self._compare(engine, type(weights.model).__name__)
         return time.perf_counter() - started

@@ -107,9 +107,15 @@ def check_completions(
 
 
 def check_teacher_completions(
-    objective: Objective, teacher: Teacher | None, share: GroupShare
+    objective: Objective, teacher: Teacher | None, share: GroupShare, engine: RolloutEngine
 ) -> None:
     """Check that the teacher can sample its completions, and that the objective uses them.
+
+    Args:
+        objective: the loss.
+        teacher: the teacher of the configuration.
+        share: the completions that it adds to a group.
+        engine: samples the student's completions.
 
     Raises:
         ConfigurationError: the teacher cannot, or the objective does not.
@@ -133,4 +139,10 @@ def check_teacher_completions(
             f"`teacher` must be one that can generate for `teacher_completions` "
             f"{share.count}: got {found}. Use a LocalTeacher, or a server with "
             "`teacher_completions.engine` VLLMTeacherEngine."
+        )
+    if engine.one_per_process and share.engine.one_per_process:
+        raise ConfigurationError(
+            "`teacher_completions.engine` must not be a second vLLM in this process: got "
+            f"{type(share.engine).__name__} beside `rollout_engine` {type(engine).__name__}. Leave "
+            "it out, or serve the teacher and use VLLMTeacherEngine."
         )

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -69,6 +71,24 @@ def check_precision(precision: str) -> None:
             f"{precision}. Use bf16-mixed or 32-true: in 16-bit weights an update of 1e-6 rounds "
             "away."
         )
+
+
+def clip_gradients(
+    plugin: Precision, optimizer: Optimizer, value: float | None, algorithm: str | None
+) -> None:
+    """Clip as Lightning does, also the gradients of a fused optimizer.
+
+    Under ``bf16-mixed`` Lightning refuses those, because such an optimizer may undo a loss scaler's
+    factor after the clipping. ``check_precision`` refuses loss scalers.
+
+    Args:
+        plugin: the trainer's precision plugin.
+        optimizer: its parameters' gradients are clipped in place.
+        value: the largest norm, or value; None or 0 clips nothing.
+        algorithm: ``norm`` or ``value``; None: ``norm``.
+    """
+    kind = GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)
+    Precision.clip_gradients(plugin, optimizer, value or 0.0, kind)
 
 
 class ZeroRateWarning:

@@ -6,13 +6,10 @@ vLLM is imported only when the engine starts.
 from __future__ import annotations
 
 import importlib.util
-import os
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
@@ -20,6 +17,7 @@ from kdrl_lightning.engines.vllm.classes import classes_kept
 from kdrl_lightning.engines.vllm.errors import reason_and_cure, short
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.vllm.options import implementation_of, options_of
+from kdrl_lightning.engines.vllm.process import RunningEngine, close_running, undisturbed
 from kdrl_lightning.engines.vllm.requests import (
     check_requests,
     completion,
@@ -31,15 +29,6 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
-# vLLM reads these variables at import; values that the user has set are kept. It runs in this
-# process, so that it takes weights directly, and logs errors only.
-IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
-ENVIRONMENT = {
-    IN_PROCESS: "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 CPU_CACHE_BYTES = 512 << 20
 ASLEEP = -1
 
@@ -72,6 +61,7 @@ class VLLMEngine(RolloutEngine):
 
     exact = False
     compared = True
+    one_per_process = True
     context: int
 
     def __init__(
@@ -114,6 +104,7 @@ class VLLMEngine(RolloutEngine):
         self.max_sequences = max_sequences
         self.enforce_eager = enforce_eager
         self._llm: Any = None
+        self._running: RunningEngine | None = None
         self._made_for: tuple[str, torch.dtype] | None = None
         self._vocab_size = self.context = 0
         self._ends: tuple[int, ...] = ()
@@ -125,7 +116,7 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         """Start the engine with random weights; a second call with the same model keeps it.
 
-        See ``RolloutEngine.setup``.
+        A process holds one engine: the start closes any other. See ``RolloutEngine.setup``.
 
         Raises:
             ConfigurationError: vLLM cannot run this model here.
@@ -143,8 +134,8 @@ class VLLMEngine(RolloutEngine):
         wanted = (weights.path, self.dtype)
         if self._llm is not None and self._made_for == wanted:
             return
-        self._llm = None
-        self._llm = self._start(weights.path, on_gpu)
+        close_running()
+        self._llm = self._start(weights.path, weight.device)
         self._made_for = wanted
         if self.sleep:
             self._llm.sleep(level=2)
@@ -155,7 +146,7 @@ class VLLMEngine(RolloutEngine):
         Raises:
             TrainingStopped: the engine does not take the weights.
         """
-        llm = self._running()
+        llm = self._started()
         with _stopping("take the weights"):
             if self.sleep:
                 torch.cuda.empty_cache()
@@ -183,7 +174,7 @@ class VLLMEngine(RolloutEngine):
             TrainingStopped: a prompt is empty, too long, or holds an unknown id, or vLLM fails.
         """
         check_requests(prompts, sampling, self._vocab_size, self.context)
-        llm = self._running()
+        llm = self._started()
         if self.version is None or self.version == ASLEEP:
             raise TrainingStopped(
                 "the engine must have weights to sample from: got none. Call update_weights first."
@@ -204,7 +195,8 @@ class VLLMEngine(RolloutEngine):
             for _, seed in requests
         ]
         # Rollouts run under the trainer's autocast, which must not act on the engine.
-        with _stopping("sample", self._forget), torch.autocast(_device_type(), enabled=False):
+        # After an error vLLM would wait for requests that never end.
+        with _stopping("sample", self.close), torch.autocast(_device_type(), enabled=False):
             outputs = llm.generate(
                 [{"prompt_token_ids": list(p)} for p, _ in requests], parameters, use_tqdm=False
             )
@@ -214,7 +206,7 @@ class VLLMEngine(RolloutEngine):
     def release(self) -> None:
         """Free the GPU's memory for the updates, if ``sleep`` is on."""
         if self.sleep and self.version not in (None, ASLEEP):
-            self._running().sleep(level=2)  # drops the weights: the next rollout copies them again
+            self._started().sleep(level=2)  # drops the weights: the next rollout copies them again
             self.version = ASLEEP
 
     def _completion(self, output: Any) -> Completion:
@@ -222,19 +214,18 @@ class VLLMEngine(RolloutEngine):
         values = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
         return completion(ids, values, self._ends)
 
-    def _start(self, path: str, on_gpu: bool) -> Any:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if os.environ[IN_PROCESS] != "0":
-            raise ConfigurationError(
-                f"`{IN_PROCESS}` must be 0 for an engine in the trainer's process: got "
-                f"{os.environ[IN_PROCESS]}. Unset it, or use VLLMServerEngine."
-            )
+    def close(self) -> None:
+        """Stop vLLM and free its memory; see ``RolloutEngine.close``."""
+        if self._running is not None:
+            self._running.close()
+
+    def _start(self, path: str, device: torch.device) -> Any:
+        on_gpu, grouped = device.type == "cuda", torch.distributed.is_initialized()
         cache = self.kv_cache_memory_bytes
         if cache is None and not on_gpu:
             cache = CPU_CACHE_BYTES
         try:
-            with _undisturbed() as launcher, classes_kept() as keep:
+            with undisturbed(device) as launcher, classes_kept() as keep:
                 from vllm import LLM
 
                 llm: Any = LLM(
@@ -255,9 +246,9 @@ class VLLMEngine(RolloutEngine):
                     seed=0,
                     **self._options,
                 )
-                (model,) = llm.apply_model(lambda model: model)
-                keep(model)
-                self._model = model
+                self._running = RunningEngine(llm, self, VLLMEngine._forget, not grouped)
+                (self._model,) = llm.apply_model(lambda model: model)
+                keep(self._model)
                 return llm
         except Exception as error:
             reason, cure = reason_and_cure(error, _import_error)
@@ -266,7 +257,7 @@ class VLLMEngine(RolloutEngine):
                 f"failed: {reason}. {cure}, or use TransformersEngine."
             ) from error
 
-    def _running(self) -> Any:
+    def _started(self) -> Any:
         if self._llm is None:
             raise TrainingStopped(
                 "the engine must be running: got one whose vLLM has stopped. Start the run anew "
@@ -275,8 +266,7 @@ class VLLMEngine(RolloutEngine):
         return self._llm
 
     def _forget(self) -> None:
-        # After an error vLLM would wait for requests that never end.
-        self._llm = self._made_for = self.version = None
+        self._llm = self._model = self._running = self._made_for = self.version = None
 
 
 @contextmanager
@@ -288,33 +278,6 @@ def _stopping(what: str, then: Any = lambda: None) -> Iterator[None]:
         raise TrainingStopped(
             f"vLLM could not {what}: {short(error)}. Start the run anew from its last checkpoint."
         ) from error
-
-
-@contextmanager
-def _undisturbed() -> Iterator[str | None]:
-    """Restore seeds, threads and the launcher's variables after vLLM has started.
-
-    Yields:
-        vLLM's executor backend: ``external_launcher`` if there are several ranks, else None.
-    """
-    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    launcher = {name: os.environ.pop(name, None) for name in LAUNCHER}
-    if several:
-        local = launcher["LOCAL_RANK"] or "0"
-        os.environ |= {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": local}
-    threads = torch.set_num_threads
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield "external_launcher" if several else None
-    finally:
-        torch.set_num_threads = threads  # vLLM's CPU worker replaces it
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for name, value in launcher.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _device_type() -> str:

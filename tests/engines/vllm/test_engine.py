@@ -52,16 +52,6 @@ def test_without_vllm_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         VLLMEngine()
 
 
-def test_an_engine_in_a_process_of_its_own_is_refused(
-    monkeypatch: pytest.MonkeyPatch, student_folder: str
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    weights = ModelWeights(load_causal_lm(student_folder), student_folder)
-    with pytest.raises(ConfigurationError, match=r"MULTIPROCESSING` must be 0 .* got 1\. Unset"):
-        VLLMEngine().setup(weights, 1, 0)
-
-
 class FakeLLM:
     """Writes down what is asked of it."""
 
