@@ -38,10 +38,10 @@ CHECKS = (
     Check("head", "the language-model head against float64, and its speed", 120),
     Check("attention", "padded rows, shared prompts and sliding windows", 120),
     Check("engine", "vLLM in the training process: weights, seeds, sleep", 300),
-    Check("throughput", "tokens per second of sampling and of updates", 240),
-    Check("sharded", "fsdp2 on one device: checkpoint, resume, teacher, LoRA", 240),
+    Check("throughput", "tokens per second of sampling and of updates", 300),
+    Check("sharded", "fsdp2 on one device: checkpoint, resume, teacher, LoRA", 600),
     Check("teacher", "a teacher on the device, offloaded, and its top tokens", 120),
-    Check("several", "two processes: ddp, fsdp2, and an error on one rank", 300),
+    Check("several", "two processes: ddp, fsdp2, and an error on one rank", 600),
 )
 
 

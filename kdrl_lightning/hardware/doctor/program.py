@@ -14,7 +14,7 @@ from kdrl_lightning.hardware.doctor.bench import Bench
 
 # Small: 4 prompts with 4 completions each, two optimizer steps per rollout.
 SMALL = (
-    "--config=rlad",
+    "--config=kdrl",  # its loss is not 0 where all rewards are equal
     "--data.rollout.prompts_per_rollout=4",
     "--data.rollout.group_size=4",
     "--data.rollout.minibatches_per_rollout=2",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kdrl_lightning.hardware.doctor.bench import Bench
-from kdrl_lightning.hardware.doctor.findings import Finding, equal
+from kdrl_lightning.hardware.doctor.findings import Finding, equal, holds
 from kdrl_lightning.hardware.doctor.program import fit
 from kdrl_lightning.hardware.doctor.start import ended
 
@@ -24,6 +24,7 @@ def run(bench: Bench) -> Iterator[Finding]:
     if not (whole.code or half.code or rest.code):
         losses = whole.column("loss/total")
         yield equal("losses of the resumed run", rest.column("loss/total")[-2:], losses[-2:])
+        yield holds("these losses are not 0", all(losses[-2:]))
     offloaded = fit(
         bench, "offloaded", *FSDP2, "--trainer.max_steps=2", "--model.teacher.offload=true"
     )
