@@ -51,7 +51,7 @@ def shared_prompts(bench: Bench) -> Iterator[Finding]:
 
     def work() -> Tensor:
         scorer.zero_grad()
-        logprobs = scorer(ids, lengths, ids[:, prompt:], mask).logprobs
+        logprobs: Tensor = scorer(ids, lengths, ids[:, prompt:], mask).logprobs
         logprobs.sum().backward()
         return logprobs.detach()
 

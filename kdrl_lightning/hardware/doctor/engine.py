@@ -77,7 +77,7 @@ def replaced(
 
 def one_rank(bench: Bench) -> None:
     """Make a process group of this process alone, as a trainer with one rank has."""
-    backend, store = "nccl" if bench.on_gpu else "gloo", torch.distributed.HashStore()
+    backend, store = "nccl" if bench.on_gpu else "gloo", torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 

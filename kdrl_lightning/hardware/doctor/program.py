@@ -6,9 +6,10 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from kdrl_lightning.hardware.doctor.bench import Bench
 
@@ -53,7 +54,12 @@ class Run:
 
 
 def fit(
-    bench: Bench, name: str, *flags: str, devices: int = 1, limit: float = 200, **env: str
+    bench: Bench,
+    name: str,
+    *flags: str,
+    devices: int = 1,
+    limit: float = 200,
+    env: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
     """Train on the built-in task.
 
@@ -63,7 +69,7 @@ def fit(
         flags: further settings; they win over those of ``SMALL``.
         devices: number of processes.
         limit: seconds after which the run is killed.
-        env: environment variables.
+        env: further environment variables.
     """
     folder = bench.folder / "runs" / name
     given = [
@@ -77,9 +83,7 @@ def fit(
     return program(given, folder, limit, env)
 
 
-def program(
-    arguments: Sequence[str], folder: Path, limit: float, env: dict[str, str] | None = None
-) -> Run:
+def program(arguments: Sequence[str], folder: Path, limit: float, env: Mapping[str, str]) -> Run:
     """Run ``python -m kdrl_lightning`` with arguments."""
     process = subprocess.run(
         [sys.executable, "-m", "kdrl_lightning", *arguments],
@@ -88,6 +92,6 @@ def program(
         text=True,
         timeout=limit,
         check=False,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, **env},
     )
     return Run(process.returncode, process.stdout, folder)

@@ -39,8 +39,13 @@ def run(bench: Bench) -> Iterator[Finding]:
         yield from ended(f"{strategy} with vLLM", made)
     second = fit(bench, "second", engine, STEPS, "--trainer.devices=[1]")
     yield from ended("vLLM on the second GPU alone", second)
-    variables = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    alone = fit(bench, "slurm", engine, STEPS, **variables, SLURM_JOB_NAME="bash")
+    variables = {
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NAME": "bash",
+    }
+    alone = fit(bench, "slurm", engine, STEPS, env=variables)
     yield from ended("vLLM with SLURM's variables", alone)
 
 

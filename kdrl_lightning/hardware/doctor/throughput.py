@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -76,13 +77,12 @@ def updates(bench: Bench, count: int, length: int) -> Iterator[Finding]:
     mask = torch.ones(count, length - 1, dtype=torch.bool, device=bench.device)
     mixed = torch.autocast("cuda", torch.bfloat16) if bench.on_gpu else nullcontext()
 
-    def step() -> Tensor:
+    def step() -> None:
         with mixed:
-            loss = scorer(ids, prompt, ids[:, 1:], mask).logprobs.mean().neg()
+            loss: Tensor = scorer(ids, prompt, ids[:, 1:], mask).logprobs.mean().neg()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
 
     def head() -> None:
         hidden = torch.randn(count * (length - 1), bench.shape("model").width, device=bench.device)
@@ -106,15 +106,13 @@ def updates(bench: Bench, count: int, length: int) -> Iterator[Finding]:
         yield info(f"{label}: host synchronisations", synchronisations(step))
 
 
-def synchronisations(step: object) -> int:
+def synchronisations(step: Callable[[], object]) -> int:
     """Return how often a step makes the host wait for the GPU."""
-    import warnings
-
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step()  # type: ignore[operator]
+            step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(w.message) for w in caught)
