@@ -55,6 +55,7 @@ def _run(args: Sequence[str] | None) -> None:
     from kdrl_lightning.cli.evaluate import evaluate
     from kdrl_lightning.cli.main import KDRLCLI
     from kdrl_lightning.cli.serve import serve
+    from kdrl_lightning.distributed import lost_peer
     from kdrl_lightning.trainer.strategies import end_with_children
 
     try:
@@ -64,6 +65,10 @@ def _run(args: Sequence[str] | None) -> None:
             evaluate(given[1:])
         elif given[:1] == ["serve"]:
             serve(given[1:])
+        elif given[:1] == ["doctor"]:
+            from kdrl_lightning.cli.doctor import doctor
+
+            raise SystemExit(doctor(given[1:]))
         else:
             end_with_children()
             KDRLCLI.run(args)
@@ -84,6 +89,9 @@ def _run(args: Sequence[str] | None) -> None:
         mistake = _mistake_behind(error) or path_error(error)
         if mistake is not None:
             _exit(mistake, 2)
+        lost = lost_peer(error)
+        if lost is not None:
+            _exit(lost, 1, error)
         disk = disk_error(error)
         if disk is None:
             raise

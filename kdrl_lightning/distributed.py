@@ -21,6 +21,7 @@ from kdrl_lightning.errors import TrainingStopped
 T = TypeVar("T")
 SAID = "kdrl_lightning/said"
 ANSWER_S = 2.0
+ANOTHER_STOPPED = "another process had to stop: its message says why."
 
 
 def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]) -> T:
@@ -44,7 +45,7 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
     if reason is not None:
         raise reason
     if float(stopped):
-        raise TrainingStopped("another process had to stop: its message says why.")
+        raise TrainingStopped(ANOTHER_STOPPED)
     return result[0]
 
 
@@ -87,6 +88,22 @@ def agreed(work: Callable[[], T]) -> T:
         failure = error
     agree(failure)
     return result[0]
+
+
+def lost_peer(error: BaseException | None) -> TrainingStopped | None:
+    """Return an error for the user if a process of the run has ended under this one, else None.
+
+    A collective then fails on the others, with the backend's words.
+
+    >>> print(lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")))
+    another process had to stop: its message says why.
+    """
+    while error is not None:
+        gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+        if gloo or isinstance(error, distributed.DistError):
+            return TrainingStopped(ANOTHER_STOPPED)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def first_to_say(message: str) -> bool:

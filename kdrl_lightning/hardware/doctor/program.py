@@ -1,0 +1,97 @@
+"""Short runs of the program on the built-in task, each in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from kdrl_lightning.hardware.doctor.bench import Bench
+
+# Small: 4 prompts with 4 completions each, two optimizer steps per rollout.
+SMALL = (
+    "--config=kdrl",  # its loss is not 0 where all rewards are equal
+    "--data.rollout.prompts_per_rollout=4",
+    "--data.rollout.group_size=4",
+    "--data.rollout.minibatches_per_rollout=2",
+    "--data.rollout.rollouts_per_epoch=2",
+    "--data.train_prompts.size=64",
+    "--data.val_prompts.size=16",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        code: exit code.
+        output: what it printed.
+        folder: where it wrote.
+    """
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def last_line(self) -> str:
+        """The last line of the output: of a failed run, the error."""
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        return (errors or lines or [""])[-1][:300]
+
+    def column(self, name: str) -> list[float]:
+        """Return a column of the newest ``metrics.csv``, without its gaps."""
+        newest = max(self.folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
+        with newest.open() as lines:
+            return [float(row[name]) for row in csv.DictReader(lines) if row.get(name)]
+
+
+def fit(
+    bench: Bench,
+    name: str,
+    *flags: str,
+    devices: int = 1,
+    limit: float = 200,
+    env: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
+    """Train on the built-in task.
+
+    Args:
+        bench: the machine.
+        name: names the run's folder.
+        flags: further settings; they win over those of ``SMALL``.
+        devices: number of processes.
+        limit: seconds after which the run is killed.
+        env: further environment variables.
+    """
+    folder = bench.folder / "runs" / name
+    given = [
+        "fit",
+        *SMALL,
+        f"--trainer.accelerator={'gpu' if bench.on_gpu else 'cpu'}",
+        f"--trainer.devices={devices}",
+        f"--trainer.default_root_dir={folder}",
+        *flags,
+    ]
+    return program(given, folder, limit, env)
+
+
+def program(arguments: Sequence[str], folder: Path, limit: float, env: Mapping[str, str]) -> Run:
+    """Run ``python -m kdrl_lightning`` with arguments."""
+    process = subprocess.run(
+        [sys.executable, "-m", "kdrl_lightning", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+        check=False,
+        env={**os.environ, **env},
+    )
+    return Run(process.returncode, process.stdout, folder)

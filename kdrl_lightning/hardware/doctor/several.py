@@ -1,0 +1,78 @@
+"""Two processes: ddp and fsdp2, with vLLM on GPUs, SLURM's variables, and an error on one rank."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.findings import Finding, NotReachedError, at_most, holds, info
+from kdrl_lightning.hardware.doctor.program import Run, fit
+from kdrl_lightning.hardware.doctor.start import ended
+
+STEPS = "--trainer.max_steps=2"
+# Seconds after which all ranks must have ended once one of them has failed.
+PATIENCE = 60.0
+
+
+def run(bench: Bench) -> Iterator[Finding]:
+    """Train with two processes; on GPUs, with an engine on each."""
+    if bench.gpus == 1:
+        raise NotReachedError("it needs two GPUs")
+    for strategy in ("ddp", "fsdp2"):
+        made = fit(bench, strategy, STEPS, f"--trainer.strategy={strategy}", devices=2)
+        yield from ended(strategy, made)
+    yield from one_rank_fails(bench)
+    if not bench.on_gpu:
+        yield info("engines on several GPUs", "not reached: they need GPUs")
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield info("engines on several GPUs", "not reached: vLLM is not installed")
+        return
+    engine = "--config=engine/vllm"
+    for strategy in ("ddp", "fsdp2"):
+        made = fit(
+            bench, f"{strategy}-vllm", engine, STEPS, f"--trainer.strategy={strategy}", devices=2
+        )
+        yield from ended(f"{strategy} with vLLM", made)
+    second = fit(bench, "second", engine, STEPS, "--trainer.devices=[1]")
+    yield from ended("vLLM on the second GPU alone", second)
+    variables = {
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NAME": "bash",
+    }
+    alone = fit(bench, "slurm", engine, STEPS, env=variables)
+    yield from ended("vLLM with SLURM's variables", alone)
+
+
+def one_rank_fails(bench: Bench) -> Iterator[Finding]:
+    """Name a folder that cannot be made; all ranks must end in time."""
+    file = bench.folder / "a-file"
+    file.touch()
+    blocked = file / "runs"
+    began = time.perf_counter()
+    made = fit(
+        bench,
+        "blocked",
+        STEPS,
+        "--trainer.strategy=ddp",
+        f"--trainer.default_root_dir={blocked}",
+        devices=2,
+        limit=PATIENCE * 2,
+    )
+    seconds = time.perf_counter() - began
+    yield at_most("one rank cannot write: seconds until all end", seconds, PATIENCE, "s")
+    yield holds(
+        "one rank cannot write: the run fails, and names the folder",
+        named_as_the_reason(made, blocked),
+    )
+    yield info("one rank cannot write: last line", made.last_line)
+
+
+def named_as_the_reason(run: Run, folder: Path) -> bool:
+    """Return whether a run failed with an error that names a folder."""
+    return run.code != 0 and str(folder) in run.last_line

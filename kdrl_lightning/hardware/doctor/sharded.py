@@ -1,0 +1,39 @@
+"""fsdp2 on one device: loading, checkpoints and resume, a sharded teacher, and LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.findings import Finding, equal, holds
+from kdrl_lightning.hardware.doctor.program import fit
+from kdrl_lightning.hardware.doctor.start import ended
+
+FSDP2 = ("--trainer.strategy=fsdp2", "--trainer.accumulate_grad_batches=2")
+
+
+def run(bench: Bench) -> Iterator[Finding]:
+    """Train in one go, and in two halves with a checkpoint between them."""
+    flags = (*FSDP2, "--checkpoint.asynchronous=true")
+    whole = fit(bench, "whole", *flags, "--trainer.max_steps=4")
+    yield from ended("4 steps, clipped and accumulated", whole)
+    half = fit(bench, "half", *flags, "--trainer.max_steps=2")
+    yield from ended("2 steps, saved while training goes on", half)
+    rest = fit(bench, "half", *flags, "--trainer.max_steps=4", "--ckpt_path=last")
+    yield from ended("2 steps more from the checkpoint", rest)
+    if not (whole.code or half.code or rest.code):
+        losses = whole.column("loss/total")
+        yield equal("losses of the resumed run", rest.column("loss/total")[-2:], losses[-2:])
+        yield holds("these losses are not 0", all(losses[-2:]))
+    offloaded = fit(
+        bench, "offloaded", *FSDP2, "--trainer.max_steps=2", "--model.teacher.offload=true"
+    )
+    yield from ended("teacher sharded and offloaded", offloaded)
+    adapted = fit(
+        bench,
+        "lora",
+        *FSDP2,
+        "--trainer.max_steps=2",
+        "--model.lora.rank=4",
+    )
+    yield from ended("LoRA", adapted)

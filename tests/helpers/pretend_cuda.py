@@ -1,0 +1,210 @@
+"""A pretended GPU: tensors that say ``cuda:0``, hold their numbers on the CPU, and refuse to mix.
+
+The library's tensor code runs on it as on a card, with the CPU's numbers. Mixing devices raises as
+CUDA does, and what makes the host wait for the card is counted. torch's own fake tensors have no
+numbers, so code that reads one (lengths, masks, end tokens) could not run on them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+ON_CARD = ("cuda", "meta")
+# The host waits for these on CUDA: they return a number, or a tensor whose shape depends on one.
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.equal.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+class MixedDevicesError(RuntimeError):
+    """An operation has tensors of both devices."""
+
+
+class Card(torch.Tensor):
+    """A tensor on the pretended GPU."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Card:
+        made: Card = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="meta",  # to C++, which has no guard for CUDA in a build for CPUs
+        )
+        made.inner = inner
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Card({self.inner})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return run(func, args, kwargs or {})
+
+
+waits: Counter[str] = Counter()
+
+
+def run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation on the numbers inside, under CUDA's rules."""
+    flat = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    cards = [x for x in flat if isinstance(x, Card)]
+    plain = [x for x in flat if not isinstance(x, Card)]
+    name = func._overloadpacket.__name__
+    if func is aten.copy_.default:
+        if cards and plain:
+            waits["copy_"] += isinstance(args[1], Card)
+    elif cards and any(x.dim() > 0 for x in plain):
+        shapes = [(tuple(x.shape), "cuda" if isinstance(x, Card) else "cpu") for x in flat]
+        raise MixedDevicesError(f"{name}: {shapes}")
+    target = kwargs.get("device")
+    on_card = bool(cards) if target is None else torch.device(target).type in ON_CARD
+    if cards and not on_card:
+        waits[name] += 1
+    if cards and func in WAITS and kwargs.get("output_size") is None:
+        waits[name] += 1
+    if func in INDEXING and any(
+        isinstance(i, Card) and i.dtype == torch.bool for i in args[1] if i is not None
+    ):
+        waits[f"{name} by a mask"] += 1
+    if target is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    inner = {id(x.inner): x for x in cards}
+    args, kwargs = tree_map_only(Card, lambda x: x.inner, (args, kwargs))
+    out = func(*args, **kwargs)
+    if not on_card:
+        return out
+
+    def wrap(x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, Card):
+            return x
+        return inner[id(x)] if id(x) in inner else Card(x)
+
+    return tree_map_only(torch.Tensor, wrap, out)
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class _Move(torch.autograd.Function):
+    """Copy to the pretended GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return Card(x.detach().clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient.cpu()
+
+
+ATTRIBUTES = {
+    torch.Tensor.device.__get__: CUDA,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
+    torch.Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: 0,
+}
+
+
+class _Functions(TorchFunctionMode):
+    """Makes tensors for ``device="cuda"`` without CUDA's start, which a build for CPUs refuses."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Card) and func in ATTRIBUTES:
+            return ATTRIBUTES[func]
+        if func is torch.Tensor.tolist and isinstance(args[0], Card):
+            return args[0].cpu().tolist()
+        if func is torch.Tensor.cuda:
+            return to_card(args[0])
+        place = kwargs.get("device")
+        if func is torch.Tensor.to:
+            given = [a for a in args[1:] if isinstance(a, torch.device | str)]
+            place = place if place is not None else (given[0] if given else None)
+            others = tuple(a for a in args[1:] if isinstance(a, torch.Tensor))
+            if others and isinstance(others[0], Card):
+                place = CUDA
+            if place is not None and torch.device(place).type == "cuda":
+                rest = [a for a in args[1:] if isinstance(a, torch.dtype)]
+                rest += [o.dtype for o in others]
+                moved = to_card(args[0])
+                kind = kwargs.get("dtype") or (rest[0] if rest else None)
+                return moved if kind is None else func(moved, kind)
+            return func(*args, **kwargs)
+        if place is not None and torch.device(place).type == "cuda" and func is not torch.device:
+            kwargs["device"] = "cpu"
+            args = tree_map_only(Card, lambda x: x.inner, args)
+            return tree_map_only(torch.Tensor, to_card, func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def to_card(x: Any) -> Any:
+    """Return a tensor, or a module, on the pretended GPU."""
+    if isinstance(x, torch.nn.Module):
+        for module in x.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                moved = _shared(parameter)
+                setattr(module, name, moved)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = to_card(buffer)
+        return x
+    return x if isinstance(x, Card) else _Move.apply(x)  # type: ignore[no-untyped-call]
+
+
+_moved: dict[int, Any] = {}
+
+
+def _shared(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return the parameter on the card; tied ones stay one."""
+    if isinstance(parameter, Card):
+        return parameter
+    if id(parameter) not in _moved:
+        _moved[id(parameter)] = (
+            parameter,
+            torch.nn.Parameter(Card(parameter.detach().clone()), parameter.requires_grad),
+        )
+    made: torch.nn.Parameter = _moved[id(parameter)][1]
+    return made
+
+
+@contextmanager
+def pretend_cuda() -> Iterator[Counter[str]]:
+    """Pretend that there is a GPU; yield what made the host wait for it, by name."""
+    waits.clear()
+    _moved.clear()
+    with _Functions(), _Dispatch():
+        yield waits
