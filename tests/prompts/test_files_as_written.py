@@ -75,7 +75,7 @@ def test_a_csv_whose_cells_would_shift_is_refused(tmp_path: Path, text: str, wor
 
 def test_a_column_with_spaces_around_its_name_is_shown_with_them(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt, answer\nq, 5\n")
-    with pytest.raises(ConfigurationError, match="got answer. The dataset has prompt, ' answer'"):
+    with pytest.raises(ConfigurationError, match=r"got answer\. The dataset has prompt, ' answer'"):
         HFPrompts(str(tmp_path / "x.csv"), answer_column="answer")
 
 
@@ -111,7 +111,9 @@ def test_a_class_counts_by_its_name(tmp_path: Path) -> None:
         assert first["inner"] == {"all": ["negative", "positive"]}
         nested = HFPrompts(str(tmp_path / path), answer_column="inner.all")
         assert nested[0]["answer"] == ["negative", "positive"]
-        with pytest.raises(ConfigurationError, match="a row must have a value in `inner.all`: got"):
+        with pytest.raises(
+            ConfigurationError, match=r"a row must have a value in `inner\.all`: got"
+        ):
             nested[1]
 
 
