@@ -2044,8 +2044,8 @@ MUTATIONS = [
     Mutation(
         "settings: 0x10 is a precision",
         ("cli/settings/unions.py", "cli/settings/test_dropped.py"),
-        "found = [one for one in choices if str(one) == val]",
-        "found = [one for one in choices if str(one) == str(load(val))]",
+        "if any(isinstance(one, bool) for one in choices):",
+        "if any(isinstance(one, int) for one in choices):",
     ),
     Mutation(
         "settings: a flag before its file is no matter",
