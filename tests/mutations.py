@@ -2165,6 +2165,36 @@ MUTATIONS = [
         "texts = list[str]()",
     ),
     Mutation(
+        "settings: an empty group of no setting",
+        ("cli/settings/empty.py", "cli/settings/test_dropped.py"),
+        "if not held and name:",
+        "if held and name:",
+    ),
+    Mutation(
+        "settings: 0x10 is a precision",
+        ("cli/settings/unions.py", "cli/settings/test_dropped.py"),
+        "if any(isinstance(one, bool) for one in choices):",
+        "if any(isinstance(one, int) for one in choices):",
+    ),
+    Mutation(
+        "settings: a flag before its file is no matter",
+        ("cli/settings/overlaid.py", "cli/settings/test_dropped.py"),
+        "if _at(settings, flag[2:]) is not None:",
+        "if _at(settings, flag) is not None:",
+    ),
+    Mutation(
+        "prompts: a template may lose a message",
+        ("prompts/turns.py", "prompts/test_templates.py"),
+        'turn["role"] not in ("system", "developer", "user")',
+        'turn["role"] in ("system", "developer", "user")',
+    ),
+    Mutation(
+        "prompts: one end token closes a prompt",
+        ("prompts/encoding.py", "prompts/test_templates.py"),
+        'known = {getattr(tokenizer, "eos_token_id", None), *ends}',
+        'known = {getattr(tokenizer, "eos_token_id", None)}',
+    ),
+    Mutation(
         "answers: numbers of a CSV lose their form",
         ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
         "return repr(float(cell)) != cell",
@@ -2208,7 +2238,12 @@ MUTATIONS = [
         "if is_spec(previous)",
     ),
     Mutation("settings: quoted null is none", SHAPES, "not isinstance(val, Text) and val", "val"),
-    Mutation("settings: a number is none", SHAPES, " and member is not NoneType) or", ") or"),
+    Mutation(
+        "settings: a number is none",
+        SHAPES,
+        "leaf = member in LEAVES and member is not NoneType",
+        "leaf = member in LEAVES",
+    ),
     Mutation(
         "settings: any name beside a class",
         SHAPES,
