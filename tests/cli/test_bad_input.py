@@ -104,6 +104,10 @@ CASES = {
         ["--trainer.accumulate_grad_batches=2", "--trainer.overfit_batches=3"],
         "`overfit_batches` must not cut an optimizer step of 2 micro-batches",
     ),
+    "a package of the precision": (
+        ["--trainer.precision=transformer-engine"],
+        "Requirement 'transformer_engine>=0.11.0' not met.",
+    ),
     "accumulation": (
         ["--trainer.accumulate_grad_batches=9"],
         "`accumulate_grad_batches` must be at most 8",
