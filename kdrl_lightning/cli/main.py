@@ -169,7 +169,7 @@ class KDRLCLI(LightningCLI):
         """Build the trainer; report what Lightning refuses as the user's mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, ImportError) as error:
             raise ConfigurationError(str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,11 +32,12 @@ from kdrl_lightning.trainer.internals import (
     on_child_failure,
     set_data_parallel_size,
 )
+from kdrl_lightning.trainer.stop_signals import NAMES as SIGNALS
 
 GRACE_S = 5.0
 # Exit codes if a signal ends a process before it handles signals itself and prints a message.
-EARLY = {-signal.SIGINT: 128 + signal.SIGINT, -signal.SIGTERM: 128 + signal.SIGTERM}
-NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+EARLY = {-number: 128 + number for number in SIGNALS}
+NAMES = {128 + number: name for number, name in SIGNALS.items()}
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 
 
