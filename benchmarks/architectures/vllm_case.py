@@ -86,7 +86,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**LATENT, "first_k_dense_replace": 1},
     "glm_moe_dsa": INDEXED,
     "granitemoehybrid": {"mamba_n_heads": 8},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True},
+    "hy_v3": {
+        "first_k_dense_replace": 1,
+        "expert_hidden_dim": 32,
+        **dict.fromkeys(["route_norm", "qk_norm"], True),
+    },
     "hy_v4": {"index_head_dim": 64},
     "lfm2": {"conv_dim": 128, "block_dim": 128},
     "lfm2_moe": {"conv_dim": 128},
