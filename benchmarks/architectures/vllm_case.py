@@ -112,7 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "swa_num_key_value_heads": 2,
         "swa_head_dim": 32,
     },
-    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "qwen4_exp": {"text_config": {"indexer_head_dim": 32}},
     "qwen4_exp_text": {"indexer_head_dim": 32},
     "youtu": LATENT,
@@ -289,7 +289,8 @@ def results() -> dict[str, str]:
 def record(family: str, result: str) -> None:
     """Add a cell to the recorded ones."""
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(dict(sorted({**results(), family: result}.items())), indent=1))
+    cells = dict(sorted({**results(), family: result}.items()))
+    RESULTS.write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
