@@ -19,6 +19,7 @@ from kdrl_lightning.models.weights import ModelWeights
 # `Any`: transformers has no type that all models share.
 
 LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions join tensors of one layer, never of several
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class HubWeights:
@@ -99,7 +100,17 @@ class HubWeights:
             ((name, tensor),) = tensors.items()
             if name in self._new_names:
                 return {self._new_names[name]: tensor}
-        return _revert(self._model, tensors)
+        reverted = _revert(self._model, tensors)
+        return {name: tensor for name, tensor in reverted.items() if self._is_read(name)}
+
+    def _is_read(self, name: str) -> bool:
+        """Return whether a tensor is one of the hub's: LongCat's experts that do nothing have none.
+
+        transformers keeps values for them that it never reads.
+        """
+        config, expert = self._model.config.get_text_config(), EXPERT.search(name)
+        idle = getattr(config, "zero_expert_num", None)
+        return not idle or expert is None or int(expert[1]) < config.n_routed_experts
 
 
 def _revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
