@@ -23,6 +23,8 @@ from kdrl_lightning.rollout.policy import Policy, Run
 from kdrl_lightning.rollout_batch import STUDENT
 
 Groups = list[list[Completion]]
+# Types that a trainer with wider weights computes in, by its precision.
+COMPUTING = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class LiveSampler:
             ConfigurationError: the engine's first log-probabilities disagree with the student's.
         """
         started = time.perf_counter()
+        computing = COMPUTING.get(str(self.trainer.precision))
+        weights = replace(weights, compute_dtype=computing)
         first = engine.version is None
         # Lightning evaluates in inference mode by default. What an engine allocates there could
         # not take new weights outside of it.
