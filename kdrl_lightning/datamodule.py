@@ -166,10 +166,14 @@ class RolloutDataModule(pl.LightningDataModule):
         self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may set one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
+        longest = self.evaluation.longest
         if stage == "fit":
-            sets = [self._set_up_training(), *sets]
+            training = self._set_up_training()
+            sets = [training, *sets]
+            longest = max(longest, training.bound + self.rollout.max_tokens)
+        module = self.live.module
+        self.rollout_engine.prepare(module.student_path, longest, module.device)
         if any(not isinstance(row["prompt"], str) for prompts in sets for row, _ in prompts.sample):
-            module = self.live.module
             warn_of_turn_end(module.end_tokens, module.tokenizer, module.student_path)
         self.rewards.start()
         kinds = first_of_each_kind(row for prompts in sets for row, _ in prompts.sample)
@@ -190,6 +194,9 @@ class RolloutDataModule(pl.LightningDataModule):
         if share.count and teacher is not None and teacher.model_name:
             refused = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
             rules = replace(rules, refused=[*rules.refused, *refused])
+            share.engine.prepare(
+                teacher.model_name, rules.limit + settings.max_tokens, module.device
+            )
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
