@@ -48,6 +48,7 @@ from kdrl_lightning.trainer.group_checks import (
     check_policy,
     check_teacher_completions,
 )
+from kdrl_lightning.trainer.strategies import end_children
 
 # Up to this number, all evaluation prompts are checked before the run and kept with their ids.
 EVALUATED_ROWS = 10_000
@@ -216,6 +217,10 @@ class RolloutDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End the reward's processes."""
         self.rewards.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that would wait for this one, after the student was saved."""
+        end_children(self.trainer.strategy, exception)
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""

@@ -16,12 +16,12 @@ from kdrl_lightning.models.loading import (
     load_tokenizer,
     model_path,
 )
-from kdrl_lightning.models.offload import OffloadedWeights
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding, load_scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.offload import OffloadedWeights
 from kdrl_lightning.teachers.tokenizers import compare
 
 

@@ -11,12 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, LocalTeacher
-from kdrl_lightning.models import offload
 from kdrl_lightning.models.loading import load_causal_lm
-from kdrl_lightning.models.offload import OffloadedWeights
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rollout import updates
-from kdrl_lightning.teachers import RoutedTeacher
+from kdrl_lightning.teachers import RoutedTeacher, offload
+from kdrl_lightning.teachers.offload import OffloadedWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
 ROLLOUTS = 2
