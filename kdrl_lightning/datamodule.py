@@ -195,10 +195,10 @@ class RolloutDataModule(pl.LightningDataModule):
         if share.count and teacher is not None and teacher.model_name:
             refused = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
             rules = replace(rules, refused=[*rules.refused, *refused])
-            share.engine.prepare(
-                teacher.model_name, rules.limit + settings.max_tokens, module.device
-            )
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
+        if share.count and teacher is not None and teacher.model_name:
+            longest = prompts.bound + settings.max_tokens
+            share.engine.prepare(teacher.model_name, longest, module.device)
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
         check_completions(objective, settings, share, self.rewards.reward)

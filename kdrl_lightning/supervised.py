@@ -160,6 +160,7 @@ class SupervisedDataModule(pl.LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """End the processes that would wait for this one, after the student was saved."""
+        assert self.trainer is not None
         end_children(self.trainer.strategy, exception)
 
     def train_dataloader(self) -> IndexLoader:

@@ -39,7 +39,8 @@ def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
 
 def _device(weights: ModelWeights) -> torch.device:
     if not weights.sharded:
-        return next(weights.model.parameters()).device
+        own: torch.device = next(weights.model.parameters()).device
+        return own
     mesh = next(p.device_mesh for p in weights.model.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())

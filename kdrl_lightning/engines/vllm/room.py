@@ -21,7 +21,7 @@ def needed_bytes(path: str, dtype: torch.dtype, context: int, cache: int | None)
         cache: size of the cache in bytes, if it is given.
     """
     model = skeleton_causal_lm(path)
-    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    weights: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     return weights + (cache or context * token_bytes(model.config, dtype))
 
 
