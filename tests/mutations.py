@@ -133,6 +133,18 @@ class Mutation(NamedTuple):
     new: str
 
 
+VLLM_PROCESS = "engines/vllm/process.py", "engines/vllm/test_process.py"
+VLLM_PUSH = "models/weights.py", "engines/vllm/test_prepare.py"
+VLLM_ROOM = "engines/vllm/room.py", "engines/vllm/test_prepare.py"
+FAILING_RANK = "distributed.py", "engines/test_failing_rank.py"
+FAILING_PUSH = "engines/weight_transport.py", "engines/test_failing_rank.py"
+NARROW_ENGINE = "engines/transformers_engine.py", "engines/test_compute_type.py"
+BUDGET = "engines/cache_budget.py", "engines/test_compute_type.py"
+OFFLOAD = "teachers/offload.py", "teachers/test_offload.py"
+LOADING_DEVICE = "models/sharding.py", "models/test_loading_devices.py"
+CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
+GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
+DEVICES = "trainer/devices.py", "trainer/test_devices.py"
 SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
 REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
 YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
@@ -1343,7 +1355,10 @@ MUTATIONS = [
     Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
     Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
-        "plan: a teacher that waits is run", PLAN, "    if not waits.teacher:\n", "    if True:\n"
+        "plan: a teacher that waits is run",
+        PLAN,
+        "return batch if waits.teacher else _scored(",
+        "return _scored(",
     ),
     Mutation(
         "plan: the first update's scores lost",
@@ -1934,6 +1949,86 @@ MUTATIONS = [
         AGREEMENT,
         "known = known[: max(context - tokens, 1)]",
         "known = known[:context]",
+    ),
+    Mutation(
+        "vLLM: the engine is on the GPU of another index",
+        VLLM_PROCESS,
+        '"LOCAL_RANK": str(local)}',
+        '"LOCAL_RANK": str(rank)}',
+    ),
+    Mutation(
+        "vLLM: the end of an engine ends the trainer's group",
+        VLLM_PROCESS,
+        "(group is not None or owned)",
+        "(group is not None or not owned)",
+    ),
+    Mutation(
+        "vLLM: the matmul precision stays vLLM's",
+        VLLM_PROCESS,
+        "precision()\n            random",
+        "random",
+    ),
+    Mutation("push: small tensors are rounded, too", VLLM_PUSH, "tensor.numel() < LARGE or ", ""),
+    Mutation(
+        "vLLM: a share without room is taken",
+        VLLM_ROOM,
+        "if needed <= share * total:",
+        "if needed <= total:",
+    ),
+    Mutation(
+        "ranks: a failure elsewhere is not heard",
+        FAILING_RANK,
+        "    if reason is not None:\n        raise TrainingStopped(reason)",
+        "    if reason is None:\n        return",
+    ),
+    Mutation(
+        "push: a failing rank leaves the gathering to the others",
+        FAILING_PUSH,
+        "            for _ in tensors:  # reading",
+        "            for _ in ():  # reading",
+    ),
+    Mutation(
+        "transformers engine: a rounded copy is called exact",
+        NARROW_ENGINE,
+        "self.exact = not weights.narrower",
+        "self.exact = True",
+    ),
+    Mutation(
+        "transformers engine: autocast acts on the copy",
+        NARROW_ENGINE,
+        " and self._replica is None\n",
+        "\n",
+    ),
+    Mutation(
+        "transformers engine: the budget is one row short",
+        BUDGET,
+        "self.max_tokens // length for",
+        "(self.max_tokens - 1) // length for",
+    ),
+    Mutation("teacher: offloaded weights travel again", OFFLOAD, "self._lent = True", "pass"),
+    Mutation(
+        "loading: on the default device",
+        LOADING_DEVICE,
+        'torch.device("cpu"):\n        scorer = N',
+        "torch.no_grad():\n        scorer = N",
+    ),
+    Mutation(
+        "clipping: the algorithm is forgotten",
+        CLIPPING,
+        "GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)",
+        "GradClipAlgorithmType.NORM",
+    ),
+    Mutation(
+        "fsdp2: gradients are reduced in every micro-batch",
+        GRADIENT_SYNC,
+        "set_requires_gradient_sync(False,",
+        "set_requires_gradient_sync(True,",
+    ),
+    Mutation(
+        "devices: the first index after the last is taken",
+        DEVICES,
+        "highest >= found",
+        "highest > found",
     ),
     Mutation(
         "vLLM: an installed package is called missing",

@@ -33,6 +33,7 @@ from kdrl_lightning.evaluation.table import by_set, markdown_table
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
+from kdrl_lightning.trainer.devices import check_devices
 
 # Settings of a training configuration that are switched off; a flag can switch them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -141,6 +142,7 @@ def evaluate_one(
     with seeded(config):
         made = parser.instantiate_classes(config)
     seed_everything(as_seed(config.seed_everything), verbose=False)
+    check_devices(made.trainer.get("accelerator"), made.trainer.get("devices"))
     try:
         trainer = Trainer(**made.trainer)
     except (ValueError, RuntimeError, TypeError, ImportError) as error:  # as in training
