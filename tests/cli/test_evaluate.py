@@ -14,6 +14,7 @@ from kdrl_lightning import GRPO
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.callbacks import FSDPCheckpoint
 from kdrl_lightning.cli.evaluate import is_checkpoint, pruned
+from kdrl_lightning.engines import TransformersEngine
 
 SET = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 3}}
 CONFIG: dict[str, Any] = {
@@ -51,8 +52,15 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_models_and_checkpoints_stand_in_one_table(
-    tmp_path: Path, student_folder: str, teacher_folder: str, config: str, capsys: Any
+    tmp_path: Path,
+    student_folder: str,
+    teacher_folder: str,
+    config: str,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    closed: list[TransformersEngine] = []
+    monkeypatch.setattr(TransformersEngine, "close", lambda self: closed.append(self))
     saver = FSDPCheckpoint(dirpath=str(tmp_path / "kept"), monitor=None)
     module = make_module(student_folder, None, GRPO())
     data = make_data(val_prompts=None, minibatches_per_rollout=1, max_tokens=24)
@@ -79,6 +87,7 @@ def test_models_and_checkpoints_stand_in_one_table(
         "max_tokens": 8,
         "k": [2, 3],
     }
+    assert len(set(closed)) == len(models)  # each engine ends before the next one starts
     results = report["results"]
     assert results["checkpoint"] == results["after"] != results["before"]
     assert {"accuracy", "accuracy_low", "pass_at_2", "majority_at_3"} <= set(

@@ -110,7 +110,7 @@ def test_an_evaluation_in_inference_mode_leaves_an_engine_that_can_be_trained(
     engine = VLLMEngine(kv_cache_memory_bytes=16 << 20, max_model_len=64)
     engine.compared = False
     live = LiveSampler(cast(Any, None))
-    live.trainer = cast(Any, SimpleNamespace(global_step=0))
+    live.trainer = cast(Any, SimpleNamespace(global_step=0, precision="32-true"))
     ends = SimpleNamespace(ids=(EOS,))
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
     live.module = cast(Any, SimpleNamespace(end_tokens=ends, tokenizer=tokenizer))
@@ -118,6 +118,6 @@ def test_an_evaluation_in_inference_mode_leaves_an_engine_that_can_be_trained(
         live.sync(engine, ModelWeights(model, path))
         assert right(engine, model)
     new = make_model("qwen2", 7)
-    live.trainer = cast(Any, SimpleNamespace(global_step=1))
+    live.trainer = cast(Any, SimpleNamespace(global_step=1, precision="32-true"))
     live.sync(engine, ModelWeights(new, path))
     assert right(engine, new) and not right(engine, model)
