@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -43,6 +44,9 @@ class Card(torch.Tensor):
     """A tensor on the pretended GPU."""
 
     inner: torch.Tensor
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = is_meta = property(lambda self: False)  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Card:
@@ -129,15 +133,6 @@ class _Move(torch.autograd.Function):
         return gradient.cpu()
 
 
-ATTRIBUTES = {
-    torch.Tensor.device.__get__: CUDA,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
-    torch.Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
-    torch.Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
-    torch.Tensor.get_device: 0,
-}
-
-
 class _Functions(TorchFunctionMode):
     """Makes tensors for ``device="cuda"`` without CUDA's start, which a build for CPUs refuses."""
 
@@ -145,10 +140,15 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Card) and func in ATTRIBUTES:
-            return ATTRIBUTES[func]
+        if func is torch.Tensor.backward:  # a handler's mode is off while it runs
+            with self:
+                kwargs.pop("gradient", None)
+                return torch.autograd.backward(args[0], **kwargs)
         if func is torch.Tensor.tolist and isinstance(args[0], Card):
             return args[0].cpu().tolist()
+        if func is torch.Tensor.new_tensor and isinstance(args[0], Card):
+            kwargs.setdefault("dtype", args[0].dtype)
+            return to_card(torch.tensor(*args[1:], **{**kwargs, "device": "cpu"}))
         if func is torch.Tensor.cuda:
             return to_card(args[0])
         place = kwargs.get("device")
@@ -206,5 +206,9 @@ def pretend_cuda() -> Iterator[Counter[str]]:
     """Pretend that there is a GPU; yield what made the host wait for it, by name."""
     waits.clear()
     _moved.clear()
-    with _Functions(), _Dispatch():
+    with (
+        patch.object(torch.cuda, "synchronize", lambda *_: waits.update(["synchronize"])),
+        _Functions(),
+        _Dispatch(),
+    ):
         yield waits
