@@ -156,11 +156,12 @@ def compiled_math() -> ChunkMath:
     return ChunkMath(OrPlain(score), OrPlain(gradient), cache(OrPlain), None)
 
 
-def math_for(device: torch.device) -> ChunkMath:
-    """Return what is fast on a device: compiled on CUDA, plain elsewhere."""
-    if device.type == "cuda":
-        return compiled_math()
-    return plain_math(CPU_LOGITS)
+def math_for(hidden: Tensor) -> ChunkMath:
+    """Return what is fast for these states: compiled on CUDA, plain elsewhere."""
+    if hidden.device.type != "cuda":
+        return plain_math(CPU_LOGITS)
+    # Fake tensors, with which memory is planned, are a subclass.
+    return compiled_math() if type(hidden) is Tensor else plain_math(GPU_LOGITS)
 
 
 class OrPlain:
@@ -170,13 +171,15 @@ class OrPlain:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.compiled = torch.compile(function, dynamic=True)
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Call the function."""
         if OrPlain._works:
             try:
-                return self.compiled(*args)
+                if self._compiled is None:
+                    self._compiled = torch.compile(self.function, dynamic=True)
+                return self._compiled(*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler fails with errors of many types

@@ -204,7 +204,7 @@ def token_scores(
         work = Work(
             Transform(head.scale, head.softcap, temperature),
             size,
-            math_for(hidden.device),
+            math_for(hidden),
             min(top_k, vocab),
             _compared(other, head, temperature, divergence),
             (lambda values: loss(named(values))) if loss and known else None,

@@ -146,6 +146,7 @@ class ChosenTokens(torch.autograd.Function):
                 return (*gradients.all(factor), None, None)
             del gradients
         hidden, weight, bias, ids, log_norm, entropy = ctx.saved_tensors
+        entropy = entropy.detach()  # an output: the compiler would look at its graph
         work: Work = ctx.work
         head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
         gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, head)
@@ -172,11 +173,13 @@ def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
         return None
     before, now = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     at = before.abs().argmax()
-    factor = torch.where(before[at] == 0, 1.0, now[at] / before[at])
+    first, second = before.take(at), now.take(at)  # by `[at]` the host would wait for a GPU
+    factor = torch.where(first == 0, 1.0, second / first)
     apart = (now - factor * before).abs().max()
     rounding = 16 * torch.finfo(now.dtype).eps * now.abs().max()
     same = (apart <= rounding) & apart.isfinite()
-    return factor if bool(same) else None
+    # Fake tensors have no values; a guess is usually right. Real ones wait for a GPU here.
+    return factor if type(same) is not Tensor or bool(same) else None
 
 
 def _blank(ids: Tensor, like: Tensor, work: Work) -> Values:

@@ -56,11 +56,12 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     chunk_math.compiled_math.cache_clear()
 
 
-@pytest.mark.parametrize("known", [None, loss])
-def test_compiled_is_plain_in_float32(known: Any, request: pytest.FixtureRequest) -> None:
-    plain = run(known)
+# Importing the compiler warns about torch's own files (torch 2.13).
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_is_plain_in_float32(request: pytest.FixtureRequest) -> None:
+    plain = run(loss)
     request.getfixturevalue("compiling")
-    compiled = run(known)
+    compiled = run(loss)
     assert chunk_math.OrPlain._works
     assert len(plain) == len(compiled) == 10
     for a, b in zip(compiled, plain, strict=True):

@@ -37,6 +37,7 @@ from kdrl_lightning import (
 )
 from kdrl_lightning.callbacks import FSDPCheckpoint, SelectiveImitationStats, WeightSyncCheck
 from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.losses import logprobs
 from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample, Verdict
@@ -277,6 +278,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder, strategy, *cases = sys.argv[1:]
+    if strategy != "auto":
+        # One process rebuilds logits; several compute gradients in the forward pass, in chunks.
+        logprobs.PAYS_FROM["cpu"], logprobs.MAX_CHUNK = 0.0, 16
     out = Path(folder) / strategy
     out.mkdir(exist_ok=True)
     for case in cases:
