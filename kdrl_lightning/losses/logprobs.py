@@ -200,13 +200,16 @@ def token_scores(
         def named(values: Values) -> TokenScores:
             return _named(values, head if top_k else None)
 
+        math = math_for(hidden)
         known = torch.is_grad_enabled() and len(ids) > 0
         work = Work(
             Transform(head.scale, head.softcap, temperature),
             size,
-            math_for(hidden),
+            math,
             min(top_k, vocab),
-            _compared(other, head, temperature, divergence),
+            None
+            if divergence is None
+            else _compared(other, head, temperature, math.run(divergence)),
             (lambda values: loss(named(values))) if loss and known else None,
         )
         bias = None if head.bias is None else head.bias[:vocab]

@@ -254,7 +254,6 @@ class _Pass(NamedTuple):
         if compared is None or values.divergence is None:
             return None
         math, theirs = self.work.math, compared.logits(rows)
-        divergence = math.compiled(compared.divergence)
         fits = theirs.shape == logits.shape and theirs.dtype == logits.dtype
         slope = theirs if fits or not with_slope else torch.empty_like(logits)
         for tile in math.tiles(logits):
@@ -264,9 +263,9 @@ class _Pass(NamedTuple):
                 values.their_logprobs[tile], values.their_entropy[tile], _ = found
                 torch.argmax(other, -1, keepdim=True, out=values.their_best[tile])
             if with_slope:  # takes the place of the other model's logits
-                values.divergence[tile], slope[tile] = differ(divergence, part, other)
+                values.divergence[tile], slope[tile] = differ(compared.divergence, part, other)
             else:
-                values.divergence[tile] = divergence(part, other)
+                values.divergence[tile] = compared.divergence(part, other)
         return slope if with_slope else None
 
     def gradient(

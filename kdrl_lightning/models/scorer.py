@@ -46,7 +46,7 @@ class Scorer(nn.Module):
         model: a transformers causal language model.
         vocab_size: use only the first rows of the head (a teacher with padding rows).
         swap: two ids whose logits change places (a teacher with another end token).
-        chunk_size: tokens whose logits exist at once; None takes about 64 MiB.
+        chunk_size: tokens whose logits exist at once; None: see ``auto_chunk_size``.
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
