@@ -5,8 +5,9 @@ that intermediate results stay in the processor's cache: on one core, scoring a 
 V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
 into one or two passes over the chunk.
 
-We compile these functions instead of calling the kernels of Liger or cut-cross-entropy. Those return
-a loss or a log-probability, but no entropy, top token or divergence with it, and run on a GPU only.
+We compile these functions instead of calling the kernels of Liger or cut-cross-entropy. These
+return a loss or a log-probability, but no entropy, top token or divergence with it, and run on a
+GPU only.
 """
 
 from __future__ import annotations
