@@ -109,9 +109,9 @@ class TokenScores(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` applied to every field that is not None."""
         logprobs, *rest, other = self
-        changed = (None if value is None else function(value) for value in rest)
+        entropy, best, at, gap, tail = (None if x is None else function(x) for x in rest)
         further = None if other is None else other.map(function)
-        return TokenScores(function(logprobs), *changed, other=further)
+        return TokenScores(function(logprobs), entropy, best, at, gap, tail, further)
 
 
 class Other(NamedTuple):
@@ -288,9 +288,10 @@ def _asked(
             if torch.is_grad_enabled()
             else score(*chunk)
         )
-    logprobs, *rest = zip(*parts, strict=True)
-    joined = (None if c[0] is None else torch.cat(c) for c in rest)
-    return TokenScores(torch.cat(logprobs), *joined)
+    fields = zip(*(part[:-1] for part in parts), strict=True)
+    logprobs, *rest = (None if c[0] is None else torch.cat(c) for c in fields)
+    assert logprobs is not None, "always computed"
+    return TokenScores(logprobs, *rest)
 
 
 def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.losses.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
-    Divergence,
     Head,
     Loss,
     Other,
