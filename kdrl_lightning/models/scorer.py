@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.losses.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
-    Divergence,
     Head,
     Loss,
     Other,
@@ -48,7 +48,7 @@ class Scorer(nn.Module):
         model: a transformers causal language model.
         vocab_size: use only the first rows of the head (a teacher with padding rows).
         swap: two ids whose logits change places (a teacher with another end token).
-        chunk_size: tokens whose logits exist at once; None takes about 64 MiB.
+        chunk_size: tokens whose logits exist at once; None: see ``auto_chunk_size``.
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
