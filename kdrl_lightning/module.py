@@ -316,7 +316,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         parameters = list(self._student().parameters())
         norm = self.nonfinite.check(parameters, self._stats.loss, self.trainer.global_step)
         skipped = float(self.nonfinite.skipped)
-        self.log_step({"policy/grad_norm": float(norm), "policy/skipped_steps": skipped})
+        self.log_step({"policy/grad_norm": norm, "policy/skipped_steps": skipped})
 
     def configure_gradient_clipping(
         self,

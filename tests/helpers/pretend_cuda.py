@@ -151,6 +151,8 @@ class _Functions(TorchFunctionMode):
             return to_card(torch.tensor(*args[1:], **{**kwargs, "device": "cpu"}))
         if func is torch.Tensor.cuda:
             return to_card(args[0])
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         place = kwargs.get("device")
         if func is torch.Tensor.to:
             given = [a for a in args[1:] if isinstance(a, torch.device | str)]

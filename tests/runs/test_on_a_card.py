@@ -23,7 +23,7 @@ from kdrl_lightning.tiny import TinyModel
 
 # How often the host may wait for the card: in a micro-batch with its share of an optimizer step,
 # and in a decode step of the transformers engine.
-PER_MICRO_BATCH = 4.0
+PER_MICRO_BATCH = 3.0
 PER_DECODE_STEP = 2.0
 
 pytestmark = pytest.mark.filterwarnings("ignore")
