@@ -49,6 +49,7 @@ from kdrl_lightning.trainer.group_checks import (
     check_policy,
     check_teacher_completions,
 )
+from kdrl_lightning.trainer.strategies import end_children
 from kdrl_lightning.untyped import State
 
 # Up to this number, all evaluation prompts are checked before the run and kept with their ids.
@@ -168,10 +169,14 @@ class RolloutDataModule(pl.LightningDataModule):
         self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may set one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
+        longest = self.evaluation.longest
         if stage == "fit":
-            sets = [self._set_up_training(), *sets]
+            training = self._set_up_training()
+            sets = [training, *sets]
+            longest = max(longest, training.bound + self.rollout.max_tokens)
+        module = self.live.module
+        self.rollout_engine.prepare(module.student_path, longest, module.device)
         if any(not isinstance(row["prompt"], str) for prompts in sets for row, _ in prompts.sample):
-            module = self.live.module
             warn_of_turn_end(module.end_tokens, module.tokenizer, module.student_path)
             warn_of_ignored((row for s in sets for row, _ in s.sample), module.tokenizer)
         self.rewards.start()
@@ -194,6 +199,9 @@ class RolloutDataModule(pl.LightningDataModule):
             refused = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
             rules = replace(rules, refused=[*rules.refused, *refused])
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
+        if share.count and teacher is not None and teacher.model_name:
+            longest = prompts.bound + settings.max_tokens
+            share.engine.prepare(teacher.model_name, longest, module.device)
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
         check_completions(objective, settings, share, self.rewards.reward)
@@ -212,6 +220,10 @@ class RolloutDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End the reward's processes."""
         self.rewards.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that would wait for this one, after the student was saved."""
+        end_children(self.trainer.strategy, exception)
 
     def train_dataloader(self) -> IndexLoader:
         """Return indices of micro-batches within their optimizer step."""

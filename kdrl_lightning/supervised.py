@@ -21,6 +21,7 @@ from kdrl_lightning.rollout.policy import Policy, Tokenizer
 from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.trainer.checks import overfit_batches
+from kdrl_lightning.trainer.strategies import end_children
 from kdrl_lightning.untyped import Row
 
 # `Any`: a sequence's index is a number or a slice, and Lightning's batches.
@@ -159,6 +160,11 @@ class SupervisedDataModule(pl.LightningDataModule):
                 f"{micro}."
             )
         self._repeat = batches // micro
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that would wait for this one, after the student was saved."""
+        assert self.trainer is not None
+        end_children(self.trainer.strategy, exception)
 
     def train_dataloader(self) -> IndexLoader:
         """Return a loader of micro-batch indices within the optimizer step."""

@@ -135,6 +135,18 @@ class Mutation(NamedTuple):
     new: str
 
 
+VLLM_PROCESS = "engines/vllm/process.py", "engines/vllm/test_process.py"
+VLLM_PUSH = "models/weights.py", "engines/vllm/test_prepare.py"
+VLLM_ROOM = "engines/vllm/room.py", "engines/vllm/test_prepare.py"
+FAILING_RANK = "distributed.py", "engines/test_failing_rank.py"
+FAILING_PUSH = "engines/weight_transport.py", "engines/test_failing_rank.py"
+NARROW_ENGINE = "engines/transformers_engine.py", "engines/test_compute_type.py"
+BUDGET = "engines/cache_budget.py", "engines/test_compute_type.py"
+OFFLOAD = "teachers/offload.py", "teachers/test_offload.py"
+LOADING_DEVICE = "models/sharding.py", "models/test_loading_devices.py"
+CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
+GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
+DEVICES = "trainer/devices.py", "trainer/test_devices.py"
 SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
 REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
 YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
@@ -1407,7 +1419,10 @@ MUTATIONS = [
     Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
     Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
-        "plan: a teacher that waits is run", PLAN, "    if not waits.teacher:\n", "    if True:\n"
+        "plan: a teacher that waits is run",
+        PLAN,
+        "return batch if waits.teacher else _scored(",
+        "return _scored(",
     ),
     Mutation(
         "plan: the first update's scores lost",
@@ -2000,6 +2015,86 @@ MUTATIONS = [
         "known = known[:context]",
     ),
     Mutation(
+        "vLLM: the engine is on the GPU of another index",
+        VLLM_PROCESS,
+        '"LOCAL_RANK": str(local)}',
+        '"LOCAL_RANK": str(rank)}',
+    ),
+    Mutation(
+        "vLLM: the end of an engine ends the trainer's group",
+        VLLM_PROCESS,
+        "(group is not None or owned)",
+        "(group is not None or not owned)",
+    ),
+    Mutation(
+        "vLLM: the matmul precision stays vLLM's",
+        VLLM_PROCESS,
+        "precision()\n            random",
+        "random",
+    ),
+    Mutation("push: small tensors are rounded, too", VLLM_PUSH, "tensor.numel() < LARGE or ", ""),
+    Mutation(
+        "vLLM: a share without room is taken",
+        VLLM_ROOM,
+        "if needed <= share * total:",
+        "if needed <= total:",
+    ),
+    Mutation(
+        "ranks: a failure elsewhere is not heard",
+        FAILING_RANK,
+        "    if reason is not None:\n        raise TrainingStopped(reason)",
+        "    if reason is None:\n        return",
+    ),
+    Mutation(
+        "push: a failing rank leaves the gathering to the others",
+        FAILING_PUSH,
+        "            for _ in tensors:  # reading",
+        "            for _ in ():  # reading",
+    ),
+    Mutation(
+        "transformers engine: a rounded copy is called exact",
+        NARROW_ENGINE,
+        "self.exact = not weights.narrower",
+        "self.exact = True",
+    ),
+    Mutation(
+        "transformers engine: autocast acts on the copy",
+        NARROW_ENGINE,
+        " and self._replica is None\n",
+        "\n",
+    ),
+    Mutation(
+        "transformers engine: the budget is one row short",
+        BUDGET,
+        "self.max_tokens // length for",
+        "(self.max_tokens - 1) // length for",
+    ),
+    Mutation("teacher: offloaded weights travel again", OFFLOAD, "self._lent = True", "pass"),
+    Mutation(
+        "loading: on the default device",
+        LOADING_DEVICE,
+        'torch.device("cpu"):\n        scorer = N',
+        "torch.no_grad():\n        scorer = N",
+    ),
+    Mutation(
+        "clipping: the algorithm is forgotten",
+        CLIPPING,
+        "GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)",
+        "GradClipAlgorithmType.NORM",
+    ),
+    Mutation(
+        "fsdp2: gradients are reduced in every micro-batch",
+        GRADIENT_SYNC,
+        "set_requires_gradient_sync(False,",
+        "set_requires_gradient_sync(True,",
+    ),
+    Mutation(
+        "devices: the first index after the last is taken",
+        DEVICES,
+        "highest >= found",
+        "highest > found",
+    ),
+    Mutation(
         "vLLM: an installed package is called missing",
         VLLM_ERRORS,
         "import_failed and package and find_spec(package) is None",
@@ -2229,6 +2324,36 @@ MUTATIONS = [
         "texts = list[str]()",
     ),
     Mutation(
+        "settings: an empty group of no setting",
+        ("cli/settings/empty.py", "cli/settings/test_dropped.py"),
+        "if not held and name:",
+        "if held and name:",
+    ),
+    Mutation(
+        "settings: 0x10 is a precision",
+        ("cli/settings/unions.py", "cli/settings/test_dropped.py"),
+        "if any(isinstance(one, bool) for one in choices):",
+        "if any(isinstance(one, int) for one in choices):",
+    ),
+    Mutation(
+        "settings: a flag before its file is no matter",
+        ("cli/settings/overlaid.py", "cli/settings/test_dropped.py"),
+        "if _at(settings, flag[2:]) is not None:",
+        "if _at(settings, flag) is not None:",
+    ),
+    Mutation(
+        "prompts: a template may lose a message",
+        ("prompts/turns.py", "prompts/test_templates.py"),
+        'turn["role"] not in ("system", "developer", "user")',
+        'turn["role"] in ("system", "developer", "user")',
+    ),
+    Mutation(
+        "prompts: one end token closes a prompt",
+        ("prompts/encoding.py", "prompts/test_templates.py"),
+        'known = {getattr(tokenizer, "eos_token_id", None), *ends}',
+        'known = {getattr(tokenizer, "eos_token_id", None)}',
+    ),
+    Mutation(
         "answers: numbers of a CSV lose their form",
         ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
         "return repr(float(cell)) != cell",
@@ -2272,7 +2397,12 @@ MUTATIONS = [
         "if is_spec(previous)",
     ),
     Mutation("settings: quoted null is none", SHAPES, "not isinstance(val, Text) and val", "val"),
-    Mutation("settings: a number is none", SHAPES, " and member is not NoneType) or", ") or"),
+    Mutation(
+        "settings: a number is none",
+        SHAPES,
+        "leaf = member in LEAVES and member is not NoneType",
+        "leaf = member in LEAVES",
+    ),
     Mutation(
         "settings: any name beside a class",
         SHAPES,

@@ -120,8 +120,9 @@ the run or are left out. vLLM uses longrope's long embedding for all rows if `ma
 above the change; its log-probabilities of shorter rows then differ from the scorer's, and a warning
 says so.
 
-vLLM's code for some types needs torchvision or numba, which these cells were made without. With
-both, `gemma3` and `gemma4` give "yes", and ... in bfloat16.
+vLLM's code for some types imports torchvision or numba, which these cells were made without. With
+torchvision 0.28, `gemma3` gives "yes", and `qwen3_5_text` "yes, in bfloat16", 0.06 apart on
+average.
 
 `python -m benchmarks.architectures.run` makes this table; `tests/models/architectures` and
 `tests/engines/vllm` test a part of it.

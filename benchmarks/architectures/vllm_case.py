@@ -86,7 +86,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**LATENT, "first_k_dense_replace": 1},
     "glm_moe_dsa": INDEXED,
     "granitemoehybrid": {"mamba_n_heads": 8},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True},
+    "hy_v3": {
+        "first_k_dense_replace": 1,
+        "expert_hidden_dim": 32,
+        **dict.fromkeys(["route_norm", "qk_norm"], True),
+    },
     "hy_v4": {"index_head_dim": 64},
     "lfm2": {"conv_dim": 128, "block_dim": 128},
     "lfm2_moe": {"conv_dim": 128},
@@ -108,7 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "swa_num_key_value_heads": 2,
         "swa_head_dim": 32,
     },
-    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "qwen4_exp": {"text_config": {"indexer_head_dim": 32}},
     "qwen4_exp_text": {"indexer_head_dim": 32},
     "youtu": LATENT,
@@ -285,7 +289,8 @@ def results() -> dict[str, str]:
 def record(family: str, result: str) -> None:
     """Add a cell to the recorded ones."""
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(dict(sorted({**results(), family: result}.items())), indent=1))
+    cells = dict(sorted({**results(), family: result}.items()))
+    RESULTS.write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

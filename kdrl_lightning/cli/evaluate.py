@@ -33,6 +33,7 @@ from kdrl_lightning.evaluation.table import by_set, markdown_table
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
+from kdrl_lightning.trainer.devices import check_devices
 
 # Settings of a training configuration that are switched off; a flag can switch them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -88,9 +89,8 @@ def evaluate(args: Sequence[str]) -> None:
     config = parser.parse_args(pruned(args))
     refuse_empty_groups(config, parser.get_defaults())
     require_seed(config.seed_everything)
-    notes = take_notes()
-    for note in notes if rank_zero_only.rank == 0 else ():
-        print(f"note: {note}", flush=True)
+    for note in take_notes():
+        first_rank_prints(f"note: {note}")
     if not config.models:
         raise ConfigurationError(
             "`models` must name at least one model: got none. Give `--models.NAME PATH`."
@@ -129,6 +129,12 @@ def evaluate(args: Sequence[str]) -> None:
     print(f"\n{table}\n\nwritten to {folder}/evaluation.json and evaluation.md")
 
 
+@rank_zero_only
+def first_rank_prints(line: str) -> None:
+    """Print a line on the first rank."""
+    print(line, flush=True)
+
+
 def evaluate_one(
     parser: OneLineParser, config: Namespace, name: str
 ) -> tuple[dict[str, dict[str, float]], RolloutDataModule, Trainer]:
@@ -136,9 +142,10 @@ def evaluate_one(
     with seeded(config):
         made = parser.instantiate_classes(config)
     seed_everything(as_seed(config.seed_everything), verbose=False)
+    check_devices(made.trainer.get("accelerator"), made.trainer.get("devices"))
     try:
         trainer = Trainer(**made.trainer)
-    except (ValueError, RuntimeError, TypeError) as error:  # as in training
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:  # as in training
         raise ConfigurationError(str(error)) from error
     source = made.models[name]
     if isinstance(source, str) and is_checkpoint(source):

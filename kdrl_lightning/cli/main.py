@@ -36,6 +36,7 @@ from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.trainer.devices import check_devices
 from kdrl_lightning.trainer.protocols import RolloutData, TrainedModule
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1
@@ -169,7 +170,7 @@ class KDRLCLI(LightningCLI):
         """Build the trainer; report what Lightning refuses as the user's mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, ImportError) as error:
             raise ConfigurationError(str(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
@@ -177,6 +178,7 @@ class KDRLCLI(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, FSDPCheckpoint)]
         if self._get(self.config, "profile"):
             callbacks = [StepProfile(), *callbacks]
+        check_devices(config.get("accelerator"), config.get("devices"))
         return super()._instantiate_trainer(config, callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:

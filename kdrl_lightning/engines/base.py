@@ -109,6 +109,18 @@ class RolloutEngine(ABC):
         """
         return []
 
+    def prepare(self, path: str, longest: int, device: torch.device) -> None:  # noqa: B027
+        """Learn what a run will ask, and check it; called before anything is loaded.
+
+        Args:
+            path: folder or hub name of the model.
+            longest: longest prompt and completion together, in tokens.
+            device: the device of the model on this rank.
+
+        Raises:
+            ConfigurationError: the engine cannot do it there. Most engines raise nothing.
+        """
+
     @abstractmethod
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int

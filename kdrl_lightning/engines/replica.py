@@ -1,4 +1,4 @@
-"""A whole copy of a sharded model, on every rank."""
+"""A whole copy of a model on every rank, in the type that the trainer computes in."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 @torch.no_grad()
 def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
-    """Return a plain copy of a sharded model; all ranks must call it.
+    """Return a plain copy of a model in its computing type; all ranks must call it.
 
     We gather one tensor at a time, so a rank holds the copy and at most one tensor twice.
 
     Args:
-        weights: weights of the sharded model.
+        weights: weights of the model.
         replica: an earlier copy to fill again; None builds one on this rank's device.
 
     Raises:
         RuntimeError: the copy has parameters that the model lacks.
     """
     if replica is None:
-        replica = empty_causal_lm(weights.model, _device(weights))
+        dtype = weights.compute_dtype if weights.narrower else None
+        replica = empty_causal_lm(weights.model, _device(weights), dtype)
     into = dict(replica.named_parameters(remove_duplicate=False))
-    for name, tensor in weights.named_tensors():
+    for name, tensor in weights.named_tensors(replica.dtype):
         into.pop(name).copy_(tensor)
     if into:
         raise RuntimeError(f"the sharded model has no weights for {sorted(into)} of its copy")
@@ -39,6 +40,9 @@ def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
 
 
 def _device(weights: ModelWeights) -> torch.device:
+    if not weights.sharded:
+        own: torch.device = next(weights.model.parameters()).device
+        return own
     mesh = next(p.device_mesh for p in weights.model.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())

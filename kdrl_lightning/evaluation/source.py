@@ -79,6 +79,11 @@ class EvaluationSource:
             self._sets.append((one, encode(one.prompts, name, one.sampling.max_tokens)))
         return [prompts for _, prompts in self._sets]
 
+    @property
+    def longest(self) -> int:
+        """Longest prompt and completion together, in tokens; 0 without sets."""
+        return max((p.bound + one.sampling.max_tokens for one, p in self._sets), default=0)
+
     def refused(self, limits: Callable[[int], list[tuple[range, str]]]) -> str:
         """Return why a prompt of the first set cannot be sampled; empty if all can.
 

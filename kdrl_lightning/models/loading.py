@@ -206,17 +206,20 @@ def _is_valid(generation: HFConfig) -> bool:
     return True
 
 
-def empty_causal_lm(like: HFModel, device: torch.device | str) -> HFModel:
-    """Return a model of the same class, configuration and type with uninitialised weights.
+def empty_causal_lm(
+    like: HFModel, device: torch.device | str, dtype: torch.dtype | None = None
+) -> HFModel:
+    """Return a model of the same class and configuration with uninitialised weights.
 
-    Buffers that no checkpoint holds, such as rotary frequencies, have their values.
+    Its type is ``dtype``; None takes that of ``like``. Buffers that no checkpoint holds, such as
+    rotary frequencies, have their values.
     """
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(like.config)
     with no_init_weights(), torch.device(device):
         model = type(like)._from_config(
-            config, dtype=like.dtype, attn_implementation=config._attn_implementation
+            config, dtype=dtype or like.dtype, attn_implementation=config._attn_implementation
         )
     keep_precision(model)
     model.tie_weights()

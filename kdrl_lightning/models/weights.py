@@ -24,6 +24,10 @@ from kdrl_lightning.untyped import HFModel
 
 # `Any`: layers with adapters have no common type.
 
+# Values of the smallest tensor that is narrowed for an engine: above routers, below any other
+# matrix of a model that is worth it.
+LARGE = 1 << 20
+
 
 @dataclass(frozen=True)
 class ModelWeights:
@@ -35,6 +39,7 @@ class ModelWeights:
         merged: add adapters to the weights that they adapt; else adapters are left out.
         end_token_ids: a teacher's end tokens; None takes the student's.
         vocab_size: the student's number of rows, if a teacher has more; else None.
+        compute_dtype: type that the trainer computes in; None: that of the weights.
     """
 
     model: HFModel
@@ -42,21 +47,30 @@ class ModelWeights:
     merged: bool = True
     end_token_ids: tuple[int, ...] | None = None
     vocab_size: int | None = None
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def narrower(self) -> bool:
+        """Whether the trainer computes in fewer bits than the weights have."""
+        kept = self.model.dtype
+        return self.compute_dtype is not None and self.compute_dtype.itemsize < kept.itemsize
 
     @property
     def sharded(self) -> bool:
         """Whether each rank holds a part; all ranks must then read together."""
         return any(isinstance(p, DTensor) for p in self.model.parameters())
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield Hugging Face names and weights, one at a time; tied weights under each name.
+
+        With ``dtype``, large ones are in that type, see ``narrowed``.
 
         A sharded weight is gathered on every rank and stays for as long as the caller keeps it.
         Every rank must then iterate to the end, even if it does not need the weights.
         """
         layers = adapted_layers(self.model)
         for name, tensor in self._base():
-            yield plain_name(name), self._whole(name, tensor, layers)
+            yield plain_name(name), self._whole(name, tensor, layers, dtype)
 
     def _base(self) -> list[tuple[str, Tensor]]:
         """List the weights without adapters, in the order of the plain model."""
@@ -64,14 +78,19 @@ class ModelWeights:
         base = [(name, tensor) for name, tensor in every if not is_adapter(name)]
         return sorted(base, key=lambda item: order.get(plain_name(item[0]), 0))
 
-    def stored(self) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    def stored(
+        self, dtype: torch.dtype | None = None
+    ) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
         """Return, by name, each weight and stored buffer with a function that reads it whole.
 
         The tensor is as this rank holds it. Calling the function for a sharded one is a collective.
+
+        Args:
+            dtype: type of what the functions return, see ``narrowed``; None: as it is stored.
         """
         layers = adapted_layers(self.model)
         return {
-            plain_name(name): (tensor, partial(self._whole, name, tensor, layers))
+            plain_name(name): (tensor, partial(self._whole, name, tensor, layers, dtype))
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if not is_adapter(name)
         }
@@ -118,14 +137,20 @@ class ModelWeights:
             state[plain_name(name)] = gathered[id(tensor)]
         return state
 
-    def _whole(self, name: str, tensor: Tensor, layers: dict[str, Any]) -> Tensor:
+    def _whole(
+        self,
+        name: str,
+        tensor: Tensor,
+        layers: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Gather a tensor and add its adapter's update, if adapters are merged."""
-        whole = full_tensor(tensor.detach())
         layer = layers.get(name) if self.merged else None
         if layer is None:
-            return whole
+            return full_tensor(narrowed(tensor.detach(), dtype))  # half the bytes travel
+        whole = full_tensor(tensor.detach())
         parts = (full_tensor(p[ADAPTER].weight.detach()) for p in (layer.lora_A, layer.lora_B))
-        return add_update(layer, whole, *parts)
+        return narrowed(add_update(layer, whole, *parts), dtype)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of the configuration and every tensor; takes about a second per GB."""
@@ -149,6 +174,23 @@ class ModelWeights:
             some = flat[:: max(1, len(flat) // 4096)].bfloat16().view(torch.int16)
             digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
         return digest.hexdigest()
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in a narrower type, or unchanged if it is not wider or not large.
+
+    Norms, biases and routers of experts stay as they are: they are small, and engines may keep them
+    in 32 bits.
+
+    Args:
+        tensor: of any type.
+        dtype: the type of an engine; None changes nothing.
+    """
+    if dtype is None or not (tensor.is_floating_point() and tensor.dim() > 1):
+        return tensor
+    if tensor.numel() < LARGE or dtype.itemsize >= tensor.dtype.itemsize:
+        return tensor
+    return tensor.to(dtype)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -135,6 +135,11 @@ class PromptSet(Sequence[EncodedPrompt]):
         """Number of tokens of the longest checked prompt."""
         return max(len(ids) for _, ids in self.sample)
 
+    @property
+    def bound(self) -> int:
+        """Most tokens that a prompt may have, also one that is not checked yet."""
+        return self.longest if self.whole else int(min(self.rules.limit, 1 << 30))
+
     def limit(self, limit: int | None, why: str) -> None:
         """Lower the maximum length from now on; the caller ensures that checked prompts fit.
 

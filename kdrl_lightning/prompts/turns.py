@@ -161,7 +161,8 @@ def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
         content = turn.get("content")
         if turn["role"] not in ("system", "developer", "user") or not isinstance(content, str):
             continue
-        if any(" ".join(part.split()) not in words for part in SWITCH.split(content)):
+        kept = all(" ".join(part.split()) in words for part in SWITCH.split(content))
+        if not kept and json.dumps(content)[1:-1] not in text:  # some templates write JSON
             raise ConfigurationError(
                 f"the chat template must render every message as it is: got {text!r:.80} without "
                 f"message {number} ({turn['role']}), {content!r:.60}. Fix the template, or remove "

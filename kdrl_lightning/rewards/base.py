@@ -72,7 +72,7 @@ class TaskReward(ABC):
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
         """Judge several samples; the result of one that fails is its exception."""
-        return [_attempt(self, sample) for sample in samples]
+        return [attempt(self, sample) for sample in samples]
 
     def answer(self, sample: Sample) -> str | None:
         """Return the answer that majority@k compares: the extraction behind the verdict.
@@ -141,7 +141,7 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
         except Exception as error:
             return [error] * len(samples)
     else:
-        results = [_attempt(reward, sample) for sample in samples]
+        results = [attempt(reward, sample) for sample in samples]
     return [_checked(result) for result in results]
 
 
@@ -161,11 +161,14 @@ def walk(reward: Reward) -> Iterator[Reward]:
         yield from walk(child)
 
 
-def _attempt(reward: Reward, sample: Sample) -> float | Verdict | Exception:
+def attempt(call: Callable[[Any], Any], argument: Any) -> Any:
+    """Return the result of a call, or its exception; ``sys.exit`` in it does not end the run."""
     try:
-        return reward(sample)
+        return call(argument)
     except Exception as error:
         return error
+    except SystemExit as error:
+        return RuntimeError(f"it called sys.exit({error.code})")
 
 
 def _checked(result: Any) -> Verdict | Exception:

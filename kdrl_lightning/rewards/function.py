@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
+from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict, attempt
 from kdrl_lightning.rewards.callables import require_callable
 from kdrl_lightning.rewards.processes.workers import WorkerPool
 
@@ -72,10 +72,4 @@ class RewardFunction(BatchReward):
     def _map(self, arguments: list[Any]) -> list[Any]:
         if self.pool is not None:
             return self.pool.map(arguments)
-        results = []
-        for argument in arguments:
-            try:
-                results.append(self.function(argument))
-            except Exception as error:
-                results.append(error)
-        return results
+        return [attempt(self.function, argument) for argument in arguments]

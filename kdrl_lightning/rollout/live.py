@@ -31,6 +31,8 @@ from kdrl_lightning.rollout.policy import Policy, Run
 from kdrl_lightning.rollout_batch import STUDENT
 
 Groups = list[list[Completion]]
+# Types that a trainer with wider weights computes in, by its precision.
+COMPUTING = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class LiveSampler:
             ConfigurationError: the engine's first log-probabilities disagree with the student's.
         """
         started = time.perf_counter()
+        computing = COMPUTING.get(str(self.trainer.precision))
+        weights = replace(weights, compute_dtype=computing)
         first = engine.version is None
         compares = first and engine.compared and weights.model is self.module.weights().model
         # Lightning evaluates in inference mode by default. What an engine allocates there could

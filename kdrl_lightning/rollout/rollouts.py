@@ -87,8 +87,13 @@ class RolloutSource:
         if self._teacher_seconds is None:
             self._teacher_seconds = self.teacher_seconds  # after a resume the checkpoint's
         if self.plan is None or self.plan.rollout != rollout:
-            self.plan = None  # free the old one before the new one is made
+            module = self.live.module
+            # Free the old one, and teachers that its updates ran, before the new one is made.
+            self.plan = None
+            module.frozen.release()
             self.plan = self._make(rollout) if not update else self._resumed(rollout)
+            if module.objective.divergence is None:
+                module.frozen.release()  # the updates do not run them
         return self.plan.micro_batch(update, micro)
 
     def probe(self) -> RolloutBatch:

@@ -86,6 +86,9 @@ class Teacher(ABC):
     def load(self, device: torch.device) -> None:
         """Load the weights; a second call only moves them."""
 
+    def release(self) -> None:  # noqa: B027
+        """Free the device memory that only scoring needs; the next ``score`` takes it again."""
+
     @abstractmethod
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Return log-probabilities of the sampled tokens, at the batch's temperature.

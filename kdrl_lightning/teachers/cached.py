@@ -134,6 +134,10 @@ class CachedTeacher(Teacher):
         if self._database is None:
             self._database = _open(Path(self.path))
 
+    def release(self) -> None:
+        """Free the device memory of the wrapped teacher."""
+        self.teacher.release()
+
     def route(self, row: Mapping[str, Any]) -> int:
         """Return the wrapped teacher's route."""
         return self.teacher.route(row)

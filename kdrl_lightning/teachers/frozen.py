@@ -104,6 +104,11 @@ class FrozenModels:
         for model in self._models():
             model.load(device)
 
+    def release(self) -> None:
+        """Free the device memory that only scoring needs."""
+        for model in self._models():
+            model.release()
+
     def route(self, row: Mapping[str, Any]) -> int:
         """Return which of several teachers scores the completions of a prompt row."""
         return 0 if self._teacher is None else self._teacher.route(row)

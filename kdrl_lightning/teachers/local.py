@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from kdrl_lightning.models.sharding import Sharding, load_scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.offload import OffloadedWeights
 from kdrl_lightning.teachers.tokenizers import compare
 
 # `Any`: transformers has no type that all tokenizers share.
@@ -36,9 +35,11 @@ class LocalTeacher(Teacher):
     Args:
         model: a Hugging Face folder, hub name, or model source.
         dtype: torch dtype name of the weights; ``auto`` takes the checkpoint's.
-        offload: keep the weights on the CPU and move them to the device for scoring: layer by
-            layer under fsdp2, else all at once. An offloaded teacher that is not sharded samples
-            slowly.
+        offload: keep the weights on the CPU and copy them to the device for scoring: layer by
+            layer under fsdp2, else all at once, once per rollout. All offloaded teachers of a
+            rollout are then on the device together. A teacher whose whole distribution the updates
+            read stays there until the next rollout. An offloaded teacher that is not sharded
+            samples slowly.
         translate_end_token: if teacher and student end with different tokens (a chat teacher with
             ``<|im_end|>``, a base student with ``<|endoftext|>``), swap the two tokens in the
             teacher's scores, so that its end token counts as the student's.
@@ -69,6 +70,7 @@ class LocalTeacher(Teacher):
         self._ends: tuple[int, int] | None = None  # student's and teacher's, if they differ
         self._end_token_ids: tuple[int, ...] = ()
         self._device = torch.device("cpu")
+        self._offloaded: OffloadedWeights | None = None
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
@@ -132,8 +134,15 @@ class LocalTeacher(Teacher):
             )
         if self._sharding is not None and not self._scorer.sharded:
             self._sharding.shard(self._scorer, self.offload)
-        if not self._scorer.sharded:
-            self._scorer.to("cpu" if self.offload else device)
+        if self.offload and not self._scorer.sharded:
+            self._offloaded = self._offloaded or OffloadedWeights(self._scorer)
+        elif not self._scorer.sharded:
+            self._scorer.to(device)
+
+    def release(self) -> None:
+        """Free the device's copy of offloaded weights."""
+        if self._offloaded is not None:
+            self._offloaded.take_back()
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
@@ -143,15 +152,13 @@ class LocalTeacher(Teacher):
             TrainingStopped: student or teacher has no row for a token; see ``accept``.
         """
         self.accept(batch)
-        with self._at_hand() as scorer:
-            return scorer.score(batch, top_k=1, topk_ids=topk_ids)
+        return self._at_hand().score(batch, top_k=1, topk_ids=topk_ids)
 
     @torch.no_grad()
     def states(self, batch: RolloutBatch) -> Other:
         """Return the hidden states of one forward pass, and the head."""
         self.accept(batch)
-        with self._at_hand() as scorer:
-            return scorer.states(batch)
+        return self._at_hand().states(batch)
 
     def accept(self, batch: RolloutBatch) -> None:
         """Refuse token ids for which only one of the two models has a row.
@@ -190,16 +197,12 @@ class LocalTeacher(Teacher):
     def _swap(self) -> tuple[int, int] | None:
         return self._ends if self.translate_end_token else None
 
-    @contextmanager
-    def _at_hand(self) -> Iterator[Scorer]:
-        """Move offloaded weights to the device while a pass runs; FSDP2 moves sharded ones."""
+    def _at_hand(self) -> Scorer:
+        """Return the model with offloaded weights on the device; FSDP2 moves sharded ones."""
         scorer = self._loaded()
-        moves = self.offload and not scorer.sharded
-        try:
-            yield scorer.to(self._device) if moves else scorer
-        finally:
-            if moves:
-                scorer.to("cpu")
+        if self._offloaded is not None:
+            self._offloaded.lend(self._device)
+        return scorer
 
     def _loaded(self) -> Scorer:
         if self._scorer is None:

@@ -108,6 +108,11 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.load(device)
 
+    def release(self) -> None:
+        """Free the device memory of every teacher."""
+        for teacher in self.teachers.values():
+            teacher.release()
+
     def route(self, row: Mapping[str, Any]) -> int:
         """Return the index of the teacher that the row names.
 

@@ -55,22 +55,20 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
             f"`accumulate_grad_batches` must be at most {rows}, the completions of one "
             f"optimizer step on one process: got {accumulate}. Lower it."
         )
-    limits = {
-        "limit_train_batches": trainer.limit_train_batches,
-        "overfit_batches": overfit_batches(trainer),
-    }
-    for name, limit in limits.items():
-        batches = limited(length, limit)
-        if name == "limit_train_batches" and not batches:
-            raise ConfigurationError(
-                f"`{name}` must leave at least one of {length} batches to train on: got {limit}. "
-                "Raise it, or use the subcommand `validate`."
-            )
-        if batches % accumulate:
-            raise ConfigurationError(
-                f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "
-                f"{limit}, which is {batches} of {length}. Give a multiple."
-            )
+    # Lightning copies `overfit_batches`, if it is set, to the other limits.
+    name = "overfit_batches" if overfit_batches(trainer) else "limit_train_batches"
+    limit = overfit_batches(trainer) or trainer.limit_train_batches
+    batches = limited(length, limit)
+    if batches % accumulate:
+        raise ConfigurationError(
+            f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "
+            f"{limit}, which is {batches} of {length}. Give a multiple."
+        )
+    if not batches:
+        raise ConfigurationError(
+            f"`{name}` must leave an optimizer step to train: got {limit}, which is 0 of {length} "
+            f"micro-batches. Set it to {accumulate} or more."
+        )
 
 
 def check_callbacks(trainer: Trainer) -> None:

@@ -45,9 +45,9 @@ def check_validated(trainer: pl.Trainer) -> None:
 def warn_of_late_validation(trainer: pl.Trainer) -> None:
     """Warn if a run ends before the first validation for which a callback waits."""
     last = trainer.max_steps * trainer.accumulate_grad_batches
-    if trainer.max_steps < 0 or not trainer.is_global_zero:
+    first = trainer.val_check_batch  # None: there is no validation, or it goes by the clock
+    if first is None or trainer.max_steps < 0 or not trainer.is_global_zero:
         return
-    first = trainer.val_check_batch
     if trainer.check_val_every_n_epoch is not None:
         first += (trainer.check_val_every_n_epoch - 1) * trainer.num_training_batches
     for callback in callbacks_of(trainer):

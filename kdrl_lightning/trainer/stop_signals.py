@@ -1,4 +1,4 @@
-"""Stops a run on SIGTERM or Ctrl-C, on all ranks at the end of the same optimizer step."""
+"""Stops a run on SIGTERM, SIGHUP or Ctrl-C, on all ranks at the end of the same optimizer step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from torch import Tensor
 
 from kdrl_lightning.errors import Interrupted
 
-NAMES = {int(signal.SIGTERM): "SIGTERM", int(signal.SIGINT): "Ctrl-C"}
+NAMES = {
+    int(signal.SIGTERM): "SIGTERM",
+    int(signal.SIGINT): "Ctrl-C",
+    int(signal.SIGHUP): "SIGHUP",  # the terminal was closed
+}
 NOTICE = b"\nCtrl-C: saving after this optimizer step; press it again to stop at once\n"
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
-    """Records SIGTERM and Ctrl-C until the ranks ask for them; a second Ctrl-C stops at once.
+    """Records SIGTERM, SIGHUP and Ctrl-C until the ranks ask; a second Ctrl-C stops at once.
 
     It replaces Lightning's handlers, one of which runs a collective inside the signal handler.
 
@@ -43,6 +47,8 @@ class StopSignals:
         self._number, self._speaks = 0, speaks
         if threading.current_thread() is threading.main_thread():
             for number in NAMES:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # `nohup`
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def agreed(self, reduce: Callable[[Tensor, str], Tensor]) -> int:
@@ -73,4 +79,15 @@ class StopSignals:
             raise KeyboardInterrupt(f"stopped at once by Ctrl-C: {self._last_words()}")
         if number == signal.SIGINT and self._speaks:
             os.write(2, NOTICE)  # the signal may have interrupted a print
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self._number = number
+
+
+def _leave_terminal() -> None:
+    """Send output to nowhere if it went to a terminal: writing to a closed one is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +23,7 @@ from lightning.pytorch.strategies import (
 from torch.distributed.fsdp import FSDPModule
 
 from kdrl_lightning.distributed import has_spoken
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, Interrupted
 from kdrl_lightning.models.shard_loading import load_moments
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.trainer.internals import (
@@ -33,11 +32,13 @@ from kdrl_lightning.trainer.internals import (
     on_child_failure,
     set_data_parallel_size,
 )
+from kdrl_lightning.trainer.stop_signals import NAMES as SIGNALS
 
 GRACE_S = 5.0
+WAITS_S = 15.0  # for processes that end by themselves
 # Exit codes if a signal ends a process before it handles signals itself and prints a message.
-EARLY = {-signal.SIGINT: 128 + signal.SIGINT, -signal.SIGTERM: 128 + signal.SIGTERM}
-NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+EARLY = {-number: 128 + number for number in SIGNALS}
+NAMES = {128 + number: name for number, name in SIGNALS.items()}
 REFUSED = ("fsdp", "fsdp_cpu_offload")
 
 
@@ -139,6 +140,30 @@ def end_with_children() -> None:
         os._exit(code)
 
     on_child_failure(end)
+
+
+def end_children(strategy: Strategy, error: BaseException) -> None:
+    """End the processes that Lightning's launcher started, after an error in this one.
+
+    If this process fails alone, they wait for it in a collective: with NCCL for half an hour, also
+    after this process has ended. If all fail together, they end by themselves.
+
+    Args:
+        strategy: the run's strategy.
+        error: what ends the run; after a signal all processes end by themselves.
+    """
+    children: list[Popen[bytes]] = getattr(strategy.launcher, "procs", [])
+    if not isinstance(error, Exception) or isinstance(error, Interrupted):
+        return
+    # Lightning watches this list, and would kill this process before it has said what is wrong.
+    waiting = list(children)
+    children.clear()
+    deadline = time.monotonic() + WAITS_S
+    for child in waiting:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except TimeoutExpired:
+            child.kill()
 
 
 def refuse_fsdp1(strategy: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -45,22 +46,22 @@ def _takes_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def press(times: int = 1) -> None:
+def press(times: int = 1, number: int = signal.SIGINT) -> None:
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
 
 class Presses(pl.Callback):
     """Presses Ctrl-C once a hook is called at a step."""
 
-    def __init__(self, hook: str, step: int, times: int = 1) -> None:
-        self.step, self.times = step, times
+    def __init__(self, hook: str, step: int, times: int = 1, number: int = signal.SIGINT) -> None:
+        self.step, self.times, self.number = step, times, number
         setattr(self, hook, self.act)
 
     def act(self, trainer: Any, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step:
             self.step = -1
-            press(self.times)
+            press(self.times, self.number)
 
 
 def fit(root: Path, student: str, *callbacks: pl.Callback) -> None:
@@ -100,6 +101,39 @@ def test_the_first_saves_after_the_step(
         in capfd.readouterr().err
     )
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_terminal_that_is_closed_saves_like_sigterm(tmp_path: Path, student_folder: str) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    words = r"stopped by SIGHUP after step 3: saved .*step=00000003\.ckpt\. Continue with `-"
+    with pytest.raises(Interrupted, match=words) as error:
+        fit(tmp_path, student_folder, Presses("on_before_backward", 2, number=signal.SIGHUP))
+    assert error.value.number == signal.SIGHUP and signal.getsignal(signal.SIGHUP) == before
+
+
+def test_under_nohup_the_run_goes_on(tmp_path: Path, student_folder: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(tmp_path, student_folder, Presses("on_before_backward", 2, number=signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_to_a_closed_terminal_is_dropped() -> None:
+    """The handler runs in another process, whose output is a terminal that is then closed."""
+    ours, theirs = pty.openpty()
+    code = "import os, signal\nfrom kdrl_lightning.trainer.stop_signals import StopSignals\n"
+    code += "StopSignals(str).listen(True)\nos.write(1, b'ready')\nsignal.pause()\n"
+    code += "print('x' * 9999, flush=True)\nos._exit(7)\n"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    while b"ready" not in os.read(ours, 1000):
+        pass
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    os.close(ours)
+    assert process.wait(60) == 7
 
 
 def test_a_run_that_ends_gives_the_signals_back(tmp_path: Path, student_folder: str) -> None:

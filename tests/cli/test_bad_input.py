@@ -76,6 +76,22 @@ CASES = {
         ["--trainer.accumulate_grad_batches=2", "--trainer.limit_train_batches=3"],
         "`limit_train_batches` must not cut an optimizer step of 2 micro-batches",
     ),
+    "no step": (
+        ["--trainer.limit_train_batches=0"],
+        "`limit_train_batches` must leave an optimizer step to train: got 0, which is 0 of",
+    ),
+    "a share that is no step": (
+        ["--trainer.limit_train_batches=0.001"],
+        "`limit_train_batches` must leave an optimizer step to train: got 0.001, which is 0 of",
+    ),
+    "cut step of a few batches": (
+        ["--trainer.accumulate_grad_batches=2", "--trainer.overfit_batches=3"],
+        "`overfit_batches` must not cut an optimizer step of 2 micro-batches",
+    ),
+    "a package of the precision": (
+        ["--trainer.precision=transformer-engine"],
+        "Requirement 'transformer_engine>=0.11.0' not met.",
+    ),
     "accumulation": (
         ["--trainer.accumulate_grad_batches=9"],
         "`accumulate_grad_batches` must be at most 8",

@@ -228,3 +228,27 @@ def test_metrics_survive_a_narrow_precision(tmp_path: Path, student_folder: str)
     count = values["val/accuracy"] * 300
     assert count == pytest.approx(round(count), abs=1e-4) and 0 < count < 300
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_reward_is_tried_on_a_row_of_each_set_before_training(
+    tmp_path: Path, student_folder: str
+) -> None:
+    def reward(sample: Sample) -> float:
+        return float(sample.row["answer"])
+
+    train = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}] * 4
+    val = [{"prompt": "1+1=", "answer": "two"}]  # a row of the same kind
+    data = make_data(train_prompts=train, val_prompts=val, reward=reward)
+    module = make_module(student_folder, None, GRPO())
+    words = r"`reward` must return a finite number: got ValueError.* of the row .*'answer': 'two'"
+    with pytest.raises(ConfigurationError, match=words):
+        make_trainer(tmp_path, num_sanity_val_steps=0).fit(module, datamodule=data)
+    assert data.rollouts.plan is None
+
+
+def test_no_batch_to_train_on_is_refused(tmp_path: Path, student_folder: str) -> None:
+    for limit in (0, 0.01):
+        trainer = make_trainer(tmp_path, limit_train_batches=limit)
+        words = rf"^`limit_train_batches` must leave an optimizer step to train: got {limit},"
+        with pytest.raises(ConfigurationError, match=words):
+            trainer.fit(make_module(student_folder, None, GRPO()), datamodule=make_data())

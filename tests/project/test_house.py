@@ -32,7 +32,7 @@ ALLOWED = {
     "models": FLOOR | {"losses"},
     "rewards": FLOOR,
     "prompts": FLOOR,
-    "engines": FLOOR | {"models"},
+    "engines": FLOOR | {"distributed", "models"},
     "teachers": FLOOR | {"engines", "losses", "models"},
     "checkpoints": FLOOR | {"distributed", "models", "trainer"},
     "rollout": FLOOR

@@ -56,6 +56,11 @@ def test_a_template_may_change_white_space_switches_and_old_answers(
     assert encode_prompt(tokenizer, {"prompt": [*turns, LAST]})
 
 
+def test_a_template_may_write_json() -> None:
+    tokenizer = word_tokenizer(template=CHAT.replace("m['content'] }}", "m['content'] | tojson }}"))
+    assert encode_prompt(tokenizer, {"prompt": [{"role": "user", "content": 'say "1"\n+'}]})
+
+
 def test_a_prompt_that_closes_the_turn_with_any_end_token_is_refused() -> None:
     tokenizer = word_tokenizer(template=CHAT.split("{% if add_")[0])
     assert encode_prompt(tokenizer, {"prompt": [LAST]})[-1] == 8

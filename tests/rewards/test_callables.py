@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from helpers.rewards import judged_elsewhere
 from helpers.rewards.judged_elsewhere import Judge, scaled
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import ExactMatch, RewardFailures, RewardFunction, RewardRunner, Sample
+from kdrl_lightning.rewards.base import judge
 from kdrl_lightning.rewards.callables import portable_target
 
 SAMPLE = Sample("abc", [], {"answer": "abc"})
@@ -111,3 +113,13 @@ def test_the_results_of_a_batch_are_a_list(results: Any) -> None:
     reward = RewardFunction(lambda samples: results, batch=True, time_limit_s=None)
     with pytest.raises(TypeError, match=r"^`function` must return a list for a batch: got "):
         reward.judge([SAMPLE] * 2)
+
+
+def ends_the_process(sample: Sample) -> float:
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: RewardFunction(f, time_limit_s=None)])
+def test_a_function_that_ends_the_process_only_fails(wrap: Any) -> None:
+    (error,) = judge(wrap(ends_the_process), [Sample("", [], {})])
+    assert str(error) == "it called sys.exit(3)"

@@ -79,8 +79,9 @@ def load_basic(text: str) -> Any:
 def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     """Remove the arguments that a new class lacks, and note which of the old class are lost."""
     had = _arguments(previous)
-    default = getattr(parser_or_action, "default", None)
-    by_default = is_spec(default) and default["class_path"] == previous["class_path"]
+    default: Any = getattr(parser_or_action, "default", None)
+    known = is_spec(default) and is_spec(previous)
+    by_default = known and default["class_path"] == previous["class_path"]
     had = {k: v for k, v in had.items() if not by_default or _arguments(default).get(k, had) != v}
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]

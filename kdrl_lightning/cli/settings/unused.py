@@ -59,6 +59,11 @@ def note_unused(config: Namespace, defaults: Callable[[str], object]) -> None:
             "trainer.enable_checkpointing: false",
         ),
         (
+            trainer.gradient_clip_val is None,
+            ["trainer.gradient_clip_algorithm"],
+            "trainer.gradient_clip_val: null",
+        ),
+        (
             data.val_prompts is None,
             [f"trainer.{name}" for name in TRAINER],
             "data.val_prompts: null",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -26,6 +26,7 @@ from kdrl_lightning.engines.vllm.requests import (
     limits,
     warn_of_one_rotary,
 )
+from kdrl_lightning.engines.vllm.room import check_room
 from kdrl_lightning.engines.vllm.worker import after_reload, before_reload
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.models.end_tokens import as_ids
@@ -34,7 +35,9 @@ from kdrl_lightning.models.weights import ModelWeights
 # `Any`: vLLM is optional, and type checkers skip it.
 
 CPU_CACHE_BYTES = 512 << 20
+CPU_SEQUENCES = 256
 ASLEEP = -1
+UNKNOWN = 1 << 29  # tokens: the context of a model that does not name one
 
 
 class VLLMEngine(RolloutEngine):
@@ -48,13 +51,15 @@ class VLLMEngine(RolloutEngine):
     Args:
         gpu_memory_utilization: part of the GPU's memory that the engine may take for weights and
             cache together, in (0, 1].
-        max_model_len: longest prompt and completion together, in tokens; None takes the model's
-            context.
+        max_model_len: longest prompt and completion together, in tokens; None takes the longest of
+            the run. If not all of its prompts are checked before it starts, that follows from
+            ``max_prompt_tokens``, else from the model's context.
         dtype: type of the copy; ``auto`` is bfloat16 on a GPU and the student's type on a CPU.
         sleep: on a GPU, free weights and cache between rollouts, for use by the updates.
         kv_cache_memory_bytes: size of the cache in bytes; None takes what
             ``gpu_memory_utilization`` leaves on a GPU, 512 MiB on a CPU.
-        max_sequences: completions decoded at once.
+        max_sequences: completions decoded at once; None: vLLM's number for the GPU (1024 on an
+            H100), 256 on a CPU.
         enforce_eager: switch CUDA graphs off, which starts sooner and samples slower. A CPU has
             none.
 
@@ -75,7 +80,7 @@ class VLLMEngine(RolloutEngine):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         sleep: bool = False,
         kv_cache_memory_bytes: int | None = None,
-        max_sequences: int = 256,
+        max_sequences: int | None = None,
         enforce_eager: bool = False,
     ) -> None:
         if not 0.0 < gpu_memory_utilization <= 1.0:
@@ -111,11 +116,35 @@ class VLLMEngine(RolloutEngine):
         self._running: RunningEngine | None = None
         self._made_for: tuple[str, torch.dtype] | None = None
         self._vocab_size = self.context = 0
+        self._longest: int | None = None
         self._ends: tuple[int, ...] = ()
         self._model: Any = None
         self._sampled = False
         self._options: dict[str, Any] = {}
         self._path = ""
+
+    def prepare(self, path: str, longest: int, device: torch.device) -> None:
+        """Take the longest row of the run as ``max_model_len``; see ``RolloutEngine.prepare``.
+
+        Raises:
+            ConfigurationError: ``sleep`` is set for a student on a CPU, or
+                ``gpu_memory_utilization`` leaves no room for the student's weights.
+        """
+        self._longest = longest if longest < UNKNOWN else None
+        if device.type == "cuda":
+            context = self.max_model_len or longest
+            share, cache = self.gpu_memory_utilization, self.kv_cache_memory_bytes
+            check_room(path, self._type(device, torch.float32), context, cache, share, device)
+        elif self.sleep:
+            raise ConfigurationError(
+                "`sleep` must be false for a student on a CPU: got true. Set it to false: vLLM "
+                "sleeps on GPUs only."
+            )
+
+    def _type(self, device: torch.device, student: torch.dtype) -> torch.dtype:
+        if self.dtype_name != "auto":
+            return cast(torch.dtype, getattr(torch, self.dtype_name))
+        return torch.bfloat16 if device.type == "cuda" else student
 
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
@@ -129,18 +158,18 @@ class VLLMEngine(RolloutEngine):
         """
         config = weights.model.config.get_text_config()
         self._ends, self._vocab_size = as_ids(eos_token_id), int(config.vocab_size)
-        self.context = context_of(config, self.max_model_len)
-        warn_of_one_rotary(weights.model, self.context)
+        context = context_of(config, self.max_model_len or self._longest)
         weight = next(weights.model.parameters())
         on_gpu = weight.device.type == "cuda"
         self._options = options_of(config, on_gpu)
         self._options["model_impl"] = implementation_of(config.model_type)
-        auto = torch.bfloat16 if on_gpu else weight.dtype
-        self.dtype = auto if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+        self.dtype = self._type(weight.device, weight.dtype)
         self._path = weights.path
         wanted = (weights.path, self.dtype)
-        if self._llm is not None and self._made_for == wanted:
+        if self._llm is not None and self._made_for == wanted and context <= self.context:
             return
+        self.context = context
+        warn_of_one_rotary(weights.model, context)
         close_running()
         self._llm = self._start(weights.path, weight.device)
         self._made_for = wanted
@@ -154,7 +183,7 @@ class VLLMEngine(RolloutEngine):
             ConfigurationError: vLLM cannot take the weights of this model.
             TrainingStopped: the engine has sampled before, and does not take the weights.
         """
-        tensors, reason = HubWeights(weights).tensors(), None
+        tensors, reason = HubWeights(weights, self.dtype).tensors(), None
         try:
             with self._in_one_line("take the weights"):
                 self._take(self._started(), tensors)
@@ -241,9 +270,11 @@ class VLLMEngine(RolloutEngine):
 
     def _start(self, path: str, device: torch.device) -> Any:
         on_gpu, grouped = device.type == "cuda", torch.distributed.is_initialized()
-        cache = self.kv_cache_memory_bytes
-        if cache is None and not on_gpu:
-            cache = CPU_CACHE_BYTES
+        cache, most = self.kv_cache_memory_bytes, self.max_sequences
+        if not on_gpu:
+            cache, most = cache or CPU_CACHE_BYTES, most or CPU_SEQUENCES
+        if most is not None:
+            self._options["max_num_seqs"] = most
         whole = self._in_one_line("start")
         with whole, undisturbed(device) as launcher, classes_kept() as keep:
             from vllm import LLM
@@ -256,7 +287,6 @@ class VLLMEngine(RolloutEngine):
                 generation_config="vllm",  # not the model's top-p, top-k and penalties
                 logprobs_mode="processed_logprobs",
                 max_model_len=self.context,
-                max_num_seqs=self.max_sequences,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 kv_cache_memory_bytes=cache,
                 enforce_eager=self.enforce_eager or not on_gpu,

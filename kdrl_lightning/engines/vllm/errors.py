@@ -66,8 +66,9 @@ def described(error: BaseException) -> str:
     ] or frames
     if not callers:
         return text
-    file = callers[-1].filename.rpartition("site-packages/")[2]
-    return f"{text}, at `{callers[-1].line}` ({file}:{callers[-1].lineno})"
+    place = callers[-1]
+    before, _, file = place.filename.rpartition("site-packages/")
+    return f"{text}, at `{place.line}` ({file if before else Path(file).name}:{place.lineno})"
 
 
 def short(error: BaseException) -> str:

@@ -50,10 +50,11 @@ class TransferRoute(WeightRoute):
             for _ in self._source.rest:  # the other ranks gather all weights
                 pass
         if failure is not None:
+            found = str(failure) or type(failure).__name__
             raise TrainingStopped(
-                f"the server {server.url} must take the weights by the transfer API: got "
-                f"{str(failure) or type(failure).__name__}. Resume from the last checkpoint with `transfer: false`, which sends "
-                "weights by files."
+                f"the server {server.url} must take the weights by the transfer API: got {found}. "
+                "Resume from the last checkpoint with `transfer: false`, which sends weights by "
+                "files."
             ) from failure
 
     def again(self, server: ServerClient, label: str) -> None:

@@ -23,9 +23,6 @@ BY_TRANSFORMERS = {
     "gpt_oss": "sinks, and experts with their biases",
 }
 
-# vLLM knows these classes by their names on the hub; transformers saves its own name.
-HUB_CLASS = {"phimoe": "PhiMoEForCausalLM"}
-
 # Since vLLM 0.29 a token of these architectures sees `sliding_window` tokens besides itself; with
 # transformers' masks it sees one token less.
 LONGER_WINDOW = ("cohere2", "cohere2_moe")
@@ -85,8 +82,6 @@ def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
         options["compilation_config"] = ROTARY_IN_TORCH
     if config.model_type in LONGER_WINDOW and vllm_version() >= LONGER_SINCE:
         options["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
-    if config.model_type in HUB_CLASS:
-        options["hf_overrides"] = {"architectures": [HUB_CLASS[config.model_type]]}
     return options
 
 

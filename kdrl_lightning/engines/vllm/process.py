@@ -176,7 +176,8 @@ def _matmul_precision() -> Callable[[], None]:
     try:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by torch's newer interface, which the older one cannot read
-        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        kinds: Any = torch.backends  # its types lack the newer interface
+        cuda, cpu = kinds.cuda.matmul, kinds.mkldnn.matmul
         before = cuda.fp32_precision, cpu.fp32_precision
 
         def restore() -> None:

@@ -30,6 +30,9 @@ from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
 # `Any`: bodies of requests are JSON.
+# Requests at once to a server by the student's device. On a GPU vLLM decodes up to 1024 rows; half
+# of that keeps the connections below the usual limit of 1024 open files.
+AT_ONCE = {"cuda": 512, "cpu": 128}
 
 
 class VLLMServerEngine(RolloutEngine):
@@ -51,7 +54,8 @@ class VLLMServerEngine(RolloutEngine):
             servers offer it (``serve --transfer nccl``) and the student is on a GPU.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
-        max_sequences: requests at once to each server.
+        max_sequences: requests at once to each server, each on a connection; None: 512 if the
+            student is on a GPU, else 128.
         max_model_len: longest prompt and completion together, in tokens; None takes the servers'
             limit.
 
@@ -72,10 +76,11 @@ class VLLMServerEngine(RolloutEngine):
         transfer: bool | None = None,
         timeout_s: float = 600.0,
         max_away_s: float = 120.0,
-        max_sequences: int = 128,
+        max_sequences: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
-        require_between("max_sequences", max_sequences, 1, float("inf"))
+        if max_sequences is not None:
+            require_between("max_sequences", max_sequences, 1, float("inf"))
         self.weights_folder = weights_folder
         self.transfer = transfer
         self.max_sequences = max_sequences
@@ -84,6 +89,7 @@ class VLLMServerEngine(RolloutEngine):
         self._route: WeightRoute | None = None
         self._backends: set[str] = set()
         self._label = ""
+        self._at_once = max_sequences or AT_ONCE["cpu"]
         self._vocab_size = self.context = 0
         self._ends: tuple[int, ...] = ()
 
@@ -97,6 +103,9 @@ class VLLMServerEngine(RolloutEngine):
             TrainingStopped: a server does not answer one of the ranks, or serves another model.
         """
         agreed(lambda: self._check(weights, eos_token_id))
+        if self.max_sequences is None:
+            kind = next(weights.model.parameters()).device.type
+            self._at_once = AT_ONCE.get(kind, AT_ONCE["cpu"])
 
     def _check(self, weights: ModelWeights, eos_token_id: int | Sequence[int]) -> None:
         if self.weights_folder is not None and not Path(self.weights_folder).is_dir():
@@ -155,7 +164,7 @@ class VLLMServerEngine(RolloutEngine):
         self._label = label[0]
         route = agreed(lambda: self._route_of(weights))
         try:
-            route.push(HubWeights(weights), self._servers, self._label)
+            route.push(HubWeights(weights, self.dtype), self._servers, self._label)
         except Exception as error:  # the first rank may fail alone
             failure = error
         agree(failure)
@@ -200,7 +209,7 @@ class VLLMServerEngine(RolloutEngine):
         bodies: dict[tuple[int, int], dict[str, Any]],
     ) -> list[Completion]:
         self._load(server)
-        with ThreadPoolExecutor(min(self.max_sequences, len(share))) as pool:
+        with ThreadPoolExecutor(min(self._at_once, len(share))) as pool:
             made = list(pool.map(lambda r: self._ask(server, bodies[r]), share))
         if not self._holds(server):
             raise AwayError("it was restarted while it sampled, and has other weights")

@@ -7,6 +7,7 @@ does not import vLLM.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ NAME = f"{__name__}.StudentWorker"
 
 
 def before_reload(model: Any) -> None:
-    """Make CPU kernels of experts pack the weights that arrive next.
+    """Make CPU kernels of experts pack the weights that arrive next, and name what loads them.
 
     vLLM packs weights only when it makes a kernel, and writes unpacked weights into it later. So we
-    remove the kernel before a reload.
+    remove the kernel before a reload. A reload also asks for the name of every function that loads
+    a weight; those of MiniMax M2 are partial functions, which have none.
     """
+    for parameter in model.parameters():
+        loader = getattr(parameter, "weight_loader", None)
+        if isinstance(loader, partial) and not hasattr(loader, "__name__"):
+            loader.__name__ = loader.func.__name__  # type: ignore[attr-defined]
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)

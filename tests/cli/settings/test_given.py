@@ -209,6 +209,8 @@ UNUSED = {
     "checkpoint.save_top_k": "trainer: {enable_checkpointing: false}\ncheckpoint: {save_top_k: 3}",
     "data.evaluation.samples": "data: {val_prompts: null, evaluation: {samples: 4, k: [4]}}",
     "trainer.limit_val_batches": "data: {val_prompts: null}\ntrainer: {limit_val_batches: 2}",
+    "trainer.gradient_clip_algorithm": "trainer: {gradient_clip_val: null, "
+    "gradient_clip_algorithm: value}",
     "data.teacher_completions.engine": "data: {teacher_completions: {engine: TransformersEngine}}",
 }
 

@@ -112,5 +112,5 @@ def test_evaluate_prints_its_notes_on_the_first_rank(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", int(rank))
     with pytest.raises(SystemExit):
-        main(["evaluate", "--output=a", "--output=b"])
+        main(["evaluate", "--config=rlad", "--output=a", "--output=b"])
     assert capsys.readouterr().out.count("note: `--output` is given 2 times") == count

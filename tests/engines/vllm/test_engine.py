@@ -106,5 +106,6 @@ def test_a_cache_that_stays_stops_the_run(
     monkeypatch.setattr(engine, "_start", lambda path, on_gpu: FakeLLM([]))
     weights = ModelWeights(load_causal_lm(student_folder), student_folder)
     engine.setup(weights, 1, 0)
+    engine._sampled = True  # requests of an earlier rollout hold the cache
     with pytest.raises(TrainingStopped, match="the prefix cache is still in use"):
         engine.update_weights(weights, 0)

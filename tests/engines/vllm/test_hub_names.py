@@ -68,6 +68,15 @@ def test_a_head_that_only_could_be_tied_goes_too(tmp_path: Path) -> None:
     assert torch.equal(sent["lm_head.weight"], model.lm_head.weight)
 
 
+def test_experts_that_do_nothing_send_nothing(tmp_path: Path) -> None:
+    model, folder = loaded("longcat_flash", tmp_path)  # it has 4 experts, and 2 that do nothing
+    weights = HubWeights(ModelWeights(model, str(tmp_path)))
+    sent = {name for name, _ in weights.tensors()}
+    assert [name for name, _, _ in weights.described()] == [n for n, _ in weights.tensors()]
+    idle = {name for name in folder if ".experts.4." in name or ".experts.5." in name}
+    assert idle and sent == folder.keys() - idle
+
+
 def test_at_most_a_layers_experts_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

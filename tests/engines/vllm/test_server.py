@@ -457,7 +457,7 @@ def test_a_full_disk_stops_the_push_and_keeps_the_servers_weights(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    def count(self: ModelWeights, name: str, tensor: torch.Tensor, layers: Any) -> torch.Tensor:
+    def count(self: ModelWeights, name: str, tensor: torch.Tensor, *_: Any) -> torch.Tensor:
         nonlocal taken
         taken += 1
         return tensor.detach()

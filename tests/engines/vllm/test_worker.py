@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,16 @@ def test_kernels_of_experts_on_a_cpu_are_made_anew() -> None:
         before_reload(made)
     kernels = [[m.quant_method.moe_kernel is None for m in x.children()] for x in (ours, theirs)]
     assert kernels == [[True] * 3, [False] * 3]
+
+
+def test_a_partial_function_that_loads_a_weight_gets_a_name() -> None:
+    def load(scale: float, parameter: Any, weight: Any) -> None: ...
+
+    made = model()
+    parameters: list[Any] = list(made.parameters())
+    parameters[0].weight_loader, parameters[1].weight_loader = partial(load, 2.0), load
+    before_reload(made)
+    assert [p.weight_loader.__name__ for p in parameters[:2]] == ["load", "load"]
 
 
 def test_tied_weights_are_packed_again() -> None:

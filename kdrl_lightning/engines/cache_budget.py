@@ -1,0 +1,76 @@
+"""How many rows of a length a cache of keys and values has room for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# A cache grows by a quarter when it is full.
+GROWTH = 1.25
+# Bytes per entry of the logits of a row while a token is drawn: two copies in float32, the
+# cumulative distribution in float64 for the row and for its completion, and the model's output.
+DRAW = 28
+# Of a GPU's free memory; the rest is for activations.
+SHARE = 0.5
+CPU_BYTES = 4 << 30
+CPU_SEQUENCES = 256
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of one token's keys and values in all layers, at most.
+
+    Layers with a window or a state of fixed size need less.
+
+    Args:
+        config: configuration of the model.
+        dtype: type of the cache.
+    """
+    text = config.get_text_config()
+
+    def named(*names: str) -> int:
+        return max((int(getattr(text, name, None) or 0) for name in names), default=0)
+
+    heads = named("num_key_value_heads") or named("num_attention_heads") or 1
+    width = named("head_dim", "qk_head_dim", "v_head_dim")
+    width = width or named("hidden_size") // (named("num_attention_heads") or 1)
+    return 2 * max(named("num_hidden_layers"), 1) * heads * max(width, 1) * dtype.itemsize
+
+
+class CacheBudget:
+    """Bounds the rows that are decoded at once by the memory of their cache.
+
+    Args:
+        max_tokens: tokens in the cache at once, prompts included; None: what fits half of the
+            GPU's free memory, 4 GiB on a CPU.
+        max_rows: rows at once; None: no limit on a GPU, 256 on a CPU.
+    """
+
+    def __init__(self, max_tokens: int | None, max_rows: int | None) -> None:
+        self.max_tokens = max_tokens
+        self.max_rows = max_rows
+
+    def rows(self, model: Any, lengths: list[int]) -> list[int]:
+        """Return how many rows of each length may be decoded at once, at least 1.
+
+        Args:
+            model: the model that decodes.
+            lengths: longest prompt and completion together, in tokens.
+        """
+        head = model.get_output_embeddings().weight
+        most = self.max_rows or (CPU_SEQUENCES if head.device.type == "cpu" else max(len(head), 1))
+        if self.max_tokens is not None:
+            found = [self.max_tokens // length for length in lengths]
+        else:
+            each = GROWTH * token_bytes(model.config, head.dtype)
+            memory = free_bytes(head.device)
+            found = [int(memory / (length * each + DRAW * len(head))) for length in lengths]
+        return [max(1, min(most, rows)) for rows in found]
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the memory that a cache may take on a device."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
