@@ -1379,7 +1379,7 @@ MUTATIONS = [
     Mutation(
         "shared prompts: padding is attended to",
         SHARED,
-        "None if bool(real.all()) else real.long()",
+        "real.long() if rows.unequal else None",
         "None",
     ),
     Mutation(
@@ -1475,12 +1475,12 @@ MUTATIONS = [
         "completion_ids[merged.first]",
         "completion_ids[: len(merged.first)]",
     ),
-    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None:", ":"),
+    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None  #", "  #"),
     Mutation(
         "equal rows: another row's states",
-        SCORING,
-        "place[merged.first][merged.mask]",
-        "place[: len(merged.first)][merged.mask]",
+        MERGING,
+        "merged.mask, number[merged.first]",
+        "merged.mask, number[: len(merged.first)]",
     ),
     Mutation(
         "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
@@ -1808,7 +1808,7 @@ MUTATIONS = [
     Mutation(
         "not finite: the loss not watched",
         ("metrics/nonfinite.py", WATCHED[1]),
-        ' and abs(loss) < float("inf")',
+        " and math.isfinite(loss)",
         "",
     ),
     Mutation(
