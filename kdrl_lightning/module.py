@@ -77,7 +77,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
             pass, and recompute the rest. This saves memory and takes a third more time.
         lora: train low-rank adapters in the student's linear layers instead of all its weights.
         chunk_size: tokens whose logits student and reference compute at once; None: as many as
-            fit about 64 MiB, at most 1024.
+            fit about 64 MiB, at most 1024; on CUDA 1 GiB.
 
     Attributes:
         frozen: the teacher and the reference of the run.
@@ -316,7 +316,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         parameters = list(self._student().parameters())
         norm = self.nonfinite.check(parameters, self._stats.loss, self.trainer.global_step)
         skipped = float(self.nonfinite.skipped)
-        self.log_step({"policy/grad_norm": float(norm), "policy/skipped_steps": skipped})
+        self.log_step({"policy/grad_norm": norm, "policy/skipped_steps": skipped})
 
     def configure_gradient_clipping(
         self,

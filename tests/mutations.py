@@ -35,7 +35,9 @@ POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
-CHOSEN = "losses/logprobs_backward.py", "losses/test_logprobs_backward.py"
+CHUNK = "losses/chunk_math.py", "losses/test_logprobs_backward.py"
+PRODUCTS = "losses/head_products.py", "losses/test_logprobs_backward.py"
+KNOWN_LOSS = "losses/logprobs_backward.py", "losses/test_known_loss.py"
 IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
 SELECTION = "losses/selection.py", "losses/test_selection.py"
 ADVANTAGES = "losses/advantages.py", "losses/test_advantages.py"
@@ -1206,89 +1208,151 @@ MUTATIONS = [
     # The backward pass of chosen tokens, written by hand.
     Mutation(
         "chosen: temperature multiplies",
-        CHOSEN,
+        CHUNK,
         "factor = self.scale / self.temperature\n            return logits if",
         "factor = self.scale * self.temperature\n            return logits if",
     ),
     Mutation(
         "chosen: temperature inside the soft cap",
-        CHOSEN,
+        CHUNK,
         "capped = logits.mul_(self.scale / self.softcap)",
         "capped = logits.mul_(self.scale / self.softcap / self.temperature)",
     ),
     Mutation(
         "chosen: soft cap's slope at temperature one",
-        CHOSEN,
+        CHUNK,
         "logits * (self.temperature / self.softcap)",
         "logits * (1.0 / self.softcap)",
     ),
     Mutation(
         "chosen: slope forgotten",
-        CHOSEN,
+        CHUNK,
         "table.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else table",
         "table",
     ),
     Mutation(
         "chosen: slope of the shifted logits",
-        CHOSEN,
-        "slope = ctx.transform.slope(table)",
-        "slope = ctx.transform.slope(table - log_norm[rows, None])",
+        CHUNK,
+        "slope = transform.slope(logits)",
+        "slope = transform.slope(logits - log_norm[:, None])",
     ),
-    Mutation("chosen: peak forgotten", CHOSEN, "total.log() + peak.squeeze(-1)", "total.log()"),
+    Mutation("chosen: peak forgotten", CHUNK, "total.log() + peak.squeeze(-1)", "total.log()"),
     Mutation(
         "chosen: entropy's sign",
-        CHOSEN,
-        "total.log() - shares.mul_(logits).sum(-1) / total",
-        "shares.mul_(logits).sum(-1) / total - total.log()",
+        CHUNK,
+        "total.log() - shares.mul_(shifted).sum(-1) / total",
+        "shares.mul_(shifted).sum(-1) / total - total.log()",
     ),
     Mutation(
-        "chosen: entropy of sums", CHOSEN, "mul_(logits).sum(-1) / total", "mul_(logits).sum(-1)"
+        "chosen: entropy of sums", CHUNK, "mul_(shifted).sum(-1) / total", "mul_(shifted).sum(-1)"
+    ),
+    Mutation("chosen: 0 times inf", CHUNK, "(logits - peak).clamp_(min=FLOOR)", "logits - peak"),
+    Mutation(
+        "chosen: 0 times inf backwards",
+        CHUNK,
+        "(logits - log_norm[:, None]).clamp_(min=FLOOR)",
+        "(logits - log_norm[:, None])",
     ),
     Mutation(
-        "chosen: 0 times inf", CHOSEN, "logits.sub_(peak).clamp_(min=FLOOR)", "logits.sub_(peak)"
+        "chosen: entropy's gradient not centred",
+        CHUNK,
+        "table.add_(entropy[:, None]).mul_",
+        "table.mul_",
     ),
-    Mutation("chosen: 0 times inf backwards", CHOSEN, "table.clamp_(min=FLOOR)", "pass"),
-    Mutation("chosen: entropy's gradient not centred", CHOSEN, ".add_(entropy).mul_", ".mul_"),
-    Mutation("chosen: entropy's gradient upside down", CHOSEN, "(shares).neg_()", "(shares)"),
-    Mutation(
-        "chosen: log-prob forgotten beside entropy",
-        CHOSEN,
-        "table.add_(d_logprobs)",
-        "pass",
-    ),
-    Mutation("chosen: shares' sign", CHOSEN, "table.mul_(-d_logprobs", "table.mul_(d_logprobs"),
+    Mutation("chosen: entropy's gradient upside down", CHUNK, "(shares).neg_()", "(shares)"),
+    Mutation("chosen: log-prob forgotten beside entropy", CHUNK, "table.add_(d_logprobs)", "pass"),
+    Mutation("chosen: shares' sign", CHUNK, "exp_().mul_(-d_logprobs", "exp_().mul_(d_logprobs"),
     Mutation(
         "chosen: the chosen token's own one",
-        CHOSEN,
-        "table.scatter_add_(1, ids, d_logprobs)",
+        CHUNK,
+        "table.scatter_add_(1, ids[:, None], d_logprobs)",
         "pass",
     ),
-    Mutation("chosen: bias of the last chunk", CHOSEN, "of_bias += ", "of_bias[:] = "),
-    Mutation("chosen: weight of the last chunk", CHOSEN, "of_weight += ", "of_weight[:] = "),
+    Mutation("chosen: bias of the last chunk", PRODUCTS, "self.of_bias += ", "self.of_bias[:] = "),
+    Mutation(
+        "chosen: weight of the last chunk",
+        PRODUCTS,
+        "total += left @ right",
+        "total[:] = left @ right",
+    ),
     Mutation(
         "chosen: weight of the last chunk in one type",
-        CHOSEN,
-        "of_weight.addmm_(narrow.T, hidden.to(narrow.dtype))",
-        "of_weight[:] = narrow.T @ hidden.to(narrow.dtype)",
+        PRODUCTS,
+        "total.addmm_(left, right)",
+        "total[:] = left @ right",
     ),
     Mutation(
         "chosen: the least likely",
         ("losses/logprobs_backward.py", "losses/test_token_scores.py"),
-        "logits.topk(top_k, -1)",
-        "logits.topk(top_k, -1, largest=False)",
+        "part.topk(top_k, -1)",
+        "part.topk(top_k, -1, largest=False)",
     ),
     Mutation(
         "chosen: the least likely one",
         ("losses/logprobs_backward.py", "losses/test_token_scores.py"),
-        "torch.argmax(logits,",
-        "torch.argmin(logits,",
+        "torch.argmax(part,",
+        "torch.argmin(part,",
     ),
-    Mutation("chosen: a gradient from none", CHOSEN, "table.zero_()", "pass"),
+    Mutation(
+        "chosen: a gradient from none",
+        ("losses/chunk_math.py", "losses/test_token_scores.py"),
+        "table = torch.zeros_like(logits)",
+        "table = logits.clone()",
+    ),
     Mutation(
         "chosen: padding rows count",
         ("losses/logprobs.py", "losses/test_logprobs_backward.py"),
-        "head.weight[:vocab],\n            bias,",
-        "head.weight,\n            head.bias,",
+        "head.weight[:vocab], bias,",
+        "head.weight, head.bias,",
+    ),
+    Mutation(
+        "chosen: first rows of a chunk",
+        ("losses/logprobs_backward.py", "losses/test_logprobs_backward.py"),
+        "found = self.work.math.score(part, ids[tile])",
+        "found = self.work.math.score(part, ids[: len(part)])",
+    ),
+    # The loss is known before the backward pass.
+    Mutation(
+        "known loss: any guess is right",
+        KNOWN_LOSS,
+        "return factor if type(same) is not Tensor or bool(same) else None",
+        "return factor",
+    ),
+    Mutation(
+        "known loss: the factor is forgotten",
+        KNOWN_LOSS,
+        "gradients.all(factor)",
+        "gradients.all()",
+    ),
+    Mutation(
+        "known loss: a chunk at its own place",
+        KNOWN_LOSS,
+        "x.slice_scatter(leaf, 0, rows.start, rows.stop)",
+        "x.slice_scatter(leaf, 0, 0, len(leaf))",
+    ),
+    Mutation(
+        "known loss: infinite is the same",
+        KNOWN_LOSS,
+        "(apart <= rounding) & apart.isfinite()",
+        "(apart <= rounding)",
+    ),
+    Mutation(
+        "known loss: GSPO's tokens stand alone",
+        ("objectives/ratios.py", "objectives/test_coupling.py"),
+        "couples_tokens = True",
+        "couples_tokens = False",
+    ),
+    Mutation(
+        "head: 16-bit sums on CUDA",
+        ("losses/head_products.py", "losses/test_head_on_cuda.py"),
+        "    if sums_wide(hidden):",
+        "    if False:",
+    ),
+    Mutation(
+        "head: a compiler's error ends the run",
+        ("losses/chunk_math.py", "losses/test_compiled_head.py"),
+        "except Exception as error:",
+        "except ImportError as error:",
     ),
     # What completions have in common is run once.
     Mutation(
@@ -1315,7 +1379,7 @@ MUTATIONS = [
     Mutation(
         "shared prompts: padding is attended to",
         SHARED,
-        "None if bool(real.all()) else real.long()",
+        "real.long() if rows.unequal else None",
         "None",
     ),
     Mutation(
@@ -1411,12 +1475,12 @@ MUTATIONS = [
         "completion_ids[merged.first]",
         "completion_ids[: len(merged.first)]",
     ),
-    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None:", ":"),
+    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None  #", "  #"),
     Mutation(
         "equal rows: another row's states",
-        SCORING,
-        "place[merged.first][merged.mask]",
-        "place[: len(merged.first)][merged.mask]",
+        MERGING,
+        "merged.mask, number[merged.first]",
+        "merged.mask, number[: len(merged.first)]",
     ),
     Mutation(
         "equal rows: scores in their order", SCORING, "spread_out[of]", "spread_out[of.sort()[0]]"
@@ -1744,7 +1808,7 @@ MUTATIONS = [
     Mutation(
         "not finite: the loss not watched",
         ("metrics/nonfinite.py", WATCHED[1]),
-        ' and abs(loss) < float("inf")',
+        " and math.isfinite(loss)",
         "",
     ),
     Mutation(

@@ -33,6 +33,7 @@ from kdrl_lightning.models.architectures.switches import changes, may_change, pr
 from kdrl_lightning.models.architectures.verification import BOUND, BOUND_16, largest_gap
 from kdrl_lightning.models.end_tokens import as_ids, first_end
 from kdrl_lightning.models.loading import load_config, skeleton_causal_lm
+from kdrl_lightning.models.shared_prompts import upload
 from kdrl_lightning.models.weights import ModelWeights
 
 # `Any`: transformers has no type that all models share.
@@ -190,19 +191,21 @@ class TransformersEngine(RolloutEngine):
         device = self._model.device
         logits = prefixes.start(prompts)
         # Completions that are equal so far share a row of the cache: at first all of a prompt.
-        groups = torch.tensor([len(group) for _, group in chunk], device=device)
-        rows = torch.arange(len(prompts), device=device).repeat_interleave(groups)
+        groups = torch.tensor([len(group) for _, group in chunk])
+        rows = torch.arange(len(prompts)).repeat_interleave(groups)
         seeds = [seed for _, group in chunk for seed in group]
         noise = _uniform_noise(seeds, sampling.max_tokens).to(device)
-        size, ends = len(noise), torch.tensor(self._ends, device=device)
+        size, ends = len(noise), torch.tensor(self._ends)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
         logprobs = torch.zeros(size, sampling.max_tokens, device=device, dtype=torch.float32)
-        alive = torch.arange(size, device=device)
-        done = torch.zeros(size, dtype=torch.bool, device=device)
+        # Which rows go on is decided on the host, which waits for a GPU once per step: for the
+        # tokens.
+        alive, done = torch.arange(size), torch.zeros(size, dtype=torch.bool)
         for t in range(sampling.max_tokens):
-            used = logits[:, : self._rows]
-            token, logprob = _draw(used, rows, noise[alive, t], sampling)
-            ids[alive, t], logprobs[alive, t] = token, logprob
+            used, places = logits[:, : self._rows], upload(alive, device)
+            drawn, logprob = _draw(used, upload(rows, device), noise[places, t], sampling)
+            ids[places, t], logprobs[places, t] = drawn, logprob
+            token = drawn.cpu()
             done[alive] = torch.isin(token, ends)
             keep = (~done[alive]).nonzero().squeeze(-1)
             if not len(keep) or t + 1 == sampling.max_tokens:
@@ -211,7 +214,8 @@ class TransformersEngine(RolloutEngine):
             paths, rows = (rows[keep] * vocab + token[keep]).unique(return_inverse=True)
             before, token = paths // vocab, paths % vocab
             moved = len(before) != len(logits) or bool((before.diff() != 1).any())
-            logits = prefixes.step(before if moved else None, token)
+            source = upload(before, device) if moved else None
+            logits = prefixes.step(source, upload(token, device))
         return _completions(ids, logprobs, done, self._ends)
 
     def _choose_way(self) -> type[Prefixes]:

@@ -5,9 +5,9 @@ that intermediate results stay in the processor's cache: on one core, scoring a 
 V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
 into one or two passes over the chunk.
 
-We compile these functions instead of calling Liger's or cut-cross-entropy's kernels. Those return a
-loss or a log-probability, but no entropy, top token or divergence together with it, support a
-soft cap but no scale with it, and need a second implementation for CPUs.
+We compile these functions instead of calling the kernels of Liger or cut-cross-entropy. These
+return a loss or a log-probability, but no entropy, top token or divergence with it, and run on a
+GPU only.
 """
 
 from __future__ import annotations
@@ -127,11 +127,18 @@ def gradient(
 
 
 class ChunkMath(NamedTuple):
-    """The functions of this file and the number of logits on which to call them at once."""
+    """The functions of this file, and how to call them.
+
+    Attributes:
+        score: see above.
+        gradient: see above.
+        run: makes a divergence one that runs like these functions.
+        logits: how many logits they are called on at once; None: a whole chunk.
+    """
 
     score: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[..., Tensor]
-    compiled: Callable[[Divergence], Divergence]
+    run: Callable[[Divergence], Divergence]
     logits: int | None
 
     def tiles(self, logits: Tensor) -> list[slice]:
@@ -153,14 +160,16 @@ def plain_math(logits: int) -> ChunkMath:
 @cache
 def compiled_math() -> ChunkMath:
     """Return the functions through ``torch.compile``, each called on a whole chunk."""
+    # One object per divergence: a new one would be compiled again.
     return ChunkMath(OrPlain(score), OrPlain(gradient), cache(OrPlain), None)
 
 
-def math_for(device: torch.device) -> ChunkMath:
-    """Return what is fast on a device: compiled on CUDA, plain elsewhere."""
-    if device.type == "cuda":
-        return compiled_math()
-    return plain_math(CPU_LOGITS)
+def math_for(hidden: Tensor) -> ChunkMath:
+    """Return what is fast for these states: compiled on CUDA, plain elsewhere."""
+    if hidden.device.type != "cuda":
+        return plain_math(CPU_LOGITS)
+    # Fake tensors, with which memory is planned, are a subclass.
+    return compiled_math() if type(hidden) is Tensor else plain_math(GPU_LOGITS)
 
 
 class OrPlain:
@@ -170,13 +179,15 @@ class OrPlain:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.compiled = torch.compile(function, dynamic=True)
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Call the function."""
         if OrPlain._works:
             try:
-                return self.compiled(*args)
+                if self._compiled is None:
+                    self._compiled = torch.compile(self.function, dynamic=True)
+                return self._compiled(*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler fails with errors of many types

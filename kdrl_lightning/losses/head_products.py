@@ -42,9 +42,9 @@ def project(
         dtype: of the product.
         out: memory for the result.
     """
-    hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    bias = None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _project(hidden, weight, bias, out)
+        return _project(hidden.to(dtype), weight.to(dtype), bias, out)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

@@ -109,9 +109,9 @@ class TokenScores(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` applied to every field that is not None."""
         logprobs, *rest, other = self
-        changed = (None if value is None else function(value) for value in rest)
+        entropy, best, at, gap, tail = (None if x is None else function(x) for x in rest)
         further = None if other is None else other.map(function)
-        return TokenScores(function(logprobs), *changed, other=further)
+        return TokenScores(function(logprobs), entropy, best, at, gap, tail, further)
 
 
 class Other(NamedTuple):
@@ -200,13 +200,16 @@ def token_scores(
         def named(values: Values) -> TokenScores:
             return _named(values, head if top_k else None)
 
+        math = math_for(hidden)
         known = torch.is_grad_enabled() and len(ids) > 0
         work = Work(
             Transform(head.scale, head.softcap, temperature),
             size,
-            math_for(hidden.device),
+            math,
             min(top_k, vocab),
-            _compared(other, head, temperature, divergence),
+            None
+            if divergence is None
+            else _compared(other, head, temperature, math.run(divergence)),
             (lambda values: loss(named(values))) if loss and known else None,
         )
         bias = None if head.bias is None else head.bias[:vocab]
@@ -285,9 +288,10 @@ def _asked(
             if torch.is_grad_enabled()
             else score(*chunk)
         )
-    logprobs, *rest = zip(*parts, strict=True)
-    joined = (None if c[0] is None else torch.cat(c) for c in rest)
-    return TokenScores(torch.cat(logprobs), *joined)
+    fields = zip(*(part[:-1] for part in parts), strict=True)
+    logprobs, *rest = (None if c[0] is None else torch.cat(c) for c in fields)
+    assert logprobs is not None, "always computed"
+    return TokenScores(logprobs, *rest)
 
 
 def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:

@@ -146,6 +146,7 @@ class ChosenTokens(torch.autograd.Function):
                 return (*gradients.all(factor), None, None)
             del gradients
         hidden, weight, bias, ids, log_norm, entropy = ctx.saved_tensors
+        entropy = entropy.detach()  # an output: the compiler would look at its graph
         work: Work = ctx.work
         head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
         gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, head)
@@ -172,41 +173,43 @@ def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
         return None
     before, now = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     at = before.abs().argmax()
-    factor = torch.where(before[at] == 0, 1.0, now[at] / before[at])
+    first, second = before.take(at), now.take(at)  # by `[at]` the host would wait for a GPU
+    factor = torch.where(first == 0, 1.0, second / first)
     apart = (now - factor * before).abs().max()
     rounding = 16 * torch.finfo(now.dtype).eps * now.abs().max()
     same = (apart <= rounding) & apart.isfinite()
-    return factor if bool(same) else None
+    # Fake tensors have no values; a guess is usually right. Real ones wait for a GPU here.
+    return factor if type(same) is not Tensor or bool(same) else None
 
 
 def _blank(ids: Tensor, like: Tensor, work: Work) -> Values:
     """Return values of zeros; ``like [N]`` gives their type."""
+
+    def zeros(there: bool) -> Tensor | None:
+        return torch.zeros_like(like) if there else None
+
+    best, compared = ids.new_zeros(len(ids), work.top_k), work.compared is not None
     scored = work.compared is not None and work.compared.scored
-    theirs = [torch.zeros_like(like) if scored else None for _ in range(2)]
-    return Values(
-        torch.zeros_like(like),
-        torch.zeros_like(like),
-        None if work.compared is None else torch.zeros_like(like),
-        ids.new_zeros(len(ids), work.top_k),
-        *theirs,
-        ids.new_zeros(len(ids), 1) if scored else None,
-    )
+    first = ids.new_zeros(len(ids), 1) if scored else None
+    logprobs, entropy = torch.zeros_like(like), torch.zeros_like(like)
+    gap, theirs = zeros(compared), (zeros(scored), zeros(scored))
+    return Values(logprobs, entropy, gap, best, *theirs, first)
 
 
 def _slopes(loss: Callable[[Values], Tensor], values: Values, rows: slice) -> Slopes:
     """Return the loss's derivatives by the values of ``rows``; those of later rows are still 0."""
     with torch.enable_grad():
-        leaves = [None if x is None else x[rows].clone().requires_grad_() for x in values[:3]]
-        whole = (
-            x if leaf is None else x.slice_scatter(leaf, 0, rows.start, rows.stop)
-            for x, leaf in zip(values[:3], leaves, strict=True)
-        )
-        total = loss(Values(*whole, *values[3:]))
+        leaves = [x[rows].clone().requires_grad_() for x in values[:3] if x is not None]
+        whole = [
+            x.slice_scatter(leaf, 0, rows.start, rows.stop)
+            for x, leaf in zip((x for x in values[:3] if x is not None), leaves, strict=True)
+        ]
+        gap = None if values.divergence is None else whole[2]
+        total = loss(Values(whole[0], whole[1], gap, *values[3:]))
         if not total.requires_grad:
             return Slopes(None, None, None)
-        inputs = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(total, inputs, allow_unused=True))
-    return Slopes(*(None if leaf is None else next(found) for leaf in leaves))
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return Slopes(found[0], found[1], None if values.divergence is None else found[2])
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -251,19 +254,18 @@ class _Pass(NamedTuple):
         if compared is None or values.divergence is None:
             return None
         math, theirs = self.work.math, compared.logits(rows)
-        divergence = math.compiled(compared.divergence)
+        logprobs, entropy, best = values[4:]
         fits = theirs.shape == logits.shape and theirs.dtype == logits.dtype
         slope = theirs if fits or not with_slope else torch.empty_like(logits)
         for tile in math.tiles(logits):
             part, other = logits[tile], theirs[tile]
-            if values.their_logprobs is not None and values.their_entropy is not None:
-                found = math.score(other, ids[tile])
-                values.their_logprobs[tile], values.their_entropy[tile], _ = found
-                torch.argmax(other, -1, keepdim=True, out=values.their_best[tile])
+            if logprobs is not None and entropy is not None and best is not None:
+                logprobs[tile], entropy[tile], _ = math.score(other, ids[tile])
+                torch.argmax(other, -1, keepdim=True, out=best[tile])
             if with_slope:  # takes the place of the other model's logits
-                values.divergence[tile], slope[tile] = differ(divergence, part, other)
+                values.divergence[tile], slope[tile] = differ(compared.divergence, part, other)
             else:
-                values.divergence[tile] = divergence(part, other)
+                values.divergence[tile] = compared.divergence(part, other)
         return slope if with_slope else None
 
     def gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,7 +31,7 @@ class NonFiniteSteps:
         self.skipped = 0
         self._in_a_row = 0
 
-    def check(self, parameters: Sequence[nn.Parameter], loss: float, step: int) -> Tensor:
+    def check(self, parameters: Sequence[nn.Parameter], loss: float, step: int) -> float:
         """Drop the gradients of a step that is not finite; all ranks decide alike.
 
         Args:
@@ -39,14 +40,14 @@ class NonFiniteSteps:
             step: optimizer steps so far, for the message.
 
         Returns:
-            The scalar norm of the gradient; NaN if the step is skipped.
+            The norm of the gradient; NaN if the step is skipped.
 
         Raises:
             TrainingStopped: more than ``allowed`` steps in a row were not finite.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = _full(torch.nn.utils.get_total_norm(gradients))
-        if bool(torch.isfinite(norm)) and abs(loss) < float("inf"):
+        norm = float(_full(torch.nn.utils.get_total_norm(gradients)))
+        if math.isfinite(norm) and math.isfinite(loss):
             self._in_a_row = 0
             return norm
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
@@ -55,10 +56,10 @@ class NonFiniteSteps:
         if self._in_a_row > self.allowed:
             raise TrainingStopped(
                 f"loss or gradient was not finite for {self._in_a_row} optimizer steps in a row, "
-                f"the last at step {step}: loss {loss}, gradient norm {float(norm)}. Lower the "
+                f"the last at step {step}: loss {loss}, gradient norm {norm}. Lower the "
                 "learning rate, or clip gradients."
             )
-        return torch.full_like(norm, torch.nan)
+        return math.nan
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts."""

@@ -156,7 +156,7 @@ def shared_states(decoder: HFModel, rows: MergedRows) -> Tensor:
     width = prompts.shape[1]
     column = torch.arange(width, device=of.device) - width + (prompts >= 0).sum(1, keepdim=True)
     real, position = column >= 0, column.clamp(min=0)
-    padding = None if bool(real.all()) else real.long()
+    padding = real.long() if rows.unequal else None
     layers: list[Any] = [Recording() for _ in range(decoder.config.num_hidden_layers)]
     first = decoder(
         input_ids=prompts.gather(1, position).clamp(min=0),

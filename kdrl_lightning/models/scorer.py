@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.losses.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
-    Divergence,
     Head,
     Loss,
     Other,
@@ -25,7 +25,7 @@ from kdrl_lightning.models.architectures.rotary import (
     switch_lengths,
 )
 from kdrl_lightning.models.architectures.verification import close, verify
-from kdrl_lightning.models.shared_prompts import MergedRows, merge_rows
+from kdrl_lightning.models.shared_prompts import MergedRows, merge_rows, on_host, places_of
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 # `Any`: models and configurations of transformers share no typed base.
@@ -48,7 +48,7 @@ class Scorer(nn.Module):
         model: a transformers causal language model.
         vocab_size: use only the first rows of the head (a teacher with padding rows).
         swap: two ids whose logits change places (a teacher with another end token).
-        chunk_size: tokens whose logits exist at once; None takes about 64 MiB.
+        chunk_size: tokens whose logits exist at once; None: see ``auto_chunk_size``.
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
@@ -128,17 +128,17 @@ class Scorer(nn.Module):
         Returns:
             Scores ``[B, T]``, 0 after each completion's end.
         """
-        merged, of = self._merged(input_ids, prompt_lengths, completion_mask), None
-        mask = completion_mask
-        if merged is not None and topk_ids is None:
-            of = merged.of  # nothing else tells equal rows apart: they are scored once
-            if other is not None:
-                place = completion_mask.flatten().cumsum(0).view_as(completion_mask) - 1
-                other = other._replace(hidden=other.hidden[place[merged.first][merged.mask]])
-            completion_ids, completion_mask = completion_ids[merged.first], merged.mask
-        rows, columns = completion_mask.nonzero(as_tuple=True)
-        places = rows if merged is None or of is not None else merged.of[rows]
-        hidden = self._hidden(input_ids, prompt_lengths, mask, merged, places, columns)
+        call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
+        host = on_host(*call)
+        merged = self._merged(*host)
+        once = merged is not None and topk_ids is None  # nothing else tells equal rows apart
+        rows, columns, states, among = places_of(host[2], merged, once, device)
+        merged = None if merged is None else merged.to(device)
+        hidden = self._hidden(*call, merged, states, columns)
+        of = merged.of if merged is not None and once else None
+        if merged is not None and once:
+            completion_ids = completion_ids[merged.first]
+            other = None if other is None else other._replace(hidden=other.hidden[among])
 
         def spread(value: Tensor) -> Tensor:
             blank = value.new_zeros(*completion_ids.shape, *value.shape[1:])
@@ -224,11 +224,12 @@ class Scorer(nn.Module):
         then, so it is copied: ``V * H`` values on every rank for the length of a micro-batch,
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
-        call, mask = (batch.input_ids, batch.prompt_lengths), batch.completion_mask
-        merged = self._merged(*call, mask)
-        rows, columns = mask.nonzero(as_tuple=True)
-        places = rows if merged is None else merged.of[rows]
-        hidden = self._hidden(*call, mask, merged, places, columns)
+        call = batch.input_ids, batch.prompt_lengths, batch.completion_mask
+        host, device = on_host(*call), batch.input_ids.device
+        merged = self._merged(*host)
+        places = places_of(host[2], merged, False, device)
+        merged = None if merged is None else merged.to(device)
+        hidden = self._hidden(*call, merged, places.states, places.columns)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(

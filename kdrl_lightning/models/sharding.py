@@ -115,7 +115,7 @@ def load_scorer(
         activation_checkpointing: recompute each layer in the backward pass.
         lora: adapters to train instead of the model.
         seed: seed of the adapters.
-        chunk_size: tokens whose logits exist at once; None takes as many as fit about 64 MiB.
+        chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
 
     Raises:
         ConfigurationError: there is no sound model at ``path``, or the scorer cannot run it.

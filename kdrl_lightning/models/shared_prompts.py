@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class MergedRows:
         mask: ``[R, T]`` bool, the completions' tokens.
         prompts: ``[P, W]``, the different prompts, -1 after their end.
         prompt_of: ``[R]``, each row's prompt.
+        unequal: the prompts have different lengths.
     """
 
     of: Tensor
@@ -29,6 +31,63 @@ class MergedRows:
     mask: Tensor
     prompts: Tensor
     prompt_of: Tensor
+    unequal: bool
+
+    def to(self, device: torch.device) -> MergedRows:
+        """Return a copy on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unequal"}
+        return replace(self, **{name: upload(x, device) for name, x in tensors.items()})
+
+
+class Places(NamedTuple):
+    """Where the tokens to score are.
+
+    Attributes:
+        rows: ``[N]``, their completions: of the batch, or of the different rows.
+        columns: ``[N]``, their places in these.
+        states: ``[N]``, the rows whose states predict them.
+        among: ``[N]``, their numbers among all completion tokens of the batch.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    states: Tensor
+    among: Tensor
+
+
+def places_of(mask: Tensor, merged: MergedRows | None, once: bool, device: torch.device) -> Places:
+    """Find the tokens to score on the host; return their places on a device.
+
+    Args:
+        mask: ``[B, T]`` bool, the completions' tokens, on the CPU.
+        merged: what rows have in common, on the CPU; None if that is not used.
+        once: equal rows are scored once.
+        device: of the result.
+    """
+    number = mask.flatten().cumsum(0).view_as(mask) - 1
+    if merged is not None and once:
+        mask, number = merged.mask, number[merged.first]
+    rows, columns = mask.nonzero(as_tuple=True)
+    states = rows if merged is None or once else merged.of[rows]
+    return Places(*(upload(x, device) for x in (rows, columns, states, number[mask])))
+
+
+def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids ``[B, S]``, lengths ``[B]`` and mask ``[B, T]`` on the CPU.
+
+    What rows have in common decides shapes, for each of which the host would wait for a GPU. So it
+    waits once, for one copy of all three.
+    """
+    if ids.device.type == "cpu":
+        return ids, prompt_lengths, mask
+    packed = torch.cat([prompt_lengths[:, None], ids, mask.long()], 1).cpu()
+    end = 1 + ids.shape[1]
+    return packed[:, 1:end], packed[:, 0], packed[:, end:].bool()
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device; the host does not wait for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows:
@@ -57,4 +116,7 @@ def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Merge
     lengths = prompt_lengths[first]
     prompts = whole[first].masked_fill(place >= lengths[:, None], -1)[:, : int(lengths.max())]
     prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)
-    return MergedRows(of, first, input_ids[first], lengths, mask[first], prompts, prompt_of)
+    unequal = bool((prompts < 0).any())
+    return MergedRows(
+        of, first, input_ids[first], lengths, mask[first], prompts, prompt_of, unequal
+    )

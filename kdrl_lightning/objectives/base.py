@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.logprobs import Divergence, TokenScores
+from kdrl_lightning.losses.chunk_math import Divergence
+from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.losses.reduction import (
     constant_length,
     group_token_mean,

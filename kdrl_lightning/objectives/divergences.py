@@ -17,7 +17,8 @@ from kdrl_lightning.losses import (
     policy_gradient_kl,
     with_tail,
 )
-from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Divergence
+from kdrl_lightning.losses.chunk_math import Divergence
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.objectives.base import Part, check_coefficient, known
 from kdrl_lightning.objectives.ratios import Ratio
 from kdrl_lightning.rollout_batch import RolloutBatch

@@ -43,7 +43,7 @@ class LocalTeacher(Teacher):
         translate_end_token: if teacher and student end with different tokens (a chat teacher with
             ``<|im_end|>``, a base student with ``<|endoftext|>``), swap the two tokens in the
             teacher's scores, so that its end token counts as the student's.
-        chunk_size: tokens whose logits exist at once; None takes as many as fit about 64 MiB.
+        chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
     """
 
     generates = True

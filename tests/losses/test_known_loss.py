@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from helpers.reference import close, normal
-from kdrl_lightning.losses import TokenScores, generalized_jsd, token_scores
-from kdrl_lightning.losses.chunk_math import Slopes
+from kdrl_lightning.losses import TokenScores, generalized_jsd, logprobs, token_scores
+from kdrl_lightning.losses.chunk_math import Slopes, plain_math
 from kdrl_lightning.losses.head_products import HeadProducts
 from kdrl_lightning.losses.logprobs import Head, Other
 from kdrl_lightning.losses.logprobs_backward import common_factor
@@ -52,6 +52,11 @@ def only_logprobs(scores: TokenScores) -> Tensor:
 def whole_sequence(scores: TokenScores) -> Tensor:
     """Couples the tokens."""
     return scores.logprobs.sum().exp() * 50.0
+
+
+@pytest.fixture(autouse=True)
+def two_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "math_for", lambda _: plain_math(2 * V))
 
 
 @pytest.fixture

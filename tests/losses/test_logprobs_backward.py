@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.reference import close, normal
-from kdrl_lightning.losses.chunk_math import CPU_LOGITS, Transform, plain_math
+from kdrl_lightning.losses.chunk_math import Transform, plain_math
 from kdrl_lightning.losses.logprobs import Head, token_scores
 from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Work
 
@@ -24,7 +24,7 @@ TRANSFORMS = [
     Transform(1.0, 1.5, 1.0),
     Transform(2.0, 0.8, 0.5),
 ]
-SIZES = [1, 3, N]  # a row, a last chunk that is shorter, one chunk
+SIZES = [1, 3, N]  # a row, a last chunk that is shorter, one chunk; two rows are scored at once
 
 
 def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -50,7 +50,7 @@ def plain(
 def ours(parts: list[Tensor], transform: Transform, size: int) -> tuple[Tensor, Tensor]:
     hidden, weight, *rest = parts
     bias = rest[0] if rest else None
-    work = Work(transform, size, plain_math(CPU_LOGITS))
+    work = Work(transform, size, plain_math(2 * V))
     logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, IDS, work)
     return logprobs, entropy
 
@@ -152,7 +152,7 @@ def test_a_certain_token_has_no_entropy_and_no_gradient() -> None:
     hidden, weight, bias = leaves()
     bias.data.fill_(-math.inf)[3] = 0.0
     ids = torch.full_like(IDS, 3)
-    work = Work(PLAIN, 2, plain_math(CPU_LOGITS))
+    work = Work(PLAIN, 2, plain_math(2 * V))
     logprobs, entropy, *_ = ChosenTokens.apply(hidden, weight, bias, ids, work)
     assert logprobs.eq(0).all() and entropy.eq(0).all()
     for gradient in torch.autograd.grad((logprobs + entropy).sum(), [hidden, weight, bias]):

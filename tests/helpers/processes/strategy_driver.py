@@ -42,6 +42,7 @@ from kdrl_lightning.callbacks import (
     imitation_stats,
 )
 from kdrl_lightning.engines.base import Completion
+from kdrl_lightning.losses import logprobs
 from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.objectives import BehaviorRatio
 from kdrl_lightning.prompts import PromptSource
@@ -301,6 +302,9 @@ def main() -> None:
     torch.set_num_threads(1)
     imitation_stats.plot_imitation = lambda *_: None  # pictures are tested elsewhere
     folder, strategy, *cases = sys.argv[1:]
+    if strategy != "auto":
+        # One process rebuilds logits; several compute gradients in the forward pass, in chunks.
+        logprobs.PAYS_FROM["cpu"], logprobs.MAX_CHUNK = 0.0, 16
     out = Path(folder) / strategy
     out.mkdir(exist_ok=True)
     for case in cases:
