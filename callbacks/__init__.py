@@ -5,12 +5,11 @@ from kdrl_lightning.callbacks.adaptive_entropy import AdaptiveEntropy
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
-from kdrl_lightning.callbacks.kl_annealing import KLCoefficientAnnealing
 from kdrl_lightning.callbacks.predictions import PredictionWriter
 from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
 from kdrl_lightning.callbacks.samples import SamplePage
-from kdrl_lightning.callbacks.schedule import CoefficientSchedule
+from kdrl_lightning.callbacks.schedule import CoefficientSchedule, KLCoefficientAnnealing
 from kdrl_lightning.callbacks.step_profile import StepProfile
 from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSyncCheck

@@ -1,4 +1,4 @@
-"""Sets a coefficient of the objective by a schedule."""
+"""Sets a coefficient of the objective by a schedule; KDRL-Annealing is one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
-from kdrl_lightning.callbacks.schedules import PlateauSwitch, Schedule
+from kdrl_lightning.callbacks.schedules import LinearWithFloor, PlateauSwitch, Schedule
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
 from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, trained
@@ -153,6 +153,32 @@ class CoefficientSchedule(RolloutCallback):
     def _set(self, trainer: pl.Trainer, pl_module: TrainedModule) -> None:
         value = self.coef_at(self._step(trainer))
         pl_module.objective.set_coefficient(self.coefficient, value)
+
+
+class KLCoefficientAnnealing(CoefficientSchedule):
+    """Sets the objective's ``teacher_kl_coef`` to ``max(start - decrement * step, floor)``.
+
+    KDRL (arXiv 2506.02208): the defaults are the paper's and reach the floor at step 80. The
+    class is ``CoefficientSchedule`` with ``LinearWithFloor``.
+
+    Args:
+        start: coefficient at step 0.
+        floor: smallest coefficient, at most ``start``.
+        decrement: decrease per step, above 0.
+        unit: whether a step is a rollout or an optimizer step.
+
+    >>> KLCoefficientAnnealing().coef_at(0), KLCoefficientAnnealing().coef_at(80)
+    (0.005, 0.001)
+    """
+
+    def __init__(
+        self,
+        start: float = 5e-3,
+        floor: float = 1e-3,
+        decrement: float = 5e-5,
+        unit: Literal["rollout", "optimizer_step"] = "rollout",
+    ) -> None:
+        super().__init__("teacher_kl_coef", LinearWithFloor(start, floor, decrement), unit)
 
 
 def _put_last(trainer: pl.Trainer) -> None:

@@ -18,6 +18,7 @@ MOVED = {
     "cache": "models.folder_cache",
     "caches": "models.prompt_cache",
     "callbacks.end_of_run": "trainer.end_of_run",
+    "callbacks.kl_annealing": "callbacks.schedule",
     "callbacks.run_folder": "trainer.run_folder",
     "callbacks.stop_signals": "trainer.stop_signals",
     "checks": "trainer.checks",

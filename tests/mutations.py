@@ -28,7 +28,6 @@ JSD = "losses/divergences.py", "losses/test_jsd.py"
 POLICY = "losses/ratios.py", "losses/test_ratios.py"
 ADAPTIVE_ENTROPY = "callbacks/adaptive_entropy.py", "callbacks/test_adaptive_entropy.py"
 RESTRICTION = "engines/restriction.py", "engines/test_restriction.py"
-SERVER_LIMITS = "engines/vllm/server.py", "engines/vllm/test_server.py"
 TRRD_PUBLISHED = "losses/ratios.py", "losses/test_trrd_as_published.py"
 RLAD_PUBLISHED = "objectives/ratios.py", "objectives/test_rlad_as_published.py"
 POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
@@ -1861,9 +1860,6 @@ MUTATIONS = [
         "return (0.0, 0.0) if certain == 0.0",
     ),
     Mutation("min-p: of the smallest", RESTRICTION, "logits.amax(-1", "logits.amin(-1"),
-    Mutation(
-        "server: all tokens in evaluations", SERVER_LIMITS, "            **limits(sampling),\n", ""
-    ),
     Mutation(
         "evaluation: the average weighs the intervals",
         ("evaluation/metrics.py", "evaluation/test_sets.py"),

@@ -133,11 +133,11 @@ def test_a_resumed_run_goes_on_with_the_same_coefficients(
     tmp_path: Path, student_folder: str, steps: int
 ) -> None:
     """Also in the middle of a rollout, whose first half has been measured."""
-    whole, end, _ = run(tmp_path, student_folder, 100.0)
+    whole, end, _ = run(tmp_path, student_folder, 100.0, 4)
     _, _, trainer = run(tmp_path, student_folder, 100.0, steps)
     file = str(tmp_path / "half.ckpt")
     trainer.save_checkpoint(file)
-    rest, again, _ = run(tmp_path, student_folder, 100.0, 8, file)
+    rest, again, _ = run(tmp_path, student_folder, 100.0, 4, file)
     assert rest.coefficients == whole.coefficients[2 * steps :]
     assert again.state_dict() == end.state_dict()
     assert torch.load(file, weights_only=True)["callbacks"]["AdaptiveEntropy"]["sums"][1] == (

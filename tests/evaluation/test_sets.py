@@ -134,7 +134,8 @@ def test_only_evaluations_leave_out_tokens(
 ) -> None:
     """A rollout that left out tokens would bias every ratio of the loss."""
     settings = EvaluationSettings(temperature=0.6, top_p=0.5, top_k=3)
-    data = make_data(val_prompts=ColumnAddition(4, seed=2), evaluation=settings)
+    prompts = ColumnAddition(4, seed=2)
+    data = make_data(val_prompts=prompts, evaluation=settings, max_tokens=20)
     trace = fit(tmp_path, make_module(student_folder, None, GRPO()), data, max_steps=2)
     assert data.collector.student.sampling.whole and data.collector.teacher.sampling.whole
     batch = trace.seen[0][1]  # the engine's log-probabilities are those of the whole distribution

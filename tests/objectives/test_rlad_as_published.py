@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
+import kdrl_lightning
 from helpers.objective_steps import graded, keep, ready, same, some_mask, step, student
 from helpers.reference import close, published_trrd
 from kdrl_lightning.cli.layered_yaml import load_with_base
@@ -16,7 +17,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives import GRPO, KDRL, RLAD, PolicyObjective
 from kdrl_lightning.rollout_batch import RolloutBatch
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(kdrl_lightning.__file__).parent / "configs"
 PUBLISHED = {
     "offset_clamp": None,
     "log_ratio_clamp": 1.0,
