@@ -250,7 +250,9 @@ def _compared(
         return logits if temperature == 1.0 else logits.div_(temperature)
 
     def gap(logits: Tensor, theirs: Tensor) -> Tensor:
-        return divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)
+        ours, width = head.order(logits), theirs.shape[-1]
+        # A view that changes nothing would cost the compiler a warning.
+        return divergence(ours if ours.shape[-1] == width else ours[:, :width], theirs)
 
     return Compared(theirs, gap, other.scored)
 
