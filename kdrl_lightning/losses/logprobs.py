@@ -291,9 +291,8 @@ def _asked(
             else score(*chunk)
         )
     fields = zip(*(part[:-1] for part in parts), strict=True)
-    logprobs, *rest = (None if c[0] is None else torch.cat(c) for c in fields)
-    assert logprobs is not None, "always computed"
-    return TokenScores(logprobs, *rest)
+    joined = (None if c[0] is None else torch.cat(c) for c in fields)
+    return TokenScores(*joined)  # type: ignore[arg-type]
 
 
 def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:
