@@ -35,7 +35,7 @@ SMOLLM2 = {"model": "smollm2", "prompts": 2, "group": 8, "micro": 4, "tokens": 6
 # 2,048 completion tokens in one micro-batch; layers recomputed, as is TRL's default.
 LARGE = {"prompts": 1, "micro": 8, "tokens": 256, "steps": 1, "fixed": True, "checkpointing": True}
 # 192 given tokens a completion; all of a step in one micro-batch.
-HEAD = {"model": "head-heavy", "tokens": 192, "steps": 3, "fixed": True}
+HEAD = {"model": "head-heavy", "tokens": 192, "steps": 2, "fixed": True}
 CASES: dict[str, dict[str, Any]] = {
     "embedded-grpo": EMBEDDED,
     "embedded-grpo-given": {**EMBEDDED, "fixed": True},

@@ -347,14 +347,14 @@ MUTATIONS = [
     Mutation(
         "log-probs: padding rows count", SCORES, "slice(None, self.vocab_size)", "slice(None)"
     ),
-    Mutation("log-probs: bias forgotten", SCORES, "self.bias[rows])", "None)"),
+    Mutation("log-probs: bias forgotten", SCORES, "else self.bias[rows]", "else None"),
     Mutation("log-probs: entropy's sign", SCORES, "log_norm - expected", "expected - log_norm"),
     Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
         SCORES,
-        "if torch.is_grad_enabled()",
-        "if False",
+        "if torch.is_grad_enabled()\n            else",
+        "if False\n            else",
     ),
     Mutation("term: mask replaces the loss mask", BASE, "batch.loss_mask & term.mask", "term.mask"),
     Mutation("term: mask ignored", BASE, "batch.loss_mask & term.mask", "batch.loss_mask"),
@@ -676,14 +676,14 @@ MUTATIONS = [
     Mutation(
         "scores: the other at temperature one",
         SCORES,
-        "other.head.logits(other.hidden[rows]) / temperature",
-        "other.head.logits(other.hidden[rows])",
+        "return logits if temperature == 1.0 else logits.div_(temperature)",
+        "return logits",
     ),
     Mutation(
         "scores: student and other swapped",
         SCORES,
-        "divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)",
-        "divergence(theirs, head.order(logits)[:, : theirs.shape[-1]])",
+        "divergence(ours if ours.shape[-1] == width else ours[:, :width], theirs)",
+        "divergence(theirs, ours if ours.shape[-1] == width else ours[:, :width])",
     ),
     Mutation(
         "scores: first rows asked again", SCORES, "topk_ids[rows]", "topk_ids[: len(ids[rows])]"

@@ -250,7 +250,9 @@ def _compared(
         return logits if temperature == 1.0 else logits.div_(temperature)
 
     def gap(logits: Tensor, theirs: Tensor) -> Tensor:
-        return divergence(head.order(logits)[:, : theirs.shape[-1]], theirs)
+        ours, width = head.order(logits), theirs.shape[-1]
+        # A view that changes nothing would cost the compiler a warning.
+        return divergence(ours if ours.shape[-1] == width else ours[:, :width], theirs)
 
     return Compared(theirs, gap, other.scored)
 
@@ -289,9 +291,8 @@ def _asked(
             else score(*chunk)
         )
     fields = zip(*(part[:-1] for part in parts), strict=True)
-    logprobs, *rest = (None if c[0] is None else torch.cat(c) for c in fields)
-    assert logprobs is not None, "always computed"
-    return TokenScores(logprobs, *rest)
+    joined = (None if c[0] is None else torch.cat(c) for c in fields)
+    return TokenScores(*joined)  # type: ignore[arg-type]
 
 
 def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:

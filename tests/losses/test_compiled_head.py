@@ -63,8 +63,9 @@ def test_compiled_is_plain_in_float32(request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("compiling")
     counters.clear()
     compiled = run(loss)
-    run(loss)  # is not compiled again
-    assert counters["stats"]["unique_graphs"] == 3
+    graphs = counters["stats"]["unique_graphs"]
+    run(loss)
+    assert counters["stats"]["unique_graphs"] == graphs > 0  # nothing is compiled twice
     assert chunk_math.OrPlain._works
     assert len(plain) == len(compiled) == 10
     for a, b in zip(compiled, plain, strict=True):
