@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,8 @@ class MergedRows:
 
     def to(self, device: torch.device) -> MergedRows:
         """Return a copy on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unequal"}
-        return replace(self, **{name: upload(x, device) for name, x in tensors.items()})
+        *tensors, unequal = (getattr(self, field.name) for field in fields(self))
+        return MergedRows(*(upload(x, device) for x in tensors), unequal)
 
 
 class Places(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,7 +52,11 @@ class Phases(pl.Callback):
 
 
 def train(
-    module: pl.LightningModule, data: pl.LightningDataModule, on_card: bool, **settings: Any
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    folder: Path,
+    on_card: bool,
+    **settings: Any,
 ) -> tuple[dict[str, float], Phases]:
     """Train for four optimizer steps; return the last metrics and the waits of the updates."""
     phases = Phases()
@@ -63,6 +68,7 @@ def train(
             strategy=strategy,
             callbacks=[phases, *settings.pop("callbacks", [])],
             logger=False,
+            default_root_dir=folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -6,6 +6,8 @@ makes the host wait (tests/helpers/pretend_cuda.py).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def teacher() -> str:
     ids=["grpo", "kdrl", "rlad", "gkd", "gkd-top-k"],
 )
 def test_a_run_on_a_card_is_the_cpus(
-    objective: Objective, more: int, student: str, teacher: str
+    objective: Objective, more: int, student: str, teacher: str, tmp_path: Path
 ) -> None:
     found = []
     for on_card in (False, True):
@@ -66,6 +68,7 @@ def test_a_run_on_a_card_is_the_cpus(
         metrics, phases = train(
             module,
             data,
+            tmp_path,
             on_card,
             callbacks=callbacks,
             accumulate_grad_batches=2,
