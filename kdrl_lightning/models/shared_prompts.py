@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,16 @@ class MergedRows:
 
     def to(self, device: torch.device) -> MergedRows:
         """Return a copy on a device."""
-        *tensors, unequal = (getattr(self, field.name) for field in fields(self))
-        return MergedRows(*(upload(x, device) for x in tensors), unequal)
+        return MergedRows(
+            upload(self.of, device),
+            upload(self.first, device),
+            upload(self.input_ids, device),
+            upload(self.prompt_lengths, device),
+            upload(self.mask, device),
+            upload(self.prompts, device),
+            upload(self.prompt_of, device),
+            self.unequal,
+        )
 
 
 class Places(NamedTuple):
