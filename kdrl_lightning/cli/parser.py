@@ -153,7 +153,11 @@ class OneLineParser(LightningArgumentParser):
         groups = {action.dest.split(".")[0] for action in self._actions}
         if len(words) > 1 and word == words[0] and get_close_matches(word, groups):
             known = groups
-        close = get_close_matches(word, sorted(known), n=1)
+        if word in known:  # there is one of this name in another group
+            whole = [a.dest for a in self._actions if a.dest.split(".")[-1] == word]
+            close = get_close_matches(found[1], whole, n=1, cutoff=0.0)
+        else:
+            close = get_close_matches(word, sorted(known), n=1)
         if close:
             return f"; did you mean {close[0]}?"
         return f"; it has {', '.join(self._own_names())}" if self._of_a_class else ""

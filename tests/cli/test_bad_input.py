@@ -56,6 +56,10 @@ def refuse(
 
 CASES = {
     "misspelt flag": (["--data.group_sise=3"], "did you mean group_size?"),
+    "flag of another group": (
+        ["--data.rollout.top_p=0.9"],
+        "did you mean data.evaluation.top_p?",
+    ),
     "misspelt class": (["--model.objective=RLADD"], "did you mean RLAD?"),
     "misspelt argument": (
         ["--model.objective.trrd_alfa=0.3"],
