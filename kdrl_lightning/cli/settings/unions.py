@@ -286,7 +286,7 @@ def check_class_named(val: Any, member: Any, previous: Any) -> None:
         return
     if get_origin(member) is not None or len(class_paths(member)) > 1:
         function = "a function, or " if get_origin(member) is not None else ""
-        kind = "" if function else f", which is an {member.__name__}"
+        kind = "" if function else f" of type {member.__name__}"
         raise ValueError(f"must name {function}a class{kind}: got arguments without `class_path`.")
 
 

@@ -32,12 +32,18 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
         return _import(name, *args, **kwargs)
     except (Exception, SystemExit) as error:
         place = place_of(error)
-        if not place:  # the module itself, or its attribute, is missing
+        if not place or _is_lookup(error):  # the module itself, or its attribute, is missing
             raise
         raise ValueError(
             f"must name a module that can be imported: got {name}, which raises {shown(error)}"
             f"{place}. Correct the module."
         ) from error
+
+
+def _is_lookup(error: BaseException) -> bool:
+    """Return whether a module's ``__getattr__`` says that it has no such attribute."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AttributeError) and frames[-1].name == "__getattr__"
 
 
 def build(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:

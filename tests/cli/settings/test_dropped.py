@@ -36,9 +36,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("model: {optimizer: {AdamW: {}}}", "`model.optimizer`: Option 'AdamW' is not accepted"),
         ("model: {lora: {alphas: {}}}", "`model.lora`: Option 'alphas' is not accepted"),
         ("nothing: {}", "Option 'nothing' is not accepted"),
-        ("trainer: {callbacks: {}}", "`trainer.callbacks` must name a class, which is an Callb"),
-        ("trainer: {callbacks: {CPUThreads: {}}}", "`trainer.callbacks` must name a class, which"),
-        ("trainer: {plugins: {X: {}}}", "`trainer.plugins` must name a class, which is an Precis"),
+        ("trainer: {callbacks: {}}", "`trainer.callbacks` must name a class of type Callb"),
+        ("trainer: {callbacks: {CPUThreads: {}}}", "`trainer.callbacks` must name a class of type"),
+        ("trainer: {plugins: {X: {}}}", "`trainer.plugins` must name a class of type Precis"),
         ("model: {lr_scheduler: {X: {}}}", "`model.lr_scheduler` must name a function, or a cla"),
     ],
 )

@@ -190,10 +190,10 @@ CASES = {
             "--trainer.callbacks=[{class_path: LearningRateMonitor, init_args: "
             "{logging_interval: stp}}]"
         ],
-        "`trainer.callbacks.logging_interval` must be one of 'step', 'epoch': got stp.",
+        "`trainer.callbacks.logging_interval` must be one of step, epoch: got stp.",
     ),
     "arguments without a class": (
-        ["--model.teacher={path: x}"],
+        ["--model.teacher=null", "--model.teacher={path: x}"],
         "`model.teacher` must name a class of type Teacher: got arguments without `class_path`.",
     ),
     "a logger whose package is missing": (
