@@ -63,6 +63,10 @@ def _run(args: Sequence[str] | None) -> None:
             evaluate(given[1:])
         elif given[:1] == ["serve"]:
             serve(given[1:])
+        elif given[:1] == ["plan"]:
+            from kdrl_lightning.cli.plan import plan
+
+            plan(given[1:])
         else:
             end_with_children()
             KDRLCLI.run(args)

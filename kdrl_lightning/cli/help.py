@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "evaluate": "compares models and checkpoints on the same prompts, in one table",
     "export": "writes a checkpoint's student as a Hugging Face folder",
     "serve": "starts a vLLM server that samples for a run, or that is its teacher",
+    "plan": "says whether a run fits its GPUs, without them: memory, disk, seconds",
     "configs": "lists, shows and copies the configurations of the library",
 }
 

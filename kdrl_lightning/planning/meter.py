@@ -7,8 +7,9 @@ point is one of torch's fake tensors: it has a shape, a type and a storage of a 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -76,14 +77,13 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         """Run an operation and count what it makes."""
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
         if any(isinstance(x, DTensor) for x in tensors):
             return NotImplemented  # it comes again with the part of this rank
         out = self._run(func, tensors, args, kwargs)
         self.flops += flops_of(func, args, kwargs, out)
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor):
-                self.count(made.untyped_storage())
+        for made in _tensors((out,)):
+            self.count(made.untyped_storage())
         return out
 
     def _run(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -100,19 +100,24 @@ class Meter(TorchDispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], _as_places(args[1]))
         numbers = self.numbers
-        args, kwargs = tree_map_only(
-            Tensor,
-            lambda x: x if isinstance(x, FakeTensor) else numbers.from_tensor(x),
-            (args, kwargs),
-        )
-        return func(*args, **kwargs)
+        if not all(isinstance(x, FakeTensor) for x in tensors):
+            args, kwargs = tree_map_only(
+                Tensor,
+                lambda x: x if isinstance(x, FakeTensor) else numbers.from_tensor(x),
+                (args, kwargs),
+            )
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.is_floating_point():  # nearly always
+            return out
+        return tree_map_only(FakeTensor, _numbered, out)
 
 
 @contextmanager
 def without_numbers() -> Iterator[Meter]:
     """Make every new floating-point tensor a fake one, and yield the meter that counts them.
 
-    A condition on unknown numbers is true, and a number read from a fake tensor is 0.
+    A condition on unknown numbers is true, and a number read from a fake tensor is 0. Unknown
+    integers (a most likely token, a sampled one) become 0, 1, 2, ...
     """
     numbers = FakeTensorMode()
     meter = Meter(numbers)
@@ -132,6 +137,15 @@ def without_numbers() -> Iterator[Meter]:
         torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments; torch's own walk is far slower."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Return the floating-point operations of a product or of attention; 0 for all else."""
     packet = func._overloadpacket
@@ -143,11 +157,23 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         gradient, query, key, value = args[:4]
         every = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
         return _seen(args[7], key) * every // 1000
-    name = packet.__name__
-    # `addmm_` and the like; torch lists only the forms that make a new tensor.
-    plain = getattr(aten, name[:-1], packet) if name.endswith("_") and name[0] != "_" else packet
-    count = flop_registry.get(plain)
+    count = _counts(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+
+
+@cache
+def _counts(packet: Any) -> Any:
+    """Return torch's rule for an operator, also for the form that changes its first argument."""
+    name = packet.__name__
+    inplace = name.endswith("_") and not name.startswith("_")
+    return flop_registry.get(getattr(aten, name[:-1], packet) if inplace else packet)
+
+
+def _numbered(made: Tensor) -> Tensor:
+    if made.is_floating_point() or made.dtype == torch.bool or made.is_complex():
+        return made
+    with _disable_current_modes():
+        return torch.arange(made.numel(), dtype=made.dtype).view(made.shape)
 
 
 def _makes_floats(func: Any, args: Any, kwargs: Any) -> bool:

@@ -19,13 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.losses.logprobs import Head, TokenScores, auto_chunk_size, chosen_logprobs
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
 from kdrl_lightning.models.loading import frozen_names, model_path
 from kdrl_lightning.models.lora import leave_base_out
+from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding, recompute_layers
 from kdrl_lightning.models.weights import ModelWeights
@@ -50,14 +52,21 @@ class Cost:
     Attributes:
         peak: bytes above what was held before.
         kept: bytes that the forward pass keeps for the backward pass.
-        gradients: bytes that it leaves behind.
         flops: operations.
     """
 
     peak: int = 0
     kept: int = 0
-    gradients: int = 0
     flops: int = 0
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Operations of so many completions of mean length: to score them, and to train on them."""
+
+    rows: int
+    score: float
+    update: float
 
 
 @dataclass
@@ -69,9 +78,9 @@ class Rehearsal:
         module: the module, with a student.
         meter: counts.
         optimizer: over the student's weights, with its moments.
-        held: bytes by what holds them: ``student``, ``teacher``, ``reference``, ``moments``.
+        held: bytes by what holds them: ``student``, ``teacher``, ``reference``, ``moments``, and
+            ``gradients``, which Lightning keeps from a step to the next one's backward pass.
         away: bytes of models that wait in the host's memory.
-        trained: bytes of the trained weights on this rank.
     """
 
     job: Job
@@ -80,7 +89,6 @@ class Rehearsal:
     optimizer: torch.optim.Optimizer
     held: dict[str, int] = field(default_factory=dict)
     away: int = 0
-    trained: int = 0
 
     @property
     def student(self) -> Scorer:
@@ -90,23 +98,45 @@ class Rehearsal:
 
     def update(self, tokens: int) -> Cost:
         """Take a micro-batch forward and backward; others of the same step came before, if any."""
-        batch = self._scored(self._batch(tokens))
-        for _ in range(min(2, self.job.accumulate)):
+        return self._update(self.filled(self._batch(tokens)), min(2, self.job.accumulate))
+
+    def _update(self, batch: RolloutBatch, times: int) -> Cost:
+        """Run micro-batches of a step, the first as Lightning does.
+
+        The gradients of the step before stay until the first forward pass is over.
+        """
+        self._make_gradients()
+        for number in range(times):
             before = self.meter.restart()
             with self._computing():
                 out = self.module.training_step(batch, 0)
             kept = self.meter.bytes - before
+            if not number:
+                self.optimizer.zero_grad()
             out["loss"].backward()
             peak, flops = self.meter.peak - before, self.meter.flops
             del out
             self.module._found = {}
-        gradients = self._gradient_bytes()
         self.optimizer.zero_grad()
-        return Cost(peak, kept, gradients, flops)
+        return Cost(peak, kept, flops)
+
+    def trained_flops(self, batch: RolloutBatch) -> int:
+        """Return the operations of a filled micro-batch, forward and backward."""
+        return self._update(batch, 1).flops
+
+    def _make_gradients(self) -> None:
+        for parameter in self._trained():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.student.parameters() if p.requires_grad]
 
     def score(self, tokens: int) -> dict[str, Cost]:
         """Score completions without gradient, as the rollout's start does, by each model."""
-        wide = self._batch(max(tokens, min(FROZEN_TOKENS, self.job.rows * self.job.longest)))
+        wide = max(tokens, min(FROZEN_TOKENS, self.job.rows * self.job.longest))
+        return self._score(self._batch(wide))
+
+    def _score(self, wide: RolloutBatch) -> dict[str, Cost]:
         out = {}
         for name, work in (
             ("student", self.module.score),
@@ -118,11 +148,28 @@ class Rehearsal:
             out[name] = Cost(self.meter.peak - before, flops=self.meter.flops)
         return out
 
+    def typical(self) -> Typical:
+        """Count the operations of completions of mean length, in a micro-batch of usual size."""
+        job, settings = self.job, self.job.rollout
+        length = job.longest_prompt // 2 + job.typical
+        rows = max(1, min(job.rows, job.largest_micro_batch // length))
+        shape = rows, max(1, job.longest_prompt // 2), job.typical
+        batch = make_batch(*shape, job.group, self.rows_of_ids)
+        scored = self.filled(batch)
+        early = settings.minibatches_per_rollout - 1
+        if settings.epochs_per_rollout > 1 or self.module.objective.reads_old_scores(scored):
+            early += 1
+        shares = {"student": early / settings.minibatches_per_rollout, "teacher": 1.0}
+        if self.module.objective.divergence is not None:
+            shares["teacher"] = 0.0  # it runs in the updates
+        costs = self._score(batch)
+        score = sum(cost.flops * shares.get(name, 1.0) for name, cost in costs.items())
+        return Typical(rows, score, self.trained_flops(scored))
+
     def step(self) -> Cost:
         """Check, clip and apply gradients."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        parameters = self._trained()
+        self._make_gradients()
         before = self.meter.restart()
         self.module.nonfinite.check(parameters, 0.0, 0)
         if self.job.clips:
@@ -139,22 +186,78 @@ class Rehearsal:
             pass
         return Cost(self.meter.peak - before)
 
-    def cache_bytes(self, tokens: int = 64) -> float:
-        """Return bytes of keys and values per token of a sequence, in the trainer's types."""
-        from kdrl_lightning.models.prompt_cache import growing_cache
+    def cache_values(self, tokens: int = 64) -> float:
+        """Return how many numbers an engine's cache holds per token of a sequence."""
+        cache = self._filled(self.whole_model(), torch.zeros(1, tokens, dtype=torch.long))
+        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        return sum(part.numel() for part in parts if part is not None) / tokens
 
-        model = plain_model(self.module, self.job)
-        ids = torch.zeros(1, tokens, dtype=torch.long)
+    def sample(self, rows: int) -> Cost:
+        """Decode one token of so many completions that are nearly as long as they may be.
+
+        This is the transformers engine. Its cache grows by a quarter whenever it is full.
+        """
+        job, model = self.job, self.whole_model()
+        end = room = 0
+        while room < job.longest - 1:
+            end = max(room + 1, job.longest_prompt)
+            room = end + SPARE + end // 4
+        before = self.meter.restart()
+        width = job.longest - 1
+        cache = self._filled(model, torch.zeros(1, end, dtype=torch.long))
+        self.meter.restart()  # without the pass over the prompt, which is one row here
+        cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+        for layer in cache.layers:
+            layer.keys, layer.values = (part[:, :, :width] for part in layer.room)
+        ids = torch.zeros(rows, 1, dtype=torch.long)
+        # Prompts of different lengths have a mask.
+        mask = torch.ones(rows, width + 1, dtype=torch.long)
+        attends = nullcontext() if job.on_gpu else shared_heads_in_place(model)
+        with torch.no_grad(), self._computing(), attends:
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            logits = logits.float()
+            (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
+        return Cost(self.meter.peak - before, flops=self.meter.flops)
+
+    def _filled(self, model: Any, ids: Tensor) -> Any:
         cache = growing_cache(model.config.get_text_config())
         with torch.no_grad(), self._computing():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-        return sum(p.numel() * p.element_size() for p in parts if p is not None) / tokens
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def whole_model(self) -> Any:
+        """Return the model that an engine of this rank samples from: the student, or a copy."""
+        return plain_model(self.module, self.job) if self.student.sharded else self.student.model
 
     def whole_copy(self, itemsize: int | None = None) -> int:
         """Return bytes of all weights of the student on one device."""
         shapes = {id(p): p for n, p in self.student.model.named_parameters() if "lora_" not in n}
         return sum(p.numel() * (itemsize or p.element_size()) for p in shapes.values())
+
+    @property
+    def layers(self) -> int:
+        """Layers of the student."""
+        return int(self.student.model.config.get_text_config().num_hidden_layers)
+
+    def head_chunk(self) -> int:
+        """Return bytes of the head's tables for one chunk of logits, forward and backward."""
+        weight = self.student.head().weight
+        vocabulary, width = weight.shape
+        rows = self.module.chunk_size or auto_chunk_size(vocabulary)
+        dtype = torch.bfloat16 if self.job.precision == "bf16-mixed" else weight.dtype
+        hidden = torch.zeros(rows, width, dtype=dtype).requires_grad_()
+        table = torch.zeros(vocabulary, width, dtype=dtype)
+        ids = torch.zeros(rows, dtype=torch.long)
+        before = self.meter.restart()
+        scores, entropy = chosen_logprobs(hidden, Head(table), ids, chunk_size=rows)
+        (scores.sum() + entropy.sum()).backward()
+        return self.meter.peak - before
 
     def checkpoint(self) -> int:
         """Return bytes of a checkpoint of all ranks: trained weights and their moments."""
@@ -162,10 +265,6 @@ class Rehearsal:
         state = [t for values in self.optimizer.state.values() for t in values.values()]
         tensors = [*trained, *(t for t in state if isinstance(t, Tensor))]
         return sum(t.numel() * t.element_size() for t in tensors)
-
-    def _gradient_bytes(self) -> int:
-        grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        return sum(local(g).numel() * g.element_size() for g in grads)
 
     def _computing(self) -> Any:
         return self.module.trainer.precision_plugin.forward_context()
@@ -187,7 +286,7 @@ class Rehearsal:
         k = self.module.objective.top_k
         return torch.zeros(*batch.completion_ids.shape, k, dtype=torch.long) if k else None
 
-    def _scored(self, batch: RolloutBatch) -> RolloutBatch:
+    def filled(self, batch: RolloutBatch) -> RolloutBatch:
         """Fill what an update finds in its batch: real zeros, because only shapes count."""
         module, scores = self.module, torch.zeros(batch.completion_ids.shape)
         objective, top = module.objective, self._topk(batch)
@@ -205,8 +304,9 @@ class Rehearsal:
                 teacher_topk_logprobs=wide,
                 teacher_tail_logprobs=None if wide is None else scores,
             )
-        batch = module.prepare(batch)
-        return batch.replace(totals=batch.count(self.job.rollout.max_tokens))
+        ready = module.prepare(_in_pairs(batch)).select(range(len(batch)))
+        ready = ready.replace(group_ids=batch.group_ids)
+        return ready.replace(totals=ready.count(self.job.rollout.max_tokens))
 
 
 class Weightless(Teacher):
@@ -312,11 +412,11 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     if job.on_gpu:
         work_on_lists(optimizer)
     run = Rehearsal(job, module, meter, optimizer, held, away)
-    run.trained = sum(
-        local(p).numel() * p.element_size() for p in module.student.parameters() if p.requires_grad
-    )
+    held["gradients"] = sum(local(p).numel() * p.element_size() for p in run._trained())
+    if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
+        held["ddp's buckets"] = held["gradients"]
     # The first pass fills torch's caches of shapes, whose tensors are no memory of the run.
-    small = run._scored(make_batch(*WARM_UP, job.group, run.rows_of_ids))
+    small = run.filled(make_batch(*WARM_UP, job.group, run.rows_of_ids))
     with run._computing():
         out = module.training_step(small, 0)
     out["loss"].backward()
@@ -404,7 +504,7 @@ def work_on_lists(optimizer: torch.optim.Optimizer) -> None:
 def make_batch(
     rows: int, prompt: int, completion: int, group: int, vocabulary: int
 ) -> RolloutBatch:
-    """Return completions of one length, all different, whose rewards differ within a group.
+    """Return completions of one length, all different.
 
     Args:
         rows: number of completions.
@@ -418,8 +518,16 @@ def make_batch(
     ids = torch.randint(0, vocabulary, (rows, completion), generator=draw)
     prompts = [[(3 + i // max(group, 1)) % vocabulary] * prompt for i in range(rows)]
     groups = [i // max(group, 1) for i in range(rows)]
-    rewards = [float(i % 2) for i in range(rows)]
-    return collate(prompts, ids.tolist(), groups, pad_id=0, rewards=rewards)
+    return collate(prompts, ids.tolist(), groups, pad_id=0)
+
+
+def _in_pairs(batch: RolloutBatch) -> RolloutBatch:
+    """Return each row twice, as a group whose rewards differ, for rules that compare a group."""
+    rows = [*range(len(batch)), *range(len(batch))]
+    return batch.select(rows).replace(
+        group_ids=torch.tensor(rows),
+        rewards=torch.tensor([float(i >= len(batch)) for i in range(len(rows))]),
+    )
 
 
 def local(tensor: Any) -> Tensor:

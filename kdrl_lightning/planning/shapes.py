@@ -38,8 +38,8 @@ def config_of(name: str, given: Mapping[str, str]) -> Any:
         return load_config(name)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"the configuration of a model must be at hand: got none for {name}. Give its file with "
-            f"`--model-config {name}=config.json`, or name a folder that has one."
+            f"the configuration of a model must be at hand: got none for {name}. Give its file "
+            f"with `--model-config {name}=config.json`, or name a folder that has one."
         ) from error
 
 
@@ -60,8 +60,8 @@ def _read(file: str, name: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"`--model-config {name}` must be a config.json: got {file} ({error}). Name the file of "
-            "the model's repository."
+            f"`--model-config {name}` must be a config.json: got {file} ({error}). Name the file "
+            "of the model's repository."
         ) from error
     if not isinstance(values, dict):
         raise ConfigurationError(

@@ -60,9 +60,10 @@ ALLOWED = {
     | {"engines", "reports", "trainer"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
+    "planning": FLOOR | {"engines", "losses", "models", "module", "rollout", "teachers", "trainer"},
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
-    | {"objectives", "prompts", "rewards", "trainer"},
+    | {"objectives", "planning", "prompts", "rewards", "rollout", "trainer"},
     "__main__": {"cli", "distributed", "errors", "trainer"},
 }
 LIGHTNING = {
@@ -72,11 +73,12 @@ LIGHTNING = {
     "cli",
     "datamodule",
     "module",
+    "planning",
     "supervised",
     "tiny",
     "trainer",
 }
-TRANSFORMERS = {"cli", "engines", "models", "tiny"}
+TRANSFORMERS = {"cli", "engines", "models", "planning", "tiny"}
 # A reader sees a folder at once, and so its files.
 MOST_FILES = {"": 26}
 
