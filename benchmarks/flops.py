@@ -28,7 +28,7 @@ import torch
 from kdrl_lightning import GRPO, KDRLModule
 from kdrl_lightning.planning.job import Job
 from kdrl_lightning.planning.meter import without_numbers
-from kdrl_lightning.planning.rehearsal import Rehearsal, rehearse, weightless
+from kdrl_lightning.planning.rehearsal import Rehearsal, allot, rehearse, weightless
 from kdrl_lightning.planning.shapes import config_of, shipped
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.updates import Cut
@@ -151,7 +151,7 @@ def theirs(
         seen: dict[tuple[int, int], np.ndarray] = {}
         with without_numbers() as meter, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = weightless(config, torch.float32)
+            model = allot(weightless(config, torch.float32))
             add_fused_lm_head(model, outputs=("log_probs", "entropy"))
             for part in parts:
                 shape = (max(p for p, _ in part), max(n for _, n in part)) if own_width else whole

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def recipes() -> dict[str, list[str]]:
 
 def parsed(flags: list[str]) -> tuple[Job, KDRLModule]:
     """Return job and module of a command line."""
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     cli = PlanCLI.run([*flags, "--trainer.callbacks=[]"], instantiate_only=True)
     own, _ = own_flags().parse_known_args([])
     return job_of(cli.config, own), module_of(cli)

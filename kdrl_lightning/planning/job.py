@@ -54,6 +54,7 @@ class Job:
         mean_completion: in tokens; None: half of ``max_tokens``. Only seconds depend on it.
         kept_checkpoints: how many stay on the disk.
         model_configs: files of configurations by the name of their model.
+        depth: build the student with so many layers; None: with all.
     """
 
     rollout: RolloutSettings = RolloutSettings()
@@ -69,6 +70,7 @@ class Job:
     mean_completion: int | None = None
     kept_checkpoints: int = 1
     model_configs: Mapping[str, str] = field(default_factory=dict)
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("ranks", "accumulate", "longest_prompt"):

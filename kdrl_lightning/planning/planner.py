@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.planning.cards import Card
 from kdrl_lightning.planning.job import Job
-from kdrl_lightning.planning.rehearsal import Rehearsal, local_teachers, rehearse
-from kdrl_lightning.planning.seconds import Seconds, seconds_of
+from kdrl_lightning.planning.rehearsal import Rehearsal, depth_of, local_teachers, rehearse
+from kdrl_lightning.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 
 # What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
 CONTEXT = 1.2e9
 # Room for the gaps in torch's allocator. An assumption.
 GAPS = 0.04
 MOST_CHANGES = 4
+# Layers with which a deep student is counted.
+DEPTHS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -122,34 +125,92 @@ def plan(
     usable = memory
     if memory is not None and job.on_gpu:
         usable = (memory - CONTEXT) / (1 + GAPS)
-    with rehearse(copy.deepcopy(module), job) as run:
-        made = _planned(run, memory, usable, cards)
-    if made.fits or not cure:
-        return made
-    return replace(made, cures=cures(module, job, memory, made))
-
-
-def _planned(
-    run: Rehearsal, memory: float | None, usable: float | None, cards: tuple[Card, ...]
-) -> Plan:
-    job = run.job
-    tokens = job.largest_micro_batch
-    fixed = [_sample(run, memory), _push(run), _step(run)]
-    awake = _awake(run, memory)
-    seen = {tokens: _of_tokens(run, tokens, awake)}
-    largest = None if usable is None else _largest(run, usable, awake, seen)
-    score, update = seen[tokens]
-    return Plan(
-        [fixed[0], score, update, fixed[2], fixed[1]],
+    made = at_full_depth(module, job, lambda run: _counted(run, memory, bool(cards)))
+    largest = None if usable is None else _largest(made, job, usable)
+    found = Plan(
+        made.phases,
         usable,
-        tokens,
+        job.largest_micro_batch,
         largest,
-        run.checkpoint(),
+        made.checkpoint,
         job.kept_checkpoints,
-        run.head_chunk(),
-        {card.name: seconds_of(run, card) for card in cards},
-        notes=_notes(job, largest),
+        made.head,
+        {card.name: seconds_of(made.work, job, card) for card in cards},
+        notes=_notes(job),
     )
+    if found.fits or not cure:
+        return found
+    return replace(found, cures=cures(module, job, memory, found))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one rehearsal counts; every number is a line in the student's layers.
+
+    Attributes:
+        phases: with the largest micro-batch.
+        other: ``score`` and ``update`` with a micro-batch of another size, ``other_tokens(job)``.
+        work: operations and sizes, for seconds.
+    """
+
+    phases: list[Phase]
+    other: list[Phase]
+    checkpoint: float
+    head: float
+    work: Work
+
+
+def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Counted]) -> Counted:
+    """Count a run; a deep student is counted with few layers, twice.
+
+    Equal layers add equal bytes and operations, so that two depths give those of any depth.
+    """
+    layers = depth_of(module, job)
+    if layers is None:
+        with rehearse(copy.deepcopy(module), job) as run:
+            return count(run)
+    both = []
+    for depth in DEPTHS:
+        with rehearse(copy.deepcopy(module), replace(job, depth=depth)) as run:
+            both.append(count(run))
+    steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    return _line(both[0], both[1], steps)
+
+
+# `Any`: numbers, texts, and lists, mappings and dataclasses of them.
+def _line(one: Any, two: Any, steps: float) -> Any:
+    """Return ``one + (two - one) * steps`` for every number."""
+    if isinstance(one, int | float):
+        return one + (two - one) * steps
+    if isinstance(one, dict):
+        return {k: _line(one.get(k, 0), two.get(k, 0), steps) for k in {**one, **two}}
+    if isinstance(one, list):
+        return [_line(a, b, steps) for a, b in zip(one, two, strict=True)]
+    if is_dataclass(one) and not isinstance(one, type):
+        values = (_line(getattr(one, f.name), getattr(two, f.name), steps) for f in fields(one))
+        return type(one)(*values)
+    return one
+
+
+def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
+    job, awake = run.job, _awake(run, memory)
+    sample, push, step = _sample(run, memory), _push(run), _step(run)
+    score, update = _of_tokens(run, job.largest_micro_batch, awake)
+    other = other_tokens(job)
+    return Counted(
+        [sample, score, update, step, push],
+        [] if other is None else list(_of_tokens(run, other, awake)),
+        run.checkpoint(),
+        run.head_chunk(),
+        work_of(run) if timed else NO_WORK,
+    )
+
+
+def other_tokens(job: Job) -> int | None:
+    """Return a second size of a micro-batch to count; None if a step has one completion."""
+    if job.largest_micro_batch > job.longest:
+        return job.longest
+    return 2 * job.longest if job.rows > 1 else None
 
 
 def _sample(run: Rehearsal, memory: float | None) -> Phase:
@@ -223,33 +284,24 @@ def engine_itemsize(run: Rehearsal) -> int:
     return {"float32": 4, "bfloat16": 2, "float16": 2}.get(name, auto)
 
 
-def _largest(
-    run: Rehearsal, usable: float, awake: dict[str, float], seen: dict[int, tuple[Phase, Phase]]
-) -> int | None:
-    """Find the most tokens of a micro-batch that fit; ``seen`` gets what is counted on the way."""
-    job = run.job
+def _largest(made: Counted, job: Job, usable: float) -> int | None:
+    """Return the most tokens of a micro-batch that fit; memory is a line in the tokens.
+
+    It would not be where attention keeps a square of them, which no kernel that we use does.
+    """
+    tokens, other = job.largest_micro_batch, other_tokens(job)
     least, most = job.longest, job.rows * job.longest
-
-    def total(tokens: int) -> float:
-        if tokens not in seen:
-            seen[tokens] = _of_tokens(run, tokens, awake)
-        return max(phase.total for phase in seen[tokens])
-
-    if total(least) > usable:
-        return None
-    good, other = least, job.largest_micro_batch
-    if other == least:
-        other = min(most, 2 * least)
-    for _ in range(3):
-        if total(other) <= usable:
-            good = max(good, other)
-        # Memory is a line in the tokens wherever attention keeps no square of them.
-        slope = (total(other) - total(least)) / max(other - least, 1)
-        target = least + (usable - total(least)) / slope if slope > 0 else float(most)
-        other = int(min(most, max(least, target * 0.99)))
-        if other <= good * 1.01:
-            break
-    return max([good, *(n for n in seen if total(n) <= usable)])
+    if other is None:
+        return tokens if all(phase.total <= usable for phase in made.phases[1:3]) else None
+    limits = [float(most)]
+    for phase, second in zip(made.phases[1:3], made.other, strict=True):
+        slope = (phase.total - second.total) / (tokens - other)
+        if slope > 0:
+            limits.append(tokens + (usable - phase.total) / slope)
+        elif phase.total > usable:
+            return None
+    found = int(min(limits))
+    return found if found >= least else None
 
 
 def cures(module: KDRLModule, job: Job, memory: float | None, made: Plan) -> list[str]:
@@ -259,7 +311,7 @@ def cures(module: KDRLModule, job: Job, memory: float | None, made: Plan) -> lis
     """
     module, said = copy.deepcopy(module), []
     for _ in range(MOST_CHANGES):
-        change = _change(module, job, made)
+        change = next_change(module, job, made)
         if change is None:
             return []
         text, job = change
@@ -270,7 +322,7 @@ def cures(module: KDRLModule, job: Job, memory: float | None, made: Plan) -> lis
     return []
 
 
-def _change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | None:
+def next_change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | None:
     """Return a setting that lowers the phase that needs most, and the job with it.
 
     The module is changed in place.
@@ -317,7 +369,7 @@ def _change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | None:
     return None
 
 
-def _notes(job: Job, largest: int | None) -> list[str]:
+def _notes(job: Job) -> list[str]:
     notes = [f"the longest prompt has {job.longest_prompt} tokens"]
     if job.on_gpu:
         notes.append(f"{CONTEXT / 1e9:g} GB of a card and {GAPS:.0%} of the tensors are set aside")

@@ -16,8 +16,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.errors import ConfigurationError
@@ -43,6 +44,9 @@ from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
+# A student of more layers is counted with fewer, unless its configuration says that they differ.
+DEEP = 8
+MIXED = ("first_k_dense_replace", "num_kv_shared_layers", "mlp_only_layers", "moe_layer_freq")
 
 
 @dataclass(frozen=True)
@@ -97,38 +101,31 @@ class Rehearsal:
         return self.module.student
 
     def update(self, tokens: int) -> Cost:
-        """Take a micro-batch forward and backward; others of the same step came before, if any."""
-        return self._update(self.filled(self._batch(tokens)), min(2, self.job.accumulate))
+        """Take a micro-batch forward and backward, after others of the same step."""
+        return self._update(self.filled(self._batch(tokens)))
 
-    def _update(self, batch: RolloutBatch, times: int) -> Cost:
-        """Run micro-batches of a step, the first as Lightning does.
-
-        The gradients of the step before stay until the first forward pass is over.
-        """
+    def _update(self, batch: RolloutBatch) -> Cost:
         self._make_gradients()
-        for number in range(times):
-            before = self.meter.restart()
-            with self._computing():
-                out = self.module.training_step(batch, 0)
-            kept = self.meter.bytes - before
-            if not number:
-                self.optimizer.zero_grad()
-            out["loss"].backward()
-            peak, flops = self.meter.peak - before, self.meter.flops
-            del out
-            self.module._found = {}
+        before = self.meter.restart()
+        with self._computing():
+            out = self.module.training_step(batch, 0)
+        kept = self.meter.bytes - before
+        out["loss"].backward()
+        cost = Cost(self.meter.peak - before, kept, self.meter.flops)
+        del out
+        self.module._found = {}
         self.optimizer.zero_grad()
-        return Cost(peak, kept, flops)
+        return cost
 
     def trained_flops(self, batch: RolloutBatch) -> int:
         """Return the operations of a filled micro-batch, forward and backward."""
-        return self._update(batch, 1).flops
+        return self._update(batch).flops
 
     def _make_gradients(self) -> None:
         for parameter in self._trained():
             parameter.grad = torch.zeros_like(parameter)
 
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.student.parameters() if p.requires_grad]
 
     def score(self, tokens: int) -> dict[str, Cost]:
@@ -431,12 +428,14 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
 
 def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Scorer:
     """Build the student as ``load_scorer`` does, without weights."""
-    model = plain_model(module, job)
+    model = student_config_model(module, job)
     fixed = frozen_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in fixed)
     if module.lora is not None:
-        module.lora.inject(model, 0)
+        with _disable_current_modes():
+            module.lora.inject(model, 0)
+    allot(model)
     scorer = Scorer(model, chunk_size=module.chunk_size)
     scorer.shares = may_share(scorer, sharding)
     if module.lora is not None:
@@ -447,9 +446,29 @@ def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Score
 
 
 def plain_model(module: KDRLModule, job: Job) -> Any:
-    """Return the student's model without weights, as its configuration describes it."""
+    """Return the student's model without adapters, with weights that have no numbers."""
+    return allot(student_config_model(module, job))
+
+
+def student_config_model(module: KDRLModule, job: Job) -> Any:
+    """Return the student's model on the ``meta`` device, as its configuration describes it."""
     double = torch.float64 if job.precision == "64-true" else torch.float32
-    return weightless(config_of(model_path(module.student_source), job.model_configs), double)
+    config = config_of(model_path(module.student_source), job.model_configs)
+    if job.depth is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = job.depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: job.depth]
+    return weightless(config, double)
+
+
+def depth_of(module: KDRLModule, job: Job) -> int | None:
+    """Return the number of a deep student's layers if they are all equal; else None."""
+    config = config_of(model_path(module.student_source), job.model_configs).get_text_config()
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    mixed = any(getattr(config, name, None) for name in MIXED)
+    return layers if layers > DEEP and len(kinds) == 1 and not mixed else None
 
 
 def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) -> Scorer:
@@ -458,23 +477,43 @@ def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) ->
     own = getattr(config, "dtype", None) or torch.float32
     chosen = own if teacher.dtype == "auto" else teacher.dtype
     dtype = chosen if isinstance(chosen, torch.dtype) else getattr(torch, chosen)
-    model = weightless(config, dtype).requires_grad_(False)
+    model = allot(weightless(config, dtype).requires_grad_(False))
     scorer = Scorer(model, chunk_size=teacher.chunk_size)
     scorer.shares = may_share(scorer, sharding)
     return scorer if sharding is None else sharding.shard(scorer)
 
 
 def weightless(config: Any, dtype: torch.dtype) -> Any:
-    """Return a transformers model of a configuration, with uninitialised weights."""
+    """Return a transformers model of a configuration on the ``meta`` device."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
+    with _disable_current_modes(), no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     keep_soft_caps(model)
     keep_precision(model)
     return model.eval()
+
+
+def allot(model: Any) -> Any:
+    """Give a model on the ``meta`` device weights on the CPU that have no numbers; return it.
+
+    ``nn.Module.to`` cannot swap fake tensors that something refers to.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for name, old in place.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.zeros(old.shape, dtype=old.dtype)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, old.requires_grad)
+                    made[id(old)] = new
+                place[name] = made[id(old)]
+    return model
 
 
 def may_share(scorer: Scorer, sharding: Sharding | None) -> bool:

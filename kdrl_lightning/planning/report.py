@@ -46,9 +46,9 @@ def verdict(made: Plan) -> str:
     if made.fits:
         spare = made.memory - worst.total
         return f"It fits: {worst.name} needs most, and leaves {gb(spare)} GB."
-    cure = f"Set {' '.join(made.cures)}." if made.cures else "No single settings cure it: use more "
+    cure = f"Set {' '.join(made.cures)}."
     if not made.cures:
-        cure += "GPUs, `model.lora`, or servers that sample on other cards."
+        cure = "Use more GPUs, `model.lora`, or servers that sample on other cards."
     return (
         f"It does not fit: {worst.name} ({SAYS[worst.name]}) needs {gb(worst.total)} GB of "
         f"{gb(made.memory)} GB. {cure}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from kdrl_lightning.planning.cards import Card
+from kdrl_lightning.planning.job import Job
 from kdrl_lightning.planning.rehearsal import Rehearsal
 
 # Assumptions: shares of a card's data sheet that training, scoring and decoding reach, and seconds
@@ -37,31 +38,60 @@ class Seconds:
         return {**asdict(self), "sum": self.total}
 
 
-def seconds_of(run: Rehearsal, card: Card) -> Seconds:
-    """Return seconds for completions of typical length."""
-    job = run.job
-    costs = run.typical()
-    rows = job.rows * job.rollout.minibatches_per_rollout / costs.rows
-    return Seconds(
-        _sampling(run, card) if job.sampler.kind != "elsewhere" else 0.0,
-        rows * costs.score / (card.flops * SCORES),
-        rows * costs.update * job.rollout.epochs_per_rollout / (card.flops * TRAINS),
+@dataclass(frozen=True)
+class Work:
+    """Operations and sizes of a rank's part of a rollout, with completions of mean length.
+
+    Attributes:
+        score: operations to score all completions.
+        update: operations of one pass of updates over all completions.
+        weights: numbers in the student.
+        cache: numbers that an engine keeps per token.
+        layers: of the student.
+    """
+
+    score: float
+    update: float
+    weights: float
+    cache: float
+    layers: float
+
+
+NO_WORK = Work(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def work_of(run: Rehearsal) -> Work:
+    """Count the work of a rollout."""
+    job, costs = run.job, run.typical()
+    share = job.rows * job.rollout.minibatches_per_rollout / costs.rows
+    return Work(
+        share * costs.score, share * costs.update, run.whole_copy(1), run.cache_values(), run.layers
     )
 
 
-def _sampling(run: Rehearsal, card: Card) -> float:
+def seconds_of(work: Work, job: Job, card: Card) -> Seconds:
+    """Return seconds for completions of typical length."""
+    return Seconds(
+        _sampling(work, job, card) if job.sampler.kind != "elsewhere" else 0.0,
+        work.score / (card.flops * SCORES),
+        work.update * job.rollout.epochs_per_rollout / (card.flops * TRAINS),
+    )
+
+
+def _sampling(work: Work, job: Job, card: Card) -> float:
     """Return seconds to decode a rank's completions: reading weights and cache bounds each step."""
-    job, sampler = run.job, run.job.sampler
+    sampler = job.sampler
     graphs = sampler.kind == "vllm"
     size = 2 if graphs else 4
-    weights = run.whole_copy(size if graphs else size + 4)  # cast for each token: read, write, read
-    each = run.cache_values() * size * (job.longest_prompt + job.typical / 2)
+    # Without graphs, weights are cast for each token: read, written and read.
+    weights = work.weights * (size if graphs else size + 4)
+    each = work.cache * size * (job.longest_prompt + job.typical / 2)
     completions = job.rows * job.rollout.minibatches_per_rollout
     rows = min(sampler.max_sequences, completions)
     if graphs and sampler.cache_bytes is None:
         room = max(sampler.share * card.memory - weights, each)
         rows = max(1, min(rows, int(room / each)))
-    floor = 0.0 if graphs else LAUNCHES * run.layers
+    floor = 0.0 if graphs else LAUNCHES * work.layers
     full = max(floor, (weights + rows * each) / (card.bandwidth * READS))
     alone = max(floor, weights / (card.bandwidth * READS))
     steps = completions / rows * job.typical

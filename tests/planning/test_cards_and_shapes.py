@@ -91,5 +91,7 @@ def test_a_bad_configuration_is_one_line(tmp_path: Path, text: str, words: str) 
 
 def test_a_missing_configuration_says_where_to_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigurationError, match="got none for no/model. .*`--model-config no/mod"):
+    with pytest.raises(
+        ConfigurationError, match=r"got none for no/model. .*`--model-config no/mod"
+    ):
         config_of("no/model", {})
