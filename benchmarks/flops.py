@@ -129,6 +129,8 @@ def theirs(
 ) -> np.ndarray:
     """Return TRL's operations: old log-probabilities, and the updates, without recomputation.
 
+    Its layers run on padded rows, its head on the tokens of completions alone.
+
     Args:
         name: the model.
         prompts: tokens of each prompt.
@@ -145,41 +147,45 @@ def theirs(
     whole = max(p for p, _ in pairs), max(n for _, n in pairs)
 
     def count(layers: int) -> np.ndarray:
-        values = shipped()[name] | {"num_hidden_layers": layers}
-        config = type(config_of(name, {}))(**{k: v for k, v in values.items() if k != "model_type"})
-        total = np.zeros(2)
-        seen: dict[tuple[int, int], np.ndarray] = {}
+        config = config_of(name, {})
+        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
         with without_numbers() as meter, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = allot(weightless(config, torch.float32))
             add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+            small = [(4, 64)]
+            each = _passes(model, meter, small, small[0], True)
+            each = (each - _passes(model, meter, small, small[0], False)) / 64
+            total = each * completions.sum()
             for part in parts:
                 shape = (max(p for p, _ in part), max(n for _, n in part)) if own_width else whole
-                if shape not in seen:
-                    seen[shape] = _their_passes(model, meter, part, shape)
-                total += seen[shape]
+                total = total + _passes(model, meter, part, shape, False)
         return total
 
     return of_all_layers(count, shipped()[name]["num_hidden_layers"])
 
 
-def _their_passes(
-    model: Any, meter: Any, part: Sequence[tuple[int, int]], shape: tuple[int, int]
+def _passes(
+    model: Any, meter: Any, part: Sequence[tuple[int, int]], shape: tuple[int, int], head: bool
 ) -> np.ndarray:
+    """Return the operations of a pass without gradient, and of one forward and backward."""
     prompt, completion = shape
-    mask = torch.zeros(len(part), prompt + completion, dtype=torch.long)
-    for row, (before, after) in zip(mask, part, strict=True):
-        row[prompt - before : prompt + after] = 1
+    before, after = (torch.tensor(x)[:, None] for x in zip(*part, strict=True))
+    column = torch.arange(prompt + completion)
+    mask = ((column >= prompt - before) & (column < prompt + after)).long()
     ids = torch.ones_like(mask)
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :-completion] = -100
+    labels = ids.masked_fill((mask == 0) | (column < prompt), -100)
     out = []
     for grad in (False, True):
         meter.restart()
         with torch.set_grad_enabled(grad):
-            made = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            if head:
+                made = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+                value = made.log_probs.sum()
+            else:
+                value = model.model(input_ids=ids, attention_mask=mask).last_hidden_state.sum()
         if grad:
-            (made.log_probs.sum() + 0.0 * made.entropy.sum()).backward()
+            value.backward()
         out.append(meter.flops)
     return np.array(out, dtype=float)
 

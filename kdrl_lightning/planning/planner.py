@@ -10,7 +10,7 @@ from typing import Any
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.planning.cards import Card
 from kdrl_lightning.planning.job import Job
-from kdrl_lightning.planning.rehearsal import Rehearsal, depth_of, local_teachers, rehearse
+from kdrl_lightning.planning.rehearsal import Cost, Rehearsal, depth_of, local_teachers, rehearse
 from kdrl_lightning.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 
 # What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
@@ -169,9 +169,11 @@ def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Cou
     if layers is None:
         with rehearse(copy.deepcopy(module), job) as run:
             return count(run)
-    both = []
+    both: list[Counted] = []
+    known: dict[Any, Cost] = {}
     for depth in DEPTHS:
         with rehearse(copy.deepcopy(module), replace(job, depth=depth)) as run:
+            run.known = known
             both.append(count(run))
     steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
     return _line(both[0], both[1], steps)

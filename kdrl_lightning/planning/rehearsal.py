@@ -85,6 +85,7 @@ class Rehearsal:
         held: bytes by what holds them: ``student``, ``teacher``, ``reference``, ``moments``, and
             ``gradients``, which Lightning keeps from a step to the next one's backward pass.
         away: bytes of models that wait in the host's memory.
+        known: costs of frozen models, which do not depend on the student's depth.
     """
 
     job: Job
@@ -93,6 +94,7 @@ class Rehearsal:
     optimizer: torch.optim.Optimizer
     held: dict[str, int] = field(default_factory=dict)
     away: int = 0
+    known: dict[Any, Cost] = field(default_factory=dict)
 
     @property
     def student(self) -> Scorer:
@@ -140,9 +142,16 @@ class Rehearsal:
             ("teacher", self.module.score_teacher),
             ("reference", self.module.score_reference),
         ):
-            before = self.meter.restart()
-            work(wide.replace(topk_ids=self._topk(wide)))
-            out[name] = Cost(self.meter.peak - before, flops=self.meter.flops)
+            key = (name, *wide.input_ids.shape, *wide.completion_ids.shape)
+            if key not in self.known:
+                before = self.meter.restart()
+                work(wide.replace(topk_ids=self._topk(wide)))
+                cost = Cost(self.meter.peak - before, flops=self.meter.flops)
+                if name == "student":
+                    out[name] = cost
+                    continue
+                self.known[key] = cost
+            out[name] = self.known[key]
         return out
 
     def typical(self) -> Typical:
