@@ -132,7 +132,8 @@ def module_of(cli: KDRLCLI) -> KDRLModule:
     """Return the module of a parsed configuration; its models are not loaded."""
     alone = OneLineParser()  # the whole parser would build data and trainer, too
     alone.add_lightning_class_args(KDRLModule, "model")
-    module = alone.instantiate_classes(Namespace(model=cli.config.model)).model
+    only = Namespace(model=cli.config.model)  # type: ignore[no-untyped-call]
+    module = alone.instantiate_classes(only).model
     assert isinstance(module, KDRLModule)
     return module
 

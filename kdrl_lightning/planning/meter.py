@@ -43,7 +43,7 @@ class Meter(TorchDispatchMode):
     # `Any` in this file: torch's types of operators, their arguments and results.
 
     def __init__(self, numbers: FakeTensorMode | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numbers = numbers
         self.bytes = self.peak = self.flops = 0
         self._held: dict[int, tuple[Any, int]] = {}  # by storage: a reference to it, and its bytes
@@ -152,11 +152,12 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet is FLASH:
         query, key, value = args[:3]
         causal = kwargs.get("is_causal", args[4] if len(args) > 4 else False)
-        return _seen(causal, key) * sdpa_flop_count(query.shape, key.shape, value.shape) // 1000
+        every = sdpa_flop_count(query.shape, key.shape, value.shape)
+        return int(_seen(causal, key) * every // 1000)
     if packet is FLASH_BACKWARD:
         gradient, query, key, value = args[:4]
         every = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
-        return _seen(args[7], key) * every // 1000
+        return int(_seen(args[7], key) * every // 1000)
     count = _counts(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 

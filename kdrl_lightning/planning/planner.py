@@ -176,7 +176,8 @@ def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Cou
             run.known = known
             both.append(count(run))
     steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return _line(both[0], both[1], steps)
+    whole: Counted = _line(both[0], both[1], steps)
+    return whole
 
 
 # `Any`: numbers, texts, and lists, mappings and dataclasses of them.

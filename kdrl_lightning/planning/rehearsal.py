@@ -196,7 +196,7 @@ class Rehearsal:
         """Return how many numbers an engine's cache holds per token of a sequence."""
         cache = self._filled(self.whole_model(), torch.zeros(1, tokens, dtype=torch.long))
         parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-        return sum(part.numel() for part in parts if part is not None) / tokens
+        return float(sum(part.numel() for part in parts if part is not None) / tokens)
 
     def sample(self, rows: int) -> Cost:
         """Decode one token of so many completions that are nearly as long as they may be.
