@@ -28,7 +28,8 @@ import torch
 from kdrl_lightning import GRPO, KDRLModule
 from kdrl_lightning.planning.job import Job
 from kdrl_lightning.planning.meter import without_numbers
-from kdrl_lightning.planning.rehearsal import Rehearsal, allot, rehearse, weightless
+from kdrl_lightning.planning.models import allot, weightless
+from kdrl_lightning.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.planning.shapes import config_of, shipped
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.updates import Cut

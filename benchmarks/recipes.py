@@ -18,8 +18,8 @@ from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.planning.cards import bytes_of, card_named
 from kdrl_lightning.planning.job import Job
+from kdrl_lightning.planning.models import local_teachers
 from kdrl_lightning.planning.planner import Plan, plan
-from kdrl_lightning.planning.rehearsal import local_teachers
 from kdrl_lightning.planning.report import gb
 
 ROOT = Path(__file__).parents[1]

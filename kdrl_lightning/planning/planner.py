@@ -10,7 +10,8 @@ from typing import Any
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.planning.cards import Card
 from kdrl_lightning.planning.job import Job
-from kdrl_lightning.planning.rehearsal import Cost, Rehearsal, depth_of, local_teachers, rehearse
+from kdrl_lightning.planning.models import depth_of, local_teachers
+from kdrl_lightning.planning.rehearsal import Cost, Rehearsal, rehearse
 from kdrl_lightning.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 
 # What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.

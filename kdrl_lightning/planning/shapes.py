@@ -78,7 +78,7 @@ def _from_values(values: Mapping[str, Any], name: str) -> Any:
     kind = settings.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **settings)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # every architecture checks with errors of its own
         raise ConfigurationError(
             f"the configuration of {name} must be of an architecture that transformers knows: got "
             f"model_type {kind} ({' '.join(str(error).split())[:120]}). Check the file."

@@ -68,9 +68,9 @@ def test_an_unknown_card_is_one_line(name: str, cure: str) -> None:
 
 def test_a_configuration_comes_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({"model_type": "llama", "hidden_size": 48}))
-    assert config_of("my/model", {"my/model": str(file)}).hidden_size == 48
-    assert config_of("my/model", {"my/model": str(tmp_path)}).hidden_size == 48
+    file.write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    assert config_of("my/model", {"my/model": str(file)}).hidden_size == 64
+    assert config_of("my/model", {"my/model": str(tmp_path)}).hidden_size == 64
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,7 @@ def test_a_configuration_comes_from_a_file(tmp_path: Path) -> None:
         ("{", r"`--model-config my/model` must be a config.json: got .*config.json \("),
         ("[]", "`--model-config my/model` must be a config.json: got .*, without settings"),
         ('{"model_type": "abacus"}', "must be of an architecture .* got model_type abacus"),
+        ('{"model_type": "llama", "hidden_size": 7}', "must be of an architecture .* llama"),
         ("{}", "must be of an architecture .* got model_type None"),
     ],
 )

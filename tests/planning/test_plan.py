@@ -128,8 +128,7 @@ def test_the_largest_micro_batch_is_the_largest_that_fits_and_the_cure(config: s
     made = plan(module, base, memory)
     assert not made.fits and made.worst.name == "update"
     assert made.largest is not None and base.longest <= made.largest < made.tokens
-    (cure,) = made.cures
-    assert cure.startswith("--data.rollout.max_tokens_per_micro_batch ")
+    assert made.cures[0].startswith("--data.rollout.max_tokens_per_micro_batch ")
     assert not module.activation_checkpointing
     with rehearse(module, base) as run:
         held = sum(run.held.values())
