@@ -198,7 +198,7 @@ def _line(one: Any, two: Any, steps: float) -> Any:
 
 def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
     job, awake = run.job, _awake(run, memory)
-    sample, push, step = _sample(run, memory), _push(run), _step(run)
+    sample, push, step = _sample(run, memory), _push(run), _step(run, awake)
     score, update = _of_tokens(run, job.largest_micro_batch, awake)
     other = other_tokens(job)
     return Counted(
@@ -241,8 +241,8 @@ def _push(run: Rehearsal) -> Phase:
     return Phase("push", parts)
 
 
-def _step(run: Rehearsal) -> Phase:
-    return Phase("step", {**run.held, "workspace": run.step().peak})
+def _step(run: Rehearsal, awake: dict[str, float]) -> Phase:
+    return Phase("step", {**run.held, **awake, "workspace": run.step().peak})
 
 
 def _of_tokens(run: Rehearsal, tokens: int, awake: dict[str, float]) -> tuple[Phase, Phase]:
