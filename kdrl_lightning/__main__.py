@@ -69,6 +69,10 @@ def _run(args: Sequence[str] | None) -> None:
             from kdrl_lightning.cli.doctor import doctor
 
             raise SystemExit(doctor(given[1:]))
+        elif given[:1] == ["plan"]:
+            from kdrl_lightning.cli.plan import plan
+
+            plan(given[1:])
         else:
             end_with_children()
             KDRLCLI.run(args)

@@ -63,6 +63,9 @@ RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
 MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
+METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
+PLANNED = "hardware/planning/planner.py", "hardware/planning/test_plan.py"
+REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
@@ -2456,6 +2459,42 @@ MUTATIONS = [
         ("metrics/step_stats.py", "checkpoints/test_resumed_log.py"),
         "self._shown = set(state_dict)",
         "pass",
+    ),
+    Mutation(
+        "plan: freed tensors stay counted",
+        METER,
+        "self.bytes -= self._held.pop(key)[1]",
+        "self._held.pop(key)",
+    ),
+    Mutation(
+        "plan: a gathered weight stays when it is freed",
+        METER,
+        "        meter.resized(storage)\n",
+        "",
+    ),
+    Mutation(
+        "plan: causal attention counts whole squares",
+        METER,
+        "if causal else 1000",
+        "if 0 else 1000",
+    ),
+    Mutation(
+        "plan: moments are forgotten",
+        REHEARSED,
+        'held["moments"] = meter.bytes - before',
+        'held["moments"] = 0',
+    ),
+    Mutation(
+        "plan: no gradients of earlier micro-batches",
+        REHEARSED,
+        "        self._make_gradients()\n        before = self.meter.restart()\n        with",
+        "        before = self.meter.restart()\n        with",
+    ),
+    Mutation(
+        "plan: the largest micro-batch by one phase",
+        PLANNED,
+        "int(min(limits))",
+        "int(max(limits))",
     ),
 ]
 

@@ -63,10 +63,10 @@ ALLOWED = {
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "hardware": FLOOR
     | {"datamodule", "engines", "losses", "models", "module", "objectives", "rollout", "teachers"}
-    | {"tiny"},
+    | {"tiny", "trainer"},
     "cli": FLOOR
     | {"callbacks", "checkpoints", "datamodule", "engines", "evaluation", "models", "module"}
-    | {"hardware", "objectives", "prompts", "rewards", "trainer"},
+    | {"hardware", "objectives", "prompts", "rewards", "rollout", "trainer"},
     "__main__": {"cli", "distributed", "errors", "trainer"},
 }
 LIGHTNING = {

@@ -92,7 +92,7 @@ def chosen_on_one_rank() -> None:
 
 def in_process() -> None:
     engine = VLLMEngine.__new__(VLLMEngine)
-    engine.sleep, engine._model = False, None
+    engine.sleep, engine._model, engine._path, engine._sampled = False, None, "a student", True
     core = SimpleNamespace(
         collective_rpc=fails_on(0, ValueError("unknown weight"), consume),
         reset_prefix_cache=lambda: True,

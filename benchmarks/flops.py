@@ -1,0 +1,273 @@
+"""Counts the operations of a rollout's scoring and updates, ours and TRL's, against those needed.
+
+Nothing is timed, and no model has weights: the code of training runs on fake tensors, with one and
+with two layers, and the count of all layers follows from the two, because layers are equal.
+Needed are, for every completion with its prompt: 2 operations per weight of the layers and token,
+2 per weight of the head and completion token, the lower half of attention's squares; three times
+that with the backward pass (attention 3.5 times, as its kernels rebuild the squares), and once more
+where layers are recomputed. Padding needs nothing.
+
+    python benchmarks/flops.py --out docs/plan
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdrl_lightning import GRPO, KDRLModule
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.meter import without_numbers
+from kdrl_lightning.hardware.planning.models import allot, weightless
+from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
+from kdrl_lightning.hardware.planning.shapes import config_of, shipped
+from kdrl_lightning.rollout.settings import RolloutSettings
+from kdrl_lightning.rollout.updates import Cut
+from kdrl_lightning.rollout_batch import RolloutBatch, collate
+
+PROMPTS, GROUP = 128, 8
+SHORTEST, LONGEST, MEDIAN, SPREAD = 300, 8000, 1500, 0.8
+PROMPT = 100, 500
+CHUNK = 1 << 14  # of the head: no operation depends on it, and few chunks count faster
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
+
+
+def lengths(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens of each prompt ``[P]`` and of its completions ``[P, G]``."""
+    draw = np.random.default_rng(seed)
+    prompts = draw.integers(*PROMPT, PROMPTS)
+    completions = np.exp(draw.normal(np.log(MEDIAN), SPREAD, (PROMPTS, GROUP)))
+    return prompts, completions.clip(SHORTEST, LONGEST).astype(int)
+
+
+def batch_of(prompts: np.ndarray, completions: np.ndarray) -> RolloutBatch:
+    """Return completions of these lengths."""
+    draw = random.Random(0)
+    rows = [(p, n) for p, group in enumerate(completions) for n in group]
+    ids = [[draw.randrange(1000) for _ in range(n)] for _, n in rows]
+    starts = [[draw.randrange(1000) for _ in range(n)] for n in prompts]
+    return collate([starts[p] for p, _ in rows], ids, [p for p, _ in rows], pad_id=0)
+
+
+def needed(config: Any, prompts: np.ndarray, completions: np.ndarray) -> dict[str, float]:
+    """Return the operations that one pass forward needs, by part."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    layer = width * size * (2 * heads + 2 * keys) + 3 * width * config.intermediate_size
+    rows = prompts[:, None] + completions
+    squares = (rows * (rows + 1) / 2).sum()
+    return {
+        "layers": 2.0 * layer * layers * rows.sum(),
+        "head": 2.0 * width * config.vocab_size * completions.sum(),
+        "attention": 4.0 * heads * size * layers * squares,
+    }
+
+
+def trained(parts: dict[str, float], recomputed: bool) -> float:
+    """Return the operations of an update that needs ``parts`` forward."""
+    once = parts["layers"] + parts["attention"]
+    return (
+        3 * (parts["layers"] + parts["head"])
+        + 3.5 * parts["attention"]
+        + (once + parts["head"]) * recomputed
+    )
+
+
+def of_all_layers(count: Callable[[int], np.ndarray], layers: int) -> np.ndarray:
+    """Return a count of a model from those of one and of two of its layers."""
+    one, two = count(1), count(2)
+    return one + (two - one) * (layers - 1)
+
+
+def ours(name: str, data: RolloutBatch, job: Job, recomputed: bool) -> np.ndarray:
+    """Return the operations of scoring and of the updates of one rank's completions."""
+
+    def count(layers: int) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "config.json"
+            file.write_text(json.dumps(shipped()[name] | {"num_hidden_layers": layers}))
+            module = KDRLModule(name, GRPO(), activation_checkpointing=recomputed, chunk_size=CHUNK)
+            own = replace(job, model_configs={name: str(file)})
+            with rehearse(module, own) as run:
+                return counted(run, data, own)
+
+    return of_all_layers(count, shipped()[name]["num_hidden_layers"])
+
+
+def counted(run: Rehearsal, data: RolloutBatch, job: Job) -> np.ndarray:
+    settings = job.rollout
+    cut = Cut(
+        settings.minibatches_per_rollout,
+        1,
+        job.accumulate,
+        settings.max_tokens,
+        settings.max_tokens_per_micro_batch or float("inf"),
+    )
+    score = update = 0
+    for number, micro_batches in enumerate(cut.updates(data)):
+        for rows in micro_batches:
+            part = run.filled(data.select(rows))
+            if number:  # the first update's own pass gives its scores
+                run.meter.restart()
+                run.module.score(part)
+                score += run.meter.flops
+            update += run.trained_flops(part)
+    return np.array([score, update], dtype=float)
+
+
+def theirs(
+    name: str, prompts: np.ndarray, completions: np.ndarray, rows: int, own_width: bool
+) -> np.ndarray:
+    """Return TRL's operations: old log-probabilities, and the updates, without recomputation.
+
+    Its layers run on padded rows, its head on the tokens of completions alone.
+
+    Args:
+        name: the model.
+        prompts: tokens of each prompt.
+        completions: tokens of its completions.
+        rows: completions of a micro-batch.
+        own_width: pad each micro-batch to its own longest row, which TRL 1.16 does not: it pads to
+            the longest one of all completions that it samples at once.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    pairs = [(p, n) for p, group in zip(prompts, completions, strict=True) for n in group]
+    random.Random(0).shuffle(pairs)
+    parts = [pairs[i : i + rows] for i in range(0, len(pairs), rows)]
+    whole = max(p for p, _ in pairs), max(n for _, n in pairs)
+
+    def count(layers: int) -> np.ndarray:
+        config = config_of(name, {})
+        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+        with without_numbers() as meter, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = allot(weightless(config, torch.float32))
+            add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+            small = [(4, 64)]
+            each = _passes(model, meter, small, small[0], True)
+            each = (each - _passes(model, meter, small, small[0], False)) / 64
+            total = each * completions.sum()
+            for part in parts:
+                shape = (max(p for p, _ in part), max(n for _, n in part)) if own_width else whole
+                total = total + _passes(model, meter, part, shape, False)
+        return total
+
+    return of_all_layers(count, shipped()[name]["num_hidden_layers"])
+
+
+def _passes(
+    model: Any, meter: Any, part: Sequence[tuple[int, int]], shape: tuple[int, int], head: bool
+) -> np.ndarray:
+    """Return the operations of a pass without gradient, and of one forward and backward."""
+    prompt, completion = shape
+    before, after = (torch.tensor(x)[:, None] for x in zip(*part, strict=True))
+    column = torch.arange(prompt + completion)
+    mask = ((column >= prompt - before) & (column < prompt + after)).long()
+    ids = torch.ones_like(mask)
+    labels = ids.masked_fill((mask == 0) | (column < prompt), -100)
+    out = []
+    for grad in (False, True):
+        meter.restart()
+        with torch.set_grad_enabled(grad):
+            if head:
+                made = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+                value = made.log_probs.sum()
+            else:
+                value = model.model(input_ids=ids, attention_mask=mask).last_hidden_state.sum()
+        if grad:
+            value.backward()
+        out.append(meter.flops)
+    return np.array(out, dtype=float)
+
+
+def compared(name: str, seed: int, ranks: int, sharded: bool, rows: int) -> dict[str, Any]:
+    """Return needed and executed operations of one rank's share of a rollout."""
+    prompts, completions = (x[: PROMPTS // ranks] for x in lengths(seed))
+    job = Job(
+        RolloutSettings(
+            PROMPTS,
+            GROUP,
+            LONGEST,
+            minibatches_per_rollout=2,
+        ),
+        ranks=ranks,
+        strategy="fsdp2" if sharded else "ddp" if ranks > 1 else "single",
+        precision="bf16-mixed",
+        accumulate=PROMPTS * GROUP // ranks // 2 // rows,
+        longest_prompt=PROMPT[1],
+    )
+    config = config_of(name, {})
+    parts = needed(config, prompts, completions)
+    later = needed(config, prompts[len(prompts) // 2 :], completions[len(prompts) // 2 :])
+    data = batch_of(prompts, completions)
+    record: dict[str, Any] = {"model": name, "ranks": ranks, "rows": rows, "sharded": sharded}
+    for recomputed in (False, True):
+        due = sum(later.values()) + trained(parts, recomputed)
+        score, update = ours(name, data, job, recomputed)
+        record["recomputed" if recomputed else "kept"] = {
+            "needed": due,
+            "score": score / sum(later.values()),
+            "update": update / trained(parts, recomputed),
+            "ratio": (score + update) / due,
+        }
+    due = sum(parts.values()) + trained(parts, False)
+    for own_width in (False, True):
+        score, update = theirs(name, prompts, completions, rows, own_width)
+        record["trl, own width" if own_width else "trl"] = {
+            "needed": due,
+            "score": score / sum(parts.values()),
+            "update": update / trained(parts, False),
+            "ratio": (score + update) / due,
+        }
+    return record
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the ratios as a Markdown table."""
+    columns = ("kept", "recomputed", "trl", "trl, own width")
+    lines = [
+        "| model, one rank of | ours | ours, layers recomputed | TRL 1.16 | TRL, if it padded each "
+        "micro-batch by itself |",
+        "| --- " * 5 + "|",
+    ]
+    for r in records:
+        cells = [
+            f"{r[c]['ratio']:.2f} ({r[c]['score']:.2f}, {r[c]['update']:.2f})" for c in columns
+        ]
+        where = f"{r['ranks']}, {'fsdp2' if r['sharded'] else 'whole models'}"
+        lines.append(f"| {r['model']}, {where} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    records = []
+    for name in args.models:
+        for sharded in (False, True):
+            records.append(compared(name, args.seed, args.ranks, sharded, args.rows))
+            print(json.dumps(records[-1]), flush=True)
+    print(table(records))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "flops.json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Runs ``python -m kdrl_lightning plan``: will a run fit, before any hardware is touched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+
+from kdrl_lightning.cli.main import KDRLCLI
+from kdrl_lightning.cli.parser import OneLineParser
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.hardware.planning.cards import CARDS, Card, bytes_of, card_named
+from kdrl_lightning.hardware.planning.job import Job, Strategy, sampler_of
+from kdrl_lightning.hardware.planning.planner import Plan
+from kdrl_lightning.hardware.planning.planner import plan as plan_of
+from kdrl_lightning.hardware.planning.report import report
+from kdrl_lightning.hardware.planning.shapes import config_of
+from kdrl_lightning.models.loading import model_path
+from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.rollout.settings import RolloutSettings
+
+LONGEST_PROMPT = 1024
+DOES_NOT_FIT = 1
+
+
+class PlanCLI(KDRLCLI):
+    """Reads a configuration of ``fit`` and builds nothing of it."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing: trainer and engine may need devices that are not here."""
+
+
+class OneLine(argparse.ArgumentParser):
+    """Reports a mistake as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            f"the flags of `plan` must be right: got {message}. See `python -m kdrl_lightning plan "
+            "--help`."
+        )
+
+
+def plan(args: Sequence[str]) -> None:
+    """Print the plan of a configuration; exit with 1 if the run does not fit.
+
+    Raises:
+        ConfigurationError: a flag or a setting is wrong.
+        SystemExit: with 1, if the run does not fit.
+    """
+    own, rest = own_flags().parse_known_args(list(args))
+    made = planned(own, rest)
+    print(report(made))
+    if own.output:
+        Path(own.output).write_text(json.dumps(made.as_dict(), indent=1) + "\n")
+    if not made.fits:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def own_flags() -> argparse.ArgumentParser:
+    """Return the parser of the flags that ``fit`` does not have."""
+    parser = OneLine(
+        prog="python -m kdrl_lightning plan",
+        description="Say whether a run fits, from the configurations of its models alone. It takes "
+        "--config and all flags of `fit` as well. Exit code: 0 if it fits, 1 if not, 2 for a "
+        "mistake.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpus", type=int, help="number of GPUs; left out: devices times nodes of the trainer")
+    add("--gpu-memory", help="memory of one, such as 80GB; left out: that of --card")
+    add("--card", help=f"its name, for memory and seconds: {', '.join(c.name for c in CARDS)}")
+    add("--prompt-tokens", type=int, help="longest prompt; left out: data.max_prompt_tokens")
+    add("--completion-tokens", type=int, help="mean completion, for seconds; left out: half")
+    add(
+        "--model-config",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="config.json of a model that is not here; give several",
+    )
+    add("--output", help="a file for the plan as JSON")
+    return parser
+
+
+def planned(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
+    """Return the plan of a command line.
+
+    Args:
+        own: flags of ``plan``.
+        rest: flags of ``fit``, with the configuration.
+    """
+    card = card_named(own.card) if own.card else None
+    memory = bytes_of(own.gpu_memory) if own.gpu_memory else card.memory if card else None
+    for name, value in (
+        ("--gpus", own.gpus),
+        ("--prompt-tokens", own.prompt_tokens),
+        ("--completion-tokens", own.completion_tokens),
+    ):
+        if value is not None:
+            require_between(name, value, 1, float("inf"))
+    if own.gpus and not any(word.startswith("--trainer.devices") for word in rest):
+        rest = [*rest, f"--trainer.devices={own.gpus}"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        cli = PlanCLI.run(rest, instantiate_only=True)
+    job, module = job_of(cli.config, own), module_of(cli)
+    job = within_context(job, module)
+    cards: tuple[Card, ...] = (card,) if card else CARDS if job.on_gpu else ()
+    return plan_of(module, job, memory, cards)
+
+
+def within_context(job: Job, module: KDRLModule) -> Job:
+    """Return the job with prompts that leave room for a completion in the student's context."""
+    config = config_of(model_path(module.student_source), job.model_configs).get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or job.longest
+    longest = max(1, min(job.longest_prompt, context - job.rollout.max_tokens))
+    return replace(job, longest_prompt=longest)
+
+
+def module_of(cli: KDRLCLI) -> KDRLModule:
+    """Return the module of a parsed configuration; its models are not loaded."""
+    alone = OneLineParser()  # the whole parser would build data and trainer, too
+    alone.add_lightning_class_args(KDRLModule, "model")
+    only = Namespace(model=cli.config.model)  # type: ignore[no-untyped-call]
+    module = alone.instantiate_classes(only).model
+    assert isinstance(module, KDRLModule)
+    return module
+
+
+def job_of(config: Namespace, own: argparse.Namespace) -> Job:
+    """Return what a plan reads of a parsed configuration."""
+    trainer, data = config.trainer, config.data
+    ranks = own.gpus or _devices(trainer.devices) * int(trainer.num_nodes or 1)
+    on_gpu = bool(own.gpus or own.gpu_memory or own.card) or trainer.accelerator in ("gpu", "cuda")
+    return Job(
+        rollout=RolloutSettings(**data.rollout.as_dict()),
+        sampler=sampler_of(data.rollout_engine, on_gpu),
+        ranks=ranks,
+        strategy=strategy_of(trainer.strategy, ranks),
+        precision=str(trainer.precision or "32-true"),
+        on_gpu=on_gpu,
+        accumulate=trainer.accumulate_grad_batches,
+        clips=bool(trainer.gradient_clip_val),
+        others=data.teacher_completions.count,
+        longest_prompt=own.prompt_tokens or data.max_prompt_tokens or LONGEST_PROMPT,
+        mean_completion=own.completion_tokens,
+        kept_checkpoints=max(1, config.checkpoint.keep_last + config.checkpoint.save_top_k),
+        model_configs=dict(_named(text) for text in own.model_config),
+    )
+
+
+# `Any` below: a parsed setting, of one of several types.
+def strategy_of(given: Any, ranks: int) -> Strategy:
+    """Return how ranks share the work.
+
+    Raises:
+        ConfigurationError: we cannot plan the strategy.
+    """
+    name = str(getattr(given, "class_path", given)).rsplit(".", 1)[-1].lower()
+    if "fsdp2" in name:
+        return "fsdp2"
+    if name.startswith("ddp") or (name == "auto" and ranks > 1):
+        return "ddp" if ranks > 1 else "single"
+    if name in ("auto", "singledevicestrategy"):
+        return "single"
+    raise ConfigurationError(
+        f"`strategy` must be auto, ddp or fsdp2 for a plan: got {given}. Plan with one of them."
+    )
+
+
+def _devices(given: Any) -> int:
+    """Return a number of devices; ``auto`` and -1 count as one, because none is touched."""
+    if isinstance(given, list | tuple):
+        return len(given)
+    text = str(given)
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    return int(text) if text.isdigit() and int(text) > 0 else 1
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise ConfigurationError(
+            f"`--model-config` must be NAME=FILE: got {text}. Write for example "
+            "Qwen/Qwen3-8B=config.json."
+        )
+    return name, file

@@ -1,0 +1,141 @@
+"""What a plan reads of a run besides the module: ranks, lengths, micro-batches and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.rollout.settings import RolloutSettings
+
+Strategy = Literal["single", "ddp", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The engine that samples rollouts, as far as it needs memory of a trainer's card.
+
+    Attributes:
+        kind: ``transformers``, ``vllm`` or ``elsewhere`` (servers, or an engine that we cannot
+            plan).
+        max_sequences: completions decoded at once.
+        share: part of the card that vLLM takes, weights and cache together.
+        sleep: vLLM frees that part during updates.
+        dtype: type of vLLM's weights and cache; ``auto`` is bfloat16 on a GPU.
+        cache_bytes: size of vLLM's cache; None: what its part leaves.
+        context: longest sequence that vLLM accepts; None: the model's.
+    """
+
+    kind: Literal["transformers", "vllm", "elsewhere"] = "transformers"
+    max_sequences: int = 256
+    share: float = 0.4
+    sleep: bool = False
+    dtype: str = "auto"
+    cache_bytes: float | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings of a run that decide its memory, besides those of the module.
+
+    Attributes:
+        rollout: how rollouts are sampled and used.
+        sampler: the engine.
+        ranks: processes, one per device.
+        strategy: how they share the work.
+        precision: the trainer's.
+        on_gpu: plan for GPUs; AdamW then works on lists of tensors.
+        accumulate: micro-batches of an optimizer step.
+        clips: gradients are clipped.
+        others: completions per prompt that the teacher adds.
+        longest_prompt: in tokens.
+        mean_completion: in tokens; None: half of ``max_tokens``. Only seconds depend on it.
+        kept_checkpoints: how many stay on the disk.
+        model_configs: files of configurations by the name of their model.
+        depth: build the student with so many layers; None: with all.
+    """
+
+    rollout: RolloutSettings = RolloutSettings()
+    sampler: Sampler = Sampler()
+    ranks: int = 1
+    strategy: Strategy = "single"
+    precision: str = "32-true"
+    on_gpu: bool = True
+    accumulate: int = 1
+    clips: bool = False
+    others: int = 0
+    longest_prompt: int = 1024
+    mean_completion: int | None = None
+    kept_checkpoints: int = 1
+    model_configs: Mapping[str, str] = field(default_factory=dict)
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "accumulate", "longest_prompt"):
+            require_between(name, getattr(self, name), 1, float("inf"))
+        unit = self.rollout.minibatches_per_rollout * self.ranks
+        if self.rollout.prompts_per_rollout % unit:
+            raise ConfigurationError(
+                "`prompts_per_rollout` must be a multiple of minibatches_per_rollout * processes = "
+                f"{unit}: got {self.rollout.prompts_per_rollout}. Set it to "
+                f"{-(-self.rollout.prompts_per_rollout // unit) * unit}, or plan other `--gpus`."
+            )
+        if self.accumulate > self.rows:
+            raise ConfigurationError(
+                f"`accumulate_grad_batches` must be at most {self.rows}, the completions of one "
+                f"optimizer step on one process: got {self.accumulate}. Lower it."
+            )
+
+    @property
+    def group(self) -> int:
+        """Completions of a prompt."""
+        return self.rollout.group_size + self.others
+
+    @property
+    def rows(self) -> int:
+        """Completions of one optimizer step on one rank."""
+        unit = self.rollout.minibatches_per_rollout * self.ranks
+        return self.rollout.prompts_per_rollout // unit * self.group
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest completion."""
+        return self.longest_prompt + self.rollout.max_tokens
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Tokens of the largest micro-batch.
+
+        It is the limit of the configuration; without one, every completion is as long as it can be.
+        """
+        worst = -(-self.rows // self.accumulate) * self.longest
+        return max(self.longest, self.rollout.max_tokens_per_micro_batch or worst)
+
+    @property
+    def typical(self) -> int:
+        """Tokens of a completion of mean length."""
+        return self.mean_completion or max(1, self.rollout.max_tokens // 2)
+
+
+# `Any` below: the parsed settings of a class, as jsonargparse gives them.
+def sampler_of(engine: Any, on_gpu: bool) -> Sampler:
+    """Return what is planned of a configured engine; None is the transformers engine."""
+    if engine is None:
+        return Sampler()
+    name = str(engine["class_path"]).rsplit(".", 1)[-1]
+    given = dict(engine.get("init_args") or {})
+    if name == "TransformersEngine":
+        return Sampler(max_sequences=given.get("max_sequences", Sampler.max_sequences))
+    if name != "VLLMEngine":
+        return Sampler("elsewhere")
+    return Sampler(
+        "vllm",
+        given.get("max_sequences", Sampler.max_sequences),
+        given.get("gpu_memory_utilization", Sampler.share),
+        given.get("sleep", False) and on_gpu,
+        given.get("dtype", "auto"),
+        given.get("kv_cache_memory_bytes"),
+        given.get("max_model_len"),
+    )

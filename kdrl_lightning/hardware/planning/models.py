@@ -1,0 +1,207 @@
+"""Models of a run without weights, as their configurations describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.shapes import config_of
+from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.models.architectures.attention import keep_soft_caps
+from kdrl_lightning.models.architectures.experts import keep_precision
+from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.models.loading import frozen_names, model_path
+from kdrl_lightning.models.lora import leave_base_out
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding, recompute_layers
+from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.local import LocalTeacher
+
+# A student of more layers is counted with fewer, unless its configuration says that they differ.
+DEEP = 8
+MIXED = ("first_k_dense_replace", "num_kv_shared_layers", "mlp_only_layers", "moe_layer_freq")
+
+
+class Weightless(Teacher):
+    """A teacher that is planned: its models have no numbers.
+
+    Args:
+        scorers: its models; the largest one scores. None: it scores elsewhere.
+    """
+
+    gives_states = True
+
+    def __init__(self, scorers: list[Scorer]) -> None:
+        self.scorers = scorers
+
+    def prepare(self) -> None:
+        """Do nothing."""
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Do nothing."""
+
+    def load(self, device: torch.device) -> None:
+        """Do nothing."""
+
+    @torch.no_grad()
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Score with the largest model."""
+        if not self.scorers:
+            zeros = torch.zeros(batch.completion_ids.shape)
+            top = None if topk_ids is None else torch.zeros(topk_ids.shape)
+            return TokenScores(zeros, zeros, batch.completion_ids[..., None], top, None, zeros)
+        return self._largest().score(batch, top_k=1, topk_ids=topk_ids)
+
+    @torch.no_grad()
+    def states(self, batch: RolloutBatch) -> Any:
+        """Return states and head of the largest model."""
+        return self._largest().states(batch)
+
+    def _largest(self) -> Scorer:
+        return max(self.scorers, key=lambda s: sum(p.numel() for p in s.parameters()))
+
+
+def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Scorer:
+    """Build the student as ``load_scorer`` does, without weights."""
+    model = student_config_model(module, job)
+    fixed = frozen_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in fixed)
+    if module.lora is not None:
+        with _disable_current_modes():
+            module.lora.inject(model, 0)
+    allot(model)
+    scorer = Scorer(model, chunk_size=module.chunk_size)
+    scorer.shares = may_share(scorer, sharding)
+    if module.lora is not None:
+        leave_base_out(scorer)
+    if module.activation_checkpointing:
+        recompute_layers(model)
+    return scorer if sharding is None else sharding.shard(scorer)
+
+
+def plain_model(module: KDRLModule, job: Job) -> Any:
+    """Return the student's model without adapters, with weights that have no numbers."""
+    return allot(student_config_model(module, job))
+
+
+def student_config_model(module: KDRLModule, job: Job) -> Any:
+    """Return the student's model on the ``meta`` device, as its configuration describes it."""
+    double = torch.float64 if job.precision == "64-true" else torch.float32
+    config = config_of(model_path(module.student_source), job.model_configs)
+    if job.depth is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = job.depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: job.depth]
+    return weightless(config, double)
+
+
+def depth_of(module: KDRLModule, job: Job) -> int | None:
+    """Return the number of a deep student's layers if they are all equal; else None."""
+    config = config_of(model_path(module.student_source), job.model_configs).get_text_config()
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    mixed = any(getattr(config, name, None) for name in MIXED)
+    return layers if layers > DEEP and len(kinds) == 1 and not mixed else None
+
+
+def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) -> Scorer:
+    """Build a teacher's scorer as it loads it, without weights."""
+    config = config_of(model_path(teacher.model), job.model_configs)
+    own = getattr(config, "dtype", None) or torch.float32
+    chosen = own if teacher.dtype == "auto" else teacher.dtype
+    dtype = chosen if isinstance(chosen, torch.dtype) else getattr(torch, chosen)
+    model = allot(weightless(config, dtype).requires_grad_(False))
+    scorer = Scorer(model, chunk_size=teacher.chunk_size)
+    scorer.shares = may_share(scorer, sharding)
+    return scorer if sharding is None else sharding.shard(scorer)
+
+
+def weightless(config: Any, dtype: torch.dtype) -> Any:
+    """Return a transformers model of a configuration on the ``meta`` device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with _disable_current_modes(), no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    keep_soft_caps(model)
+    keep_precision(model)
+    return model.eval()
+
+
+def allot(model: Any) -> Any:
+    """Give a model on the ``meta`` device weights on the CPU that have no numbers; return it.
+
+    ``nn.Module.to`` cannot swap fake tensors that something refers to.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for name, old in place.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.zeros(old.shape, dtype=old.dtype)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, old.requires_grad)
+                    made[id(old)] = new
+                place[name] = made[id(old)]
+    return model
+
+
+def may_share(scorer: Scorer, sharding: Sharding | None) -> bool:
+    """Return whether a plain decoder would run shared prompts once; ``verify`` needs numbers."""
+    config = scorer.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return sharding is None and decoder_of(scorer.model) is not None and kinds == {"full_attention"}
+
+
+def local_teachers(teacher: Any) -> list[LocalTeacher]:
+    """Return the teachers in this process that a teacher consists of."""
+    if isinstance(teacher, LocalTeacher):
+        return [teacher]
+    inner = getattr(teacher, "teachers", None) or getattr(teacher, "teacher", None)
+    parts = list(inner.values()) if isinstance(inner, dict) else inner
+    parts = parts if isinstance(parts, list | tuple) else [parts] if parts is not None else []
+    return [found for part in parts for found in local_teachers(part)]
+
+
+@contextmanager
+def process_group(ranks: int) -> Iterator[Any]:
+    """Make a process group of so many ranks that sends nothing, and yield its mesh.
+
+    Raises:
+        ConfigurationError: this process is in a group already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ConfigurationError(
+            "a plan for fsdp2 must be made outside of a process group: got one that exists. Plan "
+            "in a process of its own."
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield init_device_mesh("cpu", (ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def work_on_lists(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer work on lists of tensors, which torch does by itself on a GPU."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True

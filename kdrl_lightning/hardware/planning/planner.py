@@ -1,0 +1,393 @@
+"""Will a run fit? Memory of each phase on one rank, and the settings that make it fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from kdrl_lightning.hardware.planning.cards import Card
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.models import depth_of, local_teachers
+from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal, rehearse
+from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
+from kdrl_lightning.module import KDRLModule
+
+# What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
+CONTEXT = 1.2e9
+# Room for the gaps in torch's allocator. An assumption.
+GAPS = 0.04
+MOST_CHANGES = 4
+# Layers with which a deep student is counted.
+DEPTHS = 2, 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a rollout.
+
+    Attributes:
+        name: ``sample``, ``push``, ``score``, ``update`` or ``step``.
+        parts: bytes on one rank at the peak, by what takes them.
+    """
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on one rank, by calculation.
+
+    Attributes:
+        phases: in the order of a rollout.
+        memory: bytes of a device that tensors can take; None if no memory was given.
+        tokens: of the largest micro-batch.
+        largest: most tokens of a micro-batch that fit; None if one completion does not, or no
+            memory was given.
+        checkpoint: bytes of one checkpoint on the disk.
+        kept: checkpoints that stay.
+        head: bytes of the tables of one chunk of logits, a part of the workspace.
+        seconds: of a rollout, by the name of a card.
+        cures: settings that make it fit, if it does not; empty if we know none.
+        notes: what the plan assumes.
+    """
+
+    phases: list[Phase]
+    memory: float | None
+    tokens: int
+    largest: int | None
+    checkpoint: float
+    kept: int
+    head: float
+    seconds: dict[str, Seconds]
+    cures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits; true if no memory was given."""
+        return self.memory is None or self.worst.total <= self.memory
+
+    # `Any`: values of JSON.
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values, in bytes and seconds."""
+        return {
+            "fits": self.fits,
+            "usable_bytes": self.memory,
+            "breaks": None if self.fits else self.worst.name,
+            "cures": self.cures,
+            "micro_batch_tokens": self.tokens,
+            "max_tokens_per_micro_batch": self.largest,
+            "phases": {p.name: {**p.parts, "sum": p.total} for p in self.phases},
+            "head_chunk_bytes": self.head,
+            "checkpoint_bytes": self.checkpoint,
+            "kept_checkpoints": self.kept,
+            "seconds_per_rollout": {n: s.as_dict() for n, s in self.seconds.items()},
+            "notes": self.notes,
+        }
+
+
+def plan(
+    module: KDRLModule,
+    job: Job,
+    memory: float | None = None,
+    cards: tuple[Card, ...] = (),
+    cure: bool = True,
+) -> Plan:
+    """Return what a run needs, counted without weights and without its devices.
+
+    Args:
+        module: the module of the run; it is not changed.
+        job: the run's other settings.
+        memory: bytes of a device; None: do not judge.
+        cards: GPUs to estimate seconds for.
+        cure: look for settings that make it fit, if it does not.
+
+    Raises:
+        ConfigurationError: a model's configuration is not at hand, or settings contradict.
+
+    Example::
+
+        module = KDRLModule("Qwen/Qwen3-0.6B", GRPO())
+        plan(module, Job(RolloutSettings(max_tokens=2048)), memory=80e9).fits
+    """
+    usable = memory
+    if memory is not None and job.on_gpu:
+        usable = (memory - CONTEXT) / (1 + GAPS)
+    made = at_full_depth(module, job, lambda run: _counted(run, memory, bool(cards)))
+    largest = None if usable is None else _largest(made, job, usable)
+    found = Plan(
+        made.phases,
+        usable,
+        job.largest_micro_batch,
+        largest,
+        made.checkpoint,
+        job.kept_checkpoints,
+        made.head,
+        {card.name: seconds_of(made.work, job, card) for card in cards},
+        notes=_notes(job),
+    )
+    if found.fits or not cure:
+        return found
+    return replace(found, cures=cures(module, job, memory, found))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one rehearsal counts; every number is a line in the student's layers.
+
+    Attributes:
+        phases: with the largest micro-batch.
+        other: ``score`` and ``update`` with a micro-batch of another size, ``other_tokens(job)``.
+        work: operations and sizes, for seconds.
+    """
+
+    phases: list[Phase]
+    other: list[Phase]
+    checkpoint: float
+    head: float
+    work: Work
+
+
+def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Counted]) -> Counted:
+    """Count a run; a deep student is counted with few layers, twice.
+
+    Equal layers add equal bytes and operations, so that two depths give those of any depth.
+    """
+    layers = depth_of(module, job)
+    if layers is None:
+        with rehearse(copy.deepcopy(module), job) as run:
+            return count(run)
+    both: list[Counted] = []
+    known: dict[Any, Cost] = {}
+    for depth in DEPTHS:
+        with rehearse(copy.deepcopy(module), replace(job, depth=depth)) as run:
+            run.known = known
+            both.append(count(run))
+    steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    whole: Counted = _line(both[0], both[1], steps)
+    return whole
+
+
+# `Any`: numbers, texts, and lists, mappings and dataclasses of them.
+def _line(one: Any, two: Any, steps: float) -> Any:
+    """Return ``one + (two - one) * steps`` for every number."""
+    if isinstance(one, int | float):
+        return one + (two - one) * steps
+    if isinstance(one, dict):
+        return {k: _line(one.get(k, 0), two.get(k, 0), steps) for k in {**one, **two}}
+    if isinstance(one, list):
+        return [_line(a, b, steps) for a, b in zip(one, two, strict=True)]
+    if is_dataclass(one) and not isinstance(one, type):
+        values = (_line(getattr(one, f.name), getattr(two, f.name), steps) for f in fields(one))
+        return type(one)(*values)
+    return one
+
+
+def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
+    job, awake = run.job, _awake(run, memory)
+    sample, push, step = _sample(run, memory), _push(run), _step(run, awake)
+    score, update = _of_tokens(run, job.largest_micro_batch, awake)
+    other = other_tokens(job)
+    return Counted(
+        [sample, score, update, step, push],
+        [] if other is None else list(_of_tokens(run, other, awake)),
+        run.checkpoint(),
+        run.head_chunk(),
+        work_of(run) if timed else NO_WORK,
+    )
+
+
+def other_tokens(job: Job) -> int | None:
+    """Return a second size of a micro-batch to count; None if a step has one completion.
+
+    It is near the first, because memory grows faster while a micro-batch is smaller than a chunk of
+    the head.
+    """
+    if job.largest_micro_batch > job.longest:
+        return max(job.longest, job.largest_micro_batch // 2 // job.longest * job.longest)
+    return 2 * job.longest if job.rows > 1 else None
+
+
+def _sample(run: Rehearsal, memory: float | None) -> Phase:
+    job, sampler = run.job, run.job.sampler
+    parts: dict[str, float] = dict(run.held)
+    if sampler.kind == "transformers":
+        rows = min(sampler.max_sequences, job.rows * job.rollout.minibatches_per_rollout)
+        if run.student.sharded:
+            parts["engine's copy"] = run.whole_copy()
+        parts["cache and workspace"] = run.sample(max(rows, 1)).peak
+    if sampler.kind == "vllm":
+        parts["engine"] = engine_bytes(run, memory)
+    return Phase("sample", parts)
+
+
+def _push(run: Rehearsal) -> Phase:
+    """Weights go to the engine; a sleeping vLLM has woken its weights, not its cache."""
+    parts: dict[str, float] = dict(run.held)
+    if run.job.sampler.kind == "vllm":
+        parts["engine"] = run.whole_copy(engine_itemsize(run))
+    if run.job.sampler.kind == "transformers" and run.student.sharded:
+        parts["engine's copy"] = run.whole_copy()
+    parts["push buffers"] = run.push().peak
+    return Phase("push", parts)
+
+
+def _step(run: Rehearsal, awake: dict[str, float]) -> Phase:
+    return Phase("step", {**run.held, **awake, "workspace": run.step().peak})
+
+
+def _of_tokens(run: Rehearsal, tokens: int, awake: dict[str, float]) -> tuple[Phase, Phase]:
+    """Return the phases that depend on the size of a micro-batch."""
+    costs = run.score(tokens)
+    name, cost = max(costs.items(), key=lambda item: item[1].peak)
+    offloaded = run.away if name == "teacher" and not run.student.sharded else 0
+    score = {**run.held, **awake, "offloaded teacher": offloaded, "workspace": cost.peak}
+    update = run.update(tokens)
+    parts = {
+        **run.held,
+        **awake,
+        "activations": update.kept,
+        "workspace": max(0, update.peak - update.kept),
+    }
+    return Phase("score", _nonzero(score)), Phase("update", _nonzero(parts))
+
+
+def _awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
+    """Return what the engine holds during updates."""
+    sampler = run.job.sampler
+    if sampler.kind == "vllm" and not sampler.sleep:
+        return {"engine": engine_bytes(run, memory)}
+    if sampler.kind == "transformers" and run.student.sharded:
+        return {"engine's copy": run.whole_copy()}
+    return {}
+
+
+def engine_bytes(run: Rehearsal, memory: float | None) -> float:
+    """Return what vLLM takes while it samples: its part of the card, or weights and cache."""
+    sampler, weights = run.job.sampler, run.whole_copy(engine_itemsize(run))
+    if sampler.cache_bytes is not None:
+        return weights + sampler.cache_bytes
+    if memory is None or not run.job.on_gpu:
+        return float(weights + run.cache_values() * engine_itemsize(run) * run.job.longest)
+    return sampler.share * memory
+
+
+def engine_itemsize(run: Rehearsal) -> int:
+    """Return bytes of a number of vLLM's weights and cache."""
+    name = run.job.sampler.dtype
+    auto = 2 if run.job.on_gpu else 4
+    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(name, auto)
+
+
+def _largest(made: Counted, job: Job, usable: float) -> int | None:
+    """Return the most tokens of a micro-batch that fit; memory is a line in the tokens.
+
+    It would not be where attention keeps a square of them, which no kernel that we use does.
+    """
+    tokens, other = job.largest_micro_batch, other_tokens(job)
+    least, most = job.longest, job.rows * job.longest
+    if other is None:
+        return tokens if all(phase.total <= usable for phase in made.phases[1:3]) else None
+    limits = [float(most)]
+    for phase, second in zip(made.phases[1:3], made.other, strict=True):
+        slope = (phase.total - second.total) / (tokens - other)
+        if slope > 0:
+            limits.append(tokens + (usable - phase.total) / slope)
+        elif phase.total > usable:
+            return None
+    found = int(min(limits)) // job.longest * job.longest  # whole completions
+    return found if found >= least else None
+
+
+def cures(module: KDRLModule, job: Job, memory: float | None, made: Plan) -> list[str]:
+    """Return settings that make a run fit, found by planning it with them.
+
+    Each change cures the phase that needs most after the changes before it.
+    """
+    module, said = copy.deepcopy(module), []
+    for _ in range(MOST_CHANGES):
+        change = next_change(module, job, made)
+        if change is None:
+            return []
+        text, job = change
+        said.append(text)
+        made = plan(module, job, memory, cure=False)
+        if made.fits:
+            return said
+    return []
+
+
+def next_change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | None:
+    """Return a setting that lowers the phase that needs most, and the job with it.
+
+    The module is changed in place.
+    """
+    phase, sampler = made.worst.name, job.sampler
+    assert made.memory is not None
+    if phase in ("score", "update") and made.largest is not None and made.largest < made.tokens:
+        rows = max(1, made.largest // job.longest)
+        accumulate = -(-job.rows // rows)
+        tokens = rows * job.longest
+        rollout = replace(job.rollout, max_tokens_per_micro_batch=tokens)
+        text = f"--data.rollout.max_tokens_per_micro_batch {tokens}"
+        text += f" --trainer.accumulate_grad_batches {accumulate}"
+        return text, replace(job, rollout=rollout, accumulate=accumulate)
+    if "engine" in made.worst.parts and phase != "sample" and phase != "push" and job.on_gpu:
+        text = "--data.rollout_engine.init_args.sleep true"
+        return text, replace(job, sampler=replace(sampler, sleep=True))
+    if phase == "sample" and sampler.kind == "transformers" and sampler.max_sequences > 1:
+        parts = made.worst.parts
+        room = made.memory - made.worst.total + parts["cache and workspace"]
+        each = parts["cache and workspace"] / min(
+            sampler.max_sequences, job.rows * job.rollout.minibatches_per_rollout
+        )
+        rows = int(0.95 * room / each)
+        if rows >= 1:
+            text = f"--data.rollout_engine.init_args.max_sequences {rows}"
+            return text, replace(job, sampler=replace(sampler, max_sequences=rows))
+    if phase == "sample" and sampler.kind == "vllm" and sampler.cache_bytes is None:
+        share = sampler.share - (made.worst.total - made.memory) / (made.memory * (1 + GAPS))
+        share = int(share * 100) / 100 - 0.01
+        if share >= 0.1:
+            text = f"--data.rollout_engine.init_args.gpu_memory_utilization {share:.2f}"
+            return text, replace(job, sampler=replace(sampler, share=share))
+    if phase == "update" and not module.activation_checkpointing:
+        module.activation_checkpointing = True
+        return "--model.activation_checkpointing true", job
+    if job.ranks > 1 and job.strategy != "fsdp2":
+        return "--trainer.strategy fsdp2", replace(job, strategy="fsdp2")
+    waiting = [t for t in local_teachers(module.teacher) if not t.offload]
+    if waiting and phase != "score":
+        for teacher in waiting:
+            teacher.offload = True
+        return "--model.teacher.init_args.offload true", job
+    return None
+
+
+def _notes(job: Job) -> list[str]:
+    notes = [f"the longest prompt has {job.longest_prompt} tokens"]
+    if job.on_gpu:
+        notes.append(f"{CONTEXT / 1e9:g} GB of a card and {GAPS:.0%} of the tensors are set aside")
+    if job.rollout.max_tokens_per_micro_batch is None and job.accumulate > 1:
+        notes.append(
+            "without `max_tokens_per_micro_batch`, short completions beside long ones can put more "
+            "tokens in a micro-batch than completions of one length"
+        )
+    return notes
+
+
+def _nonzero(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if size}

@@ -1,0 +1,399 @@
+"""Rehearses a run with fake tensors: builds its models and takes its steps, on one rank.
+
+The code that runs is that of training: ``KDRLModule.training_step``, scorers, objectives, FSDP2 and
+the optimizer. Devices are CPUs to torch, whose attention keeps the same tensors as a GPU's flash
+kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from kdrl_lightning.engines.shared_heads import shared_heads_in_place
+from kdrl_lightning.hardware.planning.batches import in_pairs, make_batch
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
+from kdrl_lightning.hardware.planning.models import (
+    Weightless,
+    frozen_scorer,
+    local_teachers,
+    plain_model,
+    process_group,
+    student_of,
+    work_on_lists,
+)
+from kdrl_lightning.losses.logprobs import Head, auto_chunk_size, chosen_logprobs
+from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import Sharding
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.rollout.updates import FROZEN_TOKENS
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.trainer.optimizers import build_optimizer
+
+WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase takes on one rank.
+
+    Attributes:
+        peak: bytes above what was held before.
+        kept: bytes that the forward pass keeps for the backward pass.
+        flops: operations.
+    """
+
+    peak: int = 0
+    kept: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Operations of so many completions of mean length: to score them, and to train on them."""
+
+    rows: int
+    score: float
+    update: float
+
+
+@dataclass
+class Rehearsal:
+    """A run that is built but has no numbers.
+
+    Attributes:
+        job: settings.
+        module: the module, with a student.
+        meter: counts.
+        optimizer: over the student's weights, with its moments.
+        held: bytes by what holds them: ``student``, ``teacher``, ``reference``, ``moments``, and
+            ``gradients``, which Lightning keeps from a step to the next one's backward pass.
+        away: bytes of models that wait in the host's memory.
+        known: costs of frozen models, which do not depend on the student's depth.
+    """
+
+    job: Job
+    module: KDRLModule
+    meter: Meter
+    optimizer: torch.optim.Optimizer
+    held: dict[str, int] = field(default_factory=dict)
+    away: int = 0
+    known: dict[Any, Cost] = field(default_factory=dict)
+
+    @property
+    def student(self) -> Scorer:
+        """The student's scorer."""
+        assert self.module.student is not None
+        return self.module.student
+
+    def update(self, tokens: int) -> Cost:
+        """Take a micro-batch forward and backward, after others of the same step."""
+        return self._update(self.filled(self._batch(tokens)))
+
+    def _update(self, batch: RolloutBatch) -> Cost:
+        self._make_gradients()
+        before = self.meter.restart()
+        with self._computing():
+            out = self.module.training_step(batch, 0)
+        kept = self.meter.bytes - before
+        out["loss"].backward()
+        cost = Cost(self.meter.peak - before, kept, self.meter.flops)
+        del out
+        self.module._found = {}
+        self.optimizer.zero_grad()
+        return cost
+
+    def trained_flops(self, batch: RolloutBatch) -> int:
+        """Return the operations of a filled micro-batch, forward and backward."""
+        return self._update(batch).flops
+
+    def _make_gradients(self) -> None:
+        for parameter in self._trained():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.student.parameters() if p.requires_grad]
+
+    def score(self, tokens: int) -> dict[str, Cost]:
+        """Score completions without gradient, as the rollout's start does, by each model."""
+        wide = max(tokens, min(FROZEN_TOKENS, self.job.rows * self.job.longest))
+        return self._score(self._batch(wide))
+
+    def _score(self, wide: RolloutBatch) -> dict[str, Cost]:
+        out = {}
+        for name, work in (
+            ("student", self.module.score),
+            ("teacher", self.module.score_teacher),
+            ("reference", self.module.score_reference),
+        ):
+            key = (name, *wide.input_ids.shape, *wide.completion_ids.shape)
+            if key not in self.known:
+                before = self.meter.restart()
+                work(wide.replace(topk_ids=self._topk(wide)))
+                cost = Cost(self.meter.peak - before, flops=self.meter.flops)
+                if name == "student":
+                    out[name] = cost
+                    continue
+                self.known[key] = cost
+            out[name] = self.known[key]
+        return out
+
+    def typical(self) -> Typical:
+        """Count the operations of completions of mean length, in a micro-batch of usual size."""
+        job, settings = self.job, self.job.rollout
+        length = job.longest_prompt // 2 + job.typical
+        rows = max(1, min(job.rows, job.largest_micro_batch // length))
+        shape = rows, max(1, job.longest_prompt // 2), job.typical
+        batch = make_batch(*shape, job.group, self.rows_of_ids)
+        scored = self.filled(batch)
+        early = settings.minibatches_per_rollout - 1
+        if settings.epochs_per_rollout > 1 or self.module.objective.reads_old_scores(scored):
+            early += 1
+        shares = {"student": early / settings.minibatches_per_rollout, "teacher": 1.0}
+        if self.module.objective.divergence is not None:
+            shares["teacher"] = 0.0  # it runs in the updates
+        costs = self._score(batch)
+        score = sum(cost.flops * shares.get(name, 1.0) for name, cost in costs.items())
+        return Typical(rows, score, self.trained_flops(scored))
+
+    def step(self) -> Cost:
+        """Check, clip and apply gradients."""
+        parameters = self._trained()
+        self._make_gradients()
+        before = self.meter.restart()
+        self.module.nonfinite.check(parameters, 0.0, 0)
+        if self.job.clips:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        peak = self.meter.peak - before
+        self.optimizer.zero_grad()
+        return Cost(peak)
+
+    def push(self) -> Cost:
+        """Read the student's weights as an engine takes them, one at a time."""
+        before = self.meter.restart()
+        for _ in ModelWeights(self.student.model, "").named_tensors():
+            pass
+        return Cost(self.meter.peak - before)
+
+    def cache_values(self, tokens: int = 64) -> float:
+        """Return how many numbers an engine's cache holds per token of a sequence."""
+        cache = self._filled(self.whole_model(), torch.zeros(1, tokens, dtype=torch.long))
+        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        return float(sum(part.numel() for part in parts if part is not None) / tokens)
+
+    def sample(self, rows: int) -> Cost:
+        """Decode one token of so many completions that are nearly as long as they may be.
+
+        This is the transformers engine. Its cache grows by a quarter whenever it is full.
+        """
+        job, model = self.job, self.whole_model()
+        end = room = 0
+        while room < job.longest - 1:
+            end = max(room + 1, job.longest_prompt)
+            room = end + SPARE + end // 4
+        before = self.meter.restart()
+        width = job.longest - 1
+        cache = self._filled(model, torch.zeros(1, end, dtype=torch.long))
+        self.meter.restart()  # without the pass over the prompt, which is one row here
+        cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+        for layer in cache.layers:
+            layer.keys, layer.values = (part[:, :, :width] for part in layer.room)
+        ids = torch.zeros(rows, 1, dtype=torch.long)
+        # Prompts of different lengths have a mask.
+        mask = torch.ones(rows, width + 1, dtype=torch.long)
+        attends = nullcontext() if job.on_gpu else shared_heads_in_place(model)
+        with torch.no_grad(), self._computing(), attends:
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            logits = logits.float()
+            (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
+        return Cost(self.meter.peak - before, flops=self.meter.flops)
+
+    def _filled(self, model: Any, ids: Tensor) -> Any:
+        cache = growing_cache(model.config.get_text_config())
+        with torch.no_grad(), self._computing():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def whole_model(self) -> Any:
+        """Return the model that an engine of this rank samples from: the student, or a copy."""
+        return plain_model(self.module, self.job) if self.student.sharded else self.student.model
+
+    def whole_copy(self, itemsize: int | None = None) -> int:
+        """Return bytes of all weights of the student on one device."""
+        shapes = {id(p): p for n, p in self.student.model.named_parameters() if "lora_" not in n}
+        return sum(p.numel() * (itemsize or p.element_size()) for p in shapes.values())
+
+    @property
+    def layers(self) -> int:
+        """Layers of the student."""
+        return int(self.student.model.config.get_text_config().num_hidden_layers)
+
+    def head_chunk(self) -> int:
+        """Return bytes of the head's tables for one chunk of logits, forward and backward."""
+        weight = self.student.head().weight
+        vocabulary, width = weight.shape
+        rows = self.module.chunk_size or auto_chunk_size(vocabulary)
+        dtype = torch.bfloat16 if self.job.precision == "bf16-mixed" else weight.dtype
+        hidden = torch.zeros(rows, width, dtype=dtype).requires_grad_()
+        table = torch.zeros(vocabulary, width, dtype=dtype)
+        ids = torch.zeros(rows, dtype=torch.long)
+        before = self.meter.restart()
+        scores, entropy = chosen_logprobs(hidden, Head(table), ids, chunk_size=rows)
+        (scores.sum() + entropy.sum()).backward()
+        return self.meter.peak - before
+
+    def checkpoint(self) -> int:
+        """Return bytes of a checkpoint of all ranks: trained weights and their moments."""
+        trained = [p for p in self.student.parameters() if p.requires_grad or not self.module.lora]
+        state = [t for values in self.optimizer.state.values() for t in values.values()]
+        tensors = [*trained, *(t for t in state if isinstance(t, Tensor))]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _computing(self) -> Any:
+        return self.module.trainer.precision_plugin.forward_context()
+
+    def _batch(self, tokens: int) -> RolloutBatch:
+        """Return completions with so many tokens, as long as they may be."""
+        job = self.job
+        rows = max(1, tokens // job.longest)
+        longest = tokens // rows
+        prompt = min(job.longest_prompt, longest - 1)
+        return make_batch(rows, prompt, longest - prompt, job.group, self.rows_of_ids)
+
+    @property
+    def rows_of_ids(self) -> int:
+        """Ids are below this."""
+        return int(self.student.head().weight.shape[0])
+
+    def _topk(self, batch: RolloutBatch) -> Tensor | None:
+        k = self.module.objective.top_k
+        return torch.zeros(*batch.completion_ids.shape, k, dtype=torch.long) if k else None
+
+    def filled(self, batch: RolloutBatch) -> RolloutBatch:
+        """Fill what an update finds in its batch: real zeros, because only shapes count."""
+        module, scores = self.module, torch.zeros(batch.completion_ids.shape)
+        objective, top = module.objective, self._topk(batch)
+        batch = batch.replace(
+            old_logprobs=scores, old_entropy=scores, topk_ids=top, rollout_logprobs=scores
+        )
+        if objective.needs_reference:
+            batch = batch.replace(ref_logprobs=scores)
+        if module.teacher is not None and objective.divergence is None:
+            wide = None if top is None else torch.zeros(top.shape)
+            batch = batch.replace(
+                teacher_logprobs=scores,
+                teacher_entropy=scores,
+                teacher_top_ids=batch.completion_ids,
+                teacher_topk_logprobs=wide,
+                teacher_tail_logprobs=None if wide is None else scores,
+            )
+        ready = module.prepare(in_pairs(batch)).select(range(len(batch)))
+        ready = ready.replace(group_ids=batch.group_ids)
+        return ready.replace(totals=ready.count(self.job.rollout.max_tokens))
+
+
+@contextmanager
+def rehearse(module: KDRLModule, job: Job) -> Iterator[Rehearsal]:
+    """Build a run without numbers, and take a first small step.
+
+    Args:
+        module: a module that is not set up; it is used up.
+        job: the other settings.
+
+    Raises:
+        ConfigurationError: a configuration is not at hand, or a process group exists already.
+    """
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=job.precision,  # type: ignore[arg-type] # a text from the configuration
+        accumulate_grad_batches=job.accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module.trainer = trainer
+    shards = process_group(job.ranks) if job.strategy == "fsdp2" else nullcontext()
+    with shards as mesh, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mixed = torch.bfloat16 if job.precision == "bf16-mixed" else None
+        sharding = None if mesh is None else Sharding(mesh, mixed)
+        with without_numbers() as meter:
+            yield _built(module, job, meter, sharding)
+
+
+def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None) -> Rehearsal:
+    held: dict[str, int] = {}
+    module.student = student_of(module, job, sharding)
+    held["student"] = meter.bytes
+    teacher, away = module.teacher, 0
+    module.frozen.active = None
+    if teacher is not None:
+        kept = [t for t in local_teachers(teacher) if not t.offload]
+        ready = [frozen_scorer(t, job, sharding) for t in kept]
+        held["teacher"] = meter.bytes - sum(held.values())
+        offloaded = [t for t in local_teachers(teacher) if t.offload]
+        ready += [frozen_scorer(t, job, sharding) for t in offloaded]
+        away = meter.bytes - sum(held.values())
+        module.frozen.active = Weightless(ready)
+        if isinstance(teacher, AdapterOffTeacher):
+            module.frozen.active = teacher
+            teacher.look_at(module.student, "")
+    if module.objective.needs_reference:
+        before = meter.bytes
+        if module.lora is not None:
+            reference: Teacher = AdapterOffTeacher()
+            reference.look_at(module.student, "")
+        else:
+            source = LocalTeacher(module.student_source, "float32", chunk_size=module.chunk_size)
+            reference = Weightless([frozen_scorer(source, job, sharding)])
+        module.frozen.reference = reference
+        held["reference"] = meter.bytes - before
+    optimizer, _ = build_optimizer(
+        list(module.student.parameters()), module.optimizer_callable, None
+    )
+    if job.on_gpu:
+        work_on_lists(optimizer)
+    run = Rehearsal(job, module, meter, optimizer, held, away)
+    held["gradients"] = sum(local(p).numel() * p.element_size() for p in run._trained())
+    if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
+        held["ddp's buckets"] = held["gradients"]
+    # The first pass fills torch's caches of shapes, whose tensors are no memory of the run.
+    small = run.filled(make_batch(*WARM_UP, job.group, run.rows_of_ids))
+    with run._computing():
+        out = module.training_step(small, 0)
+    out["loss"].backward()
+    del out
+    module._found = {}
+    run.optimizer.zero_grad()
+    before = meter.bytes
+    run.step()
+    held["moments"] = meter.bytes - before
+    return run
+
+
+def local(tensor: Any) -> Tensor:
+    """Return this rank's part of a tensor."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part

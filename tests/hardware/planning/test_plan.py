@@ -1,0 +1,239 @@
+"""``plan``: its peaks are those of real steps, and its verdict follows from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+
+from kdrl_lightning import GRPO, KDRL, RLAD, KDRLModule, LocalTeacher, LoRA, RolloutSettings
+from kdrl_lightning.__main__ import main
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.hardware.planning.cards import CARDS
+from kdrl_lightning.hardware.planning.job import Job, Sampler, sampler_of
+from kdrl_lightning.hardware.planning.meter import Meter
+from kdrl_lightning.hardware.planning.planner import Phase, Plan, next_change, plan
+from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
+from kdrl_lightning.hardware.planning.report import verdict
+from kdrl_lightning.objectives import Objective
+
+SMALL = {
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+}
+WEIGHTS = 512 * 64 * 2 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 32) + 64
+BYTES = 4 * WEIGHTS
+ROLLOUT = RolloutSettings(8, 4, 60)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("small") / "config.json"
+    file.write_text(json.dumps(SMALL))
+    return str(file)
+
+
+def job(config: str, **changes: Any) -> Job:
+    settings = {"on_gpu": False, "accumulate": 2, "longest_prompt": 20, "clips": True}
+    return Job(ROLLOUT, model_configs={"small": config}, **(settings | changes))
+
+
+def test_what_is_held_is_the_arithmetic_of_weights(config: str) -> None:
+    module = KDRLModule("small", RLAD(ref_kl_coef=0.1), LocalTeacher("small", "bfloat16"))
+    for strategy, ranks in (("ddp", 2), ("fsdp2", 4)):
+        parts = replace(job(config), strategy=strategy, ranks=ranks)  # type: ignore[arg-type]
+        made = plan(module, parts, cards=CARDS)
+        shards = ranks if strategy == "fsdp2" else 1
+        held = made.phases[2].parts
+        for name, size in {
+            "student": BYTES,
+            "teacher": BYTES / 2,
+            "reference": BYTES,
+            "moments": 2 * BYTES,
+            "gradients": BYTES,
+        }.items():
+            assert held[name] == pytest.approx(size / shards, rel=0.01), (strategy, name)
+        assert held.get("ddp's buckets", 0) == (BYTES if strategy == "ddp" else 0)
+        assert made.checkpoint == pytest.approx(3 * BYTES, rel=1e-3)
+    assert not dist.is_initialized() and module.student is None
+    assert set(made.seconds) == {card.name for card in CARDS}
+    fast, slow = made.seconds["H100"], made.seconds["A100-80GB"]
+    assert 0 < fast.total < slow.total
+    assert slow.update / fast.update == pytest.approx(989 / 312)
+
+
+def allocated(work: Any) -> int:
+    """Bytes at the peak of torch's CPU allocator while ``work`` runs, above those before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_a_real_update_allocates_what_is_planned(
+    student_folder: str, recompute: bool, lora: LoRA | None
+) -> None:
+    def module() -> KDRLModule:
+        return KDRLModule(student_folder, GRPO(), activation_checkpointing=recompute, lora=lora)
+
+    parts = Job(RolloutSettings(8, 8, 90), on_gpu=False, accumulate=2, longest_prompt=6)
+    with rehearse(module(), parts) as run:
+        planned = run.update(parts.largest_micro_batch)
+    real = module()
+    real.trainer = pl.Trainer(accelerator="cpu", devices=1, accumulate_grad_batches=2, logger=False)
+    real.configure_model()
+    assert real.student is not None
+    weights = [p for p in real.student.parameters() if p.requires_grad]
+    real_run = Rehearsal(parts, real, Meter(), torch.optim.AdamW(weights))
+    real_run.update(parts.longest)  # torch's own tables
+    found = allocated(lambda: real_run.update(parts.largest_micro_batch))
+    gradients = sum(p.numel() * 4 for p in weights)
+    assert planned.peak + gradients == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [KDRL(kl_estimator="full_vocabulary"), KDRL(kl_estimator="top_k", kd_top_k=4)],
+    ids=["full_vocabulary", "top_k"],
+)
+def test_every_kind_of_objective_is_planned(config: str, objective: Objective) -> None:
+    made = plan(KDRLModule("small", objective, LocalTeacher("small")), job(config))
+    assert made.phases[2].parts["activations"] > 0 and made.fits
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits_and_the_cure(config: str) -> None:
+    module, base = KDRLModule("small", GRPO()), replace(job(config), accumulate=1)
+    memory = plan(module, base).phases[2].total * 0.7
+    made = plan(module, base, memory)
+    assert not made.fits and made.worst.name == "update"
+    assert made.largest is not None and base.longest <= made.largest < made.tokens
+    assert made.cures[0].startswith("--data.rollout.max_tokens_per_micro_batch ")
+    assert not module.activation_checkpointing
+    with rehearse(module, base) as run:
+        held = sum(run.held.values())
+        assert held + run.update(made.largest).peak <= memory
+        assert held + run.update(int(made.largest * 1.1)).peak > memory
+
+
+def fake_plan(phase: str, memory: float = 80e9, **parts: float) -> Plan:
+    """A plan that breaks in one phase, which needs 100 GB."""
+    rest = {"student": 100e9 - sum(parts.values())}
+    return Plan([Phase(phase, parts | rest)], memory, 4000, None, 0.0, 1, 0.0, {})
+
+
+def test_each_phase_has_its_cure(config: str) -> None:
+    def said(made: Plan, module: KDRLModule | None = None, **changes: Any) -> str:
+        change = next_change(module or KDRLModule("small", GRPO()), job(config, **changes), made)
+        return "" if change is None else change[0]
+
+    gpu = {"on_gpu": True, "ranks": 1}
+    vllm = Sampler("vllm", share=0.9, sleep=True)
+    shared = fake_plan("sample", engine=72e9)
+    assert said(shared, **gpu, sampler=vllm).endswith("gpu_memory_utilization 0.64")
+    awake = fake_plan("update", engine=40e9)
+    assert said(awake, **gpu, sampler=Sampler("vllm")).endswith("sleep true")
+    cache = fake_plan("sample", **{"cache and workspace": 64e9})
+    assert said(cache, **gpu, sampler=Sampler(max_sequences=32)).endswith("max_sequences 20")
+    assert said(fake_plan("update"), **gpu) == "--model.activation_checkpointing true"
+    again = KDRLModule("small", GRPO(), activation_checkpointing=True)
+    assert said(fake_plan("update"), again, **gpu) == ""
+    assert said(fake_plan("step"), ranks=2, strategy="ddp") == "--trainer.strategy fsdp2"
+    taught = KDRLModule("small", RLAD(), LocalTeacher("small"))
+    assert said(fake_plan("step"), taught, **gpu) == "--model.teacher.init_args.offload true"
+    assert said(fake_plan("step"), taught, **gpu) == ""
+
+
+def test_a_run_without_a_cure_says_so() -> None:
+    assert "Use more GPUs" in verdict(fake_plan("update"))
+    assert "needs 100.0 GB of 80.0 GB" in verdict(fake_plan("update"))
+    assert "Give `--gpu-memory`" in verdict(replace(fake_plan("update"), memory=None))
+
+
+def test_a_process_group_is_refused(config: str) -> None:
+    parts = replace(job(config), strategy="fsdp2", ranks=2)
+    store = torch.distributed.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with (
+            pytest.raises(ConfigurationError, match="must be made outside of a process group"),
+            rehearse(KDRLModule("small", GRPO()), parts),
+        ):
+            pass
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_job_that_does_not_divide_is_refused(config: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"`prompts_per_rollout` must be a multiple .* 3"):
+        job(config, ranks=3)
+    with pytest.raises(ConfigurationError, match=r"`accumulate_grad_batches` must be at most 32"):
+        job(config, accumulate=33)
+
+
+def test_the_engines_settings_are_read() -> None:
+    vllm = {"class_path": "kdrl_lightning.VLLMEngine", "init_args": {"gpu_memory_utilization": 0.3}}
+    assert sampler_of(vllm, True) == Sampler("vllm", share=0.3)
+    assert sampler_of(None, True) == Sampler()
+    assert sampler_of({"class_path": "x.VLLMServerEngine"}, True).kind == "elsewhere"
+    own = {"class_path": "TransformersEngine", "init_args": {"max_sequences": 8}}
+    assert sampler_of(own, True) == Sampler(max_sequences=8)
+
+
+def test_the_command_prints_a_table_and_exits_by_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    flags = ["plan", "--config", "rlad", "--prompt-tokens", "12", "--output", str(file)]
+    main([*flags, "--gpus", "2", "--card", "rtx 4090"])
+    out = capsys.readouterr().out
+    assert "It fits: " in out and "a rollout on RTX-4090" in out and "not measured" in out
+    made = json.loads(file.read_text())
+    assert made["fits"] and made["phases"]["update"]["ddp's buckets"] > 0
+    with pytest.raises(SystemExit) as ended:
+        main([*flags, "--gpu-memory", "1.21GB"])
+    assert ended.value.code == 1
+    assert "It does not fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpu-memory", "80XB"], "`--gpu-memory` must be a number above 0"),
+        (["--card", "H1000"], "`--card` must be one of"),
+        (["--gpus", "0"], "`--gpus` must be at least 1: got 0"),
+        (["--gpus", "many"], "the flags of `plan` must be right: got argument --gpus"),
+        (["--model-config", "x"], "`--model-config` must be NAME=FILE: got x"),
+        (["--model.student", "no/model"], "got none for no/model"),
+        (["--trainer.strategy", "deepspeed"], "`strategy` must be auto, ddp or fsdp2 for a plan"),
+        (["--gpu", "8"], "unrecognized arguments"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config", "rlad", *flags])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
