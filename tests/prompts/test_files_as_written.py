@@ -87,7 +87,7 @@ def test_a_text_that_looks_like_a_date_stays_as_it_is(tmp_path: Path, form: str,
     (tmp_path / form).write_text(lines if form == "x.jsonl" else json.dumps(made))
     found = rows(HFPrompts(str(tmp_path / form), answer_column="answer.when"))
     assert found[0]["prompt"] == day and found[0]["answer"] == [day] and len(found) == 2
-    assert len(HFPrompts(str(tmp_path / form), take=1, streaming=True)) == 1
+    assert len(StreamedHFPrompts(str(tmp_path / form), take=1)) == 1
     with pytest.raises(ConfigurationError, match="`split` must be train for a JSON file with dat"):
         HFPrompts(str(tmp_path / form), split="train[:1]")
 
