@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.prompts import HFPrompts, JSONLPrompts
+from kdrl_lightning.prompts import HFPrompts, JSONLPrompts, StreamedHFPrompts
 from kdrl_lightning.rewards import ExactMatch
 from kdrl_lightning.rewards.base import Sample
 
