@@ -2271,7 +2271,7 @@ MUTATIONS = [
     Mutation(
         "settings: a module's error has no place",
         ("cli/settings/user_code.py", "cli/settings/test_unions.py"),
-        "if not place:  # the module itself, or its attribute, is missing",
+        "if not place or _is_lookup(error):",
         "if True:",
     ),
     Mutation(

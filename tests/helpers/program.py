@@ -26,6 +26,17 @@ def addition_run(student: str, **model: Any) -> dict[str, Any]:
     }
 
 
+# A model that is never loaded, and three rows.
+CONFIG = """
+model: {student: some/model, objective: {class_path: GRPO}}
+data:
+  train_prompts: [{prompt: "1"}, {prompt: "2"}, {prompt: "3"}]
+  val_prompts: [{prompt: "1"}]
+  reward: kdrl_lightning.tiny.addition_reward
+trainer: {max_steps: 1, accelerator: cpu, logger: false}
+"""
+
+
 def made(*args: str) -> KDRLCLI:
     """Build trainer, model and data of a command line without a subcommand."""
     return KDRLCLI.run(list(args), instantiate_only=True)

@@ -14,11 +14,7 @@ from kdrl_lightning.prompts import HFPrompts, JSONLPrompts, StreamedHFPrompts
 from kdrl_lightning.rewards import ExactMatch
 from kdrl_lightning.rewards.base import Sample
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows(source: HFPrompts) -> list[dict[str, Any]]:

@@ -19,10 +19,7 @@ from kdrl_lightning.prompts import HFPrompts, StreamedHFPrompts
 ROWS = [{"q": f"{i}+1=", "a": {"gold": str(i + 1)}, "n": i} for i in range(5)]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -40,11 +40,6 @@ def student() -> str:
     return TinyModel("student").path()
 
 
-@pytest.fixture(scope="module")
-def teacher() -> str:
-    return TinyModel("teacher").path()
-
-
 @pytest.mark.parametrize(
     ("objective", "more"),
     [
@@ -57,12 +52,12 @@ def teacher() -> str:
     ids=["grpo", "kdrl", "rlad", "gkd", "gkd-top-k"],
 )
 def test_a_run_on_a_card_is_the_cpus(
-    objective: Objective, more: int, student: str, teacher: str, tmp_path: Path
+    objective: Objective, more: int, student: str, tmp_path: Path
 ) -> None:
     found = []
     for on_card in (False, True):
         torch.manual_seed(0)
-        module = make_module(student, teacher, objective)
+        module = make_module(student, TinyModel("teacher").path(), objective)
         callbacks = [SelectiveImitationStats(), WeightSyncCheck()]
         data = make_data(max_tokens=24)
         metrics, phases = train(

@@ -21,6 +21,7 @@ from kdrl_lightning.hardware.doctor.findings import (
     holds,
     info,
 )
+from kdrl_lightning.hardware.machine import PACKAGES, version_of
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 
@@ -43,7 +44,7 @@ def run(bench: Bench) -> Iterator[Finding]:
     engine = started(bench, weights)
     for what, value in state(bench).items():
         yield equal(f"{what} after the start", value, before[what])
-    yield info("engine", version_of(engine))
+    yield info("engine", describe(engine))
     yield from follows_training(bench, engine, scorer, weights)
     same = [engine.generate(PROMPTS, SEEDS, SAMPLING) for _ in range(2)]
     yield holds("the same seeds give the same completions", ids(same[0]) == ids(same[1]))
@@ -92,16 +93,14 @@ def state(bench: Bench) -> dict[str, object]:
     }
 
 
-def version_of(engine: VLLMEngine) -> str:
+def describe(engine: VLLMEngine) -> str:
     """Return vLLM's version and the class of its model runner."""
-    import vllm
-
     try:
         executor = engine._started().llm_engine.model_executor
         runner = type(executor.driver_worker.worker.model_runner).__name__
     except Exception as error:  # another version keeps it elsewhere
         runner = f"unknown ({type(error).__name__})"
-    return f"vLLM {vllm.__version__}, {runner}"
+    return f"vLLM {version_of(PACKAGES['vllm'])}, {runner}"
 
 
 def difference(made: list[list[Completion]], scorer: Scorer) -> float:

@@ -6,24 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.program import made, refused
-
-CONFIG = """
-model: {student: some/model, objective: {class_path: GRPO}}
-data:
-  train_prompts: [{prompt: "1"}, {prompt: "2"}, {prompt: "3"}]
-  val_prompts: [{prompt: "1"}]
-  reward: kdrl_lightning.tiny.addition_reward
-trainer: {max_steps: 1, accelerator: cpu, logger: false}
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "config.yaml"
-    path.write_text(CONFIG)
-    return path
+from helpers.program import CONFIG, made, refused
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ PACKAGES = {
 
 def describe() -> dict[str, str]:
     """Return what a reader of the report must know about the machine."""
-    versions = {name: _version(brought_by) for name, brought_by in PACKAGES.items()}
+    versions = {name: version_of(brought_by) for name, brought_by in PACKAGES.items()}
     return {
         "python": platform.python_version(),
         **versions,
@@ -55,7 +55,8 @@ def driver() -> str:
     return out.stdout.split("\n")[0].strip() or "none"
 
 
-def _version(distributions: Sequence[str]) -> str:
+def version_of(distributions: Sequence[str]) -> str:
+    """Return the version of the first distribution that is installed, or "not installed"."""
     for name in distributions:
         try:
             return version(name)

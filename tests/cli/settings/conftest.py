@@ -1,0 +1,18 @@
+"""A configuration that tests of settings change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.program import CONFIG
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small configuration in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
