@@ -42,8 +42,9 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.frozen import (
     FrozenModels,
     check_given,
+    fields_found,
     initial_student,
-    teacher_fields,
+    old_fields,
 )
 from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
@@ -235,7 +236,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             top_k = self.objective.top_k or int(self.teacher is not None)
             scores = self._student().score(batch, top_k=top_k)
-        return batch.replace(**_old_scores(scores))
+        return batch.replace(**old_fields(scores))
 
     @torch.no_grad()
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
@@ -264,7 +265,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         # 2. Run the student.
         scores = self._forward(batch, states)
         # 3. Complete the batch with the scores of these passes, where none are stored.
-        self._found = _found(scores)
+        self._found = fields_found(scores)
         batch = self.completed(batch)
         # 4. Compute the loss.
         loss, terms = self.objective(batch, scores)
@@ -295,7 +296,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         top_k, divergence = int(self.teacher is not None), self.objective.divergence
 
         def loss(scores: TokenScores) -> Tensor:
-            return self.objective(batch.completed(_found(scores)), scores)[0]
+            return self.objective(batch.completed(fields_found(scores)), scores)[0]
 
         return self._student().score(
             batch,
@@ -402,18 +403,3 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         if self.student is None:
             raise RuntimeError("the student is not loaded: call configure_model() first")
         return self.student
-
-
-def _old_scores(scores: TokenScores) -> dict[str, Tensor | None]:
-    """Return the batch fields that a forward pass of the student fills, detached."""
-    entropy = scores.entropy
-    return {
-        "old_logprobs": scores.logprobs.detach(),
-        "old_entropy": None if entropy is None else entropy.detach(),
-        "topk_ids": scores.topk_ids,
-    }
-
-
-def _found(scores: TokenScores) -> dict[str, Tensor | None]:
-    """Return the batch fields that an update's passes fill, detached."""
-    return {**_old_scores(scores), **teacher_fields(scores.other)}

@@ -184,6 +184,13 @@ class RolloutBatch:
                 cut[item.name] = value[:, :tokens]
         return replace(picked, **cut)  # type: ignore[arg-type]
 
+    def without_flat_groups(self) -> RolloutBatch:
+        """Return a copy in which groups with equal rewards are left out of the loss."""
+        flat = flat_groups(self.rewards, self.group_ids)[self.group_ids]
+        return self.replace(
+            loss_mask=self.loss_mask & ~flat[:, None], group_tokens=self.group_tokens * ~flat
+        )
+
     def count(self, max_tokens: int) -> StepTotals:
         """Return the counts that this batch adds to the totals of its step.
 
@@ -267,7 +274,6 @@ def collate(
     source: Sequence[int] | None = None,
     teacher_route: Sequence[int] | None = None,
     mask_truncated: bool = False,
-    mask_flat_groups: bool = False,
 ) -> RolloutBatch:
     """Return a batch built from token lists, with one entry per completion.
 
@@ -286,16 +292,12 @@ def collate(
         source: B of ``STUDENT`` or ``TEACHER``; None: the student.
         teacher_route: B indices of teachers; None: zeros.
         mask_truncated: leave truncated completions out of the loss.
-        mask_flat_groups: leave groups with equal rewards out of the loss.
     """
     size = len(prompts)
     mask = pad_rows([[1] * len(c) for c in completions], 0, torch.long).bool()
     cut = torch.tensor(truncated if truncated is not None else [False] * size, dtype=torch.bool)
     loss_mask = mask & ~cut[:, None] if mask_truncated else mask
     groups = torch.tensor(group_ids, dtype=torch.long)
-    earned = torch.tensor(rewards if rewards is not None else [0.0] * size, dtype=reward_dtype())
-    if mask_flat_groups and size:
-        loss_mask = loss_mask & ~flat_groups(earned, groups)[groups][:, None]
     group_tokens = torch.zeros(int(groups.max()) + 1 if size else 1, dtype=torch.float32)
     group_tokens.index_add_(0, groups, loss_mask.sum(1).float())
     return RolloutBatch(
@@ -308,7 +310,9 @@ def collate(
         loss_mask=loss_mask,
         group_ids=groups,
         group_tokens=group_tokens[groups],
-        rewards=earned,
+        rewards=torch.tensor(
+            rewards if rewards is not None else [0.0] * size, dtype=reward_dtype()
+        ),
         correct=torch.tensor(correct if correct is not None else [False] * size, dtype=torch.bool),
         truncated=cut,
         policy_version=torch.tensor(

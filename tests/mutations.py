@@ -1847,8 +1847,8 @@ MUTATIONS = [
     Mutation(
         "flat groups: only they train",
         ("rollout_batch.py", "rollout/test_masked_groups.py"),
-        "loss_mask & ~flat_groups(earned, groups)",
-        "loss_mask & flat_groups(earned, groups)",
+        "self.loss_mask & ~flat[:, None]",
+        "self.loss_mask & flat[:, None]",
     ),
     Mutation(
         "end token: a selection cures whole distributions",

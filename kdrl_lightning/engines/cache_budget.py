@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+# `Any`: configurations of transformers share no typed base.
+
 # A cache grows by a quarter when it is full.
 GROWTH = 1.25
 # Bytes per entry of the logits of a row while a token is drawn: two copies in float32, the

@@ -130,8 +130,9 @@ class Collector:
             source=[j.source for j in judged],
             teacher_route=[route(j.row) for j in judged],
             mask_truncated=self.slots.settings.mask_truncated,
-            mask_flat_groups=self.slots.settings.mask_flat_groups,
         )
+        if self.slots.settings.mask_flat_groups:
+            batch = batch.without_flat_groups()
         return self._sampled(batch), groups, replaced
 
     def ahead(

@@ -217,3 +217,18 @@ def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:
         "teacher_entropy": scores.entropy,
         "teacher_top_ids": None if best is None else best[..., 0],
     }
+
+
+def old_fields(scores: TokenScores) -> dict[str, Tensor | None]:
+    """Return the batch fields that a forward pass of the student fills, detached."""
+    entropy = scores.entropy
+    return {
+        "old_logprobs": scores.logprobs.detach(),
+        "old_entropy": None if entropy is None else entropy.detach(),
+        "topk_ids": scores.topk_ids,
+    }
+
+
+def fields_found(scores: TokenScores) -> dict[str, Tensor | None]:
+    """Return the batch fields that an update's passes fill, detached."""
+    return {**old_fields(scores), **teacher_fields(scores.other)}

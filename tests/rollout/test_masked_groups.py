@@ -28,8 +28,8 @@ def batch(rows: list[int], masked: bool) -> RolloutBatch:
         [sorted(set(groups)).index(g) for g in groups],
         pad_id=0,
         rewards=[REWARDS[i] for i in rows],
-        mask_flat_groups=masked,
     )
+    made = made.without_flat_groups() if masked else made
     width = made.completion_ids.shape[1]
     tables = {
         name: normal(6, 4, seed=seed)[rows, :width] - 3.0
@@ -49,7 +49,7 @@ def test_a_flat_group_is_out_of_the_loss_and_of_all_counts() -> None:
     assert masked.group_tokens.tolist() == [4.0, 4.0, 0.0, 0.0, 4.0, 4.0]
     assert masked.count(9) == batch([0, 1, 4, 5], False).count(9)
     assert torch.equal(batch(list(range(6)), False).loss_mask, masked.completion_mask)
-    assert collate([], [], [], pad_id=0, mask_flat_groups=True).loss_mask.numel() == 0
+    assert collate([], [], [], pad_id=0).without_flat_groups().loss_mask.numel() == 0
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+# `Any`: vLLM is optional, and type checkers skip it.
+
 # vLLM reads these variables; values that the user has set are kept. It logs errors only.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 # The engine takes weights directly, so it must run in this process, whatever the user's shell says.

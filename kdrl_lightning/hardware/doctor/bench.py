@@ -13,6 +13,8 @@ import torch
 
 from kdrl_lightning.models.loading import load_causal_lm
 
+# `Any`: models of transformers share no typed base.
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -15,6 +15,8 @@ import torch
 from kdrl_lightning.hardware.doctor.bench import Bench
 from kdrl_lightning.hardware.doctor.findings import NotReachedError
 
+# `Any`: lines of JSON.
+
 
 def main(name: str, folder: Path) -> None:
     """Run a check; write each finding to ``NAME.jsonl`` when it is made, and last how it ended."""

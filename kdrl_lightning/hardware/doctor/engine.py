@@ -25,6 +25,8 @@ from kdrl_lightning.hardware.machine import PACKAGES, version_of
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 
+# `Any`: settings of an engine, by name.
+
 PROMPTS = [[2, 3, 4, 5], [6, 7], [3] * 12]
 SEEDS = [[1, 2], [3, 4], [5, 6]]
 SAMPLING = Sampling(max_tokens=16)

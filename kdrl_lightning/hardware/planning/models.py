@@ -28,6 +28,8 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 
+# `Any`: models and configurations of transformers share no typed base.
+
 # A student of more layers is counted with fewer, unless its configuration says that they differ.
 DEEP = 8
 MIXED = ("first_k_dense_replace", "num_kv_shared_layers", "mlp_only_layers", "moe_layer_freq")

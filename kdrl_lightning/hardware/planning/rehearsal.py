@@ -43,6 +43,8 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
+# `Any`: models and caches of transformers share no typed base.
+
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
 
 
