@@ -298,14 +298,8 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         def loss(scores: TokenScores) -> Tensor:
             return self.objective(batch.completed(fields_found(scores)), scores)[0]
 
-        return self._student().score(
-            batch,
-            top_k,
-            self._asked(batch),
-            states,
-            divergence,
-            None if self.objective.couples_tokens else loss,
-        )
+        asked, ahead = self._asked(batch), None if self.objective.couples_tokens else loss
+        return self._student().score(batch, top_k, asked, states, divergence, ahead)
 
     def _asked(self, batch: RolloutBatch) -> Tensor | None:
         """``[B, T, K]``: the student's top tokens, if the objective compares there; else None."""

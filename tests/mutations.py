@@ -2053,7 +2053,7 @@ MUTATIONS = [
     Mutation(
         "transformers engine: a rounded copy is called exact",
         NARROW_ENGINE,
-        "self.exact = not weights.narrower",
+        "self.exact = type(self).exact and not weights.narrower",
         "self.exact = True",
     ),
     Mutation(
@@ -2185,7 +2185,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: always float32",
-        ("rollout_batch.py", "rollout/test_masked_groups.py"),
+        ("rollout_batch.py", "rollout/test_flat_groups.py"),
         "torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32",
         "torch.float32",
     ),

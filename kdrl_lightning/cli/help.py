@@ -24,7 +24,7 @@ SUBCOMMANDS = {
     "export": "writes a checkpoint's student as a Hugging Face folder",
     "serve": "starts a vLLM server that samples for a run, or that is its teacher",
     "doctor": "checks that this machine trains right, with its GPUs and vLLM",
-    "plan": "says whether a run fits its GPUs, without them: memory, disk, seconds",
+    "plan": "says whether a run fits its GPUs: memory, disk, seconds",
     "configs": "lists, shows and copies the configurations of the library",
 }
 

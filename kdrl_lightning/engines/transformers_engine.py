@@ -122,7 +122,7 @@ class TransformersEngine(RolloutEngine):
         if copied:
             self._replica = filled_replica(weights, self._replica)
         self._model = self._replica if copied else weights.model
-        self.exact = not weights.narrower
+        self.exact = type(self).exact and not weights.narrower
         self.version = version
         if self._way is None:
             self._way = self._choose_way()

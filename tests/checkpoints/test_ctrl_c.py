@@ -124,7 +124,9 @@ def test_output_to_a_closed_terminal_is_dropped() -> None:
     """The handler runs in another process, whose output is a terminal that is then closed."""
     ours, theirs = pty.openpty()
     code = "import os, signal\nfrom kdrl_lightning.trainer.stop_signals import StopSignals\n"
-    code += "StopSignals(str).listen(True)\nos.write(1, b'ready')\nsignal.pause()\n"
+    code += "import time\nstop = StopSignals(str)\nstop.listen(True)\nos.write(1, b'ready')\n"
+    code += "while not stop.agreed(lambda number, _: number): time.sleep(0.01)\n"
+    code += "time.sleep(1)\n"  # until the terminal is closed
     code += "print('x' * 9999, flush=True)\nos._exit(7)\n"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
     os.close(theirs)

@@ -10,7 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import (
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 
 from helpers.resumed_runs import Rates, Setting, run, same_weights
 from helpers.short_runs import Log, make_data, make_module, make_trainer
@@ -259,10 +266,26 @@ def test_another_optimizer_is_refused(
         go_on(tmp_path, str(tmp_path / "2.ckpt"), modules[1], make_data())
 
 
+class TwoSteps(LRScheduler):
+    """Keeps the rate for two steps."""
+
+    def get_lr(self) -> list[float]:
+        if self.last_epoch > 2:
+            raise ValueError("a total of 2 steps")
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
 def test_a_schedule_that_ends_before_the_checkpoint_is_refused(
     tmp_path: Path, student_folder: str, teacher_folder: str, half: str
 ) -> None:
     module = make_module(student_folder, teacher_folder)
     module.lr_scheduler_callable = lambda o: OneCycleLR(o, 0.01, total_steps=2)
-    with pytest.raises(ConfigurationError, match=r"`lr_scheduler` must .* 3 .*total"):
+    with pytest.raises(ConfigurationError, match=r"`lr_scheduler` must last .*total_steps 2\."):
+        go_on(tmp_path, half, module, make_data())
+    # A class of a user does not say in advance when it ends.
+    module = make_module(student_folder, teacher_folder)
+    module.lr_scheduler_callable = TwoSteps
+    with pytest.raises(
+        ConfigurationError, match=r"`lr_scheduler` must not end before step 3.*total"
+    ):
         go_on(tmp_path, half, module, make_data())

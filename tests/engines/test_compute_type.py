@@ -78,6 +78,18 @@ def test_no_step_casts_a_weight_and_the_cache_is_narrow(
     assert casts.count > 6  # what the copy saves
 
 
+def test_autocast_does_not_act_on_the_copy(student_folder: str) -> None:
+    engine = engine_of(load_causal_lm(student_folder), student_folder, BF16)
+    without = engine.generate(PROMPTS, SEEDS, Sampling(6))
+    seen: list[bool] = []
+    engine._model.register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    with torch.autocast("cpu", BF16, cache_enabled=False):
+        assert engine.generate(PROMPTS, SEEDS, Sampling(6)) == without
+    assert seen and not any(seen)
+
+
 def test_the_copy_follows_the_student(student_folder: str) -> None:
     model = load_causal_lm(student_folder)
     engine = engine_of(model, student_folder, BF16)

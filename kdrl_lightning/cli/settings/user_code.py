@@ -9,8 +9,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from kdrl_lightning.cli.settings.private import typehints
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, disk_error, path_error
 
@@ -52,6 +50,8 @@ def build(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigurationError: its constructor raises an error.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # imports torch
+
     try:
         return class_type(*args, **kwargs)
     except (ConfigurationError, MisconfigurationException, TrainingStopped):

@@ -2,7 +2,7 @@
 
 The code that runs is that of training: ``KDRLModule.training_step``, scorers, objectives, FSDP2 and
 the optimizer. Devices are CPUs to torch, whose attention keeps the same tensors as a GPU's flash
-kernel.
+kernel. Models and caches of transformers are ``Any``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.trainer.optimizers import build_optimizer
-
-# `Any`: models and caches of transformers share no typed base.
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
 

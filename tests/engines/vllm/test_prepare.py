@@ -171,14 +171,15 @@ def test_pushes_are_in_the_engines_type_and_hold_one_tensor(
     student_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_causal_lm(student_folder)
-    monkeypatch.setattr(reading, "LARGE", 600)
+    _, large, *_ = sorted({p.numel() for p in model.parameters() if p.dim() > 1})
+    monkeypatch.setattr(reading, "LARGE", large)
     hub = HubWeights(ModelWeights(model, student_folder), torch.bfloat16)
     described = {name: (dtype, shape) for name, dtype, shape in hub.described()}
     largest = max(p.numel() for p in model.parameters()) * 2
     alive: list[weakref.ref[torch.Tensor]] = []
     for name, tensor in hub.tensors():
         own = model.get_parameter(name)
-        narrow = own.dim() > 1 and own.numel() >= 600
+        narrow = own.dim() > 1 and own.numel() >= large
         assert tensor.dtype == (torch.bfloat16 if narrow else torch.float32), name
         assert described[name] == (tensor.dtype, tuple(tensor.shape))
         assert torch.equal(tensor, own.to(tensor.dtype))
