@@ -2039,18 +2039,6 @@ MUTATIONS = [
         "if needed <= total:",
     ),
     Mutation(
-        "ranks: a failure elsewhere is not heard",
-        FAILING_RANK,
-        "    if reason is not None:\n        raise TrainingStopped(reason)",
-        "    if reason is None:\n        return",
-    ),
-    Mutation(
-        "push: a failing rank leaves the gathering to the others",
-        FAILING_PUSH,
-        "            for _ in tensors:  # reading",
-        "            for _ in ():  # reading",
-    ),
-    Mutation(
         "transformers engine: a rounded copy is called exact",
         NARROW_ENGINE,
         "self.exact = type(self).exact and not weights.narrower",
@@ -2485,12 +2473,6 @@ MUTATIONS = [
         'held["moments"] = 0',
     ),
     Mutation(
-        "plan: no gradients of earlier micro-batches",
-        REHEARSED,
-        "        self._make_gradients()\n        before = self.meter.restart()\n        with",
-        "        before = self.meter.restart()\n        with",
-    ),
-    Mutation(
         "plan: the largest micro-batch by one phase",
         PLANNED,
         "int(min(limits))",
@@ -2564,7 +2546,8 @@ def _copy(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kdrl_lightning", folder / "kdrl_lightning", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)  # tests import it
+    for name in ("benchmarks", "configs"):  # tests read them
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     (folder / "pytest.ini").write_text("[pytest]\npythonpath = tests .\n")
     return folder
 
