@@ -290,11 +290,10 @@ class VLLMEngine(RolloutEngine):
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 kv_cache_memory_bytes=cache,
                 enforce_eager=self.enforce_eager or not on_gpu,
-                enable_prefix_caching=True,
                 enable_sleep_mode=self.sleep,
                 distributed_executor_backend=launcher,
                 seed=0,
-                **self._options,
+                **{"enable_prefix_caching": True, **self._options},
             )
             self._running = RunningEngine(llm, self, VLLMEngine._forget, not grouped)
             (self._model,) = llm.apply_model(lambda model: model)

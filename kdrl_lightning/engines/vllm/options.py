@@ -50,8 +50,8 @@ def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
         options["model_impl"] = implementation_of(config.model_type)
     flags = []
     for name, value in options.items():
-        flags.append(f"--{name.replace('_', '-')}")
-        if value is not True:
+        flags.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        if not isinstance(value, bool):
             flags.append(value if isinstance(value, str) else json.dumps(value))
     return flags
 
@@ -80,9 +80,20 @@ def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"language_model_only": True}
     if not on_gpu:
         options["compilation_config"] = ROTARY_IN_TORCH
+        # A prompt that is cut into parts fails: vLLM then sets back a request's generator, which
+        # torch's generators for CPUs cannot do. It also cuts prompts to cache recurrent states.
+        options["enable_chunked_prefill"] = False
+        options["enable_prefix_caching"] = not is_recurrent(config)
     if config.model_type in LONGER_WINDOW and vllm_version() >= LONGER_SINCE:
         options["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
     return options
+
+
+def is_recurrent(config: Any) -> bool:
+    """Return whether a layer of a model keeps a state instead of keys and values."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    states = hasattr(config, "mamba_d_state") or hasattr(config, "state_size")
+    return states or any("attention" not in kind or "linear" in kind for kind in kinds)
 
 
 def vllm_version() -> tuple[int, ...]:

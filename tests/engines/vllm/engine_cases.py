@@ -209,6 +209,17 @@ def test_the_longest_prompt_fits(engine: VLLMEngine, model: Any) -> None:
     assert worst_gap(model, prompts, groups) < BOUND
 
 
+def test_more_prompt_tokens_than_a_step_takes(engine: VLLMEngine, model: Any) -> None:
+    """On a CPU, vLLM fails if it cuts a prompt whose request has a seed."""
+    length = min(CONTEXT - 4, 100)
+    rows = [
+        [2 + (i + j) % (model.config.vocab_size - 2) for i in range(length)]
+        for j in range(5000 // length)
+    ]
+    made = engine.generate(rows, [[j] for j in range(len(rows))], Sampling(2))
+    assert len(made) == len(rows) and all(len(group[0].ids) for group in made)
+
+
 def test_threads_can_still_be_set(engine: VLLMEngine) -> None:
     torch.set_num_threads(2)
     assert torch.get_num_threads() == 2

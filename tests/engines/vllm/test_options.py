@@ -28,7 +28,7 @@ def _vllm_32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_turns_queries_by_torch() -> None:
-    assert options_of(config("lfm2"), on_gpu=False) == {**TEXT, "compilation_config": ROTARY}
+    assert options_of(config("lfm2"), on_gpu=False)["compilation_config"] == ROTARY
     assert options_of(config("lfm2"), on_gpu=True) == TEXT
 
 
@@ -81,8 +81,29 @@ def test_serve_starts_vllm_with_the_engines_settings(
     # A teacher's weights are never reloaded.
     assert "--model-impl" not in flags(tmp_path, "--teacher")
     assert made["--language-model-only"].startswith("--")  # it has no value
+    assert "--no-enable-chunked-prefill" in made and "--enable-prefix-caching" in made
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert "--compilation-config" not in flags(tmp_path)
+    on_gpu = flags(tmp_path)
+    assert "--compilation-config" not in on_gpu and "--no-enable-chunked-prefill" not in on_gpu
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "cached"),
+    [
+        ("qwen3", {}, True),
+        ("gemma2", {}, True),
+        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, False),
+        ("qwen3_next", {}, False),
+        ("mamba2", {}, False),
+    ],
+)
+def test_recurrent_states_are_not_cached_on_a_cpu(
+    kind: str, changes: dict[str, Any], cached: bool
+) -> None:
+    """vLLM would cut prompts for that, which fails on a CPU."""
+    made = options_of(config(kind, **changes), on_gpu=False)
+    assert made["enable_prefix_caching"] is cached and made["enable_chunked_prefill"] is False
+    assert "enable_prefix_caching" not in options_of(config(kind, **changes), on_gpu=True)
 
 
 def test_serve_tells_the_window_and_the_users_flags_win(tmp_path: Path) -> None:

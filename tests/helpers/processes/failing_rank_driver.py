@@ -24,7 +24,7 @@ from kdrl_lightning.engines.weight_transport import FileRoute
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout.rollouts import RolloutSource
 
-FOLDER, RANK = Path(sys.argv[1]), int(sys.argv[2])
+FOLDER, RANK = Path(), 0  # given on the command line
 URL = "http://127.0.0.1:9"
 
 
@@ -141,6 +141,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
+    FOLDER, RANK = Path(sys.argv[1]), int(sys.argv[2])
     store = distributed.FileStore(str(FOLDER / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=RANK, world_size=2)
     MODEL = make_model("qwen2", 0)

@@ -17,7 +17,7 @@ from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO
 from kdrl_lightning.trainer import strategies
 
-FOLDER, STUDENT = Path(sys.argv[1]), sys.argv[2]
+FOLDER, STUDENT = Path(), ""  # given on the command line
 
 
 class FailsFirst(pl.Callback):
@@ -34,6 +34,7 @@ class FailsFirst(pl.Callback):
 
 
 if __name__ == "__main__":
+    FOLDER, STUDENT = Path(sys.argv[1]), sys.argv[2]
     strategies.WAITS_S = 2.0
     data = make_data(prompts_per_rollout=4, minibatches_per_rollout=1, val_prompts=None)
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2, "callbacks": [FailsFirst()]}
