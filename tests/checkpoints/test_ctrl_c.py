@@ -103,6 +103,15 @@ def test_the_first_saves_after_the_step(
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.fixture
+def sighup() -> Iterator[None]:
+    """SIGHUP as a terminal gives it, also if the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("sighup")
 def test_a_terminal_that_is_closed_saves_like_sigterm(tmp_path: Path, student_folder: str) -> None:
     before = signal.getsignal(signal.SIGHUP)
     words = r"stopped by SIGHUP after step 3: saved .*step=00000003\.ckpt\. Continue with `-"
@@ -120,6 +129,7 @@ def test_under_nohup_the_run_goes_on(tmp_path: Path, student_folder: str) -> Non
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.usefixtures("sighup")  # the other process inherits it
 def test_output_to_a_closed_terminal_is_dropped() -> None:
     """The handler runs in another process, whose output is a terminal that is then closed."""
     ours, theirs = pty.openpty()
@@ -129,13 +139,16 @@ def test_output_to_a_closed_terminal_is_dropped() -> None:
     code += "time.sleep(1)\n"  # until the terminal is closed
     code += "print('x' * 9999, flush=True)\nos._exit(7)\n"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    while b"ready" not in os.read(ours, 1000):
-        pass
-    process.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    os.close(ours)
-    assert process.wait(60) == 7
+    try:
+        os.close(theirs)
+        while b"ready" not in os.read(ours, 1000):
+            pass
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        os.close(ours)
+        assert process.wait(60) == 7
+    finally:
+        process.kill()
 
 
 def test_a_run_that_ends_gives_the_signals_back(tmp_path: Path, student_folder: str) -> None:
