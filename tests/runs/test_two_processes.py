@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from helpers.processes.ready import run
 
 ROOT = Path(__file__).parents[2]
 # What the run imports by name.
@@ -71,18 +71,9 @@ def fit(folder: Path, student: str, teacher: str, *flags: str) -> Path:
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "two_rewards.py").write_text(TWO_REWARDS)
-    out = subprocess.run(
-        [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "run.yaml", *flags],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{folder}:{folder.parent}",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    paths = f"{ROOT}:{folder}:{folder.parent}"
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    out = run(["fit", "--config", "run.yaml", *flags], folder, env)
     assert out.returncode == 0, out.stderr[-3000:]
     return folder / "runs/kdrl_lightning/version_0"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 from torch import distributed
 
+from helpers.processes.ready import WRITTEN, run
 from kdrl_lightning import distributed as together
 from kdrl_lightning.__main__ import main
 
@@ -29,19 +28,13 @@ trainer: {{max_steps: 1, accelerator: cpu, devices: 2, strategy: ddp}}
 
 def test_two_ranks_print_a_note_and_an_error_once(student_folder: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG.format(student=student_folder))
-    out = subprocess.run(
-        [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "config.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = run(["fit", "--config", "config.yaml"], tmp_path, env)
     assert out.returncode == 2
     assert out.stdout.count("note: `data.evaluation.samples` has no effect") == 1
     assert out.stderr.count("error: ") == 1
     assert "error: `train_prompts` must have at most 3 tokens a prompt" in out.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", *WRITTEN}
 
 
 class Gone:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
+
+from helpers.processes.ready import run
 
 ROOT = Path(__file__).parents[3]
 STEPS = 12
@@ -69,8 +70,8 @@ class Killer(pl.Callback):
 """
 
 
-def start(folder: Path, models: tuple[str, str], *flags: str) -> subprocess.Popen[str]:
-    """Start fit in a folder of its own, in a process group of its own."""
+def prepare(folder: Path, models: tuple[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Write a run into a folder of its own; return its arguments and its environment."""
     folder.mkdir(exist_ok=True)
     prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 9}}
     teacher = {"class_path": "LocalTeacher", "init_args": {"model": models[1]}}
@@ -100,28 +101,30 @@ def start(folder: Path, models: tuple[str, str], *flags: str) -> subprocess.Pope
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "killer.py").write_text(KILLER)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+    return ["fit", "--config", "run.yaml"], {**env, "MPLBACKEND": "agg"}
+
+
+def start(folder: Path, models: tuple[str, str], *flags: str) -> subprocess.Popen[str]:
+    """Start fit in a process group of its own, as a shell does."""
+    arguments, env = prepare(folder, models)
     return subprocess.Popen(
-        [sys.executable, "-m", "kdrl_lightning", "fit", "--config", "run.yaml", *flags],
+        [sys.executable, "-m", "kdrl_lightning", *arguments, *flags],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1",
-             "MPLBACKEND": "agg"},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def fit(folder: Path, models: tuple[str, str], *flags: str, code: int = 0) -> tuple[str, str]:
     """Run fit to its end; return its output and its errors."""
-    process = start(folder, models, *flags)
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == code, err[-3000:]
-    return out, err
+    arguments, env = prepare(folder, models)
+    ended = run([*arguments, *flags], folder, env)
+    assert ended.returncode == code, ended.stderr[-3000:]
+    return ended.stdout, ended.stderr
 
 
 def killer(at: str, number: int = 9, rank: int = -1) -> str:
