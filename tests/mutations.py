@@ -1352,7 +1352,7 @@ MUTATIONS = [
     ),
     Mutation(
         "head: a compiler's error ends the run",
-        ("losses/chunk_math.py", "losses/test_compiled_head.py"),
+        ("losses/compiled.py", "losses/test_compiled_head.py"),
         "except Exception as error:",
         "except ImportError as error:",
     ),
@@ -1467,9 +1467,9 @@ MUTATIONS = [
     ),
     Mutation(
         "shared prompts: whatever they save",
-        SCORING,
-        "return shared <= SHARED_BELOW *",
-        "return 0 <=",
+        ("models/shared_prompts.py", "models/test_shared_prompts.py"),
+        "return shared <= self.below * whole",
+        "return 0 <= whole",
     ),
     Mutation(
         "equal rows: those of another row",
@@ -2463,8 +2463,8 @@ MUTATIONS = [
     Mutation(
         "plan: causal attention counts whole squares",
         METER,
-        "if causal else 1000",
-        "if 0 else 1000",
+        "if causal else every",
+        "if 0 else every",
     ),
     Mutation(
         "plan: moments are forgotten",

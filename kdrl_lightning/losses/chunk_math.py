@@ -1,7 +1,5 @@
 """Values and gradients of one table of logits: plain torch on a CPU, compiled on a GPU.
 
-# `Any`: what torch.compile takes and returns.
-
 Both are the same functions of ``[n, V]`` logits. Plain torch runs them on a few rows at a time, so
 that intermediate results stay in the processor's cache: on one core, scoring a chunk of 333 rows at
 V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
@@ -14,19 +12,23 @@ GPU only.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from functools import cache, partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from kdrl_lightning.losses.compiled import OrPlain
 
 # Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
 FLOOR = -1e4
 
 # Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
 CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
+
+# What a warning calls these functions.
+PART = "the head of the model"
 
 # A divergence ``[n]`` as a function of ``logits [n, V]`` and another model's.
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -163,7 +165,8 @@ def plain_math(logits: int) -> ChunkMath:
 def compiled_math() -> ChunkMath:
     """Return the functions through ``torch.compile``, each called on a whole chunk."""
     # One object per divergence: a new one would be compiled again.
-    return ChunkMath(OrPlain(score), OrPlain(gradient), cache(OrPlain), None)
+    run = partial(OrPlain, part=PART)
+    return ChunkMath(run(score), run(gradient), cache(run), None)
 
 
 def math_for(hidden: Tensor) -> ChunkMath:
@@ -172,32 +175,3 @@ def math_for(hidden: Tensor) -> ChunkMath:
         return plain_math(CPU_LOGITS)
     # Fake tensors, with which memory is planned, are a subclass.
     return compiled_math() if type(hidden) is Tensor else plain_math(GPU_LOGITS)
-
-
-class OrPlain:
-    """Calls a function through ``torch.compile``; if that fails, warns once and calls it plain."""
-
-    _works = True
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        """Call the function."""
-        if OrPlain._works:
-            try:
-                if self._compiled is None:
-                    self._compiled = torch.compile(self.function, dynamic=True)
-                return self._compiled(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a compiler fails with errors of many types
-                OrPlain._works = False
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                warnings.warn(
-                    f"torch.compile failed on the head of the model: {reason}. The head runs "
-                    "without it, which is slower. Install what is missing, e.g. triton.",
-                    stacklevel=2,
-                )
-        return self.function(*args)

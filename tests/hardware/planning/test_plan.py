@@ -154,7 +154,8 @@ def test_each_phase_has_its_cure(config: str) -> None:
     awake = fake_plan("update", engine=40e9)
     assert said(awake, **gpu, sampler=Sampler("vllm")).endswith("sleep true")
     cache = fake_plan("sample", **{"cache and workspace": 64e9})
-    assert said(cache, **gpu, sampler=Sampler(max_sequences=32)).endswith("max_sequences 20")
+    assert said(cache, **gpu, sampler=Sampler(max_cached_tokens=32)).endswith("tokens null")
+    assert said(cache, **gpu, sampler=Sampler()) == ""  # it fills what is free
     assert said(fake_plan("update"), **gpu) == "--model.activation_checkpointing true"
     again = KDRLModule("small", GRPO(), activation_checkpointing=True)
     assert said(fake_plan("update"), again, **gpu) == ""
@@ -198,6 +199,8 @@ def test_the_engines_settings_are_read() -> None:
     assert sampler_of({"class_path": "x.VLLMServerEngine"}, True).kind == "elsewhere"
     own = {"class_path": "TransformersEngine", "init_args": {"max_sequences": 8}}
     assert sampler_of(own, True) == Sampler(max_sequences=8)
+    own["init_args"] = {"max_cached_tokens": 4000}
+    assert sampler_of(own, True) == Sampler(max_cached_tokens=4000)
 
 
 def test_the_command_prints_a_table_and_exits_by_the_verdict(
