@@ -1,8 +1,9 @@
 """Compares ``plan`` with measured peaks of real steps, on a CPU.
 
-Each case trains a random model for two rollouts in new processes. From the second rollout on, torch
-reports every allocation of its CPU allocator (its profiler's memory events), apart from what the
-run holds already: weights, moments and an engine's copy, which are added from their tensors.
+Each case trains a random model for two rollouts in new processes. torch reports every allocation of
+its CPU allocator (its profiler's memory events) from the start of training on: it does not report
+that something is freed which was there before. What the run holds then (weights, ddp's buckets) is
+added from its tensors. Peaks are those of the second rollout.
 
     python benchmarks/plan.py --out docs/plan
 """
@@ -23,6 +24,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from torch.autograd.profiler import record_function
+
+from kdrl_lightning import LocalTeacher
 
 ROOT = Path(__file__).parents[1]
 CASES: dict[str, dict[str, Any]] = {
@@ -62,18 +65,22 @@ class Peaks(Callback):
         self.profiler: Any = None
         self.state = 0
         self.prompt = 0
+        self.marked = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.state = held(trainer, pl_module)
+        self.profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self.profiler.start()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
         self.prompt = max(self.prompt, int(batch.prompt_lengths.max()))
-        if self.profiler is None and trainer.global_step == 1:
-            self.state = held(trainer, pl_module)
+        if not self.marked and trainer.global_step == 1:
+            self.marked = True
             self._mark(trainer, pl_module)
-            self.profiler = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
-            self.profiler.start()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.profiler.stop()
@@ -122,19 +129,10 @@ def wrap(owner: Any, name: str, phase: str) -> None:
 
 
 def held(trainer: Any, module: Any) -> int:
-    """Return bytes of weights, moments, gradients and an engine's copy on this rank."""
+    """Return bytes of weights and ddp's buckets on this rank before the first step."""
     frozen = [m for m in (module.frozen.active, module.frozen.reference) if m is not None]
-    models = [module.student, *(m._scorer for m in frozen if hasattr(m, "_scorer"))]
-    replica = getattr(trainer.datamodule.rollout_engine, "_replica", None)
-    models += [] if replica is None else [replica]
+    models = [module.student, *(m._scorer for m in frozen if isinstance(m, LocalTeacher))]
     tensors = [t for m in models for t in [*m.parameters(), *m.buffers()]]
-    tensors += [p.grad for p in module.student.parameters() if p.grad is not None]
-    tensors += [
-        value
-        for state in trainer.optimizers[0].state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
     parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
     return sum(sizes.values()) + (

@@ -35,6 +35,7 @@ REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
 CHUNK = "losses/chunk_math.py", "losses/test_logprobs_backward.py"
+SCORED_CHUNK = "losses/chunk_math.py", "losses/test_token_scores.py"
 PRODUCTS = "losses/head_products.py", "losses/test_logprobs_backward.py"
 KNOWN_LOSS = "losses/logprobs_backward.py", "losses/test_known_loss.py"
 IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
@@ -337,27 +338,32 @@ MUTATIONS = [
     ),
     Mutation(
         "log-probs: temperature multiplies",
-        SCORES,
-        "head.logits(states) / temperature",
-        "head.logits(states) * temperature",
+        SCORED_CHUNK,
+        "factor = self.scale / self.temperature\n            return logits",
+        "factor = self.scale * self.temperature\n            return logits",
     ),
     Mutation(
         "log-probs: temperature before the soft cap",
-        SCORES,
-        "head.logits(states) / temperature",
-        "head.logits(states / temperature)",
+        SCORED_CHUNK,
+        "self.softcap).tanh_()\n        return capped.mul_(self.softcap / self.temperature)",
+        "self.softcap / self.temperature).tanh_()\n        return capped.mul_(self.softcap)",
     ),
     Mutation(
         "log-probs: padding rows count", SCORES, "slice(None, self.vocab_size)", "slice(None)"
     ),
     Mutation("log-probs: bias forgotten", SCORES, "else self.bias[rows]", "else None"),
-    Mutation("log-probs: entropy's sign", SCORES, "log_norm - expected", "expected - log_norm"),
+    Mutation(
+        "log-probs: entropy's sign",
+        SCORED_CHUNK,
+        "total.log() - shares.mul_",
+        "total.log() + shares.mul_",
+    ),
     Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
-        SCORES,
-        "if torch.is_grad_enabled()\n            else",
-        "if False\n            else",
+        ("losses/logprobs_backward.py", SCORES[1]),
+        "run.log_norm, values.entropy, values.tail)",
+        "run.log_norm, values.entropy, hidden.new_zeros(len(ids), len(weight)))",
     ),
     Mutation("term: mask replaces the loss mask", BASE, "batch.loss_mask & term.mask", "term.mask"),
     Mutation("term: mask ignored", BASE, "batch.loss_mask & term.mask", "batch.loss_mask"),
@@ -670,12 +676,23 @@ MUTATIONS = [
         "(mix + (1.0 - mix) * weight)",
     ),
     Mutation(
-        "scores: top-k of the least likely",
-        SCORES,
-        "topk(min(top_k, vocab), -1)",
-        "topk(min(top_k, vocab), -1, False)",
+        "scores: others' gradient reaches the asked tokens",
+        SCORED_CHUNK,
+        "masked_fill_(named(asked, vocab), 0.0)",
+        "masked_fill_(~named(asked, vocab), 0.0)",
     ),
-    Mutation("scores: logits for log-probs", SCORES, " - log_norm[:, None]", ""),
+    Mutation(
+        "scores: logits for log-probs",
+        SCORED_CHUNK,
+        "asked.clamp(max=vocab - 1)) - log_norm[:, None]",
+        "asked.clamp(max=vocab - 1))",
+    ),
+    Mutation(
+        "scores: a gradient for tokens that the model lacks",
+        SCORED_CHUNK,
+        "slopes.asked.masked_fill(~known, 0.0)",
+        "slopes.asked",
+    ),
     Mutation(
         "scores: the other at temperature one",
         SCORES,
@@ -689,7 +706,10 @@ MUTATIONS = [
         "divergence(theirs, ours if ours.shape[-1] == width else ours[:, :width])",
     ),
     Mutation(
-        "scores: first rows asked again", SCORES, "topk_ids[rows]", "topk_ids[: len(ids[rows])]"
+        "scores: first rows asked again",
+        ("losses/logprobs_backward.py", SCORES[1]),
+        "else self.work.asked[rows]\n        for",
+        "else self.work.asked[: len(ids)]\n        for",
     ),
     # The parts of an objective.
     Mutation(
@@ -1772,12 +1792,14 @@ MUTATIONS = [
     # Small tails, gaps, and breaks that had passed.
     Mutation(
         "tail: what the asked ones leave of 1",
-        SCORES,
+        SCORED_CHUNK,
         "torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)",
-        "torch.log1p(-(logits.softmax(-1) * named).sum(-1))",
+        "torch.log1p(-(logits.softmax(-1) * named(asked, vocab)).sum(-1))",
     ),
-    Mutation("tail: not normalised", SCORES, "rest - log_norm, -torch.inf", "rest, -torch.inf"),
-    Mutation("tail: the last token lost", SCORES, "True)[:, :vocab]", "True)[:, 1:]"),
+    Mutation(
+        "tail: not normalised", SCORED_CHUNK, "rest - log_norm, -torch.inf", "rest, -torch.inf"
+    ),
+    Mutation("tail: the last token lost", SCORED_CHUNK, "True)[:, :vocab]", "True)[:, 1:]"),
     Mutation(
         "tail: the teacher's forgotten", TERMS, "            batch.teacher_tail_logprobs,\n", ""
     ),

@@ -59,11 +59,16 @@ class Transform(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives ``[n]`` of a loss by the values of n tokens; None: the loss does not use it."""
+    """Derivatives ``[n]`` of a loss by the values of n tokens; None: the loss does not use it.
+
+    Those by the log-probabilities of tokens that were asked for, ``asked``, are ``[n, K]``.
+    """
 
     logprobs: Tensor | None
     entropy: Tensor | None
     divergence: Tensor | None
+    asked: Tensor | None = None
+    tail: Tensor | None = None
 
     def rows(self, rows: slice) -> Slopes:
         """Return those of some rows."""
@@ -79,6 +84,59 @@ def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_norm = total.log() + peak.squeeze(-1)
     entropy = total.log() - shares.mul_(shifted).sum(-1) / total
     return logits.gather(-1, ids[:, None]).squeeze(-1) - log_norm, entropy, log_norm
+
+
+def score_asked(logits: Tensor, log_norm: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities ``[n, K]`` of tokens, and ``[n]`` of all others together.
+
+    A token that this model does not have, and others of which there are none, have -inf. We sum the
+    others' logits, because one minus the other probabilities has no correct digit below 1e-7.
+
+    Args:
+        logits: ``[n, V]``.
+        log_norm: ``[n]``, their logsumexp.
+        asked: ``[n, K]`` ids; this model has no token for ids from V on.
+    """
+    vocab, lowest = logits.shape[-1], torch.finfo(logits.dtype).min
+    at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
+    at = at.masked_fill(asked >= vocab, -torch.inf)
+    rest = logits.masked_fill(named(asked, vocab), lowest).logsumexp(-1)
+    return at, torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)
+
+
+def named(asked: Tensor, vocab: int) -> Tensor:
+    """Return a mask ``[n, V]`` of the tokens ``asked [n, K]``."""
+    mask = torch.zeros(len(asked), vocab + 1, dtype=torch.bool, device=asked.device)
+    return mask.scatter_(1, asked.clamp(max=vocab), True)[:, :vocab]
+
+
+def add_asked(
+    table: Tensor, logits: Tensor, log_norm: Tensor, asked: Tensor, tail: Tensor, slopes: Slopes
+) -> Tensor:
+    """Add what comes from ``slopes.asked`` and ``slopes.tail`` to a derivative by the logits.
+
+    Args:
+        table: ``[n, V]``, changed in place.
+        logits: ``[n, V]``, after the transform.
+        log_norm: ``[n]``.
+        asked: ``[n, K]`` ids.
+        tail: ``[n]``, log-probability of all other tokens.
+        slopes: derivatives of the loss.
+    """
+    vocab, known = logits.shape[-1], asked < logits.shape[-1]
+    shares, total = (logits - log_norm[:, None]).exp_(), torch.zeros_like(log_norm)
+    if slopes.asked is not None:
+        d_asked = slopes.asked.masked_fill(~known, 0.0)
+        table.scatter_add_(1, asked.clamp(max=vocab - 1), d_asked)
+        total = total + d_asked.sum(-1)
+    if slopes.tail is not None:
+        some = tail > -torch.inf
+        d_tail = torch.where(some, slopes.tail, 0.0)
+        edge = (log_norm + torch.where(some, tail, 0.0))[:, None]
+        rest = (logits - edge).exp_().masked_fill_(named(asked, vocab), 0.0)
+        table.addcmul_(rest, d_tail[:, None])
+        total = total + d_tail
+    return table.addcmul_(shares, total[:, None], value=-1.0)
 
 
 def differ(divergence: Divergence, logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +156,8 @@ def gradient(
     entropy: Tensor,
     slopes: Slopes,
     transform: Transform,
+    asked: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Return the derivative of a loss by the raw logits ``[n, V]``.
 
@@ -109,6 +169,8 @@ def gradient(
         entropy: ``[n]``.
         slopes: derivatives of the loss by each token's values.
         transform: what made these logits of the raw ones.
+        asked: ``[n, K]``, further tokens whose log-probabilities the loss reads, or None.
+        tail: ``[n]``, log-probability of all tokens but these.
     """
     d_logprobs, d_entropy = (None if x is None else x[:, None] for x in slopes[:2])
     if d_entropy is not None:  # dH/dz = -p (log p + H)
@@ -126,6 +188,8 @@ def gradient(
         table.scatter_add_(1, ids[:, None], d_logprobs)
     if slopes.divergence is not None and of_divergence is not None:
         table.addcmul_(of_divergence, slopes.divergence[:, None])
+    if asked is not None and tail is not None:
+        table = add_asked(table, logits, log_norm, asked, tail, slopes)
     slope = transform.slope(logits)
     return table.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else table
 
@@ -136,12 +200,14 @@ class ChunkMath(NamedTuple):
     Attributes:
         score: see above.
         gradient: see above.
+        score_asked: see above.
         run: makes a divergence one that runs like these functions.
         logits: how many logits they are called on at once; None: a whole chunk.
     """
 
     score: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[..., Tensor]
+    score_asked: Callable[..., tuple[Tensor, Tensor]]
     run: Callable[[Divergence], Divergence]
     logits: int | None
 
@@ -158,7 +224,7 @@ def cut(start: int, stop: int, size: int) -> list[slice]:
 
 def plain_math(logits: int) -> ChunkMath:
     """Return the functions as they stand."""
-    return ChunkMath(score, gradient, lambda divergence: divergence, logits)
+    return ChunkMath(score, gradient, score_asked, lambda divergence: divergence, logits)
 
 
 @cache
@@ -166,7 +232,7 @@ def compiled_math() -> ChunkMath:
     """Return the functions through ``torch.compile``, each called on a whole chunk."""
     # One object per divergence: a new one would be compiled again.
     run = partial(OrPlain, part=PART)
-    return ChunkMath(run(score), run(gradient), cache(run), None)
+    return ChunkMath(run(score), run(gradient), run(score_asked), cache(run), None)
 
 
 def math_for(hidden: Tensor) -> ChunkMath:

@@ -26,12 +26,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_trainable, check_used
 from kdrl_lightning.models.architectures.reached import freeze, unreached
-from kdrl_lightning.models.architectures.trunk import Trunk, compile_layers
+from kdrl_lightning.models.architectures.trunk import Layer, Trunk, compile_layers
 from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.models.lora import LoRA, leave_base_out
 from kdrl_lightning.models.scorer import Scorer
@@ -282,7 +282,9 @@ def recompute_layers(model: HFModel) -> None:
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    # Leaving a compiled layer in its middle would look like a failure of the compiler.
+    with set_checkpoint_early_stop(not isinstance(forward, Layer)):
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:

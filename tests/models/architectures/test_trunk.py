@@ -23,6 +23,7 @@ from kdrl_lightning.models.sharding import decoder_layers, load_scorer, recomput
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers import CachedTeacher, RoutedTeacher
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
 CPU = torch.device("cpu")
 
 
@@ -155,8 +156,10 @@ def scored(scorer: Scorer) -> list[Tensor]:
     return [scores.logprobs.detach(), *(p.grad.clone() for p in scorer.parameters())]
 
 
-# Importing the compiler warns about torch's own files (torch 2.13).
+# Importing the compiler warns about torch's own files (torch 2.13), which also look for gradients of
+# a layer's input.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("fresh")
 def test_compiled_layers_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = scored(Scorer(scored_models.build("Qwen3ForCausalLM")))
