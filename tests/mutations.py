@@ -2055,6 +2055,36 @@ MUTATIONS = [
     ),
     Mutation("push: small tensors are rounded, too", VLLM_PUSH, "tensor.numel() < LARGE or ", ""),
     Mutation(
+        "push: the weights travel in the trainer's type",
+        ("engines/vllm/engine.py", "engines/test_engines_on_a_card.py"),
+        "HubWeights(weights, self.dtype)",
+        "HubWeights(weights)",
+    ),
+    Mutation(
+        "push: every matrix stays wide",
+        VLLM_PUSH,
+        "    return tensor.to(dtype)\n",
+        "    return tensor\n",
+    ),
+    Mutation(
+        "vLLM: the model's whole context is reserved",
+        ("engines/vllm/engine.py", "engines/vllm/test_prepare.py"),
+        "longest if longest < UNKNOWN else None",
+        "None",
+    ),
+    Mutation(
+        "vLLM: a GPU decodes as few rows as a CPU",
+        ("engines/vllm/engine.py", "engines/vllm/test_prepare.py"),
+        "        if not on_gpu:\n            cache, most",
+        "        if True:\n            cache, most",
+    ),
+    Mutation(
+        "push: a rank that fails alone leaves the others waiting",
+        ("engines/vllm/engine.py", "engines/test_failing_rank.py"),
+        "            reason = error\n            for _ in tensors:",
+        "            reason = error\n            for _ in ():",
+    ),
+    Mutation(
         "vLLM: a share without room is taken",
         VLLM_ROOM,
         "if needed <= share * total:",

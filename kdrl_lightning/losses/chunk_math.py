@@ -26,6 +26,8 @@ FLOOR = -1e4
 
 # Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
 CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
+# Most tiles of a chunk of fake tensors.
+FEW_TILES = 16
 
 # What a warning calls these functions.
 PART = "the head of the model"
@@ -214,7 +216,10 @@ class ChunkMath(NamedTuple):
     def tiles(self, logits: Tensor) -> list[slice]:
         """Cut ``[n, V]`` logits into slices of rows, one for each call."""
         rows, width = logits.shape
-        return cut(0, rows, max(1, rows if self.logits is None else self.logits // width))
+        at_once = logits.numel() if self.logits is None else self.logits
+        if type(logits) is not Tensor:  # planning takes as long as there are operations
+            at_once = max(at_once, logits.numel() // FEW_TILES)
+        return cut(0, rows, max(1, at_once // width))
 
 
 def cut(start: int, stop: int, size: int) -> list[slice]:

@@ -156,8 +156,8 @@ def scored(scorer: Scorer) -> list[Tensor]:
     return [scores.logprobs.detach(), *(p.grad.clone() for p in scorer.parameters())]
 
 
-# Importing the compiler warns about torch's own files (torch 2.13), which also look for gradients of
-# a layer's input.
+# Importing the compiler warns about torch's own files (torch 2.13); it looks for gradients of a
+# layer's input.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("fresh")
