@@ -2,8 +2,7 @@
 
 Each case trains a random model for two rollouts in new processes. torch reports every allocation of
 its CPU allocator (its profiler's memory events) from the start of training on: it does not report
-that something is freed which was there before. What the run holds then (weights, ddp's buckets) is
-added from its tensors. Peaks are those of the second rollout.
+that something is freed which was there before. The weights that the run holds then are added. Peaks are those of the second rollout.
 
     python benchmarks/plan.py --out docs/plan
 """
@@ -68,7 +67,7 @@ class Peaks(Callback):
         self.marked = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.state = held(trainer, pl_module)
+        self.state = held(pl_module)
         self.profiler = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )
@@ -128,20 +127,17 @@ def wrap(owner: Any, name: str, phase: str) -> None:
     setattr(owner, name, marked)
 
 
-def held(trainer: Any, module: Any) -> int:
-    """Return bytes of weights and ddp's buckets on this rank before the first step."""
+def held(module: Any) -> int:
+    """Return bytes of weights on this rank before the first step.
+
+    ddp's buckets are not among them: it makes them anew in the first step.
+    """
     frozen = [m for m in (module.frozen.active, module.frozen.reference) if m is not None]
     models = [module.student, *(m._scorer for m in frozen if isinstance(m, LocalTeacher))]
     tensors = [t for m in models for t in [*m.parameters(), *m.buffers()]]
     parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
-    return sum(sizes.values()) + (
-        bucket_bytes(module) if "DDP" in type(trainer.strategy).__name__ else 0
-    )
-
-
-def bucket_bytes(module: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return sum(sizes.values())
 
 
 def make_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:

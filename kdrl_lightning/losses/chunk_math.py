@@ -26,7 +26,7 @@ FLOOR = -1e4
 
 # Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
 CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
-# Most tiles of a chunk of fake tensors.
+# Most tiles of a chunk of fake tensors; of a GPU's large chunk a quarter.
 FEW_TILES = 16
 
 # What a warning calls these functions.
@@ -218,7 +218,8 @@ class ChunkMath(NamedTuple):
         rows, width = logits.shape
         at_once = logits.numel() if self.logits is None else self.logits
         if type(logits) is not Tensor:  # planning takes as long as there are operations
-            at_once = max(at_once, logits.numel() // FEW_TILES)
+            few = FEW_TILES if logits.numel() <= FEW_TILES << 20 else FEW_TILES // 4
+            at_once = max(at_once, logits.numel() // few)
         return cut(0, rows, max(1, at_once // width))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdrl_lightning.engines.cache_budget import CPU_BYTES, SHARE, CacheBudget
 from kdrl_lightning.engines.shared_heads import shared_heads_in_place
+from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.models import plain_model
 from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal
 from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
@@ -18,6 +19,8 @@ from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
 
 # Completions that the transformers engine decodes at once, if no memory is given to fill.
 UNBOUNDED = 256
+# Completions with which decoding is counted.
+DECODED = 2, 4
 
 
 def copies(run: Rehearsal) -> bool:
@@ -38,22 +41,43 @@ def awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
     return {"engine's copy": copy_bytes(run)} if copies(run) else {}
 
 
-def sampling(run: Rehearsal, memory: float | None, usable: float | None) -> dict[str, float]:
-    """Return what is held while completions are sampled, by what takes it.
+def sampling(run: Rehearsal, memory: float | None) -> dict[str, float]:
+    """Return what is held while completions are sampled, without the transformers engine's cache.
 
     Args:
         run: the rehearsal.
         memory: bytes of a device; None if unknown.
-        usable: the part of it that tensors can take.
     """
     parts: dict[str, float] = dict(run.held)
     if run.job.sampler.kind == "vllm":
         parts["engine"] = engine_bytes(run, memory)
-    if run.job.sampler.kind == "transformers":
-        parts |= awake(run, memory)
-        rows = rows_at_once(run, usable, sum(parts.values()))
-        parts["cache and workspace"] = decode(run, rows).peak
-    return parts
+    return parts | (awake(run, memory) if run.job.sampler.kind == "transformers" else {})
+
+
+def decoding(run: Rehearsal) -> list[float]:
+    """Return bytes to decode so many completions as ``DECODED`` says; else none are needed."""
+    if run.job.sampler.kind != "transformers":
+        return []
+    return [float(decode(run, rows).peak) for rows in DECODED]
+
+
+def with_cache(
+    parts: dict[str, float], decoded: list[float], config: Any, job: Job, usable: float | None
+) -> dict[str, float]:
+    """Add the transformers engine's cache, for as many completions as it decodes at once.
+
+    Args:
+        parts: what is held beside it.
+        decoded: see ``decoding``; memory is a line in the completions.
+        config: configuration of the whole student.
+        job: settings of the run.
+        usable: bytes that tensors can take; None if unknown.
+    """
+    if not decoded:
+        return parts
+    slope = (decoded[1] - decoded[0]) / (DECODED[1] - DECODED[0])
+    rows = rows_at_once(job, config, usable, sum(parts.values()))
+    return parts | {"cache and workspace": decoded[0] + slope * (rows - DECODED[0])}
 
 
 def pushing(run: Rehearsal) -> dict[str, float]:
@@ -66,16 +90,16 @@ def pushing(run: Rehearsal) -> dict[str, float]:
     return parts
 
 
-def rows_at_once(run: Rehearsal, usable: float | None, held: float) -> int:
+def rows_at_once(job: Job, config: Any, usable: float | None, held: float) -> int:
     """Return how many of the longest completions the transformers engine decodes at once."""
-    job, sampler, head = run.job, run.job.sampler, run.student.head().weight
+    sampler, vocabulary = job.sampler, int(config.get_text_config().vocab_size)
     every = max(1, job.rows * job.rollout.minibatches_per_rollout)
     if job.on_gpu and usable is None and sampler.max_cached_tokens is None:
         return min(every, sampler.max_sequences or UNBOUNDED)
     free = SHARE * max(0.0, (usable or 0.0) - held) if job.on_gpu else CPU_BYTES
     budget = CacheBudget(sampler.max_cached_tokens, sampler.max_sequences)
-    config, dtype = run.student.model.config, torch.bfloat16 if job.mixed else head.dtype
-    (rows,) = budget.rows_in(free, config, dtype, len(head), [job.longest], not job.on_gpu)
+    dtype = torch.bfloat16 if job.mixed else torch.float32
+    (rows,) = budget.rows_in(free, config, dtype, vocabulary, [job.longest], not job.on_gpu)
     return min(every, rows)
 
 

@@ -8,11 +8,19 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from kdrl_lightning.hardware.planning.cards import Card
-from kdrl_lightning.hardware.planning.engine import awake, pushing, sampling
+from kdrl_lightning.hardware.planning.engine import (
+    awake,
+    decoding,
+    pushing,
+    sampling,
+    with_cache,
+)
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.models import depth_of, local_teachers
 from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
+from kdrl_lightning.hardware.planning.shapes import config_of
+from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 
 # What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
@@ -126,6 +134,10 @@ def plan(
     """
     usable = usable_of(job, memory)
     made = at_full_depth(module, job, lambda run: _counted(run, memory, bool(cards)))
+    config = config_of(model_path(module.student_source), job.model_configs)
+    sample, *others = made.phases
+    held = with_cache(sample.parts, made.decoded, config, job, usable)
+    made = replace(made, phases=[Phase("sample", held), *others])
     largest = None if usable is None else _largest(made, job, usable)
     found = Plan(
         made.phases,
@@ -158,6 +170,7 @@ class Counted:
         phases: with the largest micro-batch.
         other: ``score`` and ``update`` with a micro-batch of another size, ``other_tokens(job)``.
         work: operations and sizes, for seconds.
+        decoded: bytes to decode some completions; see ``decoding``.
     """
 
     phases: list[Phase]
@@ -165,6 +178,7 @@ class Counted:
     checkpoint: float
     head: float
     work: Work
+    decoded: list[float]
 
 
 def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Counted]) -> Counted:
@@ -204,7 +218,7 @@ def _line(one: Any, two: Any, steps: float) -> Any:
 
 def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
     job, waiting = run.job, awake(run, memory)
-    sample = Phase("sample", sampling(run, memory, usable_of(job, memory)))
+    sample = Phase("sample", sampling(run, memory))
     push, step = Phase("push", pushing(run)), _step(run, waiting)
     score, update = _of_tokens(run, job.largest_micro_batch, waiting)
     other = other_tokens(job)
@@ -214,6 +228,7 @@ def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
         run.checkpoint(),
         run.head_chunk(),
         work_of(run) if timed else NO_WORK,
+        decoding(run),
     )
 
 
