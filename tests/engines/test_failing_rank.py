@@ -25,7 +25,7 @@ REASONS = {
     "in process": (0, "vLLM could not take the weights: unknown weight"),
     "setup": (1, "the server http://127.0.0.1:9 must answer within `max_away_s`"),
     "teacher": (1, "the teacher's server is away"),
-    "start": (1, "vLLM could not start: no memory for a cache"),
+    "start": (1, "which could not start: no memory for a cache"),
     "killed": (1, ""),
 }
 # The other rank is told by the group, which carries no words: the teacher's scores are reduced by

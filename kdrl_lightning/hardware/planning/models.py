@@ -19,6 +19,7 @@ from kdrl_lightning.losses.logprobs import TokenScores, auto_chunk_size
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import frozen_names, model_path
 from kdrl_lightning.models.lora import leave_base_out
 from kdrl_lightning.models.scorer import Scorer
@@ -110,7 +111,7 @@ def student_config_model(module: KDRLModule, job: Job, dtype: torch.dtype | None
         text.num_hidden_layers = job.depth
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: job.depth]
-    return weightless(config, dtype or double)
+    return weightless(config, dtype or double, module.trunk)
 
 
 def depth_of(module: KDRLModule, job: Job) -> int | None:
@@ -128,7 +129,7 @@ def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) ->
     own = getattr(config, "dtype", None) or torch.float32
     chosen = own if teacher.dtype == "auto" else teacher.dtype
     dtype = chosen if isinstance(chosen, torch.dtype) else getattr(torch, chosen)
-    model = allot(weightless(config, dtype).requires_grad_(False))
+    model = allot(weightless(config, dtype, teacher.trunk).requires_grad_(False))
     scorer = Scorer(model, chunk_size=chunk_of(teacher.chunk_size, rows_of_head(model), job))
     scorer.shares = may_share(scorer, sharding)
     return scorer if sharding is None else sharding.shard(scorer)
@@ -144,14 +145,18 @@ def rows_of_head(model: Any) -> int:
     return len(model.get_output_embeddings().weight)
 
 
-def weightless(config: Any, dtype: torch.dtype) -> Any:
-    """Return a transformers model of a configuration on the ``meta`` device."""
+def weightless(config: Any, dtype: torch.dtype, trunk: Trunk = Trunk()) -> Any:
+    """Return a transformers model of a configuration on the ``meta`` device.
+
+    Flash kernels of other packages keep what torch's own keeps, which stands in for them.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with _disable_current_modes(), no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
+    trunk.prepare(model)
     keep_soft_caps(model)
     keep_precision(model)
     return model.eval()

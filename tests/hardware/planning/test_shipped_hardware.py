@@ -19,7 +19,9 @@ def test_every_overlay_is_planned() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} - ADDED == set(OVERLAYS)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize(
+    "name", [n if n == "gpu1" else pytest.param(n, marks=pytest.mark.slow) for n in OVERLAYS]
+)
 def test_an_overlay_fits_the_card_that_it_names(name: str) -> None:
     text = (FOLDER / f"{name}.yaml").read_text()
     base = re.search(r"^base: (\S+)", text, re.M)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -144,6 +145,7 @@ def killed_in_a_gather() -> None:
 def does_not_start() -> None:
     """vLLM stops on one rank, and its process ends with it, while the other one goes on."""
     vllm = ModuleType("vllm")
+    vllm.__spec__ = ModuleSpec("vllm", None)
     core = SimpleNamespace(
         apply_model=lambda _: [None], collective_rpc=consume, reset_prefix_cache=lambda: True
     )
