@@ -44,6 +44,8 @@ SHORTEST, LONGEST, MEDIAN, SPREAD = 300, 8000, 1500, 0.8
 PROMPT = 100, 500
 CHUNK = 1 << 14  # of the head: no operation depends on it, and few chunks count faster
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
+# GPUs, completions per micro-batch on average, and whether models are sharded.
+SHARES = ((1, 8, False), (8, 4, True), (8, 8, True))
 
 
 def lengths(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -314,15 +316,15 @@ def table(records: list[dict[str, Any]]) -> str:
     """Return the ratios as a Markdown table."""
     columns = ("kept", "recomputed", "trl", "trl, own width")
     lines = [
-        "| model, one rank of | ours | ours, layers recomputed | TRL 1.16 | TRL, if it padded each "
-        "micro-batch by itself |",
+        "| model, GPUs, completions per micro-batch | ours | ours, layers recomputed | TRL 1.16 "
+        "| TRL, if it padded each micro-batch by itself |",
         "| --- " * 5 + "|",
     ]
     for r in records:
         cells = [
             f"{r[c]['ratio']:.2f} ({r[c]['score']:.2f}, {r[c]['update']:.2f})" for c in columns
         ]
-        where = f"{r['ranks']}, {'fsdp2' if r['sharded'] else 'whole models'}"
+        where = f"{r['ranks']}, {r['rows']}"
         lines.append(f"| {r['model']}, {where} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -331,14 +333,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     records = []
     for name in args.models:
-        for sharded in (False, True):
-            records.append(compared(name, args.seed, args.ranks, sharded, args.rows))
+        for ranks, rows, sharded in SHARES:
+            records.append(compared(name, args.seed, ranks, sharded, rows))
             print(json.dumps(records[-1]), flush=True)
     print(table(records))
     if args.out:

@@ -1,7 +1,7 @@
 """Compares ``plan`` with measured peaks of real steps, on a CPU.
 
-Each case trains a random model for three rollouts in new processes. torch reports every allocation of
-its CPU allocator (its profiler's memory events) from the start of training on: it does not report
+Each case trains a random model for three rollouts in new processes. torch reports each allocation
+of its CPU allocator (its profiler's memory events) after the start of training. It does not report
 that something is freed which was there before. The weights that the run holds then are added. Peaks
 are those of the third rollout: ddp makes its buckets anew in the second one.
 
