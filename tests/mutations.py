@@ -65,6 +65,7 @@ MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
+TRUNK = "models/architectures/trunk.py", "models/architectures/test_trunk.py"
 PLANNED = "hardware/planning/planner.py", "hardware/planning/test_plan.py"
 REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
@@ -1349,8 +1350,8 @@ MUTATIONS = [
     Mutation(
         "known loss: a chunk at its own place",
         KNOWN_LOSS,
-        "x.slice_scatter(leaf, 0, rows.start, rows.stop)",
-        "x.slice_scatter(leaf, 0, 0, len(leaf))",
+        "x.slice_scatter(leaves[i], 0, rows.start, rows.stop)",
+        "x.slice_scatter(leaves[i], 0, 0, len(leaves[i]))",
     ),
     Mutation(
         "known loss: infinite is the same",
@@ -1487,7 +1488,7 @@ MUTATIONS = [
     ),
     Mutation(
         "shared prompts: whatever they save",
-        ("models/shared_prompts.py", "models/test_shared_prompts.py"),
+        MERGING,
         "return shared <= self.below * whole",
         "return 0 <= whole",
     ),
@@ -2517,6 +2518,61 @@ MUTATIONS = [
         METER,
         "if causal else every",
         "if 0 else every",
+    ),
+    Mutation(
+        "plan: fsdp2 reduces after every micro-batch",
+        REHEARSED,
+        "            self._leave_whole_gradients()\n",
+        "",
+    ),
+    Mutation(
+        "plan: the transformers engine fills a card",
+        ("hardware/planning/engine.py", "hardware/planning/test_plan.py"),
+        "free = SHARE * max(",
+        "free = 2.0 * max(",
+    ),
+    Mutation(
+        "trunk: a pass with a cache is compiled",
+        TRUNK,
+        "self.on and not cached else",
+        "self.on else",
+    ),
+    Mutation(
+        "trunk: layers are compiled for the comparison",
+        TRUNK,
+        "    on = False\n",
+        "    on = True\n",
+    ),
+    Mutation(
+        "trunk: another kernel than the user's",
+        TRUNK,
+        "elif name is not None and kernel_of(model) != name:",
+        "elif False:",
+    ),
+    Mutation(
+        "trunk: a recomputed layer is left in its middle",
+        ("models/sharding.py", TRUNK[1]),
+        "set_checkpoint_early_stop(not isinstance(forward, Layer))",
+        "set_checkpoint_early_stop(True)",
+    ),
+    Mutation(
+        "trunk: padded rows get a mask",
+        ("models/scorer.py", TRUNK[1]),
+        "decoder(input_ids=input_ids, use_cache=False)",
+        "decoder(input_ids=input_ids, attention_mask=(torch.arange(input_ids.shape[1]) < "
+        "lengths[:, None]).long(), use_cache=False)",
+    ),
+    Mutation(
+        "shared prompts: tokens decide on a GPU, too",
+        MERGING,
+        "self.below = statistics.median(self._found[1:])",
+        "pass",
+    ),
+    Mutation(
+        "shared prompts: the start of the kernels counts",
+        MERGING,
+        "statistics.median(self._found[1:])",
+        "min(self._found)",
     ),
     Mutation(
         "plan: moments are forgotten",
