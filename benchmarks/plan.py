@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, 2 processes, LoRA": {"strategy": "fsdp2", "processes": 2, "lora": 8},
 }
 PROMPTS, GROUP, TOKENS, MICRO = 8, 4, 96, 2
+PROMPT = 10  # tokens of the task's prompts
 MARK = "phase "
 # Phases of a plan by the methods that run them.
 METHODS = {
@@ -168,6 +169,7 @@ def make_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
 
 def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the configuration of a case."""
+    rows = PROMPTS * GROUP // case.get("processes", 1) // MICRO
     config: dict[str, Any] = {
         "model": {
             "student": model,
@@ -186,6 +188,8 @@ def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
                 "prompts_per_rollout": PROMPTS,
                 "group_size": GROUP,
                 "max_tokens": TOKENS,
+                # A short completion would otherwise leave more than its share to the others.
+                "max_tokens_per_micro_batch": rows * (PROMPT + TOKENS),
             },
         },
         "trainer": {
