@@ -1,8 +1,9 @@
 """Compares ``plan`` with measured peaks of real steps, on a CPU.
 
-Each case trains a random model for two rollouts in new processes. From the second rollout on, torch
-reports every allocation of its CPU allocator (its profiler's memory events), apart from what the
-run holds already: weights, moments and an engine's copy, which are added from their tensors.
+Each case trains a random model for three rollouts in new processes. torch reports each allocation
+of its CPU allocator (its profiler's memory events) after the start of training. It does not report
+that something is freed which was there before. The weights that the run holds then are added. Peaks
+are those of the third rollout: ddp makes its buckets anew in the second one.
 
     python benchmarks/plan.py --out docs/plan
 """
@@ -24,6 +25,8 @@ import yaml
 from lightning.pytorch import Callback
 from torch.autograd.profiler import record_function
 
+from kdrl_lightning import LocalTeacher
+
 ROOT = Path(__file__).parents[1]
 CASES: dict[str, dict[str, Any]] = {
     "one process": {},
@@ -41,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2, 2 processes, LoRA": {"strategy": "fsdp2", "processes": 2, "lora": 8},
 }
 PROMPTS, GROUP, TOKENS, MICRO = 8, 4, 96, 2
+PROMPT = 10  # tokens of the task's prompts
 MARK = "phase "
 # Phases of a plan by the methods that run them.
 METHODS = {
@@ -51,7 +55,7 @@ METHODS = {
 
 
 class Peaks(Callback):
-    """Writes the peak of each phase of the second rollout, in bytes.
+    """Writes the peak of each phase of the third rollout, in bytes.
 
     Args:
         folder: where each rank writes a file.
@@ -62,18 +66,22 @@ class Peaks(Callback):
         self.profiler: Any = None
         self.state = 0
         self.prompt = 0
+        self.marked = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.state = held(pl_module)
+        self.profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self.profiler.start()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
         self.prompt = max(self.prompt, int(batch.prompt_lengths.max()))
-        if self.profiler is None and trainer.global_step == 1:
-            self.state = held(trainer, pl_module)
+        if not self.marked and trainer.global_step == 2:
+            self.marked = True
             self._mark(trainer, pl_module)
-            self.profiler = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
-            self.profiler.start()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.profiler.stop()
@@ -121,29 +129,17 @@ def wrap(owner: Any, name: str, phase: str) -> None:
     setattr(owner, name, marked)
 
 
-def held(trainer: Any, module: Any) -> int:
-    """Return bytes of weights, moments, gradients and an engine's copy on this rank."""
+def held(module: Any) -> int:
+    """Return bytes of weights on this rank before the first step.
+
+    ddp's first buckets are not among them.
+    """
     frozen = [m for m in (module.frozen.active, module.frozen.reference) if m is not None]
-    models = [module.student, *(m._scorer for m in frozen if hasattr(m, "_scorer"))]
-    replica = getattr(trainer.datamodule.rollout_engine, "_replica", None)
-    models += [] if replica is None else [replica]
+    models = [module.student, *(m._scorer for m in frozen if isinstance(m, LocalTeacher))]
     tensors = [t for m in models for t in [*m.parameters(), *m.buffers()]]
-    tensors += [p.grad for p in module.student.parameters() if p.grad is not None]
-    tensors += [
-        value
-        for state in trainer.optimizers[0].state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
     parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
-    return sum(sizes.values()) + (
-        bucket_bytes(module) if "DDP" in type(trainer.strategy).__name__ else 0
-    )
-
-
-def bucket_bytes(module: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return sum(sizes.values())
 
 
 def make_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
@@ -173,6 +169,7 @@ def make_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
 
 def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the configuration of a case."""
+    rows = PROMPTS * GROUP // case.get("processes", 1) // MICRO
     config: dict[str, Any] = {
         "model": {
             "student": model,
@@ -191,6 +188,8 @@ def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
                 "prompts_per_rollout": PROMPTS,
                 "group_size": GROUP,
                 "max_tokens": TOKENS,
+                # A short completion would otherwise leave more than its share to the others.
+                "max_tokens_per_micro_batch": rows * (PROMPT + TOKENS),
             },
         },
         "trainer": {
@@ -200,7 +199,7 @@ def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
             "precision": case.get("precision", "32-true"),
             "accumulate_grad_batches": MICRO,
             "gradient_clip_val": 1.0,
-            "max_steps": 2,
+            "max_steps": 3,
             "enable_checkpointing": False,
             "logger": False,
             "callbacks": [

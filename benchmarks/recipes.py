@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from kdrl_lightning.cli.plan import PlanCLI, job_of, module_of, own_flags
+from kdrl_lightning.cli.plan import PlanCLI, job_of, module_of, own_flags, within_context
 from kdrl_lightning.hardware.planning.cards import bytes_of, card_named
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.models import local_teachers
@@ -59,12 +59,14 @@ def recipes() -> dict[str, list[str]]:
     return {str(p.relative_to(FOLDER).with_suffix("")): [f"--config={p}"] for p in files}
 
 
-def parsed(flags: list[str]) -> tuple[Job, KDRLModule]:
-    """Return job and module of a command line."""
+def parsed(flags: list[str]) -> tuple[Job, KDRLModule, float]:
+    """Return job, module and number of rollouts of a command line."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     cli = PlanCLI.run([*flags, "--trainer.callbacks=[]"], instantiate_only=True)
     own, _ = own_flags().parse_known_args([])
-    return job_of(cli.config, own), module_of(cli)
+    job, module = job_of(cli.config, own), module_of(cli)
+    updates = job.rollout.minibatches_per_rollout * job.rollout.epochs_per_rollout
+    return within_context(job, module), module, max(0, cli.config.trainer.max_steps) / updates
 
 
 def key_of(job: Job, module: KDRLModule) -> str:
@@ -75,11 +77,12 @@ def key_of(job: Job, module: KDRLModule) -> str:
     return str((job, module.student_source, teachers, kind, module.activation_checkpointing))
 
 
-def row(name: str, job: Job, made: Plan) -> dict[str, Any]:
+def row(name: str, job: Job, made: Plan, rollouts: float) -> dict[str, Any]:
     """Return what the tables show of a plan."""
     return {
         "name": name,
         "ranks": job.ranks,
+        "rollouts": rollouts,
         "accumulate": job.accumulate,
         **made.as_dict(),
         "worst": made.worst.name,
@@ -109,6 +112,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def cost(one: dict[str, Any]) -> str:
+    """Return the planned cost of a run as a cell of the recipes' table."""
+    seconds = one["seconds_per_rollout"].get(CARD, {}).get("sum")
+    if seconds is None:
+        return "–"
+    hours = seconds * one["rollouts"] * one["ranks"] / 3600
+    total = f"; {one['rollouts']:,.0f}: {hours:,.0f} GPU hours" if hours else ""
+    return f"{seconds:,.0f} s a rollout on {one['ranks']} {CARD}{total}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
@@ -121,14 +134,16 @@ def main() -> None:
     for name, flags in runs.items():
         if args.only is not None and name not in args.only:
             continue
-        job, module = parsed(flags)
+        job, module, rollouts = parsed(flags)
         key = key_of(job, module)
         if key not in known:
             cards = (card_named(CARD),) if job.on_gpu else ()
             known[key] = plan(module, job, bytes_of("80GB"), cards)
-        rows.append(row(name, job, known[key]))
+        rows.append(row(name, job, known[key], rollouts))
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
+    for one in rows:
+        print(f"{one['name']}: {cost(one)}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "recipes.json").write_text(json.dumps(rows, indent=1) + "\n")

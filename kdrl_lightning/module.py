@@ -29,10 +29,10 @@ from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.metrics import StepLog
 from kdrl_lightning.metrics.nonfinite import NonFiniteSteps
 from kdrl_lightning.metrics.update_stats import UpdateStats
-from kdrl_lightning.models.end_tokens import EndTokens
+from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.lora import LoRA
-from kdrl_lightning.models.pretrained import Pretrained
+from kdrl_lightning.models.pretrained import Pretrained, StudentFacts
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import load_scorer
 from kdrl_lightning.models.weights import ModelWeights
@@ -56,10 +56,10 @@ from kdrl_lightning.trainer.optimizers import (
     for_lightning,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
-from kdrl_lightning.untyped import HFTokenizer, State
+from kdrl_lightning.untyped import State
 
 
-class KDRLModule(EvaluationSteps, pl.LightningModule):
+class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
     The teacher is not a submodule, so parameters, optimizers, buckets and checkpoints hold only the
@@ -79,6 +79,11 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         lora: train low-rank adapters in the student's linear layers instead of all its weights.
         chunk_size: tokens whose logits student and reference compute at once; None: as many as
             fit about 64 MiB, at most 1024; on CUDA 1 GiB.
+        attn_implementation: attention kernel of student and reference, by its name in transformers
+            (``sdpa``, ``eager``, ``flash_attention_2``, ...); None: transformers' choice, usually
+            ``sdpa``, which takes a flash kernel on a GPU because rows have no mask.
+        compile: run their layers through ``torch.compile``; if it fails, a warning says why, and
+            they run without it.
 
     Attributes:
         frozen: the teacher and the reference of the run.
@@ -96,6 +101,8 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
         chunk_size: int | None = None,
+        attn_implementation: str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if chunk_size is not None:
@@ -114,6 +121,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         # A checkpoint holds the adapters; the base comes from its folder.
         self.strict_loading = lora is None
         self.chunk_size = chunk_size
+        self.trunk = Trunk(attn_implementation, compile)
         self.student: Scorer | None = None
         self._zero_rate = ZeroRateWarning()
         self._settings: Settings | None = None
@@ -131,31 +139,6 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def teacher_seconds(self) -> float:
         """Seconds that the teacher has taken to score."""
         return self.frozen.seconds
-
-    @property
-    def student_path(self) -> str:
-        """Folder or hub name of the student before training."""
-        return self.pretrained.path
-
-    @property
-    def tokenizer(self) -> HFTokenizer:  # transformers has no type that all tokenizers share
-        """The student's tokenizer."""
-        return self.pretrained.tokenizer
-
-    @property
-    def end_tokens(self) -> EndTokens:
-        """The tokens that end a completion of the student."""
-        return self.pretrained.end_tokens
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence, prompt and completion together, that the student can take."""
-        return self.pretrained.context_length
-
-    @property
-    def vocabulary_rows(self) -> int:
-        """Rows of the student's embedding: every token id must be smaller."""
-        return self.pretrained.vocabulary_rows
 
     def prepare_data(self) -> None:
         """Let model sources make their models, on one process."""
@@ -177,8 +160,12 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         reference = None
         if fitting and self.objective.needs_reference:
             double, adapters = self.trainer.precision == "64-true", self.lora is not None
-            reference = initial_student(self.student_source, adapters, double, self.chunk_size)
+            reference = initial_student(
+                self.student_source, adapters, double, self.chunk_size, self.trunk
+            )
         self.frozen.choose(fitting, reference)
+        self.trunk.check_device(self.trainer.strategy.root_device)
+        self.frozen.check_device(self.trainer.strategy.root_device)
         self.frozen.check(self.tokenizer, self.student_path, self.objective)
 
     def configure_model(self) -> None:
@@ -193,6 +180,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
                 lora=self.lora,
                 seed=getattr(getattr(self._trainer, "datamodule", None), "seed", 0),
                 chunk_size=self.chunk_size,
+                trunk=self.trunk,
             )
             if self._trainer is not None:
                 check_unreached(self.trainer.strategy, self.student.unreached)

@@ -35,6 +35,7 @@ REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
 CHUNK = "losses/chunk_math.py", "losses/test_logprobs_backward.py"
+SCORED_CHUNK = "losses/chunk_math.py", "losses/test_token_scores.py"
 PRODUCTS = "losses/head_products.py", "losses/test_logprobs_backward.py"
 KNOWN_LOSS = "losses/logprobs_backward.py", "losses/test_known_loss.py"
 IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
@@ -64,6 +65,7 @@ MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
+TRUNK = "models/architectures/trunk.py", "models/architectures/test_trunk.py"
 PLANNED = "hardware/planning/planner.py", "hardware/planning/test_plan.py"
 REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
@@ -337,27 +339,32 @@ MUTATIONS = [
     ),
     Mutation(
         "log-probs: temperature multiplies",
-        SCORES,
-        "head.logits(states) / temperature",
-        "head.logits(states) * temperature",
+        SCORED_CHUNK,
+        "factor = self.scale / self.temperature\n            return logits",
+        "factor = self.scale * self.temperature\n            return logits",
     ),
     Mutation(
         "log-probs: temperature before the soft cap",
-        SCORES,
-        "head.logits(states) / temperature",
-        "head.logits(states / temperature)",
+        SCORED_CHUNK,
+        "self.softcap).tanh_()\n        return capped.mul_(self.softcap / self.temperature)",
+        "self.softcap / self.temperature).tanh_()\n        return capped.mul_(self.softcap)",
     ),
     Mutation(
         "log-probs: padding rows count", SCORES, "slice(None, self.vocab_size)", "slice(None)"
     ),
     Mutation("log-probs: bias forgotten", SCORES, "else self.bias[rows]", "else None"),
-    Mutation("log-probs: entropy's sign", SCORES, "log_norm - expected", "expected - log_norm"),
+    Mutation(
+        "log-probs: entropy's sign",
+        SCORED_CHUNK,
+        "total.log() - shares.mul_",
+        "total.log() + shares.mul_",
+    ),
     Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
-        SCORES,
-        "if torch.is_grad_enabled()\n            else",
-        "if False\n            else",
+        ("losses/logprobs_backward.py", SCORES[1]),
+        "run.log_norm, values.entropy, values.tail)",
+        "run.log_norm, values.entropy, hidden.new_zeros(len(ids), len(weight)))",
     ),
     Mutation("term: mask replaces the loss mask", BASE, "batch.loss_mask & term.mask", "term.mask"),
     Mutation("term: mask ignored", BASE, "batch.loss_mask & term.mask", "batch.loss_mask"),
@@ -670,12 +677,23 @@ MUTATIONS = [
         "(mix + (1.0 - mix) * weight)",
     ),
     Mutation(
-        "scores: top-k of the least likely",
-        SCORES,
-        "topk(min(top_k, vocab), -1)",
-        "topk(min(top_k, vocab), -1, False)",
+        "scores: others' gradient reaches the asked tokens",
+        SCORED_CHUNK,
+        "masked_fill_(named(asked, vocab), 0.0)",
+        "masked_fill_(~named(asked, vocab), 0.0)",
     ),
-    Mutation("scores: logits for log-probs", SCORES, " - log_norm[:, None]", ""),
+    Mutation(
+        "scores: logits for log-probs",
+        SCORED_CHUNK,
+        "asked.clamp(max=vocab - 1)) - log_norm[:, None]",
+        "asked.clamp(max=vocab - 1))",
+    ),
+    Mutation(
+        "scores: a gradient for tokens that the model lacks",
+        SCORED_CHUNK,
+        "slopes.asked.masked_fill(~known, 0.0)",
+        "slopes.asked",
+    ),
     Mutation(
         "scores: the other at temperature one",
         SCORES,
@@ -689,7 +707,10 @@ MUTATIONS = [
         "divergence(theirs, ours if ours.shape[-1] == width else ours[:, :width])",
     ),
     Mutation(
-        "scores: first rows asked again", SCORES, "topk_ids[rows]", "topk_ids[: len(ids[rows])]"
+        "scores: first rows asked again",
+        ("losses/logprobs_backward.py", SCORES[1]),
+        "else self.work.asked[rows]\n        for",
+        "else self.work.asked[: len(ids)]\n        for",
     ),
     # The parts of an objective.
     Mutation(
@@ -1329,8 +1350,8 @@ MUTATIONS = [
     Mutation(
         "known loss: a chunk at its own place",
         KNOWN_LOSS,
-        "x.slice_scatter(leaf, 0, rows.start, rows.stop)",
-        "x.slice_scatter(leaf, 0, 0, len(leaf))",
+        "x.slice_scatter(leaves[i], 0, rows.start, rows.stop)",
+        "x.slice_scatter(leaves[i], 0, 0, len(leaves[i]))",
     ),
     Mutation(
         "known loss: infinite is the same",
@@ -1352,7 +1373,7 @@ MUTATIONS = [
     ),
     Mutation(
         "head: a compiler's error ends the run",
-        ("losses/chunk_math.py", "losses/test_compiled_head.py"),
+        ("losses/compiled.py", "losses/test_compiled_head.py"),
         "except Exception as error:",
         "except ImportError as error:",
     ),
@@ -1467,9 +1488,9 @@ MUTATIONS = [
     ),
     Mutation(
         "shared prompts: whatever they save",
-        SCORING,
-        "return shared <= SHARED_BELOW *",
-        "return 0 <=",
+        MERGING,
+        "return shared <= self.below * whole",
+        "return 0 <= whole",
     ),
     Mutation(
         "equal rows: those of another row",
@@ -1772,12 +1793,14 @@ MUTATIONS = [
     # Small tails, gaps, and breaks that had passed.
     Mutation(
         "tail: what the asked ones leave of 1",
-        SCORES,
+        SCORED_CHUNK,
         "torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)",
-        "torch.log1p(-(logits.softmax(-1) * named).sum(-1))",
+        "torch.log1p(-(logits.softmax(-1) * named(asked, vocab)).sum(-1))",
     ),
-    Mutation("tail: not normalised", SCORES, "rest - log_norm, -torch.inf", "rest, -torch.inf"),
-    Mutation("tail: the last token lost", SCORES, "True)[:, :vocab]", "True)[:, 1:]"),
+    Mutation(
+        "tail: not normalised", SCORED_CHUNK, "rest - log_norm, -torch.inf", "rest, -torch.inf"
+    ),
+    Mutation("tail: the last token lost", SCORED_CHUNK, "True)[:, :vocab]", "True)[:, 1:]"),
     Mutation(
         "tail: the teacher's forgotten", TERMS, "            batch.teacher_tail_logprobs,\n", ""
     ),
@@ -2032,6 +2055,36 @@ MUTATIONS = [
         "random",
     ),
     Mutation("push: small tensors are rounded, too", VLLM_PUSH, "tensor.numel() < LARGE or ", ""),
+    Mutation(
+        "push: the weights travel in the trainer's type",
+        ("engines/vllm/engine.py", "engines/test_engines_on_a_card.py"),
+        "HubWeights(weights, self.dtype)",
+        "HubWeights(weights)",
+    ),
+    Mutation(
+        "push: every matrix stays wide",
+        VLLM_PUSH,
+        "    return tensor.to(dtype)\n",
+        "    return tensor\n",
+    ),
+    Mutation(
+        "vLLM: the model's whole context is reserved",
+        ("engines/vllm/engine.py", "engines/vllm/test_prepare.py"),
+        "longest if longest < UNKNOWN else None",
+        "None",
+    ),
+    Mutation(
+        "vLLM: a GPU decodes as few rows as a CPU",
+        ("engines/vllm/engine.py", "engines/vllm/test_prepare.py"),
+        "        if not on_gpu:\n            cache, most",
+        "        if True:\n            cache, most",
+    ),
+    Mutation(
+        "push: a rank that fails alone leaves the others waiting",
+        ("engines/vllm/engine.py", "engines/test_failing_rank.py"),
+        "            reason = error\n            for _ in tensors:",
+        "            reason = error\n            for _ in ():",
+    ),
     Mutation(
         "vLLM: a share without room is taken",
         VLLM_ROOM,
@@ -2463,8 +2516,63 @@ MUTATIONS = [
     Mutation(
         "plan: causal attention counts whole squares",
         METER,
-        "if causal else 1000",
-        "if 0 else 1000",
+        "if causal else every",
+        "if 0 else every",
+    ),
+    Mutation(
+        "plan: fsdp2 reduces after every micro-batch",
+        REHEARSED,
+        "            self._leave_whole_gradients()\n",
+        "",
+    ),
+    Mutation(
+        "plan: the transformers engine fills a card",
+        ("hardware/planning/engine.py", "hardware/planning/test_plan.py"),
+        "free = SHARE * max(",
+        "free = 2.0 * max(",
+    ),
+    Mutation(
+        "trunk: a pass with a cache is compiled",
+        TRUNK,
+        "self.on and not cached else",
+        "self.on else",
+    ),
+    Mutation(
+        "trunk: layers are compiled for the comparison",
+        TRUNK,
+        "    on = False\n",
+        "    on = True\n",
+    ),
+    Mutation(
+        "trunk: another kernel than the user's",
+        TRUNK,
+        "elif name is not None and kernel_of(model) != name:",
+        "elif False:",
+    ),
+    Mutation(
+        "trunk: a recomputed layer is left in its middle",
+        ("models/sharding.py", TRUNK[1]),
+        "set_checkpoint_early_stop(not isinstance(forward, Layer))",
+        "set_checkpoint_early_stop(True)",
+    ),
+    Mutation(
+        "trunk: padded rows get a mask",
+        ("models/scorer.py", TRUNK[1]),
+        "decoder(input_ids=input_ids, use_cache=False)",
+        "decoder(input_ids=input_ids, attention_mask=(torch.arange(input_ids.shape[1]) < "
+        "lengths[:, None]).long(), use_cache=False)",
+    ),
+    Mutation(
+        "shared prompts: tokens decide on a GPU, too",
+        MERGING,
+        "self.below = statistics.median(self._found[1:])",
+        "pass",
+    ),
+    Mutation(
+        "shared prompts: the start of the kernels counts",
+        MERGING,
+        "statistics.median(self._found[1:])",
+        "min(self._found)",
     ),
     Mutation(
         "plan: moments are forgotten",

@@ -152,6 +152,7 @@ def job_of(config: Namespace, own: argparse.Namespace) -> Job:
         on_gpu=on_gpu,
         accumulate=trainer.accumulate_grad_batches,
         clips=bool(trainer.gradient_clip_val),
+        reduces_each=reduces_each(trainer.strategy),
         others=data.teacher_completions.count,
         longest_prompt=own.prompt_tokens or data.max_prompt_tokens or LONGEST_PROMPT,
         mean_completion=own.completion_tokens,
@@ -177,6 +178,12 @@ def strategy_of(given: Any, ranks: int) -> Strategy:
     raise ConfigurationError(
         f"`strategy` must be auto, ddp or fsdp2 for a plan: got {given}. Plan with one of them."
     )
+
+
+def reduces_each(given: Any) -> bool:
+    """Return whether a configured strategy reduces gradients after every micro-batch."""
+    settings = dict(getattr(given, "init_args", None) or {})
+    return bool(settings.get("reduce_each_micro_batch", False))
 
 
 def _devices(given: Any) -> int:

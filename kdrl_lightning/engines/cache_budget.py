@@ -60,13 +60,35 @@ class CacheBudget:
             lengths: longest prompt and completion together, in tokens.
         """
         head = model.get_output_embeddings().weight
-        most = self.max_rows or (CPU_SEQUENCES if head.device.type == "cpu" else max(len(head), 1))
+        on_cpu = head.device.type == "cpu"
+        memory = free_bytes(head.device)
+        return self.rows_in(memory, model.config, head.dtype, len(head), lengths, on_cpu)
+
+    def rows_in(
+        self,
+        memory: float,
+        config: Any,
+        dtype: torch.dtype,
+        vocabulary: int,
+        lengths: list[int],
+        on_cpu: bool,
+    ) -> list[int]:
+        """Return the same for a cache that may take so much memory.
+
+        Args:
+            memory: bytes.
+            config: configuration of the model.
+            dtype: type of the cache.
+            vocabulary: rows of the model's head.
+            lengths: longest prompt and completion together, in tokens.
+            on_cpu: where the model decodes.
+        """
+        most = self.max_rows or (CPU_SEQUENCES if on_cpu else max(vocabulary, 1))
         if self.max_tokens is not None:
             found = [self.max_tokens // length for length in lengths]
         else:
-            each = GROWTH * token_bytes(model.config, head.dtype)
-            memory = free_bytes(head.device)
-            found = [int(memory / (length * each + DRAW * len(head))) for length in lengths]
+            each = GROWTH * token_bytes(config, dtype)
+            found = [int(memory / (length * each + DRAW * vocabulary)) for length in lengths]
         return [max(1, min(most, rows)) for rows in found]
 
 

@@ -1,7 +1,5 @@
 """Values and gradients of one table of logits: plain torch on a CPU, compiled on a GPU.
 
-# `Any`: what torch.compile takes and returns.
-
 Both are the same functions of ``[n, V]`` logits. Plain torch runs them on a few rows at a time, so
 that intermediate results stay in the processor's cache: on one core, scoring a chunk of 333 rows at
 V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
@@ -14,19 +12,25 @@ GPU only.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from functools import cache, partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from kdrl_lightning.losses.compiled import OrPlain
 
 # Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
 FLOOR = -1e4
 
 # Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
 CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
+# Most tiles of a chunk of fake tensors; of a GPU's large chunk a quarter.
+FEW_TILES = 16
+
+# What a warning calls these functions.
+PART = "the head of the model"
 
 # A divergence ``[n]`` as a function of ``logits [n, V]`` and another model's.
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -57,11 +61,16 @@ class Transform(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives ``[n]`` of a loss by the values of n tokens; None: the loss does not use it."""
+    """Derivatives ``[n]`` of a loss by the values of n tokens; None: the loss does not use it.
+
+    Those by the log-probabilities of tokens that were asked for, ``asked``, are ``[n, K]``.
+    """
 
     logprobs: Tensor | None
     entropy: Tensor | None
     divergence: Tensor | None
+    asked: Tensor | None = None
+    tail: Tensor | None = None
 
     def rows(self, rows: slice) -> Slopes:
         """Return those of some rows."""
@@ -77,6 +86,59 @@ def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_norm = total.log() + peak.squeeze(-1)
     entropy = total.log() - shares.mul_(shifted).sum(-1) / total
     return logits.gather(-1, ids[:, None]).squeeze(-1) - log_norm, entropy, log_norm
+
+
+def score_asked(logits: Tensor, log_norm: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities ``[n, K]`` of tokens, and ``[n]`` of all others together.
+
+    A token that this model does not have, and others of which there are none, have -inf. We sum the
+    others' logits, because one minus the other probabilities has no correct digit below 1e-7.
+
+    Args:
+        logits: ``[n, V]``.
+        log_norm: ``[n]``, their logsumexp.
+        asked: ``[n, K]`` ids; this model has no token for ids from V on.
+    """
+    vocab, lowest = logits.shape[-1], torch.finfo(logits.dtype).min
+    at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
+    at = at.masked_fill(asked >= vocab, -torch.inf)
+    rest = logits.masked_fill(named(asked, vocab), lowest).logsumexp(-1)
+    return at, torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)
+
+
+def named(asked: Tensor, vocab: int) -> Tensor:
+    """Return a mask ``[n, V]`` of the tokens ``asked [n, K]``."""
+    mask = torch.zeros(len(asked), vocab + 1, dtype=torch.bool, device=asked.device)
+    return mask.scatter_(1, asked.clamp(max=vocab), True)[:, :vocab]
+
+
+def add_asked(
+    table: Tensor, logits: Tensor, log_norm: Tensor, asked: Tensor, tail: Tensor, slopes: Slopes
+) -> Tensor:
+    """Add what comes from ``slopes.asked`` and ``slopes.tail`` to a derivative by the logits.
+
+    Args:
+        table: ``[n, V]``, changed in place.
+        logits: ``[n, V]``, after the transform.
+        log_norm: ``[n]``.
+        asked: ``[n, K]`` ids.
+        tail: ``[n]``, log-probability of all other tokens.
+        slopes: derivatives of the loss.
+    """
+    vocab, known = logits.shape[-1], asked < logits.shape[-1]
+    shares, total = (logits - log_norm[:, None]).exp_(), torch.zeros_like(log_norm)
+    if slopes.asked is not None:
+        d_asked = slopes.asked.masked_fill(~known, 0.0)
+        table.scatter_add_(1, asked.clamp(max=vocab - 1), d_asked)
+        total = total + d_asked.sum(-1)
+    if slopes.tail is not None:
+        some = tail > -torch.inf
+        d_tail = torch.where(some, slopes.tail, 0.0)
+        edge = (log_norm + torch.where(some, tail, 0.0))[:, None]
+        rest = (logits - edge).exp_().masked_fill_(named(asked, vocab), 0.0)
+        table.addcmul_(rest, d_tail[:, None])
+        total = total + d_tail
+    return table.addcmul_(shares, total[:, None], value=-1.0)
 
 
 def differ(divergence: Divergence, logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,6 +158,8 @@ def gradient(
     entropy: Tensor,
     slopes: Slopes,
     transform: Transform,
+    asked: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> Tensor:
     """Return the derivative of a loss by the raw logits ``[n, V]``.
 
@@ -107,6 +171,8 @@ def gradient(
         entropy: ``[n]``.
         slopes: derivatives of the loss by each token's values.
         transform: what made these logits of the raw ones.
+        asked: ``[n, K]``, further tokens whose log-probabilities the loss reads, or None.
+        tail: ``[n]``, log-probability of all tokens but these.
     """
     d_logprobs, d_entropy = (None if x is None else x[:, None] for x in slopes[:2])
     if d_entropy is not None:  # dH/dz = -p (log p + H)
@@ -124,6 +190,8 @@ def gradient(
         table.scatter_add_(1, ids[:, None], d_logprobs)
     if slopes.divergence is not None and of_divergence is not None:
         table.addcmul_(of_divergence, slopes.divergence[:, None])
+    if asked is not None and tail is not None:
+        table = add_asked(table, logits, log_norm, asked, tail, slopes)
     slope = transform.slope(logits)
     return table.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else table
 
@@ -134,19 +202,25 @@ class ChunkMath(NamedTuple):
     Attributes:
         score: see above.
         gradient: see above.
+        score_asked: see above.
         run: makes a divergence one that runs like these functions.
         logits: how many logits they are called on at once; None: a whole chunk.
     """
 
     score: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[..., Tensor]
+    score_asked: Callable[..., tuple[Tensor, Tensor]]
     run: Callable[[Divergence], Divergence]
     logits: int | None
 
     def tiles(self, logits: Tensor) -> list[slice]:
         """Cut ``[n, V]`` logits into slices of rows, one for each call."""
         rows, width = logits.shape
-        return cut(0, rows, max(1, rows if self.logits is None else self.logits // width))
+        at_once = logits.numel() if self.logits is None else self.logits
+        if type(logits) is not Tensor:  # planning takes as long as there are operations
+            few = FEW_TILES if logits.numel() <= FEW_TILES << 20 else FEW_TILES // 4
+            at_once = max(at_once, logits.numel() // few)
+        return cut(0, rows, max(1, at_once // width))
 
 
 def cut(start: int, stop: int, size: int) -> list[slice]:
@@ -156,14 +230,15 @@ def cut(start: int, stop: int, size: int) -> list[slice]:
 
 def plain_math(logits: int) -> ChunkMath:
     """Return the functions as they stand."""
-    return ChunkMath(score, gradient, lambda divergence: divergence, logits)
+    return ChunkMath(score, gradient, score_asked, lambda divergence: divergence, logits)
 
 
 @cache
 def compiled_math() -> ChunkMath:
     """Return the functions through ``torch.compile``, each called on a whole chunk."""
     # One object per divergence: a new one would be compiled again.
-    return ChunkMath(OrPlain(score), OrPlain(gradient), cache(OrPlain), None)
+    run = partial(OrPlain, part=PART)
+    return ChunkMath(run(score), run(gradient), run(score_asked), cache(run), None)
 
 
 def math_for(hidden: Tensor) -> ChunkMath:
@@ -172,32 +247,3 @@ def math_for(hidden: Tensor) -> ChunkMath:
         return plain_math(CPU_LOGITS)
     # Fake tensors, with which memory is planned, are a subclass.
     return compiled_math() if type(hidden) is Tensor else plain_math(GPU_LOGITS)
-
-
-class OrPlain:
-    """Calls a function through ``torch.compile``; if that fails, warns once and calls it plain."""
-
-    _works = True
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        """Call the function."""
-        if OrPlain._works:
-            try:
-                if self._compiled is None:
-                    self._compiled = torch.compile(self.function, dynamic=True)
-                return self._compiled(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a compiler fails with errors of many types
-                OrPlain._works = False
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                warnings.warn(
-                    f"torch.compile failed on the head of the model: {reason}. The head runs "
-                    "without it, which is slower. Install what is missing, e.g. triton.",
-                    stacklevel=2,
-                )
-        return self.function(*args)

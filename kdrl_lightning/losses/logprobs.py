@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses.chunk_math import Divergence, Transform, math_for
@@ -24,9 +23,10 @@ from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Compared, Valu
 # A float32 softmax cannot distinguish e^-30 from 0, so teachers' log-probabilities end here.
 LOGPROB_FLOOR = -30.0
 # If the product of a chunk's logits has so many operations, it pays to know the loss in advance:
-# that saves the product and costs a call of the objective, about 2 ms. The figure for GPUs is
-# calculated with 400 TFLOP/s, not measured.
-PAYS_FROM = {"cpu": 2e9, "cuda": 8e11}
+# that saves the product and costs a call of the objective, about 2 ms. On a GPU the host makes the
+# call while the card works on the chunk; it waits only if three products take less (calculated with
+# 400 TFLOP/s, not measured).
+PAYS_FROM = {"cpu": 2e9, "cuda": 2.7e11}
 
 # A chunk on CUDA is large: its matrix products fill the card, and each chunk reads and writes the
 # head's gradient once.
@@ -195,32 +195,25 @@ def token_scores(
         require_between("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
     size = chunk_size or auto_chunk_size(vocab, hidden.device.type)
-    if topk_ids is None:
 
-        def named(values: Values) -> TokenScores:
-            return _named(values, head if top_k else None)
+    def named(values: Values) -> TokenScores:
+        return _named(values, head if top_k else None)
 
-        math = math_for(hidden)
-        known = torch.is_grad_enabled() and len(ids) > 0
-        work = Work(
-            Transform(head.scale, head.softcap, temperature),
-            size,
-            math,
-            min(top_k, vocab),
-            None
-            if divergence is None
-            else _compared(other, head, temperature, math.run(divergence)),
-            (lambda values: loss(named(values))) if loss and known else None,
-        )
-        bias = None if head.bias is None else head.bias[:vocab]
-        chosen = head.renamed(ids)
-        found = ChosenTokens.apply(hidden, head.weight[:vocab], bias, chosen, work)  # type: ignore[no-untyped-call]
-        return named(Values(*found))
-    scores = _asked(hidden, head, ids, temperature, size, top_k, topk_ids)
-    if divergence is None:
-        return scores
-    apart = token_scores(hidden, head, ids, temperature, size, other=other, divergence=divergence)
-    return scores._replace(divergence=apart.divergence, other=apart.other)
+    math = math_for(hidden)
+    known = torch.is_grad_enabled() and len(ids) > 0
+    work = Work(
+        Transform(head.scale, head.softcap, temperature),
+        size,
+        math,
+        min(top_k, vocab),
+        None if topk_ids is None else head.renamed(topk_ids),
+        None if divergence is None else _compared(other, head, temperature, math.run(divergence)),
+        (lambda values: loss(named(values))) if loss and known else None,
+    )
+    bias = None if head.bias is None else head.bias[:vocab]
+    chosen = head.renamed(ids)
+    found = ChosenTokens.apply(hidden, head.weight[:vocab], bias, chosen, work)  # type: ignore[no-untyped-call]
+    return named(Values(*found))
 
 
 def _named(values: Values, head: Head | None) -> TokenScores:
@@ -230,7 +223,7 @@ def _named(values: Values, head: Head | None) -> TokenScores:
         other = TokenScores(values.their_logprobs, values.their_entropy, values.their_best)
     best = None if head is None else head.renamed(values.best)
     return TokenScores(
-        values.logprobs, values.entropy, best, divergence=values.divergence, other=other
+        values.logprobs, values.entropy, best, values.asked, values.divergence, values.tail, other
     )
 
 
@@ -255,61 +248,6 @@ def _compared(
         return divergence(ours if ours.shape[-1] == width else ours[:, :width], theirs)
 
     return Compared(theirs, gap, other.scored)
-
-
-def _asked(
-    hidden: Tensor,
-    head: Head,
-    ids: Tensor,
-    temperature: float,
-    size: int,
-    top_k: int,
-    topk_ids: Tensor,
-) -> TokenScores:
-    """Score the chosen tokens and those of ``topk_ids``; autograd recomputes the chunks."""
-
-    def score(states: Tensor, chosen: Tensor, asked: Tensor) -> TokenScores:
-        logits = head.logits(states) / temperature
-        log_norm = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, chosen[:, None]).squeeze(-1) - log_norm
-        # A softmax entry of 0 with a logit of -inf adds 0; their product would be NaN.
-        expected = (logits.softmax(-1) * logits.masked_fill(logits == -torch.inf, 0.0)).sum(-1)
-        vocab = logits.shape[-1]
-        best = logits.detach().topk(min(top_k, vocab), -1).indices if top_k else None
-        at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
-        at = at.masked_fill(asked >= vocab, -torch.inf)  # ids that this model does not have
-        tail = _tail(logits, asked, log_norm)
-        return TokenScores(logprobs, log_norm - expected, best, at, None, tail)
-
-    parts = []
-    for start in range(0, max(len(ids), 1), size):  # at least once: no tokens need a graph too
-        rows = slice(start, start + size)
-        chunk = hidden[rows], ids[rows], topk_ids[rows]
-        parts.append(
-            checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
-            if torch.is_grad_enabled()
-            else score(*chunk)
-        )
-    fields = zip(*(part[:-1] for part in parts), strict=True)
-    joined = (None if c[0] is None else torch.cat(c) for c in fields)
-    return TokenScores(*joined)  # type: ignore[arg-type]
-
-
-def _tail(logits: Tensor, asked: Tensor, log_norm: Tensor) -> Tensor:
-    """Return the log-probability of all tokens outside ``asked`` together; -inf without any.
-
-    We sum their logits, because one minus the other probabilities has no correct digit below 1e-7.
-
-    Args:
-        logits: ``[n, V]``.
-        asked: ``[n, K]`` ids; this model has no token for ids from V on.
-        log_norm: ``[n]`` logsumexp of the logits.
-    """
-    vocab, lowest = logits.shape[-1], torch.finfo(logits.dtype).min
-    named = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
-    named = named.scatter_(1, asked.clamp(max=vocab), True)[:, :vocab]
-    rest = logits.masked_fill(named, lowest).logsumexp(-1)  # finite: -inf has no gradient
-    return torch.where(rest > lowest / 2, rest - log_norm, -torch.inf)
 
 
 def auto_chunk_size(vocab_size: int, device: str = "cpu") -> int:

@@ -37,6 +37,9 @@ from kdrl_lightning.losses.head_products import (
     wide,
 )
 
+# How many of a token's values have a gradient: the first ones of ``Values``, as in ``Slopes``.
+DIFFERENTIABLE = 5
+
 
 class Values(NamedTuple):
     """What a pass computes for N tokens.
@@ -45,6 +48,8 @@ class Values(NamedTuple):
         logprobs: ``[N]``.
         entropy: ``[N]``.
         divergence: ``[N]``, or None without one.
+        asked: ``[N, K]``, of further tokens; None if none were asked for.
+        tail: ``[N]``, of all tokens but these together; None if none were asked for.
         best: ``[N, K]``, the most likely tokens.
         their_logprobs: ``[N]``, another model's; None if not asked for; also the next two.
         their_entropy: ``[N]``.
@@ -54,6 +59,8 @@ class Values(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
     divergence: Tensor | None
+    asked: Tensor | None
+    tail: Tensor | None
     best: Tensor
     their_logprobs: Tensor | None = None
     their_entropy: Tensor | None = None
@@ -87,6 +94,7 @@ class Work:
         size: rows of a chunk: tables of logits have no more, forward and backward.
         math: the functions of a chunk.
         top_k: number of most likely tokens to return.
+        asked: ``[N, K]``, further tokens to score, or None.
         compared: another model to compare with, or None.
         loss: a scalar that will be computed of the values, if tokens enter it one by one; None if
             it is not known or not worth computing in advance.
@@ -96,6 +104,7 @@ class Work:
     size: int
     math: ChunkMath
     top_k: int = 0
+    asked: Tensor | None = None
     compared: Compared | None = None
     loss: Callable[[Values], Tensor] | None = None
 
@@ -103,7 +112,7 @@ class Work:
 class ChosenTokens(torch.autograd.Function):
     """``(hidden [N, H], weight [V, H], bias [V] or None, ids [N], work) -> Values``.
 
-    Gradients flow from the first three values to ``hidden``, ``weight`` and ``bias``.
+    Gradients flow from the first five values to ``hidden``, ``weight`` and ``bias``.
     """
 
     # `ctx` is `Any`: torch's type of it declares neither the attributes set here nor its tensors.
@@ -130,27 +139,29 @@ class ChosenTokens(torch.autograd.Function):
                 known.append(_slopes(work.loss, values, rows))
                 gradients.add(run.gradient(rows, logits, of_divergence, known[-1]), rows)
             ctx.ahead = known, gradients
-        ctx.save_for_backward(hidden, weight, bias, ids, run.log_norm, values.entropy)
-        ctx.mark_non_differentiable(*(x for x in values[3:] if x is not None))
+        ctx.save_for_backward(hidden, weight, bias, ids, run.log_norm, values.entropy, values.tail)
+        ctx.mark_non_differentiable(*(x for x in values[DIFFERENTIABLE:] if x is not None))
         return tuple(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the forward pass, or rebuild each chunk and add them up."""
-        slopes = Slopes(*grads[:3])
+        slopes = Slopes(*grads[:DIFFERENTIABLE])
         if ctx.ahead is not None:
             (known, gradients), ctx.ahead = ctx.ahead, None  # the factor changes them in place
             factor = common_factor(Slopes(*map(_joined, zip(*known, strict=True))), slopes)
             if factor is not None:
                 return (*gradients.all(factor), None, None)
             del gradients
-        hidden, weight, bias, ids, log_norm, entropy = ctx.saved_tensors
-        entropy = entropy.detach()  # an output: the compiler would look at its graph
+        hidden, weight, bias, ids, log_norm, entropy, tail = ctx.saved_tensors
+        # Outputs: the compiler would look at their graph.
+        entropy, tail = entropy.detach(), None if tail is None else tail.detach()
         work: Work = ctx.work
         head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
         gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad, head)
-        values = Values(log_norm, entropy, torch.empty_like(entropy), ids[:, None])
+        gap = torch.empty_like(entropy)
+        values = Values(log_norm, entropy, gap, work.asked, tail, ids[:, None])
         run = _Pass(hidden, ids, head, work, values, log_norm)
         for rows in cut(0, len(ids), work.size):
             logits = run.logits(rows)
@@ -171,7 +182,9 @@ def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
     pairs = [(a, b) for a, b in zip(known, found, strict=True) if a is not None and b is not None]
     if not pairs:
         return None
-    before, now = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    before, now = (
+        torch.cat([part.flatten() for part in parts]) for parts in zip(*pairs, strict=True)
+    )
     at = before.abs().argmax()
     first, second = before.take(at), now.take(at)  # by `[at]` the host would wait for a GPU
     factor = torch.where(first == 0, 1.0, second / first)
@@ -193,23 +206,26 @@ def _blank(ids: Tensor, like: Tensor, work: Work) -> Values:
     first = ids.new_zeros(len(ids), 1) if scored else None
     logprobs, entropy = torch.zeros_like(like), torch.zeros_like(like)
     gap, theirs = zeros(compared), (zeros(scored), zeros(scored))
-    return Values(logprobs, entropy, gap, best, *theirs, first)
+    at = None if work.asked is None else like.new_zeros(work.asked.shape)
+    tail = zeros(work.asked is not None)
+    return Values(logprobs, entropy, gap, at, tail, best, *theirs, first)
 
 
 def _slopes(loss: Callable[[Values], Tensor], values: Values, rows: slice) -> Slopes:
     """Return the loss's derivatives by the values of ``rows``; those of later rows are still 0."""
     with torch.enable_grad():
-        leaves = [x[rows].clone().requires_grad_() for x in values[:3] if x is not None]
+        inner = values[:DIFFERENTIABLE]
+        leaves = {i: x[rows].clone().requires_grad_() for i, x in enumerate(inner) if x is not None}
         whole = [
-            x.slice_scatter(leaf, 0, rows.start, rows.stop)
-            for x, leaf in zip((x for x in values[:3] if x is not None), leaves, strict=True)
+            None if x is None else x.slice_scatter(leaves[i], 0, rows.start, rows.stop)
+            for i, x in enumerate(inner)
         ]
-        gap = None if values.divergence is None else whole[2]
-        total = loss(Values(whole[0], whole[1], gap, *values[3:]))
+        total = loss(Values(*whole, *values[DIFFERENTIABLE:]))  # type: ignore[arg-type]
         if not total.requires_grad:
             return Slopes(None, None, None)
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return Slopes(found[0], found[1], None if values.divergence is None else found[2])
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    by_value = dict(zip(leaves, found, strict=True))
+    return Slopes(*(by_value.get(i) for i in range(DIFFERENTIABLE)))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -238,6 +254,7 @@ class _Pass(NamedTuple):
         """Fill a chunk's values; return the derivative of the divergence, if you ask for it."""
         values, ids, top_k = self.values.rows(rows), self.ids[rows], self.work.top_k
         log_norm = self.log_norm[rows]
+        asked = None if self.work.asked is None else self.work.asked[rows]
         for tile in self.work.math.tiles(logits):
             part, best = logits[tile], values.best[tile]
             found = self.work.math.score(part, ids[tile])
@@ -246,6 +263,9 @@ class _Pass(NamedTuple):
                 torch.argmax(part, -1, keepdim=True, out=best)
             elif top_k:
                 best.copy_(part.topk(top_k, -1).indices)
+            if asked is not None and values.asked is not None and values.tail is not None:
+                named = self.work.math.score_asked(part, log_norm[tile], asked[tile])
+                values.asked[tile], values.tail[tile] = named
         return self.compare(rows, logits, with_slope)
 
     def compare(self, rows: slice, logits: Tensor, with_slope: bool) -> Tensor | None:
@@ -254,7 +274,7 @@ class _Pass(NamedTuple):
         if compared is None or values.divergence is None:
             return None
         math, theirs = self.work.math, compared.logits(rows)
-        logprobs, entropy, best = values[4:]
+        logprobs, entropy, best = values[DIFFERENTIABLE + 1 :]
         fits = theirs.shape == logits.shape and theirs.dtype == logits.dtype
         slope = theirs if fits or not with_slope else torch.empty_like(logits)
         for tile in math.tiles(logits):
@@ -273,6 +293,8 @@ class _Pass(NamedTuple):
     ) -> Tensor:
         """Return the derivative of the loss by a chunk's raw logits; it may take their place."""
         given = self.ids[rows], self.log_norm[rows], self.values.entropy[rows]
+        asked = None if self.work.asked is None else self.work.asked[rows]
+        tail = None if self.values.tail is None else self.values.tail[rows]
         tiles = self.work.math.tiles(logits)
         for tile in tiles:
             table = self.work.math.gradient(
@@ -281,6 +303,8 @@ class _Pass(NamedTuple):
                 *(x[tile] for x in given),
                 slopes.rows(tile),
                 self.work.transform,
+                None if asked is None else asked[tile],
+                None if tail is None else tail[tile],
             )
             if len(tiles) == 1:
                 return table

@@ -44,3 +44,38 @@ class Pretrained:
     def vocabulary_rows(self) -> int:
         """Rows of its embedding: every token id must be below."""
         return int(load_config(self.path).get_text_config().vocab_size)
+
+
+class StudentFacts:
+    """What a module says of its student before training.
+
+    Attributes:
+        pretrained: the student.
+    """
+
+    pretrained: Pretrained
+
+    @property
+    def student_path(self) -> str:
+        """Folder or hub name of the student before training."""
+        return self.pretrained.path
+
+    @property
+    def tokenizer(self) -> HFTokenizer:  # transformers has no type that all tokenizers share
+        """The student's tokenizer."""
+        return self.pretrained.tokenizer
+
+    @property
+    def end_tokens(self) -> EndTokens:
+        """The tokens that end a completion of the student."""
+        return self.pretrained.end_tokens
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, prompt and completion together, that the student can take."""
+        return self.pretrained.context_length
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the student's embedding: every token id must be smaller."""
+        return self.pretrained.vocabulary_rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +27,20 @@ from kdrl_lightning.models.architectures.rotary import (
     switch_lengths,
 )
 from kdrl_lightning.models.architectures.verification import close, verify
-from kdrl_lightning.models.shared_prompts import MergedRows, merge_rows, on_host, places_of
+from kdrl_lightning.models.shared_prompts import (
+    MergedRows,
+    Sharing,
+    cuda_clock,
+    merge_rows,
+    on_host,
+    places_of,
+)
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 # `Any`: models and configurations of transformers share no typed base.
 
 # Names that architectures give to the bound of ``bound * tanh(logits / bound)``.
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-# Two passes must save at least this share of the tokens: each has costs of its own.
-SHARED_BELOW = 0.85
 
 
 class Scorer(nn.Module):
@@ -53,6 +59,7 @@ class Scorer(nn.Module):
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
         shares: what completions of a call have in common is run once; ``verify`` decides.
+        sharing: decides by tokens or seconds whether a call runs prompts once.
         pads: rows of different lengths go through one pass; ``verify`` decides.
         unreached: trainable parameters that short rows give no gradient.
         at_head: states are those that the head is called with, not the decoder's.
@@ -73,6 +80,7 @@ class Scorer(nn.Module):
         self.sharded = False
         self.shares = False
         self.pads = True
+        self.sharing = Sharing()
         self.unreached: list[str] = []
         self.at_head = decoder_of(model) is None
         decide_per_row(model)
@@ -185,10 +193,12 @@ class Scorer(nn.Module):
         """
         if merged is not None:
             input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
-            if self._pays(merged):
-                from kdrl_lightning.models.prompt_cache import shared_states
+            from kdrl_lightning.models.prompt_cache import shared_states
 
-                return shared_states(decoder_of(self.model), merged)[rows, columns]
+            once = partial(shared_states, decoder_of(self.model), merged)
+            each = partial(self._row_states, input_ids, prompt_lengths + mask.sum(1))
+            if self._pays(merged, once, each):
+                return once()[rows, columns]
         hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1))
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
@@ -212,10 +222,15 @@ class Scorer(nn.Module):
             hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
             return self._as_the_head(hidden)
 
-    def _pays(self, rows: MergedRows) -> bool:
+    def _pays(
+        self, rows: MergedRows, once: Callable[[], Tensor], each: Callable[[], Tensor]
+    ) -> bool:
         """Whether two passes over fewer tokens cost less than one over all."""
         shared = rows.prompts.numel() + rows.mask.numel() - len(rows.mask)
-        return shared <= SHARED_BELOW * rows.input_ids.numel()
+        # Planning and tests take other kinds of tensors for a GPU's, and have no clock.
+        if rows.input_ids.is_cuda and type(rows.input_ids) is Tensor:
+            self.sharing.clock = cuda_clock
+        return self.sharing.pays(shared, rows.input_ids.numel(), once, each)
 
     def states(self, batch: RolloutBatch) -> Other:
         """Return hidden states of a batch's completions and the head, for another's divergence.

@@ -26,11 +26,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_trainable, check_used
 from kdrl_lightning.models.architectures.reached import freeze, unreached
+from kdrl_lightning.models.architectures.trunk import Layer, Trunk, compile_layers
 from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.models.lora import LoRA, leave_base_out
 from kdrl_lightning.models.scorer import Scorer
@@ -101,6 +102,7 @@ def load_scorer(
     lora: LoRA | None = None,
     seed: int = 0,
     chunk_size: int | None = None,
+    trunk: Trunk = Trunk(),
 ) -> Scorer:
     """Load a model as a scorer, shard it if asked, and compare its scores with its logits.
 
@@ -116,12 +118,15 @@ def load_scorer(
         lora: adapters to train instead of the model.
         seed: seed of the adapters.
         chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
+        trunk: how the layers run.
 
     Raises:
         ConfigurationError: there is no sound model at ``path``, or the scorer cannot run it.
     """
+    switch_on: list[Callable[[], None]] = []
 
     def adapt(model: HFModel) -> None:
+        trunk.prepare(model)
         if not frozen and lora is None:
             check_trainable(model, path)
         fixed = frozen_names(model)
@@ -134,6 +139,8 @@ def load_scorer(
         scorer = Scorer(model, vocab_size, swap, chunk_size)
         if lora is not None:
             leave_base_out(scorer)
+        if trunk.compile:
+            switch_on.append(compile_layers(decoder_layers(model)))
         if activation_checkpointing:
             recompute_layers(model)
         return scorer if sharding is None else sharding.shard(scorer, offload)
@@ -156,6 +163,9 @@ def load_scorer(
             scorer.unreached = left
         check_finite(scorer.model, path)
         scorer.verify(path)
+    trunk.settle(scorer.model)
+    for switch in switch_on:
+        switch()
     return scorer
 
 
@@ -272,7 +282,9 @@ def recompute_layers(model: HFModel) -> None:
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    # Leaving a compiled layer in its middle would look like a failure of the compiler.
+    with set_checkpoint_early_stop(not isinstance(forward, Layer)):
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:

@@ -76,6 +76,9 @@ class Teacher(ABC):
     def check_temperature(self, temperature: float) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if the teacher cannot score at this temperature."""
 
+    def check_device(self, device: torch.device) -> None:  # noqa: B027
+        """Raise ``ConfigurationError`` if a setting cannot work on the device of the run."""
+
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
         """Receive the student, loaded from ``path``; only teachers that use its weights need it."""
 

@@ -134,6 +134,10 @@ class CachedTeacher(Teacher):
         if self._database is None:
             self._database = _open(Path(self.path))
 
+    def check_device(self, device: torch.device) -> None:
+        """Check the wrapped teacher's settings."""
+        self.teacher.check_device(device)
+
     def release(self) -> None:
         """Free the device memory of the wrapped teacher."""
         self.teacher.release()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
+from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
@@ -81,6 +82,15 @@ class FrozenModels:
         for model in self._models():
             model.check(tokenizer, path)
             check_end_tokens(model.other_end, objective)
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that they can run on the device of the run, before weights are loaded.
+
+        Raises:
+            ConfigurationError: one of them has a setting that cannot work there.
+        """
+        for model in self._models():
+            model.check_device(device)
 
     def load(
         self, student: Scorer, path: str, sharding: Sharding | None, device: torch.device
@@ -189,7 +199,7 @@ def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None
 
 
 def initial_student(
-    source: str | ModelSource, adapters: bool, double: bool, chunk_size: int | None
+    source: str | ModelSource, adapters: bool, double: bool, chunk_size: int | None, trunk: Trunk
 ) -> Teacher:
     """Return the student before training, for a reference KL.
 
@@ -198,10 +208,17 @@ def initial_student(
         adapters: the student is trained by LoRA: its base is the reference, without a second copy.
         double: the student computes in float64, and so must the reference.
         chunk_size: tokens whose logits exist at once.
+        trunk: how the student's layers run.
     """
     if adapters:
         return AdapterOffTeacher()
-    return LocalTeacher(source, "float64" if double else "float32", chunk_size=chunk_size)
+    return LocalTeacher(
+        source,
+        "float64" if double else "float32",
+        chunk_size=chunk_size,
+        attn_implementation=trunk.attn_implementation,
+        compile=trunk.compile,
+    )
 
 
 def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:

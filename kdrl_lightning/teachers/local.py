@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
     ModelSource,
@@ -44,6 +45,8 @@ class LocalTeacher(Teacher):
             ``<|im_end|>``, a base student with ``<|endoftext|>``), swap the two tokens in the
             teacher's scores, so that its end token counts as the student's.
         chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
+        attn_implementation: attention kernel, see ``KDRLModule``.
+        compile: run the layers through ``torch.compile``, see ``KDRLModule``.
     """
 
     generates = True
@@ -56,6 +59,8 @@ class LocalTeacher(Teacher):
         offload: bool = False,
         translate_end_token: bool = False,
         chunk_size: int | None = None,
+        attn_implementation: str | None = None,
+        compile: bool = False,
     ) -> None:
         if chunk_size is not None:
             require_between("chunk_size", chunk_size, 1, float("inf"))
@@ -64,6 +69,7 @@ class LocalTeacher(Teacher):
         self.offload = offload
         self.translate_end_token = translate_end_token
         self.chunk_size = chunk_size
+        self.trunk = Trunk(attn_implementation, compile)
         self._scorer: Scorer | None = None
         self._sharding: Sharding | None = None
         self._vocab_size: int | None = None
@@ -131,6 +137,7 @@ class LocalTeacher(Teacher):
                 frozen=True,
                 offload=self.offload,
                 chunk_size=self.chunk_size,
+                trunk=self.trunk,
             )
         if self._sharding is not None and not self._scorer.sharded:
             self._sharding.shard(self._scorer, self.offload)
@@ -138,6 +145,10 @@ class LocalTeacher(Teacher):
             self._offloaded = self._offloaded or OffloadedWeights(self._scorer)
         elif not self._scorer.sharded:
             self._scorer.to(device)
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse an attention kernel that the device does not have."""
+        self.trunk.check_device(device)
 
     def release(self) -> None:
         """Free the device's copy of offloaded weights."""

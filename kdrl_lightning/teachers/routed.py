@@ -108,6 +108,11 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.load(device)
 
+    def check_device(self, device: torch.device) -> None:
+        """Check the settings of every teacher."""
+        for teacher in self.teachers.values():
+            teacher.check_device(device)
+
     def release(self) -> None:
         """Free the device memory of every teacher."""
         for teacher in self.teachers.values():

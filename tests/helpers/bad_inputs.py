@@ -152,6 +152,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "data.reward_failures.reward": [float("nan"), float("inf")],
     "model.max_nonfinite_steps": [-1],
     "model.chunk_size": [0, -5],
+    "model.attn_implementation": ["fastest", "flash_attention_2", "flash_attention_9"],
     "model.optimizer": [{"class_path": "torch.optim.AdamW", "init_args": {"lr": -1.0}}],
     "model.lora": [{"rank": 0}, {"rank": -3}, {"dropout": 2.0}],
     "trainer.max_steps": [-2],

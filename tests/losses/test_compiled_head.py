@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from helpers.reference import close, normal
 from kdrl_lightning.losses import chunk_math, logprobs, reverse_kl, token_scores
+from kdrl_lightning.losses.compiled import OrPlain
 from kdrl_lightning.losses.logprobs import Head, Other, TokenScores
 
 N, H, V = 7, 3, 11
@@ -21,7 +22,9 @@ WEIGHTS = normal(3, N, seed=5).float()
 
 def loss(scores: TokenScores) -> Tensor:
     fields = (scores.logprobs, scores.entropy, scores.divergence)
-    return sum((w * x).sum() for w, x in zip(WEIGHTS, fields, strict=True) if x is not None)  # type: ignore[return-value]
+    total = sum((w * x).sum() for w, x in zip(WEIGHTS, fields, strict=True) if x is not None)
+    assert scores.topk_logprobs is not None and scores.tail_logprobs is not None
+    return total + scores.topk_logprobs.exp().sum() * 0.3 + scores.tail_logprobs.exp().sum()
 
 
 def run(known: Any) -> list[Tensor]:
@@ -36,6 +39,7 @@ def run(known: Any) -> list[Tensor]:
         0.7,
         4,  # the last chunk has fewer
         top_k=2,
+        topk_ids=torch.stack([IDS, (IDS + 2) % V], 1),
         other=theirs,
         divergence=reverse_kl,
         loss=known,
@@ -50,7 +54,7 @@ def run(known: Any) -> list[Tensor]:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take the compiled functions on a CPU, and forget them afterwards."""
     chunk_math.compiled_math.cache_clear()
-    monkeypatch.setattr(chunk_math.OrPlain, "_works", True)
+    monkeypatch.setattr(OrPlain, "failed", set())
     monkeypatch.setattr(logprobs, "math_for", lambda _: chunk_math.compiled_math())
     yield
     chunk_math.compiled_math.cache_clear()
@@ -66,8 +70,8 @@ def test_compiled_is_plain_in_float32(request: pytest.FixtureRequest) -> None:
     graphs = counters["stats"]["unique_graphs"]
     run(loss)
     assert counters["stats"]["unique_graphs"] == graphs > 0  # nothing is compiled twice
-    assert chunk_math.OrPlain._works
-    assert len(plain) == len(compiled) == 10
+    assert not OrPlain.failed
+    assert len(plain) == len(compiled) == 12
     for a, b in zip(compiled, plain, strict=True):
         close(a, b, 1e-5)  # float32
 
@@ -85,9 +89,7 @@ def test_a_failing_compiler_warns_once_and_changes_nothing(
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
-    words = (
-        r"torch\.compile failed on the head of the model: no triton here\. The head runs without"
-    )
+    words = r"torch\.compile failed on the head of the model: no triton here\. This part runs with"
     with pytest.warns(UserWarning, match=words) as told:
         found = run(loss)
     assert len([x for x in told if "torch.compile" in str(x.message)]) == 1
@@ -104,5 +106,5 @@ def test_a_full_memory_is_no_failed_compiler(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "compile", full)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        chunk_math.OrPlain(chunk_math.score)(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-    assert chunk_math.OrPlain._works
+        OrPlain(chunk_math.score, "x")(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    assert not OrPlain.failed

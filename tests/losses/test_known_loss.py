@@ -21,6 +21,9 @@ N, H, V = 7, 3, 11
 IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])
 OLD, ADVANTAGES = normal(N, seed=21) - 2.0, normal(N, seed=22)
 CHUNKS = [1, 3, N]
+# Tokens that are asked for; the last column is no token of this model.
+ASKED = torch.cat([normal(N, V, seed=23).argsort(-1)[:, :3], torch.full((N, 1), V)], 1)
+ASKED_WEIGHTS = normal(N, 4, seed=24)
 
 
 def leaves() -> list[Tensor]:
@@ -42,6 +45,9 @@ def surrogate(scores: TokenScores) -> Tensor:
     if scores.divergence is not None and scores.other is not None:
         weights = (scores.other.logprobs - scores.logprobs.detach()).square()
         value = value + (weights * scores.divergence).sum()
+    if scores.topk_logprobs is not None and scores.tail_logprobs is not None:
+        value = value + (scores.topk_logprobs.exp() * ASKED_WEIGHTS).sum()
+        value = value + (scores.tail_logprobs.exp() * ADVANTAGES).sum()
     return value
 
 
@@ -94,6 +100,8 @@ OPTIONS: list[dict[str, Any]] = [
     COMPARED,
     {**COMPARED, "temperature": 1.7, "head": {"softcap": 3.0}, "top_k": 2},
     {**COMPARED, "other": other(8)},
+    {"topk_ids": ASKED, "temperature": 0.7, "head": {"swap": (3, 9), "softcap": 2.0}},
+    {**COMPARED, "topk_ids": ASKED, "top_k": 1},
 ]
 
 

@@ -13,7 +13,7 @@ from helpers.reference import close
 from kdrl_lightning.losses import reverse_kl
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import recompute_layers
-from kdrl_lightning.models.shared_prompts import merge_rows
+from kdrl_lightning.models.shared_prompts import TIMED, Sharing, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 
@@ -204,3 +204,58 @@ def test_rows_that_differ_in_length_or_prompt_alone_are_different() -> None:
     assert rows.mask.sum(1).tolist() == [1, 2, 1, 2]
     assert rows.prompts.tolist() == [[5, -1], [5, 6]]
     assert rows.prompt_of.tolist() == [0, 0, 1, 1]
+
+
+def timed(shared: float, whole: float, tokens: tuple[int, int], clock: bool = True) -> list[bool]:
+    """Decide on micro-batches of so many tokens, with a clock that shows seconds per token."""
+    ran = []
+
+    def seconds(work: Any) -> float:
+        work()
+        first = len(ran) <= 2  # starting the kernels takes long, and says nothing
+        return 100.0 * len(ran) if first else ran[-1]
+
+    sharing = Sharing(seconds if clock else None)
+    said = [
+        sharing.pays(
+            *tokens,
+            lambda: ran.append(shared * tokens[0]),
+            lambda: ran.append(whole * tokens[1]),
+        )
+        for _ in range(TIMED + 2)
+    ]
+    assert len(ran) == (2 * TIMED if clock and tokens[0] < tokens[1] else 0)
+    return said
+
+
+def test_seconds_decide_where_there_is_a_clock_and_tokens_elsewhere() -> None:
+    # Half the tokens: shared, unless a token of the two passes takes more than twice as long.
+    assert timed(1.9, 1.0, (50, 100))[TIMED:] == [True, True]
+    assert timed(2.1, 1.0, (50, 100))[TIMED:] == [False, False]
+    assert timed(0.5, 1.0, (90, 100))[TIMED:] == [True, True]
+    assert all(timed(2.1, 1.0, (50, 100), clock=False))
+    assert not any(timed(0.5, 1.0, (90, 100), clock=False))
+    assert not any(timed(0.5, 1.0, (100, 100)))  # nothing to time: nothing is saved
+
+
+def test_a_scorer_takes_the_way_that_its_clock_prefers() -> None:
+    scorer, batch = Scorer(scored_models.build("LlamaForCausalLM")), rollout((40, 40))
+    scorer.shares = True
+    plain = scorer.score(batch).logprobs
+    ways: list[str] = []
+
+    def seconds(work: Any) -> float:
+        assert not torch.is_grad_enabled()
+        work()
+        ways.append(work.func.__name__)
+        return 9.0 if ways[-1] == "shared_states" else 1.0
+
+    scorer.sharing = Sharing(seconds)
+    tokens = count_tokens(scorer)
+    for _ in range(TIMED):
+        scorer.score(batch)
+    assert ways == ["shared_states", "_row_states"] * TIMED
+    tokens.clear()
+    found = scorer.score(batch).logprobs
+    assert tokens == [6 * 46]  # whole rows, in one pass
+    close(found, plain, 1e-5)  # float32

@@ -40,8 +40,8 @@ CHECKS = (
     Check("engine", "vLLM in the training process: weights, seeds, sleep", 300),
     Check("throughput", "tokens per second of sampling and of updates", 300),
     Check("sharded", "fsdp2 on one device: checkpoint, resume, teacher, LoRA", 600),
-    Check("teacher", "a teacher on the device, offloaded, and its top tokens", 120),
-    Check("several", "two processes: ddp, fsdp2, and an error on one rank", 600),
+    Check("teacher", "a teacher on the device, offloaded and served, and its top tokens", 400),
+    Check("several", "two processes: ddp, fsdp2, an error on one rank, weights by NCCL", 900),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdrl_lightning.engines.base import Completion, Sampling
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.vllm.engine import VLLMEngine
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.hardware.doctor.bench import Bench
@@ -116,7 +116,7 @@ def difference(made: list[list[Completion]], scorer: Scorer) -> float:
 
 
 def follows_training(
-    bench: Bench, engine: VLLMEngine, scorer: Scorer, weights: ModelWeights
+    bench: Bench, engine: RolloutEngine, scorer: Scorer, weights: ModelWeights
 ) -> Iterator[Finding]:
     """Train three steps; the engine must differ before each push, and agree after it."""
     bound = BOUND[bench.dtype]

@@ -1,15 +1,19 @@
-"""Short runs of the program on the built-in task, each in a process of its own."""
+"""Short runs of the program, each in a process of its own: training, and servers."""
 
 from __future__ import annotations
 
 import csv
 import os
+import secrets
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from kdrl_lightning.hardware.doctor.bench import Bench
 
@@ -23,6 +27,11 @@ SMALL = (
     "--data.train_prompts.size=64",
     "--data.val_prompts.size=16",
 )
+
+# The model that servers serve, and their longest row.
+SERVED, CONTEXT = "few-layers", 1024
+# Seconds that a server may take to start.
+PATIENCE = 240.0
 
 
 @dataclass(frozen=True)
@@ -95,3 +104,46 @@ def program(arguments: Sequence[str], folder: Path, limit: float, env: Mapping[s
         env={**os.environ, **env},
     )
     return Run(process.returncode, process.stdout, folder)
+
+
+class Address(NamedTuple):
+    """Where a server listens, and the key that it wants."""
+
+    url: str
+    key: str
+
+
+@contextmanager
+def served(
+    bench: Bench, name: str, *flags: str, env: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Address]:
+    """Start a server of the small model; end it afterwards.
+
+    Args:
+        bench: the machine.
+        name: names the file of its output.
+        flags: of ``serve``.
+        env: further environment variables.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key = secrets.token_urlsafe(16)
+    command = [sys.executable, "-m", "kdrl_lightning", "serve", "--model", bench.path(SERVED)]
+    command += ["--port", str(port), "--max-model-len", str(CONTEXT), *flags]
+    if bench.on_gpu:
+        command += ["--gpu-memory-utilization", "0.3"]
+    else:
+        command += ["--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+    with (bench.folder / f"server-{name}.log").open("w") as log:
+        given = {**os.environ, "VLLM_API_KEY": key, **env}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=given)
+        try:
+            yield Address(f"http://127.0.0.1:{port}", key)
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

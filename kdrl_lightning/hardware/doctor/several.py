@@ -1,4 +1,4 @@
-"""Two processes: ddp and fsdp2, with vLLM on GPUs, SLURM's variables, and an error on one rank."""
+"""Several GPUs: ddp and fsdp2 with vLLM, SLURM's variables, an error on one rank, NCCL pushes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kdrl_lightning.engines.vllm.server import VLLMServerEngine
 from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.engine import (
+    BOUND,
+    END,
+    PROMPTS,
+    SAMPLING,
+    SEEDS,
+    difference,
+    follows_training,
+)
 from kdrl_lightning.hardware.doctor.findings import Finding, NotReachedError, at_most, holds, info
-from kdrl_lightning.hardware.doctor.program import Run, fit
+from kdrl_lightning.hardware.doctor.program import PATIENCE as STARTS
+from kdrl_lightning.hardware.doctor.program import SERVED, Run, fit, served
 from kdrl_lightning.hardware.doctor.start import ended
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.weights import ModelWeights
 
 STEPS = "--trainer.max_steps=2"
 # Seconds after which all ranks must have ended once one of them has failed.
@@ -27,6 +40,7 @@ def run(bench: Bench) -> Iterator[Finding]:
     yield from one_rank_fails(bench)
     if not bench.on_gpu:
         yield info("engines on several GPUs", "not reached: they need GPUs")
+        yield info("weights by NCCL", "not reached: they need two GPUs")
         return
     if importlib.util.find_spec("vllm") is None:
         yield info("engines on several GPUs", "not reached: vLLM is not installed")
@@ -47,6 +61,7 @@ def run(bench: Bench) -> Iterator[Finding]:
     }
     alone = fit(bench, "slurm", engine, STEPS, env=variables)
     yield from ended("vLLM with SLURM's variables", alone)
+    yield from by_nccl(bench)
 
 
 def one_rank_fails(bench: Bench) -> Iterator[Finding]:
@@ -76,3 +91,29 @@ def one_rank_fails(bench: Bench) -> Iterator[Finding]:
 def named_as_the_reason(run: Run, folder: Path) -> bool:
     """Return whether a run failed with an error that names a folder."""
     return run.code != 0 and str(folder) in run.last_line
+
+
+def by_nccl(bench: Bench) -> Iterator[Finding]:
+    """Train while a server on the second GPU follows; each push is read right after it."""
+    scorer = Scorer(bench.load(SERVED))
+    weights = ModelWeights(scorer.model, bench.path(SERVED))
+    second = {"CUDA_VISIBLE_DEVICES": "1"}
+    with served(bench, "engine", "--transfer", "nccl", env=second) as at:
+        engine = VLLMServerEngine([at.url], at.key, transfer=True, max_away_s=STARTS)
+        engine.setup(weights, END, 0)
+        began = time.perf_counter()
+        engine.update_weights(weights, 0)
+        yield info(
+            "first push by NCCL, with its connection", f"{time.perf_counter() - began:.3g} s"
+        )
+        yield from follows_training(bench, engine, scorer, weights)
+        peak = bench.peak(lambda: engine.update_weights(weights, 4))
+        began = time.perf_counter()
+        engine.update_weights(weights, 5)
+        seconds = time.perf_counter() - began
+        size = sum(p.numel() * p.element_size() for p in scorer.parameters())
+        yield info("push by NCCL", f"{size / seconds / 1e9:.3g} GB/s")
+        yield info("push by NCCL: memory on the trainer's GPU", f"{(peak or 0) / 2**30:.2f} GiB")
+        gap = difference(engine.generate(PROMPTS, SEEDS, SAMPLING), scorer)
+        yield at_most("difference after the last push", gap, BOUND[bench.dtype], "nats")
+        yield holds("the server names the last push", engine.version == 5)

@@ -1,20 +1,32 @@
-"""A teacher on the device and offloaded, and the log-probabilities of named tokens."""
+"""A teacher on the device, offloaded and served, and the log-probabilities of named tokens."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import torch
 
 from kdrl_lightning.hardware.doctor.attention import random_ids
 from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.engine import BOUND
 from kdrl_lightning.hardware.doctor.findings import Finding, at_most, info
+from kdrl_lightning.hardware.doctor.program import PATIENCE, SERVED, served
 from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.teachers import LocalTeacher
+from kdrl_lightning.teachers import LocalTeacher, ServerTeacher
 
 
 def run(bench: Bench) -> Iterator[Finding]:
+    """Score the same batch with both placements, and by a server."""
+    yield from placements(bench)
+    if importlib.util.find_spec("vllm") is None:
+        yield info("served teacher", "not reached: vLLM is not installed")
+        return
+    yield from as_teacher(bench)
+
+
+def placements(bench: Bench) -> Iterator[Finding]:
     """Score the same batch with both placements."""
     path, batch = bench.path("few-layers"), scored_batch(bench)
     asked = batch.completion_ids[..., None].expand(-1, -1, 2)
@@ -43,3 +55,26 @@ def scored_batch(bench: Bench) -> RolloutBatch:
     with torch.device("cpu"):
         batch = collate(prompts, completions, [0, 0, 1, 1], pad_id=0)
     return batch.to(bench.device)
+
+
+def as_teacher(bench: Bench) -> Iterator[Finding]:
+    """Compare a served teacher with the same one in this process."""
+    path, batch = bench.path(SERVED), scored_batch(bench)
+    asked = batch.completion_ids[..., None]
+    local = LocalTeacher(path)
+    with served(bench, "teacher", "--teacher") as at:
+        remote = ServerTeacher(path, [at.url], at.key, max_away_s=PATIENCE)
+        scores = []
+        for teacher in (local, remote):
+            teacher.check(load_tokenizer(path), path)
+            teacher.load(bench.device)
+            scores.append(teacher.score(batch, asked))
+        seconds = bench.seconds(lambda: remote.score(batch))
+    here, there = scores
+    mask, bound = batch.completion_mask, BOUND[bench.dtype]
+    gap = (here.logprobs - there.logprobs)[mask].abs().mean().item()
+    yield at_most("served teacher against a local one", gap, bound, "nats")
+    assert there.topk_logprobs is not None
+    gap = (there.topk_logprobs[..., 0] - there.logprobs)[mask].abs().mean().item()
+    yield at_most("its named tokens against sampled ones", gap, bound, "nats")
+    yield info(f"served teacher: {mask.sum()} tokens", f"{seconds:.3g} s")

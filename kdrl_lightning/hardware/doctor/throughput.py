@@ -17,6 +17,7 @@ from kdrl_lightning.engines.vllm.engine import VLLMEngine
 from kdrl_lightning.hardware.doctor.attention import random_ids
 from kdrl_lightning.hardware.doctor.bench import Bench
 from kdrl_lightning.hardware.doctor.findings import Finding, info
+from kdrl_lightning.hardware.planning.cards import CARDS
 from kdrl_lightning.losses.logprobs import token_scores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import recompute_layers
@@ -95,15 +96,36 @@ def updates(bench: Bench, count: int, length: int) -> Iterator[Finding]:
     whole, part = bench.seconds(step), bench.seconds(head)
     tokens, peak = count * length, bench.peak(step)
     label = f"updates, {count} x {length:,} tokens{', layers recomputed' if recomputed else ''}"
+    shape = bench.shape("model")
     weights = sum(p.numel() for p in scorer.parameters())
-    flops = 6 * weights * tokens / whole / 1e12
+    attention = shape.layers * shape.heads * shape.head_dim * length
+    flops = 6 * (weights + attention) * tokens / whole
     yield info(label, f"{tokens / whole:,.0f} tokens a second")
-    yield info(f"{label}: achieved, without attention and recomputing", f"{flops:.3g} TFLOP/s")
+    yield info(f"{label}: achieved, without recomputing", f"{flops / 1e12:.3g} TFLOP/s")
+    name = torch.cuda.get_device_name() if bench.on_gpu else "a CPU"
+    yield info(f"{label}: share of the card's products (MFU)", utilisation(flops, name))
     yield info(f"{label}: share of the head", f"{part / whole:.0%}")
     if peak is not None:
         yield info(f"{label}: peak above weights", f"{peak / 2**30:.1f} GiB")
     if bench.on_gpu:
         yield info(f"{label}: host synchronisations", synchronisations(step))
+
+
+def utilisation(flops: float, device: str) -> str:
+    """Return what share of a known card's products in bfloat16 a step reaches.
+
+    Args:
+        flops: operations per second.
+        device: name of the card, as its driver gives it.
+
+    >>> utilisation(400e12, "NVIDIA H100 80GB HBM3"), utilisation(1e12, "a CPU")
+    ('40 %', 'unknown: no data sheet of a CPU')
+    """
+    plain = device.replace(" ", "-")
+    found = next((card for card in CARDS if card.name.split("-80GB")[0] in plain), None)
+    if found is None:
+        return f"unknown: no data sheet of {device}"
+    return f"{100 * flops / found.flops:.0f} %"
 
 
 def synchronisations(step: Callable[[], object]) -> int:

@@ -19,7 +19,8 @@ class Sampler:
     Attributes:
         kind: ``transformers``, ``vllm`` or ``elsewhere`` (servers, or an engine that we cannot
             plan).
-        max_sequences: completions decoded at once.
+        max_sequences: completions decoded at once; None: what the engine chooses.
+        max_cached_tokens: tokens in the transformers engine's cache; None: what it has room for.
         share: part of the card that vLLM takes, weights and cache together.
         sleep: vLLM frees that part during updates.
         dtype: type of vLLM's weights and cache; ``auto`` is bfloat16 on a GPU.
@@ -28,12 +29,13 @@ class Sampler:
     """
 
     kind: Literal["transformers", "vllm", "elsewhere"] = "transformers"
-    max_sequences: int = 256
+    max_sequences: int | None = None
     share: float = 0.4
     sleep: bool = False
     dtype: str = "auto"
     cache_bytes: float | None = None
     context: int | None = None
+    max_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Job:
         ranks: processes, one per device.
         strategy: how they share the work.
         precision: the trainer's.
+        reduces_each: fsdp2 reduces gradients after every micro-batch, not once per step.
         on_gpu: plan for GPUs; AdamW then works on lists of tensors.
         accumulate: micro-batches of an optimizer step.
         clips: gradients are clipped.
@@ -71,6 +74,7 @@ class Job:
     kept_checkpoints: int = 1
     model_configs: Mapping[str, str] = field(default_factory=dict)
     depth: int | None = None
+    reduces_each: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ranks", "accumulate", "longest_prompt"):
@@ -87,6 +91,11 @@ class Job:
                 f"`accumulate_grad_batches` must be at most {self.rows}, the completions of one "
                 f"optimizer step on one process: got {self.accumulate}. Lower it."
             )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether models compute in bfloat16 from float32 weights."""
+        return self.precision == "bf16-mixed"
 
     @property
     def group(self) -> int:
@@ -127,12 +136,15 @@ def sampler_of(engine: Any, on_gpu: bool) -> Sampler:
     name = str(engine["class_path"]).rsplit(".", 1)[-1]
     given = dict(engine.get("init_args") or {})
     if name == "TransformersEngine":
-        return Sampler(max_sequences=given.get("max_sequences", Sampler.max_sequences))
+        return Sampler(
+            max_sequences=given.get("max_sequences"),
+            max_cached_tokens=given.get("max_cached_tokens"),
+        )
     if name != "VLLMEngine":
         return Sampler("elsewhere")
     return Sampler(
         "vllm",
-        given.get("max_sequences", Sampler.max_sequences),
+        given.get("max_sequences"),
         given.get("gpu_memory_utilization", Sampler.share),
         given.get("sleep", False) and on_gpu,
         given.get("dtype", "auto"),

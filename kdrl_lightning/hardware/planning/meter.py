@@ -153,11 +153,11 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         query, key, value = args[:3]
         causal = kwargs.get("is_causal", args[4] if len(args) > 4 else False)
         every = sdpa_flop_count(query.shape, key.shape, value.shape)
-        return int(_seen(causal, key) * every // 1000)
+        return _seen(causal, key, every)
     if packet is FLASH_BACKWARD:
         gradient, query, key, value = args[:4]
         every = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
-        return int(_seen(args[7], key) * every // 1000)
+        return _seen(args[7], key, every)
     count = _counts(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 
@@ -190,9 +190,10 @@ def _makes_floats(func: Any, args: Any, kwargs: Any) -> bool:
     return True
 
 
-def _seen(causal: bool, key: Tensor) -> int:
-    """Return how much of a square of queries and keys a kernel computes, in thousandths."""
-    return round(500 * (1 + 1 / key.shape[-2])) if causal else 1000
+def _seen(causal: bool, key: Tensor, every: int) -> int:
+    """Return what a kernel computes of the operations of a whole square of queries and keys."""
+    length = int(key.shape[-2])
+    return every * (length + 1) // (2 * length) if causal else every
 
 
 def _as_places(indices: Any) -> list[Any]:

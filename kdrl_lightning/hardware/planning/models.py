@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.shapes import config_of
-from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.losses.logprobs import TokenScores, auto_chunk_size
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import frozen_names, model_path
 from kdrl_lightning.models.lora import leave_base_out
 from kdrl_lightning.models.scorer import Scorer
@@ -84,7 +85,7 @@ def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Score
         with _disable_current_modes():
             module.lora.inject(model, 0)
     allot(model)
-    scorer = Scorer(model, chunk_size=module.chunk_size)
+    scorer = Scorer(model, chunk_size=chunk_of(module.chunk_size, rows_of_head(model), job))
     scorer.shares = may_share(scorer, sharding)
     if module.lora is not None:
         leave_base_out(scorer)
@@ -93,12 +94,15 @@ def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Score
     return scorer if sharding is None else sharding.shard(scorer)
 
 
-def plain_model(module: KDRLModule, job: Job) -> Any:
-    """Return the student's model without adapters, with weights that have no numbers."""
-    return allot(student_config_model(module, job))
+def plain_model(module: KDRLModule, job: Job, dtype: torch.dtype | None = None) -> Any:
+    """Return the student's model without adapters, with weights that have no numbers.
+
+    They are of the type ``dtype``; None takes the student's.
+    """
+    return allot(student_config_model(module, job, dtype))
 
 
-def student_config_model(module: KDRLModule, job: Job) -> Any:
+def student_config_model(module: KDRLModule, job: Job, dtype: torch.dtype | None = None) -> Any:
     """Return the student's model on the ``meta`` device, as its configuration describes it."""
     double = torch.float64 if job.precision == "64-true" else torch.float32
     config = config_of(model_path(module.student_source), job.model_configs)
@@ -107,7 +111,7 @@ def student_config_model(module: KDRLModule, job: Job) -> Any:
         text.num_hidden_layers = job.depth
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: job.depth]
-    return weightless(config, double)
+    return weightless(config, dtype or double, module.trunk)
 
 
 def depth_of(module: KDRLModule, job: Job) -> int | None:
@@ -125,20 +129,34 @@ def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) ->
     own = getattr(config, "dtype", None) or torch.float32
     chosen = own if teacher.dtype == "auto" else teacher.dtype
     dtype = chosen if isinstance(chosen, torch.dtype) else getattr(torch, chosen)
-    model = allot(weightless(config, dtype).requires_grad_(False))
-    scorer = Scorer(model, chunk_size=teacher.chunk_size)
+    model = allot(weightless(config, dtype, teacher.trunk).requires_grad_(False))
+    scorer = Scorer(model, chunk_size=chunk_of(teacher.chunk_size, rows_of_head(model), job))
     scorer.shares = may_share(scorer, sharding)
     return scorer if sharding is None else sharding.shard(scorer)
 
 
-def weightless(config: Any, dtype: torch.dtype) -> Any:
-    """Return a transformers model of a configuration on the ``meta`` device."""
+def chunk_of(given: int | None, vocabulary: int, job: Job) -> int:
+    """Return the rows of a chunk of logits on the device of the run."""
+    return given or auto_chunk_size(vocabulary, "cuda" if job.on_gpu else "cpu")
+
+
+def rows_of_head(model: Any) -> int:
+    """Return the rows of a model's head."""
+    return len(model.get_output_embeddings().weight)
+
+
+def weightless(config: Any, dtype: torch.dtype, trunk: Trunk = Trunk()) -> Any:
+    """Return a transformers model of a configuration on the ``meta`` device.
+
+    Flash kernels of other packages keep what torch's own keeps, which stands in for them.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with _disable_current_modes(), no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
+    trunk.prepare(model)
     keep_soft_caps(model)
     keep_precision(model)
     return model.eval()

@@ -8,10 +8,19 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from kdrl_lightning.hardware.planning.cards import Card
+from kdrl_lightning.hardware.planning.engine import (
+    awake,
+    decoding,
+    pushing,
+    sampling,
+    with_cache,
+)
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.models import depth_of, local_teachers
 from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
+from kdrl_lightning.hardware.planning.shapes import config_of
+from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 
 # What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
@@ -123,10 +132,12 @@ def plan(
         module = KDRLModule("Qwen/Qwen3-0.6B", GRPO())
         plan(module, Job(RolloutSettings(max_tokens=2048)), memory=80e9).fits
     """
-    usable = memory
-    if memory is not None and job.on_gpu:
-        usable = (memory - CONTEXT) / (1 + GAPS)
+    usable = usable_of(job, memory)
     made = at_full_depth(module, job, lambda run: _counted(run, memory, bool(cards)))
+    config = config_of(model_path(module.student_source), job.model_configs)
+    sample, *others = made.phases
+    held = with_cache(sample.parts, made.decoded, config, job, usable)
+    made = replace(made, phases=[Phase("sample", held), *others])
     largest = None if usable is None else _largest(made, job, usable)
     found = Plan(
         made.phases,
@@ -144,6 +155,13 @@ def plan(
     return replace(found, cures=cures(module, job, memory, found))
 
 
+def usable_of(job: Job, memory: float | None) -> float | None:
+    """Return the bytes of a device that tensors can take."""
+    if memory is None or not job.on_gpu:
+        return memory
+    return (memory - CONTEXT) / (1 + GAPS)
+
+
 @dataclass(frozen=True)
 class Counted:
     """What one rehearsal counts; every number is a line in the student's layers.
@@ -152,6 +170,7 @@ class Counted:
         phases: with the largest micro-batch.
         other: ``score`` and ``update`` with a micro-batch of another size, ``other_tokens(job)``.
         work: operations and sizes, for seconds.
+        decoded: bytes to decode some completions; see ``decoding``.
     """
 
     phases: list[Phase]
@@ -159,6 +178,7 @@ class Counted:
     checkpoint: float
     head: float
     work: Work
+    decoded: list[float]
 
 
 def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Counted]) -> Counted:
@@ -197,16 +217,18 @@ def _line(one: Any, two: Any, steps: float) -> Any:
 
 
 def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
-    job, awake = run.job, _awake(run, memory)
-    sample, push, step = _sample(run, memory), _push(run), _step(run, awake)
-    score, update = _of_tokens(run, job.largest_micro_batch, awake)
+    job, waiting = run.job, awake(run, memory)
+    sample = Phase("sample", sampling(run, memory))
+    push, step = Phase("push", pushing(run)), _step(run, waiting)
+    score, update = _of_tokens(run, job.largest_micro_batch, waiting)
     other = other_tokens(job)
     return Counted(
         [sample, score, update, step, push],
-        [] if other is None else list(_of_tokens(run, other, awake)),
+        [] if other is None else list(_of_tokens(run, other, waiting)),
         run.checkpoint(),
         run.head_chunk(),
         work_of(run) if timed else NO_WORK,
+        decoding(run),
     )
 
 
@@ -221,75 +243,33 @@ def other_tokens(job: Job) -> int | None:
     return 2 * job.longest if job.rows > 1 else None
 
 
-def _sample(run: Rehearsal, memory: float | None) -> Phase:
-    job, sampler = run.job, run.job.sampler
-    parts: dict[str, float] = dict(run.held)
-    if sampler.kind == "transformers":
-        rows = min(sampler.max_sequences, job.rows * job.rollout.minibatches_per_rollout)
-        if run.student.sharded:
-            parts["engine's copy"] = run.whole_copy()
-        parts["cache and workspace"] = run.sample(max(rows, 1)).peak
-    if sampler.kind == "vllm":
-        parts["engine"] = engine_bytes(run, memory)
-    return Phase("sample", parts)
+def _step(run: Rehearsal, waiting: dict[str, float]) -> Phase:
+    return Phase("step", {**run.held, **waiting, "workspace": run.step().peak})
 
 
-def _push(run: Rehearsal) -> Phase:
-    """Weights go to the engine; a sleeping vLLM has woken its weights, not its cache."""
-    parts: dict[str, float] = dict(run.held)
-    if run.job.sampler.kind == "vllm":
-        parts["engine"] = run.whole_copy(engine_itemsize(run))
-    if run.job.sampler.kind == "transformers" and run.student.sharded:
-        parts["engine's copy"] = run.whole_copy()
-    parts["push buffers"] = run.push().peak
-    return Phase("push", parts)
-
-
-def _step(run: Rehearsal, awake: dict[str, float]) -> Phase:
-    return Phase("step", {**run.held, **awake, "workspace": run.step().peak})
-
-
-def _of_tokens(run: Rehearsal, tokens: int, awake: dict[str, float]) -> tuple[Phase, Phase]:
+def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[Phase, Phase]:
     """Return the phases that depend on the size of a micro-batch."""
     costs = run.score(tokens)
     name, cost = max(costs.items(), key=lambda item: item[1].peak)
     offloaded = run.away if name == "teacher" and not run.student.sharded else 0
-    score = {**run.held, **awake, "offloaded teacher": offloaded, "workspace": cost.peak}
+    fetched = {"next layer": run.next_layer()}
+    score = {
+        **run.held,
+        **waiting,
+        **fetched,
+        "offloaded teacher": offloaded,
+        "workspace": cost.peak,
+    }
     update = run.update(tokens)
     parts = {
         **run.held,
-        **awake,
+        **waiting,
+        **fetched,
+        "gradients": run.held["gradients"] + update.whole,
         "activations": update.kept,
-        "workspace": max(0, update.peak - update.kept),
+        "workspace": max(0, update.peak - update.kept) + run.second_table(),
     }
     return Phase("score", _nonzero(score)), Phase("update", _nonzero(parts))
-
-
-def _awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
-    """Return what the engine holds during updates."""
-    sampler = run.job.sampler
-    if sampler.kind == "vllm" and not sampler.sleep:
-        return {"engine": engine_bytes(run, memory)}
-    if sampler.kind == "transformers" and run.student.sharded:
-        return {"engine's copy": run.whole_copy()}
-    return {}
-
-
-def engine_bytes(run: Rehearsal, memory: float | None) -> float:
-    """Return what vLLM takes while it samples: its part of the card, or weights and cache."""
-    sampler, weights = run.job.sampler, run.whole_copy(engine_itemsize(run))
-    if sampler.cache_bytes is not None:
-        return weights + sampler.cache_bytes
-    if memory is None or not run.job.on_gpu:
-        return float(weights + run.cache_values() * engine_itemsize(run) * run.job.longest)
-    return sampler.share * memory
-
-
-def engine_itemsize(run: Rehearsal) -> int:
-    """Return bytes of a number of vLLM's weights and cache."""
-    name = run.job.sampler.dtype
-    auto = 2 if run.job.on_gpu else 4
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(name, auto)
 
 
 def _largest(made: Counted, job: Job, usable: float) -> int | None:
@@ -348,16 +328,9 @@ def next_change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | N
     if "engine" in made.worst.parts and phase != "sample" and phase != "push" and job.on_gpu:
         text = "--data.rollout_engine.init_args.sleep true"
         return text, replace(job, sampler=replace(sampler, sleep=True))
-    if phase == "sample" and sampler.kind == "transformers" and sampler.max_sequences > 1:
-        parts = made.worst.parts
-        room = made.memory - made.worst.total + parts["cache and workspace"]
-        each = parts["cache and workspace"] / min(
-            sampler.max_sequences, job.rows * job.rollout.minibatches_per_rollout
-        )
-        rows = int(0.95 * room / each)
-        if rows >= 1:
-            text = f"--data.rollout_engine.init_args.max_sequences {rows}"
-            return text, replace(job, sampler=replace(sampler, max_sequences=rows))
+    if phase == "sample" and sampler.max_cached_tokens is not None:
+        text = "--data.rollout_engine.init_args.max_cached_tokens null"
+        return text, replace(job, sampler=replace(sampler, max_cached_tokens=None))
     if phase == "sample" and sampler.kind == "vllm" and sampler.cache_bytes is None:
         share = sampler.share - (made.worst.total - made.memory) / (made.memory * (1 + GAPS))
         share = int(share * 100) / 100 - 0.01

@@ -16,24 +16,23 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.hardware.planning.batches import in_pairs, make_batch
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
 from kdrl_lightning.hardware.planning.models import (
     Weightless,
+    chunk_of,
     frozen_scorer,
     local_teachers,
-    plain_model,
     process_group,
     student_of,
     work_on_lists,
 )
-from kdrl_lightning.losses.logprobs import Head, auto_chunk_size, chosen_logprobs
-from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
+from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding
+from kdrl_lightning.models.sharding import Sharding, decoder_layers
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout.updates import FROZEN_TOKENS
@@ -54,11 +53,13 @@ class Cost:
         peak: bytes above what was held before.
         kept: bytes that the forward pass keeps for the backward pass.
         flops: operations.
+        whole: bytes of gradients that are not reduced yet, beyond a rank's own part of them.
     """
 
     peak: int = 0
     kept: int = 0
     flops: int = 0
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,37 @@ class Rehearsal:
 
     def _update(self, batch: RolloutBatch) -> Cost:
         self._make_gradients()
+        held, whole = self.meter.bytes, 0
+        if self.student.sharded and self.job.accumulate > 1 and not self.job.reduces_each:
+            self.optimizer.zero_grad()
+            self._leave_whole_gradients()
+            whole = self.meter.bytes - held
         before = self.meter.restart()
-        with self._computing():
+        with self.computing():
             out = self.module.training_step(batch, 0)
         kept = self.meter.bytes - before
         out["loss"].backward()
-        cost = Cost(self.meter.peak - before, kept, self.meter.flops)
+        cost = Cost(self.meter.peak - before, kept, self.meter.flops, whole)
         del out
         self.module._found = {}
         self.optimizer.zero_grad()
         return cost
+
+    def _leave_whole_gradients(self) -> None:
+        """Take a small micro-batch as all but the last of a step: FSDP2 reduces no gradient."""
+        units = [m for m in self.student.modules() if isinstance(m, FSDPModule)]
+        for unit in units:
+            unit.set_requires_gradient_sync(False, recurse=False)
+        self._small_backward()
+        for unit in units:
+            unit.set_requires_gradient_sync(True, recurse=False)
+
+    def _small_backward(self) -> None:
+        small = self.filled(make_batch(*WARM_UP, self.job.group, self.rows_of_ids))
+        with self.computing():
+            out = self.module.training_step(small, 0)
+        out["loss"].backward()
+        self.module._found = {}
 
     def trained_flops(self, batch: RolloutBatch) -> int:
         """Return the operations of a filled micro-batch, forward and backward."""
@@ -189,55 +211,6 @@ class Rehearsal:
             pass
         return Cost(self.meter.peak - before)
 
-    def cache_values(self, tokens: int = 64) -> float:
-        """Return how many numbers an engine's cache holds per token of a sequence."""
-        cache = self._filled(self.whole_model(), torch.zeros(1, tokens, dtype=torch.long))
-        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-        return float(sum(part.numel() for part in parts if part is not None) / tokens)
-
-    def sample(self, rows: int) -> Cost:
-        """Decode one token of so many completions that are nearly as long as they may be.
-
-        This is the transformers engine. Its cache grows by a quarter whenever it is full.
-        """
-        job, model = self.job, self.whole_model()
-        end = room = 0
-        while room < job.longest - 1:
-            end = max(room + 1, job.longest_prompt)
-            room = end + SPARE + end // 4
-        before = self.meter.restart()
-        width = job.longest - 1
-        cache = self._filled(model, torch.zeros(1, end, dtype=torch.long))
-        self.meter.restart()  # without the pass over the prompt, which is one row here
-        cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
-        for layer in cache.layers:
-            layer.keys, layer.values = (part[:, :, :width] for part in layer.room)
-        ids = torch.zeros(rows, 1, dtype=torch.long)
-        # Prompts of different lengths have a mask.
-        mask = torch.ones(rows, width + 1, dtype=torch.long)
-        attends = nullcontext() if job.on_gpu else shared_heads_in_place(model)
-        with torch.no_grad(), self._computing(), attends:
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-            logits = logits.float()
-            (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
-        return Cost(self.meter.peak - before, flops=self.meter.flops)
-
-    def _filled(self, model: Any, ids: Tensor) -> Any:
-        cache = growing_cache(model.config.get_text_config())
-        with torch.no_grad(), self._computing():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
-    def whole_model(self) -> Any:
-        """Return the model that an engine of this rank samples from: the student, or a copy."""
-        return plain_model(self.module, self.job) if self.student.sharded else self.student.model
-
     def whole_copy(self, itemsize: int | None = None) -> int:
         """Return bytes of all weights of the student on one device."""
         shapes = {id(p): p for n, p in self.student.model.named_parameters() if "lora_" not in n}
@@ -252,8 +225,8 @@ class Rehearsal:
         """Return bytes of the head's tables for one chunk of logits, forward and backward."""
         weight = self.student.head().weight
         vocabulary, width = weight.shape
-        rows = self.module.chunk_size or auto_chunk_size(vocabulary)
-        dtype = torch.bfloat16 if self.job.precision == "bf16-mixed" else weight.dtype
+        rows = chunk_of(self.module.chunk_size, vocabulary, self.job)
+        dtype = torch.bfloat16 if self.job.mixed else weight.dtype
         hidden = torch.zeros(rows, width, dtype=dtype).requires_grad_()
         table = torch.zeros(vocabulary, width, dtype=dtype)
         ids = torch.zeros(rows, dtype=torch.long)
@@ -262,6 +235,27 @@ class Rehearsal:
         (scores.sum() + entropy.sum()).backward()
         return self.meter.peak - before
 
+    def next_layer(self) -> int:
+        """Return bytes of the layer that FSDP2 fetches on a GPU while another one computes."""
+        if not (self.student.sharded and self.job.on_gpu):
+            return 0
+        models = [self.student.model]
+        if isinstance(self.module.frozen.active, Weightless):
+            models += [scorer.model for scorer in self.module.frozen.active.scorers]
+        sizes = []
+        for model in models:
+            for layer in decoder_layers(model):
+                weights = list(layer.parameters())
+                narrow = self.job.mixed and any(p.requires_grad for p in weights)
+                sizes.append(sum(p.numel() * (2 if narrow else p.element_size()) for p in weights))
+        return max(sizes, default=0)
+
+    def second_table(self) -> int:
+        """Return bytes of a compiled head's second table, which plain torch has no need of."""
+        vocabulary = self.rows_of_ids
+        rows = chunk_of(self.module.chunk_size, vocabulary, self.job)
+        return 4 * rows * vocabulary if self.job.on_gpu else 0
+
     def checkpoint(self) -> int:
         """Return bytes of a checkpoint of all ranks: trained weights and their moments."""
         trained = [p for p in self.student.parameters() if p.requires_grad or not self.module.lora]
@@ -269,8 +263,9 @@ class Rehearsal:
         tensors = [*trained, *(t for t in state if isinstance(t, Tensor))]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def _computing(self) -> Any:
-        return self.module.trainer.precision_plugin.forward_context()
+    def computing(self, plain: bool = False) -> Any:
+        """Return the context of the trainer's precision; ``plain``: without it."""
+        return nullcontext() if plain else self.module.trainer.precision_plugin.forward_context()
 
     def _batch(self, tokens: int) -> RolloutBatch:
         """Return completions with so many tokens, as long as they may be."""
@@ -337,7 +332,7 @@ def rehearse(module: KDRLModule, job: Job) -> Iterator[Rehearsal]:
     shards = process_group(job.ranks) if job.strategy == "fsdp2" else nullcontext()
     with shards as mesh, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        mixed = torch.bfloat16 if job.precision == "bf16-mixed" else None
+        mixed = torch.bfloat16 if job.mixed else None
         sharding = None if mesh is None else Sharding(mesh, mixed)
         with without_numbers() as meter:
             yield _built(module, job, meter, sharding)
@@ -380,12 +375,7 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
         held["ddp's buckets"] = held["gradients"]
     # The first pass fills torch's caches of shapes, whose tensors are no memory of the run.
-    small = run.filled(make_batch(*WARM_UP, job.group, run.rows_of_ids))
-    with run._computing():
-        out = module.training_step(small, 0)
-    out["loss"].backward()
-    del out
-    module._found = {}
+    run._small_backward()
     run.optimizer.zero_grad()
     before = meter.bytes
     run.step()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from kdrl_lightning.engines.cache_budget import GROWTH, SHARE
 from kdrl_lightning.hardware.planning.cards import Card
+from kdrl_lightning.hardware.planning.engine import awake, cache_values
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
 
@@ -12,6 +14,8 @@ from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
 # of a layer's kernels for one token, which no batch makes shorter without CUDA graphs.
 TRAINS, SCORES, READS = 0.4, 0.5, 0.6
 LAUNCHES = 25 * 6e-6
+# Completions that vLLM decodes at once by default: on cards with so much memory, and on others.
+LARGE_CARD, ON_LARGE, ON_OTHERS = 70 * 2**30, 1024, 256
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Work:
         weights: numbers in the student.
         cache: numbers that an engine keeps per token.
         layers: of the student.
+        held: bytes on the card beside what sampling needs.
     """
 
     score: float
@@ -55,17 +60,24 @@ class Work:
     weights: float
     cache: float
     layers: float
+    held: float
 
 
-NO_WORK = Work(0.0, 0.0, 0.0, 0.0, 0.0)
+NO_WORK = Work(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def work_of(run: Rehearsal) -> Work:
     """Count the work of a rollout."""
     job, costs = run.job, run.typical()
     share = job.rows * job.rollout.minibatches_per_rollout / costs.rows
+    held = sum(run.held.values()) + sum(awake(run, None).values())
     return Work(
-        share * costs.score, share * costs.update, run.whole_copy(1), run.cache_values(), run.layers
+        share * costs.score,
+        share * costs.update,
+        run.whole_copy(1),
+        cache_values(run),
+        run.layers,
+        held,
     )
 
 
@@ -80,19 +92,31 @@ def seconds_of(work: Work, job: Job, card: Card) -> Seconds:
 
 def _sampling(work: Work, job: Job, card: Card) -> float:
     """Return seconds to decode a rank's completions: reading weights and cache bounds each step."""
-    sampler = job.sampler
-    graphs = sampler.kind == "vllm"
-    size = 2 if graphs else 4
-    # Without graphs, weights are cast for each token: read, written and read.
-    weights = work.weights * (size if graphs else size + 4)
+    graphs = job.sampler.kind == "vllm"
+    size = 2 if graphs or job.mixed else 4
+    weights = work.weights * size
     each = work.cache * size * (job.longest_prompt + job.typical / 2)
     completions = job.rows * job.rollout.minibatches_per_rollout
-    rows = min(sampler.max_sequences, completions)
-    if graphs and sampler.cache_bytes is None:
-        room = max(sampler.share * card.memory - weights, each)
-        rows = max(1, min(rows, int(room / each)))
+    rows = min(_at_once(work, job, card, size), completions)
     floor = 0.0 if graphs else LAUNCHES * work.layers
     full = max(floor, (weights + rows * each) / (card.bandwidth * READS))
     alone = max(floor, weights / (card.bandwidth * READS))
     steps = completions / rows * job.typical
     return float(steps * full + max(0.0, job.rollout.max_tokens - job.typical) * alone)
+
+
+def _at_once(work: Work, job: Job, card: Card, size: int) -> float:
+    """Return how many completions an engine decodes at once on a card; ``size`` is in bytes."""
+    sampler, value = job.sampler, work.cache * size
+    if sampler.kind == "vllm":
+        large = card.memory > LARGE_CARD and not card.name.startswith("A100")
+        most = sampler.max_sequences or (ON_LARGE if large else ON_OTHERS)
+        room = sampler.cache_bytes or sampler.share * card.memory - work.weights * size
+        tokens = room / value
+        longest = job.longest_prompt + job.typical / 2
+    else:
+        most = sampler.max_sequences or float("inf")
+        tokens = SHARE * (card.memory - work.held) / (GROWTH * value)
+        tokens = sampler.max_cached_tokens or tokens
+        longest = job.longest
+    return max(1, min(most, int(tokens / longest)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from helpers.short_runs import make_data, make_module, make_trainer
 from kdrl_lightning import GRPO, EvalSet
 from kdrl_lightning.engines import VLLMEngine, VLLMServerEngine
+from kdrl_lightning.engines.vllm import engine as starting
 from kdrl_lightning.engines.vllm import process, room
 from kdrl_lightning.engines.vllm import server as servers
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
@@ -91,18 +93,23 @@ def test_a_given_limit_stays(student_folder: str, vllm: list[dict[str, Any]]) ->
 
 
 def test_sequences_at_once_follow_from_the_device(
-    student_folder: str, vllm: list[dict[str, Any]]
+    student_folder: str, vllm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = ModelWeights(load_causal_lm(student_folder), student_folder)
     for most, expected in ((None, 256), (7, 7)):
         with pytest.raises(ConfigurationError):
             VLLMEngine(max_sequences=most).setup(weights, 1, 0)
         assert vllm.pop()["max_num_seqs"] == expected
-    engine = VLLMEngine()
-    engine._options = {}
-    with pytest.raises(Exception):  # noqa: B017 (no GPU here: only the settings matter)
-        engine._start(student_folder, GPU)
-    assert not vllm or "max_num_seqs" not in vllm[0]  # vLLM knows its number for the GPU
+    monkeypatch.setattr(starting, "undisturbed", lambda _: nullcontext("external_launcher"))
+    for most in (None, 7):
+        engine = VLLMEngine(max_sequences=most)
+        engine._options, engine.dtype, engine.context = {}, torch.bfloat16, 40
+        with pytest.raises(ConfigurationError):
+            engine._start(student_folder, GPU)
+        # vLLM knows its numbers for the GPU.
+        settings = vllm.pop()
+        assert settings.get("max_num_seqs") == most
+        assert settings["kv_cache_memory_bytes"] is None and not settings["enforce_eager"]
 
 
 def test_requests_at_once_follow_from_the_students_device(

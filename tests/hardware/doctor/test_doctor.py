@@ -13,7 +13,7 @@ import torch
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import doctor as command
-from kdrl_lightning.hardware.doctor import attention, child, head, several, teacher
+from kdrl_lightning.hardware.doctor import attention, child, head, program, several, teacher
 from kdrl_lightning.hardware.doctor.bench import Bench
 from kdrl_lightning.hardware.doctor.checks import CHECKS, Check, Outcome, run
 from kdrl_lightning.hardware.doctor.findings import (
@@ -59,8 +59,8 @@ def test_every_check_has_a_module() -> None:
 
 
 def test_numbers_are_right_on_this_machine(bench: Bench) -> None:
-    for check in (head, teacher):
-        found = list(check.run(bench))
+    for check in (head.run, teacher.placements):
+        found = list(check(bench))
         assert not failed(iter(found))
         assert any(f.passed for f in found)
 
@@ -230,3 +230,45 @@ def test_column_of_the_newest_run(tmp_path: Path) -> None:
         file.write_text(f"loss/total,other\n{value},\n,3\n")
         os.utime(file, (version, version))
     assert Run(0, "", tmp_path).column("loss/total") == [2.0]
+
+
+def test_a_server_is_started_with_its_key_and_ended(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[SimpleNamespace] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
+            seen.append(SimpleNamespace(command=command, env=env, ended=[]))
+
+        def terminate(self) -> None:
+            seen[-1].ended.append("asked")
+
+        def kill(self) -> None:
+            seen[-1].ended.append("killed")
+
+        def wait(self, limit: float | None = None) -> None:
+            if limit is not None:
+                raise program.subprocess.TimeoutExpired("serve", limit)
+
+    monkeypatch.setattr(program.subprocess, "Popen", Process)
+    with pytest.raises(RuntimeError), program.served(bench, "x", "--teacher", env={"A": "b"}) as at:
+        raise RuntimeError
+    (one,) = seen
+    assert one.command[3:6] == ["serve", "--model", bench.path("few-layers")]
+    assert at.url.endswith(f":{one.command[one.command.index('--port') + 1]}")
+    assert "--teacher" in one.command and one.env["VLLM_API_KEY"] == at.key
+    assert one.env["A"] == "b" and one.ended == ["asked", "killed"]
+
+
+def test_what_a_served_teacher_needs_is_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "placements", lambda _: iter(()))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert list(teacher.run(bench)) == [
+        info("served teacher", "not reached: vLLM is not installed")
+    ]
+    monkeypatch.setattr(several, "fit", lambda *_, **__: Run(0, "", bench.folder))
+    monkeypatch.setattr(several, "one_rank_fails", lambda _: iter(()))
+    assert info("weights by NCCL", "not reached: they need two GPUs") in several.run(bench)

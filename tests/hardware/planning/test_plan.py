@@ -57,7 +57,7 @@ def test_what_is_held_is_the_arithmetic_of_weights(config: str) -> None:
         parts = replace(job(config), strategy=strategy, ranks=ranks)  # type: ignore[arg-type]
         made = plan(module, parts, cards=CARDS)
         shards = ranks if strategy == "fsdp2" else 1
-        held = made.phases[2].parts
+        held = made.phases[3].parts
         for name, size in {
             "student": BYTES,
             "teacher": BYTES / 2,
@@ -66,6 +66,8 @@ def test_what_is_held_is_the_arithmetic_of_weights(config: str) -> None:
             "gradients": BYTES,
         }.items():
             assert held[name] == pytest.approx(size / shards, rel=0.01), (strategy, name)
+        # Of two micro-batches, fsdp2 keeps whole gradients of the first until the second.
+        assert made.phases[2].parts["gradients"] == pytest.approx(BYTES, rel=0.01)
         assert held.get("ddp's buckets", 0) == (BYTES if strategy == "ddp" else 0)
         assert made.checkpoint == pytest.approx(3 * BYTES, rel=1e-3)
     assert not dist.is_initialized() and module.student is None
@@ -122,6 +124,37 @@ def test_every_kind_of_objective_is_planned(config: str, objective: Objective) -
     assert made.phases[2].parts["activations"] > 0 and made.fits
 
 
+def test_eager_attention_keeps_its_squares(config: str) -> None:
+    parts = replace(job(config), rollout=RolloutSettings(8, 4, 200), longest_prompt=100)
+    kept = []
+    for name in ("sdpa", "eager"):
+        with rehearse(KDRLModule("small", GRPO(), attn_implementation=name), parts) as run:
+            kept.append(run.update(parts.longest).kept)
+    squares = 2 * 2 * 300**2 * 4  # two layers of two heads
+    assert 0.9 * squares < kept[1] - kept[0] < 1.1 * squares  # the softmax
+
+
+def rows_at_once(made: Plan) -> float:
+    return made.phases[0].parts["cache and workspace"]
+
+
+def test_the_transformers_engine_fills_half_of_what_is_free_on_a_card(config: str) -> None:
+    module = KDRLModule("small", GRPO())
+    rollout = RolloutSettings(prompts_per_rollout=512, group_size=64, max_tokens=60)
+    card = replace(job(config), rollout=rollout, on_gpu=True, accumulate=1024)
+    made = plan(module, card, 1.222e9, cure=False)
+    usable, held = (1.222e9 - 1.2e9) / 1.04, sum(made.phases[0].parts.values()) - rows_at_once(made)
+    assert 0.25 * (usable - held) < rows_at_once(made) < 0.75 * (usable - held) and made.fits
+    mixed = plan(module, replace(card, precision="bf16-mixed"), 1.222e9, cure=False)
+    assert mixed.phases[0].parts["engine's copy"] == pytest.approx(BYTES / 2, rel=1e-3)
+    fixed = replace(card, sampler=Sampler(max_sequences=8))
+    assert rows_at_once(plan(module, fixed, 1.222e9, cure=False)) < rows_at_once(made) / 10
+    more = replace(card, sampler=Sampler(max_cached_tokens=80 * 32_768))
+    broken = plan(module, more, 1.222e9)
+    assert broken.worst.name == "sample"
+    assert broken.cures == ["--data.rollout_engine.init_args.max_cached_tokens null"]
+
+
 def test_the_largest_micro_batch_is_the_largest_that_fits_and_the_cure(config: str) -> None:
     module, base = KDRLModule("small", GRPO()), replace(job(config), accumulate=1)
     memory = plan(module, base).phases[2].total * 0.7
@@ -154,7 +187,8 @@ def test_each_phase_has_its_cure(config: str) -> None:
     awake = fake_plan("update", engine=40e9)
     assert said(awake, **gpu, sampler=Sampler("vllm")).endswith("sleep true")
     cache = fake_plan("sample", **{"cache and workspace": 64e9})
-    assert said(cache, **gpu, sampler=Sampler(max_sequences=32)).endswith("max_sequences 20")
+    assert said(cache, **gpu, sampler=Sampler(max_cached_tokens=32)).endswith("tokens null")
+    assert said(cache, **gpu, sampler=Sampler()) == ""  # it fills what is free
     assert said(fake_plan("update"), **gpu) == "--model.activation_checkpointing true"
     again = KDRLModule("small", GRPO(), activation_checkpointing=True)
     assert said(fake_plan("update"), again, **gpu) == ""
@@ -198,6 +232,8 @@ def test_the_engines_settings_are_read() -> None:
     assert sampler_of({"class_path": "x.VLLMServerEngine"}, True).kind == "elsewhere"
     own = {"class_path": "TransformersEngine", "init_args": {"max_sequences": 8}}
     assert sampler_of(own, True) == Sampler(max_sequences=8)
+    own["init_args"] = {"max_cached_tokens": 4000}
+    assert sampler_of(own, True) == Sampler(max_cached_tokens=4000)
 
 
 def test_the_command_prints_a_table_and_exits_by_the_verdict(

@@ -1,23 +1,30 @@
 """One rank fails alone while weights are pushed, servers are asked or a teacher scores.
 
-Both ranks run every case and write how it ended: ``python driver.py FOLDER RANK``.
+Both ranks run every case and write how it ended: ``python driver.py FOLDER RANK``. A case after
+which a rank is gone runs in forks of both, which save the imports.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
 
 from helpers.with_vllm.models import make_model
+from kdrl_lightning.distributed import lost_peer
 from kdrl_lightning.engines import VLLMEngine, VLLMServerEngine
+from kdrl_lightning.engines.vllm import engine as starting
 from kdrl_lightning.engines.vllm import hub_names, nccl_transport
 from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute
 from kdrl_lightning.engines.weight_transport import FileRoute
@@ -129,6 +136,31 @@ def teacher_on_one_rank() -> None:
     source._guard(fails_on(1, OSError("the teacher's server is away"), lambda: cast(Any, None)))
 
 
+def killed_in_a_gather() -> None:
+    for number, _ in enumerate(gathered(WEIGHTS_READER)):
+        if RANK == 1 and number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def does_not_start() -> None:
+    """vLLM stops on one rank, and its process ends with it, while the other one goes on."""
+    vllm = ModuleType("vllm")
+    vllm.__spec__ = ModuleSpec("vllm", None)
+    core = SimpleNamespace(
+        apply_model=lambda _: [None], collective_rpc=consume, reset_prefix_cache=lambda: True
+    )
+    vllm.LLM = fails_on(1, ValueError("no memory for a cache"), lambda **_: core)  # type: ignore[attr-defined]
+    sys.modules["vllm"] = vllm
+    starting.classes_kept = lambda: nullcontext(lambda _: None)  # type: ignore[attr-defined]
+    engine = VLLMEngine(max_model_len=16)
+    engine.setup(WEIGHTS, 1, 0)
+    engine.update_weights(WEIGHTS, 1)
+
+
+LAST: dict[str, Callable[[], None]] = {
+    "killed": killed_in_a_gather,
+    "start": does_not_start,
+}
 CASES: dict[str, Callable[[], None]] = {
     "disk full": by_files(OSError(28, "No space left on device")),
     "value in files": by_files(ValueError("a strange tensor")),
@@ -140,15 +172,40 @@ CASES: dict[str, Callable[[], None]] = {
     "teacher": teacher_on_one_rank,
 }
 
+
+def join(name: str) -> None:
+    store = distributed.FileStore(str(FOLDER / name), 2)
+    distributed.init_process_group("gloo", store=store, rank=RANK, world_size=2)
+
+
+def forked(case: str, run: Callable[[], None]) -> list[Any]:
+    """Run a case in a process of its own; return its seconds and words, "" if it was killed."""
+    started, file = time.monotonic(), FOLDER / f"{RANK} {case}"
+    process = os.fork()
+    if process == 0:
+        try:
+            join(f"store {case}")
+            run()
+            words = "no error"
+        except Exception as error:  # as the program reports it
+            lost = lost_peer(error)
+            words = f"{type(error).__name__}: {error}" if lost is None else str(lost)
+        file.write_text(words)
+        os._exit(0)
+    os.waitpid(process, 0)
+    words = file.read_text() if file.exists() else ""
+    return [time.monotonic() - started, words]
+
+
 if __name__ == "__main__":
     FOLDER, RANK = Path(sys.argv[1]), int(sys.argv[2])
-    store = distributed.FileStore(str(FOLDER / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=RANK, world_size=2)
     MODEL = make_model("qwen2", 0)
     VOCAB = MODEL.config.vocab_size
     WEIGHTS = ModelWeights(MODEL, "student")
+    WEIGHTS_READER = SimpleNamespace(_model=MODEL)
     hub_names.HubWeights.tensors = gathered  # type: ignore[method-assign]
-    ended = {}
+    ended = {case: forked(case, run) for case, run in LAST.items()}
+    join("store")
     for case, run in CASES.items():
         started = time.monotonic()
         try:

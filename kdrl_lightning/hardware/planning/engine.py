@@ -1,0 +1,174 @@
+"""Memory of the engine on a trainer's card: while it samples, takes weights, and waits."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_lightning.engines.cache_budget import CPU_BYTES, SHARE, CacheBudget
+from kdrl_lightning.engines.shared_heads import shared_heads_in_place
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.models import plain_model
+from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal
+from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
+
+# `Any`: models and caches of transformers share no typed base.
+
+# Completions that the transformers engine decodes at once, if no memory is given to fill.
+UNBOUNDED = 256
+# Completions with which decoding is counted.
+DECODED = 2, 4
+
+
+def copies(run: Rehearsal) -> bool:
+    """Return whether the transformers engine samples from a copy of the student."""
+    return run.job.sampler.kind == "transformers" and (run.student.sharded or run.job.mixed)
+
+
+def copy_bytes(run: Rehearsal) -> float:
+    """Return the size of that copy, in the type that the trainer computes in."""
+    return run.whole_copy(2 if run.job.mixed else None)
+
+
+def awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
+    """Return what the engine holds during updates."""
+    sampler = run.job.sampler
+    if sampler.kind == "vllm" and not sampler.sleep:
+        return {"engine": engine_bytes(run, memory)}
+    return {"engine's copy": copy_bytes(run)} if copies(run) else {}
+
+
+def sampling(run: Rehearsal, memory: float | None) -> dict[str, float]:
+    """Return what is held while completions are sampled, without the transformers engine's cache.
+
+    Args:
+        run: the rehearsal.
+        memory: bytes of a device; None if unknown.
+    """
+    parts: dict[str, float] = dict(run.held)
+    if run.job.sampler.kind == "vllm":
+        parts["engine"] = engine_bytes(run, memory)
+    return parts | (awake(run, memory) if run.job.sampler.kind == "transformers" else {})
+
+
+def decoding(run: Rehearsal) -> list[float]:
+    """Return bytes to decode so many completions as ``DECODED`` says; else none are needed."""
+    if run.job.sampler.kind != "transformers":
+        return []
+    return [float(decode(run, rows).peak) for rows in DECODED]
+
+
+def with_cache(
+    parts: dict[str, float], decoded: list[float], config: Any, job: Job, usable: float | None
+) -> dict[str, float]:
+    """Add the transformers engine's cache, for as many completions as it decodes at once.
+
+    Args:
+        parts: what is held beside it.
+        decoded: see ``decoding``; memory is a line in the completions.
+        config: configuration of the whole student.
+        job: settings of the run.
+        usable: bytes that tensors can take; None if unknown.
+    """
+    if not decoded:
+        return parts
+    slope = (decoded[1] - decoded[0]) / (DECODED[1] - DECODED[0])
+    rows = rows_at_once(job, config, usable, sum(parts.values()))
+    return parts | {"cache and workspace": decoded[0] + slope * (rows - DECODED[0])}
+
+
+def pushing(run: Rehearsal) -> dict[str, float]:
+    """Return what is held while the engine takes weights; of a sleeping vLLM only these."""
+    parts: dict[str, float] = dict(run.held)
+    if run.job.sampler.kind == "vllm":
+        parts["engine"] = run.whole_copy(engine_itemsize(run))
+    parts |= {"engine's copy": copy_bytes(run)} if copies(run) else {}
+    parts["push buffers"] = run.push().peak
+    return parts
+
+
+def rows_at_once(job: Job, config: Any, usable: float | None, held: float) -> int:
+    """Return how many of the longest completions the transformers engine decodes at once."""
+    sampler, vocabulary = job.sampler, int(config.get_text_config().vocab_size)
+    every = max(1, job.rows * job.rollout.minibatches_per_rollout)
+    if job.on_gpu and usable is None and sampler.max_cached_tokens is None:
+        return min(every, sampler.max_sequences or UNBOUNDED)
+    free = SHARE * max(0.0, (usable or 0.0) - held) if job.on_gpu else CPU_BYTES
+    budget = CacheBudget(sampler.max_cached_tokens, sampler.max_sequences)
+    dtype = torch.bfloat16 if job.mixed else torch.float32
+    (rows,) = budget.rows_in(free, config, dtype, vocabulary, [job.longest], not job.on_gpu)
+    return min(every, rows)
+
+
+def engine_bytes(run: Rehearsal, memory: float | None) -> float:
+    """Return what vLLM takes while it samples: its part of the card, or weights and cache."""
+    sampler, weights = run.job.sampler, run.whole_copy(engine_itemsize(run))
+    if sampler.cache_bytes is not None:
+        return weights + sampler.cache_bytes
+    if memory is None or not run.job.on_gpu:
+        return float(weights + cache_values(run) * engine_itemsize(run) * run.job.longest)
+    return sampler.share * memory
+
+
+def engine_itemsize(run: Rehearsal) -> int:
+    """Return bytes of a number of vLLM's weights and cache."""
+    auto = 2 if run.job.on_gpu else 4
+    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(run.job.sampler.dtype, auto)
+
+
+def cache_values(run: Rehearsal, tokens: int = 64) -> float:
+    """Return how many numbers an engine's cache holds per token of a sequence."""
+    cache = _filled(run, whole_model(run), torch.zeros(1, tokens, dtype=torch.long))
+    parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    return float(sum(part.numel() for part in parts if part is not None) / tokens)
+
+
+def whole_model(run: Rehearsal) -> Any:
+    """Return the model that an engine of this rank samples from: the student, or a copy."""
+    if not (run.student.sharded or run.job.mixed):
+        return run.student.model
+    return plain_model(run.module, run.job, torch.bfloat16 if run.job.mixed else None)
+
+
+def decode(run: Rehearsal, rows: int) -> Cost:
+    """Decode one token of so many completions that are nearly as long as they may be.
+
+    This is the transformers engine. Its cache grows by a quarter whenever it is full.
+    """
+    job, model, meter = run.job, whole_model(run), run.meter
+    end = room = 0
+    while room < job.longest - 1:
+        end = max(room + 1, job.longest_prompt)
+        room = end + SPARE + end // 4
+    before = meter.restart()
+    width = job.longest - 1
+    cache = _filled(run, model, torch.zeros(1, end, dtype=torch.long))
+    meter.restart()  # without the pass over the prompt, which is one row here
+    cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+    for layer in cache.layers:
+        layer.keys, layer.values = (part[:, :, :width] for part in layer.room)
+    ids = torch.zeros(rows, 1, dtype=torch.long)
+    # Prompts of different lengths have a mask.
+    mask = torch.ones(rows, width + 1, dtype=torch.long)
+    attends = nullcontext() if job.on_gpu else shared_heads_in_place(model)
+    with torch.no_grad(), run.computing(job.mixed), attends:
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        logits = logits.float()
+        (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1, dtype=torch.float64)
+    return Cost(meter.peak - before, flops=meter.flops)
+
+
+def _filled(run: Rehearsal, model: Any, ids: Tensor) -> Any:
+    cache = growing_cache(model.config.get_text_config())
+    with torch.no_grad(), run.computing(run.job.mixed):
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
