@@ -1527,8 +1527,14 @@ MUTATIONS = [
     Mutation(
         "loading: padding is not tried",
         VERIFIED,
-        "if close(found, wanted, _kind(scorer)):",
+        "if close(found, wanted, _kind(scorer), spread):",
         "if True:",
+    ),
+    Mutation(
+        "loading: a little of later tokens is nothing",
+        VERIFIED,
+        "max(ROUNDING, past * MOST_OF_PAST)",
+        "BOUND",
     ),
     Mutation(
         "loading: attention is not compared", VERIFIED, "if keep_soft_caps(model):", "if False:"

@@ -15,6 +15,7 @@ from helpers.moe_models import save as save_moe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_used
 from kdrl_lightning.models.architectures.reading import reading
+from kdrl_lightning.models.architectures.values import check_floats
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
     ModelSource,
@@ -96,6 +97,27 @@ BROKEN = {
         "config.json",
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         r"and bitsandbytes needs more: .+ or name the folder of the unquantized model\.",
+    ),
+    "two methods": (
+        "config.json",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "load_in_4bit": True}},
+        r"not name gptq in its `quantization_config` together with `load_in_4bit`, which means "
+        r"bitsandbytes: .+ Remove `load_in_4bit` from config.json, or name the folder of the unq",
+    ),
+    "gptq": (
+        "config.json",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        r"and gptq needs more: got (?!.*bitsandbytes).+ Install what the error asks for, or name",
+    ),
+    "no method": (
+        "config.json",
+        {"quantization_config": {"bits": 4}},
+        r"name the `quant_method` of its `quantization_config`: .+ Add it to config.json, or name",
+    ),
+    "half a method": (
+        "config.json",
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        r"hold a `quantization_config` that transformers can use for compressed-tensors: .+ Correc",
     ),
     "an unknown activation": (
         "config.json",
@@ -389,3 +411,45 @@ def test_a_quantized_student_is_refused(kind, student_folder, monkeypatch):
     )
     with pytest.raises(ConfigurationError, match=words):
         load_scorer("here", torch.float32)
+
+
+def rounded(folder: str, path: Path, kind: torch.dtype) -> str:
+    """A copy whose matrices are in an integer type, without any word about it."""
+    shutil.copytree(folder, path)
+    file = path / "model.safetensors"
+    weights = {
+        name: (value / value.abs().max() * 100).round().to(kind) if value.dim() > 1 else value
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_whole_numbers_are_no_weights(dtype, student_folder, tmp_path):
+    path = rounded(student_folder, tmp_path / "int8", torch.int8)
+    words = (
+        rf"^the weights of `{path}` must be floats: got whole numbers in model\.\S+, as files of "
+        r"quantized models hold them, and no `quantization_config` that transformers knows\. Add"
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        load_scorer(path, dtype, frozen=True)
+    config = Path(path, "config.json")
+    unknown = {"quantization_config": {"quant_method": "ours"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | unknown))
+    with pytest.raises(ConfigurationError, match=words):
+        load_scorer(path, dtype, frozen=True)
+
+
+def test_constant_and_ternary_weights_are_floats(student_folder, monkeypatch):
+    model = load_causal_lm(student_folder)
+    with torch.no_grad():
+        layer = model.model.layers[0].mlp.up_proj.weight
+        layer.copy_(layer.sign())
+        model.model.norm.weight.fill_(3.0)
+    check_floats(model, "here")
+    layer.data.mul_(torch.arange(8).repeat(layer.numel() // 8).view_as(layer))
+    with pytest.raises(ConfigurationError, match=r"got whole numbers in model\.layers\.0\.ml"):
+        check_floats(model, "here")
+    model.hf_quantizer = object()  # transformers unpacks them
+    check_floats(model, "here")
