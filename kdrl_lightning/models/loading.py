@@ -201,7 +201,7 @@ def frozen_names(model: HFModel) -> set[str]:
 def _is_valid(generation: HFConfig) -> bool:
     try:
         generation.validate(strict=True)
-    except ValueError:
+    except Exception:  # a text in place of a number is a TypeError
         return False
     return True
 

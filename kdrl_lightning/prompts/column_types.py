@@ -10,7 +10,7 @@ from typing import Any
 # `Any` in this file: features of `datasets`, and values of a row.
 
 DIGITS, BLOCK = 16, 1 << 20
-LONG = re.compile(rb"(?<![\d.])[0-9]{%d}" % DIGITS)
+LONG = re.compile(rb"[:,\[\s]-?[0-9]{%d}" % DIGITS)  # not inside of a text like "id-123"
 
 
 def has_times(features: Any) -> bool:
@@ -29,7 +29,7 @@ def has_long_numbers(file: Path) -> bool:
         while part := opened.read(BLOCK):
             if LONG.search(before + part):
                 return True
-            before = part[-DIGITS:]
+            before = part[-DIGITS - 1 :]
     return False
 
 

@@ -221,13 +221,16 @@ def _read(datasets: Any, file: Path, split: str, streaming: bool) -> Any:
     if reader == "csv":
         texts = text_columns(file)
         given |= {"converters": dict.fromkeys(texts, str)} if texts else {}
+        given |= {"keep_default_na": False, "na_values": [""]}
     if reader != "json":
         return datasets.load_dataset(reader, streaming=streaming, **given)
-    rows = datasets.load_dataset(reader, **given)  # nothing to download
-    # The library turns texts that look like dates into times, and long whole numbers into floats.
-    changed = "dates" if has_times(rows.features) else "long numbers"
-    if changed != "dates" and not has_long_numbers(file):
-        return rows
+    # The library turns long whole numbers into floats, and texts that look like dates into times.
+    changed = "long numbers"
+    if not has_long_numbers(file):
+        rows = datasets.load_dataset(reader, **given)  # nothing to download
+        changed = "dates"
+        if not has_times(rows.features):
+            return rows
     if split != "train":
         raise ConfigurationError(
             f"`split` must be train for a JSON file with {changed}: got {split} of {file}. Use "

@@ -124,6 +124,11 @@ BROKEN = {
         {"hidden_act": "foo"},
         r"that transformers can load: .+ Correct `foo` in its files",
     ),
+    "half a rotary embedding": (
+        "config.json",
+        {"rope_scaling": {"rope_type": "yarn"}},
+        r"that transformers can load: .+ Correct its config\.json",
+    ),
     "an unknown dtype": (
         "config.json",
         {"dtype": "float99"},
@@ -241,6 +246,7 @@ REFUSED = [
     {"num_beams": 1, "num_return_sequences": 3, "temperature": 0.2},
     {"max_new_tokens": -5},
     {"early_stopping": "sometimes"},
+    {"max_new_tokens": "20"},
 ]
 
 

@@ -50,9 +50,7 @@ def test_a_number_of_a_csv_counts_as_it_is_written(tmp_path: Path, cells: list[s
 def test_a_word_of_a_csv_is_no_empty_cell(tmp_path: Path, word: str) -> None:
     path = tmp_path / "x.csv"
     path.write_text(f"prompt,answer,n\nq,{word},1\nr,5,2\ns,,3\n")
-    words = (
-        rf"^the column `answer` of .*x\.csv has the text '{word}', which counts as this t"
-    )
+    words = rf"^the column `answer` of .*x\.csv has the text '{word}', which counts as this t"
     with pytest.warns(UserWarning, match=words):
         found = rows(HFPrompts(str(path)))
     assert [row["answer"] for row in found[:2]] == [word, "5"]
@@ -79,9 +77,9 @@ def test_a_long_number_of_a_json_file_keeps_its_digits(
 def test_a_long_number_is_found_where_two_blocks_meet(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     for place in range(BLOCK - 18, BLOCK + 2):
-        file.write_bytes(b" " * place + b"1234567890123456" + b" " * 9)
+        file.write_bytes(b" " * place + b"-1234567890123456" + b" " * 9)
         assert has_long_numbers(file)
-    file.write_bytes(b"0.1234567890123456 123456789012345")
+    file.write_bytes(b'0.1234567890123456 123456789012345 "1234567890123456"')
     assert not has_long_numbers(file)
 
 

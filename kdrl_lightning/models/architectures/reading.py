@@ -159,7 +159,7 @@ def _of_weights(folder: Path, error: Exception) -> tuple[str, str]:
             return f"hold all files that {index.name} names, and {absent[0]} is missing", AGAIN
     if isinstance(error, SafetensorError | UnpicklingError | EOFError):
         return "hold whole files of weights", AGAIN
-    known = isinstance(error, KeyError) and isinstance(error.args[0], str)
+    known = isinstance(error, KeyError) and str(error.args[0]).replace("_", "").isalnum()
     what = f"`{error.args[0]}` in its files" if known else "its config.json"
     return "be one that transformers can load", f"Correct {what}, or download the model again."
 
