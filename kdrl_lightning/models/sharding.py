@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_trainable, check_used
 from kdrl_lightning.models.architectures.reached import freeze, unreached
-from kdrl_lightning.models.architectures.values import check_finite, check_floats
+from kdrl_lightning.models.architectures.values import check_finite, check_floats, check_stored
 from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.models.lora import LoRA, leave_base_out
 from kdrl_lightning.models.scorer import Scorer
@@ -176,7 +176,9 @@ def _from_slices(
             files = WeightFiles(folder)
             found = sources(model, files)
     if found is not None:
-        check_used(model, files.names - set(found.values()), path)
+        unread = files.names - set(found.values())
+        check_used(model, unread, path)
+        check_stored(model, folder, unread, path)
     if found is None:
         warnings.warn(
             f"the weights of {path} cannot be read in parts (no safetensors under the model's "

@@ -15,7 +15,7 @@ from helpers.moe_models import save as save_moe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_used
 from kdrl_lightning.models.architectures.reading import reading
-from kdrl_lightning.models.architectures.values import check_floats
+from kdrl_lightning.models.architectures.values import check_floats, check_stored
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
     ModelSource,
@@ -435,7 +435,7 @@ def rounded(folder: str, path: Path, kind: torch.dtype) -> str:
 def test_whole_numbers_are_no_weights(dtype, student_folder, tmp_path):
     path = rounded(student_folder, tmp_path / "int8", torch.int8)
     words = (
-        rf"^the weights of `{path}` must be floats: got whole numbers in model\.\S+, as files of "
+        rf"^the weights of `{path}` must be floats: got whole numbers in \S+, as files of "
         r"quantized models hold them, and no `quantization_config` that transformers knows\. Add"
     )
     with pytest.raises(ConfigurationError, match=words):
@@ -445,6 +445,33 @@ def test_whole_numbers_are_no_weights(dtype, student_folder, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | unknown))
     with pytest.raises(ConfigurationError, match=words):
         load_scorer(path, dtype, frozen=True)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("which", ["q_proj.weight", "q_proj.bias"])
+def test_an_integer_type_in_a_file_is_no_weight(form, which, student_folder, tmp_path):
+    path = tmp_path / "cut"
+    shutil.copytree(student_folder, path)
+    weights = load_file(path / "model.safetensors")
+    name = next(n for n in weights if n.endswith(which))
+    weights[name] = weights[name].to(torch.int8)  # all zero
+    if form == "bin":
+        (path / "model.safetensors").unlink()
+        torch.save(weights, path / "pytorch_model.bin")
+    else:
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=f"must be floats: got whole numbers in {name}"):
+        load_causal_lm(str(path))
+
+
+def test_integers_of_buffers_are_no_weights(student_folder, tmp_path):
+    model, found = load_causal_lm(student_folder), {"model.layers.0.mask": torch.ones(2).bool()}
+    save_file({**found, "lm_head.weight": torch.ones(1).char()}, tmp_path / "model.safetensors")
+    check_stored(model, tmp_path, ["lm_head.weight"], "here")
+    with pytest.raises(ConfigurationError, match=r"got whole numbers in lm_head\.weight"):
+        check_stored(model, tmp_path, [], "here")
+    model.hf_quantizer = object()
+    check_stored(model, tmp_path, [], "here")
 
 
 def test_constant_and_ternary_weights_are_floats(student_folder, monkeypatch):

@@ -44,6 +44,16 @@ def shard(sharding: Sharding, model: Any, **settings: Any) -> Scorer:
     return sharding.shard(Scorer(copy.deepcopy(model)), **settings)
 
 
+def test_integers_in_a_file_are_no_weights_of_a_sharded_model(sharding, student_folder, tmp_path):
+    path = tmp_path / "cut"
+    shutil.copytree(student_folder, path)
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].char()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"got whole numbers in model\.norm\.weight"):
+        load_scorer(str(path), "auto", sharding, frozen=True)
+
+
 def test_constants_of_a_sharded_model_are_moved_for_a_comparison_and_restored(sharding):
     model, batch = build("Qwen2ForCausalLM"), rollout()
     plain, spread = Scorer(model), shard(sharding, model)

@@ -1,17 +1,20 @@
-"""Checks of the values of weights, whatever file they came from."""
+"""Checks of the values of weights, and of their types in the files that they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.untyped import HFModel
 
+INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # of safetensors
 LOOKED_AT = 4096  # values of a tensor
 FEW = 4  # a constant, a mask or ternary weights have no more different values
 
@@ -38,9 +41,48 @@ def check_floats(model: HFModel, path: str) -> None:
     Raises:
         ConfigurationError: on all ranks, with the name of the first such tensor.
     """
+    if getattr(model, "hf_quantizer", None) is None:
+        _refuse(first_with(model, is_whole), path)
+
+
+def check_stored(model: HFModel, folder: Path, unread: Collection[str], path: str) -> None:
+    """Refuse a model some of whose weights are of an integer type in their file.
+
+    Buffers may be, e.g. masks and positions.
+
+    Args:
+        model: the loaded model.
+        folder: folder of its files.
+        unread: names in the files that it did not use.
+        path: folder or hub name of the model, for messages.
+
+    Raises:
+        ConfigurationError: the file holds integers for a weight.
+    """
     if getattr(model, "hf_quantizer", None) is not None:
         return
-    name = first_with(model, is_whole)
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    start = f"{model.base_model_prefix}."
+    for name in sorted(set(integers_in(folder)) - set(unread)):
+        # Files of fused experts have other names than the model.
+        renamed = name.endswith(".weight")
+        if renamed or {name, start + name, name.removeprefix(start)} & known:
+            _refuse(name, path)
+
+
+def integers_in(folder: Path) -> Iterator[str]:
+    """Yield the names of a folder's tensors of an integer type."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if opened.get_slice(name).get_dtype() in INTEGERS:
+                    yield name
+    for file in folder.glob("pytorch_model*.bin"):
+        held = torch.load(file, map_location="meta", weights_only=True)
+        yield from (name for name, tensor in held.items() if not tensor.is_floating_point())
+
+
+def _refuse(name: str | None, path: str) -> None:
     if name is not None:
         raise ConfigurationError(
             f"the weights of `{path}` must be floats: got whole numbers in {name}, as files of "
