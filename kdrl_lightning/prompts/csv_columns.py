@@ -18,10 +18,10 @@ NUMBER = re.compile(
     r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?inf(?:inity)?", re.I
 )
 # As Python writes whole numbers; a float64 holds all of 15 digits.
+WHOLE = re.compile(r"-?[1-9][0-9]{0,14}|0")
 # What pandas takes for a missing value, besides an empty cell.
 MISSING = {"None", "null", "NULL", "nan", "NaN", "-nan", "-NaN", "NA", "N/A", "n/a", "<NA>"}
 MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
-WHOLE = re.compile(r"-?[1-9][0-9]{0,14}|0")
 
 
 def text_columns(path: Path) -> list[str]:
@@ -47,7 +47,9 @@ def text_columns(path: Path) -> list[str]:
                     f"got {len(cells)}. Put quotes around a text that contains a comma."
                 )
             found.update(i for i, cell in enumerate(cells) if i not in found and _is_lossy(cell))
-            words = {**{i: c for i, c in enumerate(cells) if c in MISSING}, **words}
+            for i, cell in enumerate(cells):
+                if cell in MISSING:
+                    words.setdefault(i, cell)
     except (csv.Error, UnicodeDecodeError):  # the dataset's reader raises a better error later
         return []
     for i, word in words.items():

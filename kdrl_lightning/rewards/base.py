@@ -153,7 +153,8 @@ def _judged(reward: Reward, samples: Sequence[Sample]) -> Sequence[Any]:
 @contextmanager
 def working_folder_kept() -> Iterator[None]:
     """Return to the working folder, which a reward may leave; a run's own paths start there."""
-    here = os.open(".", os.O_RDONLY)
+    # Linux can hold a folder that its user may not list.
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
     try:
         yield
     finally:
