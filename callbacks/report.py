@@ -24,6 +24,7 @@ from kdrl_lightning.trainer.end_of_run import (
     student_bytes,
     write_or_warn,
 )
+from kdrl_lightning.trainer.limits import nothing_trained
 from kdrl_lightning.trainer.monitors import (
     check_logged,
     check_monitors,
@@ -77,6 +78,7 @@ class RunReport(RolloutCallback):
         self.teacher_accuracy: float | None = None
         self._latest: dict[str, float] = {}
         self._saved = self._checked = False
+        self._first_step: int | None = None  # None: the training loop has not started
         self._train_seconds = self._batch_started = 0.0
         self._started = time.perf_counter()
 
@@ -88,6 +90,7 @@ class RunReport(RolloutCallback):
             self._latest = {}
             self._train_seconds = 0.0
             self._saved = False
+            self._first_step = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reserve the run folder, and check now what could fail at the end."""
@@ -103,7 +106,7 @@ class RunReport(RolloutCallback):
         A resumed run has both values from its checkpoint.
         """
         module = trained(pl_module)
-        self._checked = False
+        self._checked, self._first_step = False, trainer.global_step
         warn_of_late_validation(trainer)
         if self.accuracy and trainer.ckpt_path:
             return
@@ -181,6 +184,8 @@ class RunReport(RolloutCallback):
         file = folder / "curves.png"
         write_or_warn(file, lambda: plot_curves(file, self.curves, accuracy, summary))
         print(_table(summary, folder))
+        if self._first_step in (None, trainer.global_step):
+            print(f"nothing was trained: {nothing_trained(trainer)}.", flush=True)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -18,6 +18,7 @@ from kdrl_lightning.errors import (
 )
 
 LONGEST = 1000
+FIRST_S = 2.0  # for the first process, to report Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -147,7 +148,7 @@ def run_export(args: Sequence[str]) -> None:
 
 def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
     words = str(error) or "stopped by Ctrl-C: nothing was saved."
-    _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error)
+    _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error, FIRST_S)
 
 
 def _ctrl_c_behind(error: BaseException | None) -> KeyboardInterrupt | None:
@@ -171,19 +172,21 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
     return error
 
 
-def _first_to_say(words: str) -> bool:
+def _first_to_say(words: str, waits_s: float) -> bool:
     if "torch" not in sys.modules:  # no process group either
         return True
     from kdrl_lightning.distributed import first_to_say
 
-    return first_to_say(words)
+    return first_to_say(words, waits_s)
 
 
-def _exit(error: Exception, code: int, cause: BaseException | None = None) -> NoReturn:
+def _exit(
+    error: Exception, code: int, cause: BaseException | None = None, waits_s: float = 0.0
+) -> NoReturn:
     words = " ".join(str(error).split())
     if len(words) > LONGEST:  # a value may be a whole file
         words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
-    if _first_to_say(words):
+    if _first_to_say(words, waits_s):
         print(f"error: {words}", file=sys.stderr)
     raise SystemExit(code) from cause or error
 

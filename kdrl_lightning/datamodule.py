@@ -36,12 +36,7 @@ from kdrl_lightning.rollout.rollouts import RolloutSource
 from kdrl_lightning.rollout.settings import RolloutSettings, TeacherCompletions
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
-from kdrl_lightning.trainer.checks import (
-    check_micro_batches,
-    check_steps,
-    longest_that_fits,
-    overfit_rollouts,
-)
+from kdrl_lightning.trainer.checks import check_micro_batches, check_steps, longest_that_fits
 from kdrl_lightning.trainer.group_checks import (
     check_completions,
     check_groups,
@@ -49,6 +44,7 @@ from kdrl_lightning.trainer.group_checks import (
     check_policy,
     check_teacher_completions,
 )
+from kdrl_lightning.trainer.limits import check_evaluated_batches, overfit_rollouts
 from kdrl_lightning.trainer.strategies import end_children
 from kdrl_lightning.untyped import State
 
@@ -169,6 +165,8 @@ class RolloutDataModule(pl.LightningDataModule):
         self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may set one
         self.rollouts.reset(stage == "fit")
         sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
+        limit = f"limit_{stage if stage in ('test', 'predict') else 'val'}_batches"
+        check_evaluated_batches(self.trainer, limit, [len(one) for one in self.val_dataloader()])
         longest = self.evaluation.longest
         if stage == "fit":
             training = self._set_up_training()
@@ -277,7 +275,8 @@ class RolloutDataModule(pl.LightningDataModule):
     def cannot_evaluate(self, weights: ModelWeights) -> str:
         """Return why ``evaluate`` cannot sample from a model; empty if it can."""
         limits = TransformersEngine().refused_lengths
-        return self.evaluation.refused(lambda most: limits(weights.path, most))
+        rows = weights.model.get_input_embeddings().weight.shape[0]
+        return self.evaluation.refused(lambda most: limits(weights.path, most), rows)
 
     def probe(self) -> RolloutBatch:
         """Sample a few tokens from the weights that the engine holds now; see ``RolloutSource``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from hashlib import sha256
@@ -106,17 +107,28 @@ def lost_peer(error: BaseException | None) -> TrainingStopped | None:
     return None
 
 
-def first_to_say(message: str) -> bool:
+def first_to_say(message: str, waits_s: float = 0.0) -> bool:
     """Return whether this process is the first of its run to report a message.
 
     A process that cannot ask the others counts as the first. Tasks of SLURM that have no process
     group yet can only ask those on the same node.
+
+    Args:
+        message: what it would report.
+        waits_s: seconds for which a process other than the first lets any of them report something
+            before. After Ctrl-C Lightning's first process kills the others, so one of them may be
+            gone between this answer and its report.
     """
     digest = sha256(message.encode(errors="replace")).hexdigest()
     try:
         store = _store()
         if store is None:
             return _first_of_job(digest)
+        end = time.monotonic() + waits_s * (int(os.environ.get("LOCAL_RANK") or 0) > 0)
+        while time.monotonic() < end:
+            if int(store.add(SAID, 0)):
+                return False
+            time.sleep(0.05)
         first = int(store.add(f"{SAID}/{digest}", 1)) == 1
         if first:
             store.add(SAID, 1)

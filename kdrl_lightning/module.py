@@ -19,10 +19,7 @@ from kdrl_lightning.checkpoints.module_state import (
     save_state,
 )
 from kdrl_lightning.checkpoints.reader import content_mark
-from kdrl_lightning.checkpoints.resume import (
-    Settings,
-    agree_before_loading,
-)
+from kdrl_lightning.checkpoints.resume import Settings, agree_before_loading
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.evaluation.steps import EvaluationSteps
 from kdrl_lightning.losses.logprobs import Other, TokenScores
@@ -47,6 +44,7 @@ from kdrl_lightning.teachers.frozen import (
     old_fields,
 )
 from kdrl_lightning.trainer.internals import before_load
+from kdrl_lightning.trainer.limits import check_limits
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
@@ -156,6 +154,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
         check = partial(check_checkpoint, module=self, fitting=fitting)
         before_load(self.trainer.strategy, check)
         if fitting:
+            check_limits(self.trainer)
             check_precision(self.trainer.precision)
         reference = None
         if fitting and self.objective.needs_reference:

@@ -20,7 +20,7 @@ from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout.policy import Policy, Tokenizer
 from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.trainer.checks import overfit_batches
+from kdrl_lightning.trainer.limits import check_train_batches, overfit_batches
 from kdrl_lightning.trainer.strategies import end_children
 from kdrl_lightning.untyped import Row
 
@@ -45,9 +45,11 @@ class Traces(Sequence[Trace]):
     """
 
     def __init__(self, source: Prompts, module: Policy, seed: int) -> None:
-        self.tokenizer, self.rows = module.tokenizer, module.vocabulary_rows
+        self.tokenizer, self.vocabularies = module.tokenizer, {"student": module.vocabulary_rows}
         self.context, self.ends = module.context_length, module.end_tokens
-        rules = PromptRules(vocabularies={"student": self.rows})
+        if module.teacher is not None and module.teacher.vocabulary_rows is not None:
+            self.vocabularies["teacher"] = module.teacher.vocabulary_rows
+        rules = PromptRules(vocabularies=self.vocabularies)
         self.prompts = PromptSet(source, "traces", self.tokenizer, rules, seed=seed)
         for number, (row, ids) in self.prompts.checked_rows():
             self._completed(row, ids, number)
@@ -67,7 +69,8 @@ class Traces(Sequence[Trace]):
     def _completed(self, row: Row, prompt: list[int], number: int) -> list[int]:
         try:
             ids = encode_completion(self.tokenizer, row, self.ends)
-            check_ids(ids, self.rows, "student", self.tokenizer)
+            for model, rows in self.vocabularies.items():
+                check_ids(ids, rows, model, self.tokenizer)
             if len(prompt) + len(ids) > self.context:
                 raise ConfigurationError(
                     f"prompt and completion must have at most {self.context} tokens, the student's "
@@ -159,6 +162,7 @@ class SupervisedDataModule(pl.LightningDataModule):
                 f"{overfit}, which is {batches} of {length}. Give a multiple of "
                 f"{micro}."
             )
+        check_train_batches(trainer, length)
         self._repeat = batches // micro
 
     def on_exception(self, exception: BaseException) -> None:

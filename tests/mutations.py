@@ -1046,6 +1046,12 @@ MUTATIONS = [
     ),
     Mutation("blank: the student's scores stay", BASE_LAWS, ", scores.map(zero)", ", scores"),
     Mutation(
+        "blank: the reference's scores stay",
+        BASE_LAWS,
+        '        "ref_logprobs",\n        "importance_weights",',
+        '        "importance_weights",',
+    ),
+    Mutation(
         "coefficient: of the first of two parts",
         COEFFICIENTS,
         "if len(owners) == 1:",
@@ -1548,8 +1554,14 @@ MUTATIONS = [
     Mutation(
         "loading: padding is not tried",
         VERIFIED,
-        "if close(found, wanted, _kind(scorer)):",
+        "if close(found, wanted, _kind(scorer), spread):",
         "if True:",
+    ),
+    Mutation(
+        "loading: a little of later tokens is nothing",
+        VERIFIED,
+        "max(ROUNDING, past * MOST_OF_PAST)",
+        "BOUND",
     ),
     Mutation(
         "loading: attention is not compared", VERIFIED, "if keep_soft_caps(model):", "if False:"
@@ -2354,8 +2366,8 @@ MUTATIONS = [
     Mutation(
         "answers: a float32 keeps its noise",
         ("rewards/answers/references.py", "rewards/answers/test_references.py"),
-        "return [*texts, *_of_single(value)]",
-        "return texts",
+        ", *_of_single(value)]",
+        "]",
     ),
     Mutation(
         "answers: leading zeros dropped",
@@ -2585,6 +2597,73 @@ MUTATIONS = [
         PLANNED,
         "int(min(limits))",
         "int(max(limits))",
+    ),
+    # What users bring: limits, quantized files, long numbers, words of a CSV.
+    Mutation(
+        "limits: no step is enough",
+        ("trainer/limits.py", "trainer/test_limits.py"),
+        "if getattr(trainer, name) == 0:",
+        "if False:",
+    ),
+    Mutation(
+        "limits: a share of nothing",
+        ("trainer/limits.py", "trainer/test_limits.py"),
+        "if not limit or limited(length, limit):",
+        "if True:",
+    ),
+    Mutation(
+        "loading: whole numbers are weights",
+        ("models/architectures/values.py", "models/test_loading.py"),
+        "len(some.unique()) > FEW",
+        "False",
+    ),
+    Mutation(
+        "evaluation: any id is embedded",
+        ("evaluation/source.py", "evaluation/test_sets.py"),
+        "if highest >= rows:",
+        "if False:",
+    ),
+    Mutation(
+        "files: None of a CSV is missing",
+        ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
+        "found | words.keys()",
+        "found",
+    ),
+    Mutation(
+        "files: a long number between blocks",
+        ("prompts/column_types.py", "prompts/test_files_as_written.py"),
+        "LONG.search(before + part)",
+        "LONG.search(part)",
+    ),
+    Mutation(
+        "answers: the last digits of a whole float",
+        ("rewards/answers/references.py", "rewards/answers/test_references.py"),
+        "if value.is_integer():  #",
+        "if False:  #",
+    ),
+    Mutation(
+        "rewards: the inside of a row is shared",
+        ("rewards/base.py", "rewards/test_reward_runner.py"),
+        "return deepcopy(value)",
+        "return value",
+    ),
+    Mutation(
+        "rewards: the working folder is left",
+        ("rewards/base.py", "rewards/test_reward_runner.py"),
+        "os.fchdir(here)",
+        "pass",
+    ),
+    Mutation(
+        "notes: one for each look at a value",
+        ("cli/settings/unused.py", "cli/settings/test_replaced.py"),
+        ' if not any(w.endswith(f"`: {n}") for w in _waiting)',
+        "",
+    ),
+    Mutation(
+        "Ctrl-C: any process speaks",
+        ("distributed.py", "cli/settings/test_settings_on_two_ranks.py"),
+        "if int(store.add(SAID, 0)):",
+        "if False:",
     ),
 ]
 

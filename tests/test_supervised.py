@@ -30,6 +30,7 @@ def attach(data: SupervisedDataModule, tokenizer: Any, rank: int, size: int, lon
         reduce=reduce,
         device=torch.device("cpu"),
         objective=None,
+        teacher=None,
         vocabulary_rows=len(tokenizer),
         context_length=24,
     )
@@ -40,6 +41,7 @@ def attach(data: SupervisedDataModule, tokenizer: Any, rank: int, size: int, lon
         world_size=size,
         accumulate_grad_batches=2,
         limit_val_batches=1.0,
+        limit_train_batches=1.0,
         overfit_batches=0,
     )
     return data
@@ -125,11 +127,17 @@ def test_a_bad_row_is_named_before_the_run(change, words, student_folder):
         one_rank(rows, student_folder)
 
 
-def test_a_token_without_a_row_in_the_embedding_is_named(student_folder):
-    data = attach(SupervisedDataModule(TRACES, 4), load_tokenizer(student_folder), 0, 1, 0.0)
-    data.trainer.lightning_module.vocabulary_rows = 13
+@pytest.mark.parametrize("model", ["student", "teacher"])
+@pytest.mark.parametrize("traces", [TRACES, [{"prompt": "1", "completion": "="}] * 4])
+def test_a_token_without_a_row_in_the_embedding_is_named(traces, model, student_folder):
+    data = attach(SupervisedDataModule(traces, 4), load_tokenizer(student_folder), 0, 1, 0.0)
+    module = data.trainer.lightning_module
+    if model == "student":
+        module.vocabulary_rows = 13
+    else:
+        module.teacher = SimpleNamespace(vocabulary_rows=13)
     words = (
-        r"^row 0 of `traces`: .*one of the 13 rows of the student's embedding: "
+        rf"^row 0 of `traces`: .*one of the 13 rows of the {model}'s embedding: "
         r"got the token '=', id 13\."
     )
     with pytest.raises(ConfigurationError, match=words):

@@ -18,6 +18,7 @@ from kdrl_lightning.cli.settings.overlaid import Layer, keep
 from kdrl_lightning.cli.settings.private import util
 from kdrl_lightning.cli.settings.renamed import renamed
 from kdrl_lightning.cli.settings.replaced import contents, note_lost
+from kdrl_lightning.cli.settings.shapes import not_default
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped, note_replaced
 from kdrl_lightning.cli.shipped import find
@@ -142,9 +143,15 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
-    had, has = (spec.get("init_args") for spec in (base, over))
-    lost = [name for name in had or () if name not in (has or ())]
-    note_dropped(where, lost, str(base.get("class_path")), str(over["class_path"]))
+    had, has = (spec.get("init_args") or {} for spec in (base, over))
+    lost = {name: value for name, value in had.items() if name not in has}
+    before = str(base.get("class_path"))
+    try:
+        kind = locate(before)
+        names = not_default(kind, lost) if callable(kind) else list(lost)
+    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it shows no arguments
+        names = list(lost)
+    note_dropped(where, names, before, str(over["class_path"]))
 
 
 def _items(value: Any) -> list[Any]:

@@ -30,7 +30,12 @@ from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.architectures.rotary import decide_per_row
 from kdrl_lightning.models.architectures.switches import changes, may_change, probe_length
-from kdrl_lightning.models.architectures.verification import BOUND, BOUND_16, largest_gap
+from kdrl_lightning.models.architectures.verification import (
+    BOUND,
+    BOUND_16,
+    largest_gap,
+    spread_of,
+)
 from kdrl_lightning.models.end_tokens import as_ids, first_end
 from kdrl_lightning.models.loading import load_config, skeleton_causal_lm
 from kdrl_lightning.models.shared_prompts import upload
@@ -268,15 +273,17 @@ class TransformersEngine(RolloutEngine):
         prompts[2].reverse()
         refuse_crossing(self._model, [long], 6)
         groups = self._sample(way, prompts, [[1, 2], [3, 4, 5], [6]], Sampling(6))
-        ours, theirs = [], []
+        ours, theirs, whole = [], [], []
         for prompt, completions in zip(prompts, groups, strict=True):
             for one in completions:
                 row = torch.tensor([prompt + one.ids], device=self._model.device)
                 logits = self._model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
                 scores = logits[:, : self._rows].float().log_softmax(-1)
+                whole.append(scores)
                 theirs.append(scores.gather(-1, row[0, len(prompt) :, None]).squeeze(-1))
                 ours.append(scores.new_tensor(one.logprobs))
-        return largest_gap(ours, theirs, self._model.get_output_embeddings().weight.dtype)
+        kind = self._model.get_output_embeddings().weight.dtype
+        return largest_gap(ours, theirs, kind, spread_of(whole))
 
 
 def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:

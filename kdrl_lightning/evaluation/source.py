@@ -84,13 +84,17 @@ class EvaluationSource:
         """Longest prompt and completion together, in tokens; 0 without sets."""
         return max((p.bound + one.sampling.max_tokens for one, p in self._sets), default=0)
 
-    def refused(self, limits: Callable[[int], list[tuple[range, str]]]) -> str:
+    def refused(self, limits: Callable[[int], list[tuple[range, str]]], rows: int) -> str:
         """Return why a prompt of the first set cannot be sampled; empty if all can.
 
         Args:
             limits: ``max_tokens -> [(refused prompt lengths, reason), ...]``.
+            rows: of the model's embedding; prompts were encoded for the student.
         """
         one, prompts = self._sets[0]
+        highest = max((max(ids) for _, ids in prompts.sample), default=0)
+        if highest >= rows:
+            return f"a prompt has the token id {highest}, and its embedding has {rows} rows"
         found = limits(one.sampling.max_tokens)
         sizes = {len(ids) for _, ids in prompts.sample}
         return next((why for lengths, why in found if any(n in lengths for n in sizes)), "")

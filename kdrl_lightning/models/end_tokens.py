@@ -96,10 +96,13 @@ def turn_end(tokenizer: HFTokenizer) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # templates refuse in their own words
-        return None
+    text = ""
+    for system in ([], [{"role": "system", "content": "?"}]):  # some templates need one
+        try:
+            text = tokenizer.apply_chat_template([*system, *messages], tokenize=False)
+            break
+        except Exception:  # templates refuse in their own words
+            continue
     _, found, rest = text.rpartition(PROBE)
     if not found:
         return None

@@ -19,6 +19,7 @@ from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.generation import generation_config, read_generation
 from kdrl_lightning.models.architectures.loaded import check_loaded
 from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
+from kdrl_lightning.models.architectures.values import check_stored
 from kdrl_lightning.untyped import HFConfig, HFModel, HFTokenizer
 
 # `Any`: the content of a JSON file; the classes of transformers have no types.
@@ -66,6 +67,8 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> HFModel:
             **given,
         )
     check_loaded(model, info, path)
+    if Path(path).is_dir():
+        check_stored(model, Path(path), info["unexpected_keys"], path)
     if generation is not None and model.can_generate():
         model.generation_config = generation_config(generation)
     keep_soft_caps(model)
@@ -201,7 +204,7 @@ def frozen_names(model: HFModel) -> set[str]:
 def _is_valid(generation: HFConfig) -> bool:
     try:
         generation.validate(strict=True)
-    except ValueError:
+    except Exception:  # a text in place of a number is a TypeError
         return False
     return True
 

@@ -20,6 +20,7 @@ from kdrl_lightning.losses.logprobs import (
     pays_ahead,
     token_scores,
 )
+from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.hidden_states import decoder_of, states_at_head
 from kdrl_lightning.models.architectures.rotary import (
     decide_per_row,
@@ -84,6 +85,7 @@ class Scorer(nn.Module):
         self.unreached: list[str] = []
         self.at_head = decoder_of(model) is None
         decide_per_row(model)
+        keep_precision(model)
         self._switches = [length for length, _ in switch_lengths(model)]
 
     @property
@@ -300,9 +302,9 @@ class Scorer(nn.Module):
         logits = self.head().order(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _shares(self, found: list[Tensor], wanted: list[Tensor]) -> bool:
+    def _shares(self, found: list[Tensor], wanted: list[Tensor], spread: float) -> bool:
         """Whether log-probabilities with shared prompts are those of rows alone."""
-        return close(found, wanted, self.head().weight.dtype)
+        return close(found, wanted, self.head().weight.dtype, spread)
 
     @torch.no_grad()
     def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:

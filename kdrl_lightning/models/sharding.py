@@ -32,6 +32,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_trainable, check_used
 from kdrl_lightning.models.architectures.reached import freeze, unreached
 from kdrl_lightning.models.architectures.trunk import Layer, Trunk, compile_layers
+from kdrl_lightning.models.architectures.values import check_finite, check_floats, check_stored
 from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled_causal_lm
 from kdrl_lightning.models.lora import LoRA, leave_base_out
 from kdrl_lightning.models.scorer import Scorer
@@ -161,40 +162,13 @@ def load_scorer(
                 left = freeze(model, names, decoder_layers(model)) if names else []
             scorer = wrap(model)
             scorer.unreached = left
+        check_floats(scorer.model, path)
         check_finite(scorer.model, path)
         scorer.verify(path)
     trunk.settle(scorer.model)
     for switch in switch_on:
         switch()
     return scorer
-
-
-def check_finite(model: HFModel, path: str) -> None:
-    """Refuse weights that are NaN or infinite; all ranks must call it for a sharded model.
-
-    Raises:
-        ConfigurationError: on all ranks, with the name of the first such tensor.
-    """
-    names, first, mesh = [], torch.inf, None
-    for number, (name, tensor) in enumerate(model.named_parameters()):
-        names.append(name)
-        part = tensor.detach()
-        if isinstance(part, DTensor):
-            mesh, part = part.device_mesh, part.to_local()
-        known = part.is_floating_point() and part.element_size() > 1  # not 8-bit ones
-        if first == torch.inf and part.numel() and known:
-            low, high = part.aminmax()  # unlike isfinite, it makes no tensor of that size
-            if not (low.isfinite() and high.isfinite()):
-                first = float(number)
-    if mesh is not None:
-        value = torch.tensor(first, device=mesh.device_type)
-        dist.all_reduce(value, op=dist.ReduceOp.MIN)
-        first = float(value)
-    if first != torch.inf:
-        raise ConfigurationError(
-            f"the weights of `{path}` must be finite: got NaN or infinity in {names[int(first)]}. "
-            "Download or export the model again."
-        )
 
 
 def _from_slices(
@@ -213,7 +187,9 @@ def _from_slices(
             files = WeightFiles(folder)
             found = sources(model, files)
     if found is not None:
-        check_used(model, files.names - set(found.values()), path)
+        unread = files.names - set(found.values())
+        check_used(model, unread, path)
+        check_stored(model, folder, unread, path)
     if found is None:
         warnings.warn(
             f"the weights of {path} cannot be read in parts (no safetensors under the model's "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # `Any` in this file: features of `datasets`, and values of a row.
+
+DIGITS, BLOCK = 16, 1 << 20
+LONG = re.compile(rb"[:,\[\s]-?[0-9]{%d}" % DIGITS)  # not inside of a text like "id-123"
 
 
 def has_times(features: Any) -> bool:
@@ -15,6 +20,17 @@ def has_times(features: Any) -> bool:
     inside = getattr(features, "feature", None)
     kind = str(getattr(features, "dtype", ""))
     return has_times(inside) if inside is not None else kind.startswith(("timestamp", "date"))
+
+
+def has_long_numbers(file: Path) -> bool:
+    """Return whether a JSON file may hold a whole number that a float64 would round."""
+    with file.open("rb") as opened:
+        before = b""
+        while part := opened.read(BLOCK):
+            if LONG.search(before + part):
+                return True
+            before = part[-DIGITS - 1 :]
+    return False
 
 
 def has_names(feature: Any) -> bool:

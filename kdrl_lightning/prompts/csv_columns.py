@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,17 +19,22 @@ NUMBER = re.compile(
 )
 # As Python writes whole numbers; a float64 holds all of 15 digits.
 WHOLE = re.compile(r"-?[1-9][0-9]{0,14}|0")
+# What pandas takes for a missing value, besides an empty cell.
+MISSING = {"None", "null", "NULL", "nan", "NaN", "-nan", "-NaN", "NA", "N/A", "n/a", "<NA>"}
+MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
 
 
 def text_columns(path: Path) -> list[str]:
-    """Return the columns of a CSV file that hold a number in a form that a number would lose.
+    """Return the columns of a CSV file that hold a text which the reader would change.
 
-    These are e.g. 007, 1.50, +5 and 12345678901234567890.
+    These are numbers in a form that a number would lose (007, 1.50, +5, 12345678901234567890), and
+    words that the reader takes for missing (None, NA); a warning names the latter.
 
     Raises:
         ConfigurationError: two columns have one name, or a row has more cells than the header.
     """
     found: set[int] = set()
+    words: dict[int, str] = {}
     names: list[str] = []
     try:
         for number, cells in _lines(path):
@@ -41,9 +47,18 @@ def text_columns(path: Path) -> list[str]:
                     f"got {len(cells)}. Put quotes around a text that contains a comma."
                 )
             found.update(i for i, cell in enumerate(cells) if i not in found and _is_lossy(cell))
+            for i, cell in enumerate(cells):
+                if cell in MISSING:
+                    words.setdefault(i, cell)
     except (csv.Error, UnicodeDecodeError):  # the dataset's reader raises a better error later
         return []
-    return [name for i, name in enumerate(names) if i in found]
+    for i, word in words.items():
+        warnings.warn(
+            f"the column `{names[i]}` of {path} has the text {word!r}, which counts as this text. "
+            "Leave a cell empty if its value is missing.",
+            stacklevel=2,
+        )
+    return [name for i, name in enumerate(names) if i in found | words.keys()]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -124,7 +124,7 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
             f"the column `{TEMPLATE_ARGS}` must map names of the chat template's arguments to "
             f"values, without {', '.join(sorted(OURS))}: got {arguments!r:.80}. Fix the column."
         )
-    continued = bool(arguments.pop(CONTINUE, False) or _is_true(row.get(CONTINUE)))
+    continued = _is_true(arguments.pop(CONTINUE, False)) or _is_true(row.get(CONTINUE))
     options = {"add_generation_prompt": not continued, "tokenize": True, "return_dict": True}
     if continued:
         options[CONTINUE] = True
@@ -163,6 +163,11 @@ def warn_of_ignored(rows: Iterable[Row], tokenizer: HFTokenizer) -> None:
 
 
 def _is_true(value: object) -> bool:
+    if isinstance(value, str):
+        raise ConfigurationError(
+            f"the column `{CONTINUE}` must be true or false: got the text {value!r:.20}. Convert "
+            "it."
+        )
     return value is not None and value == value and bool(value)  # NaN is an empty cell
 
 

@@ -11,7 +11,12 @@ from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
-from kdrl_lightning.prompts.column_types import has_names, has_times, with_names
+from kdrl_lightning.prompts.column_types import (
+    has_long_numbers,
+    has_names,
+    has_times,
+    with_names,
+)
 from kdrl_lightning.prompts.csv_columns import text_columns
 from kdrl_lightning.prompts.jsonl import JSONLines
 from kdrl_lightning.prompts.messages import PromptForm
@@ -216,16 +221,20 @@ def _read(datasets: Any, file: Path, split: str, streaming: bool) -> Any:
     if reader == "csv":
         texts = text_columns(file)
         given |= {"converters": dict.fromkeys(texts, str)} if texts else {}
+        given |= {"keep_default_na": False, "na_values": [""]}
     if reader != "json":
         return datasets.load_dataset(reader, streaming=streaming, **given)
-    rows = datasets.load_dataset(reader, **given)  # nothing to download
-    if not has_times(rows.features):
-        return rows
-    # The library has turned texts that look like dates into times.
+    # The library turns long whole numbers into floats, and texts that look like dates into times.
+    changed = "long numbers"
+    if not has_long_numbers(file):
+        rows = datasets.load_dataset(reader, **given)  # nothing to download
+        changed = "dates"
+        if not has_times(rows.features):
+            return rows
     if split != "train":
         raise ConfigurationError(
-            f"`split` must be train for a JSON file with dates: got {split} of {file}. Use `take`, "
-            "or convert the file to Parquet."
+            f"`split` must be train for a JSON file with {changed}: got {split} of {file}. Use "
+            "`take`, or convert the file to Parquet."
         )
     with file.open(encoding="utf-8-sig") as text:
         array = text.read(1024).lstrip().startswith("[")

@@ -54,13 +54,14 @@ def without_none(value: Any) -> Any:
 
 
 def is_json_of_messages(text: str) -> bool:
-    """Check whether a text is a list of messages that was written as JSON or with ``repr``.
+    """Check whether a text is one or several messages, written as JSON or with ``repr``.
 
     >>> is_json_of_messages('[{"role": "user", "content": "hi"}]'), is_json_of_messages("[1, 2]")
     (True, False)
     """
     start = "".join(text[:64].split()).replace("'", '"')
-    return start.startswith(('[{"role":', '[{"content":'))
+    start = start.removeprefix('{"messages":').removeprefix('{"prompt":')
+    return start.startswith(('[{"role":', '[{"content":', '{"role":"'))
 
 
 def clean_messages(messages: Sequence[Any], template: str) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -131,27 +132,47 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
 
     The reward gets copies, so that it cannot change the rows and tokens of the run.
     """
-    results: Sequence[Any]
     samples = [own_copy(sample) for sample in samples]
-    if isinstance(reward, TaskReward):
-        try:
-            results = reward.judge(samples)
-            if len(results) != len(samples):
-                raise ValueError(f"{len(results)} results for {len(samples)} samples")
-        except Exception as error:
-            return [error] * len(samples)
-    else:
-        results = [attempt(reward, sample) for sample in samples]
+    with working_folder_kept():
+        results = _judged(reward, samples)
     return [_checked(result) for result in results]
+
+
+def _judged(reward: Reward, samples: Sequence[Sample]) -> Sequence[Any]:
+    if not isinstance(reward, TaskReward):
+        return [attempt(reward, sample) for sample in samples]
+    try:
+        results = reward.judge(samples)
+        if len(results) != len(samples):
+            raise ValueError(f"{len(results)} results for {len(samples)} samples")
+    except Exception as error:
+        return [error] * len(samples)
+    return results
+
+
+@contextmanager
+def working_folder_kept() -> Iterator[None]:
+    """Return to the working folder, which a reward may leave; a run's own paths start there."""
+    # Linux can hold a folder that its user may not list.
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def own_copy(sample: Sample) -> Sample:
     """Copy a sample, so that its row and tokens may be changed."""
-    row: Row = dict(sample.row)
-    if not all(type(value) in ATOMS for value in row.values()):
-        with suppress(Exception):  # something in it cannot be copied, e.g. a lock
-            row = deepcopy(sample.row)
+    row: Row = {name: _copied(value) for name, value in sample.row.items()}
     return Sample(sample.text, list(sample.ids), row, sample.truncated)
+
+
+def _copied(value: Any) -> Any:
+    if type(value) not in ATOMS:
+        with suppress(Exception):  # it cannot be copied, e.g. a lock
+            return deepcopy(value)
+    return value
 
 
 def walk(reward: Reward) -> Iterator[Reward]:

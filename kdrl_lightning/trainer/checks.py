@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import (
 )
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout.loader import limited
 from kdrl_lightning.rollout.settings import RolloutSettings
+from kdrl_lightning.trainer.limits import check_train_batches
+from kdrl_lightning.trainer.protocols import callbacks_of
 
 UNUSABLE: dict[type[Callback], tuple[str, str]] = {
     GradientAccumulationScheduler: (
@@ -55,20 +56,7 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
             f"`accumulate_grad_batches` must be at most {rows}, the completions of one "
             f"optimizer step on one process: got {accumulate}. Lower it."
         )
-    # Lightning copies `overfit_batches`, if it is set, to the other limits.
-    name = "overfit_batches" if overfit_batches(trainer) else "limit_train_batches"
-    limit = overfit_batches(trainer) or trainer.limit_train_batches
-    batches = limited(length, limit)
-    if batches % accumulate:
-        raise ConfigurationError(
-            f"`{name}` must not cut an optimizer step of {accumulate} micro-batches: got "
-            f"{limit}, which is {batches} of {length}. Give a multiple."
-        )
-    if not batches:
-        raise ConfigurationError(
-            f"`{name}` must leave an optimizer step to train: got {limit}, which is 0 of {length} "
-            f"micro-batches. Set it to {accumulate} or more."
-        )
+    check_train_batches(trainer, length)
 
 
 def check_callbacks(trainer: Trainer) -> None:
@@ -77,18 +65,11 @@ def check_callbacks(trainer: Trainer) -> None:
     Raises:
         ConfigurationError: the trainer has one of them.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # as below
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         for kind, (what, cure) in UNUSABLE.items():
             if isinstance(callback, kind):
                 name = type(callback).__name__
                 raise ConfigurationError(f"`callbacks` must not {what}: got {name}. {cure}")
-
-
-def overfit_batches(trainer: Trainer) -> int | float:
-    """Return ``overfit_batches``, which Lightning sets without declaring it."""
-    limit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
-    return limit
 
 
 def rows_of_step(trainer: Trainer, settings: RolloutSettings, group: int) -> int:
@@ -133,28 +114,3 @@ def longest_that_fits(trainer: Trainer, settings: RolloutSettings, group: int) -
         return None
     each = -(-rows_of_step(trainer, settings, group) // trainer.accumulate_grad_batches)
     return limit // each - settings.max_tokens
-
-
-def overfit_rollouts(trainer: Trainer, settings: RolloutSettings, length: int) -> int:
-    """Return after how many rollouts ``overfit_batches`` repeats their prompts; 0 if not set.
-
-    Args:
-        trainer: the run's trainer.
-        settings: the run's rollout settings.
-        length: micro-batches of a trainer epoch.
-
-    Raises:
-        ConfigurationError: an epoch would end in the middle of a rollout.
-    """
-    limit = overfit_batches(trainer)
-    if not limit:
-        return 0
-    each = settings.updates_per_rollout * trainer.accumulate_grad_batches
-    batches = limited(length, limit)
-    if batches % each or not batches:
-        raise ConfigurationError(
-            f"`overfit_batches` must be a multiple of {each}, the micro-batches of one rollout: "
-            f"got {limit}, which is {batches} of {length}. "
-            f"Set `overfit_batches: {max(batches // each, 1) * each}`."
-        )
-    return batches // each

@@ -34,13 +34,14 @@ def test_last_is_a_fresh_start_where_there_is_none(
     first = version(0) / "checkpoints/step=00000002.ckpt"
     assert first.exists()
     start("fit", "--ckpt_path=last", "--trainer.max_steps=3", "--report.export=false")
-    assert f"continuing from {first} at step 2" in capsys.readouterr().out.replace(
-        f"{Path.cwd()}/", ""
-    )
+    out = capsys.readouterr().out.replace(f"{Path.cwd()}/", "")
+    assert f"continuing from {first} at step 2" in out and "nothing was trained" not in out
     assert (version(1) / "checkpoints/step=00000003.ckpt").exists()
     start("validate", "--ckpt_path=last")
     assert "val/accuracy" in capsys.readouterr().out
     start("fit", "--ckpt_path=last", "--trainer.max_steps=3", "--report.export=false")
+    words = "nothing was trained: `max_steps` 3 was reached before. Raise it to train on."
+    assert capsys.readouterr().out.count(words) == 1
     assert torch.load(version(1) / "checkpoints/step=00000003.ckpt")["global_step"] == 3
 
 

@@ -84,6 +84,18 @@ CASES = {
         ["--trainer.limit_train_batches=0"],
         "`limit_train_batches` must leave an optimizer step to train: got 0, which is 0 of",
     ),
+    "no step at all": (
+        ["--trainer.max_steps=0"],
+        "`max_steps` must leave an optimizer step to train: got 0. Raise it; to train nothing, ",
+    ),
+    "no time": (
+        ["--trainer.max_time=00:00:00:00"],
+        "`max_time` must leave time to train: got 0 seconds. Raise it.",
+    ),
+    "a share of the validation": (
+        ["--trainer.overfit_batches=0.5", "--data.rollout.rollouts_per_epoch=2"],
+        "`overfit_batches`, which limits the validation too, must leave a batch of each set: got 0",
+    ),
     "a share that is no step": (
         ["--trainer.limit_train_batches=0.001"],
         "`limit_train_batches` must leave an optimizer step to train: got 0.001, which is 0 of",

@@ -57,6 +57,24 @@ class WithoutNorms(OtherCode):
                     parameter.fill_(1.0)
 
 
+class Sleeps(OtherCode):
+    """Frees its memory between rollouts, as ``VLLMEngine`` with ``sleep`` does."""
+
+    asleep = True
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        super().update_weights(weights, version)
+        self.asleep = False
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Sampling) -> Any:
+        assert not self.asleep
+        return super().generate(prompts, seeds, sampling)
+
+    def release(self) -> None:
+        if self.version is not None:
+            self.asleep, self.version = True, -1
+
+
 class Unseen(WeightSyncCheck):
     """The bound alone: nothing is compared in the run."""
 
@@ -110,6 +128,14 @@ def test_equal_numbers_are_compared_twice(tmp_path: Path, student_folder: str) -
     for lengths, tokens in engine.asked[:2]:  # with norms that are not one, and as they are
         assert len(set(lengths)) == 3 and tokens == TOKENS
     assert [tokens for _, tokens in engine.asked[2:]] == [10, 10]  # the rollouts of four steps
+
+
+def test_an_engine_that_sleeps_gets_the_true_weights_after_the_moved_ones(
+    tmp_path: Path, student_folder: str
+) -> None:
+    engine = Sleeps()
+    start(tmp_path, student_folder, engine, WeightSyncCheck(max_mean_diff=1e-5))
+    assert [tokens for _, tokens in engine.asked] == [TOKENS, TOKENS, 10, 10]
 
 
 def test_weights_of_which_none_are_all_equal_are_compared_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport
 from kdrl_lightning.engines import Sampling
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation import EvaluationSettings, NamedSet, named_sets
+from kdrl_lightning.evaluation.source import EvaluationSource
 from kdrl_lightning.rewards import WeightedRewards
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.tiny import ColumnAddition
@@ -245,6 +247,17 @@ def test_the_reward_is_tried_on_a_row_of_each_set_before_training(
     with pytest.raises(ConfigurationError, match=words):
         make_trainer(tmp_path, num_sanity_val_steps=0).fit(module, datamodule=data)
     assert data.rollouts.plan is None
+
+
+def test_a_model_with_fewer_rows_than_a_prompt_needs_is_not_sampled() -> None:
+    """A teacher is measured on prompts that were encoded for the student."""
+    source = EvaluationSource(ROWS, None, DEFAULT, 8, 0)
+    encoded: Any = SimpleNamespace(sample=[({}, [3, 40]), ({}, [5])])
+    source.setup("validate", lambda *_: encoded)
+    words = "a prompt has the token id 40, and its embedding has 40 rows"
+    assert source.refused(lambda _: [], 40) == words
+    assert source.refused(lambda _: [], 41) == ""
+    assert source.refused(lambda _: [(range(2, 3), "too long")], 41) == "too long"
 
 
 def test_no_batch_to_train_on_is_refused(tmp_path: Path, student_folder: str) -> None:

@@ -142,6 +142,11 @@ def test_a_configuration_inside_another_counts(student_folder: str, tmp_path: Pa
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
         ("{{ raise_exception('no') }}", None),
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            TURN,
+        ),
         ("the same for all", None),
     ],
 )

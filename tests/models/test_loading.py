@@ -15,6 +15,7 @@ from helpers.moe_models import save as save_moe
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_used
 from kdrl_lightning.models.architectures.reading import reading
+from kdrl_lightning.models.architectures.values import check_floats, check_stored
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
     ModelSource,
@@ -97,10 +98,36 @@ BROKEN = {
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         r"and bitsandbytes needs more: .+ or name the folder of the unquantized model\.",
     ),
+    "two methods": (
+        "config.json",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "load_in_4bit": True}},
+        r"not name gptq in its `quantization_config` together with `load_in_4bit`, which means "
+        r"bitsandbytes: .+ Remove `load_in_4bit` from config.json, or name the folder of the unq",
+    ),
+    "gptq": (
+        "config.json",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        r"and gptq needs more: got (?!.*bitsandbytes).+ Install what the error asks for, or name",
+    ),
+    "no method": (
+        "config.json",
+        {"quantization_config": {"bits": 4}},
+        r"name the `quant_method` of its `quantization_config`: .+ Add it to config.json, or name",
+    ),
+    "half a method": (
+        "config.json",
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        r"hold a `quantization_config` that transformers can use for compressed-tensors: .+ Correc",
+    ),
     "an unknown activation": (
         "config.json",
         {"hidden_act": "foo"},
         r"that transformers can load: .+ Correct `foo` in its files",
+    ),
+    "half a rotary embedding": (
+        "config.json",
+        {"rope_scaling": {"rope_type": "yarn"}},
+        r"that transformers can load: .+ Correct its config\.json",
     ),
     "an unknown dtype": (
         "config.json",
@@ -219,6 +246,7 @@ REFUSED = [
     {"num_beams": 1, "num_return_sequences": 3, "temperature": 0.2},
     {"max_new_tokens": -5},
     {"early_stopping": "sometimes"},
+    {"max_new_tokens": "20"},
 ]
 
 
@@ -389,3 +417,72 @@ def test_a_quantized_student_is_refused(kind, student_folder, monkeypatch):
     )
     with pytest.raises(ConfigurationError, match=words):
         load_scorer("here", torch.float32)
+
+
+def rounded(folder: str, path: Path, kind: torch.dtype) -> str:
+    """A copy whose matrices are in an integer type, without any word about it."""
+    shutil.copytree(folder, path)
+    file = path / "model.safetensors"
+    weights = {
+        name: (value / value.abs().max() * 100).round().to(kind) if value.dim() > 1 else value
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_whole_numbers_are_no_weights(dtype, student_folder, tmp_path):
+    path = rounded(student_folder, tmp_path / "int8", torch.int8)
+    words = (
+        rf"^the weights of `{path}` must be floats: got whole numbers in \S+, as files of "
+        r"quantized models hold them, and no `quantization_config` that transformers knows\. Add"
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        load_scorer(path, dtype, frozen=True)
+    config = Path(path, "config.json")
+    unknown = {"quantization_config": {"quant_method": "ours"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | unknown))
+    with pytest.raises(ConfigurationError, match=words):
+        load_scorer(path, dtype, frozen=True)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("which", ["q_proj.weight", "q_proj.bias"])
+def test_an_integer_type_in_a_file_is_no_weight(form, which, student_folder, tmp_path):
+    path = tmp_path / "cut"
+    shutil.copytree(student_folder, path)
+    weights = load_file(path / "model.safetensors")
+    name = next(n for n in weights if n.endswith(which))
+    weights[name] = weights[name].to(torch.int8)  # all zero
+    if form == "bin":
+        (path / "model.safetensors").unlink()
+        torch.save(weights, path / "pytorch_model.bin")
+    else:
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=f"must be floats: got whole numbers in {name}"):
+        load_causal_lm(str(path))
+
+
+def test_integers_of_buffers_are_no_weights(student_folder, tmp_path):
+    model, found = load_causal_lm(student_folder), {"model.layers.0.mask": torch.ones(2).bool()}
+    save_file({**found, "lm_head.weight": torch.ones(1).char()}, tmp_path / "model.safetensors")
+    check_stored(model, tmp_path, ["lm_head.weight"], "here")
+    with pytest.raises(ConfigurationError, match=r"got whole numbers in lm_head\.weight"):
+        check_stored(model, tmp_path, [], "here")
+    model.hf_quantizer = object()
+    check_stored(model, tmp_path, [], "here")
+
+
+def test_constant_and_ternary_weights_are_floats(student_folder, monkeypatch):
+    model = load_causal_lm(student_folder)
+    with torch.no_grad():
+        layer = model.model.layers[0].mlp.up_proj.weight
+        layer.copy_(layer.sign())
+        model.model.norm.weight.fill_(3.0)
+    check_floats(model, "here")
+    layer.data.mul_(torch.arange(8).repeat(layer.numel() // 8).view_as(layer))
+    with pytest.raises(ConfigurationError, match=r"got whole numbers in model\.layers\.0\.ml"):
+        check_floats(model, "here")
+    model.hf_quantizer = object()  # transformers unpacks them
+    check_floats(model, "here")

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.scored_models import ARCHITECTURES, build, reference, rollout
+from kdrl_lightning.engines.agreement import equal_weights, moved
 from kdrl_lightning.engines.replica import filled_replica
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import generalized_jsd
@@ -41,6 +42,32 @@ def sharding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharding]:
 
 def shard(sharding: Sharding, model: Any, **settings: Any) -> Scorer:
     return sharding.shard(Scorer(copy.deepcopy(model)), **settings)
+
+
+def test_integers_in_a_file_are_no_weights_of_a_sharded_model(sharding, student_folder, tmp_path):
+    path = tmp_path / "cut"
+    shutil.copytree(student_folder, path)
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].char()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"got whole numbers in model\.norm\.weight"):
+        load_scorer(str(path), "auto", sharding, frozen=True)
+
+
+def test_constants_of_a_sharded_model_are_moved_for_a_comparison_and_restored(sharding):
+    model, batch = build("Qwen2ForCausalLM"), rollout()
+    plain, spread = Scorer(model), shard(sharding, model)
+    before = [scorer.score(batch).logprobs.detach() for scorer in (plain, spread)]
+    with moved(equal_weights(plain.model)):
+        wanted = plain.score(batch).logprobs
+        sent = {n: t.clone() for n, t in ModelWeights(plain.model, "x").named_tensors()}
+    with moved(equal_weights(spread.model)):
+        found = spread.score(batch).logprobs
+        for name, tensor in ModelWeights(spread.model, "x").named_tensors():
+            torch.testing.assert_close(tensor, sent[name], rtol=0, atol=0)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(wanted, before[0], atol=1e-3)
+    assert torch.equal(spread.score(batch).logprobs, before[1])
 
 
 @every

@@ -177,6 +177,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "ShareGPT": ([{"from": "human", "value": "1"}], r"ValueError: message 0 has no role"),
     "json": (json.dumps([ask("1 +")]), r"got messages as a string, '\[\{.*JSON Lines"),
     "repr": (str([ask("1 +")]), "got messages as a string"),
+    "json of one": (json.dumps(ask("1 +")), "got messages as a string"),
+    "json of a row": (json.dumps({"messages": [ask("1 +")]}), "got messages as a string"),
     "nan": (float("nan"), r"must be a string or a list of chat messages: got nan\."),
     "an empty cell": ("", r"must have at least one token: got ''"),
     "white space": (" \n", r"must have at least one token: got ' \\n'"),
@@ -233,6 +235,10 @@ def test_there_must_be_one_answer_to_continue() -> None:
     refused(word_tokenizer(), {"prompt": [ask("1 +")], **wish}, words)
     two = [ask("1 +"), answer("3"), answer("2 =")]
     refused(word_tokenizer(), {"prompt": two, **wish}, r"show the model its answer: got one in mes")
+    words = "`continue_final_message` must be true or false: got the text 'false'. Convert it."
+    for text in ({"continue_final_message": "false"}, {"template_args": {**wish, **{
+        "continue_final_message": "false"}}}):  # fmt: skip
+        refused(word_tokenizer(), {"prompt": [ask("1 +"), answer("2 =")], **text}, words)
     for no in (False, None, float("nan")):
         row = {"prompt": [ask("1 +")], "continue_final_message": no}
         assert encode_prompt(word_tokenizer(), row) == ASKED

@@ -11,6 +11,7 @@ import pytest
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import HFPrompts, JSONLPrompts, StreamedHFPrompts
+from kdrl_lightning.prompts.column_types import BLOCK, has_long_numbers
 from kdrl_lightning.rewards import ExactMatch
 from kdrl_lightning.rewards.base import Sample
 
@@ -43,6 +44,43 @@ def test_a_number_of_a_csv_counts_as_it_is_written(tmp_path: Path, cells: list[s
         else:
             with pytest.raises(ConfigurationError, match="a row must have an answer"):
                 ExactMatch().check(row)
+
+
+@pytest.mark.parametrize("word", ["None", "nan", "NA", "null", "N/A"])
+def test_a_word_of_a_csv_is_no_empty_cell(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"prompt,answer,n\nq,{word},1\nr,5,2\ns,,3\n")
+    words = rf"^the column `answer` of .*x\.csv has the text '{word}', which counts as this t"
+    with pytest.warns(UserWarning, match=words):
+        found = rows(HFPrompts(str(path)))
+    assert [row["answer"] for row in found[:2]] == [word, "5"]
+    assert [row["n"] for row in found] == [1, 2, 3]
+    assert ExactMatch()(Sample(word, [], found[0])) == 1.0
+    with pytest.raises(ConfigurationError, match="a row must have an answer"):
+        ExactMatch().check(found[2])
+
+
+@pytest.mark.parametrize("form", ["x.jsonl", "x.json"])
+@pytest.mark.parametrize("number", [10**20 + 1, -(2**53) - 1])
+def test_a_long_number_of_a_json_file_keeps_its_digits(
+    tmp_path: Path, form: str, number: int
+) -> None:
+    made = [{"prompt": "q", "answer": number}, {"prompt": "r", "answer": 0.5}]
+    lines = "\n".join(map(json.dumps, made))
+    (tmp_path / form).write_text(lines if form == "x.jsonl" else json.dumps(made))
+    found = rows(HFPrompts(str(tmp_path / form)))
+    assert [row["answer"] for row in found] == [number, 0.5]
+    with pytest.raises(ConfigurationError, match="must be train for a JSON file with long numbers"):
+        HFPrompts(str(tmp_path / form), split="train[:1]")
+
+
+def test_a_long_number_is_found_where_two_blocks_meet(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    for place in range(BLOCK - 18, BLOCK + 2):
+        file.write_bytes(b" " * place + b"-1234567890123456" + b" " * 9)
+        assert has_long_numbers(file)
+    file.write_bytes(b'0.1234567890123456 123456789012345 "1234567890123456"')
+    assert not has_long_numbers(file)
 
 
 def test_ordinary_numbers_of_a_csv_stay_numbers(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import warnings
+from contextlib import nullcontext
 from decimal import Decimal
 
 import numpy as np
@@ -345,6 +347,35 @@ def test_a_row_that_cannot_be_copied_is_copied_at_its_top():
 
     assert RewardRunner(spoils)([sample("42", row)]) == [Verdict(1.0, True)]
     assert row["answer"] == "42"
+
+
+def test_what_can_be_copied_in_such_a_row_is_copied():
+    row = {"answer": "42", "lock": threading.Lock(), "metadata": {"n": [1]}}
+
+    def spoils(s: Sample) -> float:
+        s.row["metadata"]["n"].append(2)
+        return 1.0
+
+    assert RewardRunner(spoils)([sample("42", row)]) == [Verdict(1.0, True)]
+    assert row["metadata"] == {"n": [1]}
+
+
+@pytest.mark.parametrize("fails_there", [False, True])
+def test_a_reward_that_leaves_the_working_folder_does_not_move_the_run(tmp_path, fails_there):
+    before = os.getcwd()
+
+    def leaves(s: Sample) -> float:
+        folder = tmp_path / "gone"
+        folder.mkdir(exist_ok=True)
+        os.chdir(folder)
+        folder.rmdir()
+        if fails_there:
+            raise ValueError("no")
+        return 1.0
+
+    with nullcontext() if not fails_there else pytest.warns(UserWarning, match="the reward failed"):
+        RewardRunner(leaves, RewardFailures(max_frac=1.0))([sample("42", {})])
+    assert os.getcwd() == before
 
 
 def test_no_samples_no_verdicts():

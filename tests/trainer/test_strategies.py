@@ -28,7 +28,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 UNSHARED = """import sys
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.models.scorer import Scorer
-Scorer._shares = lambda self, rows, bound: False
+Scorer._shares = lambda self, *rows: False
 main(sys.argv[2:])"""
 
 

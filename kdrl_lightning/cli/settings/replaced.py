@@ -79,6 +79,8 @@ def note_lost(
         lost = [f"`{name}`" for name in had if name not in has]
         note_replaced(where, what, lost, "Repeat it to keep it.")
     elif isinstance(had, list) and isinstance(has, list) and list in (type(before), type(after)):
+        if isinstance(after, list) and after and not has and not isinstance(before, list):
+            return  # rows in place of a class that reads them
         cure = f"Write `{last}+` to add to the list."
         note_replaced(where, what, missing(had, has), cure)
 

@@ -84,6 +84,26 @@ def by_name(val: Mapping[str, Any] | Namespace) -> bool:
     return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
 
 
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal; YAML has lists in place of tuples.
+
+    >>> same((0.9, 0.999), [0.9, 0.999]), same(1, 2)
+    (True, False)
+    """
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return list(one) == list(other)
+    return bool(one == other)
+
+
+def not_default(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of arguments whose value is not that which a class gives them by itself.
+
+    A saved configuration has all arguments, also those that its user never wrote.
+    """
+    known = inspect.signature(kind).parameters
+    return [n for n, v in arguments.items() if n not in known or not same(known[n].default, v)]
+
+
 def is_sequence(member: Any) -> bool:
     """Return whether a type is a list, tuple or set."""
     kind = get_origin(member) or member

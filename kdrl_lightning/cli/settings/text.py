@@ -18,6 +18,7 @@ import yaml
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 BOOL, NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
+STR = "tag:yaml.org,2002:str"
 # These rules of YAML 1.1 surprise users: dates, the value `=`, 1e5 is no number, 1:30 is 90, and
 # 010 is 8.
 LEFT_OUT = {FLOAT, INT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
@@ -66,10 +67,17 @@ class Loader(BASE):  # type: ignore[misc]
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node, with plain strings as keys, also for `yes` and `null`."""
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        """Return the mapping of a node, with plain strings as keys, also for `yes` and `null`.
+
+        In a prompt's row `no` and `yes` are answers; elsewhere they set a switch.
+        """
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        is_row = any(key.value == "prompt" for key, _ in pairs)
+        for key, value in pairs:
             if key.tag in (BOOL, NULL):
-                key.tag = "tag:yaml.org,2002:str"
+                key.tag = STR
+            if is_row and value.tag == BOOL and value.value.lower() not in ("true", "false"):
+                value.tag = STR
         made = super().construct_mapping(node, deep)
         return {str(k) if isinstance(k, Text) else k: v for k, v in made.items()}
 
@@ -175,7 +183,7 @@ def _resolve_as_we_do(kind: Any) -> None:
 
 
 _resolve_as_we_do(Loader)
-Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: Text(node.value))
+Loader.add_constructor(STR, lambda loader, node: Text(node.value))
 Loader.add_constructor(INT, Loader.construct_int)
 # Other readers of YAML, e.g. Lightning for hyper-parameters, must read the values that we wrote.
 Dumper.add_implicit_resolver(FLOAT, NUMBER, list("-+0123456789."))

@@ -25,7 +25,16 @@ from jsonargparse import Namespace, add_instantiator
 from kdrl_lightning._moved import GONE
 from kdrl_lightning.cli.settings.private import actions, typehints, util
 from kdrl_lightning.cli.settings.replaced import check_type, load_group
-from kdrl_lightning.cli.settings.shapes import LEAVES, NULL, fitting, is_class, is_sequence, is_spec
+from kdrl_lightning.cli.settings.shapes import (
+    LEAVES,
+    NULL,
+    fitting,
+    is_class,
+    is_sequence,
+    is_spec,
+    not_default,
+    same,
+)
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 from kdrl_lightning.cli.settings.user_code import build, import_object
@@ -82,12 +91,13 @@ def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
     default: Any = getattr(parser_or_action, "default", None)
     known = is_spec(default) and is_spec(previous)
     by_default = known and default["class_path"] == previous["class_path"]
-    had = {k: v for k, v in had.items() if not by_default or _arguments(default).get(k, had) != v}
+    old = _arguments(default) if by_default else {}
+    had = {k: v for k, v in had.items() if k not in old or not same(old[k], v)}
     _discard(parser_or_action, previous, value)
     dropped = [name for name in had if name not in _arguments(previous)]
     if dropped and not typehints.sub_defaults.get():
-        defaults = inspect.signature(typehints.import_object(previous["class_path"])).parameters
-        given = [k for k in dropped if k not in defaults or had[k] != defaults[k].default]
+        kind = typehints.import_object(previous["class_path"])
+        given = not_default(kind, {name: had[name] for name in dropped})
         where = getattr(parser_or_action, "dest", "")
         note_dropped(where, given, previous["class_path"], value["class_path"])
 

@@ -18,7 +18,8 @@ _renamed: dict[str, str] = {}
 
 def take_notes() -> list[str]:
     """Return the notes so far, each once, and clear them."""
-    notes = list(dict.fromkeys(_waiting))
+    # jsonargparse looks at some values twice, once without knowing where they stand.
+    notes = [n for n in dict.fromkeys(_waiting) if not any(w.endswith(f"`: {n}") for w in _waiting)]
     if _renamed:
         pairs = ", ".join(f"`{old}` is now `{new}`" for old, new in _renamed.items())
         notes.append(f"{pairs}. 0.3 removes the old names.")

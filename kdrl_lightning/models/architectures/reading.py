@@ -82,12 +82,30 @@ def _cause(folder: Path, error: Exception) -> tuple[str, str]:
             return "hold a tokenizer that can be read", AGAIN
     kind = _settings(str(folder)).get("quantization_config")
     if isinstance(kind, dict):
-        name = kind.get("quant_method", "an unnamed method")
-        return (
-            f"hold weights that this installation can read, and {name} needs more",
-            "Install what the error asks for, or name the folder of the unquantized model.",
-        )
+        return _of_quantization(kind, error)
     return _of_weights(folder, error)
+
+
+def _of_quantization(settings: dict[str, Any], error: Exception) -> tuple[str, str]:
+    name = settings.get("quant_method")
+    other = "or name the folder of the unquantized model."
+    flag = next((f for f in ("load_in_4bit", "load_in_8bit") if settings.get(f)), None)
+    if flag is not None and name is not None and not str(name).startswith("bitsandbytes"):
+        # transformers asks for these flags before it looks at the method.
+        return (
+            f"not name {name} in its `quantization_config` together with `{flag}`, which means "
+            "bitsandbytes",
+            f"Remove `{flag}` from config.json, {other}",
+        )
+    if flag is None and name is None:
+        rule = "name the `quant_method` of its `quantization_config`"
+        return rule, f"Add it to config.json, {other}"
+    name = name or "bitsandbytes"
+    if isinstance(error, ImportError) or "install" in str(error):
+        rule = f"hold weights that this installation can read, and {name} needs more"
+        return rule, f"Install what the error asks for, {other}"
+    rule = f"hold a `quantization_config` that transformers can use for {name}"
+    return rule, f"Correct it in config.json, {other}"
 
 
 def _of_configuration(folder: Path) -> tuple[str, str] | None:
@@ -141,7 +159,7 @@ def _of_weights(folder: Path, error: Exception) -> tuple[str, str]:
             return f"hold all files that {index.name} names, and {absent[0]} is missing", AGAIN
     if isinstance(error, SafetensorError | UnpicklingError | EOFError):
         return "hold whole files of weights", AGAIN
-    known = isinstance(error, KeyError) and isinstance(error.args[0], str)
+    known = isinstance(error, KeyError) and str(error.args[0]).replace("_", "").isalnum()
     what = f"`{error.args[0]}` in its files" if known else "its config.json"
     return "be one that transformers can load", f"Correct {what}, or download the model again."
 

@@ -20,6 +20,7 @@ ROW_CHARACTERS = 120
 # of six digits.
 FLOAT_DIGITS, SINGLE_DIGITS = 15, 6
 SMALLEST, LARGEST = 1e-37, 1e38  # about the range of float32
+WIDER = {"longdouble", "float96", "float128"}  # numpy gives them no Python type
 
 
 def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
@@ -101,9 +102,11 @@ def _texts(value: object, inside: bool = False) -> Iterable[str]:
     if isinstance(value, bool):
         return [str(value), str(value).lower()]
     if isinstance(value, float):
-        exact, short = Decimal(repr(value)), Decimal(f"{value:.15g}")
-        texts = [*_of_decimal(exact, repr(value)), *_of_decimal(short, str(short))[:1]]
-        return [*texts, *_of_single(value)]
+        texts = _of_decimal(Decimal(repr(value)), repr(value))
+        if value.is_integer():  # it has no noise: 2**53 is not 9007199254740990
+            return texts
+        short = Decimal(f"{value:.15g}")
+        return [*texts, *_of_decimal(short, str(short))[:1], *_of_single(value)]
     if isinstance(value, Decimal):
         return _of_decimal(value, str(value))
     if isinstance(value, datetime):
@@ -126,7 +129,7 @@ def _of_decimal(value: Decimal, text: str) -> list[str]:
 
 def _of_single(value: float) -> list[str]:
     """Return the short text of a value that was stored as float32; else an empty list."""
-    if value.is_integer() or _digits(value) < FLOAT_DIGITS or not SMALLEST <= abs(value) < LARGEST:
+    if _digits(value) < FLOAT_DIGITS or not SMALLEST <= abs(value) < LARGEST:
         return []
     single = np.float32(value)
     if float(single) != value or _digits(single) > SINGLE_DIGITS:
@@ -153,6 +156,8 @@ def _entries(value: Any) -> list[Any]:
 
 def _scalar(value: Any) -> Any:
     whole, kind = value.item(), str(value.dtype).removeprefix("torch.")
+    if kind in WIDER:
+        return float(whole)
     if isinstance(whole, float) and kind != "float64":
         # The shortest decimal that the type can distinguish: 0.1, not 0.10000000149.
         return float(str((np.float16 if kind == "float16" else np.float32)(whole)))

@@ -135,6 +135,47 @@ def test_a_class_takes_no_arguments_of_another_at_its_place(
     assert words in notes(capsys)[-1]
 
 
+ADAMW = "{class_path: torch.optim.AdamW, init_args: {lr: 1e-5, betas: %s, amsgrad: %s}}"
+SGD = "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}}"
+
+
+@pytest.mark.parametrize("how", ["files", "base", "flags"])
+@pytest.mark.parametrize(
+    ("old", "lost"),
+    [
+        (ADAMW % ("[0.9, 0.999]", "false"), []),  # AdamW's own, as a saved configuration has them
+        (
+            ADAMW % ("[0.8, 0.9]", "true"),
+            ["SGD replaces AdamW, so `betas`, `amsgrad` of AdamW has no effect."],
+        ),
+    ],
+)
+def test_a_class_that_replaces_another_is_noted_once_for_what_was_chosen(
+    how: str, old: str, lost: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("old.yaml").write_text(f"base: config.yaml\nmodel: {{optimizer: {old}}}")
+    Path("new.yaml").write_text(SGD if how == "files" else f"base: old.yaml\n{SGD}")
+    flags = {
+        "files": ["--config=old.yaml", "--config=new.yaml"],
+        "base": ["--config=new.yaml"],
+        "flags": ["--config=old.yaml", "--model.optimizer=torch.optim.SGD",
+                  "--model.optimizer.lr=0.1"],
+    }[how]  # fmt: skip
+    KDRLCLI.run(flags, instantiate_only=True)
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
+    assert [re.sub(r"^note: (`model\.optimizer`: )?", "", line) for line in said] == lost
+
+
+def test_rows_in_place_of_a_source_are_no_list_to_add_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("old.yaml").write_text(
+        "data: {train_prompts: {class_path: kdrl_lightning.tiny.ColumnAddition}}"
+    )
+    made("--config=old.yaml", "--config=data: {train_prompts: [{prompt: x}]}")
+    assert notes(capsys) == []
+
+
 NULLS = [
     "data.rollout.mask_truncated",
     "data.rollout.temperature",

@@ -55,6 +55,31 @@ def test_the_first_process_with_a_message_says_it(monkeypatch: pytest.MonkeyPatc
     assert together.first_to_say("a")
 
 
+class SaidLater:
+    """The store of a group whose first process reports something at the third question."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def add(self, key: str, amount: int) -> int:
+        self.asked += 1
+        return int(self.asked > 2) if amount == 0 else 1
+
+
+def test_after_ctrl_c_the_others_let_the_first_process_speak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store: Any = SaidLater()
+    monkeypatch.setattr(together, "_store", lambda: store)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not together.first_to_say("a", waits_s=60.0)
+    assert store.asked == 3
+    store = distributed.HashStore()
+    assert together.first_to_say("a", waits_s=0.1)  # it was not interrupted
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert together.first_to_say("b", waits_s=60.0)
+
+
 def test_ranks_of_torchrun_meet_before_they_have_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert together._store() is None
     host = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -299,3 +299,15 @@ def test_rows_and_sets_are_named_by_text(tmp_path: Path, monkeypatch: pytest.Mon
     data = KDRLCLI.run([*flags, "--trainer.logger=false"], instantiate_only=True).datamodule
     assert data.train_prompts == [{"prompt": "p", "1": "one", "yes": "two", "answer": "1:30"}]
     assert [one.name for one in data.evaluation.val] == ["1", "on"]
+
+
+@pytest.mark.parametrize("word", ["NO", "yes", "On", "off"])
+def test_yes_and_no_are_answers_in_a_row_and_switches_elsewhere(word: str) -> None:
+    rows = load(f"[{{prompt: q, answer: {word}, kept: true}}, {{question: q, answer: {word}}}]")
+    switch = word.lower() in ("yes", "on")
+    assert rows == [
+        {"prompt": "q", "answer": word, "kept": True},
+        {"question": "q", "answer": switch},
+    ]
+    assert load(f"trainer: {{logger: {word}}}") == {"trainer": {"logger": switch}}
+    assert load(dump(rows)) == rows

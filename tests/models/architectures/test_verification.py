@@ -116,6 +116,23 @@ def test_a_configuration_without_a_causal_mask_is_refused(
         Scorer(build(model_type, **settings)).verify("it")
 
 
+# As they are before training: a nat of difference between tokens is far away.
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "megatron-bert", "xlnet", "roformer"])
+def test_a_small_model_that_sees_later_tokens_is_refused(model_type: str) -> None:
+    model = build(model_type, initializer_range=0.02)
+    assert not getattr(model.config, "is_decoder", False)
+    with pytest.raises(ConfigurationError, match="must not see later tokens"):
+        Scorer(model).verify("it")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3_moe", "mamba", "gpt_oss"])
+def test_a_small_model_that_does_not_is_accepted(model_type: str) -> None:
+    scorer = Scorer(build(model_type, initializer_range=0.02))
+    scorer.verify("it")
+    assert scorer.pads and (scorer.shares or model_type == "mamba")
+    assert worst_gap(scorer, scorer.model) < 1e-5
+
+
 def test_a_head_of_several_streams_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="the language-model head of it must be"):
         Scorer(build("prophetnet")).verify("it")
@@ -189,6 +206,13 @@ def test_rows_that_depend_on_each_other_are_refused() -> None:
     )
     with pytest.raises(ConfigurationError, match=words):
         Scorer(model).verify("it")
+
+
+def test_experts_that_became_float64_are_run_one_by_one() -> None:
+    scorer = Scorer(build("qwen3_moe").double())
+    scorer.verify("it")
+    assert scorer.model.config._experts_implementation == "eager"
+    assert worst_gap(scorer, scorer.model) < 1e-10
 
 
 def test_gradients_of_rows_by_length_are_those_of_rows_alone() -> None:
