@@ -707,8 +707,8 @@ MUTATIONS = [
     Mutation(
         "SRPO: verdict swapped",
         RULES,
-        "torch.where(batch.correct[:, None], super().__call__(batch, gap), gap)",
-        "torch.where(batch.correct[:, None], gap, super().__call__(batch, gap))",
+        "torch.where(rewarded[:, None], super().__call__(batch, gap), gap)",
+        "torch.where(rewarded[:, None], gap, super().__call__(batch, gap))",
     ),
     Mutation(
         "RLSD: mix and width swapped",
@@ -817,8 +817,8 @@ MUTATIONS = [
     Mutation(
         "imitation: on what the teacher sampled",
         FRAME_SELECTIONS,
-        "mask = rollout.student_mask  #",
-        "mask = rollout.loss_mask  #",
+        "mask = mask & rollout.student_mask",
+        "mask = rollout.loss_mask",
     ),
     Mutation(
         "outside: by the student's rule only",

@@ -168,3 +168,24 @@ def _gather(here: Sums) -> list[Sums]:
     ranks: list[Sums] = [{}] * distributed.get_world_size()
     distributed.all_gather_object(ranks, here)
     return ranks
+
+
+def context_metrics(
+    batch: RolloutBatch, dropped: int, reduce: Callable[[Tensor, str], Tensor]
+) -> dict[str, float]:
+    """Return the share of completions with a context of the teacher; all ranks must call it.
+
+    Args:
+        batch: this rank's completions.
+        dropped: this rank's contexts that were too long or could not be rendered.
+        reduce: ``(tensor, operation) -> tensor`` over ranks.
+
+    Returns:
+        ``kd/context_frac`` and ``kd/context_dropped_frac``; nothing if the teacher has no prompt
+        of its own.
+    """
+    if batch.has_context is None:
+        return {}
+    here = [float(batch.has_context.sum()), float(dropped), float(len(batch))]
+    having, lost, count = reduce(torch.tensor(here, dtype=torch.float64), "sum").tolist()
+    return {"kd/context_frac": having / count, "kd/context_dropped_frac": lost / count}
