@@ -16,7 +16,7 @@ from kdrl_lightning.rollout.groups import Collector
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.saved import pack, unpack
 from kdrl_lightning.rollout.settings import RolloutSettings
-from kdrl_lightning.rollout.statistics import RolloutWatch, context_metrics, part_means
+from kdrl_lightning.rollout.statistics import RolloutWatch, part_means
 from kdrl_lightning.rollout.updates import (
     FROZEN_TOKENS,
     Cut,
@@ -204,7 +204,8 @@ class RolloutSource:
         )
         metrics |= part_means(j.verdict for g in groups for j in g if j.source == STUDENT)
         metrics["rollout/bad_rows"] = self._bad_rows()
-        metrics |= context_metrics(plan.batch, module.frozen.take_dropped(), module.reduce)
+        dropped = module.frozen.take_dropped()
+        metrics |= self.watch.measure_contexts(plan.batch, dropped, module.reduce)
         cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
         padding, peak = module.reduce(cost, "max").tolist()
         return metrics | {"rollout/padding_frac": padding, "memory/peak_gb": peak}

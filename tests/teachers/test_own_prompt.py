@@ -324,3 +324,18 @@ def test_a_second_prompt_around_the_first_is_refused(teacher_folder: str, tmp_pa
 def test_it_does_not_sample_after_the_students_prompt(teacher_folder: str) -> None:
     teacher = PromptedTeacher(LocalTeacher(teacher_folder), TeacherPrompt())
     assert not teacher.generates and teacher.weights() is None
+
+
+def test_the_prompt_of_a_row_is_known_before_a_completion(
+    tokenizer: Any, teacher_folder: str
+) -> None:
+    row = {"prompt": PROMPT, "solution": "06,04#046"}
+
+    def of_row(context: Any, limit: int | None = None) -> Any:
+        prompt = TeacherPrompt(context, OWN if context else None, max_tokens=limit)
+        return prompted(teacher_folder, tokenizer, prompt).prompt_of_row(row)
+
+    shown = ColumnContext("solution")
+    assert of_row(shown) == tokenizer("06,04#046#12+34=")["input_ids"]
+    assert of_row(None) == tokenizer(PROMPT)["input_ids"]
+    assert of_row(ColumnContext("answer")) is of_row(SiblingContext()) is of_row(shown, 15) is None
