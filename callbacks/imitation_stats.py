@@ -216,8 +216,9 @@ def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
 
 def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
     batch, logprobs = micro.batch, micro.logprobs
-    # The estimates hold for the student's own samples.
-    mask, correct = batch.student_mask, batch.correct[:, None]
+    # The estimates hold for the student's own samples, and say nothing without the context.
+    taught = batch.taught_mask
+    mask, correct = taught & batch.student_mask, batch.correct[:, None]
     masks = {"": mask, "_correct": mask & correct, "_wrong": mask & ~correct}
     for name, value in (
         ("kd/reverse_kl", k1(logprobs, teacher)),
@@ -232,13 +233,13 @@ def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
         stats.add_mean("kd/conflict_frac", against, used)
         stats.add_mean("kd/strong_conflict_frac", against & (gap.abs() > math.log(2)), used)
     if batch.teacher_entropy is not None:
-        stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, batch.loss_mask)
+        stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, taught)
     best = micro.top_ids
     if best is None and batch.topk_ids is not None:
         best = batch.topk_ids[..., 0]
     if batch.teacher_top_ids is not None and best is not None:
         same = batch.teacher_top_ids == best
-        stats.add_mean("kd/top_token_agreement", same, batch.loss_mask)
+        stats.add_mean("kd/top_token_agreement", same, taught)
     if batch.old_logprobs is None:
         return
     if micro.offset_weight is not None:
@@ -256,7 +257,8 @@ def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -
     histograms.add("hist/entropy", entropy, mask)
     if batch.teacher_logprobs is None:
         return
-    histograms.add("hist/teacher_gap", batch.teacher_logprobs - micro.logprobs, mask)
+    gap = batch.teacher_logprobs - micro.logprobs
+    histograms.add("hist/teacher_gap", gap, batch.taught_mask)
     if micro.offset_weight is not None:
         histograms.add("hist/log_offset_weight", micro.offset_weight, batch.student_mask)
 

@@ -39,6 +39,7 @@ from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 from kdrl_lightning.trainer.checks import check_micro_batches, check_steps, longest_that_fits
 from kdrl_lightning.trainer.group_checks import (
     check_completions,
+    check_contexts,
     check_groups,
     check_off_policy,
     check_policy,
@@ -183,6 +184,9 @@ class RolloutDataModule(pl.LightningDataModule):
             kinds = first_of_each_kind(row for row, _ in prompts.sample)
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
+        teacher = module.teacher if stage == "fit" else None
+        if teacher is not None and any(context.reads_feedback for context in teacher.contexts):
+            self.rewards.require_feedback(first_of_each_kind(row for row, _ in sets[0].sample))
 
     def _set_up_training(self) -> PromptSet:
         """Encode the training prompts, and check the settings that rollouts depend on."""
@@ -211,6 +215,11 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts.limit(limit, "`max_tokens_per_micro_batch`")
         if teacher is not None:
             prompts.require(teacher.route)  # a row without a teacher stops the run here
+            check_contexts(teacher, group)
+            prompts.require(partial(teacher.check_row, tokenizer=module.tokenizer))
+            line = teacher.check_rows([row for row, _ in prompts.sample], module.tokenizer)
+            if line and trainer.is_global_zero:
+                print(f"train_prompts: {line}", flush=True)
         self.collector.repeat = overfit_rollouts(trainer, settings, length)
         self.rollouts.prompts = prompts
         return prompts

@@ -158,7 +158,7 @@ class Objective(ABC):
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Return the scored rollout with what the terms need; it holds whole groups."""
-        return rollout.replace(imitation_mask=rollout.loss_mask)
+        return rollout.replace(imitation_mask=rollout.taught_mask)
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
         """Return whether ``prepare`` reads the student's scores of such a rollout.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.tokenizers import check_end_tokens
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
@@ -45,6 +46,7 @@ class FrozenModels:
         self.active = teacher
         self.reference: Teacher | None = None
         self.seconds = 0.0
+        self._dropped = 0
         self._device = torch.device("cpu")
 
     @property
@@ -127,6 +129,24 @@ class FrozenModels:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
         if self._teacher is not None:
             self._teacher.accept(batch)
+
+    def write_prompts(self, batch: RolloutBatch, groups: Sequence[Group]) -> RolloutBatch:
+        """Return the batch with the teacher's own prompts, if it has any.
+
+        Args:
+            batch: this rank's completions.
+            groups: their groups, in the order of the batch.
+        """
+        prompts = None if self.active is None else self.active.own_prompts(groups)
+        if prompts is None:
+            return batch
+        self._dropped += sum(prompt.dropped for prompt in prompts)
+        return with_prompts(batch, prompts)
+
+    def take_dropped(self) -> int:
+        """Return how many contexts were too long or not renderable since the last call."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
         """Add the reference's log-probabilities; without a reference, return the batch."""

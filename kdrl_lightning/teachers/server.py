@@ -96,6 +96,11 @@ class ServerTeacher(Teacher):
         """Whether there is a single rank, which need not wait for others."""
         return not self.collective
 
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens, of prompt and completion together, of the servers; None before ``load``."""
+        return self._context - 1 if self._context else None
+
     def prepare(self) -> None:
         """Make the model's folder if its source needs to."""
         model_path(self.model)

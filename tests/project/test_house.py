@@ -33,7 +33,7 @@ ALLOWED = {
     "rewards": FLOOR,
     "prompts": FLOOR,
     "engines": FLOOR | {"distributed", "models"},
-    "teachers": FLOOR | {"engines", "losses", "models"},
+    "teachers": FLOOR | {"engines", "losses", "models", "prompts", "rewards"},
     "checkpoints": FLOOR | {"distributed", "models", "trainer"},
     "rollout": FLOOR
     | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},
