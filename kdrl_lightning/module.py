@@ -248,7 +248,8 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the teacher's scores, if there is a teacher."""
         with self.trainer.precision_plugin.forward_context():
-            return self.frozen.score_teacher(batch, self._asked(batch))
+            asked = self.objective.compared_ids(batch)
+            return self.frozen.score_teacher(batch, asked, self.objective.teacher_top_k)
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the fields that the objective sets once per rollout."""
@@ -298,12 +299,9 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         def loss(scores: TokenScores) -> Tensor:
             return self.objective(batch.completed(fields_found(scores)), scores)[0]
 
-        asked, ahead = self._asked(batch), None if self.objective.couples_tokens else loss
+        asked = self.objective.compared_ids(batch)
+        ahead = None if self.objective.couples_tokens else loss
         return self._student().score(batch, top_k, asked, states, divergence, ahead)
-
-    def _asked(self, batch: RolloutBatch) -> Tensor | None:
-        """``[B, T, K]``: the student's top tokens, if the objective compares there; else None."""
-        return batch.topk_ids if self.objective.top_k else None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip and count a step with a non-finite loss or gradient; stop after too many."""

@@ -20,6 +20,7 @@ from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
+from kdrl_lightning.teachers.own_top_k import own_top_k
 from kdrl_lightning.teachers.tokenizers import check_end_tokens
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
@@ -74,12 +75,8 @@ class FrozenModels:
         Raises:
             ConfigurationError: one of them cannot do what the objective asks.
         """
-        teacher = self.active
-        if objective.divergence is not None and teacher and not teacher.gives_states:
-            raise ConfigurationError(
-                "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
-                f"{type(teacher).__name__}. Use one, or a sampled or top-k estimator."
-            )
+        if self.active is not None:
+            check_scores(self.active, objective)
         for model in self._models():
             model.check(tokenizer, path)
             check_end_tokens(model.other_end, objective)
@@ -144,19 +141,26 @@ class FrozenModels:
             return batch
         return batch.replace(ref_logprobs=self.reference.score(batch).logprobs)
 
-    def score_teacher(self, batch: RolloutBatch, topk_ids: Tensor | None) -> RolloutBatch:
+    def score_teacher(
+        self, batch: RolloutBatch, topk_ids: Tensor | None, top_k: int = 0
+    ) -> RolloutBatch:
         """Add the teacher's scores, as ``teacher_fields``; without a teacher, return the batch.
 
         Args:
             batch: completions.
             topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+            top_k: number of the teacher's own most likely tokens to score instead; 0: none.
         """
         if self.active is None:
             return batch
         with self._clock():
-            scores = self.active.score(batch, topk_ids)
+            if top_k:
+                scores = own_top_k(self.active, batch, top_k)
+            else:
+                scores = self.active.score(batch, topk_ids)
         return batch.replace(
             **teacher_fields(scores),
+            teacher_topk_ids=scores.topk_ids if top_k else None,
             teacher_topk_logprobs=scores.topk_logprobs,
             teacher_tail_logprobs=scores.tail_logprobs,
         )
@@ -205,6 +209,34 @@ def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None
         raise ConfigurationError(
             f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
             "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
+        )
+
+
+def check_scores(teacher: Teacher, objective: Any) -> None:
+    """Check that the teacher returns the scores that the objective reads.
+
+    Args:
+        teacher: the teacher of the run.
+        objective: the loss.
+
+    Raises:
+        ConfigurationError: the teacher only scores tokens that it is given, or knows no entropy.
+    """
+    got = f"got {type(teacher).__name__}"
+    if objective.divergence is not None and not teacher.gives_states:
+        raise ConfigurationError(
+            "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: "
+            f"{got}. Use one, or a sampled or top-k estimator."
+        )
+    if objective.teacher_top_k and not teacher.gives_states:
+        raise ConfigurationError(
+            f"`teacher` must be a LocalTeacher to name its own most likely tokens: {got}. Use "
+            "one, or an objective that compares the student's."
+        )
+    if objective.needs_teacher_entropy and not teacher.knows_entropy:
+        raise ConfigurationError(
+            f"`teacher` must return its entropy for {type(objective).__name__}: {got}. Use a "
+            "LocalTeacher."
         )
 
 
