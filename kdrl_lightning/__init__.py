@@ -37,6 +37,7 @@ _HOME = {
     "EOPD": "objectives",
     "GOPD": "objectives",
     "OPSD": "objectives",
+    "PublishedHDPO": "objectives",
     "PublishedSRPO": "objectives",
     "SCOPE": "objectives",
     "SDAR": "objectives",
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.objectives import Objective as Objective
     from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
     from kdrl_lightning.objectives import PolicyObjective as PolicyObjective
+    from kdrl_lightning.objectives import PublishedHDPO as PublishedHDPO
     from kdrl_lightning.objectives import PublishedSRPO as PublishedSRPO
     from kdrl_lightning.prompts import HFPrompts as HFPrompts
     from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts

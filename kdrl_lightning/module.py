@@ -79,6 +79,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         lora: train low-rank adapters in the student's linear layers instead of all its weights.
         chunk_size: tokens whose logits student and reference compute at once; None: as many as
             fit about 64 MiB, at most 1024; on CUDA 1 GiB.
+        reference: model of the reference KL and of G-OPD; None: the student before training.
 
     Attributes:
         frozen: the teacher and the reference of the run.
@@ -96,6 +97,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
         chunk_size: int | None = None,
+        reference: Teacher | None = None,
     ) -> None:
         super().__init__()
         if chunk_size is not None:
@@ -105,7 +107,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         self.pretrained = Pretrained(student)
         self.objective = objective
         self.teacher = teacher
-        self.frozen = FrozenModels(teacher)
+        self.frozen = FrozenModels(teacher, reference)
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.nonfinite = NonFiniteSteps(max_nonfinite_steps)
@@ -160,8 +162,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def prepare_data(self) -> None:
         """Let model sources make their models, on one process."""
         _ = self.student_path
-        if self.teacher is not None:
-            self.teacher.prepare()
+        self.frozen.prepare()
 
     def setup(self, stage: str) -> None:
         """Check all that needs no weights, and reset the state of an earlier run."""

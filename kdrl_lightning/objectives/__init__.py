@@ -32,6 +32,11 @@ from kdrl_lightning.objectives.grpo import CISPO, GRPO, GSPO
 from kdrl_lightning.objectives.kdrl import KDRL
 from kdrl_lightning.objectives.methods.eopd import EOPD, FixedGap, TeacherTopK
 from kdrl_lightning.objectives.methods.g_opd import GOPD, ExtrapolatedGap
+from kdrl_lightning.objectives.methods.hdpo_published import (
+    OwnGroup,
+    PublishedHDPO,
+    SolvedByTeacher,
+)
 from kdrl_lightning.objectives.methods.opsd import OPSD, ClippedForwardKL
 from kdrl_lightning.objectives.methods.scope import SCOPE, RarityWeights
 from kdrl_lightning.objectives.methods.sdar import SDAR, GatedGap
@@ -101,8 +106,10 @@ __all__ = [
     "NotDistilled",
     "Objective",
     "OnPolicyDistillation",
+    "OwnGroup",
     "Part",
     "PolicyObjective",
+    "PublishedHDPO",
     "PublishedSRPO",
     "RarityWeights",
     "Ratio",
@@ -113,6 +120,7 @@ __all__ = [
     "SequenceRatio",
     "ShapedAdvantage",
     "ShapedProbability",
+    "SolvedByTeacher",
     "SumAdvantage",
     "SurrogateTerm",
     "TeacherTopK",

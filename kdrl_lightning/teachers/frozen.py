@@ -34,15 +34,17 @@ class FrozenModels:
 
     Args:
         teacher: the teacher of the configuration, if there is one.
+        reference: the reference of the configuration, which replaces the initial student.
 
     Attributes:
         active: the teacher that this run asks; None if it asks none (an evaluation).
-        reference: the initial student; None without a KL to it.
+        reference: the initial student, or the configured model; None if nothing reads it.
         seconds: time that the teacher took to score.
     """
 
-    def __init__(self, teacher: Teacher | None) -> None:
+    def __init__(self, teacher: Teacher | None, reference: Teacher | None = None) -> None:
         self._teacher = teacher
+        self._reference = reference
         self.active = teacher
         self.reference: Teacher | None = None
         self.seconds = 0.0
@@ -59,10 +61,16 @@ class FrozenModels:
         """Whether ranks score together with one of them, so that none may stop alone."""
         return any(model.collective for model in self._models())
 
+    def prepare(self) -> None:
+        """Let the models of the configuration be made, on one process."""
+        for model in (self._teacher, self._reference):
+            if model is not None:
+                model.prepare()
+
     def choose(self, fitting: bool, reference: Teacher | None) -> None:
         """Take the models that a run needs: an evaluation asks none and loads none."""
         self.active = self._teacher if fitting else None
-        self.reference = reference
+        self.reference = reference and (self._reference or reference)
 
     def check(self, tokenizer: Any, path: str, objective: Any) -> None:
         """Check them against the student and the objective, before weights are loaded.
