@@ -42,6 +42,7 @@ _HOME = {
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "RoutedTeacher": "teachers",
+    "SelfTeacher": "teachers",
     "ServerTeacher": "teachers",
     "Teacher": "teachers",
     "TransformersEngine": "engines",
@@ -133,6 +134,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
+    from kdrl_lightning.teachers import SelfTeacher as SelfTeacher
     from kdrl_lightning.teachers import ServerTeacher as ServerTeacher
     from kdrl_lightning.teachers import Teacher as Teacher
 

@@ -34,6 +34,7 @@ class Teacher(ABC):
         needs_lora: the teacher is the student without its adapters.
         knows_entropy: ``score`` returns the entropy of the teacher's distributions.
         joins: one call may score several micro-batches, so that a prompt they share runs once.
+        has_own_prompt: the teacher reads another prompt than the student.
     """
 
     generates: bool = False
@@ -43,6 +44,7 @@ class Teacher(ABC):
     needs_lora: bool = False
     knows_entropy: bool = True
     joins: bool = False
+    has_own_prompt: bool = False
 
     @property
     def model_name(self) -> str | None:
