@@ -28,7 +28,10 @@ from kdrl_lightning.teachers import (
 from kdrl_lightning.teachers.self_teachers import WeightRule
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.*of the (completions|groups):UserWarning",
+        "ignore:Be aware that when using `ckpt_path`:UserWarning",
+    ),
     pytest.mark.usefixtures("ends_the_group"),
 ]
 SMALL: dict[str, Any] = {"val_prompts": None, "prompts_per_rollout": 2}
