@@ -52,6 +52,7 @@ _HOME = {
     "CachedTeacher": "teachers",
     "PromptedTeacher": "teachers",
     "RoutedTeacher": "teachers",
+    "SelfTeacher": "teachers",
     "ServerTeacher": "teachers",
     "Teacher": "teachers",
     "TeacherPrompt": "teachers",
@@ -165,6 +166,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.teachers import OtherProblemContext as OtherProblemContext
     from kdrl_lightning.teachers import PromptedTeacher as PromptedTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
+    from kdrl_lightning.teachers import SelfTeacher as SelfTeacher
     from kdrl_lightning.teachers import ServerTeacher as ServerTeacher
     from kdrl_lightning.teachers import SiblingContext as SiblingContext
     from kdrl_lightning.teachers import Teacher as Teacher

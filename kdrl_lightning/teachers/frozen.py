@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
@@ -21,6 +21,7 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.own_top_k import own_top_k
+from kdrl_lightning.teachers.self_teachers import check_self_teachers, self_teachers
 from kdrl_lightning.teachers.tokenizers import check_end_tokens
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
@@ -30,7 +31,8 @@ from kdrl_lightning.teachers.tokenizers import check_end_tokens
 class FrozenModels:
     """Loads, moves and asks the teacher and the reference.
 
-    A plain object: no parameter, optimizer or checkpoint of the module holds these models.
+    A plain object: no parameter, optimizer or checkpoint of the module holds these models, except
+    the weights of a self-teacher that follow the student's: they are ``kept``.
 
     Args:
         teacher: the teacher of the configuration, if there is one.
@@ -66,6 +68,31 @@ class FrozenModels:
         for model in (self._teacher, self._reference):
             if model is not None:
                 model.prepare()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The rules of the configuration's self-teachers, in which a resumed run must agree."""
+        return [type(found.rule).__name__ for found in self_teachers(self._teacher)]
+
+    @property
+    def kept(self) -> list[nn.Module]:
+        """Weights of self-teachers that are state of this run; checkpoints must hold them."""
+        kept = (found.kept for found in self_teachers(self.active))
+        return [weights for weights in kept if weights is not None]
+
+    def follow(self, steps: int) -> None:
+        """Let self-teachers follow the student after an optimizer step that was not skipped.
+
+        Args:
+            steps: optimizer steps so far, without those that were skipped.
+        """
+        for found in self_teachers(self.active):
+            found.follow(steps)
+
+    def initial_digests(self) -> list[str]:
+        """Return checksums of initial students that a resumed run reads again; a collective."""
+        digests = (found.initial_digest() for found in self_teachers(self.active))
+        return [digest for digest in digests if digest is not None]
 
     def choose(self, fitting: bool, reference: Teacher | None) -> None:
         """Take the models that a run needs: an evaluation asks none and loads none."""
@@ -206,7 +233,8 @@ def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None
         adapters: the student is trained by LoRA.
 
     Raises:
-        ConfigurationError: the objective has no teacher, or the teacher no base model.
+        ConfigurationError: the objective has no teacher, or the teacher no base model, or it is
+            the student itself at each token.
     """
     if objective.needs_teacher and teacher is None:
         raise ConfigurationError(
@@ -218,6 +246,7 @@ def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None
             f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
             "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
         )
+    check_self_teachers(teacher)
 
 
 def check_scores(teacher: Teacher, objective: Any) -> None:

@@ -27,6 +27,7 @@ from kdrl_lightning.hardware.planning.models import (
     local_teachers,
     plain_model,
     process_group,
+    second_models,
     student_of,
     work_on_lists,
 )
@@ -41,6 +42,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.self_teachers import self_teachers
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
@@ -351,11 +353,13 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     module.frozen.active = None
     if teacher is not None:
         kept = [t for t in local_teachers(teacher) if not t.offload]
+        kept += second_models(module)
         ready = [frozen_scorer(t, job, sharding) for t in kept]
         held["teacher"] = meter.bytes - sum(held.values())
         offloaded = [t for t in local_teachers(teacher) if t.offload]
         ready += [frozen_scorer(t, job, sharding) for t in offloaded]
         away = meter.bytes - sum(held.values())
+        ready = ready or [module.student] * len(self_teachers(teacher))
         module.frozen.active = Weightless(ready)
         if isinstance(teacher, AdapterOffTeacher):
             module.frozen.active = teacher
