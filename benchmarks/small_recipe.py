@@ -40,6 +40,7 @@ MODELS = {
     "runs/smollm2/teacher": ("Llama", 320, CHAT),
 }
 SUM = {"problem": "{i}+{i}=", "question": "{i}+{i}=", "answer": "{s}", "final_answer": "{s}"}
+SUM |= {"solution": "{i}+{i}={s}"}
 PUZZLE = {"quiz": "Who is Zoey ({i})?", "solution_text": "Zoey is a knight, and Riley is a knave."}
 DATA = {
     "agentica-org/DeepScaleR-Preview-Dataset": SUM,

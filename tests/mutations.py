@@ -60,7 +60,18 @@ SELECTIONS = "objectives/selections.py", "objectives/test_selections.py"
 GRPO = "objectives/grpo.py", "objectives/test_family.py"
 KDRL = "objectives/kdrl.py", "objectives/test_family.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
-MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
+MIXTURES = "objectives/methods/mixtures.py", "objectives/test_family.py"
+OPSD = "losses/divergences.py", "objectives/methods/test_opsd.py"
+WEIGHTS_OF_TOKENS = "losses/weights.py", "objectives/methods/test_sdpo.py"
+SDAR = "objectives/methods/sdar.py", "objectives/methods/test_sdar.py"
+G_OPD = "losses/advantages.py", "objectives/methods/test_g_opd.py"
+EOPD = "objectives/methods/eopd.py", "objectives/methods/test_eopd.py"
+SDPO = "objectives/methods/sdpo.py", "objectives/methods/test_sdpo.py"
+SRPO = "objectives/methods/srpo_published.py", "objectives/methods/test_srpo_published.py"
+SCOPE = "objectives/methods/scope.py", "objectives/methods/test_scope.py"
+HDPO = "objectives/methods/hdpo_published.py", "objectives/methods/test_hdpo_published.py"
+STEP_WEIGHTS = "rollout/updates.py", "objectives/methods/test_srpo_published.py"
+OWN_TOP_K = "teachers/own_top_k.py", "teachers/test_own_top_k.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
@@ -769,7 +780,7 @@ MUTATIONS = [
     Mutation(
         "engine correction: on whole distributions",
         FRAME_TEACHERS,
-        "loss * weights if self.distill.sampled else loss",
+        "loss * weights if self.distill.corrected else loss",
         "loss * weights",
     ),
     Mutation(
@@ -2477,6 +2488,126 @@ MUTATIONS = [
         PLANNED,
         "int(min(limits))",
         "int(max(limits))",
+    ),
+    Mutation(
+        "OPSD: the sum is capped, not its summands",
+        OPSD,
+        "(summands if clip is None else summands.clamp(max=clip)).sum(-1)",
+        "summands.sum(-1) if clip is None else summands.sum(-1).clamp(max=clip)",
+    ),
+    Mutation(
+        "OPSD: negative summands capped, too",
+        OPSD,
+        "summands.clamp(max=clip)",
+        "summands.clamp(-clip, clip)",
+    ),
+    Mutation(
+        "SDFT: one token more skipped",
+        ("objectives/selections.py", "objectives/methods/test_opsd.py"),
+        "(columns >= self.count)",
+        "(columns > self.count)",
+    ),
+    Mutation(
+        "SDAR: the gate has a gradient",
+        ("losses/weights.py", "objectives/methods/test_sdar.py"),
+        "(sharpness * gap.detach()).sigmoid()",
+        "(sharpness * gap).sigmoid()",
+    ),
+    Mutation(
+        "SDAR: pushes sampled tokens down",
+        SDAR,
+        "gate(gap, self.sharpness) * gap",
+        "-gate(gap, self.sharpness) * gap",
+    ),
+    Mutation(
+        "G-OPD: the sign of Eq. 14",
+        G_OPD,
+        "(extrapolation - 1.0) * (teacher_logprobs - ref_logprobs)",
+        "(extrapolation - 1.0) * (ref_logprobs - teacher_logprobs)",
+    ),
+    Mutation(
+        "EOPD: the student renormalised, too",
+        EOPD,
+        "generalized_jsd(student, torch.cat([teacher, outside], -1), self.jsd_beta)",
+        "generalized_jsd(student[..., :-1], teacher, self.jsd_beta)",
+    ),
+    Mutation(
+        "EOPD: acts where the teacher is sure",
+        EOPD,
+        '"teacher_entropy") > self.entropy_above',
+        '"teacher_entropy") < self.entropy_above',
+    ),
+    Mutation(
+        "EOPD: the gap to the current student",
+        EOPD,
+        'teacher - known(batch.old_logprobs, "old_logprobs")',
+        "gap",
+    ),
+    Mutation(
+        "SDPO: the ratio has a gradient",
+        WEIGHTS_OF_TOKENS,
+        "(logprobs - old_logprobs).detach().clamp",
+        "(logprobs - old_logprobs).clamp",
+    ),
+    Mutation(
+        "SDPO: the engine's weights forgotten",
+        SDPO,
+        '"""Return True."""\n        return True',
+        '"""Return True."""\n        return False',
+    ),
+    Mutation(
+        "SDPO: hybrid weights both losses alike",
+        SDPO,
+        "CappedKL(1.0 - reward_mix,",
+        "CappedKL(reward_mix,",
+    ),
+    Mutation(
+        "SRPO published: weights not normalised",
+        SRPO,
+        "torch.where(mask, weights / mean, 0.0)",
+        "torch.where(mask, weights, 0.0)",
+    ),
+    Mutation(
+        "SRPO published: rewards act on distilled tokens, too",
+        SRPO,
+        "torch.where(mask, 0.0, super().__call__(batch, gap))",
+        "super().__call__(batch, gap)",
+    ),
+    Mutation(
+        "step: a rank's own sum of weights",
+        STEP_WEIGHTS,
+        "prompts, max_tokens, weight)",
+        "prompts, max_tokens, here.imitation_weight)",
+    ),
+    Mutation(
+        "SCOPE: likely successes count more",
+        SCOPE,
+        "torch.where(correct, -student,",
+        "torch.where(correct, student,",
+    ),
+    Mutation(
+        "SCOPE: one softmax over both verdicts",
+        SCOPE,
+        "of_set = members == sign",
+        "of_set = members != 0",
+    ),
+    Mutation(
+        "HDPO published: the teacher's rewards in the group",
+        HDPO,
+        "out[rows] = super().prepare(rollout.select(rows))",
+        "out = super().prepare(rollout)",
+    ),
+    Mutation(
+        "HDPO published: kept tokens in GRPO's denominator",
+        HDPO,
+        "totals.num_loss_tokens - totals.num_imitated_tokens, 1.0",
+        "totals.num_loss_tokens, 1.0",
+    ),
+    Mutation(
+        "own top-k: scored without the temperature",
+        OWN_TOP_K,
+        "model.hidden, model.head, ids, batch.temperature",
+        "model.hidden, model.head, ids, 1.0",
     ),
 ]
 

@@ -130,9 +130,8 @@ def clipped_forward_kl(
     Returns:
         ``[...]`` nats, of either sign.
     """
-    student = student_logits.log_softmax(-1)
-    teacher = teacher_logits.detach().log_softmax(-1)
-    summands = _summands(teacher, student)
+    log_p, log_q = teacher_logits.detach().log_softmax(-1), student_logits.log_softmax(-1)
+    summands = _summands(log_p, log_q)
     return (summands if clip is None else summands.clamp(max=clip)).sum(-1)
 
 

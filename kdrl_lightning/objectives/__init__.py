@@ -37,6 +37,7 @@ from kdrl_lightning.objectives.methods.hdpo_published import (
     PublishedHDPO,
     SolvedByTeacher,
 )
+from kdrl_lightning.objectives.methods.mixtures import RLSD, SRPO
 from kdrl_lightning.objectives.methods.opsd import OPSD, ClippedForwardKL
 from kdrl_lightning.objectives.methods.scope import SCOPE, RarityWeights
 from kdrl_lightning.objectives.methods.sdar import SDAR, GatedGap
@@ -47,7 +48,6 @@ from kdrl_lightning.objectives.methods.srpo_published import (
     NotDistilled,
     PublishedSRPO,
 )
-from kdrl_lightning.objectives.mixtures import RLSD, SRPO
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import (
     BehaviorRatio,

@@ -288,26 +288,23 @@ class Rehearsal:
         return int(self.student.head().weight.shape[0])
 
     def _topk(self, batch: RolloutBatch) -> Tensor | None:
-        k = self.module.objective.top_k
+        k = self.module.objective.top_k or self.module.objective.teacher_top_k
         return torch.zeros(*batch.completion_ids.shape, k, dtype=torch.long) if k else None
 
     def filled(self, batch: RolloutBatch) -> RolloutBatch:
         """Fill what an update finds in its batch: real zeros, because only shapes count."""
         module, scores = self.module, torch.zeros(batch.completion_ids.shape)
         objective, top = module.objective, self._topk(batch)
-        batch = batch.replace(
-            old_logprobs=scores, old_entropy=scores, topk_ids=top, rollout_logprobs=scores
-        )
-        if objective.needs_reference:
-            batch = batch.replace(ref_logprobs=scores)
+        batch = batch.replace(old_logprobs=scores, old_entropy=scores, topk_ids=top)
+        reference = scores if objective.needs_reference else None
+        batch = batch.replace(rollout_logprobs=scores, ref_logprobs=reference)
         if module.teacher is not None and objective.divergence is None:
-            wide = None if top is None else torch.zeros(top.shape)
             batch = batch.replace(
-                teacher_logprobs=scores,
-                teacher_entropy=scores,
+                **dict.fromkeys(("teacher_logprobs", "teacher_entropy"), scores),
                 teacher_top_ids=batch.completion_ids,
-                teacher_topk_logprobs=wide,
-                teacher_tail_logprobs=None if wide is None else scores,
+                teacher_topk_ids=top,
+                teacher_topk_logprobs=None if top is None else torch.zeros(top.shape),
+                teacher_tail_logprobs=None if top is None else scores,
             )
         ready = module.prepare(in_pairs(batch)).select(range(len(batch)))
         ready = ready.replace(group_ids=batch.group_ids)
