@@ -16,7 +16,7 @@ from kdrl_lightning.rollout.groups import Collector
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.saved import pack, unpack
 from kdrl_lightning.rollout.settings import RolloutSettings
-from kdrl_lightning.rollout.statistics import RolloutWatch, context_metrics, part_means
+from kdrl_lightning.rollout.statistics import RolloutWatch, part_means
 from kdrl_lightning.rollout.updates import (
     FROZEN_TOKENS,
     Cut,
@@ -204,7 +204,8 @@ class RolloutSource:
         )
         metrics |= part_means(j.verdict for g in groups for j in g if j.source == STUDENT)
         metrics["rollout/bad_rows"] = self._bad_rows()
-        metrics |= context_metrics(plan.batch, module.frozen.take_dropped(), module.reduce)
+        dropped = module.frozen.take_dropped()
+        metrics |= self.watch.measure_contexts(plan.batch, dropped, module.reduce)
         cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
         padding, peak = module.reduce(cost, "max").tolist()
         return metrics | {"rollout/padding_frac": padding, "memory/peak_gb": peak}
@@ -225,7 +226,7 @@ class RolloutSource:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
         if share.count and share.engine.version is None:
             teacher = None if share.engine.has_own_weights else module.teacher
-            weights = None if teacher is None else teacher.weights()
+            weights = None if teacher is None else teacher.sampling_weights()
             self.live.sync(share.engine, module.weights() if weights is None else weights)
         return seconds
 
@@ -236,8 +237,9 @@ class RolloutSource:
             return 0.0  # the run ends before its first update
         engine = self.collector.student.engine
         seconds = self.live.sync(engine, self.live.module.weights())
+        ask = self.live.module.frozen.generation_prompt
         requests = stop_together(
-            lambda: self.collector.ahead(rollout, self.prompts, *self.live.ranks),
+            lambda: self.collector.ahead(rollout, self.prompts, *self.live.ranks, ask),
             self.live.module.reduce,
         )
         self.live.ahead.start(rollout, engine.version or 0, requests)
@@ -254,6 +256,7 @@ class RolloutSource:
                 *self.live.ranks,
                 self.live.sample,
                 module.frozen.route,
+                module.frozen.generation_prompt,
                 self.live.pad_id,
             )
         batch = module.frozen.write_prompts(batch, self._with_others(rollout, groups))

@@ -147,6 +147,14 @@ class FrozenModels:
         """Return which of several teachers scores the completions of a prompt row."""
         return 0 if self._teacher is None else self._teacher.route(row)
 
+    def generation_prompt(self, row: Mapping[str, Any], prompt_ids: list[int]) -> list[int]:
+        """Return the prompt after which the teacher samples its completions of a row."""
+        return (
+            prompt_ids
+            if self._teacher is None
+            else self._teacher.generation_prompt(row, prompt_ids)
+        )
+
     def accept(self, batch: RolloutBatch) -> None:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
         if self._teacher is not None:

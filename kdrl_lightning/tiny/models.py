@@ -1,6 +1,6 @@
 """The embedded teacher and student: small Qwen2 models for column addition.
 
-The package ships the two models that the configurations use, so that every machine starts from the
+The package ships the models that the configurations use, so that every machine starts from the
 same weights. A model with another slip, seed or number of digits is trained on first use. Both
 kinds are kept in the cache folder.
 """
@@ -54,7 +54,7 @@ class Recipe:
 RECIPES = {
     "teacher": Recipe(width=128, layers=3, steps=600, lr=3e-3, muon=False),
     "student": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48),
-    "reader": Recipe(width=96, layers=2, steps=1800, lr=6e-3, muon=True, batch_size=48, shown=0.5),
+    "reader": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48, shown=0.5),
 }
 
 SHIPPED = Path(__file__).parent / "shipped"

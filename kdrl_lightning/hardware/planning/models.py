@@ -27,7 +27,9 @@ from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
 from kdrl_lightning.teachers.self_teachers import self_teachers
+from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # `Any`: models and configurations of transformers share no typed base.
 
@@ -188,6 +190,20 @@ def second_models(module: KDRLModule) -> list[LocalTeacher]:
         return []
     second = [found for found in self_teachers(module.teacher) if found.rule.live_share < 1.0]
     return [LocalTeacher(module.student_source, "float32") for _ in second]
+
+
+def inner_of(teacher: Teacher | None) -> Teacher | None:
+    """Return the teacher inside all wrappers."""
+    while isinstance(teacher, WrappedTeacher):
+        teacher = teacher.teacher
+    return teacher
+
+
+def own_prompt_tokens(teacher: Any) -> int:
+    """Return the length to which a teacher limits prompts of its own; 0 without a limit."""
+    own = teacher.prompt.max_tokens or 0 if isinstance(teacher, PromptedTeacher) else 0
+    inner = getattr(teacher, "teachers", None) or {"": getattr(teacher, "teacher", None)}
+    return max(own, *(own_prompt_tokens(t) for t in inner.values() if t is not None), 0)
 
 
 @contextmanager

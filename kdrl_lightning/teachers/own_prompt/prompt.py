@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.encoding import encode_prompt
@@ -18,9 +19,8 @@ from kdrl_lightning.untyped import HFTokenizer, Row
 PLACES = re.compile(r"\{(prompt|context)\}")
 WITH_CONTEXT = "{prompt}\n\n{context}"
 
-Template: TypeAlias = str | Sequence[Mapping[str, str]]
 
-
+@dataclass(frozen=True)
 class TeacherPrompt:
     r"""Writes the prompt that the teacher reads instead of the student's.
 
@@ -45,27 +45,26 @@ class TeacherPrompt:
             completion, or ``max_tokens`` is below 1.
     """
 
-    def __init__(
-        self,
-        context: Context | None = None,
-        template: str | list[dict[str, str]] | None = None,
-        template_args: dict[str, Any] | None = None,
-        prefix: str = "",
-        max_tokens: int | None = None,
-    ) -> None:
-        if max_tokens is not None:
-            require_between("max_tokens", max_tokens, 1, float("inf"))
-        self.context = context
-        self.template: Template = template or ("{prompt}" if context is None else WITH_CONTEXT)
-        self.template_args = dict(template_args or {})
-        self.prefix = prefix
-        self.max_tokens = max_tokens
-        _check_template(self.template, context is not None)
+    context: Context | None = None
+    template: str | list[dict[str, str]] | None = None
+    template_args: dict[str, Any] | None = None
+    prefix: str = ""
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            require_between("max_tokens", self.max_tokens, 1, float("inf"))
+        _check_template(self.form, self.context is not None)
+
+    @property
+    def form(self) -> str | Sequence[Mapping[str, str]]:
+        """The template, or the usual one."""
+        return self.template or ("{prompt}" if self.context is None else WITH_CONTEXT)
 
     @property
     def same(self) -> bool:
         """Whether the teacher reads exactly the student's prompt."""
-        return self.template == "{prompt}" and not self.template_args and not self.prefix
+        return self.form == "{prompt}" and not self.template_args and not self.prefix
 
     def ids(self, tokenizer: HFTokenizer, row: Row, context: str = "") -> list[int]:
         """Return the token ids of the teacher's prompt.
@@ -92,14 +91,14 @@ class TeacherPrompt:
     def _written(self, prompt: Any, context: str) -> object:
         """Return the prompt's text or messages, with the template around the question."""
         if isinstance(prompt, str):
-            if isinstance(self.template, str):
-                return filled(self.template, prompt, context)
+            if isinstance(self.form, str):
+                return filled(self.form, prompt, context)
             raise ConfigurationError(
                 "`template` must be a text for prompts of plain text: got messages. Write a text, "
                 "or set `chat: true` on the prompts."
             )
         turns = list(prompt)
-        if self.template == "{prompt}":
+        if self.form == "{prompt}":
             return turns
         asked = [i for i, turn in enumerate(turns) if _role(turn) == "user"]
         if not asked:
@@ -116,9 +115,9 @@ class TeacherPrompt:
         return [*turns[:place], *new, *turns[place + 1 :]]
 
     def _messages(self) -> Sequence[Mapping[str, str]]:
-        if isinstance(self.template, str):
-            return [{"role": "user", "content": self.template}]
-        return self.template
+        if isinstance(self.form, str):
+            return [{"role": "user", "content": self.form}]
+        return self.form
 
 
 def filled(template: str, prompt: str, context: str) -> str:
@@ -131,7 +130,7 @@ def filled(template: str, prompt: str, context: str) -> str:
     return PLACES.sub(lambda place: texts[place[1]], template)
 
 
-def _check_template(template: Template, has_context: bool) -> None:
+def _check_template(template: str | Sequence[Mapping[str, str]], has_context: bool) -> None:
     """Refuse a template whose places do not fit the context, or that ends with an answer."""
     messages = [] if isinstance(template, str) else template
     for message in messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.own_prompt.checks import check_row, check_rows
-from kdrl_lightning.teachers.own_prompt.contexts import Context
+from kdrl_lightning.teachers.own_prompt.contexts import Context, RowContext
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt, as_read
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
@@ -38,8 +39,6 @@ class PromptedTeacher(WrappedTeacher):
         ConfigurationError: the wrapped teacher has a prompt of its own.
     """
 
-    # An engine would sample after the student's prompt.
-    generates = False
     has_own_prompt = True
 
     def __init__(self, teacher: Teacher, prompt: TeacherPrompt) -> None:
@@ -64,17 +63,45 @@ class PromptedTeacher(WrappedTeacher):
 
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
         """Raise if the prompt of a row cannot be written."""
-        check_row(self.prompt, row, tokenizer, self.vocabulary_rows)
+        check_row(self.prompt, row, tokenizer, self._vocabulary)
+
+    @cached_property
+    def _vocabulary(self) -> int | None:
+        return self.vocabulary_rows  # reads the model's configuration
 
     def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
         """Check what can be known of the contexts before a run; see ``Teacher.check_rows``."""
-        return check_rows(self.prompt, rows, tokenizer, self._limit(0))
+        return check_rows(self.prompt, rows, tokenizer, min(self._longest()))
+
+    @property
+    def generates(self) -> bool:  # type: ignore[override]
+        """Whether it can sample completions: its prompts must follow from the rows alone."""
+        known = self.prompt.context is None or isinstance(self.prompt.context, RowContext)
+        return known and self.teacher.generates
+
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the teacher's own prompt; the student's for a row without a context."""
+        return self.prompt_of_row(row) or prompt_ids
 
     def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt]:
         """Return the prompt of every completion, in their order."""
-        return [prompt for group in groups for prompt in self._of_group(group)]
+        longest = self._longest()  # reads the model's configuration
+        return [prompt for group in groups for prompt in self._of_group(group, *longest)]
 
-    def _of_group(self, group: Group) -> list[OwnPrompt]:
+    def prompt_of_row(self, row: Row) -> list[int] | None:
+        """Return the prompt of a row before anything is sampled, e.g. to sample after it.
+
+        None if the row has no context, or if the context is made of completions.
+        """
+        context = self.prompt.context
+        if context is not None and not isinstance(context, RowContext):
+            return None
+        text = "" if context is None else context.of_row(row)
+        ids = None if text is None else self._written(row, text)
+        return ids if ids is not None and len(ids) <= min(self._longest()) else None
+
+    def _of_group(self, group: Group, prompt: float, whole: float) -> list[OwnPrompt]:
+        """Return the prompts of a group, of which none and no sequence may be longer than given."""
         context = self.prompt.context
         texts = [""] * len(group.attempts) if context is None else context.of_group(group)
         written: dict[str, list[int] | None] = {}  # completions of a group often share a context
@@ -86,7 +113,7 @@ class PromptedTeacher(WrappedTeacher):
             if text not in written:
                 written[text] = self._written(attempt.row, text)
             ids = written[text]
-            if ids is None or len(ids) > self._limit(len(attempt.completion.ids)):
+            if ids is None or len(ids) > min(prompt, whole - len(attempt.completion.ids)):
                 out.append(OwnPrompt(attempt.prompt_ids, has_context=False, dropped=True))
             else:
                 out.append(OwnPrompt(ids))
@@ -95,20 +122,20 @@ class PromptedTeacher(WrappedTeacher):
     def _written(self, row: Row, text: str) -> list[int] | None:
         """Return the prompt's ids; None if the text of a sampled context cannot be rendered."""
         try:
-            ids = self.prompt.ids(self._tokenizer, row, text)
+            return self.prompt.ids(self._tokenizer, row, text)
         except ConfigurationError:
             return None
-        rows = self.vocabulary_rows
-        return ids if rows is None or max(ids) < rows else None
 
-    def _limit(self, completion: int) -> float:
-        """Return the longest prompt before so many tokens."""
-        own = float("inf") if self.prompt.max_tokens is None else self.prompt.max_tokens
-        context = self.context_length
-        return own if context is None else min(own, context - completion)
+    def _longest(self) -> tuple[float, float]:
+        """Return the most tokens of a prompt, and of prompt and completion together."""
+        own, context = self.prompt.max_tokens, self.context_length
+        return (
+            float("inf") if own is None else own,
+            float("inf") if context is None else context,
+        )
 
     def weights(self) -> ModelWeights | None:
-        """Return None: an engine would sample after the student's prompt."""
+        """Return None: an evaluation would sample after the student's prompt."""
         return None
 
     def accept(self, batch: RolloutBatch) -> None:
