@@ -40,6 +40,7 @@ from kdrl_lightning.trainer.group_checks import check_policy, check_teacher_comp
 
 PAGE = (Path(__file__).parents[2] / "docs/methods/self_teachers.md").read_text()
 COLUMNS = ["nothing", "sampled tokens", "student's top-k", "full vocabulary", "its completions"]
+COLUMNS += ["its own top-k", "its entropy"]
 
 
 class OwnPrompt(SelfTeacher):
@@ -64,6 +65,8 @@ REASONS = {
     1: r"must be a LocalTeacher for a divergence over the full vocabulary",
     2: r"must be one that can generate for `teacher_completions`",
     3: r"its KL is 0 and teaches nothing",
+    4: r"must be a LocalTeacher to name its own most likely tokens",
+    5: r"must return its entropy for PublishedSRPO",
 }
 
 
@@ -80,6 +83,10 @@ def column(objective: Any) -> str:
         return "its completions"
     if objective.divergence is not None:
         return "full vocabulary"
+    if objective.teacher_top_k:
+        return "its own top-k"
+    if objective.needs_teacher_entropy:
+        return "its entropy"
     if objective.top_k:
         return "student's top-k"
     return "sampled tokens" if objective.needs_teacher else "nothing"
