@@ -29,9 +29,10 @@ from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.metrics import StepLog
 from kdrl_lightning.metrics.nonfinite import NonFiniteSteps
 from kdrl_lightning.metrics.update_stats import UpdateStats
+from kdrl_lightning.models.end_tokens import EndTokens
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.lora import LoRA
-from kdrl_lightning.models.pretrained import BeforeTraining, Pretrained
+from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import load_scorer
 from kdrl_lightning.models.weights import ModelWeights
@@ -56,10 +57,10 @@ from kdrl_lightning.trainer.optimizers import (
     for_lightning,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
-from kdrl_lightning.untyped import State
+from kdrl_lightning.untyped import HFTokenizer, State
 
 
-class KDRLModule(EvaluationSteps, BeforeTraining, pl.LightningModule):
+class KDRLModule(EvaluationSteps, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
     The teacher is not a submodule, so parameters, optimizers, buckets and checkpoints hold only the
@@ -136,6 +137,31 @@ class KDRLModule(EvaluationSteps, BeforeTraining, pl.LightningModule):
     def teacher_seconds(self) -> float:
         """Seconds that the teacher has taken to score."""
         return self.frozen.seconds
+
+    @property
+    def student_path(self) -> str:
+        """Folder or hub name of the student before training."""
+        return self.pretrained.path
+
+    @property
+    def tokenizer(self) -> HFTokenizer:  # transformers has no type that all tokenizers share
+        """The student's tokenizer."""
+        return self.pretrained.tokenizer
+
+    @property
+    def end_tokens(self) -> EndTokens:
+        """The tokens that end a completion of the student."""
+        return self.pretrained.end_tokens
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, prompt and completion together, that the student can take."""
+        return self.pretrained.context_length
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the student's embedding: every token id must be smaller."""
+        return self.pretrained.vocabulary_rows
 
     def prepare_data(self) -> None:
         """Let model sources make their models, on one process."""

@@ -45,41 +45,6 @@ class Pretrained:
         return int(load_config(self.path).get_text_config().vocab_size)
 
 
-class BeforeTraining:
-    """What a module says of its student, from the student before training.
-
-    Attributes:
-        pretrained: the student before training.
-    """
-
-    pretrained: Pretrained
-
-    @property
-    def student_path(self) -> str:
-        """Folder or hub name of the student before training."""
-        return self.pretrained.path
-
-    @property
-    def tokenizer(self) -> HFTokenizer:
-        """The student's tokenizer."""
-        return self.pretrained.tokenizer
-
-    @property
-    def end_tokens(self) -> EndTokens:
-        """The tokens that end a completion of the student."""
-        return self.pretrained.end_tokens
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence, prompt and completion together, that the student can take."""
-        return self.pretrained.context_length
-
-    @property
-    def vocabulary_rows(self) -> int:
-        """Rows of the student's embedding: every token id must be smaller."""
-        return self.pretrained.vocabulary_rows
-
-
 def context_length(path: str) -> int:
     """Return the longest sequence, prompt and completion together, that a model can take.
 
