@@ -46,7 +46,7 @@ from kdrl_lightning.teachers.frozen import (
     initial_student,
     old_fields,
 )
-from kdrl_lightning.teachers.self_teachers import drop_kept
+from kdrl_lightning.teachers.self_teachers import SelfTeacherSteps
 from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
@@ -60,12 +60,11 @@ from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sha
 from kdrl_lightning.untyped import HFTokenizer, State
 
 
-class KDRLModule(EvaluationSteps, pl.LightningModule):
+class KDRLModule(EvaluationSteps, SelfTeacherSteps, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
     The teacher is not a submodule, so parameters, optimizers, buckets and checkpoints hold only the
-    student. The weights of a self-teacher that follow the student's are an exception: checkpoints
-    hold them, too.
+    student. Checkpoints also hold the weights of a self-teacher that follow the student's.
 
     Args:
         student: Hugging Face folder, hub name, or model source of the student.
@@ -86,7 +85,6 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     Attributes:
         frozen: the teacher and the reference of the run.
         nonfinite: counts the optimizer steps that were skipped.
-        self_teachers: the weights that self-teachers keep; None if there are none.
     """
 
     def __init__(
@@ -120,7 +118,6 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         self.strict_loading = lora is None
         self.chunk_size = chunk_size
         self.student: Scorer | None = None
-        self.self_teachers: torch.nn.ModuleList | None = None
         self._zero_rate = ZeroRateWarning()
         self._settings: Settings | None = None
         self._found: dict[str, Tensor | None] = {}
@@ -175,8 +172,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         self._step_log.reset()
         refuse_fsdp1(self.trainer.strategy)
         agree_before_loading(self.trainer, content_mark)
-        check = partial(check_checkpoint, module=self, fitting=fitting)
-        before_load(self.trainer.strategy, check)
+        before_load(self.trainer.strategy, partial(check_checkpoint, module=self, fitting=fitting))
         if fitting:
             check_precision(self.trainer.precision)
         reference = None
@@ -204,8 +200,7 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
         self.frozen.load(self.student, self.student_path, sharding, self.device)
-        if self.frozen.kept:
-            self.self_teachers = torch.nn.ModuleList(self.frozen.kept)
+        self.keep_self_teachers()
 
     def on_fit_start(self) -> None:
         """Move the frozen models to the student's device."""
@@ -236,13 +231,6 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: State) -> None:
         """Restore the counters."""
         load_state(checkpoint, self)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:  # as in torch
-        """Load weights; an evaluation has no use for those of self-teachers."""
-        state = state_dict if self.self_teachers is not None else drop_kept(state_dict)
-        return super().load_state_dict(state, strict, assign)
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> RolloutBatch:
@@ -324,13 +312,6 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         norm = self.nonfinite.check(parameters, self._stats.loss, self.trainer.global_step)
         skipped = float(self.nonfinite.skipped)
         self.log_step({"policy/grad_norm": norm, "policy/skipped_steps": skipped})
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take an optimizer step, and let self-teachers follow it unless it was skipped."""
-        step, skipped = self.trainer.global_step, self.nonfinite.skipped
-        super().optimizer_step(*args, **kwargs)
-        if self.nonfinite.skipped == skipped:
-            self.frozen.follow(step + 1 - skipped)
 
     def configure_gradient_clipping(
         self,

@@ -164,6 +164,13 @@ FAILING_PUSH = "engines/weight_transport.py", "engines/test_failing_rank.py"
 NARROW_ENGINE = "engines/transformers_engine.py", "engines/test_compute_type.py"
 BUDGET = "engines/cache_budget.py", "engines/test_compute_type.py"
 OFFLOAD = "teachers/offload.py", "teachers/test_offload.py"
+SELF_RULES = "teachers/self_teachers/rules.py", "teachers/test_self_teachers.py"
+SELF_WEIGHTS = "teachers/self_teachers/other_weights.py", "teachers/test_self_teachers.py"
+SELF_MIX = "teachers/self_teachers/mixed_logits.py", "teachers/test_self_teachers.py"
+SELF_FOUND = "teachers/self_teachers/found.py", "teachers/test_self_teachers.py"
+SELF_STEPS = "teachers/self_teachers/steps.py", "checkpoints/test_resumed_self_teachers.py"
+SELF_KINDS = "checkpoints/resume.py", "checkpoints/test_resumed_self_teachers.py"
+HEALTH = "metrics/health_signs.py", "callbacks/test_teacher_health.py"
 LOADING_DEVICE = "models/sharding.py", "models/test_loading_devices.py"
 CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
 GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
@@ -1691,6 +1698,78 @@ MUTATIONS = [
         ("metrics/update_stats.py", "runs/test_frozen_models.py"),
         "        if broken:",
         "        if broken < 0:",
+    ),
+    Mutation(
+        "self-teacher: synced in every step but the Nth",
+        SELF_RULES,
+        "steps % self.every_n_steps == 0",
+        "steps % self.every_n_steps != 0",
+    ),
+    Mutation(
+        "self-teacher: the rate is the old weights' share",
+        SELF_WEIGHTS,
+        "part.lerp_(target.to(part.dtype), student_share)",
+        "part.lerp_(target.to(part.dtype), 1.0 - student_share)",
+    ),
+    Mutation(
+        "self-teacher: the student keeps the lent adapters",
+        SELF_WEIGHTS,
+        "            blend(self._ours, own, 1.0)",
+        "            pass",
+    ),
+    Mutation(
+        "trust region: shares exchanged",
+        SELF_MIX,
+        "[states * (1.0 - second_share), others * second_share]",
+        "[states * second_share, others * (1.0 - second_share)]",
+    ),
+    Mutation(
+        "trust region: LoRA's initial student alone",
+        SELF_MIX,
+        "torch.lerp(first.hidden, second.hidden, second_share)",
+        "first.hidden",
+    ),
+    Mutation(
+        "live self-teacher: its own prompt is not seen through a wrapper",
+        SELF_FOUND,
+        "        yield from walk(inner, own)",
+        "        yield from walk(inner)",
+    ),
+    Mutation(
+        "self-teacher: a skipped step moves it",
+        SELF_STEPS,
+        "        if self.nonfinite.skipped == skipped:\n",
+        "        if self.nonfinite.skipped >= skipped:\n",
+    ),
+    Mutation(
+        "self-teacher: no state of the module",
+        SELF_STEPS,
+        "        if self.frozen.kept:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "self-teacher: another initial student goes on",
+        SELF_KINDS,
+        'if here and here != saved["initial"]:',
+        'if here and not saved["initial"]:',
+    ),
+    Mutation(
+        "self-teacher: in shards computed in the type of its weights",
+        ("models/sharding.py", "checkpoints/test_resumed_self_teachers.py"),
+        "frozen_dtype=self.param_dtype",
+        "frozen_dtype=None",
+    ),
+    Mutation(
+        "health: one of lengths and hedging words is enough",
+        HEALTH,
+        "if words[1] > LOST * words[0] or tokens[1] > LOST * tokens[0]:",
+        "if words[1] > LOST * words[0] and tokens[1] > LOST * tokens[0]:",
+    ),
+    Mutation(
+        "health: a falling pass@k with a falling reward",
+        HEALTH,
+        'if not below or now["reward"] <= best["reward"]:',
+        "if not below:",
     ),
     Mutation(
         "routed teachers: an entropy for some rows",

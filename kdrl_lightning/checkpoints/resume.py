@@ -165,7 +165,7 @@ def check_kinds(here: list[str], there: list[str], path: str) -> None:
     """
     if here == there:
         return
-    got, held = (" and ".join(f"a {k}" for k in kinds) or "none" for kinds in (here, there))
+    got, held = (" and ".join(kinds) or "no SelfTeacher" for kinds in (here, there))
     raise ConfigurationError(
         f"the self-teacher's `weights` must be of the checkpoint's kind: got {got}, but the run of "
         f"{path} had {held}. Set `model.teacher` to that, or export the student and start from it."

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from helpers.resumed_runs import Run, Setting, run, same_batches, same_weights
 from helpers.short_runs import Trace, fit, make_data, make_module, make_trainer
-from kdrl_lightning import GRPO, KDRL, LocalTeacher, LoRA, SelfTeacher
+from kdrl_lightning import GRPO, KDRL, LoRA, SelfTeacher
+from kdrl_lightning.checkpoints.resume import check_kinds
 from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.weights import full_tensor
@@ -98,28 +99,27 @@ def checked_without_training(tmp_path: Path, whole: Run, made: Setting) -> None:
 def test_another_kind_of_teacher_is_refused(tmp_path: Path, student_folder: str) -> None:
     made = setting(student_folder, MovingAverage(0.3), max_steps=1)
     path = run(tmp_path / "whole", made, save="steps").checkpoints[1]
-    plain = Setting(student_folder, LocalTeacher(student_folder), lambda: KDRL(0.5), SMALL, {})
-    for other, got in (
-        (setting(student_folder, HardSync()), "a HardSync"),
-        (setting(student_folder, InitialWeights()), "a InitialWeights"),
-        (plain, "none"),
-    ):
-        words = rf"`weights` must be of the checkpoint's kind: got {got}, .* had a MovingAverage\."
-        with pytest.raises(ConfigurationError, match=words):
-            run(tmp_path / "rest", other, path, save="never")
+    words = "`weights` must be of the checkpoint's kind: got HardSync, .* had MovingAverage\\."
+    with pytest.raises(ConfigurationError, match=words):
+        run(tmp_path / "rest", setting(student_folder, HardSync()), path, save="never")
+    words = r"got no SelfTeacher, but the run of x had A and B\. Set `model.teacher` to that"
+    with pytest.raises(ConfigurationError, match=words):
+        check_kinds([], ["A", "B"], "x")
+    with pytest.raises(ConfigurationError, match=r"got A, but the run of x had no SelfTeacher"):
+        check_kinds(["A"], [], "x")
     # Everything that a user can set comes from the configuration.
     faster = setting(student_folder, MovingAverage(0.6), max_steps=2)
     assert run(tmp_path / "rest", faster, path, save="never").trainer.global_step == 2
 
 
-@pytest.mark.parametrize("rule", [InitialWeights(), TrustRegion(0.2)])
 def test_another_initial_student_is_refused(
-    tmp_path: Path, student_folder: str, teacher_folder: str, rule: WeightRule
+    tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
-    made = setting(student_folder, rule, max_steps=1)
-    path = run(tmp_path / "whole", made, save="steps").checkpoints[1]
+    rule = TrustRegion(0.2)
+    path = run(tmp_path, setting(student_folder, rule, max_steps=1), save="steps").checkpoints[1]
     assert not any("teacher" in name for name in torch.load(path)["state_dict"])
-    assert run(tmp_path / "rest", made, path, save="never").trainer.global_step == 1
+    same = setting(student_folder, rule, max_steps=2)
+    assert run(tmp_path / "rest", same, path, save="never").trainer.global_step == 2
     got, first = re.escape(teacher_folder), re.escape(student_folder)
     words = (
         r"^`student` must be the model that the run started from, which is its teacher: got "
@@ -170,10 +170,12 @@ class SamePrompt(SelfTeacher):
     has_own_prompt = True
 
 
-def grpo_and(tmp_path: Path, student: str, objective: GRPO | KDRL, teacher: Any) -> Trace:
+def grpo_and(
+    tmp_path: Path, student: str, objective: GRPO | KDRL, teacher: Any, **trainer: Any
+) -> Trace:
     module = make_module(student, teacher, objective)
     data = make_data(**SMALL, minibatches_per_rollout=1)
-    trace = fit(tmp_path, module, data, max_steps=3, accumulate_grad_batches=2)
+    trace = fit(tmp_path, module, data, max_steps=3, accumulate_grad_batches=2, **trainer)
     trace.weights = dict(module.weights().named_tensors())  # type: ignore[attr-defined]
     return trace
 
@@ -187,6 +189,17 @@ def test_behind_the_same_prompt_the_current_student_adds_nothing(
     for _, batch in both.seen:
         assert torch.equal(batch.teacher_logprobs, batch.old_logprobs)
     same_weights(alone.weights, both.weights)
+
+
+def test_a_second_model_computes_in_the_type_of_the_student(
+    tmp_path: Path, student_folder: str
+) -> None:
+    """A copy of the current student gives its numbers, also those of bfloat16 in shards."""
+    objective, live = KDRL(0.5), SamePrompt(MovingAverage(1.0))
+    trainer = {"strategy": "fsdp2", "devices": 1, "precision": "bf16-mixed"}
+    trace = grpo_and(tmp_path, student_folder, objective, live, **trainer)
+    for _, batch in trace.seen:
+        assert torch.equal(batch.teacher_logprobs, batch.old_logprobs)
 
 
 def test_behind_the_same_prompt_the_initial_student_is_the_reference(

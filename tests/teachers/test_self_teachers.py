@@ -85,24 +85,28 @@ def same(ours: TokenScores, theirs: TokenScores) -> None:
         assert value is None or torch.equal(getattr(ours, name), value), name
 
 
-@pytest.mark.parametrize("ids", [None, 3], ids=["sampled", "top-k"])
 def test_rates_of_0_and_1_are_the_initial_and_the_current_student(
-    student: Scorer, student_folder: str, batch: RolloutBatch, ids: int | None
+    student: Scorer, student_folder: str, batch: RolloutBatch
 ) -> None:
-    asked = None if ids is None else torch.randint(0, 16, (*batch.completion_ids.shape, ids))
+    ids = torch.randint(0, 16, (*batch.completion_ids.shape, 3))
     still = [InitialWeights(), MovingAverage(0.0), HardSync(9), TrustRegion(0.0)]
     along = [LiveWeights(), MovingAverage(1.0), HardSync(1), TrustRegion(1.0)]
-    first = student.score(batch, 1, asked).map(Tensor.detach)
+
+    def scored(asked: Tensor | None) -> TokenScores:
+        return student.score(batch, 1, asked).map(Tensor.detach)
+
+    first = {asked: scored(asked) for asked in (None, ids)}
     teachers = [[taught(r, student, student_folder) for r in rules] for rules in (still, along)]
     for step in range(1, 4):
         move(student, step)
         for teacher in (*teachers[0], *teachers[1]):
             teacher.follow(step)
-        now = student.score(batch, 1, asked).map(Tensor.detach)
-        assert (now.logprobs - first.logprobs).abs().max() > 1e-3
+        now = {asked: scored(asked) for asked in (None, ids)}
+        assert (now[None].logprobs - first[None].logprobs).abs().max() > 1e-3
         for group, expected in zip(teachers, (first, now), strict=True):
             for teacher in group:
-                same(teacher.score(batch, asked), expected)
+                for asked, wanted in expected.items():
+                    same(teacher.score(batch, asked), wanted)
                 states = teacher.states(batch).hidden
                 assert torch.equal(states, group[0].states(batch).hidden)
                 assert not states.requires_grad
@@ -371,6 +375,13 @@ def test_logits_with_a_soft_cap_are_not_mixed(whole: Scorer, student_folder: str
         taught(TrustRegion(0.5), whole, student_folder)
     for rule in (TrustRegion(0.0), TrustRegion(1.0)):
         taught(rule, whole, student_folder)
+
+
+def test_it_knows_the_students_limits_once_that_is_named(student_folder: str) -> None:
+    teacher = SelfTeacher(MovingAverage())
+    assert teacher.vocabulary_rows is teacher.context_length is None
+    teacher.check(None, student_folder)
+    assert (teacher.vocabulary_rows, teacher.context_length) == (16, 128)
 
 
 def test_a_teacher_without_weights_says_so(batch: RolloutBatch, whole: Scorer) -> None:

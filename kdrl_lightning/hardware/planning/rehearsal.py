@@ -36,7 +36,7 @@ from kdrl_lightning.hardware.planning.models import (
 from kdrl_lightning.losses.logprobs import Head, auto_chunk_size, chosen_logprobs
 from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding
+from kdrl_lightning.models.sharding import Sharding, local
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout.updates import FROZEN_TOKENS
@@ -403,9 +403,3 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     run.step()
     held["moments"] = meter.bytes - before
     return run
-
-
-def local(tensor: Any) -> Tensor:
-    """Return this rank's part of a tensor."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part

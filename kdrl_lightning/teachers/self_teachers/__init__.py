@@ -14,6 +14,7 @@ from kdrl_lightning.teachers.self_teachers.rules import (
     TrustRegion,
     WeightRule,
 )
+from kdrl_lightning.teachers.self_teachers.steps import SelfTeacherSteps
 from kdrl_lightning.teachers.self_teachers.teacher import SelfTeacher
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LiveWeights",
     "MovingAverage",
     "SelfTeacher",
+    "SelfTeacherSteps",
     "TrustRegion",
     "WeightRule",
     "check_self_teachers",

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kdrl_lightning.models.lora import adapters_off, is_adapter
 from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.sharding import local
 
 
 class OtherWeights(Protocol):
@@ -121,8 +121,3 @@ def blend(kept: Iterable[Tensor], student: Iterable[Tensor], student_share: floa
             part.copy_(target)
         elif student_share:
             part.lerp_(target.to(part.dtype), student_share)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, or the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.models.loading import load_config
 from kdrl_lightning.models.lora import adapted_layers
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding, load_scorer
@@ -23,6 +24,7 @@ from kdrl_lightning.teachers.self_teachers.other_weights import (
     SecondModel,
 )
 from kdrl_lightning.teachers.self_teachers.rules import WeightRule
+from kdrl_lightning.untyped import HFConfig
 
 # `Any`: transformers has no type that all tokenizers share.
 
@@ -61,11 +63,25 @@ class SelfTeacher(Teacher):
         """Whether the student is sharded."""
         return self._student is not None and self._student.sharded
 
+    @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the student's embedding, once ``check`` has named it."""
+        return int(self._config().vocab_size) if self._path else None
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens, of prompt and completion together, that the student can read."""
+        return getattr(self._config(), "max_position_embeddings", None) if self._path else None
+
+    def _config(self) -> HFConfig:
+        return load_config(self._path).get_text_config()
+
     def prepare(self) -> None:
         """Do nothing: the student is already prepared."""
 
     def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Do nothing: the vocabulary is the student's."""
+        """Keep the student's path: the vocabulary is the student's."""
+        self._path = student_path
 
     def spread(self, sharding: Sharding | None) -> None:
         """Set how the student is split over ranks, and so a second model."""
