@@ -1562,7 +1562,10 @@ MUTATIONS = [
         "completion_ids[: len(merged.first)]",
     ),
     Mutation(
-        "equal rows: whatever is asked of them", SCORING, "topk_ids is not None or (other", "(other"
+        "equal rows: whatever is asked of them",
+        SCORING,
+        "apart = topk_ids is not None or (other",
+        "apart = False or (other",
     ),
     Mutation(
         "equal rows: another row's states",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.engines.shared_heads import shared_heads_in_place
-from kdrl_lightning.hardware.planning.batches import in_pairs, make_batch
+from kdrl_lightning.hardware.planning.batches import make_batch, with_scores, zeros_of_ids
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
 from kdrl_lightning.hardware.planning.models import (
@@ -147,7 +147,7 @@ class Rehearsal:
             if key not in self.known:
                 read = self._as_taught(wide) if name == "teacher" else wide
                 before = self.meter.restart()
-                work(read.replace(topk_ids=self._topk(read)))
+                work(read.replace(topk_ids=zeros_of_ids(self.module.objective, read)))
                 cost = Cost(self.meter.peak - before, flops=self.meter.flops)
                 if name == "student":
                     out[name] = cost
@@ -297,28 +297,9 @@ class Rehearsal:
         """Ids are below this."""
         return int(self.student.head().weight.shape[0])
 
-    def _topk(self, batch: RolloutBatch) -> Tensor | None:
-        k = self.module.objective.top_k or self.module.objective.teacher_top_k
-        return torch.zeros(*batch.completion_ids.shape, k, dtype=torch.long) if k else None
-
     def filled(self, batch: RolloutBatch) -> RolloutBatch:
-        """Fill what an update finds in its batch: real zeros, because only shapes count."""
-        module, scores = self.module, torch.zeros(batch.completion_ids.shape)
-        objective, top = module.objective, self._topk(batch)
-        batch = batch.replace(old_logprobs=scores, old_entropy=scores, topk_ids=top)
-        reference = scores if objective.needs_reference else None
-        batch = batch.replace(rollout_logprobs=scores, ref_logprobs=reference)
-        if module.teacher is not None and objective.divergence is None:
-            batch = batch.replace(
-                **dict.fromkeys(("teacher_logprobs", "teacher_entropy"), scores),
-                teacher_top_ids=batch.completion_ids,
-                teacher_topk_ids=top,
-                teacher_topk_logprobs=None if top is None else torch.zeros(top.shape),
-                teacher_tail_logprobs=None if top is None else scores,
-            )
-        ready = module.prepare(in_pairs(batch)).select(range(len(batch)))
-        ready = ready.replace(group_ids=batch.group_ids)
-        return ready.replace(totals=ready.count(self.job.rollout.max_tokens))
+        """Fill what an update finds in its batch."""
+        return with_scores(batch, self.module, self.job.rollout.max_tokens)
 
 
 @contextmanager
