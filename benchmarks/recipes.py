@@ -73,7 +73,8 @@ def key_of(job: Job, module: KDRLModule) -> str:
     """Return a text that two runs with the same plan share."""
     teachers = [(model_path(t.model), t.dtype, t.offload) for t in local_teachers(module.teacher)]
     objective = module.objective
-    kind = objective.needs_reference, objective.top_k, objective.divergence is not None
+    top_k = objective.top_k or objective.teacher_top_k
+    kind = objective.needs_reference, top_k, objective.divergence is not None
     return str((job, module.student_source, teachers, kind, module.activation_checkpointing))
 
 

@@ -40,6 +40,7 @@ MODELS = {
     "runs/smollm2/teacher": ("Llama", 320, CHAT),
 }
 SUM = {"problem": "{i}+{i}=", "question": "{i}+{i}=", "answer": "{s}", "final_answer": "{s}"}
+SUM |= {"solution": "{i}+{i}={s}"}
 PUZZLE = {"quiz": "Who is Zoey ({i})?", "solution_text": "Zoey is a knight, and Riley is a knave."}
 DATA = {
     "agentica-org/DeepScaleR-Preview-Dataset": SUM,
@@ -54,7 +55,10 @@ DATA = {
 }
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    # Qwen3's template opens and closes the thinking if it is switched off.
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
 )
 
 

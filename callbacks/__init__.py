@@ -1,4 +1,4 @@
-"""Callbacks: annealing, statistics, checks, checkpoints, progress, report, predictions, samples."""
+"""Callbacks: schedules, statistics, checks, health, checkpoints, progress, report, samples."""
 
 from kdrl_lightning.callbacks import weight_sync
 from kdrl_lightning.callbacks.adaptive_entropy import AdaptiveEntropy
@@ -11,6 +11,7 @@ from kdrl_lightning.callbacks.report import RunReport
 from kdrl_lightning.callbacks.samples import SamplePage
 from kdrl_lightning.callbacks.schedule import CoefficientSchedule, KLCoefficientAnnealing
 from kdrl_lightning.callbacks.step_profile import StepProfile
+from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.callbacks.threads import CPUThreads
 from kdrl_lightning.callbacks.weight_sync import WeightSyncCheck
 
@@ -27,6 +28,7 @@ __all__ = [
     "SamplePage",
     "SelectiveImitationStats",
     "StepProfile",
+    "TeacherHealth",
     "WeightSyncCheck",
 ]
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
+from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import Interrupted
 from kdrl_lightning.models.loading import check_saves
@@ -33,6 +34,7 @@ from kdrl_lightning.trainer.monitors import (
 )
 from kdrl_lightning.trainer.protocols import (
     TrainedModule,
+    callbacks_of,
     is_trial_run,
     rollout_data,
     student_of,
@@ -51,6 +53,8 @@ CURVES = (
     "kd/dead_frac_neg",
     "rollout/length_mean",
     "policy/entropy",
+    "health/leak_frac",
+    "health/repeat_frac",
 )
 
 
@@ -253,6 +257,8 @@ class RunReport(RolloutCallback):
         seconds = {} if data is None else data.watch.seconds
         rollout_seconds = seconds.get("time/rollout_s", 0.0) + seconds.get("time/sync_s", 0.0)
         tokens = 0 if data is None else data.watch.tokens
+        watching = [c for c in callbacks_of(trainer) if isinstance(c, TeacherHealth)]
+        measured = next((health.teacher_accuracy for health in watching), None)
         return {
             "method": type(pl_module.objective).__name__,
             "seed": getattr(getattr(trainer, "datamodule", None), "seed", None),
@@ -262,7 +268,8 @@ class RunReport(RolloutCallback):
             ),
             "student_accuracy_before": self.accuracy[0][1] if self.accuracy else None,
             "student_accuracy_after": self.accuracy[-1][1] if self.accuracy else None,
-            "teacher_accuracy": self.teacher_accuracy,
+            "teacher_accuracy": self.teacher_accuracy if measured is None else measured,
+            "warnings": {name: rollout for health in watching for rollout, name in health.events},
             "rollouts": -(-trainer.global_step // updates_per_rollout(trainer)),
             "optimizer_steps": trainer.global_step,
             "skipped_steps": pl_module.skipped_steps,
@@ -293,6 +300,7 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
             f"scoring {summary['score_seconds']:.0f} s, updates {summary['train_seconds']:.0f} s; "
             f"of these the teacher {summary['teacher_seconds']:.1f} s)",
         ),
+        ("warnings", ", ".join(summary["warnings"]) or "-"),
         ("run folder", str(folder)),
         ("trained student", summary["export_path"] or "-"),
     ]

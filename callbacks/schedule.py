@@ -19,6 +19,7 @@ METRICS = {
     "teacher_kl_coef": "kd/teacher_kl_coef",
     "trrd_alpha": "kd/trrd_alpha",
     "distill_coef": "kd/distill_coef",
+    "mix": "kd/mix",
 }
 
 
@@ -31,7 +32,7 @@ class CoefficientSchedule(RolloutCallback):
 
     Args:
         coefficient: ``teacher_kl_coef``, ``trrd_alpha``, ``entropy_coef``, ``ref_kl_coef``,
-            ``rl_coef``, ``reward_coef`` or ``distill_coef``.
+            ``rl_coef``, ``reward_coef``, ``distill_coef`` or ``mix``.
         schedule: the coefficient's value at each step.
         unit: whether a step of the schedule is a rollout or an optimizer step.
     """

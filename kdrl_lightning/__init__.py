@@ -34,6 +34,15 @@ _HOME = {
     "GSPO": "objectives",
     "RLSD": "objectives",
     "SRPO": "objectives",
+    "EOPD": "objectives",
+    "GOPD": "objectives",
+    "OPSD": "objectives",
+    "PublishedHDPO": "objectives",
+    "PublishedSRPO": "objectives",
+    "SCOPE": "objectives",
+    "SDAR": "objectives",
+    "SDFT": "objectives",
+    "SDPO": "objectives",
     "PolicyObjective": "objectives",
     "Objective": "objectives",
     "GGUFModel": "models.gguf",
@@ -43,6 +52,7 @@ _HOME = {
     "CachedTeacher": "teachers",
     "PromptedTeacher": "teachers",
     "RoutedTeacher": "teachers",
+    "SelfTeacher": "teachers",
     "ServerTeacher": "teachers",
     "Teacher": "teachers",
     "TeacherPrompt": "teachers",
@@ -100,18 +110,27 @@ if TYPE_CHECKING:
     from kdrl_lightning.models.lora import LoRA as LoRA
     from kdrl_lightning.module import KDRLModule as KDRLModule
     from kdrl_lightning.objectives import CISPO as CISPO
+    from kdrl_lightning.objectives import EOPD as EOPD
     from kdrl_lightning.objectives import GKD as GKD
+    from kdrl_lightning.objectives import GOPD as GOPD
     from kdrl_lightning.objectives import GRPO as GRPO
     from kdrl_lightning.objectives import GSPO as GSPO
     from kdrl_lightning.objectives import KDRL as KDRL
+    from kdrl_lightning.objectives import OPSD as OPSD
     from kdrl_lightning.objectives import RLAD as RLAD
     from kdrl_lightning.objectives import RLSD as RLSD
+    from kdrl_lightning.objectives import SCOPE as SCOPE
+    from kdrl_lightning.objectives import SDAR as SDAR
+    from kdrl_lightning.objectives import SDFT as SDFT
+    from kdrl_lightning.objectives import SDPO as SDPO
     from kdrl_lightning.objectives import SFT as SFT
     from kdrl_lightning.objectives import SRPO as SRPO
     from kdrl_lightning.objectives import ClippedDistillation as ClippedDistillation
     from kdrl_lightning.objectives import Objective as Objective
     from kdrl_lightning.objectives import OnPolicyDistillation as OnPolicyDistillation
     from kdrl_lightning.objectives import PolicyObjective as PolicyObjective
+    from kdrl_lightning.objectives import PublishedHDPO as PublishedHDPO
+    from kdrl_lightning.objectives import PublishedSRPO as PublishedSRPO
     from kdrl_lightning.prompts import HFPrompts as HFPrompts
     from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
@@ -147,6 +166,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.teachers import OtherProblemContext as OtherProblemContext
     from kdrl_lightning.teachers import PromptedTeacher as PromptedTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
+    from kdrl_lightning.teachers import SelfTeacher as SelfTeacher
     from kdrl_lightning.teachers import ServerTeacher as ServerTeacher
     from kdrl_lightning.teachers import SiblingContext as SiblingContext
     from kdrl_lightning.teachers import Teacher as Teacher

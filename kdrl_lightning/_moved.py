@@ -41,6 +41,7 @@ MOVED = {
     "nonfinite": "metrics.nonfinite",
     "objectives.advantage_rules": "objectives.advantages",
     "objectives.distill_terms": "objectives.divergences",
+    "objectives.mixtures": "objectives.methods.mixtures",
     "parser": "cli.parser",
     "plots": "reports.plots",
     "resume": "checkpoints.resume",

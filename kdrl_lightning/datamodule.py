@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Literal, cast
@@ -27,6 +28,7 @@ from kdrl_lightning.prompts.encoding import warn_of_ignored
 from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, PromptRules, PromptSet
 from kdrl_lightning.rewards.base import Reward
 from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
+from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
 from kdrl_lightning.rollout.groups import Collector, GroupShare
 from kdrl_lightning.rollout.live import LiveSampler
 from kdrl_lightning.rollout.loader import IndexLoader, limited
@@ -47,7 +49,7 @@ from kdrl_lightning.trainer.group_checks import (
 )
 from kdrl_lightning.trainer.limits import check_evaluated_batches, overfit_rollouts
 from kdrl_lightning.trainer.strategies import end_children
-from kdrl_lightning.untyped import State
+from kdrl_lightning.untyped import Row, State
 
 # Up to this number, all evaluation prompts are checked before the run and kept with their ids.
 EVALUATED_ROWS = 10_000
@@ -262,12 +264,21 @@ class RolloutDataModule(pl.LightningDataModule):
         engine.release()
         return evaluated
 
-    def evaluate(self, weights: ModelWeights, temperature: float | None = None) -> float:
+    def evaluate(
+        self,
+        weights: ModelWeights,
+        temperature: float | None = None,
+        prompt_of: Callable[[Row], list[int] | None] | None = None,
+        most: float = float("inf"),
+    ) -> float:
         """Return the accuracy of any model on the first validation set; all ranks must call it.
 
         Args:
             weights: the model's weights.
             temperature: sampling temperature; None: the set's.
+            prompt_of: returns other prompt ids for a row, or None to keep the student's, as do
+                those that leave no room for the completion; None: all rows keep theirs.
+            most: stop after the batch that reaches so many prompts.
 
         Returns:
             The share of correct completions, averaged over prompts; NaN without prompts.
@@ -275,8 +286,10 @@ class RolloutDataModule(pl.LightningDataModule):
         engine = TransformersEngine()
         self.live.sync(engine, weights)
         correct = torch.zeros(2, dtype=torch.float64)
-        for batch in range(limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)):
-            table = self._evaluate(engine, 0, batch, temperature).correct.double()
+        each = self.evaluation.val[0].batch_size * self.trainer.world_size
+        batches = limited(len(self.val_dataloader()[0]), self.trainer.limit_val_batches)
+        for batch in range(int(min(batches, -(-most // each)))):
+            table = self._evaluate(engine, 0, batch, temperature, prompt_of).correct.double()
             correct += torch.stack([table.mean(1).sum(), torch.tensor(float(len(table)))])
         solved, prompts = self.live.module.reduce(correct, "sum").tolist()
         return float(solved / prompts) if prompts else float("nan")
@@ -302,16 +315,29 @@ class RolloutDataModule(pl.LightningDataModule):
             self.rollouts.load_state_dict(state_dict)
 
     def _evaluate(
-        self, engine: RolloutEngine, which: int, batch: int, temperature: float | None = None
+        self,
+        engine: RolloutEngine,
+        which: int,
+        batch: int,
+        temperature: float | None = None,
+        prompt_of: Callable[[Row], list[int] | None] | None = None,
     ) -> EvaluationBatch:
         """Sample this rank's rows of one batch of a set; the last batch may have none."""
+
+        def sample(
+            prompts: list[EncodedPrompt], seeds: list[list[int]], sampling: Sampling
+        ) -> list[Judged]:
+            if prompt_of is not None:
+                room = self.live.module.context_length - sampling.max_tokens
+                other = (prompt_of(row) for row, _ in prompts)
+                prompts = [
+                    (row, new if new and len(new) <= room else ids)
+                    for (row, ids), new in zip(prompts, other, strict=True)
+                ]
+            return self.live.sample(engine, prompts, seeds, sampling, training=False)
+
         return self.evaluation.batch(
-            which,
-            batch,
-            self.live.ranks,
-            partial(self.live.sample, engine, training=False),
-            self.rewards.reward,
-            temperature,
+            which, batch, self.live.ranks, sample, self.rewards.reward, temperature
         )
 
     def _rollouts_for(self, prompts: int) -> int:

@@ -43,6 +43,7 @@ from kdrl_lightning.teachers.frozen import (
     initial_student,
     old_fields,
 )
+from kdrl_lightning.teachers.self_teachers import SelfTeacherSteps
 from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.limits import check_limits
 from kdrl_lightning.trainer.optimizers import (
@@ -57,11 +58,11 @@ from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sha
 from kdrl_lightning.untyped import State
 
 
-class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
+class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
     The teacher is not a submodule, so parameters, optimizers, buckets and checkpoints hold only the
-    student.
+    student. Checkpoints also hold the weights of a self-teacher that follow the student's.
 
     Args:
         student: Hugging Face folder, hub name, or model source of the student.
@@ -82,6 +83,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
             ``sdpa``, which takes a flash kernel on a GPU because rows have no mask.
         compile: run their layers through ``torch.compile``; if it fails, a warning says why, and
             they run without it.
+        reference: model of the reference KL and of G-OPD; None: the student before training.
 
     Attributes:
         frozen: the teacher and the reference of the run.
@@ -101,6 +103,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
         chunk_size: int | None = None,
         attn_implementation: str | None = None,
         compile: bool = False,
+        reference: Teacher | None = None,
     ) -> None:
         super().__init__()
         if chunk_size is not None:
@@ -110,7 +113,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
         self.pretrained = Pretrained(student)
         self.objective = objective
         self.teacher = teacher
-        self.frozen = FrozenModels(teacher)
+        self.frozen = FrozenModels(teacher, reference)
         self.optimizer_callable = optimizer
         self.lr_scheduler_callable = lr_scheduler
         self.nonfinite = NonFiniteSteps(max_nonfinite_steps)
@@ -141,8 +144,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
     def prepare_data(self) -> None:
         """Let model sources make their models, on one process."""
         _ = self.student_path
-        if self.teacher is not None:
-            self.teacher.prepare()
+        self.frozen.prepare()
 
     def setup(self, stage: str) -> None:
         """Check all that needs no weights, and reset the state of an earlier run."""
@@ -151,8 +153,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
         self._step_log.reset()
         refuse_fsdp1(self.trainer.strategy)
         agree_before_loading(self.trainer, content_mark)
-        check = partial(check_checkpoint, module=self, fitting=fitting)
-        before_load(self.trainer.strategy, check)
+        before_load(self.trainer.strategy, partial(check_checkpoint, module=self, fitting=fitting))
         if fitting:
             check_limits(self.trainer)
             check_precision(self.trainer.precision)
@@ -186,6 +187,7 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
         elif sharding is not None and not self.student.sharded:
             sharding.shard(self.student)
         self.frozen.load(self.student, self.student_path, sharding, self.device)
+        self.keep_self_teachers()
 
     def on_fit_start(self) -> None:
         """Move the frozen models to the student's device."""
@@ -235,7 +237,8 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
     def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the teacher's scores, if there is a teacher."""
         with self.trainer.precision_plugin.forward_context():
-            return self.frozen.score_teacher(batch, self._asked(batch))
+            asked = self.objective.compared_ids(batch)
+            return self.frozen.score_teacher(batch, asked, self.objective.teacher_top_k)
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the fields that the objective sets once per rollout."""
@@ -285,12 +288,9 @@ class KDRLModule(EvaluationSteps, StudentFacts, pl.LightningModule):
         def loss(scores: TokenScores) -> Tensor:
             return self.objective(batch.completed(fields_found(scores)), scores)[0]
 
-        asked, ahead = self._asked(batch), None if self.objective.couples_tokens else loss
+        asked = self.objective.compared_ids(batch)
+        ahead = None if self.objective.couples_tokens else loss
         return self._student().score(batch, top_k, asked, states, divergence, ahead)
-
-    def _asked(self, batch: RolloutBatch) -> Tensor | None:
-        """``[B, T, K]``: the student's top tokens, if the objective compares there; else None."""
-        return batch.topk_ids if self.objective.top_k else None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip and count a step with a non-finite loss or gradient; stop after too many."""

@@ -27,6 +27,7 @@ class StepTotals:
         num_completions: completions with at least one loss token.
         num_prompts: prompts with at least one loss token.
         max_tokens: the token limit of a completion.
+        imitation_weight: sum of ``imitation_weights`` over the imitated tokens; 0 without weights.
     """
 
     num_loss_tokens: float
@@ -34,6 +35,7 @@ class StepTotals:
     num_completions: float
     num_prompts: float
     max_tokens: int
+    imitation_weight: float = 0.0
 
     def __add__(self, other: StepTotals) -> StepTotals:
         """Add the counts of two disjoint parts of a step."""
@@ -43,6 +45,7 @@ class StepTotals:
             self.num_completions + other.num_completions,
             self.num_prompts + other.num_prompts,
             max(self.max_tokens, other.max_tokens),
+            self.imitation_weight + other.imitation_weight,
         )
 
 
@@ -93,12 +96,17 @@ class RolloutBatch:
             update runs it for a divergence; this holds for the next two fields too.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
-        teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.
+        teacher_topk_ids: ``[B, T, K]`` int64, the teacher's most likely tokens, best first; None:
+            the objective does not ask for them.
+        teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``teacher_topk_ids``; without these,
+            at ``topk_ids``.
         teacher_tail_logprobs: ``[B, T]``, the teacher's for all other tokens together.
         ref_logprobs: ``[B, T]``, the initial student's.
         importance_weights: ``[B, T]``, weights that correct for the sampling engine.
         advantages: ``[B]`` or ``[B, T]``.
         imitation_mask: ``[B, T]`` bool: True on tokens on which the teacher is imitated.
+        imitation_weights: ``[B, T]``, weights of the imitated tokens before they are normalised
+            over the optimizer step; None: all are 1.
         totals: counts of the optimizer step that this batch belongs to.
         metrics: measurements of the rollout (seconds, tokens); only in its first micro-batch.
     """
@@ -127,12 +135,14 @@ class RolloutBatch:
     teacher_logprobs: Tensor | None = None
     teacher_entropy: Tensor | None = None
     teacher_top_ids: Tensor | None = None
+    teacher_topk_ids: Tensor | None = None
     teacher_topk_logprobs: Tensor | None = None
     teacher_tail_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
     advantages: Tensor | None = None
     imitation_mask: Tensor | None = None
+    imitation_weights: Tensor | None = None
     totals: StepTotals | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -217,13 +227,17 @@ class RolloutBatch:
             max_tokens: the token limit of a completion.
         """
         used = self.loss_mask.any(1)
-        imitated = self.loss_mask if self.imitation_mask is None else self.imitation_mask
+        imitated = self.loss_mask
+        if self.imitation_mask is not None:
+            imitated = imitated & self.imitation_mask
+        weights = self.imitation_weights
         return StepTotals(
             num_loss_tokens=float(self.loss_mask.sum()),
-            num_imitated_tokens=float((imitated & self.loss_mask).sum()),
+            num_imitated_tokens=float(imitated.sum()),
             num_completions=float(used.sum()),
             num_prompts=float(self.group_ids[used].unique().numel()),
             max_tokens=max_tokens,
+            imitation_weight=0.0 if weights is None else float(weights[imitated].double().sum()),
         )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> RolloutBatch:

@@ -61,7 +61,18 @@ SELECTIONS = "objectives/selections.py", "objectives/test_selections.py"
 GRPO = "objectives/grpo.py", "objectives/test_family.py"
 KDRL = "objectives/kdrl.py", "objectives/test_family.py"
 RLAD = "objectives/rlad.py", "objectives/test_objectives.py"
-MIXTURES = "objectives/mixtures.py", "objectives/test_family.py"
+MIXTURES = "objectives/methods/mixtures.py", "objectives/test_family.py"
+OPSD = "losses/divergences.py", "objectives/methods/test_opsd.py"
+WEIGHTS_OF_TOKENS = "losses/weights.py", "objectives/methods/test_sdpo.py"
+SDAR = "objectives/methods/sdar.py", "objectives/methods/test_sdar.py"
+G_OPD = "losses/advantages.py", "objectives/methods/test_g_opd.py"
+EOPD = "objectives/methods/eopd.py", "objectives/methods/test_eopd.py"
+SDPO = "objectives/methods/sdpo.py", "objectives/methods/test_sdpo.py"
+SRPO = "objectives/methods/srpo_published.py", "objectives/methods/test_srpo_published.py"
+SCOPE = "objectives/methods/scope.py", "objectives/methods/test_scope.py"
+HDPO = "objectives/methods/hdpo_published.py", "objectives/methods/test_hdpo_published.py"
+STEP_WEIGHTS = "rollout/updates.py", "objectives/methods/test_srpo_published.py"
+OWN_TOP_K = "teachers/own_top_k.py", "teachers/test_own_top_k.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
 METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
@@ -155,6 +166,13 @@ FAILING_PUSH = "engines/weight_transport.py", "engines/test_failing_rank.py"
 NARROW_ENGINE = "engines/transformers_engine.py", "engines/test_compute_type.py"
 BUDGET = "engines/cache_budget.py", "engines/test_compute_type.py"
 OFFLOAD = "teachers/offload.py", "teachers/test_offload.py"
+SELF_RULES = "teachers/self_teachers/rules.py", "teachers/test_self_teachers.py"
+SELF_WEIGHTS = "teachers/self_teachers/other_weights.py", "teachers/test_self_teachers.py"
+SELF_MIX = "teachers/self_teachers/mixed_logits.py", "teachers/test_self_teachers.py"
+SELF_FOUND = "teachers/self_teachers/found.py", "teachers/test_self_teachers.py"
+SELF_STEPS = "teachers/self_teachers/steps.py", "checkpoints/test_resumed_self_teachers.py"
+SELF_KINDS = "checkpoints/resume.py", "checkpoints/test_resumed_self_teachers.py"
+HEALTH = "metrics/health_signs.py", "callbacks/test_teacher_health.py"
 LOADING_DEVICE = "models/sharding.py", "models/test_loading_devices.py"
 CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
 GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
@@ -798,7 +816,7 @@ MUTATIONS = [
     Mutation(
         "engine correction: on whole distributions",
         FRAME_TEACHERS,
-        "loss * weights if self.distill.sampled else loss",
+        "loss * weights if self.distill.corrected else loss",
         "loss * weights",
     ),
     Mutation(
@@ -1716,6 +1734,78 @@ MUTATIONS = [
         ("metrics/update_stats.py", "runs/test_frozen_models.py"),
         "        if broken:",
         "        if broken < 0:",
+    ),
+    Mutation(
+        "self-teacher: synced in every step but the Nth",
+        SELF_RULES,
+        "steps % self.every_n_steps == 0",
+        "steps % self.every_n_steps != 0",
+    ),
+    Mutation(
+        "self-teacher: the rate is the old weights' share",
+        SELF_WEIGHTS,
+        "part.lerp_(target.to(part.dtype), student_share)",
+        "part.lerp_(target.to(part.dtype), 1.0 - student_share)",
+    ),
+    Mutation(
+        "self-teacher: the student keeps the lent adapters",
+        SELF_WEIGHTS,
+        "            blend(self._ours, own, 1.0)",
+        "            pass",
+    ),
+    Mutation(
+        "trust region: shares exchanged",
+        SELF_MIX,
+        "[states * (1.0 - second_share), others * second_share]",
+        "[states * second_share, others * (1.0 - second_share)]",
+    ),
+    Mutation(
+        "trust region: LoRA's initial student alone",
+        SELF_MIX,
+        "torch.lerp(first.hidden, second.hidden, second_share)",
+        "first.hidden",
+    ),
+    Mutation(
+        "live self-teacher: its own prompt is not seen through a wrapper",
+        SELF_FOUND,
+        "        yield from walk(inner, own)",
+        "        yield from walk(inner)",
+    ),
+    Mutation(
+        "self-teacher: a skipped step moves it",
+        SELF_STEPS,
+        "        if self.nonfinite.skipped == skipped:\n",
+        "        if self.nonfinite.skipped >= skipped:\n",
+    ),
+    Mutation(
+        "self-teacher: no state of the module",
+        SELF_STEPS,
+        "        if self.frozen.kept:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "self-teacher: another initial student goes on",
+        SELF_KINDS,
+        'if here and here != saved["initial"]:',
+        'if here and not saved["initial"]:',
+    ),
+    Mutation(
+        "self-teacher: in shards computed in the type of its weights",
+        ("models/sharding.py", "checkpoints/test_resumed_self_teachers.py"),
+        "frozen_dtype=self.param_dtype",
+        "frozen_dtype=None",
+    ),
+    Mutation(
+        "health: one of lengths and hedging words is enough",
+        HEALTH,
+        "if words[1] > LOST * words[0] or tokens[1] > LOST * tokens[0]:",
+        "if words[1] > LOST * words[0] and tokens[1] > LOST * tokens[0]:",
+    ),
+    Mutation(
+        "health: a falling pass@k with a falling reward",
+        HEALTH,
+        'if not below or now["reward"] <= best["reward"]:',
+        "if not below:",
     ),
     Mutation(
         "routed teachers: an entropy for some rows",
@@ -2735,6 +2825,126 @@ MUTATIONS = [
         ("distributed.py", "cli/settings/test_settings_on_two_ranks.py"),
         "if int(store.add(SAID, 0)):",
         "if False:",
+    ),
+    Mutation(
+        "OPSD: the sum is capped, not its summands",
+        OPSD,
+        "(summands if clip is None else summands.clamp(max=clip)).sum(-1)",
+        "summands.sum(-1) if clip is None else summands.sum(-1).clamp(max=clip)",
+    ),
+    Mutation(
+        "OPSD: negative summands capped, too",
+        OPSD,
+        "summands.clamp(max=clip)",
+        "summands.clamp(-clip, clip)",
+    ),
+    Mutation(
+        "SDFT: one token more skipped",
+        ("objectives/selections.py", "objectives/methods/test_opsd.py"),
+        "(columns >= self.count)",
+        "(columns > self.count)",
+    ),
+    Mutation(
+        "SDAR: the gate has a gradient",
+        ("losses/weights.py", "objectives/methods/test_sdar.py"),
+        "(sharpness * gap.detach()).sigmoid()",
+        "(sharpness * gap).sigmoid()",
+    ),
+    Mutation(
+        "SDAR: pushes sampled tokens down",
+        SDAR,
+        "gate(gap, self.sharpness) * gap",
+        "-gate(gap, self.sharpness) * gap",
+    ),
+    Mutation(
+        "G-OPD: the sign of Eq. 14",
+        G_OPD,
+        "(extrapolation - 1.0) * (teacher_logprobs - ref_logprobs)",
+        "(extrapolation - 1.0) * (ref_logprobs - teacher_logprobs)",
+    ),
+    Mutation(
+        "EOPD: the student renormalised, too",
+        EOPD,
+        "generalized_jsd(student, torch.cat([teacher, outside], -1), self.jsd_beta)",
+        "generalized_jsd(student[..., :-1], teacher, self.jsd_beta)",
+    ),
+    Mutation(
+        "EOPD: acts where the teacher is sure",
+        EOPD,
+        '"teacher_entropy") > self.entropy_above',
+        '"teacher_entropy") < self.entropy_above',
+    ),
+    Mutation(
+        "EOPD: the gap to the current student",
+        EOPD,
+        'teacher - known(batch.old_logprobs, "old_logprobs")',
+        "gap",
+    ),
+    Mutation(
+        "SDPO: the ratio has a gradient",
+        WEIGHTS_OF_TOKENS,
+        "(logprobs - old_logprobs).detach().clamp",
+        "(logprobs - old_logprobs).clamp",
+    ),
+    Mutation(
+        "SDPO: the engine's weights forgotten",
+        SDPO,
+        '"""Return True."""\n        return True',
+        '"""Return True."""\n        return False',
+    ),
+    Mutation(
+        "SDPO: hybrid weights both losses alike",
+        SDPO,
+        "CappedKL(1.0 - reward_mix,",
+        "CappedKL(reward_mix,",
+    ),
+    Mutation(
+        "SRPO published: weights not normalised",
+        SRPO,
+        "torch.where(mask, weights / mean, 0.0)",
+        "torch.where(mask, weights, 0.0)",
+    ),
+    Mutation(
+        "SRPO published: rewards act on distilled tokens, too",
+        SRPO,
+        "torch.where(mask, 0.0, super().__call__(batch, gap))",
+        "super().__call__(batch, gap)",
+    ),
+    Mutation(
+        "step: a rank's own sum of weights",
+        STEP_WEIGHTS,
+        "prompts, max_tokens, weight)",
+        "prompts, max_tokens, here.imitation_weight)",
+    ),
+    Mutation(
+        "SCOPE: likely successes count more",
+        SCOPE,
+        "torch.where(correct, -student,",
+        "torch.where(correct, student,",
+    ),
+    Mutation(
+        "SCOPE: one softmax over both verdicts",
+        SCOPE,
+        "of_set = members == sign",
+        "of_set = members != 0",
+    ),
+    Mutation(
+        "HDPO published: the teacher's rewards in the group",
+        HDPO,
+        "out[rows] = super().prepare(rollout.select(rows))",
+        "out = super().prepare(rollout)",
+    ),
+    Mutation(
+        "HDPO published: kept tokens in GRPO's denominator",
+        HDPO,
+        "totals.num_loss_tokens - totals.num_imitated_tokens, 1.0",
+        "totals.num_loss_tokens, 1.0",
+    ),
+    Mutation(
+        "own top-k: scored without the temperature",
+        OWN_TOP_K,
+        "model.hidden, model.head, ids, batch.temperature",
+        "model.hidden, model.head, ids, 1.0",
     ),
 ]
 

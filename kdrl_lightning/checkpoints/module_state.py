@@ -14,10 +14,12 @@ from kdrl_lightning.checkpoints.resume import (
     KEY,
     check_complete,
     check_identity,
+    check_initial,
     identity,
     number_by_place,
 )
 from kdrl_lightning.models.loading import load_config
+from kdrl_lightning.teachers.self_teachers import drop_kept
 from kdrl_lightning.trainer.failures import export_together
 from kdrl_lightning.trainer.protocols import TrainedModule
 from kdrl_lightning.untyped import State
@@ -77,7 +79,10 @@ def check_checkpoint(path: str, module: SavedModule, fitting: bool) -> None:
         config = loaded or load_config(module.student_path)
         check_identity(saved, module, config, fitting, path)
     if module.lora is not None and held is not None:  # loading shards checks this
-        check_complete(held.keys(), module.state_dict().keys(), path)
+        wanted = module.state_dict()
+        if not fitting:  # the weights of self-teachers are of no use
+            held, wanted = drop_kept(held), drop_kept(wanted)
+        check_complete(held.keys(), wanted.keys(), path)
 
 
 def save_state(checkpoint: State, module: SavedModule, sharded: bool) -> None:
@@ -101,9 +106,14 @@ def save_state(checkpoint: State, module: SavedModule, sharded: bool) -> None:
 
 
 def load_state(checkpoint: State, module: SavedModule) -> None:
-    """Restore the module's counters."""
+    """Restore the module's counters.
+
+    Raises:
+        ConfigurationError: the teacher is the initial student, and the run has read another one.
+    """
     saved = checkpoint.get(KEY)
     if saved is not None:
+        check_initial(module.frozen.initial_digests(), saved, module.student_path)
         module.nonfinite.load_state_dict(saved)
         module.frozen.seconds = saved["teacher_seconds"]
         module.load_log_state(saved)

@@ -53,6 +53,8 @@ def identity(module: TrainedModule) -> State:
         "config": model.config.to_json_string(use_diff=False),
         "generation_config": None if generation is None else generation.to_json_string(),
         "lora": None if lora is None else {**lora.identity(), "base": module.base_digest()},
+        "self_teachers": module.frozen.kinds,
+        "initial": module.frozen.initial_digests(),
     }
 
 
@@ -140,11 +142,51 @@ def check_identity(
             f"{saved['objective']}. To continue with another method, export that student and "
             "start from it."
         )
+    if fitting:
+        check_kinds(module.frozen.kinds, saved.get("self_teachers", []), path)
     optimizer = optimizer_name(module)
     if fitting and optimizer != saved["optimizer"]:
         raise ConfigurationError(
             f"`optimizer` must be {saved['optimizer']} to continue from {path}, which holds its "
             f"moments: got {optimizer}. To use another one, export that student and start from it."
+        )
+
+
+def check_kinds(here: list[str], there: list[str], path: str) -> None:
+    """Refuse to continue with a self-teacher of another kind.
+
+    Args:
+        here: the rules of the run's self-teachers.
+        there: those of the checkpoint.
+        path: path of the checkpoint.
+
+    Raises:
+        ConfigurationError: they differ.
+    """
+    if here == there:
+        return
+    got, held = (" and ".join(kinds) or "no SelfTeacher" for kinds in (here, there))
+    raise ConfigurationError(
+        f"the self-teacher's `weights` must be of the checkpoint's kind: got {got}, but the run of "
+        f"{path} had {held}. Set `model.teacher` to that, or export the student and start from it."
+    )
+
+
+def check_initial(here: list[str], saved: State, path: str) -> None:
+    """Refuse another initial student than that of the run, if it is the teacher.
+
+    Args:
+        here: checksums of the models that the run has read as initial students.
+        saved: what ``identity`` returned.
+        path: path of the initial student.
+
+    Raises:
+        ConfigurationError: they differ.
+    """
+    if here and here != saved["initial"]:
+        raise ConfigurationError(
+            f"`student` must be the model that the run started from, which is its teacher: got "
+            f"{path}, with other weights. It started from {saved['student']}."
         )
 
 

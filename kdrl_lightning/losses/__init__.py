@@ -6,6 +6,7 @@ from kdrl_lightning.losses.corrections import (
     sequence_sum,
 )
 from kdrl_lightning.losses.divergences import (
+    clipped_forward_kl,
     forward_kl,
     generalized_jsd,
     k1,
@@ -38,17 +39,22 @@ from kdrl_lightning.losses.selection import (
     wrong_completions,
     wrong_groups,
 )
+from kdrl_lightning.losses.weights import capped_ratio, confidence, gate, shares
 
 __all__ = [
     "TokenScores",
     "aligned",
     "beneficial",
+    "capped_ratio",
     "certain",
     "chosen_logprobs",
     "cispo_surrogate",
+    "clipped_forward_kl",
     "clipped_surrogate",
+    "confidence",
     "constant_length",
     "forward_kl",
+    "gate",
     "generalized_jsd",
     "group_token_mean",
     "importance_mask",
@@ -63,6 +69,7 @@ __all__ = [
     "sequence_mean",
     "sequence_sum",
     "sequence_surrogate",
+    "shares",
     "token_mean",
     "token_scores",
     "trrd_log_ratio",

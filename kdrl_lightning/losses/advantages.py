@@ -99,6 +99,30 @@ def shaped(
     return advantages / torch.where(constant, 1.0, std)
 
 
+def extrapolated(
+    gap: Tensor, teacher_logprobs: Tensor, ref_logprobs: Tensor, extrapolation: float = 1.25
+) -> Tensor:
+    """Return the teacher's gap, extrapolated away from a reference: G-OPD (arXiv 2602.12125).
+
+    ``d + (lambda - 1) (log pi_T - log pi_ref)``. As advantage of a policy gradient it has the
+    gradient of reverse KL to ``pi_T^lambda pi_ref^(1 - lambda)``, normalised.
+
+    Args:
+        gap: ``[B, T]`` d = log pi_T - log pi, in nats.
+        teacher_logprobs: ``[B, T]`` log pi_T.
+        ref_logprobs: ``[B, T]`` log pi_ref.
+        extrapolation: lambda: 1 is the teacher, 0 the reference, above 1 is ExOPD.
+
+    Returns:
+        ``[B, T]`` advantages, without gradient.
+
+    >>> one = torch.tensor([[1.0]])
+    >>> extrapolated(one, -one, -3.0 * one, extrapolation=1.5)
+    tensor([[2.]])
+    """
+    return (gap + (extrapolation - 1.0) * (teacher_logprobs - ref_logprobs)).detach()
+
+
 def _flat(rewards: Tensor) -> Tensor:
     """Return ``[P, 1]`` bool: True for groups of equal rewards."""
     rows = torch.arange(len(rewards), device=rewards.device)

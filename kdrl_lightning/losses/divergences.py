@@ -114,6 +114,27 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return _kl(teacher_logits.detach().log_softmax(-1), student_logits.log_softmax(-1))
 
 
+def clipped_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, clip: float | None = 0.05
+) -> Tensor:
+    """Return KL(teacher || student) with each token's summand capped: OPSD (arXiv 2601.18734 v3).
+
+    ``sum_v min(p_T(v) (log p_T(v) - log p_S(v)), clip)``. A capped summand gives no gradient, and a
+    negative one is never capped. So the sum can be **negative**, and is no divergence.
+
+    Args:
+        student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.
+        teacher_logits: ``[..., V]`` the teacher's; this function detaches them.
+        clip: largest summand, in nats; None: no cap, which is ``forward_kl``.
+
+    Returns:
+        ``[...]`` nats, of either sign.
+    """
+    log_p, log_q = teacher_logits.detach().log_softmax(-1), student_logits.log_softmax(-1)
+    summands = _summands(log_p, log_q)
+    return (summands if clip is None else summands.clamp(max=clip)).sum(-1)
+
+
 def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:
     """Return the generalised Jensen-Shannon divergence over the full vocabulary.
 
@@ -169,6 +190,10 @@ def with_tail(topk_logprobs: Tensor, tail_logprobs: Tensor | None = None) -> Ten
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _summands(log_p, log_q).sum(-1)
+
+
+def _summands(log_p: Tensor, log_q: Tensor) -> Tensor:
     # We mask the difference before the product: the gradient of 0 * inf is undefined.
     gap = torch.where(log_p > -torch.inf, log_p - log_q, 0.0)
-    return (log_p.exp() * gap).sum(-1)
+    return log_p.exp() * gap

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from kdrl_lightning.errors import ConfigurationError
@@ -53,22 +54,29 @@ class Sharding:
         mesh: a one-dimensional mesh over all ranks.
         param_dtype: type in which a trained model computes; weights keep their type, and gradients
             are reduced in float32. None computes in the weights' type.
+        frozen_dtype: the same of a frozen model.
     """
 
     mesh: DeviceMesh
     param_dtype: torch.dtype | None = None
+    frozen_dtype: torch.dtype | None = None
+
+    def as_trained(self) -> Sharding:
+        """Return a sharding in which frozen models compute as trained ones do."""
+        return replace(self, frozen_dtype=self.param_dtype)
 
     def shard(self, scorer: Scorer, offload: bool = False) -> Scorer:
-        """Shard a scorer in place and return it; frozen models compute in their weights' type.
+        """Shard a scorer in place and return it.
 
         Args:
             scorer: a scorer with all its weights, on any device.
             offload: keep this rank's parts on the CPU and move them to the device for each pass.
         """
         trained = any(p.requires_grad for p in scorer.parameters())
+        computes = self.param_dtype if trained else self.frozen_dtype
         policy = MixedPrecisionPolicy()
-        if trained and self.param_dtype is not None:
-            policy = MixedPrecisionPolicy(self.param_dtype, reduce_dtype=torch.float32)
+        if computes is not None:
+            policy = MixedPrecisionPolicy(computes, reduce_dtype=torch.float32)
         pin = self.mesh.device_type == "cuda"
         wrap = partial(
             fully_shard,
@@ -260,6 +268,11 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     # Leaving a compiled layer in its middle would look like a failure of the compiler.
     with set_checkpoint_early_stop(not isinstance(forward, Layer)):
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:

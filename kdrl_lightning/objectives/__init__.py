@@ -30,7 +30,24 @@ from kdrl_lightning.objectives.divergences import (
 )
 from kdrl_lightning.objectives.grpo import CISPO, GRPO, GSPO
 from kdrl_lightning.objectives.kdrl import KDRL
-from kdrl_lightning.objectives.mixtures import RLSD, SRPO
+from kdrl_lightning.objectives.methods.eopd import EOPD, FixedGap, TeacherTopK
+from kdrl_lightning.objectives.methods.g_opd import GOPD, ExtrapolatedGap
+from kdrl_lightning.objectives.methods.hdpo_published import (
+    OwnGroup,
+    PublishedHDPO,
+    SolvedByTeacher,
+)
+from kdrl_lightning.objectives.methods.mixtures import RLSD, SRPO
+from kdrl_lightning.objectives.methods.opsd import OPSD, ClippedForwardKL
+from kdrl_lightning.objectives.methods.scope import SCOPE, RarityWeights
+from kdrl_lightning.objectives.methods.sdar import SDAR, GatedGap
+from kdrl_lightning.objectives.methods.sdft import SDFT
+from kdrl_lightning.objectives.methods.sdpo import SDPO, CappedKL
+from kdrl_lightning.objectives.methods.srpo_published import (
+    ConfidenceWeightedKL,
+    NotDistilled,
+    PublishedSRPO,
+)
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import (
     BehaviorRatio,
@@ -44,6 +61,7 @@ from kdrl_lightning.objectives.ratios import (
 from kdrl_lightning.objectives.rlad import RLAD
 from kdrl_lightning.objectives.selections import (
     ExceptEndToken,
+    ExceptFirstTokens,
     Gates,
     Selection,
     WrongCompletions,
@@ -53,28 +71,47 @@ from kdrl_lightning.objectives.sft import SFT
 
 __all__ = [
     "CISPO",
+    "EOPD",
     "GKD",
+    "GOPD",
     "GRPO",
     "GSPO",
     "KDRL",
+    "OPSD",
     "RLAD",
     "RLSD",
+    "SCOPE",
+    "SDAR",
+    "SDFT",
+    "SDPO",
     "SFT",
     "SRPO",
     "Advantage",
     "BehaviorRatio",
+    "CappedKL",
     "ClippedDistillation",
+    "ClippedForwardKL",
+    "ConfidenceWeightedKL",
     "DistillTerm",
     "EngineCorrection",
     "ExceptEndToken",
+    "ExceptFirstTokens",
+    "ExtrapolatedGap",
+    "FixedGap",
     "GapAdvantage",
+    "GatedGap",
     "Gates",
     "MaskedImportance",
     "NoCorrection",
+    "NotDistilled",
     "Objective",
     "OnPolicyDistillation",
+    "OwnGroup",
     "Part",
     "PolicyObjective",
+    "PublishedHDPO",
+    "PublishedSRPO",
+    "RarityWeights",
     "Ratio",
     "Reduction",
     "ReweightedAdvantage",
@@ -83,8 +120,10 @@ __all__ = [
     "SequenceRatio",
     "ShapedAdvantage",
     "ShapedProbability",
+    "SolvedByTeacher",
     "SumAdvantage",
     "SurrogateTerm",
+    "TeacherTopK",
     "Term",
     "TokenRatio",
     "TokenScores",

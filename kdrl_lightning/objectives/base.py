@@ -33,6 +33,7 @@ COEFFICIENTS = {
     "ref_kl_coef": (0.0, float("inf")),
     "entropy_coef": (0.0, float("inf")),
     "trrd_alpha": (0.0, 1.0),
+    "mix": (0.0, 1.0),
 }
 
 
@@ -61,9 +62,13 @@ class Part:
             by a teacher.
         couples_tokens: a token's derivative depends on the scores of other tokens, as with a ratio
             of whole completions.
+        needs_reference: the part reads ``ref_logprobs``.
+        needs_teacher_entropy: the part reads ``teacher_entropy``.
     """
 
     needs_teacher: bool = False
+    needs_reference: bool = False
+    needs_teacher_entropy: bool = False
     reads_old_scores: bool = False
     couples_tokens: bool = False
 
@@ -113,6 +118,7 @@ class Objective(ABC):
         takes_teacher_completions: the objective has a rule for completions that the teacher
             sampled.
         top_k: number of the student's most likely tokens that the teacher scores; 0: none.
+        teacher_top_k: number of the teacher's most likely tokens that both score; 0: none.
         divergence: full-vocabulary divergence from the teacher, computed in each update; None
             without one.
         leaves_out_end: the teacher's score of a completion's end token is not used.
@@ -126,6 +132,7 @@ class Objective(ABC):
     needs_groups: bool = False
     takes_teacher_completions: bool = False
     top_k: int = 0
+    teacher_top_k: int = 0
     divergence: Divergence | None = None
     leaves_out_end: bool = False
 
@@ -146,6 +153,11 @@ class Objective(ABC):
         the parts answer. A wrong answer costs time, but changes no gradient.
         """
         return any(part.couples_tokens for part in self.parts() if part is not self)
+
+    @property
+    def needs_teacher_entropy(self) -> bool:
+        """Whether a part reads the entropy of the teacher's distributions."""
+        return any(part.needs_teacher_entropy for part in self.parts() if part is not self)
 
     @abstractmethod
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
@@ -174,6 +186,15 @@ class Objective(ABC):
         If not, a teacher with a full-vocabulary ``divergence`` runs only during updates.
         """
         return True
+
+    def compared_ids(self, batch: RolloutBatch) -> Tensor | None:
+        """Return the ``[B, T, K]`` tokens whose probabilities it compares; None without any.
+
+        They are the teacher's most likely tokens or, at rollout time, the student's.
+        """
+        if self.teacher_top_k:
+            return batch.teacher_topk_ids
+        return batch.topk_ids if self.top_k else None
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return the ``[B, T]`` log of the ratio that the surrogate clips; log rho by default."""
@@ -303,6 +324,7 @@ def blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, Token
         "teacher_tail_logprobs",
         "ref_logprobs",
         "importance_weights",
+        "imitation_weights",
     )
     fields = {n: zero(value) for n in names if (value := getattr(batch, n)) is not None}
     return batch.replace(**fields), scores.map(zero)

@@ -37,8 +37,9 @@ class DistillTerm(Part):
         name: logged as ``loss/<name>``.
         needs_advantages: the term reads the advantages of the policy loss.
         ratio: the ratio that the term clips; None without one.
-        sampled: the term is an estimate on sampled tokens, so the engine's correction applies.
+        sampled: the term is an estimate on sampled tokens.
         top_k: number of the student's most likely tokens that the teacher must score; 0: none.
+        teacher_top_k: number of the teacher's most likely tokens that both must score; 0: none.
         divergence: full-vocabulary divergence to compute in each update; None without one.
     """
 
@@ -48,6 +49,7 @@ class DistillTerm(Part):
     ratio: Ratio | None = None
     sampled: bool = False
     top_k: int = 0
+    teacher_top_k: int = 0
     divergence: Divergence | None = None
 
     def __init__(self, teacher_kl_coef: float = 2e-3, per_imitated_token: bool = False) -> None:
@@ -58,6 +60,18 @@ class DistillTerm(Part):
     def coef(self) -> float:
         """Weight of the term in the loss."""
         return self.teacher_kl_coef
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the engine's correction weights the term's tokens."""
+        return self.sampled
+
+    def weights(self, rollout: RolloutBatch) -> Tensor | None:
+        """Return ``[B, T]`` weights of the imitated tokens, once per rollout; None: all are 1.
+
+        The step's totals hold their sum, so that ``per_token`` can normalise them.
+        """
+        return None
 
     @abstractmethod
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:

@@ -105,11 +105,12 @@ class PolicyObjective(Objective):
         exact = distill is not None and not distill.sampled
         except_end = any(isinstance(s, ExceptEndToken) for s in self.selection)
         self.leaves_out_end = except_end and not exact
-        self.needs_reference = ref_kl_coef > 0.0
+        self.needs_reference = ref_kl_coef > 0.0 or bool(advantage and advantage.needs_reference)
         self.needs_groups = compares
         self.takes_teacher_completions |= teacher_tokens is not None
         if distill is not None:
             self.top_k, self.divergence = distill.top_k, distill.divergence
+            self.teacher_top_k = distill.teacher_top_k
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Return the rollout with advantages, the tokens to imitate and the engine's correction."""
@@ -127,6 +128,8 @@ class PolicyObjective(Objective):
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None and self.selection:
             rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
+        if self.distill is not None:
+            rollout = rollout.replace(imitation_weights=self.distill.weights(rollout))
         correction = self.engine_correction or self._default_correction(rollout)
         if isinstance(correction, NoCorrection):
             return rollout
@@ -143,13 +146,13 @@ class PolicyObjective(Objective):
         """Return whether a part reads the teacher's scores; True if you override ``prepare``."""
         if type(self).prepare is not PolicyObjective.prepare:
             return True
-        parts = (self.advantage, *self.selection)
+        parts = (self.advantage, self.distill, *self.selection)
         return any(part.reads_old_scores for part in parts if part is not None)
 
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
         # A ratio to the engine's log-probabilities corrects already; VocabularyKL needs none.
         corrected = self.ratio is not None and self.ratio.to_behavior
-        sampled = self.ratio or self.needs_reference or (self.distill and self.distill.sampled)
+        sampled = self.ratio or self.needs_reference or (self.distill and self.distill.corrected)
         if rollout.engine_exact or corrected or not sampled:
             return NoCorrection()
         return TruncatedImportance()
@@ -175,7 +178,7 @@ class PolicyObjective(Objective):
             loss = self.distill.per_token(batch, scores, where)
             yield Term(
                 self.distill.name,
-                loss * weights if self.distill.sampled else loss,
+                loss * weights if self.distill.corrected else loss,
                 self.distill.coef,
                 where,
                 self.distill.per_imitated_token,

@@ -71,6 +71,31 @@ class ExceptEndToken(Selection):
         return ~(last & ~rollout.truncated[:, None])
 
 
+class ExceptFirstTokens(Selection):
+    """Selects all tokens of a completion but the first ones.
+
+    A teacher that reads a demonstration opens its answer with phrases about it. SDFT (arXiv
+    2601.19897) leaves these positions out.
+
+    Args:
+        count: number of tokens to leave out, at least 0.
+
+    Raises:
+        ConfigurationError: ``count`` is negative.
+    """
+
+    reads_old_scores = False
+
+    def __init__(self, count: int = 3) -> None:
+        require_between("count", count, 0, float("inf"))
+        self.count = count
+
+    def __call__(self, rollout: RolloutBatch) -> Tensor:
+        """Return ``[B, T]`` bool: False on the first ``count`` tokens."""
+        columns = torch.arange(rollout.completion_ids.shape[1], device=rollout.loss_mask.device)
+        return (columns >= self.count).expand_as(rollout.loss_mask)
+
+
 class Gates(Selection):
     """Selects tokens by thresholds; None switches a threshold off.
 

@@ -24,7 +24,8 @@ def plot_curves(
         path: the PNG file to write.
         curves: one row per rollout, with ``rollout`` and the logged metrics.
         accuracy: (rollout, validation accuracy) pairs; accuracy is in [0, 1].
-        summary: the run's summary; shows ``method``, ``seed`` and ``teacher_accuracy``.
+        summary: the run's summary; shows ``method``, ``seed`` and ``teacher_accuracy``, and the
+            ``warnings``, rollouts by name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,12 +57,18 @@ def plot_curves(
     line(axis, "kd/imitation_frac", "imitated", color="tab:green")
     line(axis, "kd/dead_frac_pos", "dead, A > 0", color="tab:orange")
     line(axis, "kd/dead_frac_neg", "dead, A < 0", color="tab:purple")
+    line(axis, "health/leak_frac", "completions that leak", color="tab:red")
+    line(axis, "health/repeat_frac", "repeated n-grams", color="tab:brown")
     axis.set_ylim(-0.02, 1.02)
     axis = grid[1, 1]
     axis.set_title("completion length, tokens")
     line(axis, "rollout/length_mean", "mean", color="tab:gray")
     lengths = [row["rollout/length_mean"] for row in curves if "rollout/length_mean" in row]
     axis.set_ylim(0, 1.15 * max(lengths, default=1.0))
+    for name, rollout in summary.get("warnings", {}).items():
+        for axis in grid.flat:
+            axis.axvline(rollout, color="black", ls=":", alpha=0.6)
+        grid[0, 0].annotate(name, (rollout, 0.02), rotation=90, fontsize="x-small", va="bottom")
     for axis in grid.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

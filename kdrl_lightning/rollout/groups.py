@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
@@ -26,6 +26,10 @@ from kdrl_lightning.untyped import Row
 
 # Enough tokens to notice other weights, and few compared with a rollout.
 PROBES, PROBE_TOKENS = 4, 64
+
+
+# Returns the prompt after which the teacher samples, from a row and the student's prompt.
+Ask: TypeAlias = Callable[[Row, list[int]], list[int]]
 
 
 class SampleAndJudge(Protocol):
@@ -58,6 +62,12 @@ class GroupShare:
     count: int
     sampling: Sampling
 
+    def asked(self, prompts: list[EncodedPrompt], ask: Ask) -> list[EncodedPrompt]:
+        """Return the prompts after which the share's engine samples."""
+        if self.source != TEACHER:
+            return prompts
+        return [(row, ask(row, ids)) for row, ids in prompts]
+
 
 @dataclass
 class Collector:
@@ -89,6 +99,7 @@ class Collector:
         world_size: int,
         sample: SampleAndJudge,
         route: Callable[[Row], int],
+        ask: Ask,
         pad_id: int,
     ) -> tuple[RolloutBatch, list[list[Judged]], list[list[Judged]]]:
         """Return this rank's groups of a rollout, sampled and judged.
@@ -100,6 +111,7 @@ class Collector:
             world_size: number of processes.
             sample: samples and judges completions.
             route: returns the index of the teacher that scores the completions of a row.
+            ask: returns the prompt after which the teacher samples.
             pad_id: token after the end of a row.
 
         Returns:
@@ -111,7 +123,7 @@ class Collector:
         # 1. Sample a group for each of this rank's slots, and another one for a flat group.
         groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
-            partial(self._groups, rollout, prompts, sample),
+            partial(self._groups, rollout, prompts, sample, ask),
             self.slots.max_refills,
         )
         # 2. Put the completions of a group next to each other.
@@ -146,13 +158,13 @@ class Collector:
         return [row for row, _ in self._prompts(rollout + 1, prompts, slots)[0]]
 
     def ahead(
-        self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
+        self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int, ask: Ask
     ) -> list[Request]:
         """Return the first requests of ``collect`` to engines that can sample during training."""
         slots = self.slots.of_rank(rank, world_size)
-        ids = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
+        chosen = self._prompts(rollout, prompts, slots)[0]
         return [
-            Request(share.engine, ids, seeds, share.sampling)
+            Request(share.engine, [p for _, p in share.asked(chosen, ask)], seeds, share.sampling)
             for share, seeds in self._seeded(rollout, slots)
             if share.engine.supports_async
         ]
@@ -223,6 +235,7 @@ class Collector:
         rollout: int,
         prompts: Sequence[EncodedPrompt],
         sample: SampleAndJudge,
+        ask: Ask,
         slots: list[int],
         attempt: int,
     ) -> list[list[Judged]]:
@@ -231,9 +244,12 @@ class Collector:
         groups: list[list[Judged]] = [[] for _ in slots]
         for share, seeds in self._seeded(rollout, slots, attempt):
             started = time.perf_counter()
-            judged = sample(share.engine, chosen, seeds, share.sampling, share.source)
-            for i, group in enumerate(groups):
-                group += judged[i * share.count : (i + 1) * share.count]
+            asked = share.asked(chosen, ask)
+            judged = sample(share.engine, asked, seeds, share.sampling, share.source)
+            for i, (group, (_, ids)) in enumerate(zip(groups, chosen, strict=True)):
+                made = judged[i * share.count : (i + 1) * share.count]
+                # The student reads what the teacher sampled after the student's own prompt.
+                group += [replace(one, prompt_ids=ids) for one in made]
             if share.source == TEACHER:
                 self.teacher_seconds += time.perf_counter() - started
         return groups

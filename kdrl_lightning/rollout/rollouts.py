@@ -226,7 +226,7 @@ class RolloutSource:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
         if share.count and share.engine.version is None:
             teacher = None if share.engine.has_own_weights else module.teacher
-            weights = None if teacher is None else teacher.weights()
+            weights = None if teacher is None else teacher.sampling_weights()
             self.live.sync(share.engine, module.weights() if weights is None else weights)
         return seconds
 
@@ -237,8 +237,9 @@ class RolloutSource:
             return 0.0  # the run ends before its first update
         engine = self.collector.student.engine
         seconds = self.live.sync(engine, self.live.module.weights())
+        ask = self.live.module.frozen.generation_prompt
         requests = stop_together(
-            lambda: self.collector.ahead(rollout, self.prompts, *self.live.ranks),
+            lambda: self.collector.ahead(rollout, self.prompts, *self.live.ranks, ask),
             self.live.module.reduce,
         )
         self.live.ahead.start(rollout, engine.version or 0, requests)
@@ -255,6 +256,7 @@ class RolloutSource:
                 *self.live.ranks,
                 self.live.sample,
                 module.frozen.route,
+                module.frozen.generation_prompt,
                 self.live.pad_id,
             )
         batch = module.frozen.write_prompts(batch, self._with_others(rollout, groups))

@@ -20,6 +20,7 @@ TEACHER_FIELDS = (
     "teacher_logprobs",
     "teacher_entropy",
     "teacher_top_ids",
+    "teacher_topk_ids",
     "teacher_topk_logprobs",
     "teacher_tail_logprobs",
 )
@@ -316,8 +317,14 @@ def step_totals(
     """Return an optimizer step's counts over all ranks, from this rank's completions of it."""
     here = batch.count(max_tokens)
     counts = torch.tensor(
-        [here.num_loss_tokens, here.num_imitated_tokens, here.num_completions, here.num_prompts],
+        [
+            here.num_loss_tokens,
+            here.num_imitated_tokens,
+            here.num_completions,
+            here.num_prompts,
+            here.imitation_weight,
+        ],
         dtype=torch.float64,
     )
-    tokens, imitated, completions, prompts = reduce(counts, "sum").tolist()
-    return StepTotals(tokens, imitated, completions, prompts, max_tokens)
+    tokens, imitated, completions, prompts, weight = reduce(counts, "sum").tolist()
+    return StepTotals(tokens, imitated, completions, prompts, max_tokens, weight)

@@ -1,4 +1,4 @@
-"""Frozen teachers: in this process, on servers, cached, routed, or with a prompt of their own."""
+"""Teachers: in this process, on servers, cached, routed, the student, or with an own prompt."""
 
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
@@ -16,6 +16,14 @@ from kdrl_lightning.teachers.own_prompt.contexts import (
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
 from kdrl_lightning.teachers.routed import RoutedTeacher
+from kdrl_lightning.teachers.self_teachers import (
+    HardSync,
+    InitialWeights,
+    LiveWeights,
+    MovingAverage,
+    SelfTeacher,
+    TrustRegion,
+)
 from kdrl_lightning.teachers.server import ServerTeacher
 
 __all__ = [
@@ -25,13 +33,19 @@ __all__ = [
     "Context",
     "FeedbackContext",
     "FixedContext",
+    "HardSync",
+    "InitialWeights",
     "JoinedContext",
+    "LiveWeights",
     "LocalTeacher",
+    "MovingAverage",
     "OtherProblemContext",
     "PromptedTeacher",
     "RoutedTeacher",
+    "SelfTeacher",
     "ServerTeacher",
     "SiblingContext",
     "Teacher",
     "TeacherPrompt",
+    "TrustRegion",
 ]

@@ -187,6 +187,19 @@ class Teacher(ABC):
             )
         return weights.fingerprint()
 
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the prompt after which the teacher's completions of a row are sampled.
+
+        Args:
+            row: the prompt's row.
+            prompt_ids: the student's prompt, which is also the teacher's by default.
+        """
+        return prompt_ids
+
+    def sampling_weights(self) -> ModelWeights | None:
+        """Return the weights that sample the teacher's completions, as ``weights`` does."""
+        return self.weights()
+
     def weights(self) -> ModelWeights | None:
         """Return the weights for an engine to sample from; None if they are not in this process."""
         return None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
@@ -21,6 +21,8 @@ from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
+from kdrl_lightning.teachers.own_top_k import own_top_k
+from kdrl_lightning.teachers.self_teachers import check_self_teachers, self_teachers
 from kdrl_lightning.teachers.tokenizers import check_end_tokens
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
@@ -30,19 +32,22 @@ from kdrl_lightning.teachers.tokenizers import check_end_tokens
 class FrozenModels:
     """Loads, moves and asks the teacher and the reference.
 
-    A plain object: no parameter, optimizer or checkpoint of the module holds these models.
+    A plain object: no parameter, optimizer or checkpoint of the module holds these models, except
+    the weights of a self-teacher that follow the student's: they are ``kept``.
 
     Args:
         teacher: the teacher of the configuration, if there is one.
+        reference: the reference of the configuration, which replaces the initial student.
 
     Attributes:
         active: the teacher that this run asks; None if it asks none (an evaluation).
-        reference: the initial student; None without a KL to it.
+        reference: the initial student, or the configured model; None if nothing reads it.
         seconds: time that the teacher took to score.
     """
 
-    def __init__(self, teacher: Teacher | None) -> None:
+    def __init__(self, teacher: Teacher | None, reference: Teacher | None = None) -> None:
         self._teacher = teacher
+        self._reference = reference
         self.active = teacher
         self.reference: Teacher | None = None
         self.seconds = 0.0
@@ -59,10 +64,41 @@ class FrozenModels:
         """Whether ranks score together with one of them, so that none may stop alone."""
         return any(model.collective for model in self._models())
 
+    def prepare(self) -> None:
+        """Let the models of the configuration be made, on one process."""
+        for model in (self._teacher, self._reference):
+            if model is not None:
+                model.prepare()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The rules of the configuration's self-teachers, in which a resumed run must agree."""
+        return [type(found.rule).__name__ for found in self_teachers(self._teacher)]
+
+    @property
+    def kept(self) -> list[nn.Module]:
+        """Weights of self-teachers that are state of this run; checkpoints must hold them."""
+        kept = (found.kept for found in self_teachers(self.active))
+        return [weights for weights in kept if weights is not None]
+
+    def follow(self, steps: int) -> None:
+        """Let self-teachers follow the student after an optimizer step that was not skipped.
+
+        Args:
+            steps: optimizer steps so far, without those that were skipped.
+        """
+        for found in self_teachers(self.active):
+            found.follow(steps)
+
+    def initial_digests(self) -> list[str]:
+        """Return checksums of initial students that a resumed run reads again; a collective."""
+        digests = (found.initial_digest() for found in self_teachers(self.active))
+        return [digest for digest in digests if digest is not None]
+
     def choose(self, fitting: bool, reference: Teacher | None) -> None:
         """Take the models that a run needs: an evaluation asks none and loads none."""
         self.active = self._teacher if fitting else None
-        self.reference = reference
+        self.reference = reference and (self._reference or reference)
 
     def check(self, tokenizer: Any, path: str, objective: Any) -> None:
         """Check them against the student and the objective, before weights are loaded.
@@ -75,12 +111,8 @@ class FrozenModels:
         Raises:
             ConfigurationError: one of them cannot do what the objective asks.
         """
-        teacher = self.active
-        if objective.divergence is not None and teacher and not teacher.gives_states:
-            raise ConfigurationError(
-                "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
-                f"{type(teacher).__name__}. Use one, or a sampled or top-k estimator."
-            )
+        if self.active is not None:
+            check_scores(self.active, objective)
         for model in self._models():
             model.check(tokenizer, path)
             check_end_tokens(model.other_end, objective)
@@ -125,6 +157,14 @@ class FrozenModels:
         """Return which of several teachers scores the completions of a prompt row."""
         return 0 if self._teacher is None else self._teacher.route(row)
 
+    def generation_prompt(self, row: Mapping[str, Any], prompt_ids: list[int]) -> list[int]:
+        """Return the prompt after which the teacher samples its completions of a row."""
+        return (
+            prompt_ids
+            if self._teacher is None
+            else self._teacher.generation_prompt(row, prompt_ids)
+        )
+
     def accept(self, batch: RolloutBatch) -> None:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
         if self._teacher is not None:
@@ -154,19 +194,26 @@ class FrozenModels:
             return batch
         return batch.replace(ref_logprobs=self.reference.score(batch).logprobs)
 
-    def score_teacher(self, batch: RolloutBatch, topk_ids: Tensor | None) -> RolloutBatch:
+    def score_teacher(
+        self, batch: RolloutBatch, topk_ids: Tensor | None, top_k: int = 0
+    ) -> RolloutBatch:
         """Add the teacher's scores, as ``teacher_fields``; without a teacher, return the batch.
 
         Args:
             batch: completions.
             topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+            top_k: number of the teacher's own most likely tokens to score instead; 0: none.
         """
         if self.active is None:
             return batch
         with self._clock():
-            scores = self.active.score(batch, topk_ids)
+            if top_k:
+                scores = own_top_k(self.active, batch, top_k)
+            else:
+                scores = self.active.score(batch, topk_ids)
         return batch.replace(
             **teacher_fields(scores),
+            teacher_topk_ids=scores.topk_ids if top_k else None,
             teacher_topk_logprobs=scores.topk_logprobs,
             teacher_tail_logprobs=scores.tail_logprobs,
         )
@@ -204,7 +251,8 @@ def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None
         adapters: the student is trained by LoRA.
 
     Raises:
-        ConfigurationError: the objective has no teacher, or the teacher no base model.
+        ConfigurationError: the objective has no teacher, or the teacher no base model, or it is
+            the student itself at each token.
     """
     if objective.needs_teacher and teacher is None:
         raise ConfigurationError(
@@ -215,6 +263,35 @@ def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None
         raise ConfigurationError(
             f"`teacher` must have a LoRA student to be its base: got {type(teacher).__name__} "
             "without `lora`. Set `lora: {rank: 16}`, or use a LocalTeacher."
+        )
+    check_self_teachers(teacher)
+
+
+def check_scores(teacher: Teacher, objective: Any) -> None:
+    """Check that the teacher returns the scores that the objective reads.
+
+    Args:
+        teacher: the teacher of the run.
+        objective: the loss.
+
+    Raises:
+        ConfigurationError: the teacher only scores tokens that it is given, or knows no entropy.
+    """
+    got = f"got {type(teacher).__name__}"
+    if objective.divergence is not None and not teacher.gives_states:
+        raise ConfigurationError(
+            "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: "
+            f"{got}. Use one, or a sampled or top-k estimator."
+        )
+    if objective.teacher_top_k and not teacher.gives_states:
+        raise ConfigurationError(
+            f"`teacher` must be a LocalTeacher to name its own most likely tokens: {got}. Use "
+            "one, or an objective that compares the student's."
+        )
+    if objective.needs_teacher_entropy and not teacher.knows_entropy:
+        raise ConfigurationError(
+            f"`teacher` must return its entropy for {type(objective).__name__}: {got}. Use a "
+            "LocalTeacher."
         )
 
 

@@ -135,7 +135,7 @@ def check_end_tokens(ends: str | None, objective: Any) -> None:
     if ends is None or not objective.needs_teacher or objective.leaves_out_end:
         return
     cure = "or leave end tokens out of the teacher's term with the selection ExceptEndToken."
-    if objective.divergence is not None or objective.top_k:
+    if objective.divergence is not None or objective.top_k or objective.teacher_top_k:
         cure = "because the objective compares the end token's probability at every position."
     raise ConfigurationError(
         f"student and teacher must end with the same token: got {ends}. Set "

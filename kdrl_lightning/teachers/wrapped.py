@@ -144,6 +144,14 @@ class WrappedTeacher(Teacher):
         """Return the wrapped teacher's route."""
         return self.teacher.route(row)
 
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the prompt after which the wrapped teacher samples."""
+        return self.teacher.generation_prompt(row, prompt_ids)
+
+    def sampling_weights(self) -> ModelWeights | None:
+        """Return the weights that sample the wrapped teacher's completions."""
+        return self.teacher.sampling_weights()
+
     def weights(self) -> ModelWeights | None:
         """Return the wrapped teacher's weights."""
         return self.teacher.weights()

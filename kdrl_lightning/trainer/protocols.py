@@ -22,6 +22,7 @@ from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.untyped import Row
 
 
 class TrainedModule(Policy, Protocol):
@@ -89,8 +90,14 @@ class RolloutData(Protocol):
     def watch(self) -> RolloutWatch:
         """What the run's rollouts were like."""
 
-    def evaluate(self, weights: ModelWeights) -> float:
-        """Return a model's accuracy on the first validation set."""
+    def evaluate(
+        self,
+        weights: ModelWeights,
+        temperature: float | None = None,
+        prompt_of: Callable[[Row], list[int] | None] | None = None,
+        most: float = float("inf"),
+    ) -> float:
+        """Return a model's accuracy on the first validation set, perhaps after other prompts."""
 
     def cannot_evaluate(self, weights: ModelWeights) -> str:
         """Return why a model cannot be sampled from; empty if it can."""

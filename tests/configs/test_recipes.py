@@ -27,7 +27,7 @@ BASES = {"base", "base.yaml", "teacher.yaml", "math.yaml", "zebra.yaml", "countd
 KINDS = [
     *("kdrl", "kdrl_annealing", "smollm2_kdrl", "rlad_logic_0.6b_2k", "rlad_logic_1.7b_8k"),
     *("rlad_math_1.7b", "rlad_math_8b", "rlad_math_1.5b", "replication/grpo", "replication/kdrl"),
-    *("replication/opd_then_rl", "replication/trrd"),
+    *("replication/opd_then_rl", "replication/trrd", "opsd", "sdpo", "rlsd", "hdpo"),
 ]
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if not {p.parent.name, p.name} & BASES)
 
@@ -92,7 +92,7 @@ def test_a_recipe_sets_up(name: str, stand_ins: dict[str, str], tmp_path: Path) 
     assert type(cli.model.student.model).__name__.startswith(("Qwen2", "Qwen3", "Llama"))
 
 
-@pytest.mark.parametrize("name", ["kdrl", "rlad_logic_0.6b_2k", "rlad_math_8b"])
+@pytest.mark.parametrize("name", ["kdrl", "rlad_logic_0.6b_2k", "rlad_math_8b", "srpo"])
 def test_a_recipe_takes_a_step(name: str, stand_ins: dict[str, str], tmp_path: Path) -> None:
     file = small(FOLDER / f"{name}.yaml", stand_ins, tmp_path)
     cli = KDRLCLI.run(["fit", "--config", file, "--trainer.max_steps=1"])
@@ -231,3 +231,27 @@ def test_every_value_of_a_recipe_says_where_it_is_from(recipe: Path) -> None:
         for line in text.splitlines():
             if line.strip().startswith(key) and "smollm2" not in recipe.stem:
                 assert any(tag in line for tag in ("[P]", "[P2]", "[R]", "[O]")), line
+
+
+# From the papers of the methods for a self-teacher: prompts, group, rate, tokens, objective.
+SELF_TEACHERS = {
+    "opsd": (32, 1, 5e-6, "InitialWeights", "ColumnContext", {"reduction": "sequence_mean"}),
+    "sdpo": (32, 8, 1e-5, "MovingAverage", "SiblingContext", {"jsd_beta": 0.5, "top_k": 100}),
+    "srpo": (32, 8, 5e-6, "MovingAverage", "SiblingContext", {"clip_high": 0.28, "sharpness": 1.0}),
+    "hdpo": (32, 16, 1e-6, None, "ColumnContext", {"teacher_kl_coef": 0.1, "top_k": 64}),
+    "rlsd": (256, 8, 1e-6, "HardSync", "ColumnContext", {"mix": 0.5, "width": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", SELF_TEACHERS)
+def test_recipes_of_self_teachers_are_the_papers(name: str) -> None:
+    file = FOLDER / f"{name}.yaml"
+    config = load_with_base(file.read_text(), str(file))
+    model, rollout = config["model"], config["data"]["rollout"]
+    prompts, group, rate, weights, context, objective = SELF_TEACHERS[name]
+    assert (rollout["prompts_per_rollout"], rollout["group_size"]) == (prompts, group)
+    assert model["optimizer"]["init_args"]["lr"] == rate
+    teacher = model["teacher"]["init_args"]
+    assert teacher["teacher"]["init_args"].get("weights", {}).get("class_path") == weights
+    assert teacher["prompt"]["context"]["class_path"] == context
+    assert objective.items() <= model["objective"]["init_args"].items()

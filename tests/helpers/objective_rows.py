@@ -124,6 +124,40 @@ def truncated(x: Any, i: int, t: int) -> float:
     return 1.0 if THEIRS[i] else min(math.exp(x.old[i][t]) / math.exp(x.mu[i][t]), 1.2)
 
 
+def sdar(x: Any, i: int, t: int) -> tuple[float, float]:
+    """c g d with a constant g; the gradient is that of -c g log pi."""
+    gate = 0.0 if THEIRS[i] else 0.3 / (1 + math.exp(-5 * x.d(i, t)))
+    return gate * x.d(i, t), -gate
+
+
+def gopd(x: Any, i: int, t: int) -> tuple[float, float]:
+    further = 0.0 if THEIRS[i] else 0.5 * (x.teacher[i][t] - x.ref[i][t])
+    return clipped(x.rho(i, t), x.d(i, t) + further)
+
+
+def scope_weights(x: Any, scale: str = "sum", tau: float = 1.0) -> list[float]:
+    """A softmax over the group's correct completions, another over its wrong ones."""
+    out = [0.0] * len(GROUPS)
+    for group in set(GROUPS):
+        for verdict in (True, False):
+            rows = [
+                i
+                for i, g in enumerate(GROUPS)
+                if g == group and C[i] == verdict and LENGTHS[i] and not THEIRS[i]
+            ]
+            table = x.old if verdict else x.teacher
+            means = [statistics.fmean(table[i][: LENGTHS[i]]) / tau for i in rows]
+            powers = [math.exp(-m if verdict else m) for m in means]
+            for i, power in zip(rows, powers, strict=True):
+                out[i] = power / sum(powers) * (len(rows) if scale == "mean" else 1)
+    return out
+
+
+def scope(x: Any, i: int, t: int, scale: str = "sum", tau: float = 1.0) -> tuple[float, float]:
+    slope = -scope_weights(x, scale, tau)[i] * x.rho(i, t) * (1.0 if C[i] else x.d(i, t))
+    return slope, slope
+
+
 def shaped(x: Any) -> list[float]:
     """r' = r + .3 mean d of the old student, divided by the std of r."""
     mean = [
@@ -180,6 +214,9 @@ ROWS: dict[str, Callable[[Any, int, int], tuple[float, float]]] = {
     "rlsd": lambda x, i, t: clipped(x.rho(i, t), rlsd(x, i, t)),
     "rlad": trrd,
     "rlad-dual": lambda x, i, t: trrd(x, i, t, 1.3),
+    "sdar": lambda x, i, t: plus(grpo(x, i, t), sdar(x, i, t)),
+    "gopd": gopd,
+    "scope": scope,
     "grpo+rlad": lambda x, i, t: plus(scaled(0.5, grpo(x, i, t)), scaled(2.0, trrd(x, i, t))),
     "grpo+opd": lambda x, i, t: plus(grpo(x, i, t), k2(x, i, t, 0.4 * 0.7)),
 }

@@ -12,12 +12,19 @@ from torch import Tensor
 from helpers.reference import close, f64, normal
 from kdrl_lightning.objectives import (
     CISPO,
+    EOPD,
     GKD,
+    GOPD,
     GRPO,
     GSPO,
     KDRL,
+    OPSD,
     RLAD,
     RLSD,
+    SCOPE,
+    SDAR,
+    SDFT,
+    SDPO,
     SFT,
     SRPO,
     BehaviorRatio,
@@ -25,6 +32,7 @@ from kdrl_lightning.objectives import (
     Objective,
     OnPolicyDistillation,
     PolicyObjective,
+    PublishedSRPO,
     SampledKL,
     Selection,
     ShapedProbability,
@@ -56,6 +64,7 @@ THEIRS = [i % 4 == 3 for i in range(16)]
 # Groups are torn apart; of eight parts the first has no loss tokens.
 ORDER = [12, 14, 3, 0, 6, 2, 15, 1, 5, 4, 9, 11, 8, 13, 7, 10]
 TABLES = ("old_logprobs", "teacher_logprobs", "rollout_logprobs", "ref_logprobs", "old_entropy")
+TEACHER_TABLES = ("teacher_logprobs", "teacher_entropy", "teacher_topk_logprobs")
 
 
 def step(seed: int = 0, mixed: bool = True, wide: float = 1.0) -> RolloutBatch:
@@ -83,6 +92,8 @@ def step(seed: int = 0, mixed: bool = True, wide: float = 1.0) -> RolloutBatch:
         ref_logprobs=(old + normal(*shape, seed=seed + 3, scale=0.5)) * mask,
         old_entropy=normal(*shape, seed=seed + 4).abs() * mask,
         topk_ids=ids,
+        teacher_entropy=normal(*shape, seed=seed + 5).abs() * mask,
+        teacher_topk_ids=normal(*shape, V, seed=seed + 22).argsort(-1)[..., :K],
         teacher_topk_logprobs=topk * mask[..., None],
     )
 
@@ -128,7 +139,7 @@ def bigram(objective: Objective, batch: RolloutBatch, table: Tensor) -> TokenSco
         rows.gather(-1, batch.completion_ids[..., None])[..., 0],
         -(rows.exp() * rows).sum(-1),
         None,
-        rows.gather(-1, batch.topk_ids),
+        rows.gather(-1, batch.teacher_topk_ids if objective.teacher_top_k else batch.topk_ids),
         None if objective.divergence is None else objective.divergence(logits, theirs),
     )
 
@@ -236,6 +247,15 @@ TAUGHT: dict[str, Callable[..., Objective]] = {
     "rlad-dual": shifted(RLAD, dual_clip=1.3),
     "gkd": GKD,
     "gkd-topk": shifted(GKD, top_k=K),
+    "sdar": shifted(SDAR, 0.3),
+    "gopd": shifted(GOPD, 1.5),
+    "eopd": shifted(EOPD, 0.5, K),
+    "opsd": shifted(OPSD, 0.05),
+    "sdpo": shifted(SDPO, top_k=K),
+    "sdpo-hybrid": shifted(SDPO, 0.9, top_k=K),
+    "sdft": shifted(SDFT, 1),
+    "srpo-published": shifted(PublishedSRPO, top_k=K),
+    "scope": SCOPE,
     "grpo+rlad": shifted(GRPO, distill=SurrogateTerm(TrustRegionRatio(), 2.0), rl_coef=0.5),
     "grpo+opd": shifted(GRPO, distill=SampledKL(0.28)),
 }

@@ -17,6 +17,7 @@ from helpers.objective_steps import (
     REDUCTIONS,
     TABLES,
     TAUGHT,
+    TEACHER_TABLES,
     K,
     V,
     bigram,
@@ -125,7 +126,7 @@ def test_garbage_outside_the_loss_does_not_leak(name: str, reduction: Any, garba
     objective = make(name, reduction=reduction, entropy_coef=0.1)
     clean = step()
     out = ~clean.loss_mask
-    spoilt = ready(objective, spoil(clean, out, garbage, *TABLES, "teacher_topk_logprobs"))
+    spoilt = ready(objective, spoil(clean, out, garbage, *TABLES, *TEACHER_TABLES))
     clean = ready(objective, clean)
     if name == "sft-correct":
         out = ~clean.loss_mask
@@ -153,7 +154,7 @@ def test_the_teacher_is_ignored_where_nothing_is_imitated(name: str, garbage: fl
     batch = step()
     mask = some_mask(batch)
     objective = keep(make(name), mask)
-    spoilt = spoil(batch, ~mask, garbage, "teacher_logprobs", "teacher_topk_logprobs")
+    spoilt = spoil(batch, ~mask, garbage, *TEACHER_TABLES)
     a, b = ready(objective, batch), ready(objective, spoilt)
     scores = student(a)
     same(graded(objective, b, scores), graded(objective, a, scores))
@@ -192,8 +193,7 @@ def test_teacher_scores_get_no_gradient(name: str) -> None:
     objective = make(name)
     batch = step()
     leaves = {
-        n: getattr(batch, n).clone().requires_grad_()
-        for n in ("teacher_logprobs", "teacher_topk_logprobs", "old_logprobs")
+        n: getattr(batch, n).clone().requires_grad_() for n in (*TEACHER_TABLES, "old_logprobs")
     }
     loss, _ = objective(ready(objective, batch.replace(**leaves)), student(batch))
     assert loss.requires_grad

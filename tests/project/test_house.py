@@ -34,7 +34,7 @@ ALLOWED = {
     "prompts": FLOOR,
     "engines": FLOOR | {"distributed", "models"},
     "teachers": FLOOR | {"engines", "losses", "models", "prompts", "rewards"},
-    "checkpoints": FLOOR | {"distributed", "models", "trainer"},
+    "checkpoints": FLOOR | {"distributed", "models", "teachers", "trainer"},
     "rollout": FLOOR
     | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},
     "reports": FLOOR | {"metrics", "objectives", "rollout"},
@@ -58,7 +58,7 @@ ALLOWED = {
     "supervised": FLOOR | {"distributed", "models", "objectives", "prompts", "rollout", "trainer"},
     "callbacks": FLOOR
     | {"checkpoints", "distributed", "evaluation", "losses", "metrics", "models", "objectives"}
-    | {"engines", "reports", "trainer"},
+    | {"engines", "reports", "rollout", "teachers", "trainer"},
     "tiny": FLOOR
     | {"callbacks", "models", "module", "objectives", "prompts", "rewards", "supervised"},
     "hardware": FLOOR
@@ -83,7 +83,7 @@ LIGHTNING = {
 }
 TRANSFORMERS = {"cli", "engines", "hardware", "models", "tiny"}
 # A reader sees a folder at once, and so its files.
-MOST_FILES = {"": 27}
+MOST_FILES = {"": 27, "callbacks": 14}
 
 
 def imports(path: Path) -> set[str]:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from helpers.short_runs import Log, fit, make_data, make_module, make_trainer
-from kdrl_lightning import GKD, GRPO, KDRL, RLAD, LocalTeacher, OnPolicyDistillation
+from kdrl_lightning import (
+    GKD,
+    GOPD,
+    GRPO,
+    KDRL,
+    RLAD,
+    KDRLModule,
+    LocalTeacher,
+    OnPolicyDistillation,
+)
 from kdrl_lightning.callbacks import CoefficientSchedule, SelectiveImitationStats
 from kdrl_lightning.callbacks.schedules import Linear, Switch
 from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
@@ -65,6 +74,24 @@ def test_the_reference_is_the_student_before_training(tmp_path: Path, student_fo
     for row in log.rows:
         total = row["loss/policy"] + 0.1 * row["loss/ref_kl"]
         assert row["loss/total"] == pytest.approx(total, rel=1e-5, abs=1e-7)
+
+
+def test_a_configured_reference_takes_the_place_of_the_initial_student(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    """G-OPD's second anchor; an objective that reads none loads none."""
+    reference = LocalTeacher(teacher_folder)
+    module = KDRLModule(
+        student_folder, GOPD(2.0), LocalTeacher(student_folder), reference=reference
+    )
+    trace = fit(tmp_path, module, make_data(**SMALL), max_steps=2)
+    model = load_causal_lm(teacher_folder)
+    for _, batch in trace.seen:
+        expected = sampled(full_logprobs(model, batch), batch)
+        torch.testing.assert_close(batch.ref_logprobs, expected, rtol=0, atol=1e-5)
+    unread = KDRLModule(student_folder, GRPO(), reference=LocalTeacher(teacher_folder))
+    fit(tmp_path, unread, make_data(**SMALL), max_steps=1)
+    assert unread.frozen.reference is None
 
 
 def test_the_reference_of_a_resumed_run_is_the_same(tmp_path: Path, student_folder: str) -> None:

@@ -14,7 +14,7 @@ from helpers.processes.strategy_runs import Runs
 from kdrl_lightning.cli.export import export
 
 two = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-EXACT = ("kdrl", "rlad", "gkd", "routed", "mixed", "lora")
+EXACT = ("kdrl", "rlad", "gkd", "routed", "mixed", "lora", "average")
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -123,11 +123,26 @@ def test_a_lora_student_goes_on_byte_for_byte(runs: Runs, strategy: str):
     assert all(torch.equal(t, rest["weights"][name]) for name, t in whole["weights"].items())
 
 
+def test_a_moving_average_goes_on_byte_for_byte_on_two_ranks(runs: Runs):
+    whole, rest = runs("fsdp2", "average"), runs("fsdp2", "average_resumed")
+    assert (len(whole["gradients"]), len(rest["gradients"])) == (4, 2)
+    assert len(whole["kept"]) == len(whole["weights"])
+    for found in ("weights", "kept"):
+        assert all(torch.equal(t, rest[found][name]) for name, t in whole[found].items())
+    for strategy in ("auto", "ddp"):
+        assert distance(whole["kept"], runs(strategy, "average")["kept"]) <= 1e-10
+    # It is neither the student's start nor its end.
+    ends = whole["weights"]["lm_head.weight"], load_file(runs.folder / "student/model.safetensors")
+    kept = whole["kept"]["0.model.lm_head.weight"]
+    assert 0 < (kept - ends[0]).norm() < (ends[1]["lm_head.weight"] - ends[0]).norm()
+
+
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_lora_students_checkpoint_becomes_its_export(runs: Runs, strategy: str, tmp_path: Path):
     seen = runs(strategy, "lora")
     start = runs.folder / "student"
-    export(str(runs.folder / strategy / "checkpoints/step=00000004.ckpt"), str(tmp_path / "whole"))
+    made = runs.folder / strategy / "lora_checkpoints/step=00000004.ckpt"
+    export(str(made), str(tmp_path / "whole"))
     ours, theirs = (load_file(f / "model.safetensors")
                     for f in (tmp_path / "whole", runs.folder / strategy / "lora"))  # fmt: skip
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

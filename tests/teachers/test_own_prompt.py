@@ -33,6 +33,7 @@ from kdrl_lightning.teachers import (
     Teacher,
     TeacherPrompt,
 )
+from kdrl_lightning.teachers.frozen import FrozenModels
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt, as_read, with_prompts
 from kdrl_lightning.teachers.server import Row
 
@@ -325,9 +326,20 @@ def test_a_second_prompt_around_the_first_is_refused(teacher_folder: str, tmp_pa
             PromptedTeacher(inner, TeacherPrompt())
 
 
-def test_it_does_not_sample_after_the_students_prompt(teacher_folder: str) -> None:
-    teacher = PromptedTeacher(LocalTeacher(teacher_folder), TeacherPrompt())
-    assert not teacher.generates and teacher.weights() is None
+def test_it_samples_after_its_own_prompt_if_the_row_gives_it(
+    tokenizer: Any, teacher_folder: str
+) -> None:
+    row = {"prompt": PROMPT, "solution": "06,04#046"}
+    shown = prompted(teacher_folder, tokenizer, TeacherPrompt(ColumnContext("solution"), OWN))
+    assert shown.generates and shown.sampling_weights() is not None
+    assert shown.generation_prompt(row, [5]) == tokenizer("06,04#046#12+34=")["input_ids"]
+    assert shown.generation_prompt({"prompt": PROMPT}, [5]) == [5]
+    assert FrozenModels(shown).generation_prompt(row, [5]) == shown.generation_prompt(row, [5])
+    assert FrozenModels(LocalTeacher(teacher_folder)).generation_prompt(row, [5]) == [5]
+    # An evaluation would sample after the student's prompt, and siblings are not known yet.
+    assert shown.weights() is None
+    sibling = PromptedTeacher(LocalTeacher(teacher_folder), TeacherPrompt(SiblingContext()))
+    assert not sibling.generates
 
 
 def test_the_prompt_of_a_row_is_known_before_a_completion(

@@ -29,6 +29,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
+from kdrl_lightning.teachers.self_teachers import self_teachers
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # `Any`: models and configurations of transformers share no typed base.
@@ -199,6 +200,14 @@ def local_teachers(teacher: Any) -> list[LocalTeacher]:
     parts = list(inner.values()) if isinstance(inner, dict) else inner
     parts = parts if isinstance(parts, list | tuple) else [parts] if parts is not None else []
     return [found for part in parts for found in local_teachers(part)]
+
+
+def second_models(module: KDRLModule) -> list[LocalTeacher]:
+    """Return a teacher for each second model that a module's self-teachers load; none with LoRA."""
+    if module.lora is not None:
+        return []
+    second = [found for found in self_teachers(module.teacher) if found.rule.live_share < 1.0]
+    return [LocalTeacher(module.student_source, "float32") for _ in second]
 
 
 def inner_of(teacher: Teacher | None) -> Teacher | None:

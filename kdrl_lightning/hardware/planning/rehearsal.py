@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from kdrl_lightning.hardware.planning.batches import in_pairs, make_batch
+from kdrl_lightning.hardware.planning.batches import make_batch, with_scores, zeros_of_ids
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
 from kdrl_lightning.hardware.planning.models import (
@@ -29,12 +29,13 @@ from kdrl_lightning.hardware.planning.models import (
     local_teachers,
     own_prompt_tokens,
     process_group,
+    second_models,
     student_of,
     work_on_lists,
 )
 from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding, decoder_layers
+from kdrl_lightning.models.sharding import Sharding, decoder_layers, local
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout.updates import FROZEN_TOKENS
@@ -42,6 +43,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.self_teachers import self_teachers
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
@@ -167,7 +169,7 @@ class Rehearsal:
             if key not in self.known:
                 read = self._as_taught(wide) if name == "teacher" else wide
                 before = self.meter.restart()
-                work(read.replace(topk_ids=self._topk(read)))
+                work(read.replace(topk_ids=zeros_of_ids(self.module.objective, read)))
                 cost = Cost(self.meter.peak - before, flops=self.meter.flops)
                 if name == "student":
                     out[name] = cost
@@ -290,31 +292,9 @@ class Rehearsal:
         """Ids are below this."""
         return int(self.student.head().weight.shape[0])
 
-    def _topk(self, batch: RolloutBatch) -> Tensor | None:
-        k = self.module.objective.top_k
-        return torch.zeros(*batch.completion_ids.shape, k, dtype=torch.long) if k else None
-
     def filled(self, batch: RolloutBatch) -> RolloutBatch:
-        """Fill what an update finds in its batch: real zeros, because only shapes count."""
-        module, scores = self.module, torch.zeros(batch.completion_ids.shape)
-        objective, top = module.objective, self._topk(batch)
-        batch = batch.replace(
-            old_logprobs=scores, old_entropy=scores, topk_ids=top, rollout_logprobs=scores
-        )
-        if objective.needs_reference:
-            batch = batch.replace(ref_logprobs=scores)
-        if module.teacher is not None and objective.divergence is None:
-            wide = None if top is None else torch.zeros(top.shape)
-            batch = batch.replace(
-                teacher_logprobs=scores,
-                teacher_entropy=scores,
-                teacher_top_ids=batch.completion_ids,
-                teacher_topk_logprobs=wide,
-                teacher_tail_logprobs=None if wide is None else scores,
-            )
-        ready = module.prepare(in_pairs(batch)).select(range(len(batch)))
-        ready = ready.replace(group_ids=batch.group_ids)
-        return ready.replace(totals=ready.count(self.job.rollout.max_tokens))
+        """Fill what an update finds in its batch."""
+        return with_scores(batch, self.module, self.job.rollout.max_tokens)
 
 
 @contextmanager
@@ -356,11 +336,13 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     module.frozen.active = None
     if teacher is not None:
         kept = [t for t in local_teachers(teacher) if not t.offload]
+        kept += second_models(module)
         ready = [frozen_scorer(t, job, sharding) for t in kept]
         held["teacher"] = meter.bytes - sum(held.values())
         offloaded = [t for t in local_teachers(teacher) if t.offload]
         ready += [frozen_scorer(t, job, sharding) for t in offloaded]
         away = meter.bytes - sum(held.values())
+        ready = ready or [module.student] * len(self_teachers(teacher))
         module.frozen.active = Weightless(ready)
         inner = inner_of(teacher)
         if isinstance(inner, AdapterOffTeacher):
@@ -392,9 +374,3 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     run.step()
     held["moments"] = meter.bytes - before
     return run
-
-
-def local(tensor: Any) -> Tensor:
-    """Return this rank's part of a tensor."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part

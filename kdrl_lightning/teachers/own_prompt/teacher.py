@@ -39,8 +39,6 @@ class PromptedTeacher(WrappedTeacher):
         ConfigurationError: the wrapped teacher has a prompt of its own.
     """
 
-    # An engine would sample after the student's prompt.
-    generates = False
     has_own_prompt = True
 
     def __init__(self, teacher: Teacher, prompt: TeacherPrompt) -> None:
@@ -74,6 +72,16 @@ class PromptedTeacher(WrappedTeacher):
     def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
         """Check what can be known of the contexts before a run; see ``Teacher.check_rows``."""
         return check_rows(self.prompt, rows, tokenizer, min(self._longest()))
+
+    @property
+    def generates(self) -> bool:  # type: ignore[override]
+        """Whether it can sample completions: its prompts must follow from the rows alone."""
+        known = self.prompt.context is None or isinstance(self.prompt.context, RowContext)
+        return known and self.teacher.generates
+
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the teacher's own prompt; the student's for a row without a context."""
+        return self.prompt_of_row(row) or prompt_ids
 
     def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt]:
         """Return the prompt of every completion, in their order."""
@@ -127,7 +135,7 @@ class PromptedTeacher(WrappedTeacher):
         )
 
     def weights(self) -> ModelWeights | None:
-        """Return None: an engine would sample after the student's prompt."""
+        """Return None: an evaluation would sample after the student's prompt."""
         return None
 
     def accept(self, batch: RolloutBatch) -> None:

@@ -22,6 +22,7 @@ from kdrl_lightning import (
     LoRA,
     PromptedTeacher,
     RolloutSettings,
+    SelfTeacher,
     Teacher,
     TeacherPrompt,
 )
@@ -34,6 +35,7 @@ from kdrl_lightning.hardware.planning.planner import Phase, Plan, next_change, p
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.report import verdict
 from kdrl_lightning.objectives import Objective
+from kdrl_lightning.teachers import InitialWeights, MovingAverage, TrustRegion
 
 SMALL = {
     "model_type": "qwen3",
@@ -61,6 +63,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 def job(config: str, **changes: Any) -> Job:
     settings = {"on_gpu": False, "accumulate": 2, "longest_prompt": 20, "clips": True}
     return Job(ROLLOUT, model_configs={"small": config}, **(settings | changes))
+
+
+def test_a_self_teacher_is_a_second_model_unless_it_is_the_student(config: str) -> None:
+    for rule, lora, models in (
+        (MovingAverage(), None, 1),
+        (TrustRegion(), None, 1),
+        (InitialWeights(), LoRA(2), 0),
+    ):
+        module = KDRLModule("small", KDRL(0.3), SelfTeacher(rule), lora=lora)
+        held = plan(module, job(config), cards=CARDS).phases[2].parts
+        assert held["teacher"] == models * BYTES
 
 
 def test_what_is_held_is_the_arithmetic_of_weights(config: str) -> None:

@@ -31,6 +31,7 @@ from kdrl_lightning import (
     RolloutDataModule,
     RolloutSettings,
     RoutedTeacher,
+    SelfTeacher,
     TeacherCompletions,
     TrainingStopped,
     TransformersEngine,
@@ -47,6 +48,7 @@ from kdrl_lightning.models.weights import full_tensor, plain_name
 from kdrl_lightning.objectives import BehaviorRatio
 from kdrl_lightning.prompts import PromptSource
 from kdrl_lightning.rewards import Sample, Verdict
+from kdrl_lightning.teachers import MovingAverage
 from kdrl_lightning.tiny import ColumnAddition
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -207,6 +209,8 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
         )
         if case == "lora_bf16":
             trainer["precision"] = "bf16-mixed"
+    elif case in ("average", "average_resumed"):
+        module = make(KDRL(0.5), SelfTeacher(MovingAverage(0.3)), optimizer=ADAMW)
     elif case == "mixed":
         cached = CachedTeacher(teacher, str(out / "mixed.db"))
         objective = KDRL(0.5, kl_estimator="full_vocabulary", teacher_tokens=BehaviorRatio())
@@ -230,8 +234,9 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
     """Train a few steps and return what was seen, of all ranks."""
     module, data, settings = build(case, folder, out)
     record = Record()
-    saver = FSDPCheckpoint(str(out / "checkpoints"), monitor=None, keep_last=9)
-    saves = case == "lora"
+    checkpoints = out / f"{case.removesuffix('_resumed')}_checkpoints"
+    saver = FSDPCheckpoint(str(checkpoints), monitor=None, keep_last=9)
+    saves = case in ("lora", "average")
     trainer = pl.Trainer(
         accelerator="cpu",
         strategy=strategy,
@@ -271,10 +276,11 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
         reasons: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
         return {"reasons": reasons}
-    start = out / "checkpoints/step=00000002.ckpt" if case == "lora_resumed" else None
+    start = checkpoints / "step=00000002.ckpt" if case.endswith("_resumed") else None
     trainer.fit(module, datamodule=datamodule, ckpt_path=start)
     module.export(str(out / case))
     weights = {name: tensor.clone() for name, tensor in module.weights().named_tensors()}
+    kept = module.self_teachers or torch.nn.ModuleList()
     own: dict[str, Any] = {k: record.seen.pop(k) for k in ("completions", "masked", "flat")}
     if isinstance(module.teacher, RoutedTeacher):
         cached = module.teacher.teachers["b"]
@@ -287,6 +293,7 @@ def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
         **record.seen,
         "ranks": ranks,
         "weights": weights,
+        "kept": {name: full_tensor(p.detach()).clone() for name, p in kept.named_parameters()},
         "skipped": module.skipped_steps,
         "bytes": sum(
             getattr(p, "_local_tensor", p).untyped_storage().nbytes()

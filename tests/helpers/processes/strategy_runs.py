@@ -17,12 +17,12 @@ from kdrl_lightning.tiny.models import make_tokenizer
 ROOT = Path(__file__).parents[3]
 CASES = (
     *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "mixed", "family"),
-    *("lora", "lora_resumed"),
+    *("lora", "lora_resumed", "average"),
 )
 OWN = {
     "auto": (),
     "ddp": ("stale", "failing"),
-    "fsdp2": ("bf16", "lora_bf16", "half", "stale", "choosy"),
+    "fsdp2": ("bf16", "lora_bf16", "half", "stale", "choosy", "average_resumed"),
 }
 
 

@@ -1,0 +1,245 @@
+"""Watches whether a self-teacher, or a teacher with a prompt of its own, does harm."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+
+from kdrl_lightning.callbacks.base import RolloutCallback
+from kdrl_lightning.errors import require_between
+from kdrl_lightning.metrics.completion_texts import (
+    HEDGES,
+    REFERENCES,
+    appeals,
+    count_words,
+    repeated_frac,
+)
+from kdrl_lightning.metrics.health_signs import SIGNS, falling_pass
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.rollout_batch import STUDENT
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.self_teachers import self_teachers
+from kdrl_lightning.trainer.protocols import TrainedModule, rollout_data, trained
+from kdrl_lightning.untyped import Row, State
+
+# `Any` as in Lightning: its batches.
+
+WATCHED = (
+    "kd/reverse_kl",
+    "kd/teacher_entropy",
+    "policy/entropy",
+    "rollout/length_mean",
+    "reward/mean",
+)
+PASS = "pass_at_"
+
+
+class RowPrompt(Protocol):
+    """How a ``PromptedTeacher`` writes the prompt of a row."""
+
+    @property
+    def context(self) -> Any:
+        """What the teacher sees; with ``of_row`` if that follows from the row alone."""
+
+    def ids(self, tokenizer: Any, row: Row, context: str = "") -> list[int]:
+        """Return the prompt's token ids."""
+
+
+class TeacherHealth(RolloutCallback):
+    """Warns of what failure studies of self-distillation found, once each, with a cure.
+
+    Before training it measures the teacher behind its own prompt on the validation prompts. If that
+    is no better than the student, the teacher has nothing to teach, and the run says so. In each
+    rollout it then logs ``health/leak_frac`` (completions that appeal to a reference nobody gave),
+    ``health/hedges_mean`` (words such as *wait* or *maybe* per completion) and
+    ``health/repeat_frac`` (n-grams of 8 tokens that occurred before in the completion). It watches
+    these with ``kd/reverse_kl``, ``kd/teacher_entropy``, lengths, rewards and held-out pass@k. The
+    signs and their limits are in ``metrics/health_signs.py``; ``docs/methods/self_teachers.md``
+    says where they come from. ``RunReport`` marks the warnings in ``curves.png``.
+
+    Args:
+        window: rollouts that the first and the last level of a number average.
+        prompts: validation prompts on which the teacher is measured; 0: it is not.
+        phrases: phrases that appeal to a reference; None: a built-in list.
+        hedges: hedging words; None: a built-in list.
+
+    Attributes:
+        rows: the watched numbers of each rollout.
+        events: (rollout, name) of each warning.
+        teacher_accuracy: of the teacher behind its own prompt; None if it was not measured.
+    """
+
+    def __init__(
+        self,
+        window: int = 10,
+        prompts: int = 64,
+        phrases: list[str] | None = None,
+        hedges: list[str] | None = None,
+    ) -> None:
+        require_between("window", window, 1, float("inf"))
+        require_between("prompts", prompts, 0, float("inf"))
+        self.window = window
+        self.prompts = prompts
+        self.phrases: Sequence[str] = REFERENCES if phrases is None else phrases
+        self.hedges: Sequence[str] = HEDGES if hedges is None else hedges
+        self._forget()
+
+    def _forget(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []
+        self.events: list[tuple[int, str]] = []
+        self.teacher_accuracy: float | None = None
+        self._texts: dict[str, float] = {}  # of the rollout in use
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        if stage == "fit":
+            self._forget()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the teacher behind its prompts against the student, unless the run resumes."""
+        module, data = trained(pl_module), rollout_data(trainer)
+        if not self.prompts or trainer.global_step or data is None or data.val_prompts is None:
+            return
+        weights = teacher_weights(module)
+        prompt_of = row_prompt(module.teacher, module.tokenizer)
+        if weights is None or prompt_of is None or trainer.limit_val_batches == 0:
+            return
+        teacher = data.evaluate(weights, prompt_of=prompt_of, most=self.prompts)
+        student = data.evaluate(module.weights(), most=self.prompts)
+        self.teacher_accuracy = teacher
+        module.log_step({"health/teacher_accuracy": teacher, "health/student_accuracy": student})
+        if teacher <= student:
+            self._warn(
+                trainer,
+                "weak teacher",
+                f"the teacher's accuracy behind its own prompt is {teacher:.1%} on {self.prompts} "
+                f"validation prompts, no better than the student's {student:.1%}: it has nothing "
+                "to teach. Show it more, e.g. the solution instead of the answer, or use a "
+                "stronger teacher.",
+            )
+
+    def on_rollout_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, rollout: int
+    ) -> None:
+        """Judge the rollout before, whose numbers all callbacks have logged; read the new texts."""
+        module, data = trained(pl_module), rollout_data(trainer)
+        self._judge(trainer)
+        if data is not None:
+            self._texts = self._read(data.collector.latest, module)
+            module.log_step(self._texts)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note held-out pass@k of the largest k, and look whether it falls."""
+        found = largest_pass(trainer.callback_metrics)
+        rewards = [row["reward/mean"] for row in self.rows if "reward/mean" in row]
+        if trainer.sanity_checking or found is None or not rewards:
+            return
+        k, value = found
+        reward = fmean(rewards[-self.window :])
+        self.validations.append({"k": k, "pass": value, "reward": reward})
+        self._warn(trainer, "falling pass@k", falling_pass(self.validations, self.window))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge the last rollout."""
+        self._judge(trainer)
+
+    def state_dict(self) -> State:
+        """Return the watched numbers and the warnings so far."""
+        return {
+            "rows": self.rows,
+            "validations": self.validations,
+            "events": self.events,
+            "teacher_accuracy": self.teacher_accuracy,
+            "texts": self._texts,
+        }
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.rows, self.validations = state_dict["rows"], state_dict["validations"]
+        self.events = [(int(rollout), str(name)) for rollout, name in state_dict["events"]]
+        self.teacher_accuracy, self._texts = state_dict["teacher_accuracy"], state_dict["texts"]
+
+    def _read(self, judged: Sequence[Judged], module: TrainedModule) -> dict[str, float]:
+        """Return means over all ranks' completions of the student; empty if there are none."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for one in judged:
+            if one.source == STUDENT:
+                found = appeals(one.text, str(one.row.get("prompt")), self.phrases)
+                words = count_words(one.text, self.hedges)
+                again = repeated_frac(one.completion.ids)
+                sums += torch.tensor([found, words, again, 1.0], dtype=torch.float64)
+        leaks, hedges, repeats, count = module.reduce(sums, "sum").tolist()
+        if not count:
+            return {}
+        return {
+            "health/leak_frac": leaks / count,
+            "health/hedges_mean": hedges / count,
+            "health/repeat_frac": repeats / count,
+        }
+
+    def _judge(self, trainer: pl.Trainer) -> None:
+        if not self._texts:
+            return
+        metrics = trainer.callback_metrics
+        known = {name: float(metrics[name]) for name in WATCHED if name in metrics}
+        self.rows.append({**known, **self._texts})
+        self._texts = {}
+        for name, sign in SIGNS.items():
+            self._warn(trainer, name, sign(self.rows, self.window))
+
+    def _warn(self, trainer: pl.Trainer, name: str, line: str | None) -> None:
+        """Warn once under a name; None: there is nothing to say."""
+        if line is None or any(name == known for _, known in self.events):
+            return
+        self.events.append((len(self.rows), name))
+        if trainer.is_global_zero:
+            warnings.warn(f"{name}: {line}", stacklevel=2)
+
+
+def teacher_weights(module: TrainedModule) -> ModelWeights | None:
+    """Return the weights with which a teacher starts; None if they are not in this process.
+
+    A self-teacher of any kind starts as the student.
+    """
+    if self_teachers(module.teacher):
+        return module.weights()
+    inner: Teacher | None = getattr(module.teacher, "teacher", None)  # of a wrapper
+    return None if inner is None else inner.weights()
+
+
+def row_prompt(teacher: Teacher | None, tokenizer: Any) -> Callable[[Row], list[int] | None] | None:
+    """Return how a teacher's own prompt follows from a row; None if it does not.
+
+    The function returns None for a row without a context. A context of siblings or feedback is not
+    known before the student has answered.
+    """
+    prompt: RowPrompt | None = getattr(teacher, "prompt", None)  # of a PromptedTeacher
+    if prompt is None or (prompt.context is not None and not hasattr(prompt.context, "of_row")):
+        return None
+
+    def write(row: Row) -> list[int] | None:
+        text = "" if prompt.context is None else prompt.context.of_row(row)
+        return None if text is None else prompt.ids(tokenizer, row, text)
+
+    return write
+
+
+def largest_pass(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the largest k and pass@k of the first validation set that has it; None without.
+
+    >>> largest_pass({"val/pass_at_2": 0.5, "val/pass_at_8": 0.75, "val/accuracy": 0.25})
+    (8.0, 0.75)
+    """
+    found = [
+        (float(name.rpartition(PASS)[2]), float(value))
+        for name, value in metrics.items()
+        if name.startswith("val/") and PASS in name
+    ]
+    return max(found, key=lambda pair: pair[0]) if found else None
