@@ -1,0 +1,7 @@
+"""Alignment of two tokenizers by the bytes of a text."""
+
+from kdrl_lightning.alignment.aligner import Aligner, Chunked
+from kdrl_lightning.alignment.token_bytes import TokenBytes
+from kdrl_lightning.alignment.text_encoder import TextEncoder
+
+__all__ = ["Aligner", "Chunked", "TextEncoder", "TokenBytes"]
