@@ -41,6 +41,7 @@ _HOME = {
     "AdapterOffTeacher": "teachers",
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
+    "CrossTokenizerTeacher": "teachers",
     "RoutedTeacher": "teachers",
     "ServerTeacher": "teachers",
     "Teacher": "teachers",
@@ -131,6 +132,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
+    from kdrl_lightning.teachers import CrossTokenizerTeacher as CrossTokenizerTeacher
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
     from kdrl_lightning.teachers import ServerTeacher as ServerTeacher

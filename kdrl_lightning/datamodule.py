@@ -213,6 +213,7 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts.limit(limit, "`max_tokens_per_micro_batch`")
         if teacher is not None:
             prompts.require(teacher.route)  # a row without a teacher stops the run here
+            prompts.require(teacher.prompt)
         self.collector.repeat = overfit_rollouts(trainer, settings, length)
         self.rollouts.prompts = prompts
         return prompts

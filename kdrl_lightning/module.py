@@ -298,7 +298,8 @@ class KDRLModule(EvaluationSteps, pl.LightningModule):
         def loss(scores: TokenScores) -> Tensor:
             return self.objective(batch.completed(fields_found(scores)), scores)[0]
 
-        asked, ahead = self._asked(batch), None if self.objective.couples_tokens else loss
+        coupled = self.objective.couples_tokens or batch.chunk_places is not None
+        asked, ahead = self._asked(batch), None if coupled else loss
         return self._student().score(batch, top_k, asked, states, divergence, ahead)
 
     def _asked(self, batch: RolloutBatch) -> Tensor | None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 STUDENT, TEACHER = 0, 1
+# Fields of two dimensions whose columns are not the tokens of a completion.
+PROMPTS = ("input_ids", "teacher_prompts")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class RolloutBatch:
             construction.
         source: ``[B]`` int64, who sampled the completion: ``STUDENT`` or ``TEACHER``.
         teacher_route: ``[B]`` int64, index of the teacher that scores the completion.
+        teacher_prompts: ``[B, P]`` int64, the prompt in the teacher's tokens, -1 after its end and
+            in rows whose teacher reads the student's prompt. None: in all rows it does.
+        teacher_ends: ``[B]`` int64, the teacher's end token; None without ``teacher_prompts``.
         rollout_logprobs: ``[B, T]``, the behavior log-probabilities, as the engine that sampled the
             row reported them: the teacher's in rows of the teacher.
         old_logprobs: ``[B, T]``, the student's at rollout time, recomputed by the trainer. None:
@@ -87,6 +92,10 @@ class RolloutBatch:
         topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
         teacher_logprobs: ``[B, T]``, the frozen teacher's. None if there is no teacher, or if the
             update runs it for a divergence; this holds for the next two fields too.
+            With ``chunk_places``: the sum of the teacher's log-probabilities over the chunk.
+        chunk_places: ``[B, T]`` int64, how many tokens of its chunk stand before a token, if the
+            teacher has another tokenizer; -1 on tokens that it cannot score. None: each token is a
+            chunk. ``losses/chunks.py`` computes with it.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``topk_ids``.
@@ -112,6 +121,8 @@ class RolloutBatch:
     policy_version: Tensor
     source: Tensor
     teacher_route: Tensor
+    teacher_prompts: Tensor | None = None
+    teacher_ends: Tensor | None = None
     temperature: float = 1.0
     engine_exact: bool = True
     rollout_logprobs: Tensor | None = None
@@ -119,6 +130,7 @@ class RolloutBatch:
     old_entropy: Tensor | None = None
     topk_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
+    chunk_places: Tensor | None = None
     teacher_entropy: Tensor | None = None
     teacher_top_ids: Tensor | None = None
     teacher_topk_logprobs: Tensor | None = None
@@ -180,7 +192,7 @@ class RolloutBatch:
         cut = {"input_ids": picked.input_ids[:, :width]}
         for item in fields(picked):
             value = getattr(picked, item.name)
-            if isinstance(value, Tensor) and value.dim() >= 2 and item.name != "input_ids":
+            if isinstance(value, Tensor) and value.dim() >= 2 and item.name not in PROMPTS:
                 cut[item.name] = value[:, :tokens]
         return replace(picked, **cut)  # type: ignore[arg-type]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 import numpy as np
 
@@ -26,17 +25,18 @@ class Chunked:
 
     Attributes:
         teacher_ids: ``[U]``, the completion in the teacher's vocabulary, at least one token.
+        teacher_places: ``[U]``, how many teacher tokens of its chunk stand before one.
         places: ``[T]``, how many tokens of its chunk stand before a token; ``NO_SCORE`` if the
             teacher cannot score it.
-        numbers: ``[T]``, number of the token's chunk.
-        teacher_numbers: ``[U]``, number of the teacher token's chunk.
+        columns: ``[T]``, place among the teacher's tokens of the first one of the token's chunk; 0
+            without a score.
         differs_at: first byte that the teacher's tokens do not write; None if they write all.
     """
 
     teacher_ids: Ints
+    teacher_places: Ints
     places: Ints
-    numbers: Ints
-    teacher_numbers: Ints
+    columns: Ints
     differs_at: int | None
 
 
@@ -82,12 +82,15 @@ class Aligner:
         self.encode = TextEncoder(teacher)
         self._refuse_changed_text()
 
-    def __call__(self, completions: Sequence[Ints], ends: Sequence[int]) -> list[Chunked]:
+    def __call__(
+        self, completions: Sequence[Ints], ends: Sequence[int], most: Sequence[int] | None = None
+    ) -> list[Chunked]:
         """Align completions.
 
         Args:
             completions: ids of each completion; one that was not cut ends with an end token.
             ends: the teacher's end token of each completion.
+            most: most tokens of the teacher in each completion; later ones are left out.
 
         Returns:
             One alignment per completion.
@@ -101,12 +104,11 @@ class Aligner:
         encoded = iter(self.encode(texts))
         for row in rows:
             for part in row.parts:
-                if isinstance(part, int):
-                    own = [part]
-                else:
-                    own = next(encoded)
+                own = [part] if isinstance(part, int) else next(encoded)
                 if row.differs_at is None:
                     self._append(row, part, own)
+        for row, limit in zip(rows, most or (), strict=False):
+            del row.teacher_ids[max(limit, 0) :]
         # 3. Find the common boundaries of all rows.
         return self._chunked(completions, rows, ends)
 
@@ -144,7 +146,8 @@ class Aligner:
             return
         known = next((n for n, i in enumerate(own) if i < 0 or pieces[i] is None), len(own))
         written = self.teacher.text(own[:known])
-        same = len(commonprefix([written, part]))
+        pairs = zip(written, part, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(written), len(part)))
         row.differs_at = same + int(self.teacher.lengths[row.teacher_ids].sum())
         ends = np.cumsum(self.teacher.lengths[own[:known]])
         row.teacher_ids += own[: int((ends <= same).sum())]
@@ -158,26 +161,31 @@ class Aligner:
         covered = [ids[: row.covered] for ids, row in zip(completions, rows, strict=True)]
         lengths = self.student.lengths[self.student.index(np.concatenate(covered))]
         first, second = cut(lengths, counts, self.teacher.lengths[theirs], their_counts)
-        places = np.where(first.whole, first.places, NO_SCORE)
+        kept = first.whole
         if self.max_chunk_tokens is not None:
-            sizes = np.bincount(first.chunks[first.whole])
+            sizes = np.bincount(first.chunks[kept])
             their_sizes = np.bincount(second.chunks[second.whole])
-            long = np.maximum(sizes, their_sizes) > self.max_chunk_tokens
-            places[first.whole] = np.where(
-                long[first.chunks[first.whole]], NO_SCORE, places[first.whole]
-            )
+            short = np.maximum(sizes, their_sizes) <= self.max_chunk_tokens
+            kept = kept.copy()
+            kept[kept] = short[first.chunks[kept]]
+        places = np.where(kept, first.places, NO_SCORE)
+        # The first teacher token of every chunk, in the order of the chunks.
+        opens = np.flatnonzero(second.whole & (second.places == 0))
+        columns = np.zeros_like(places)
+        columns[kept] = opens[first.chunks[kept]]
+        columns[kept] -= np.repeat(np.cumsum(their_counts) - their_counts, counts)[kept]
         out = []
         start = other = 0
         for ids, row, end in zip(completions, rows, ends, strict=True):
             stop, last = start + row.covered, other + len(row.teacher_ids)
             rest = len(ids) - row.covered
-            tail = first.numbers[stop - 1] if row.covered else 0
+            empty = last == other  # a model scores at least one token
             out.append(
                 Chunked(
-                    theirs[other:last] if last > other else np.array([end]),
+                    np.array([end]) if empty else theirs[other:last],
+                    np.array([0]) if empty else second.places[other:last],
                     np.pad(places[start:stop], (0, rest), constant_values=NO_SCORE),
-                    np.pad(first.numbers[start:stop], (0, rest), constant_values=tail),
-                    second.numbers[other:last] if last > other else np.array([0]),
+                    np.pad(columns[start:stop], (0, rest)),
                     row.differs_at,
                 )
             )
@@ -198,5 +206,3 @@ class Aligner:
                     f"{self.student.name}, first different at byte {row.differs_at}. Choose a "
                     "teacher whose tokenizer neither changes text nor lacks characters."
                 )
-
-

@@ -60,7 +60,7 @@ def _cut(ends: Ints, rows: Ints, shared: Bools) -> Cut:
     """Return the chunks of one side: a chunk closes with the last token that ends at its byte."""
     closing = shared[ends]
     closing[:-1] &= ends[:-1] != ends[1:]  # a token without bytes belongs to the chunk before it
-    before = np.cumsum(closing) - closing
+    before: Ints = np.cumsum(closing) - closing
     starts = np.cumsum(rows) - rows
     per_row = _totals(closing.astype(np.int64), rows)
     first = np.cumsum(per_row) - per_row  # number of a row's first chunk

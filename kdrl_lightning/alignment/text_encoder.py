@@ -68,7 +68,7 @@ class TextEncoder:
 
 
 def _valid(text: bytes) -> Iterator[str | bytes]:
-    """Yield the valid parts of a text as strings, and the bytes between them.
+    r"""Yield the valid parts of a text as strings, and the bytes between them.
 
     >>> list(_valid(b"a\xf0\x9fb")), list(_valid(b"ab"))
     (['a', b'\xf0\x9f', 'b'], ['ab'])

@@ -254,6 +254,7 @@ class RolloutSource:
                 module.frozen.route,
                 self.live.pad_id,
             )
+        batch = module.frozen.with_prompts(batch, [j.row for j in self.collector.latest])
         module.frozen.accept(batch)
         if self.collector.teacher.count:
             require_embedded(batch.completion_ids, module.vocabulary_rows)

@@ -17,6 +17,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 OLD_FIELDS = ("old_logprobs", "old_entropy", "topk_ids")
 TEACHER_FIELDS = (
     "teacher_logprobs",
+    "chunk_places",
     "teacher_entropy",
     "teacher_top_ids",
     "teacher_topk_logprobs",

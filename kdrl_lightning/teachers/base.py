@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 # row.
 
 
+class TeacherPrompt(NamedTuple):
+    """A prompt in the teacher's tokens.
+
+    Attributes:
+        ids: its token ids.
+        end: the token with which the teacher ends a completion of it.
+    """
+
+    ids: list[int]
+    end: int
+
+
 class Teacher(ABC):
     """Scores completions with a frozen model.
 
@@ -33,6 +45,8 @@ class Teacher(ABC):
             does not translate them; else None. ``check`` sets it.
         needs_lora: the teacher is the student without its adapters.
         knows_entropy: ``score`` returns the entropy of the teacher's distributions.
+        aligns: the teacher's tokens are not the student's, so that it scores chunks of the sampled
+            tokens and no others; ``check`` sets it.
         joins: one call may score several micro-batches, so that a prompt they share runs once.
     """
 
@@ -43,11 +57,17 @@ class Teacher(ABC):
     needs_lora: bool = False
     knows_entropy: bool = True
     joins: bool = False
+    aligns: bool = False
 
     @property
     def model_name(self) -> str | None:
         """Folder or hub name of the teacher's model; None if it is not in this process."""
         return None
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the teacher's tokenizer; None if it is the student's."""
+        return self.model_name
 
     @property
     def vocabulary_rows(self) -> int | None:
@@ -123,6 +143,14 @@ class Teacher(ABC):
     def route(self, row: Mapping[str, Any]) -> int:
         """Return the index of the teacher that scores a prompt row's completions; 0 if only one."""
         return 0
+
+    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
+        """Return a row's prompt in the teacher's tokens; None if it reads the student's prompt.
+
+        Raises:
+            ConfigurationError: the teacher cannot read this row.
+        """
+        return None
 
     def fingerprint(self) -> str:
         """Return a text that differs for teachers with different scores; call it after ``load``.

@@ -20,7 +20,7 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding, on_any_rank
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
 from kdrl_lightning.teachers.routed import scatter
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
@@ -68,6 +68,16 @@ class CachedTeacher(Teacher):
     def model_name(self) -> str | None:
         """Folder or hub name of the wrapped teacher's model."""
         return self.teacher.model_name
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the wrapped teacher's tokenizer."""
+        return self.teacher.tokenizer_path
+
+    @property
+    def aligns(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped teacher has other tokens than the student."""
+        return self.teacher.aligns
 
     @property
     def vocabulary_rows(self) -> int | None:
@@ -142,6 +152,10 @@ class CachedTeacher(Teacher):
         """Return the wrapped teacher's route."""
         return self.teacher.route(row)
 
+    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
+        """Return the prompt that the wrapped teacher reads."""
+        return self.teacher.prompt(row)
+
     def weights(self) -> ModelWeights | None:
         """Return the wrapped teacher's weights."""
         return self.teacher.weights()
@@ -204,6 +218,8 @@ class CachedTeacher(Teacher):
             batch.input_ids[row, : int(batch.lengths[row])].tolist(),
             None if topk_ids is None else topk_ids[row, :tokens].tolist(),
         ]
+        if batch.teacher_prompts is not None and batch.teacher_ends is not None:
+            content += [batch.teacher_prompts[row].tolist(), int(batch.teacher_ends[row])]
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def _read(self, key: str, device: torch.device) -> TokenScores | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,11 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
-from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
 from kdrl_lightning.teachers.local import LocalTeacher
-from kdrl_lightning.teachers.tokenizers import check_end_tokens
+from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
@@ -81,6 +81,8 @@ class FrozenModels:
         for model in self._models():
             model.check(tokenizer, path)
             check_end_tokens(model.other_end, objective)
+            if model.aligns:
+                check_sampled(objective)
 
     def load(
         self, student: Scorer, path: str, sharding: Sharding | None, device: torch.device
@@ -112,6 +114,28 @@ class FrozenModels:
     def route(self, row: Mapping[str, Any]) -> int:
         """Return which of several teachers scores the completions of a prompt row."""
         return 0 if self._teacher is None else self._teacher.route(row)
+
+    def with_prompts(self, batch: RolloutBatch, rows: Sequence[Mapping[str, Any]]) -> RolloutBatch:
+        """Return the batch with the prompts that the teacher reads, if they are not the student's.
+
+        Args:
+            batch: B completions.
+            rows: B prompt rows; those of a group are one object.
+        """
+        if self._teacher is None:
+            return batch
+        found: dict[int, TeacherPrompt | None] = {}
+        for row in rows:
+            if id(row) not in found:
+                found[id(row)] = self._teacher.prompt(row)
+        own = [found[id(row)] for row in rows]
+        if not any(own):
+            return batch
+        ends = [-1 if prompt is None else prompt.end for prompt in own]
+        return batch.replace(
+            teacher_prompts=pad_rows([p.ids if p else [] for p in own], -1, torch.long),
+            teacher_ends=torch.tensor(ends, dtype=torch.long),
+        )
 
     def accept(self, batch: RolloutBatch) -> None:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
@@ -213,10 +237,21 @@ def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:
         return {}
     best = scores.topk_ids
     return {
-        "teacher_logprobs": scores.logprobs.clamp(min=LOGPROB_FLOOR),
+        "teacher_logprobs": floored(scores),
+        "chunk_places": scores.chunk_places,
         "teacher_entropy": scores.entropy,
         "teacher_top_ids": None if best is None else best[..., 0],
     }
+
+
+def floored(scores: TokenScores) -> Tensor:
+    """Return ``[B, T]`` log-probabilities of at least ``LOGPROB_FLOOR``; sums of chunks stay.
+
+    The summands of a chunk are floored by the teacher that sums them.
+    """
+    if scores.chunk_places is not None:
+        return scores.logprobs
+    return scores.logprobs.clamp(min=LOGPROB_FLOOR)
 
 
 def old_fields(scores: TokenScores) -> dict[str, Tensor | None]:

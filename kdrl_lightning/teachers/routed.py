@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
@@ -22,7 +22,8 @@ from kdrl_lightning.teachers.base import Teacher
 class RoutedTeacher(Teacher):
     """Scores each completion with the teacher that a column of its prompt row names.
 
-    All teachers must share the student's vocabulary. A routed teacher does not generate.
+    A teacher must share the student's vocabulary, or be a ``CrossTokenizerTeacher``. A routed
+    teacher does not generate.
 
     Args:
         teachers: the teachers by name, at least one.
@@ -50,6 +51,26 @@ class RoutedTeacher(Teacher):
         """Compare the tokenizers of the student and every teacher."""
         for teacher in self.teachers.values():
             teacher.check(student_tokenizer, student_path)
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the teachers' tokenizer.
+
+        Raises:
+            ConfigurationError: they have several.
+        """
+        paths = {teacher.tokenizer_path for teacher in self.teachers.values()}
+        if len(paths) > 1:
+            raise ConfigurationError(
+                f"`teachers` must have one tokenizer in a CrossTokenizerTeacher: got "
+                f"{', '.join(sorted(map(str, paths)))}. Wrap each of the teachers instead."
+            )
+        return paths.pop()
+
+    @property
+    def aligns(self) -> bool:  # type: ignore[override]
+        """Whether a teacher has other tokens than the student."""
+        return any(teacher.aligns for teacher in self.teachers.values())
 
     @property
     def vocabulary_rows(self) -> int | None:
@@ -128,6 +149,10 @@ class RoutedTeacher(Teacher):
             )
         return self._order.index(str(name))
 
+    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
+        """Return the prompt that the row's teacher reads."""
+        return self.teachers[self._order[self.route(row)]].prompt(row)
+
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Score every row with its teacher; see ``Teacher.score``."""
         whole: TokenScores | None = None
@@ -140,6 +165,12 @@ class RoutedTeacher(Teacher):
             part = batch.select(rows)
             asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
             scores = self.teachers[name].score(part, asked)
+            if self.aligns and scores.chunk_places is None:
+                # Each token is a chunk. All ranks need the field, whichever rows they have.
+                places = torch.zeros_like(part.completion_ids)
+                scores = scores._replace(
+                    logprobs=scores.logprobs.clamp(min=LOGPROB_FLOOR), chunk_places=places
+                )
             whole = scatter(whole, scores, rows, batch)
         assert whole is not None, "a batch has rows"
         return whole if self.knows_entropy else whole._replace(entropy=None)

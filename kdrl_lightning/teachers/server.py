@@ -96,6 +96,11 @@ class ServerTeacher(Teacher):
         """Whether there is a single rank, which need not wait for others."""
         return not self.collective
 
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder or hub name of the served model."""
+        return model_path(self.model)
+
     def prepare(self) -> None:
         """Make the model's folder if its source needs to."""
         model_path(self.model)

@@ -33,7 +33,8 @@ ALLOWED = {
     "rewards": FLOOR,
     "prompts": FLOOR,
     "engines": FLOOR | {"distributed", "models"},
-    "teachers": FLOOR | {"engines", "losses", "models"},
+    "alignment": FLOOR,
+    "teachers": FLOOR | {"alignment", "engines", "losses", "models", "prompts"},
     "checkpoints": FLOOR | {"distributed", "models", "trainer"},
     "rollout": FLOOR
     | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},

@@ -1,0 +1,287 @@
+"""A teacher with another tokenizer than the student's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdrl_lightning.alignment import Aligner, Chunked, TokenBytes
+from kdrl_lightning.alignment.chunks import Ints
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.losses.chunks import chunk_totals
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
+from kdrl_lightning.models.end_tokens import end_tokens
+from kdrl_lightning.models.pretrained import Pretrained
+from kdrl_lightning.prompts.encoding import encode_prompt
+from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
+from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
+from kdrl_lightning.teachers.tokenizers import check_same_vocabulary
+from kdrl_lightning.teachers.wrapped import WrappedTeacher
+
+# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
+# row.
+
+
+class Job(NamedTuple):
+    """What the alignment of a completion depends on.
+
+    Attributes:
+        ids: the completion's token ids, as bytes.
+        end: the teacher's end token.
+        most: most tokens that fit into the teacher's context.
+    """
+
+    ids: bytes
+    end: int
+    most: int
+
+
+class CrossTokenizerTeacher(WrappedTeacher):
+    """Scores completions with a teacher that has another tokenizer.
+
+    The completion's bytes are encoded by the teacher's tokenizer, after the prompt that the
+    teacher's own chat template renders. Both token sequences are cut into minimal chunks of the
+    same bytes; the end token is a chunk. A token gets the teacher's log-probability of its whole
+    chunk, in the teacher's own way to write it, and the sampled-token methods (KDRL with k2, k3 or
+    policy gradient, RLAD, ...) compare chunks. ``docs/methods/cross_tokenizer.md`` says what that
+    means.
+
+    With the student's vocabulary it passes the student's tokens on as they are: only the prompt and
+    the end token are the teacher's.
+
+    Args:
+        teacher: the teacher, of any kind.
+        max_chunk_tokens: longest chunk, in tokens of either side; the teacher's scores of longer
+            chunks are left out and counted in ``kd/unaligned_frac``. None: no limit.
+
+    Raises:
+        ConfigurationError: ``max_chunk_tokens`` is below 1.
+    """
+
+    generates = False
+
+    def __init__(self, teacher: Teacher, max_chunk_tokens: int | None = 32) -> None:
+        super().__init__(teacher)
+        if max_chunk_tokens is not None:
+            require_between("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
+        self.max_chunk_tokens = max_chunk_tokens
+        self._aligner: Aligner | None = None
+        self._digest = ""
+        self._ends: frozenset[int] = frozenset()  # of the student
+        self._known: dict[Job, Chunked] = {}
+        self._warned = False
+        self._work: Future[None] | None = None
+        self._worker: ThreadPoolExecutor | None = None
+
+    @property
+    def aligns(self) -> bool:  # type: ignore[override]
+        """Whether the tokens differ from the student's."""
+        return self._aligner is not None
+
+    @property
+    def knows_entropy(self) -> bool:  # type: ignore[override]
+        """Whether the tokens are the student's, and the wrapped teacher returns entropies."""
+        return not self.aligns and self.teacher.knows_entropy
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Compare the tokenizers, and prepare the alignment if they differ.
+
+        Raises:
+            ConfigurationError: a tokenizer has no map from tokens to bytes, or the teacher's
+                changes the text.
+        """
+        theirs = self._theirs
+        if theirs is None:
+            self.teacher.check(student_tokenizer, student_path)
+            return
+        ends = end_tokens(student_path, student_tokenizer)
+        self._ends = frozenset(ends.ids)
+        self._known, self._aligner = {}, None
+        with warnings.catch_warnings():
+            # The teacher reads neither the student's template nor tokens without a twin.
+            warnings.filterwarnings("ignore", "the chat templates of|the teacher .* has")
+            if same_vocabulary(student_tokenizer, theirs.tokenizer):
+                self.teacher.check(student_tokenizer, student_path)
+                return
+            self.teacher.check(theirs.tokenizer, theirs.path)
+        student = TokenBytes(student_tokenizer, student_path, ends.ids)
+        teacher = TokenBytes(theirs.tokenizer, theirs.path, theirs.end_tokens.ids)
+        self._aligner = Aligner(student, teacher, ends.ids, self.max_chunk_tokens)
+        spec = json.dumps(student.spec, sort_keys=True)
+        self._digest = hashlib.sha256(spec.encode()).hexdigest()
+
+    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
+        """Return the prompt as the teacher's tokenizer and chat template write it.
+
+        Raises:
+            ConfigurationError: its template cannot render the row, or the prompt does not fit.
+        """
+        theirs = self._theirs
+        if theirs is None:
+            return self.teacher.prompt(row)
+        ids = encode_prompt(theirs.tokenizer, row, theirs.end_tokens.ids)
+        if len(ids) >= theirs.context_length:
+            raise ConfigurationError(
+                f"a prompt must leave room in the teacher's context of {theirs.context_length} "
+                f"tokens: got {len(ids)} tokens of {theirs.path}. Remove the row."
+            )
+        return TeacherPrompt(ids, theirs.end_tokens.closing(row["prompt"]))
+
+    def accept(self, batch: RolloutBatch) -> None:
+        """Begin to align the completions of a rollout, while the student scores them."""
+        self._wait()
+        self._known = {}
+        if self._aligner is not None:
+            jobs = self._jobs(batch)
+            self._worker = self._worker or ThreadPoolExecutor(1, "align")
+            self._work = self._worker.submit(self._align, jobs)
+
+    @torch.no_grad()
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Score the sampled tokens; a token gets its chunk's sum. See ``Teacher.score``."""
+        if self._aligner is None:
+            return self.teacher.score(self._same_tokens(batch), topk_ids)
+        rows = self._rows(batch)
+        scores = self.teacher.score(self._other_tokens(batch, rows))
+        device = batch.input_ids.device
+
+        def table(values: Sequence[Ints], filler: int = 0) -> Tensor:
+            return pad_rows(values, filler, torch.long).to(device)  # type: ignore[arg-type]
+
+        places = table([row.places for row in rows])
+        theirs = scores.logprobs.clamp(min=LOGPROB_FLOOR)
+        totals = chunk_totals(theirs, table([row.teacher_places for row in rows]))
+        logprobs = totals.gather(1, table([row.columns for row in rows]))
+        used = batch.completion_mask & (places >= 0)
+        return TokenScores(logprobs.masked_fill(~used, 0.0), None, chunk_places=places)
+
+    def states(self, batch: RolloutBatch) -> Other:
+        """Return the wrapped teacher's states, if the tokens are the student's."""
+        return self.teacher.states(self._same_tokens(batch))
+
+    def take_part(self, batch: RolloutBatch) -> None:
+        """Join the collectives of the wrapped teacher with one completion."""
+        one = batch.select([0])
+        same = self._aligner is None
+        self.teacher.take_part(
+            self._same_tokens(one) if same else self._other_tokens(one, self._rows(one))
+        )
+
+    def fingerprint(self) -> str:
+        """Return the wrapped teacher's, with the student's tokenizer and the longest chunk."""
+        return f"{self.teacher.fingerprint()} {self._digest} {self.max_chunk_tokens}"
+
+    @cached_property
+    def _theirs(self) -> Pretrained | None:
+        """The teacher's tokenizer; None if it is the student's."""
+        path = self.teacher.tokenizer_path
+        return None if path is None else Pretrained(path)
+
+    def _same_tokens(self, batch: RolloutBatch) -> RolloutBatch:
+        """Return the batch with the teacher's prompts and end tokens, and the student's tokens."""
+        if self._theirs is None:
+            return batch
+        ids, lengths = batch.completion_ids.tolist(), batch.completion_lengths.tolist()
+        prompts, ends = self._prompts(batch)
+        own = [row[:n] for row, n in zip(ids, lengths, strict=True)]
+        closed = [
+            [*row[:-1], end] if row and row[-1] in self._ends else row
+            for row, end in zip(own, ends, strict=True)
+        ]
+        return self._with(batch, prompts, closed)
+
+    def _other_tokens(self, batch: RolloutBatch, rows: Sequence[Chunked]) -> RolloutBatch:
+        """Return the batch in the teacher's tokens."""
+        return self._with(batch, self._prompts(batch)[0], [r.teacher_ids.tolist() for r in rows])
+
+    def _with(
+        self, batch: RolloutBatch, prompts: list[list[int]], completions: list[list[int]]
+    ) -> RolloutBatch:
+        made = collate(
+            prompts,
+            completions,
+            batch.group_ids.tolist(),
+            pad_id=0,
+            teacher_route=batch.teacher_route.tolist(),
+        )
+        return made.to(batch.input_ids.device).replace(temperature=batch.temperature)
+
+    def _prompts(self, batch: RolloutBatch) -> tuple[list[list[int]], list[int]]:
+        """Return the teacher's prompt and end token of each completion."""
+        if batch.teacher_prompts is None or batch.teacher_ends is None:
+            raise RuntimeError("the batch has no teacher's prompts: call prompt() for its rows")
+        rows = batch.teacher_prompts.tolist()
+        return [[i for i in row if i >= 0] for row in rows], batch.teacher_ends.tolist()
+
+    def _jobs(self, batch: RolloutBatch) -> list[Job]:
+        ids = batch.completion_ids.cpu().numpy()
+        prompts, ends = self._prompts(batch)
+        assert self._theirs is not None
+        context = self._theirs.context_length
+        return [
+            Job(row[:n].tobytes(), end, context - len(prompt))
+            for row, n, end, prompt in zip(
+                ids, batch.completion_lengths.tolist(), ends, prompts, strict=True
+            )
+        ]
+
+    def _rows(self, batch: RolloutBatch) -> list[Chunked]:
+        jobs = self._jobs(batch)
+        self._wait()
+        self._align(jobs)
+        rows = [self._known[job] for job in jobs]
+        self._warn_of_changed_text(batch, rows)
+        return rows
+
+    def _warn_of_changed_text(self, batch: RolloutBatch, rows: Sequence[Chunked]) -> None:
+        """Say once at which byte the teacher's tokenizer changes a completion."""
+        changed = [n for n, row in enumerate(rows) if row.differs_at is not None]
+        if self._warned or not changed:
+            return
+        row = changed[0]
+        at = rows[row].differs_at or 0
+        self._warned = True
+        assert self._aligner is not None and self._theirs is not None
+        tokens = self._aligner.student
+        ids = batch.completion_ids[row, : int(batch.completion_lengths[row])].cpu().numpy()
+        text = b"".join(tokens.pieces[i] or b"" for i in tokens.index(ids))
+        warnings.warn(
+            f"the tokenizer of the teacher {self._theirs.path} does not write a completion as it "
+            f"is, first at byte {at}, after {text[max(at - 16, 0) : at]!r}. The teacher does not "
+            "score the rest of such completions; kd/unaligned_frac counts the tokens.",
+            stacklevel=2,
+        )
+
+    def _align(self, jobs: Sequence[Job]) -> None:
+        """Align the completions that are not known yet; equal ones once."""
+        new = [job for job in dict.fromkeys(jobs) if job not in self._known]
+        assert self._aligner is not None
+        found = self._aligner(
+            [np.frombuffer(job.ids, np.int64) for job in new],
+            [job.end for job in new],
+            [job.most for job in new],
+        )
+        self._known.update(zip(new, found, strict=True))
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            work, self._work = self._work, None
+            work.result()
+
+
+def same_vocabulary(student: Any, teacher: Any) -> bool:
+    """Return whether every token of the student means the same to the teacher."""
+    try:
+        check_same_vocabulary(student, teacher, "", "")
+    except ConfigurationError:
+        return False
+    return True
