@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.small_tokenizers import KINDS, TEXT, by_hand, make, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from helpers.small_tokenizers import KINDS, TEXT, by_hand, make, wrapped
 from kdrl_lightning.alignment import Aligner, Chunked, TextEncoder, TokenBytes
 from kdrl_lightning.errors import ConfigurationError
 
@@ -190,7 +190,7 @@ class NoBackend:
 
 
 def test_tokenizers_without_a_map_to_bytes_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="must have a `tokenizers` backend.*got NoBackend"):
+    with pytest.raises(ConfigurationError, match=r"a `tokenizers` backend.*got NoBackend"):
         TokenBytes(NoBackend(), "x")
     made = Tokenizer(models.WordPiece({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

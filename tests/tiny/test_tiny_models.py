@@ -20,7 +20,7 @@ from kdrl_lightning.tiny.models import Recipe, TinyModel, save_untrained
     [
         (
             {"role": "parent"},
-            r"^`role` must be teacher or student: got parent\. Choose one of the two\.$",
+            r"^`role` must be one of teacher, student, merging_teacher: got parent\. Choose",
         ),
         ({"role": "student", "slip": 1.5}, r"^`slip` must be in \[0, 1\]: got 1\.5\.$"),
         ({"role": "student", "slip": math.nan}, r"^`slip` must be in \[0, 1\]: got nan\.$"),
