@@ -218,8 +218,10 @@ def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
 def _add_teacher(stats: StepStats, micro: MicroBatch) -> None:
     batch, logprobs, places = micro.batch, micro.logprobs, micro.batch.chunk_places
     teacher = teacher_logprobs(batch, logprobs)
-    # The estimates hold for the student's own samples.
-    mask, correct = whole_chunks(batch.student_mask, places), batch.correct[:, None]
+    # The estimates hold for the student's own samples, and say nothing without the context.
+    taught = batch.taught_mask
+    mask = whole_chunks(taught & batch.student_mask, places)
+    correct = batch.correct[:, None]
     masks = {"": mask, "_correct": mask & correct, "_wrong": mask & ~correct}
     for name, value in (
         ("kd/reverse_kl", chunk_share(k1(logprobs, teacher), places)),
@@ -234,13 +236,13 @@ def _add_teacher(stats: StepStats, micro: MicroBatch) -> None:
         stats.add_mean("kd/conflict_frac", against, used)
         stats.add_mean("kd/strong_conflict_frac", against & (gap.abs() > math.log(2)), used)
     if batch.teacher_entropy is not None:
-        stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, batch.loss_mask)
+        stats.add_mean("kd/teacher_entropy", batch.teacher_entropy, taught)
     best = micro.top_ids
     if best is None and batch.topk_ids is not None:
         best = batch.topk_ids[..., 0]
     if batch.teacher_top_ids is not None and best is not None:
         same = batch.teacher_top_ids == best
-        stats.add_mean("kd/top_token_agreement", same, batch.loss_mask)
+        stats.add_mean("kd/top_token_agreement", same, taught)
     if batch.old_logprobs is None:
         return
     if micro.offset_weight is not None:
@@ -259,7 +261,7 @@ def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -
     if batch.teacher_logprobs is None:
         return
     gap = teacher_logprobs(batch, micro.logprobs) - micro.logprobs
-    histograms.add("hist/teacher_gap", gap, whole_chunks(mask, batch.chunk_places))
+    histograms.add("hist/teacher_gap", gap, whole_chunks(batch.taught_mask, batch.chunk_places))
     if micro.offset_weight is not None:
         histograms.add("hist/log_offset_weight", micro.offset_weight, batch.student_mask)
 

@@ -42,9 +42,17 @@ _HOME = {
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
     "CrossTokenizerTeacher": "teachers",
+    "PromptedTeacher": "teachers",
     "RoutedTeacher": "teachers",
     "ServerTeacher": "teachers",
     "Teacher": "teachers",
+    "TeacherPrompt": "teachers",
+    "ColumnContext": "teachers",
+    "FeedbackContext": "teachers",
+    "FixedContext": "teachers",
+    "JoinedContext": "teachers",
+    "OtherProblemContext": "teachers",
+    "SiblingContext": "teachers",
     "TransformersEngine": "engines",
     "VLLMEngine": "engines",
     "VLLMServerEngine": "engines",
@@ -132,11 +140,19 @@ if TYPE_CHECKING:
     from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
+    from kdrl_lightning.teachers import ColumnContext as ColumnContext
     from kdrl_lightning.teachers import CrossTokenizerTeacher as CrossTokenizerTeacher
+    from kdrl_lightning.teachers import FeedbackContext as FeedbackContext
+    from kdrl_lightning.teachers import FixedContext as FixedContext
+    from kdrl_lightning.teachers import JoinedContext as JoinedContext
     from kdrl_lightning.teachers import LocalTeacher as LocalTeacher
+    from kdrl_lightning.teachers import OtherProblemContext as OtherProblemContext
+    from kdrl_lightning.teachers import PromptedTeacher as PromptedTeacher
     from kdrl_lightning.teachers import RoutedTeacher as RoutedTeacher
     from kdrl_lightning.teachers import ServerTeacher as ServerTeacher
+    from kdrl_lightning.teachers import SiblingContext as SiblingContext
     from kdrl_lightning.teachers import Teacher as Teacher
+    from kdrl_lightning.teachers import TeacherPrompt as TeacherPrompt
 
 
 # `Any`: type checkers give the names found here the type that this returns.

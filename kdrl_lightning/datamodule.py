@@ -44,6 +44,7 @@ from kdrl_lightning.trainer.checks import (
 )
 from kdrl_lightning.trainer.group_checks import (
     check_completions,
+    check_contexts,
     check_groups,
     check_off_policy,
     check_policy,
@@ -185,6 +186,9 @@ class RolloutDataModule(pl.LightningDataModule):
             kinds = first_of_each_kind(row for row, _ in prompts.sample)
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
+        teacher = module.teacher if stage == "fit" else None
+        if teacher is not None and any(context.reads_feedback for context in teacher.contexts):
+            self.rewards.require_feedback(first_of_each_kind(row for row, _ in sets[0].sample))
 
     def _set_up_training(self) -> PromptSet:
         """Encode the training prompts, and check the settings that rollouts depend on."""
@@ -213,7 +217,11 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts.limit(limit, "`max_tokens_per_micro_batch`")
         if teacher is not None:
             prompts.require(teacher.route)  # a row without a teacher stops the run here
-            prompts.require(teacher.prompt)
+            check_contexts(teacher, group)
+            prompts.require(partial(teacher.check_row, tokenizer=module.tokenizer))
+            line = teacher.check_rows([row for row, _ in prompts.sample], module.tokenizer)
+            if line and trainer.is_global_zero:
+                print(f"train_prompts: {line}", flush=True)
         self.collector.repeat = overfit_rollouts(trainer, settings, length)
         self.rollouts.prompts = prompts
         return prompts

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 STUDENT, TEACHER = 0, 1
-# Fields of two dimensions whose columns are not the tokens of a completion.
-PROMPTS = ("input_ids", "teacher_prompts")
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,12 @@ class RolloutBatch:
             construction.
         source: ``[B]`` int64, who sampled the completion: ``STUDENT`` or ``TEACHER``.
         teacher_route: ``[B]`` int64, index of the teacher that scores the completion.
-        teacher_prompts: ``[B, P]`` int64, the prompt in the teacher's tokens, -1 after its end and
-            in rows whose teacher reads the student's prompt. None: in all rows it does.
-        teacher_ends: ``[B]`` int64, the teacher's end token; None without ``teacher_prompts``.
+        teacher_prompt_ids: ``[B, W]`` int64, the prompt after which the teacher reads the
+            completion, -1 after its end; rows of a group may differ. None: the student's.
+        has_context: ``[B]`` bool: the teacher's own prompt has a context for the completion. A row
+            without one is not imitated. None: every row has what its teacher needs.
+        teacher_ends: ``[B]`` int64, the teacher's end token, -1 if it is the student's. None: it is
+            in all rows.
         rollout_logprobs: ``[B, T]``, the behavior log-probabilities, as the engine that sampled the
             row reported them: the teacher's in rows of the teacher.
         old_logprobs: ``[B, T]``, the student's at rollout time, recomputed by the trainer. None:
@@ -121,10 +122,11 @@ class RolloutBatch:
     policy_version: Tensor
     source: Tensor
     teacher_route: Tensor
-    teacher_prompts: Tensor | None = None
-    teacher_ends: Tensor | None = None
     temperature: float = 1.0
     engine_exact: bool = True
+    teacher_prompt_ids: Tensor | None = None
+    has_context: Tensor | None = None
+    teacher_ends: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
@@ -155,6 +157,16 @@ class RolloutBatch:
     def student_mask(self) -> Tensor:
         """Loss tokens that the student sampled, ``[B, T]`` bool."""
         return self.loss_mask & (self.source == STUDENT)[:, None]
+
+    @cached_property
+    def taught_mask(self) -> Tensor:
+        """Loss tokens of completions that the teacher may be imitated on, ``[B, T]`` bool.
+
+        These are all loss tokens except those of rows without a context.
+        """
+        if self.has_context is None:
+            return self.loss_mask
+        return self.loss_mask & self.has_context[:, None]
 
     @property
     def lengths(self) -> Tensor:
@@ -190,9 +202,12 @@ class RolloutBatch:
         width = int(picked.lengths.max())
         tokens = max(int(picked.completion_lengths.max()), 1)
         cut = {"input_ids": picked.input_ids[:, :width]}
+        if picked.teacher_prompt_ids is not None:
+            longest = int((picked.teacher_prompt_ids >= 0).sum(1).max())
+            cut["teacher_prompt_ids"] = picked.teacher_prompt_ids[:, :longest]
         for item in fields(picked):
             value = getattr(picked, item.name)
-            if isinstance(value, Tensor) and value.dim() >= 2 and item.name not in PROMPTS:
+            if isinstance(value, Tensor) and value.dim() >= 2 and item.name not in cut:
                 cut[item.name] = value[:, :tokens]
         return replace(picked, **cut)  # type: ignore[arg-type]
 

@@ -126,6 +126,14 @@ REFERENCES = "rewards/answers/references.py", "rewards/answers/test_references.p
 NUMBERS = "rewards/answers/numbers.py", "rewards/answers/test_numbers.py"
 UNITS = "rewards/answers/units.py", "rewards/answers/test_numbers.py"
 EQUATIONS = "rewards/answers/equations.py", "rewards/answers/test_numbers.py"
+CONTEXTS = "teachers/own_prompt/contexts.py", "teachers/test_contexts.py"
+AS_READ = "teachers/own_prompt/groups.py", "teachers/test_own_prompt.py"
+PROMPTED = "teachers/own_prompt/teacher.py", "teachers/test_own_prompt.py"
+OWN_KEYS = "teachers/cached.py", "teachers/test_own_prompt.py"
+OWN_STATES = "models/scorer.py", "teachers/test_own_prompt.py"
+OWN_TEMPLATE = "teachers/own_prompt/prompt.py", "teachers/test_teacher_prompts.py"
+FRAME_CONTEXTS = "objectives/policy.py", "objectives/test_rows_without_context.py"
+RULES_CONTEXTS = "objectives/advantages.py", "objectives/test_rows_without_context.py"
 
 
 class Mutation(NamedTuple):
@@ -707,8 +715,8 @@ MUTATIONS = [
     Mutation(
         "SRPO: verdict swapped",
         RULES,
-        "torch.where(batch.correct[:, None], super().__call__(batch, gap), gap)",
-        "torch.where(batch.correct[:, None], gap, super().__call__(batch, gap))",
+        "torch.where(rewarded[:, None], super().__call__(batch, gap), gap)",
+        "torch.where(rewarded[:, None], gap, super().__call__(batch, gap))",
     ),
     Mutation(
         "RLSD: mix and width swapped",
@@ -817,8 +825,8 @@ MUTATIONS = [
     Mutation(
         "imitation: on what the teacher sampled",
         FRAME_SELECTIONS,
-        "mask = rollout.student_mask  #",
-        "mask = rollout.loss_mask  #",
+        "mask = mask & rollout.student_mask",
+        "mask = rollout.loss_mask",
     ),
     Mutation(
         "outside: by the student's rule only",
@@ -1047,6 +1055,64 @@ MUTATIONS = [
         STORE,
         'torch.argsort(whole["group_ids"], stable=True)',
         'torch.arange(len(whole["group_ids"]))',
+    ),
+    Mutation("store: the teacher's prompts end with token 0", STORE, "return -1", "return 0"),
+    Mutation(
+        "own prompt: a completion sees itself", CONTEXTS, "if other != place)", "if other >= 0)"
+    ),
+    Mutation(
+        "own prompt: a success is above the threshold",
+        CONTEXTS,
+        "verdict.reward >= self.threshold",
+        "verdict.reward > self.threshold",
+    ),
+    Mutation(
+        "own prompt: the first token of the completion is lost",
+        AS_READ,
+        "prompts.shape[1] + place - lengths[:, None])",
+        "prompts.shape[1] + 1 + place - lengths[:, None])",
+    ),
+    Mutation(
+        "own prompt: the student's length",
+        AS_READ,
+        "input_ids=ids, prompt_lengths=lengths,",
+        "input_ids=ids,",
+    ),
+    Mutation(
+        "own prompt: too long, and a context all the same",
+        PROMPTED,
+        "if ids is None or len(ids) > min(",
+        "if ids is None or 0 * len(ids) > min(",
+    ),
+    Mutation(
+        "own prompt: a cache does not tell contexts apart",
+        OWN_KEYS,
+        "if batch.teacher_prompt_ids is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "own prompt: duplicates get the teacher of the first",
+        OWN_STATES,
+        "apart = topk_ids is not None or (other is not None and other.per_row)",
+        "apart = topk_ids is not None",
+    ),
+    Mutation(
+        "own prompt: a filled place is read again",
+        OWN_TEMPLATE,
+        "return PLACES.sub(lambda place: texts[place[1]], template)",
+        'return template.replace("{prompt}", prompt).replace("{context}", context)',
+    ),
+    Mutation(
+        "own prompt: a row without context is imitated",
+        FRAME_CONTEXTS,
+        "mask = rollout.taught_mask",
+        "mask = rollout.loss_mask",
+    ),
+    Mutation(
+        "own prompt: SRPO loses the advantage without a context",
+        RULES_CONTEXTS,
+        "rewarded = batch.correct | without",
+        "rewarded = batch.correct",
     ),
     Mutation("store: 0 behind the end", STORE, "return pad_id if", "return 0 if"),
     Mutation(

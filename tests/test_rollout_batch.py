@@ -170,6 +170,21 @@ def test_select_keeps_totals_and_metrics(batch):
     assert part.temperature == 0.7
 
 
+def test_rows_without_context_are_not_taught(batch):
+    assert batch.taught_mask is batch.loss_mask
+    part = batch.replace(has_context=torch.tensor([True, False, True])).select([1, 2])
+    assert part.has_context.tolist() == [False, True]
+    assert part.taught_mask.int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    assert torch.equal(part.loss_mask, batch.loss_mask[[1, 2]])
+    assert part.to("meta").has_context.device.type == "meta"
+
+
+def test_select_trims_the_teachers_prompts_to_the_longest(batch):
+    prompts = pad_rows([[5], [5, 6, 7, 8, 9], [8, 8]], -1, torch.long)
+    part = batch.replace(teacher_prompt_ids=prompts).select([2, 0])
+    assert part.teacher_prompt_ids.tolist() == [[8, 8], [5, -1]]
+
+
 def test_selecting_all_rows_changes_nothing(batch):
     same = batch.select([0, 1, 2])
     for item in fields(batch):

@@ -125,11 +125,14 @@ class Other(NamedTuple):
         head: its head.
         scored: whether to return its own scores of the tokens (log-probability, entropy, most
             likely token) in ``TokenScores.other``.
+        per_row: the other model read other prompts, so that completions which are equal for the
+            first model may differ for it.
     """
 
     hidden: Tensor
     head: Head
     scored: bool = False
+    per_row: bool = False
 
 
 # A loss as a function of scores that have its gradient.

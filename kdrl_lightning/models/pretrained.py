@@ -37,10 +37,19 @@ class Pretrained:
     @property
     def context_length(self) -> int:
         """Longest sequence, prompt and completion together."""
-        config = load_config(self.path).get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        return context_length(self.path)
 
     @property
     def vocabulary_rows(self) -> int:
         """Rows of its embedding: every token id must be below."""
         return int(load_config(self.path).get_text_config().vocab_size)
+
+
+def context_length(path: str) -> int:
+    """Return the longest sequence, prompt and completion together, that a model can take.
+
+    Args:
+        path: folder or hub name of the model.
+    """
+    config = load_config(path).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

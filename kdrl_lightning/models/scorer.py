@@ -131,7 +131,9 @@ class Scorer(nn.Module):
         call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
         host = on_host(*call)
         merged = self._merged(*host)
-        once = merged is not None and topk_ids is None  # nothing else tells equal rows apart
+        # Nothing else tells equal rows apart.
+        apart = topk_ids is not None or (other is not None and other.per_row)
+        once = merged is not None and not apart
         rows, columns, states, among = places_of(host[2], merged, once, device)
         merged = None if merged is None else merged.to(device)
         hidden = self._hidden(*call, merged, states, columns)

@@ -103,7 +103,8 @@ class SumAdvantage(Advantage):
 class VerdictAdvantage(Advantage):
     """Takes A on correct completions and d on wrong ones: SRPO (arXiv 2604.02288).
 
-    SRPO is self-distillation; an external teacher takes its place in arXiv 2609.04108, as here.
+    A wrong completion that the teacher has no context for keeps A, as in the paper. SRPO is
+    self-distillation; an external teacher takes its place in arXiv 2609.04108, as here.
 
     Args:
         scale_by_std: divide A by the group's standard deviation.
@@ -113,7 +114,9 @@ class VerdictAdvantage(Advantage):
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
         """Return A or d by the verifier's verdict."""
-        return torch.where(batch.correct[:, None], super().__call__(batch, gap), gap)
+        without = False if batch.has_context is None else ~batch.has_context
+        rewarded = batch.correct | without
+        return torch.where(rewarded[:, None], super().__call__(batch, gap), gap)
 
 
 class ReweightedAdvantage(Advantage):

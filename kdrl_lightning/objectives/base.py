@@ -159,7 +159,7 @@ class Objective(ABC):
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Return the scored rollout with what the terms need; it holds whole groups."""
-        mask = whole_chunks(rollout.loss_mask, rollout.chunk_places)
+        mask = whole_chunks(rollout.taught_mask, rollout.chunk_places)
         return rollout.replace(imitation_mask=mask)
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:

@@ -116,9 +116,10 @@ class PolicyObjective(Objective):
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Return the rollout with advantages, the tokens to imitate and the engine's correction."""
         # Selections may read the advantages, and shaped advantages the selection.
-        mask = rollout.loss_mask
+        mask = rollout.taught_mask
         if self.distill is None or self.distill.sampled:
-            mask = rollout.student_mask  # on the teacher's samples only VocabularyKL is valid
+            # On the teacher's samples only VocabularyKL is valid.
+            mask = mask & rollout.student_mask
         mask = whole_chunks(mask, rollout.chunk_places)
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None:

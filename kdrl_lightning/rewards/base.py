@@ -43,11 +43,14 @@ class Verdict:
         reward: the value that the policy learns from.
         correct: the verifier accepts the completion.
         parts: the components of the reward by name; each is logged as ``reward/<name>_mean``.
+        feedback: what the environment says of the completion, e.g. the error of a failed test, for
+            a teacher that reads it (``FeedbackContext``); empty without any.
     """
 
     reward: float
     correct: bool
     parts: Mapping[str, float] = field(default_factory=dict, hash=False)
+    feedback: str = ""
 
     @classmethod
     def of(cls, result: float | Verdict) -> Verdict:
@@ -178,7 +181,10 @@ def _checked(result: Any) -> Verdict | Exception:
         verdict = Verdict.of(result)
         reward = _number("reward", verdict.reward)
         parts = {str(name): _number(name, value) for name, value in verdict.parts.items()}
-        return Verdict(reward, bool(_number("correct", verdict.correct)), parts)
+        feedback = verdict.feedback
+        if not isinstance(feedback, str):
+            raise TypeError(f"feedback must be a text: got {feedback!r:.60}")
+        return Verdict(reward, bool(_number("correct", verdict.correct)), parts, feedback)
     except Exception as error:  # whatever a foreign type raises when it is read as a number
         return error
 

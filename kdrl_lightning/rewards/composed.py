@@ -76,7 +76,7 @@ class WeightedRewards(BatchReward):
         return answer_of(self.rewards[self.correct], sample)
 
     def _sum(self, results: dict[str, Verdict | Exception]) -> Verdict | Exception:
-        total, correct, parts = 0.0, False, {}
+        total, correct, parts, feedback = 0.0, False, {}, []
         for name, result in results.items():
             if isinstance(result, Exception):
                 return result
@@ -84,7 +84,8 @@ class WeightedRewards(BatchReward):
             parts[name] = result.reward
             parts |= {f"{name}.{part}": value for part, value in result.parts.items()}
             correct = result.correct if name == self.correct else correct
-        return Verdict(total, correct, parts)
+            feedback.append(result.feedback)
+        return Verdict(total, correct, parts, "\n".join(filter(None, feedback)))
 
 
 class RoutedReward(BatchReward):

@@ -135,6 +135,16 @@ class Collector:
             batch = batch.without_flat_groups()
         return self._sampled(batch), groups, replaced
 
+    def others(
+        self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
+    ) -> list[Row]:
+        """Return for each of this rank's groups a row of another prompt, equal on all ranks.
+
+        It is the slot's row of the next rollout, which no other slot of this rollout has.
+        """
+        slots = self.slots.of_rank(rank, world_size)
+        return [row for row, _ in self._prompts(rollout + 1, prompts, slots)[0]]
+
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
     ) -> list[Request]:

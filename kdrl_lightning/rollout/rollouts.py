@@ -26,6 +26,7 @@ from kdrl_lightning.rollout.updates import (
     resume_updates,
 )
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
+from kdrl_lightning.teachers.own_prompt.groups import Group
 from kdrl_lightning.untyped import State
 
 
@@ -203,6 +204,8 @@ class RolloutSource:
         )
         metrics |= part_means(j.verdict for g in groups for j in g if j.source == STUDENT)
         metrics["rollout/bad_rows"] = self._bad_rows()
+        dropped = module.frozen.take_dropped()
+        metrics |= self.watch.measure_contexts(plan.batch, dropped, module.reduce)
         cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
         padding, peak = module.reduce(cost, "max").tolist()
         return metrics | {"rollout/padding_frac": padding, "memory/peak_gb": peak}
@@ -254,11 +257,19 @@ class RolloutSource:
                 module.frozen.route,
                 self.live.pad_id,
             )
-        batch = module.frozen.with_prompts(batch, [j.row for j in self.collector.latest])
+        batch = module.frozen.write_prompts(batch, self._with_others(rollout, groups))
         module.frozen.accept(batch)
         if self.collector.teacher.count:
             require_embedded(batch.completion_ids, module.vocabulary_rows)
         return batch, groups, replaced
+
+    def _with_others(self, rollout: int, groups: list[list[Judged]]) -> list[Group]:
+        """Return the groups as a teacher's context reads them, with rows of other prompts."""
+        teacher = self.live.module.frozen.active
+        if teacher is None or not any(context.reads_others for context in teacher.contexts):
+            return [Group(attempts) for attempts in groups]
+        others = self.collector.others(rollout, self.prompts, *self.live.ranks)
+        return [Group(attempts, row) for attempts, row in zip(groups, others, strict=True)]
 
     def _waits(self, batch: RolloutBatch) -> Waits:
         """Return the scores that updates give anyway and that ``prepare`` does not read.

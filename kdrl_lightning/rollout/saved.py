@@ -81,7 +81,7 @@ def _gather(here: dict[str, Tensor]) -> list[dict[str, Tensor]] | None:
 
 
 def _filler(name: str, pad_id: int) -> int:
-    if name == "teacher_prompts":
+    if name == "teacher_prompt_ids":
         return -1
     return pad_id if name in ("input_ids", "completion_ids") else 0
 

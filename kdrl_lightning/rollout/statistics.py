@@ -18,7 +18,7 @@ from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
 from kdrl_lightning.untyped import State
 
 Sums: TypeAlias = dict[str, tuple[float, int]]  # total and count of each reward part
-MAX_TRUNCATED, MAX_WITHOUT_VARIANCE = 0.5, 0.8
+MAX_TRUNCATED, MAX_WITHOUT_VARIANCE, MAX_WITHOUT_CONTEXT = 0.5, 0.8, 0.95
 
 
 class RolloutWatch:
@@ -122,6 +122,35 @@ class RolloutWatch:
                 "teacher/length_mean": (all_tokens - tokens) / by_teacher,
             }
         return metrics
+
+    def measure_contexts(
+        self, batch: RolloutBatch, dropped: int, reduce: Callable[[Tensor, str], Tensor]
+    ) -> dict[str, float]:
+        """Return the share of completions that the teacher has a context for; warn if it is small.
+
+        All ranks must call it.
+
+        Args:
+            batch: this rank's completions.
+            dropped: this rank's contexts that were too long or could not be rendered.
+            reduce: ``(tensor, operation) -> tensor`` over ranks.
+
+        Returns:
+            ``kd/context_frac`` and ``kd/context_dropped_frac``; nothing if the teacher has no
+            prompt of its own.
+        """
+        if batch.has_context is None:
+            return {}
+        here = [float(batch.has_context.sum()), float(dropped), float(len(batch))]
+        having, lost, count = reduce(torch.tensor(here, dtype=torch.float64), "sum").tolist()
+        self._warn_above(
+            MAX_WITHOUT_CONTEXT,
+            1.0 - having / count,
+            "of the completions have no context for the teacher and are not imitated. See "
+            "`kd/context_dropped_frac`; for siblings use easier prompts, a larger `group_size` or "
+            "a lower `threshold`",
+        )
+        return {"kd/context_frac": having / count, "kd/context_dropped_frac": lost / count}
 
     def state_dict(self) -> State:
         """Return the totals."""

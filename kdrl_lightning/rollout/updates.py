@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
+from kdrl_lightning.teachers.own_prompt.groups import as_read
 
 OLD_FIELDS = ("old_logprobs", "old_entropy", "topk_ids")
 TEACHER_FIELDS = (
@@ -183,8 +184,8 @@ def plan_updates(
     # 2. Score with the student, except what the first update's forward pass gives.
     batch = _scored(batch, later if waits.student else [*first, *later], scoring.score, OLD_FIELDS)
     # 3. Score with the reference, and with the teacher unless each update runs it.
-    wide = joined([*first, *later], batch, cut.frozen_tokens)
-    batch = guard(partial(_frozen, batch, wide, scoring, waits))
+    parts = [*first, *later]
+    batch = guard(partial(_frozen, batch, parts, cut.frozen_tokens, scoring, waits))
     # 4. Let the objective decide what holds for the whole rollout. It gets the student's scores of
     #    all completions or of none.
     hidden = OLD_FIELDS if waits.student else ()
@@ -195,10 +196,15 @@ def plan_updates(
 
 
 def _frozen(
-    batch: RolloutBatch, parts: list[list[int]], scoring: Scoring, waits: Waits
+    batch: RolloutBatch, parts: list[list[int]], tokens: float, scoring: Scoring, waits: Waits
 ) -> RolloutBatch:
-    batch = _scored(batch, parts, scoring.score_reference, ("ref_logprobs",))
-    return batch if waits.teacher else _scored(batch, parts, scoring.score_teacher, TEACHER_FIELDS)
+    wide = joined(parts, batch, tokens)
+    batch = _scored(batch, wide, scoring.score_reference, ("ref_logprobs",))
+    if waits.teacher:
+        return batch
+    if batch.teacher_prompt_ids is not None:
+        wide = joined(parts, _by_prompt(as_read(batch)), tokens)
+    return _scored(batch, wide, scoring.score_teacher, TEACHER_FIELDS)
 
 
 def resume_updates(
@@ -272,6 +278,16 @@ def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> li
         else:
             out.append(rows)
     return out
+
+
+def _by_prompt(batch: RolloutBatch) -> RolloutBatch:
+    """Return a batch whose groups are the rows with one prompt.
+
+    Prompts of the teacher can differ within a group of the student, and be equal in two.
+    """
+    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    prompts = batch.input_ids.masked_fill(place >= batch.prompt_lengths[:, None], -1)
+    return batch.replace(group_ids=prompts.unique(dim=0, return_inverse=True)[1])
 
 
 def _scored(

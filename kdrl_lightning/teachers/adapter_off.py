@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.lora import adapters_off
+from kdrl_lightning.models.pretrained import context_length
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
@@ -40,6 +41,11 @@ class AdapterOffTeacher(Teacher):
     def joins(self) -> bool:  # type: ignore[override]
         """Whether the student runs each prompt once for all its completions."""
         return self._scorer().shares
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the student can read."""
+        return context_length(self._path) if self._path else None
 
     def prepare(self) -> None:
         """Do nothing: the student is already prepared."""

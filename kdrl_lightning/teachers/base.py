@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +15,12 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.own_prompt.contexts import Context
+from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
+from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
-
-
-class TeacherPrompt(NamedTuple):
-    """A prompt in the teacher's tokens.
-
-    Attributes:
-        ids: its token ids.
-        end: the token with which the teacher ends a completion of it.
-    """
-
-    ids: list[int]
-    end: int
 
 
 class Teacher(ABC):
@@ -48,6 +39,7 @@ class Teacher(ABC):
         aligns: the teacher's tokens are not the student's, so that it scores chunks of the sampled
             tokens and no others; ``check`` sets it.
         joins: one call may score several micro-batches, so that a prompt they share runs once.
+        has_own_prompt: completions are read after other prompts than the student's.
     """
 
     generates: bool = False
@@ -58,6 +50,7 @@ class Teacher(ABC):
     knows_entropy: bool = True
     joins: bool = False
     aligns: bool = False
+    has_own_prompt: bool = False
 
     @property
     def model_name(self) -> str | None:
@@ -73,6 +66,47 @@ class Teacher(ABC):
     def vocabulary_rows(self) -> int | None:
         """Rows of the teacher's embedding, which ids must stay below; None if unknown."""
         return None
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens, of prompt and completion together, that it can read; None if unknown."""
+        return None
+
+    @property
+    def contexts(self) -> Sequence[Context]:
+        """What the teacher reads besides the student's prompt."""
+        return ()
+
+    def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt] | None:
+        """Return the prompt after which each completion is read; None: the student's.
+
+        Args:
+            groups: this rank's judged completions of a rollout, in the order of the batch.
+        """
+        return None
+
+    def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:  # noqa: B027
+        """Raise ``ConfigurationError`` if the teacher's prompt of a row cannot be written.
+
+        Args:
+            row: of the training prompts.
+            tokenizer: the student's.
+        """
+
+    def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
+        """Check the contexts of training rows before the run.
+
+        Args:
+            rows: the checked rows of the training prompts.
+            tokenizer: the student's.
+
+        Returns:
+            A line on rows without a context; empty if all have one.
+
+        Raises:
+            ConfigurationError: no row has a context that the teacher can use.
+        """
+        return ""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -143,14 +177,6 @@ class Teacher(ABC):
     def route(self, row: Mapping[str, Any]) -> int:
         """Return the index of the teacher that scores a prompt row's completions; 0 if only one."""
         return 0
-
-    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
-        """Return a row's prompt in the teacher's tokens; None if it reads the student's prompt.
-
-        Raises:
-            ConfigurationError: the teacher cannot read this row.
-        """
-        return None
 
     def fingerprint(self) -> str:
         """Return a text that differs for teachers with different scores; call it after ``load``.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -16,24 +14,23 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
-from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding, on_any_rank
-from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.models.sharding import on_any_rank
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
+from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
+from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher(WrappedTeacher):
     """Looks up scores on disk; the wrapped teacher scores only completions that are not there.
 
-    The key holds everything that a score depends on: the teacher's fingerprint, precision, prompt,
-    completion, temperature and requested ids. The cache saves time if the same completions occur
-    again: after a resume, with other hyper-parameters and the same seed, and on completions that
-    the teacher generated.
+    The key holds everything that a score depends on: the teacher's fingerprint, precision, the
+    student's prompt and the teacher's, completion, temperature and requested ids. The cache saves
+    time if the same completions occur again: after a resume, with other hyper-parameters and the
+    same seed, and on completions that the teacher generated.
 
     Args:
         teacher: the teacher that scores completions that are not in the file yet.
@@ -48,90 +45,11 @@ class CachedTeacher(Teacher):
             raise ConfigurationError(
                 f"`path` must be a file: got {path}, which is a folder. Name a file in it."
             )
-        self.teacher = teacher
+        super().__init__(teacher)
         self.path = path
         self.hits = self.misses = 0
         self._database: sqlite3.Connection | None = None
         self._fingerprint = ""
-
-    @property
-    def generates(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher generates."""
-        return self.teacher.generates
-
-    @property
-    def gives_states(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher gives hidden states."""
-        return self.teacher.gives_states
-
-    @property
-    def model_name(self) -> str | None:
-        """Folder or hub name of the wrapped teacher's model."""
-        return self.teacher.model_name
-
-    @property
-    def tokenizer_path(self) -> str | None:
-        """Folder or hub name of the wrapped teacher's tokenizer."""
-        return self.teacher.tokenizer_path
-
-    @property
-    def aligns(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher has other tokens than the student."""
-        return self.teacher.aligns
-
-    @property
-    def vocabulary_rows(self) -> int | None:
-        """Rows of the wrapped teacher's embedding."""
-        return self.teacher.vocabulary_rows
-
-    def prepare(self) -> None:
-        """Prepare the wrapped teacher."""
-        self.teacher.prepare()
-
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Compare the tokenizers of the student and the wrapped teacher."""
-        self.teacher.check(student_tokenizer, student_path)
-
-    @property
-    def other_end(self) -> str | None:  # type: ignore[override]
-        """The wrapped teacher's ``other_end``."""
-        return self.teacher.other_end
-
-    @property
-    def collective(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher is collective."""
-        return self.teacher.collective
-
-    @property
-    def joins(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher scores several micro-batches in one call."""
-        return self.teacher.joins
-
-    @property
-    def knows_entropy(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher returns entropies."""
-        return self.teacher.knows_entropy
-
-    @property
-    def needs_lora(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher needs a student with adapters."""
-        return self.teacher.needs_lora
-
-    def spread(self, sharding: Sharding | None) -> None:
-        """Set how the wrapped teacher is split over ranks."""
-        self.teacher.spread(sharding)
-
-    def check_temperature(self, temperature: float) -> None:
-        """Raise if the wrapped teacher cannot score at this temperature."""
-        self.teacher.check_temperature(temperature)
-
-    def look_at(self, student: Scorer, path: str) -> None:
-        """Pass the student on to the wrapped teacher."""
-        self.teacher.look_at(student, path)
-
-    def accept(self, batch: RolloutBatch) -> None:
-        """Raise if the wrapped teacher cannot score these completions."""
-        self.teacher.accept(batch)
 
     def load(self, device: torch.device) -> None:
         """Load the wrapped teacher and open the file.
@@ -144,29 +62,9 @@ class CachedTeacher(Teacher):
         if self._database is None:
             self._database = _open(Path(self.path))
 
-    def release(self) -> None:
-        """Free the device memory of the wrapped teacher."""
-        self.teacher.release()
-
-    def route(self, row: Mapping[str, Any]) -> int:
-        """Return the wrapped teacher's route."""
-        return self.teacher.route(row)
-
-    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
-        """Return the prompt that the wrapped teacher reads."""
-        return self.teacher.prompt(row)
-
-    def weights(self) -> ModelWeights | None:
-        """Return the wrapped teacher's weights."""
-        return self.teacher.weights()
-
     def states(self, batch: RolloutBatch) -> Other:
         """Return the wrapped teacher's states; they are too large to cache."""
         return self.teacher.states(batch)
-
-    def fingerprint(self) -> str:
-        """Return the wrapped teacher's fingerprint."""
-        return self.teacher.fingerprint()
 
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Return scores from disk; the wrapped teacher scores the missing rows, which are stored.
@@ -218,8 +116,10 @@ class CachedTeacher(Teacher):
             batch.input_ids[row, : int(batch.lengths[row])].tolist(),
             None if topk_ids is None else topk_ids[row, :tokens].tolist(),
         ]
-        if batch.teacher_prompts is not None and batch.teacher_ends is not None:
-            content += [batch.teacher_prompts[row].tolist(), int(batch.teacher_ends[row])]
+        if batch.teacher_prompt_ids is not None:
+            content.append([i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0])
+        if batch.teacher_ends is not None:
+            content.append(int(batch.teacher_ends[row]))
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def _read(self, key: str, device: torch.device) -> TokenScores | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,19 +17,20 @@ from torch import Tensor
 
 from kdrl_lightning.alignment import Aligner, Chunked, TokenBytes
 from kdrl_lightning.alignment.chunks import Ints
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
-from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 from kdrl_lightning.teachers.tokenizers import check_same_vocabulary
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
+from kdrl_lightning.untyped import HFTokenizer, Row
 
-# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
-# row.
+# `Any`: transformers has no type that all tokenizers share.
 
 
 class Job(NamedTuple):
@@ -83,6 +85,21 @@ class CrossTokenizerTeacher(WrappedTeacher):
         self._worker: ThreadPoolExecutor | None = None
 
     @property
+    def has_own_prompt(self) -> bool:  # type: ignore[override]
+        """Whether the tokenizer, and so the prompt, is not the student's."""
+        return self._theirs is not None or self.teacher.has_own_prompt
+
+    @property
+    def vocabulary_rows(self) -> int | None:
+        """None, unless the teacher reads the student's ids."""
+        return self.teacher.vocabulary_rows if self._theirs is None else None
+
+    @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """None, unless the teacher has no tokenizer of its own: end tokens are translated."""
+        return self.teacher.other_end if self._theirs is None else None
+
+    @property
     def aligns(self) -> bool:  # type: ignore[override]
         """Whether the tokens differ from the student's."""
         return self._aligner is not None
@@ -119,22 +136,52 @@ class CrossTokenizerTeacher(WrappedTeacher):
         spec = json.dumps(student.spec, sort_keys=True)
         self._digest = hashlib.sha256(spec.encode()).hexdigest()
 
-    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
-        """Return the prompt as the teacher's tokenizer and chat template write it.
+    def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
+        """Raise if the teacher's template cannot render the row, or the prompt does not fit."""
+        theirs = self._theirs
+        if theirs is not None:
+            self._prompt(theirs, row)
+        self.teacher.check_row(row, tokenizer if theirs is None else theirs.tokenizer)
+
+    def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
+        """Check the contexts of the wrapped teacher; see ``Teacher.check_rows``."""
+        theirs = self._theirs
+        return self.teacher.check_rows(rows, tokenizer if theirs is None else theirs.tokenizer)
+
+    def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt] | None:
+        """Return each prompt as the teacher's tokenizer and chat template write it."""
+        inner = self.teacher.own_prompts(groups)
+        if self._theirs is None:
+            return inner
+        out = []
+        for group in groups:
+            # The rows of a group are one row.
+            own = self._prompt(self._theirs, group.attempts[0].row)
+            out += [own] * len(group.attempts)
+        if inner is None:
+            return out
+        # The wrapped teacher's own prompt, unless it falls back to the student's.
+        attempts = [attempt for group in groups for attempt in group.attempts]
+        return [
+            replace(
+                theirs, end=own.end, ids=own.ids if theirs.ids is one.prompt_ids else theirs.ids
+            )
+            for one, own, theirs in zip(attempts, out, inner, strict=True)
+        ]
+
+    def _prompt(self, theirs: Pretrained, row: Row) -> OwnPrompt:
+        """Return a row's prompt with the teacher's end token.
 
         Raises:
-            ConfigurationError: its template cannot render the row, or the prompt does not fit.
+            ConfigurationError: the template cannot render the row, or the prompt does not fit.
         """
-        theirs = self._theirs
-        if theirs is None:
-            return self.teacher.prompt(row)
         ids = encode_prompt(theirs.tokenizer, row, theirs.end_tokens.ids)
         if len(ids) >= theirs.context_length:
             raise ConfigurationError(
                 f"a prompt must leave room in the teacher's context of {theirs.context_length} "
                 f"tokens: got {len(ids)} tokens of {theirs.path}. Remove the row."
             )
-        return TeacherPrompt(ids, theirs.end_tokens.closing(row["prompt"]))
+        return OwnPrompt(ids, end=theirs.end_tokens.closing(row["prompt"]))
 
     def accept(self, batch: RolloutBatch) -> None:
         """Begin to align the completions of a rollout, while the student scores them."""
@@ -166,7 +213,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     def states(self, batch: RolloutBatch) -> Other:
         """Return the wrapped teacher's states, if the tokens are the student's."""
-        return self.teacher.states(self._same_tokens(batch))
+        return self.teacher.states(self._same_tokens(batch))._replace(per_row=True)
 
     def take_part(self, batch: RolloutBatch) -> None:
         """Join the collectives of the wrapped teacher with one completion."""
@@ -217,9 +264,13 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     def _prompts(self, batch: RolloutBatch) -> tuple[list[list[int]], list[int]]:
         """Return the teacher's prompt and end token of each completion."""
-        if batch.teacher_prompts is None or batch.teacher_ends is None:
-            raise RuntimeError("the batch has no teacher's prompts: call prompt() for its rows")
-        rows = batch.teacher_prompts.tolist()
+        if batch.teacher_prompt_ids is None or batch.teacher_ends is None:
+            raise TrainingStopped(
+                "completions must have been sampled with the teacher's own prompt and end token: "
+                "got some without. Use RolloutDataModule; if you resume with another teacher, take "
+                "a checkpoint of a rollout's end."
+            )
+        rows = batch.teacher_prompt_ids.tolist()
         return [[i for i in row if i >= 0] for row in rows], batch.teacher_ends.tolist()
 
     def _jobs(self, batch: RolloutBatch) -> list[Job]:

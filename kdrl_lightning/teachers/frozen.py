@@ -15,10 +15,11 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
-from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
+from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
-from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
+from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
@@ -44,6 +45,7 @@ class FrozenModels:
         self.active = teacher
         self.reference: Teacher | None = None
         self.seconds = 0.0
+        self._dropped = 0
         self._device = torch.device("cpu")
 
     @property
@@ -115,32 +117,28 @@ class FrozenModels:
         """Return which of several teachers scores the completions of a prompt row."""
         return 0 if self._teacher is None else self._teacher.route(row)
 
-    def with_prompts(self, batch: RolloutBatch, rows: Sequence[Mapping[str, Any]]) -> RolloutBatch:
-        """Return the batch with the prompts that the teacher reads, if they are not the student's.
-
-        Args:
-            batch: B completions.
-            rows: B prompt rows; those of a group are one object.
-        """
-        if self._teacher is None:
-            return batch
-        found: dict[int, TeacherPrompt | None] = {}
-        for row in rows:
-            if id(row) not in found:
-                found[id(row)] = self._teacher.prompt(row)
-        own = [found[id(row)] for row in rows]
-        if not any(own):
-            return batch
-        ends = [-1 if prompt is None else prompt.end for prompt in own]
-        return batch.replace(
-            teacher_prompts=pad_rows([p.ids if p else [] for p in own], -1, torch.long),
-            teacher_ends=torch.tensor(ends, dtype=torch.long),
-        )
-
     def accept(self, batch: RolloutBatch) -> None:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
         if self._teacher is not None:
             self._teacher.accept(batch)
+
+    def write_prompts(self, batch: RolloutBatch, groups: Sequence[Group]) -> RolloutBatch:
+        """Return the batch with the teacher's own prompts, if it has any.
+
+        Args:
+            batch: this rank's completions.
+            groups: their groups, in the order of the batch.
+        """
+        prompts = None if self.active is None else self.active.own_prompts(groups)
+        if prompts is None:
+            return batch
+        self._dropped += sum(prompt.dropped for prompt in prompts)
+        return with_prompts(batch, prompts)
+
+    def take_dropped(self) -> int:
+        """Return how many contexts were too long or not renderable since the last call."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
         """Add the reference's log-probabilities; without a reference, return the batch."""

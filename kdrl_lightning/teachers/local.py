@@ -16,6 +16,7 @@ from kdrl_lightning.models.loading import (
     load_tokenizer,
     model_path,
 )
+from kdrl_lightning.models.pretrained import context_length
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding, load_scorer
 from kdrl_lightning.models.weights import ModelWeights
@@ -91,6 +92,11 @@ class LocalTeacher(Teacher):
     def vocabulary_rows(self) -> int:
         """Rows of the teacher's embedding."""
         return int(load_config(model_path(self.model)).get_text_config().vocab_size)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens, of prompt and completion together, that the teacher can read."""
+        return context_length(model_path(self.model))
 
     def prepare(self) -> None:
         """Make the model's folder if its source needs to."""

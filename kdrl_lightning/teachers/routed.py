@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.own_prompt.contexts import Context
+from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
+from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
@@ -77,6 +80,47 @@ class RoutedTeacher(Teacher):
         """Rows of the smallest embedding of the teachers; None if no teacher knows."""
         known = (teacher.vocabulary_rows for teacher in self.teachers.values())
         return min((rows for rows in known if rows is not None), default=None)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that every teacher can read; None if no teacher knows."""
+        known = (teacher.context_length for teacher in self.teachers.values())
+        return min((length for length in known if length is not None), default=None)
+
+    @property
+    def has_own_prompt(self) -> bool:  # type: ignore[override]
+        """Whether any teacher has a prompt of its own."""
+        return any(teacher.has_own_prompt for teacher in self.teachers.values())
+
+    @property
+    def contexts(self) -> list[Context]:
+        """What the teachers read besides the student's prompt."""
+        return [part for teacher in self.teachers.values() for part in teacher.contexts]
+
+    def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt] | None:
+        """Return the prompts of each group's teacher; the student's if it has none of its own."""
+        if not self.has_own_prompt:
+            return None
+        out = []
+        for group in groups:
+            own = self._of(group.attempts[0].row).own_prompts([group])
+            out += own or [OwnPrompt(attempt.prompt_ids) for attempt in group.attempts]
+        return out
+
+    def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
+        """Raise if the prompt of the row's teacher cannot be written."""
+        self._of(row).check_row(row, tokenizer)
+
+    def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
+        """Check the contexts of each teacher's rows."""
+        lines = []
+        for teacher in self.teachers.values():
+            of_teacher = [row for row in rows if self._of(row) is teacher]
+            lines.append(teacher.check_rows(of_teacher, tokenizer) if of_teacher else "")
+        return "; ".join(filter(None, lines))
+
+    def _of(self, row: Mapping[str, Any]) -> Teacher:
+        return self.teachers[self._order[self.route(row)]]
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
@@ -148,10 +192,6 @@ class RoutedTeacher(Teacher):
                 "teacher to `teachers`."
             )
         return self._order.index(str(name))
-
-    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
-        """Return the prompt that the row's teacher reads."""
-        return self.teachers[self._order[self.route(row)]].prompt(row)
 
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Score every row with its teacher; see ``Teacher.score``."""

@@ -97,6 +97,11 @@ class ServerTeacher(Teacher):
         return not self.collective
 
     @property
+    def context_length(self) -> int | None:
+        """Most tokens, of prompt and completion together, of the servers; None before ``load``."""
+        return self._context - 1 if self._context else None
+
+    @property
     def tokenizer_path(self) -> str:
         """Folder or hub name of the served model."""
         return model_path(self.model)

@@ -1,22 +1,29 @@
-"""The base of teachers that ask another teacher."""
+"""The base of teachers that wrap another one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.models.weights import ModelWeights
-from kdrl_lightning.teachers.base import Teacher, TeacherPrompt
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.own_prompt.contexts import Context
+from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
+from kdrl_lightning.untyped import HFTokenizer, Row
 
-# `Any`: users decide the columns of a row.
+# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
+# row.
 
 
 class WrappedTeacher(Teacher):
-    """Answers as the wrapped teacher does, until a subclass says otherwise.
+    """Passes everything on to the wrapped teacher; a subclass changes what it needs to.
 
     Args:
         teacher: the wrapped teacher.
@@ -34,6 +41,66 @@ class WrappedTeacher(Teacher):
     def gives_states(self) -> bool:  # type: ignore[override]
         """Whether the wrapped teacher gives hidden states."""
         return self.teacher.gives_states
+
+    @property
+    def model_name(self) -> str | None:
+        """Folder or hub name of the wrapped teacher's model."""
+        return self.teacher.model_name
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the wrapped teacher's tokenizer."""
+        return self.teacher.tokenizer_path
+
+    @property
+    def aligns(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped teacher has other tokens than the student."""
+        return self.teacher.aligns
+
+    @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the wrapped teacher's embedding."""
+        return self.teacher.vocabulary_rows
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the wrapped teacher can read."""
+        return self.teacher.context_length
+
+    @property
+    def has_own_prompt(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped teacher has a prompt of its own."""
+        return self.teacher.has_own_prompt
+
+    @property
+    def contexts(self) -> Sequence[Context]:
+        """What the wrapped teacher reads besides the student's prompt."""
+        return self.teacher.contexts
+
+    def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt] | None:
+        """Return the wrapped teacher's prompts."""
+        return self.teacher.own_prompts(groups)
+
+    def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
+        """Raise if the wrapped teacher's prompt of a row cannot be written."""
+        self.teacher.check_row(row, tokenizer)
+
+    def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
+        """Check the wrapped teacher's contexts."""
+        return self.teacher.check_rows(rows, tokenizer)
+
+    def prepare(self) -> None:
+        """Prepare the wrapped teacher."""
+        self.teacher.prepare()
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Compare the tokenizers of the student and the wrapped teacher."""
+        self.teacher.check(student_tokenizer, student_path)
+
+    @property
+    def other_end(self) -> str | None:  # type: ignore[override]
+        """The wrapped teacher's ``other_end``."""
+        return self.teacher.other_end
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
@@ -55,20 +122,6 @@ class WrappedTeacher(Teacher):
         """Whether the wrapped teacher needs a student with adapters."""
         return self.teacher.needs_lora
 
-    @property
-    def model_name(self) -> str | None:
-        """Folder or hub name of the wrapped teacher's model."""
-        return self.teacher.model_name
-
-    @property
-    def tokenizer_path(self) -> str | None:
-        """Folder or hub name of the wrapped teacher's tokenizer."""
-        return self.teacher.tokenizer_path
-
-    def prepare(self) -> None:
-        """Prepare the wrapped teacher."""
-        self.teacher.prepare()
-
     def spread(self, sharding: Sharding | None) -> None:
         """Set how the wrapped teacher is split over ranks."""
         self.teacher.spread(sharding)
@@ -80,6 +133,10 @@ class WrappedTeacher(Teacher):
     def look_at(self, student: Scorer, path: str) -> None:
         """Pass the student on to the wrapped teacher."""
         self.teacher.look_at(student, path)
+
+    def accept(self, batch: RolloutBatch) -> None:
+        """Raise if the wrapped teacher cannot score these completions."""
+        self.teacher.accept(batch)
 
     def load(self, device: torch.device) -> None:
         """Load the wrapped teacher."""
@@ -93,10 +150,22 @@ class WrappedTeacher(Teacher):
         """Return the wrapped teacher's route."""
         return self.teacher.route(row)
 
-    def prompt(self, row: Mapping[str, Any]) -> TeacherPrompt | None:
-        """Return the prompt that the wrapped teacher reads."""
-        return self.teacher.prompt(row)
-
     def weights(self) -> ModelWeights | None:
         """Return the wrapped teacher's weights."""
         return self.teacher.weights()
+
+    def states(self, batch: RolloutBatch) -> Other:
+        """Return the wrapped teacher's states."""
+        return self.teacher.states(batch)
+
+    def fingerprint(self) -> str:
+        """Return the wrapped teacher's fingerprint."""
+        return self.teacher.fingerprint()
+
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Return the wrapped teacher's scores; see ``Teacher.score``."""
+        return self.teacher.score(batch, topk_ids)
+
+    def take_part(self, batch: RolloutBatch) -> None:
+        """Join the wrapped teacher's collectives."""
+        self.teacher.take_part(batch)

@@ -9,8 +9,8 @@ from kdrl_lightning.tiny.models import SHIPPED, TinyModel, pack, shipped_checksu
 
 
 def main() -> None:
-    """Write both weight files and print whether their checksums match ``shipped/SHA256SUMS``."""
-    for model in (TinyModel("teacher"), TinyModel("student")):
+    """Write the weight files and print whether their checksums match ``shipped/SHA256SUMS``."""
+    for model in (TinyModel("teacher"), TinyModel("student"), TinyModel("reader")):
         with tempfile.TemporaryDirectory() as folder:
             model.train(Path(folder))
             file = SHIPPED / f"{model.recipe_name}.safetensors"

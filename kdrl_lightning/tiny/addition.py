@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import Sample
 
 SYMBOLS = "0123456789+=,#"
+# How a prompt shows a worked answer to a model that has learned to read one.
+READING = "{context}#{prompt}"
 
 
 def worked_answer(a: int, b: int, digits: int, forget: Sequence[bool] | None = None) -> str:
@@ -74,18 +76,24 @@ class ColumnAddition(PromptSource):
         size: number of problems, at least 1.
         seed: seed of the problems; another seed gives other problems.
         digits: digits of each number, at least 1; the shipped models are trained on four.
+        solutions: add the worked answer as the column ``solution``, for a teacher that reads it.
 
     >>> ColumnAddition(size=1, digits=2)[0]
     {'prompt': '85+63=', 'answer': '148'}
+    >>> ColumnAddition(size=1, digits=2, solutions=True)[0]["solution"]
+    '08,14#148'
     """
 
-    def __init__(self, size: int = 4096, seed: int = 0, digits: int = 4) -> None:
+    def __init__(
+        self, size: int = 4096, seed: int = 0, digits: int = 4, solutions: bool = False
+    ) -> None:
         _at_least("size", size, 1)
         _at_least("seed", seed, 0)
         _at_least("digits", digits, 1)
         self.size = size
         self.seed = seed
         self.digits = digits
+        self.solutions = solutions
 
     def __len__(self) -> int:
         return self.size
@@ -93,7 +101,10 @@ class ColumnAddition(PromptSource):
     def __getitem__(self, index: int) -> dict[str, str]:
         a, b, _ = _problem(index, self.size, self.seed, self.digits)
         answer = f"{a + b:0{self.digits + 1}d}"
-        return {"prompt": _prompt(a, b, self.digits), "answer": answer}
+        row = {"prompt": _prompt(a, b, self.digits), "answer": answer}
+        if self.solutions:
+            row["solution"] = worked_answer(a, b, self.digits)
+        return row
 
 
 class AdditionTraces(PromptSource):
@@ -106,9 +117,18 @@ class AdditionTraces(PromptSource):
         seed: seed of the problems and of the forgotten carries.
         digits: digits of each number, at least 1.
         slip: probability that the annotator forgets a carry, in [0, 1].
+        shown: probability that the prompt shows the right worked answer first, as ``READING``
+            writes it, in [0, 1]; the annotator then copies it and forgets nothing.
     """
 
-    def __init__(self, size: int = 4096, seed: int = 0, digits: int = 4, slip: float = 0.0) -> None:
+    def __init__(
+        self,
+        size: int = 4096,
+        seed: int = 0,
+        digits: int = 4,
+        slip: float = 0.0,
+        shown: float = 0.0,
+    ) -> None:
         _at_least("size", size, 1)
         _at_least("seed", seed, 0)
         _at_least("digits", digits, 1)
@@ -117,10 +137,12 @@ class AdditionTraces(PromptSource):
                 f"`slip` must be in [0, 1]: got {slip}. "
                 "Pass the probability that a carry is forgotten."
             )
+        require_between("shown", shown, 0.0, 1.0)
         self.size = size
         self.seed = seed
         self.digits = digits
         self.slip = slip
+        self.shown = shown
 
     def __len__(self) -> int:
         return self.size
@@ -128,8 +150,12 @@ class AdditionTraces(PromptSource):
     def __getitem__(self, index: int) -> dict[str, str]:
         a, b, rng = _problem(index, self.size, self.seed, self.digits)
         forget = [bool(draw < self.slip) for draw in rng.random(self.digits - 1)]
-        completion = worked_answer(a, b, self.digits, forget)
-        return {"prompt": _prompt(a, b, self.digits), "completion": completion}
+        prompt = _prompt(a, b, self.digits)
+        if rng.random() < self.shown:
+            right = worked_answer(a, b, self.digits)
+            prompt = READING.replace("{context}", right).replace("{prompt}", prompt)
+            return {"prompt": prompt, "completion": right}
+        return {"prompt": prompt, "completion": worked_answer(a, b, self.digits, forget)}
 
 
 def _problem(i: int, size: int, seed: int, digits: int) -> tuple[int, int, np.random.Generator]:

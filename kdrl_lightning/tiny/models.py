@@ -1,6 +1,6 @@
 """The embedded teacher and student: small Qwen2 models for column addition.
 
-The package ships the two models that the configurations use, so that every machine starts from the
+The package ships the models that the configurations use, so that every machine starts from the
 same weights. A model with another slip, seed or number of digits is trained on first use. Both
 kinds are kept in the cache folder.
 """
@@ -40,6 +40,7 @@ class Recipe:
         merged: two digits are one token.
         muon: train the layers' matrices with Muon. It teaches the student its misconception more
             exactly: a student that also writes carries that do not exist hardly improves under RL.
+        shown: share of the worked additions whose prompt shows the right one first.
     """
 
     width: int
@@ -48,14 +49,16 @@ class Recipe:
     lr: float
     muon: bool
     batch_size: int = 32
-    # Left out of the name of the shipped files, which is a digest of this text.
+    # Left out of the names of shipped files, which are older.
     merged: bool = field(default=False, repr=False)
+    shown: float = field(default=0.0, repr=False)
 
 
 RECIPES = {
     "teacher": Recipe(width=128, layers=3, steps=600, lr=3e-3, muon=False),
     "merging_teacher": Recipe(width=128, layers=3, steps=1200, lr=3e-3, muon=False, merged=True),
     "student": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48),
+    "reader": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48, shown=0.5),
 }
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -65,42 +68,45 @@ class TinyModel(ModelSource):
     """Model source for column addition: unpacks a shipped model, or trains it on first use.
 
     The student has a misconception: the annotator of its training data forgets each carry with
-    probability ``slip``. So the student samples the right step, but rarely. Models are kept in the
+    probability ``slip``. So the student samples the right step, but rarely. The reader is a student
+    that copies a worked answer if its prompt shows one: its own teacher. Models are kept in the
     cache folder.
 
     Args:
-        role: ``teacher`` (correct traces), ``student``, or ``merging_teacher``, a teacher whose
-            tokenizer writes two digits as one token (see ``CrossTokenizerTeacher``).
-        slip: probability that a carry is forgotten in the student's data, in [0, 1]; the teacher's
-            data is always correct.
+        role: ``teacher`` (correct traces), ``student``, ``reader``, or ``merging_teacher``, a
+            teacher whose tokenizer writes two digits as one token (see ``CrossTokenizerTeacher``).
+        slip: probability that a carry is forgotten in the data of student and reader, in [0, 1];
+            the teachers' data is always correct.
         digits: digits of each number, 1 to 9.
         seed: seed of the initial weights and the data.
     """
 
     def __init__(
         self,
-        role: Literal["teacher", "student", "merging_teacher"],
+        role: Literal["teacher", "student", "reader", "merging_teacher"],
         slip: float = 0.9,
         digits: int = 4,
         seed: int = 0,
     ) -> None:
         if role not in RECIPES:
             raise ConfigurationError(
-                f"`role` must be one of {', '.join(RECIPES)}: got {role}. Choose one of these."
+                f"`role` must be one of {', '.join(RECIPES)}: got {role}. Choose one of them."
             )
         require_between("slip", slip, 0.0, 1.0)
         require_between("digits", digits, 1, 9)
         require_between("seed", seed, 0, float("inf"))
         self.role = role
-        self.slip = slip if role == "student" else 0.0
+        self.slip = 0.0 if role == "teacher" else slip
         self.digits = digits
         self.seed = seed
 
     @property
     def recipe_name(self) -> str:
         """Name of the settings that determine the weights."""
-        slip = f"-slip{float(self.slip)!r}" if self.role == "student" else ""
-        key = hashlib.sha256(repr(RECIPES[self.role]).encode()).hexdigest()[:8]
+        slip = "" if self.role == "teacher" else f"-slip{float(self.slip)!r}"
+        recipe = RECIPES[self.role]
+        text = f"{recipe!r}, shown={recipe.shown!r}" if recipe.shown else repr(recipe)
+        key = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"addition{self.digits}-{self.role}{slip}-seed{self.seed}-{key}"
 
     @property
@@ -155,7 +161,8 @@ class TinyModel(ModelSource):
             optimizer=lambda p: make_optimizer(list(p), recipe),
             lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
         )
-        traces = AdditionTraces(recipe.steps * recipe.batch_size, self.seed, self.digits, self.slip)
+        size = recipe.steps * recipe.batch_size
+        traces = AdditionTraces(size, self.seed, self.digits, self.slip, recipe.shown)
         trainer = pl.Trainer(
             strategy=SingleDeviceStrategy("cpu"),
             max_steps=recipe.steps,

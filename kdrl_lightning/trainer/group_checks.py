@@ -146,3 +146,22 @@ def check_teacher_completions(
             f"{type(share.engine).__name__} beside `rollout_engine` {type(engine).__name__}. Leave "
             "it out, or serve the teacher and use VLLMTeacherEngine."
         )
+
+
+def check_contexts(teacher: Teacher, completions: int) -> None:
+    """Check that a group has what the teacher's context is made of.
+
+    Args:
+        teacher: the teacher of the configuration.
+        completions: completions per prompt, of student and teacher.
+
+    Raises:
+        ConfigurationError: the context is another completion of a group of one.
+    """
+    siblings = [context for context in teacher.contexts if context.reads_siblings]
+    if siblings and completions < 2:
+        raise ConfigurationError(
+            f"`group_size` must be at least 2 for a {type(siblings[0]).__name__}, which shows "
+            f"another completion of the group: got {completions}. Sample more completions per "
+            "prompt."
+        )

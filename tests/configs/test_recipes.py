@@ -150,13 +150,26 @@ RLAD_PAPER = {
 }
 
 
+NOT_THINKING = {"prefix": "<think>\n\n</think>\n\n"}
+
+
+def read(teacher: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the model that scores, and of its prompt."""
+    given = teacher["init_args"]
+    if teacher["class_path"] == "PromptedTeacher":
+        return given["teacher"]["init_args"], given["prompt"]
+    return given, {}
+
+
 @pytest.mark.parametrize("name", RLAD_PAPER)
 def test_rlads_recipes_are_the_papers(name: str) -> None:
     file = FOLDER / f"{name}.yaml"
     config = load_with_base(file.read_text(), str(file))
     model, rollout = config["model"], config["data"]["rollout"]
     student, teacher, tokens, objective = RLAD_PAPER[name]
-    assert (model["student"], model["teacher"]["init_args"]["model"]) == (student, teacher)
+    reader, prompt = read(model["teacher"])
+    assert (model["student"], reader["model"]) == (student, teacher)
+    assert (prompt == NOT_THINKING) == student.endswith("-Base")
     assert (rollout["max_tokens"], rollout["prompts_per_rollout"]) == (tokens, 256)
     assert model["optimizer"]["init_args"]["lr"] == 1e-6
     given = model["objective"]["init_args"]
@@ -200,6 +213,7 @@ def test_the_replications_recipes_are_its_own(name: str) -> None:
     if name != "grpo":
         selections = [s["class_path"] for s in objective["init_args"]["selection"]]
         assert selections[-1] == "ExceptEndToken"
+        assert read(config["model"]["teacher"]) == ({"model": "Qwen/Qwen3-8B"}, NOT_THINKING)
 
 
 def test_the_system_prompt_of_the_replication_is_reasoning_gyms() -> None:

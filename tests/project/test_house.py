@@ -34,7 +34,7 @@ ALLOWED = {
     "prompts": FLOOR,
     "engines": FLOOR | {"distributed", "models"},
     "alignment": FLOOR,
-    "teachers": FLOOR | {"alignment", "engines", "losses", "models", "prompts"},
+    "teachers": FLOOR | {"alignment", "engines", "losses", "models", "prompts", "rewards"},
     "checkpoints": FLOOR | {"distributed", "models", "trainer"},
     "rollout": FLOOR
     | {"distributed", "engines", "metrics", "models", "objectives", "rewards", "teachers"},

@@ -14,7 +14,8 @@ from torch import Tensor
 from helpers.short_runs import make_slots
 from kdrl_lightning.rollout import saved as store
 from kdrl_lightning.rollout.prompt_order import Slots
-from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.rollout.updates import TEACHER_FIELDS
+from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 
 PAD = 7
 WIDE = ("old_logprobs", "old_entropy", "teacher_logprobs", "teacher_entropy", "ref_logprobs")
@@ -69,6 +70,10 @@ def batch_of(slots: list[int], groups: Any, seed: int, dtype: torch.dtype) -> Ro
             own = noise(key + 2, s, i, length, *value.shape[2:])
             value[row, :length] = (own * 100).to(value.dtype)
     scored["advantages"] = torch.stack([noise(99, s, i, 1)[0] for _, s, i in rows])
+    if seed % 2:
+        scored["has_context"] = torch.tensor([(s + i) % 2 == 0 for _, s, i in rows])
+        prompts = [[s, *p][: 1 + i] for (_, s, i), (p, _) in zip(rows, pairs, strict=True)]
+        scored["teacher_prompt_ids"] = pad_rows(prompts, -1, torch.long)
     scored["imitation_mask"] = batch.completion_mask & (scored["ref_logprobs"] > 0)
     if seed % 3 == 0:  # each update runs the teacher, and the first one the student
         scored = {n: v for n, v in scored.items() if not n.startswith(("teacher", "old", "topk"))}
@@ -142,7 +147,7 @@ def test_a_rollout_of_0_1_says_that_its_teacher_is_yet_to_come(pending: bool) ->
     state = store.pack(batch, slots.of_rank(0, 1), PAD)
     assert state is not None
     got = store.unpack({**state, "teacher_pending": pending}, slots.of_rank(0, 1))
-    names = [f.name for f in fields(got) if f.name.startswith("teacher_") and "route" not in f.name]
+    names = [f.name for f in fields(got) if f.name in TEACHER_FIELDS]
     assert len(names) == 5
     missing = batch.replace(**dict.fromkeys(names))
     same(got, missing if pending else batch)

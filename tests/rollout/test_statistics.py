@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 
 from helpers.one_rank import alone
 from kdrl_lightning.rewards import RewardFailures, RewardRunner, Sample
@@ -196,3 +197,15 @@ def test_the_warning_speaks_of_all_ranks():
         warnings.simplefilter("error")
         metrics = RolloutWatch().measure(cut, judge(), {}, two_ranks)
     assert metrics["rollout/truncated_frac"] == 0.5
+
+
+def test_contexts_are_counted_over_ranks_and_their_lack_is_told_once():
+    batch, watch = rollout([0.0] * 4, [0, 0, 1, 1]), RolloutWatch()
+    assert watch.measure_contexts(batch, 0, alone) == {}
+    some = batch.replace(has_context=torch.tensor([True, False, True, True]))
+    found = watch.measure_contexts(some, 1, lambda values, _: 2 * values)  # two equal ranks
+    assert found == {"kd/context_frac": 0.75, "kd/context_dropped_frac": 0.25}
+    none = batch.replace(has_context=torch.zeros(4, dtype=torch.bool))
+    with pytest.warns(UserWarning, match=r"^100% of the completions have no context for the teac"):
+        watch.measure_contexts(none, 0, alone)
+    watch.measure_contexts(none, 0, alone)  # warnings are errors

@@ -22,11 +22,12 @@ from kdrl_lightning import (
     RoutedTeacher,
     ServerTeacher,
 )
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers.frozen import FrozenModels
+from kdrl_lightning.teachers.own_prompt.groups import Group
 from kdrl_lightning.tiny.addition import SYMBOLS
 
 CPU = torch.device("cpu")
@@ -84,8 +85,11 @@ def batch_of(teacher: Any, student: str, texts: list[tuple[str, str]], **more: A
         truncated=[not completion.endswith(".") for _, completion in texts],
         **more,
     )
-    frozen = FrozenModels(teacher)
-    return frozen.with_prompts(made, [{"prompt": prompt, **more} for prompt, _ in texts])
+    return FrozenModels(teacher).write_prompts(made, groups([{"prompt": p} for p, _ in texts]))
+
+
+def groups(rows: list[Any]) -> list[Any]:
+    return [Group([SimpleNamespace(row=row, prompt_ids=[3, 3])]) for row in rows]  # type: ignore[list-item]
 
 
 TEXTS = [("12+34=", "06,04#46."), ("1+1=", "0102030"), ("99+10=", "."), ("7+10=", "1,1,11")]
@@ -172,7 +176,7 @@ def test_it_wraps_and_is_wrapped(student_folder: str, merging: str, tmp_path: Pa
         assert cached.aligns
     assert (outside.hits, outside.misses) == (4, 4)
     # Another prompt of the teacher is another key.
-    outside.score(batch.replace(teacher_prompts=batch.teacher_prompts.roll(1, 1).clamp(min=2)))  # type: ignore[union-attr]
+    outside.score(batch.replace(teacher_prompt_ids=batch.teacher_prompt_ids.flip(1).clamp(min=2)))  # type: ignore[union-attr]
     assert outside.misses == 8
 
 
@@ -185,7 +189,7 @@ def test_a_routed_teacher_of_both_kinds_fills_the_places(
     texts = TEXTS[:2]
     rows = [{"prompt": p, "teacher": t} for (p, _), t in zip(texts, ("cross", "near"), strict=True)]
     batch = batch_of(None, student_folder, texts, teacher_route=[0, 1])
-    batch = FrozenModels(both).with_prompts(batch, rows)
+    batch = FrozenModels(both).write_prompts(batch, groups(rows))
     assert both.aligns and batch.teacher_ends.tolist() == [1, -1]  # type: ignore[union-attr]
     got = both.score(batch)
     equal(
@@ -202,11 +206,11 @@ def test_prompts_are_the_teachers_own(student_folder: str, merging: str) -> None
     teacher = ready(CrossTokenizerTeacher(LocalTeacher(merging)), student_folder)
     tokenizer = load_tokenizer(merging)
     row = {"prompt": [{"role": "user", "content": "10+1="}]}
-    ids, end = teacher.prompt(row)
-    assert ids == tokenizer("10+1=#")["input_ids"] and end == 1
-    assert teacher.prompt({"prompt": "10+1="}).ids == tokenizer("10+1=")["input_ids"]
+    chat, plain = teacher.own_prompts(groups([row, {"prompt": "10+1="}]))
+    assert chat.ids == tokenizer("10+1=#")["input_ids"] and chat.end == plain.end == 1
+    assert plain.ids == tokenizer("10+1=")["input_ids"]
     with pytest.raises(ConfigurationError, match=r"context of 128 tokens: got 130 tokens"):
-        teacher.prompt({"prompt": "+" * 130})
+        teacher.check_row({"prompt": "+" * 130}, None)
     # A completion that does not fit into the teacher's context is scored up to its end.
     (batch,) = (batch_of(teacher, student_folder, [("+" * 124, "1,2,3,4.")]),)
     assert teacher.score(batch).chunk_places[0].tolist() == [0] * 4 + [-1] * 4
@@ -234,9 +238,9 @@ def test_bad_settings(student_folder: str, merging: str) -> None:
         CrossTokenizerTeacher(LocalTeacher(merging), 0)
     two = {"a": LocalTeacher(merging), "b": LocalTeacher(student_folder)}
     with pytest.raises(ConfigurationError, match="must have one tokenizer in a CrossTokenizer"):
-        CrossTokenizerTeacher(RoutedTeacher(two)).prompt({"prompt": "1"})
+        CrossTokenizerTeacher(RoutedTeacher(two)).check_row({"prompt": "1"}, None)
     teacher = ready(CrossTokenizerTeacher(LocalTeacher(merging)), student_folder)
-    with pytest.raises(RuntimeError, match=r"has no teacher's prompts: call prompt\(\)"):
+    with pytest.raises(TrainingStopped, match="with the teacher's own prompt and end token: got s"):
         teacher.score(collate([[3]], [[4]], [0], pad_id=0))
     one = RoutedTeacher({"a": LocalTeacher(merging)}).tokenizer_path
     assert one == ServerTeacher(merging, ["http://127.0.0.1:1"]).tokenizer_path == merging

@@ -147,6 +147,26 @@ def test_traces_are_of_the_same_problems():
     assert [problems[i]["prompt"] for i in range(40)] == [traces[i]["prompt"] for i in range(40)]
 
 
+def test_solutions_are_a_column_more():
+    plain, solved = ColumnAddition(20, 3), ColumnAddition(20, 3, solutions=True)
+    for row, more in zip(plain, solved, strict=True):
+        right = worked_answer(*numbers(row["prompt"]), 4)
+        assert more == {**row, "solution": right} and addition_reward(Sample(right, [], more))
+
+
+@pytest.mark.parametrize("shown", [0.0, 0.4, 1.0])
+def test_shown_answers_are_right_and_copied(shown):
+    plain = list(AdditionTraces(300, 2, slip=0.9))
+    rows = list(AdditionTraces(300, 2, slip=0.9, shown=shown))
+    seen = 0
+    for row, without in zip(rows, plain, strict=True):
+        right = worked_answer(*numbers(without["prompt"]), 4)
+        if row != without:
+            assert row == {"prompt": f"{right}#{without['prompt']}", "completion": right}
+            seen += 1
+    assert seen / 300 == pytest.approx(shown, abs=0.1)
+
+
 @pytest.mark.parametrize("digits", [1, 4])
 def test_slip_0_is_the_right_trace(digits):
     source = AdditionTraces(200, 1, digits, slip=0.0)
@@ -256,6 +276,11 @@ def test_worked_answer_refuses_what_does_not_fit(arguments, words):
 def test_sources_refuse_bad_values(source, arguments, words):
     with pytest.raises(ConfigurationError, match=words):
         source(**arguments)
+
+
+def test_shown_is_a_probability():
+    with pytest.raises(ConfigurationError, match=r"^`shown` must be in \[0, 1\]: got 1\.5\.$"):
+        AdditionTraces(shown=1.5)
 
 
 @pytest.mark.parametrize("slip", [-0.1, 1.1, float("nan")])

@@ -20,7 +20,7 @@ from kdrl_lightning.tiny.models import Recipe, TinyModel, save_untrained
     [
         (
             {"role": "parent"},
-            r"^`role` must be one of teacher, student, merging_teacher: got parent\. Choose",
+            r"^`role` must be one of teacher, merging_teacher, student, reader: got parent\.",
         ),
         ({"role": "student", "slip": 1.5}, r"^`slip` must be in \[0, 1\]: got 1\.5\.$"),
         ({"role": "student", "slip": math.nan}, r"^`slip` must be in \[0, 1\]: got nan\.$"),
@@ -43,6 +43,8 @@ def test_whatever_the_weights_depend_on_changes_the_name():
         TinyModel("student", slip=math.nextafter(0.9, 1.0)),
         TinyModel("student", digits=5),
         TinyModel("student", seed=1),
+        TinyModel("reader"),
+        TinyModel("reader", slip=0.5),
     ]
     assert len({model.name for model in variants}) == len(variants)
 
@@ -58,6 +60,13 @@ def test_the_name_has_the_slip_in_full(slip, written):
 def test_a_recipe_takes_32_additions_per_step_unless_said_otherwise():
     assert Recipe(width=32, layers=1, steps=1, lr=1e-3, muon=False).batch_size == 32
     assert models.RECIPES["teacher"].batch_size == 32
+
+
+def test_what_a_reader_is_shown_changes_its_name_and_no_other(monkeypatch):
+    reader, student = TinyModel("reader").name, TinyModel("student").recipe_name
+    monkeypatch.setitem(models.RECIPES, "reader", replace(models.RECIPES["reader"], shown=0.25))
+    assert TinyModel("reader").name != reader
+    assert student == "addition4-student-slip0.9-seed0-abc1589c"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +118,7 @@ def test_the_shipped_pair_is_unpacked_and_a_changed_file_is_refused(tmp_path, mo
     import kdrl_lightning.tiny.models as models
 
     monkeypatch.setenv("KDRL_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    for role in ("teacher", "student"):
+    for role in ("teacher", "reader", "student"):
         model = TinyModel(role)
         file = models.SHIPPED / f"{model.recipe_name}.safetensors"
         assert file.stat().st_size < 1_500_000
@@ -122,6 +131,29 @@ def test_the_shipped_pair_is_unpacked_and_a_changed_file_is_refused(tmp_path, mo
     save_file(weights, broken)
     with pytest.raises(ConfigurationError, match="must have the checksum 4718"):
         models.unpack(broken, models.RECIPES["student"], tmp_path / "folder")
+
+
+def test_the_reader_is_its_own_teacher(tmp_path, monkeypatch):
+    """After the worked answer it writes it; after the question alone it forgets carries."""
+    from kdrl_lightning.models.loading import load_tokenizer
+    from kdrl_lightning.tiny.addition import READING, ColumnAddition
+
+    monkeypatch.setenv("KDRL_LIGHTNING_CACHE", str(tmp_path))
+    path = TinyModel("reader").path()
+    model, tokenizer = load_causal_lm(path), load_tokenizer(path)
+    rows = list(ColumnAddition(100, seed=2, solutions=True))
+    seen = [
+        READING.replace("{context}", r["solution"]).replace("{prompt}", r["prompt"]) for r in rows
+    ]
+
+    def right(prompts):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts])
+        out = model.generate(ids, do_sample=False, max_new_tokens=18, pad_token_id=0)
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return sum(text == row["solution"] for text, row in zip(texts, rows, strict=True))
+
+    assert right([row["prompt"] for row in rows]) < 35
+    assert right(seen) > 95
 
 
 def test_a_pair_of_one_seed_is_the_same_to_the_bit(tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
+from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
+from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # `Any`: models and configurations of transformers share no typed base.
 
@@ -179,6 +181,20 @@ def local_teachers(teacher: Any) -> list[LocalTeacher]:
     parts = list(inner.values()) if isinstance(inner, dict) else inner
     parts = parts if isinstance(parts, list | tuple) else [parts] if parts is not None else []
     return [found for part in parts for found in local_teachers(part)]
+
+
+def inner_of(teacher: Teacher | None) -> Teacher | None:
+    """Return the teacher inside all wrappers."""
+    while isinstance(teacher, WrappedTeacher):
+        teacher = teacher.teacher
+    return teacher
+
+
+def own_prompt_tokens(teacher: Any) -> int:
+    """Return the length to which a teacher limits prompts of its own; 0 without a limit."""
+    own = teacher.prompt.max_tokens or 0 if isinstance(teacher, PromptedTeacher) else 0
+    inner = getattr(teacher, "teachers", None) or {"": getattr(teacher, "teacher", None)}
+    return max(own, *(own_prompt_tokens(t) for t in inner.values() if t is not None), 0)
 
 
 @contextmanager

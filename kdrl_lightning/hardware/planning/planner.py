@@ -13,6 +13,7 @@ from kdrl_lightning.hardware.planning.models import depth_of, local_teachers
 from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 from kdrl_lightning.module import KDRLModule
+from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
 CONTEXT = 1.2e9
@@ -373,7 +374,10 @@ def next_change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | N
     if waiting and phase != "score":
         for teacher in waiting:
             teacher.offload = True
-        return "--model.teacher.init_args.offload true", job
+        wraps, inner = "", module.teacher
+        while isinstance(inner, WrappedTeacher):
+            wraps, inner = f"{wraps}.init_args.teacher", inner.teacher
+        return f"--model.teacher{wraps}.init_args.offload true", job
     return None
 
 

@@ -24,7 +24,9 @@ from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
 from kdrl_lightning.hardware.planning.models import (
     Weightless,
     frozen_scorer,
+    inner_of,
     local_teachers,
+    own_prompt_tokens,
     plain_model,
     process_group,
     student_of,
@@ -141,8 +143,9 @@ class Rehearsal:
         ):
             key = (name, *wide.input_ids.shape, *wide.completion_ids.shape)
             if key not in self.known:
+                read = self._as_taught(wide) if name == "teacher" else wide
                 before = self.meter.restart()
-                work(wide.replace(topk_ids=self._topk(wide)))
+                work(read.replace(topk_ids=self._topk(read)))
                 cost = Cost(self.meter.peak - before, flops=self.meter.flops)
                 if name == "student":
                     out[name] = cost
@@ -150,6 +153,13 @@ class Rehearsal:
                 self.known[key] = cost
             out[name] = self.known[key]
         return out
+
+    def _as_taught(self, batch: RolloutBatch) -> RolloutBatch:
+        """Return the batch after the longest prompts of the teacher's own, all different."""
+        longest = own_prompt_tokens(self.module.teacher)
+        if longest <= int(batch.prompt_lengths.max()):
+            return batch
+        return make_batch(len(batch), longest, batch.completion_ids.shape[1], 1, self.rows_of_ids)
 
     def typical(self) -> Typical:
         """Count the operations of completions of mean length, in a micro-batch of usual size."""
@@ -357,9 +367,10 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
         ready += [frozen_scorer(t, job, sharding) for t in offloaded]
         away = meter.bytes - sum(held.values())
         module.frozen.active = Weightless(ready)
-        if isinstance(teacher, AdapterOffTeacher):
-            module.frozen.active = teacher
-            teacher.look_at(module.student, "")
+        inner = inner_of(teacher)
+        if isinstance(inner, AdapterOffTeacher):
+            module.frozen.active = inner
+            inner.look_at(module.student, "")
     if module.objective.needs_reference:
         before = meter.bytes
         if module.lora is not None:

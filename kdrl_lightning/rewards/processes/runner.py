@@ -67,9 +67,8 @@ class RewardRunner:
         Raises:
             ConfigurationError: the reward raises, or does not return a finite number.
         """
-        texts = ("", str(row.get("prompt", "text")))
-        samples = [Sample(text, [0] * len(text), row) for text in texts]
-        for text, result in zip(texts, judge(self.reward, samples), strict=True):
+        texts, results = self._tried(row)
+        for text, result in zip(texts, results, strict=True):
             if isinstance(result, ConfigurationError):  # its message already names the cure
                 raise result
             if isinstance(result, Exception):
@@ -79,6 +78,26 @@ class RewardRunner:
                     "Fix the reward function."
                 ) from result
         self.check([row])
+
+    def _tried(self, row: Row) -> tuple[Sequence[str], list[Verdict | Exception]]:
+        texts = ("", str(row.get("prompt", "text")))
+        return texts, judge(self.reward, [Sample(text, [0] * len(text), row) for text in texts])
+
+    def require_feedback(self, rows: Iterable[Row]) -> None:
+        """Check that the reward says something of wrong completions, for a teacher that reads it.
+
+        Raises:
+            ConfigurationError: it gives no feedback to the completions that ``try_once`` tries.
+        """
+        for row in rows:
+            verdicts = [v for v in self._tried(row)[1] if isinstance(v, Verdict)]
+            if any(verdict.feedback.strip() for verdict in verdicts):
+                return
+        raise ConfigurationError(
+            "`reward` must return feedback for a FeedbackContext: got none for an empty completion "
+            "and for one that repeats the prompt. Return `Verdict(reward, correct, "
+            "feedback=...)`, or use another context."
+        )
 
     def check(self, rows: Iterable[Row]) -> None:
         """Let the reward check rows before training, without completions.

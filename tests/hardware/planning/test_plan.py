@@ -12,7 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdrl_lightning import GRPO, KDRL, RLAD, KDRLModule, LocalTeacher, LoRA, RolloutSettings
+from kdrl_lightning import (
+    GRPO,
+    KDRL,
+    RLAD,
+    AdapterOffTeacher,
+    KDRLModule,
+    LocalTeacher,
+    LoRA,
+    PromptedTeacher,
+    RolloutSettings,
+    Teacher,
+    TeacherPrompt,
+)
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.hardware.planning.cards import CARDS
@@ -162,6 +174,24 @@ def test_each_phase_has_its_cure(config: str) -> None:
     taught = KDRLModule("small", RLAD(), LocalTeacher("small"))
     assert said(fake_plan("step"), taught, **gpu) == "--model.teacher.init_args.offload true"
     assert said(fake_plan("step"), taught, **gpu) == ""
+    own = PromptedTeacher(LocalTeacher("small"), TeacherPrompt())
+    wrapped = KDRLModule("small", RLAD(), own)
+    flag = "--model.teacher.init_args.teacher.init_args.offload true"
+    assert said(fake_plan("step"), wrapped, **gpu) == flag
+
+
+def test_a_teachers_own_prompts_are_planned(config: str) -> None:
+    def scored(teacher: Teacher) -> int:
+        module = KDRLModule("small", RLAD(), teacher, lora=LoRA(rank=2))
+        with rehearse(module, job(config)) as run:
+            return run.score(100)["teacher"].flops
+
+    for inner in (LocalTeacher("small"), AdapterOffTeacher()):
+        plain, *own = (
+            scored(inner if n is None else PromptedTeacher(inner, TeacherPrompt(max_tokens=n)))
+            for n in (None, 10, 400)
+        )
+        assert plain == own[0] > 0 and own[1] > 3 * plain
 
 
 def test_a_run_without_a_cure_says_so() -> None:

@@ -1,0 +1,235 @@
+"""What a teacher reads besides the prompt: a reference, an instruction, a sibling, feedback."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.prompts.turns import plain
+from kdrl_lightning.teachers.own_prompt.groups import Group
+from kdrl_lightning.untyped import Row
+
+
+class Context(ABC):
+    """Gives each completion of a group what its teacher may read besides the prompt.
+
+    Attributes:
+        reads_siblings: the context is another completion of the group.
+        reads_feedback: the context is what the reward says of the completion.
+        reads_others: the context is about another prompt.
+    """
+
+    reads_siblings: bool = False
+    reads_feedback: bool = False
+    reads_others: bool = False
+
+    @abstractmethod
+    def of_group(self, group: Group) -> list[str | None]:
+        """Return a text for each completion; None for one that has no context."""
+
+    def parts(self) -> Iterator[Context]:
+        """Yield this context and all contexts in it."""
+        yield self
+
+
+class RowContext(Context):
+    """A context that follows from the prompt's row alone, so that it is known before a run."""
+
+    @abstractmethod
+    def of_row(self, row: Row) -> str | None:
+        """Return the text of a row; None if it has none."""
+
+    def of_group(self, group: Group) -> list[str | None]:
+        """Return the text of the group's row for each completion."""
+        return [self.of_row(attempt.row) for attempt in group.attempts]
+
+
+class ColumnContext(RowContext):
+    """Shows a column of the row, e.g. the reference solution: OPSD (arXiv 2601.18734).
+
+    An empty cell (also None or NaN), or a row without the column, has no context.
+
+    Args:
+        column: name of the column.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+    def of_row(self, row: Row) -> str | None:
+        """Return the cell as text.
+
+        Raises:
+            ConfigurationError: the cell holds something else than a text or a number.
+        """
+        value = plain(row.get(self.column))
+        if value is None or value != value:  # NaN is an empty cell
+            return None
+        if not isinstance(value, str | int | float):
+            raise ConfigurationError(
+                f"the column `{self.column}` must hold text for the teacher's context: got "
+                f"{value!r:.60}. Convert it, or name another column."
+            )
+        return str(value).strip() or None
+
+
+class FixedContext(RowContext):
+    """Shows the same text for every prompt, e.g. an instruction to be brief (arXiv 2603.05433).
+
+    Args:
+        text: the text.
+
+    Raises:
+        ConfigurationError: the text is empty.
+    """
+
+    def __init__(self, text: str) -> None:
+        if not text.strip():
+            raise ConfigurationError(
+                f"`text` of a FixedContext must not be empty: got {text!r}. Write the instruction."
+            )
+        self.text = text
+
+    def of_row(self, row: Row) -> str | None:
+        """Return the text."""
+        return self.text
+
+
+class OtherProblemContext(Context):
+    """Shows what the inner context says of another prompt: a control.
+
+    If a teacher with such a context helps as much as one with the right context, the content of the
+    context is not what helped (arXiv 2608.09228).
+
+    Args:
+        context: a context of the row, such as a ``ColumnContext``.
+    """
+
+    reads_others = True
+
+    def __init__(self, context: RowContext) -> None:
+        self.context = context
+
+    def parts(self) -> Iterator[Context]:
+        """Yield this context and the inner one."""
+        yield self
+        yield from self.context.parts()
+
+    def of_group(self, group: Group) -> list[str | None]:
+        """Return the other prompt's text; None if it is the same prompt."""
+        other, own = group.other, group.attempts[0].row
+        same = other is None or other.get("prompt") == own.get("prompt")
+        text = None if other is None or same else self.context.of_row(other)
+        return [text] * len(group.attempts)
+
+
+class SiblingContext(Context):
+    """Shows the first other success of the group: SDPO (arXiv 2601.20802).
+
+    A completion never sees itself, so that the only success of a group has no context. The thinking
+    of the sibling is cut out; a sibling that is nothing else counts as no success.
+
+    Args:
+        threshold: smallest reward of a success.
+        thinking: the tags around the thinking.
+
+    Raises:
+        ConfigurationError: the threshold is no number, or there are not two tags.
+    """
+
+    reads_siblings = True
+
+    def __init__(
+        self, threshold: float = 1.0, thinking: Sequence[str] = ("<think>", "</think>")
+    ) -> None:
+        require_between("threshold", threshold, -1e9, 1e9)
+        if len(thinking) != 2 or not all(thinking):
+            raise ConfigurationError(
+                f"`thinking` must be two tags, one before and one after: got {list(thinking)}."
+            )
+        self.threshold = threshold
+        self.thinking = tuple(thinking)
+
+    def of_group(self, group: Group) -> list[str | None]:
+        """Return the first success among the other completions for each completion."""
+        successes = [
+            (place, text)
+            for place, attempt in enumerate(group.attempts)
+            if attempt.verdict.reward >= self.threshold
+            and (text := without_thinking(attempt.text, *self.thinking))
+        ]
+        return [
+            next((text for other, text in successes if other != place), None)
+            for place in range(len(group.attempts))
+        ]
+
+
+class FeedbackContext(Context):
+    """Shows what the reward says of the completion itself: ``Verdict.feedback``."""
+
+    reads_feedback = True
+
+    def of_group(self, group: Group) -> list[str | None]:
+        """Return each completion's feedback."""
+        return [attempt.verdict.feedback.strip() or None for attempt in group.attempts]
+
+
+class JoinedContext(Context):
+    """Joins several contexts, each below its heading; a row has a context if one of them has.
+
+    Args:
+        contexts: contexts by heading, e.g. ``{"A correct solution:": SiblingContext()}``.
+
+    Raises:
+        ConfigurationError: there are no contexts.
+    """
+
+    def __init__(self, contexts: dict[str, Context]) -> None:
+        if not contexts:
+            raise ConfigurationError("`contexts` must have at least one context: got none.")
+        self.contexts = contexts
+
+    def of_group(self, group: Group) -> list[str | None]:
+        """Return the joined texts."""
+        found = {heading: context.of_group(group) for heading, context in self.contexts.items()}
+        out = []
+        for place in range(len(group.attempts)):
+            texts = {heading: texts[place] for heading, texts in found.items()}
+            out.append(joined(texts) or None)
+        return out
+
+    def parts(self) -> Iterator[Context]:
+        """Yield this context and all contexts in it."""
+        yield self
+        for context in self.contexts.values():
+            yield from context.parts()
+
+
+def joined(texts: Mapping[str, str | None]) -> str:
+    r"""Return the texts that are there, each below its heading.
+
+    >>> joined({"Solution:": "1+1=2", "Feedback:": None})
+    'Solution:\n1+1=2'
+    """
+    return "\n\n".join(f"{heading}\n{text}" for heading, text in texts.items() if text)
+
+
+def without_thinking(text: str, before: str = "<think>", after: str = "</think>") -> str:
+    r"""Return a completion without its thinking.
+
+    The prompt may have opened the thinking, and the token limit may have cut it.
+
+    >>> without_thinking("<think>hm</think>\n\n4"), without_thinking("hm</think>4")
+    ('4', '4')
+    >>> without_thinking("4 <think>is it"), without_thinking("<think>is it")
+    ('4', '')
+    """
+    thought, closed, rest = text.partition(after)
+    if closed and before not in thought:
+        text = rest
+    while before in text:
+        head, _, rest = text.partition(before)
+        _, closed, tail = rest.partition(after)
+        text = head + tail if closed else head
+    return text.strip()

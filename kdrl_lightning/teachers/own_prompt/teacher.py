@@ -1,0 +1,147 @@
+"""A teacher that reads another prompt than the student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.own_prompt.checks import check_row, check_rows
+from kdrl_lightning.teachers.own_prompt.contexts import Context, RowContext
+from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt, as_read
+from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
+from kdrl_lightning.teachers.wrapped import WrappedTeacher
+from kdrl_lightning.untyped import HFTokenizer, Row
+
+# `Any`: transformers has no type that all tokenizers share.
+
+
+class PromptedTeacher(WrappedTeacher):
+    """Scores the student's completions after a prompt of its own.
+
+    Any teacher can be wrapped. It reads its prompt and then the very tokens that the student
+    sampled. Prompts are made once per rollout, when its completions are judged, and travel in
+    ``RolloutBatch.teacher_prompt_ids``. A completion without a context is scored after the
+    student's prompt, and not imitated (``RolloutBatch.has_context``).
+
+    Args:
+        teacher: the teacher that scores.
+        prompt: the prompt that it reads.
+
+    Raises:
+        ConfigurationError: the wrapped teacher has a prompt of its own.
+    """
+
+    # An engine would sample after the student's prompt.
+    generates = False
+    has_own_prompt = True
+
+    def __init__(self, teacher: Teacher, prompt: TeacherPrompt) -> None:
+        super().__init__(teacher)
+        if teacher.has_own_prompt:
+            raise ConfigurationError(
+                "`teacher` of a PromptedTeacher must read the student's prompt: got one with a "
+                "prompt of its own. Keep one PromptedTeacher, and join the contexts."
+            )
+        self.prompt = prompt
+        self._tokenizer: HFTokenizer = None  # until `check`
+
+    @property
+    def contexts(self) -> list[Context]:
+        """The contexts that it reads, with those in them."""
+        return [] if self.prompt.context is None else list(self.prompt.context.parts())
+
+    def check(self, student_tokenizer: Any, student_path: str) -> None:
+        """Check the wrapped teacher, and keep the tokenizer to write prompts with."""
+        super().check(student_tokenizer, student_path)
+        self._tokenizer = student_tokenizer
+
+    def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
+        """Raise if the prompt of a row cannot be written."""
+        check_row(self.prompt, row, tokenizer, self._vocabulary)
+
+    @cached_property
+    def _vocabulary(self) -> int | None:
+        return self.vocabulary_rows  # reads the model's configuration
+
+    def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
+        """Check what can be known of the contexts before a run; see ``Teacher.check_rows``."""
+        return check_rows(self.prompt, rows, tokenizer, min(self._longest()))
+
+    def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt]:
+        """Return the prompt of every completion, in their order."""
+        longest = self._longest()  # reads the model's configuration
+        return [prompt for group in groups for prompt in self._of_group(group, *longest)]
+
+    def prompt_of_row(self, row: Row) -> list[int] | None:
+        """Return the prompt of a row before anything is sampled, e.g. to sample after it.
+
+        None if the row has no context, or if the context is made of completions.
+        """
+        context = self.prompt.context
+        if context is not None and not isinstance(context, RowContext):
+            return None
+        text = "" if context is None else context.of_row(row)
+        ids = None if text is None else self._written(row, text)
+        return ids if ids is not None and len(ids) <= min(self._longest()) else None
+
+    def _of_group(self, group: Group, prompt: float, whole: float) -> list[OwnPrompt]:
+        """Return the prompts of a group, of which none and no sequence may be longer than given."""
+        context = self.prompt.context
+        texts = [""] * len(group.attempts) if context is None else context.of_group(group)
+        written: dict[str, list[int] | None] = {}  # completions of a group often share a context
+        out = []
+        for attempt, text in zip(group.attempts, texts, strict=True):
+            if text is None:
+                out.append(OwnPrompt(attempt.prompt_ids, has_context=False))
+                continue
+            if text not in written:
+                written[text] = self._written(attempt.row, text)
+            ids = written[text]
+            if ids is None or len(ids) > min(prompt, whole - len(attempt.completion.ids)):
+                out.append(OwnPrompt(attempt.prompt_ids, has_context=False, dropped=True))
+            else:
+                out.append(OwnPrompt(ids))
+        return out
+
+    def _written(self, row: Row, text: str) -> list[int] | None:
+        """Return the prompt's ids; None if the text of a sampled context cannot be rendered."""
+        try:
+            return self.prompt.ids(self._tokenizer, row, text)
+        except ConfigurationError:
+            return None
+
+    def _longest(self) -> tuple[float, float]:
+        """Return the most tokens of a prompt, and of prompt and completion together."""
+        own, context = self.prompt.max_tokens, self.context_length
+        return (
+            float("inf") if own is None else own,
+            float("inf") if context is None else context,
+        )
+
+    def weights(self) -> ModelWeights | None:
+        """Return None: an engine would sample after the student's prompt."""
+        return None
+
+    def accept(self, batch: RolloutBatch) -> None:
+        """Raise if the wrapped teacher cannot score the completions after its prompts."""
+        self.teacher.accept(as_read(batch))
+
+    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
+        """Score the completions after the teacher's prompts; see ``Teacher.score``."""
+        return self.teacher.score(as_read(batch), topk_ids)
+
+    def take_part(self, batch: RolloutBatch) -> None:
+        """Join the wrapped teacher's collectives."""
+        self.teacher.take_part(as_read(batch))
+
+    def states(self, batch: RolloutBatch) -> Other:
+        """Return states after the teacher's prompts, which may differ in equal rows."""
+        return self.teacher.states(as_read(batch))._replace(per_row=True)
