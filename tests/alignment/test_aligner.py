@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from helpers.small_tokenizers import KINDS, TEXT, by_hand, make, wrapped
 from kdrl_lightning.alignment import Aligner, Chunked, TextEncoder, TokenBytes
+from kdrl_lightning.alignment.chunks import cut
 from kdrl_lightning.errors import ConfigurationError
 
 END = 1
@@ -165,6 +166,13 @@ def test_long_chunks_and_a_full_context_have_no_score() -> None:
     one, two = Aligner(*pair, [END])([ids, ids], [END, END], [2, 0])
     assert one.places.tolist() == [0, 1, 2, 0, -1] and one.teacher_ids.tolist() == [6, 2]
     assert two.places.tolist() == [-1] * 5 and len(two.teacher_ids) == 1
+
+
+def test_a_token_without_bytes_belongs_to_the_chunk_before_it() -> None:
+    rows = np.array([3, 0, 1]), np.array([2, 0, 2])
+    ours, theirs = cut(np.array([1, 0, 1, 2]), rows[0], np.array([1, 1, 1, 1]), rows[1])
+    assert ours.places.tolist() == [0, 1, 0, 0] and ours.numbers.tolist() == [0, 0, 1, 0]
+    assert theirs.places.tolist() == [0, 0, 0, 1] and theirs.whole.all()
 
 
 def test_an_empty_batch_has_no_rows() -> None:
