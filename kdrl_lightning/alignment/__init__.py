@@ -3,5 +3,6 @@
 from kdrl_lightning.alignment.aligner import Aligner, Chunked
 from kdrl_lightning.alignment.text_encoder import TextEncoder
 from kdrl_lightning.alignment.token_bytes import TokenBytes
+from kdrl_lightning.alignment.worker import AlignmentWorker, Job
 
-__all__ = ["Aligner", "Chunked", "TextEncoder", "TokenBytes"]
+__all__ = ["Aligner", "AlignmentWorker", "Chunked", "Job", "TextEncoder", "TokenBytes"]

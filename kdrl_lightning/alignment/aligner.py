@@ -155,7 +155,7 @@ class Aligner:
     def _chunked(
         self, completions: Sequence[Ints], rows: list[_Row], ends: Sequence[int]
     ) -> list[Chunked]:
-        theirs = np.fromiter((i for row in rows for i in row.teacher_ids), np.int64)
+        theirs = np.concatenate([np.array(row.teacher_ids, np.int64) for row in rows])
         counts = np.array([row.covered for row in rows])
         their_counts = np.array([len(row.teacher_ids) for row in rows])
         covered = [ids[: row.covered] for ids, row in zip(completions, rows, strict=True)]
@@ -184,8 +184,8 @@ class Aligner:
                 Chunked(
                     np.array([end]) if empty else theirs[other:last],
                     np.array([0]) if empty else second.places[other:last],
-                    np.pad(places[start:stop], (0, rest), constant_values=NO_SCORE),
-                    np.pad(columns[start:stop], (0, rest)),
+                    _longer(places[start:stop], rest, NO_SCORE),
+                    _longer(columns[start:stop], rest, 0),
                     row.differs_at,
                 )
             )
@@ -206,3 +206,7 @@ class Aligner:
                     f"{self.student.name}, first different at byte {row.differs_at}. Choose a "
                     "teacher whose tokenizer neither changes text nor lacks characters."
                 )
+
+
+def _longer(values: Ints, by: int, filler: int) -> Ints:
+    return np.concatenate([values, np.full(by, filler)]) if by else values

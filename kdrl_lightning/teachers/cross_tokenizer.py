@@ -6,16 +6,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kdrl_lightning.alignment import Aligner, Chunked, TokenBytes
+from kdrl_lightning.alignment import Aligner, AlignmentWorker, Chunked, Job, TokenBytes
 from kdrl_lightning.alignment.chunks import Ints
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.chunks import chunk_totals
@@ -31,20 +29,6 @@ from kdrl_lightning.teachers.wrapped import WrappedTeacher
 from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: transformers has no type that all tokenizers share.
-
-
-class Job(NamedTuple):
-    """What the alignment of a completion depends on.
-
-    Attributes:
-        ids: the completion's token ids, as bytes.
-        end: the teacher's end token.
-        most: most tokens that fit into the teacher's context.
-    """
-
-    ids: bytes
-    end: int
-    most: int
 
 
 class CrossTokenizerTeacher(WrappedTeacher):
@@ -76,13 +60,10 @@ class CrossTokenizerTeacher(WrappedTeacher):
         if max_chunk_tokens is not None:
             require_between("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
         self.max_chunk_tokens = max_chunk_tokens
-        self._aligner: Aligner | None = None
+        self._worker: AlignmentWorker | None = None
         self._digest = ""
         self._ends: frozenset[int] = frozenset()  # of the student
-        self._known: dict[Job, Chunked] = {}
         self._warned = False
-        self._work: Future[None] | None = None
-        self._worker: ThreadPoolExecutor | None = None
 
     @property
     def has_own_prompt(self) -> bool:  # type: ignore[override]
@@ -102,7 +83,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
     @property
     def aligns(self) -> bool:  # type: ignore[override]
         """Whether the tokens differ from the student's."""
-        return self._aligner is not None
+        return self._worker is not None
 
     @property
     def knows_entropy(self) -> bool:  # type: ignore[override]
@@ -122,7 +103,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
             return
         ends = end_tokens(student_path, student_tokenizer)
         self._ends = frozenset(ends.ids)
-        self._known, self._aligner = {}, None
+        self._worker = None
         with warnings.catch_warnings():
             # The teacher reads neither the student's template nor tokens without a twin.
             warnings.filterwarnings("ignore", "the chat templates of|the teacher .* has")
@@ -132,7 +113,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
             self.teacher.check(theirs.tokenizer, theirs.path)
         student = TokenBytes(student_tokenizer, student_path, ends.ids)
         teacher = TokenBytes(theirs.tokenizer, theirs.path, theirs.end_tokens.ids)
-        self._aligner = Aligner(student, teacher, ends.ids, self.max_chunk_tokens)
+        aligner = Aligner(student, teacher, ends.ids, self.max_chunk_tokens)
+        self._worker = AlignmentWorker(aligner)
         spec = json.dumps(student.spec, sort_keys=True)
         self._digest = hashlib.sha256(spec.encode()).hexdigest()
 
@@ -185,17 +167,13 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     def accept(self, batch: RolloutBatch) -> None:
         """Begin to align the completions of a rollout, while the student scores them."""
-        self._wait()
-        self._known = {}
-        if self._aligner is not None:
-            jobs = self._jobs(batch)
-            self._worker = self._worker or ThreadPoolExecutor(1, "align")
-            self._work = self._worker.submit(self._align, jobs)
+        if self._worker is not None:
+            self._worker.start(self._jobs(batch))
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Score the sampled tokens; a token gets its chunk's sum. See ``Teacher.score``."""
-        if self._aligner is None:
+        if self._worker is None:
             return self.teacher.score(self._same_tokens(batch), topk_ids)
         rows = self._rows(batch)
         scores = self.teacher.score(self._other_tokens(batch, rows))
@@ -218,7 +196,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
     def take_part(self, batch: RolloutBatch) -> None:
         """Join the collectives of the wrapped teacher with one completion."""
         one = batch.select([0])
-        same = self._aligner is None
+        same = self._worker is None
         self.teacher.take_part(
             self._same_tokens(one) if same else self._other_tokens(one, self._rows(one))
         )
@@ -286,10 +264,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
         ]
 
     def _rows(self, batch: RolloutBatch) -> list[Chunked]:
-        jobs = self._jobs(batch)
-        self._wait()
-        self._align(jobs)
-        rows = [self._known[job] for job in jobs]
+        assert self._worker is not None
+        rows = self._worker.rows(self._jobs(batch))
         self._warn_of_changed_text(batch, rows)
         return rows
 
@@ -301,8 +277,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
         row = changed[0]
         at = rows[row].differs_at or 0
         self._warned = True
-        assert self._aligner is not None and self._theirs is not None
-        tokens = self._aligner.student
+        assert self._worker is not None and self._theirs is not None
+        tokens = self._worker.aligner.student
         ids = batch.completion_ids[row, : int(batch.completion_lengths[row])].cpu().numpy()
         text = b"".join(tokens.pieces[i] or b"" for i in tokens.index(ids))
         warnings.warn(
@@ -311,22 +287,6 @@ class CrossTokenizerTeacher(WrappedTeacher):
             "score the rest of such completions; kd/unaligned_frac counts the tokens.",
             stacklevel=2,
         )
-
-    def _align(self, jobs: Sequence[Job]) -> None:
-        """Align the completions that are not known yet; equal ones once."""
-        new = [job for job in dict.fromkeys(jobs) if job not in self._known]
-        assert self._aligner is not None
-        found = self._aligner(
-            [np.frombuffer(job.ids, np.int64) for job in new],
-            [job.end for job in new],
-            [job.most for job in new],
-        )
-        self._known.update(zip(new, found, strict=True))
-
-    def _wait(self) -> None:
-        if self._work is not None:
-            work, self._work = self._work, None
-            work.result()
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:
