@@ -1581,8 +1581,8 @@ MUTATIONS = [
     Mutation(
         "plan: a teacher that waits is run",
         PLAN,
-        "return batch if waits.teacher else _scored(",
-        "return _scored(",
+        "if waits.teacher:\n        return batch",
+        "if False:\n        return batch",
     ),
     Mutation(
         "plan: the first update's scores lost",
@@ -1635,7 +1635,12 @@ MUTATIONS = [
         "completion_ids[merged.first]",
         "completion_ids[: len(merged.first)]",
     ),
-    Mutation("equal rows: whatever is asked of them", SCORING, " and topk_ids is None  #", "  #"),
+    Mutation(
+        "equal rows: whatever is asked of them",
+        SCORING,
+        "apart = topk_ids is not None or (other",
+        "apart = False or (other",
+    ),
     Mutation(
         "equal rows: another row's states",
         MERGING,

@@ -45,6 +45,8 @@ def as_lines(sample: SampleView) -> list[str]:
     verdict = "right" if sample.correct else "wrong"
     parts = "".join(f", {name} {value:.4g}" for name, value in sample.parts.items())
     lines = [f"{verdict}, reward {sample.reward:.4g}{parts}", "prompt:", visible(sample.prompt)]
+    if sample.teacher_prompt:
+        lines += ["the teacher reads:", visible(sample.teacher_prompt)]
     lines += ["completion:", visible(sample.completion)]
     if gaps := _gaps(sample):
         lines += ["teacher's gap of each token:", gaps]

@@ -62,6 +62,7 @@ class SampleView:
         truncated: the completion was cut at the token limit.
         parts: the components of the reward by name.
         tokens: one view per token; empty if the tokens were not scored.
+        teacher_prompt: what the teacher reads instead of the prompt; empty if it reads the same.
     """
 
     title: str
@@ -72,6 +73,7 @@ class SampleView:
     truncated: bool
     parts: Mapping[str, float] = field(default_factory=dict)
     tokens: Sequence[TokenView] = ()
+    teacher_prompt: str = ""
 
 
 def choose(groups: Sequence[int], correct: Sequence[bool], count: int) -> list[int]:
@@ -159,8 +161,9 @@ def _scored(
     ]
     found = known.get((tuple(prompt), tuple(ids)))
     by = "the teacher's" if int(batch.source[row]) == TEACHER else "the student's"
+    lacks = batch.has_context is not None and not bool(batch.has_context[row])
     return SampleView(
-        f"group {int(batch.group_ids[row])}, {by} completion",
+        f"group {int(batch.group_ids[row])}, {by} completion{', without a context' * lacks}",
         tokenizer.decode(prompt, skip_special_tokens=False),
         "".join(texts),
         float(batch.rewards[row]),
@@ -168,7 +171,16 @@ def _scored(
         bool(batch.truncated[row]),
         {} if found is None else found.verdict.parts,
         tokens,
+        _own_prompt(batch, row, prompt, tokenizer),
     )
+
+
+def _own_prompt(batch: RolloutBatch, row: int, prompt: list[int], tokenizer: HFTokenizer) -> str:
+    # With an end token of its own, the teacher may have a tokenizer of its own.
+    if batch.teacher_prompt_ids is None or batch.teacher_ends is not None:
+        return ""
+    own = [i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0]
+    return "" if own == prompt else str(tokenizer.decode(own, skip_special_tokens=False))
 
 
 def _fate(advantage: float, dead: bool, used: bool) -> str:

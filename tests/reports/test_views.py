@@ -11,8 +11,10 @@ from kdrl_lightning import GRPO, KDRL, RLAD, Verdict
 from kdrl_lightning.engines import Completion
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.reports import SampleView, Section, choose, render, scored_views, text_view
+from kdrl_lightning.reports.loggers import as_lines
+from kdrl_lightning.reports.page import _sample
 from kdrl_lightning.rollout.generation import Judged
-from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 from kdrl_lightning.tiny.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -112,6 +114,8 @@ def test_tokens_of_a_chunk_show_its_gap() -> None:
     scored = batch()
     places = torch.tensor([[0, 1, 0], [-1, -1, 0]])
     teacher = torch.tensor([[math.log(0.1)] * 2 + [math.log(0.5)], [0.0, 0.0, 0.0]])
+    prompts, ends = torch.tensor([[70_000], [70_000]]), torch.tensor([9, 9])  # not the student's
+    scored = scored.replace(teacher_prompt_ids=prompts, teacher_ends=ends)
     ready = KDRL().prepare(scored.replace(chunk_places=places, teacher_logprobs=teacher))
     assert ready.old_logprobs is not None
     right, wrong = scored_views(ready, ready.old_logprobs, KDRL(), TOKENIZER)
@@ -120,3 +124,19 @@ def test_tokens_of_a_chunk_show_its_gap() -> None:
     assert all(t.gap is None and not t.imitated for t in wrong.tokens)
     page = render("x", [Section("now", {}, {"rollout": [right, wrong]})], 10)
     assert page.count(' joined"') == 2  # in the legend and on the second digit
+
+
+def test_what_the_teacher_reads_is_shown() -> None:
+    def ids(text: str) -> list[int]:
+        return [TOKENIZER.convert_tokens_to_ids(c) for c in text]
+
+    own = pad_rows([ids("33#1+2="), PROMPT], -1, torch.long)
+    some = batch().replace(teacher_prompt_ids=own, has_context=torch.tensor([True, False]))
+    ready = GRPO().prepare(some)
+    seen, not_seen = scored_views(ready, ready.old_logprobs, GRPO(), TOKENIZER)
+    assert (seen.teacher_prompt, not_seen.teacher_prompt) == ("33#1+2=", "")
+    assert seen.title == "group 0, the student's completion"
+    assert not_seen.title == "group 0, the student's completion, without a context"
+    assert "the teacher reads: <bdi>33#1+2=</bdi>" in _sample(seen, 9)
+    assert "teacher reads" not in _sample(not_seen, 9) + "".join(as_lines(not_seen))
+    assert as_lines(seen)[3:5] == ["the teacher reads:", "33#1+2="]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import reference  # noqa: F401  (the hypothesis profile)
 from helpers.short_runs import make_slots
-from kdrl_lightning.engines.base import Completion, noise_seed
+from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.rewards import Verdict
 from kdrl_lightning.rollout.generation import Judged
+from kdrl_lightning.rollout.groups import Collector, GroupShare
+from kdrl_lightning.rollout.loader import rows_at
 from kdrl_lightning.rollout.prompt_order import (
     EVALUATION_NOISE,
     TEACHER_NOISE,
@@ -127,3 +131,22 @@ def test_no_slots_sample_nothing_twice() -> None:
     sampler = Sampler({})
     assert fill_groups([], sampler, 3) == ([], [])
     assert sampler.asked == [[]]
+
+
+def test_another_problem_is_the_same_on_any_number_of_ranks() -> None:
+    slots = make_slots(8, 2, 1, seed=3)
+    engine = cast(RolloutEngine, None)  # nothing is sampled
+    share = GroupShare(0, engine, 4, Sampling(8))
+    collector = Collector(slots, share, share)
+    prompts = [({"prompt": str(i)}, [i]) for i in range(40)]
+
+    def others(rank: int, world: int) -> dict[int, str]:
+        rows = collector.others(1, prompts, rank, world)
+        own = zip(slots.of_rank(rank, world), rows, strict=True)
+        return {slot: row["prompt"] for slot, row in own}
+
+    whole = others(0, 1)
+    assert others(0, 2) | others(1, 2) == whole and len(set(whole.values())) == 8
+    # None of them is a prompt of this rollout, of a refill either.
+    here = [slots.position(1, slot, attempt) for slot in range(8) for attempt in range(2)]
+    assert not {str(row) for row in rows_at(here, 40, 3)} & set(whole.values())

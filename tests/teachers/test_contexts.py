@@ -137,6 +137,7 @@ def test_joined_contexts_have_headings() -> None:
         "Solution:\nb\n\nBe\nbrief.",
         "Be\nbrief.",
     ]
+    assert JoinedContext({"": FixedContext("brief.")}).of_group(group(("a", 0.0))) == ["brief."]
     none = JoinedContext({"Solution:": SiblingContext(), "Feedback:": FeedbackContext()})
     assert none.of_group(group(("a", 0.0), ("b", 0.0))) == [None, None]
     kinds = [type(part).__name__ for part in none.parts()]

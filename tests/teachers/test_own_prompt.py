@@ -16,21 +16,25 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses import reverse_kl
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
+from kdrl_lightning.models.lora import LoRA
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rewards.base import Verdict
 from kdrl_lightning.rollout.updates import _by_prompt, joined
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 from kdrl_lightning.teachers import (
+    AdapterOffTeacher,
     CachedTeacher,
     ColumnContext,
     LocalTeacher,
     PromptedTeacher,
     RoutedTeacher,
+    ServerTeacher,
     SiblingContext,
     Teacher,
     TeacherPrompt,
 )
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt, as_read, with_prompts
+from kdrl_lightning.teachers.server import Row
 
 CPU = torch.device("cpu")
 PROMPT, OWN = "12+34=", "{context}#{prompt}"
@@ -339,3 +343,44 @@ def test_the_prompt_of_a_row_is_known_before_a_completion(
     assert of_row(shown) == tokenizer("06,04#046#12+34=")["input_ids"]
     assert of_row(None) == tokenizer(PROMPT)["input_ids"]
     assert of_row(ColumnContext("answer")) is of_row(SiblingContext()) is of_row(shown, 15) is None
+
+
+def test_the_base_of_a_lora_student_reads_its_own_prompt(
+    siblings: list[Group], tokenizer: Any, student_folder: str
+) -> None:
+    model = load_causal_lm(student_folder).double()
+    LoRA(4).inject(model, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+    made = TeacherPrompt(SiblingContext(), OWN)
+    teacher = PromptedTeacher(AdapterOffTeacher(), made)
+    teacher.check(tokenizer, student_folder)
+    teacher.look_at(Scorer(model), student_folder)
+    assert teacher.needs_lora and teacher.context_length == 128
+    batch, scores = scored(teacher, siblings)
+    close(scores.logprobs, prompted(student_folder, tokenizer, made).score(batch).logprobs)
+
+
+def test_a_server_gets_the_teachers_prompts(
+    siblings: list[Group], tokenizer: Any, teacher_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ServerTeacher(teacher_folder, ["http://127.0.0.1:1"], max_sequences=1)
+    server._vocab_size, server._context = 16, 20
+    asked: list[tuple[list[int], int]] = []
+
+    def row(_: Any, ids: list[int], start: int, topk: Any) -> Row:
+        asked.append((ids, start))
+        return Row([-1.0] * (len(ids) - start), [0] * (len(ids) - start), [])
+
+    monkeypatch.setattr(server, "_row", row)
+    teacher = PromptedTeacher(server, TeacherPrompt(SiblingContext(), OWN))
+    teacher.check(tokenizer, teacher_folder)
+    batch, scores = scored(teacher, siblings)
+    assert scores.logprobs.shape == batch.completion_ids.shape
+    # 19 tokens fit: 11 of the prompt and at most 8 of the completion.
+    assert batch.has_context is not None and batch.has_context.tolist() == [True] * 4 + [False]
+    texts = ["4#46#12+34=4#46<eos>"] * 2 + ["4#46#12+34=6,4#46<eos>"]
+    texts += ["100#99+01=10<eos>", "99+01=100<eos>"]
+    assert [tokenizer.decode(ids) for ids, _ in asked] == texts
+    assert [start for _, start in asked] == [11, 11, 11, 10, 6]

@@ -179,7 +179,8 @@ class JoinedContext(Context):
     """Joins several contexts, each below its heading; a row has a context if one of them has.
 
     Args:
-        contexts: contexts by heading, e.g. ``{"A correct solution:": SiblingContext()}``.
+        contexts: contexts by heading, e.g. ``{"A correct solution:": SiblingContext()}``; an empty
+            heading is left out.
 
     Raises:
         ConfigurationError: there are no contexts.
@@ -212,7 +213,7 @@ def joined(texts: Mapping[str, str | None]) -> str:
     >>> joined({"Solution:": "1+1=2", "Feedback:": None})
     'Solution:\n1+1=2'
     """
-    return "\n\n".join(f"{heading}\n{text}" for heading, text in texts.items() if text)
+    return "\n\n".join(f"{heading}\n{text}".strip() for heading, text in texts.items() if text)
 
 
 def without_thinking(text: str, before: str = "<think>", after: str = "</think>") -> str:
