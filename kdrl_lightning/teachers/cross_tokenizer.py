@@ -238,7 +238,10 @@ class CrossTokenizerTeacher(WrappedTeacher):
             pad_id=0,
             teacher_route=batch.teacher_route.tolist(),
         )
-        return made.to(batch.input_ids.device).replace(temperature=batch.temperature)
+        # A wrapped teacher with a prompt of its own reads it from the batch.
+        return made.to(batch.input_ids.device).replace(
+            temperature=batch.temperature, teacher_prompt_ids=batch.teacher_prompt_ids
+        )
 
     def _prompts(self, batch: RolloutBatch) -> tuple[list[list[int]], list[int]]:
         """Return the teacher's prompt and end token of each completion."""

@@ -17,10 +17,13 @@ from kdrl_lightning import (
     KDRL,
     RLAD,
     CachedTeacher,
+    ColumnContext,
     CrossTokenizerTeacher,
     LocalTeacher,
+    PromptedTeacher,
     RoutedTeacher,
     ServerTeacher,
+    TeacherPrompt,
 )
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
@@ -89,7 +92,10 @@ def batch_of(teacher: Any, student: str, texts: list[tuple[str, str]], **more: A
 
 
 def groups(rows: list[Any]) -> list[Any]:
-    return [Group([SimpleNamespace(row=row, prompt_ids=[3, 3])]) for row in rows]  # type: ignore[list-item]
+    return [
+        Group([SimpleNamespace(row=row, prompt_ids=[3, 3], completion=SimpleNamespace(ids=[3]))])
+        for row in rows
+    ]  # type: ignore[list-item]
 
 
 TEXTS = [("12+34=", "06,04#46."), ("1+1=", "0102030"), ("99+10=", "."), ("7+10=", "1,1,11")]
@@ -215,6 +221,26 @@ def test_prompts_are_the_teachers_own(student_folder: str, merging: str) -> None
     # A completion that does not fit into the teacher's context is scored up to its end.
     (batch,) = (batch_of(teacher, student_folder, [("+" * 124, "1,2,3,4.")]),)
     assert teacher.score(batch).chunk_places[0].tolist() == [0] * 4 + [-1] * 4
+
+
+def test_the_wrapped_teacher_may_have_a_prompt_of_its_own(
+    student_folder: str, merging: str
+) -> None:
+    """It writes it in its own tokens; without a context it reads the row's prompt in these."""
+    prompt = TeacherPrompt(ColumnContext("hint"), "{context},{prompt}", prefix="10")
+    teacher = CrossTokenizerTeacher(PromptedTeacher(LocalTeacher(merging), prompt))
+    ready(teacher, student_folder)
+    tokenizer = load_tokenizer(merging)
+    rows = [{"prompt": "1+10=", "hint": "11"}, {"prompt": "1+10="}]
+    seen, unseen = teacher.own_prompts(groups(rows))
+    assert seen.ids == tokenizer("11,1+10=")["input_ids"] + tokenizer("10")["input_ids"]
+    assert unseen.ids == tokenizer("1+10=")["input_ids"]
+    assert (seen.end, seen.has_context, unseen.end, unseen.has_context) == (1, True, 1, False)
+    plain = batch_of(None, student_folder, [("1+10=", "11.")])
+    one = FrozenModels(teacher).write_prompts(plain, groups(rows[:1]))
+    expected = by_transformers(merging, "11,1+10=10", "11.")
+    value = teacher.score(one).logprobs[0]
+    torch.testing.assert_close(value, torch.tensor([expected[0][1]] * 2 + [expected[1][1]]))
 
 
 @pytest.mark.parametrize(
