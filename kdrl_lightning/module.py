@@ -288,8 +288,8 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         def loss(scores: TokenScores) -> Tensor:
             return self.objective(batch.completed(fields_found(scores)), scores)[0]
 
-        asked = self.objective.compared_ids(batch)
-        ahead = None if self.objective.couples_tokens else loss
+        coupled = self.objective.couples_tokens or batch.chunk_places is not None
+        asked, ahead = self.objective.compared_ids(batch), None if coupled else loss
         return self._student().score(batch, top_k, asked, states, divergence, ahead)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

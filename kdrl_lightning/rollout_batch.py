@@ -85,6 +85,8 @@ class RolloutBatch:
             completion, -1 after its end; rows of a group may differ. None: the student's.
         has_context: ``[B]`` bool: the teacher's own prompt has a context for the completion. A row
             without one is not imitated. None: every row has what its teacher needs.
+        teacher_ends: ``[B]`` int64, the teacher's end token, -1 if it is the student's. None: it is
+            in all rows.
         rollout_logprobs: ``[B, T]``, the behavior log-probabilities, as the engine that sampled the
             row reported them: the teacher's in rows of the teacher.
         old_logprobs: ``[B, T]``, the student's at rollout time, recomputed by the trainer. None:
@@ -94,6 +96,10 @@ class RolloutBatch:
         topk_ids: ``[B, T, K]`` int64, the student's most likely tokens at rollout time.
         teacher_logprobs: ``[B, T]``, the frozen teacher's. None if there is no teacher, or if the
             update runs it for a divergence; this holds for the next two fields too.
+            With ``chunk_places``: the sum of the teacher's log-probabilities over the chunk.
+        chunk_places: ``[B, T]`` int64, how many tokens of its chunk stand before a token, if the
+            teacher has another tokenizer; -1 on tokens that it cannot score. None: each token is a
+            chunk. ``losses/chunks.py`` computes with it.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_ids: ``[B, T, K]`` int64, the teacher's most likely tokens, best first; None:
@@ -128,11 +134,13 @@ class RolloutBatch:
     engine_exact: bool = True
     teacher_prompt_ids: Tensor | None = None
     has_context: Tensor | None = None
+    teacher_ends: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     old_entropy: Tensor | None = None
     topk_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
+    chunk_places: Tensor | None = None
     teacher_entropy: Tensor | None = None
     teacher_top_ids: Tensor | None = None
     teacher_topk_ids: Tensor | None = None

@@ -148,6 +148,17 @@ OWN_TEMPLATE = "teachers/own_prompt/prompt.py", "teachers/test_teacher_prompts.p
 FRAME_CONTEXTS = "objectives/policy.py", "objectives/test_rows_without_context.py"
 RULES_CONTEXTS = "objectives/advantages.py", "objectives/test_rows_without_context.py"
 
+CHUNKS = "losses/chunks.py", "losses/test_chunks.py"
+CHUNKED_KL = "objectives/divergences.py", "objectives/test_chunks.py"
+CHUNKED_FRAME = "objectives/policy.py", "objectives/test_chunks.py"
+CHUNKED_RATIO = "objectives/ratios.py", "objectives/test_chunks.py"
+CUT = "teachers/alignment/chunks.py", "teachers/alignment/test_aligner.py"
+ALIGNER = "teachers/alignment/aligner.py", "teachers/alignment/test_aligner.py"
+ENCODER = "teachers/alignment/text_encoder.py", "teachers/alignment/test_aligner.py"
+TOKEN_BYTES = "teachers/alignment/token_bytes.py", "teachers/alignment/test_aligner.py"
+WORKER = "teachers/alignment/worker.py", "teachers/test_cross_tokenizer.py"
+CROSS = "teachers/cross_tokenizer.py", "teachers/test_cross_tokenizer.py"
+
 
 class Mutation(NamedTuple):
     """One wrong edit: ``old`` occurs once in the file and becomes ``new``."""
@@ -187,6 +198,87 @@ END_TOKENS = "models/end_tokens.py", "models/test_end_tokens.py"
 END_TOKENS_IN_RUNS = "rollout/generation.py", "models/test_end_tokens.py"
 
 MUTATIONS = [
+    Mutation(
+        "chunk: a token's own score taken twice",
+        CHUNKS,
+        "(chunk_totals(student, places) - student)",
+        "chunk_totals(student, places)",
+    ),
+    Mutation(
+        "chunk: gradient shared out",
+        CHUNKS,
+        "values.detach() * share + (values - values.detach())",
+        "values * share",
+    ),
+    Mutation(
+        "chunk: tokens without a score imitated",
+        CHUNKS,
+        "== 0) & (places >= 0)",
+        "== 0)",
+    ),
+    Mutation(
+        "chunk: no end before a gap", CHUNKS, "(places <= 0).flatten()", "(places == 0).flatten()"
+    ),
+    Mutation(
+        "chunk: KL counted for each token",
+        CHUNKED_KL,
+        "teacher_logprobs(batch, scores.logprobs), batch.chunk_places",
+        "teacher_logprobs(batch, scores.logprobs), None",
+    ),
+    Mutation(
+        "chunk: cut by a selection",
+        CHUNKED_FRAME,
+        "mask = whole_chunks(mask, rollout.chunk_places)\n        rollout = rollout.replace("
+        "imitation_mask=mask)\n        if self.advantage is not None and self.selection",
+        "rollout = rollout.replace("
+        "imitation_mask=mask)\n        if self.advantage is not None and self.selection",
+    ),
+    Mutation(
+        "chunk: sum as a token's anchor",
+        CHUNKED_RATIO,
+        "teacher = teacher_logprobs(batch, old)",
+        'teacher = known(batch.teacher_logprobs, "teacher_logprobs")',
+    ),
+    Mutation(
+        "align: a token without bytes opens a chunk",
+        CUT,
+        "closing[:-1] &= ends[:-1] != ends[1:]",
+        "closing[:-1] &= ends[:-1] == ends[:-1]",
+    ),
+    Mutation(
+        "align: the student's end kept", ALIGNER, "[*parts, end] if", "[*parts, int(ids[-1])] if"
+    ),
+    Mutation(
+        "align: limit of chunks", ALIGNER, "<= self.max_chunk_tokens", "< self.max_chunk_tokens"
+    ),
+    Mutation(
+        "align: first column of each row", ALIGNER, "columns[kept] -= np", "columns[kept] -= 0 * np"
+    ),
+    Mutation(
+        "align: spelled names are special",
+        ENCODER,
+        "encode_special_tokens = True",
+        "encode_special_tokens = False",
+    ),
+    Mutation("align: characters composed", ENCODER, '"Prepend", "NFC"', '"Prepend"'),
+    Mutation(
+        "align: space in front", ENCODER, '"prepend_scheme": "never"', '"prepend_scheme": "first"'
+    ),
+    Mutation(
+        "align: fallback as text", TOKEN_BYTES, "bytes([int(match[1], 16)])", "token.encode()"
+    ),
+    Mutation(
+        "align: more tokens of the teacher ignored",
+        CROSS,
+        "return more <= set(teacher.added_tokens_decoder)",
+        "return True",
+    ),
+    Mutation(
+        "align: tokens beyond the context scored",
+        WORKER,
+        "[job.most for job in new]",
+        "[1 << 30 for job in new]",
+    ),
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
     Mutation("k2: half forgotten", DIVERGENCES, "return 0.5 * (teacher", "return (teacher"),
     Mutation(
@@ -417,8 +509,8 @@ MUTATIONS = [
     Mutation(
         "KD: ratio upside down",
         TERMS,
-        "torch.where(mask, log_ratio, 0.0).exp()",
-        "torch.where(mask, -log_ratio, 0.0).exp()",
+        "torch.where(mask, log_ratio, 0.0), places).exp()",
+        "torch.where(mask, -log_ratio, 0.0), places).exp()",
     ),
     Mutation(
         "KD: teacher read where nothing is imitated",
@@ -766,8 +858,8 @@ MUTATIONS = [
     Mutation(
         "reward shaping: student's gap reversed",
         RULES,
-        'known(rollout.teacher_logprobs, "teacher_logprobs") - old',
-        'old - known(rollout.teacher_logprobs, "teacher_logprobs")',
+        "teacher_logprobs(rollout, old) - old",
+        "old - teacher_logprobs(rollout, old)",
     ),
     Mutation(
         "reward shaping: teacher's rows shaped",

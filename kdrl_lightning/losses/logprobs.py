@@ -95,6 +95,8 @@ class TokenScores(NamedTuple):
         divergence: ``[N]`` nats, from another model's distribution, over the full vocabulary.
         tail_logprobs: ``[N]`` log-probability of all other tokens together; None from a teacher
             that does not return it.
+        chunk_places: ``[B, T]`` int64, chunks of a teacher with another tokenizer, see
+            ``losses/chunks.py``; None: it scores each token.
         other: the scores that another model gives the same tokens, without gradient.
     """
 
@@ -104,14 +106,15 @@ class TokenScores(NamedTuple):
     topk_logprobs: Tensor | None = None
     divergence: Tensor | None = None
     tail_logprobs: Tensor | None = None
+    chunk_places: Tensor | None = None
     other: TokenScores | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenScores:
         """Return a copy with ``function`` applied to every field that is not None."""
         logprobs, *rest, other = self
-        entropy, best, at, gap, tail = (None if x is None else function(x) for x in rest)
+        entropy, best, at, gap, tail, places = (None if x is None else function(x) for x in rest)
         further = None if other is None else other.map(function)
-        return TokenScores(function(logprobs), entropy, best, at, gap, tail, further)
+        return TokenScores(function(logprobs), entropy, best, at, gap, tail, places, further)
 
 
 class Other(NamedTuple):

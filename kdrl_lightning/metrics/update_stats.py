@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.losses import k3
+from kdrl_lightning.losses.chunks import chunk_sizes
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.metrics.step_stats import Reduce, StepStats
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
@@ -24,6 +25,8 @@ class UpdateStats:
     - ``rollout/mismatch_kl``: k3 on the student's tokens, an unbiased and non-negative estimate of
       KL(engine || trainer) in nats per token.
     - ``kd/floored_frac``: share of the tokens with a teacher log-probability at ``LOGPROB_FLOOR``.
+    - With a teacher of another tokenizer, of the student's tokens: ``kd/unaligned_frac`` have no
+      score by the teacher; ``kd/chunk_tokens_mean`` and ``_max`` are tokens per chunk.
 
     Attributes:
         loss: loss of the last finished step, over all ranks.
@@ -57,9 +60,20 @@ class UpdateStats:
             of_student = real & (batch.source == STUDENT)[:, None]
             self._stats.add_mean("rollout/mismatch_kl", mismatch, of_student)
         if teacher is not None:
-            self._stats.add_mean("kd/floored_frac", teacher <= LOGPROB_FLOOR, real)
+            self._add_teacher(batch, teacher)
             self._stats.add_sum(BROKEN, (~teacher.isfinite()).sum())
             self._stats.add_sum(READ, real.sum())
+
+    def _add_teacher(self, batch: RolloutBatch, teacher: Tensor) -> None:
+        real, places = batch.completion_mask, batch.chunk_places
+        if places is None:
+            self._stats.add_mean("kd/floored_frac", teacher <= LOGPROB_FLOOR, real)
+            return
+        tokens = batch.student_mask
+        self._stats.add_mean("kd/unaligned_frac", places < 0, tokens)
+        sizes, first = chunk_sizes(places), tokens & (places == 0)
+        self._stats.add_mean("kd/chunk_tokens_mean", sizes, first)
+        self._stats.add_max("kd/chunk_tokens_max", sizes, first)
 
     def finish(self, reduce: Reduce | None = None) -> dict[str, float | None]:
         """Return the step's values and start again; None for names only an earlier step measured.

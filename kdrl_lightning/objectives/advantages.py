@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses.advantages import group_relative, reweighted, shaped
-from kdrl_lightning.objectives.base import Part, check_coefficient, known
+from kdrl_lightning.losses.chunks import chunk_share
+from kdrl_lightning.objectives.base import Part, check_coefficient, known, teacher_logprobs
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 
@@ -164,7 +165,8 @@ class ShapedAdvantage(Advantage):
     def prepare(self, rollout: RolloutBatch) -> Tensor:
         """Return ``[B]`` advantages of the shaped rewards, with d at the old log-probabilities."""
         old = known(rollout.old_logprobs, "old_logprobs")
-        gap = known(rollout.teacher_logprobs, "teacher_logprobs") - old
+        # The mean of d counts a chunk once, as the sum over a completion does.
+        gap = chunk_share(teacher_logprobs(rollout, old) - old, rollout.chunk_places)
         mask = known(rollout.imitation_mask, "imitation_mask") & rollout.student_mask
         tokens = rollout.loss_mask.sum(1).clamp(min=1)
         mean = gap.masked_fill(~mask, 0.0).sum(1) / tokens

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses.chunk_math import Divergence
+from kdrl_lightning.losses.chunks import teacher_beside, whole_chunks
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.losses.reduction import (
     constant_length,
@@ -170,7 +171,8 @@ class Objective(ABC):
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Return the scored rollout with what the terms need; it holds whole groups."""
-        return rollout.replace(imitation_mask=rollout.taught_mask)
+        mask = whole_chunks(rollout.taught_mask, rollout.chunk_places)
+        return rollout.replace(imitation_mask=mask)
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
         """Return whether ``prepare`` reads the student's scores of such a rollout.
@@ -328,6 +330,26 @@ def blank(batch: RolloutBatch, scores: TokenScores) -> tuple[RolloutBatch, Token
     )
     fields = {n: zero(value) for n in names if (value := getattr(batch, n)) is not None}
     return batch.replace(**fields), scores.map(zero)
+
+
+def teacher_logprobs(batch: RolloutBatch, logprobs: Tensor) -> Tensor:
+    """Return the teacher's log-probabilities to compare with ``logprobs`` of the student.
+
+    Every method that compares sampled tokens reads them here. If the teacher has another tokenizer,
+    the distance to ``logprobs`` is that of the token's whole chunk, see ``teacher_beside``.
+
+    Args:
+        batch: completions that the teacher has scored.
+        logprobs: ``[B, T]``, the student's, current or old.
+
+    Returns:
+        ``[B, T]`` nats, without gradient.
+
+    Raises:
+        ConfigurationError: the teacher has not scored them.
+    """
+    teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+    return teacher_beside(teacher, logprobs, batch.chunk_places)
 
 
 def known(value: T | None, name: str) -> T:

@@ -18,8 +18,9 @@ from kdrl_lightning.losses import (
     with_tail,
 )
 from kdrl_lightning.losses.chunk_math import Divergence
+from kdrl_lightning.losses.chunks import chunk_share, chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
-from kdrl_lightning.objectives.base import Part, check_coefficient, known
+from kdrl_lightning.objectives.base import Part, check_coefficient, known, teacher_logprobs
 from kdrl_lightning.objectives.ratios import Ratio
 from kdrl_lightning.rollout_batch import RolloutBatch
 
@@ -125,14 +126,14 @@ class SampledKL(DistillTerm):
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
         """Return the estimate at each sampled token."""
-        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+        teacher, places = teacher_logprobs(batch, scores.logprobs), batch.chunk_places
         # Ignore the teacher on tokens that are not imitated, even if its value there is -inf.
         teacher = torch.where(mask, teacher, scores.logprobs.detach())
-        per_token = SAMPLED[self.estimator](scores.logprobs, teacher)
+        per_token = chunk_share(SAMPLED[self.estimator](scores.logprobs, teacher), places)
         if not self.ratio_weight:
             return per_token
         log_ratio = (scores.logprobs - known(batch.old_logprobs, "old_logprobs")).detach()
-        return per_token * torch.where(mask, log_ratio, 0.0).exp()
+        return per_token * chunk_totals(torch.where(mask, log_ratio, 0.0), places).exp()
 
 
 class VocabularyKL(DistillTerm):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import TokenScores, k3
+from kdrl_lightning.losses.chunks import whole_chunks
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.base import (
     Objective,
@@ -16,6 +17,7 @@ from kdrl_lightning.objectives.base import (
     Term,
     check_coefficient,
     known,
+    teacher_logprobs,
 )
 from kdrl_lightning.objectives.corrections import (
     EngineCorrection,
@@ -119,12 +121,14 @@ class PolicyObjective(Objective):
         if self.distill is None or self.distill.sampled:
             # On the teacher's samples only VocabularyKL is valid.
             mask = mask & rollout.student_mask
+        mask = whole_chunks(mask, rollout.chunk_places)
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None:
             rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
         for selection in self.selection:
             chosen = selection(rollout)
             mask = mask & (chosen[:, None] if chosen.dim() == 1 else chosen)
+        mask = whole_chunks(mask, rollout.chunk_places)
         rollout = rollout.replace(imitation_mask=mask)
         if self.advantage is not None and self.selection:
             rollout = rollout.replace(advantages=self.advantage.prepare(rollout))
@@ -194,7 +198,7 @@ class PolicyObjective(Objective):
         if self.advantage is None:
             return gap
         if self.advantage.needs_teacher:
-            teacher = known(batch.teacher_logprobs, "teacher_logprobs")
+            teacher = teacher_logprobs(batch, logprobs)
             mask = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
             gap = torch.where(mask, teacher - logprobs.detach(), 0.0)
         return self.advantage(batch, gap)
@@ -283,6 +287,8 @@ def _neutral(batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> RolloutBatc
     names = ("old_logprobs", "rollout_logprobs", "teacher_logprobs")
     fields = {n: v for n in names if (v := getattr(batch, n)) is not None}
     same = logprobs.detach()
+    if batch.chunk_places is not None:  # each token of these rows is a chunk of its own
+        batch = batch.replace(chunk_places=batch.chunk_places.masked_fill(rows, 0))
     return batch.replace(**{n: torch.where(rows, same, v) for n, v in fields.items()})
 
 

@@ -20,8 +20,9 @@ from kdrl_lightning.losses import (
     trrd_log_ratio,
     trrd_surrogate,
 )
+from kdrl_lightning.losses.chunks import whole_chunks
 from kdrl_lightning.losses.ratios import refuse_two_clamps
-from kdrl_lightning.objectives.base import Part, check_coefficient, known
+from kdrl_lightning.objectives.base import Part, check_coefficient, known, teacher_logprobs
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 
@@ -191,7 +192,7 @@ class TrustRegionRatio(Ratio):
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Return the surrogate with TRRD's clipped ratio."""
-        teacher, alpha = self._anchor(batch)
+        teacher, alpha = self._anchor(batch, logprobs)
         return trrd_surrogate(
             logprobs,
             known(batch.old_logprobs, "old_logprobs"),
@@ -207,7 +208,8 @@ class TrustRegionRatio(Ratio):
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
         """Return the log of TRRD's ratio."""
-        old, (teacher, alpha) = known(batch.old_logprobs, "old_logprobs"), self._anchor(batch)
+        old = known(batch.old_logprobs, "old_logprobs")
+        teacher, alpha = self._anchor(batch, logprobs)
         return trrd_log_ratio(
             logprobs, old, teacher, alpha, self.offset_clamp, self.log_ratio_clamp
         )
@@ -217,26 +219,30 @@ class TrustRegionRatio(Ratio):
         clamp = self.log_ratio_clamp or self.offset_clamp
         if not clamp:
             return None
-        old = known(batch.old_logprobs, "old_logprobs")
-        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-        far = (old if self.log_ratio_clamp is None else logprobs) - teacher
+        student = logprobs
+        if self.log_ratio_clamp is None:
+            student = known(batch.old_logprobs, "old_logprobs")
+        far = student - teacher_logprobs(batch, student)
         return (far.abs() > clamp) & self._imitated(batch) & self.anchored
 
-    def _anchor(self, batch: RolloutBatch) -> tuple[Tensor, float | Tensor]:
+    def _anchor(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, float | Tensor]:
         """Return teacher ``[B, T]`` and alpha such that the ratio is rho on tokens not imitated."""
-        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-        if batch.imitation_mask is None:
-            return teacher, self.trrd_alpha
         if self.log_ratio_clamp is not None:
+            teacher = teacher_logprobs(batch, logprobs)
+            if batch.imitation_mask is None:
+                return teacher, self.trrd_alpha
             # An anchor at the old student would not do: the clamp would act on log rho.
             alpha = teacher.new_tensor(self.trrd_alpha)
             return teacher, torch.where(self._imitated(batch), alpha, 1.0)
         old = known(batch.old_logprobs, "old_logprobs")
+        teacher = teacher_logprobs(batch, old)
+        if batch.imitation_mask is None:
+            return teacher, self.trrd_alpha
         return torch.where(self._imitated(batch), teacher, old), self.trrd_alpha
 
     def _imitated(self, batch: RolloutBatch) -> Tensor:
         if batch.imitation_mask is None:
-            return batch.student_mask
+            return whole_chunks(batch.student_mask, batch.chunk_places)
         return batch.imitation_mask & batch.student_mask
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses import aligned, beneficial, certain, wrong_completions, wrong_groups
-from kdrl_lightning.objectives.base import Part, known
+from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
+from kdrl_lightning.objectives.base import Part, known, teacher_logprobs
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
 
@@ -145,13 +146,7 @@ class Gates(Selection):
         """Return ``[B, T]`` bool by old log-probabilities, advantages and old entropy."""
         kept = rollout.loss_mask
         if self.alignment_threshold is not None:
-            kept = kept & aligned(
-                known(rollout.old_logprobs, "old_logprobs"),
-                known(rollout.teacher_logprobs, "teacher_logprobs"),
-                rollout.loss_mask,
-                self.alignment_threshold,
-                self.alignment_per == "completion",
-            )
+            kept = kept & self._aligned(rollout)
         if self.advantage_threshold is not None:
             advantages = known(rollout.advantages, "advantages")
             kept = kept & beneficial(advantages, self.advantage_threshold)[:, None]
@@ -159,3 +154,13 @@ class Gates(Selection):
             entropy = known(rollout.old_entropy, "old_entropy")
             kept = kept & certain(entropy, self.exploration_entropy)
         return kept
+
+    def _aligned(self, rollout: RolloutBatch) -> Tensor:
+        """Compare each chunk's gap, or a completion's mean in which a chunk counts once."""
+        old, places = known(rollout.old_logprobs, "old_logprobs"), rollout.chunk_places
+        teacher = teacher_logprobs(rollout, old)
+        whole = self.alignment_per == "completion"
+        if whole and places is not None:
+            teacher = old + chunk_share(teacher - old, places)
+        mask = whole_chunks(rollout.loss_mask, places)
+        return aligned(old, teacher, mask, self.alignment_threshold or 0.0, whole)

@@ -88,7 +88,9 @@ teacher finds the token less likely than the student does; blue: more likely.</p
 <ul>{words}</ul>
 <p><b>Line above</b>: <span class="t imitated">imitated</span> the teacher enters the token's
 gradient. <span class="t unused">Grey</span>: not part of the loss. <span class="t">·</span>: a
-token that holds some bytes of a character. Point at a token for its numbers: log-probabilities of
+token that holds some bytes of a character. <span class="t">Tokens</span><span
+class="t joined">without a gap</span>: a teacher with another tokenizer scored them together, and d
+is that of all of them. Point at a token for its numbers: log-probabilities of
 student and teacher, gap, advantage A.</p>
 </div>"""
 
@@ -133,7 +135,7 @@ def _sample(sample: SampleView, max_tokens: int) -> str:
 
 def _token(token: TokenView) -> str:
     names = ["t", _shade(token.gap), token.fate, "imitated" if token.imitated else ""]
-    names += [] if token.used else ["unused"]
+    names += ["joined"] * token.joined + ["unused"] * (not token.used)
     numbers = [f"log π   {token.student:+.3f}"]
     if token.teacher is not None and token.gap is not None:
         numbers += [f"log π_T {token.teacher:+.3f}", f"d       {token.gap:+.3f}"]

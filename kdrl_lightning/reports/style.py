@@ -31,6 +31,7 @@ header { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem;
 .completion { line-height: 2.1; }
 .t { position: relative; padding: 3px 1px; border: solid transparent; border-width: 2px 0 3px;
   margin-right: 1px; border-radius: 2px; color: var(--ink); }
+.joined { margin-left: -2px; border-left: 1px dotted var(--soft); border-radius: 0; }
 .n1 { background: var(--n1); } .n2 { background: var(--n2); } .n3 { background: var(--n3); }
 .p1 { background: var(--p1); } .p2 { background: var(--p2); } .p3 { background: var(--p3); }
 .rewarded { border-bottom: 3px solid var(--good); }

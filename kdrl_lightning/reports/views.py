@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kdrl_lightning.objectives.base import Objective
+from kdrl_lightning.objectives.base import Objective, teacher_logprobs
 from kdrl_lightning.reports.text import token_texts
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
@@ -23,13 +23,15 @@ class TokenView:
     Attributes:
         text: the text that the token adds to the completion.
         student: the student's log-probability of the token in this update, in nats.
-        teacher: the teacher's log-probability, in nats; None without a teacher.
+        teacher: the teacher's log-probability, in nats; None if the teacher did not score it. In a
+            chunk of several tokens, the value whose distance is that of the whole chunk.
         advantage: the advantage that multiplies the token's ratio.
         fate: ``rewarded`` (advantage above 0) or ``punished`` (below 0) if the token has a policy
             gradient; ``dead`` (above 0) or ``protected`` (below 0) if the clip removes it; empty if
             the advantage is 0.
         imitated: the teacher contributes to the token's gradient.
         used: the token is part of the loss.
+        joined: the teacher scored it in one chunk with the token before.
     """
 
     text: str
@@ -39,6 +41,7 @@ class TokenView:
     fate: str
     imitated: bool
     used: bool
+    joined: bool = False
 
     @property
     def gap(self) -> float | None:
@@ -114,9 +117,10 @@ def scored_views(
     advantages = objective.token_advantages(batch, logprobs)
     dead = objective.dead(batch, logprobs, advantages) & batch.loss_mask
     imitated = objective.imitated(batch, logprobs) & batch.loss_mask
+    teacher = None if batch.teacher_logprobs is None else teacher_logprobs(batch, logprobs)
     known = {(tuple(j.prompt_ids), tuple(j.completion.ids)): j for j in judged}
     return [
-        _scored(batch, row, (logprobs, advantages, dead, imitated), tokenizer, known)
+        _scored(batch, row, (logprobs, advantages, dead, imitated), teacher, tokenizer, known)
         for row in range(len(batch))
     ]
 
@@ -125,6 +129,7 @@ def _scored(
     batch: RolloutBatch,
     row: int,
     columns: tuple[Tensor, ...],
+    teacher: Tensor | None,
     tokenizer: HFTokenizer,
     known: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Judged],
 ) -> SampleView:
@@ -133,13 +138,24 @@ def _scored(
     prompt = batch.input_ids[row, :width].tolist()
     student, advantage, dead, imitated = (c[row, :length].tolist() for c in columns)
     used = batch.loss_mask[row, :length].tolist()
+    places = [0] * length
+    if batch.chunk_places is not None:
+        places = batch.chunk_places[row, :length].tolist()
     scores: list[float | None] = [None] * length
-    if batch.teacher_logprobs is not None:
-        scores = batch.teacher_logprobs[row, :length].tolist()
+    if teacher is not None:
+        values = teacher[row, :length].tolist()
+        scores = [v if p >= 0 else None for v, p in zip(values, places, strict=True)]
     texts = token_texts(tokenizer, ids)
     tokens = [
         TokenView(
-            texts[t], student[t], scores[t], a, _fate(a, dead[t], used[t]), imitated[t], used[t]
+            texts[t],
+            student[t],
+            scores[t],
+            a,
+            _fate(a, dead[t], used[t]),
+            imitated[t],
+            used[t],
+            places[t] > 0,
         )
         for t, a in enumerate(advantage)
     ]
@@ -160,7 +176,8 @@ def _scored(
 
 
 def _own_prompt(batch: RolloutBatch, row: int, prompt: list[int], tokenizer: HFTokenizer) -> str:
-    if batch.teacher_prompt_ids is None:
+    # With an end token of its own, the teacher may have a tokenizer of its own.
+    if batch.teacher_prompt_ids is None or batch.teacher_ends is not None:
         return ""
     own = [i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0]
     return "" if own == prompt else str(tokenizer.decode(own, skip_special_tokens=False))

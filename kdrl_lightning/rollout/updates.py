@@ -18,6 +18,7 @@ from kdrl_lightning.teachers.own_prompt.groups import as_read
 OLD_FIELDS = ("old_logprobs", "old_entropy", "topk_ids")
 TEACHER_FIELDS = (
     "teacher_logprobs",
+    "chunk_places",
     "teacher_entropy",
     "teacher_top_ids",
     "teacher_topk_ids",

@@ -3,6 +3,7 @@
 from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.cached import CachedTeacher
+from kdrl_lightning.teachers.cross_tokenizer import CrossTokenizerTeacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.contexts import (
     ColumnContext,
@@ -31,6 +32,7 @@ __all__ = [
     "CachedTeacher",
     "ColumnContext",
     "Context",
+    "CrossTokenizerTeacher",
     "FeedbackContext",
     "FixedContext",
     "HardSync",

@@ -36,6 +36,8 @@ class Teacher(ABC):
             does not translate them; else None. ``check`` sets it.
         needs_lora: the teacher is the student without its adapters.
         knows_entropy: ``score`` returns the entropy of the teacher's distributions.
+        aligns: the teacher's tokens are not the student's, so that it scores chunks of the sampled
+            tokens and no others; ``check`` sets it.
         joins: one call may score several micro-batches, so that a prompt they share runs once.
         has_own_prompt: completions are read after other prompts than the student's.
     """
@@ -47,12 +49,18 @@ class Teacher(ABC):
     needs_lora: bool = False
     knows_entropy: bool = True
     joins: bool = False
+    aligns: bool = False
     has_own_prompt: bool = False
 
     @property
     def model_name(self) -> str | None:
         """Folder or hub name of the teacher's model; None if it is not in this process."""
         return None
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the teacher's tokenizer; None if it is the student's."""
+        return self.model_name
 
     @property
     def vocabulary_rows(self) -> int | None:

@@ -118,6 +118,8 @@ class CachedTeacher(WrappedTeacher):
         ]
         if batch.teacher_prompt_ids is not None:
             content.append([i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0])
+        if batch.teacher_ends is not None:
+            content.append(int(batch.teacher_ends[row]))
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def _read(self, key: str, device: torch.device) -> TokenScores | None:

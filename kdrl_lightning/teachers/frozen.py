@@ -23,7 +23,7 @@ from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.own_top_k import own_top_k
 from kdrl_lightning.teachers.self_teachers import check_self_teachers, self_teachers
-from kdrl_lightning.teachers.tokenizers import check_end_tokens
+from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
@@ -116,6 +116,8 @@ class FrozenModels:
         for model in self._models():
             model.check(tokenizer, path)
             check_end_tokens(model.other_end, objective)
+            if model.aligns:
+                check_sampled(objective)
 
     def check_device(self, device: torch.device) -> None:
         """Check that they can run on the device of the run, before weights are loaded.
@@ -327,10 +329,21 @@ def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:
         return {}
     best = scores.topk_ids
     return {
-        "teacher_logprobs": scores.logprobs.clamp(min=LOGPROB_FLOOR),
+        "teacher_logprobs": floored(scores),
+        "chunk_places": scores.chunk_places,
         "teacher_entropy": scores.entropy,
         "teacher_top_ids": None if best is None else best[..., 0],
     }
+
+
+def floored(scores: TokenScores) -> Tensor:
+    """Return ``[B, T]`` log-probabilities of at least ``LOGPROB_FLOOR``; sums of chunks stay.
+
+    The summands of a chunk are floored by the teacher that sums them.
+    """
+    if scores.chunk_places is not None:
+        return scores.logprobs
+    return scores.logprobs.clamp(min=LOGPROB_FLOOR)
 
 
 def old_fields(scores: TokenScores) -> dict[str, Tensor | None]:

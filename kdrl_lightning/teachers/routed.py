@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.logprobs import TokenScores
+from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
@@ -25,7 +25,8 @@ from kdrl_lightning.untyped import HFTokenizer, Row
 class RoutedTeacher(Teacher):
     """Scores each completion with the teacher that a column of its prompt row names.
 
-    All teachers must share the student's vocabulary. A routed teacher does not generate.
+    A teacher must share the student's vocabulary, or be a ``CrossTokenizerTeacher``. A routed
+    teacher does not generate.
 
     Args:
         teachers: the teachers by name, at least one.
@@ -53,6 +54,26 @@ class RoutedTeacher(Teacher):
         """Compare the tokenizers of the student and every teacher."""
         for teacher in self.teachers.values():
             teacher.check(student_tokenizer, student_path)
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the teachers' tokenizer.
+
+        Raises:
+            ConfigurationError: they have several.
+        """
+        paths = {teacher.tokenizer_path for teacher in self.teachers.values()}
+        if len(paths) > 1:
+            raise ConfigurationError(
+                f"`teachers` must have one tokenizer in a CrossTokenizerTeacher: got "
+                f"{', '.join(sorted(map(str, paths)))}. Wrap each of the teachers instead."
+            )
+        return paths.pop()
+
+    @property
+    def aligns(self) -> bool:  # type: ignore[override]
+        """Whether a teacher has other tokens than the student."""
+        return any(teacher.aligns for teacher in self.teachers.values())
 
     @property
     def vocabulary_rows(self) -> int | None:
@@ -189,6 +210,12 @@ class RoutedTeacher(Teacher):
             part = batch.select(rows)
             asked = None if topk_ids is None else topk_ids[rows, : part.completion_ids.shape[1]]
             scores = self.teachers[name].score(part, asked)
+            if self.aligns and scores.chunk_places is None:
+                # Each token is a chunk. All ranks need the field, whichever rows they have.
+                places = torch.zeros_like(part.completion_ids)
+                scores = scores._replace(
+                    logprobs=scores.logprobs.clamp(min=LOGPROB_FLOOR), chunk_places=places
+                )
             whole = scatter(whole, scores, rows, batch)
         assert whole is not None, "a batch has rows"
         return whole if self.knows_entropy else whole._replace(entropy=None)

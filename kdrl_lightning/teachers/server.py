@@ -101,6 +101,11 @@ class ServerTeacher(Teacher):
         """Most tokens, of prompt and completion together, of the servers; None before ``load``."""
         return self._context - 1 if self._context else None
 
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder or hub name of the served model."""
+        return model_path(self.model)
+
     def prepare(self) -> None:
         """Make the model's folder if its source needs to."""
         model_path(self.model)

@@ -144,6 +144,27 @@ def check_end_tokens(ends: str | None, objective: Any) -> None:
     )
 
 
+def check_sampled(objective: Any) -> None:
+    """Refuse an objective that compares more than sampled tokens, if the tokenizers differ.
+
+    Args:
+        objective: says which distributions it compares.
+
+    Raises:
+        ConfigurationError: it compares the full vocabulary, or the student's most likely tokens.
+    """
+    if objective.divergence is None and not objective.top_k:
+        return
+    what = "distributions over the full vocabulary"
+    if objective.top_k:
+        what = f"the student's {objective.top_k} most likely tokens"
+    raise ConfigurationError(
+        f"`objective` must compare sampled tokens with a teacher of another tokenizer: got "
+        f"{type(objective).__name__}, which compares {what}. The two vocabularies have other "
+        "tokens: use `kl_estimator` k2, k3 or policy_gradient, or RLAD."
+    )
+
+
 def warn_of_templates(student: Any, teacher: Any, student_path: str, teacher_path: str) -> None:
     """Warn if the teacher's chat template renders a conversation differently.
 

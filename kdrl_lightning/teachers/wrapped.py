@@ -48,6 +48,16 @@ class WrappedTeacher(Teacher):
         return self.teacher.model_name
 
     @property
+    def tokenizer_path(self) -> str | None:
+        """Folder or hub name of the wrapped teacher's tokenizer."""
+        return self.teacher.tokenizer_path
+
+    @property
+    def aligns(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped teacher has other tokens than the student."""
+        return self.teacher.aligns
+
+    @property
     def vocabulary_rows(self) -> int | None:
         """Rows of the wrapped teacher's embedding."""
         return self.teacher.vocabulary_rows

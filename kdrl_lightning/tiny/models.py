@@ -37,6 +37,7 @@ class Recipe:
         steps: optimizer steps; the learning rate rises over the first tenth, then falls to 0.
         batch_size: worked additions per step; each is seen once.
         lr: peak learning rate.
+        merged: two digits are one token.
         muon: train the layers' matrices with Muon. It teaches the student its misconception more
             exactly: a student that also writes carries that do not exist hardly improves under RL.
         shown: share of the worked additions whose prompt shows the right one first.
@@ -48,11 +49,14 @@ class Recipe:
     lr: float
     muon: bool
     batch_size: int = 32
-    shown: float = field(default=0.0, repr=False)  # the names of shipped files are older
+    # Left out of the names of shipped files, which are older.
+    merged: bool = field(default=False, repr=False)
+    shown: float = field(default=0.0, repr=False)
 
 
 RECIPES = {
     "teacher": Recipe(width=128, layers=3, steps=600, lr=3e-3, muon=False),
+    "merging_teacher": Recipe(width=128, layers=3, steps=1200, lr=3e-3, muon=False, merged=True),
     "student": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48),
     "reader": Recipe(width=96, layers=2, steps=900, lr=6e-3, muon=True, batch_size=48, shown=0.5),
 }
@@ -69,16 +73,17 @@ class TinyModel(ModelSource):
     cache folder.
 
     Args:
-        role: ``teacher`` (correct traces), ``student`` or ``reader``.
+        role: ``teacher`` (correct traces), ``student``, ``reader``, or ``merging_teacher``, a
+            teacher whose tokenizer writes two digits as one token (see ``CrossTokenizerTeacher``).
         slip: probability that a carry is forgotten in the data of student and reader, in [0, 1];
-            the teacher's data is always correct.
+            the teachers' data is always correct.
         digits: digits of each number, 1 to 9.
         seed: seed of the initial weights and the data.
     """
 
     def __init__(
         self,
-        role: Literal["teacher", "student", "reader"],
+        role: Literal["teacher", "student", "reader", "merging_teacher"],
         slip: float = 0.9,
         digits: int = 4,
         seed: int = 0,
@@ -205,12 +210,16 @@ def unpack(file: Path, recipe: Recipe, folder: Path) -> None:
 
 
 def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
-    """Write a randomly initialised Qwen2 model and its tokenizer as a Hugging Face folder."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """Write a randomly initialised model and its tokenizer as a Hugging Face folder.
+
+    It is a Qwen2 model, or a Llama model if digits are merged: with a Qwen2 model transformers
+    splits all numbers into digits.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    config = Qwen2Config(
+    tokenizer = make_merging_tokenizer() if recipe.merged else make_tokenizer()
+    config = (LlamaConfig if recipe.merged else Qwen2Config)(
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
         intermediate_size=recipe.width * 8 // 3,
@@ -226,7 +235,7 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    (LlamaForCausalLM if recipe.merged else Qwen2ForCausalLM)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -240,6 +249,25 @@ def make_tokenizer() -> Any:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *SYMBOLS])}
     make: Any = Qwen2Tokenizer  # its annotation forbids having no unknown token
     return make(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>", unk_token=None)
+
+
+def make_merging_tokenizer() -> Any:
+    """Return a tokenizer that writes numbers two digits at a time, from the left."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = [(a, b) for a in SYMBOLS[:10] for b in SYMBOLS[:10]]
+    tokens = ["<pad>", "<eos>", *SYMBOLS, *(a + b for a, b in pairs)]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    make: Any = PreTrainedTokenizerFast  # transformers does not annotate it
+    return make(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
 def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:

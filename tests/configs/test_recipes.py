@@ -28,6 +28,7 @@ KINDS = [
     *("kdrl", "kdrl_annealing", "smollm2_kdrl", "rlad_logic_0.6b_2k", "rlad_logic_1.7b_8k"),
     *("rlad_math_1.7b", "rlad_math_8b", "rlad_math_1.5b", "replication/grpo", "replication/kdrl"),
     *("replication/opd_then_rl", "replication/trrd", "opsd", "sdpo", "rlsd", "hdpo"),
+    "cross_llama",
 ]
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if not {p.parent.name, p.name} & BASES)
 

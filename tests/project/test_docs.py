@@ -73,7 +73,7 @@ def test_where_things_are_names_files_and_what_is_in_them() -> None:
 
 
 def test_there_is_a_page_for_every_method() -> None:
-    assert len(PAGES) == 28
+    assert len(PAGES) == 29
     assert all(page.is_file() for page in PAGES)
 
 

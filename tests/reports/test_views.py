@@ -10,7 +10,7 @@ import torch
 from kdrl_lightning import GRPO, KDRL, RLAD, Verdict
 from kdrl_lightning.engines import Completion
 from kdrl_lightning.objectives import Objective
-from kdrl_lightning.reports import SampleView, choose, scored_views, text_view
+from kdrl_lightning.reports import SampleView, Section, choose, render, scored_views, text_view
 from kdrl_lightning.reports.loggers import as_lines
 from kdrl_lightning.reports.page import _sample
 from kdrl_lightning.rollout.generation import Judged
@@ -107,6 +107,23 @@ def test_a_group_with_both_comes_first() -> None:
     assert choose(groups, correct, 9) == [3, 2, 4, 5, 0, 1]
     assert choose(groups, correct, 1) == [3]
     assert choose([], [], 3) == []
+
+
+def test_tokens_of_a_chunk_show_its_gap() -> None:
+    """A teacher with another tokenizer scored ``33`` as one token, and the wrong answer not."""
+    scored = batch()
+    places = torch.tensor([[0, 1, 0], [-1, -1, 0]])
+    teacher = torch.tensor([[math.log(0.1)] * 2 + [math.log(0.5)], [0.0, 0.0, 0.0]])
+    prompts, ends = torch.tensor([[70_000], [70_000]]), torch.tensor([9, 9])  # not the student's
+    scored = scored.replace(teacher_prompt_ids=prompts, teacher_ends=ends)
+    ready = KDRL().prepare(scored.replace(chunk_places=places, teacher_logprobs=teacher))
+    assert ready.old_logprobs is not None
+    right, wrong = scored_views(ready, ready.old_logprobs, KDRL(), TOKENIZER)
+    assert [t.joined for t in right.tokens] == [False, True, False]
+    assert [t.gap for t in right.tokens] == pytest.approx([math.log(0.4)] * 2 + [0.0])
+    assert all(t.gap is None and not t.imitated for t in wrong.tokens)
+    page = render("x", [Section("now", {}, {"rollout": [right, wrong]})], 10)
+    assert page.count(' joined"') == 2  # in the legend and on the second digit
 
 
 def test_what_the_teacher_reads_is_shown() -> None:

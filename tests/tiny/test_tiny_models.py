@@ -20,7 +20,7 @@ from kdrl_lightning.tiny.models import Recipe, TinyModel, save_untrained
     [
         (
             {"role": "parent"},
-            r"^`role` must be one of teacher, student, reader: got parent\. Choose one of them\.$",
+            r"^`role` must be one of teacher, merging_teacher, student, reader: got parent\.",
         ),
         ({"role": "student", "slip": 1.5}, r"^`slip` must be in \[0, 1\]: got 1\.5\.$"),
         ({"role": "student", "slip": math.nan}, r"^`slip` must be in \[0, 1\]: got nan\.$"),

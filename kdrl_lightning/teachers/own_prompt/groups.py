@@ -60,11 +60,13 @@ class OwnPrompt:
         ids: its token ids.
         has_context: the teacher may be imitated on the completion.
         dropped: there was a context, but its prompt is too long or cannot be rendered.
+        end: the token with which the teacher ends the completion; -1: the student's.
     """
 
     ids: list[int]
     has_context: bool = True
     dropped: bool = False
+    end: int = -1
 
 
 def with_prompts(batch: RolloutBatch, prompts: Sequence[OwnPrompt]) -> RolloutBatch:
@@ -72,7 +74,12 @@ def with_prompts(batch: RolloutBatch, prompts: Sequence[OwnPrompt]) -> RolloutBa
     device = batch.input_ids.device
     has_context = torch.tensor([p.has_context for p in prompts], dtype=torch.bool, device=device)
     ids = pad_rows([p.ids for p in prompts], -1, torch.long).to(device)
-    return batch.replace(teacher_prompt_ids=ids, has_context=has_context)
+    ends = torch.tensor([p.end for p in prompts], dtype=torch.long, device=device)
+    return batch.replace(
+        teacher_prompt_ids=ids,
+        has_context=has_context,
+        teacher_ends=ends if any(p.end >= 0 for p in prompts) else None,
+    )
 
 
 def as_read(batch: RolloutBatch) -> RolloutBatch:
