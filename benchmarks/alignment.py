@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers.small_tokenizers import make  # noqa: E402
 from kdrl_lightning.models.gguf import GGUFModel  # noqa: E402
 from kdrl_lightning.models.loading import load_tokenizer, model_path  # noqa: E402
-from kdrl_lightning.teachers.alignment import Aligner, TokenBytes  # noqa: E402
+from kdrl_lightning.teachers.cross_tokenizer import Aligner, TokenBytes  # noqa: E402
 
 
 def corpus() -> str:

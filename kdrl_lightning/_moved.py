@@ -85,6 +85,7 @@ MOVED = {
     "shard_loading": "models.shard_loading",
     "sharding": "models.sharding",
     "strategies": "trainer.strategies",
+    "teachers.adapter_off": "teachers.self_teachers.adapter_off",
     "weights": "models.weights",
 }
 

@@ -229,7 +229,13 @@ def _named(values: Values, head: Head | None) -> TokenScores:
         other = TokenScores(values.their_logprobs, values.their_entropy, values.their_best)
     best = None if head is None else head.renamed(values.best)
     return TokenScores(
-        values.logprobs, values.entropy, best, values.asked, values.divergence, values.tail, other
+        values.logprobs,
+        values.entropy,
+        best,
+        values.asked,
+        values.divergence,
+        values.tail,
+        other=other,
     )
 
 

@@ -1,9 +1,8 @@
 """Teachers: in this process, on servers, cached, routed, the student, or with an own prompt."""
 
-from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.cached import CachedTeacher
-from kdrl_lightning.teachers.cross_tokenizer import CrossTokenizerTeacher
+from kdrl_lightning.teachers.cross_tokenizer.teacher import CrossTokenizerTeacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.contexts import (
     ColumnContext,
@@ -25,6 +24,7 @@ from kdrl_lightning.teachers.self_teachers import (
     SelfTeacher,
     TrustRegion,
 )
+from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.server import ServerTeacher
 
 __all__ = [

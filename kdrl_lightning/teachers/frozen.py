@@ -17,12 +17,12 @@ from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.own_top_k import own_top_k
 from kdrl_lightning.teachers.self_teachers import check_self_teachers, self_teachers
+from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a

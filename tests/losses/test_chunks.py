@@ -22,7 +22,7 @@ from kdrl_lightning.losses.chunks import (
     teacher_beside,
     whole_chunks,
 )
-from kdrl_lightning.teachers.alignment import Aligner, Chunked, TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TokenBytes
 
 END = 1
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.small_tokenizers import TEXT, make
-from kdrl_lightning.teachers.alignment import Aligner, TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer import Aligner, TokenBytes
 
 pytest.importorskip("trl", reason="needs the extra `peers`")
 

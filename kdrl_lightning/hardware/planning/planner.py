@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -366,5 +366,5 @@ def _notes(job: Job) -> list[str]:
     return notes
 
 
-def _nonzero(parts: dict[str, float]) -> dict[str, float]:
+def _nonzero(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size}

@@ -40,10 +40,10 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.rollout.updates import FROZEN_TOKENS
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.self_teachers import self_teachers
+from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.teachers.alignment.chunks import Ints, cut
-from kdrl_lightning.teachers.alignment.text_encoder import TextEncoder
-from kdrl_lightning.teachers.alignment.token_bytes import TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints, cut
+from kdrl_lightning.teachers.cross_tokenizer.text_encoder import TextEncoder
+from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
 
 # Texts that every teacher must be able to read.
 PRINTABLE = re.compile(rb"[\t\n -~]+")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdrl_lightning.teachers.alignment.aligner import Aligner, Chunked
+from kdrl_lightning.teachers.cross_tokenizer.aligner import Aligner, Chunked
 
 
 class Job(NamedTuple):

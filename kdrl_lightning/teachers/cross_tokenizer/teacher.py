@@ -20,9 +20,15 @@ from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
-from kdrl_lightning.teachers.alignment import Aligner, AlignmentWorker, Chunked, Job, TokenBytes
-from kdrl_lightning.teachers.alignment.chunks import Ints
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.cross_tokenizer import (
+    Aligner,
+    AlignmentWorker,
+    Chunked,
+    Job,
+    TokenBytes,
+)
+from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 from kdrl_lightning.teachers.tokenizers import check_same_vocabulary
 from kdrl_lightning.teachers.wrapped import WrappedTeacher

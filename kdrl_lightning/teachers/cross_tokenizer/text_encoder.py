@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from kdrl_lightning.teachers.alignment.token_bytes import TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
 
 # `Any`: the JSON form of tokenizers.
 

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from helpers.small_tokenizers import KINDS, TEXT, by_hand, make, wrapped
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.teachers.alignment import Aligner, Chunked, TextEncoder, TokenBytes
-from kdrl_lightning.teachers.alignment.chunks import cut
+from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TextEncoder, TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer.chunks import cut
 
 END = 1
 tokenizer = cache(make)
