@@ -121,7 +121,7 @@ def nothing_trained(trainer: Trainer) -> str:
     """Return why a run that continues a checkpoint took no step, with the cure."""
     reached = {
         "max_steps": (trainer.global_step, trainer.max_steps),
-        "max_epochs": (trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs),
+        "max_epochs": (trainer.current_epoch, trainer.max_epochs),
     }
     for name, (count, most) in reached.items():
         if most is not None and 0 <= most <= count:
