@@ -80,9 +80,7 @@ def test_a_limit_of_training_batches_keeps_whole_steps() -> None:
 def test_a_run_with_nothing_left_says_why(
     step: int, epochs: int, most: tuple[int, int | None], words: str
 ) -> None:
-    progress = SimpleNamespace(current=SimpleNamespace(processed=epochs))
-    loop = SimpleNamespace(epoch_progress=progress)
     run: Any = SimpleNamespace(
-        global_step=step, max_steps=most[0], max_epochs=most[1], fit_loop=loop
+        global_step=step, max_steps=most[0], max_epochs=most[1], current_epoch=epochs
     )
     assert nothing_trained(run) == words.replace("\\", "")

@@ -16,10 +16,9 @@ from kdrl_lightning.untyped import Row
 # `Any`: entries of a column, of any type.
 
 ROW_CHARACTERS = 120
-# A float64 with fewer digits than this was written as such a decimal; a float32 keeps any decimal
-# of six digits.
-FLOAT_DIGITS, SINGLE_DIGITS = 15, 6
-SMALLEST, LARGEST = 1e-37, 1e38  # about the range of float32
+# Narrow types with the fewest digits that their values have as a float64, with the digits of a
+# decimal that they keep, and with about their range. A float64 with fewer digits was written so.
+NARROW = ((np.float32, 15, 6, 1e-37, 1e38), (np.float16, 10, 3, 1e-4, 6e4))
 WIDER = {"longdouble", "float96", "float128"}  # numpy gives them no Python type
 
 
@@ -29,8 +28,8 @@ def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
     - A text counts as it is; bytes are decoded as UTF-8.
     - A whole float counts with and without its fraction (pandas turns a column of integers with an
       empty cell into floats). A tiny or huge float counts with and without its exponent. A float
-      with the noise of a sum (0.1 + 0.2) also counts as 0.3, and one that was a float32
-      (0.10000000149) also as 0.1.
+      with the noise of a sum (0.1 + 0.2) also counts as 0.3, and one that was in 32 or 16 bits
+      (0.10000000149, 0.0999755859375) also as 0.1.
     - A bool counts in both spellings, ``True`` and ``true``.
     - A time counts with a space and with a T before the hour; midnight also counts as the date.
     - Each entry of a list, tuple, set or array counts; missing entries are skipped.
@@ -128,14 +127,15 @@ def _of_decimal(value: Decimal, text: str) -> list[str]:
 
 
 def _of_single(value: float) -> list[str]:
-    """Return the short text of a value that was stored as float32; else an empty list."""
-    if _digits(value) < FLOAT_DIGITS or not SMALLEST <= abs(value) < LARGEST:
-        return []
-    single = np.float32(value)
-    if float(single) != value or _digits(single) > SINGLE_DIGITS:
-        return []
-    short = Decimal(str(single))
-    return _of_decimal(short, str(short))[:1]
+    """Return the short text of a value that was stored as float32 or 16; else an empty list."""
+    for kind, fewest, kept, smallest, largest in NARROW:
+        if _digits(value) < fewest or not smallest <= abs(value) < largest:
+            continue
+        single = kind(value)
+        if float(single) == value and _digits(single) <= kept:
+            short = Decimal(str(single))
+            return _of_decimal(short, str(short))[:1]
+    return []
 
 
 def _digits(value: object) -> int:
