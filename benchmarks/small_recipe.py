@@ -154,6 +154,8 @@ def shrunk(
         config = merge(config, load_with_base(recipe.read_text(), str(recipe)))
     config = replaced(config, names)
     data, trainer = config["data"], config["trainer"]
+    if "lora" in config["model"]:
+        config["model"]["lora"]["rank"] = 4  # the stand-ins' layers are narrow
     rollout = data.get("rollout", {})
     updates = rollout.get("minibatches_per_rollout", 1)
     prompts = rollout.get("prompts_per_rollout", 32) // scale
