@@ -185,8 +185,8 @@ def test_all_fields_together_are_those_apart(grad: bool) -> None:
             plain = token_scores(hidden, head, IDS, 0.8)
             close(both.logprobs, plain.logprobs)
             close(both.entropy, plain.entropy)
-            assert all(x is not None and len(x) == N for x in both[:-1])
-            assert plain[2:] == (None,) * 5
+            assert all(x is not None and len(x) == N for x in both[:-2])  # no chunks
+            assert plain[2:] == (None,) * 6
             assert both.logprobs.requires_grad == grad
             only = token_scores(hidden, head, IDS, 0.8, chunk_size, other=other())
             assert only.divergence is None
@@ -247,7 +247,7 @@ def test_no_rows_give_empty_fields_with_a_graph() -> None:
         divergence=reverse_kl,
     )
     assert [None if x is None else tuple(x.shape) for x in scores] == [
-        (0,), (0,), (0, 2), (0, 1), (0,), (0,), None
+        (0,), (0,), (0, 2), (0, 1), (0,), (0,), None, None
     ]  # fmt: skip
     assert scores.divergence is not None
     scores.divergence.sum().backward()
@@ -255,10 +255,10 @@ def test_no_rows_give_empty_fields_with_a_graph() -> None:
 
 
 def test_map_changes_every_field_that_is_there() -> None:
-    scores = TokenScores(f64([1.0]), f64([2.0]), None, f64([[3.0]]), None, f64([4.0]))
+    scores = TokenScores(f64([1.0]), f64([2.0]), None, f64([[3.0]]), None, f64([4.0]), f64([5.0]))
     got = scores.map(lambda x: 2 * x)
     assert [None if x is None else x.tolist() for x in got] == [
-        [2.0], [4.0], None, [[6.0]], None, [8.0], None
+        [2.0], [4.0], None, [[6.0]], None, [8.0], [10.0], None
     ]  # fmt: skip
 
 
