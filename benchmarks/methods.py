@@ -60,9 +60,21 @@ class Setting(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
+# configs/rlad.yaml has a verifier that errs in training.
+EXACT = (
+    "--data.train_prompts.class_path=kdrl_lightning.tiny.ColumnAddition",
+    "--data.train_prompts.init_args.size=4096",
+    "--data.train_prompts.init_args.seed=1",
+    "--data.reward=kdrl_lightning.tiny.addition_reward",
+)
 SETTINGS = {
     "easy": Setting(
-        "addition, slip 0.9", "configs", FAMILY, 30, (3e-4, 6e-4), ("--model.student.slip=0.9",)
+        "addition, slip 0.9",
+        "configs",
+        FAMILY,
+        30,
+        (3e-4, 6e-4),
+        (*EXACT, "--model.student.slip=0.9"),
     ),
     "hard": Setting(
         "addition, slip 0.98",
@@ -70,7 +82,7 @@ SETTINGS = {
         FAMILY,
         60,
         (3e-4, 6e-4, 1.2e-3),
-        ("--model.student.slip=0.98",),
+        (*EXACT, "--model.student.slip=0.98"),
     ),
     "knights": Setting(
         "Knights and Knaves",

@@ -90,11 +90,9 @@ def run(config: list[str], updates: int, rate: float, seed: int, described: bool
         [*config, "--trainer.num_sanity_val_steps=0"], ROLLOUTS, rate, seed, updates, ROLLOUTS
     )
     rows: list[dict[str, float]] = []
-    sampled: list[float] = []
 
     class Afterwards(Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            sampled.append(trainer.datamodule.evaluate(pl_module.weights(), temperature=1.0))
             for callback in trainer.callbacks:
                 if isinstance(callback, SelectiveImitationStats):
                     rows.extend(callback.rows)
@@ -108,7 +106,6 @@ def run(config: list[str], updates: int, rate: float, seed: int, described: bool
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     result = {
         "greedy": round(float(cli.trainer.callback_metrics["val/accuracy"]), 4),
-        "sampled": round(sampled[0], 4),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if rows:
@@ -172,23 +169,29 @@ def best_rates(task: Task, results: dict[Job, dict[str, Any]], seed: int) -> dic
     """Return each method's rate with the best mean greedy accuracy in the searched regimes."""
 
     def mean(method: str, rate: float) -> float:
-        return statistics.mean(
-            results[job(task, method, r, rate, seed)]["greedy"] for r in task.searched
-        )
+        jobs = [job(task, method, regime, rate, seed) for regime in task.searched]
+        return statistics.mean(results[one]["greedy"] for one in jobs)
 
-    return {m: max(RATES, key=lambda rate: mean(m, rate)) for m in (*task.methods, *task.ablation)}
+    best = {m: max(RATES, key=lambda rate: mean(m, rate)) for m in task.methods}
+    like = {m: EVERY_METHOD[m].rate_of for m in (*task.variants, *task.ablation)}
+    return best | {method: best[other] for method, other in like.items() if other}
 
 
 def stages(task: Task, rates: dict[str, float], seeds: Sequence[int]) -> Iterator[list[Job]]:
     """Yield the runs after the search, the most important first."""
     rest = [regime for regime in task.regimes if regime not in task.core]
-    every = [*task.methods, *task.ablation]
+    main, variants = task.methods, [*task.variants, *task.ablation]
     for methods, regimes, some in (
-        (every, task.core, seeds[:3]),
-        (task.methods, rest, seeds[:1]),
-        (every, task.core, seeds[3:]),
-        (task.methods, rest, seeds[1:]),
-        (task.ablation, rest, seeds),
+        (main, task.core, seeds[:2]),
+        (variants, task.core, seeds[:1]),
+        (main, rest, seeds[:1]),
+        (main, task.core, seeds[2:3]),
+        (variants, task.core, seeds[1:3]),
+        (main, task.core, seeds[3:]),
+        (task.variants, rest, seeds[:1]),
+        (variants, task.core, seeds[3:]),
+        (main, rest, seeds[1:]),
+        (variants, rest, seeds),
     ):
         yield [job(task, m, r, rates[m], seed) for seed in some for r in regimes for m in methods]
 

@@ -79,7 +79,7 @@ def tables(cells: Cells) -> str:
     parts = [f"### Each method's worst regime: {task.title}", worst_table(cells)]
     for teacher in task.teachers:
         rows = [["method", *task.verifiers]]
-        for method in task.methods:
+        for method in (*task.methods, *task.variants):
             regimes = [Regime(verifier, teacher) for verifier in task.verifiers]
             rows.append([method, *(cells.text(method, regime) for regime in regimes)])
         parts += [f"### Teacher: {teacher}", markdown(rows)]
@@ -91,14 +91,15 @@ def tables(cells: Cells) -> str:
 def worst_table(cells: Cells) -> str:
     """Return each method's rate, worst regime and mean over all regimes."""
     rows = [["method", "lr", "worst regime: verifier, teacher", "there", "mean of all regimes"]]
-    found = {method: cells.worst(method) for method in cells.task.methods}
+    every = (*cells.task.methods, *cells.task.variants)
+    found = {method: cells.worst(method) for method in every}
     known = {method: worst for method, worst in found.items() if worst is not None}
     for method, (regime, _) in sorted(known.items(), key=lambda item: -item[1][1]):
-        every = [cells.mean(method, r) for r in cells.task.regimes]
-        whole = [value for value in every if value is not None]
+        means = [cells.mean(method, r) for r in cells.task.regimes]
+        whole = [value for value in means if value is not None]
         of_all = f"{statistics.mean(whole):.2f}"
-        if len(whole) < len(every):
-            of_all += f" ({len(whole)} of {len(every)})"
+        if len(whole) < len(means):
+            of_all += f" ({len(whole)} of {len(means)})"
         where = f"{regime.verifier}, {regime.teacher}"
         rows.append([method, f"{cells.rates[method]:g}", where, cells.text(method, regime), of_all])
     return markdown(rows)
@@ -127,14 +128,15 @@ def heat_map(cells: Cells, path: Path) -> None:
     from matplotlib.figure import Figure
 
     task, across = cells.task, 4
-    down = -(-len(task.methods) // across)
+    methods = [*task.methods, *task.variants]
+    down = -(-len(methods) // across)
     figure = Figure(figsize=(3.9 * across, 2.2 * down + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(task.methods) :]:
+    for axis in axes.flat[len(methods) :]:
         axis.axis("off")
     image = None
-    for index, (axis, method) in enumerate(zip(axes.flat, task.methods, strict=False)):
+    for index, (axis, method) in enumerate(zip(axes.flat, methods, strict=False)):
         table = [[cells.mean(method, Regime(v, t)) for v in task.verifiers] for t in task.teachers]
         values = np.array(table, dtype=float)
         image = axis.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
@@ -147,7 +149,7 @@ def heat_map(cells: Cells, path: Path) -> None:
         axis.set_title(title, fontsize="medium")
         axis.set_xticks(range(len(task.verifiers)), list(task.verifiers), rotation=30, ha="right")
         axis.set_yticks(range(len(task.teachers)), list(task.teachers))
-        axis.tick_params(labelbottom=index >= len(task.methods) - across)
+        axis.tick_params(labelbottom=index >= len(methods) - across)
     if image is not None:
         figure.colorbar(image, ax=axes, label="greedy accuracy, true", shrink=0.8)
     figure.savefig(path, dpi=90)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.regime_cases.methods import ABLATION, METHODS, Method
+from benchmarks.regime_cases.methods import ABLATION, MAIN, VARIANTS, Method
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,8 +29,9 @@ class Task:
         exact: the reward that is always right, by import path; it judges validation rows.
         verifiers: rewards of the training rows by name.
         teachers: flags of the teacher's model by name.
-        methods: names of the methods that run in every regime.
-        ablation: names of those that run in every regime after all others, in ``core`` with them.
+        methods: names of the methods that get their runs first, and the search for a rate.
+        variants: names of the other settings of these methods.
+        ablation: names of the methods with gates.
         core: the regimes that get their seeds first.
         searched: the regimes in which the learning rate is searched.
     """
@@ -41,6 +42,7 @@ class Task:
     verifiers: dict[str, dict[str, Any]]
     teachers: dict[str, list[str]]
     methods: list[str]
+    variants: list[str]
     ablation: list[str]
     core: list[Regime]
     searched: list[Regime]
@@ -80,6 +82,7 @@ _CORE = [
     Regime("accepts 30 % of wrong", "good"),
     Regime("accepts 30 % of wrong", "forgets half"),
     Regime("accepts 60 % of wrong", "forgets half"),
+    Regime("accepts 60 % of wrong", "worse than student"),
 ]
 ADDITION = Task(
     title="addition, slip 0.9",
@@ -97,7 +100,8 @@ ADDITION = Task(
         "forgets half": [f"{_MODEL}.role=student", f"{_MODEL}.slip=0.5"],
         "worse than student": [f"{_MODEL}.role=student", f"{_MODEL}.slip=0.98"],
     },
-    methods=list(METHODS),
+    methods=list(MAIN),
+    variants=list(VARIANTS),
     ablation=list(ABLATION),
     core=_CORE,
     searched=_CORE[:2],
@@ -135,6 +139,7 @@ RESIDUES = Task(
         "skips half": _residues_teacher("student", 0.5),
     },
     methods=["GRPO", "on-policy distillation", "KDRL", "RLAD α 0.5", "RLAD α 0.8"],
+    variants=[],
     ablation=[],
     core=_RESIDUES,
     searched=_RESIDUES[:2],
