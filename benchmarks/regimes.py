@@ -182,13 +182,14 @@ def stages(task: Task, rates: dict[str, float], seeds: Sequence[int]) -> Iterato
     rest = [regime for regime in task.regimes if regime not in task.core]
     main, variants = task.methods, [*task.variants, *task.ablation]
     for methods, regimes, some in (
-        (main, task.core, seeds[:2]),
-        (variants, task.core, seeds[:1]),
+        (main, task.core, seeds[:1]),
+        (task.ablation, task.core, seeds[:1]),
         (main, rest, seeds[:1]),
+        (main, task.core, seeds[1:2]),
+        (task.variants, task.core, seeds[:1]),
         (main, task.core, seeds[2:3]),
         (variants, task.core, seeds[1:3]),
         (main, task.core, seeds[3:]),
-        (task.variants, rest, seeds[:1]),
         (variants, task.core, seeds[3:]),
         (main, rest, seeds[1:]),
         (variants, rest, seeds),
@@ -208,7 +209,7 @@ def main() -> None:
     task, first = TASKS[args.task], args.seeds[0]
     sizes = {"rollouts": ROLLOUTS, "rates": RATES, "seeds": args.seeds}
     campaign = Campaign(task, args.out / f"{args.task}.json", args.minutes, sizes)
-    methods = [*task.methods, *task.ablation]
+    methods = task.methods
     searched = [
         job(task, m, r, rate, first) for r in task.searched for m in methods for rate in RATES
     ]
