@@ -83,6 +83,10 @@ CLIPPED = {
     "policy/clip_frac_high": 3 / TOKENS,
     "kd/dead_frac_pos": 1 / 4,  # 1.3
     "kd/dead_frac_neg": 1 / 2,  # .7
+    "kd/rewarded_tokens": 3,
+    "kd/dead_tokens": 1,
+    "kd/punished_tokens": 1,
+    "kd/protected_tokens": 1,
 }
 
 
@@ -156,6 +160,10 @@ def test_rlad() -> None:
         "policy/clip_frac_high": 4 / TOKENS,
         "kd/dead_frac_pos": 2 / 4,  # 1.284, 1.292
         "kd/dead_frac_neg": 1 / 2,  # .507
+        "kd/rewarded_tokens": 2,
+        "kd/dead_tokens": 2,
+        "kd/punished_tokens": 1,
+        "kd/protected_tokens": 1,
         "kd/imitation_frac": 3 / TOKENS,  # .880, .667; 1.388; A = 0 does not count
         "kd/imitated_completions_frac": 2 / 3,
         "kd/offset_clamp_frac": 1 / TOKENS,
