@@ -43,9 +43,9 @@ class SelectiveImitationStats(RolloutCallback):
       ``kd/imitated_completions_frac``, ``kd/imitated_groups_frac``: with at least one such token.
     - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: of the tokens with a positive (negative)
       advantage, those whose policy gradient the clip removes.
-    - ``kd/rewarded_tokens``, ``kd/dead_tokens``: tokens of the update with a positive advantage that
-      have a policy gradient, and those that the clip leaves without; ``kd/punished_tokens``,
-      ``kd/protected_tokens``: the same for a negative advantage.
+    - ``kd/rewarded_tokens``, ``kd/dead_tokens``: number of the update's tokens with a positive
+      advantage that have a policy gradient, and of those whose gradient the clip removes;
+      ``kd/punished_tokens``, ``kd/protected_tokens``: the same for a negative advantage.
     - ``kd/reverse_kl``: mean of log pi - log pi_T (k1), an estimate of KL(student || teacher) per
       token; ``kd/reverse_kl_k3`` another that is never negative; ``_correct`` and ``_wrong`` split
       both by the verifier's answer.

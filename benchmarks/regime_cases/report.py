@@ -57,14 +57,20 @@ class Cells:
             return f"{mean} ×1"
         return f"{mean} ({min(values):.2f}–{max(values):.2f}) ×{len(values)}"
 
+    @property
+    def shared(self) -> list[Regime]:
+        """The regimes in which every method with a search of its own has runs."""
+        methods = self.task.methods
+        return [r for r in self.task.regimes if all(self.runs(m, r) for m in methods)]
+
     def worst(self, method: str) -> tuple[Regime, float] | None:
-        """Return the regime with the lowest mean, and that mean."""
-        known = {r: self.mean(method, r) for r in self.task.regimes}
-        measured = {r: m for r, m in known.items() if m is not None}
-        if not measured:
+        """Return the shared regime with the lowest mean, and that mean; None if one lacks runs."""
+        means = {regime: self.mean(method, regime) for regime in self.shared}
+        known = {regime: mean for regime, mean in means.items() if mean is not None}
+        if len(known) < len(means) or not known:
             return None
-        lowest = min(measured, key=lambda r: measured[r])
-        return lowest, measured[lowest]
+        lowest = min(known, key=lambda regime: known[regime])
+        return lowest, known[lowest]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -81,7 +87,8 @@ def tables(cells: Cells) -> str:
         rows = [["method", *task.verifiers]]
         for method in (*task.methods, *task.variants):
             regimes = [Regime(verifier, teacher) for verifier in task.verifiers]
-            rows.append([method, *(cells.text(method, regime) for regime in regimes)])
+            if any(cells.runs(method, regime) for regime in regimes):
+                rows.append([method, *(cells.text(method, regime) for regime in regimes)])
         parts += [f"### Teacher: {teacher}", markdown(rows)]
     if task.ablation:
         parts += ["### Gates × TRRD", ablation_table(cells)]
@@ -89,19 +96,19 @@ def tables(cells: Cells) -> str:
 
 
 def worst_table(cells: Cells) -> str:
-    """Return each method's rate, worst regime and mean over all regimes."""
-    rows = [["method", "lr", "worst regime: verifier, teacher", "there", "mean of all regimes"]]
-    every = (*cells.task.methods, *cells.task.variants)
+    """Return each method's rate, worst regime and mean, over the regimes that all have."""
+    shared = cells.shared
+    number = f"mean of {len(shared)} regimes"
+    rows = [["method", "lr", "worst regime: verifier, teacher", "there", number]]
+    every = (*cells.task.methods, *cells.task.variants, *cells.task.ablation)
     found = {method: cells.worst(method) for method in every}
     known = {method: worst for method, worst in found.items() if worst is not None}
     for method, (regime, _) in sorted(known.items(), key=lambda item: -item[1][1]):
-        means = [cells.mean(method, r) for r in cells.task.regimes]
-        whole = [value for value in means if value is not None]
-        of_all = f"{statistics.mean(whole):.2f}"
-        if len(whole) < len(means):
-            of_all += f" ({len(whole)} of {len(means)})"
+        means = [cells.mean(method, r) or 0.0 for r in shared]
         where = f"{regime.verifier}, {regime.teacher}"
-        rows.append([method, f"{cells.rates[method]:g}", where, cells.text(method, regime), of_all])
+        there = cells.text(method, regime)
+        mean = f"{statistics.mean(means):.2f}"
+        rows.append([method, f"{cells.rates[method]:g}", where, there, mean])
     return markdown(rows)
 
 
@@ -128,7 +135,8 @@ def heat_map(cells: Cells, path: Path) -> None:
     from matplotlib.figure import Figure
 
     task, across = cells.task, 4
-    methods = [*task.methods, *task.variants]
+    named = [*task.methods, *task.variants]
+    methods = [m for m in named if any(cells.runs(m, regime) for regime in task.regimes)]
     down = -(-len(methods) // across)
     figure = Figure(figsize=(3.9 * across, 2.2 * down + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
@@ -156,10 +164,10 @@ def heat_map(cells: Cells, path: Path) -> None:
 
 
 PANELS = {
-    "kd/dead_frac_pos": "rewarded tokens that are dead",
-    "kd/dead_frac_neg": "punished tokens that are protected",
-    "kd/strong_conflict_frac": "A against the teacher by > a factor of 2",
-    "kd/offset_weight_p99": "TRRD's w, 99th percentile",
+    "kd/dead_frac_pos": "dead, of A > 0",
+    "kd/dead_frac_neg": "protected, of A < 0",
+    "kd/strong_conflict_frac": "strong conflict",
+    "kd/offset_weight_p99": "TRRD's w, 99 %",
 }
 EXPLAINED = ("GRPO", "KDRL", "RLAD α 0.5", "RLAD α 0.8", "RLAD α 0.5, paper's clamp")
 
