@@ -8,7 +8,8 @@ one that does not learn from verdicts once for all verifiers.
 
 The runs are ordered by importance, and each is written when it ends; the same command continues a
 run that was stopped. Writes ``regimes.json``, ``regimes.png``, ``regimes_why.png`` and the tables
-in ``regimes.md`` into --out. ``--task residues`` is a second, smaller task.
+in ``regimes.md`` into --out. ``--task residues`` is a second, smaller task without a search: it
+takes the rates that the first has chosen.
 
     python benchmarks/regimes.py --out docs/comparison
 """
@@ -170,7 +171,8 @@ def best_rates(task: Task, results: dict[Job, dict[str, Any]], seed: int) -> dic
 
     def mean(method: str, rate: float) -> float:
         jobs = [job(task, method, regime, rate, seed) for regime in task.searched]
-        return statistics.mean(results[one]["greedy"] for one in jobs)
+        found = [results[one]["greedy"] for one in jobs if one in results]
+        return statistics.mean(found) if found else 0.0  # the search was stopped early
 
     best = {m: max(RATES, key=lambda rate: mean(m, rate)) for m in task.methods}
     like = {m: EVERY_METHOD[m].rate_of for m in (*task.variants, *task.ablation)}
@@ -213,16 +215,15 @@ def main() -> None:
     searched = [
         job(task, m, r, rate, first) for r in task.searched for m in methods for rate in RATES
     ]
-    if not args.report and campaign.run(searched):
-        for stage in stages(task, best_rates(task, campaign.results, first), args.seeds):
-            if not campaign.run(stage):
-                break
+    enough = args.report or campaign.run(searched)
+    of = campaign if searched else Campaign(TASKS["regimes"], args.out / "regimes.json", 0, sizes)
+    rates = best_rates(of.task, of.results, first)
+    for stage in [] if args.report or not enough else stages(task, rates, args.seeds):
+        if not campaign.run(stage):
+            break
     from benchmarks.regime_cases.report import Cells, write
 
-    results = list(campaign.results.values())
-    whole = all(one in campaign.results for one in searched)
-    rates = best_rates(task, campaign.results, first) if whole else {}
-    write(args.out, args.task, Cells(task, results, rates), first)
+    write(args.out, args.task, Cells(task, list(campaign.results.values()), rates), first)
 
 
 if __name__ == "__main__":

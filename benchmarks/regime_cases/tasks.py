@@ -33,7 +33,8 @@ class Task:
         variants: names of the other settings of these methods.
         ablation: names of the methods with gates.
         core: the regimes that get their seeds first.
-        searched: the regimes in which the learning rate is searched.
+        searched: the regimes in which the learning rate is searched; none: take the rates that the
+            search in ``regimes`` has chosen.
     """
 
     title: str
@@ -142,6 +143,6 @@ RESIDUES = Task(
     variants=[],
     ablation=[],
     core=_RESIDUES,
-    searched=_RESIDUES[:2],
+    searched=[],
 )
 TASKS = {"regimes": ADDITION, "residues": RESIDUES}
