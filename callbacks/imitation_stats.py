@@ -44,6 +44,9 @@ class SelectiveImitationStats(RolloutCallback):
       ``kd/imitated_completions_frac``, ``kd/imitated_groups_frac``: with at least one such token.
     - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: of the tokens with a positive (negative)
       advantage, those whose policy gradient the clip removes.
+    - ``kd/rewarded_tokens``, ``kd/dead_tokens``: number of the update's tokens with a positive
+      advantage that have a policy gradient, and of those whose gradient the clip removes;
+      ``kd/punished_tokens``, ``kd/protected_tokens``: the same for a negative advantage.
     - ``kd/reverse_kl``: mean of log pi - log pi_T (k1), an estimate of KL(student || teacher) per
       token; ``kd/reverse_kl_k3`` another that is never negative; ``_correct`` and ``_wrong`` split
       both by the verifier's answer.
@@ -209,8 +212,13 @@ def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
         stats.add_mean("policy/clip_frac_high", above, mask)
         advantages = objective.token_advantages(batch, logprobs)
         dead = objective.dead(batch, logprobs, advantages)
-        stats.add_mean("kd/dead_frac_pos", dead, mask & (advantages > 0))
-        stats.add_mean("kd/dead_frac_neg", dead, mask & (advantages < 0))
+        up, down = mask & (advantages > 0), mask & (advantages < 0)
+        stats.add_mean("kd/dead_frac_pos", dead, up)
+        stats.add_mean("kd/dead_frac_neg", dead, down)
+        fates = {"rewarded": up & ~dead, "dead": up & dead}
+        fates |= {"punished": down & ~dead, "protected": down & dead}
+        for fate, tokens in fates.items():
+            stats.add_sum(f"kd/{fate}_tokens", tokens.count_nonzero())
     if batch.teacher_logprobs is not None:
         _add_teacher(stats, micro)
 

@@ -15,6 +15,7 @@ from kdrl_lightning.reports import (
     SampleView,
     Section,
     choose,
+    cut_tokens,
     log_samples,
     render,
     scored_views,
@@ -133,7 +134,8 @@ class SamplePage(RolloutCallback):
         data = rollout_data(trainer)
         judged = () if data is None else data.collector.latest
         views = []
-        for place in choose(groups, correct, self.completions):
+        cut = [n for batch, lp in self._step for n in cut_tokens(batch, lp, pl_module.objective)]
+        for place in choose(groups, correct, self.completions, cut):
             (batch, logprobs), row = self._step[places[place][0]], places[place][1]
             one = batch.select([row])
             scores = logprobs[row : row + 1, : one.completion_ids.shape[1]]

@@ -123,6 +123,8 @@ EXPERTS = "models/lora/targets.py", "models/lora/test_lora_experts.py"
 WATCHED = "metrics/update_stats.py", "runs/test_trace.py"
 FROZEN_MODELS = "teachers/frozen.py", "runs/test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "callbacks/test_imitation_stats.py"
+VIEWS = "reports/views.py", "reports/test_views.py"
+ERRING = "tiny/verifier.py", "tiny/test_verifier.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "engines/vllm/test_hub_names.py"
 KEPT_CLASSES = "engines/vllm/classes.py", "engines/vllm/test_classes.py"
@@ -570,6 +572,15 @@ MUTATIONS = [
         "against, used = gap * wanted > 0",
     ),
     Mutation("statistics: correct for wrong", STATS, "mask & ~correct", "mask & correct"),
+    Mutation(
+        "statistics: protected among the punished",
+        STATS,
+        '"punished": down & ~dead',
+        '"punished": down',
+    ),
+    Mutation("samples: the clip acts last", VIEWS, "key=lambda i: -cut[i]", "key=lambda i: cut[i]"),
+    Mutation("verifier: rejects wrong", ERRING, "if verdict.correct else", "if False else"),
+    Mutation("verifier: the prompt is ignored", ERRING, 'sample.row["prompt"], ', ""),
     Mutation(
         "totals: empty completions count",
         TOTALS,

@@ -3,13 +3,21 @@
 from kdrl_lightning.reports.loggers import log_samples
 from kdrl_lightning.reports.page import Section, render
 from kdrl_lightning.reports.text import token_texts, visible
-from kdrl_lightning.reports.views import SampleView, TokenView, choose, scored_views, text_view
+from kdrl_lightning.reports.views import (
+    SampleView,
+    TokenView,
+    choose,
+    cut_tokens,
+    scored_views,
+    text_view,
+)
 
 __all__ = [
     "SampleView",
     "Section",
     "TokenView",
     "choose",
+    "cut_tokens",
     "log_samples",
     "render",
     "scored_views",

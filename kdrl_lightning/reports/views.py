@@ -76,26 +76,48 @@ class SampleView:
     teacher_prompt: str = ""
 
 
-def choose(groups: Sequence[int], correct: Sequence[bool], count: int) -> list[int]:
+def choose(
+    groups: Sequence[int], correct: Sequence[bool], count: int, cut: Sequence[int] = ()
+) -> list[int]:
     """Choose ``count`` completions: first a right and a wrong one of each group that has both.
+
+    Groups and completions in which the clip removes more tokens come first.
 
     Args:
         groups: each completion's group.
         correct: each completion's correctness.
         count: number of positions to return, or fewer if there are fewer completions.
+        cut: each completion's number of dead and protected tokens; empty: none has one.
 
     >>> choose([0, 0, 1, 1, 1], [True, True, True, False, False], 3)
     [2, 3, 0]
+    >>> choose([0, 0, 1, 1, 1], [True, False, True, False, False], 2, cut=[0, 0, 1, 0, 2])
+    [2, 4]
     """
-    first: dict[int, dict[bool, int]] = {}
-    for i, (group, c) in enumerate(zip(groups, correct, strict=True)):
-        first.setdefault(group, {}).setdefault(c, i)
+    cut = cut or [0] * len(groups)
+    first: dict[int, dict[bool, int]] = {group: {} for group in groups}
+    for i in sorted(range(len(groups)), key=lambda i: -cut[i]):
+        first[groups[i]].setdefault(correct[i], i)
     pairs = [[found[True], found[False]] for found in first.values() if len(found) == 2]
+    pairs.sort(key=lambda pair: -sum(cut[i] for i in pair))
     ordered = [i for pair in pairs for i in pair]
     singles = [next(iter(found.values())) for found in first.values() if len(found) == 1]
     chosen = [*ordered, *singles]
     rest = [i for i in range(len(groups)) if i not in set(chosen)]
     return [*chosen, *rest][:count]
+
+
+def cut_tokens(batch: RolloutBatch, logprobs: Tensor, objective: Objective) -> list[int]:
+    """Return how many tokens of each completion are dead or protected.
+
+    Args:
+        batch: B rows of a micro-batch, as the update got it.
+        logprobs: ``[B, T]``, the student's log-probabilities in that update.
+        objective: decides which tokens have no policy gradient.
+    """
+    advantages = objective.token_advantages(batch, logprobs)
+    dead = objective.dead(batch, logprobs, advantages) & batch.loss_mask & (advantages != 0)
+    return [int(count) for count in dead.sum(1)]
 
 
 def scored_views(

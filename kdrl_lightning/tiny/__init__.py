@@ -2,5 +2,6 @@
 
 from kdrl_lightning.tiny.addition import AdditionTraces, ColumnAddition, addition_reward
 from kdrl_lightning.tiny.models import TinyModel
+from kdrl_lightning.tiny.verifier import ErringVerifier
 
-__all__ = ["AdditionTraces", "ColumnAddition", "TinyModel", "addition_reward"]
+__all__ = ["AdditionTraces", "ColumnAddition", "ErringVerifier", "TinyModel", "addition_reward"]

@@ -22,6 +22,7 @@ from kdrl_lightning import __version__
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
+from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
 
 # `Any`: transformers has no type that all tokenizers share; torch's closures.
@@ -114,6 +115,11 @@ class TinyModel(ModelSource):
         """Folder name in the cache; it changes with recipe, package version and torch version."""
         return f"{self.recipe_name}-{__version__}-torch{torch.__version__}"
 
+    def traces(self, size: int) -> PromptSource:
+        """Return the worked problems that the model is trained on."""
+        shown = RECIPES[self.role].shown
+        return AdditionTraces(size, self.seed, self.digits, self.slip, shown)
+
     def path(self) -> str:
         """Return the model's folder; make it if the cache does not have it."""
         return str(cached_folder(self.name, self._make))
@@ -161,8 +167,7 @@ class TinyModel(ModelSource):
             optimizer=lambda p: make_optimizer(list(p), recipe),
             lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
         )
-        size = recipe.steps * recipe.batch_size
-        traces = AdditionTraces(size, self.seed, self.digits, self.slip, recipe.shown)
+        traces = self.traces(recipe.steps * recipe.batch_size)
         trainer = pl.Trainer(
             strategy=SingleDeviceStrategy("cpu"),
             max_steps=recipe.steps,

@@ -83,6 +83,10 @@ CLIPPED = {
     "policy/clip_frac_high": 3 / TOKENS,
     "kd/dead_frac_pos": 1 / 4,  # 1.3
     "kd/dead_frac_neg": 1 / 2,  # .7
+    "kd/rewarded_tokens": 3,
+    "kd/dead_tokens": 1,
+    "kd/punished_tokens": 1,
+    "kd/protected_tokens": 1,
 }
 
 
@@ -156,6 +160,10 @@ def test_rlad() -> None:
         "policy/clip_frac_high": 4 / TOKENS,
         "kd/dead_frac_pos": 2 / 4,  # 1.284, 1.292
         "kd/dead_frac_neg": 1 / 2,  # .507
+        "kd/rewarded_tokens": 2,
+        "kd/dead_tokens": 2,
+        "kd/punished_tokens": 1,
+        "kd/protected_tokens": 1,
         "kd/imitation_frac": 3 / TOKENS,  # .880, .667; 1.388; A = 0 does not count
         "kd/imitated_completions_frac": 2 / 3,
         "kd/offset_clamp_frac": 1 / TOKENS,
@@ -314,5 +322,8 @@ def test_what_has_nothing_to_average_is_a_gap() -> None:
         )
     full, empty = module.logged
     assert None not in full.values()
-    assert empty.keys() == full.keys() and set(empty.values()) == {None}
+    assert empty.keys() == full.keys()
+    counts = {f"kd/{fate}_tokens" for fate in ("rewarded", "dead", "punished", "protected")}
+    assert {empty[name] for name in counts} == {0.0}  # a number of nothing is known
+    assert {value for name, value in empty.items() if name not in counts} == {None}
     assert callback.rows[1] == {"rollout": 1}

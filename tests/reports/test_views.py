@@ -10,7 +10,15 @@ import torch
 from kdrl_lightning import GRPO, KDRL, RLAD, Verdict
 from kdrl_lightning.engines import Completion
 from kdrl_lightning.objectives import Objective
-from kdrl_lightning.reports import SampleView, Section, choose, render, scored_views, text_view
+from kdrl_lightning.reports import (
+    SampleView,
+    Section,
+    choose,
+    cut_tokens,
+    render,
+    scored_views,
+    text_view,
+)
 from kdrl_lightning.reports.loggers import as_lines
 from kdrl_lightning.reports.page import _sample
 from kdrl_lightning.rollout.generation import Judged
@@ -140,3 +148,20 @@ def test_what_the_teacher_reads_is_shown() -> None:
     assert "the teacher reads: <bdi>33#1+2=</bdi>" in _sample(seen, 9)
     assert "teacher reads" not in _sample(not_seen, 9) + "".join(as_lines(not_seen))
     assert as_lines(seen)[3:5] == ["the teacher reads:", "33#1+2="]
+
+
+def test_completions_in_which_the_clip_acts_come_first() -> None:
+    groups, correct = [0, 0, 1, 1, 1, 1], [True, False, True, True, False, False]
+    assert choose(groups, correct, 4, cut=[0, 1, 0, 3, 0, 2]) == [3, 5, 0, 1]
+    # The first group has more; without a cut in any, the order is that of the batch.
+    assert choose(groups, correct, 2, cut=[9, 0, 0, 3, 0, 2]) == [0, 1]
+    assert choose(groups, correct, 4, cut=[0] * 6) == choose(groups, correct, 4) == [0, 1, 2, 4]
+
+
+def test_cut_tokens_are_the_dead_and_the_protected() -> None:
+    objective = RLAD(trrd_alpha=0.0, offset_clamp=None)
+    for truncated, expected in ((False, [1, 1]), (True, [1, 0])):
+        ready = objective.prepare(batch(truncated))
+        assert ready.old_logprobs is not None
+        assert cut_tokens(ready, ready.old_logprobs, objective) == expected
+    assert cut_tokens(ready, ready.old_logprobs, GRPO()) == [0, 0]
