@@ -151,9 +151,9 @@ FRAME_CONTEXTS = "objectives/policy.py", "objectives/test_rows_without_context.p
 RULES_CONTEXTS = "objectives/advantages.py", "objectives/test_rows_without_context.py"
 
 CHUNKS = "losses/chunks.py", "losses/test_chunks.py"
-CHUNKED_KL = "objectives/divergences.py", "objectives/test_chunks.py"
-CHUNKED_FRAME = "objectives/policy.py", "objectives/test_chunks.py"
-CHUNKED_RATIO = "objectives/ratios.py", "objectives/test_chunks.py"
+CHUNKED_KL = "objectives/divergences.py", "objectives/test_objectives_of_chunks.py"
+CHUNKED_FRAME = "objectives/policy.py", "objectives/test_objectives_of_chunks.py"
+CHUNKED_RATIO = "objectives/ratios.py", "objectives/test_objectives_of_chunks.py"
 CUT = "teachers/cross_tokenizer/chunks.py", "teachers/cross_tokenizer/test_aligner.py"
 ALIGNER = "teachers/cross_tokenizer/aligner.py", "teachers/cross_tokenizer/test_aligner.py"
 ENCODER = "teachers/cross_tokenizer/text_encoder.py", "teachers/cross_tokenizer/test_aligner.py"

@@ -151,13 +151,15 @@ def check_sampled(objective: Any) -> None:
         objective: says which distributions it compares.
 
     Raises:
-        ConfigurationError: it compares the full vocabulary, or the student's most likely tokens.
+        ConfigurationError: it compares the full vocabulary, or someone's most likely tokens.
     """
-    if objective.divergence is None and not objective.top_k:
+    if objective.divergence is None and not objective.top_k and not objective.teacher_top_k:
         return
     what = "distributions over the full vocabulary"
     if objective.top_k:
         what = f"the student's {objective.top_k} most likely tokens"
+    elif objective.teacher_top_k:
+        what = f"the teacher's {objective.teacher_top_k} most likely tokens"
     raise ConfigurationError(
         f"`objective` must compare sampled tokens with a teacher of another tokenizer: got "
         f"{type(objective).__name__}, which compares {what}. The two vocabularies have other "

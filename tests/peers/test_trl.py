@@ -82,12 +82,6 @@ class Scripted(torch.nn.Module):
         return SimpleNamespace(log_probs=logprobs, entropy=torch.zeros_like(logprobs))
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL warns on import of its experimental parts, and warnings are errors here."""
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
 @pytest.fixture
 def make_trainer(student_folder: str, tmp_path: Path) -> MakeTrainer:
     """``make_trainer(**GRPOConfig's options)``: a GRPO trainer that has never trained."""

@@ -13,12 +13,6 @@ from kdrl_lightning.losses import TokenScores, generalized_jsd
 pytest.importorskip("trl")
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL warns whoever imports what it calls experimental."""
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("k", [3, V])
 def test_trl_computes_the_same_loss(alpha: float, k: int) -> None:

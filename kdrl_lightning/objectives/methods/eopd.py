@@ -11,7 +11,7 @@ from torch import Tensor
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, generalized_jsd, with_tail
 from kdrl_lightning.objectives.advantages import GapAdvantage
-from kdrl_lightning.objectives.base import known
+from kdrl_lightning.objectives.base import known, teacher_logprobs
 from kdrl_lightning.objectives.divergences import DistillTerm
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
@@ -83,8 +83,8 @@ class FixedGap(GapAdvantage):
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
         """Return the gap at rollout time; 0 on tokens that are not imitated."""
         mask = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
-        teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-        return torch.where(mask, teacher - known(batch.old_logprobs, "old_logprobs"), 0.0)
+        old = known(batch.old_logprobs, "old_logprobs")
+        return torch.where(mask, teacher_logprobs(batch, old) - old, 0.0)
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
         """Return the tokens with an advantage: it is all the teacher's."""

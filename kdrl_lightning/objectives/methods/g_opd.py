@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses.advantages import extrapolated
+from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.objectives.advantages import GapAdvantage
 from kdrl_lightning.objectives.base import known
 from kdrl_lightning.objectives.policy import PolicyObjective
@@ -39,7 +40,7 @@ class ExtrapolatedGap(GapAdvantage):
         """Return the extrapolated gap; 0 on tokens that are not imitated."""
         mask = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
         teacher = known(batch.teacher_logprobs, "teacher_logprobs")
-        reference = known(batch.ref_logprobs, "ref_logprobs")
+        reference = chunk_totals(known(batch.ref_logprobs, "ref_logprobs"), batch.chunk_places)
         return torch.where(mask, extrapolated(gap, teacher, reference, self.extrapolation), 0.0)
 
 

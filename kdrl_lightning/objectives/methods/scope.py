@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import shares
+from kdrl_lightning.losses.chunks import chunk_share
 from kdrl_lightning.objectives.advantages import Advantage, by_group
 from kdrl_lightning.objectives.base import known
 from kdrl_lightning.objectives.policy import PolicyObjective
@@ -61,7 +62,8 @@ class RarityWeights(Advantage):
         ours, taught = rollout.student_mask, known(rollout.imitation_mask, "imitation_mask")
         correct, wrong = rollout.correct & ours.any(1), ~rollout.correct & taught.any(1)
         student = self._mean(known(rollout.old_logprobs, "old_logprobs"), ours)
-        teacher = self._mean(known(rollout.teacher_logprobs, "teacher_logprobs"), taught)
+        sums = known(rollout.teacher_logprobs, "teacher_logprobs")
+        teacher = self._mean(chunk_share(sums, rollout.chunk_places), taught)
         scores = torch.where(correct, -student, torch.where(wrong, teacher, 0.0))
         members = correct.to(scores.dtype) - wrong.to(scores.dtype)
         return by_group(rollout, self._weights, scores, members).to(rollout.rewards.dtype)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, gate
+from kdrl_lightning.losses.chunks import chunk_share
 from kdrl_lightning.objectives.advantages import Advantage
-from kdrl_lightning.objectives.base import check_coefficient, known
+from kdrl_lightning.objectives.base import check_coefficient, teacher_logprobs
 from kdrl_lightning.objectives.divergences import DistillTerm
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
@@ -53,9 +54,9 @@ class GatedGap(DistillTerm):
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
         """Return the gated gap at each sampled token."""
-        teacher = known(batch.teacher_logprobs, "teacher_logprobs").detach()
+        teacher = teacher_logprobs(batch, scores.logprobs).detach()
         gap = torch.where(mask, teacher, scores.logprobs.detach()) - scores.logprobs
-        return gate(gap, self.sharpness) * gap
+        return chunk_share(gate(gap, self.sharpness) * gap, batch.chunk_places)
 
 
 class SDAR(PolicyObjective):

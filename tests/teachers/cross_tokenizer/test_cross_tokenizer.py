@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers.short_runs import Trace, fit, make_data, make_module
 from helpers.small_tokenizers import by_hand
 from kdrl_lightning import (
+    EOPD,
     GKD,
     KDRL,
     RLAD,
@@ -246,6 +247,7 @@ def test_the_wrapped_teacher_may_have_a_prompt_of_its_own(
 @pytest.mark.parametrize(
     ("objective", "what"),
     [
+        (EOPD(), r"EOPD, which compares the teacher's 16 most likely tokens"),
         (GKD(), r"GKD, which compares distributions over the full vocabulary"),
         (GKD(top_k=4), r"GKD, which compares the student's 4 most likely tokens"),
         (KDRL(kl_estimator="full_vocabulary"), r"KDRL, which compares distributions"),

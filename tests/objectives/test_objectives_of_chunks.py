@@ -15,6 +15,7 @@ from kdrl_lightning.objectives import (
     GRPO,
     KDRL,
     RLAD,
+    SCOPE,
     Advantage,
     Gates,
     OnPolicyDistillation,
@@ -26,10 +27,12 @@ from kdrl_lightning.objectives import (
 from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 
 SAMPLED = sorted(
-    name for name, make in TAUGHT.items() if not (made := make()).top_k and made.divergence is None
+    name
+    for name, make in TAUGHT.items()
+    if not ((made := make()).top_k or made.teacher_top_k) and made.divergence is None
 )
 # These read completions' lengths, or each token's own weight.
-BY_LENGTH = {"kdrl-shaping", "kdrl-per-token", "kdrl-truncated"}
+BY_LENGTH = {"kdrl-shaping", "kdrl-per-token", "kdrl-truncated", "scope"}
 PLACES = [[0, 1, 0, 1, 2], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0], [0, 1, 0, 0, 1]]
 
 
@@ -159,6 +162,17 @@ def test_a_shaped_reward_counts_a_chunk_once() -> None:
         teacher_logprobs=batch.old_logprobs + mean[:, None],  # type: ignore[operator]
     )
     close(got, ready(objective, plain).advantages)
+
+
+def test_a_mean_of_the_teachers_log_probs_counts_a_chunk_once() -> None:
+    """SCOPE's weights are those of a teacher that spreads the sum of a chunk over its tokens."""
+    batch = chunked()
+    sizes = chunk_sizes(batch.chunk_places)  # type: ignore[arg-type]
+    spread = batch.replace(chunk_places=None, teacher_logprobs=batch.teacher_logprobs / sizes)  # type: ignore[operator]
+    weights = [ready(SCOPE(), b).advantages for b in (batch, spread)]
+    close(*weights)
+    raw = ready(SCOPE(), batch.replace(chunk_places=None)).advantages
+    assert not torch.allclose(weights[0], raw)  # type: ignore[arg-type]
 
 
 def test_tokens_without_a_score_are_not_imitated() -> None:
