@@ -2885,6 +2885,12 @@ MUTATIONS = [
         "False",
     ),
     Mutation(
+        "loading: integers of a file are weights",
+        ("models/architectures/values.py", "models/test_loading.py"),
+        "if renamed or {name",
+        "if False and {name",
+    ),
+    Mutation(
         "evaluation: any id is embedded",
         ("evaluation/source.py", "evaluation/test_sets.py"),
         "if highest >= rows:",
