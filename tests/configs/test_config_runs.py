@@ -49,7 +49,8 @@ def test_every_config_trains(
     cli = KDRLCLI.run(["fit", "--config", str(path), *flags])
     assert (cli.trainer.global_step, cli.datamodule.watch.rollouts) == (updates, 1)
     assert cli.model.skipped_steps == 0
-    assert (cli.model.teacher_seconds > 0.0) == (teacher is not None)
+    assert (cli.model.teacher_seconds > 0.0) == (cli.model.teacher is not None)
+    assert not teacher or cli.model.teacher is not None
     start = load_file(Path(student_folder) / "model.safetensors")
     trained = cli.model.student.model.state_dict()
     assert not all(torch.equal(trained[name], start[name]) for name in start)
