@@ -136,7 +136,7 @@ def compile_layers(layers: Iterable[nn.Module]) -> Callable[[], None]:
     made = []
     for layer in layers:
         made.append(Layer(layer.forward))
-        layer.forward = made[-1]  # type: ignore[method-assign]
+        layer.forward = made[-1]
 
     def switch_on() -> None:
         for one in made:
