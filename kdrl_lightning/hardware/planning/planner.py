@@ -253,8 +253,8 @@ def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[
     costs = run.score(tokens)
     name, cost = max(costs.items(), key=lambda item: item[1].peak)
     offloaded = run.away if name == "teacher" and not run.student.sharded else 0
-    fetched = {"next layer": run.next_layer()}
-    score = {
+    fetched: dict[str, float] = {"next layer": run.next_layer()}
+    score: dict[str, float] = {
         **run.held,
         **waiting,
         **fetched,

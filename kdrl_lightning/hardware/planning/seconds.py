@@ -113,7 +113,7 @@ def _at_once(work: Work, job: Job, card: Card, size: int) -> float:
         most: float = sampler.max_sequences or (ON_LARGE if large else ON_OTHERS)
         room = sampler.cache_bytes or sampler.share * card.memory - work.weights * size
         tokens = room / value
-        longest = job.longest_prompt + job.typical / 2
+        longest: float = job.longest_prompt + job.typical / 2
     else:
         most = sampler.max_sequences or float("inf")
         tokens = SHARE * (card.memory - work.held) / (GROWTH * value)
