@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,6 +219,13 @@ def test_the_alignment_gate_reads_gaps_of_chunks(per: Any) -> None:
     mask = ready(objective, batch).imitation_mask
     assert torch.equal(mask, (gap <= 0.5) & batch.loss_mask)  # type: ignore[arg-type]
     assert 0 < int(mask.sum()) < int(batch.loss_mask.sum())  # type: ignore[union-attr]
+
+
+def test_the_teacher_is_read_in_one_place() -> None:
+    """``teacher_logprobs`` of base.py: the field of the batch holds sums of chunks."""
+    folder = Path(inspect.getfile(PolicyObjective)).parent
+    for path in set(folder.glob("*.py")) - {folder / "base.py"}:
+        assert not re.search(r"(batch|rollout)\.teacher_logprobs", path.read_text()), path.name
 
 
 def test_advantages_from_rewards_ignore_chunks() -> None:

@@ -224,11 +224,12 @@ class CrossTokenizerTeacher(WrappedTeacher):
         ids, lengths = batch.completion_ids.tolist(), batch.completion_lengths.tolist()
         prompts, ends = self._prompts(batch)
         own = [row[:n] for row, n in zip(ids, lengths, strict=True)]
-        closed = [
-            [*row[:-1], end] if row and row[-1] in self._ends else row
-            for row, end in zip(own, ends, strict=True)
-        ]
-        return self._with(batch, prompts, closed)
+        if self.teacher.other_end is not None:  # it ends with another token, and is not told so
+            own = [
+                [*row[:-1], end] if row and row[-1] in self._ends else row
+                for row, end in zip(own, ends, strict=True)
+            ]
+        return self._with(batch, prompts, own)
 
     def _other_tokens(self, batch: RolloutBatch, rows: Sequence[Chunked]) -> RolloutBatch:
         """Return the batch in the teacher's tokens."""

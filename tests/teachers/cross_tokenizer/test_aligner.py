@@ -34,7 +34,10 @@ def aligner(student: str, teacher: str) -> Aligner:
 
 
 def row(found: Aligner, ids: list[int], end: int = END) -> Chunked:
-    (one,) = found([np.array(ids)], [end])
+    """Align one completion, beside others that must not matter."""
+    first, one, last = found([np.array([END]), np.array(ids), np.array(ids)], [end] * 3)
+    assert first.places.tolist() == [0] and np.array_equal(one.columns, last.columns)
+    assert np.array_equal(one.places, last.places) and first.teacher_ids.tolist() == [end]
     return one
 
 
@@ -90,6 +93,9 @@ def test_chunks_are_minimal_and_cover_the_same_bytes(
     one = row(found, [*ids, END] if ended else ids or [END])
     ours = [found.student.pieces[i] or b"" for i in ids]
     text = b"".join(ours)
+    # To sentencepiece this character is a space.
+    if teacher in KINDS[:4] or (teacher in KINDS[4:6] and "▁".encode() not in text):
+        assert one.differs_at is None
     if one.differs_at is None:
         theirs = [found.teacher.pieces[i] for i in one.teacher_ids]
         closed = ended or not ids

@@ -165,6 +165,25 @@ def test_with_one_vocabulary_it_is_the_plain_teacher(
     assert torch.equal(cross.states(batch).hidden, plain.states(batch).hidden)
 
 
+@pytest.mark.parametrize("translates", [False, True])
+def test_with_one_vocabulary_the_end_is_the_teachers(
+    student_folder: str, tmp_path: Path, translates: bool
+) -> None:
+    """Once, whoever translates it."""
+    tokenizer = load_tokenizer(student_folder)
+    tokenizer.eos_token = "#"
+    folder = save(tmp_path, tokenizer, 3)
+    local = LocalTeacher(folder, translate_end_token=translates)
+    teacher = ready(CrossTokenizerTeacher(local), student_folder)
+    batch = batch_of(teacher, student_folder, [("1+1=", "02.")])
+    end = tokenizer.convert_tokens_to_ids("#")
+    ids = torch.cat([batch.input_ids[:, :-1], torch.tensor([[end]])], 1)
+    with torch.no_grad():
+        rows = load_causal_lm(folder)(ids).logits[0, :, :16].log_softmax(-1)
+    assert not teacher.aligns and teacher.other_end is None
+    torch.testing.assert_close(teacher.score(batch).logprobs[0, -1], rows[-2, end])
+
+
 def equal(ours: TokenScores, theirs: TokenScores) -> None:
     torch.testing.assert_close(ours.logprobs, theirs.logprobs)
     assert torch.equal(ours.chunk_places, theirs.chunk_places)  # type: ignore[arg-type]
