@@ -44,7 +44,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             continue
         rollouts = [x for x, _ in curves[0]]
         columns = list(zip(*[[a for _, a in curve] for curve in curves], strict=True))
-        label = f"{method} ({len(curves)} seeds)"
+        label = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
         axis.plot(rollouts, [statistics.mean(c) for c in columns], f"C{i}o-", label=label)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         axis.fill_between(rollouts, low, high, color=f"C{i}", alpha=0.15, linewidth=0)

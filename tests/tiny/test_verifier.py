@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards import Sample, Verdict
 from kdrl_lightning.rewards.base import judge
@@ -84,11 +85,16 @@ def test_what_is_no_fraction_is_refused(settings: dict[str, float], words: str) 
         ErringVerifier(exact, **settings)  # type: ignore[arg-type]
 
 
-def test_the_overlay_errs_in_training_and_never_in_validation() -> None:
+@pytest.mark.parametrize("files", [("rlad.yaml",), ("grpo.yaml", "base/erring_verifier.yaml")])
+def test_it_errs_in_training_and_never_in_validation(
+    files: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     from kdrl_lightning.cli.main import KDRLCLI
 
-    files = ("configs/grpo.yaml", "configs/base/erring_verifier.yaml")
-    cli = KDRLCLI.run([f"--config={ROOT / file}" for file in files], instantiate_only=True)
+    flags = [f"--config={ROOT / 'configs' / file}" for file in files]
+    cli = KDRLCLI.run(flags, instantiate_only=True)
+    printed = capsys.readouterr()
+    assert "note:" not in printed.out + printed.err  # no setting of the base is lost by accident
     data, shares = cli.datamodule, {}
     for name, prompts in {"training": data.train_prompts, "validation": data.val_prompts}.items():
         rows = [prompts[i] for i in range(512)]
@@ -97,3 +103,11 @@ def test_the_overlay_errs_in_training_and_never_in_validation() -> None:
         shares[name] = sum(v.correct for v in verdicts if isinstance(v, Verdict)) / 512
     assert shares["validation"] == 0.0
     assert shares["training"] == pytest.approx(0.3, abs=0.08)  # four standard deviations
+
+
+def test_the_main_job_has_the_task_of_the_overlay() -> None:
+    job, overlay = (
+        load_with_base(path.read_text(), str(path))["data"]
+        for path in (ROOT / "configs/rlad.yaml", ROOT / "configs/base/erring_verifier.yaml")
+    )
+    assert {name: job[name] for name in overlay} == overlay
