@@ -49,8 +49,8 @@ Seed {seed}; {seconds:.0f} s on {machine}. Every fault with its moment:
 python benchmarks/faults.py --out docs/faults --kills {kills} --seed {seed}
 ```
 
-An engine inside the training process (`VLLMEngine`) dies with it, so the first row covers it. A
-flipped bit that is not refused is in an unused byte of an archive, and does not change the values.
+{others}An engine inside the training process (`VLLMEngine`) dies with it, so the first row covers
+it. A flipped bit that is not refused is in an unused byte of an archive, and changes no value.
 
 What a user sees:
 
@@ -100,6 +100,26 @@ def notes(done: list[Part], every: list[Part]) -> str:
     return text + "".join(f"{line}.\n\n" for line in refused)
 
 
+def others(out: Path) -> str:
+    """Return a paragraph on smaller campaigns with other moments, ``faults-*.json`` in a folder."""
+    lines = []
+    for file in sorted(out.glob("faults-*.json")):
+        done = campaign.load(file)
+        events = [event for part in done for event in part.events if "not_run" not in event]
+        ends = [event for event in events if event.get("end")]
+        kills = sum(part.count for part in done if part.case == "kill")
+        presses = sum(part.count for part in done if part.case == "interrupt")
+        lost = max((event.get("lost_updates", 0) for event in events), default=0)
+        bad = sum(bool(event["fault"]) for event in events)
+        cases = ", ".join(dict.fromkeys(part.case for part in done))
+        lines.append(
+            f"- Seed {done[0].seed}, {kills} kills and {presses} Ctrl-C ({cases}): the same end "
+            f"after {sum(not e['fault'] for e in ends)} of {len(ends)}, most updates lost {lost}, "
+            f"harm {bad or 'none'} ([{file.name}](faults/{file.name}))."
+        )
+    return "\n".join(["Campaigns with other moments:", "", *lines, "", ""]) if lines else ""
+
+
 def harm(part: Part, event: Event) -> str:
     """Return a line of the page for one harm."""
     moment = f", at {event['moment']}" if event.get("moment") else ""
@@ -110,6 +130,7 @@ def write_page(out: Path, done: list[Part], every: list[Part], kills: int, seed:
     """Write the page beside the folder of ``faults.json``."""
     page = PAGE.format(
         steps=UPDATES, table=table(done), note=notes(done, every), seed=seed, kills=kills,
+        others=others(out),
         seconds=sum(part.seconds for part in done),
         machine=f"{platform.machine()} with one thread a process",
     )  # fmt: skip

@@ -2933,6 +2933,12 @@ MUTATIONS = [
         "",
     ),
     Mutation(
+        "after an error: no hook is seen",
+        ("trainer/internals.py", "trainer/test_internals.py"),
+        "    return frame is not None",
+        "    return False",
+    ),
+    Mutation(
         "Ctrl-C: any process speaks",
         ("distributed.py", "cli/settings/test_settings_on_two_ranks.py"),
         "if int(store.add(SAID, 0)):",

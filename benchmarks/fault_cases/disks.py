@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -102,8 +103,9 @@ def full_checkpoint(folder: Path, plain: Undisturbed, strategy: str) -> Iterator
         ballast = fill(place, one // 2)
         event = stopped(run, "disk", "full at a checkpoint", "No space left on device")
         ballast.unlink()
-        left = [p.name for p in place.iterdir()]
-        if not event["fault"] and left != ["step=00000004.ckpt"]:
+        left = sorted(p.name for p in place.iterdir())  # a slow machine may have saved two
+        whole = all(re.fullmatch(r"step=\d+\.ckpt", name) for name in left)
+        if not event["fault"] and not (left and whole):
             event["fault"] = f"{left} are left"
         yield event
         run.start()

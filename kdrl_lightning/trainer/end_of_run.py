@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import warnings
@@ -42,7 +43,8 @@ def check_space(needs: Mapping[Path, int]) -> None:
     for folder, size in needs.items():
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-            found = "may not be written" if place.is_dir() else "is no folder"
+            why = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+            found = f"may not be written ({os.strerror(why)})" if place.is_dir() else "is no folder"
             raise ConfigurationError(
                 f"`{folder}` must be a folder that the run can write: got {place}, which {found}. "
                 "Name another with `trainer.default_root_dir` or `checkpoint.dirpath`."

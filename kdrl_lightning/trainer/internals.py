@@ -9,6 +9,8 @@ Classes of ours that override a private method of a Lightning class are listed i
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import Popen
@@ -20,6 +22,7 @@ from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.call import _interrupt
 
 from kdrl_lightning.untyped import State
 
@@ -131,6 +134,14 @@ def load_weights(
 def finds_unused_parameters(strategy: DDPStrategy) -> bool:
     """Return whether DDP looks for parameters without a gradient."""
     return bool(strategy._ddp_kwargs.get("find_unused_parameters"))
+
+
+def handles_failure() -> bool:
+    """Return whether the main thread does what Lightning does after an error, e.g. on_exception."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_code is not _interrupt.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def on_child_failure(

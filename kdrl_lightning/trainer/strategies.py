@@ -28,6 +28,7 @@ from kdrl_lightning.models.shard_loading import load_moments
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.trainer.internals import (
     finds_unused_parameters,
+    handles_failure,
     load_weights,
     on_child_failure,
     set_data_parallel_size,
@@ -36,6 +37,7 @@ from kdrl_lightning.trainer.stop_signals import NAMES as SIGNALS
 
 GRACE_S = 5.0
 WAITS_S = 15.0  # for processes that end by themselves
+SAVES_S = 60.0  # for this process, to save its student after an error
 # Exit codes if a signal ends a process before it handles signals itself and prints a message.
 EARLY = {-number: 128 + number for number in SIGNALS}
 NAMES = {128 + number: name for number, name in SIGNALS.items()}
@@ -130,6 +132,8 @@ def end_with_children() -> None:
             kill_all()
             return
         time.sleep(GRACE_S)  # runs in a thread; processes that can end by themselves do so now
+        if handles_failure():
+            time.sleep(SAVES_S)  # it saves the student, and then says what is wrong
         for child in children:
             child.kill()
         if code not in raw:

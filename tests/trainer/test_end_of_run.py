@@ -366,7 +366,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
         out.fit(make_module(student_folder, None, GRPO()), datamodule=make_data(val_prompts=None))
     check_space({tmp_path / "new/folder": 1})
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigurationError, match=r"which may not be written\. Name another"):
+    with pytest.raises(ConfigurationError, match=r"may not be written \(Permission denied\)\. Na"):
+        check_space({tmp_path / "new/folder": 1})
+    read_only = SimpleNamespace(f_flag=os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda path: read_only)
+    with pytest.raises(ConfigurationError, match=r"be written \(Read-only file system\)\. Nam"):
         check_space({tmp_path / "new/folder": 1})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,3 +198,27 @@ def test_no_other_file_reaches_into_lightning() -> None:
     extra = {f: names - ELSEWHERE.get(f, set()) for f, names in found.items()}
     assert not {f: names for f, names in extra.items() if names}
     assert {f: found.get(f) for f in ELSEWHERE} == ELSEWHERE
+
+
+class Fails(pl.Callback):
+    """Asks what the main thread does, in a hook that Lightning calls after an error."""
+
+    def __init__(self) -> None:
+        self.answers: list[bool] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.answers.append(internals.handles_failure())
+        raise ValueError("on purpose")
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        thread = threading.Thread(target=lambda: self.answers.append(internals.handles_failure()))
+        thread.start()
+        thread.join()
+
+
+def test_a_thread_can_see_that_an_error_is_being_handled(tmp_path: Path) -> None:
+    fails = Fails()
+    trainer = make_trainer(tmp_path, callbacks=[fails], max_steps=1)
+    with pytest.raises(ValueError, match="on purpose"):
+        trainer.fit(OneWeight(), DataLoader(torch.arange(4)))
+    assert fails.answers == [False, True] and not internals.handles_failure()
