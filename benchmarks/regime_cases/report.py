@@ -159,6 +159,8 @@ def heat_map(cells: Cells, path: Path) -> None:
         axis.set_yticks(range(len(task.teachers)), list(task.teachers))
         axis.tick_params(labelbottom=index >= len(methods) - across)
     if image is not None:
+        figure.supxlabel("verifier")
+        figure.supylabel("teacher")
         figure.colorbar(image, ax=axes, label="greedy accuracy, true", shrink=0.8)
     figure.savefig(path, dpi=90)
 

@@ -326,4 +326,4 @@ def test_what_has_nothing_to_average_is_a_gap() -> None:
     counts = {f"kd/{fate}_tokens" for fate in ("rewarded", "dead", "punished", "protected")}
     assert {empty[name] for name in counts} == {0.0}  # a number of nothing is known
     assert {value for name, value in empty.items() if name not in counts} == {None}
-    assert callback.rows[1] == {"rollout": 1}
+    assert callback.rows[1] == {"rollout": 1, **dict.fromkeys(counts, 0.0)}
