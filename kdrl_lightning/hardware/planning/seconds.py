@@ -110,7 +110,7 @@ def _at_once(work: Work, job: Job, card: Card, size: int) -> float:
     sampler, value = job.sampler, work.cache * size
     if sampler.kind == "vllm":
         large = card.memory > LARGE_CARD and not card.name.startswith("A100")
-        most = sampler.max_sequences or (ON_LARGE if large else ON_OTHERS)
+        most: float = sampler.max_sequences or (ON_LARGE if large else ON_OTHERS)
         room = sampler.cache_bytes or sampler.share * card.memory - work.weights * size
         tokens = room / value
         longest: float = job.longest_prompt + job.typical / 2
