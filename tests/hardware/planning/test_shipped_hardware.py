@@ -22,7 +22,8 @@ def test_every_overlay_is_planned() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} - ADDED == set(OVERLAYS)
 
 
-@pytest.mark.parametrize("name", ["gpu1", pytest.param("gpu1_vllm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpu1", "gpu1_vllm"])
 def test_an_overlay_fits_the_card_that_it_names(name: str) -> None:
     text = (FOLDER / f"{name}.yaml").read_text()
     base = re.search(r"^base: (\S+)", text, re.M)
