@@ -187,7 +187,9 @@ def _exit(
     if len(words) > LONGEST:  # a value may be a whole file
         words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
     if _first_to_say(words, waits_s):
-        print(f"error: {words}", file=sys.stderr)
+        # The screen may show the first process's progress bar, without a line break after it.
+        start = "\n" if int(os.environ.get("LOCAL_RANK") or 0) > 0 else ""
+        print(f"{start}error: {words}", file=sys.stderr)
     raise SystemExit(code) from cause or error
 
 

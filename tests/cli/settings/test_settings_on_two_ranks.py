@@ -80,6 +80,16 @@ def test_after_ctrl_c_the_others_let_the_first_process_speak(
     assert together.first_to_say("b", waits_s=60.0)
 
 
+@pytest.mark.parametrize(("rank", "start"), [("0", "error: "), ("1", "\nerror: ")])
+def test_an_error_does_not_follow_the_first_process_s_progress_bar(
+    rank: str, start: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--config=none.yaml"])
+    assert capsys.readouterr().err.startswith(start)
+
+
 def test_ranks_of_torchrun_meet_before_they_have_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert together._store() is None
     host = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
