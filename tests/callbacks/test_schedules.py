@@ -147,7 +147,7 @@ def test_a_plateau_switches_once_after_patience(
         ),
         (
             lambda: CoefficientSchedule("learning_rate", Constant(1.0)),
-            r"`coefficient` must be one of rl_coef, .*trrd_alpha: got learning_rate\.",
+            r"`coefficient` must be one of rl_coef, .*trrd_alpha.*: got learning_rate\.",
         ),
         (
             lambda: CoefficientSchedule("rl_coef", Constant(1.0), "epoch"),  # type: ignore[arg-type]
