@@ -4,7 +4,7 @@ Nothing is timed, and no model has weights: the code of training runs on fake te
 with two layers, and the count of all layers follows from the two, because layers are equal. Some
 micro-batches are counted; the operations of the others follow from them, because they are a sum of
 the tokens, the squares of attention and the tokens at the head (``terms_of``). The fit is exact, or
-the program stops; a test compares it with a full count.
+the program stops.
 Needed are, for every completion with its prompt: 2 operations per weight of the layers and token,
 2 per weight of the head and completion token, the lower half of attention's squares; three times
 that with the backward pass (attention 3.5 times, as its kernels rebuild the squares), and once more
