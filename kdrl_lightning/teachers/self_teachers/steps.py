@@ -21,18 +21,15 @@ class SelfTeacherSteps:
         self_teachers: the weights that self-teachers keep; None if there are none.
     """
 
-    trainer: Any
-    frozen: Any
-    nonfinite: Any
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.self_teachers: nn.ModuleList | None = None
 
     def keep_self_teachers(self) -> None:
         """Make the weights that self-teachers keep part of the module's state."""
-        if self.frozen.kept:
-            self.self_teachers = nn.ModuleList(self.frozen.kept)
+        module: Any = self
+        if module.frozen.kept:
+            self.self_teachers = nn.ModuleList(module.frozen.kept)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -43,7 +40,8 @@ class SelfTeacherSteps:
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take an optimizer step, and let self-teachers follow it unless it was skipped."""
-        step, skipped = self.trainer.global_step, self.nonfinite.skipped
+        module: Any = self
+        step, skipped = module.trainer.global_step, module.nonfinite.skipped
         super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        if self.nonfinite.skipped == skipped:
-            self.frozen.follow(step + 1 - skipped)
+        if module.nonfinite.skipped == skipped:
+            module.frozen.follow(step + 1 - skipped)
