@@ -1741,13 +1741,13 @@ MUTATIONS = [
     Mutation(
         "self-teacher: a skipped step moves it",
         SELF_STEPS,
-        "        if self.nonfinite.skipped == skipped:\n",
+        "        if module.nonfinite.skipped == skipped:\n",
         "        if self.nonfinite.skipped >= skipped:\n",
     ),
     Mutation(
         "self-teacher: no state of the module",
         SELF_STEPS,
-        "        if self.frozen.kept:\n",
+        "        if kept:\n",
         "        if False:\n",
     ),
     Mutation(
