@@ -13,7 +13,6 @@ from kdrl_lightning import (
     LocalTeacher,
     PromptedTeacher,
     PublishedHDPO,
-    TeacherCompletions,
     TeacherPrompt,
     TransformersEngine,
 )
@@ -45,7 +44,7 @@ def test_completions_after_the_teacher_s_prompt_are_learned_after_the_student_s(
     engine = Recorded()
     prompt = TeacherPrompt(ColumnContext("answer"), "{context}{prompt}")
     teacher = PromptedTeacher(LocalTeacher(teacher_folder), prompt)
-    data = make_data(val_prompts=None, teacher_completions=TeacherCompletions(1, engine=engine))
+    data = make_data(val_prompts=None, teacher_completions=1, teacher_engine=engine)
     module = make_module(student_folder, teacher, PublishedHDPO(top_k=4))
     trace = fit(tmp_path, module, data, max_steps=1)
     ((_, batch),) = trace.seen
