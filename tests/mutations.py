@@ -1886,7 +1886,7 @@ MUTATIONS = [
     Mutation(
         "self-teacher: no state of the module",
         SELF_STEPS,
-        "        if module.frozen.kept:\n",
+        "        if kept:\n",
         "        if False:\n",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""A teacher samples after its own prompt; the student learns the completion after its own: HDPO."""
+"""A teacher samples after its own prompt; the student learns that after its own: HDPO."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ def test_completions_after_the_teacher_s_prompt_are_learned_after_the_student_s(
     engine = Recorded()
     prompt = TeacherPrompt(ColumnContext("answer"), "{context}{prompt}")
     teacher = PromptedTeacher(LocalTeacher(teacher_folder), prompt)
-    data = make_data(val_prompts=None, count=1, engine=engine)
-    trace = fit(
-        tmp_path, make_module(student_folder, teacher, PublishedHDPO(top_k=4)), data, max_steps=1
-    )
+    data = make_data(val_prompts=None, teacher_completions=1, teacher_engine=engine)
+    module = make_module(student_folder, teacher, PublishedHDPO(top_k=4))
+    trace = fit(tmp_path, module, data, max_steps=1)
     ((_, batch),) = trace.seen
     theirs = (batch.source == TEACHER).nonzero().flatten().tolist()
     read = as_read(batch)
