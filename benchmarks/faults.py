@@ -117,7 +117,19 @@ def others(out: Path) -> str:
             f"after {sum(not e['fault'] for e in ends)} of {len(ends)}, most updates lost {lost}, "
             f"harm {bad or 'none'} ([{file.name}](faults/{file.name}))."
         )
-    return "\n".join(["Campaigns with other moments:", "", *lines, "", ""]) if lines else ""
+    return (
+        "\n".join(
+            [
+                "Other moments; a file has the parts that were measured after their last repair:",
+                "",
+                *lines,
+                "",
+                "",
+            ]
+        )
+        if lines
+        else ""
+    )
 
 
 def harm(part: Part, event: Event) -> str:
