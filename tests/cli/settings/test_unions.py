@@ -54,7 +54,7 @@ CASES = {
         "`data.reward` must be a TaskReward or a function, by name or import path: got 3",
     ),
     "an argument of a function": (
-        ["--data.reward.marker=x"],
+        ["--data.reward=kdrl_lightning.tiny.addition_reward", "--data.reward.marker=x"],
         "`data.reward` must name a class before its argument marker: got addition_reward.",
     ),
     "a module that is not there": (
