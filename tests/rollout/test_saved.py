@@ -148,6 +148,6 @@ def test_a_rollout_of_0_1_says_that_its_teacher_is_yet_to_come(pending: bool) ->
     assert state is not None
     got = store.unpack({**state, "teacher_pending": pending}, slots.of_rank(0, 1))
     names = [f.name for f in fields(got) if f.name in TEACHER_FIELDS]
-    assert len(names) == 6
+    assert len(names) == len(TEACHER_FIELDS) == 7
     missing = batch.replace(**dict.fromkeys(names))
     same(got, missing if pending else batch)
