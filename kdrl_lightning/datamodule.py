@@ -167,8 +167,9 @@ class RolloutDataModule(pl.LightningDataModule):
         self.live.join(self.trainer, cast(Policy, self.trainer.lightning_module))
         self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may set one
         self.rollouts.reset(stage == "fit")
-        sets = self.evaluation.setup(TrainerFn(stage).value, self._encode_evaluated)
-        limit = f"limit_{stage if stage in ('test', 'predict') else 'val'}_batches"
+        name = TrainerFn(stage).value  # Lightning passes the text or the enumeration
+        sets = self.evaluation.setup(name, self._encode_evaluated)
+        limit = f"limit_{name if name in ('test', 'predict') else 'val'}_batches"
         check_evaluated_batches(self.trainer, limit, [len(one) for one in self.val_dataloader()])
         longest = self.evaluation.longest
         if stage == "fit":
