@@ -321,6 +321,19 @@ def test_tokens_that_a_model_does_not_have_leave_its_tail_alone() -> None:
     close(tails[1], tails[0])
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_tokens_that_a_model_does_not_have_give_no_gradient(chunk_size: int | None) -> None:
+    hidden, head = student()
+    asked = normal(N, V, seed=8).argsort(-1)[:, :K]
+    gradients = []
+    for ids in (asked, torch.cat([asked, torch.full((N, 1), V + 3)], -1)):
+        got = token_scores(hidden, head, IDS, 0.7, chunk_size, topk_ids=ids)
+        assert got.topk_logprobs is not None
+        gradients.append(torch.autograd.grad(got.topk_logprobs.sum(), leaves(hidden, head)))
+    for known, more in zip(*gradients, strict=True):
+        close(known, more)
+
+
 def test_a_tail_without_tokens_is_impossible_and_has_no_gradient() -> None:
     hidden, head = student()
     every = torch.arange(V).expand(N, V)

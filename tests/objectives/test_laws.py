@@ -34,6 +34,7 @@ from helpers.objective_steps import (
 from helpers.reference import close, normal
 from kdrl_lightning.losses import TokenScores
 from kdrl_lightning.objectives import GRPO
+from kdrl_lightning.objectives.base import blank
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
@@ -239,3 +240,14 @@ def test_garbage_in_the_reference_does_not_leak(garbage: float, coef: float) -> 
     spoilt = ready(objective, spoil(clean, ~clean.loss_mask, garbage, "ref_logprobs"))
     clean = ready(objective, clean)
     same(graded(objective, spoilt, student(clean)), graded(objective, clean, student(clean)))
+
+
+def test_every_field_is_zero_outside_the_loss() -> None:
+    batch, names = step(), ("rollout", "old", "teacher", "ref", "teacher_topk", "teacher_tail")
+    fields = [f"{name}_logprobs" for name in names] + ["importance_weights", "imitation_weights"]
+    bad = torch.full(batch.completion_ids.shape, math.inf)
+    filled = batch.replace(**dict.fromkeys(fields, bad))
+    clean, scores = blank(filled, TokenScores(bad, bad))
+    for value in (*(getattr(clean, name) for name in fields), scores.logprobs, scores.entropy):
+        assert torch.equal(value.isinf(), batch.loss_mask)
+        assert not value[~batch.loss_mask].any()

@@ -127,6 +127,16 @@ def test_any_number_of_processes_finds_its_rows(
     assert sorted(taken) == list(range(slots.count))
 
 
+def test_the_teachers_prompts_of_processes_end_where_they_did() -> None:
+    parts = []
+    for slot, prompt in enumerate(([5], [5, 6, 7])):
+        batch = collate([[1]], [[2]], [0], pad_id=PAD)
+        parts.append((batch.replace(teacher_prompt_ids=torch.tensor([prompt])), [slot]))
+    with pytest.MonkeyPatch.context() as patch:
+        state = packed(parts, patch)
+    assert state["teacher_prompt_ids"].tolist() == [[5, -1, -1], [5, 6, 7]]
+
+
 def test_one_process_needs_no_other() -> None:
     slots = make_slots(4, 2, 0, 0)
     groups = [[([1, 2], [3] * n), ([1, 2], [4])] for n in range(4)]
