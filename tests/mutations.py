@@ -2359,12 +2359,6 @@ MUTATIONS = [
         "        if True:\n            cache, most",
     ),
     Mutation(
-        "push: a rank that fails alone leaves the others waiting",
-        ("engines/vllm/engine.py", "engines/test_failing_rank.py"),
-        "            reason = error\n            for _ in tensors:",
-        "            reason = error\n            for _ in ():",
-    ),
-    Mutation(
         "vLLM: a share without room is taken",
         VLLM_ROOM,
         "if needed <= share * total:",
@@ -2851,7 +2845,7 @@ MUTATIONS = [
         "shared prompts: the start of the kernels counts",
         MERGING,
         "statistics.median(self._found[1:])",
-        "min(self._found)",
+        "self._found[0]",
     ),
     Mutation(
         "plan: moments are forgotten",
@@ -2895,12 +2889,6 @@ MUTATIONS = [
         ("evaluation/source.py", "evaluation/test_sets.py"),
         "if highest >= rows:",
         "if False:",
-    ),
-    Mutation(
-        "files: None of a CSV is missing",
-        ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
-        "found | words.keys()",
-        "found",
     ),
     Mutation(
         "files: a long number between blocks",
@@ -2995,7 +2983,7 @@ MUTATIONS = [
     Mutation(
         "EOPD: the gap to the current student",
         EOPD,
-        'teacher - known(batch.old_logprobs, "old_logprobs")',
+        "teacher_logprobs(batch, old) - old",
         "gap",
     ),
     Mutation(

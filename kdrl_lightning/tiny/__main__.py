@@ -10,7 +10,8 @@ from kdrl_lightning.tiny.models import SHIPPED, TinyModel, pack, shipped_checksu
 
 def main() -> None:
     """Write the weight files and print whether their checksums match ``shipped/SHA256SUMS``."""
-    for model in (TinyModel("teacher"), TinyModel("student"), TinyModel("reader")):
+    for role in ("teacher", "student", "reader", "merging_teacher"):
+        model = TinyModel(role)
         with tempfile.TemporaryDirectory() as folder:
             model.train(Path(folder))
             file = SHIPPED / f"{model.recipe_name}.safetensors"

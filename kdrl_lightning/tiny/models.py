@@ -97,14 +97,14 @@ class TinyModel(ModelSource):
         require_between("digits", digits, 1, 9)
         require_between("seed", seed, 0, float("inf"))
         self.role = role
-        self.slip = 0.0 if role == "teacher" else slip
+        self.slip = 0.0 if role.endswith("teacher") else slip  # a teacher writes all carries
         self.digits = digits
         self.seed = seed
 
     @property
     def recipe_name(self) -> str:
         """Name of the settings that determine the weights."""
-        slip = "" if self.role == "teacher" else f"-slip{float(self.slip)!r}"
+        slip = "" if self.role.endswith("teacher") else f"-slip{float(self.slip)!r}"
         recipe = RECIPES[self.role]
         text = f"{recipe!r}, shown={recipe.shown!r}" if recipe.shown else repr(recipe)
         key = hashlib.sha256(text.encode()).hexdigest()[:8]

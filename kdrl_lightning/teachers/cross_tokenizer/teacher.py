@@ -18,6 +18,7 @@ from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.pretrained import Pretrained
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 from kdrl_lightning.teachers.base import Teacher
@@ -90,6 +91,10 @@ class CrossTokenizerTeacher(WrappedTeacher):
     def aligns(self) -> bool:  # type: ignore[override]
         """Whether the tokens differ from the student's."""
         return self._worker is not None
+
+    def weights(self) -> ModelWeights | None:
+        """Return the wrapped teacher's, to sample from after the student's tokens; else None."""
+        return None if self.aligns else self.teacher.weights()
 
     @property
     def knows_entropy(self) -> bool:  # type: ignore[override]

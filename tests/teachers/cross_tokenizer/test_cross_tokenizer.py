@@ -117,6 +117,7 @@ def by_transformers(folder: str, prompt: str, completion: str) -> list[tuple[str
 def test_each_token_gets_its_chunks_log_probability(student_folder: str, merging: str) -> None:
     teacher = ready(CrossTokenizerTeacher(LocalTeacher(merging)), student_folder)
     assert teacher.aligns and not teacher.knows_entropy
+    assert teacher.weights() is None  # they would sample after the student's tokens
     batch = batch_of(teacher, student_folder, TEXTS)
     scores = teacher.score(batch)
     for row, (prompt, completion) in enumerate(TEXTS):
