@@ -85,10 +85,17 @@ def test_a_recipes_objective_can_be_built(recipe: Path) -> None:
         assert name is None or objective.coefficient(name) >= 0.0
 
 
+@pytest.fixture
+def sets_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end before their first rollout: everything is loaded and checked."""
+    monkeypatch.setattr("lightning.pytorch.Trainer._run_stage", lambda _: None)
+
+
+@pytest.mark.usefixtures("sets_up_alone")
 @pytest.mark.parametrize("name", KINDS)
 def test_a_recipe_sets_up(name: str, stand_ins: dict[str, str], tmp_path: Path) -> None:
     file = small(FOLDER / f"{name}.yaml", stand_ins, tmp_path)
-    cli = KDRLCLI.run(["fit", "--config", file, "--trainer.max_steps=0"])
+    cli = KDRLCLI.run(["fit", "--config", file])
     assert cli.model.student is not None and cli.trainer.global_step == 0
     assert type(cli.model.student.model).__name__.startswith(("Qwen2", "Qwen3", "Llama"))
 
@@ -101,6 +108,7 @@ def test_a_recipe_takes_a_step(name: str, stand_ins: dict[str, str], tmp_path: P
     assert cli.model.teacher_seconds > 0.0
 
 
+@pytest.mark.usefixtures("sets_up_alone")
 @pytest.mark.parametrize(
     ("task", "prompts", "reward"),
     [
@@ -114,7 +122,7 @@ def test_a_replication_takes_another_task(
 ) -> None:
     recipe, overlay = FOLDER / "replication/kdrl.yaml", FOLDER / f"replication/{task}.yaml"
     file = small(recipe, stand_ins, tmp_path, overlay)
-    cli = KDRLCLI.run(["fit", "--config", file, "--trainer.max_steps=0"])
+    cli = KDRLCLI.run(["fit", "--config", file])
     assert type(cli.datamodule.train_prompts).__name__ == prompts
     assert type(cli.datamodule.rewards.reward).__name__ == reward
     assert cli.model.objective.coefficient("teacher_kl_coef") == 0.2
