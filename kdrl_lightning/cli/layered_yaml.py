@@ -145,6 +145,8 @@ def _same(one: Any, other: Any) -> bool:
 def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
     had, has = (spec.get("init_args") or {} for spec in (base, over))
     lost = {name: value for name, value in had.items() if name not in has}
+    if not lost:
+        return  # without looking the class up, which imports torch
     before = str(base.get("class_path"))
     try:
         kind = locate(before)

@@ -35,7 +35,7 @@ class WeightedRewards(BatchReward):
     >>> both = WeightedRewards({"short": lambda s: len(s.ids) < 3, "any": lambda s: 1.0},
     ...                        correct="short", weights={"any": 0.5})
     >>> both(Sample("", [1, 2], {}))
-    Verdict(reward=1.5, correct=True, parts={'short': 1.0, 'any': 1.0})
+    Verdict(reward=1.5, correct=True, parts={'short': 1.0, 'any': 1.0}, feedback='')
     """
 
     def __init__(

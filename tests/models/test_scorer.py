@@ -200,7 +200,7 @@ def test_forward_returns_no_logits():
     batch = rollout()
     scores = Scorer(build("Qwen2ForCausalLM")).score(batch)
     shapes = [None if t is None else t.shape for t in scores]
-    assert shapes == [batch.completion_ids.shape] * 2 + [None] * 5
+    assert shapes == [batch.completion_ids.shape] * 2 + [None] * 6
     assert scores.logprobs.requires_grad and scores.entropy.requires_grad
 
 
