@@ -48,6 +48,7 @@ def test_every_class_is_shown() -> None:
     bases = {"BatchReward", "Reward", "TaskReward"}
     classes = {name for name in prompts.__all__ if name.endswith("Prompts") and name != "Prompts"}
     kinds = rewards.TaskReward.__subclasses__() + rewards.BatchReward.__subclasses__()
-    named = {kind.__name__ for kind in kinds if kind.__module__.startswith("kdrl_lightning.rewards")}
+    ours = "kdrl_lightning.rewards"
+    named = {kind.__name__ for kind in kinds if kind.__module__.startswith(ours)}
     assert shown == classes | (named - bases)
     assert {"HFPrompts", "MathReward", "CodeReward", "WeightedRewards"} <= shown
