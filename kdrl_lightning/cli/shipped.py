@@ -116,4 +116,6 @@ def with_files(args: Sequence[str]) -> list[str]:
 
 
 def _file(value: str) -> str:
-    return value if not value.strip() or YAML_SIGNS.search(value) else str(config_file(value))
+    if not value.strip():
+        raise ConfigurationError(f"`--config` must name a configuration: got {value!r}. {LIST}")
+    return value if YAML_SIGNS.search(value) else str(config_file(value))

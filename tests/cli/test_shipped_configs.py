@@ -88,6 +88,15 @@ def test_only_names_after_config_are_replaced(here: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("words", [["--config="], ["--config", " "]], ids=str)
+def test_an_empty_name_is_refused(
+    words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be a shell's variable that is not set: the run would take defaults alone."""
+    line = refused(capsys, "fit", "--config", "grpo", *words)
+    assert "`--config` must name a configuration: got '" in line
+
+
 @pytest.mark.parametrize("subcommand", ["fit", "predict", "evaluate"])
 def test_a_misspelt_name_is_one_line_with_its_cure(
     subcommand: str, here: Path, capsys: pytest.CaptureFixture[str]
