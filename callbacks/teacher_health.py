@@ -54,7 +54,7 @@ class RowPrompt(Protocol):
 class TeacherHealth(RolloutCallback):
     """Warns of what failure studies of self-distillation found, once each, with a cure.
 
-    Before training it measures the teacher behind its own prompt on the validation prompts. If that
+    Before training it measures the teacher after its own prompt on the validation prompts. If that
     is no better than the student, the teacher has nothing to teach, and the run says so. In each
     rollout it then logs ``health/leak_frac`` (completions that appeal to a reference nobody gave),
     ``health/hedges_mean`` (words such as *wait* or *maybe* per completion) and
@@ -72,7 +72,7 @@ class TeacherHealth(RolloutCallback):
     Attributes:
         rows: the watched numbers of each rollout.
         events: (rollout, name) of each warning.
-        teacher_accuracy: of the teacher behind its own prompt; None if it was not measured.
+        teacher_accuracy: of the teacher after its own prompt; None if it was not measured.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TeacherHealth(RolloutCallback):
             self._forget()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the teacher behind its prompts against the student, unless the run resumes."""
+        """Measure the teacher after its prompts against the student, unless the run resumes."""
         module, data = trained(pl_module), rollout_data(trainer)
         if not self.prompts or trainer.global_step or data is None or data.val_prompts is None:
             return
@@ -119,7 +119,7 @@ class TeacherHealth(RolloutCallback):
             self._warn(
                 trainer,
                 "weak teacher",
-                f"the teacher's accuracy behind its own prompt is {teacher:.1%} on {self.prompts} "
+                f"the teacher's accuracy after its own prompt is {teacher:.1%} on {self.prompts} "
                 f"validation prompts, no better than the student's {student:.1%}: it has nothing "
                 "to teach. Show it more, e.g. the solution instead of the answer, or use a "
                 "stronger teacher.",

@@ -79,7 +79,7 @@ def check_step(make: OptimizerCallable) -> None:
 
 
 def check_length(scheduler: LRScheduler | None, steps: int) -> None:
-    """Check that a schedule goes on until the end of a run.
+    """Check that a schedule continues until the end of a run.
 
     Args:
         scheduler: the schedule; None is constant.

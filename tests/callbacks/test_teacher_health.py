@@ -217,7 +217,7 @@ def test_bad_settings_are_refused(name: str, value: int) -> None:
         TeacherHealth(**{name: value})  # type: ignore[arg-type]
 
 
-# ---- the teacher behind its own prompt, measured before the run
+# ---- the teacher after its own prompt, measured before the run
 
 
 class Written:

@@ -126,7 +126,7 @@ def plan(
         cure: look for settings that make it fit, if it does not.
 
     Raises:
-        ConfigurationError: a model's configuration is not at hand, or settings contradict.
+        ConfigurationError: a model's configuration is absent, or settings contradict.
 
     Example::
 

@@ -306,7 +306,7 @@ def rehearse(module: KDRLModule, job: Job) -> Iterator[Rehearsal]:
         job: the other settings.
 
     Raises:
-        ConfigurationError: a configuration is not at hand, or a process group exists already.
+        ConfigurationError: a configuration is absent, or a process group exists already.
     """
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -14,7 +14,7 @@ from kdrl_lightning.teachers.own_prompt.contexts import FixedContext, RowContext
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 from kdrl_lightning.untyped import HFTokenizer, Row
 
-# A shorter reference can stand in a prompt by right: the answer to a question with options.
+# A shorter reference can stand in a prompt rightly: the answer to a question with options.
 SHOWN_FROM = 12
 
 

@@ -105,7 +105,7 @@ def as_read(batch: RolloutBatch) -> RolloutBatch:
     width = int((lengths + batch.completion_lengths).max())
     place = torch.arange(width, device=prompts.device)
     inside = place < lengths[:, None]
-    # After its prompt a row goes on with the completion, which begins at column W of the table.
+    # After its prompt a row continues with the completion, which begins at column W of the table.
     column = torch.where(inside, place, prompts.shape[1] + place - lengths[:, None])
     table = torch.cat([prompts, batch.completion_ids, torch.zeros_like(lengths)[:, None]], 1)
     ids = table.gather(1, column.clamp(max=table.shape[1] - 1))
