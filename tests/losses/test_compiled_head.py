@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from helpers.reference import close, normal
-from kdrl_lightning.losses.head import chunk_math, logprobs, reverse_kl, token_scores
+from kdrl_lightning.losses import logprobs, reverse_kl, token_scores
+from kdrl_lightning.losses.head import chunk_math
 from kdrl_lightning.losses.head.compiled import OrPlain
 from kdrl_lightning.losses.logprobs import Head, Other, TokenScores
 

@@ -26,7 +26,7 @@ from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.loading import build_causal_lm, load_causal_lm
 from kdrl_lightning.models.weights import ModelWeights
-from kdrl_lightning.trainer import monitors
+from kdrl_lightning.trainer.checks import monitors
 from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,8 +11,8 @@ import pytest
 from torch import distributed
 
 from helpers.processes.ready import WRITTEN, run
-from kdrl_lightning import distributed as together
 from kdrl_lightning.__main__ import main
+from kdrl_lightning.common import distributed as together
 
 ROOT = Path(__file__).parents[3]
 CONFIG = """

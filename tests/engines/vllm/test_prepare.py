@@ -74,7 +74,7 @@ def test_prompts_that_are_not_checked_may_have_the_longest_length(
     vllm: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdrl_lightning.datamodule.CHECKED_ROWS", 5)
+    monkeypatch.setattr("kdrl_lightning.datamodule.rollouts.CHECKED_ROWS", 5)
     module, trainer = make_module(student_folder, None, GRPO()), make_trainer(tmp_path)
     data = make_data(
         rollout_engine=VLLMEngine(), val_prompts=None, max_tokens=10, max_prompt_tokens=21

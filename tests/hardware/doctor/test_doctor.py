@@ -13,8 +13,9 @@ import torch
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import doctor as command
-from kdrl_lightning.hardware.doctor import attention, child, head, program, several, teacher
+from kdrl_lightning.hardware.doctor import child, program
 from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.checks import attention, head, several, teacher
 from kdrl_lightning.hardware.doctor.findings import (
     Finding,
     NotReachedError,
@@ -54,8 +55,8 @@ def test_a_bound_is_kept_or_not_and_nan_keeps_none() -> None:
 def test_every_check_has_a_module() -> None:
     assert len({check.name for check in CHECKS}) == len(CHECKS) == 8
     for check in CHECKS:
-        __import__(f"kdrl_lightning.hardware.doctor.{check.name}")
-        assert callable(sys.modules[f"kdrl_lightning.hardware.doctor.{check.name}"].run)
+        __import__(f"kdrl_lightning.hardware.doctor.checks.{check.name}")
+        assert callable(sys.modules[f"kdrl_lightning.hardware.doctor.checks.{check.name}"].run)
 
 
 def test_numbers_are_right_on_this_machine(bench: Bench) -> None:
@@ -97,7 +98,7 @@ def test_attention_that_sees_padding_is_found(
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = ModuleType("kdrl_lightning.hardware.doctor.fake")
+    module = ModuleType("kdrl_lightning.hardware.doctor.checks.fake")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
 
