@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.processes.ready import run_ranks
 from helpers.with_vllm.need import ROOT
 
 DRIVER = ROOT / "tests/helpers/processes/failing_rank_driver.py"
@@ -37,20 +36,8 @@ WITHOUT_WORDS = {"teacher", "start", "killed"}
 def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[float, str]]]:
     """How each case ended on each rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(DRIVER), str(folder), str(rank)], env={**os.environ, **paths}
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    run_ranks(str(DRIVER), [[str(folder), str(rank)] for rank in (0, 1)], env, timeout=120)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

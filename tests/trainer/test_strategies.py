@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from safetensors.torch import load_file
 
+from helpers.processes import ready
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -32,18 +33,21 @@ Scorer._shares = lambda self, *rows: False
 main(sys.argv[2:])"""
 
 
-def command_line(folder: Path, *flags: str, launcher: tuple[str, ...] = ("-m",)) -> Any:
+def command_line(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> Any:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if not launcher:
+        return ready.run(list(flags), folder, env)
     return subprocess.run(
         [sys.executable, *launcher, "kdrl_lightning", *flags],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=env,
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def fit(folder: Path, *flags: str, launcher: tuple[str, ...] = ("-m",)) -> dict[str, Any]:
+def fit(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
     """Run a short GKD, whose teacher works in every update; return what the run wrote."""
     folder.mkdir()
     out = command_line(

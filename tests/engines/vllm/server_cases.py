@@ -226,4 +226,3 @@ def test_killed_for_good(engine: VLLMServerEngine, server: RealServer) -> None:
     with pytest.raises(TrainingStopped, match=rf"{server.url} must answer within `max_away_s` 2"):
         engine.generate(PROMPTS, SEEDS, Sampling(4))
     assert time.monotonic() - started < 10
-    server.start()  # so that the fixture has something to stop

@@ -15,10 +15,15 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from helpers.ports import free_port
 
 LIBRARY = ["kdrl_lightning.cli.main", "kdrl_lightning.callbacks", "kdrl_lightning.tiny"]
 
@@ -51,21 +56,88 @@ def run(
     return subprocess.CompletedProcess(arguments, process.exitcode, *said)
 
 
+def run_ranks(
+    script: str, arguments: Sequence[Sequence[str]], env: dict[str, str], timeout: float = 300
+) -> None:
+    """Run a script in processes of one group, with the variables that torchrun sets.
+
+    Args:
+        script: file of the script.
+        arguments: those of each rank.
+        env: variables of all ranks.
+        timeout: seconds after which the ranks are ended.
+
+    Raises:
+        AssertionError: a rank has failed, which ends the others; with its errors.
+    """
+    world, port = str(len(arguments)), str(free_port())
+    group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    if len(arguments) == 1:
+        group = {}
+    with TemporaryDirectory() as folder:
+        ranks = []
+        for rank, own in enumerate(arguments):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {}
+            (home := Path(folder, str(rank))).mkdir()
+            start = (script, list(own), home, {**env, **group, **place})
+            ranks.append(forks().Process(target=_script, args=start))
+            ranks[-1].start()
+        _wait(ranks, timeout)
+        said = [(Path(folder, str(rank)) / WRITTEN[1]).read_text() for rank in range(len(ranks))]
+        codes = [rank.exitcode for rank in ranks]
+    assert not any(codes), f"exit codes {codes}: " + "\n".join(text[-4000:] for text in said)
+
+
+def _wait(ranks: Sequence[ForkServerProcess], timeout: float) -> None:
+    """Wait until all ranks have ended; end the others if one fails or the time is up."""
+    deadline = time.monotonic() + timeout
+    while any(rank.exitcode is None for rank in ranks):
+        if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.05)
+
+
+def _script(script: str, arguments: list[str], folder: Path, env: dict[str, str]) -> None:
+    _write_into(folder)
+    _become(arguments, env, os.getcwd())
+    sys.argv[0] = script
+    runpy.run_path(script, run_name="__main__")
+
+
 def _start(arguments: list[str], folder: Path, env: dict[str, str]) -> None:
     os.setsid()
-    for number, name in enumerate(WRITTEN, 1):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    _write_into(folder)
     _let_second_ranks_wait()
     _command_line(arguments, env, str(folder))
 
 
+def _write_into(folder: Path) -> None:
+    """Write what this process prints, and its errors, into files."""
+    for number, name in enumerate(WRITTEN, 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+
+
 def _command_line(arguments: list[str], env: dict[str, str], folder: str) -> None:
+    _become(arguments, env, folder)
+    runpy.run_module("kdrl_lightning", run_name="__main__", alter_sys=True)
+
+
+def _become(arguments: list[str], env: dict[str, str], folder: str) -> None:
+    """Give this process the variables, folder and arguments of the one that it stands for."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     sys.path[:0] = ["", *env.get("PYTHONPATH", "").split(":")]
     sys.argv[1:] = arguments
-    runpy.run_module("kdrl_lightning", run_name="__main__", alter_sys=True)
+    # torch has read these when it was imported.
+    import torch
+
+    if "OMP_NUM_THREADS" in env:
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    if env.get("TORCHDYNAMO_DISABLE") == "1":
+        torch._dynamo.config.disable = True
 
 
 def _let_second_ranks_wait() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from filelock import FileLock
 from transformers import PhiConfig, PhiForCausalLM
 
+from helpers.processes.ready import run_ranks
 from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -58,21 +57,10 @@ class Runs:
 
     def start(self, strategy: str, cases: tuple[str, ...]) -> None:
         """Run cases in one start of the processes."""
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        driver = [
-            str(ROOT / "tests/helpers/processes/strategy_driver.py"),
-            str(self.folder),
-            strategy,
-            *cases,
-        ]
-        out = subprocess.run(
-            [sys.executable, *(launcher if strategy != "auto" else []), *driver],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert out.returncode == 0, out.stderr[-4000:]
+        script = str(ROOT / "tests/helpers/processes/strategy_driver.py")
+        arguments = [str(self.folder), strategy, *cases]
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        run_ranks(script, [arguments] * (1 if strategy == "auto" else 2), env)
 
     def __call__(self, strategy: str, case: str) -> dict[str, Any]:
         """Return what a case's run has seen."""

@@ -1,18 +1,19 @@
 """Starts two processes once for the drivers whose results tests of several rooms read.
 
-``two_ranks.py FOLDER`` under ``torch.distributed.run`` runs the drivers one after the other.
+As a script, ``two_ranks.py FOLDER`` runs the drivers one after the other.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from filelock import FileLock
+
+from helpers.processes.ready import run_ranks
 
 ROOT = Path(__file__).parents[3]
 # A driver's name -> its arguments after the folder.
@@ -44,15 +45,8 @@ class TwoRanks:
         for driver in DRIVERS:
             shutil.rmtree(self.folder / driver, ignore_errors=True)
             shutil.copytree(self.student, self.folder / driver / "student")
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        out = subprocess.run(
-            [sys.executable, *launcher, __file__, str(self.folder)],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert out.returncode == 0, out.stderr[-4000:]
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        run_ranks(__file__, [[str(self.folder)]] * 2, env)
         (self.folder / "done").touch()
 
 

@@ -64,7 +64,9 @@ class RealServer:
             )
 
     def kill(self) -> None:
-        """As when a machine goes down: no goodbye."""
+        """As when a machine goes down: no goodbye. A server that was killed before stays dead."""
+        if self._process.returncode is not None:
+            return
         with suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(30)
