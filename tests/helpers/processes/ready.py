@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -45,15 +45,30 @@ def run(
     Returns:
         The exit code (minus the signal's number, if one ended it), what it printed and its errors.
     """
-    process = forks().Process(target=_start, args=(arguments, folder, env))
+    return _ended(_start, (arguments, folder, env), folder, timeout)
+
+
+def run_pytest(
+    arguments: list[str], folder: Path, env: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m pytest`` with arguments in a folder, to its end; see ``run``."""
+    with TemporaryDirectory() as said:
+        return _ended(_pytest, (arguments, folder, env, Path(said)), Path(said), timeout)
+
+
+def _ended(
+    target: Callable[..., None], arguments: tuple[Any, ...], said: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a function in a session of its own, and return how it ended and what it has said."""
+    process = forks().Process(target=target, args=arguments)
     process.start()
     process.join(timeout)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        raise subprocess.TimeoutExpired(arguments, timeout)
-    said = [(folder / name).read_text() for name in WRITTEN]
-    return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+        raise subprocess.TimeoutExpired(arguments[0], timeout)
+    texts = [(said / name).read_text() for name in WRITTEN]
+    return subprocess.CompletedProcess(arguments[0], process.exitcode, *texts)
 
 
 def run_ranks(
@@ -111,6 +126,13 @@ def _start(arguments: list[str], folder: Path, env: dict[str, str]) -> None:
     _write_into(folder)
     _let_second_ranks_wait()
     _command_line(arguments, env, str(folder))
+
+
+def _pytest(arguments: list[str], folder: Path, env: dict[str, str], said: Path) -> None:
+    os.setsid()
+    _write_into(said)
+    _become(arguments, env, str(folder))
+    runpy.run_module("pytest", run_name="__main__", alter_sys=True)
 
 
 def _write_into(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m ...`` on one thread, with vLLM's fast settings for tests.
 
-    The library's own command starts as a fork of a process that has imported it.
+    The module, ``kdrl_lightning`` or ``pytest``, runs in a fork of a process that has imported the
+    library.
     """
     env = {
         **os.environ,
@@ -38,9 +38,5 @@ def run(
         "HF_HUB_OFFLINE": "1",
         **environment,
     }
-    if arguments[0] == "kdrl_lightning":
-        return ready.run(arguments[1:], cwd, env, timeout)
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    start = {"kdrl_lightning": ready.run, "pytest": ready.run_pytest}[arguments[0]]
+    return start(arguments[1:], cwd, env, timeout)
