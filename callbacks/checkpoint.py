@@ -185,7 +185,6 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             os.close(self._held)
             self._held = None
 
-    # `Any`: Lightning's type of states.
     def state_dict(self) -> State:
         """Return the list of checkpoints, with their scores."""
         return {"entries": [entry.copy() for entry in self.entries]}

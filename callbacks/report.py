@@ -16,7 +16,7 @@ from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.callbacks.reports.plots import plot_curves
 from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.common.distributed import stop_together
-from kdrl_lightning.common.untyped import State
+from kdrl_lightning.common.untyped import State, Tree
 from kdrl_lightning.errors import Interrupted
 from kdrl_lightning.models.loading import check_saves
 from kdrl_lightning.models.weights import ModelWeights
@@ -250,9 +250,7 @@ class RunReport(RolloutCallback):
             self.accuracy.pop()
         self.accuracy.append((step, value))
 
-    def _summary(
-        self, trainer: pl.Trainer, pl_module: TrainedModule, folder: Path
-    ) -> dict[str, Any]:
+    def _summary(self, trainer: pl.Trainer, pl_module: TrainedModule, folder: Path) -> Tree:
         data = rollout_data(trainer)
         seconds = {} if data is None else data.watch.seconds
         rollout_seconds = seconds.get("time/rollout_s", 0.0) + seconds.get("time/sync_s", 0.0)
@@ -284,7 +282,7 @@ class RunReport(RolloutCallback):
         }
 
 
-def _table(summary: dict[str, Any], folder: Path) -> str:
+def _table(summary: Tree, folder: Path) -> str:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning.callbacks.base import RolloutCallback
-from kdrl_lightning.common.untyped import Row, State
+from kdrl_lightning.common.untyped import HFTokenizer, Row, State
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.metrics.completion_texts import (
     HEDGES,
@@ -47,7 +47,7 @@ class RowPrompt(Protocol):
     def context(self) -> Any:
         """What the teacher sees; with ``of_row`` if that follows from the row alone."""
 
-    def ids(self, tokenizer: Any, row: Row, context: str = "") -> list[int]:
+    def ids(self, tokenizer: HFTokenizer, row: Row, context: str = "") -> list[int]:
         """Return the prompt's token ids."""
 
 
@@ -214,7 +214,9 @@ def teacher_weights(module: TrainedModule) -> ModelWeights | None:
     return None if inner is None else inner.weights()
 
 
-def row_prompt(teacher: Teacher | None, tokenizer: Any) -> Callable[[Row], list[int] | None] | None:
+def row_prompt(
+    teacher: Teacher | None, tokenizer: HFTokenizer
+) -> Callable[[Row], list[int] | None] | None:
     """Return how a teacher's own prompt follows from a row; None if it does not.
 
     The function returns None for a row without a context. A context of siblings or feedback is not

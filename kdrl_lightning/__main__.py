@@ -53,30 +53,10 @@ def _run(args: Sequence[str] | None) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from kdrl_lightning.cli.evaluate import evaluate
-    from kdrl_lightning.cli.main import KDRLCLI
-    from kdrl_lightning.cli.serve import serve
     from kdrl_lightning.common.distributed import lost_peer
-    from kdrl_lightning.trainer.strategies import end_with_children
 
     try:
-        if given[:1] == ["export"]:
-            run_export(given[1:])
-        elif given[:1] == ["evaluate"]:
-            evaluate(given[1:])
-        elif given[:1] == ["serve"]:
-            serve(given[1:])
-        elif given[:1] == ["doctor"]:
-            from kdrl_lightning.cli.doctor import doctor
-
-            raise SystemExit(doctor(given[1:]))
-        elif given[:1] == ["plan"]:
-            from kdrl_lightning.cli.plan import plan
-
-            plan(given[1:])
-        else:
-            end_with_children()
-            KDRLCLI.run(args)
+        _subcommand(given, args)
     except Interrupted as error:  # on all ranks
         if int(os.environ.get("LOCAL_RANK") or 0) > 0:
             # Lightning kills the first process of a node if another one fails before it has ended.
@@ -103,6 +83,31 @@ def _run(args: Sequence[str] | None) -> None:
         text = f"the run must be able to use its files: got {type(disk).__name__}: {disk}. Make "
         cure = "room, or correct the permissions, and continue with `--ckpt_path last`."
         _exit(TrainingStopped(text + cure), 1, error)
+
+
+def _subcommand(given: Sequence[str], args: Sequence[str] | None) -> None:
+    from kdrl_lightning.cli.evaluate import evaluate
+    from kdrl_lightning.cli.main import KDRLCLI
+    from kdrl_lightning.cli.serve import serve
+    from kdrl_lightning.trainer.strategies import end_with_children
+
+    if given[:1] == ["export"]:
+        run_export(given[1:])
+    elif given[:1] == ["evaluate"]:
+        evaluate(given[1:])
+    elif given[:1] == ["serve"]:
+        serve(given[1:])
+    elif given[:1] == ["doctor"]:
+        from kdrl_lightning.cli.doctor import doctor
+
+        raise SystemExit(doctor(given[1:]))
+    elif given[:1] == ["plan"]:
+        from kdrl_lightning.cli.plan import plan
+
+        plan(given[1:])
+    else:
+        end_with_children()
+        KDRLCLI.run(args)
 
 
 def _without_torch(given: Sequence[str]) -> bool:

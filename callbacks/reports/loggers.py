@@ -8,6 +8,7 @@ from typing import Any
 from kdrl_lightning.callbacks.reports.page import Section
 from kdrl_lightning.callbacks.reports.text import visible
 from kdrl_lightning.callbacks.reports.views import SampleView
+from kdrl_lightning.common.untyped import Tree
 
 # `Any`: loggers share no type, and a row of their tables holds several.
 
@@ -53,7 +54,7 @@ def as_lines(sample: SampleView) -> list[str]:
     return lines
 
 
-def as_row(sample: SampleView) -> dict[str, Any]:
+def as_row(sample: SampleView) -> Tree:
     """Return a sample as one row of a table, by column name."""
     return {
         "prompt": sample.prompt,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.schedules.coefficient_schedule import CoefficientSchedule
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, trained
@@ -154,11 +155,11 @@ class AdaptiveEntropy(RolloutCallback):
             self.coefficient = self.after(self.coefficient, self.entropy)
         self._set(trained(pl_module))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return c, the last rollout's entropy, and the sums of the unfinished one."""
         return {"coefficient": self.coefficient, "entropy": self.entropy, "sums": [*self._sums]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore what ``state_dict`` returned."""
         self.coefficient = state_dict["coefficient"]
         self.entropy = state_dict["entropy"]

@@ -25,7 +25,6 @@ from kdrl_lightning.trainer.failures import export_together
 from kdrl_lightning.trainer.protocols import TrainedModule
 
 
-# `Any`: the values of a checkpoint, as Lightning types them.
 class Counters(Protocol):
     """Counts that a checkpoint keeps."""
 

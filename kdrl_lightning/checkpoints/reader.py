@@ -1,6 +1,6 @@
 """Reads checkpoints, after checking that they are intact and safe.
 
-A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's own formats.
+A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's formats.
 Lightning loads the weights; these checks run before.
 """
 

@@ -1,6 +1,6 @@
 """Writes each checkpoint completely or not at all.
 
-A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's own formats, and
+A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's formats, and
 Lightning reads it. We write it ourselves, because Lightning's strategies write folders in place, so
 that a killed run leaves a damaged one, and cannot write a folder asynchronously.
 """

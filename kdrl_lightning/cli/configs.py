@@ -7,15 +7,13 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.plain_parser import PlainParser
 from kdrl_lightning.cli.settings.text import dump
 from kdrl_lightning.cli.shipped import FOLDER, names, require
+from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import ConfigurationError
-
-# `Any`: a YAML document, as PyYAML types it.
 
 PROGRAM = "python -m kdrl_lightning"
 # Folder -> heading of the list. Files in a folder called base are parts of others.
@@ -126,7 +124,7 @@ def describe(name: str) -> str:
     return f"{words} Needs {', '.join(needs)}." if needs else words
 
 
-def needs_of(settings: dict[str, Any]) -> Iterator[str]:
+def needs_of(settings: Tree) -> Iterator[str]:
     """Yield what merged settings need beyond a CPU and the library."""
     trainer = settings.get("trainer") or {}
     if trainer.get("accelerator") == "gpu":
@@ -158,9 +156,9 @@ def text_of(name: str) -> str:
     return require(name).read_text(encoding="utf-8")
 
 
-def load(name: str) -> dict[str, Any]:  # as PyYAML returns it
+def load(name: str) -> Tree:  # as PyYAML returns it
     """Return a configuration's settings, merged over those of the files that it builds on."""
-    settings: dict[str, Any] = load_with_base(text_of(name), str(require(name)))
+    settings: Tree = load_with_base(text_of(name), str(require(name)))
     return settings
 
 

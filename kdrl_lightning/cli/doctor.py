@@ -64,7 +64,7 @@ def doctor(args: Sequence[str]) -> int:
 
 def parser() -> PlainParser:
     """Return the parser of the subcommand."""
-    words = "Check that this machine trains right: small real runs, each in its own process."
+    words = "Check that this machine trains right: small real runs, each in a separate process."
     made = PlainParser("python -m kdrl_lightning doctor", description=words, allow_abbrev=False)
     names = ", ".join(check.name for check in CHECKS)
     made.add_argument("--only", nargs="+", metavar="CHECK", help=f"run these checks only: {names}")

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from kdrl_lightning.checkpoints.integrity import whole_folder
 from kdrl_lightning.checkpoints.reader import read_metadata
 from kdrl_lightning.checkpoints.resume import KEY, check_complete
-from kdrl_lightning.common.untyped import State
+from kdrl_lightning.common.untyped import State, Tree
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import (
     build_causal_lm,
@@ -104,7 +104,7 @@ def export(
 
 
 def with_adapters(
-    path: str, lora: dict[str, Any], adapters: dict[str, Tensor], ckpt_path: str
+    path: str, lora: Tree, adapters: dict[str, Tensor], ckpt_path: str
 ) -> Any:  # transformers has no type that all models share
     """Load a base model and put a checkpoint's adapters on it.
 

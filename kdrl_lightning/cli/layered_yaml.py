@@ -22,6 +22,7 @@ from kdrl_lightning.cli.settings.shapes import not_default
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped, note_replaced
 from kdrl_lightning.cli.shipped import find
+from kdrl_lightning.common.untyped import Tree, Value
 from kdrl_lightning.errors import ConfigurationError
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -35,7 +36,7 @@ def install() -> None:
 
 
 # `Any` in this file: a YAML document, as PyYAML types it.
-def load_with_base(text: str, path: str) -> Any:
+def load_with_base(text: str, path: str) -> Value:
     """Return the settings of a YAML text, merged over those of its ``base`` if it has one.
 
     Args:
@@ -50,7 +51,7 @@ def load_with_base(text: str, path: str) -> Any:
     return plain(_resolve(_document(text, path), Path(path), ()))
 
 
-def read(text: str, path: str | None = None) -> Any:
+def read(text: str, path: str | None = None) -> Value:
     """Return the value of a YAML text for jsonargparse, with ``Text`` for strings.
 
     Args:
@@ -72,7 +73,7 @@ def read(text: str, path: str | None = None) -> Any:
     return {} if found is None else found  # all lines are comments
 
 
-def merge(base: Any, over: Any, where: str = "") -> Any:
+def merge(base: Value, over: Value, where: str = "") -> Value:
     """Return ``over`` merged into ``base``: mappings key by key, anything else replaced.
 
     A different ``class_path`` replaces the whole class, so that it gets no argument of the other
@@ -127,7 +128,7 @@ def _being_read(text: str) -> tuple[str, str] | None:
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Value, other: Value) -> bool:
     """Return whether two names are of one class; a name may lack its module."""
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
@@ -142,7 +143,7 @@ def _same(one: Any, other: Any) -> bool:
     return found[0] is not None and found[0] is found[1]
 
 
-def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> None:
+def _note_dropped(where: str, base: Tree, over: Tree) -> None:
     had, has = (spec.get("init_args") or {} for spec in (base, over))
     lost = {name: value for name, value in had.items() if name not in has}
     if not lost:
@@ -156,11 +157,11 @@ def _note_dropped(where: str, base: dict[str, Any], over: dict[str, Any]) -> Non
     note_dropped(where, names, before, str(over["class_path"]))
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: Value) -> list[Value]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> Value:
     """Return a value of the command line; a comment, an anchor or a lone name is text."""
     found = load(text)
     if found is None and text.strip().lower() not in ("null", "~", ""):
@@ -170,7 +171,7 @@ def _value(text: str) -> Any:
     return found
 
 
-def _document(text: str, name: str) -> Any:
+def _document(text: str, name: str) -> Value:
     try:
         found = load(text)
     except TwiceError as error:
@@ -205,7 +206,7 @@ def nested(settings: dict[Any, Any]) -> dict[Any, Any]:
     return made
 
 
-def _joined(one: Any, other: Any) -> Any:
+def _joined(one: Value, other: Value) -> Value:
     if not isinstance(one, dict) or not isinstance(other, dict):
         return other
     return one | {k: _joined(one[k], v) if k in one else v for k, v in other.items()}
@@ -230,7 +231,7 @@ def _holds(found: dict[Any, Any], key: str, above: str) -> bool:
     return True
 
 
-def _resolve(value: Any, path: Path, seen: tuple[Path, ...]) -> Any:
+def _resolve(value: Value, path: Path, seen: tuple[Path, ...]) -> Value:
     if not isinstance(value, dict) or "base" not in value:
         return value
     over = nested({k: v for k, v in value.items() if k != "base"})

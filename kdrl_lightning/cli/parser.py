@@ -22,6 +22,7 @@ from kdrl_lightning.cli.settings.renamed import renamed, renamed_flags
 from kdrl_lightning.cli.settings.text import Text
 from kdrl_lightning.cli.settings.unused import as_written, note, note_repeated
 from kdrl_lightning.cli.shipped import with_files
+from kdrl_lightning.common.untyped import Value
 from kdrl_lightning.errors import ConfigurationError
 
 HELP = "--help`"
@@ -179,7 +180,7 @@ class OneLineParser(LightningArgumentParser):
             value = getattr(kdrl_lightning, home)
             if inspect.isclass(value) and not issubclass(value, Exception):
                 names |= {home, *inspect.signature(value).parameters}
-        parsers: list[Any] = [self]
+        parsers: list[Value] = [self]
         for action in self._actions:
             if isinstance(action.choices, dict):
                 parsers += action.choices.values()
@@ -187,7 +188,7 @@ class OneLineParser(LightningArgumentParser):
             names |= {name for action in parser._actions for name in action.dest.split(".")}
         return names
 
-    def _check_value_key(self, action: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def _check_value_key(self, action: Any, value: Value, *args: Any, **kwargs: Any) -> Any:
         # jsonargparse opens a file only if a plain `str` names it.
         opens = getattr(action, "_enable_path", True)  # a group of settings always does
         if opens and isinstance(value, Text) and is_file(value):
@@ -198,7 +199,7 @@ class OneLineParser(LightningArgumentParser):
         return super()._check_value_key(action, value, *args, **kwargs)
 
 
-def _settings_of(config: str) -> Any:
+def _settings_of(config: str) -> Value:
     """Return the settings of a file or a text after ``--config``; None if it cannot be read."""
     try:
         text = Path(config).read_text(encoding="utf-8") if is_file(config) else config

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import Namespace
 
 from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.cli.parser import OneLineParser
+from kdrl_lightning.common.untyped import Value
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.hardware.planning.cards import CARDS, Card, bytes_of, card_named
 from kdrl_lightning.hardware.planning.job import Job, Strategy, sampler_of
@@ -161,8 +162,7 @@ def job_of(config: Namespace, own: argparse.Namespace) -> Job:
     )
 
 
-# `Any` below: a parsed setting, of one of several types.
-def strategy_of(given: Any, ranks: int) -> Strategy:
+def strategy_of(given: Value, ranks: int) -> Strategy:
     """Return how ranks share the work.
 
     Raises:
@@ -180,13 +180,13 @@ def strategy_of(given: Any, ranks: int) -> Strategy:
     )
 
 
-def reduces_each(given: Any) -> bool:
+def reduces_each(given: Value) -> bool:
     """Return whether a configured strategy reduces gradients after every micro-batch."""
     settings = dict(getattr(given, "init_args", None) or {})
     return bool(settings.get("reduce_each_micro_batch", False))
 
 
-def _devices(given: Any) -> int:
+def _devices(given: Value) -> int:
     """Return a number of devices; ``auto`` and -1 count as one, because none is touched."""
     if isinstance(given, list | tuple):
         return len(given)

@@ -1,4 +1,4 @@
-"""The module names of 0.1, so that imports and class paths written for it keep working."""
+"""Former module names, so that imports and class paths written with them keep working."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class _Forward(Loader):
         """Copy the names of today's module into it, and warn."""
         today = import_module(self.new)
         text = (
-            f"`{module.__name__}` must be imported as `{self.new}`: got the name of 0.1, which 0.3 "
+            f"`{module.__name__}` must be imported as `{self.new}`: got the former name, which 0.3 "
             "removes. Change the import or class path."
         )
         warnings.warn(text, FutureWarning, stacklevel=2)

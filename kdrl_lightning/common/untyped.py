@@ -5,6 +5,7 @@ Type checkers know nothing about these values. They are ``Any`` for one of these
 - Users decide the columns of a row.
 - Models, configurations and tokenizers of transformers share no typed base class.
 - Lightning and torch read states and checkpoints as dictionaries of anything.
+- YAML and JSON hold values of any kind until somebody checks them.
 """
 
 from __future__ import annotations
@@ -17,3 +18,5 @@ HFModel: TypeAlias = Any
 HFConfig: TypeAlias = Any
 HFTokenizer: TypeAlias = Any
 State: TypeAlias = dict[str, Any]
+Value: TypeAlias = Any
+Tree: TypeAlias = dict[str, Any]

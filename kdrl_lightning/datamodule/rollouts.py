@@ -305,7 +305,6 @@ class RolloutDataModule(pl.LightningDataModule):
         """Sample a few tokens from the weights that the engine holds now; see ``RolloutSource``."""
         return self.rollouts.probe()
 
-    # `Any`: Lightning's type of states.
     def state_dict(self) -> State:
         """Return the totals and a half-used rollout, if there is one; all ranks must call it."""
         return self.rollouts.state_dict()

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.engines.base import RolloutEngine, Sampling, noise_seed
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-
-# `Any`: transformers has no type that all tokenizers share.
 
 TEXT = "Solve it step by step: 12 + 30 = 42, because 10 + 30 = 40 and 40 + 2 = 42. Now 7 * 8 = "
 TOKENS = 12  # of each completion
@@ -80,7 +78,7 @@ def moved(parts: Iterable[Tensor]) -> Iterator[None]:
             part.copy_(value)
 
 
-def probe(engine: RolloutEngine, tokenizer: Any, rows: int, context: int) -> RolloutBatch:
+def probe(engine: RolloutEngine, tokenizer: HFTokenizer, rows: int, context: int) -> RolloutBatch:
     """Sample a few tokens from an engine after prompts that every model can read.
 
     Args:

@@ -44,7 +44,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion, as the engine's own token ids.
+    """One sampled completion, as token ids of the engine.
 
     Attributes:
         ids: sampled tokens; the end token, if reached, is the last.
@@ -65,10 +65,10 @@ class RolloutEngine(ABC):
 
     Attributes:
         version: the ``policy_version`` of the weights it holds; None before the first sync.
-        exact: its log-probabilities are the trainer's own, so that nothing has to be corrected.
+        exact: its log-probabilities are the trainer's, so that nothing has to be corrected.
         supports_async: it samples elsewhere, from a copy of the weights, so that a thread may ask
             it while the student trains.
-        has_own_weights: it samples from weights of its own: nothing is pushed to it.
+        has_own_weights: it samples from other weights than the student's: nothing is pushed to it.
         dtype: the type that it computes in; None: the trainer's.
         compared: it runs other code than the student, so its numbers are compared with the
             student's after the first push, before it samples for the run.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-# `Any`: configurations of transformers share no typed base.
+from kdrl_lightning.common.untyped import HFConfig, HFModel
 
 # A cache grows by a quarter when it is full.
 GROWTH = 1.25
@@ -19,7 +17,7 @@ CPU_BYTES = 4 << 30
 CPU_SEQUENCES = 256
 
 
-def token_bytes(config: Any, dtype: torch.dtype) -> int:
+def token_bytes(config: HFConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one token's keys and values in all layers, at most.
 
     Layers with a window or a state of fixed size need less.
@@ -52,7 +50,7 @@ class CacheBudget:
         self.max_tokens = max_tokens
         self.max_rows = max_rows
 
-    def rows(self, model: Any, lengths: list[int]) -> list[int]:
+    def rows(self, model: HFModel, lengths: list[int]) -> list[int]:
         """Return how many rows of each length may be decoded at once, at least 1.
 
         Args:
@@ -67,7 +65,7 @@ class CacheBudget:
     def rows_in(
         self,
         memory: float,
-        config: Any,
+        config: HFConfig,
         dtype: torch.dtype,
         vocabulary: int,
         lengths: list[int],

@@ -14,12 +14,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
+from kdrl_lightning.common.untyped import Tree, Value
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
-
-# `Any`: bodies and answers are JSON.
 
 # Status of an overloaded server, of a proxy, or of a server that starts or stops.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -84,7 +83,7 @@ class ServerClient:
         self._kept: Pool = queue.LifoQueue()
         weakref.finalize(self, _close, self._kept)
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def post(self, path: str, body: Tree | None = None) -> Value:
         """Post JSON and return the JSON of the answer; None if the answer is empty.
 
         Args:
@@ -97,7 +96,7 @@ class ServerClient:
         """
         return self._answer("POST", path, json.dumps(body or {}))
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str) -> Value:
         """Get a path and return the JSON of the answer; errors are those of ``post``."""
         return self._answer("GET", path)
 
@@ -121,7 +120,7 @@ class ServerClient:
             time.sleep(pause)
         raise AssertionError("the pauses have no end")
 
-    def _answer(self, method: str, path: str, body: str | None = None) -> Any:
+    def _answer(self, method: str, path: str, body: str | None = None) -> Value:
         answer = self._send(method, path, body)
         if answer.status in TRANSIENT and not self._broken(path, answer.status):
             raise AwayError(str(answer))
@@ -132,7 +131,7 @@ class ServerClient:
         except ValueError as error:
             raise self.stopped(path, f"no JSON: {answer}") from error
 
-    def rpc(self, method: str, *arguments: str) -> list[Any]:
+    def rpc(self, method: str, *arguments: str) -> list[Value]:
         """Call a method on every worker of the server and return each worker's result.
 
         Args:
@@ -144,7 +143,7 @@ class ServerClient:
             TrainingStopped: the server refuses the call.
         """
         body = {"method": method, "args": list(arguments)}
-        results: list[Any] = self.post("/collective_rpc", body)["results"]
+        results: list[Value] = self.post("/collective_rpc", body)["results"]
         return results
 
     def stopped(self, path: str, reason: str, status: int | None = None) -> Exception:

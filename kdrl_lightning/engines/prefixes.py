@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.models.prompt_cache import growing_cache, select_rows
 
 # `Any`: models of transformers share no typed base, and their caches have no type.
@@ -29,7 +30,7 @@ class Prefixes(ABC):
     mixed: bool = False
     cached: bool = True
 
-    def __init__(self, model: Any, pad_id: int) -> None:
+    def __init__(self, model: HFModel, pad_id: int) -> None:
         self.model = model
         self.pad_id = pad_id
 
@@ -142,7 +143,7 @@ class WholePrefixes(Prefixes):
 WAYS: tuple[type[Prefixes], ...] = (PaddedPrefixes, OwnCachePrefixes, WholePrefixes)
 
 
-def is_ordinary(model: Any) -> bool:
+def is_ordinary(model: HFModel) -> bool:
     """Return whether ``PaddedPrefixes`` is right for a model without trying it.
 
     It is if every layer is attention with rotary embeddings.

@@ -2,7 +2,7 @@
 
 If a batch has a mask, transformers' ``sdpa`` repeats keys and values once per query head, for every
 new token. torch's CPU kernel reads shared heads in place and gives the same numbers, bit by bit. We
-register it with transformers under a name of our own and give a model that name while it samples.
+register it with transformers under another name and give a model that name while it samples.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.engines.prefixes import is_ordinary
 
 # `Any`: models of transformers and their settings have no types.
@@ -26,7 +27,7 @@ REPLACED = "sdpa"
 
 
 @contextmanager
-def shared_heads_in_place(model: Any) -> Iterator[None]:
+def shared_heads_in_place(model: HFModel) -> Iterator[None]:
     """Let a model attend without copies inside, if it has shared heads and ``sdpa`` on a CPU."""
     if not has_copies_to_save(model):
         yield
@@ -38,7 +39,7 @@ def shared_heads_in_place(model: Any) -> Iterator[None]:
         model.set_attn_implementation(REPLACED)
 
 
-def has_copies_to_save(model: Any) -> bool:
+def has_copies_to_save(model: HFModel) -> bool:
     """Whether transformers copies shared keys and values, and another name changes nothing else.
 
     Sparse attention reads the name ``sdpa`` itself; such layers have caches that are not ordinary.

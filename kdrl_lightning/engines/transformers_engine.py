@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.cache_budget import CacheBudget
 from kdrl_lightning.engines.prefixes import (
@@ -62,7 +63,7 @@ class TransformersEngine(RolloutEngine):
     takes memory in addition to the student. If that is too much, use vLLM.
 
     On a GPU this engine serves for a first look. vLLM's announcement (2023) reports up to 24 times
-    the throughput of transformers' own ``generate``; nobody has compared this engine with vLLM on
+    the throughput of transformers' ``generate``; nobody has compared this engine with vLLM on
     a GPU yet.
 
     Args:
@@ -83,7 +84,7 @@ class TransformersEngine(RolloutEngine):
             if value is not None:
                 require_between(name, value, 1, float("inf"))
         self.budget = CacheBudget(max_cached_tokens, max_sequences)
-        self._model: Any = None
+        self._model: HFModel = None
         self._replica: Any = None
         self._ends: tuple[int, ...] = ()
         self._pad = 0
@@ -203,7 +204,7 @@ class TransformersEngine(RolloutEngine):
         size, ends = len(noise), torch.tensor(self._ends)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
         logprobs = torch.zeros(size, sampling.max_tokens, device=device, dtype=torch.float32)
-        # Which rows go on is decided on the host, which waits for a GPU once per step: for the
+        # Which rows continue is decided on the host, which waits for a GPU once per step: for the
         # tokens.
         alive, done = torch.arange(size), torch.zeros(size, dtype=torch.bool)
         for t in range(sampling.max_tokens):
@@ -286,7 +287,7 @@ class TransformersEngine(RolloutEngine):
         return largest_gap(ours, theirs, kind, spread_of(whole))
 
 
-def refuse_crossing(model: Any, prompts: list[int], max_tokens: int) -> None:
+def refuse_crossing(model: HFModel, prompts: list[int], max_tokens: int) -> None:
     """Refuse completions that might grow past a length at which earlier tokens change.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 from kdrl_lightning.evaluation.batch import EvaluationBatch
 from kdrl_lightning.evaluation.metrics import EvaluationMetrics
 
-# `Any`: Lightning's own attributes and arguments; Lightning is not imported here.
+# `Any`: Lightning's attributes and arguments; Lightning is not imported here.
 
 
 class EvaluationSteps:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.common.untyped import HFConfig, HFModel, HFTokenizer
+from kdrl_lightning.common.untyped import HFConfig, HFModel, HFTokenizer, Tree
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.experts import keep_precision
@@ -118,7 +118,7 @@ def _configuration(config: str) -> HFConfig:
         return AutoConfig.for_model(kind, **{**values, **parts})
 
 
-def decode_float(value: dict[str, Any]) -> Any:
+def decode_float(value: Tree) -> Any:
     """Decode a float that transformers writes in words, e.g. Mamba 2's infinite limit.
 
     JSON has no infinity. Any other value is returned as it is.
@@ -129,9 +129,9 @@ def decode_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def all_settings(config: str) -> dict[str, Any]:
+def all_settings(config: str) -> Tree:
     """Return the settings of a JSON configuration under the names of this transformers version."""
-    plain: dict[str, Any] = json.loads(config)
+    plain: Tree = json.loads(config)
     try:
         return dict(json.loads(_configuration(config).to_json_string(use_diff=False)))
     except Exception:  # an unknown type, or values that this version refuses

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import (
     Head,
@@ -68,7 +69,7 @@ class Scorer(nn.Module):
 
     def __init__(
         self,
-        model: Any,
+        model: HFModel,
         vocab_size: int | None = None,
         swap: tuple[int, int] | None = None,
         chunk_size: int | None = None,
@@ -295,7 +296,7 @@ class Scorer(nn.Module):
             verify(self, name)
 
     def alone(self, ids: Tensor) -> Tensor:
-        """Return the model's own logits ``[S, V]`` of one row of ids ``[S]``."""
+        """Return the model's logits ``[S, V]`` of one row of ids ``[S]``."""
         return self._alone(ids)
 
     # A sharding wrapper takes ``alone`` for a forward, and takes the weights away after it.
@@ -319,7 +320,7 @@ class Scorer(nn.Module):
         where = (first[:, None] + torch.arange(mask.shape[1], device=ids.device)).clamp(
             max=width - 1
         )
-        # Not ``self(...)``: under a sharding wrapper this method is a forward of its own.
+        # Not ``self(...)``: under a sharding wrapper this method is a separate forward.
         scores = self.forward(ids, first, ids.gather(1, where), mask)
         return [scores.logprobs[i, :n] for i, n in enumerate(lengths.tolist())]
 
@@ -341,7 +342,7 @@ class Scorer(nn.Module):
         return float((ours.logprobs - own).abs().max())
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: HFConfig) -> float:
     """Return what logits are multiplied by, from the names that architectures give it."""
 
     def named(name: str) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-# Two passes must save at least this share of the tokens: each has costs of its own.
+# Two passes must save at least this share of the tokens: each has fixed costs.
 SHARED_BELOW = 0.85
 # Micro-batches that are timed on a GPU. The first one also pays for starting the kernels.
 TIMED = 4

@@ -189,7 +189,7 @@ class VocabularyKL(DistillTerm):
 
 
 class SurrogateTerm(DistillTerm):
-    """A second clipped surrogate with its own weight, e.g. RLAD's surrogate added to GRPO's.
+    """A second clipped surrogate with a separate weight, e.g. RLAD's surrogate added to GRPO's.
 
     ``-distill_coef min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token, with the ratio r
     of ``ratio`` and the advantages A of the policy loss. RLAD's ratio is Eq. 3 of arXiv 2602.22495.

@@ -287,7 +287,7 @@ def _neutral(batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> RolloutBatc
     names = ("old_logprobs", "rollout_logprobs", "teacher_logprobs")
     fields = {n: v for n in names if (v := getattr(batch, n)) is not None}
     same = logprobs.detach()
-    if batch.chunk_places is not None:  # each token of these rows is a chunk of its own
+    if batch.chunk_places is not None:  # each token of these rows is a separate chunk
         batch = batch.replace(chunk_places=batch.chunk_places.masked_fill(rows, 0))
     return batch.replace(**{n: torch.where(rows, same, v) for n, v in fields.items()})
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.untyped import Row, Tree
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.column_types import (
@@ -69,7 +69,7 @@ class HFPrompts(PromptSource):
         take: int | None = None,
         chat: bool = False,
         system: str | None = None,
-        template_args: dict[str, Any] | None = None,
+        template_args: Tree | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
         prefill: str | None = None,
@@ -145,7 +145,7 @@ class StreamedHFPrompts(HFPrompts):
         answer_column: str | None = None,
         chat: bool = False,
         system: str | None = None,
-        template_args: dict[str, Any] | None = None,
+        template_args: Tree | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
         prefill: str | None = None,
@@ -217,7 +217,7 @@ def _load(
 
 def _read(datasets: Any, file: Path, split: str, streaming: bool) -> Any:
     reader = READERS[file.suffix.lower()]
-    given: dict[str, Any] = {"data_files": str(file), "split": split}
+    given: Tree = {"data_files": str(file), "split": split}
     if reader == "csv":
         texts = text_columns(file)
         given |= {"converters": dict.fromkeys(texts, str)} if texts else {}

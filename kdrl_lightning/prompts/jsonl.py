@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.untyped import Row, Tree
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
@@ -39,7 +39,7 @@ class JSONLPrompts(PromptSource):
         prompt_column: str = "prompt",
         chat: bool = False,
         system: str | None = None,
-        template_args: dict[str, Any] | None = None,
+        template_args: Tree | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
         prefill: str | None = None,
@@ -143,7 +143,7 @@ def _check(text: str, where: str, column: str | None) -> None:
 
 
 # `Any`: what JSON can hold.
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> Tree:
     """Return a JSON object; `json` would keep the last of two equal keys.
 
     Raises:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.prompts.reasoning_gym import ReasoningGymPrompts
-
-# `Any`: arguments of users' chat templates.
 
 
 class KnightsAndKnavesPrompts(ReasoningGymPrompts):
@@ -43,7 +41,7 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         width: int = 2,
         chat: bool = False,
         system: str | None = None,
-        template_args: dict[str, Any] | None = None,
+        template_args: Tree | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
         prefill: str | None = None,

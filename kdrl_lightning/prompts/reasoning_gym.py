@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.untyped import Row, Tree
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
@@ -42,10 +42,10 @@ class ReasoningGymPrompts(PromptSource):
         task: str,
         size: int = 4096,
         seed: int = 0,
-        config: dict[str, Any] | None = None,
+        config: Tree | None = None,
         chat: bool = False,
         system: str | None = None,
-        template_args: dict[str, Any] | None = None,
+        template_args: Tree | None = None,
         examples: Sequence[dict[str, str]] = (),
         suffix: str = "",
         prefill: str | None = None,

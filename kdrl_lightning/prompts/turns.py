@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.untyped import Row, Tree, Value
 from kdrl_lightning.errors import ConfigurationError
 
 # `Any`: the content of users' messages and tools.
@@ -19,7 +19,7 @@ ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipytho
 SWITCH = re.compile(r"/(?:no_?think|think|system_override)\b")
 
 
-def plain(value: Any) -> Any:
+def plain(value: Value) -> Value:
     """Convert numpy's arrays and scalars, which Parquet readers return, to plain Python values.
 
     >>> import numpy as np
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def without_none(value: Any) -> Any:
+def without_none(value: Value) -> Value:
     """Remove keys whose value is None, at any depth.
 
     Parquet stores the same keys for all messages of a file and fills missing ones with None, but
@@ -64,7 +64,7 @@ def is_json_of_messages(text: str) -> bool:
     return start.startswith(('[{"role":', '[{"content":', '{"role":"'))
 
 
-def clean_messages(messages: Sequence[Any], template: str) -> list[dict[str, Any]]:
+def clean_messages(messages: Sequence[Any], template: str) -> list[Tree]:
     """Return a conversation's messages as new dicts, with known roles, text content and no None.
 
     Args:
@@ -171,7 +171,7 @@ def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
             )
 
 
-def tools_of(row: Row, template: str) -> list[Any]:
+def tools_of(row: Row, template: str) -> list[Value]:
     """Return the tools that a row offers to the model; a text is parsed as JSON.
 
     Raises:

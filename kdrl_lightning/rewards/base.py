@@ -79,7 +79,7 @@ class TaskReward(ABC):
         return [attempt(self, sample) for sample in samples]
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the answer that majority@k compares: the extraction behind the verdict.
+        """Return the answer that majority@k compares: the extraction that the verdict judged.
 
         A completion whose answer is None does not vote. The default is the whole text, stripped.
         """
@@ -155,7 +155,7 @@ def _judged(reward: Reward, samples: Sequence[Sample]) -> Sequence[Any]:
 
 @contextmanager
 def working_folder_kept() -> Iterator[None]:
-    """Return to the working folder, which a reward may leave; a run's own paths start there."""
+    """Return to the working folder, which a reward may leave; relative paths start there."""
     # Linux can hold a folder that its user may not list.
     here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
     try:

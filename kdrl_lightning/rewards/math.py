@@ -45,7 +45,7 @@ STYLE = re.compile(
 CHOICE = re.compile(r"(?<![A-Za-z])([A-Z])\s*[).:](?!\d)")
 # What may stand around a whole answer: emphasis of Markdown, and the marks of a formula.
 AROUND = re.compile(r"\\\[(.*)\\\]|\\\((.*)\\\)", re.S)
-# Spaces of LaTeX behind an answer; the space of the last one is gone already.
+# Spaces of LaTeX after an answer; the space of the last one is gone already.
 BEHIND = re.compile(r"(?<=\S)(?:\s|~|\\[,;:!]|\\quad|\\ |\\$)+$")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
-
-# `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
 from typing import TypeVar
 
 from kdrl_lightning.common.untyped import State

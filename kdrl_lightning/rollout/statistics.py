@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-
-# `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -57,71 +55,33 @@ class RolloutWatch:
             compares_group: the objective compares the completions of a group.
             replaced: groups of this rank that were replaced because of equal rewards.
         """
-        sizes = batch.group_ids.bincount()
-        of_student = batch.source == STUDENT
-        real = batch.completion_mask & of_student[:, None]
-        values = [
-            float(of_student.sum()),
-            float(batch.rewards[of_student].double().sum()),
-            float(batch.correct[of_student].sum()),
-            float(real.sum()),
-            float(batch.truncated[of_student].sum()),
-            float(len(sizes)),
-            float(flat_groups(batch.rewards, batch.group_ids).sum()),
-            float(rewards.take_failures()),
-            float((~of_student).sum()),
-            float(batch.rewards[~of_student].double().sum()),
-            float(batch.correct[~of_student].sum()),
-            float(batch.completion_mask.sum()),
-            float(len(replaced)),
-            float(sum(len(group) for group in replaced)),
-            float(sum(len(j.completion.ids) for group in replaced for j in group)),
-        ]
-        totals = reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
-        count, reward, correct, tokens, truncated, groups, flat, failures = totals[:8]
-        by_teacher, teacher_reward, teacher_correct, all_tokens = totals[8:12]
-        refilled, dropped, dropped_tokens = totals[12:]
-        sampled = all_tokens + dropped_tokens
+        here = _counts(batch, rewards.take_failures(), replaced)
+        counts = _Counts(*reduce(torch.tensor(here, dtype=torch.float64), "sum").tolist())
+        sampled = counts.all_tokens + counts.dropped_tokens
         self.rollouts += 1
-        self.completions += int(count + by_teacher + dropped)
+        self.completions += int(counts.by_student + counts.by_teacher + counts.dropped)
         self.tokens += int(sampled)
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self._warn(counts, compares_group)
+        speed = {"tokens_per_s": sampled / max(seconds.get("time/rollout_s", 0.0), 1e-9)}
+        return {**counts.metrics(), **speed, **seconds}
+
+    def _warn(self, counts: _Counts, compares_group: bool) -> None:
         if compares_group:
             self._warn_above(
                 MAX_WITHOUT_VARIANCE,
-                flat / groups,
+                counts.flat_groups / counts.groups,
                 "of the groups have equal rewards and give no policy gradient. Use easier or "
                 "harder prompts, a larger `group_size`, or an objective that imitates the teacher "
                 "on every token, such as KDRL",
             )
         self._warn_above(
             MAX_TRUNCATED,
-            truncated / max(count, 1.0),
+            counts.truncated / max(counts.by_student, 1.0),
             "of the completions are cut at `max_tokens`. Raise it, or use prompts with shorter "
             "answers",
         )
-        metrics = {
-            "reward/failures": failures,
-            "rollout/flat_group_frac": flat / groups,
-            "rollout/refilled_groups": refilled,
-            "tokens_per_s": sampled / max(seconds.get("time/rollout_s", 0.0), 1e-9),
-            **seconds,
-        }
-        if count:
-            metrics |= {
-                "reward/mean": reward / count,
-                "reward/correct_frac": correct / count,
-                "rollout/length_mean": tokens / count,
-                "rollout/truncated_frac": truncated / count,
-            }
-        if by_teacher:
-            metrics |= {
-                "teacher/reward_mean": teacher_reward / by_teacher,
-                "teacher/correct_frac": teacher_correct / by_teacher,
-                "teacher/length_mean": (all_tokens - tokens) / by_teacher,
-            }
-        return metrics
 
     def measure_contexts(
         self, batch: RolloutBatch, dropped: int, reduce: Callable[[Tensor, str], Tensor]
@@ -166,6 +126,79 @@ class RolloutWatch:
         if value > limit and text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"{value:.0%} {text}.", stacklevel=2)
+
+
+class _Counts(NamedTuple):
+    """Sums over a rollout's completions; those without a name are the student's.
+
+    Attributes:
+        by_student: number of completions that the student sampled.
+        groups: number of groups that are used.
+        failures: calls of the reward that failed.
+        all_tokens: tokens of all completions that are used.
+        refilled: groups that were replaced because of equal rewards.
+        dropped: completions of these groups.
+    """
+
+    by_student: float
+    reward: float
+    correct: float
+    tokens: float
+    truncated: float
+    groups: float
+    flat_groups: float
+    failures: float
+    by_teacher: float
+    teacher_reward: float
+    teacher_correct: float
+    all_tokens: float
+    refilled: float
+    dropped: float
+    dropped_tokens: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics that follow from the counts of all ranks."""
+        found = {
+            "reward/failures": self.failures,
+            "rollout/flat_group_frac": self.flat_groups / self.groups,
+            "rollout/refilled_groups": self.refilled,
+        }
+        if self.by_student:
+            found |= {
+                "reward/mean": self.reward / self.by_student,
+                "reward/correct_frac": self.correct / self.by_student,
+                "rollout/length_mean": self.tokens / self.by_student,
+                "rollout/truncated_frac": self.truncated / self.by_student,
+            }
+        if self.by_teacher:
+            found |= {
+                "teacher/reward_mean": self.teacher_reward / self.by_teacher,
+                "teacher/correct_frac": self.teacher_correct / self.by_teacher,
+                "teacher/length_mean": (self.all_tokens - self.tokens) / self.by_teacher,
+            }
+        return found
+
+
+def _counts(batch: RolloutBatch, failures: int, replaced: Sequence[Sequence[Judged]]) -> _Counts:
+    """Return the counts of one rank."""
+    student = batch.source == STUDENT
+    return _Counts(
+        by_student=float(student.sum()),
+        reward=float(batch.rewards[student].double().sum()),
+        correct=float(batch.correct[student].sum()),
+        tokens=float((batch.completion_mask & student[:, None]).sum()),
+        truncated=float(batch.truncated[student].sum()),
+        groups=float(len(batch.group_ids.bincount())),
+        flat_groups=float(flat_groups(batch.rewards, batch.group_ids).sum()),
+        failures=float(failures),
+        by_teacher=float((~student).sum()),
+        teacher_reward=float(batch.rewards[~student].double().sum()),
+        teacher_correct=float(batch.correct[~student].sum()),
+        all_tokens=float(batch.completion_mask.sum()),
+        refilled=float(len(replaced)),
+        dropped=float(sum(len(group) for group in replaced)),
+        dropped_tokens=float(sum(len(j.completion.ids) for group in replaced for j in group)),
+    )
 
 
 def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:

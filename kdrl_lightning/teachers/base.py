@@ -113,7 +113,7 @@ class Teacher(ABC):
         """Make or download the model; one process calls it before anything is loaded."""
 
     @abstractmethod
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare the tokenizers of student and teacher.
 
         Args:

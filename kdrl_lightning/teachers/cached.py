@@ -20,9 +20,6 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.routed import scatter
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
-# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
-# row.
-
 
 class CachedTeacher(WrappedTeacher):
     """Looks up scores on disk; the wrapped teacher scores only completions that are not there.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.architectures.trunk import Trunk
@@ -100,7 +101,7 @@ class FrozenModels:
         self.active = self._teacher if fitting else None
         self.reference = reference and (self._reference or reference)
 
-    def check(self, tokenizer: Any, path: str, objective: Any) -> None:
+    def check(self, tokenizer: HFTokenizer, path: str, objective: Any) -> None:
         """Check them against the student and the objective, before weights are loaded.
 
         Args:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.architectures.trunk import Trunk
@@ -25,8 +24,6 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.offload import OffloadedWeights
 from kdrl_lightning.teachers.tokenizers import compare
-
-# `Any`: transformers has no type that all tokenizers share.
 
 
 class LocalTeacher(Teacher):
@@ -108,7 +105,7 @@ class LocalTeacher(Teacher):
         """Make the model's folder if its source needs to."""
         model_path(self.model)
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare tokens, end tokens and chat templates with the student's.
 
         From then on, the teacher's logits are cut to the rows of the student's embedding.

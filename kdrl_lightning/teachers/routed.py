@@ -50,7 +50,7 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.prepare()
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare the tokenizers of the student and every teacher."""
         for teacher in self.teachers.values():
             teacher.check(student_tokenizer, student_path)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFTokenizer, Tree
 from kdrl_lightning.engines.http_client import AS_IT_IS, ServerClient, clients
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import TokenScores
@@ -110,7 +111,7 @@ class ServerTeacher(Teacher):
         """Make the model's folder if its source needs to."""
         model_path(self.model)
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare tokens, end tokens and chat templates with the student's.
 
         Raises:
@@ -292,9 +293,7 @@ def bundles(asked: list[list[int]], vocab_size: int) -> Iterator[tuple[list[int]
         yield places, sorted(union)
 
 
-def _ask(
-    server: ServerClient, prompts: list[list[int]], settings: dict[str, Any], field: str
-) -> list[Any]:
+def _ask(server: ServerClient, prompts: list[list[int]], settings: Tree, field: str) -> list[Any]:
     """Send prompts and return one field of each answer, checked to be for these tokens."""
     body = {
         "prompt": prompts,

@@ -10,6 +10,7 @@ import warnings
 from itertools import takewhile
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
 
 # `Any`: transformers has no type that all tokenizers share.
@@ -189,11 +190,11 @@ def warn_of_templates(student: Any, teacher: Any, student_path: str, teacher_pat
             return
 
 
-def _by_id(tokenizer: Any) -> dict[int, str]:
+def _by_id(tokenizer: HFTokenizer) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def _render(tokenizer: HFTokenizer, messages: list[dict[str, str]]) -> str:
     """Return the rendered prompt, or in angle brackets the reason why there is none."""
     from jinja2 import TemplateError
 

@@ -93,7 +93,7 @@ class WrappedTeacher(Teacher):
         """Prepare the wrapped teacher."""
         self.teacher.prepare()
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare the tokenizers of the student and the wrapped teacher."""
         self.teacher.check(student_tokenizer, student_path)
 

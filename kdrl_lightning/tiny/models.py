@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdrl_lightning import __version__
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
@@ -244,7 +245,7 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer() -> HFTokenizer:
     """Return a tokenizer with one token per character, plus padding and end token.
 
     It is a Qwen2 tokenizer, because transformers loads one for every Qwen2 folder.
@@ -256,7 +257,7 @@ def make_tokenizer() -> Any:
     return make(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>", unk_token=None)
 
 
-def make_merging_tokenizer() -> Any:
+def make_merging_tokenizer() -> HFTokenizer:
     """Return a tokenizer that writes numbers two digits at a time, from the left."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -73,7 +73,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def block_backward_sync(self) -> Iterator[None]:
         """Keep gradients on their ranks inside: Lightning calls it for all micro-batches but one.
 
-        Lightning's own method knows DDP alone.
+        Lightning's method supports only DDP.
         """
         assert self.model is not None
         sharded = [m for m in self.model.modules() if isinstance(m, FSDPModule)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from kdrl_lightning.common.old_names import MOVED
 
 PACKAGE = Path(__file__).parents[2] / "kdrl_lightning"
 FILES = sorted(
@@ -142,6 +145,17 @@ def test_a_folder_is_seen_at_a_glance(folder: Path) -> None:
     assert len(shown) <= MOST_ENTRIES.get(str(folder.relative_to(PACKAGE)).strip("."), 13)
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_that_names_no_type_says_why(path: Path) -> None:
+    text = path.read_text()
+    nodes = ast.walk(ast.parse(text))
+    lines = {node.lineno for node in nodes if isinstance(node, ast.Name) and node.id == "Any"}
+    if path.name == "untyped.py":  # it has the reasons of the names that others use
+        return
+    said = "`Any`" in text or any("#" in text.splitlines()[line - 1] for line in lines)
+    assert said == bool(lines), "a comment must give the reason, and only where `Any` is used"
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, kdrl_lightning; "
@@ -149,6 +163,26 @@ def test_import_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_former_names_of_modules_lead_to_those_of_today() -> None:
+    def exists(name: str) -> bool:
+        path = PACKAGE / name.replace(".", "/")
+        return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+    assert {old for old in MOVED if exists(old)} == set()
+    assert [new for new in MOVED.values() if not exists(new)] == []
+
+
+@pytest.mark.parametrize("old", ["supervised", "rollout.partition", "callbacks.schedule"])
+def test_a_former_name_works_with_a_warning(old: str) -> None:
+    new = f"{PACKAGE.name}.{MOVED[old]}"
+    words = rf"^`kdrl_lightning.{old}` must be imported as `{new}`: got the former name, which 0.3"
+    sys.modules.pop(f"kdrl_lightning.{old}", None)
+    with pytest.warns(FutureWarning, match=words):
+        found = importlib.import_module(f"kdrl_lightning.{old}")
+    today = vars(importlib.import_module(new))
+    assert all(found.__dict__[name] is value for name, value in today.items() if name[0] != "_")
 
 
 def test_public_names_exist() -> None:

@@ -1,18 +1,16 @@
-"""Finds an empty group that no setting has; jsonargparse drops it without a word.
-
-Values are ``Any``, as in jsonargparse.
-"""
+"""Finds an empty group that no setting has; jsonargparse drops it without a word."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from jsonargparse import Namespace
 
+from kdrl_lightning.common.untyped import Value
+
 
 def unknown_group(
-    settings: Collection[str], groups: Collection[str], value: Any, name: str = ""
+    settings: Collection[str], groups: Collection[str], value: Value, name: str = ""
 ) -> str | None:
     """Return the name of the first empty group below a value that is no setting.
 

@@ -10,6 +10,8 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
 
+from kdrl_lightning.common.untyped import Value
+
 # Layers that were read, until the parser checks them.
 _read: list[Layer] = []
 
@@ -78,7 +80,7 @@ def overruled(words: Sequence[str], read: Callable[[str], Any]) -> Iterator[tupl
                     yield flag, file
 
 
-def _at(tree: Any, name: str) -> Any:
+def _at(tree: Value, name: str) -> Value:
     with suppress(KeyError, TypeError):
         for key in name.split("."):
             tree = tree[key]

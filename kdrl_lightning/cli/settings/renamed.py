@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.cli.settings.unused import note, note_renamed
+from kdrl_lightning.common.untyped import Value
 from kdrl_lightning.errors import ConfigurationError
 
 _ROLLOUT = (
@@ -77,7 +78,7 @@ def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
     return {name: with_classes(value) for name, value in out.items()}
 
 
-def with_classes(value: Any) -> Any:
+def with_classes(value: Value) -> Value:
     """Return a value in which classes that were split have their new names.
 
     >>> with_classes([{"class_path": "HFPrompts", "init_args": {"take": 2, "streaming": True}}])
@@ -150,7 +151,7 @@ def renamed_flags(words: Sequence[str]) -> list[str]:
     return out
 
 
-def new_name(name: str, value: Any) -> str | None:
+def new_name(name: str, value: Value) -> str | None:
     """Return the new name of a setting; None if its name has not changed.
 
     >>> new_name("data.teacher_engine.urls", []), new_name("data.teacher_completions", {"count": 2})
@@ -165,7 +166,7 @@ def new_name(name: str, value: Any) -> str | None:
     return RENAMED[key] + name[len(key) :]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Value) -> bool:
     """Return whether a value is meant as a number, and not as a group or the file of a group."""
     if isinstance(value, str):
         return value.strip().lstrip("+-").replace(".", "", 1).isdigit()

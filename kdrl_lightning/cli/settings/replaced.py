@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from kdrl_lightning.cli.settings.private import actions, typehints
 from kdrl_lightning.cli.settings.shapes import is_spec
 from kdrl_lightning.cli.settings.unused import note_replaced
+from kdrl_lightning.common.untyped import Tree, Value
 
 _load_group = actions._ActionConfigLoad.__call__
 _check_type = typehints.ActionTypeHint._check_type
@@ -29,7 +30,7 @@ class Given(NamedTuple):
 
 
 def check_type(
-    self: Any, value: Any, append: bool = False, cfg: Any = None, mode: Any = None
+    self: Any, value: Value, append: bool = False, cfg: Any = None, mode: Any = None
 ) -> Any:
     """Return a value as ``ActionTypeHint._check_type`` does; note what it replaces."""
     before = cfg.get(self.dest) if cfg else None
@@ -85,7 +86,7 @@ def note_lost(
         note_replaced(where, what, missing(had, has), cure)
 
 
-def contents(value: Any) -> list[Given] | dict[str, Any] | None:
+def contents(value: Value) -> list[Given] | Tree | None:
     """Return the classes in a list, or a single class in a list; a mapping by name as it is.
 
     >>> contents([{"class_path": "a.B", "init_args": {"x": 1}}, "C", 3])
@@ -131,12 +132,12 @@ def _given(item: Any) -> Given:
     return Given(str(item.get("class_path")).rsplit(".", 1)[-1], tuple(_arguments(item)))
 
 
-def _arguments(spec: Any) -> dict[str, Any]:
+def _arguments(spec: Any) -> Tree:
     found = spec.get("init_args") or {}
     return dict(vars(found) if isinstance(found, Namespace) else found)
 
 
-def _is_default(value: Any, default: Any) -> bool:
+def _is_default(value: Value, default: Any) -> bool:
     if is_spec(value) and is_spec(default) and value["class_path"] == default["class_path"]:
         return _arguments(default).items() <= _arguments(value).items()
     return bool(value == default)

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from kdrl_lightning.cli.settings.private import typehints, util
 from kdrl_lightning.cli.settings.text import Text
+from kdrl_lightning.common.untyped import Value
 
 NULL = ("null", "~")
 LEAVES = (str, int, float, bool, NoneType)
@@ -21,7 +22,7 @@ SPEC = {"class_path", "init_args", "dict_kwargs", "__path__"}
 NestedArg = util.NestedArg
 
 
-def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list[Any]:
+def fitting(members: Iterable[Any], val: Any, previous: Value, given: Value) -> list[Value]:
     """Return the members of a union that a value's shape allows; all of them if none does.
 
     Args:
@@ -37,7 +38,7 @@ def fitting(members: Iterable[Any], val: Any, previous: Any, given: Any) -> list
     return kept or known
 
 
-def fits(member: Any, val: Any, previous: Any) -> bool:
+def fits(member: Any, val: Any, previous: Value) -> bool:
     """Return whether a value can be meant for a type; ``previous`` is the earlier value."""
     if member is Any or isinstance(member, typehints.UnvalidatedType):
         return True
@@ -84,7 +85,7 @@ def by_name(val: Mapping[str, Any] | Namespace) -> bool:
     return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one: Value, other: Value) -> bool:
     """Return whether two values are equal; YAML has lists in place of tuples.
 
     >>> same((0.9, 0.999), [0.9, 0.999]), same(1, 2)

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from kdrl_lightning.common.untyped import Value
+
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 BOOL, NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
@@ -117,7 +119,7 @@ class Dumper(yaml.SafeDumper):  # type: ignore[misc]
         return self.represent_scalar("tag:yaml.org,2002:str", str(data), style)
 
 
-def load(text: str) -> Any:
+def load(text: str) -> Value:
     """Return the value of a YAML text.
 
     Raises:
@@ -132,7 +134,7 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-def dump(value: Any) -> str:
+def dump(value: Value) -> str:
     r"""Return a value as YAML, with quotes around strings that YAML would read differently.
 
     >>> dump({"a": "1e5", "b": Text("007"), "c": 1e-6})
@@ -144,7 +146,7 @@ def dump(value: Any) -> str:
     return text
 
 
-def plain(value: Any) -> Any:
+def plain(value: Value) -> Value:
     """Return a value with ``str`` in place of ``Text``, as a class receives it.
 
     >>> type(plain([Text("a")])[0])
@@ -159,7 +161,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_data(value: Any) -> bool:
+def is_data(value: Value) -> bool:
     """Return whether a value consists of numbers, strings, lists and mappings only.
 
     >>> is_data({"a": [1, None, "x"]}), is_data({"a": print}), is_data({"class_path": "x"})

@@ -38,6 +38,7 @@ from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 from kdrl_lightning.cli.settings.user_code import build, import_object
 from kdrl_lightning.common.old_names import GONE
+from kdrl_lightning.common.untyped import Tree, Value
 
 # What a user means who gives a path where a class must be.
 READS = {
@@ -74,7 +75,7 @@ def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
 
 
-def load_basic(text: str) -> Any:
+def load_basic(text: str) -> Value:
     """Return a number, a truth value or null as in configuration files; all else is text."""
     try:
         found = load(str(text))
@@ -85,7 +86,7 @@ def load_basic(text: str) -> Any:
     return text if nothing or isinstance(found, str | list | dict) else found
 
 
-def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
+def discard(parser_or_action: Any, previous: Value, value: Value) -> None:
     """Remove the arguments that a new class lacks, and note which of the old class are lost."""
     had = _arguments(previous)
     default: Any = getattr(parser_or_action, "default", None)
@@ -102,7 +103,7 @@ def discard(parser_or_action: Any, previous: Any, value: Any) -> None:
         note_dropped(where, given, previous["class_path"], value["class_path"])
 
 
-def _arguments(spec: Any) -> dict[str, Any]:
+def _arguments(spec: Any) -> Tree:
     found = spec.get("init_args") if isinstance(spec, dict | Namespace) else None
     return dict(vars(found) if isinstance(found, Namespace) else found or {})
 
@@ -179,7 +180,7 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         raise min(errors, key=_unlikely) from None
 
 
-def check_given(val: Any, typehint: Any, given: Any) -> None:
+def check_given(val: Any, typehint: Any, given: Value) -> None:
     """Check that a flag does not set null, also not as the text `null`, where a value must be.
 
     Raises:
@@ -271,7 +272,7 @@ def check_path(name: str, kinds: Iterable[Any]) -> None:
             raise ValueError(f"must be {_named(kind)}: got the path {name}. Write {cure % name}.")
 
 
-def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
+def check_class_given(val: Any, members: Iterable[Any], previous: Value) -> None:
     """Check that an argument by flag belongs to a class.
 
     Raises:
@@ -285,7 +286,7 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
         raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
 
 
-def check_class_named(val: Any, member: Any, previous: Any) -> None:
+def check_class_named(val: Any, member: Any, previous: Value) -> None:
     """Check that settings by name, for a type with several classes, name one of them.
 
     Raises:

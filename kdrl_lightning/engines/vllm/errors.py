@@ -50,7 +50,7 @@ def failure(
 def described(error: BaseException) -> str:
     """Return an error's message, with its type and place unless code raised it on purpose.
 
-    An assertion has no message, and Python's own messages do not say what they are about.
+    An assertion has no message, and Python's messages do not say what they are about.
     """
     text = KNOWN.sub("", short(error)).rstrip(".")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line]

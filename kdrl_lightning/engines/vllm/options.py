@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
+from kdrl_lightning.common.untyped import HFConfig, Tree
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_config
-
-# `Any`: configurations of transformers share no typed base; vLLM's options have many types.
 
 # vLLM's code for these architectures keeps some weights where a reload does not find them, so
 # updates would be lost. If transformers' classes run the model, all weights arrive.
@@ -65,7 +63,7 @@ def implementation_of(model_type: str) -> str:
     return "transformers" if model_type in BY_TRANSFORMERS else "auto"
 
 
-def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
+def options_of(config: HFConfig, on_gpu: bool) -> Tree:
     """Return the settings with which vLLM computes the same as transformers.
 
     Args:
@@ -77,7 +75,7 @@ def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
     """
     # Prompts are token ids of text. Without this, vLLM loads processors of images and sound, which
     # need packages, files and a tokenizer, and reserves memory for them.
-    options: dict[str, Any] = {"language_model_only": True}
+    options: Tree = {"language_model_only": True}
     if not on_gpu:
         options["compilation_config"] = ROTARY_IN_TORCH
         # A prompt that is cut into parts fails: vLLM then sets back a request's generator, which
@@ -89,7 +87,7 @@ def options_of(config: Any, on_gpu: bool) -> dict[str, Any]:
     return options
 
 
-def is_recurrent(config: Any) -> bool:
+def is_recurrent(config: HFConfig) -> bool:
     """Return whether a layer of a model keeps a state instead of keys and values."""
     kinds = set(getattr(config, "layer_types", None) or ())
     states = hasattr(config, "mamba_d_state") or hasattr(config, "state_size")

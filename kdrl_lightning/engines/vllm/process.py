@@ -1,6 +1,6 @@
 """vLLM inside the training process: one engine at a time, which leaves the process as it was.
 
-vLLM expects a process of its own: its start sets seeds, threads, the matmul precision and the
+vLLM expects a separate process: its start sets seeds, threads, the matmul precision and the
 current GPU, and its end destroys the process group.
 """
 

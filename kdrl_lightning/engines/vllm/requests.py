@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
+from kdrl_lightning.common.untyped import HFConfig, HFModel, Tree
 from kdrl_lightning.engines.base import Completion, Sampling
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.architectures.rotary import switch_lengths
 from kdrl_lightning.models.end_tokens import first_end
-
-# `Any`: models and configurations of transformers share no typed base.
 
 
 def check_requests(
@@ -47,12 +45,12 @@ def check_requests(
             )
 
 
-def limits(sampling: Sampling) -> dict[str, Any]:
+def limits(sampling: Sampling) -> Tree:
     """Return which tokens vLLM samples from, by its names."""
     return {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
 
 
-def context_of(config: Any, max_model_len: int | None) -> int:
+def context_of(config: HFConfig, max_model_len: int | None) -> int:
     """Return the longest prompt and completion together, in tokens.
 
     Args:
@@ -76,7 +74,7 @@ def context_of(config: Any, max_model_len: int | None) -> int:
     return max_model_len or positions or 0
 
 
-def warn_of_one_rotary(model: Any, context: int) -> None:
+def warn_of_one_rotary(model: HFModel, context: int) -> None:
     """Warn if vLLM and the trainer use different rotary embeddings for short rows.
 
     Of longrope's two embeddings vLLM uses one for all rows, chosen by its longest sequence.

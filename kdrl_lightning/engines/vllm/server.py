@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kdrl_lightning.common.distributed import agree, agreed
+from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.http_client import AS_IT_IS, AwayError, ServerClient, clients
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
@@ -29,7 +29,6 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
-# `Any`: bodies of requests are JSON.
 # Requests at once to a server by the student's device. On a GPU vLLM decodes up to 1024 rows; half
 # of that keeps the connections below the usual limit of 1024 open files.
 AT_ONCE = {"cuda": 512, "cpu": 128}
@@ -206,7 +205,7 @@ class VLLMServerEngine(RolloutEngine):
         self,
         server: ServerClient,
         share: list[tuple[int, int]],
-        bodies: dict[tuple[int, int], dict[str, Any]],
+        bodies: dict[tuple[int, int], Tree],
     ) -> list[Completion]:
         self._load(server)
         with ThreadPoolExecutor(min(self._at_once, len(share))) as pool:
@@ -215,7 +214,7 @@ class VLLMServerEngine(RolloutEngine):
             raise AwayError("it was restarted while it sampled, and has other weights")
         return made
 
-    def _body(self, prompt: list[int], seed: int, sampling: Sampling) -> dict[str, Any]:
+    def _body(self, prompt: list[int], seed: int, sampling: Sampling) -> Tree:
         return {
             "prompt": prompt,
             "max_tokens": sampling.max_tokens,
@@ -229,7 +228,7 @@ class VLLMServerEngine(RolloutEngine):
             **limits(sampling),
         }
 
-    def _ask(self, server: ServerClient, body: dict[str, Any]) -> Completion:
+    def _ask(self, server: ServerClient, body: Tree) -> Completion:
         choice = server.post("/v1/completions", body)["choices"][0]
         if choice.get("prompt_token_ids") != body["prompt"]:
             raise server.stopped("/v1/completions", "an answer for another prompt")

@@ -55,7 +55,7 @@ def give_group(router: Any) -> None:
 def after_reload(model: Any) -> None:
     """Make a CPU pack a head that is tied to the embedding, after the new weights have arrived.
 
-    vLLM packs only weights that arrive under their own name, and a folder holds tied weights once.
+    vLLM packs a weight only if it arrives under its name, and a folder names tied weights once.
     """
     modules = [m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)]
     shared = Counter(id(module.weight) for module in modules)

@@ -1,4 +1,4 @@
-"""The self-check of a machine: small real runs of every part, each in a process of its own.
+"""The self-check of a machine: small real runs of every part, each in a separate process.
 
 ``python -m kdrl_lightning doctor`` prints its table. A check is a module of this folder with a
 function ``run(bench)`` that yields findings.

@@ -1,4 +1,4 @@
-"""Short runs of the program, each in a process of its own: training, and servers."""
+"""Short runs of the program, each in a separate process: training, and servers."""
 
 from __future__ import annotations
 

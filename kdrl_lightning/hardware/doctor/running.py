@@ -76,7 +76,7 @@ class Outcome:
 
 
 def run(check: Check, folder: Path, limit: float | None = None) -> Outcome:
-    """Run a check in a process of its own, and end that process after the time limit.
+    """Run a check in a separate process, and end that process after the time limit.
 
     Args:
         check: the check.

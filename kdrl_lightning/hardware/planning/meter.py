@@ -1,4 +1,4 @@
-"""Runs the library's own code without numbers, and counts its memory and its products.
+"""Runs the library's code without numbers, and counts its memory and its products.
 
 Token ids, masks and lengths stay real tensors, because they decide shapes. Everything in floating
 point is one of torch's fake tensors: it has a shape, a type and a storage of a size, but no memory.
@@ -138,7 +138,7 @@ def without_numbers() -> Iterator[Meter]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among an operation's arguments; torch's own walk is far slower."""
+    """Yield the tensors among an operation's arguments; torch's walk is far slower."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

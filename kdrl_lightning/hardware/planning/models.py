@@ -151,7 +151,7 @@ def rows_of_head(model: Any) -> int:
 def weightless(config: Any, dtype: torch.dtype, trunk: Trunk = Trunk()) -> Any:
     """Return a transformers model of a configuration on the ``meta`` device.
 
-    Flash kernels of other packages keep what torch's own keeps, which stands in for them.
+    Flash kernels of other packages keep what torch's kernels keep, which stands in for them.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -236,7 +236,7 @@ def process_group(ranks: int) -> Iterator[Any]:
     if dist.is_initialized():
         raise ConfigurationError(
             "a plan for fsdp2 must be made outside of a process group: got one that exists. Plan "
-            "in a process of its own."
+            "in a separate process."
         )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

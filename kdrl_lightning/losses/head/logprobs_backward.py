@@ -5,7 +5,7 @@ chunk of rows and then adds them up, and every elementwise step makes a new tabl
 chunk's table becomes its gradient in place, and the head's gradient grows in the matrix product.
 
 A backward pass has to rebuild every chunk of logits, unless we know in advance how the loss will
-depend on the tokens' values. In most losses each token adds a share of its own, so a chunk's values
+depend on the tokens' values. In most losses each token adds a separate share, so a chunk's values
 determine the derivatives by them: if ``Work.loss`` is given, the forward pass calls it after each
 chunk, and computes the gradients while the chunk's logits exist. The backward pass compares the
 derivatives that autograd brings with these. If they agree up to a common factor, it returns the

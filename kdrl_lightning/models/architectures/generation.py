@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdrl_lightning.common.untyped import HFConfig
+from kdrl_lightning.common.untyped import HFConfig, Tree
 from kdrl_lightning.errors import ConfigurationError
 
 # `Any`: the content of a JSON file.
@@ -14,7 +14,7 @@ from kdrl_lightning.errors import ConfigurationError
 NAME = "generation_config.json"
 
 
-def read_generation(path: str) -> dict[str, Any] | None:
+def read_generation(path: str) -> Tree | None:
     """Return the settings in a model's ``generation_config.json``; None if it has none.
 
     Args:
@@ -66,7 +66,7 @@ def check_end_ids(value: Any, where: str) -> list[int]:
     return ids
 
 
-def generation_config(values: dict[str, Any]) -> HFConfig:
+def generation_config(values: Tree) -> HFConfig:
     """Return transformers' ``GenerationConfig`` with these settings, even if it refuses them.
 
     It refuses, for example, ``num_return_sequences: 2`` without sampling.

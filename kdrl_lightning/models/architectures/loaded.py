@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from kdrl_lightning.common.untyped import HFModel
+from kdrl_lightning.common.untyped import HFModel, Tree
 from kdrl_lightning.errors import ConfigurationError
 
-# `Any`: transformers' report on loading, a dictionary of lists and sets.
 
-
-def check_loaded(model: HFModel, info: dict[str, Any], path: str) -> None:
+def check_loaded(model: HFModel, info: Tree, path: str) -> None:
     """Check transformers' report on loading a model.
 
     Args:

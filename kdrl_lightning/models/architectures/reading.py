@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import ConfigurationError
-
-# `Any`: the content of a JSON file.
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -42,7 +40,7 @@ def reading(path: str) -> Iterator[None]:
             f"the model's config.json must be valid for transformers: got {path} "
             f"({' '.join(str(error).split())}). Correct that value."
         ) from error
-    except Exception as error:  # transformers has no exceptions of its own
+    except Exception as error:  # transformers defines no exceptions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if reason.startswith("Unrecognized configuration class"):
             raise ConfigurationError(
@@ -86,7 +84,7 @@ def _cause(folder: Path, error: Exception) -> tuple[str, str]:
     return _of_weights(folder, error)
 
 
-def _of_quantization(settings: dict[str, Any], error: Exception) -> tuple[str, str]:
+def _of_quantization(settings: Tree, error: Exception) -> tuple[str, str]:
     name = settings.get("quant_method")
     other = "or name the folder of the unquantized model."
     flag = next((f for f in ("load_in_4bit", "load_in_8bit") if settings.get(f)), None)
@@ -164,7 +162,7 @@ def _of_weights(folder: Path, error: Exception) -> tuple[str, str]:
     return "be one that transformers can load", f"Correct {what}, or download the model again."
 
 
-def _settings(path: str) -> dict[str, Any]:
+def _settings(path: str) -> Tree:
     from transformers import PretrainedConfig
 
     return dict(PretrainedConfig.get_config_dict(path)[0])

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
-from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.untyped import Row, Value
 from kdrl_lightning.errors import ConfigurationError
-
-# `Any`: entries of a column, of any type.
 
 ROW_CHARACTERS = 120
 # Narrow types with the fewest digits that their values have as a float64, with the digits of a
@@ -148,13 +145,13 @@ def _many(value: object) -> bool:
     return hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0  # an array, a series
 
 
-def _entries(value: Any) -> list[Any]:
+def _entries(value: Value) -> list[Value]:
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     return list(value)
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: Value) -> Value:
     whole, kind = value.item(), str(value.dtype).removeprefix("torch.")
     if kind in WIDER:
         return float(whole)

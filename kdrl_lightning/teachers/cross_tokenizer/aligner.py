@@ -53,7 +53,7 @@ class _Row:
 class Aligner:
     """Writes completions in the teacher's tokens, and cuts both into chunks of the same bytes.
 
-    Chunks are minimal. A special token is a chunk of its own, and so is the end token, which
+    Chunks are minimal. A special token is a separate chunk, and so is the end token, which
     becomes the teacher's. The tokens after one that the teacher does not have (a special token, or
     a text that its tokenizer changes) have no score, because the teacher would read another text.
 

@@ -101,7 +101,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         """Whether the tokens are the student's, and the wrapped teacher returns entropies."""
         return not self.aligns and self.teacher.knows_entropy
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare the tokenizers, and prepare the alignment if they differ.
 
         Raises:

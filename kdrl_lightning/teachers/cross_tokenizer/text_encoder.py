@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
-
-# `Any`: the JSON form of tokenizers.
 
 # Normalisers that add a space at the start of a text, or compose characters. A completion is the
 # middle of a text, and the teacher is to score the characters that the student wrote.
@@ -84,7 +82,7 @@ def _valid(text: bytes) -> Iterator[str | bytes]:
             text = text[error.end :]
 
 
-def _inner(step: dict[str, Any] | None, parts: str) -> dict[str, Any] | None:
+def _inner(step: Tree | None, parts: str) -> Tree | None:
     """Return a normaliser or pre-tokenizer for the middle of a text; None if nothing is left."""
     if step is None or step["type"] in LEFT_OUT:
         return None

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdrl_lightning.common.untyped import HFTokenizer
+from kdrl_lightning.common.untyped import HFTokenizer, Tree
 from kdrl_lightning.errors import ConfigurationError
-
-# `Any`: the JSON form of tokenizers.
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Steps of a decoder that we read, or that change no byte in the middle of a text.
@@ -52,7 +49,7 @@ class TokenBytes:
                 f"a token writes: got {type(tokenizer).__name__}. Convert it to tokenizer.json."
             )
         self.name = name
-        self.spec: dict[str, Any] = json.loads(backend.to_str())
+        self.spec: Tree = json.loads(backend.to_str())
         added = {int(t["id"]): t for t in self.spec["added_tokens"]}
         marked = {*tokenizer.all_special_ids, *ends, *(i for i, t in added.items() if t["special"])}
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
@@ -81,7 +78,7 @@ class TokenBytes:
         return b"".join(map(self.pieces.__getitem__, ids))  # type: ignore[arg-type]
 
 
-def _reader(spec: dict[str, Any], name: str) -> Callable[[str], bytes]:
+def _reader(spec: Tree, name: str) -> Callable[[str], bytes]:
     """Return the function from a token of the model to its bytes.
 
     Raises:
@@ -121,7 +118,7 @@ def _reader(spec: dict[str, Any], name: str) -> Callable[[str], bytes]:
     return read
 
 
-def _flat(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _flat(step: Tree | None) -> Iterator[Tree]:
     """Yield the steps of a decoder that may be a sequence of sequences."""
     if step is None:
         return
@@ -132,7 +129,7 @@ def _flat(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield step
 
 
-def _unknown(model: dict[str, Any]) -> str | int | None:
+def _unknown(model: Tree) -> str | int | None:
     """Return the model's unknown token: its text, or its id (Unigram)."""
     return model.get("unk_token") or model.get("unk_id")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.common.untyped import HFTokenizer, Row, Tree
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.prompts.messages import TEMPLATE_ARGS
@@ -47,7 +47,7 @@ class TeacherPrompt:
 
     context: Context | None = None
     template: str | list[dict[str, str]] | None = None
-    template_args: dict[str, Any] | None = None
+    template_args: Tree | None = None
     prefix: str = ""
     max_tokens: int | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +18,6 @@ from kdrl_lightning.teachers.own_prompt.contexts import Context, RowContext
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt, as_read
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
-
-# `Any`: transformers has no type that all tokenizers share.
 
 
 class PromptedTeacher(WrappedTeacher):
@@ -56,7 +53,7 @@ class PromptedTeacher(WrappedTeacher):
         """The contexts that it reads, with those in them."""
         return [] if self.prompt.context is None else list(self.prompt.context.parts())
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Check the wrapped teacher, and keep the tokenizer to write prompts with."""
         super().check(student_tokenizer, student_path)
         self._tokenizer = student_tokenizer

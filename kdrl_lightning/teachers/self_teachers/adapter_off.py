@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.lora import adapters_off
 from kdrl_lightning.models.pretrained import context_length
@@ -14,8 +13,6 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
-
-# `Any`: transformers has no type that all tokenizers share.
 
 
 class AdapterOffTeacher(Teacher):
@@ -50,7 +47,7 @@ class AdapterOffTeacher(Teacher):
     def prepare(self) -> None:
         """Do nothing: the student is already prepared."""
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Do nothing: the vocabulary is the student's."""
 
     def look_at(self, student: Scorer, path: str) -> None:

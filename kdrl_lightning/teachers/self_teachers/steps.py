@@ -9,7 +9,7 @@ from torch import nn
 
 from kdrl_lightning.teachers.self_teachers.found import drop_kept
 
-# `Any`: Lightning's own attributes and arguments; Lightning is not imported here.
+# `Any`: Lightning's attributes and arguments; Lightning is not imported here.
 
 
 class SelfTeacherSteps:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from kdrl_lightning.common.untyped import HFConfig
+from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.loading import load_config
@@ -25,8 +23,6 @@ from kdrl_lightning.teachers.self_teachers.other_weights import (
     SecondModel,
 )
 from kdrl_lightning.teachers.self_teachers.rules import WeightRule
-
-# `Any`: transformers has no type that all tokenizers share.
 
 
 class SelfTeacher(Teacher):
@@ -79,7 +75,7 @@ class SelfTeacher(Teacher):
     def prepare(self) -> None:
         """Do nothing: the student is already prepared."""
 
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
+    def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Keep the student's path: the vocabulary is the student's."""
         self._path = student_path
 
@@ -172,7 +168,7 @@ class SelfTeacher(Teacher):
         """Return a checksum of the initial student, if a second model holds it; a collective.
 
         A resumed run reads that model again, and must find the same one. A LoRA student's base has
-        a checksum of its own.
+        a separate checksum.
         """
         if self.rule.kept or not isinstance(self._other, SecondModel):
             return None

@@ -10,7 +10,7 @@ from kdrl_lightning.errors import ConfigurationError
 def check_devices(accelerator: object, devices: object) -> None:
     """Check a trainer's flags for GPUs before the trainer is made.
 
-    Lightning's own messages do not say why there is no GPU, or what to do.
+    Lightning's messages do not say why there is no GPU, or what to do.
 
     Args:
         accelerator: the flag of that name.

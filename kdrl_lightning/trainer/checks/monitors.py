@@ -13,7 +13,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.trainer.internals import stop_after_validation
 from kdrl_lightning.trainer.protocols import callbacks_of
 
-# Classes outside of these packages may log metrics of their own.
+# Classes outside of these packages may log other metrics.
 KNOWN = ("kdrl_lightning.", "lightning.")
 
 
@@ -112,6 +112,6 @@ def monitored(callback: pl.Callback) -> str:
 
 
 def _is_lightnings(callback: pl.Callback) -> bool:
-    """Return whether Lightning's own callback stops or saves by a metric."""
+    """Return whether one of Lightning's callbacks stops or saves by a metric."""
     ours = type(callback).__module__.startswith(KNOWN[0])
     return isinstance(callback, EarlyStopping | ModelCheckpoint) and not ours

@@ -18,7 +18,7 @@ def run(bench: Bench) -> Iterator[Finding]:
     whole = fit(bench, "whole", *flags, "--trainer.max_steps=4")
     yield from ended("4 steps, clipped and accumulated", whole)
     half = fit(bench, "half", *flags, "--trainer.max_steps=2")
-    yield from ended("2 steps, saved while training goes on", half)
+    yield from ended("2 steps, saved while training continues", half)
     rest = fit(bench, "half", *flags, "--trainer.max_steps=4", "--ckpt_path=last")
     yield from ended("2 steps more from the checkpoint", rest)
     if not (whole.code or half.code or rest.code):
