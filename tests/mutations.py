@@ -548,6 +548,24 @@ MUTATIONS = [
         "trrd_alpha, offset_clamp, clip_high, clip_low",
     ),
     Mutation(
+        "RLAD: the paper's clamp stays beside an offset clamp",
+        RATIOS,
+        "log_ratio_clamp = 1.0 if offset_clamp is None else None",
+        "log_ratio_clamp = 1.0",
+    ),
+    Mutation(
+        "RLAD: no clamp by default",
+        RATIOS,
+        "log_ratio_clamp = 1.0 if offset_clamp is None else None",
+        "log_ratio_clamp = None",
+    ),
+    Mutation(
+        "RLAD: a NaN teacher reaches tokens that are not imitated",
+        RATIOS,
+        "teacher = torch.where(imitated, teacher, logprobs.detach())",
+        "teacher = teacher.detach()",
+    ),
+    Mutation(
         "RLAD: clamp ignored",
         RATIOS,
         "            self.offset_clamp,\n            self.dual_clip,\n",
