@@ -411,8 +411,8 @@ MUTATIONS = [
     Mutation(
         "TRRD as published: clamped where nothing is imitated",
         RLAD_PUBLISHED,
-        "torch.where(self._imitated(batch), alpha, 1.0)",
-        "alpha",
+        "return teacher, torch.where(imitated, alpha, 1.0)",
+        "return teacher, alpha",
     ),
     Mutation(
         "advantages: ddof 0",
@@ -549,19 +549,19 @@ MUTATIONS = [
     ),
     Mutation(
         "RLAD: the paper's clamp stays beside an offset clamp",
-        RATIOS,
+        RLAD_PUBLISHED,
         "log_ratio_clamp = 1.0 if offset_clamp is None else None",
         "log_ratio_clamp = 1.0",
     ),
     Mutation(
         "RLAD: no clamp by default",
-        RATIOS,
+        RLAD_PUBLISHED,
         "log_ratio_clamp = 1.0 if offset_clamp is None else None",
         "log_ratio_clamp = None",
     ),
     Mutation(
         "RLAD: a NaN teacher reaches tokens that are not imitated",
-        RATIOS,
+        RATIOS_LAWS,
         "teacher = torch.where(imitated, teacher, logprobs.detach())",
         "teacher = teacher.detach()",
     ),
