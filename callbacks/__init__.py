@@ -1,7 +1,6 @@
 """Callbacks: schedules, statistics, checks, health, checkpoints, progress, report, samples."""
 
 from kdrl_lightning.callbacks import weight_sync
-from kdrl_lightning.callbacks.adaptive_entropy import AdaptiveEntropy
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
@@ -9,7 +8,11 @@ from kdrl_lightning.callbacks.predictions import PredictionWriter
 from kdrl_lightning.callbacks.progress import RolloutProgress
 from kdrl_lightning.callbacks.report import RunReport
 from kdrl_lightning.callbacks.samples import SamplePage
-from kdrl_lightning.callbacks.schedule import CoefficientSchedule, KLCoefficientAnnealing
+from kdrl_lightning.callbacks.schedules.adaptive_entropy import AdaptiveEntropy
+from kdrl_lightning.callbacks.schedules.coefficient_schedule import (
+    CoefficientSchedule,
+    KLCoefficientAnnealing,
+)
 from kdrl_lightning.callbacks.step_profile import StepProfile
 from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.callbacks.threads import CPUThreads

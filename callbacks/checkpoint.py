@@ -17,14 +17,14 @@ from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.checkpoints.layout import remove_unfinished
 from kdrl_lightning.checkpoints.reader import newest_whole
 from kdrl_lightning.checkpoints.writer import CheckpointWriter, together
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
 from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
 from kdrl_lightning.trainer.internals import validates_next
 from kdrl_lightning.trainer.protocols import callbacks_of, is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import checkpoint_folders, hold, is_alive, run_folder
 from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
-from kdrl_lightning.untyped import State
 
 
 class Entry(TypedDict):

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback
+from kdrl_lightning.callbacks.reports.plots import plot_imitation
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
 from kdrl_lightning.objectives.base import Objective, teacher_logprobs
 from kdrl_lightning.objectives.ratios import TrustRegionRatio
-from kdrl_lightning.reports.plots import plot_imitation
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
 from kdrl_lightning.trainer.protocols import is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import run_folder
-from kdrl_lightning.untyped import State
 
 RANGES = {
     "hist/teacher_gap": (-10.0, 10.0),

@@ -13,24 +13,25 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
+from kdrl_lightning.callbacks.reports.plots import plot_curves
 from kdrl_lightning.callbacks.teacher_health import TeacherHealth
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import Interrupted
 from kdrl_lightning.models.loading import check_saves
 from kdrl_lightning.models.weights import ModelWeights
-from kdrl_lightning.reports.plots import plot_curves
+from kdrl_lightning.trainer.checks.limits import nothing_trained
+from kdrl_lightning.trainer.checks.monitors import (
+    check_logged,
+    check_monitors,
+    check_validated,
+    warn_of_late_validation,
+)
 from kdrl_lightning.trainer.end_of_run import (
     check_space,
     save_student,
     student_bytes,
     write_or_warn,
-)
-from kdrl_lightning.trainer.limits import nothing_trained
-from kdrl_lightning.trainer.monitors import (
-    check_logged,
-    check_monitors,
-    check_validated,
-    warn_of_late_validation,
 )
 from kdrl_lightning.trainer.protocols import (
     TrainedModule,
@@ -41,7 +42,6 @@ from kdrl_lightning.trainer.protocols import (
     trained,
 )
 from kdrl_lightning.trainer.run_folder import run_folder
-from kdrl_lightning.untyped import State
 
 CURVES = (
     "reward/correct_frac",

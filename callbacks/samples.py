@@ -10,8 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback, starts_step, updates_per_rollout
-from kdrl_lightning.errors import require_between
-from kdrl_lightning.reports import (
+from kdrl_lightning.callbacks.reports import (
     SampleView,
     Section,
     choose,
@@ -21,6 +20,7 @@ from kdrl_lightning.reports import (
     scored_views,
     text_view,
 )
+from kdrl_lightning.errors import require_between
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
 from kdrl_lightning.trainer.protocols import TrainedModule, is_trial_run, rollout_data, trained

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning.callbacks.base import RolloutCallback
+from kdrl_lightning.common.untyped import Row, State
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.metrics.completion_texts import (
     HEDGES,
@@ -26,7 +27,6 @@ from kdrl_lightning.rollout_batch import STUDENT
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.self_teachers import self_teachers
 from kdrl_lightning.trainer.protocols import TrainedModule, rollout_data, trained
-from kdrl_lightning.untyped import Row, State
 
 # `Any` as in Lightning: its batches.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.engines.agreement import bound_of
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kdrl_lightning import _moved
+from kdrl_lightning.common import old_names
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,7 @@ _HOME = {
     "RolloutDataModule": "datamodule",
     "RolloutSettings": "rollout.settings",
     "TeacherCompletions": "rollout.settings",
-    "SupervisedDataModule": "supervised",
+    "SupervisedDataModule": "datamodule",
     "EvalSet": "evaluation",
     "RolloutBatch": "rollout_batch",
     "GRPO": "objectives",
@@ -92,12 +92,13 @@ _HOME = {
     "TrainingStopped": "errors",
 }
 
-_moved.install()
+old_names.install()
 
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from kdrl_lightning.datamodule import RolloutDataModule as RolloutDataModule
+    from kdrl_lightning.datamodule import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.engines import RolloutEngine as RolloutEngine
     from kdrl_lightning.engines import TransformersEngine as TransformersEngine
     from kdrl_lightning.engines import VLLMEngine as VLLMEngine
@@ -156,7 +157,6 @@ if TYPE_CHECKING:
     from kdrl_lightning.rollout.settings import RolloutSettings as RolloutSettings
     from kdrl_lightning.rollout.settings import TeacherCompletions as TeacherCompletions
     from kdrl_lightning.rollout_batch import RolloutBatch as RolloutBatch
-    from kdrl_lightning.supervised import SupervisedDataModule as SupervisedDataModule
     from kdrl_lightning.teachers import AdapterOffTeacher as AdapterOffTeacher
     from kdrl_lightning.teachers import CachedTeacher as CachedTeacher
     from kdrl_lightning.teachers import ColumnContext as ColumnContext
@@ -177,8 +177,8 @@ if TYPE_CHECKING:
 
 # `Any`: type checkers give the names found here the type that this returns.
 def __getattr__(name: str) -> Any:
-    if name in _moved.GONE:
-        raise AttributeError(f"`{name}` is gone: {_moved.GONE[name]}")
+    if name in old_names.GONE:
+        raise AttributeError(f"`{name}` is gone: {old_names.GONE[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'kdrl_lightning' has no attribute {name!r}")
     return getattr(import_module(f"kdrl_lightning.{_HOME[name]}"), name)

@@ -56,7 +56,7 @@ def _run(args: Sequence[str] | None) -> None:
     from kdrl_lightning.cli.evaluate import evaluate
     from kdrl_lightning.cli.main import KDRLCLI
     from kdrl_lightning.cli.serve import serve
-    from kdrl_lightning.distributed import lost_peer
+    from kdrl_lightning.common.distributed import lost_peer
     from kdrl_lightning.trainer.strategies import end_with_children
 
     try:
@@ -175,7 +175,7 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
 def _first_to_say(words: str, waits_s: float) -> bool:
     if "torch" not in sys.modules:  # no process group either
         return True
-    from kdrl_lightning.distributed import first_to_say
+    from kdrl_lightning.common.distributed import first_to_say
 
     return first_to_say(words, waits_s)
 

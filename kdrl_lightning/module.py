@@ -20,6 +20,7 @@ from kdrl_lightning.checkpoints.module_state import (
 )
 from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import Settings, agree_before_loading
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.evaluation.steps import EvaluationSteps
 from kdrl_lightning.losses.logprobs import Other, TokenScores
@@ -44,8 +45,8 @@ from kdrl_lightning.teachers.frozen import (
     old_fields,
 )
 from kdrl_lightning.teachers.self_teachers import SelfTeacherSteps
+from kdrl_lightning.trainer.checks.limits import check_limits
 from kdrl_lightning.trainer.internals import before_load
-from kdrl_lightning.trainer.limits import check_limits
 from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
@@ -55,7 +56,6 @@ from kdrl_lightning.trainer.optimizers import (
     for_lightning,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
-from kdrl_lightning.untyped import State
 
 
 class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningModule):

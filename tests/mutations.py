@@ -26,7 +26,7 @@ DIVERGENCES = "losses/divergences.py", "losses/test_divergences.py"
 EXPECTED = "losses/divergences.py", "losses/test_enumeration.py"
 JSD = "losses/divergences.py", "losses/test_jsd.py"
 POLICY = "losses/ratios.py", "losses/test_ratios.py"
-ADAPTIVE_ENTROPY = "callbacks/adaptive_entropy.py", "callbacks/test_adaptive_entropy.py"
+ADAPTIVE_ENTROPY = "callbacks/schedules/adaptive_entropy.py", "callbacks/test_adaptive_entropy.py"
 RESTRICTION = "engines/restriction.py", "engines/test_restriction.py"
 TRRD_PUBLISHED = "losses/ratios.py", "losses/test_trrd_as_published.py"
 RLAD_PUBLISHED = "objectives/ratios.py", "objectives/test_rlad_as_published.py"
@@ -34,10 +34,10 @@ POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
-CHUNK = "losses/chunk_math.py", "losses/test_logprobs_backward.py"
-SCORED_CHUNK = "losses/chunk_math.py", "losses/test_token_scores.py"
-PRODUCTS = "losses/head_products.py", "losses/test_logprobs_backward.py"
-KNOWN_LOSS = "losses/logprobs_backward.py", "losses/test_known_loss.py"
+CHUNK = "losses/head/chunk_math.py", "losses/test_logprobs_backward.py"
+SCORED_CHUNK = "losses/head/chunk_math.py", "losses/test_token_scores.py"
+PRODUCTS = "losses/head/head_products.py", "losses/test_logprobs_backward.py"
+KNOWN_LOSS = "losses/head/logprobs_backward.py", "losses/test_known_loss.py"
 IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
 SELECTION = "losses/selection.py", "losses/test_selection.py"
 ADVANTAGES = "losses/advantages.py", "losses/test_advantages.py"
@@ -71,7 +71,7 @@ SDPO = "objectives/methods/sdpo.py", "objectives/methods/test_sdpo.py"
 SRPO = "objectives/methods/srpo_published.py", "objectives/methods/test_srpo_published.py"
 SCOPE = "objectives/methods/scope.py", "objectives/methods/test_scope.py"
 HDPO = "objectives/methods/hdpo_published.py", "objectives/methods/test_hdpo_published.py"
-STEP_WEIGHTS = "rollout/updates.py", "objectives/methods/test_srpo_published.py"
+STEP_WEIGHTS = "rollout/updates/plan.py", "objectives/methods/test_srpo_published.py"
 OWN_TOP_K = "teachers/own_top_k.py", "teachers/test_own_top_k.py"
 TERMS_PARTS = "objectives/divergences.py", "objectives/test_parts.py"
 SFT = "objectives/sft.py", "objectives/test_family.py"
@@ -82,7 +82,7 @@ REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
 STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
-ANNEALING = "callbacks/schedules.py", "callbacks/test_kl_annealing.py"
+ANNEALING = "callbacks/schedules/curves.py", "callbacks/test_kl_annealing.py"
 STORE = "rollout/saved.py", "rollout/test_saved.py"
 ENCODING = "prompts/encoding.py", "prompts/test_encoding.py"
 TURNS = "prompts/turns.py", "prompts/test_encoding.py"
@@ -105,7 +105,7 @@ BUILD = "models/loading.py", "cli/test_export.py"
 MERGING = "models/shared_prompts.py", "models/test_shared_prompts.py"
 SHARED = "models/prompt_cache.py", "models/test_shared_prompts.py"
 CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
-PLAN = "rollout/updates.py", "rollout/test_updates.py"
+PLAN = "rollout/updates/plan.py", "rollout/test_updates.py"
 SCORING = "models/scorer.py", "models/test_shared_prompts.py"
 ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
 CHANGES = "models/architectures/switches.py", "models/architectures/test_length_changes.py"
@@ -123,7 +123,7 @@ EXPERTS = "models/lora/targets.py", "models/lora/test_lora_experts.py"
 WATCHED = "metrics/update_stats.py", "runs/test_trace.py"
 FROZEN_MODELS = "teachers/frozen.py", "runs/test_frozen_models.py"
 RATIOS_STATS = "objectives/ratios.py", "callbacks/test_imitation_stats.py"
-VIEWS = "reports/views.py", "reports/test_views.py"
+VIEWS = "callbacks/reports/views.py", "callbacks/reports/test_views.py"
 ERRING = "tiny/verifier.py", "tiny/test_verifier.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "engines/vllm/test_hub_names.py"
@@ -174,7 +174,7 @@ class Mutation(NamedTuple):
 VLLM_PROCESS = "engines/vllm/process.py", "engines/vllm/test_process.py"
 VLLM_PUSH = "models/weights.py", "engines/vllm/test_prepare.py"
 VLLM_ROOM = "engines/vllm/room.py", "engines/vllm/test_prepare.py"
-FAILING_RANK = "distributed.py", "engines/test_failing_rank.py"
+FAILING_RANK = "common/distributed.py", "engines/test_failing_rank.py"
 FAILING_PUSH = "engines/weight_transport.py", "engines/test_failing_rank.py"
 NARROW_ENGINE = "engines/transformers_engine.py", "engines/test_compute_type.py"
 BUDGET = "engines/cache_budget.py", "engines/test_compute_type.py"
@@ -192,7 +192,7 @@ HEALTH = "metrics/health_signs.py", "callbacks/test_teacher_health.py"
 LOADING_DEVICE = "models/sharding.py", "models/test_loading_devices.py"
 CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
 GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
-DEVICES = "trainer/devices.py", "trainer/test_devices.py"
+DEVICES = "trainer/checks/devices.py", "trainer/test_devices.py"
 SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
 REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
 YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
@@ -485,7 +485,7 @@ MUTATIONS = [
     Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
-        ("losses/logprobs_backward.py", SCORES[1]),
+        ("losses/head/logprobs_backward.py", SCORES[1]),
         "run.log_norm, values.entropy, values.tail)",
         "run.log_norm, values.entropy, hidden.new_zeros(len(ids), len(weight)))",
     ),
@@ -858,7 +858,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scores: first rows asked again",
-        ("losses/logprobs_backward.py", SCORES[1]),
+        ("losses/head/logprobs_backward.py", SCORES[1]),
         "else self.work.asked[rows]\n        for",
         "else self.work.asked[: len(ids)]\n        for",
     ),
@@ -1520,19 +1520,19 @@ MUTATIONS = [
     ),
     Mutation(
         "chosen: the least likely",
-        ("losses/logprobs_backward.py", "losses/test_token_scores.py"),
+        ("losses/head/logprobs_backward.py", "losses/test_token_scores.py"),
         "part.topk(top_k, -1)",
         "part.topk(top_k, -1, largest=False)",
     ),
     Mutation(
         "chosen: the least likely one",
-        ("losses/logprobs_backward.py", "losses/test_token_scores.py"),
+        ("losses/head/logprobs_backward.py", "losses/test_token_scores.py"),
         "torch.argmax(part,",
         "torch.argmin(part,",
     ),
     Mutation(
         "chosen: a gradient from none",
-        ("losses/chunk_math.py", "losses/test_token_scores.py"),
+        ("losses/head/chunk_math.py", "losses/test_token_scores.py"),
         "table = torch.zeros_like(logits)",
         "table = logits.clone()",
     ),
@@ -1544,7 +1544,7 @@ MUTATIONS = [
     ),
     Mutation(
         "chosen: first rows of a chunk",
-        ("losses/logprobs_backward.py", "losses/test_logprobs_backward.py"),
+        ("losses/head/logprobs_backward.py", "losses/test_logprobs_backward.py"),
         "found = self.work.math.score(part, ids[tile])",
         "found = self.work.math.score(part, ids[: len(part)])",
     ),
@@ -1581,13 +1581,13 @@ MUTATIONS = [
     ),
     Mutation(
         "head: 16-bit sums on CUDA",
-        ("losses/head_products.py", "losses/test_head_on_cuda.py"),
+        ("losses/head/head_products.py", "losses/test_head_on_cuda.py"),
         "    if sums_wide(hidden):",
         "    if False:",
     ),
     Mutation(
         "head: a compiler's error ends the run",
-        ("losses/compiled.py", "losses/test_compiled_head.py"),
+        ("losses/head/compiled.py", "losses/test_compiled_head.py"),
         "except Exception as error:",
         "except ImportError as error:",
     ),
@@ -1742,7 +1742,7 @@ MUTATIONS = [
     Mutation("changes: longer prompts refused", CHANGES, "if self.always else self.limit", ""),
     Mutation(
         "changes: the teacher's unseen",
-        ("datamodule.py", CHANGES[1]),
+        ("datamodule/rollouts.py", CHANGES[1]),
         "refused=[*rules.refused, *refused]",
         "refused=rules.refused",
     ),
@@ -2589,7 +2589,7 @@ MUTATIONS = [
     Mutation("reached: parts of layers frozen", REACHED, "if not in_layer <= names:", "if False:"),
     Mutation(
         "ends: white space after a trace's end is kept",
-        ("supervised.py", "test_supervised.py"),
+        ("datamodule/supervised.py", "datamodule/test_supervised.py"),
         "elif tokenizer.decode(ids[place]).strip():",
         "else:",
     ),
@@ -2608,7 +2608,7 @@ MUTATIONS = [
     ),
     Mutation(
         "monitors: a metric that never comes is found at the end",
-        ("trainer/monitors.py", "trainer/test_end_of_run.py"),
+        ("trainer/checks/monitors.py", "trainer/test_end_of_run.py"),
         'missing = bool(name) and not name.startswith("val/") and name not in known',
         "missing = False",
     ),
@@ -2880,13 +2880,13 @@ MUTATIONS = [
     # What users bring: limits, quantized files, long numbers, words of a CSV.
     Mutation(
         "limits: no step is enough",
-        ("trainer/limits.py", "trainer/test_limits.py"),
+        ("trainer/checks/limits.py", "trainer/test_limits.py"),
         "if getattr(trainer, name) == 0:",
         "if False:",
     ),
     Mutation(
         "limits: a share of nothing",
-        ("trainer/limits.py", "trainer/test_limits.py"),
+        ("trainer/checks/limits.py", "trainer/test_limits.py"),
         "if not limit or limited(length, limit):",
         "if True:",
     ),
@@ -2946,7 +2946,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Ctrl-C: any process speaks",
-        ("distributed.py", "cli/settings/test_settings_on_two_ranks.py"),
+        ("common/distributed.py", "cli/settings/test_settings_on_two_ranks.py"),
         "if int(store.add(SAID, 0)):",
         "if False:",
     ),

@@ -116,9 +116,9 @@ class KnightsModel(ModelSource):
         from lightning.pytorch.strategies import SingleDeviceStrategy
 
         from kdrl_lightning.callbacks.progress import RolloutProgress
+        from kdrl_lightning.datamodule.supervised import SupervisedDataModule
         from kdrl_lightning.module import KDRLModule
         from kdrl_lightning.objectives import SFT
-        from kdrl_lightning.supervised import SupervisedDataModule
 
         recipe, steps, began = RECIPES[self.role], self.steps, time.perf_counter()
         traces = KnightsTraces(steps * recipe.batch_size, TRACES_SEED + self.seed, self.depth)

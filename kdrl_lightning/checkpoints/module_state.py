@@ -18,11 +18,11 @@ from kdrl_lightning.checkpoints.resume import (
     identity,
     number_by_place,
 )
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.models.loading import load_config
 from kdrl_lightning.teachers.self_teachers import drop_kept
 from kdrl_lightning.trainer.failures import export_together
 from kdrl_lightning.trainer.protocols import TrainedModule
-from kdrl_lightning.untyped import State
 
 
 # `Any`: the values of a checkpoint, as Lightning types them.

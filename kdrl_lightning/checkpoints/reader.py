@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from kdrl_lightning.checkpoints.integrity import Part, check_archive, check_seal
 from kdrl_lightning.checkpoints.layout import META, SHARDS
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import State
 
 # The only names that an index of shards may use: it is a pickle, and torch would run any code.
 INDEX_NAMES = {

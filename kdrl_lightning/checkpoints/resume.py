@@ -17,11 +17,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import all_settings
 from kdrl_lightning.trainer.internals import before_restore
 from kdrl_lightning.trainer.protocols import TrainedModule, trained
-from kdrl_lightning.untyped import State
 
 # `Any`: optimizers and schedulers of torch share no type, and Lightning wraps them.
 

@@ -28,12 +28,12 @@ from torch.utils import _pytree as pytree
 
 from kdrl_lightning.checkpoints.integrity import seal, sync
 from kdrl_lightning.checkpoints.layout import META, SHARDS, unfinished
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.trainer.failures import cause_of, reason_of
 from kdrl_lightning.trainer.internals import dump_checkpoint, saves_shards
 from kdrl_lightning.trainer.protocols import trained
-from kdrl_lightning.untyped import State
 
 
 class CheckpointWriter:

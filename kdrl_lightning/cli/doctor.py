@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kdrl_lightning.cli.plain_parser import PlainParser
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.hardware.doctor.checks import CHECKS, Outcome, chosen, run
+from kdrl_lightning.hardware.doctor.running import CHECKS, Outcome, chosen, run
 from kdrl_lightning.hardware.machine import describe
 
 MARKS = {True: "ok", False: "FAILED", None: ""}

@@ -33,7 +33,7 @@ from kdrl_lightning.evaluation.table import by_set, markdown_table
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
-from kdrl_lightning.trainer.devices import check_devices
+from kdrl_lightning.trainer.checks.devices import check_devices
 
 # Settings of a training configuration that are switched off; a flag can switch them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from kdrl_lightning.checkpoints.integrity import whole_folder
 from kdrl_lightning.checkpoints.reader import read_metadata
 from kdrl_lightning.checkpoints.resume import KEY, check_complete
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import (
     build_causal_lm,
@@ -26,7 +27,6 @@ from kdrl_lightning.models.loading import (
 from kdrl_lightning.models.lora import LoRA, adapter_weights, save_adapters
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.trainer.failures import reason_of
-from kdrl_lightning.untyped import State
 
 # `Any`: arguments of a model's adapters, as JSON holds them.
 

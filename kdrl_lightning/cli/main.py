@@ -36,7 +36,7 @@ from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.module import KDRLModule
-from kdrl_lightning.trainer.devices import check_devices
+from kdrl_lightning.trainer.checks.devices import check_devices
 from kdrl_lightning.trainer.protocols import RolloutData, TrainedModule
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from kdrl_lightning.distributed import agree
+from kdrl_lightning.common.distributed import agree
 from kdrl_lightning.engines.http_client import AwayError, ServerClient
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.weight_files import write_shards

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.evaluation.sets import NamedSet
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.base import Reward, Sample
 from kdrl_lightning.rollout.generation import Judged
-from kdrl_lightning.untyped import Row
 
 ROW = "row"  # holds the prompt's columns whose names are already taken
 

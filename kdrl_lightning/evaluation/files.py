@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import Row
 
 # Columns of a Parquet file; all other columns of a row are JSON in ``row``.
 COLUMNS = {

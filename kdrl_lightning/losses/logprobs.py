@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.chunk_math import Divergence, Transform, math_for
-from kdrl_lightning.losses.head_products import computing_dtype, project
-from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Compared, Values, Work
+from kdrl_lightning.losses.head.chunk_math import Divergence, Transform, math_for
+from kdrl_lightning.losses.head.head_products import computing_dtype, project
+from kdrl_lightning.losses.head.logprobs_backward import ChosenTokens, Compared, Values, Work
 
 # A float32 softmax cannot distinguish e^-30 from 0, so teachers' log-probabilities end here.
 LOGPROB_FLOOR = -30.0

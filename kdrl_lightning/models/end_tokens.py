@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
-from kdrl_lightning.untyped import HFConfig, HFTokenizer
 
 # `Any`: end tokens of configurations may have any type until they are checked.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFConfig, HFModel, HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.experts import keep_precision
@@ -20,7 +21,6 @@ from kdrl_lightning.models.architectures.generation import generation_config, re
 from kdrl_lightning.models.architectures.loaded import check_loaded
 from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.models.architectures.values import check_stored
-from kdrl_lightning.untyped import HFConfig, HFModel, HFTokenizer
 
 # `Any`: the content of a JSON file; the classes of transformers have no types.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.models.loading import ModelSource, load_config, load_tokenizer, model_path
-from kdrl_lightning.untyped import HFTokenizer
 
 
 class Pretrained:

@@ -17,8 +17,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.models.shared_prompts import MergedRows
-from kdrl_lightning.untyped import HFConfig, HFModel
 
 # `Any`: the caches of transformers have no types.
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.distributed.tensor import DTensor, Shard
 
-from kdrl_lightning.untyped import HFModel, State
+from kdrl_lightning.common.untyped import HFModel, State
 
 # `Any`: safetensors has no types, and torch types the states of optimizers as `Any`.
 

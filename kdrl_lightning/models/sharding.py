@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.loaded import check_trainable, check_used
 from kdrl_lightning.models.architectures.reached import freeze, unreached
@@ -37,7 +38,6 @@ from kdrl_lightning.models.loading import frozen_names, load_causal_lm, unfilled
 from kdrl_lightning.models.lora import LoRA, leave_base_out
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.shard_loading import WeightFiles, fill, sources, to_meta
-from kdrl_lightning.untyped import HFModel
 
 # `Any`: the arguments of any layer.
 

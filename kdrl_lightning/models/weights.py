@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.models.loading import save_causal_lm
 from kdrl_lightning.models.lora import (
     ADAPTER,
@@ -20,7 +21,6 @@ from kdrl_lightning.models.lora import (
     base_order,
     is_adapter,
 )
-from kdrl_lightning.untyped import HFModel
 
 # `Any`: layers with adapters have no common type.
 

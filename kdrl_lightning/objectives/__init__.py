@@ -1,6 +1,6 @@
 """Objectives: presets that you choose by ``class_path``, and the parts that build them."""
 
-from kdrl_lightning import _moved
+from kdrl_lightning.common import old_names
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.objectives.advantages import (
     Advantage,
@@ -138,5 +138,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    cure = _moved.GONE.get(name)
+    cure = old_names.GONE.get(name)
     raise AttributeError(f"`{name}` is gone: {cure}" if cure else f"no attribute {name!r}")

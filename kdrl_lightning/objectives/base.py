@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.chunk_math import Divergence
 from kdrl_lightning.losses.chunks import teacher_beside, whole_chunks
+from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.losses.reduction import (
     constant_length,

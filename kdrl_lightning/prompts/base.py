@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.encoding import encode_prompt as encode_prompt
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 
 class PromptSource(ABC):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.messages import CONTINUE, TEMPLATE_ARGS
 from kdrl_lightning.prompts.turns import (
@@ -17,7 +18,6 @@ from kdrl_lightning.prompts.turns import (
     tools_of,
     without_none,
 )
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: the content of users' messages.
 

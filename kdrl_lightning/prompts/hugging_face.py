@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.column_types import (
@@ -20,7 +21,6 @@ from kdrl_lightning.prompts.column_types import (
 from kdrl_lightning.prompts.csv_columns import text_columns
 from kdrl_lightning.prompts.jsonl import JSONLines
 from kdrl_lightning.prompts.messages import PromptForm
-from kdrl_lightning.untyped import Row
 
 # `Any`: a column's content, arguments of users' chat templates, and classes of the library
 # datasets.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.turns import is_json_of_messages, plain
-from kdrl_lightning.untyped import Row
 
 # `Any`: arguments of users' chat templates, and the content of users' messages.
 

@@ -7,9 +7,9 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.base import Prompts, PromptSource
-from kdrl_lightning.untyped import Row
 
 
 class MixedPrompts(PromptSource):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import BadRow, ConfigurationError, TrainingStopped
 from kdrl_lightning.prompts.base import EncodedPrompt, Prompts, PromptSource
 from kdrl_lightning.prompts.encoding import encode_prompt
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: a sequence's index is a number or a slice.
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
-from kdrl_lightning.untyped import Row
 
 # `Any`: reasoning-gym's classes and arguments, and those of users' chat templates.
 

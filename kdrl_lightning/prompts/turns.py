@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import Row
 
 # `Any`: the content of users' messages and tools.
 

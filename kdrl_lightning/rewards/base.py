@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kdrl_lightning.untyped import Row
+from kdrl_lightning.common.untyped import Row
 
 # `Any`: what a user's function may return, until it is checked.
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
-from kdrl_lightning.untyped import Row
 
 BLOCK = re.compile(r"^```(?:python|py)[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.I)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.answers.references import accepted, missing
@@ -15,7 +16,6 @@ from kdrl_lightning.rewards.base import (
     Verdict,
     judge,
 )
-from kdrl_lightning.untyped import Row
 
 
 class WeightedRewards(BatchReward):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import after_marker
 from kdrl_lightning.rewards.answers.references import accepted, shorten
 from kdrl_lightning.rewards.base import Sample, TaskReward
-from kdrl_lightning.untyped import Row
 
 
 class ExactMatch(TaskReward):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import in_think_format, last_tagged
 from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
-from kdrl_lightning.untyped import Row
 
 CLAIM = re.compile(r"\b(\w+)\s+is\s+(?:an?\s+)?(\w+)", re.IGNORECASE)
 

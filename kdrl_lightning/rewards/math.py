@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from unicodedata import normalize
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, load_library
 from kdrl_lightning.rewards.answers.equations import EQUALS, contradicts, numeric_sides
 from kdrl_lightning.rewards.answers.extraction import after_marker, last_boxed
@@ -16,7 +17,6 @@ from kdrl_lightning.rewards.answers.references import accepted, shorten
 from kdrl_lightning.rewards.answers.units import same_quantity
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
-from kdrl_lightning.untyped import Row
 
 # `Any`: math-verify and sympy have no types.
 

@@ -7,12 +7,12 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, load_library
 from kdrl_lightning.rewards.answers.extraction import after_marker, last_tagged
 from kdrl_lightning.rewards.answers.references import accepted, missing
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
-from kdrl_lightning.untyped import Row
 
 # `Any`: reasoning-gym's scorers have no types.
 

@@ -1,6 +1,6 @@
 """From prompts to micro-batches: sampling, groups, statistics, and the cut into updates."""
 
-from kdrl_lightning import _moved
+from kdrl_lightning.common import old_names
 
 # Version 0.1 had modules of `engines` here; their names still work.
-__getattr__ = _moved.names_of("kdrl_lightning.engines")
+__getattr__ = old_names.names_of("kdrl_lightning.engines")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 # `Any` in the state: Lightning reads checkpoints as dictionaries of `Any`.
 from typing import TypeVar
 
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import BadRow, TrainingStopped
-from kdrl_lightning.untyped import State
 
 T = TypeVar("T")
 

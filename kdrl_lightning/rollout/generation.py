@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.engines.base import Completion, Sampling
 from kdrl_lightning.models.end_tokens import EndTokens, first_end
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.policy import Tokenizer
 from kdrl_lightning.rollout_batch import STUDENT
-from kdrl_lightning.untyped import Row
 
 # A row holds values of any type, as a JSON line or a Hugging Face data set gives them.
 EncodedPrompt: TypeAlias = tuple[Row, list[int]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.errors import BadRow
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
@@ -22,7 +23,6 @@ from kdrl_lightning.rollout.prompt_order import (
     fill_groups,
 )
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
-from kdrl_lightning.untyped import Row
 
 # Enough tokens to notice other weights, and few compared with a rollout.
 PROBES, PROBE_TOKENS = 4, 64

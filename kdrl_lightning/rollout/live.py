@@ -13,7 +13,7 @@ from threading import Thread
 
 import torch
 
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.engines.agreement import (
     AS_THEY_ARE,
     MOVED,

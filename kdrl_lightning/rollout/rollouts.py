@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kdrl_lightning.distributed import require_embedded, stop_together
+from kdrl_lightning.common.distributed import require_embedded, stop_together
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.metrics import peak_gb
 from kdrl_lightning.rollout.draws import DrawCounts
@@ -27,7 +28,6 @@ from kdrl_lightning.rollout.updates import (
 )
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 from kdrl_lightning.teachers.own_prompt.groups import Group
-from kdrl_lightning.untyped import State
 
 
 class RolloutSource:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.rollout.updates import TEACHER_FIELDS
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.untyped import State
 
 
 def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> State | None:

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.rewards.base import Verdict
 from kdrl_lightning.rewards.processes.runner import RewardRunner
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch, flat_groups
-from kdrl_lightning.untyped import State
 
 Sums: TypeAlias = dict[str, tuple[float, int]]  # total and count of each reward part
 MAX_TRUNCATED, MAX_WITHOUT_VARIANCE, MAX_WITHOUT_CONTEXT = 0.5, 0.8, 0.95

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.scorer import Scorer
@@ -17,7 +18,6 @@ from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.own_prompt.contexts import Context
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.

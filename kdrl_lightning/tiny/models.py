@@ -150,9 +150,9 @@ class TinyModel(ModelSource):
         from lightning.pytorch.strategies import SingleDeviceStrategy
 
         from kdrl_lightning.callbacks.progress import RolloutProgress
+        from kdrl_lightning.datamodule.supervised import SupervisedDataModule
         from kdrl_lightning.module import KDRLModule
         from kdrl_lightning.objectives import SFT
-        from kdrl_lightning.supervised import SupervisedDataModule
 
         recipe, began = RECIPES[self.role], time.perf_counter()
 

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from safetensors import SafetensorError
 
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
 from kdrl_lightning.trainer.failures import not_exported

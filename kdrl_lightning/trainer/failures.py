@@ -8,7 +8,7 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.trainer.protocols import trained
 

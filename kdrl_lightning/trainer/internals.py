@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.call import _interrupt
 
-from kdrl_lightning.untyped import State
+from kdrl_lightning.common.untyped import State
 
 # The release whose code was read for every use below.
 CHECKED_WITH = "2.6.6"

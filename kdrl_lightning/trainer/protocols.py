@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import lightning.pytorch as pl
 import torch
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.engines.base import RolloutEngine
 from kdrl_lightning.models.lora import LoRA
 from kdrl_lightning.models.weights import ModelWeights
@@ -22,7 +23,6 @@ from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.untyped import Row
 
 
 class TrainedModule(Policy, Protocol):

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-from kdrl_lightning.distributed import has_spoken
+from kdrl_lightning.common.distributed import has_spoken
 from kdrl_lightning.errors import ConfigurationError, Interrupted
 from kdrl_lightning.models.shard_loading import load_moments
 from kdrl_lightning.models.sharding import Sharding

@@ -320,7 +320,7 @@ def test_only_a_teacher_whose_prompt_the_row_decides_is_measured(
 
 
 def test_the_picture_marks_the_warnings(tmp_path: Path) -> None:
-    from kdrl_lightning.reports.plots import plot_curves
+    from kdrl_lightning.callbacks.reports.plots import plot_curves
 
     curves = [{"rollout": r + 1, "reward/correct_frac": 0.5} for r in range(4)]
     sizes = []

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from helpers.reference import close, normal
-from kdrl_lightning.losses import chunk_math, logprobs, reverse_kl, token_scores
-from kdrl_lightning.losses.compiled import OrPlain
+from kdrl_lightning.losses.head import chunk_math, logprobs, reverse_kl, token_scores
+from kdrl_lightning.losses.head.compiled import OrPlain
 from kdrl_lightning.losses.logprobs import Head, Other, TokenScores
 
 N, H, V = 7, 3, 11

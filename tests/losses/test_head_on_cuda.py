@@ -17,7 +17,7 @@ from kdrl_lightning.losses import (
     reverse_kl,
     token_scores,
 )
-from kdrl_lightning.losses.chunk_math import GPU_LOGITS, plain_math
+from kdrl_lightning.losses.head.chunk_math import GPU_LOGITS, plain_math
 from kdrl_lightning.losses.logprobs import Head, Other, auto_chunk_size, pays_ahead
 
 N, H, V = 2000, 64, 151_936

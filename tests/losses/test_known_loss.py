@@ -12,10 +12,10 @@ from torch import Tensor
 
 from helpers.reference import close, normal
 from kdrl_lightning.losses import TokenScores, generalized_jsd, logprobs, token_scores
-from kdrl_lightning.losses.chunk_math import Slopes, plain_math
-from kdrl_lightning.losses.head_products import HeadProducts
+from kdrl_lightning.losses.head.chunk_math import Slopes, plain_math
+from kdrl_lightning.losses.head.head_products import HeadProducts
+from kdrl_lightning.losses.head.logprobs_backward import common_factor
 from kdrl_lightning.losses.logprobs import Head, Other
-from kdrl_lightning.losses.logprobs_backward import common_factor
 
 N, H, V = 7, 3, 11
 IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])

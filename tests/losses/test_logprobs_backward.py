@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.reference import close, normal
-from kdrl_lightning.losses.chunk_math import Transform, plain_math
+from kdrl_lightning.losses.head.chunk_math import Transform, plain_math
+from kdrl_lightning.losses.head.logprobs_backward import ChosenTokens, Work
 from kdrl_lightning.losses.logprobs import Head, token_scores
-from kdrl_lightning.losses.logprobs_backward import ChosenTokens, Work
 
 N, H, V = 7, 3, 11
 IDS = torch.tensor([0, 10, 3, 3, 7, 1, 9])

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from helpers.reference import f64, normal
 from kdrl_lightning.callbacks.imitation_stats import log_histograms, table
+from kdrl_lightning.callbacks.reports.plots import plot_imitation
 from kdrl_lightning.metrics import Histogram, Histograms
-from kdrl_lightning.reports.plots import plot_imitation
 
 RANGES = {"a": (0.0, 4.0), "b": (-1.0, 1.0)}
 

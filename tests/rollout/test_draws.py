@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.short_runs import make_slots
-from kdrl_lightning.distributed import require_embedded
+from kdrl_lightning.common.distributed import require_embedded
 from kdrl_lightning.engines.base import Sampling
 from kdrl_lightning.errors import BadRow, TrainingStopped
 from kdrl_lightning.rollout.draws import LAST_ROLLOUTS, DrawCounts, draw

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.rollout.partition import partition
+from kdrl_lightning.rollout.updates.partition import partition
 
 CASES = st.lists(st.integers(1, 60), min_size=1, max_size=9).flatmap(
     lambda lengths: st.tuples(st.just(lengths), st.integers(1, len(lengths)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, GRPO, KDRL, LoRA
 from kdrl_lightning.losses import logprobs
-from kdrl_lightning.losses.head_products import HeadProducts
+from kdrl_lightning.losses.head.head_products import HeadProducts
 from kdrl_lightning.objectives import GSPO, Objective
 
 # A random model stops late and is rarely right.

@@ -36,7 +36,7 @@ from kdrl_lightning.teachers import (
     TrustRegion,
 )
 from kdrl_lightning.teachers.frozen import FrozenModels, check_given
-from kdrl_lightning.trainer.group_checks import check_policy, check_teacher_completions
+from kdrl_lightning.trainer.checks.groups import check_policy, check_teacher_completions
 
 PAGE = (Path(__file__).parents[2] / "docs/methods/self_teachers.md").read_text()
 COLUMNS = ["nothing", "sampled tokens", "student's top-k", "full vocabulary", "its completions"]

@@ -9,7 +9,7 @@ import torch
 
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.trainer.devices import check_devices
+from kdrl_lightning.trainer.checks.devices import check_devices
 
 
 @pytest.fixture

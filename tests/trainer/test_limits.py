@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.trainer.limits import (
+from kdrl_lightning.trainer.checks.limits import (
     check_evaluated_batches,
     check_limits,
     check_train_batches,

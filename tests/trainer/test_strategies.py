@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy, Str
 from safetensors.torch import load_file
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.trainer.strategies import FSDP2Strategy, refuse_fsdp1, sharding_of
 

@@ -22,7 +22,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from jsonargparse import Namespace, add_instantiator
 
-from kdrl_lightning._moved import GONE
 from kdrl_lightning.cli.settings.private import actions, typehints, util
 from kdrl_lightning.cli.settings.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.shapes import (
@@ -38,6 +37,7 @@ from kdrl_lightning.cli.settings.shapes import (
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 from kdrl_lightning.cli.settings.user_code import build, import_object
+from kdrl_lightning.common.old_names import GONE
 
 # What a user means who gives a path where a class must be.
 READS = {

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from kdrl_lightning.distributed import agree
+from kdrl_lightning.common.distributed import agree
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.vllm.classes import classes_kept
 from kdrl_lightning.engines.vllm.errors import failure

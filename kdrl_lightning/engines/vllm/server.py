@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdrl_lightning.distributed import agree, agreed
+from kdrl_lightning.common.distributed import agree, agreed
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.http_client import AS_IT_IS, AwayError, ServerClient, clients
 from kdrl_lightning.engines.vllm.hub_names import HubWeights

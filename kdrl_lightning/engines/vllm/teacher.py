@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from kdrl_lightning.distributed import agreed
+from kdrl_lightning.common.distributed import agreed
 from kdrl_lightning.engines.http_client import ServerClient
 from kdrl_lightning.engines.vllm.server import VLLMServerEngine
 from kdrl_lightning.models.end_tokens import as_ids

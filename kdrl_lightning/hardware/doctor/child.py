@@ -22,7 +22,7 @@ def main(name: str, folder: Path) -> None:
     """Run a check; write each finding to ``NAME.jsonl`` when it is made, and last how it ended."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     bench = Bench(folder, torch.device("cuda", 0) if gpus else torch.device("cpu"), gpus)
-    check = importlib.import_module(f"kdrl_lightning.hardware.doctor.{name}")
+    check = importlib.import_module(f"kdrl_lightning.hardware.doctor.checks.{name}")
     with (folder / f"{name}.jsonl").open("w") as out:
 
         def write(line: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.untyped import HFModel
+from kdrl_lightning.common.untyped import HFModel
 
 
 def keep_soft_caps(model: HFModel) -> bool:

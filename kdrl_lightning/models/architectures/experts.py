@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdrl_lightning.untyped import HFModel
+from kdrl_lightning.common.untyped import HFModel
 
 
 def keep_precision(model: HFModel) -> bool:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFConfig
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import HFConfig
 
 # `Any`: the content of a JSON file.
 

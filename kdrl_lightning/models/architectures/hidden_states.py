@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdrl_lightning.untyped import HFModel
+from kdrl_lightning.common.untyped import HFModel
 
 # `Any`: each model takes other inputs.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import HFModel
 
 # `Any`: transformers' report on loading, a dictionary of lists and sets.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from kdrl_lightning.untyped import HFModel
+from kdrl_lightning.common.untyped import HFModel
 
 
 def unreached(model: HFModel) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.untyped import HFModel
+from kdrl_lightning.common.untyped import HFModel
 
 # `Any`: the rotary modules of transformers share no typed base.
 

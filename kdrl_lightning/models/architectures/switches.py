@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.models.architectures.rotary import switch_lengths
-from kdrl_lightning.untyped import HFConfig, HFModel
 
 # Settings with a length: windows and chunks of attention, number of keys of a sparse attention.
 NAMES = (

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.compiled import OrPlain
-from kdrl_lightning.untyped import HFModel
+from kdrl_lightning.losses.head.compiled import OrPlain
 
 # `Any`: the arguments of any layer.
 

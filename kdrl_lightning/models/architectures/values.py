@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import HFModel
 
 INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # of safetensors
 LOOKED_AT = 4096  # values of a tensor

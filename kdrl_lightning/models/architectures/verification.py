@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
 from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
-from kdrl_lightning.untyped import HFModel
 
 # `Any`: torch types an attribute of a module as a tensor or a module.
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.common.untyped import HFModel, State
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.lora.targets import ALL, find_targets
-from kdrl_lightning.untyped import HFModel, State
 
 # `Any`: peft's layers have no common type.
 

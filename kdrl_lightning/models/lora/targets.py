@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
-from kdrl_lightning.untyped import HFModel
 
 # `Any`: torch types an attribute of a module as a tensor or a module.
 

@@ -1,6 +1,6 @@
 """Reading answers: extraction, numbers, units, equations, and reference answers."""
 
-from kdrl_lightning import _moved
+from kdrl_lightning.common import old_names
 
 # Names that modules of 0.1 had here.
-__getattr__ = _moved.names_of("kdrl_lightning.rewards.answers.extraction")
+__getattr__ = old_names.names_of("kdrl_lightning.rewards.answers.extraction")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import Row
 
 # `Any`: entries of a column, of any type.
 

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.rewards.answers.references import shorten
 from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, judge, walk
 from kdrl_lightning.rewards.callables import require_callable
-from kdrl_lightning.untyped import Row
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
@@ -33,7 +34,6 @@ from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 from kdrl_lightning.teachers.tokenizers import check_same_vocabulary
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: transformers has no type that all tokenizers share.
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.untyped import HFTokenizer
 
 # `Any`: the JSON form of tokenizers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.base import first_of_each_kind
 from kdrl_lightning.prompts.encoding import warn_of_ignored
@@ -12,7 +13,6 @@ from kdrl_lightning.prompts.prompt_set import check_ids
 from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import FixedContext, RowContext
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # A shorter reference can stand in a prompt rightly: the answer to a question with options.
 SHOWN_FROM = 12

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.groups import Group
-from kdrl_lightning.untyped import Row
 
 
 class Context(ABC):

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import torch
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.rewards.base import Verdict
 from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
-from kdrl_lightning.untyped import Row
 
 
 class Attempt(Protocol):

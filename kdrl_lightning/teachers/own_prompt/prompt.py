@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.prompts.messages import TEMPLATE_ARGS
 from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import Context
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: arguments of users' chat templates.
 

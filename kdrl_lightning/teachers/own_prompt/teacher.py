@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.weights import ModelWeights
@@ -18,7 +19,6 @@ from kdrl_lightning.teachers.own_prompt.contexts import Context, RowContext
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt, as_read
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
-from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: transformers has no type that all tokenizers share.
 

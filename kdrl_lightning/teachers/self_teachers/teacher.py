@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_lightning.common.untyped import HFConfig
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.loading import load_config
@@ -24,7 +25,6 @@ from kdrl_lightning.teachers.self_teachers.other_weights import (
     SecondModel,
 )
 from kdrl_lightning.teachers.self_teachers.rules import WeightRule
-from kdrl_lightning.untyped import HFConfig
 
 # `Any`: transformers has no type that all tokenizers share.
 

@@ -15,7 +15,6 @@ from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli import doctor as command
 from kdrl_lightning.hardware.doctor import attention, child, head, program, several, teacher
 from kdrl_lightning.hardware.doctor.bench import Bench
-from kdrl_lightning.hardware.doctor.checks import CHECKS, Check, Outcome, run
 from kdrl_lightning.hardware.doctor.findings import (
     Finding,
     NotReachedError,
@@ -26,6 +25,7 @@ from kdrl_lightning.hardware.doctor.findings import (
     info,
 )
 from kdrl_lightning.hardware.doctor.program import Run
+from kdrl_lightning.hardware.doctor.running import CHECKS, Check, Outcome, run
 from kdrl_lightning.losses.logprobs import token_scores
 from kdrl_lightning.models.scorer import Scorer
 

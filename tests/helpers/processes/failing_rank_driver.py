@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from helpers.with_vllm.models import make_model
-from kdrl_lightning.distributed import lost_peer
+from kdrl_lightning.common.distributed import lost_peer
 from kdrl_lightning.engines import VLLMEngine, VLLMServerEngine
 from kdrl_lightning.engines.vllm import engine as starting
 from kdrl_lightning.engines.vllm import hub_names, nccl_transport

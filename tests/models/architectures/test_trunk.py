@@ -16,7 +16,7 @@ from helpers.short_runs import fit, make_data, make_module
 from helpers.small_models import save
 from kdrl_lightning import GRPO, KDRLModule, LocalTeacher
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.compiled import OrPlain
+from kdrl_lightning.losses.head.compiled import OrPlain
 from kdrl_lightning.models.architectures.trunk import Layer, Trunk, compile_layers
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import decoder_layers, load_scorer, recompute_layers

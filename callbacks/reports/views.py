@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kdrl_lightning.callbacks.reports.text import token_texts
+from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.objectives.base import Objective, teacher_logprobs
-from kdrl_lightning.reports.text import token_texts
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
-from kdrl_lightning.untyped import HFTokenizer
 
 REWARDED, PUNISHED, DEAD, PROTECTED = "rewarded", "punished", "dead", "protected"
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kdrl_lightning import ConfigurationError, SupervisedDataModule
+from kdrl_lightning.datamodule.supervised import encode_completion
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.models.end_tokens import EndTokens
 from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.prompts.prompt_set import sample_rows
 from kdrl_lightning.rollout.loader import rows_at
-from kdrl_lightning.supervised import encode_completion
 from kdrl_lightning.tiny.models import make_tokenizer
 
 TRACES = [{"prompt": f"{i}+1=", "completion": "1" * (i + 1)} for i in range(8)]

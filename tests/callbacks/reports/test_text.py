@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kdrl_lightning.reports import token_texts, visible
+from kdrl_lightning.callbacks.reports import token_texts, visible
 from kdrl_lightning.tiny.models import make_tokenizer
 
 CASES = settings(derandomize=True, max_examples=80, deadline=None)

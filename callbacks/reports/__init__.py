@@ -1,9 +1,9 @@
 """Readable reports of a run: samples as HTML and for loggers, and plots."""
 
-from kdrl_lightning.reports.loggers import log_samples
-from kdrl_lightning.reports.page import Section, render
-from kdrl_lightning.reports.text import token_texts, visible
-from kdrl_lightning.reports.views import (
+from kdrl_lightning.callbacks.reports.loggers import log_samples
+from kdrl_lightning.callbacks.reports.page import Section, render
+from kdrl_lightning.callbacks.reports.text import token_texts, visible
+from kdrl_lightning.callbacks.reports.views import (
     SampleView,
     TokenView,
     choose,

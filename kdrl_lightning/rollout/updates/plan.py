@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdrl_lightning.rollout.partition import partition
+from kdrl_lightning.rollout.updates.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 from kdrl_lightning.teachers.own_prompt.groups import as_read
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from kdrl_lightning.reports.style import STYLE
-from kdrl_lightning.reports.text import visible
-from kdrl_lightning.reports.views import SampleView, TokenView
+from kdrl_lightning.callbacks.reports.style import STYLE
+from kdrl_lightning.callbacks.reports.text import visible
+from kdrl_lightning.callbacks.reports.views import SampleView, TokenView
 
 # Limits of the shades of the teacher's gap, in nats: e^0.1 is 10 % more, e^0.7 a factor of 2, e^3
 # of 20.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdrl_lightning.engines.vllm.server import VLLMServerEngine
 from kdrl_lightning.hardware.doctor.bench import Bench
-from kdrl_lightning.hardware.doctor.engine import (
+from kdrl_lightning.hardware.doctor.checks.engine import (
     BOUND,
     END,
     PROMPTS,
@@ -18,10 +18,10 @@ from kdrl_lightning.hardware.doctor.engine import (
     difference,
     follows_training,
 )
+from kdrl_lightning.hardware.doctor.checks.start import ended
 from kdrl_lightning.hardware.doctor.findings import Finding, NotReachedError, at_most, holds, info
 from kdrl_lightning.hardware.doctor.program import PATIENCE as STARTS
 from kdrl_lightning.hardware.doctor.program import SERVED, Run, fit, served
-from kdrl_lightning.hardware.doctor.start import ended
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from kdrl_lightning.losses.compiled import OrPlain
+from kdrl_lightning.losses.head.compiled import OrPlain
 
 # Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
 FLOOR = -1e4

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from kdrl_lightning import GRPO, KDRL, RLAD, Verdict
-from kdrl_lightning.engines import Completion
-from kdrl_lightning.objectives import Objective
-from kdrl_lightning.reports import (
+from kdrl_lightning.callbacks.reports import (
     SampleView,
     Section,
     choose,
@@ -19,8 +17,10 @@ from kdrl_lightning.reports import (
     scored_views,
     text_view,
 )
-from kdrl_lightning.reports.loggers import as_lines
-from kdrl_lightning.reports.page import _sample
+from kdrl_lightning.callbacks.reports.loggers import as_lines
+from kdrl_lightning.callbacks.reports.page import _sample
+from kdrl_lightning.engines import Completion
+from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 from kdrl_lightning.tiny.models import make_tokenizer

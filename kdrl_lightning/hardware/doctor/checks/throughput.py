@@ -14,8 +14,8 @@ from torch import Tensor
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine
 from kdrl_lightning.engines.vllm.engine import VLLMEngine
-from kdrl_lightning.hardware.doctor.attention import random_ids
 from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.checks.attention import random_ids
 from kdrl_lightning.hardware.doctor.findings import Finding, info
 from kdrl_lightning.hardware.planning.cards import CARDS
 from kdrl_lightning.losses.logprobs import token_scores

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kdrl_lightning.reports.page import Section
-from kdrl_lightning.reports.text import visible
-from kdrl_lightning.reports.views import SampleView
+from kdrl_lightning.callbacks.reports.page import Section
+from kdrl_lightning.callbacks.reports.text import visible
+from kdrl_lightning.callbacks.reports.views import SampleView
 
 # `Any`: loggers share no type, and a row of their tables holds several.
 

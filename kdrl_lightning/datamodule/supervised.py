@@ -8,7 +8,8 @@ from typing import Any, TypeAlias, cast
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
 from kdrl_lightning.models.end_tokens import EndTokens
 from kdrl_lightning.objectives.sft import SFT
@@ -16,13 +17,12 @@ from kdrl_lightning.prompts.base import Prompts
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet, check_ids
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
-from kdrl_lightning.rollout.partition import partition
 from kdrl_lightning.rollout.policy import Policy, Tokenizer
 from kdrl_lightning.rollout.updates import step_totals
+from kdrl_lightning.rollout.updates.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
-from kdrl_lightning.trainer.limits import check_train_batches, overfit_batches
+from kdrl_lightning.trainer.checks.limits import check_train_batches, overfit_batches
 from kdrl_lightning.trainer.strategies import end_children
-from kdrl_lightning.untyped import Row
 
 # `Any`: a sequence's index is a number or a slice, and Lightning's batches.
 

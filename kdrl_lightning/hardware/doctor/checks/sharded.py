@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.checks.start import ended
 from kdrl_lightning.hardware.doctor.findings import Finding, equal, holds
 from kdrl_lightning.hardware.doctor.program import fit
-from kdrl_lightning.hardware.doctor.start import ended
 
 FSDP2 = ("--trainer.strategy=fsdp2", "--trainer.accumulate_grad_batches=2")
 

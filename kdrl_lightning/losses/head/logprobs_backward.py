@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdrl_lightning.losses.chunk_math import (
+from kdrl_lightning.losses.head.chunk_math import (
     ChunkMath,
     Divergence,
     Slopes,
@@ -30,7 +30,7 @@ from kdrl_lightning.losses.chunk_math import (
     cut,
     differ,
 )
-from kdrl_lightning.losses.head_products import (
+from kdrl_lightning.losses.head.head_products import (
     HeadGradients,
     HeadProducts,
     computing_dtype,

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rollout.settings import RolloutSettings
-from kdrl_lightning.trainer.limits import check_train_batches
+from kdrl_lightning.trainer.checks.limits import check_train_batches
 from kdrl_lightning.trainer.protocols import callbacks_of
 
 UNUSABLE: dict[type[Callback], tuple[str, str]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback
-from kdrl_lightning.callbacks.schedule import CoefficientSchedule
+from kdrl_lightning.callbacks.schedules.coefficient_schedule import CoefficientSchedule
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, trained

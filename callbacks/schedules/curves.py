@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.untyped import State
 
 
 class Schedule(ABC):

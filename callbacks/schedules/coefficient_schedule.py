@@ -10,10 +10,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.callbacks.schedules import LinearWithFloor, PlateauSwitch, Schedule
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.base import COEFFICIENTS, check_coefficient
 from kdrl_lightning.trainer.protocols import TrainedModule, callbacks_of, trained
-from kdrl_lightning.untyped import State
 
 METRICS = {
     "teacher_kl_coef": "kd/teacher_kl_coef",

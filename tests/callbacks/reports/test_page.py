@@ -16,9 +16,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import EvalSet, Sample, Verdict
 from kdrl_lightning.callbacks import SamplePage
+from kdrl_lightning.callbacks.reports import (
+    SampleView,
+    Section,
+    TokenView,
+    log_samples,
+    render,
+    visible,
+)
+from kdrl_lightning.callbacks.reports.loggers import as_markdown
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.reports import SampleView, Section, TokenView, log_samples, render, visible
-from kdrl_lightning.reports.loggers import as_markdown
 from kdrl_lightning.tiny import ColumnAddition
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

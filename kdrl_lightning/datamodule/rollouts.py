@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.untyped import Row, State
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine
 from kdrl_lightning.errors import ConfigurationError, require_between
@@ -38,8 +39,7 @@ from kdrl_lightning.rollout.rollouts import RolloutSource
 from kdrl_lightning.rollout.settings import RolloutSettings, TeacherCompletions
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
-from kdrl_lightning.trainer.checks import check_micro_batches, check_steps, longest_that_fits
-from kdrl_lightning.trainer.group_checks import (
+from kdrl_lightning.trainer.checks.groups import (
     check_completions,
     check_contexts,
     check_groups,
@@ -47,9 +47,9 @@ from kdrl_lightning.trainer.group_checks import (
     check_policy,
     check_teacher_completions,
 )
-from kdrl_lightning.trainer.limits import check_evaluated_batches, overfit_rollouts
+from kdrl_lightning.trainer.checks.limits import check_evaluated_batches, overfit_rollouts
+from kdrl_lightning.trainer.checks.steps import check_micro_batches, check_steps, longest_that_fits
 from kdrl_lightning.trainer.strategies import end_children
-from kdrl_lightning.untyped import Row, State
 
 # Up to this number, all evaluation prompts are checked before the run and kept with their ids.
 EVALUATED_ROWS = 10_000

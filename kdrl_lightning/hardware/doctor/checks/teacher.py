@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kdrl_lightning.hardware.doctor.attention import random_ids
 from kdrl_lightning.hardware.doctor.bench import Bench
-from kdrl_lightning.hardware.doctor.engine import BOUND
+from kdrl_lightning.hardware.doctor.checks.attention import random_ids
+from kdrl_lightning.hardware.doctor.checks.engine import BOUND
 from kdrl_lightning.hardware.doctor.findings import Finding, at_most, info
 from kdrl_lightning.hardware.doctor.program import PATIENCE, SERVED, served
 from kdrl_lightning.models.loading import load_tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from kdrl_lightning.untyped import HFTokenizer
+from kdrl_lightning.common.untyped import HFTokenizer
 
 # A UTF-8 character has at most 4 bytes, so no more than 4 tokens wait for its last byte.
 LONGEST = 4

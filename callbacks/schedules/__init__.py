@@ -1,0 +1,21 @@
+"""Schedules of coefficients, and the callbacks that set coefficients during a run."""
+
+from kdrl_lightning.callbacks.schedules.curves import (
+    Constant,
+    Cosine,
+    Linear,
+    LinearWithFloor,
+    PlateauSwitch,
+    Schedule,
+    Switch,
+)
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Linear",
+    "LinearWithFloor",
+    "PlateauSwitch",
+    "Schedule",
+    "Switch",
+]

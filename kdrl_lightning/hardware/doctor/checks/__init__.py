@@ -1,0 +1,1 @@
+"""The checks of the doctor: each module has a function ``run`` that yields findings."""

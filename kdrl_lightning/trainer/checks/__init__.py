@@ -1,0 +1,1 @@
+"""Checks before training starts: steps, groups, limits, monitored metrics and devices."""
