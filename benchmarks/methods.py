@@ -172,11 +172,17 @@ def reached(curve: list[list[float]], level: float) -> float | None:
 
 
 def search(
-    pool: Any, seeds: list[int], settings: list[str], results: list[dict[str, Any]], file: Path
+    pool: Any,
+    seeds: list[int],
+    settings: list[str],
+    results: list[dict[str, Any]],
+    file: Path,
+    rates: dict[tuple[str, str], float],
 ) -> None:
     """Run the equal search, then the remaining seeds with each method's best rate.
 
     It appends to ``results`` and writes them to ``file``; it does not repeat runs in ``results``.
+    Methods in ``rates``, by setting and name, take that rate without a search.
     """
 
     def run_all(jobs: list[tuple[str, str, float, int]]) -> None:
@@ -193,11 +199,14 @@ def search(
             for s in settings
             for m in SETTINGS[s].methods
             for r in SETTINGS[s].rates
+            if (s, m) not in rates
         ]
     )
-    best = {}
+    best = dict(rates)
     for setting in settings:
         for method in SETTINGS[setting].methods:
+            if (setting, method) in rates:
+                continue
             tried = [
                 r
                 for r in results
@@ -329,6 +338,9 @@ def main() -> None:
         choices=SETTINGS,
         help="run these; runs that --out already holds are kept",
     )
+    parser.add_argument(
+        "--rates-from", type=Path, help="methods.json of an earlier search: take its rates"
+    )
     parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2), 1))
     args = parser.parse_args()
     from kdrl_lightning.cli.main import KDRLCLI
@@ -343,8 +355,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "methods.json"
     results: list[dict[str, Any]] = json.loads(file.read_text())["results"] if file.exists() else []
+    earlier = json.loads(args.rates_from.read_text())["results"] if args.rates_from else []
+    rates = {(r["setting"], r["method"]): r["lr"] for r in earlier if r.get("chosen")}
     with mp.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
-        search(pool, args.seeds, args.settings, results, file)
+        search(pool, args.seeds, args.settings, results, file, rates)
     import torch
 
     machine = (

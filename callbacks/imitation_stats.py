@@ -57,7 +57,8 @@ class SelectiveImitationStats(RolloutCallback):
       token.
     - ``kd/teacher_entropy``: the teacher's entropy, to compare with ``policy/entropy``.
     - ``kd/offset_clamp_frac``: tokens on which RLAD's clamp acts; ``kd/offset_weight_max`` and
-      ``_p99``: maximum and 99th percentile of TRRD's ``(pi_old / pi_T)^(1 - alpha)``.
+      ``_p99``: maximum and 99th percentile of TRRD's weight w, its ratio divided by rho; at
+      rho = 1 it is ``(pi_old / pi_T)^(1 - alpha)``, clamped.
     - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range; ``_low``,
       ``_high``.
     - ``policy/ratio_mean``, ``policy/ratio_max``: mean and maximum of the ratio that is clipped.

@@ -411,8 +411,8 @@ MUTATIONS = [
     Mutation(
         "TRRD as published: clamped where nothing is imitated",
         RLAD_PUBLISHED,
-        "torch.where(self._imitated(batch), alpha, 1.0)",
-        "alpha",
+        "return teacher, torch.where(imitated, alpha, 1.0)",
+        "return teacher, alpha",
     ),
     Mutation(
         "advantages: ddof 0",
@@ -546,6 +546,24 @@ MUTATIONS = [
         RLAD,
         "trrd_alpha, offset_clamp, clip_low, clip_high",
         "trrd_alpha, offset_clamp, clip_high, clip_low",
+    ),
+    Mutation(
+        "RLAD: the paper's clamp stays beside an offset clamp",
+        RLAD_PUBLISHED,
+        "log_ratio_clamp = 1.0 if offset_clamp is None else None",
+        "log_ratio_clamp = 1.0",
+    ),
+    Mutation(
+        "RLAD: no clamp by default",
+        RLAD_PUBLISHED,
+        "log_ratio_clamp = 1.0 if offset_clamp is None else None",
+        "log_ratio_clamp = None",
+    ),
+    Mutation(
+        "RLAD: a NaN teacher reaches tokens that are not imitated",
+        RATIOS_LAWS,
+        "teacher = torch.where(imitated, teacher, logprobs.detach())",
+        "teacher = teacher.detach()",
     ),
     Mutation(
         "RLAD: clamp ignored",

@@ -140,7 +140,7 @@ def trrd_surrogate(
     trrd_alpha: float | Tensor = 0.5,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    offset_clamp: float | None = 1.0,
+    offset_clamp: float | None = None,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
 ) -> Tensor:
@@ -184,18 +184,18 @@ def trrd_log_ratio(
     old_logprobs: Tensor,
     teacher_logprobs: Tensor,
     trrd_alpha: float | Tensor = 0.5,
-    offset_clamp: float | None = 1.0,
+    offset_clamp: float | None = None,
     log_ratio_clamp: float | None = None,
 ) -> Tensor:
     """Return the log of TRRD's ratio: ``alpha log(pi/pi_old) + (1 - alpha) log(pi/pi_T)``.
 
-    RLAD (arXiv 2602.22495, Eq. 3). One of two clamps keeps a teacher that is far away in bounds:
+    RLAD (arXiv 2602.22495, Eq. 3). One of two clamps can keep a teacher that is far away in bounds:
 
-    - ``offset_clamp`` [our choice] bounds the old student's distance ``o = lp_old - lp_T``, without
-      gradient: ``log rho + (1 - alpha) clamp(o)``. The gradient always has its full weight.
     - ``log_ratio_clamp`` (App. B) bounds the current student's ``lp - lp_T``, inside the graph:
       ``alpha log rho + (1 - alpha) clamp(lp - lp_T)``. Where it acts, the second summand has no
       gradient, so the token's weight is alpha.
+    - ``offset_clamp`` [our choice] bounds the old student's distance ``o = lp_old - lp_T``, without
+      gradient: ``log rho + (1 - alpha) clamp(o)``. The gradient always has its full weight.
 
     Both give the same value at rho = 1.
 
@@ -230,8 +230,8 @@ def refuse_two_clamps(offset_clamp: float | None, log_ratio_clamp: float | None)
     """Raise ``ConfigurationError`` if both clamps of TRRD's ratio are given."""
     if offset_clamp is not None and log_ratio_clamp is not None:
         raise ConfigurationError(
-            f"`log_ratio_clamp` must be null with an `offset_clamp` of {offset_clamp}: got "
-            f"{log_ratio_clamp}. Set `offset_clamp` to null for the paper's clamp."
+            f"`log_ratio_clamp` must not be set with an `offset_clamp` of {offset_clamp}: got "
+            f"{log_ratio_clamp}. Leave `offset_clamp` out for the paper's clamp."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -153,13 +154,13 @@ class TrustRegionRatio(Ratio):
     Args:
         trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.
         offset_clamp: bound on the old student's ``|log pi_old - log pi_T|`` in nats, at least 0
-            [our choice]; None: no bound.
+            [our choice], in place of ``log_ratio_clamp``.
         clip_low: the ratio is clipped below at ``1 - clip_low``.
         clip_high: the ratio is clipped above at ``1 + clip_high``.
         dual_clip: upper bound on the ratio for A < 0, above 1; None: no bound.
         log_ratio_clamp: bound on the current student's ``|log pi - log pi_T|`` in nats, inside the
-            graph, with ``offset_clamp: null``. Published: 1.0 (App. B). ``trrd_log_ratio`` compares
-            the two clamps.
+            graph; ``auto``: 1.0 as published (App. B), and none with an ``offset_clamp``; None: no
+            bound. ``trrd_log_ratio`` compares the two clamps.
 
     Raises:
         ConfigurationError: a value is out of its range, or both clamps are given.
@@ -170,13 +171,15 @@ class TrustRegionRatio(Ratio):
     def __init__(
         self,
         trrd_alpha: float = 0.5,
-        offset_clamp: float | None = 1.0,
+        offset_clamp: float | None = None,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         dual_clip: float | None = None,
-        log_ratio_clamp: float | None = None,
+        log_ratio_clamp: float | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip)
+        if log_ratio_clamp == "auto":
+            log_ratio_clamp = 1.0 if offset_clamp is None else None
         for name, clamp in ("offset_clamp", offset_clamp), ("log_ratio_clamp", log_ratio_clamp):
             if clamp is not None:
                 require_between(name, clamp, 0.0, float("inf"), "Use null for none.")
@@ -231,9 +234,11 @@ class TrustRegionRatio(Ratio):
             teacher = teacher_logprobs(batch, logprobs)
             if batch.imitation_mask is None:
                 return teacher, self.trrd_alpha
-            # An anchor at the old student would not do: the clamp would act on log rho.
-            alpha = teacher.new_tensor(self.trrd_alpha)
-            return teacher, torch.where(self._imitated(batch), alpha, 1.0)
+            # An anchor at the old student would not do: the clamp would act on log rho. The
+            # teacher may be anything there, NaN too, which 0 times it would spread.
+            imitated, alpha = self._imitated(batch), teacher.new_tensor(self.trrd_alpha)
+            teacher = torch.where(imitated, teacher, logprobs.detach())
+            return teacher, torch.where(imitated, alpha, 1.0)
         old = known(batch.old_logprobs, "old_logprobs")
         teacher = teacher_logprobs(batch, old)
         if batch.imitation_mask is None:

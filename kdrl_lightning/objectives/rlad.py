@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
+from typing import Any, Literal
 
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.policy import PolicyObjective
@@ -24,9 +24,9 @@ class RLAD(PolicyObjective):
     rollout: only further updates can use the wider clip range. To add this surrogate to another
     loss, use ``SurrogateTerm``.
 
-    As published: ``offset_clamp: null``, ``log_ratio_clamp: 1.0``, ``clip_high: 0.28``,
-    ``reduction: sequence_mean``, and ``rl_coef: sqrt(G / (G - 1))`` for groups of G completions,
-    because the paper divides by the population's standard deviation (``rlad_published.yaml``).
+    As published: ``clip_high: 0.28``, ``reduction: sequence_mean``, and
+    ``rl_coef: sqrt(G / (G - 1))`` for groups of G completions, because the paper divides by the
+    population's standard deviation (``rlad_published.yaml``).
 
     Args:
         trrd_alpha: alpha, see ``TrustRegionRatio``. Published: 0.5.
@@ -42,12 +42,12 @@ class RLAD(PolicyObjective):
     def __init__(
         self,
         trrd_alpha: float = 0.5,
-        offset_clamp: float | None = 1.0,
+        offset_clamp: float | None = None,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         dual_clip: float | None = None,
         scale_by_std: bool = True,
-        log_ratio_clamp: float | None = None,
+        log_ratio_clamp: float | Literal["auto"] | None = "auto",
         **policy: Any,
     ) -> None:
         super().__init__(

@@ -141,7 +141,7 @@ def test_distillation_clips_nothing() -> None:
 
 def test_rlad() -> None:
     batch, logprobs = case()
-    got = stats_of(RLAD(), batch, logprobs)
+    got = stats_of(RLAD(offset_clamp=1.0), batch, logprobs)
     # Offset o = log pi_old - log pi_T = gap - log rho; cut to 1 in size; r = rho e^(o/2).
     offsets = [
         g - math.log(r) for g, r in zip(GAP[0] + GAP[1][:2] + GAP[2][:1], rhos(), strict=True)
@@ -194,7 +194,7 @@ def test_a_clamp_counts_where_it_acts() -> None:
 
 
 def test_rlad_without_clamp_reports_no_clamp() -> None:
-    assert "kd/offset_clamp_frac" not in stats_of(RLAD(offset_clamp=None), *case())
+    assert "kd/offset_clamp_frac" not in stats_of(RLAD(log_ratio_clamp=None), *case())
 
 
 @pytest.mark.parametrize("make", [GRPO, KDRL, RLAD])

@@ -19,7 +19,7 @@ from helpers.objective_steps import (
     THEIRS,
 )
 from helpers.objective_steps import CORRECT as C
-from helpers.reference import surrogate, token_weights, trrd_ratio
+from helpers.reference import published_trrd, surrogate, token_weights, trrd_ratio
 
 LENGTHS = [0 if cut else len(c) for c, cut in zip(COMPLETIONS, CUT, strict=True)]
 Token = Callable[[int, int], tuple[float, float]]
@@ -112,8 +112,17 @@ def rlsd(x: Any, i: int, t: int, mix: float = 0.5, width: float = 0.2) -> float:
 
 
 def trrd(x: Any, i: int, t: int, dual: float | None = None) -> tuple[float, float]:
+    """With the paper's clamp, which also changes the slope of log r."""
+    ratio, slope = x.rho(i, t), 1.0
+    if not THEIRS[i]:
+        ratio, slope = published_trrd(x.lp[i][t], x.old[i][t], x.teacher[i][t], 0.5, 1.0)
+    value, gradient = clipped(ratio, x.A[i], dual=dual)
+    return value, gradient * slope
+
+
+def trrd_offset(x: Any, i: int, t: int) -> tuple[float, float]:
     teacher = x.old[i][t] if THEIRS[i] else x.teacher[i][t]
-    return clipped(trrd_ratio(x.lp[i][t], x.old[i][t], teacher, 0.5, 1.0), x.A[i], dual=dual)
+    return clipped(trrd_ratio(x.lp[i][t], x.old[i][t], teacher, 0.5, 1.0), x.A[i])
 
 
 def grpo(x: Any, i: int, t: int, **clip: float) -> tuple[float, float]:
@@ -213,6 +222,7 @@ ROWS: dict[str, Callable[[Any, int, int], tuple[float, float]]] = {
     "srpo": lambda x, i, t: clipped(x.rho(i, t), x.A[i] if C[i] else x.d(i, t)),
     "rlsd": lambda x, i, t: clipped(x.rho(i, t), rlsd(x, i, t)),
     "rlad": trrd,
+    "rlad-offset": trrd_offset,
     "rlad-dual": lambda x, i, t: trrd(x, i, t, 1.3),
     "sdar": lambda x, i, t: plus(grpo(x, i, t), sdar(x, i, t)),
     "gopd": gopd,

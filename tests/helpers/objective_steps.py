@@ -244,6 +244,7 @@ TAUGHT: dict[str, Callable[..., Objective]] = {
     "srpo": SRPO,
     "rlsd": RLSD,
     "rlad": RLAD,
+    "rlad-offset": shifted(RLAD, offset_clamp=1.0),
     "rlad-dual": shifted(RLAD, dual_clip=1.3),
     "gkd": GKD,
     "gkd-topk": shifted(GKD, top_k=K),

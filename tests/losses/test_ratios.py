@@ -203,12 +203,12 @@ def test_clamp_acts_on_the_offset_not_on_the_student_gap() -> None:
 
 def test_defaults_are_the_contracts() -> None:
     now, old, teacher, advantages = scores(50)
-    spelled = trrd_surrogate(now, old, teacher, advantages, 0.5, 0.2, 0.2, 1.0)
+    spelled = trrd_surrogate(now, old, teacher, advantages, 0.5, 0.2, 0.2, None, None, None)
     assert torch.equal(trrd_surrogate(now, old, teacher, advantages), spelled)
     assert torch.equal(
         clipped_surrogate(now, old, advantages), clipped_surrogate(now, old, advantages, 0.2, 0.2)
     )
-    spelled = trrd_log_ratio(now, old, teacher, 0.5, 1.0)
+    spelled = trrd_log_ratio(now, old, teacher, 0.5, None, None)
     assert torch.equal(trrd_log_ratio(now, old, teacher), spelled)
 
 

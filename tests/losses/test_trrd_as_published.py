@@ -84,14 +84,14 @@ def test_where_the_two_clamps_differ(alpha: float, a: float) -> None:
     """At rho = 1 they agree in value; a clamped token keeps the weight alpha in the paper's."""
     old, advantage = one(-1.0), f64([a])
     teacher = old + 3.0 if a > 0 else old - 3.0  # a clamped token whose gradient is alive
-    ours = graded(trrd_surrogate, old, old, teacher, advantage, alpha, **CLIP)
+    ours = graded(trrd_surrogate, old, old, teacher, advantage, alpha, **CLIP, offset_clamp=1.0)
     theirs = published(old, old, teacher, advantage, alpha)
     close(ours[0], theirs[0])
     assert ours[1].item() != 0.0
     close(theirs[1], alpha * ours[1])
     # Within the clamp the two are one, also off policy.
     now, near = one(-0.9), one(-1.3)
-    ours = graded(trrd_surrogate, now, old, near, advantage, alpha, **CLIP)
+    ours = graded(trrd_surrogate, now, old, near, advantage, alpha, **CLIP, offset_clamp=1.0)
     theirs = published(now, old, near, advantage, alpha)
     close(ours[0], theirs[0])
     close(ours[1], theirs[1])
@@ -127,8 +127,8 @@ def test_a_teacher_that_excludes_a_token_is_clamped() -> None:
 
 def test_two_clamps_are_refused() -> None:
     words = (
-        "`log_ratio_clamp` must be null with an `offset_clamp` of 1.0: got 2.0. "
-        "Set `offset_clamp` to null for the paper's clamp."
+        "`log_ratio_clamp` must not be set with an `offset_clamp` of 1.0: got 2.0. "
+        "Leave `offset_clamp` out for the paper's clamp."
     )
     with pytest.raises(ConfigurationError) as caught:
         trrd_log_ratio(one(0.0), one(0.0), one(0.0), 0.5, 1.0, 2.0)

@@ -69,7 +69,7 @@ def test_every_documented_name_is_logged(
     assert {"kd/offset_weight_p99", "policy/clip_frac_low", "kd/reverse_kl_k3_wrong"} <= names
     offset = {name for name in names if "offset" in name}
     folders = (student_folder, teacher_folder)
-    rlad = run(tmp_path, *folders, RLAD())
+    rlad = run(tmp_path, *folders, RLAD(offset_clamp=1.0))
     kdrl = run(tmp_path, *folders, KDRL(0.5))
     for row in rlad:
         assert names <= set(row), names - set(row)
@@ -197,7 +197,7 @@ def test_estimates_of_the_kl_by_hand(parts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_weight_of_trrd_by_hand(parts: list[list[int]]) -> None:
-    objective = RLAD(trrd_alpha=0.5, offset_clamp=None)
+    objective = RLAD(trrd_alpha=0.5, log_ratio_clamp=None)
     got = feed(SelectiveImitationStats(), FakeModule(objective), case(), parts)
     # w = e^(-gap / 2), largest at the gap of -.4; the teacher's own row has none.
     largest = 2.718281828459045**0.2

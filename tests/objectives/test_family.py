@@ -268,7 +268,9 @@ def test_rlsd_mix_and_width(mix: float, width: float) -> None:
 
 def test_a_mixture_by_hand_is_the_sum_of_its_parts() -> None:
     """TRRD's ratio with KDRL's advantage: r of the first, A + beta d of the second."""
-    objective = PolicyObjective(TrustRegionRatio(0.3, None, 0.1, 0.25), SumAdvantage(0.3))
+    objective = PolicyObjective(
+        TrustRegionRatio(0.3, None, 0.1, 0.25, log_ratio_clamp=None), SumAdvantage(0.3)
+    )
     batch = ready(objective, step())
     scores = student(batch)
     x = tables(batch, scores)

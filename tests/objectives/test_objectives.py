@@ -145,7 +145,9 @@ def test_rlad_matches_slow_reference(reduction: Any, clamp: float | None) -> Non
         x.tolist()
         for x in (scores.logprobs, batch.old_logprobs, batch.teacher_logprobs, batch.advantages)
     )
-    got = graded(RLAD(0.3, clamp, 0.1, 0.25, reduction=reduction), batch, scores)
+    got = graded(
+        RLAD(0.3, clamp, 0.1, 0.25, log_ratio_clamp=None, reduction=reduction), batch, scores
+    )
     value, gradient = slow(
         batch,
         reduction,
@@ -297,7 +299,7 @@ def test_ratio_weight_multiplies_the_kl_gradient_by_the_ratio() -> None:
 def test_zero_advantage_leaves_rlad_without_gradient_and_kdrl_with_the_teacher() -> None:
     batch = make_batch().replace(advantages=torch.zeros(8, dtype=torch.float64))
     scores = student(batch)
-    assert graded(RLAD(offset_clamp=None), batch, scores)[1].eq(0).all()
+    assert graded(RLAD(log_ratio_clamp=None), batch, scores)[1].eq(0).all()
     close(graded(KDRL(0.7), batch, scores)[1], graded(OnPolicyDistillation(0.7), batch, scores)[1])
 
 
@@ -579,7 +581,8 @@ def test_defaults_are_the_contracts() -> None:
     kdrl, rlad, grpo = KDRL(), RLAD(), GRPO()
     assert isinstance(kdrl.distill, SampledKL) and isinstance(rlad.ratio, TrustRegionRatio)
     assert (kdrl.coefficient("teacher_kl_coef"), kdrl.distill.ratio_weight) == (2e-3, False)
-    assert (rlad.coefficient("trrd_alpha"), rlad.ratio.offset_clamp) == (0.5, 1.0)
+    assert rlad.coefficient("trrd_alpha") == 0.5
+    assert (rlad.ratio.offset_clamp, rlad.ratio.log_ratio_clamp) == (None, 1.0)
     for objective in (kdrl, rlad, grpo):
         assert objective.ratio is not None
         assert (objective.ratio.clip_low, objective.ratio.clip_high) == (0.2, 0.2)
@@ -622,7 +625,7 @@ def test_bad_values_are_refused(
 def test_edge_values_are_taken() -> None:
     GRPO(clip_low=0.0, clip_high=0.0)
     GRPO(clip_low=1.0, clip_high=10.0)
-    RLAD(trrd_alpha=0.0, offset_clamp=None)
+    RLAD(trrd_alpha=0.0, log_ratio_clamp=None)
     RLAD(trrd_alpha=1.0)
     KDRL(teacher_kl_coef=0.0, entropy_coef=0.0)
 

@@ -14,12 +14,11 @@ from helpers.objective_steps import graded, keep, ready, same, some_mask, step, 
 from helpers.reference import close, published_trrd
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.objectives import GRPO, KDRL, RLAD, PolicyObjective
+from kdrl_lightning.objectives import GRPO, KDRL, RLAD, PolicyObjective, TrustRegionRatio
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 CONFIGS = Path(kdrl_lightning.__file__).parent / "configs"
 PUBLISHED = {
-    "offset_clamp": None,
     "log_ratio_clamp": 1.0,
     "clip_high": 0.28,
     "reduction": "sequence_mean",
@@ -92,10 +91,28 @@ def test_a_token_that_is_not_imitated_has_rho_with_the_papers_clamp() -> None:
 
 
 def test_rlad_takes_one_clamp() -> None:
-    with pytest.raises(ConfigurationError, match="`log_ratio_clamp` must be null with an `offs"):
-        RLAD(log_ratio_clamp=1.0)
+    with pytest.raises(ConfigurationError, match="`log_ratio_clamp` must not be set with an `of"):
+        RLAD(offset_clamp=1.0, log_ratio_clamp=1.0)
     with pytest.raises(ConfigurationError, match="`log_ratio_clamp` must be at least 0: got -1"):
-        RLAD(offset_clamp=None, log_ratio_clamp=-1.0)
+        RLAD(log_ratio_clamp=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "clamps"),
+    [
+        ({}, (None, 1.0)),
+        ({"offset_clamp": 0.7}, (0.7, None)),
+        ({"log_ratio_clamp": 0.7}, (None, 0.7)),
+        ({"log_ratio_clamp": None}, (None, None)),
+        ({"offset_clamp": 0.7, "log_ratio_clamp": None}, (0.7, None)),
+    ],
+)
+def test_the_papers_clamp_is_the_default_and_an_offset_clamp_replaces_it(
+    given: dict[str, float | None], clamps: tuple[float | None, float | None]
+) -> None:
+    for ratio in (RLAD(**given).ratio, TrustRegionRatio(**given)):  # type: ignore[arg-type]
+        assert isinstance(ratio, TrustRegionRatio)
+        assert (ratio.offset_clamp, ratio.log_ratio_clamp) == clamps
 
 
 def test_the_configuration_is_the_paper_s() -> None:

@@ -273,7 +273,7 @@ class Biased(LocalTeacher):
         KDRL(0.5, kl_estimator="top_k", kd_top_k=4),
         GKD(0.0),
         GKD(1.0),
-        RLAD(offset_clamp=None),
+        RLAD(log_ratio_clamp=None),
     ],
     ids=lambda o: type(o).__name__,
 )

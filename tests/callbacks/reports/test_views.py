@@ -80,7 +80,7 @@ def test_what_the_clip_removes_is_dead_or_protected() -> None:
 
 
 def test_rlad_is_dead_where_the_teacher_dislikes_and_protects_where_it_likes() -> None:
-    right, wrong = views(RLAD(trrd_alpha=0.0, offset_clamp=None))
+    right, wrong = views(RLAD(trrd_alpha=0.0, log_ratio_clamp=None))
     assert fates(right) == ["rewarded", "dead", "rewarded"]
     assert fates(wrong) == ["punished", "protected"]
     assert [token.imitated for token in right.tokens] == [True, False, True]
@@ -159,7 +159,7 @@ def test_completions_in_which_the_clip_acts_come_first() -> None:
 
 
 def test_cut_tokens_are_the_dead_and_the_protected() -> None:
-    objective = RLAD(trrd_alpha=0.0, offset_clamp=None)
+    objective = RLAD(trrd_alpha=0.0, log_ratio_clamp=None)
     for truncated, expected in ((False, [1, 1]), (True, [1, 0])):
         ready = objective.prepare(batch(truncated))
         assert ready.old_logprobs is not None
