@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.callbacks.reports.plots import plot_curves
+from kdrl_lightning.callbacks.reports.summary import summary_table
 from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import State, Tree
@@ -187,7 +188,7 @@ class RunReport(RolloutCallback):
         write_or_warn(file, lambda: file.write_text(text))
         file = folder / "curves.png"
         write_or_warn(file, lambda: plot_curves(file, self.curves, accuracy, summary))
-        print(_table(summary, folder))
+        print(summary_table(summary, folder))
         if self._first_step in (None, trainer.global_step):
             print(f"nothing was trained: {nothing_trained(trainer)}.", flush=True)
 
@@ -280,31 +281,6 @@ class RunReport(RolloutCallback):
             "export_path": str(folder / "student") if self.export else None,
             "torch": torch.__version__,
         }
-
-
-def _table(summary: Tree, folder: Path) -> str:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
-
-    rows = [
-        ("method", summary["method"]),
-        ("student before", share(summary["student_accuracy_before"])),
-        ("student after", share(summary["student_accuracy_after"])),
-        ("teacher", share(summary["teacher_accuracy"])),
-        ("rollouts", f"{summary['rollouts']} ({summary['optimizer_steps']} optimizer steps)"),
-        (
-            "time",
-            f"{summary['wall_seconds']:.0f} s (rollouts {summary['rollout_seconds']:.0f} s, "
-            f"scoring {summary['score_seconds']:.0f} s, updates {summary['train_seconds']:.0f} s; "
-            f"of these the teacher {summary['teacher_seconds']:.1f} s)",
-        ),
-        ("warnings", ", ".join(summary["warnings"]) or "-"),
-        ("run folder", str(folder)),
-        ("trained student", summary["export_path"] or "-"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
-    return "\n".join(["", *lines, ""])
 
 
 def _evaluate(trainer: pl.Trainer, weights: ModelWeights, who: str) -> float | None:

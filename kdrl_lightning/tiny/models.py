@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdrl_lightning import __version__
-from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
+from kdrl_lightning.tiny.tokenizers import make_merging_tokenizer as make_merging_tokenizer
+from kdrl_lightning.tiny.tokenizers import make_tokenizer as make_tokenizer
 
 # `Any`: transformers has no type that all tokenizers share; torch's closures.
 
@@ -243,37 +244,6 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
     )
     (LlamaForCausalLM if recipe.merged else Qwen2ForCausalLM)(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def make_tokenizer() -> HFTokenizer:
-    """Return a tokenizer with one token per character, plus padding and end token.
-
-    It is a Qwen2 tokenizer, because transformers loads one for every Qwen2 folder.
-    """
-    from transformers import Qwen2Tokenizer
-
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *SYMBOLS])}
-    make: Any = Qwen2Tokenizer  # its annotation forbids having no unknown token
-    return make(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<eos>", unk_token=None)
-
-
-def make_merging_tokenizer() -> HFTokenizer:
-    """Return a tokenizer that writes numbers two digits at a time, from the left."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    pairs = [(a, b) for a in SYMBOLS[:10] for b in SYMBOLS[:10]]
-    tokens = ["<pad>", "<eos>", *SYMBOLS, *(a + b for a, b in pairs)]
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
-    make: Any = PreTrainedTokenizerFast  # transformers does not annotate it
-    return make(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
 def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from helpers.processes.ready import forks
 from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, CachedTeacher, KDRLModule, LocalTeacher, RoutedTeacher
 from kdrl_lightning.cli.main import KDRLCLI
@@ -160,32 +160,27 @@ def test_two_connections_share_one_file(tmp_path: Path, teacher_folder: str) -> 
 
 
 WRITER = """
-import sys
 from pathlib import Path
 from kdrl_lightning.teachers.cached import _open
-sys.stdin.readline()
-database = _open(Path(sys.argv[1]))
+database = _open(Path({file!r}))
 for i in range(200):
     with database:
-        database.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", (f"other{i}", b"x"))
+        database.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", (f"other{{i}}", b"x"))
 """
 
 
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
-    file = tmp_path / "scores.db"
-    command = [sys.executable, "-c", WRITER, str(file)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert other.stdin is not None
-    other.stdin.write("go\n")
-    other.stdin.flush()
+    file, script = tmp_path / "scores.db", tmp_path / "writer.py"
+    script.write_text(WRITER.format(file=str(file)))
+    other = forks().Process(target=runpy.run_path, args=(str(script),))
+    other.start()
     database, mine = _open(file), 0
-    while other.poll() is None or mine < 200:
+    while other.exitcode is None or mine < 200:
         with database:
             row = (f"mine{mine}", b"x")
             database.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", row)
         mine += 1
-    _, error = other.communicate(timeout=60)
-    assert other.returncode == 0, error
+    assert other.exitcode == 0
     assert database.execute("SELECT COUNT(*) FROM scores").fetchone() == (200 + mine,)
     database.close()
 
