@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed.tensor import DTensor
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.models.loading import empty_causal_lm
 from kdrl_lightning.models.weights import ModelWeights, plain_name
 
-# `Any`: transformers has no type that all models share.
-
 
 @torch.no_grad()
-def filled_replica(weights: ModelWeights, replica: Any = None) -> Any:
+def filled_replica(weights: ModelWeights, replica: HFModel = None) -> HFModel:
     """Return a plain copy of a model in its computing type; all ranks must call it.
 
     We gather one tensor at a time, so a rank holds the copy and at most one tensor twice.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdrl_lightning.common.untyped import HFTokenizer
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.architectures.trunk import Trunk
@@ -26,8 +26,7 @@ from kdrl_lightning.teachers.self_teachers import check_self_teachers, self_teac
 from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
-# `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
-# row.
+# `Any`: an objective, whose room this one must not import.
 
 
 class FrozenModels:
@@ -156,11 +155,11 @@ class FrozenModels:
         for model in self._models():
             model.release()
 
-    def route(self, row: Mapping[str, Any]) -> int:
+    def route(self, row: Row) -> int:
         """Return which of several teachers scores the completions of a prompt row."""
         return 0 if self._teacher is None else self._teacher.route(row)
 
-    def generation_prompt(self, row: Mapping[str, Any], prompt_ids: list[int]) -> list[int]:
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
         """Return the prompt after which the teacher samples its completions of a row."""
         return (
             prompt_ids

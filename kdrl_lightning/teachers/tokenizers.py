@@ -13,7 +13,7 @@ from typing import Any
 from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
 
-# `Any`: transformers has no type that all tokenizers share.
+# `Any`: an objective, whose room this one must not import.
 
 PROBES = (
     [{"role": "user", "content": "1+1="}],
@@ -21,7 +21,9 @@ PROBES = (
 )
 
 
-def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher_path: str) -> None:
+def check_same_vocabulary(
+    student: HFTokenizer, teacher: HFTokenizer, student_path: str, teacher_path: str
+) -> None:
     """Refuse a teacher whose token ids have other meanings than the student's.
 
     Tokens are compared by content, id by id. Tokens that only the teacher has give a warning: the
@@ -64,8 +66,8 @@ def check_same_vocabulary(student: Any, teacher: Any, student_path: str, teacher
 
 
 def compare(
-    student: Any,
-    teacher: Any,
+    student: HFTokenizer,
+    teacher: HFTokenizer,
     student_path: str,
     teacher_path: str,
     vocab_size: int,
@@ -94,7 +96,7 @@ def compare(
 
 
 def different_ends(
-    student: Any, teacher: Any, vocab_size: int, ends: tuple[int, int] | None = None
+    student: HFTokenizer, teacher: HFTokenizer, vocab_size: int, ends: tuple[int, int] | None = None
 ) -> str | None:
     """Return student's and teacher's end token in words if they differ, else None.
 
@@ -168,7 +170,9 @@ def check_sampled(objective: Any) -> None:
     )
 
 
-def warn_of_templates(student: Any, teacher: Any, student_path: str, teacher_path: str) -> None:
+def warn_of_templates(
+    student: HFTokenizer, teacher: HFTokenizer, student_path: str, teacher_path: str
+) -> None:
     """Warn if the teacher's chat template renders a conversation differently.
 
     The teacher reads the student's prompts token by token. If it was trained with another template,
