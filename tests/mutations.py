@@ -2910,9 +2910,27 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: the working folder is left",
-        ("rewards/base.py", "rewards/test_reward_runner.py"),
+        ("rewards/surroundings.py", "rewards/test_reward_runner.py"),
         "os.fchdir(here)",
         "pass",
+    ),
+    Mutation(
+        "rewards: torch keeps what a reward sets",
+        ("rewards/surroundings.py", "rewards/test_surroundings.py"),
+        "            setting.write(had)\n",
+        "",
+    ),
+    Mutation(
+        "rewards: a reward starts with the same random numbers in every rollout",
+        ("rewards/surroundings.py", "rewards/test_surroundings.py"),
+        "            _set_random_states(self._states)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "rewards: a reward seeds the run",
+        ("rewards/surroundings.py", "rewards/test_surroundings.py"),
+        "                _set_random_states(runs)\n",
+        "                pass\n",
     ),
     Mutation(
         "notes: one for each look at a value",
