@@ -100,36 +100,24 @@ ALL = (
 
 
 @contextmanager
-def restored(
-    who: str, settings: tuple[Setting, ...] = ALL, told: set[str] | None = None
-) -> Iterator[None]:
-    """Restore settings that change inside, and warn.
+def restored(tell: Callable[[str], object], settings: tuple[Setting, ...] = ALL) -> Iterator[None]:
+    """Restore settings that change inside.
 
     Args:
-        who: what runs inside, for the warning.
+        tell: gets a text such as "torch's default dtype from torch.float32 to torch.float64" for
+            each setting that changed.
         settings: the settings.
-        told: names of settings of which no warning is needed any more; those of new warnings are
-            added.
     """
-    told = set() if told is None else told
     before = [setting.read() for setting in settings]
     try:
         yield
     finally:
         for setting, had in zip(settings, before, strict=True):
             found = setting.read()
-            if found == had:
-                continue
-            setting.write(had)
-            if setting.name not in told:
-                told.add(setting.name)
+            if found != had:
+                setting.write(had)
                 values = "" if isinstance(had, tuple | list) else f" from {had} to {found}"
-                warnings.warn(
-                    f"{who} changed {setting.name}{values}, which the run depends on: it is "
-                    "restored each time. Change it only inside the reward, or run the reward in "
-                    "processes of its own (`RewardFunction`).",
-                    stacklevel=4,
-                )
+                tell(f"{setting.name}{values}")
 
 
 class Surroundings:
@@ -149,12 +137,22 @@ class Surroundings:
         runs = _random_states()
         if self._states is not None:
             _set_random_states(self._states)
-        with _working_folder_kept(), restored("the reward", told=self._told):
+        with _working_folder_kept(), restored(self._tell):
             try:
                 yield
             finally:
                 self._states = _random_states()
                 _set_random_states(runs)
+
+    def _tell(self, change: str) -> None:
+        if change not in self._told:
+            self._told.add(change)
+            warnings.warn(
+                f"the reward changed {change}, which the run depends on: it is restored after each "
+                "call. Change it only inside the reward, or run the reward in processes of its "
+                "own (`RewardFunction`).",
+                stacklevel=4,
+            )
 
 
 def _random_states() -> tuple[Any, Any, torch.Tensor]:

@@ -21,7 +21,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "torch's default device": lambda: torch.set_default_device("meta"),
     "torch's gradient mode": lambda: torch.set_grad_enabled(False),
     "torch's deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
-    "torch's number of threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    "torch's number of threads": lambda: torch.set_num_threads(3),
     "torch's precision of float32 products": lambda: torch.set_float32_matmul_precision("medium"),
     "the handlers of signals": lambda: signal.signal(signal.SIGTERM, lambda *_: None),
 }
@@ -30,6 +30,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     before = [setting.read() for setting in ALL]
+    torch.set_num_threads(1)
     yield
     for setting, value in zip(ALL, before, strict=True):
         setting.write(value)
@@ -57,7 +58,9 @@ def test_every_setting_is_tried() -> None:
 def test_a_change_is_undone_and_named_once(name: str, fails: bool) -> None:
     before = [setting.read() for setting in ALL]
     runner = after(CHANGES[name], fails)
-    with pytest.warns(UserWarning, match=f"the reward changed {name}.*it is restored each time"):
+    with pytest.warns(
+        UserWarning, match=f"the reward changed {name}.*it is restored after each call"
+    ):
         runner(ONE, training=not fails)
     assert [setting.read() for setting in ALL] == before
     with warnings.catch_warnings():
