@@ -2915,6 +2915,24 @@ MUTATIONS = [
         "pass",
     ),
     Mutation(
+        "base: arguments drop those of their class",
+        ("cli/settings/merging.py", "cli/settings/test_layers.py"),
+        '        over = {"init_args": over}\n',
+        "        return over\n",
+    ),
+    Mutation(
+        "notes: a list that a mapping replaces is not named",
+        ("cli/settings/replaced.py", "cli/settings/test_layers.py"),
+        "lost = missing(had, classes)",
+        "lost = []",
+    ),
+    Mutation(
+        "loading: a tokenizer's mistake is the configuration's",
+        ("models/architectures/reading.py", "models/test_loading.py"),
+        'if part == "tokenizer":',
+        "if False:",
+    ),
+    Mutation(
         "rewards: torch keeps what a reward sets",
         ("rewards/surroundings.py", "rewards/test_surroundings.py"),
         "            setting.write(had)\n",

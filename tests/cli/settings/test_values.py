@@ -10,9 +10,9 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from kdrl_lightning.cli.layered_yaml import merge
 from kdrl_lightning.cli.parser import is_file, one_line
 from kdrl_lightning.cli.settings import private
+from kdrl_lightning.cli.settings.merging import merge
 from kdrl_lightning.cli.settings.private import util
 from kdrl_lightning.cli.settings.replaced import Given, contents, missing
 from kdrl_lightning.cli.settings.shapes import by_name, fits, fitting, is_class, is_spec
