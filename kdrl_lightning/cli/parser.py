@@ -160,7 +160,8 @@ class OneLineParser(LightningArgumentParser):
             close = get_close_matches(word, sorted(known), n=1)
         if close:
             return f"; did you mean {close[0]}?"
-        return f"; it has {', '.join(self._own_names())}" if self._of_a_class else ""
+        own = ", ".join(self._own_names()) or "no arguments"
+        return f"; it has {own}" if self._of_a_class else ""
 
     @property
     def _of_a_class(self) -> bool:

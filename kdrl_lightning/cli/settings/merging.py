@@ -1,4 +1,4 @@
-"""Merges the settings of a file over those of its base, as jsonargparse does for two files."""
+"""Merges the settings of a file over those of its base."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import inspect
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
-from kdrl_lightning.cli.settings.replaced import chosen, held, is_name, note_lost
-from kdrl_lightning.cli.settings.shapes import by_name
+from kdrl_lightning.cli.settings.replaced import chosen, contents, held, is_name, note_lost
+from kdrl_lightning.cli.settings.shapes import by_name, is_spec
 from kdrl_lightning.cli.settings.unused import note_dropped, note_replaced
 
 CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -118,7 +118,8 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _note_lost(where: str, base: Any, over: Any) -> None:
-    kind = "list" if isinstance(base, list) else "settings"
+    listed = isinstance(over, list) and is_spec(base) and contents(over)  # a class is a list of one
+    kind = "list" if isinstance(base, list) or listed else "settings"
     note_lost(where, base, held(base), over, f"the {kind} of its base")
 
 
