@@ -148,7 +148,7 @@ def shrunk(
         scale: prompts of a rollout, tokens and steps are divided by it.
     """
     from kdrl_lightning.cli.layered_yaml import load_with_base
-    from kdrl_lightning.cli.settings.merging import merge
+    from kdrl_lightning.cli.settings.layers.merging import merge
 
     config: dict[str, Any] = {}
     for recipe in recipes:

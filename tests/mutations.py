@@ -194,7 +194,7 @@ CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
 GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
 DEVICES = "trainer/devices.py", "trainer/test_devices.py"
 SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
-REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
+REPLACED = "cli/settings/layers/replaced.py", "cli/settings/test_values.py"
 YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
 NOTES = "cli/settings/unused.py", "cli/settings/test_values.py"
 PRIVATE = "cli/settings/private.py", "cli/settings/test_values.py"
@@ -2650,7 +2650,7 @@ MUTATIONS = [
     ),
     Mutation(
         "settings: a flag before its file is no matter",
-        ("cli/settings/overlaid.py", "cli/settings/test_dropped.py"),
+        ("cli/settings/layers/overlaid.py", "cli/settings/test_dropped.py"),
         "if _at(settings, flag[2:]) is not None:",
         "if _at(settings, flag) is not None:",
     ),
@@ -2916,13 +2916,13 @@ MUTATIONS = [
     ),
     Mutation(
         "base: arguments drop those of their class",
-        ("cli/settings/merging.py", "cli/settings/test_layers.py"),
+        ("cli/settings/layers/merging.py", "cli/settings/test_layers.py"),
         '        over = {"init_args": over}\n',
         "        return over\n",
     ),
     Mutation(
         "notes: a list that a mapping replaces is not named",
-        ("cli/settings/replaced.py", "cli/settings/test_layers.py"),
+        ("cli/settings/layers/replaced.py", "cli/settings/test_layers.py"),
         "lost = missing(had, classes)",
         "lost = []",
     ),

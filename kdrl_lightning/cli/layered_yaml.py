@@ -13,8 +13,8 @@ import yaml
 from jsonargparse import set_dumper, set_loader
 
 from kdrl_lightning.cli.settings import unions
-from kdrl_lightning.cli.settings.merging import merge
-from kdrl_lightning.cli.settings.overlaid import Layer, keep
+from kdrl_lightning.cli.settings.layers.merging import merge
+from kdrl_lightning.cli.settings.layers.overlaid import Layer, keep
 from kdrl_lightning.cli.settings.private import util
 from kdrl_lightning.cli.settings.renamed import renamed
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain

@@ -16,7 +16,7 @@ import kdrl_lightning
 from kdrl_lightning.cli.help import HELP_ALL
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.settings.empty import unknown_group
-from kdrl_lightning.cli.settings.overlaid import forget, mistakes, overruled
+from kdrl_lightning.cli.settings.layers.overlaid import forget, mistakes, overruled
 from kdrl_lightning.cli.settings.private import actions
 from kdrl_lightning.cli.settings.renamed import renamed, renamed_flags
 from kdrl_lightning.cli.settings.text import Text

@@ -26,8 +26,8 @@ from kdrl_lightning.cli.settings.classes import (
     check_name,
     check_spec,
 )
+from kdrl_lightning.cli.settings.layers.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.private import actions, typehints, util
-from kdrl_lightning.cli.settings.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.shapes import (
     LEAVES,
     NULL,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from helpers.program import CONFIG, made
-from kdrl_lightning.cli.settings.merging import merge
+from kdrl_lightning.cli.settings.layers.merging import merge
 from kdrl_lightning.cli.settings.unused import take_notes
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4, "weight_decay": 0.5}}

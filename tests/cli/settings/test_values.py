@@ -14,9 +14,9 @@ import yaml
 from kdrl_lightning.cli.parser import is_file, one_line
 from kdrl_lightning.cli.settings import private
 from kdrl_lightning.cli.settings.classes import check_spec
-from kdrl_lightning.cli.settings.merging import merge
+from kdrl_lightning.cli.settings.layers.merging import merge
+from kdrl_lightning.cli.settings.layers.replaced import Given, contents, missing
 from kdrl_lightning.cli.settings.private import util
-from kdrl_lightning.cli.settings.replaced import Given, contents, missing
 from kdrl_lightning.cli.settings.shapes import by_name, fits, fitting, is_class, is_spec
 from kdrl_lightning.cli.settings.text import Text, dump, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped, take_notes

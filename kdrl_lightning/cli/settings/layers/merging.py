@@ -6,7 +6,7 @@ import inspect
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
-from kdrl_lightning.cli.settings.replaced import chosen, contents, held, is_name, note_lost
+from kdrl_lightning.cli.settings.layers.replaced import chosen, contents, held, is_name, note_lost
 from kdrl_lightning.cli.settings.shapes import by_name, is_spec
 from kdrl_lightning.cli.settings.unused import note_dropped, note_replaced
 
