@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,3 +122,12 @@ def test_a_rewards_random_numbers_go_on_whatever_the_run_draws() -> None:
         runner(ONE)
         seed()
     assert drawn == expected
+
+
+def test_the_processes_of_a_reward_need_no_torch() -> None:
+    code = (
+        "import sys, kdrl_lightning.rewards, kdrl_lightning.cli.settings.user_code; "
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "False\n"

@@ -13,7 +13,6 @@ from typing import Any
 from kdrl_lightning.cli.settings.private import typehints
 from kdrl_lightning.cli.settings.unused import note
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, disk_error, path_error
-from kdrl_lightning.rewards.surroundings import DEFAULTS, restored
 
 # Errors of ours show their traceback; `build_optimizer` reports those of torch.
 OTHERWISE = ("kdrl_lightning.", "torch.")
@@ -44,6 +43,8 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _defaults_restored(name: str) -> AbstractContextManager[None]:
     """Restore what a module or a constructor changes of torch's defaults, and note it."""
+    from kdrl_lightning.rewards.surroundings import DEFAULTS, restored  # imports torch
+
     cure = "which the run depends on: it is restored. Change it only where it is needed."
     return restored(lambda change: note(f"{name} changed {change}, {cure}"), DEFAULTS)
 

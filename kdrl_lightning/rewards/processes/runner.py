@@ -11,7 +11,6 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_b
 from kdrl_lightning.rewards.answers.references import shorten
 from kdrl_lightning.rewards.base import Reward, Sample, TaskReward, Verdict, judge, walk
 from kdrl_lightning.rewards.callables import require_callable
-from kdrl_lightning.rewards.surroundings import Surroundings
 from kdrl_lightning.untyped import Row
 
 
@@ -52,6 +51,9 @@ class RewardRunner:
     """
 
     def __init__(self, reward: Reward, failures: RewardFailures = RewardFailures()) -> None:
+        # This imports torch, which the processes of a reward do without.
+        from kdrl_lightning.rewards.surroundings import Surroundings
+
         for part in walk(reward):
             require_callable("reward", part)
         self.reward = reward
