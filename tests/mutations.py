@@ -2910,7 +2910,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: the working folder is left",
-        ("rewards/surroundings.py", "rewards/test_reward_runner.py"),
+        ("rewards/processes/surroundings.py", "rewards/test_reward_runner.py"),
         "os.fchdir(here)",
         "pass",
     ),
@@ -2934,19 +2934,19 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: torch keeps what a reward sets",
-        ("rewards/surroundings.py", "rewards/test_surroundings.py"),
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
         "            setting.write(had)\n",
         "",
     ),
     Mutation(
         "rewards: a reward starts with the same random numbers in every rollout",
-        ("rewards/surroundings.py", "rewards/test_surroundings.py"),
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
         "            _set_random_states(self._states)\n",
         "            pass\n",
     ),
     Mutation(
         "rewards: a reward seeds the run",
-        ("rewards/surroundings.py", "rewards/test_surroundings.py"),
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
         "                _set_random_states(runs)\n",
         "                pass\n",
     ),

@@ -43,7 +43,7 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _defaults_restored(name: str) -> AbstractContextManager[None]:
     """Restore what a module or a constructor changes of torch's defaults, and note it."""
-    from kdrl_lightning.rewards.surroundings import DEFAULTS, restored  # imports torch
+    from kdrl_lightning.rewards.processes.surroundings import DEFAULTS, restored  # imports torch
 
     cure = "which the run depends on: it is restored. Change it only where it is needed."
     return restored(lambda change: note(f"{name} changed {change}, {cure}"), DEFAULTS)

@@ -52,7 +52,7 @@ class RewardRunner:
 
     def __init__(self, reward: Reward, failures: RewardFailures = RewardFailures()) -> None:
         # This imports torch, which the processes of a reward do without.
-        from kdrl_lightning.rewards.surroundings import Surroundings
+        from kdrl_lightning.rewards.processes.surroundings import Surroundings
 
         for part in walk(reward):
             require_callable("reward", part)

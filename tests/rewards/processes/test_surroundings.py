@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdrl_lightning.rewards import RewardRunner, Sample, TaskReward
-from kdrl_lightning.rewards.surroundings import ALL
+from kdrl_lightning.rewards.processes.surroundings import ALL
 
 ONE = [Sample("42", [], {"prompt": "6*7="})]
 CHANGES: dict[str, Callable[[], Any]] = {
