@@ -194,7 +194,7 @@ CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
 GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
 DEVICES = "trainer/checks/devices.py", "trainer/test_devices.py"
 SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
-REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
+REPLACED = "cli/settings/layers/replaced.py", "cli/settings/test_values.py"
 YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
 NOTES = "cli/settings/unused.py", "cli/settings/test_values.py"
 PRIVATE = "cli/settings/private.py", "cli/settings/test_values.py"
@@ -2668,7 +2668,7 @@ MUTATIONS = [
     ),
     Mutation(
         "settings: a flag before its file is no matter",
-        ("cli/settings/overlaid.py", "cli/settings/test_dropped.py"),
+        ("cli/settings/layers/overlaid.py", "cli/settings/test_dropped.py"),
         "if _at(settings, flag[2:]) is not None:",
         "if _at(settings, flag) is not None:",
     ),
@@ -2928,9 +2928,45 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: the working folder is left",
-        ("rewards/base.py", "rewards/test_reward_runner.py"),
+        ("rewards/processes/surroundings.py", "rewards/test_reward_runner.py"),
         "os.fchdir(here)",
         "pass",
+    ),
+    Mutation(
+        "base: arguments drop those of their class",
+        ("cli/settings/layers/merging.py", "cli/settings/test_layers.py"),
+        '        over = {"init_args": over}\n',
+        "        return over\n",
+    ),
+    Mutation(
+        "notes: a list that a mapping replaces is not named",
+        ("cli/settings/layers/replaced.py", "cli/settings/test_layers.py"),
+        "lost = missing(had, classes)",
+        "lost = []",
+    ),
+    Mutation(
+        "loading: a tokenizer's mistake is the configuration's",
+        ("models/architectures/reading.py", "models/test_loading.py"),
+        'if part == "tokenizer":',
+        "if False:",
+    ),
+    Mutation(
+        "rewards: torch keeps what a reward sets",
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
+        "            setting.write(had)\n",
+        "",
+    ),
+    Mutation(
+        "rewards: a reward starts with the same random numbers in every rollout",
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
+        "            _set_random_states(self._states)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "rewards: a reward seeds the run",
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
+        "                _set_random_states(runs)\n",
+        "                pass\n",
     ),
     Mutation(
         "notes: one for each look at a value",
