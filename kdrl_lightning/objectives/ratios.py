@@ -232,7 +232,7 @@ class TrustRegionRatio(Ratio):
             if batch.imitation_mask is None:
                 return teacher, self.trrd_alpha
             # An anchor at the old student would not do: the clamp would act on log rho.
-            alpha = teacher.new_tensor(self.trrd_alpha)
+            alpha = teacher.new_full((), self.trrd_alpha)
             return teacher, torch.where(self._imitated(batch), alpha, 1.0)
         old = known(batch.old_logprobs, "old_logprobs")
         teacher = teacher_logprobs(batch, old)

@@ -6,7 +6,6 @@ tests/runs/test_on_a_card.py bounds whole runs; here are the kinds that those do
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
