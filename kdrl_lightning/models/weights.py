@@ -128,12 +128,16 @@ class ModelWeights:
         layers = adapted_layers(self.model)
         gathered: dict[int, Tensor] = {}  # by id: tied weights once
         state: dict[str, Tensor] = {}
+
+        def kept(whole: Tensor) -> Tensor:
+            return whole.cpu() if keeps else torch.empty(0)
+
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if is_adapter(name):
                 continue
             if id(tensor) not in gathered:
-                whole = self._whole(name, tensor, layers)
-                gathered[id(tensor)] = whole.cpu() if keeps else torch.empty(0)
+                # No name is kept for a whole tensor: the next one would be gathered beside it.
+                gathered[id(tensor)] = kept(self._whole(name, tensor, layers))
             state[plain_name(name)] = gathered[id(tensor)]
         return state
 

@@ -133,6 +133,9 @@ class Teacher(ABC):
     def check_device(self, device: torch.device) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if a setting cannot work on the device of the run."""
 
+    def check_fast_path(self) -> None:  # noqa: B027
+        """Compare kernel and compiled layers with plain ones on the device; see the function."""
+
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
         """Receive the student, loaded from ``path``; only teachers that use its weights need it."""
 

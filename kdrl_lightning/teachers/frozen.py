@@ -129,6 +129,15 @@ class FrozenModels:
         for model in self._models():
             model.check_device(device)
 
+    def check_fast_paths(self) -> None:
+        """Compare their kernels and compiled layers with plain ones, where they will score.
+
+        Raises:
+            ConfigurationError: a kernel gives other scores.
+        """
+        for model in self._models():
+            model.check_fast_path()
+
     def load(
         self, student: Scorer, path: str, sharding: Sharding | None, device: torch.device
     ) -> None:

@@ -178,6 +178,11 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.check_device(device)
 
+    def check_fast_path(self) -> None:
+        """Compare every teacher's fast path with the plain one."""
+        for teacher in self.teachers.values():
+            teacher.check_fast_path()
+
     def release(self) -> None:
         """Free the device memory of every teacher."""
         for teacher in self.teachers.values():

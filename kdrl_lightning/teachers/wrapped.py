@@ -142,6 +142,10 @@ class WrappedTeacher(Teacher):
         """Check the wrapped teacher's settings."""
         self.teacher.check_device(device)
 
+    def check_fast_path(self) -> None:
+        """Compare the wrapped teacher's fast path with the plain one."""
+        self.teacher.check_fast_path()
+
     def load(self, device: torch.device) -> None:
         """Load the wrapped teacher."""
         self.teacher.load(device)
