@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.messages import CONTINUE, TEMPLATE_ARGS
 from kdrl_lightning.prompts.turns import (
+    ROLES,
+    check_characters,
     check_rendered,
     check_unicode,
     clean_messages,
@@ -81,6 +83,7 @@ def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
         raise ConfigurationError(
             f"a prompt must be more than white space: got {text!r}. Remove the row."
         )
+    check_characters(tokenizer, text)
     ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), text_ids), *text_ids]
     return _trimmed(tokenizer, ids, lambda: text)
 
@@ -133,7 +136,8 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
         arguments.setdefault("tools", tools)
     try:
         turns = clean_messages(messages, template)
-        _check_the_last([turn["role"] for turn in turns], continued)
+        answering = _answering(tokenizer, turns, arguments)
+        _check_the_last([turn["role"] for turn in turns], answering, continued)
         ids = list(tokenizer.apply_chat_template(turns, **options, **arguments)["input_ids"])
     except ConfigurationError:
         raise
@@ -145,6 +149,8 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
     unencoded = {**options, **arguments, "tokenize": False, "return_dict": False}
     text = str(tokenizer.apply_chat_template(turns, **unencoded))
     check_rendered(turns, text)
+    for turn in turns:
+        check_characters(tokenizer, str(turn.get("content") or ""))
     return _trimmed(tokenizer, ids, lambda: text)
 
 
@@ -171,15 +177,29 @@ def _is_true(value: object) -> bool:
     return value is not None and value == value and bool(value)  # NaN is an empty cell
 
 
-def _check_the_last(roles: Sequence[str], continued: bool) -> None:
+def _answering(
+    tokenizer: HFTokenizer, turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+) -> set[str]:
+    """Return the names of the role whose turn the model writes, such as Gemma's `model`."""
+    last = turns[-1]["role"]
+    if last in ROLES:
+        return {"assistant"}
+    closed, opened = (
+        str(tokenizer.apply_chat_template(turns, tokenize=False, **arguments, **options))
+        for options in ({}, {"add_generation_prompt": True})
+    )
+    return {"assistant", last} if last in opened.removeprefix(closed) else {"assistant"}
+
+
+def _check_the_last(roles: Sequence[str], answering: set[str], continued: bool) -> None:
     """Refuse a conversation that already ends with the answer, unless the model continues it."""
-    if continued and roles[-1] != "assistant":
+    if continued and roles[-1] not in answering:
         raise ConfigurationError(
             f"a prompt with `{CONTINUE}` must end with a message of the assistant: got "
             f"{roles[-1]}. Add the beginning of the answer, or remove `{CONTINUE}`."
         )
     before = roles[:-1] if continued else roles
-    if before[-1:] == ["assistant"]:
+    if before and before[-1] in answering:
         raise ConfigurationError(
             "a prompt must not end with a message of the assistant, which would show the model its "
             f"answer: got one in message {len(before) - 1}. Remove it, or let the model continue "

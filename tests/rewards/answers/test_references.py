@@ -116,7 +116,7 @@ def test_every_text_of_a_float_is_that_float(value: float) -> None:
 
 
 MISSING = [None, float("nan"), np.float32("nan"), "", "  ", b"", [], [None], np.array([])]
-MISSING += [Decimal("NaN"), np.datetime64("NaT"), NAType()]
+MISSING += [Decimal("NaN"), Decimal("sNaN"), np.ma.masked, np.datetime64("NaT"), NAType()]
 
 
 @pytest.mark.parametrize(
