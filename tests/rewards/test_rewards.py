@@ -222,7 +222,9 @@ def test_each_task_is_probed_once(gym: ReasoningGymReward, monkeypatch: Any) -> 
     monkeypatch.setattr(reward.pool, "map", lambda calls: asked.extend(calls) or [])
     rows = [ReasoningGymPrompts(task, size=2) for task in ("chain_sum", "basic_arithmetic")]
     RewardRunner(reward).check(source[i] for source in rows for i in (0, 1))
-    assert len(asked) == 2 * len((*CONSTANTS, "the right one")) and {task for task, *_ in asked} == {
+    assert len(asked) == 2 * len((*CONSTANTS, "the right one")) and {
+        task for task, *_ in asked
+    } == {
         "chain_sum",
         "basic_arithmetic",
     }
