@@ -119,18 +119,37 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None
     )
 
 
+def space_before_answer(tokenizer: HFTokenizer) -> str:
+    """Return the white space between the chat template's generation prompt and an answer.
+
+    Llama 2's ends with ``[/INST]``, and an answer begins with a space.
+    """
+    opened = _rendered(tokenizer, answered=False)
+    before, found, _ = _rendered(tokenizer, answered=True).partition(PROBE)
+    space = before[len(opened) :] if opened and found and before.startswith(opened) else ""
+    return "" if space.strip() else space
+
+
 def _after_answer(tokenizer: HFTokenizer) -> str:
     """Return what the chat template writes after an answer; empty if it has no answer there."""
+    _, found, rest = _rendered(tokenizer, answered=True).rpartition(PROBE)
+    return rest.strip() if found else ""
+
+
+def _rendered(tokenizer: HFTokenizer, answered: bool) -> str:
+    """Return a question with an answer, or with a generation prompt; empty without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    turns = [{"role": "user", "content": "?"}]
+    turns += [{"role": "assistant", "content": PROBE}] if answered else []
     for system in ([], [{"role": "system", "content": "?"}]):  # some templates need one
         try:
-            text = tokenizer.apply_chat_template([*system, *messages], tokenize=False)
+            text = tokenizer.apply_chat_template(
+                [*system, *turns], tokenize=False, add_generation_prompt=not answered
+            )
         except Exception:  # templates refuse in their own words
             continue
-        _, found, rest = text.rpartition(PROBE)
-        return rest.strip() if found else ""
+        return str(text)
     return ""
 
 

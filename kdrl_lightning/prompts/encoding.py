@@ -23,6 +23,9 @@ from kdrl_lightning.untyped import HFTokenizer, Row
 
 # `Any`: the content of users' messages.
 
+# Characters that a text's first token rarely takes in.
+FRONTS = ("\n", "=", "x")
+
 # Arguments of `apply_chat_template` that a row must not set.
 OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
 
@@ -76,7 +79,7 @@ def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
             f"{text[:40]!r}. Store the column as lists, e.g. in JSON Lines."
         )
     check_unicode(text)
-    text_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text_ids = _bare_ids(tokenizer, text)
     if not text_ids:
         return []
     if not text.strip():
@@ -86,6 +89,29 @@ def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
     check_characters(tokenizer, text)
     ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), text_ids), *text_ids]
     return _trimmed(tokenizer, ids, lambda: text)
+
+
+def encode_inside(tokenizer: HFTokenizer, text: str) -> list[int]:
+    """Return the token ids of a text that continues another one.
+
+    Some tokenizers (Llama 2, Mistral, Phi-3) put a space in front of whatever they encode, which
+    has no place in the middle of a text. We encode a character in front and drop it again.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the continuation, without a space that is not its own.
+    """
+    one, alone = (_bare_ids(tokenizer, part) for part in ("1", text))
+    if " " in str(tokenizer.decode([*one, *one])):
+        for front in FRONTS:
+            before, whole = (_bare_ids(tokenizer, part) for part in (front, front + text))
+            if before and whole[: len(before)] == before:
+                return whole[len(before) :]
+    return alone
+
+
+def _bare_ids(tokenizer: HFTokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _added_in_front(with_added: list[int], text_ids: list[int]) -> list[int]:

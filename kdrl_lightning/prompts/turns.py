@@ -153,7 +153,7 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
-def check_characters(tokenizer: HFTokenizer, text: str) -> None:
+def check_characters(tokenizer: HFTokenizer, text: str, what: str = "prompt") -> None:
     """Check that a tokenizer drops no character of a text.
 
     Most tokenizers have bytes or an unknown token for what they do not know.
@@ -171,9 +171,9 @@ def check_characters(tokenizer: HFTokenizer, text: str) -> None:
     dropped = [c for c, ids in zip(letters, coded, strict=True) if not ids]
     if dropped:
         raise ConfigurationError(
-            "the tokenizer must know every character of a prompt: got "
+            f"the tokenizer must know every character of a {what}: got "
             f"{', '.join(map(repr, dropped[:5]))}, which it would leave out of {text!r:.100}. Use "
-            "a model with another tokenizer, or change the prompt."
+            f"a model with another tokenizer, or change the {what}."
         )
 
 
