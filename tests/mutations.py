@@ -1967,7 +1967,7 @@ MUTATIONS = [
     Mutation(
         "prompts: the answer shown",
         ENCODING,
-        'if before[-1:] == ["assistant"]:',
+        "if before and before[-1] in answering:",
         'if before[-2:] == ["assistant"]:',
     ),
     Mutation(
@@ -2657,8 +2657,8 @@ MUTATIONS = [
     Mutation(
         "prompts: a template may lose a message",
         ("prompts/turns.py", "prompts/test_templates.py"),
-        'turn["role"] not in ("system", "developer", "user")',
-        'turn["role"] in ("system", "developer", "user")',
+        'if turn["role"] in ("system", "developer", "user")',
+        'if turn["role"] not in ("system", "developer", "user")',
     ),
     Mutation(
         "prompts: a message is found inside of another one",
