@@ -53,9 +53,11 @@ from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
     check_length,
+    check_moments,
     check_precision,
     clip_gradients,
     for_lightning,
+    state_names,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
 
@@ -209,6 +211,8 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
         check_length(scheduler, self.trainer.max_steps)
+        names = state_names(self.optimizer_callable)
+        optimizer.register_load_state_dict_pre_hook(partial(check_moments, names))
         self._settings = Settings(optimizer, scheduler)
         return for_lightning(optimizer, scheduler)
 

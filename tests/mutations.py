@@ -1985,7 +1985,7 @@ MUTATIONS = [
     Mutation(
         "prompts: the answer shown",
         ENCODING,
-        'if before[-1:] == ["assistant"]:',
+        "if before and before[-1] in answering:",
         'if before[-2:] == ["assistant"]:',
     ),
     Mutation(
@@ -2675,8 +2675,38 @@ MUTATIONS = [
     Mutation(
         "prompts: a template may lose a message",
         ("prompts/turns.py", "prompts/test_templates.py"),
-        'turn["role"] not in ("system", "developer", "user")',
-        'turn["role"] in ("system", "developer", "user")',
+        'if turn["role"] in ("system", "developer", "user")',
+        'if turn["role"] not in ("system", "developer", "user")',
+    ),
+    Mutation(
+        "prompts: a message is found inside of another one",
+        ("prompts/turns.py", "prompts/test_templates.py"),
+        "words = words.replace(part, GAP, 1)",
+        "words = words.replace(part, part, 1)",
+    ),
+    Mutation(
+        "prompts: an answer in a role of the template's own",
+        ("prompts/encoding.py", "prompts/test_templates.py"),
+        'return {"assistant", last} if last in',
+        'return {"assistant", last} if last not in',
+    ),
+    Mutation(
+        "traces: a completion begins with the tokenizer's space",
+        ("supervised.py", "test_supervised.py"),
+        "ids = encode_inside(tokenizer, text)",
+        'ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])',
+    ),
+    Mutation(
+        "rewards: a scorer may reject the row's own answer",
+        ("rewards/reasoning_gym.py", "rewards/test_rewards.py"),
+        "if found and not any(",
+        "if not found and not any(",
+    ),
+    Mutation(
+        "resume: another tokenizer",
+        ("checkpoints/resume.py", "checkpoints/test_resumed_settings.py"),
+        'if saved.get("vocabulary", module.vocabulary) != module.vocabulary:',
+        'if saved.get("vocabulary", "") != saved.get("vocabulary", ""):',
     ),
     Mutation(
         "prompts: one end token closes a prompt",

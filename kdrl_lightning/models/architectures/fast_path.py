@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.compiled import OrPlain
 from kdrl_lightning.models.architectures.trunk import ON_GPUS, PART, Trunk, use_kernel
@@ -23,7 +24,6 @@ from kdrl_lightning.models.architectures.verification import (
     probe_rows,
     spread_of,
 )
-from kdrl_lightning.untyped import HFModel
 
 PLAIN = "eager"
 

@@ -72,7 +72,7 @@ def verify(scorer: Verified, name: str) -> None:
         reference = _whole_logits(scorer, rows)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:  # an architecture's code may raise anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigurationError(
             f"the language model {name} must run on token ids alone: got {reason} from "
