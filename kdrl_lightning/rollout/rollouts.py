@@ -286,14 +286,16 @@ class RolloutSource:
         )
 
     def _cut(self) -> Cut:
-        joins = self.live.module.frozen.joins
+        frozen = self.live.module.frozen
+        other = frozen.active is not None and frozen.active.has_own_prompt
         return Cut(
             minibatches=self.collector.slots.minibatches,
             epochs=self.epochs,
             micro_batches=self.live.trainer.accumulate_grad_batches,
             max_tokens=self.collector.student.sampling.max_tokens,
             max_micro_tokens=self.max_micro_tokens,
-            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if joins else 0.0,
+            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if frozen.joins else 0.0,
+            teacher=frozen.active if other else None,
         )
 
     def _guard(self, work: Callable[[], RolloutBatch]) -> RolloutBatch:

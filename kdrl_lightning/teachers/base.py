@@ -85,6 +85,15 @@ class Teacher(ABC):
         """
         return None
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many tokens of prompt and completion the teacher reads, ``[B]`` int64.
+
+        Args:
+            batch: B completions, as ``score`` gets them.
+        """
+        own = batch.teacher_prompt_ids
+        return batch.lengths if own is None else (own >= 0).sum(1) + batch.completion_lengths
+
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if the teacher's prompt of a row cannot be written.
 

@@ -107,6 +107,14 @@ class RoutedTeacher(Teacher):
             out += own or [OwnPrompt(attempt.prompt_ids) for attempt in group.attempts]
         return out
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many tokens each row's teacher reads."""
+        out = batch.lengths.clone()
+        for index in batch.teacher_route.unique().tolist():
+            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
+            out[rows] = self.teachers[self._order[index]].lengths(batch.select(rows))
+        return out
+
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
         """Raise if the prompt of the row's teacher cannot be written."""
         self._of(row).check_row(row, tokenizer)

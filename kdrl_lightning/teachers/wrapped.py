@@ -81,6 +81,10 @@ class WrappedTeacher(Teacher):
         """Return the wrapped teacher's prompts."""
         return self.teacher.own_prompts(groups)
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many tokens the wrapped teacher reads."""
+        return self.teacher.lengths(batch)
+
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
         """Raise if the wrapped teacher's prompt of a row cannot be written."""
         self.teacher.check_row(row, tokenizer)

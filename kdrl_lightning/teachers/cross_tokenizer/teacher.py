@@ -181,6 +181,14 @@ class CrossTokenizerTeacher(WrappedTeacher):
         if self._worker is not None:
             self._worker.start(self._jobs(batch))
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many of its own tokens the teacher reads, once they are aligned."""
+        if self._worker is None:
+            return super().lengths(batch)
+        own = [len(row.teacher_ids) for row in self._rows(batch)]
+        prompts = [len(prompt) for prompt in self._prompts(batch)[0]]
+        return torch.tensor(own) + torch.tensor(prompts)
+
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
         """Score the sampled tokens; a token gets its chunk's sum. See ``Teacher.score``."""
