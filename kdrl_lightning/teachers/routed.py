@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.scorer import Scorer
@@ -126,6 +127,20 @@ class RoutedTeacher(Teacher):
             of_teacher = [row for row in rows if self._of(row) is teacher]
             lines.append(teacher.check_rows(of_teacher, tokenizer) if of_teacher else "")
         return "; ".join(filter(None, lines))
+
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the prompt after which the row's teacher samples."""
+        return self._of(row).generation_prompt(row, prompt_ids)
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Row], most: int
+    ) -> tuple[list[Completion], int]:
+        """Return each completion as the teacher of its row writes it for the student."""
+        made = [
+            self._of(row).in_student_tokens([one], [row], most)
+            for one, row in zip(completions, rows, strict=True)
+        ]
+        return [one for (one,), _ in made], sum(lost for _, lost in made)
 
     def _of(self, row: Mapping[str, Any]) -> Teacher:
         return self.teachers[self._order[self.route(row)]]

@@ -54,9 +54,6 @@ class Aligner:
         ends: tokens that end a completion of the student.
         max_chunk_tokens: most tokens of a chunk, on either side; the teacher's scores of longer
             chunks are left out. None: no limit.
-
-    Raises:
-        ConfigurationError: the teacher's tokenizer changes a text of printable ASCII characters.
     """
 
     def __init__(
@@ -72,7 +69,6 @@ class Aligner:
         self.max_chunk_tokens = max_chunk_tokens
         self.encode = TextEncoder(teacher)
         self.segments = Cutter(student, writes_words_alone(teacher, self.encode))
-        self._refuse_changed_text()
 
     def __call__(
         self, completions: Sequence[Ints], ends: Sequence[int], most: Sequence[int] | None = None
@@ -113,8 +109,12 @@ class Aligner:
             )
         ]
 
-    def _refuse_changed_text(self) -> None:
-        """Encode every token of the student that is printable ASCII."""
+    def refuse_changed_text(self) -> None:
+        """Encode every token of the student that is printable ASCII.
+
+        Raises:
+            ConfigurationError: the teacher's tokenizer changes one of them.
+        """
         texts = [p for p in self.student.pieces if p and PRINTABLE.fullmatch(p)]
         for text, ids in zip(texts, self.encode(texts), strict=True):
             _, differs_at = read(self.teacher, text, ids)

@@ -20,7 +20,7 @@ PARTS = [
     *("Größe", "nai\u0308ve", "数学の問題,", "Ответ", "مرحبا", "שלום!", "🙂", "👍🏽ok", "▁", "Ġ"),
     *("'", '"', "<", ">", ".", "!", "\n", " \n\n", "\t", "\r\n", "  ", "\u00a0", "\u3000"),
 ]
-TEXTS, WORDS = 300, 24
+TEXTS, WORDS = 150, 24
 
 
 def writes_words_alone(tokens: TokenBytes, encode: TextEncoder) -> bool:

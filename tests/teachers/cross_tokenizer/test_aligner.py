@@ -29,11 +29,8 @@ def tokens(kind: str) -> TokenBytes:
 
 @cache
 def aligner(student: str, teacher: str, words: bool = True) -> Aligner:
-    made = Aligner.__new__(Aligner)  # without the check of the student's whole vocabulary
-    made.student, made.teacher, made.ends = tokens(student), tokens(teacher), frozenset([END])
-    made.max_chunk_tokens, made.encode = None, TextEncoder(made.teacher)
-    alone = writes_words_alone(made.teacher, made.encode)
-    made.segments = Cutter(made.student, words and alone)
+    made = Aligner(tokens(student), tokens(teacher), [END])
+    made.segments.words &= words
     return made
 
 
@@ -258,12 +255,17 @@ def changed(normalizer: Any) -> Any:
     return wrapped(made)
 
 
+def refuse(student: TokenBytes, teacher: Any) -> None:
+    Aligner(student, TokenBytes(teacher, "t", [END]), [END]).refuse_changed_text()
+
+
 def test_a_teacher_that_changes_text_is_refused_with_the_first_byte() -> None:
     student = TokenBytes(by_hand([*"abAB"]), "s", [END])
     with pytest.raises(ConfigurationError, match="got b'a' of t for b'A' of s, first different at"):
-        Aligner(student, TokenBytes(changed(normalizers.Lowercase()), "t", [END]), [END])
+        refuse(student, changed(normalizers.Lowercase()))
     with pytest.raises(ConfigurationError, match="must write what the student writes: got b''"):
-        Aligner(student, TokenBytes(by_hand("ab"), "t", [END]), [END])
+        refuse(student, by_hand("ab"))
+    refuse(student, by_hand([*"abABĠ"]))
 
 
 class NoBackend:
