@@ -158,6 +158,10 @@ CUT = "teachers/cross_tokenizer/chunks.py", "teachers/cross_tokenizer/test_align
 ALIGNER = "teachers/cross_tokenizer/aligner.py", "teachers/cross_tokenizer/test_aligner.py"
 ENCODER = "teachers/cross_tokenizer/text_encoder.py", "teachers/cross_tokenizer/test_aligner.py"
 TOKEN_BYTES = "teachers/cross_tokenizer/token_bytes.py", "teachers/cross_tokenizer/test_aligner.py"
+PARTS = "teachers/cross_tokenizer/parts.py", "teachers/cross_tokenizer/test_aligner.py"
+SEGMENTS = "teachers/cross_tokenizer/segments.py", "teachers/cross_tokenizer/test_aligner.py"
+WORDS = "teachers/cross_tokenizer/words.py", "teachers/cross_tokenizer/test_aligner.py"
+WORKER_ORDER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_worker.py"
 WORKER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
@@ -251,13 +255,64 @@ MUTATIONS = [
         "closing[:-1] &= ends[:-1] == ends[:-1]",
     ),
     Mutation(
-        "align: the student's end kept", ALIGNER, "[*parts, end] if", "[*parts, int(ids[-1])] if"
+        "align: the student's end kept",
+        ALIGNER,
+        "_closed(row, end if closes",
+        "_closed(row, max(self.ends) if closes",
     ),
     Mutation(
-        "align: limit of chunks", ALIGNER, "<= self.max_chunk_tokens", "< self.max_chunk_tokens"
+        "align: limit of chunks",
+        PARTS,
+        "theirs_in) <= max_chunk_tokens",
+        "theirs_in) < max_chunk_tokens",
     ),
     Mutation(
-        "align: first column of each row", ALIGNER, "columns[kept] -= np", "columns[kept] -= 0 * np"
+        "align: first column of each row",
+        ALIGNER,
+        "their_ends[:-1] - their_ends[firsts][row]",
+        "their_ends[:-1] - 0 * their_ends[firsts][row]",
+    ),
+    Mutation(
+        "align: text after a special token that the teacher lacks",
+        ALIGNER,
+        "known = before[:-1] == before[firsts][row]",
+        "known = before[:-1] >= before[firsts][row]",
+    ),
+    Mutation(
+        "align: a cut chunk of a full context scored",
+        ALIGNER,
+        "(stops <= limit)",
+        "(columns < limit)",
+    ),
+    Mutation(
+        "align: segments with one hash are one", SEGMENTS, "if not same.all():  #", "if False:  #"
+    ),
+    Mutation(
+        "align: words cut before every space",
+        SEGMENTS,
+        "(self._space[ids] & text)[1:] & self._ends[ids[:-1]]",
+        "self._space[ids][1:]",
+    ),
+    Mutation(
+        "align: tokens over a space", WORDS, "piece and ACROSS.search(piece)", "False and piece"
+    ),
+    Mutation(
+        "align: words that depend on their neighbours",
+        WORDS,
+        "    return all(",
+        "    return True or all(",
+    ),
+    Mutation(
+        "align: the whole rollout is waited for",
+        WORKER_ORDER,
+        "self._found[job].result()[job] for",
+        "[b.result() for b in self._found.values()] and self._found[job].result()[job] for",
+    ),
+    Mutation(
+        "align: longest completions first",
+        WORKER_ORDER,
+        "key=lambda job: len",
+        "key=lambda job: -len",
     ),
     Mutation(
         "align: spelled names are special",
@@ -281,8 +336,8 @@ MUTATIONS = [
     Mutation(
         "align: tokens beyond the context scored",
         WORKER,
-        "[job.most for job in new]",
-        "[1 << 30 for job in new]",
+        "[job.most for job in jobs]",
+        "[1 << 30 for job in jobs]",
     ),
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
     Mutation("k2: half forgotten", DIVERGENCES, "return 0.5 * (teacher", "return (teacher"),

@@ -38,7 +38,8 @@ class ModelWeights:
         path: the folder or hub name that it was loaded from.
         merged: add adapters to the weights that they adapt; else adapters are left out.
         end_token_ids: a teacher's end tokens; None takes the student's.
-        vocab_size: the student's number of rows, if a teacher has more; else None.
+        vocab_size: number of rows to sample from, if a teacher has more or fewer than the student;
+            else None.
         compute_dtype: type that the trainer computes in; None: that of the weights.
     """
 

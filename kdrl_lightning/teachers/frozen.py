@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.common.untyped import HFTokenizer
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.architectures.trunk import Trunk
@@ -53,6 +54,7 @@ class FrozenModels:
         self.reference: Teacher | None = None
         self.seconds = 0.0
         self._dropped = 0
+        self._lost = 0
         self._device = torch.device("cpu")
 
     @property
@@ -176,6 +178,21 @@ class FrozenModels:
             if self._teacher is None
             else self._teacher.generation_prompt(row, prompt_ids)
         )
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]], most: int
+    ) -> list[Completion]:
+        """Return the teacher's completions in the student's tokens, and count what is lost."""
+        if self._teacher is None:
+            return list(completions)
+        made, lost = self._teacher.in_student_tokens(completions, rows, most)
+        self._lost += lost
+        return made
+
+    def take_lost(self) -> int:
+        """Return how many completions did not survive this since the last call."""
+        lost, self._lost = self._lost, 0
+        return lost
 
     def accept(self, batch: RolloutBatch) -> None:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
