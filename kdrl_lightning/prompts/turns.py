@@ -121,7 +121,7 @@ def _joined(parts: Sequence[Any], number: int) -> str:
                 f"a message must contain only text: got a part of type {kind} in message {number}. "
                 "Images, audio and video are not supported: remove such rows."
             )
-        texts.append(text)
+        texts.append(str(text))
     return "".join(texts)
 
 

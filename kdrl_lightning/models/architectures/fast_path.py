@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.losses.compiled import OrPlain
+from kdrl_lightning.losses.head.compiled import OrPlain
 from kdrl_lightning.models.architectures.trunk import ON_GPUS, PART, Trunk, use_kernel
 from kdrl_lightning.models.architectures.verification import (
     BOUND,
