@@ -24,7 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers.small_tokenizers import make  # noqa: E402
 from kdrl_lightning.models.gguf import GGUFModel  # noqa: E402
 from kdrl_lightning.models.loading import load_tokenizer, model_path  # noqa: E402
-from kdrl_lightning.teachers.cross_tokenizer import Aligner, TokenBytes  # noqa: E402
+from kdrl_lightning.teachers.cross_tokenizer import (  # noqa: E402
+    Aligner,
+    AlignmentWorker,
+    Job,
+    TokenBytes,
+)
 
 
 def corpus() -> str:
@@ -56,9 +61,10 @@ def main() -> None:
     for kind, tokenizer in teachers.items():
         teacher = TokenBytes(tokenizer, kind, [tokenizer.eos_token_id])
         started = time.perf_counter()
-        aligner = Aligner(student, teacher, [smol.eos_token_id], 32)
+        worker = AlignmentWorker(Aligner(student, teacher, [smol.eos_token_id], 32))
+        jobs = [Job(ids.tobytes(), tokenizer.eos_token_id, 2**62) for ids in rows]
         ready, cpu = time.perf_counter(), time.process_time()
-        found = aligner(rows, [tokenizer.eos_token_id] * len(rows))
+        found = worker.rows(jobs)
         wall, cpu = time.perf_counter() - ready, time.process_time() - cpu
         theirs = sum(len(one.teacher_ids) for one in found)
         lost = sum(int((one.places < 0).sum()) for one in found)

@@ -147,7 +147,8 @@ def shrunk(
         folder: where the run writes.
         scale: prompts of a rollout, tokens and steps are divided by it.
     """
-    from kdrl_lightning.cli.layered_yaml import load_with_base, merge
+    from kdrl_lightning.cli.layered_yaml import load_with_base
+    from kdrl_lightning.cli.settings.layers.merging import merge
 
     config: dict[str, Any] = {}
     for recipe in recipes:

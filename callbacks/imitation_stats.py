@@ -20,7 +20,7 @@ from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
 from kdrl_lightning.objectives.base import Objective, teacher_logprobs
 from kdrl_lightning.objectives.ratios import TrustRegionRatio
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 from kdrl_lightning.trainer.end_of_run import write_or_warn
 from kdrl_lightning.trainer.protocols import is_trial_run, trained
 from kdrl_lightning.trainer.run_folder import run_folder
@@ -79,15 +79,16 @@ class SelectiveImitationStats(RolloutCallback):
         self._hist = Histograms(RANGES)
         self._step: dict[str, float] = {}  # of the optimizer step that has just ended
         self._step_histograms: dict[str, Histogram] = {}
-        self._used: set[int] = set()  # groups: their completions may lie in several micro-batches
-        self._imitated: set[int] = set()
+        # Group, whether it is used, and whether it is imitated, of each completion of the step: a
+        # group may lie in several micro-batches.
+        self._groups: list[Tensor] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
         if stage == "fit":
             self.rows, self.histograms = [], {}
             self._stats, self._hist = StepStats(), Histograms(RANGES)
-            self._used, self._imitated = set(), set()
+            self._groups = []
 
     def on_train_batch_end(
         self,
@@ -105,16 +106,14 @@ class SelectiveImitationStats(RolloutCallback):
         micro = MicroBatch(module.objective, batch, outputs["logprobs"], outputs.get("top_ids"))
         add_imitation_stats(self._stats, micro)
         add_histograms(self._hist, micro, outputs["entropy"])
-        self._used |= set(batch.group_ids[batch.loss_mask.any(1)].tolist())
-        self._imitated |= set(batch.group_ids[micro.imitated.any(1)].tolist())
+        used, imitated = batch.loss_mask.any(1), micro.imitated.any(1)
+        self._groups.append(torch.stack([batch.group_ids, used.long(), imitated.long()]))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the step."""
         module = trained(pl_module)
-        groups = torch.tensor([g in self._imitated for g in self._used], device=module.device)
-        self._stats.add_mean("kd/imitated_groups_frac", groups.bool())
-        self._used, self._imitated = set(), set()
+        self._add_groups(module.device)
         values = self._stats.compute(module.reduce)
         histograms = self._hist.compute(module.reduce)
         weight = histograms.get("hist/log_offset_weight")
@@ -123,6 +122,15 @@ class SelectiveImitationStats(RolloutCallback):
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
         module.log_step(self._stats.with_gaps(values))
         self._step, self._step_histograms = values, histograms
+
+    def _add_groups(self, device: torch.device) -> None:
+        """Add the share of the step's groups that are imitated."""
+        rows = torch.cat(self._groups, 1).T.tolist()
+        used = {group for group, is_used, _ in rows if is_used}
+        imitated = {group for group, _, is_imitated in rows if is_imitated}
+        groups = upload(torch.tensor([g in imitated for g in used], dtype=torch.bool), device)
+        self._stats.add_mean("kd/imitated_groups_frac", groups)
+        self._groups = []
 
     def on_rollout_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int

@@ -20,6 +20,7 @@ from kdrl_lightning.checkpoints.module_state import (
 )
 from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import Settings, agree_before_loading
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.evaluation.steps import EvaluationSteps
@@ -27,6 +28,7 @@ from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.metrics import StepLog
 from kdrl_lightning.metrics.nonfinite import NonFiniteSteps
 from kdrl_lightning.metrics.update_stats import UpdateStats
+from kdrl_lightning.models.architectures.fast_path import check_fast_path
 from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.lora import LoRA
@@ -51,9 +53,11 @@ from kdrl_lightning.trainer.optimizers import (
     ZeroRateWarning,
     build_optimizer,
     check_length,
+    check_moments,
     check_precision,
     clip_gradients,
     for_lightning,
+    state_names,
 )
 from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sharding_of
 
@@ -190,8 +194,15 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         self.keep_self_teachers()
 
     def on_fit_start(self) -> None:
-        """Move the frozen models to the student's device."""
+        """Move the frozen models to the student's device, and check kernels there."""
         self.frozen.move(self.device)
+        if self.device.type == "cuda":
+            with self.trainer.precision_plugin.forward_context():
+                stop_together(self._check_fast_paths, self.reduce)
+
+    def _check_fast_paths(self) -> None:
+        check_fast_path(self._student(), self.trunk, self.student_path)
+        self.frozen.check_fast_paths()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule, built from their callables."""
@@ -200,6 +211,8 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
         check_length(scheduler, self.trainer.max_steps)
+        names = state_names(self.optimizer_callable)
+        optimizer.register_load_state_dict_pre_hook(partial(check_moments, names))
         self._settings = Settings(optimizer, scheduler)
         return for_lightning(optimizer, scheduler)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -183,6 +183,17 @@ class RolloutBatch:
         """Number of tokens of prompt and completion together, ``[B]`` int64."""
         return self.prompt_lengths + self.completion_lengths
 
+    @cached_property
+    def _sizes(self) -> list[list[int]]:
+        """Tokens of each row, of its completion, and of the teacher's own prompt.
+
+        The host waits for a GPU to know them, so it asks once for all rows.
+        """
+        own = self.teacher_prompt_ids
+        prompts = torch.zeros_like(self.lengths) if own is None else (own >= 0).sum(1)
+        sizes = torch.stack([self.lengths, self.completion_lengths, prompts], 1)
+        return cast("list[list[int]]", sizes.tolist())
+
     # `Any`: fields have many types, and `dataclasses.replace` takes them as `Any`.
     def replace(self, **changes: Any) -> RolloutBatch:
         """Return a copy with the given fields changed."""
@@ -205,15 +216,16 @@ class RolloutBatch:
 
         ``totals``, ``metrics`` and other fields without tensors stay as they are.
         """
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
-        picked = self._map(lambda t: t[index])
+        index = torch.as_tensor(rows, dtype=torch.long).cpu()
+        places = upload(index, self.input_ids.device)
+        picked = self._map(lambda t: t[places])
         if not len(picked):
             return picked
-        width = int(picked.lengths.max())
-        tokens = max(int(picked.completion_lengths.max()), 1)
+        sizes = self._sizes
+        width, tokens, longest = (max(sizes[r][i] for r in index.tolist()) for i in range(3))
+        tokens = max(tokens, 1)
         cut = {"input_ids": picked.input_ids[:, :width]}
         if picked.teacher_prompt_ids is not None:
-            longest = int((picked.teacher_prompt_ids >= 0).sum(1).max())
             cut["teacher_prompt_ids"] = picked.teacher_prompt_ids[:, :longest]
         for item in fields(picked):
             value = getattr(picked, item.name)
@@ -255,6 +267,11 @@ class RolloutBatch:
             if isinstance(value := getattr(self, item.name), Tensor)
         }
         return self.replace(**changed)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device; the host does not wait for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def reward_dtype() -> torch.dtype:

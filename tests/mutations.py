@@ -98,7 +98,7 @@ WORKERS = "rewards/processes/workers.py", "rewards/processes/test_workers.py"
 EXPORT = "cli/export.py", "cli/test_export.py"
 LOADED = "models/architectures/loaded.py", "models/test_loading.py"
 GENERATION = "models/architectures/generation.py", "models/test_loading.py"
-DOUBLE = "models/architectures/experts.py", "models/test_loading.py"
+DOUBLE = "models/architectures/implementations.py", "models/test_loading.py"
 REACHED = "models/architectures/reached.py", "models/architectures/test_reached.py"
 SIGNALS = "kdrl_lightning/trainer/stop_signals.py", "checkpoints/test_ctrl_c.py"
 BUILD = "models/loading.py", "cli/test_export.py"
@@ -158,6 +158,10 @@ CUT = "teachers/cross_tokenizer/chunks.py", "teachers/cross_tokenizer/test_align
 ALIGNER = "teachers/cross_tokenizer/aligner.py", "teachers/cross_tokenizer/test_aligner.py"
 ENCODER = "teachers/cross_tokenizer/text_encoder.py", "teachers/cross_tokenizer/test_aligner.py"
 TOKEN_BYTES = "teachers/cross_tokenizer/token_bytes.py", "teachers/cross_tokenizer/test_aligner.py"
+PARTS = "teachers/cross_tokenizer/parts.py", "teachers/cross_tokenizer/test_aligner.py"
+SEGMENTS = "teachers/cross_tokenizer/segments.py", "teachers/cross_tokenizer/test_aligner.py"
+WORDS = "teachers/cross_tokenizer/words.py", "teachers/cross_tokenizer/test_aligner.py"
+WORKER_ORDER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_worker.py"
 WORKER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
@@ -194,7 +198,7 @@ CLIPPING = "trainer/optimizers.py", "trainer/test_clipping.py"
 GRADIENT_SYNC = "trainer/strategies.py", "trainer/test_gradient_sync.py"
 DEVICES = "trainer/checks/devices.py", "trainer/test_devices.py"
 SHAPES = "cli/settings/shapes.py", "cli/settings/test_values.py"
-REPLACED = "cli/settings/replaced.py", "cli/settings/test_values.py"
+REPLACED = "cli/settings/layers/replaced.py", "cli/settings/test_values.py"
 YAML_TEXT = "cli/settings/text.py", "cli/settings/test_values.py"
 NOTES = "cli/settings/unused.py", "cli/settings/test_values.py"
 PRIVATE = "cli/settings/private.py", "cli/settings/test_values.py"
@@ -251,13 +255,64 @@ MUTATIONS = [
         "closing[:-1] &= ends[:-1] == ends[:-1]",
     ),
     Mutation(
-        "align: the student's end kept", ALIGNER, "[*parts, end] if", "[*parts, int(ids[-1])] if"
+        "align: the student's end kept",
+        ALIGNER,
+        "_closed(row, end if closes",
+        "_closed(row, max(self.ends) if closes",
     ),
     Mutation(
-        "align: limit of chunks", ALIGNER, "<= self.max_chunk_tokens", "< self.max_chunk_tokens"
+        "align: limit of chunks",
+        PARTS,
+        "theirs_in) <= max_chunk_tokens",
+        "theirs_in) < max_chunk_tokens",
     ),
     Mutation(
-        "align: first column of each row", ALIGNER, "columns[kept] -= np", "columns[kept] -= 0 * np"
+        "align: first column of each row",
+        ALIGNER,
+        "their_ends[:-1] - their_ends[firsts][row]",
+        "their_ends[:-1] - 0 * their_ends[firsts][row]",
+    ),
+    Mutation(
+        "align: text after a special token that the teacher lacks",
+        ALIGNER,
+        "known = before[:-1] == before[firsts][row]",
+        "known = before[:-1] >= before[firsts][row]",
+    ),
+    Mutation(
+        "align: a cut chunk of a full context scored",
+        ALIGNER,
+        "(stops <= limit)",
+        "(columns < limit)",
+    ),
+    Mutation(
+        "align: segments with one hash are one", SEGMENTS, "if not same.all():  #", "if False:  #"
+    ),
+    Mutation(
+        "align: words cut before every space",
+        SEGMENTS,
+        "(self._space[ids] & text)[1:] & self._ends[ids[:-1]]",
+        "self._space[ids][1:]",
+    ),
+    Mutation(
+        "align: tokens over a space", WORDS, "piece and ACROSS.search(piece)", "False and piece"
+    ),
+    Mutation(
+        "align: words that depend on their neighbours",
+        WORDS,
+        "    return all(",
+        "    return True or all(",
+    ),
+    Mutation(
+        "align: the whole rollout is waited for",
+        WORKER_ORDER,
+        "self._found[job].result()[job] for",
+        "[b.result() for b in self._found.values()] and self._found[job].result()[job] for",
+    ),
+    Mutation(
+        "align: longest completions first",
+        WORKER_ORDER,
+        "key=lambda job: len",
+        "key=lambda job: -len",
     ),
     Mutation(
         "align: spelled names are special",
@@ -281,8 +336,8 @@ MUTATIONS = [
     Mutation(
         "align: tokens beyond the context scored",
         WORKER,
-        "[job.most for job in new]",
-        "[1 << 30 for job in new]",
+        "[job.most for job in jobs]",
+        "[1 << 30 for job in jobs]",
     ),
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
     Mutation("k2: half forgotten", DIVERGENCES, "return 0.5 * (teacher", "return (teacher"),
@@ -1985,7 +2040,7 @@ MUTATIONS = [
     Mutation(
         "prompts: the answer shown",
         ENCODING,
-        'if before[-1:] == ["assistant"]:',
+        "if before and before[-1] in answering:",
         'if before[-2:] == ["assistant"]:',
     ),
     Mutation(
@@ -2668,15 +2723,45 @@ MUTATIONS = [
     ),
     Mutation(
         "settings: a flag before its file is no matter",
-        ("cli/settings/overlaid.py", "cli/settings/test_dropped.py"),
+        ("cli/settings/layers/overlaid.py", "cli/settings/test_dropped.py"),
         "if _at(settings, flag[2:]) is not None:",
         "if _at(settings, flag) is not None:",
     ),
     Mutation(
         "prompts: a template may lose a message",
         ("prompts/turns.py", "prompts/test_templates.py"),
-        'turn["role"] not in ("system", "developer", "user")',
-        'turn["role"] in ("system", "developer", "user")',
+        'if turn["role"] in ("system", "developer", "user")',
+        'if turn["role"] not in ("system", "developer", "user")',
+    ),
+    Mutation(
+        "prompts: a message is found inside of another one",
+        ("prompts/turns.py", "prompts/test_templates.py"),
+        "words = words.replace(part, GAP, 1)",
+        "words = words.replace(part, part, 1)",
+    ),
+    Mutation(
+        "prompts: an answer in a role of the template's own",
+        ("prompts/encoding.py", "prompts/test_templates.py"),
+        'return {"assistant", last} if last in',
+        'return {"assistant", last} if last not in',
+    ),
+    Mutation(
+        "traces: a completion begins with the tokenizer's space",
+        ("datamodule/supervised.py", "datamodule/test_supervised.py"),
+        "ids = encode_inside(tokenizer, text)",
+        'ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])',
+    ),
+    Mutation(
+        "rewards: a scorer may reject the row's own answer",
+        ("rewards/reasoning_gym.py", "rewards/test_rewards.py"),
+        "if found and not any(",
+        "if not found and not any(",
+    ),
+    Mutation(
+        "resume: another tokenizer",
+        ("checkpoints/resume.py", "checkpoints/test_resumed_settings.py"),
+        'if saved.get("vocabulary", module.vocabulary) != module.vocabulary:',
+        'if saved.get("vocabulary", "") != saved.get("vocabulary", ""):',
     ),
     Mutation(
         "prompts: one end token closes a prompt",
@@ -2928,9 +3013,45 @@ MUTATIONS = [
     ),
     Mutation(
         "rewards: the working folder is left",
-        ("rewards/base.py", "rewards/test_reward_runner.py"),
+        ("rewards/processes/surroundings.py", "rewards/test_reward_runner.py"),
         "os.fchdir(here)",
         "pass",
+    ),
+    Mutation(
+        "base: arguments drop those of their class",
+        ("cli/settings/layers/merging.py", "cli/settings/test_layers.py"),
+        '        over = {"init_args": over}\n',
+        "        return over\n",
+    ),
+    Mutation(
+        "notes: a list that a mapping replaces is not named",
+        ("cli/settings/layers/replaced.py", "cli/settings/test_layers.py"),
+        "lost = missing(had, classes)",
+        "lost = []",
+    ),
+    Mutation(
+        "loading: a tokenizer's mistake is the configuration's",
+        ("models/architectures/reading.py", "models/test_loading.py"),
+        'if part == "tokenizer":',
+        "if False:",
+    ),
+    Mutation(
+        "rewards: torch keeps what a reward sets",
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
+        "            setting.write(had)\n",
+        "",
+    ),
+    Mutation(
+        "rewards: a reward starts with the same random numbers in every rollout",
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
+        "            _set_random_states(self._states)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "rewards: a reward seeds the run",
+        ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
+        "                _set_random_states(runs)\n",
+        "                pass\n",
     ),
     Mutation(
         "notes: one for each look at a value",

@@ -50,6 +50,7 @@ def identity(module: TrainedModule) -> State:
         "objective": type(module.objective).__name__,
         "optimizer": optimizer_name(module),
         "student": module.student_path,
+        "vocabulary": module.vocabulary,
         "config": model.config.to_json_string(use_diff=False),
         "generation_config": None if generation is None else generation.to_json_string(),
         "lora": None if lora is None else {**lora.identity(), "base": module.base_digest()},
@@ -133,6 +134,12 @@ def check_identity(
         raise ConfigurationError(
             f"`ckpt_path` must hold this student: got {path}, whose {name} is {there!r} "
             f"instead of {here!r}. Give the student of that run, {saved['student']}."
+        )
+    if saved.get("vocabulary", module.vocabulary) != module.vocabulary:  # 0.1 saved none
+        raise ConfigurationError(
+            f"`student` must have the tokenizer of the checkpoint: got {module.student_path}, "
+            f"whose tokens have other ids than in {path}. Give the student of that run, "
+            f"{saved['student']}."
         )
     check_adapters(saved, module, path)
     objective = type(module.objective).__name__

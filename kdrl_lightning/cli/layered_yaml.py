@@ -7,25 +7,20 @@ be one file that runs by itself.
 from __future__ import annotations
 
 from pathlib import Path
-from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import yaml
 from jsonargparse import set_dumper, set_loader
 
 from kdrl_lightning.cli.settings import unions
-from kdrl_lightning.cli.settings.overlaid import Layer, keep
+from kdrl_lightning.cli.settings.layers.merging import merge
+from kdrl_lightning.cli.settings.layers.overlaid import Layer, keep
 from kdrl_lightning.cli.settings.private import util
 from kdrl_lightning.cli.settings.renamed import renamed
-from kdrl_lightning.cli.settings.replaced import contents, note_lost
-from kdrl_lightning.cli.settings.shapes import not_default
 from kdrl_lightning.cli.settings.text import TwiceError, dump, load, plain
-from kdrl_lightning.cli.settings.unused import note_dropped, note_replaced
 from kdrl_lightning.cli.shipped import find
-from kdrl_lightning.common.untyped import Tree, Value
+from kdrl_lightning.common.untyped import Value
 from kdrl_lightning.errors import ConfigurationError
-
-CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def install() -> None:
@@ -73,50 +68,6 @@ def read(text: str, path: str | None = None) -> Value:
     return {} if found is None else found  # all lines are comments
 
 
-def merge(base: Value, over: Value, where: str = "") -> Value:
-    """Return ``over`` merged into ``base``: mappings key by key, anything else replaced.
-
-    A different ``class_path`` replaces the whole class, so that it gets no argument of the other
-    (``init_args`` of a base without a class are for the class that comes);
-    a mapping of other names, e.g. of evaluation sets, replaces a class, too. A list under ``name+``
-    is added to the list of ``base``.
-
-    >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
-    {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
-    """
-    if isinstance(base, list) or isinstance(over, list):
-        note_lost(where, base, contents(base), over, "the list of its base")
-    if isinstance(base, dict) and "class_path" in base and isinstance(over, str):
-        if _same(base["class_path"], over):
-            return base
-        _note_dropped(where, base, {"class_path": over})
-    if over is None and "." not in where and isinstance(base, dict) and "class_path" not in base:
-        return base  # a group in which all lines are comments
-    if not isinstance(base, dict) or not isinstance(over, dict):
-        return over
-    if "class_path" in over and "class_path" not in base and not set(base) <= CLASS:
-        names = [f"`{name}`" for name in base]
-        note_replaced(where, "the settings of its base", names, "Write them below `init_args`.")
-        return over
-    named = over.get("class_path")
-    if named is not None and not _same(base.get("class_path", named), named):
-        _note_dropped(where, base, over)
-        return over
-    if "class_path" in base and not set(over) <= CLASS:
-        return over
-    merged = dict(base)
-    for key, value in over.items():
-        path = f"{where}.{key}" if where else str(key)
-        longer = key.removesuffix("+") if isinstance(key, str) and key.endswith("+") else None
-        if longer is None:
-            merged.pop(f"{key}+", None)
-            merged[key] = merge(base.get(key), value, path)
-        else:
-            place = longer if longer in merged else key
-            merged[place] = [*_items(merged.get(place)), *_items(value)]
-    return merged
-
-
 def _being_read(text: str) -> tuple[str, str] | None:
     """Return path and given name of the file that a text comes from; None for other text."""
     for full, name in util.config_load_stack.get()[-1:]:
@@ -126,39 +77,6 @@ def _being_read(text: str) -> tuple[str, str] | None:
         except (OSError, UnicodeDecodeError):
             return None
     return None
-
-
-def _same(one: Value, other: Value) -> bool:
-    """Return whether two names are of one class; a name may lack its module."""
-    if one == other or not (isinstance(one, str) and isinstance(other, str)):
-        return bool(one == other)
-    if one.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
-        return False
-    if "." not in one or "." not in other:
-        return True
-    try:
-        found = locate(one), locate(other)
-    except ErrorDuringImport:
-        return False
-    return found[0] is not None and found[0] is found[1]
-
-
-def _note_dropped(where: str, base: Tree, over: Tree) -> None:
-    had, has = (spec.get("init_args") or {} for spec in (base, over))
-    lost = {name: value for name, value in had.items() if name not in has}
-    if not lost:
-        return  # without looking the class up, which imports torch
-    before = str(base.get("class_path"))
-    try:
-        kind = locate(before)
-        names = not_default(kind, lost) if callable(kind) else list(lost)
-    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it shows no arguments
-        names = list(lost)
-    note_dropped(where, names, before, str(over["class_path"]))
-
-
-def _items(value: Value) -> list[Value]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _value(text: str) -> Value:

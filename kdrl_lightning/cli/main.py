@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -32,25 +33,15 @@ from kdrl_lightning.cli import layered_yaml
 from kdrl_lightning.cli.help import OTHER_SUBCOMMANDS
 from kdrl_lightning.cli.parser import OneLineParser
 from kdrl_lightning.cli.settings.folders import removed_if_refused
+from kdrl_lightning.cli.settings.trainer_values import check_trainer, with_values
 from kdrl_lightning.cli.settings.unused import note_unused, take_notes
 from kdrl_lightning.datamodule import RolloutDataModule
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.trainer.checks.devices import check_devices
 from kdrl_lightning.trainer.protocols import RolloutData, TrainedModule
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1
-
-# Lightning takes any number for these.
-LEAST = (
-    ("accumulate_grad_batches", 1, "It is the number of micro-batches of an optimizer step."),
-    ("gradient_clip_val", 0, "0 clips nothing."),
-    ("log_every_n_steps", 0, "0 logs nothing."),
-    ("min_steps", 0, "0 asks for none."),
-    ("min_epochs", 0, "0 asks for none."),
-    ("num_sanity_val_steps", -1, "-1 takes all batches."),
-)
-
 
 if TYPE_CHECKING:  # module and data module meet here first: is each what the others ask for?
 
@@ -132,10 +123,7 @@ class KDRLCLI(LightningCLI):
         refuse_empty_groups(config, self._parser(self.subcommand).get_defaults())
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it without a cure
         loggers_in_root(config.trainer)
-        for name, low, cure in LEAST:
-            value = config.trainer[name]
-            if value is not None:
-                require_between(f"trainer.{name}", value, low, float("inf"), cure)
+        check_trainer(config.trainer)
         note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not Path(path).exists():
@@ -168,10 +156,19 @@ class KDRLCLI(LightningCLI):
     # `Any`: Lightning's types.
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; report what Lightning refuses as the user's mistake."""
+        given = self._get(self.config, "trainer")
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, RuntimeError, TypeError, ImportError) as error:
-            raise ConfigurationError(str(error)) from error
+        except ConfigurationError:
+            raise
+        except (
+            ValueError,
+            RuntimeError,
+            TypeError,
+            ImportError,
+            MisconfigurationException,
+        ) as error:
+            raise ConfigurationError(with_values(str(error), vars(given))) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         if config.get("enable_checkpointing") is False:

@@ -16,7 +16,7 @@ import kdrl_lightning
 from kdrl_lightning.cli.help import HELP_ALL
 from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.settings.empty import unknown_group
-from kdrl_lightning.cli.settings.overlaid import forget, mistakes, overruled
+from kdrl_lightning.cli.settings.layers.overlaid import forget, mistakes, overruled
 from kdrl_lightning.cli.settings.private import actions
 from kdrl_lightning.cli.settings.renamed import renamed, renamed_flags
 from kdrl_lightning.cli.settings.text import Text
@@ -161,7 +161,8 @@ class OneLineParser(LightningArgumentParser):
             close = get_close_matches(word, sorted(known), n=1)
         if close:
             return f"; did you mean {close[0]}?"
-        return f"; it has {', '.join(self._own_names())}" if self._of_a_class else ""
+        own = ", ".join(self._own_names()) or "no arguments"
+        return f"; it has {own}" if self._of_a_class else ""
 
     @property
     def _of_a_class(self) -> bool:

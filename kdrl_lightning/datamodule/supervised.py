@@ -9,15 +9,17 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning.common.distributed import stop_together
-from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
-from kdrl_lightning.models.end_tokens import EndTokens
+from kdrl_lightning.models.end_tokens import EndTokens, space_before_answer
 from kdrl_lightning.objectives.sft import SFT
 from kdrl_lightning.prompts.base import Prompts
+from kdrl_lightning.prompts.encoding import encode_inside
 from kdrl_lightning.prompts.prompt_set import PromptRules, PromptSet, check_ids
+from kdrl_lightning.prompts.turns import check_characters
 from kdrl_lightning.rollout.draws import MOST_TRIES, DrawCounts, draw
 from kdrl_lightning.rollout.loader import IndexLoader, limited, rows_at
-from kdrl_lightning.rollout.policy import Policy, Tokenizer
+from kdrl_lightning.rollout.policy import Policy
 from kdrl_lightning.rollout.updates import step_totals
 from kdrl_lightning.rollout.updates.partition import partition
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -81,7 +83,7 @@ class Traces(Sequence[Trace]):
         return ids
 
 
-def encode_completion(tokenizer: Tokenizer, row: Row, ends: EndTokens) -> list[int]:
+def encode_completion(tokenizer: HFTokenizer, row: Row, ends: EndTokens) -> list[int]:
     """Return the token ids of a row's completion, closed by one end token.
 
     Args:
@@ -90,7 +92,7 @@ def encode_completion(tokenizer: Tokenizer, row: Row, ends: EndTokens) -> list[i
         ends: the model's end tokens.
 
     Raises:
-        ConfigurationError: ``completion`` is not a text.
+        ConfigurationError: ``completion`` is not a text that the tokenizer knows.
     """
     text = row.get("completion")
     if not isinstance(text, str):
@@ -98,7 +100,11 @@ def encode_completion(tokenizer: Tokenizer, row: Row, ends: EndTokens) -> list[i
             f"the column `completion` must be text: got {text!r:.80}. Remove the row, or rename "
             "the column."
         )
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    check_characters(tokenizer, text, "completion")
+    chat = not isinstance(row.get("prompt", ""), str)
+    if chat and not text[:1].isspace():
+        text = space_before_answer(tokenizer) + text
+    ids = encode_inside(tokenizer, text)
     for place in reversed(range(len(ids))):
         if ids[place] in ends.ids:  # an end token of the text, or one that the tokenizer adds
             ids = ids[:place]

@@ -39,8 +39,8 @@ from kdrl_lightning.models.architectures.verification import (
 )
 from kdrl_lightning.models.end_tokens import as_ids, first_end
 from kdrl_lightning.models.loading import load_config, skeleton_causal_lm
-from kdrl_lightning.models.shared_prompts import upload
 from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.rollout_batch import upload
 
 # `Any`: transformers has no type that all models share.
 

@@ -247,8 +247,8 @@ def _clipped(
     We clip before the exponential, so that a clipped ratio cannot overflow into 0 * inf.
     """
     advantages = _per_token(advantages, log_ratio)
-    high = log_ratio.new_tensor(clip_high).log1p()
-    low = log_ratio.new_tensor(-clip_low).log1p()
+    high = log_ratio.new_full((), clip_high).log1p()  # no copy from the host
+    low = log_ratio.new_full((), -clip_low).log1p()
     fence = torch.where(advantages < 0, low, high)
     dead = torch.where(advantages < 0, log_ratio < fence, log_ratio > fence)
     if dual_clip is not None:

@@ -61,9 +61,12 @@ class Histograms:
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values for which ``mask``, of their shape, is True; NaN is not counted."""
         low, high = self.ranges[name]
-        place = (values.detach().masked_select(mask).float() - low) * (self.bins / (high - low))
-        place = place.clamp_(0, self.bins - 1).nan_to_num_(self.bins).int()  # NaN: one bin more
-        counts = torch.bincount(place, minlength=self.bins + 1)[:-1].double()
+        place = (values.detach().float() - low) * (self.bins / (high - low))
+        place = place.clamp_(0, self.bins - 1).nan_to_num_(self.bins)  # NaN: one bin more
+        place = place.where(mask, self.bins).long().flatten()
+        # `bincount` and selecting by a mask would let the host wait for a GPU.
+        counts = torch.zeros(self.bins + 1, dtype=torch.float64, device=place.device)
+        counts = counts.scatter_add_(0, place, torch.ones_like(place, dtype=torch.float64))[:-1]
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def compute(self, reduce: Callable[[Tensor, str], Tensor] | None) -> dict[str, Histogram]:

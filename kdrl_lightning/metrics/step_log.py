@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdrl_lightning.rollout_batch import upload
+
 
 class RowLogger(Protocol):
     """The part of Lightning's ``Logger`` that a ``StepLog`` calls."""
@@ -84,7 +86,7 @@ class StepLog:
         if not known:
             return
         self._values.update(known)
-        row = torch.tensor(list(known.values())).to(trainer.strategy.root_device)
+        row = upload(torch.tensor(list(known.values())), trainer.strategy.root_device)
         shown = dict(zip(known, row.unbind(), strict=True))
         trainer.callback_metrics.update(shown)
         trainer.logged_metrics.update(shown)

@@ -58,7 +58,7 @@ class StepStats:
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Keep the largest value; ``mask`` of their shape is nonzero for those that count."""
         values = values.detach().where(mask != 0, -torch.inf)
-        value = values.max() if values.numel() else values.new_tensor(-torch.inf)
+        value = values.max() if values.numel() else values.new_full((), -torch.inf)
         value = value.double()
         old = self._maxima.get(name)
         self._maxima[name] = value if old is None else torch.maximum(old, value)

@@ -93,37 +93,68 @@ def turn_end(tokenizer: HFTokenizer) -> int | None:
 
     None if there is no template, if it refuses the probe, or if it closes a turn with plain text.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    text = ""
-    for system in ([], [{"role": "system", "content": "?"}]):  # some templates need one
-        try:
-            text = tokenizer.apply_chat_template([*system, *messages], tokenize=False)
-            break
-        except Exception:  # templates refuse in their own words
-            continue
-    _, found, rest = text.rpartition(PROBE)
-    if not found:
-        return None
+    following = _ids(tokenizer, _after_answer(tokenizer))
     markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    following = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]
     return following[0] if following and following[0] in markers else None
 
 
 def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None:
-    """Warn if the chat template closes a turn with a token that does not end completions."""
-    turn = turn_end(tokenizer)
-    if turn is None or turn in ends.ids:
+    """Warn if the chat template closes a turn with a token or a text that ends no completion."""
+    turn, text = turn_end(tokenizer), _after_answer(tokenizer)
+    if not text or turn in ends.ids or (turn is None and set(_ids(tokenizer, text)) & {*ends.ids}):
         return
+    what = f"the text {text[:20]!r}, which holds no end token"
+    cure = "Use the tokenizer and the template that the model was trained with."
+    if turn is not None:
+        name = tokenizer.convert_ids_to_tokens(turn)
+        what = f"{name!r} ({turn}), which is no end token"
+        cure = (
+            f"Add {turn} to `eos_token_id` in the model's generation_config.json if the model was "
+            "trained with this template."
+        )
     warnings.warn(
-        f"the chat template of {path} closes a turn with {tokenizer.convert_ids_to_tokens(turn)!r} "
-        f"({turn}), which is no end token: completions end only with "
-        f"{tokenizer.convert_ids_to_tokens(list(ends.ids))} and may run to `max_tokens`. Add "
-        f"{turn} to `eos_token_id` in the model's generation_config.json if the model was trained "
-        "with this template.",
+        f"the chat template of {path} closes a turn with {what}: completions end only with "
+        f"{tokenizer.convert_ids_to_tokens(list(ends.ids))} and may run to `max_tokens`. {cure}",
         stacklevel=2,
     )
+
+
+def space_before_answer(tokenizer: HFTokenizer) -> str:
+    """Return the white space between the chat template's generation prompt and an answer.
+
+    Llama 2's ends with ``[/INST]``, and an answer begins with a space.
+    """
+    opened = _rendered(tokenizer, answered=False)
+    before, found, _ = _rendered(tokenizer, answered=True).partition(PROBE)
+    space = before[len(opened) :] if opened and found and before.startswith(opened) else ""
+    return "" if space.strip() else space
+
+
+def _after_answer(tokenizer: HFTokenizer) -> str:
+    """Return what the chat template writes after an answer; empty if it has no answer there."""
+    _, found, rest = _rendered(tokenizer, answered=True).rpartition(PROBE)
+    return rest.strip() if found else ""
+
+
+def _rendered(tokenizer: HFTokenizer, answered: bool) -> str:
+    """Return a question with an answer, or with a generation prompt; empty without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    turns = [{"role": "user", "content": "?"}]
+    turns += [{"role": "assistant", "content": PROBE}] if answered else []
+    for system in ([], [{"role": "system", "content": "?"}]):  # some templates need one
+        try:
+            text = tokenizer.apply_chat_template(
+                [*system, *turns], tokenize=False, add_generation_prompt=not answered
+            )
+        except Exception:  # templates refuse in their own words
+            continue
+        return str(text)
+    return ""
+
+
+def _ids(tokenizer: HFTokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def _named(value: Any, config: HFConfig, markers: set[int]) -> Sequence[int]:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFConfig, HFModel, HFTokenizer, Tree
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models.architectures.attention import keep_soft_caps
-from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.generation import generation_config, read_generation
+from kdrl_lightning.models.architectures.implementations import keep_precision, keep_soft_caps
 from kdrl_lightning.models.architectures.loaded import check_loaded
 from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.models.architectures.values import check_stored
@@ -294,7 +293,9 @@ def load_tokenizer(path: str) -> HFTokenizer:
             f"a model folder must hold its tokenizer: got {path} without one. "
             "Save it there with `tokenizer.save_pretrained`."
         )
-    tokenizer, end = _load(AutoTokenizer, path), load_config(path).get_text_config().vocab_size
+    tokenizer = _load(AutoTokenizer, path, "tokenizer")
+    with reading(path):
+        end = load_config(path).get_text_config().vocab_size
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= end:
         raise ConfigurationError(
             f"the tokenizer of `{path}` must have an end token that the model knows (below {end}): "
@@ -314,7 +315,7 @@ def load_config(path: str) -> HFConfig:
     return _load(AutoConfig, path)
 
 
-def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
-    with reading(path):
+def _load(auto_class: Any, path: str, part: str = "model", **kwargs: Any) -> Any:
+    with reading(path, part):
         # Without the flag, transformers asks at the terminal whether to run a folder's code.
         return auto_class.from_pretrained(path, trust_remote_code=False, **kwargs)

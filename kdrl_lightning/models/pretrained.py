@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from hashlib import sha256
 
 from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
@@ -34,6 +35,12 @@ class Pretrained:
         """The tokens that end a completion."""
         return end_tokens(self.path, self.tokenizer)
 
+    @cached_property
+    def vocabulary(self) -> str:
+        """Checksum of the tokenizer's tokens and their ids."""
+        tokens = sorted(self.tokenizer.get_vocab().items())
+        return sha256(repr(tokens).encode(errors="surrogatepass")).hexdigest()
+
     @property
     def context_length(self) -> int:
         """Longest sequence, prompt and completion together."""
@@ -63,6 +70,11 @@ class StudentFacts:
     def tokenizer(self) -> HFTokenizer:  # transformers has no type that all tokenizers share
         """The student's tokenizer."""
         return self.pretrained.tokenizer
+
+    @property
+    def vocabulary(self) -> str:
+        """Checksum of the student's tokens and their ids."""
+        return self.pretrained.vocabulary
 
     @property
     def end_tokens(self) -> EndTokens:

@@ -21,8 +21,8 @@ from kdrl_lightning.losses.logprobs import (
     pays_ahead,
     token_scores,
 )
-from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.hidden_states import decoder_of, states_at_head
+from kdrl_lightning.models.architectures.implementations import keep_precision
 from kdrl_lightning.models.architectures.rotary import (
     decide_per_row,
     lengths_of_rows,

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kdrl_lightning.rollout_batch import upload
+
 # Two passes must save at least this share of the tokens: each has fixed costs.
 SHARED_BELOW = 0.85
 # Micro-batches that are timed on a GPU. The first one also pays for starting the kernels.
@@ -153,11 +155,6 @@ def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, 
     packed = torch.cat([prompt_lengths[:, None], ids, mask.long()], 1).cpu()
     end = 1 + ids.shape[1]
     return packed[:, 1:end], packed[:, 0], packed[:, end:].bool()
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device; the host does not wait for the copy."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows:

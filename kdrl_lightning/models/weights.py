@@ -38,7 +38,8 @@ class ModelWeights:
         path: the folder or hub name that it was loaded from.
         merged: add adapters to the weights that they adapt; else adapters are left out.
         end_token_ids: a teacher's end tokens; None takes the student's.
-        vocab_size: the student's number of rows, if a teacher has more; else None.
+        vocab_size: number of rows to sample from, if a teacher has more or fewer than the student;
+            else None.
         compute_dtype: type that the trainer computes in; None: that of the weights.
     """
 
@@ -128,12 +129,16 @@ class ModelWeights:
         layers = adapted_layers(self.model)
         gathered: dict[int, Tensor] = {}  # by id: tied weights once
         state: dict[str, Tensor] = {}
+
+        def kept(whole: Tensor) -> Tensor:
+            return whole.cpu() if keeps else torch.empty(0)
+
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if is_adapter(name):
                 continue
             if id(tensor) not in gathered:
-                whole = self._whole(name, tensor, layers)
-                gathered[id(tensor)] = whole.cpu() if keeps else torch.empty(0)
+                # No name is kept for a whole tensor: the next one would be gathered beside it.
+                gathered[id(tensor)] = kept(self._whole(name, tensor, layers))
             state[plain_name(name)] = gathered[id(tensor)]
         return state
 

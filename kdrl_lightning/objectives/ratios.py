@@ -236,7 +236,7 @@ class TrustRegionRatio(Ratio):
                 return teacher, self.trrd_alpha
             # An anchor at the old student would not do: the clamp would act on log rho. The
             # teacher may be anything there, NaN too, which 0 times it would spread.
-            imitated, alpha = self._imitated(batch), teacher.new_tensor(self.trrd_alpha)
+            imitated, alpha = self._imitated(batch), teacher.new_full((), self.trrd_alpha)
             teacher = torch.where(imitated, teacher, logprobs.detach())
             return teacher, torch.where(imitated, alpha, 1.0)
         old = known(batch.old_logprobs, "old_logprobs")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts.messages import CONTINUE, TEMPLATE_ARGS
 from kdrl_lightning.prompts.turns import (
+    ROLES,
+    check_characters,
     check_rendered,
     check_unicode,
     clean_messages,
@@ -20,6 +22,9 @@ from kdrl_lightning.prompts.turns import (
 )
 
 # `Any`: the content of users' messages.
+
+# Characters that a text's first token rarely takes in.
+FRONTS = ("\n", "=", "x")
 
 # Arguments of `apply_chat_template` that a row must not set.
 OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
@@ -74,15 +79,39 @@ def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
             f"{text[:40]!r}. Store the column as lists, e.g. in JSON Lines."
         )
     check_unicode(text)
-    text_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text_ids = _bare_ids(tokenizer, text)
     if not text_ids:
         return []
     if not text.strip():
         raise ConfigurationError(
             f"a prompt must be more than white space: got {text!r}. Remove the row."
         )
+    check_characters(tokenizer, text)
     ids = [*_added_in_front(list(tokenizer(text)["input_ids"]), text_ids), *text_ids]
     return _trimmed(tokenizer, ids, lambda: text)
+
+
+def encode_inside(tokenizer: HFTokenizer, text: str) -> list[int]:
+    """Return the token ids of a text that continues another one.
+
+    Some tokenizers (Llama 2, Mistral, Phi-3) put a space in front of whatever they encode, which
+    has no place in the middle of a text. We encode a character in front and drop it again.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the continuation, without a space that is not its own.
+    """
+    one, alone = (_bare_ids(tokenizer, part) for part in ("1", text))
+    if " " in str(tokenizer.decode([*one, *one])):
+        for front in FRONTS:
+            before, whole = (_bare_ids(tokenizer, part) for part in (front, front + text))
+            if before and whole[: len(before)] == before:
+                return whole[len(before) :]
+    return alone
+
+
+def _bare_ids(tokenizer: HFTokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _added_in_front(with_added: list[int], text_ids: list[int]) -> list[int]:
@@ -133,7 +162,8 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
         arguments.setdefault("tools", tools)
     try:
         turns = clean_messages(messages, template)
-        _check_the_last([turn["role"] for turn in turns], continued)
+        answering = _answering(tokenizer, turns, arguments)
+        _check_the_last([turn["role"] for turn in turns], answering, continued)
         ids = list(tokenizer.apply_chat_template(turns, **options, **arguments)["input_ids"])
     except ConfigurationError:
         raise
@@ -145,6 +175,8 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
     unencoded = {**options, **arguments, "tokenize": False, "return_dict": False}
     text = str(tokenizer.apply_chat_template(turns, **unencoded))
     check_rendered(turns, text)
+    for turn in turns:
+        check_characters(tokenizer, str(turn.get("content") or ""))
     return _trimmed(tokenizer, ids, lambda: text)
 
 
@@ -171,15 +203,29 @@ def _is_true(value: object) -> bool:
     return value is not None and value == value and bool(value)  # NaN is an empty cell
 
 
-def _check_the_last(roles: Sequence[str], continued: bool) -> None:
+def _answering(
+    tokenizer: HFTokenizer, turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+) -> set[str]:
+    """Return the names of the role whose turn the model writes, such as Gemma's `model`."""
+    last = turns[-1]["role"]
+    if last in ROLES:
+        return {"assistant"}
+    closed, opened = (
+        str(tokenizer.apply_chat_template(turns, tokenize=False, **arguments, **options))
+        for options in ({}, {"add_generation_prompt": True})
+    )
+    return {"assistant", last} if last in opened.removeprefix(closed) else {"assistant"}
+
+
+def _check_the_last(roles: Sequence[str], answering: set[str], continued: bool) -> None:
     """Refuse a conversation that already ends with the answer, unless the model continues it."""
-    if continued and roles[-1] != "assistant":
+    if continued and roles[-1] not in answering:
         raise ConfigurationError(
             f"a prompt with `{CONTINUE}` must end with a message of the assistant: got "
             f"{roles[-1]}. Add the beginning of the answer, or remove `{CONTINUE}`."
         )
     before = roles[:-1] if continued else roles
-    if before[-1:] == ["assistant"]:
+    if before and before[-1] in answering:
         raise ConfigurationError(
             "a prompt must not end with a message of the assistant, which would show the model its "
             f"answer: got one in message {len(before) - 1}. Remove it, or let the model continue "

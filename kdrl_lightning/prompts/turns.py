@@ -7,13 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdrl_lightning.common.untyped import Row, Tree, Value
+from kdrl_lightning.common.untyped import HFTokenizer, Row, Tree, Value
 from kdrl_lightning.errors import ConfigurationError
 
 # `Any`: the content of users' messages and tools.
 
 # Roles that chat templates know; a role that the template itself names is accepted, too.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+
+# Replaces a message that was found; no text can hold it.
+GAP = "\ud800"
+
+# For private use: no vocabulary has it.
+NO_CHARACTER = "\U000f0000"
 
 # Words that switch a model's thinking, and that its template removes (SmolLM3).
 SWITCH = re.compile(r"/(?:no_?think|think|system_override)\b")
@@ -108,12 +114,14 @@ def _joined(parts: Sequence[Any], number: int) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) else part
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text" or not isinstance(text, str):
+        if kind == "text" and not isinstance(text, str):
+            kind = f"text without a text, {part!r:.40},"
+        if kind != "text":
             raise ConfigurationError(
                 f"a message must contain only text: got a part of type {kind} in message {number}. "
                 "Images, audio and video are not supported: remove such rows."
             )
-        texts.append(text)
+        texts.append(str(text))
     return "".join(texts)
 
 
@@ -145,6 +153,30 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
+def check_characters(tokenizer: HFTokenizer, text: str, what: str = "prompt") -> None:
+    """Check that a tokenizer drops no character of a text.
+
+    Most tokenizers have bytes or an unknown token for what they do not know.
+
+    Raises:
+        ConfigurationError: it drops one.
+    """
+    if tokenizer(NO_CHARACTER, add_special_tokens=False)["input_ids"]:
+        return
+    plain_text = text
+    for token in tokenizer.get_added_vocab():
+        plain_text = plain_text.replace(token, "")
+    letters = sorted({c for c in plain_text if c.isprintable() and c != " "})
+    coded = tokenizer(letters, add_special_tokens=False)["input_ids"] if letters else []
+    dropped = [c for c, ids in zip(letters, coded, strict=True) if not ids]
+    if dropped:
+        raise ConfigurationError(
+            f"the tokenizer must know every character of a {what}: got "
+            f"{', '.join(map(repr, dropped[:5]))}, which it would leave out of {text!r:.100}. Use "
+            f"a model with another tokenizer, or change the {what}."
+        )
+
+
 def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
     """Check that a chat template has kept what the system and the user say, up to white space.
 
@@ -158,17 +190,28 @@ def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
         ConfigurationError: the content of a message does not occur in the text.
     """
     words = " ".join(text.split())
-    for number, turn in enumerate(turns):
-        content = turn.get("content")
-        if turn["role"] not in ("system", "developer", "user") or not isinstance(content, str):
-            continue
-        kept = all(" ".join(part.split()) in words for part in SWITCH.split(content))
-        if not kept and json.dumps(content)[1:-1] not in text:  # some templates write JSON
-            raise ConfigurationError(
-                f"the chat template must render every message as it is: got {text!r:.80} without "
-                f"message {number} ({turn['role']}), {content!r:.60}. Fix the template, or remove "
-                "the message."
-            )
+    asked = [
+        (number, turn["role"], turn["content"])
+        for number, turn in enumerate(turns)
+        if turn["role"] in ("system", "developer", "user") and isinstance(turn.get("content"), str)
+    ]
+    lost = []
+    # The longest first, each in a place of its own: "1" is no part of "1 + 1".
+    for number, role, content in sorted(asked, key=lambda one: -len(one[2])):
+        # Some templates write JSON.
+        forms = [SWITCH.split(content), [json.dumps(content, ensure_ascii=False)[1:-1]]]
+        forms = [[" ".join(part.split()) for part in parts] for parts in forms]
+        found = next((parts for parts in forms if all(part in words for part in parts)), None)
+        if found is None:
+            lost.append((number, role, content))
+        for part in filter(None, found or ()):
+            words = words.replace(part, GAP, 1)
+    if lost:
+        number, role, content = min(lost)
+        raise ConfigurationError(
+            f"the chat template must render every message as it is: got {text!r:.80} without "
+            f"message {number} ({role}), {content!r:.60}. Fix the template, or remove the message."
+        )
 
 
 def tools_of(row: Row, template: str) -> list[Value]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -136,9 +135,7 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> list[Verdict | Exception
     The reward gets copies, so that it cannot change the rows and tokens of the run.
     """
     samples = [own_copy(sample) for sample in samples]
-    with working_folder_kept():
-        results = _judged(reward, samples)
-    return [_checked(result) for result in results]
+    return [_checked(result) for result in _judged(reward, samples)]
 
 
 def _judged(reward: Reward, samples: Sequence[Sample]) -> Sequence[Any]:
@@ -151,18 +148,6 @@ def _judged(reward: Reward, samples: Sequence[Sample]) -> Sequence[Any]:
     except Exception as error:
         return [error] * len(samples)
     return results
-
-
-@contextmanager
-def working_folder_kept() -> Iterator[None]:
-    """Return to the working folder, which a reward may leave; relative paths start there."""
-    # Linux can hold a folder that its user may not list.
-    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
-    try:
-        yield
-    finally:
-        os.fchdir(here)
-        os.close(here)
 
 
 def own_copy(sample: Sample) -> Sample:

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kdrl_lightning.common.untyped import Row
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
 
 BLOCK = re.compile(r"^```(?:python|py)[^\S\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.I)
+
+# Rows whose tests run once with an empty program before a run.
+PROBED = 8
 
 
 class CodeReward(BatchReward):
@@ -52,6 +55,7 @@ class CodeReward(BatchReward):
         require_between("workers", workers, 1, 1024)
         self.tests_column = tests_column
         self.workers = workers
+        self._probed = 0
         self.sandbox = Sandbox(time_limit_s, memory_mb, output_kb)
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
@@ -65,13 +69,22 @@ class CodeReward(BatchReward):
         return last_program(sample.text)
 
     def check(self, row: Row) -> None:
-        """Check that the row's tests can be read.
+        """Check that the row's tests can be read; those of the first rows must fail for no program.
 
         Raises:
             KeyError: the row has no such column.
             ValueError: the tests are neither assertions nor inputs and outputs.
+            ConfigurationError: an empty program passes them.
         """
-        read_tests(row[self.tests_column])
+        tests = row[self.tests_column]
+        cases = read_tests(tests)
+        self._probed += 1
+        if self._probed <= PROBED and self._passes("", cases):
+            raise ConfigurationError(
+                f"a row's `{self.tests_column}` must fail for an empty program: got {tests!r:.99}, "
+                "which tests nothing. Write assertions that run, and a list of them as a list, not "
+                "as its text."
+            )
 
     def start(self) -> None:
         """Check that the sandbox works.

@@ -67,10 +67,11 @@ class ReasoningGymReward(BatchReward):
         return after_marker(sample.text, self.marker)
 
     def check(self, row: Row) -> None:
-        """Try constant answers on the first row of each task.
+        """Try constant answers and the right one on the first row of each task.
 
         Raises:
-            ConfigurationError: the task's scorer gives full credit to one of them on most rows.
+            ConfigurationError: the task's scorer gives full credit to a constant on most rows, or
+                none to the row's own answer.
         """
         task = self.task or str(row["metadata"]["source_dataset"])
         if task in self._probed:
@@ -79,6 +80,16 @@ class ReasoningGymReward(BatchReward):
         for result in self.pool.map([(task, constant, dict(row)) for constant in CONSTANTS]):
             if isinstance(result, ConfigurationError):
                 raise result
+        if missing(row.get("answer")):  # some tasks have several right answers and name none
+            return
+        right = accepted(row)
+        found = self.pool.map([(task, text, dict(row)) for text in right])
+        if found and not any(isinstance(credit, float) and credit >= 1.0 for credit in found):
+            raise ConfigurationError(
+                f"the scorer of {task} must give full credit to a row's own answer: got {found[0]} "
+                f"for {right[0]!r:.60}. Use ReasoningGymPrompts: files change the `metadata` of "
+                "some tasks (tuples become lists)."
+            )
 
     def close(self) -> None:
         """Stop the worker processes."""

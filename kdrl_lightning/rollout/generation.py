@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -16,6 +16,8 @@ from kdrl_lightning.rollout_batch import STUDENT
 
 # A row holds values of any type, as a JSON line or a Hugging Face data set gives them.
 EncodedPrompt: TypeAlias = tuple[Row, list[int]]
+# Returns completions in the student's tokens, from completions, their rows, and the token limit.
+Translate: TypeAlias = Callable[[Sequence[Completion], Sequence[Row], int], list[Completion]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def sample_and_judge(
     training: bool = True,
     source: int = STUDENT,
     ends: EndTokens | None = None,
+    translate: Translate | None = None,
 ) -> list[Judged]:
     """Return sampled and judged completions of ``(row, prompt ids)`` pairs.
 
@@ -76,6 +79,7 @@ def sample_and_judge(
         training: whether a failing reward may stop the run.
         source: ``STUDENT`` or ``TEACHER``, whichever samples.
         ends: the student's end tokens; None: only the tokenizer's.
+        translate: writes the completions of a teacher in the student's tokens; None: they are.
 
     Returns:
         One entry per completion; completions of a prompt are next to each other.
@@ -84,10 +88,14 @@ def sample_and_judge(
         return []
     ends = ends or EndTokens((tokenizer.eos_token_id,))
     groups = engine.generate([ids for _, ids in prompts], seeds, sampling)
+    sampled = [
+        (row, ids, c) for (row, ids), group in zip(prompts, groups, strict=True) for c in group
+    ]
+    made = [c for _, _, c in sampled]
+    if translate is not None:
+        made = translate(made, [row for row, _, _ in sampled], sampling.max_tokens)
     flat = [
-        (row, ids, _ended(c, ends, row))
-        for (row, ids), group in zip(prompts, groups, strict=True)
-        for c in group
+        (row, ids, _ended(c, ends, row)) for (row, ids, _), c in zip(sampled, made, strict=True)
     ]
     texts = _texts(tokenizer, [c for _, _, c in flat])
     samples = [

@@ -172,7 +172,9 @@ class LiveSampler:
             if first:
                 # A teacher's completions stop at the teacher's end tokens.
                 ends = weights.end_token_ids or self.module.end_tokens.ids
-                engine.setup(weights, ends, self.pad_id)
+                # A teacher with another tokenizer need not have a row for the student's padding.
+                rows = weights.model.get_input_embeddings().weight.shape[0]
+                engine.setup(weights, ends, self.pad_id if self.pad_id < rows else ends[0])
             if compares and self.trainer.optimizers:
                 self._compare_moved(engine, weights)
             if engine.version != self.trainer.global_step:
@@ -231,4 +233,5 @@ class LiveSampler:
                 training,
                 source,
                 self.module.end_tokens,
+                None if source == STUDENT else self.module.frozen.in_student_tokens,
             )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from kdrl_lightning.common.distributed import require_embedded, stop_together
 from kdrl_lightning.common.untyped import State
+from kdrl_lightning.engines.base import RolloutEngine
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.metrics import peak_gb
+from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout.draws import DrawCounts
 from kdrl_lightning.rollout.generation import EncodedPrompt, Judged
 from kdrl_lightning.rollout.groups import Collector
@@ -204,6 +207,9 @@ class RolloutSource:
         )
         metrics |= part_means(j.verdict for g in groups for j in g if j.source == STUDENT)
         metrics["rollout/bad_rows"] = self._bad_rows()
+        if self.collector.teacher.count and module.teacher is not None and module.teacher.aligns:
+            lost = torch.tensor(float(module.frozen.take_lost()), dtype=torch.float64)
+            metrics["rollout/teacher_reencoded_lost"] = float(module.reduce(lost, "sum"))
         dropped = module.frozen.take_dropped()
         metrics |= self.watch.measure_contexts(plan.batch, dropped, module.reduce)
         cost = torch.tensor([plan.padding_frac, peak_gb(module.device)], dtype=torch.float64)
@@ -225,10 +231,23 @@ class RolloutSource:
         if self.live.ahead.rollout != rollout:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
         if share.count and share.engine.version is None:
-            teacher = None if share.engine.has_own_weights else module.teacher
-            weights = None if teacher is None else teacher.sampling_weights()
-            self.live.sync(share.engine, module.weights() if weights is None else weights)
+            self.live.sync(share.engine, self._of_teacher(share.engine))
         return seconds
+
+    def _of_teacher(self, engine: RolloutEngine) -> ModelWeights:
+        """Return what the teacher's engine samples from, with the teacher's end tokens."""
+        module, teacher = self.live.module, self.live.module.teacher
+        if teacher is None:
+            return module.weights()
+        own = teacher.own_vocabulary
+        if engine.has_own_weights:
+            weights = module.weights()
+            return (
+                weights
+                if own is None
+                else replace(weights, end_token_ids=own.ends, vocab_size=own.size)
+            )
+        return teacher.sampling_weights() or module.weights()
 
     def _start_next(self, rollout: int) -> float:
         """Begin to sample the next rollout while this one trains; return the sync's seconds."""
@@ -286,14 +305,16 @@ class RolloutSource:
         )
 
     def _cut(self) -> Cut:
-        joins = self.live.module.frozen.joins
+        frozen = self.live.module.frozen
+        other = frozen.active is not None and frozen.active.has_own_prompt
         return Cut(
             minibatches=self.collector.slots.minibatches,
             epochs=self.epochs,
             micro_batches=self.live.trainer.accumulate_grad_batches,
             max_tokens=self.collector.student.sampling.max_tokens,
             max_micro_tokens=self.max_micro_tokens,
-            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if joins else 0.0,
+            frozen_tokens=min(FROZEN_TOKENS, self.max_micro_tokens) if frozen.joins else 0.0,
+            teacher=frozen.active if other else None,
         )
 
     def _guard(self, work: Callable[[], RolloutBatch]) -> RolloutBatch:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.scorer import Scorer
@@ -21,6 +22,13 @@ from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 
 # `Any`: transformers has no type that all tokenizers share, and users decide the columns of a
 # row.
+
+
+class OwnVocabulary(NamedTuple):
+    """A teacher's end tokens, and the number that all its token ids are below."""
+
+    ends: tuple[int, ...]
+    size: int
 
 
 class Teacher(ABC):
@@ -85,6 +93,15 @@ class Teacher(ABC):
         """
         return None
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many tokens of prompt and completion the teacher reads, ``[B]`` int64.
+
+        Args:
+            batch: B completions, as ``score`` gets them.
+        """
+        own = batch.teacher_prompt_ids
+        return batch.lengths if own is None else (own >= 0).sum(1) + batch.completion_lengths
+
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if the teacher's prompt of a row cannot be written.
 
@@ -132,6 +149,9 @@ class Teacher(ABC):
 
     def check_device(self, device: torch.device) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if a setting cannot work on the device of the run."""
+
+    def check_fast_path(self) -> None:  # noqa: B027
+        """Compare kernel and compiled layers with plain ones on the device; see the function."""
 
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
         """Receive the student, loaded from ``path``; only teachers that use its weights need it."""
@@ -203,6 +223,26 @@ class Teacher(ABC):
             prompt_ids: the student's prompt, which is also the teacher's by default.
         """
         return prompt_ids
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Row], most: int
+    ) -> tuple[list[Completion], int]:
+        """Return completions that this teacher sampled, in the student's tokens.
+
+        Args:
+            completions: in the teacher's tokens.
+            rows: the prompt row of each.
+            most: most tokens of a completion.
+
+        Returns:
+            The completions, and how many of them the student's tokens cannot write whole.
+        """
+        return list(completions), 0
+
+    @property
+    def own_vocabulary(self) -> OwnVocabulary | None:
+        """What an engine must know of another tokenizer than the student's; None: it is that."""
+        return None
 
     def sampling_weights(self) -> ModelWeights | None:
         """Return the weights that sample the teacher's completions, as ``weights`` does."""

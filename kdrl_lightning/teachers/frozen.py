@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.architectures.trunk import Trunk
@@ -52,6 +53,7 @@ class FrozenModels:
         self.reference: Teacher | None = None
         self.seconds = 0.0
         self._dropped = 0
+        self._lost = 0
         self._device = torch.device("cpu")
 
     @property
@@ -128,6 +130,15 @@ class FrozenModels:
         for model in self._models():
             model.check_device(device)
 
+    def check_fast_paths(self) -> None:
+        """Compare their kernels and compiled layers with plain ones, where they will score.
+
+        Raises:
+            ConfigurationError: a kernel gives other scores.
+        """
+        for model in self._models():
+            model.check_fast_path()
+
     def load(
         self, student: Scorer, path: str, sharding: Sharding | None, device: torch.device
     ) -> None:
@@ -166,6 +177,21 @@ class FrozenModels:
             if self._teacher is None
             else self._teacher.generation_prompt(row, prompt_ids)
         )
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Row], most: int
+    ) -> list[Completion]:
+        """Return the teacher's completions in the student's tokens, and count what is lost."""
+        if self._teacher is None:
+            return list(completions)
+        made, lost = self._teacher.in_student_tokens(completions, rows, most)
+        self._lost += lost
+        return made
+
+    def take_lost(self) -> int:
+        """Return how many completions did not survive this since the last call."""
+        lost, self._lost = self._lost, 0
+        return lost
 
     def accept(self, batch: RolloutBatch) -> None:
         """Raise ``TrainingStopped`` for completions that the teacher cannot score."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import TrainingStopped, require_between
 from kdrl_lightning.losses.logprobs import Other, TokenScores
+from kdrl_lightning.models.architectures.fast_path import check_fast_path
 from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
@@ -152,6 +153,10 @@ class LocalTeacher(Teacher):
     def check_device(self, device: torch.device) -> None:
         """Refuse an attention kernel that the device does not have."""
         self.trunk.check_device(device)
+
+    def check_fast_path(self) -> None:
+        """Compare the attention kernel and compiled layers with plain ones, on the device."""
+        check_fast_path(self._at_hand(), self.trunk, model_path(self.model))
 
     def release(self) -> None:
         """Free the device's copy of offloaded weights."""

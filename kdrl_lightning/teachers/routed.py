@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
 from kdrl_lightning.models.scorer import Scorer
@@ -107,6 +108,14 @@ class RoutedTeacher(Teacher):
             out += own or [OwnPrompt(attempt.prompt_ids) for attempt in group.attempts]
         return out
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many tokens each row's teacher reads."""
+        out = batch.lengths.clone()
+        for index in batch.teacher_route.unique().tolist():
+            rows = (batch.teacher_route == index).nonzero().squeeze(-1)
+            out[rows] = self.teachers[self._order[index]].lengths(batch.select(rows))
+        return out
+
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
         """Raise if the prompt of the row's teacher cannot be written."""
         self._of(row).check_row(row, tokenizer)
@@ -118,6 +127,20 @@ class RoutedTeacher(Teacher):
             of_teacher = [row for row in rows if self._of(row) is teacher]
             lines.append(teacher.check_rows(of_teacher, tokenizer) if of_teacher else "")
         return "; ".join(filter(None, lines))
+
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the prompt after which the row's teacher samples."""
+        return self._of(row).generation_prompt(row, prompt_ids)
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Row], most: int
+    ) -> tuple[list[Completion], int]:
+        """Return each completion as the teacher of its row writes it for the student."""
+        made = [
+            self._of(row).in_student_tokens([one], [row], most)
+            for one, row in zip(completions, rows, strict=True)
+        ]
+        return [one for (one,), _ in made], sum(lost for _, lost in made)
 
     def _of(self, row: Mapping[str, Any]) -> Teacher:
         return self.teachers[self._order[self.route(row)]]
@@ -177,6 +200,11 @@ class RoutedTeacher(Teacher):
         """Check the settings of every teacher."""
         for teacher in self.teachers.values():
             teacher.check_device(device)
+
+    def check_fast_path(self) -> None:
+        """Compare every teacher's fast path with the plain one."""
+        for teacher in self.teachers.values():
+            teacher.check_fast_path()
 
     def release(self) -> None:
         """Free the device memory of every teacher."""

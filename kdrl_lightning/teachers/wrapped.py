@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.base import OwnVocabulary, Teacher
 from kdrl_lightning.teachers.own_prompt.contexts import Context
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 
@@ -81,6 +82,10 @@ class WrappedTeacher(Teacher):
         """Return the wrapped teacher's prompts."""
         return self.teacher.own_prompts(groups)
 
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many tokens the wrapped teacher reads."""
+        return self.teacher.lengths(batch)
+
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
         """Raise if the wrapped teacher's prompt of a row cannot be written."""
         self.teacher.check_row(row, tokenizer)
@@ -142,6 +147,10 @@ class WrappedTeacher(Teacher):
         """Check the wrapped teacher's settings."""
         self.teacher.check_device(device)
 
+    def check_fast_path(self) -> None:
+        """Compare the wrapped teacher's fast path with the plain one."""
+        self.teacher.check_fast_path()
+
     def load(self, device: torch.device) -> None:
         """Load the wrapped teacher."""
         self.teacher.load(device)
@@ -157,6 +166,17 @@ class WrappedTeacher(Teacher):
     def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
         """Return the prompt after which the wrapped teacher samples."""
         return self.teacher.generation_prompt(row, prompt_ids)
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Row], most: int
+    ) -> tuple[list[Completion], int]:
+        """Return completions of the wrapped teacher in the student's tokens."""
+        return self.teacher.in_student_tokens(completions, rows, most)
+
+    @property
+    def own_vocabulary(self) -> OwnVocabulary | None:
+        """The wrapped teacher's vocabulary, if it is not the student's."""
+        return self.teacher.own_vocabulary
 
     def sampling_weights(self) -> ModelWeights | None:
         """Return the weights that sample the wrapped teacher's completions."""

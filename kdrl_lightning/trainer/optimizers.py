@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -75,6 +76,55 @@ def check_step(make: OptimizerCallable) -> None:
     raise ConfigurationError(
         f"`optimizer` must step with one dense gradient per weight: got "
         f"{type(optimizer).__name__}, {reason}. Use AdamW."
+    )
+
+
+def state_names(make: OptimizerCallable) -> set[str]:
+    """Return the names of what an optimizer keeps per weight, after a trial on a small one.
+
+    Args:
+        make: ``parameters -> optimizer``.
+
+    Returns:
+        The names; empty if the trial fails, as ``check_step`` explains.
+    """
+    weight = nn.Parameter(torch.zeros(8, 8))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer = make([weight])
+        optimizer.step()
+    except Exception:  # it needs the student's own weights
+        return set()
+    return set(optimizer.state[weight])
+
+
+# `Any`: torch's type of an optimizer's state.
+def check_moments(names: set[str], optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Check that an optimizer can continue with the moments of a checkpoint.
+
+    torch calls it before it loads them; alone it fails in its own words, or in the first step.
+
+    Args:
+        names: what the optimizer keeps per weight.
+        optimizer: the run's.
+        state: the checkpoint's ``state_dict`` of an optimizer.
+
+    Raises:
+        ConfigurationError: it has other parameter groups, or lacks one of ``names``.
+    """
+    sizes = [
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, state["param_groups"])
+    ]
+    absent = {n for held in state["state"].values() if held for n in names - held.keys()}
+    if sizes[0] == sizes[1] and not absent:
+        return
+    what = f"groups of {sizes[1]} parameters: got {sizes[0]}"
+    if absent:
+        what = f"moments: got settings that need {', '.join(sorted(absent))}, too"
+    raise ConfigurationError(
+        f"`optimizer` must have the checkpoint's {what}. Set it as in that run, or export that "
+        "student and start from it."
     )
 
 

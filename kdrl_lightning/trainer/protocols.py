@@ -33,6 +33,10 @@ class TrainedModule(Policy, Protocol):
         """``parameters -> optimizer``."""
 
     @property
+    def vocabulary(self) -> str:
+        """Checksum of the student's tokens and their ids."""
+
+    @property
     def lora(self) -> LoRA | None:
         """The adapters' settings; None trains all weights."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.checkpoints.resume import KEY
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.tiny.models import Recipe, save_untrained
+from kdrl_lightning.trainer.optimizers import check_moments, state_names
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -289,3 +293,56 @@ def test_a_schedule_that_ends_before_the_checkpoint_is_refused(
         ConfigurationError, match=r"`lr_scheduler` must not end before step 3.*total"
     ):
         go_on(tmp_path, half, module, make_data())
+
+
+def sgd(p: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(p, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        (adam(1e-3), adam(1e-3, amsgrad=True), r"moments: got settings that need max_exp_avg_sq"),
+        (
+            adam(1e-3),
+            lambda p: adam(1e-3)([{"params": [q]} for q in p]),
+            r"of \[2\] .*\[1, 1\]",
+        ),
+        (adam(1e-3, amsgrad=True), adam(1e-3), None),
+        (sgd, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), None),
+    ],
+)
+def test_an_optimizer_that_lacks_moments_is_refused(there: Any, here: Any, words: Any) -> None:
+    def stepped(make: Any) -> Any:
+        weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        optimizer = make(weights)
+        optimizer.register_load_state_dict_pre_hook(partial(check_moments, state_names(make)))
+        for weight in weights:
+            weight.grad = torch.ones(2)
+        return optimizer
+
+    first, second = stepped(there), stepped(here)
+    first.step()
+    if words is None:
+        second.load_state_dict(first.state_dict())
+        return second.step()
+    with pytest.raises(ConfigurationError, match=rf"^`optimizer` must have the check.*{words}"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, student_folder: str) -> None:
+    """Its ids would mean other texts; no teacher tells."""
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(make_module(student_folder, None, GRPO()), datamodule=make_data())
+    trainer.save_checkpoint(tmp_path / "2.ckpt")
+    other = tmp_path / "other"
+    shutil.copytree(student_folder, other)
+    text = (other / "tokenizer.json").read_text()
+    spec = json.loads(text)
+    names = spec["model"]["vocab"]
+    names["1"], names["2"] = names["2"], names["1"]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    words = rf"`student` must have the tokenizer of the checkpoint: got .*other, .*{student_folder}"
+    with pytest.raises(ConfigurationError, match=words):
+        module = make_module(str(other), None, GRPO())
+        go_on(tmp_path, str(tmp_path / "2.ckpt"), module, make_data())

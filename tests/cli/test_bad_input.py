@@ -210,7 +210,29 @@ CLI_CASES = {
     "misspelt reward": (["--data.reward=ExactMatsh"], "did you mean ExactMatch?"),
     "no such checkpoint": (["--ckpt_path=nothing.ckpt"], "`ckpt_path` must be a checkpoint"),
     "no such accelerator": (["--trainer.accelerator=abacus"], "abacus"),
-    "no such devices": (["--trainer.devices=many"], "`devices` selected with `CPUAccelerator`"),
+    "no such devices": (
+        ["--trainer.devices=many"],
+        "`devices` selected with `CPUAccelerator` should be an int > 0. Got `trainer.devices: "
+        "many`.",
+    ),
+    "an argument beside a class": (
+        ["--data.train_prompts={class_path: JSONLPrompts, path: x}"],
+        "`data.train_prompts` must have its arguments below `init_args`: got `path` beside "
+        "`class_path`. Write it below `init_args`.",
+    ),
+    "arguments of no class": (
+        ["--trainer.callbacks=[{init_args: {threads: 3}}]"],
+        "`trainer.callbacks` must name a class of type Callback: got arguments without `class_pat",
+    ),
+    "an argument of a class that has none": (
+        ["--trainer.callbacks=[{class_path: ProgressBar, init_args: {rows: 3}}]"],
+        "Option 'rows' is not accepted; it has no arguments",
+    ),
+    "no such profiler": (["--trainer.profiler=simpel"], "Got `trainer.profiler: simpel`."),
+    "no unit of time": (
+        ["--trainer.max_time={minuts: 3}"],
+        "`trainer.max_time` must have days, hours, minutes, seconds: got minuts. Correct the name.",
+    ),
     "sanity checks of -5 batches": (
         ["--trainer.num_sanity_val_steps=-5"],
         "`trainer.num_sanity_val_steps` must be at least -1: got -5. -1 takes all batches.",

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from kdrl_lightning.__main__ import main
-from kdrl_lightning.cli.layered_yaml import load_with_base, merge
+from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.main import KDRLCLI, as_seed
+from kdrl_lightning.cli.settings.layers.merging import merge
 from kdrl_lightning.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]

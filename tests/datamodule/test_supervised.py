@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.small_tokenizers import make
 from kdrl_lightning import ConfigurationError, SupervisedDataModule
 from kdrl_lightning.datamodule.supervised import encode_completion
 from kdrl_lightning.errors import TrainingStopped
@@ -101,6 +102,39 @@ def test_white_space_after_an_end_token_is_no_part_of_a_completion() -> None:
         ids = encode_completion(tokenizer, {**row, "completion": text}, ends)
         assert ids == [3, 4, 16], text
     assert encode_completion(tokenizer, {**row, "completion": "1\n"}, ends) == [3, 17, 16]
+
+
+@pytest.mark.parametrize("kind", ["prefixed", "sentencepiece", "metaspace", "unigram", "bpe"])
+def test_a_completion_begins_with_no_space_of_the_tokenizer(kind: str) -> None:
+    tokenizer = make(kind)
+    ends = EndTokens((tokenizer.eos_token_id,))
+    prompt = tokenizer("x = 1\n", add_special_tokens=False)["input_ids"]
+    for text in ("357", "The answer", " is", "\n\nx", "  y"):
+        ids = encode_completion(tokenizer, {"prompt": "x = 1\n", "completion": text}, ends)
+        written = tokenizer.decode([*prompt, *ids[:-1]])
+        assert written == tokenizer.decode(prompt) + text
+
+
+@pytest.mark.parametrize(
+    ("opening", "space"), [(" ", " "), ("", ""), ("{{ '\\n' }}", "\n"), ("<x>", "")]
+)
+def test_a_completion_begins_as_the_template_writes_it(opening: str, space: str) -> None:
+    tokenizer = make("sentencepiece")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[I]{{ m.content }}[/I]{% else %}"
+        + opening
+        + "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    row = {"prompt": [{"role": "user", "content": "x"}], "completion": "The answer"}
+    ids = encode_completion(tokenizer, row, EndTokens((tokenizer.eos_token_id,)))
+    front = tokenizer("[/I]", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([*front, *ids[:-1]]) == "[/I]" + space + "The answer"
+
+
+def test_a_completion_with_letters_that_the_tokenizer_drops_is_refused(student_folder: str) -> None:
+    tokenizer = load_tokenizer(student_folder)
+    with pytest.raises(ConfigurationError, match="must know every character of a completion: got "):
+        encode_completion(tokenizer, {"completion": "12 a"}, EndTokens((1,)))
 
 
 def chat_tokenizer() -> Any:

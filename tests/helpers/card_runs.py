@@ -37,18 +37,22 @@ class Phases(pl.Callback):
 
     Attributes:
         micro_batches: number of micro-batches.
-        updates: waits between the start and the end of a micro-batch, the optimizer step included.
+        updates: waits from the end of a micro-batch, before the next one is picked from the
+            rollout, to the end of that one, the optimizer step included. Without what makes a
+            rollout.
     """
 
     micro_batches: int = 0
     updates: Counter[str] = field(default_factory=Counter)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._before = waits.copy()
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, _: int) -> None:
+        if batch.metrics:  # the first of a rollout, which was made since the last one
+            self._before = waits.copy()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.micro_batches += 1
         self.updates += waits - self._before
+        self._before = waits.copy()
 
 
 def train(
@@ -56,20 +60,30 @@ def train(
     data: pl.LightningDataModule,
     folder: Path,
     on_card: bool,
+    resumes: str | None = None,
     **settings: Any,
 ) -> tuple[dict[str, float], Phases]:
-    """Train for four optimizer steps; return the last metrics and the waits of the updates."""
+    """Train for four optimizer steps; return the last metrics and the waits of the updates.
+
+    Args:
+        module: the module.
+        data: its prompts.
+        folder: of the run.
+        on_card: on the pretended GPU; else on the CPU.
+        resumes: path of a checkpoint to go on from.
+        settings: further ones of the trainer.
+    """
     phases = Phases()
 
     def fit() -> dict[str, float]:
         strategy = OnCard() if on_card else SingleDeviceStrategy("cpu", CPUAccelerator())
         trainer = pl.Trainer(
-            max_steps=4,
+            max_steps=settings.pop("max_steps", 4),
             strategy=strategy,
-            callbacks=[phases, *settings.pop("callbacks", [])],
+            callbacks=[*settings.pop("callbacks", []), phases],
             logger=False,
             default_root_dir=folder,
-            enable_checkpointing=False,
+            enable_checkpointing=settings.pop("enable_checkpointing", False),
             enable_progress_bar=False,
             enable_model_summary=False,
             gradient_clip_val=1.0,
@@ -77,7 +91,7 @@ def train(
             limit_val_batches=1,
             **settings,
         )
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=resumes)
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return {n: v for n, v in found.items() if not n.startswith(("time/", "memory/"))}
 

@@ -66,6 +66,11 @@ class Card(torch.Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"Card({self.inner})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Save the numbers, which leave the card for it."""
+        _waited("saved")
+        return self.inner.__reduce_ex__(protocol)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -96,7 +101,8 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     plain = [x for x in flat if not isinstance(x, Card)]
     name = func._overloadpacket.__name__
     if func is aten.copy_.default:
-        if cards and plain and isinstance(args[1], Card):
+        later = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        if cards and plain and (isinstance(args[1], Card) or not later):
             _waited(name)
     elif cards and any(x.dim() > 0 for x in plain):
         shapes = [(tuple(x.shape), "cuda" if isinstance(x, Card) else "cpu") for x in flat]
@@ -167,6 +173,7 @@ class _Functions(TorchFunctionMode):
         if func is torch.Tensor.tolist and isinstance(args[0], Card):
             return args[0].cpu().tolist()
         if func is torch.Tensor.new_tensor and isinstance(args[0], Card):
+            _waited("upload")
             kwargs.setdefault("dtype", args[0].dtype)
             return to_card(torch.tensor(*args[1:], **{**kwargs, "device": "cpu"}))
         if func is torch.Tensor.cuda:
@@ -183,12 +190,16 @@ class _Functions(TorchFunctionMode):
             if place is not None and torch.device(place).type == "cuda":
                 rest = [a for a in args[1:] if isinstance(a, torch.dtype)]
                 rest += [o.dtype for o in others]
+                if not isinstance(args[0], Card) and not kwargs.get("non_blocking"):
+                    _waited("upload")  # from memory that is not pinned
                 moved = to_card(args[0])
                 kind = kwargs.get("dtype") or (rest[0] if rest else None)
                 return moved if kind is None else func(moved, kind)
             return func(*args, **kwargs)
         if place is not None and torch.device(place).type == "cuda" and func is not torch.device:
             kwargs["device"] = "cpu"
+            if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Card):
+                _waited("upload")
             args = tree_map_only(Card, lambda x: x.inner, args)
             return tree_map_only(torch.Tensor, to_card, func(*args, **kwargs))
         return func(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_a_turn_that_nothing_ends_is_a_warning_with_the_token(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_turn_end(found(chat_student), load_tokenizer(chat_student), chat_student)
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (
+            "<|end|>",
+            r"with the text '<\|end\|>', which holds no end token: .*'<eos>'",
+        ),
+        ("\n### {{ eos_token }}", None),
+        ("\n", None),
+    ],
+)
+def test_a_turn_that_a_text_closes_is_a_warning(
+    after: str, words: str | None, chat_student: str
+) -> None:
+    tokenizer = load_tokenizer(chat_student)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + after + "{% endfor %}"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warn_of_turn_end(EndTokens((EOS,)), tokenizer, "it")
+    assert len(seen) == (words is not None)
+    if words:
+        assert re.search(words, str(seen[0].message))
 
 
 def first(trace: Any, source: int = STUDENT) -> list[list[int]]:

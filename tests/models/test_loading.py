@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,11 @@ BROKEN = {
         {"model_type": None},
         r"name its `model_type` in .+ Add it",
     ),
+    "two types": (
+        "config.json",
+        {"model_type": ["qwen2", "qwen3"]},
+        r"name its `model_type` in .+ Add its name",
+    ),
     "an unknown type": (
         "config.json",
         {"model_type": "qwen99"},
@@ -118,6 +124,11 @@ BROKEN = {
         "config.json",
         {"quantization_config": {"quant_method": "compressed-tensors"}},
         r"hold a `quantization_config` that transformers can use for compressed-tensors: .+ Correc",
+    ),
+    "a word for a method": (
+        "config.json",
+        {"quantization_config": "gptq"},
+        r"hold a `quantization_config` with settings by name: .+ Correct it in config.j",
     ),
     "an unknown activation": (
         "config.json",
@@ -201,10 +212,92 @@ def test_a_gated_name_says_how_to_get_in():
         raise OSError("You are trying to access a gated repo.\nMore.")
 
 
-def test_a_tokenizer_that_is_half_a_file_is_refused(student_folder, tmp_path):
-    path = copy(student_folder, tmp_path, "tokenizer.json", b'{"version"')
-    with pytest.raises(ConfigurationError, match=r"hold a tokenizer that can be read: .+ again"):
+# A file of a good folder, its new content (a dict: added to the JSON), the words.
+BROKEN_TOKENIZERS: dict[str, tuple[str, Any, str]] = {
+    "half a file": (
+        "tokenizer.json",
+        b'{"version"',
+        r"hold a tokenizer.json that is JSON: .+ again",
+    ),
+    "half of its settings": (
+        "tokenizer_config.json",
+        b"{",
+        r"hold a tokenizer_config.json that is J",
+    ),
+    "a list": (
+        "special_tokens_map.json",
+        b"[1]",
+        r"a special_tokens_map.json with settings by name",
+    ),
+    "a pointer": (
+        "tokenizer.json",
+        b"version https://git-lfs.github.com/spec/v1",
+        r"not pointers to it as tokenizer\.json: .+ Run `git lfs pull` in it\.",
+    ),
+    "an unknown model": (
+        "tokenizer.json",
+        {"model": {"type": "No"}},
+        r"Correct tokenizer\.json, or",
+    ),
+    "an odd truncation": ("tokenizer.json", {"truncation": {}}, r"Correct tokenizer\.json, or"),
+    "an unknown side": (
+        "tokenizer_config.json",
+        {"padding_side": "middle"},
+        r"can load: .+ Correct tokenizer_config\.json, or download the tokenizer again\.",
+    ),
+    "a number for a token": (
+        "tokenizer_config.json",
+        {"pad_token": 0},
+        r"Correct tokenizer_config",
+    ),
+    "added tokens as text": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"3": "a"}},
+        r"Correct tokenizer_config\.json, or",
+    ),
+    "a configuration without a size": (
+        "config.json",
+        {"text_config": 5},
+        r"Correct its config\.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_is_told_from_a_broken_model(case, student_folder, tmp_path):
+    name, content, words = BROKEN_TOKENIZERS[case]
+    if isinstance(content, dict):
+        content = json.dumps(
+            json.loads((Path(student_folder) / name).read_text()) | content
+        ).encode()
+    path = copy(student_folder, tmp_path, name, content)
+    with pytest.raises(ConfigurationError, match=words) as caught:
         load_tokenizer(path)
+    assert ("config.json" in name) or " config.json" not in str(caught.value)
+
+
+def test_other_files_of_a_tokenizer_are_named(student_folder, tmp_path):
+    path = copy(student_folder, tmp_path, "tokenizer.json", None)
+    (Path(path) / "tokenizer.model").write_bytes(b"xx")
+    with pytest.raises(ConfigurationError, match=r"Correct tokenizer\.model, or download"):
+        load_tokenizer(path)
+
+
+def test_weights_that_are_none_are_no_mistake_of_the_configuration(student_folder, tmp_path):
+    path = copy(student_folder, tmp_path, "model.safetensors", None)
+    (Path(path) / "pytorch_model.bin").write_bytes(b"abc")
+    words = r"hold weights that transformers can load: .+ Download the model again\."
+    with pytest.raises(ConfigurationError, match=words):
+        load_causal_lm(path)
+
+
+def test_a_hub_name_in_the_cache_is_not_a_misspelling(student_folder, monkeypatch):
+    file = str(Path(student_folder) / "config.json")
+    place = "kdrl_lightning.models.architectures.reading.try_to_load_from_cache"
+    monkeypatch.setattr(place, lambda *_: file)
+    words = r"got some/model \(exists; no\)\. Correct tokenizer_config\.json"
+    with pytest.raises(ConfigurationError, match=words), reading("some/model", "tokenizer"):
+        raise ValueError("no")
 
 
 @pytest.mark.parametrize("rename", ["module.{}", "{}.base"])

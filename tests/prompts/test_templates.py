@@ -9,6 +9,7 @@ import pytest
 
 from helpers.word_tokenizer import CHAT, word_tokenizer
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.prompts.encoding import encode_prompt, warn_of_ignored
 
 SYSTEM = {"role": "system", "content": "x"}
@@ -87,3 +88,65 @@ def test_arguments_that_the_template_does_not_read_are_named() -> None:
     words = r"`template_args` have no effect: the chat template does not read enable_thinkng\. Corr"
     with pytest.warns(UserWarning, match=words):
         warn_of_ignored(rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("turns", "lost"),
+    [
+        ([{"role": "system", "content": "1"}, LAST], r"message 0 \(system\), '1'"),
+        ([{"role": "user", "content": "2"}, LAST], r"message 0 \(user\), '2'"),
+        ([LAST, FIRST[1], LAST], r"message 2 \(user\), '2 \+ 2 ='"),
+    ],
+)
+def test_a_message_is_not_found_inside_of_another(turns: list[Any], lost: str) -> None:
+    row = {"prompt": turns}
+    assert encode_prompt(word_tokenizer(), row)
+    tokenizer = word_tokenizer(template=CHAT.replace("for m in messages", "for m in messages[-1:]"))
+    with pytest.raises(ConfigurationError, match=rf"render every message as it is: .*{lost}"):
+        encode_prompt(tokenizer, row)
+
+
+def test_json_in_a_template_may_hold_any_letters() -> None:
+    tokenizer = word_tokenizer(template=CHAT.replace("m['content'] }}", "m['content'] | tojson }}"))
+    assert encode_prompt(tokenizer, {"prompt": [{"role": "user", "content": 'né "1"\n+'}]})
+
+
+GEMMA = (
+    CHAT.replace("'tool': 't'}", "'tool': 't', 'model': 'model', 'note': 'x'}")
+    .replace("}}a{% endif", "}}model{% endif")
+    .replace("%}a{% endif", "%}model{% endif")
+)
+
+
+def test_an_answer_in_a_role_of_the_template_is_refused() -> None:
+    tokenizer = word_tokenizer(template=GEMMA)
+    answered = [LAST, {"role": "model", "content": "4"}]
+    with pytest.raises(ConfigurationError, match="must not end with a message of the assistant"):
+        encode_prompt(tokenizer, {"prompt": answered})
+    assert encode_prompt(tokenizer, {"prompt": [LAST, {"role": "note", "content": "1"}]})
+    ids = encode_prompt(tokenizer, {"prompt": answered, "continue_final_message": True})
+    assert tokenizer.decode(ids).endswith("?")  # the model goes on after the 4, a word it lacks
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_characters_that_the_tokenizer_drops_are_refused(student_folder: str, chat: bool) -> None:
+    tokenizer = load_tokenizer(student_folder)  # of digits, without an unknown token
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}{% endfor %}"
+
+    def encoded(text: str) -> list[int]:
+        row = {"prompt": [{"role": "user", "content": text}] if chat else text}
+        return encode_prompt(tokenizer, row)
+
+    assert encoded("1 + 1 =\n") == encoded("1+1=")
+    words = r"^the tokenizer must know every character of a prompt: got 'W', 's', which it would "
+    with pytest.raises(ConfigurationError, match=words):
+        encoded("Ws 1+1=")
+    tokenizer.add_tokens(["<more>"])  # letters of an added token are known
+    assert encoded("<more>1=")
+
+
+def test_a_part_of_text_without_a_text_is_named() -> None:
+    parts = [{"type": "text", "text": "1"}, {"type": "text", "text": None}]
+    words = r"got a part of type text without a text, \{'type': 'text'\}, in message 0"
+    with pytest.raises(ConfigurationError, match=words):
+        encode_prompt(word_tokenizer(), {"prompt": [{"role": "user", "content": parts}]})

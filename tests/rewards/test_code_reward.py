@@ -54,6 +54,21 @@ def test_programs_are_judged_by_their_tests(text: str, tests: Any, expected: flo
     assert CodeReward()(Sample(text, [], {"tests": tests})) == expected
 
 
+@needs_sandbox
+@pytest.mark.parametrize(
+    "tests",
+    [
+        '["assert add(1, 2) == 3"]',  # a list as a column of a CSV file
+        "def check(add):\n    assert add(1, 2) == 3",  # nobody calls it
+        {"inputs": ["1 2"], "outputs": [""]},
+    ],
+)
+def test_tests_that_an_empty_program_passes_are_refused(tests: Any) -> None:
+    words = r"^a row's `tests` must fail for an empty program: got .*which tests nothing\."
+    with pytest.raises(ConfigurationError, match=words):
+        RewardRunner(CodeReward()).check([{"tests": "assert add"}, {"tests": tests}])
+
+
 # Each tries what is forbidden, and prints "done" only if it succeeds.
 FORBIDDEN = {
     "network": "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",

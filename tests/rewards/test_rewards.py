@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -206,12 +207,24 @@ def test_a_constant_that_is_right_by_chance_is_right(gym: ReasoningGymReward) ->
     assert gym(Sample("<answer>1</answer>", [], row)) == Verdict(1.0, True)
 
 
+def test_a_scorer_that_rejects_the_rows_own_answer_is_refused(gym: ReasoningGymReward) -> None:
+    row = ReasoningGymPrompts("rearc", size=1)[0]
+    another(gym).check(row)
+    read = json.loads(json.dumps(row))  # its grids are lists now, which equal no tuples
+    words = r"^the scorer of rearc must give full credit to a row's own answer: got 0\.0\d* for '"
+    with pytest.raises(ConfigurationError, match=words):
+        another(gym).check(read)
+    another(gym).check({**read, "answer": None})  # nothing to compare with
+
+
 def test_each_task_is_probed_once(gym: ReasoningGymReward, monkeypatch: Any) -> None:
     reward, asked = another(gym), list[Any]()
     monkeypatch.setattr(reward.pool, "map", lambda calls: asked.extend(calls) or [])
     rows = [ReasoningGymPrompts(task, size=2) for task in ("chain_sum", "basic_arithmetic")]
     RewardRunner(reward).check(source[i] for source in rows for i in (0, 1))
-    assert len(asked) == 2 * len(CONSTANTS) and {task for task, *_ in asked} == {
+    assert len(asked) == 2 * len((*CONSTANTS, "the right one")) and {
+        task for task, *_ in asked
+    } == {
         "chain_sum",
         "basic_arithmetic",
     }

@@ -14,16 +14,20 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from difflib import get_close_matches
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import Namespace, add_instantiator
 
+from kdrl_lightning.cli.settings.classes import (
+    check_class_given,
+    check_class_named,
+    check_name,
+    check_spec,
+)
+from kdrl_lightning.cli.settings.layers.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.private import actions, typehints, util
-from kdrl_lightning.cli.settings.replaced import check_type, load_group
 from kdrl_lightning.cli.settings.shapes import (
     LEAVES,
     NULL,
@@ -37,16 +41,7 @@ from kdrl_lightning.cli.settings.shapes import (
 from kdrl_lightning.cli.settings.text import Text, is_data, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped
 from kdrl_lightning.cli.settings.user_code import build, import_object
-from kdrl_lightning.common.old_names import GONE
 from kdrl_lightning.common.untyped import Tree, Value
-
-# What a user means who gives a path where a class must be.
-READS = {
-    "Teacher": "{class_path: LocalTeacher, init_args: {model: %s}}",
-    "PromptSource": "{class_path: HFPrompts, init_args: {path: %s}}",
-}
-DATA = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt"}
-YAML = {".yaml", ".yml"}
 
 NUMERIC = re.compile(r"[+-]?\.?\d")
 NestedArg = util.NestedArg
@@ -140,6 +135,7 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     if get_origin(typehint) in (Union, UnionType):
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
+        check_spec(val, [typehint])
         check_name(val, [typehint])
         check_class_given(val, [typehint], kwargs.get("prev_val"))
         check_class_named(val, typehint, kwargs.get("prev_val"))
@@ -155,12 +151,14 @@ def _is_named(typehint: Any) -> bool:
 
 
 def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
-    val = _spec_in(val)
+    if any(is_class(m) for m in get_args(typehint)):
+        val = _spec_in(val)
     sequences = [m for m in get_args(typehint) if is_sequence(m)]
     if kwargs.get("append") and sequences:  # `--name+`: the value is one more entry
         return adapt(val, sequences[0], *args, **kwargs)
     check_given(val, typehint, kwargs.get("orig_val"))
     members = fitting(get_args(typehint), val, kwargs.get("prev_val"), kwargs.get("orig_val"))
+    check_spec(val, members)
     check_name(val, members)
     check_class_given(val, members, kwargs.get("prev_val"))
     if len(members) == 1:
@@ -232,81 +230,3 @@ def _unlikely(error: Exception) -> int:
     if words.startswith(("Expected a ", "Not a valid subclass")):
         return 2
     return 0 if "is not accepted" in words or "required" in words or "Parser key" in words else 1
-
-
-def check_name(val: Any, members: Iterable[Any]) -> None:
-    """Check that a class named without its module exists.
-
-    Raises:
-        ValueError: it does not; the message gives the nearest name.
-    """
-    name = val if isinstance(val, str) else None
-    if isinstance(val, Mapping | Namespace):
-        name = val.get("class_path")
-    kinds = [m for m in members if m is not NoneType]
-    if not isinstance(name, str) or not all(is_class(m) for m in kinds):
-        return
-    check_path(name, kinds)
-    if "." in name or Path(name).is_file():  # the file holds the class and its arguments
-        return
-    names = {path.rsplit(".", 1)[1] for m in kinds for path in class_paths(m)}
-    if name in names or not names or "\n" in name:
-        return
-    close = get_close_matches(name, sorted(names), n=1)
-    cure = f"; did you mean {close[0]}?" if close else ""
-    cure = f", which is gone: {GONE[name]}" if name in GONE else cure
-    wanted = " or ".join(_named(m) for m in kinds)
-    raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
-
-
-def check_path(name: str, kinds: Iterable[Any]) -> None:
-    """Check that the path of a model or of a data file is not given in place of a class.
-
-    Raises:
-        ValueError: it is; the message gives the class that reads it.
-    """
-    for kind in kinds:
-        cure = READS.get(getattr(kind, "__name__", ""))
-        suffix = Path(name).suffix
-        if cure and "\n" not in name and ("/" in name or suffix in DATA) and suffix not in YAML:
-            raise ValueError(f"must be {_named(kind)}: got the path {name}. Write {cure % name}.")
-
-
-def check_class_given(val: Any, members: Iterable[Any], previous: Value) -> None:
-    """Check that an argument by flag belongs to a class.
-
-    Raises:
-        ValueError: the class is unknown.
-    """
-    kinds = [m for m in members if m is not NoneType]
-    unknown = all(is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
-    gives = isinstance(val, NestedArg) and val.key not in ("class_path", "__path__")
-    if gives and unknown and not is_spec(previous):
-        found = getattr(previous, "__name__", previous)
-        raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
-
-
-def check_class_named(val: Any, member: Any, previous: Value) -> None:
-    """Check that settings by name, for a type with several classes, name one of them.
-
-    Raises:
-        ValueError: they do not; jsonargparse would build the base class.
-    """
-    settings = isinstance(val, Mapping | Namespace) and not is_spec(val)
-    if not settings or is_spec(previous) or not is_class(member):
-        return
-    if get_origin(member) is not None or len(class_paths(member)) > 1:
-        function = "a function, or " if get_origin(member) is not None else ""
-        kind = "" if function else f" of type {member.__name__}"
-        raise ValueError(f"must name {function}a class{kind}: got arguments without `class_path`.")
-
-
-def class_paths(member: Any) -> list[str]:
-    """Return the import paths of a type's classes, including abstract ones."""
-    if get_origin(member) is not None:
-        return list(typehints.get_all_subclass_paths(member))
-    return list(typehints.get_all_subclass_paths(member, include_abstract=True))
-
-
-def _named(member: Any) -> str:
-    return "a function" if get_origin(member) is not None else f"a {member.__name__}"

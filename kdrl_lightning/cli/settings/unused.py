@@ -127,11 +127,10 @@ def note_replaced(where: str, what: str, lost: Iterable[str], cure: str) -> None
         where: name of the setting.
         what: description of the value that is replaced.
         lost: entries that the new value lacks.
-        cure: what to write to keep them.
+        cure: what to write to keep them; may be empty.
     """
     names = list(lost)
     if names:
         verb = "has" if len(names) == 1 else "have"
-        _waiting.append(
-            f"`{where}` replaces {what}, so {', '.join(names)} {verb} no effect. {cure}"
-        )
+        line = f"`{where}` replaces {what}, so {', '.join(names)} {verb} no effect. {cure}"
+        _waiting.append(line.rstrip())

@@ -6,10 +6,12 @@ Types are ``Any``, as in jsonargparse.
 from __future__ import annotations
 
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.cli.settings.private import typehints
+from kdrl_lightning.cli.settings.unused import note
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, disk_error, path_error
 
 # Errors of ours show their traceback; `build_optimizer` reports those of torch.
@@ -27,7 +29,8 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
         ValueError: the module raises an error while it is imported.
     """
     try:
-        return _import(name, *args, **kwargs)
+        with _defaults_restored(name):
+            return _import(name, *args, **kwargs)
     except (Exception, SystemExit) as error:
         place = place_of(error)
         if not place or _is_lookup(error):  # the module itself, or its attribute, is missing
@@ -36,6 +39,14 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
             f"must name a module that can be imported: got {name}, which raises {shown(error)}"
             f"{place}. Correct the module."
         ) from error
+
+
+def _defaults_restored(name: str) -> AbstractContextManager[None]:
+    """Restore what a module or a constructor changes of torch's defaults, and note it."""
+    from kdrl_lightning.rewards.processes.surroundings import DEFAULTS, restored  # imports torch
+
+    cure = "which the run depends on: it is restored. Change it only where it is needed."
+    return restored(lambda change: note(f"{name} changed {change}, {cure}"), DEFAULTS)
 
 
 def _is_lookup(error: BaseException) -> bool:
@@ -53,7 +64,8 @@ def build(class_type: type[Any], *args: Any, **kwargs: Any) -> Any:
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # imports torch
 
     try:
-        return class_type(*args, **kwargs)
+        with _defaults_restored(class_type.__name__):
+            return class_type(*args, **kwargs)
     except (ConfigurationError, MisconfigurationException, TrainingStopped):
         raise
     except Exception as error:

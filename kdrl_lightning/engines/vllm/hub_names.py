@@ -50,8 +50,8 @@ class HubWeights:
         need the weights.
         """
         for names in self._groups:
-            whole = {name: self._stored[name][1]() for name in names}
-            yield from self._converted(whole).items()
+            # No name is kept for what was read: the next group would be gathered beside it.
+            yield from self._converted({name: self._stored[name][1]() for name in names}).items()
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and whole shape of each tensor of ``tensors``; this is no collective."""

@@ -53,7 +53,8 @@ class VLLMTeacherEngine(VLLMServerEngine):
             TrainingStopped: a server does not answer.
         """
         self._ends = as_ids(eos_token_id)
-        self._vocab_size = int(weights.model.config.get_text_config().vocab_size)
+        of_student = int(weights.model.config.get_text_config().vocab_size)
+        self._vocab_size = weights.vocab_size or of_student
         self.context = agreed(self._shortest)
 
     def _shortest(self) -> int:

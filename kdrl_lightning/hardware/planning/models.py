@@ -16,9 +16,8 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.shapes import config_of
 from kdrl_lightning.losses.logprobs import TokenScores, auto_chunk_size
-from kdrl_lightning.models.architectures.attention import keep_soft_caps
-from kdrl_lightning.models.architectures.experts import keep_precision
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.models.architectures.implementations import keep_precision, keep_soft_caps
 from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import frozen_names, model_path
 from kdrl_lightning.models.lora import leave_base_out

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
 from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import ConfigurationError
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 AGAIN = "Download the model again."
+FETCH = "Run `git lfs pull` in it."
 
 
 @contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str, part: str = "model") -> Iterator[None]:
     """Turn an error while a model is loaded into one line with cause and cure.
 
     Args:
         path: folder or hub name of the model.
+        part: what is loaded: `model` or `tokenizer`.
 
     Raises:
         ConfigurationError: ``path`` is an adapter, or loading fails inside the context.
@@ -48,8 +53,9 @@ def reading(path: str) -> Iterator[None]:
                 f"{_settings(path).get('model_type', 'model')} that transformers does not load as "
                 "one. Use a text model, or save the text part of this one by itself."
             ) from error
-        if Path(path).is_dir():
-            rule, cure = _cause(Path(path), error)
+        folder = Path(path) if Path(path).is_dir() else _cached(path)
+        if folder is not None:
+            rule, cure = _cause(folder, error, part)
             raise ConfigurationError(
                 f"a model folder must {rule}: got {path} (exists; {reason}). {cure}"
             ) from error
@@ -68,20 +74,54 @@ def _cure_of_name(path: str, reason: str) -> str:
     return "Check the spelling, or download the model first."
 
 
-def _cause(folder: Path, error: Exception) -> tuple[str, str]:
+def _cached(name: str) -> Path | None:
+    """Return the folder of a hub name that was downloaded before; None without one."""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _cause(folder: Path, error: Exception, part: str) -> tuple[str, str]:
     """Return the rule that a local folder breaks, and the cure."""
     found = _of_configuration(folder)
     if found is not None:
         return found
-    if isinstance(error, ValueError) and (folder / "tokenizer.json").is_file():
-        try:
-            json.loads((folder / "tokenizer.json").read_text())
-        except ValueError:
-            return "hold a tokenizer that can be read", AGAIN
+    if part == "tokenizer":
+        return _of_tokenizer(folder)
     kind = _settings(str(folder)).get("quantization_config")
     if isinstance(kind, dict):
         return _of_quantization(kind, error)
+    if kind is not None:
+        rule = "hold a `quantization_config` with settings by name"
+        return rule, "Correct it in config.json, or name the folder of the unquantized model."
     return _of_weights(folder, error)
+
+
+def _of_tokenizer(folder: Path) -> tuple[str, str]:
+    """Return the rule that the files of a tokenizer break, and the cure."""
+    files = [folder / name for name in (*TOKENIZERS, *TOKENIZER_SETTINGS)]
+    present = [file for file in files if file.is_file()]
+    pointer = next((file for file in present if _is_pointer(file)), None)
+    if pointer is not None:
+        return f"hold its tokenizer, not pointers to it as {pointer.name}", FETCH
+    for file in present:
+        if file.suffix == ".json":
+            try:
+                settings = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                return f"hold a {file.name} that is JSON", AGAIN
+            if not isinstance(settings, dict):
+                return f"hold a {file.name} with settings by name", AGAIN
+    names = [file.name for file in present if file.name in TOKENIZERS]
+    if (folder / "tokenizer.json").is_file():
+        names = ["tokenizer.json"]
+        with suppress(Exception):  # of Rust, without a type
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+            names = ["tokenizer_config.json"]
+    rule = "hold a tokenizer that transformers can load"
+    return rule, f"Correct {' or '.join(names)}, or download the tokenizer again."
 
 
 def _of_quantization(settings: Tree, error: Exception) -> tuple[str, str]:
@@ -124,8 +164,8 @@ def _of_configuration(folder: Path) -> tuple[str, str] | None:
     if not isinstance(settings, dict):
         return "hold a config.json with settings by name", AGAIN
     kind = settings.get("model_type")
-    if kind is None:
-        return "name its `model_type` in config.json", "Add it, e.g. `qwen3`."
+    if not isinstance(kind, str):
+        return "name its `model_type` in config.json", "Add its name, e.g. `qwen3`."
     if kind in CONFIG_MAPPING:
         return None
     if "auto_map" in settings:
@@ -143,23 +183,41 @@ def _of_weights(folder: Path, error: Exception) -> tuple[str, str]:
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
     if not files:
         return "hold its weights (*.safetensors)", AGAIN
-    for file in files:
-        with file.open("rb") as opened:
-            if opened.read(20) == b"version https://git-":
-                return "hold its weights, not pointers to them", "Run `git lfs pull` in it."
+    if any(map(_is_pointer, files)):
+        return "hold its weights, not pointers to them", FETCH
     for index in folder.glob("*.index.json"):
         try:
             named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return f"hold an {index.name} that can be read", AGAIN
         absent = sorted(name for name in named if not (folder / name).is_file())
         if absent:
             return f"hold all files that {index.name} names, and {absent[0]} is missing", AGAIN
     if isinstance(error, SafetensorError | UnpicklingError | EOFError):
         return "hold whole files of weights", AGAIN
+    if _builds(folder):
+        return "hold weights that transformers can load", AGAIN
     known = isinstance(error, KeyError) and str(error.args[0]).replace("_", "").isalnum()
     what = f"`{error.args[0]}` in its files" if known else "its config.json"
     return "be one that transformers can load", f"Correct {what}, or download the model again."
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(20) == b"version https://git-"
+
+
+def _builds(folder: Path) -> bool:
+    """Return whether the configuration describes a model, whatever the weights are."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception:  # transformers has no exceptions of its own
+        return False
+    return True
 
 
 def _settings(path: str) -> Tree:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.models.architectures.attention import keep_soft_caps
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
+from kdrl_lightning.models.architectures.implementations import keep_soft_caps
 from kdrl_lightning.models.architectures.switches import picked_keys, probe_length
 
 # `Any`: torch types an attribute of a module as a tensor or a module.
@@ -72,7 +72,7 @@ def verify(scorer: Verified, name: str) -> None:
         reference = _whole_logits(scorer, rows)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:  # an architecture's code may raise anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigurationError(
             f"the language model {name} must run on token ids alone: got {reason} from "

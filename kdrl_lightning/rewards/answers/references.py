@@ -64,14 +64,15 @@ def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
 
 def missing(value: object) -> bool:
     """Check whether a value is missing: None, NaN, pandas' NA or NaT, or an empty text."""
-    if value is None:
+    if value is None or value is np.ma.masked:
         return True
     if isinstance(value, str | bytes):
         return not value.strip()
     try:
         return bool(value != value)
-    except (TypeError, ValueError, RuntimeError):  # NA and arrays cannot be converted to bool
-        return type(value).__name__ == "NAType"
+    # NA and arrays cannot be converted to bool; a signaling NaN cannot be compared.
+    except (TypeError, ValueError, RuntimeError, ArithmeticError):
+        return type(value).__name__ == "NAType" or isinstance(value, Decimal)
 
 
 def shorten(row: Row, limit: int = ROW_CHARACTERS) -> str:

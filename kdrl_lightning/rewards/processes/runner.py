@@ -51,6 +51,9 @@ class RewardRunner:
     """
 
     def __init__(self, reward: Reward, failures: RewardFailures = RewardFailures()) -> None:
+        # This imports torch, which the processes of a reward do without.
+        from kdrl_lightning.rewards.processes.surroundings import Surroundings
+
         for part in walk(reward):
             require_callable("reward", part)
         self.reward = reward
@@ -58,6 +61,7 @@ class RewardRunner:
         self.failed = Verdict(float(failures.reward), False)
         self.failures = self._untold = 0
         self._shown: set[type[Exception]] = set()
+        self._surroundings = Surroundings()
 
     def try_once(self, row: Row) -> None:
         """Try the reward on a real row before training.
@@ -79,9 +83,13 @@ class RewardRunner:
                 ) from result
         self.check([row])
 
+    def _judge(self, samples: Sequence[Sample]) -> list[Verdict | Exception]:
+        with self._surroundings.kept():
+            return judge(self.reward, samples)
+
     def _tried(self, row: Row) -> tuple[Sequence[str], list[Verdict | Exception]]:
         texts = ("", str(row.get("prompt", "text")))
-        return texts, judge(self.reward, [Sample(text, [0] * len(text), row) for text in texts])
+        return texts, self._judge([Sample(text, [0] * len(text), row) for text in texts])
 
     def require_feedback(self, rows: Iterable[Row]) -> None:
         """Check that the reward says something of wrong completions, for a teacher that reads it.
@@ -109,7 +117,8 @@ class RewardRunner:
             return
         for row in rows:
             try:
-                self.reward.check(row)
+                with self._surroundings.kept():
+                    self.reward.check(row)
             except ConfigurationError:  # its message already names the cure
                 raise
             except Exception as error:
@@ -128,7 +137,7 @@ class RewardRunner:
         Raises:
             TrainingStopped: the reward failed on too many samples of a rollout.
         """
-        results = judge(self.reward, samples)
+        results = self._judge(samples)
         errors = [result for result in results if isinstance(result, Exception)]
         self.failures += len(errors)
         self._untold += len(errors) if training else 0
@@ -148,7 +157,8 @@ class RewardRunner:
             ConfigurationError: something is missing.
         """
         if isinstance(self.reward, TaskReward):
-            self.reward.start()
+            with self._surroundings.kept():
+                self.reward.start()
 
     def close(self) -> None:
         """Stop the reward's processes."""

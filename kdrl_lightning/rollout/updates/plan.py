@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.rollout.updates.partition import partition
+from kdrl_lightning.rollout.updates.teacher_passes import teacher_passes
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
+from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.own_prompt.groups import as_read
 
 OLD_FIELDS = ("old_logprobs", "old_entropy", "topk_ids")
@@ -110,6 +112,8 @@ class Cut:
         max_micro_tokens: most tokens of a micro-batch, with padding.
         frozen_tokens: most tokens, with padding, of joined micro-batches that teacher and reference
             score in one pass; 0: they score each micro-batch alone.
+        teacher: the teacher, if it reads other tokens than the student; ``max_micro_tokens`` limits
+            its passes by these.
     """
 
     minibatches: int
@@ -118,6 +122,7 @@ class Cut:
     max_tokens: int
     max_micro_tokens: float = float("inf")
     frozen_tokens: float = 0.0
+    teacher: Teacher | None = None
 
     def updates(self, batch: RolloutBatch) -> list[list[list[int]]]:
         """Return the rows of each micro-batch of each update in one pass over the rollout."""
@@ -186,7 +191,7 @@ def plan_updates(
     batch = _scored(batch, later if waits.student else [*first, *later], scoring.score, OLD_FIELDS)
     # 3. Score with the reference, and with the teacher unless each update runs it.
     parts = [*first, *later]
-    batch = guard(partial(_frozen, batch, parts, cut.frozen_tokens, scoring, waits))
+    batch = guard(partial(_frozen, batch, parts, cut, scoring, waits))
     # 4. Let the objective decide what holds for the whole rollout. It gets the student's scores of
     #    all completions or of none.
     hidden = OLD_FIELDS if waits.student else ()
@@ -197,15 +202,29 @@ def plan_updates(
 
 
 def _frozen(
-    batch: RolloutBatch, parts: list[list[int]], tokens: float, scoring: Scoring, waits: Waits
+    batch: RolloutBatch, parts: list[list[int]], cut: Cut, scoring: Scoring, waits: Waits
 ) -> RolloutBatch:
-    wide = joined(parts, batch, tokens)
+    wide = joined(parts, batch, cut.frozen_tokens)
     batch = _scored(batch, wide, scoring.score_reference, ("ref_logprobs",))
     if waits.teacher:
         return batch
-    if batch.teacher_prompt_ids is not None:
-        wide = joined(parts, _by_prompt(as_read(batch)), tokens)
-    return _scored(batch, wide, scoring.score_teacher, TEACHER_FIELDS)
+    return _taught(batch, parts, cut, scoring)
+
+
+def _taught(
+    batch: RolloutBatch, parts: list[list[int]], cut: Cut, scoring: Scoring
+) -> RolloutBatch:
+    """Return the batch with the teacher's scores, in passes that keep the limit of tokens."""
+    teacher, tokens, limit = cut.teacher, cut.frozen_tokens, cut.max_micro_tokens
+    read = batch if batch.teacher_prompt_ids is None else _by_prompt(as_read(batch))
+    passes: Iterable[list[int]]
+    if teacher is not None and teacher.aligns:  # later completions may still be aligned
+        wide = joined(parts, read, tokens)
+        passes = teacher_passes(wide, batch, teacher, limit, scoring.reduce)
+    else:
+        passes = teacher_passes(parts, batch, teacher, limit, scoring.reduce)
+        passes = joined(list(passes), read, tokens)
+    return _scored(batch, passes, scoring.score_teacher, TEACHER_FIELDS)
 
 
 def resume_updates(
@@ -230,7 +249,7 @@ def resume_updates(
     updates = cut.updates(batch)
     if batch.teacher_logprobs is None and not waits.teacher:
         rows = list(chain.from_iterable(updates))
-        batch = guard(partial(_scored, batch, rows, scoring.score_teacher, TEACHER_FIELDS))
+        batch = guard(partial(_taught, batch, rows, replace(cut, frozen_tokens=0.0), scoring))
     return _plan(batch, rollout, updates, cut, scoring, 0)
 
 
@@ -293,7 +312,7 @@ def _by_prompt(batch: RolloutBatch) -> RolloutBatch:
 
 def _scored(
     batch: RolloutBatch,
-    parts: list[list[int]],
+    parts: Iterable[list[int]],
     score: Callable[[RolloutBatch], RolloutBatch],
     names: tuple[str, ...],
 ) -> RolloutBatch:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints, cut
+from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints
+from kdrl_lightning.teachers.cross_tokenizer.parts import NO_SCORE, Parts, align_parts, read
+from kdrl_lightning.teachers.cross_tokenizer.segments import Cutter, Segments
 from kdrl_lightning.teachers.cross_tokenizer.text_encoder import TextEncoder
 from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer.words import writes_words_alone
 
 # Texts that every teacher must be able to read.
 PRINTABLE = re.compile(rb"[\t\n -~]+")
-# The place of a token for which the teacher has no score.
-NO_SCORE = -1
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,6 @@ class Chunked:
     differs_at: int | None
 
 
-@dataclass
-class _Row:
-    """One completion on its way: text parts as bytes, special tokens as ids of the teacher."""
-
-    parts: list[bytes | int]
-    covered: int  # student tokens that the parts cover
-    teacher_ids: list[int]
-    differs_at: int | None = None
-
-
 class Aligner:
     """Writes completions in the teacher's tokens, and cuts both into chunks of the same bytes.
 
@@ -63,9 +54,6 @@ class Aligner:
         ends: tokens that end a completion of the student.
         max_chunk_tokens: most tokens of a chunk, on either side; the teacher's scores of longer
             chunks are left out. None: no limit.
-
-    Raises:
-        ConfigurationError: the teacher's tokenizer changes a text of printable ASCII characters.
     """
 
     def __init__(
@@ -80,7 +68,7 @@ class Aligner:
         self.ends = frozenset(ends)
         self.max_chunk_tokens = max_chunk_tokens
         self.encode = TextEncoder(teacher)
-        self._refuse_changed_text()
+        self.segments = Cutter(student, writes_words_alone(teacher, self.encode))
 
     def __call__(
         self, completions: Sequence[Ints], ends: Sequence[int], most: Sequence[int] | None = None
@@ -97,116 +85,133 @@ class Aligner:
         """
         if not completions:
             return []
-        # 1. Cut each completion into texts and special tokens.
-        rows = [self._parts(ids, end) for ids, end in zip(completions, ends, strict=True)]
-        # 2. Encode all texts at once, and check that the tokens write the same bytes.
-        texts = [part for row in rows for part in row.parts if isinstance(part, bytes)]
-        encoded = iter(self.encode(texts))
-        for row in rows:
-            for part in row.parts:
-                own = [part] if isinstance(part, int) else next(encoded)
-                if row.differs_at is None:
-                    self._append(row, part, own)
-        for row, limit in zip(rows, most or (), strict=False):
-            del row.teacher_ids[max(limit, 0) :]
-        # 3. Find the common boundaries of all rows.
-        return self._chunked(completions, rows, ends)
-
-    def _parts(self, ids: Ints, end: int) -> _Row:
-        ended = len(ids) > 0 and int(ids[-1]) in self.ends
-        body = self.student.index(ids[: len(ids) - ended])
-        parts: list[bytes | int] = []
-        start = 0
-        for stop in np.flatnonzero(~self.student.plain[body]).tolist():
-            if stop > start:
-                parts.append(self.student.text(body[start:stop].tolist()))
-            name = self.student.special.get(int(body[stop]))
-            twin = None if name is None else self.teacher.id_of_special.get(name)
-            if twin is None:
-                return _Row(parts, stop, [])
-            parts.append(twin)
-            start = stop + 1
-        if len(body) > start:
-            parts.append(self.student.text(body[start:].tolist()))
-        return _Row([*parts, end] if ended else parts, len(ids), [])
-
-    def _append(self, row: _Row, part: bytes | int, own: list[int]) -> None:
-        """Add the teacher's tokens of a part to a row, up to the first byte that differs."""
-        if isinstance(part, int):
-            row.teacher_ids += own
-            return
-        pieces = self.teacher.pieces
-        written: bytes | None
-        try:
-            written = b"".join(map(pieces.__getitem__, own))  # type: ignore[arg-type]
-        except TypeError:  # an unknown token
-            written = None
-        if written == part:
-            row.teacher_ids += own
-            return
-        known = next((n for n, i in enumerate(own) if i < 0 or pieces[i] is None), len(own))
-        written = self.teacher.text(own[:known])
-        pairs = zip(written, part, strict=False)
-        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(written), len(part)))
-        row.differs_at = same + int(self.teacher.lengths[row.teacher_ids].sum())
-        ends = np.cumsum(self.teacher.lengths[own[:known]])
-        row.teacher_ids += own[: int((ends <= same).sum())]
-
-    def _chunked(
-        self, completions: Sequence[Ints], rows: list[_Row], ends: Sequence[int]
-    ) -> list[Chunked]:
-        theirs = np.concatenate([np.array(row.teacher_ids, np.int64) for row in rows])
-        counts = np.array([row.covered for row in rows])
-        their_counts = np.array([len(row.teacher_ids) for row in rows])
-        covered = [ids[: row.covered] for ids, row in zip(completions, rows, strict=True)]
-        lengths = self.student.lengths[self.student.index(np.concatenate(covered))]
-        first, second = cut(lengths, counts, self.teacher.lengths[theirs], their_counts)
-        kept = first.whole
-        if self.max_chunk_tokens is not None:
-            sizes = np.bincount(first.chunks[kept])
-            their_sizes = np.bincount(second.chunks[second.whole])
-            short = np.maximum(sizes, their_sizes) <= self.max_chunk_tokens
-            kept = kept.copy()
-            kept[kept] = short[first.chunks[kept]]
-        places = np.where(kept, first.places, NO_SCORE)
-        # The first teacher token of every chunk, in the order of the chunks.
-        opens = np.flatnonzero(second.whole & (second.places == 0))
-        columns = np.zeros_like(places)
-        columns[kept] = opens[first.chunks[kept]]
-        columns[kept] -= np.repeat(np.cumsum(their_counts) - their_counts, counts)[kept]
-        out = []
-        start = other = 0
-        for ids, row, end in zip(completions, rows, ends, strict=True):
-            stop, last = start + row.covered, other + len(row.teacher_ids)
-            rest = len(ids) - row.covered
-            empty = last == other  # a model scores at least one token
-            out.append(
-                Chunked(
-                    np.array([end]) if empty else theirs[other:last],
-                    np.array([0]) if empty else second.places[other:last],
-                    _longer(places[start:stop], rest, NO_SCORE),
-                    _longer(columns[start:stop], rest, 0),
-                    row.differs_at,
-                )
+        # 1. Cut each completion, without its end token, into segments.
+        ended = [len(ids) > 0 and int(ids[-1]) in self.ends for ids in completions]
+        bodies = [ids[: len(ids) - end] for ids, end in zip(completions, ended, strict=True)]
+        counts = np.fromiter(map(len, bodies), np.int64, len(bodies))
+        ids = self.student.index(np.concatenate(bodies))
+        segments = self.segments(ids, counts)
+        # 2. Encode and align each different segment once.
+        parts = align_parts(
+            [ids[segments.starts[n] :][: segments.sizes[n]] for n in segments.examples],
+            self.student,
+            self.teacher,
+            self.encode,
+            self.max_chunk_tokens,
+        )
+        # 3. Copy them to all their places, and end the rows.
+        rows, whole = _placed(parts, segments, counts, np.cumsum(self.student.lengths[ids]))
+        limits: Sequence[int | None] = most or [None] * len(rows)
+        return [
+            _closed(row, end if closes else None, end, read_whole, limit)
+            for row, end, closes, read_whole, limit in zip(
+                rows, ends, ended, whole, limits, strict=True
             )
-            start, other = stop, last
-        return out
+        ]
 
-    def _refuse_changed_text(self) -> None:
-        """Encode every token of the student that is printable ASCII."""
+    def refuse_changed_text(self) -> None:
+        """Encode every token of the student that is printable ASCII.
+
+        Raises:
+            ConfigurationError: the teacher's tokenizer changes one of them.
+        """
         texts = [p for p in self.student.pieces if p and PRINTABLE.fullmatch(p)]
         for text, ids in zip(texts, self.encode(texts), strict=True):
-            row = _Row([text], 0, [])
-            self._append(row, text, ids)
-            if row.differs_at is not None:
+            _, differs_at = read(self.teacher, text, ids)
+            if differs_at is not None:
                 known = [i for i in ids if i >= 0 and self.teacher.pieces[i] is not None]
                 raise ConfigurationError(
                     f"the teacher's tokenizer must write what the student writes: got "
                     f"{self.teacher.text(known)!r} of {self.teacher.name} for {text!r} of "
-                    f"{self.student.name}, first different at byte {row.differs_at}. Choose a "
+                    f"{self.student.name}, first different at byte {differs_at}. Choose a "
                     "teacher whose tokenizer neither changes text nor lacks characters."
                 )
 
 
-def _longer(values: Ints, by: int, filler: int) -> Ints:
-    return np.concatenate([values, np.full(by, filler)]) if by else values
+def _placed(
+    parts: Parts, segments: Segments, counts: Ints, ends: Ints
+) -> tuple[list[Chunked], list[bool]]:
+    """Return the rows, put together from aligned segments, and which the teacher reads whole.
+
+    Args:
+        parts: the different segments.
+        segments: where they stand.
+        counts: ``[B]``, tokens of each row.
+        ends: ``[T]``, the byte at which each token ends, over all rows.
+    """
+    which, starts, sizes = segments.which, segments.starts, segments.sizes
+    row = np.searchsorted(np.cumsum(counts), starts, "right")
+    # 1. Leave out what follows a segment that the teacher cannot write.
+    bad = np.isin(which, list(parts.differs_at))
+    before = np.append(0, np.cumsum(bad))
+    firsts = np.searchsorted(row, np.arange(len(counts)))  # a row's first segment
+    known = before[:-1] == before[firsts][row]
+    their_sizes = np.where(known, parts.their_sizes[which], 0)
+    # 2. Copy the tokens of both sides.
+    ours, theirs = (
+        _spread(parts.starts[which], sizes),
+        _spread(parts.their_starts[which], their_sizes),
+    )
+    scored = np.repeat(known, sizes) & (parts.places[ours] != NO_SCORE)
+    places = np.where(scored, parts.places[ours], NO_SCORE)
+    their_ends = np.append(0, np.cumsum(their_sizes))
+    offsets = their_ends[:-1] - their_ends[firsts][row]
+    columns = np.where(scored, parts.columns[ours] + np.repeat(offsets, sizes), 0)
+    # 3. Cut them into rows.
+    stops, their_stops = np.cumsum(counts)[:-1], their_ends[firsts][1:]
+    tables = (
+        np.split(parts.teacher_ids[theirs], their_stops),
+        np.split(parts.teacher_places[theirs], their_stops),
+        np.split(places, stops),
+        np.split(columns, stops),
+    )
+    base = np.append(0, ends)
+    differs_at = {
+        int(row[n]): at + int(base[starts[n]] - base[starts[firsts[row[n]]]])
+        for n in np.flatnonzero(bad & known).tolist()
+        if (at := parts.differs_at[int(which[n])]) is not None
+    }
+    rows = [
+        Chunked(*values, differs_at.get(n)) for n, values in enumerate(zip(*tables, strict=True))
+    ]
+    return rows, (np.bincount(row, bad, len(counts)) == 0).tolist()
+
+
+def _closed(
+    row: Chunked, closing: int | None, end: int, read_whole: bool, limit: int | None
+) -> Chunked:
+    """Return a row with its end token, cut to what the teacher's context holds.
+
+    Args:
+        row: without the end token.
+        closing: the teacher's end token; None if the completion was cut.
+        end: a token for the teacher to read if there is no other.
+        read_whole: the teacher reads all that stands before the end token.
+        limit: most tokens of the teacher; None: no limit.
+    """
+    ids, their_places, places, columns, differs_at = (getattr(row, f.name) for f in fields(row))
+    if closing is not None:
+        places = np.append(places, 0 if read_whole else NO_SCORE)
+        columns = np.append(columns, len(ids) if read_whole else 0)
+        if read_whole:
+            ids, their_places = np.append(ids, closing), np.append(their_places, 0)
+    if limit is not None and len(ids) > limit:
+        opens = np.flatnonzero(their_places == 0)
+        stops = np.append(opens[1:], len(ids))[np.searchsorted(opens, columns)]
+        scored = (places != NO_SCORE) & (stops <= limit)
+        places, columns = np.where(scored, places, NO_SCORE), np.where(scored, columns, 0)
+        ids, their_places = ids[: max(limit, 0)], their_places[: max(limit, 0)]
+    if not len(ids):  # a model scores at least one token
+        ids, their_places = np.array([end]), np.array([0])
+    return Chunked(ids, their_places, places, columns, differs_at)
+
+
+def _spread(starts: Ints, sizes: Ints) -> Ints:
+    """Return the places of all tokens of segments: ``sizes`` places from each of ``starts`` on.
+
+    >>> _spread(np.array([5, 0]), np.array([2, 1])).tolist()
+    [5, 6, 0]
+    """
+    ends = np.cumsum(sizes)
+    out: Ints = np.arange(int(sizes.sum())) + np.repeat(starts - (ends - sizes), sizes)
+    return out

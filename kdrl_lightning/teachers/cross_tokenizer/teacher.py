@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
-from kdrl_lightning.models.end_tokens import end_tokens
+from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts.encoding import encode_prompt
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
-from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.base import OwnVocabulary, Teacher
 from kdrl_lightning.teachers.cross_tokenizer import (
     Aligner,
     AlignmentWorker,
     Chunked,
     Job,
     TokenBytes,
+    Translator,
 )
 from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
@@ -60,14 +62,14 @@ class CrossTokenizerTeacher(WrappedTeacher):
         ConfigurationError: ``max_chunk_tokens`` is below 1.
     """
 
-    generates = False
-
     def __init__(self, teacher: Teacher, max_chunk_tokens: int | None = 32) -> None:
         super().__init__(teacher)
         if max_chunk_tokens is not None:
             require_between("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
         self.max_chunk_tokens = max_chunk_tokens
         self._worker: AlignmentWorker | None = None
+        self._translator: Translator | None = None
+        self._student_ends: EndTokens | None = None
         self._digest = ""
         self._ends: frozenset[int] = frozenset()  # of the student
         self._warned = False
@@ -114,7 +116,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
             return
         ends = end_tokens(student_path, student_tokenizer)
         self._ends = frozenset(ends.ids)
-        self._worker = None
+        self._student_ends = ends
+        self._worker = self._translator = None
         with warnings.catch_warnings():
             # The teacher reads neither the student's template nor tokens without a twin.
             warnings.filterwarnings("ignore", "the chat templates of|the teacher .* has")
@@ -125,7 +128,9 @@ class CrossTokenizerTeacher(WrappedTeacher):
         student = TokenBytes(student_tokenizer, student_path, ends.ids)
         teacher = TokenBytes(theirs.tokenizer, theirs.path, theirs.end_tokens.ids)
         aligner = Aligner(student, teacher, ends.ids, self.max_chunk_tokens)
+        aligner.refuse_changed_text()
         self._worker = AlignmentWorker(aligner)
+        self._translator = Translator(teacher, student, theirs.end_tokens.ids)
         spec = json.dumps(student.spec, sort_keys=True)
         self._digest = hashlib.sha256(spec.encode()).hexdigest()
 
@@ -162,6 +167,29 @@ class CrossTokenizerTeacher(WrappedTeacher):
             for one, own, theirs in zip(attempts, out, inner, strict=True)
         ]
 
+    def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
+        """Return the row's prompt as the teacher reads it, to sample completions after."""
+        theirs = self._theirs
+        own = prompt_ids if theirs is None else self._prompt(theirs, row).ids
+        return self.teacher.generation_prompt(row, own)
+
+    def in_student_tokens(
+        self, completions: Sequence[Completion], rows: Sequence[Row], most: int
+    ) -> tuple[list[Completion], int]:
+        """Return the teacher's completions re-encoded for the student; see ``Teacher``."""
+        if self._translator is None or self._student_ends is None:
+            return self.teacher.in_student_tokens(completions, rows, most)
+        ends = [self._student_ends.closing(row.get("prompt")) for row in rows]
+        return self._translator(completions, ends, most)
+
+    @property
+    def own_vocabulary(self) -> OwnVocabulary | None:
+        """The teacher's end tokens and number of tokens, if its tokenizer is another one."""
+        if self._theirs is None or self._worker is None:
+            return None
+        size = len(self._worker.aligner.teacher.pieces) - 1
+        return OwnVocabulary(self._theirs.end_tokens.ids, size)
+
     def _prompt(self, theirs: Pretrained, row: Row) -> OwnPrompt:
         """Return a row's prompt with the teacher's end token.
 
@@ -180,6 +208,14 @@ class CrossTokenizerTeacher(WrappedTeacher):
         """Begin to align the completions of a rollout, while the student scores them."""
         if self._worker is not None:
             self._worker.start(self._jobs(batch))
+
+    def lengths(self, batch: RolloutBatch) -> Tensor:
+        """Return how many of its own tokens the teacher reads, once they are aligned."""
+        if self._worker is None:
+            return super().lengths(batch)
+        own = [len(row.teacher_ids) for row in self._rows(batch)]
+        prompts = [len(prompt) for prompt in self._prompts(batch)[0]]
+        return torch.tensor(own) + torch.tensor(prompts)
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:

@@ -10,6 +10,10 @@ import numpy as np
 
 from kdrl_lightning.teachers.cross_tokenizer.aligner import Aligner, Chunked
 
+# Completions that are aligned in one go: few, so that the first are ready soon; and not too few,
+# because equal words are encoded once per block.
+BLOCK = 256
+
 
 class Job(NamedTuple):
     """What the alignment of a completion depends on.
@@ -26,7 +30,10 @@ class Job(NamedTuple):
 
 
 class AlignmentWorker:
-    """Keeps the alignments of the current rollout; equal completions are aligned once.
+    """Aligns the current rollout in a thread, in blocks, and each different completion once.
+
+    Scoring goes on meanwhile: the student's, and the teacher's of completions that are aligned. The
+    shortest ones come first, as in the micro-batches of an update.
 
     Args:
         aligner: aligns completions; it leaves the interpreter to others while it encodes.
@@ -34,34 +41,36 @@ class AlignmentWorker:
 
     def __init__(self, aligner: Aligner) -> None:
         self.aligner = aligner
-        self._known: dict[Job, Chunked] = {}
-        self._work: Future[None] | None = None
+        self._found: dict[Job, Future[dict[Job, Chunked]]] = {}
         self._thread: ThreadPoolExecutor | None = None
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Forget the last rollout, and begin with the next one."""
-        self._wait()
-        self._known = {}
-        self._thread = self._thread or ThreadPoolExecutor(1, "align")
-        self._work = self._thread.submit(self._align, jobs)
+        for block in self._found.values():
+            block.cancel()
+        self._found = {}
+        self._submit(jobs)
 
     def rows(self, jobs: Sequence[Job]) -> list[Chunked]:
-        """Return the alignments of completions; those that were not begun are made now."""
-        self._wait()
-        self._align(jobs)
-        return [self._known[job] for job in jobs]
+        """Return the alignments of completions, once their blocks are done.
 
-    def _align(self, jobs: Sequence[Job]) -> None:
-        new = [job for job in dict.fromkeys(jobs) if job not in self._known]
-        found = self.aligner(
-            [np.frombuffer(job.ids, np.int64) for job in new],
-            [job.end for job in new],
-            [job.most for job in new],
+        Completions that were not begun are aligned now. What stopped the thread is raised here.
+        """
+        self._submit(jobs)
+        return [self._found[job].result()[job] for job in jobs]
+
+    def _submit(self, jobs: Sequence[Job]) -> None:
+        new = [job for job in dict.fromkeys(jobs) if job not in self._found]
+        new.sort(key=lambda job: len(job.ids))
+        self._thread = self._thread or ThreadPoolExecutor(1, "align")
+        for first in range(0, len(new), BLOCK):
+            block = new[first : first + BLOCK]
+            self._found |= dict.fromkeys(block, self._thread.submit(self._align, block))
+
+    def _align(self, jobs: Sequence[Job]) -> dict[Job, Chunked]:
+        rows = self.aligner(
+            [np.frombuffer(job.ids, np.int64) for job in jobs],
+            [job.end for job in jobs],
+            [job.most for job in jobs],
         )
-        self._known.update(zip(new, found, strict=True))
-
-    def _wait(self) -> None:
-        """Wait for the thread, and raise what stopped it."""
-        if self._work is not None:
-            work, self._work = self._work, None
-            work.result()
+        return dict(zip(jobs, rows, strict=True))

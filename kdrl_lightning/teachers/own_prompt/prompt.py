@@ -9,7 +9,7 @@ from typing import Any
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row, Tree
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.prompts.encoding import encode_prompt
+from kdrl_lightning.prompts.encoding import encode_inside, encode_prompt
 from kdrl_lightning.prompts.messages import TEMPLATE_ARGS
 from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import Context
@@ -86,7 +86,7 @@ class TeacherPrompt:
         ids = encode_prompt(tokenizer, {**row, **changes})
         if not self.prefix:
             return ids
-        return [*ids, *tokenizer(self.prefix, add_special_tokens=False)["input_ids"]]
+        return [*ids, *encode_inside(tokenizer, self.prefix)]
 
     def _written(self, prompt: Any, context: str) -> object:
         """Return the prompt's text or messages, with the template around the question."""

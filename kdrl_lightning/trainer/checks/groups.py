@@ -140,6 +140,14 @@ def check_teacher_completions(
             f"{share.count}: got {found}. Use a LocalTeacher, or a server with "
             "`teacher_completions.engine` VLLMTeacherEngine."
         )
+    rules = (getattr(objective, name, None) for name in ("teacher_tokens", "ratio"))
+    divided = [type(rule).__name__ for rule in rules if getattr(rule, "to_behavior", False)]
+    if teacher.aligns and divided:
+        raise ConfigurationError(
+            "`teacher_completions` of a teacher with another tokenizer must have a rule without "
+            f"the teacher's probabilities of the student's tokens: got {divided[0]}. Use "
+            "ShapedProbability."
+        )
     if engine.one_per_process and share.engine.one_per_process:
         raise ConfigurationError(
             "`teacher_completions.engine` must not be a second vLLM in this process: got "

@@ -8,7 +8,8 @@ import pytest
 
 from helpers.program import CONFIG, made, refused
 from kdrl_lightning.cli.evaluate import make_parser, pruned, seeded
-from kdrl_lightning.cli.layered_yaml import install, load_with_base, merge
+from kdrl_lightning.cli.layered_yaml import install, load_with_base
+from kdrl_lightning.cli.settings.layers.merging import merge
 
 
 @pytest.mark.parametrize(

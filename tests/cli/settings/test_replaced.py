@@ -169,10 +169,11 @@ def test_a_class_that_replaces_another_is_noted_once_for_what_was_chosen(
 def test_rows_in_place_of_a_source_are_no_list_to_add_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Path("old.yaml").write_text(
-        "data: {train_prompts: {class_path: kdrl_lightning.tiny.ColumnAddition}}"
-    )
-    made("--config=old.yaml", "--config=data: {train_prompts: [{prompt: x}]}")
+    source = "train_prompts: {class_path: kdrl_lightning.tiny.ColumnAddition}"
+    rows = 'train_prompts: [{prompt: "1"}, {prompt: "2"}, {prompt: "3"}]'
+    assert rows in CONFIG
+    Path("config.yaml").write_text(CONFIG.replace(rows, source))
+    made("--config=data: {train_prompts: [{prompt: x}]}")
     assert notes(capsys) == []
 
 

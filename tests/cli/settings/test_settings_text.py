@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kdrl_lightning.__main__ import main
@@ -216,6 +216,7 @@ def test_a_printed_configuration_says_the_same(text: str) -> None:
 
 @ONE_BY_ONE
 @given(TEXTS)
+@example("{class_path: x}")
 def test_a_flag_that_takes_text_takes_any(text: str) -> None:
     given = [
         f"--config={dump(config_of('x'))}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -10,11 +11,12 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from kdrl_lightning.cli.layered_yaml import merge
 from kdrl_lightning.cli.parser import is_file, one_line
 from kdrl_lightning.cli.settings import private
+from kdrl_lightning.cli.settings.classes import check_spec
+from kdrl_lightning.cli.settings.layers.merging import merge
+from kdrl_lightning.cli.settings.layers.replaced import Given, contents, missing
 from kdrl_lightning.cli.settings.private import util
-from kdrl_lightning.cli.settings.replaced import Given, contents, missing
 from kdrl_lightning.cli.settings.shapes import by_name, fits, fitting, is_class, is_spec
 from kdrl_lightning.cli.settings.text import Text, dump, load, plain
 from kdrl_lightning.cli.settings.unused import note_dropped, take_notes
@@ -156,6 +158,24 @@ def test_a_path_that_cannot_be_is_the_users_mistake(tmp_path: Path) -> None:
     assert (
         path_error(FileNotFoundError(2, "x", "y")) is None and path_error(ValueError("x")) is None
     )
+
+
+@pytest.mark.parametrize(
+    ("val", "member", "words"),
+    [
+        (SPEC | {"path": "y"}, PromptSource, "got `path` beside `class_path`. Write it below"),
+        ({"class_path": "X", "init_arg": {}}, PromptSource, "Did you mean `init_args`?"),
+        (SPEC | {"__path__": "x.yaml", "__of_jsonargparse__": 1}, PromptSource, None),
+        ({"path": "y"}, PromptSource, None),
+        ({"class_path": "X", "a": 1}, dict[str, Any], None),
+    ],
+)
+def test_an_argument_beside_a_class_is_refused(val: Any, member: Any, words: str | None) -> None:
+    if words is None:
+        check_spec(val, [member, NoneType])
+        return
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_spec(val, [member, NoneType])
 
 
 def test_another_jsonargparse_is_refused_in_one_line() -> None:

@@ -147,11 +147,14 @@ def test_a_soft_cap_of_another_name_is_found_where_logits_are_small(
         Scorer(model).verify("it")
 
 
-def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [TypeError, UnboundLocalError, AssertionError])
+def test_a_model_that_cannot_run_is_refused_in_one_line(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("llama")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise TypeError("no such thing\nsecond line")
+        raise kind("no such thing\nsecond line")
 
     monkeypatch.setattr(model, "forward", fail)
     words = r"the language model it must run on token ids alone: got no such thing from Ll"

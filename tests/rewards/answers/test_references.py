@@ -30,6 +30,7 @@ from kdrl_lightning.rewards import (
     WeightedRewards,
 )
 from kdrl_lightning.rewards.answers.references import accepted
+from kdrl_lightning.rewards.code import read_tests
 from kdrl_lightning.rewards.reasoning_gym import score
 from kdrl_lightning.tiny import addition_reward
 
@@ -116,7 +117,7 @@ def test_every_text_of_a_float_is_that_float(value: float) -> None:
 
 
 MISSING = [None, float("nan"), np.float32("nan"), "", "  ", b"", [], [None], np.array([])]
-MISSING += [Decimal("NaN"), np.datetime64("NaT"), NAType()]
+MISSING += [Decimal("NaN"), Decimal("sNaN"), np.ma.masked, np.datetime64("NaT"), NAType()]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,10 @@ def test_a_scorer_of_reasoning_gym_gets_texts() -> None:
     assert score((None, str(number + 2), {**row, "answer": [number + 1, number]})) < 1.0
 
 
-def test_rows_are_looked_at_by_the_reward_that_judges_them() -> None:
+def test_rows_are_looked_at_by_the_reward_that_judges_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CodeReward, "_passes", lambda *_: False)  # it needs a sandbox
     routed = RoutedReward({"a": ExactMatch(), "1": CodeReward(), "c": len})
     both = WeightedRewards({"all": routed, "length": lambda s: 0.0})
     good = [{"source": "a", "answer": "1"}, {"source": 1, "tests": "assert 1"}, {"source": "c"}]
@@ -243,7 +247,7 @@ def test_a_numeric_source_finds_its_reward() -> None:
 
 def test_tests_from_parquet_are_arrays() -> None:
     tests: Any = np.array(["assert True"], dtype=object)
-    assert CodeReward().check({"tests": tests}) is None  # type: ignore[func-returns-value]
+    assert read_tests(tests) == "assert True"
     assert isinstance(CodeReward(), TaskReward)
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from helpers.small_tokenizers import KINDS, TEXT, by_hand, make, wrapped
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TextEncoder, TokenBytes
 from kdrl_lightning.teachers.cross_tokenizer.chunks import cut
+from kdrl_lightning.teachers.cross_tokenizer.segments import Cutter
+from kdrl_lightning.teachers.cross_tokenizer.words import writes_words_alone
 
 END = 1
 tokenizer = cache(make)
@@ -26,10 +28,9 @@ def tokens(kind: str) -> TokenBytes:
 
 
 @cache
-def aligner(student: str, teacher: str) -> Aligner:
-    made = Aligner.__new__(Aligner)  # without the check of the student's whole vocabulary
-    made.student, made.teacher, made.ends = tokens(student), tokens(teacher), frozenset([END])
-    made.max_chunk_tokens, made.encode = None, TextEncoder(made.teacher)
+def aligner(student: str, teacher: str, words: bool = True) -> Aligner:
+    made = Aligner(tokens(student), tokens(teacher), [END])
+    made.segments.words &= words
     return made
 
 
@@ -127,6 +128,69 @@ def test_byte_level_teachers_read_every_text(teacher: str, text: str) -> None:
     assert one.teacher_ids[-1] == END and END not in one.teacher_ids[:-1]
 
 
+PROSE = [
+    *"""The answer's 12 + 345 = 357 , isn't it ? (no) "so" 's _x --y Größe 数学 🙂 ok\n\n\t """,
+    " ",
+]
+
+
+@pytest.mark.parametrize(("student", "teacher"), [*zip(KINDS, KINDS[3:] + KINDS[:3], strict=True)])
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_words_that_are_aligned_once_have_the_chunks_of_the_whole_text(
+    student: str, teacher: str, data: st.DataObject
+) -> None:
+    """Equal words of different rows share one result; special and broken tokens stand between."""
+    fast, slow = aligner(student, teacher), aligner(student, teacher, words=False)
+    texts = data.draw(
+        st.lists(st.text(st.sampled_from(PROSE), max_size=40), min_size=1, max_size=3)
+    )
+    odd = [0, END, 2, len(fast.student.pieces) + 5]
+    rows = []
+    for text, ids in zip(
+        texts, TextEncoder(fast.student)([t.encode() for t in texts]), strict=True
+    ):
+        more = data.draw(st.lists(st.sampled_from(odd), max_size=1))
+        rows.append(np.array([*ids, *more, *ids[: len(text) // 2], *ids, END], np.int64))
+    rows = [np.maximum(row, 0) for row in rows]
+    most = data.draw(st.lists(st.integers(0, 60), min_size=len(rows), max_size=len(rows)))
+    for limits in None, most:
+        ends = [END] * len(rows)
+        for one, other in zip(fast(rows, ends, limits), slow(rows, ends, limits), strict=True):
+            for name in ("teacher_ids", "teacher_places", "places", "columns", "differs_at"):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_a_tokenizer_whose_words_depend_on_each_other_reads_whole_texts() -> None:
+    """A token over a space, a pre-tokenizer that takes two words, a normaliser of a text's ends."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pairs = pre_tokenizers.Split(Regex("[A-Za-z]+ [A-Za-z]+|."), "isolated")
+    found = {}
+    for name in ("plain", "across", "pairs", "strip"):
+        made = Tokenizer.from_str(tokenizer("bpe").backend_tokenizer.to_str())
+        if name == "across":
+            made = by_hand([*"abĠ", "aĠ"], [("a", "Ġ")]).backend_tokenizer
+        if name == "pairs":
+            made.pre_tokenizer = pre_tokenizers.Sequence([pairs, level])
+        if name == "strip":
+            made.normalizer = normalizers.Strip()
+        known = TokenBytes(wrapped(made), name, [END])
+        found[name] = writes_words_alone(known, TextEncoder(known))
+    assert found == {"plain": True, "across": False, "pairs": False, "strip": False}
+    words = [kind for kind in KINDS if aligner("bytes", kind).segments.words]
+    assert words == [kind for kind in KINDS if kind != "sentencepiece"]  # merges over spaces
+
+
+def test_segments_with_one_hash_are_told_apart() -> None:
+    cutter = Cutter(tokens("bytes"), True)
+    cutter._marks[:] = 1  # every segment of one length has one hash
+    ids = np.array(TextEncoder(tokens("bytes"))([b"ab cd ab ef"])[0])
+    found = cutter(ids, np.array([len(ids)]))
+    assert found.starts.tolist() == [0, 2, 5, 8] and found.which.tolist() == [0, 1, 2, 3]
+    found = Cutter(tokens("bytes"), True)(np.append(ids, ids), np.array([len(ids)] * 2))
+    assert len(found.examples) == 4 and found.which[4] == found.which[0]
+
+
 def test_half_characters_become_single_bytes() -> None:
     found = aligner("bytes", "sentencepiece")
     half = "🙂".encode()[:2]
@@ -191,12 +255,17 @@ def changed(normalizer: Any) -> Any:
     return wrapped(made)
 
 
+def refuse(student: TokenBytes, teacher: Any) -> None:
+    Aligner(student, TokenBytes(teacher, "t", [END]), [END]).refuse_changed_text()
+
+
 def test_a_teacher_that_changes_text_is_refused_with_the_first_byte() -> None:
     student = TokenBytes(by_hand([*"abAB"]), "s", [END])
     with pytest.raises(ConfigurationError, match="got b'a' of t for b'A' of s, first different at"):
-        Aligner(student, TokenBytes(changed(normalizers.Lowercase()), "t", [END]), [END])
+        refuse(student, changed(normalizers.Lowercase()))
     with pytest.raises(ConfigurationError, match="must write what the student writes: got b''"):
-        Aligner(student, TokenBytes(by_hand("ab"), "t", [END]), [END])
+        refuse(student, by_hand("ab"))
+    refuse(student, by_hand([*"abABĠ"]))
 
 
 class NoBackend:

@@ -230,6 +230,34 @@ def test_a_routed_teacher_of_both_kinds_fills_the_places(
     assert alone.chunk_places is not None and float(alone.logprobs.min()) >= LOGPROB_FLOOR
 
 
+def test_lengths_are_those_of_the_tokens_that_teachers_read(
+    student_folder: str, teacher_folder: str, merging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another tokenizer, with a prompt of its own, and with both kinds routed."""
+    prompt = TeacherPrompt(ColumnContext("hint"), "{context},{prompt}")
+    cross = CrossTokenizerTeacher(LocalTeacher(merging))
+    own = PromptedTeacher(LocalTeacher(teacher_folder), prompt)
+    both = ready(RoutedTeacher({"cross": cross, "own": own}), student_folder)
+    seen: list[int] = []
+    score = LocalTeacher.score
+
+    def noted(self: LocalTeacher, batch: RolloutBatch, topk_ids: Any = None) -> TokenScores:
+        seen.extend(batch.lengths.tolist())
+        return score(self, batch, topk_ids)
+
+    monkeypatch.setattr(LocalTeacher, "score", noted)
+    texts = TEXTS[:2]
+    rows = [
+        {"prompt": p, "hint": "12,3", "teacher": t}
+        for (p, _), t in zip(texts, ("cross", "own"), strict=True)
+    ]
+    batch = batch_of(None, student_folder, texts, teacher_route=[0, 1])
+    batch = FrozenModels(both).write_prompts(batch, groups(rows))
+    both.score(batch)
+    assert both.lengths(batch).tolist() == seen == [12, 16]
+    assert batch.lengths.tolist() == [15, 11]
+
+
 def test_prompts_are_the_teachers_own(student_folder: str, merging: str) -> None:
     teacher = ready(CrossTokenizerTeacher(LocalTeacher(merging)), student_folder)
     tokenizer = load_tokenizer(merging)

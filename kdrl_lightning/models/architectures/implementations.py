@@ -1,6 +1,8 @@
-"""Soft caps of attention scores, which transformers' fast attention leaves out."""
+"""Implementations of layers that transformers must not choose by itself: attention and experts."""
 
 from __future__ import annotations
+
+import torch
 
 from kdrl_lightning.common.untyped import HFModel
 
@@ -18,4 +20,16 @@ def keep_soft_caps(model: HFModel) -> bool:
     if not capped or config._attn_implementation != "sdpa":
         return False
     model.set_attn_implementation("eager")
+    return True
+
+
+def keep_precision(model: HFModel) -> bool:
+    """Let a float64 model run its experts one by one: grouped products take at most 32 bits.
+
+    Returns:
+        Whether the implementation changed.
+    """
+    if model.dtype != torch.float64 or model.config._experts_implementation != "grouped_mm":
+        return False
+    model.set_experts_implementation("eager")
     return True

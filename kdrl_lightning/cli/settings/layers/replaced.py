@@ -1,18 +1,19 @@
-"""Notes what is lost when a list of classes, or a mapping by name, is replaced.
+"""Notes what is lost when a list, a mapping by name, or a class is replaced.
 
 Actions and values are ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
+from pydoc import ErrorDuringImport, locate
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
 from kdrl_lightning.cli.settings.private import actions, typehints
-from kdrl_lightning.cli.settings.shapes import is_spec
+from kdrl_lightning.cli.settings.shapes import is_spec, not_default
 from kdrl_lightning.cli.settings.unused import note_replaced
 from kdrl_lightning.common.untyped import Tree, Value
 
@@ -34,7 +35,7 @@ def check_type(
 ) -> Any:
     """Return a value as ``ActionTypeHint._check_type`` does; note what it replaces."""
     before = cfg.get(self.dest) if cfg else None
-    had = None if _is_default(before, self.default) else contents(before)
+    had = None if _is_default(before, self.default) else held(before)
     token = _groups.set((*_groups.get(), self.dest))
     try:
         made = _check_type(self, value, append=append, cfg=cfg, mode=mode)
@@ -52,38 +53,78 @@ def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
     parser, namespace = args[:2]
     defaults = {action.dest: action.default for action in parser._actions}
     before = namespace.get(self.dest)
-    held = [] if before is None else list(before.items(branches=True))
-    had = [(f"{self.dest}.{key}", value, contents(value)) for key, value in held]
+    inside = [] if before is None else list(before.items(branches=True))
+    had = [(f"{self.dest}.{key}", value, held(value)) for key, value in inside]
     made = _load_group(self, *args, **kwargs)
-    for key, value, inside in had:
+    for key, value, lost in had:
         if not _is_default(value, defaults.get(key)):
             where = key.replace(".init_args", "")
-            note_lost(where, value, inside, namespace.get(key), "an earlier value")
+            note_lost(where, value, lost, namespace.get(key), "an earlier value")
     return made
 
 
 def note_lost(
     where: str, before: Any, had: Any, after: Any, what: str = "an earlier value"
 ) -> None:
-    """Note what is lost of an earlier value; only lists and mappings by name lose anything.
+    """Note what is lost of an earlier value, unless null or false says that nothing is wanted.
 
     Args:
         where: name of the setting.
         before: the earlier value.
-        had: its ``contents``, taken before jsonargparse changed it.
+        had: what it has, see ``held``, taken before jsonargparse changed it.
         after: the new value.
         what: description of the earlier value, for users.
     """
+    if not had or after is None or after is False:
+        return
     has = contents(after)
-    last = where.rsplit(".", 1)[-1]
-    if isinstance(had, dict) and isinstance(has, dict):
-        lost = [f"`{name}`" for name in had if name not in has]
-        note_replaced(where, what, lost, "Repeat it to keep it.")
-    elif isinstance(had, list) and isinstance(has, list) and list in (type(before), type(after)):
-        if isinstance(after, list) and after and not has and not isinstance(before, list):
-            return  # rows in place of a class that reads them
-        cure = f"Write `{last}+` to add to the list."
-        note_replaced(where, what, missing(had, has), cure)
+    classes = has if isinstance(has, list) else []
+    cure = ""
+    if isinstance(had, Mapping):
+        others = has if isinstance(has, dict) else {}
+        lost = [f"`{name}`" for name in had if name not in others]
+        cure = "Repeat it to keep it." if others else ""
+    elif is_spec(before) and not (classes and isinstance(after, list)):
+        if is_spec(after):
+            return  # `discard` notes what another class loses
+        lost = missing(had, [Given(had[0].name, ())])
+    elif _rows(before) and _rows(after):
+        return
+    else:
+        lost = missing(had, classes)
+        if not _rows(before) and (classes or isinstance(after, list)):
+            cure = f"Write `{where.rsplit('.', 1)[-1]}+` to add to the list."
+    note_replaced(where, what, lost, cure)
+
+
+def held(value: Any) -> list[Given] | dict[str, Any] | None:
+    """Return the contents of an earlier value: of a class its chosen arguments, of rows a count."""
+    if is_spec(value):
+        return [Given(str(value.get("class_path")).rsplit(".", 1)[-1], tuple(chosen(value)))]
+    found = contents(value)
+    return [Given(f"each of its {len(value)} rows", ())] if not found and _rows(value) else found
+
+
+def _rows(value: Any) -> bool:
+    """Return whether a value is a list of mappings that are no classes."""
+    return isinstance(value, list) and any(
+        isinstance(one, Mapping | Namespace) and not is_spec(one) for one in value
+    )
+
+
+def chosen(spec: Any, without: Collection[str] = ()) -> list[str]:
+    """Return the names of a class's arguments that differ from its own defaults.
+
+    Args:
+        spec: class and arguments.
+        without: names that do not count.
+    """
+    given = {name: value for name, value in _arguments(spec).items() if name not in without}
+    try:
+        kind = locate(str(spec.get("class_path"))) if given else None  # this imports torch
+        return not_default(kind, given) if callable(kind) else list(given)
+    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it shows no arguments
+        return list(given)
 
 
 def contents(value: Value) -> list[Given] | Tree | None:
@@ -92,13 +133,13 @@ def contents(value: Value) -> list[Given] | Tree | None:
     >>> contents([{"class_path": "a.B", "init_args": {"x": 1}}, "C", 3])
     [Given(name='B', arguments=('x',)), Given(name='C', arguments=())]
     """
-    if is_spec(value) or _is_name(value):
+    if is_spec(value) or is_name(value):
         value = [value]
     if isinstance(value, Mapping):
         return dict(value)
     if not isinstance(value, list | tuple):
         return None
-    return [_given(item) for item in value if is_spec(item) or _is_name(item)]
+    return [_given(item) for item in value if is_spec(item) or is_name(item)]
 
 
 def missing(had: list[Given], has: list[Given]) -> list[str]:
@@ -120,7 +161,7 @@ def missing(had: list[Given], has: list[Given]) -> list[str]:
     return lost
 
 
-def _is_name(item: Any) -> bool:
+def is_name(item: Any) -> bool:
     """Return whether a text can name a class; names of columns or modules cannot."""
     last = item.rsplit(".", 1)[-1] if isinstance(item, str) else ""
     return last.isidentifier() and last[0].isupper()

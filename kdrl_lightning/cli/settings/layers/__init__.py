@@ -1,0 +1,1 @@
+"""What a later file or flag does to the settings of an earlier one."""
