@@ -3038,8 +3038,8 @@ MUTATIONS = [
     Mutation(
         "rewards: torch keeps what a reward sets",
         ("rewards/processes/surroundings.py", "rewards/processes/test_surroundings.py"),
-        "            setting.write(had)\n",
-        "",
+        "setting.write(had)",
+        "pass",
     ),
     Mutation(
         "rewards: a reward starts with the same random numbers in every rollout",
