@@ -35,6 +35,7 @@ from kdrl_lightning.hardware.planning.models import allot, weightless
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.shapes import config_of, shipped
 from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.models.width_classes import WidthClass
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.updates import Cut
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
@@ -153,12 +154,13 @@ def terms_of(scorer: Scorer, part: RolloutBatch) -> tuple[float, ...]:
     """
     call = part.input_ids, part.prompt_lengths, part.completion_mask
     merged, tokens = scorer._merged(*call), float(part.completion_mask.sum())
-    rows, width = part.input_ids.shape
+    rows, width = part.input_ids.shape if merged is None else merged.input_ids.shape
+    passes = scorer._classes(call, merged) or [WidthClass(list(range(rows)), width)]
+    whole, squares = sum(p.tokens for p in passes), sum(p.tokens * p.width for p in passes)
     if merged is not None:
-        rows, width = merged.input_ids.shape
         prompts, before = merged.prompts.shape
         after = merged.mask.shape[1] - 1
-        if scorer.sharing.below * rows * width >= prompts * before + rows * after:
+        if scorer.sharing.below * whole >= prompts * before + rows * after:
             square = prompts * before**2
             return (
                 0.0,
@@ -170,7 +172,7 @@ def terms_of(scorer: Scorer, part: RolloutBatch) -> tuple[float, ...]:
                 rows * after * (before + after),
                 tokens,
             )
-    return rows * width, rows * width**2, 0.0, 0.0, 0.0, 0.0, 0.0, tokens
+    return whole, squares, 0.0, 0.0, 0.0, 0.0, 0.0, tokens
 
 
 def fitted(terms: Sequence[Sequence[float]], count: Callable[[int], np.ndarray]) -> np.ndarray:

@@ -177,6 +177,7 @@ class Mutation(NamedTuple):
 
 VLLM_PROCESS = "engines/vllm/process.py", "engines/vllm/test_process.py"
 VLLM_PUSH = "models/weights.py", "engines/vllm/test_prepare.py"
+FAST_PATH = "models/architectures/fast_path.py", "models/architectures/test_fast_path.py"
 VLLM_ROOM = "engines/vllm/room.py", "engines/vllm/test_prepare.py"
 FAILING_RANK = "common/distributed.py", "engines/test_failing_rank.py"
 FAILING_PUSH = "engines/weight_transport.py", "engines/test_failing_rank.py"
@@ -2485,6 +2486,122 @@ MUTATIONS = [
         VLLM_ERRORS,
         "import_failed and package and find_spec(package) is None",
         "import_failed and package",
+    ),
+    # What an audit of the GPU paths found, undone (docs/gpu.md has the table).
+    Mutation(
+        "audit 2: LOCAL_RANK is the launcher's",
+        VLLM_PROCESS,
+        "local = device.index if device.index is not None else int(",
+        "local = int(",
+    ),
+    Mutation(
+        "audit 3: chunks on CUDA are a CPU's",
+        ("losses/logprobs.py", "losses/test_head_on_cuda.py"),
+        '    if device == "cuda":\n        return max(1, CUDA',
+        "    if False:\n        return max(1, CUDA",
+    ),
+    Mutation(
+        "audit 4: a teacher travels for every part",
+        OFFLOAD,
+        "        if self._lent:\n            return\n",
+        "",
+    ),
+    Mutation(
+        "audit 5: the copy is as wide as the student",
+        ("engines/replica.py", "engines/test_compute_type.py"),
+        "weights.compute_dtype if weights.narrower else None",
+        "None",
+    ),
+    Mutation(
+        "audit 5: sampled from the student's own weights",
+        NARROW_ENGINE,
+        "copied = weights.sharded or weights.narrower",
+        "copied = weights.sharded",
+    ),
+    Mutation(
+        "audit 6: an engine starts in inference mode",
+        ("rollout/live.py", "engines/test_compute_type.py"),
+        "with torch.inference_mode(False):",
+        "with torch.no_grad():",
+    ),
+    Mutation(
+        "audit 7: a second engine leaves the first one running",
+        VLLM_PROCESS,
+        "    if RunningEngine.current is not None:\n        RunningEngine.current.close()",
+        "    pass",
+    ),
+    Mutation(
+        "audit 7: a dropped engine is not closed",
+        VLLM_PROCESS,
+        "weakref.finalize(owner, self.close)",
+        "pass",
+    ),
+    Mutation(
+        "audit 8: Lightning clips a fused optimizer",
+        CLIPPING,
+        "Precision.clip_gradients(plugin, optimizer, value or 0.0, kind)",
+        "plugin.clip_gradients(optimizer, value or 0.0, kind)",
+    ),
+    Mutation(
+        "audit 9: the other ranks get no reason",
+        ("distributed.py", "engines/test_failing_rank.py"),
+        "here = None if failure is None else str(failure) or type(failure).__name__",
+        "here = None",
+    ),
+    Mutation(
+        "audit 15: the shell decides where vLLM runs",
+        VLLM_PROCESS,
+        'os.environ[IN_PROCESS] = "0"',
+        'os.environ.setdefault(IN_PROCESS, "0")',
+    ),
+    Mutation(
+        "audit 15: random numbers are vLLM's",
+        VLLM_PROCESS,
+        "random.setstate(states[0])",
+        "pass",
+    ),
+    Mutation(
+        "card: a clip's bound is copied from the host",
+        ("losses/ratios.py", "objectives/test_objectives_on_a_card.py"),
+        "log_ratio.new_full((), clip_high)",
+        "log_ratio.new_tensor(clip_high)",
+    ),
+    Mutation(
+        "card: a group's weights of two groups are alive at once",
+        ("engines/vllm/hub_names.py", "models/test_sharded_on_a_card.py"),
+        "yield from self._converted({name: self._stored[name][1]() for name in names}).items()",
+        "whole = {n: self._stored[n][1]() for n in names}\n"
+        "            yield from self._converted(whole).items()",
+    ),
+    Mutation(
+        "passes: a cut need not save anything",
+        ("models/width_classes.py", "models/test_width_classes.py"),
+        "(1 - LEAST_SAVING) * n * width",
+        "n * width",
+    ),
+    Mutation(
+        "passes: ranks of a sharded model differ in their number",
+        ("models/scorer.py", "models/test_width_classes.py"),
+        "if self.sharded or not self.pads:",
+        "if not self.pads:",
+    ),
+    Mutation(
+        "fast path: NaN is near",
+        FAST_PATH,
+        "if not gap <= bound:",
+        "if gap > bound:",
+    ),
+    Mutation(
+        "fast path: the kernel is compared with itself",
+        FAST_PATH,
+        "use_kernel(model, PLAIN)",
+        "pass",
+    ),
+    Mutation(
+        "fast path: rounding in 16 bits is a fault",
+        FAST_PATH,
+        "scorer.sharded or torch.is_autocast_enabled(weight.device.type)",
+        "False",
     ),
     # What completions are worth.
     Mutation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,7 +37,8 @@ from kdrl_lightning.models.shared_prompts import (
     on_host,
     places_of,
 )
-from kdrl_lightning.rollout_batch import RolloutBatch
+from kdrl_lightning.models.width_classes import WidthClass, width_classes
+from kdrl_lightning.rollout_batch import RolloutBatch, upload
 
 # `Any`: models and configurations of transformers share no typed base.
 
@@ -146,8 +147,9 @@ class Scorer(nn.Module):
         apart = topk_ids is not None or (other is not None and other.per_row)
         once = merged is not None and not apart
         rows, columns, states, among = places_of(host[2], merged, once, device)
+        classes = self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call, merged, states, columns)
+        hidden = self._hidden(*call, merged, states, columns, classes)
         of = merged.of if merged is not None and once else None
         if merged is not None and once:
             completion_ids = completion_ids[merged.first]
@@ -191,30 +193,49 @@ class Scorer(nn.Module):
         merged: MergedRows | None,
         rows: Tensor,
         columns: Tensor,
+        classes: Sequence[WidthClass],
     ) -> Tensor:
         """``[N, H]``: the states that predict completion tokens ``columns`` of rows.
 
-        The rows are those of ``merged`` where there is one.
+        The rows are those of ``merged`` where there is one. ``classes`` are their passes.
         """
         if merged is not None:
             input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
             from kdrl_lightning.models.prompt_cache import shared_states
 
             once = partial(shared_states, decoder_of(self.model), merged)
-            each = partial(self._row_states, input_ids, prompt_lengths + mask.sum(1))
-            if self._pays(merged, once, each):
+            each = partial(self._row_states, input_ids, prompt_lengths + mask.sum(1), classes)
+            tokens = sum(c.tokens for c in classes) or input_ids.numel()
+            if self._pays(merged, tokens, once, each):
                 return once()[rows, columns]
-        hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1))
+        hidden = self._row_states(input_ids, prompt_lengths + mask.sum(1), classes)
         return hidden[rows, prompt_lengths[rows] - 1 + columns]
 
-    def _row_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def _classes(
+        self, host: tuple[Tensor, Tensor, Tensor], merged: MergedRows | None
+    ) -> list[WidthClass]:
+        """Return the passes of the rows; none if they run as one, or each length by itself.
+
+        Sharded models gather their weights for each pass, and ranks would differ in the number.
+        """
+        if self.sharded or not self.pads:
+            return []
+        prompts, mask = host[1:] if merged is None else (merged.prompt_lengths, merged.mask)
+        return width_classes((prompts + mask.sum(1)).tolist())
+
+    def _row_states(
+        self, input_ids: Tensor, lengths: Tensor, classes: Sequence[WidthClass] = ()
+    ) -> Tensor:
         """Return the states ``[B, S, H]`` of rows that end at ``lengths``."""
-        if self.pads or len(input_ids) == 1:
+        if len(input_ids) == 1 or (self.pads and len(classes) < 2):
             return self._pass(input_ids, lengths)
-        groups = [(lengths == n).nonzero().squeeze(1) for n in lengths.unique().tolist()]
-        states = [self._pass(input_ids[g, : int(lengths[g[0]])], lengths[g]) for g in groups]
+        device = input_ids.device
+        groups = [(upload(torch.tensor(c.rows), device), c.width) for c in classes] or [
+            ((lengths == n).nonzero().squeeze(1), n) for n in lengths.unique().tolist()
+        ]
+        states = [self._pass(input_ids[g, :width], lengths[g]) for g, width in groups]
         whole = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
-        for group, part in zip(groups, states, strict=True):
+        for (group, _), part in zip(groups, states, strict=True):
             column = torch.arange(part.shape[1], device=group.device)
             whole = whole.index_put((group[:, None], column), part)
         return whole
@@ -228,14 +249,18 @@ class Scorer(nn.Module):
             return self._as_the_head(hidden)
 
     def _pays(
-        self, rows: MergedRows, once: Callable[[], Tensor], each: Callable[[], Tensor]
+        self,
+        rows: MergedRows,
+        tokens: int,
+        once: Callable[[], Tensor],
+        each: Callable[[], Tensor],
     ) -> bool:
-        """Whether two passes over fewer tokens cost less than one over all."""
+        """Whether two passes over fewer tokens cost less than those over all ``tokens``."""
         shared = rows.prompts.numel() + rows.mask.numel() - len(rows.mask)
         # Planning and tests take other kinds of tensors for a GPU's, and have no clock.
         if rows.input_ids.is_cuda and type(rows.input_ids) is Tensor:
             self.sharing.clock = cuda_clock
-        return self.sharing.pays(shared, rows.input_ids.numel(), once, each)
+        return self.sharing.pays(shared, tokens, once, each)
 
     def states(self, batch: RolloutBatch) -> Other:
         """Return hidden states of a batch's completions and the head, for another's divergence.
@@ -248,8 +273,9 @@ class Scorer(nn.Module):
         host, device = on_host(*call), batch.input_ids.device
         merged = self._merged(*host)
         places = places_of(host[2], merged, False, device)
+        classes = self._classes(host, merged)
         merged = None if merged is None else merged.to(device)
-        hidden = self._hidden(*call, merged, places.states, places.columns)
+        hidden = self._hidden(*call, merged, places.states, places.columns, classes)
         head, bias = self.head(), self.head().bias
         kept = torch.clone if self.sharded else torch.Tensor.detach
         return Other(

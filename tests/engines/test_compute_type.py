@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,16 @@ def test_an_engine_that_first_validates_can_train(tmp_path: Path, student_folder
     fit(tmp_path, module, data, max_steps=2, num_sanity_val_steps=1, **settings)
     engine: Any = data.rollout_engine
     assert not any(p.is_inference() for p in engine._model.parameters())
+
+
+def test_on_a_gpu_a_run_says_how_much_faster_vllm_is(
+    student_folder: str,
+) -> None:
+    engine = TransformersEngine()
+    with warnings.catch_warnings(action="error"):
+        engine.prepare(student_folder, 64, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="6 to 11 times as long as VLLMEngine. Add `--config eng"):
+        engine.prepare(student_folder, 64, torch.device("cuda"))
 
 
 def qwen3(**settings: Any) -> Qwen3Config:
