@@ -114,11 +114,10 @@ def _joined(parts: Sequence[Any], number: int) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) else part
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind == "text" and not isinstance(text, str):
-            kind = f"text without a text, {part!r:.40},"
-        if kind != "text":
+        if kind != "text" or not isinstance(text, str):
+            what = kind if kind != "text" else f"text without a text, {part!r:.40},"
             raise ConfigurationError(
-                f"a message must contain only text: got a part of type {kind} in message {number}. "
+                f"a message must contain only text: got a part of type {what} in message {number}. "
                 "Images, audio and video are not supported: remove such rows."
             )
         texts.append(str(text))

@@ -160,6 +160,9 @@ def test_messages_are_rendered_with_the_template_and_a_generation_prompt():
     class Tokenizer:
         chat_template = "any"
 
+        def __call__(self, text, **options):
+            return {"input_ids": [1] * len(text)}
+
         def apply_chat_template(self, messages, **options):
             assert options["add_generation_prompt"]
             if not options["tokenize"]:  # the text, which must hold every message
