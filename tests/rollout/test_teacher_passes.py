@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.one_rank import alone
-from kdrl_lightning.rollout.teacher_passes import teacher_passes
+from kdrl_lightning.rollout.partition import teacher_passes
 from kdrl_lightning.rollout.updates import Cut, Waits, plan_updates, resume_updates
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, with_prompts
