@@ -101,7 +101,7 @@ class Aligner:
         )
         # 3. Copy them to all their places, and end the rows.
         rows, whole = _placed(parts, segments, counts, np.cumsum(self.student.lengths[ids]))
-        limits = most or [None] * len(rows)
+        limits: Sequence[int | None] = most or [None] * len(rows)
         return [
             _closed(row, end if closes else None, end, read_whole, limit)
             for row, end, closes, read_whole, limit in zip(
