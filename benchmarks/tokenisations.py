@@ -142,7 +142,7 @@ def excerpts(text: str, size: int, count: int, seed: int) -> list[tuple[str, str
     while len(out) < count:
         at = text.find(" ", draws.randrange(CONTEXT, len(text) - 2 * size))
         stop = text.find(" ", at + size)
-        if at > 0 and stop > 0 and stop - at < size + 12:
+        if at > 0 and stop > 0 and stop - at <= size + 4:
             out.append((text[at - CONTEXT : at], text[at:stop]))
     return out
 

@@ -163,6 +163,16 @@ SEGMENTS = "teachers/cross_tokenizer/segments.py", "teachers/cross_tokenizer/tes
 WORDS = "teachers/cross_tokenizer/words.py", "teachers/cross_tokenizer/test_aligner.py"
 WORKER_ORDER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_worker.py"
 WORKER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
+PASSES = "rollout/partition.py", "rollout/test_teacher_passes.py"
+TRANSLATION = (
+    "teachers/cross_tokenizer/translation.py",
+    "teachers/cross_tokenizer/test_teacher_completions.py",
+)
+ROUTED_TRANSLATION = "teachers/routed.py", "teachers/cross_tokenizer/test_teacher_completions.py"
+SERVED_TRANSLATION = (
+    "engines/vllm/teacher.py",
+    "teachers/cross_tokenizer/test_teacher_completions.py",
+)
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
 
@@ -339,6 +349,37 @@ MUTATIONS = [
         WORKER,
         "[job.most for job in jobs]",
         "[1 << 30 for job in jobs]",
+    ),
+    Mutation(
+        "passes: counted in the student's tokens",
+        PASSES,
+        "teacher.lengths(batch.select(rows))",
+        "batch.select(rows).lengths",
+    ),
+    Mutation("passes: ranks have their own number", PASSES, "(most - len(passes))", "0"),
+    Mutation(
+        "translation: what is lost counts as whole",
+        TRANSLATION,
+        "truncated=c.truncated or not survives",
+        "truncated=c.truncated",
+    ),
+    Mutation(
+        "translation: a chunk's sum at each token",
+        TRANSLATION,
+        "totals[opens] / np.bincount(opens, minlength=len(opens))[opens]",
+        "totals[opens]",
+    ),
+    Mutation(
+        "translation: a routed teacher samples after the student's prompt",
+        ROUTED_TRANSLATION,
+        "return self._of(row).generation_prompt(row, prompt_ids)",
+        "return prompt_ids",
+    ),
+    Mutation(
+        "translation: a server's ids limited by the student's vocabulary",
+        SERVED_TRANSLATION,
+        "weights.vocab_size or of_student",
+        "of_student",
     ),
     Mutation("k1: sign", DIVERGENCES, "return logprobs - teacher", "return -logprobs + teacher"),
     Mutation("k2: half forgotten", DIVERGENCES, "return 0.5 * (teacher", "return (teacher"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.one_rank import alone
 from kdrl_lightning.rollout.updates import Cut, Waits, plan_updates, resume_updates
-from kdrl_lightning.rollout.updates.teacher_passes import teacher_passes
+from kdrl_lightning.rollout.updates.partition import teacher_passes
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, with_prompts
 

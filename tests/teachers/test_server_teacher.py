@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from helpers.short_runs import fit, make_data, make_module
 from helpers.with_vllm.need import ROOT, need_vllm, run
-from helpers.with_vllm.scripted import Scripted
+from helpers.with_vllm.teaching import Edit, Teaching
 from kdrl_lightning import GRPO, RLAD, RolloutBatch, RoutedTeacher, ServerTeacher
 from kdrl_lightning.callbacks import SelectiveImitationStats
 from kdrl_lightning.engines import VLLMTeacherEngine
@@ -21,7 +21,6 @@ from kdrl_lightning.objectives import GKD
 from kdrl_lightning.rollout_batch import collate
 
 CPU = torch.device("cpu")
-Edit = Callable[[dict[str, Any], dict[str, Any]], Any]
 
 
 def test_the_real_server(tmp_path: Path) -> None:
@@ -30,41 +29,6 @@ def test_the_real_server(tmp_path: Path) -> None:
     out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=400)
     assert out.returncode == 0, out.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 7 and "skipped" not in out.stdout  # type: ignore[index]
-
-
-class Teaching(Scripted):
-    """Every token has the log-probability ``-(id + 1) / 10``; ``edit`` changes an answer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__("Qwen2ForCausalLM", 16)
-        self.root, self.edit = "teacher", None
-        self.sizes: list[int] = []
-        self.routes |= {
-            "/v1/models": lambda _: {"data": [{"root": self.root, "max_model_len": 64}]},
-            "/tokenize": lambda body: {"tokens": tokenizer(body["prompt"])["input_ids"]},
-            "/v1/completions": self.teach,
-        }
-        self.edit: Edit | None
-
-    def teach(self, body: dict[str, Any]) -> Any:
-        self.sizes.append(len(body["prompt"]))
-        choices = [self.choice(i, ids, body) for i, ids in enumerate(body["prompt"])]
-        for choice in choices if self.edit is not None else []:
-            self.edit(choice, body)  # type: ignore[misc]
-        return {"choices": choices[::-1]}
-
-    def choice(self, index: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {"index": index, "prompt_token_ids": list(ids)}
-        if "prompt_logprobs" in body:
-            steps = [
-                {str(i): {"logprob": -(i + 1) / 10, "rank": rank} for i, rank in ((t, 2), (0, 1))}
-                for t in ids[1:]
-            ]
-            made["prompt_logprobs"] = [None, *steps]
-        else:
-            asked = {f"token_id:{i}": -(i + 1) / 10 for i in body["logprob_token_ids"]}
-            made["logprobs"] = {"top_logprobs": [asked]}
-        return made
 
 
 @pytest.fixture

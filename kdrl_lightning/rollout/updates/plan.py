@@ -11,8 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdrl_lightning.rollout.updates.partition import partition
-from kdrl_lightning.rollout.updates.teacher_passes import teacher_passes
+from kdrl_lightning.rollout.updates.partition import partition, teacher_passes
 from kdrl_lightning.rollout_batch import RolloutBatch, StepTotals
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.own_prompt.groups import as_read

@@ -59,11 +59,17 @@ class CrossTokenizerTeacher(WrappedTeacher):
             chunks are left out and counted in ``kd/unaligned_frac``. None: no limit.
 
     Raises:
-        ConfigurationError: ``max_chunk_tokens`` is below 1.
+        ConfigurationError: ``max_chunk_tokens`` is below 1, or the teacher already has one of these
+            inside.
     """
 
     def __init__(self, teacher: Teacher, max_chunk_tokens: int | None = 32) -> None:
         super().__init__(teacher)
+        if _translates(teacher):
+            raise ConfigurationError(
+                "`teacher` of a CrossTokenizerTeacher must not have another one inside: got "
+                f"{type(teacher).__name__}. Keep one of the two."
+            )
         if max_chunk_tokens is not None:
             require_between("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
         self.max_chunk_tokens = max_chunk_tokens
@@ -338,6 +344,13 @@ class CrossTokenizerTeacher(WrappedTeacher):
             "score the rest of such completions; kd/unaligned_frac counts the tokens.",
             stacklevel=2,
         )
+
+
+def _translates(teacher: Teacher) -> bool:
+    """Return whether a teacher, or one that it wraps, is a CrossTokenizerTeacher."""
+    several = getattr(teacher, "teachers", {}).values()  # only wrappers have these two
+    inner = [*several, *filter(None, [getattr(teacher, "teacher", None)])]
+    return isinstance(teacher, CrossTokenizerTeacher) or any(map(_translates, inner))
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:

@@ -43,7 +43,8 @@ class PromptedTeacher(WrappedTeacher):
         if teacher.has_own_prompt:
             raise ConfigurationError(
                 "`teacher` of a PromptedTeacher must read the student's prompt: got one with a "
-                "prompt of its own. Keep one PromptedTeacher, and join the contexts."
+                "prompt of its own. Keep one PromptedTeacher, and join the contexts; a "
+                "CrossTokenizerTeacher goes around it."
             )
         self.prompt = prompt
         self._tokenizer: HFTokenizer = None  # until `check`
