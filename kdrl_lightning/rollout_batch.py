@@ -209,7 +209,7 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """Return a copy with its tensors on ``device``."""
-        return self._map(lambda t: t.to(device))
+        return self._map(lambda t: upload(t, torch.device(device)))
 
     def select(self, rows: Tensor | Sequence[int]) -> RolloutBatch:
         """Return the given rows, trimmed to the longest row and completion among them.
@@ -270,8 +270,10 @@ class RolloutBatch:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device; the host does not wait for the copy."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """Return a tensor on a device; the host does not wait for a copy from CPU to GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def reward_dtype() -> torch.dtype:

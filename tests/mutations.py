@@ -163,7 +163,7 @@ SEGMENTS = "teachers/cross_tokenizer/segments.py", "teachers/cross_tokenizer/tes
 WORDS = "teachers/cross_tokenizer/words.py", "teachers/cross_tokenizer/test_aligner.py"
 WORKER_ORDER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_worker.py"
 WORKER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
-PASSES = "rollout/partition.py", "rollout/test_teacher_passes.py"
+PASSES = "rollout/updates/partition.py", "rollout/test_teacher_passes.py"
 TRANSLATION = (
     "teachers/cross_tokenizer/translation.py",
     "teachers/cross_tokenizer/test_teacher_completions.py",
@@ -2585,7 +2585,7 @@ MUTATIONS = [
     ),
     Mutation(
         "audit 9: the other ranks get no reason",
-        ("distributed.py", "engines/test_failing_rank.py"),
+        ("common/distributed.py", "engines/test_failing_rank.py"),
         "here = None if failure is None else str(failure) or type(failure).__name__",
         "here = None",
     ),

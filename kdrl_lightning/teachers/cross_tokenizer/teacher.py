@@ -22,7 +22,7 @@ from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.prompts.encoding import encode_prompt
-from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
+from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows, upload
 from kdrl_lightning.teachers.base import OwnVocabulary, Teacher
 from kdrl_lightning.teachers.cross_tokenizer import (
     Aligner,
@@ -233,7 +233,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         device = batch.input_ids.device
 
         def table(values: Sequence[Ints], filler: int = 0) -> Tensor:
-            return pad_rows(values, filler, torch.long).to(device)  # type: ignore[arg-type]
+            return upload(pad_rows(values, filler, torch.long), device)  # type: ignore[arg-type]
 
         places = table([row.places for row in rows])
         theirs = scores.logprobs.clamp(min=LOGPROB_FLOOR)

@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 from helpers.program import CONFIG
+from kdrl_lightning.cli.settings.unused import take_notes
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working directory, and no note left from before."""
+    monkeypatch.chdir(tmp_path)
+    take_notes()
 
 
 @pytest.fixture

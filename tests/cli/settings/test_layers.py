@@ -12,6 +12,7 @@ from helpers.program import CONFIG, made
 from kdrl_lightning.cli.settings.layers.merging import merge
 from kdrl_lightning.cli.settings.unused import take_notes
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4, "weight_decay": 0.5}}
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 ROWS = [{"prompt": "1"}, {"prompt": "2"}]
@@ -23,12 +24,6 @@ WEIGHTED = {
 SCHEDULE = "torch.optim.lr_scheduler.LinearLR"
 SETS = {"a": {"prompts": ROWS}, "b": {"prompts": ROWS}}
 CALLBACKS = [{"class_path": "CPUThreads", "init_args": {"threads": 1}}, "StepProfile"]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    take_notes()
 
 
 def notes_of(base: Any, over: Any, name: str = "a.b") -> list[str]:

@@ -15,9 +15,9 @@ from kdrl_lightning import RolloutDataModule, RolloutEngine, TransformersEngine
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.cli.evaluate import make_parser, pruned
 from kdrl_lightning.cli.settings.renamed import RENAMED, renamed, renamed_flags
-from kdrl_lightning.cli.settings.unused import take_notes
 from kdrl_lightning.errors import ConfigurationError
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 REST: dict[str, Any] = {
     "model": {"student": "nowhere", "objective": "GRPO"},
     "trainer": {"accelerator": "cpu", "logger": False},
@@ -55,12 +55,6 @@ NEW = {
     "evaluation": {"batch_size": 11, "samples": 4, "temperature": 0.9, "k": [2, 4]},
     "reward_failures": {"max_frac": 0.25, "reward": -1.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    take_notes()
 
 
 def write(name: str, data: dict[str, Any], **more: Any) -> str:

@@ -13,8 +13,8 @@ import torch
 
 from kdrl_lightning.engines.base import Completion, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine
-from kdrl_lightning.hardware.doctor import several
 from kdrl_lightning.hardware.doctor.bench import Bench
+from kdrl_lightning.hardware.doctor.checks import several
 from kdrl_lightning.hardware.doctor.program import Address
 from kdrl_lightning.models.weights import ModelWeights
 
