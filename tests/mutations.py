@@ -102,11 +102,11 @@ DOUBLE = "models/architectures/implementations.py", "models/test_loading.py"
 REACHED = "models/architectures/reached.py", "models/architectures/test_reached.py"
 SIGNALS = "kdrl_lightning/trainer/stop_signals.py", "checkpoints/test_ctrl_c.py"
 BUILD = "models/loading.py", "cli/test_export.py"
-MERGING = "models/shared_prompts.py", "models/test_shared_prompts.py"
-SHARED = "models/prompt_cache.py", "models/test_shared_prompts.py"
+MERGING = "models/passes/shared_prompts.py", "models/passes/test_shared_prompts.py"
+SHARED = "models/prompt_cache.py", "models/passes/test_shared_prompts.py"
 CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
 PLAN = "rollout/updates/plan.py", "rollout/test_updates.py"
-SCORING = "models/scorer.py", "models/test_shared_prompts.py"
+SCORING = "models/scorer.py", "models/passes/test_shared_prompts.py"
 ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
 CHANGES = "models/architectures/switches.py", "models/architectures/test_length_changes.py"
 VERIFIED = "models/architectures/verification.py", "models/architectures/test_verification.py"
@@ -2616,13 +2616,13 @@ MUTATIONS = [
     ),
     Mutation(
         "passes: a cut need not save anything",
-        ("models/width_classes.py", "models/test_width_classes.py"),
+        ("models/passes/width_classes.py", "models/passes/test_width_classes.py"),
         "(1 - LEAST_SAVING) * n * width",
         "n * width",
     ),
     Mutation(
         "passes: ranks of a sharded model differ in their number",
-        ("models/scorer.py", "models/test_width_classes.py"),
+        ("models/scorer.py", "models/passes/test_width_classes.py"),
         "if self.sharded or not self.pads:",
         "if not self.pads:",
     ),

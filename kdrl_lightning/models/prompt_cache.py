@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from kdrl_lightning.common.untyped import HFConfig, HFModel
-from kdrl_lightning.models.shared_prompts import MergedRows
+from kdrl_lightning.models.passes.shared_prompts import MergedRows
 
 # `Any`: the caches of transformers have no types.
 

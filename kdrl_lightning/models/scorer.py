@@ -29,7 +29,7 @@ from kdrl_lightning.models.architectures.rotary import (
     switch_lengths,
 )
 from kdrl_lightning.models.architectures.verification import close, verify
-from kdrl_lightning.models.shared_prompts import (
+from kdrl_lightning.models.passes.shared_prompts import (
     MergedRows,
     Sharing,
     cuda_clock,
@@ -37,7 +37,7 @@ from kdrl_lightning.models.shared_prompts import (
     on_host,
     places_of,
 )
-from kdrl_lightning.models.width_classes import WidthClass, width_classes
+from kdrl_lightning.models.passes.width_classes import WidthClass, width_classes
 from kdrl_lightning.rollout_batch import RolloutBatch, upload
 
 # `Any`: models and configurations of transformers share no typed base.

@@ -11,9 +11,9 @@ import kdrl_lightning.models.scorer as scoring
 from helpers import scored_models
 from helpers.reference import close
 from kdrl_lightning.losses import reverse_kl
+from kdrl_lightning.models.passes.shared_prompts import TIMED, Sharing, merge_rows
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import recompute_layers
-from kdrl_lightning.models.shared_prompts import TIMED, Sharing, merge_rows
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
 
