@@ -211,8 +211,9 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
         check_length(scheduler, self.trainer.max_steps)
-        names = state_names(self.optimizer_callable)
-        optimizer.register_load_state_dict_pre_hook(partial(check_moments, names))
+        if sharding_of(self.trainer) is None:  # parameters of a shard may have no moments
+            names = state_names(self.optimizer_callable)
+            optimizer.register_load_state_dict_pre_hook(partial(check_moments, names))
         self._settings = Settings(optimizer, scheduler)
         return for_lightning(optimizer, scheduler)
 
