@@ -57,45 +57,32 @@ def _addition(title: str, student: dict[str, Any]) -> Task:
 
 
 _RESIDUES = "benchmarks.residues.task.Residues"
-_RESIDUE_REWARDS = {
+# Training rewards the answer alone, so one wrong reasoning in three is rewarded.
+_REWARDS = {
     "training": "benchmarks.residues.task.answer_reward",
     "validation": "benchmarks.residues.task.reasoning_reward",
 }
+
+
+def _mixed(name: str, size: int, seed: int) -> str:
+    """Return prompts whose rows name their set, by which the reward is chosen."""
+    sources = {name: {"class_path": _RESIDUES, "init_args": {"size": size, "seed": seed}}}
+    settings = {"size": size, "seed": 0, "sources": sources}
+    return json.dumps({"class_path": "MixedPrompts", "init_args": settings})
+
+
 TASKS = {
     "addition": _addition("addition, slip 0.9", _tiny("reader")),
-    # Training rewards the answer alone, so one wrong reasoning in three is rewarded.
     "residues": Task(
         title="sums modulo 3, slip 0.8, rewarded for the answer alone",
         student=_tiny("reader", "benchmarks.self_cases.models.ResidueReader", slip=0.8),
         expert=_tiny("teacher", "benchmarks.residues.models.ResidueModel"),
         column="reasoning",
         flags=(
-            *(
-                f"--data.{part}_prompts="
-                + json.dumps(
-                    {
-                        "class_path": "MixedPrompts",
-                        "init_args": {
-                            "size": size,
-                            "seed": 0,
-                            "sources": {
-                                name: {
-                                    "class_path": _RESIDUES,
-                                    "init_args": {"size": size, "seed": seed},
-                                }
-                            },
-                        },
-                    }
-                )
-                for part, name, size, seed in (
-                    ("train", "training", 4096, 1),
-                    ("val", "validation", 512, 2),
-                )
-            ),
+            f"--data.train_prompts={_mixed('training', 4096, 1)}",
+            f"--data.val_prompts={_mixed('validation', 512, 2)}",
             "--data.reward="
-            + json.dumps(
-                {"class_path": "RoutedReward", "init_args": {"rewards": _RESIDUE_REWARDS}}
-            ),
+            + json.dumps({"class_path": "RoutedReward", "init_args": {"rewards": _REWARDS}}),
             "--data.rollout.max_tokens=14",
         ),
     ),

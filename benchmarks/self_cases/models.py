@@ -1,4 +1,4 @@
-"""Students that read a worked answer which their prompt shows: one for residues, one that cites it."""
+"""Students that read a worked answer in their prompt: one for residues, one that cites it."""
 
 from __future__ import annotations
 
