@@ -4,6 +4,7 @@ from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, TaskReward,
 from kdrl_lightning.rewards.code import CodeReward
 from kdrl_lightning.rewards.composed import RoutedReward, WeightedRewards
 from kdrl_lightning.rewards.exact_match import ExactMatch
+from kdrl_lightning.rewards.feedback import AnswerFeedback
 from kdrl_lightning.rewards.format import FormatReward
 from kdrl_lightning.rewards.function import RewardFunction
 from kdrl_lightning.rewards.knights import KnightsAndKnavesReward
@@ -13,6 +14,7 @@ from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
 from kdrl_lightning.rewards.reasoning_gym import ReasoningGymReward
 
 __all__ = [
+    "AnswerFeedback",
     "BatchReward",
     "CodeReward",
     "ExactMatch",
