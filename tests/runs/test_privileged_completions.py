@@ -51,7 +51,9 @@ def test_completions_after_the_teacher_s_prompt_are_learned_after_the_student_s(
     engine = Recorded()
     prompt = TeacherPrompt(ColumnContext("answer"), "{context}{prompt}")
     teacher = PromptedTeacher(LocalTeacher(teacher_folder), prompt)
-    data = make_data(val_prompts=None, teacher_completions=1, teacher_engine=engine)
+    data = make_data(
+        val_prompts=None, teacher_completions=1, teacher_engine=engine, reward=lambda sample: 0.0
+    )
     module = make_module(student_folder, teacher, PublishedHDPO(top_k=4))
     trace = fit(tmp_path, module, data, max_steps=1)
     ((_, batch),) = trace.seen
@@ -75,7 +77,7 @@ class Followed(Recorded):
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         super().update_weights(weights, version)
-        self.got.append((version, float(next(weights.model.parameters()).double().sum())))
+        self.got.append((version, float(next(weights.model.parameters()).detach().double().sum())))
 
 
 def prompted(rule: WeightRule) -> PromptedTeacher:
