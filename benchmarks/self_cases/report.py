@@ -11,28 +11,7 @@ from benchmarks.self_cases.arms import ARMS, LEAKS, TASKS
 
 # `Any`: results as JSON holds them, matplotlib's axes.
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
-PAGE = f"""# A self-teacher that sees the solution
-
-A student that can read a worked solution is its own teacher, compared with an external teacher and with none.
-`python benchmarks/self_teachers.py --out docs/comparison` makes the tables; a stopped run continues.
-
-- All runs of a task use the same number of **student passes**: completions that go once through the student's current weights, in an
-  update or when they are scored for a later one. The learning rate falls with them, and the rollout that reaches the budget ends the
-  run. Sampling is not counted. The teacher's passes are counted apart: a self-teacher's are of the student's size and after a longer
-  prompt; the external teacher is larger (3 layers of width 128; the student has 2 of width 96).
-- For each method both rates ran on the first seed; the better one, by the mean over the run, ran on all seeds. All else is as in `configs/`.
-- *self* is the initial student after the worked solution. SDPO and SDFT have its moving average, RLSD the copy of every 10th step.
-  HDPO samples behind the solution for prompts that the student fails. *other problem* is a control: the solution is another one's.
-- *mean over the run* is the mean of the validations, which follow every 5 rollouts: how fast a method learns.
-- Operations are counted in the first rollout, with sampling; CPU seconds are those of the fastest run.
-- *Leakage on purpose*: this student begins with `==` if it was shown a solution, as a language model says "According to the
-  solution". Its own prompt never shows one. `TeacherHealth` knows the phrase and must warn.
-
-![Accuracy over student passes, and leakage over rollouts](self_teachers.png)
-
-{START}
-{END}
-"""
+PAGE = Path(__file__).parent / "page.md"  # how it was measured
 Result = Mapping[str, Any]
 Rates = Mapping[str, Mapping[str, float]]
 
@@ -193,7 +172,7 @@ def finish(axis: Any, across: str) -> None:
 def write(out: Path, results: Sequence[Result], rates: Rates) -> None:
     """Write the tables into the page, between its marks, and draw the picture."""
     page = out / "self_teachers.md"
-    old = page.read_text() if page.exists() else PAGE
+    old = (page if page.exists() else PAGE).read_text()
     head, _, rest = old.partition(START)
     tail = rest.partition(END)[2]
     page.write_text(f"{head}{START}\n\n{tables(results, rates)}\n\n{END}{tail}")

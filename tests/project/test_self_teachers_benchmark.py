@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.residues.task import ResidueTraces
 from benchmarks.self_cases.arms import ARMS, EVERY_ARM, LEAKS, TASKS
 from benchmarks.self_cases.models import CITATION, CitingTraces, ShownTraces
-from benchmarks.self_cases.report import tables
+from benchmarks.self_cases.report import tables, write
 from benchmarks.self_teachers import RATES, Campaign, Job, Passes, best_rates, stages
 from kdrl_lightning.tiny import AdditionTraces
 
@@ -103,3 +103,17 @@ def test_readers_copy_what_they_are_shown_and_the_citing_one_says_so() -> None:
 def test_commands_name_a_configuration_that_exists(arm: str) -> None:
     command = EVERY_ARM[arm].command(TASKS["addition"])
     assert Path(command[0].removeprefix("--config=")).exists()
+
+
+def test_the_page_says_how_it_was_measured_and_keeps_what_is_written_around_the_tables(
+    tmp_path: Path,
+) -> None:
+    results = all_runs(tmp_path).results
+    rates = {task: best_rates(results, task, SEEDS[0]) for task in ("addition", "residues")}
+    write(tmp_path, list(results.values()), rates)
+    page = tmp_path / "self_teachers.md"
+    assert "**student passes**" in page.read_text() and (tmp_path / "self_teachers.png").exists()
+    page.write_text(page.read_text() + "What does not help.\n")
+    write(tmp_path, list(results.values()), rates)
+    assert page.read_text().endswith("What does not help.\n")
+    assert page.read_text().count("| GRPO | 0.0006 |") == 2
