@@ -112,8 +112,8 @@ def test_feedback_on_an_addition() -> None:
         right = row["solution"]
         *columns, last = right.split(",")
         texts = {
-            ",".join(["99", *columns[1:], last]): 1,
-            ",".join([*columns[:2], "99", last]): 3,
+            ",".join(["99", *columns[1:], last]) + "1": 1,
+            ",".join([*columns[:2], "99", last]) + "1": 3,
             right + "1": 5,  # the columns are right, the result is not
             "": 1,
             columns[0]: 2,
