@@ -1,10 +1,10 @@
 """Verifiable rewards: functions that judge one sampled completion."""
 
+from kdrl_lightning.rewards.answers.feedback import AnswerFeedback
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, TaskReward, Verdict
 from kdrl_lightning.rewards.code import CodeReward
 from kdrl_lightning.rewards.composed import RoutedReward, WeightedRewards
 from kdrl_lightning.rewards.exact_match import ExactMatch
-from kdrl_lightning.rewards.feedback import AnswerFeedback
 from kdrl_lightning.rewards.format import FormatReward
 from kdrl_lightning.rewards.function import RewardFunction
 from kdrl_lightning.rewards.knights import KnightsAndKnavesReward
