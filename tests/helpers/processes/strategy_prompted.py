@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 
 from kdrl_lightning import (
-    EOPD,
     KDRL,
     OPSD,
     RLAD,
@@ -78,7 +77,6 @@ def own(teacher: Teacher, context: Context) -> Teacher:
 
 # Name -> objective, teacher of a folder, and a student with adapters.
 CASES: dict[str, tuple[Callable[[], Objective], Callable[[Path, Path], Teacher], bool]] = {
-    "kdrl, column": (lambda: KDRL(0.5), lambda f, o: own(local(f), COLUMN), False),
     "kdrl, shaping": (
         lambda: KDRL(0.5, form="reward_shaping"),
         lambda f, o: own(local(f), SIBLING),
@@ -94,7 +92,6 @@ CASES: dict[str, tuple[Callable[[], Objective], Callable[[Path, Path], Teacher],
         lambda f, o: RoutedTeacher({"a": own(local(f), COLUMN), "b": local(f)}),
         False,
     ),
-    "opsd, initial": (OPSD, lambda f, o: own(SelfTeacher(InitialWeights()), COLUMN), False),
     "opsd, trust region": (OPSD, lambda f, o: own(SelfTeacher(TrustRegion(0.3)), COLUMN), False),
     "sdpo, average": (
         lambda: SDPO(top_k=5),
@@ -104,11 +101,6 @@ CASES: dict[str, tuple[Callable[[], Objective], Callable[[Path, Path], Teacher],
     "srpo, feedback": (
         lambda: PublishedSRPO(top_k=5),
         lambda f, o: own(SelfTeacher(HardSync(1)), FEEDBACK),
-        False,
-    ),
-    "eopd, live": (
-        lambda: EOPD(0.1, 4),
-        lambda f, o: own(SelfTeacher(LiveWeights()), COLUMN),
         False,
     ),
     "hdpo, live": (
