@@ -49,6 +49,31 @@ FAMILY = (
 )
 
 
+# On the student that can read a worked solution, which some of them show to their teacher.
+PRIVILEGED = (
+    "grpo",
+    "kdrl",
+    "own_prompt",
+    "opsd",
+    "sdpo",
+    "sdpo_feedback",
+    "srpo_published",
+    "hdpo_published",
+    "self_teachers/sdft",
+    "self_teachers/rlsd",
+    "self_teachers/sdar",
+    "self_teachers/g_opd",
+    "self_teachers/eopd",
+    "self_teachers/scope",
+    "sdft",
+    "rlsd_published",
+    "sdar",
+    "g_opd",
+    "eopd",
+    "scope",
+)
+
+
 class Setting(NamedTuple):
     """A task at one difficulty: the folder of its configurations, and the length of runs."""
 
@@ -83,6 +108,17 @@ SETTINGS = {
         60,
         (3e-4, 6e-4, 1.2e-3),
         (*EXACT, "--model.student.slip=0.98"),
+    ),
+    "reader": Setting(
+        "addition, a student that reads solutions",
+        "configs",
+        PRIVILEGED,
+        30,
+        (3e-4, 6e-4),
+        (
+            '--model.student={"class_path": "kdrl_lightning.tiny.TinyModel", '
+            '"init_args": {"role": "reader"}}',
+        ),
     ),
     "knights": Setting(
         "Knights and Knaves",
@@ -302,11 +338,18 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         ),
         "both, in ratio or advantage": ("rlad", "hdpo", "srpo", "rlsd"),
     }
+    on_the_reader = {
+        "baselines, teacher alone": ("grpo", "kdrl", "own_prompt", "opsd", "sdpo", "sdpo_feedback"),
+        "as published": ("grpo", "srpo_published", "hdpo_published", "rlsd_published"),
+        "self-teacher": tuple(name for name in PRIVILEGED if "/" in name),
+        "external teacher": ("sdft", "rlsd_published", "sdar", "g_opd", "eopd", "scope"),
+    }
     figure = Figure(figsize=(15, 3.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(families), sharey=True, squeeze=False)
     for axes, setting in zip(grid, rows, strict=True):
-        for axis, (family, methods) in zip(axes, families.items(), strict=True):
+        panels = on_the_reader if setting == "reader" else families
+        for axis, (family, methods) in zip(axes, panels.items(), strict=True):
             for i, method in enumerate(m for m in methods if m in SETTINGS[setting].methods):
                 curves = [r["curve"] for r in chosen(results, setting, method)]
                 if not curves:
@@ -348,7 +391,8 @@ def main() -> None:
 
     for setting in args.settings:  # make the models once, before processes ask for them
         task = SETTINGS[setting]
-        config = ["--config", str(ROOT / task.configs / "rlad.yaml"), *task.overrides]
+        first = "kdrl" if setting == "reader" else "rlad"
+        config = ["--config", str(ROOT / task.configs / f"{first}.yaml"), *task.overrides]
         module = KDRLCLI.run(config, instantiate_only=True).model
         model_path(module.student_source)
         module.teacher.prepare()

@@ -74,6 +74,7 @@ _HOME = {
     "MixedPrompts": "prompts",
     "ReasoningGymPrompts": "prompts",
     "StreamedHFPrompts": "prompts",
+    "AnswerFeedback": "rewards",
     "BatchReward": "rewards",
     "CodeReward": "rewards",
     "ExactMatch": "rewards",
@@ -139,6 +140,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
     from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
     from kdrl_lightning.prompts import StreamedHFPrompts as StreamedHFPrompts
+    from kdrl_lightning.rewards import AnswerFeedback as AnswerFeedback
     from kdrl_lightning.rewards import BatchReward as BatchReward
     from kdrl_lightning.rewards import CodeReward as CodeReward
     from kdrl_lightning.rewards import ExactMatch as ExactMatch

@@ -89,6 +89,11 @@ TURNS = "prompts/turns.py", "prompts/test_encoding.py"
 PROMPT_SET = "prompts/prompt_set.py", "prompts/test_prompt_set.py"
 DRAWS = "rollout/draws.py", "rollout/test_draws.py"
 COLLECTOR = "rollout/groups.py", "rollout/test_draws.py"
+FAILED_GROUPS = "rollout/groups.py", "rollout/test_groups.py"
+DRIFTING = "rollout/rollouts.py", "runs/test_privileged_completions.py"
+FEEDBACK = "rewards/answers/feedback.py", "rewards/test_feedback.py"
+ADDITION_FEEDBACK = "tiny/feedback.py", "rewards/test_feedback.py"
+WITHOUT_CONTEXT = "objectives/advantages.py", "objectives/test_rows_without_context.py"
 WRITER = "checkpoints/writer.py", "checkpoints/test_checkpoint_files.py"
 READER = "checkpoints/reader.py", "checkpoints/test_checkpoint_files.py"
 FULL_DISK = "checkpoints/writer.py", "checkpoints/test_integrity.py"
@@ -908,6 +913,78 @@ MUTATIONS = [
         SHAPED,
         "gaps = mean_gaps - mean_gaps.mean(1, keepdim=True)",
         "gaps = mean_gaps",
+    ),
+    Mutation(
+        "shaped: compared with completions without a gap",
+        SHAPED,
+        "has_gap.sum(1, keepdim=True).clamp(min=1)",
+        "has_gap.shape[1]",
+    ),
+    Mutation(
+        "shaped: what nobody says is added",
+        SHAPED,
+        "(mean_gaps - centre).masked_fill(~has_gap, 0.0)",
+        "mean_gaps - centre",
+    ),
+    Mutation(
+        "reward shaping: rows without context count as changed",
+        WITHOUT_CONTEXT,
+        "rows = rows & batch.has_context",
+        "rows = rows | batch.has_context",
+    ),
+    Mutation(
+        "HDPO: the teacher answers solved prompts",
+        FAILED_GROUPS,
+        "if not self._waits(share) or failed(g)]",
+        "]",
+    ),
+    Mutation(
+        "HDPO: a prompt with one correct answer counts as failed",
+        FAILED_GROUPS,
+        "return not any(one.verdict.correct for one in group)",
+        "return not all(one.verdict.correct for one in group)",
+    ),
+    Mutation(
+        "HDPO: another prompt's noise",
+        FAILED_GROUPS,
+        "noise = [seeds[i] for i in places]",
+        "noise = seeds[: len(places)]",
+    ),
+    Mutation(
+        "HDPO: asked before the student has failed",
+        FAILED_GROUPS,
+        "if share.engine.supports_async and not self._waits(share)",
+        "if share.engine.supports_async",
+    ),
+    Mutation(
+        "self-teacher: samples with the first weights",
+        DRIFTING,
+        "if share.count and (moved or share.engine.version is None):",
+        "if share.count and share.engine.version is None:",
+    ),
+    Mutation(
+        "feedback: the form alone tells a wrong answer",
+        FEEDBACK,
+        'if given and self.shows != "form":',
+        "if given:",
+    ),
+    Mutation(
+        "feedback: the reference is always told",
+        FEEDBACK,
+        'if self.shows == "reference":\n            right',
+        "if True:\n            right",
+    ),
+    Mutation(
+        "feedback: a correct completion gets some",
+        FEEDBACK,
+        "or result.correct or result.feedback",
+        "or result.feedback",
+    ),
+    Mutation(
+        "feedback on an addition: columns from 0",
+        ADDITION_FEEDBACK,
+        "same.index(False) + 1 if False in same",
+        "same.index(False) if False in same",
     ),
     Mutation("shaped: equal groups blown up", SHAPED, "torch.where(constant, 1.0, std)", "std"),
     Mutation("reweighted: sign forgotten", SHAPED, "advantages.sign() * gap)", "gap)"),

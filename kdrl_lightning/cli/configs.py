@@ -19,6 +19,7 @@ PROGRAM = "python -m kdrl_lightning"
 # Folder -> heading of the list. Files in a folder called base are parts of others.
 HEADINGS = {
     "": "Methods on the built-in task. Each runs as it is on a CPU, without a download.",
+    "self_teachers": "Methods whose teacher is the student itself, on the built-in task.",
     "engine": "Engines that sample or score. Add one to a method with a second --config.",
     "hardware": "GPUs and nodes. Add one to a method with a second --config.",
     "recipes": "The papers' settings, with their models and data.",

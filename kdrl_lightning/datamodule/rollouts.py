@@ -200,19 +200,24 @@ class RolloutDataModule(pl.LightningDataModule):
             models = {**rules.vocabularies, "teacher": teacher.vocabulary_rows}
             rules = replace(rules, vocabularies=models)
             self.live.vocabulary_rows = min(models.values())
-        if share.count and teacher is not None and teacher.model_name:
-            refused = share.engine.refused_lengths(teacher.model_name, settings.max_tokens)
+        sampled = None
+        if share.count and teacher is not None:  # of a self-teacher it is the student
+            sampled = teacher.model_name or (module.student_path if teacher.generates else None)
+        if sampled:
+            refused = share.engine.refused_lengths(sampled, settings.max_tokens)
             rules = replace(rules, refused=[*rules.refused, *refused])
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
-        if share.count and teacher is not None and teacher.model_name:
+        if sampled:
             longest = prompts.bound + settings.max_tokens
-            share.engine.prepare(teacher.model_name, longest, module.device)
+            share.engine.prepare(sampled, longest, module.device)
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
         check_completions(objective, settings, share, self.rewards.reward)
         check_teacher_completions(objective, teacher, share, self.rollout_engine)
         check_policy(objective, teacher, settings, self.rollout_engine)
-        check_steps(trainer, settings, group, length)
+        self.collector.only_failed = objective.asks_for_failed
+        fewest = settings.group_size if objective.asks_for_failed else group
+        check_steps(trainer, settings, fewest or group, length)
         check_micro_batches(trainer, settings, group, prompts.longest)
         limit = longest_that_fits(trainer, settings, group)
         prompts.limit(limit, "`max_tokens_per_micro_batch`")

@@ -67,6 +67,7 @@ def shaped(
     teacher_kl_coef: float,
     scale_by_std: bool = True,
     eps: float = 1e-6,
+    has_gap: Tensor | None = None,
 ) -> Tensor:
     """Return group-relative advantages of rewards shaped by the teacher: ``r' = r + beta mean d``.
 
@@ -82,6 +83,8 @@ def shaped(
         teacher_kl_coef: beta.
         scale_by_std: divide by the group's standard deviation of ``rewards``.
         eps: term added to the standard deviation.
+        has_gap: ``[P, G]`` bool, False where the teacher has no context: these completions keep the
+            plain advantage, and the others are compared with each other. None: all have one.
 
     Returns:
         ``[P, G]`` advantages.
@@ -91,6 +94,10 @@ def shaped(
     """
     plain = group_relative(rewards, scale_by_std=False)  # checks shape and values as well
     gaps = mean_gaps - mean_gaps.mean(1, keepdim=True)
+    if has_gap is not None:
+        known = mean_gaps.masked_fill(~has_gap, 0.0)
+        centre = known.sum(1, keepdim=True) / has_gap.sum(1, keepdim=True).clamp(min=1)
+        gaps = (mean_gaps - centre).masked_fill(~has_gap, 0.0)
     advantages = plain + teacher_kl_coef * gaps
     if not scale_by_std or not rewards.shape[0]:
         return advantages

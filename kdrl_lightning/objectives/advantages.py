@@ -171,16 +171,21 @@ class ShapedAdvantage(Advantage):
         tokens = rollout.loss_mask.sum(1).clamp(min=1)
         mean = gap.masked_fill(~mask, 0.0).sum(1) / tokens
 
-        def advantages(rewards: Tensor, means: Tensor) -> Tensor:
-            return shaped(rewards, means, self.teacher_kl_coef, self.scale_by_std)
+        def advantages(rewards: Tensor, means: Tensor, *known: Tensor) -> Tensor:
+            has_gap = known[0] if known else None
+            return shaped(rewards, means, self.teacher_kl_coef, self.scale_by_std, has_gap=has_gap)
 
-        return by_group(rollout, advantages, rollout.rewards, mean.to(rollout.rewards.dtype))
+        known_rows = [] if rollout.has_context is None else [rollout.has_context]
+        means = mean.to(rollout.rewards.dtype)
+        return by_group(rollout, advantages, rollout.rewards, means, *known_rows)
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
         """Return True in groups with an imitated token: it changes all advantages of its group."""
         used = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
         groups = batch.group_ids[used.any(1)]
         rows = torch.isin(batch.group_ids, groups) & (self.teacher_kl_coef > 0.0)
+        if batch.has_context is not None:
+            rows = rows & batch.has_context
         return rows[:, None].expand_as(batch.loss_mask)
 
 

@@ -118,6 +118,8 @@ class Objective(ABC):
         needs_groups: the objective compares the completions of one prompt.
         takes_teacher_completions: the objective has a rule for completions that the teacher
             sampled.
+        asks_for_failed: of those, it only uses the ones for prompts that the student's completions
+            all fail, so that the teacher samples for no others.
         top_k: number of the student's most likely tokens that the teacher scores; 0: none.
         teacher_top_k: number of the teacher's most likely tokens that both score; 0: none.
         divergence: full-vocabulary divergence from the teacher, computed in each update; None
@@ -132,6 +134,7 @@ class Objective(ABC):
     needs_reference: bool = False
     needs_groups: bool = False
     takes_teacher_completions: bool = False
+    asks_for_failed: bool = False
     top_k: int = 0
     teacher_top_k: int = 0
     divergence: Divergence | None = None

@@ -1,5 +1,6 @@
 """Verifiable rewards: functions that judge one sampled completion."""
 
+from kdrl_lightning.rewards.answers.feedback import AnswerFeedback
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, TaskReward, Verdict
 from kdrl_lightning.rewards.code import CodeReward
 from kdrl_lightning.rewards.composed import RoutedReward, WeightedRewards
@@ -13,6 +14,7 @@ from kdrl_lightning.rewards.processes.runner import RewardFailures, RewardRunner
 from kdrl_lightning.rewards.reasoning_gym import ReasoningGymReward
 
 __all__ = [
+    "AnswerFeedback",
     "BatchReward",
     "CodeReward",
     "ExactMatch",

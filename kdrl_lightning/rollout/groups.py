@@ -79,6 +79,8 @@ class Collector:
         teacher: the teacher's share of each group.
         teacher_seconds: seconds that the teacher's engine took to generate.
         repeat: number of rollouts after which the prompts repeat; 0: after all have been used.
+        only_failed: the teacher adds completions only to groups in which all of the student's are
+            wrong.
         counts: counts of the rows drawn and skipped.
         latest: this rank's completions of the last rollout, in the order of the batch.
     """
@@ -88,6 +90,7 @@ class Collector:
     teacher: GroupShare
     teacher_seconds: float = 0.0
     repeat: int = 0
+    only_failed: bool = False
     counts: DrawCounts = field(default_factory=DrawCounts)
     latest: Sequence[Judged] = ()
 
@@ -160,13 +163,16 @@ class Collector:
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int, ask: Ask
     ) -> list[Request]:
-        """Return the first requests of ``collect`` to engines that can sample during training."""
+        """Return the first requests of ``collect`` to engines that can sample during training.
+
+        Whom the teacher answers is not known yet if it answers failed prompts alone.
+        """
         slots = self.slots.of_rank(rank, world_size)
         chosen = self._prompts(rollout, prompts, slots)[0]
         return [
             Request(share.engine, [p for _, p in share.asked(chosen, ask)], seeds, share.sampling)
             for share, seeds in self._seeded(rollout, slots)
-            if share.engine.supports_async
+            if share.engine.supports_async and not self._waits(share)
         ]
 
     def probe(
@@ -200,6 +206,10 @@ class Collector:
         return batch.replace(
             temperature=student.sampling.temperature, engine_exact=student.engine.exact
         )
+
+    def _waits(self, share: GroupShare) -> bool:
+        """Return whether a share depends on the verdicts of the student's completions."""
+        return self.only_failed and share.source == TEACHER
 
     def _version(self, judged: Judged) -> int:
         version = judged.completion.version
@@ -244,12 +254,19 @@ class Collector:
         groups: list[list[Judged]] = [[] for _ in slots]
         for share, seeds in self._seeded(rollout, slots, attempt):
             started = time.perf_counter()
-            asked = share.asked(chosen, ask)
-            judged = sample(share.engine, asked, seeds, share.sampling, share.source)
-            for i, (group, (_, ids)) in enumerate(zip(groups, chosen, strict=True)):
-                made = judged[i * share.count : (i + 1) * share.count]
+            places = [i for i, g in enumerate(groups) if not self._waits(share) or failed(g)]
+            asked = share.asked([chosen[i] for i in places], ask)
+            noise = [seeds[i] for i in places]
+            judged = sample(share.engine, asked, noise, share.sampling, share.source)
+            for k, i in enumerate(places):
+                made = judged[k * share.count : (k + 1) * share.count]
                 # The student reads what the teacher sampled after the student's own prompt.
-                group += [replace(one, prompt_ids=ids) for one in made]
+                groups[i] += [replace(one, prompt_ids=chosen[i][1]) for one in made]
             if share.source == TEACHER:
                 self.teacher_seconds += time.perf_counter() - started
         return groups
+
+
+def failed(group: Sequence[Judged]) -> bool:
+    """Return whether no completion of a group is correct."""
+    return not any(one.verdict.correct for one in group)

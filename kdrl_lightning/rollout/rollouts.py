@@ -230,7 +230,9 @@ class RolloutSource:
         seconds = 0.0
         if self.live.ahead.rollout != rollout:
             seconds = self.live.sync(self.collector.student.engine, module.weights())
-        if share.count and share.engine.version is None:
+        teacher = None if share.engine.has_own_weights else module.teacher
+        moved = teacher is not None and teacher.moves
+        if share.count and (moved or share.engine.version is None):
             self.live.sync(share.engine, self._of_teacher(share.engine))
         return seconds
 

@@ -38,6 +38,7 @@ class Teacher(ABC):
 
     Attributes:
         generates: the weights are in this process, so that an engine can sample from them.
+        moves: these weights follow the student's, so that an engine gets them for every rollout.
         gives_states: ``states`` works; divergences over the full vocabulary need it.
         collective: ranks score together, so that all of them must call ``score`` equally often.
         other_end: the end tokens of student and teacher, in words, if they differ and the teacher
@@ -51,6 +52,7 @@ class Teacher(ABC):
     """
 
     generates: bool = False
+    moves: bool = False
     gives_states: bool = False
     collective: bool = False
     other_end: str | None = None

@@ -39,6 +39,11 @@ class WrappedTeacher(Teacher):
         return self.teacher.generates
 
     @property
+    def moves(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped teacher's weights follow the student's."""
+        return self.teacher.moves
+
+    @property
     def gives_states(self) -> bool:  # type: ignore[override]
         """Whether the wrapped teacher gives hidden states."""
         return self.teacher.gives_states

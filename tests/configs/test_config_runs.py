@@ -13,7 +13,10 @@ from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.main import KDRLCLI
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [
+    *sorted((ROOT / "configs").glob("*.yaml")),
+    *sorted((ROOT / "configs/self_teachers").glob("*.yaml")),
+]
 
 
 def model_flags(teacher: dict[str, Any], folder: str, at: str = "model.teacher") -> list[str]:
@@ -26,14 +29,18 @@ def model_flags(teacher: dict[str, Any], folder: str, at: str = "model.teacher")
 
 # A random model stops late and is rarely right.
 @pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_config_trains(
     path: Path, tmp_path: Path, student_folder: str, teacher_folder: str
 ) -> None:
     teacher = load_with_base(path.read_text(), str(path))["model"].get("teacher")
     # Rewards that a random model gets, so that there is something to learn from; DAPO's own
-    # penalty on length is one.
-    reward = [] if path.stem == "dapo" else ["--data.reward=helpers.short_runs.some_reward"]
+    # penalty on length is one. Feedback is that of the configuration's reward.
+    reward = (
+        []
+        if path.stem in ("dapo", "sdpo_feedback")
+        else ["--data.reward=helpers.short_runs.some_reward"]
+    )
     updates = 4 if path.stem.startswith("rlad") else 2
     flags = [
         f"--model.student={student_folder}",

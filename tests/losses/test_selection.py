@@ -130,6 +130,28 @@ def test_shaped_without_coefficient_is_group_relative(rows: list[tuple[float, fl
         assert torch.equal(shaped(rewards, gaps, 0.0, scale), group_relative(rewards, scale))
 
 
+@given(
+    st.lists(st.tuples(st.floats(-2, 2), st.floats(-3, 3), st.booleans()), min_size=2, max_size=6),
+    st.floats(0.0, 2.0),
+)
+def test_shaped_leaves_completions_without_a_gap_alone(
+    rows: list[tuple[float, float, bool]], beta: float
+) -> None:
+    rewards, gaps = f64([[r for r, _, _ in rows]]), f64([[g for _, g, _ in rows]])
+    has = torch.tensor([[h for _, _, h in rows]])
+    plain = group_relative(rewards, scale_by_std=False)[0].tolist()
+    known = [g for _, g, h in rows if h]
+    centre = sum(known) / max(len(known), 1)
+    expected = [p + beta * (g - centre) * h for p, (_, g, h) in zip(plain, rows, strict=True)]
+    close(shaped(rewards, gaps, beta, scale_by_std=False, has_gap=has), [expected])
+    for scale in (True, False):
+        found = shaped(rewards, gaps, beta, scale, has_gap=has)
+        assert torch.equal(found[~has], shaped(rewards, gaps, 0.0, scale)[~has])
+        # What the teacher says of nobody is not read.
+        other = shaped(rewards, torch.where(has, gaps, torch.nan), beta, scale, has_gap=has)
+        assert torch.equal(found, other)
+
+
 def test_shaped_groups_are_separate_and_checked() -> None:
     rewards, gaps = f64([[1.0, 0.0], [0.3, 0.3]]), f64([[0.5, 0.1], [2.0, -1.0]])
     rows = [shaped(rewards[i : i + 1], gaps[i : i + 1], 0.2) for i in (0, 1)]

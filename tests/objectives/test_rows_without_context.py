@@ -35,8 +35,8 @@ def near(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str,
         close(gradient, theirs[1][name])
 
 
-# In SRPO a wrong row without context keeps its advantage, which is tested below.
-@pytest.mark.parametrize("name", sorted(TAUGHT.keys() - {"srpo"}))
+# In SRPO and in reward shaping a row without context keeps its advantage, which is tested below.
+@pytest.mark.parametrize("name", sorted(TAUGHT.keys() - {"srpo", "kdrl-shaping"}))
 def test_rows_without_context_are_as_if_a_selection_left_them_out(name: str) -> None:
     batch = step()
     objective = keep(make(name), CONTEXT[:, None].expand(batch.loss_mask.shape))
@@ -87,6 +87,20 @@ def test_a_wrong_row_without_context_keeps_its_advantage_in_srpo() -> None:
         batch.teacher_logprobs - scores.logprobs.detach(),
     )
     close(got[batch.loss_mask], wanted[batch.loss_mask])
+
+
+def test_a_row_without_context_keeps_its_advantage_if_the_teacher_shapes_rewards() -> None:
+    batch = step(mixed=False).replace(has_context=CONTEXT)
+    objective = make("kdrl-shaping")
+    made, plain = objective.prepare(batch), GRPO().prepare(batch)
+    assert torch.equal(made.advantages[~CONTEXT], plain.advantages[~CONTEXT])
+    assert not torch.equal(made.advantages[CONTEXT], plain.advantages[CONTEXT])
+    # What the teacher adds is compared among the rows with a context: in a group it sums to 0.
+    added = made.advantages - plain.advantages
+    for group in batch.group_ids.unique():
+        close(added[batch.group_ids == group].sum(), torch.zeros(()), 1e-9)
+    changed = objective.imitated(made, student(batch).logprobs.detach())
+    assert not changed[~CONTEXT].any()
 
 
 def test_a_row_without_context_has_weight_1_in_rlsd() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from kdrl_lightning.rollout.prompt_order import (
     TRAIN_NOISE,
     fill_groups,
 )
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -150,3 +153,50 @@ def test_another_problem_is_the_same_on_any_number_of_ranks() -> None:
     # None of them is a prompt of this rollout, of a refill either.
     here = [slots.position(1, slot, attempt) for slot in range(8) for attempt in range(2)]
     assert not {str(row) for row in rows_at(here, 40, 3)} & set(whole.values())
+
+
+def asked_of_the_teacher(only_failed: bool, solved: set[int]) -> tuple[list[int], list[int], Any]:
+    """Prompts that the teacher answers, those asked for in advance, and the batch."""
+    engine: Any = SimpleNamespace(supports_async=True, version=0, exact=True)
+    share = [GroupShare(source, engine, 2, Sampling(4, 1.0)) for source in (STUDENT, TEACHER)]
+    collector = Collector(make_slots(4, 2, 0, seed=0), *share, only_failed=only_failed)
+    prompts = [({"prompt": str(i)}, [i]) for i in range(4)]
+    asked: list[int] = []
+
+    def sample(
+        _: Any, some: Any, seeds: Sequence[list[int]], sampling: Any, source: int
+    ) -> list[Judged]:
+        if source == TEACHER:
+            asked.extend(ids[0] for _, ids in some)
+        return [
+            Judged(
+                ids,
+                row,
+                Completion([seed % 50], [0.0], False),
+                "",
+                Verdict(0.0, source == STUDENT and ids[0] in solved and k == 1),
+                source,
+            )
+            for (row, ids), each in zip(some, seeds, strict=True)
+            for k, seed in enumerate(each)
+        ]
+
+    batch, *_ = collector.collect(
+        0, prompts, 0, 1, sample, lambda row: 0, lambda row, ids: [*ids, 9], pad_id=0
+    )
+    ahead = collector.ahead(0, prompts, 0, 1, lambda row, ids: [*ids, 9])
+    return asked, [len(one.prompts[0]) for one in ahead], batch
+
+
+def test_a_teacher_that_answers_failed_prompts_alone_is_asked_for_no_other() -> None:
+    asked, ahead, batch = asked_of_the_teacher(True, solved={1, 2})
+    assert sorted(asked) == [0, 3]
+    assert ahead == [1]  # the student's prompts: whom the teacher answers is not known yet
+    sizes = {int(row[0]): int((batch.input_ids[:, 0] == row[0]).sum()) for row in batch.input_ids}
+    assert sizes == {0: 4, 1: 2, 2: 2, 3: 4}
+    # The noise of a teacher's completion is the one that it has in a rollout with all of them.
+    everyone = asked_of_the_teacher(False, solved={1, 2})
+    assert sorted(everyone[0]) == [0, 1, 2, 3] and everyone[1] == [1, 2]
+    for prompt in (0, 3):
+        ids = [b.completion_ids[b.input_ids[:, 0] == prompt] for b in (batch, everyone[2])]
+        assert ids[0].equal(ids[1])

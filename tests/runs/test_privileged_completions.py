@@ -11,14 +11,21 @@ from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import (
     ColumnContext,
     LocalTeacher,
+    LoRA,
     PromptedTeacher,
     PublishedHDPO,
+    SelfTeacher,
     TeacherPrompt,
     TransformersEngine,
 )
 from kdrl_lightning.engines import Completion, Sampling
-from kdrl_lightning.rollout_batch import TEACHER
+from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.weights import ModelWeights
+from kdrl_lightning.rewards import Sample
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER
+from kdrl_lightning.teachers import LiveWeights, MovingAverage
 from kdrl_lightning.teachers.own_prompt.groups import as_read
+from kdrl_lightning.teachers.self_teachers.rules import WeightRule
 
 # A random model stops late and is rarely right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the (completions|groups):UserWarning")
@@ -44,7 +51,9 @@ def test_completions_after_the_teacher_s_prompt_are_learned_after_the_student_s(
     engine = Recorded()
     prompt = TeacherPrompt(ColumnContext("answer"), "{context}{prompt}")
     teacher = PromptedTeacher(LocalTeacher(teacher_folder), prompt)
-    data = make_data(val_prompts=None, teacher_completions=1, teacher_engine=engine)
+    data = make_data(
+        val_prompts=None, teacher_completions=1, teacher_engine=engine, reward=lambda sample: 0.0
+    )
     module = make_module(student_folder, teacher, PublishedHDPO(top_k=4))
     trace = fit(tmp_path, module, data, max_steps=1)
     ((_, batch),) = trace.seen
@@ -57,3 +66,53 @@ def test_completions_after_the_teacher_s_prompt_are_learned_after_the_student_s(
         assert longer[-len(shorter) :] == shorter and len(longer) > len(shorter)
         assert shorter not in engine.asked
     assert batch.teacher_topk_ids is not None and batch.has_context.all()
+
+
+class Followed(Recorded):
+    """An engine that keeps one weight of each version that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: list[tuple[int, float]] = []
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        super().update_weights(weights, version)
+        self.got.append((version, float(next(weights.model.parameters()).detach().double().sum())))
+
+
+def prompted(rule: WeightRule) -> PromptedTeacher:
+    prompt = TeacherPrompt(ColumnContext("answer"), "{context}{prompt}")
+    return PromptedTeacher(SelfTeacher(rule), prompt)
+
+
+def odd(sample: Sample) -> float:
+    """Half of the prompts are solved by every completion, the others by none."""
+    return float(int(sample.row["answer"]) % 2)
+
+
+@pytest.mark.parametrize("rule", [LiveWeights(), MovingAverage(0.5)])
+def test_a_self_teacher_samples_from_its_own_weights_for_failed_prompts(
+    tmp_path: Path, student_folder: str, rule: WeightRule
+) -> None:
+    engine = Followed()
+    data = make_data(
+        val_prompts=None, teacher_completions=1, teacher_engine=engine, reward=odd, max_tokens=4
+    )
+    objective = PublishedHDPO(top_k=4, entropy_coef=0.1)  # it moves the student
+    module = make_module(student_folder, prompted(rule), objective)
+    trace = fit(tmp_path, module, data, max_steps=4)
+    for _, batch in trace.seen:
+        answers = batch.rewards[batch.source == TEACHER]
+        wrong = (batch.rewards == 0) & (batch.source == STUDENT)
+        assert not answers.any() and len(answers) == int(wrong.sum()) // 4
+    (first, start), (second, later) = engine.got
+    assert (first, second) == (0, 2) and start != later
+
+
+def test_an_average_of_adapters_does_not_sample(tmp_path: Path, student_folder: str) -> None:
+    module = make_module(
+        student_folder, prompted(MovingAverage()), PublishedHDPO(top_k=4), lora=LoRA(2)
+    )
+    data = make_data(val_prompts=None, teacher_completions=1)
+    with pytest.raises(ConfigurationError, match="must be 0 for a LoRA student"):
+        fit(tmp_path, module, data, max_steps=1)

@@ -83,6 +83,17 @@ def test_every_kind_of_objective_takes_the_same_steps(runs: Runs, strategy: str)
 
 
 @two
+def test_teachers_with_their_own_prompts_take_the_same_steps(runs: Runs, strategy: str):
+    one, both = runs("auto", "prompted"), runs(strategy, "prompted")
+    assert one.keys() == both.keys() and len(one) == 9
+    start = load_file(runs.folder / "student/model.safetensors")
+    for name in one:
+        assert one[name]["losses"] == pytest.approx(both[name]["losses"], rel=1e-10), name
+        assert distance(change(one[name], start), change(both[name], start)) <= 1e-10, name
+        assert one[name]["context"] == both[name]["context"] > 0, name
+
+
+@two
 def test_the_hard_shapes_are_among_them(runs: Runs, strategy: str):
     ranks = runs(strategy, "kdrl")["ranks"]
     assert len(ranks) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,20 @@ import torch
 
 from helpers.with_vllm.need import ROOT, run
 from helpers.with_vllm.servers import KEY, RealServer
-from kdrl_lightning import CachedTeacher, LocalTeacher, RolloutBatch, ServerTeacher
+from kdrl_lightning import (
+    CachedTeacher,
+    ColumnContext,
+    LocalTeacher,
+    PromptedTeacher,
+    RolloutBatch,
+    ServerTeacher,
+    TeacherPrompt,
+)
 from kdrl_lightning.engines import Sampling, VLLMServerEngine, VLLMTeacherEngine
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
+from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.rollout_batch import collate
+from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.tiny import TinyModel
 
 EOS = 1
@@ -98,6 +109,38 @@ def test_scores_can_be_cached(teacher: ServerTeacher, batch: RolloutBatch, tmp_p
     assert (cached.hits, cached.misses) == (3, 3)
     assert first.entropy is None and second.entropy is None
     assert torch.equal(first.logprobs, second.logprobs)
+
+
+def test_after_its_own_prompts_a_server_scores_as_a_local_teacher(
+    teacher: ServerTeacher, local: LocalTeacher, batch: RolloutBatch, folder: str, tmp_path: Path
+) -> None:
+    tokenizer, texts = load_tokenizer(folder), ["06,04#046", "", "10,10#100"]
+    attempts = [
+        SimpleNamespace(
+            row={"prompt": tokenizer.decode(ids), "solution": text},
+            prompt_ids=ids,
+            completion=SimpleNamespace(ids=row[mask].tolist()),
+        )
+        for ids, text, row, mask in zip(
+            PROMPTS, texts, batch.completion_ids, batch.completion_mask, strict=True
+        )
+    ]
+    prompt = TeacherPrompt(ColumnContext("solution"), "{context}#{prompt}")
+    cached = CachedTeacher(teacher, str(tmp_path / "own.db"))
+    found = []
+    for inner in (local, teacher, cached, cached):
+        own: Any = PromptedTeacher(inner, prompt)
+        own.check(tokenizer, folder)
+        own.load(torch.device("cpu"))
+        read = with_prompts(batch, own.own_prompts([Group([one]) for one in attempts]))
+        assert read.has_context is not None and read.has_context.tolist() == [True, False, True]
+        found.append(own.score(read).logprobs)
+    for scores in found[1:]:
+        assert float((scores - found[0]).abs().max()) < BOUND
+    assert torch.equal(found[2], found[3]) and (cached.hits, cached.misses) == (3, 3)
+    # Without a context the prompt is the student's; with one it is another.
+    gap = (found[0] - local.score(batch).logprobs).abs().amax(1)
+    assert float(gap[1]) < BOUND < float(gap[[0, 2]].min())
 
 
 def test_the_teachers_completions_come_from_the_same_server(

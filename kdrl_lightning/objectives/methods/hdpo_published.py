@@ -56,9 +56,9 @@ class PublishedHDPO(PolicyObjective):
 
     ``L_GRPO + teacher_kl_coef / N sum JSD(T, S)`` over the N tokens of the kept completions of the
     step: those of the teacher (``data.teacher_completions``) that are correct, of prompts that the
-    student solves in none of its own. T is the teacher on its ``top_k`` most likely tokens,
-    renormalised, S the student's whole distribution. Kept completions enter no advantage and no
-    denominator of GRPO. ``reduction`` is the token mean.
+    student solves in none of its own; it samples for no others. T is the teacher on its ``top_k``
+    most likely tokens, renormalised, S the student's whole distribution. Kept completions enter no
+    advantage and no denominator of GRPO. ``reduction`` is the token mean.
 
     Args:
         teacher_kl_coef: weight of the divergence, at least 0. Published: 0.1 and 0.01.
@@ -70,6 +70,7 @@ class PublishedHDPO(PolicyObjective):
     """
 
     takes_teacher_completions = True
+    asks_for_failed = True
 
     def __init__(
         self,

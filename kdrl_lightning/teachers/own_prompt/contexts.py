@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.turns import plain
+from kdrl_lightning.rewards.answers.references import missing
 from kdrl_lightning.teachers.own_prompt.groups import Group
 
 
@@ -48,7 +49,7 @@ class RowContext(Context):
 class ColumnContext(RowContext):
     """Shows a column of the row, e.g. the reference solution: OPSD (arXiv 2601.18734).
 
-    An empty cell (also None or NaN), or a row without the column, has no context.
+    An empty cell (also None, NaN or pandas' NA), or a row without the column, has no context.
 
     Args:
         column: name of the column.
@@ -64,7 +65,7 @@ class ColumnContext(RowContext):
             ConfigurationError: the cell holds something else than a text or a number.
         """
         value = plain(row.get(self.column))
-        if value is None or value != value:  # NaN is an empty cell
+        if missing(value):
             return None
         if not isinstance(value, str | int | float):
             raise ConfigurationError(

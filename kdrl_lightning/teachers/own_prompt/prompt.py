@@ -59,7 +59,9 @@ class TeacherPrompt:
     @property
     def form(self) -> str | Sequence[Mapping[str, str]]:
         """The template, or the usual one."""
-        return self.template or ("{prompt}" if self.context is None else WITH_CONTEXT)
+        if self.template is not None:
+            return self.template
+        return "{prompt}" if self.context is None else WITH_CONTEXT
 
     @property
     def same(self) -> bool:

@@ -33,7 +33,8 @@ class SelfTeacher(Teacher):
 
     It scores a rollout once, with the weights of that moment, in the micro-batches in which the
     student runs; a divergence over the full vocabulary runs it in every update. Either way its
-    weights follow the student after each optimizer step, as ``weights`` says. It does not generate.
+    weights follow the student after each optimizer step, as ``weights`` says. An engine can sample
+    from them, but for a ``TrustRegion``, and a LoRA student's weights other than ``LiveWeights``.
 
     ``docs/methods/self_teachers.md`` compares the rules.
 
@@ -53,6 +54,16 @@ class SelfTeacher(Teacher):
         self._other: OtherWeights | None = None
         self._path, self._sharded = "", False
         self._digest: str | None = None
+
+    @property
+    def generates(self) -> bool:  # type: ignore[override]
+        """Whether one model has the teacher's weights."""
+        return self.rule.live_share in (0.0, 1.0)
+
+    @property
+    def moves(self) -> bool:  # type: ignore[override]
+        """Whether the weights follow the student's."""
+        return self.rule.kept or self.rule.live_share > 0.0
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
@@ -176,6 +187,23 @@ class SelfTeacher(Teacher):
             with self._other.scorer() as scorer:
                 self._digest = ModelWeights(scorer.model, self._path).base_digest()
         return self._digest
+
+    def sampling_weights(self) -> ModelWeights:
+        """Return the weights that sample the teacher's completions.
+
+        Raises:
+            ConfigurationError: they are the student's with other adapters, which no engine holds.
+        """
+        if self.rule.live_share == 1.0:
+            return ModelWeights(self._scorer().model, self._path)
+        if not isinstance(self._other, SecondModel):
+            raise ConfigurationError(
+                "`teacher_completions` must be 0 for a LoRA student whose teacher is a SelfTeacher "
+                f"with {type(self.rule).__name__}: got more. Use LiveWeights, or a LocalTeacher of "
+                f"{self._path}."
+            )
+        with self._other.scorer() as scorer:
+            return ModelWeights(scorer.model, self._path)
 
     def fingerprint(self) -> str:
         """Return a digest of the initial student's configuration and weights.

@@ -35,7 +35,7 @@ def check_steps(trainer: Trainer, settings: RolloutSettings, group: int, length:
     Args:
         trainer: the run's trainer.
         settings: the run's rollout settings.
-        group: completions of one prompt, including the teacher's.
+        group: fewest completions of one prompt, including the teacher's.
         length: micro-batches of a trainer epoch.
 
     Raises:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.processes.strategy_family import run_family
+from helpers.processes.strategy_prompted import run_prompted
 from kdrl_lightning import (
     GKD,
     KDRL,
@@ -316,7 +317,8 @@ def main() -> None:
     out.mkdir(exist_ok=True)
     for case in cases:
         arguments = Path(folder), out, strategy
-        seen = run_family(*arguments) if case == "family" else run(case, *arguments)
+        several = {"family": run_family, "prompted": run_prompted}.get(case)
+        seen = several(*arguments) if several else run(case, *arguments)
         if not dist.is_initialized() or dist.get_rank() == 0:
             torch.save(seen, out / f"{case}.pt")
             print(case, "done", flush=True)

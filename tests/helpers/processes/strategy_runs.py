@@ -15,7 +15,7 @@ from kdrl_lightning.tiny.models import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 CASES = (
-    *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "mixed", "family"),
+    *("kdrl", "rlad", "gkd", "kdrl32", "sick", "routed", "mixed", "family", "prompted"),
     *("lora", "lora_resumed", "average"),
 )
 OWN = {

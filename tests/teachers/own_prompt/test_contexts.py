@@ -86,9 +86,20 @@ def test_thinking_by_hand(text: str, left: str) -> None:
     assert without_thinking(text) == left
 
 
+class NAType:
+    """Like pandas' NA: neither equal nor unequal to anything."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
 @pytest.mark.parametrize(
     ("cell", "text"),
     [
+        (NAType(), None),
         ("so: 2", "so: 2"),
         (" 2\n", "2"),
         (2, "2"),

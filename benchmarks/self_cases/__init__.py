@@ -1,0 +1,1 @@
+"""What ``benchmarks/self_teachers.py`` compares: tasks, teachers, methods, tables and pictures."""
