@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.base import Sample, Verdict
 from kdrl_lightning.tiny.addition import addition_reward, worked_answer
-from kdrl_lightning.untyped import Row
 
 Shows: TypeAlias = Literal["column", "solution"]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
+from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, TaskReward, Verdict, judge
-from kdrl_lightning.untyped import Row
 
 Shows: TypeAlias = Literal["form", "verdict", "reference"]
 LONGEST = 200  # characters of an answer in the feedback
