@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdrl_lightning.losses import (
     TokenScores,
-    head_products,
     logprobs,
     reverse_kl,
     token_scores,
 )
+from kdrl_lightning.losses.head import head_products
 from kdrl_lightning.losses.head.chunk_math import GPU_LOGITS, plain_math
 from kdrl_lightning.losses.logprobs import Head, Other, auto_chunk_size, pays_ahead
 
