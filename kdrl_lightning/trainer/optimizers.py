@@ -116,7 +116,9 @@ def check_moments(names: set[str], optimizer: Optimizer, state: dict[str, Any]) 
         [len(group["params"]) for group in groups]
         for groups in (optimizer.param_groups, state["param_groups"])
     ]
-    absent = {n for held in state["state"].values() if held for n in names - held.keys()}
+    # Not weight by weight: Adafactor keeps other moments of a vector than of a matrix.
+    held = {name for moments in state["state"].values() for name in moments}
+    absent = names - held if held else set()
     if sizes[0] == sizes[1] and not absent:
         return
     what = f"groups of {sizes[1]} parameters: got {sizes[0]}"

@@ -310,15 +310,16 @@ def sgd(p: Any) -> torch.optim.Optimizer:
         ),
         (adam(1e-3, amsgrad=True), adam(1e-3), None),
         (sgd, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), None),
+        (torch.optim.Adafactor, torch.optim.Adafactor, None),  # of vectors: no rows and columns
     ],
 )
 def test_an_optimizer_that_lacks_moments_is_refused(there: Any, here: Any, words: Any) -> None:
     def stepped(make: Any) -> Any:
-        weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        weights = [torch.nn.Parameter(torch.ones(2, *more)) for more in ((), (2,))]
         optimizer = make(weights)
         optimizer.register_load_state_dict_pre_hook(partial(check_moments, state_names(make)))
         for weight in weights:
-            weight.grad = torch.ones(2)
+            weight.grad = torch.ones_like(weight)
         return optimizer
 
     first, second = stepped(there), stepped(here)
