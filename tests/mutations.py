@@ -2502,7 +2502,7 @@ MUTATIONS = [
     ),
     Mutation(
         "passes: a cut need not save anything",
-        ("models/width_classes.py", "models/test_width_classes.py"),
+        ("models/shared_prompts.py", "models/test_width_classes.py"),
         "(1 - LEAST_SAVING) * n * width",
         "n * width",
     ),
