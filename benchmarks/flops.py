@@ -34,7 +34,7 @@ from kdrl_lightning.hardware.planning.meter import without_numbers
 from kdrl_lightning.hardware.planning.models import allot, weightless
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.shapes import config_of, shipped
-from kdrl_lightning.models.passes.width_classes import WidthClass
+from kdrl_lightning.models.passes.shared_prompts import WidthClass
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.rollout.updates import Cut

@@ -20,7 +20,6 @@ from kdrl_lightning.checkpoints.module_state import (
 )
 from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import Settings, agree_before_loading
-from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.evaluation.steps import EvaluationSteps
@@ -28,7 +27,6 @@ from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.metrics import StepLog
 from kdrl_lightning.metrics.nonfinite import NonFiniteSteps
 from kdrl_lightning.metrics.update_stats import UpdateStats
-from kdrl_lightning.models.architectures.fast_path import check_fast_path
 from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.models.lora import LoRA
@@ -47,6 +45,7 @@ from kdrl_lightning.teachers.frozen import (
     old_fields,
 )
 from kdrl_lightning.teachers.self_teachers import SelfTeacherSteps
+from kdrl_lightning.trainer.checks.devices import check_fast_paths
 from kdrl_lightning.trainer.checks.limits import check_limits
 from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
@@ -196,13 +195,8 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
     def on_fit_start(self) -> None:
         """Move the frozen models to the student's device, and check kernels there."""
         self.frozen.move(self.device)
-        if self.device.type == "cuda":
-            with self.trainer.precision_plugin.forward_context():
-                stop_together(self._check_fast_paths, self.reduce)
-
-    def _check_fast_paths(self) -> None:
-        check_fast_path(self._student(), self.trunk, self.student_path)
-        self.frozen.check_fast_paths()
+        student = self._student(), self.trunk, self.student_path
+        check_fast_paths(self.trainer, student, self.frozen, self.reduce)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule, built from their callables."""

@@ -2693,7 +2693,7 @@ MUTATIONS = [
     ),
     Mutation(
         "passes: a cut need not save anything",
-        ("models/passes/width_classes.py", "models/passes/test_width_classes.py"),
+        ("models/passes/shared_prompts.py", "models/passes/test_width_classes.py"),
         "(1 - LEAST_SAVING) * n * width",
         "n * width",
     ),

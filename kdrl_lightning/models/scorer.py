@@ -32,12 +32,13 @@ from kdrl_lightning.models.architectures.verification import close, verify
 from kdrl_lightning.models.passes.shared_prompts import (
     MergedRows,
     Sharing,
+    WidthClass,
     cuda_clock,
     merge_rows,
     on_host,
     places_of,
+    width_classes,
 )
-from kdrl_lightning.models.passes.width_classes import WidthClass, width_classes
 from kdrl_lightning.rollout_batch import RolloutBatch, upload
 
 # `Any`: models and configurations of transformers share no typed base.

@@ -1,10 +1,19 @@
-"""Whether a machine has the devices that a configuration names."""
+"""Whether a machine has the devices that a configuration names, and computes right on them."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from kdrl_lightning.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.architectures.fast_path import check_fast_path
+from kdrl_lightning.models.architectures.trunk import Trunk
+from kdrl_lightning.models.scorer import Scorer
+from kdrl_lightning.teachers.frozen import FrozenModels
 
 
 def check_devices(accelerator: object, devices: object) -> None:
@@ -54,3 +63,33 @@ def _indices(devices: object) -> list[int]:
     if isinstance(devices, int):
         return list(range(devices))
     return [d for d in devices if isinstance(d, int)] if isinstance(devices, list) else []
+
+
+def check_fast_paths(
+    trainer: pl.Trainer,
+    student: tuple[Scorer, Trunk, str],
+    frozen: FrozenModels,
+    reduce: Callable[[Tensor, str], Tensor],
+) -> None:
+    """Compare kernels and compiled layers of a run's models with plain ones, on a GPU.
+
+    All ranks must call it.
+
+    Args:
+        trainer: its device and precision are the run's.
+        student: the student, how its layers run, and its name.
+        frozen: teacher and reference.
+        reduce: ``(tensor, "sum") -> tensor`` over ranks.
+
+    Raises:
+        ConfigurationError: a kernel fails, or gives other scores.
+    """
+    if trainer.strategy.root_device.type != "cuda":
+        return
+
+    def check() -> None:
+        check_fast_path(*student)
+        frozen.check_fast_paths()
+
+    with trainer.precision_plugin.forward_context():
+        stop_together(check, reduce)

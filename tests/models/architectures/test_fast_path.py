@@ -104,7 +104,7 @@ def test_a_run_on_a_gpu_compares_student_and_teachers(
     monkeypatch: pytest.MonkeyPatch, device: str, tmp_path: Any
 ) -> None:
     seen: list[Any] = []
-    for room in ("module", "teachers.local"):
+    for room in ("trainer.devices", "teachers.local"):
         monkeypatch.setattr(
             f"kdrl_lightning.{room}.check_fast_path", lambda *given: seen.append(given[1])
         )
@@ -116,10 +116,12 @@ def test_a_run_on_a_gpu_compares_student_and_teachers(
         trunk=Trunk(compile=True),
         student_path="student",
         frozen=SimpleNamespace(move=lambda _: None, check_fast_paths=cached.check_fast_path),
-        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext)),
+        trainer=SimpleNamespace(
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
+            strategy=SimpleNamespace(root_device=torch.device(device)),
+        ),
         reduce=lambda value, _: value,
         _student=lambda: None,
     )
-    module._check_fast_paths = lambda: KDRLModule._check_fast_paths(module)
     KDRLModule.on_fit_start(module)
     assert seen == ([module.trunk, local.trunk] if device == "cuda" else [])

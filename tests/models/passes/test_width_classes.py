@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import scored_models
-from kdrl_lightning.models.passes import width_classes as classes
-from kdrl_lightning.models.passes.width_classes import LEAST_SAVING, LEAST_TOKENS, width_classes
+from kdrl_lightning.models.passes import shared_prompts as classes
+from kdrl_lightning.models.passes.shared_prompts import LEAST_SAVING, LEAST_TOKENS, width_classes
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 
