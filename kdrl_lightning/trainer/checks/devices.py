@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from kdrl_lightning.distributed import stop_together
+from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.fast_path import check_fast_path
 from kdrl_lightning.models.architectures.trunk import Trunk
