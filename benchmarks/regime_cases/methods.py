@@ -50,19 +50,21 @@ MAIN = {
     "OPD-then-RL": Method("opd_then_rl"),
     "RLSD": Method("rlsd"),
     "SRPO": Method("srpo"),
-    "RLAD α 0.8": _rlad(0.8, False),
-    "RLAD α 0.5": _rlad(0.5, False),
-    "RLAD α 0.5, paper's clamp": _rlad(0.5, True),
+    "RLAD α 0.8, offset clamp": _rlad(0.8, False),
+    "RLAD α 0.5, offset clamp": _rlad(0.5, False),
+    "RLAD α 0.5": _rlad(0.5, True),
 }
 # RLAD's other settings, with the rate of the nearest one.
 VARIANTS = {
-    "RLAD α 0.3": _rlad(0.3, False, rate_of="RLAD α 0.5"),
-    "RLAD α 0.8, paper's clamp": _rlad(0.8, True, rate_of="RLAD α 0.8"),
-    "RLAD α 0.3, paper's clamp": _rlad(0.3, True, rate_of="RLAD α 0.5, paper's clamp"),
+    "RLAD α 0.3, offset clamp": _rlad(0.3, False, rate_of="RLAD α 0.5, offset clamp"),
+    "RLAD α 0.8": _rlad(0.8, True, rate_of="RLAD α 0.8, offset clamp"),
+    "RLAD α 0.3": _rlad(0.3, True, rate_of="RLAD α 0.5"),
 }
 # Selective imitation (the gates) × TRRD. Without TRRD, the teacher enters by KDRL's KL.
 ABLATION = {
-    "RLAD α 0.5 + gates": _rlad(0.5, False, _GATED, rate_of="RLAD α 0.5"),
+    "RLAD α 0.5, offset clamp + gates": _rlad(
+        0.5, False, _GATED, rate_of="RLAD α 0.5, offset clamp"
+    ),
     "KDRL + gates": Method("kdrl", [_GATED], rate_of="KDRL"),
 }
 EVERY_METHOD = {**MAIN, **VARIANTS, **ABLATION}

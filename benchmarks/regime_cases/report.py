@@ -115,8 +115,8 @@ def worst_table(cells: Cells) -> str:
 def ablation_table(cells: Cells) -> str:
     """Return accuracy with and without the gates, by TRRD and by KDRL's KL."""
     columns = {
-        "TRRD + gates": "RLAD α 0.5 + gates",
-        "TRRD": "RLAD α 0.5",
+        "TRRD + gates": "RLAD α 0.5, offset clamp + gates",
+        "TRRD": "RLAD α 0.5, offset clamp",
         "KL + gates": "KDRL + gates",
         "KL": "KDRL",
         "no teacher": "GRPO",
@@ -171,7 +171,7 @@ PANELS = {
     "kd/strong_conflict_frac": "strong conflict",
     "kd/offset_weight_p99": "TRRD's w, 99 %",
 }
-EXPLAINED = ("GRPO", "KDRL", "RLAD α 0.5", "RLAD α 0.8", "RLAD α 0.5, paper's clamp")
+EXPLAINED = ("GRPO", "KDRL", "RLAD α 0.5, offset clamp", "RLAD α 0.8, offset clamp", "RLAD α 0.5")
 
 
 def why(cells: Cells, path: Path, seed: int) -> None:
