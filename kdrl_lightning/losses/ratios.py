@@ -247,7 +247,9 @@ def _clipped(
     We clip before the exponential, so that a clipped ratio cannot overflow into 0 * inf.
     """
     advantages = _per_token(advantages, log_ratio)
-    high = log_ratio.new_full((), clip_high).log1p()  # no copy from the host
+    # A bound beyond the type is none. `new_full` needs no copy from the host.
+    most = torch.finfo(log_ratio.dtype).max
+    high = log_ratio.new_full((), clip_high if clip_high <= most else math.inf).log1p()
     low = log_ratio.new_full((), -clip_low).log1p()
     fence = torch.where(advantages < 0, low, high)
     dead = torch.where(advantages < 0, log_ratio < fence, log_ratio > fence)
