@@ -89,7 +89,7 @@ def test_dual_clip_of_trrd_acts_on_its_own_ratio(
     ratio = trrd_ratio(lp, old, teacher, 0.5, 1.0)
     assume(min(abs(ratio - 1.5), abs(ratio - 0.8), abs(ratio - 1.2)) > 1e-9)
     args = one(lp), one(old), one(teacher), f64([a])
-    loss, gradient = graded(trrd_surrogate, *args, dual_clip=1.5)
+    loss, gradient = graded(trrd_surrogate, *args, dual_clip=1.5, offset_clamp=1.0)
     value, slope = (-1.5 * a, 0.0) if a < 0 and ratio > 1.5 else surrogate(ratio, a, 0.2, 0.2)
     close(loss, [[value]])
     close(gradient, [[slope]])
