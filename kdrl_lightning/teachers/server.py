@@ -22,7 +22,7 @@ from kdrl_lightning.models.loading import (
     model_path,
 )
 from kdrl_lightning.models.sharding import on_any_rank
-from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
+from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows, upload
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.tokenizers import compare
 
@@ -207,9 +207,9 @@ class ServerTeacher(Teacher):
             asked = torch.zeros(topk_ids.shape)
             for i, row in enumerate(rows):
                 asked[i, : len(row.asked)] = torch.tensor(row.asked)
-            asked = asked.to(device)
+            asked = upload(asked, device)
         logprobs = pad_rows([row.logprobs for row in rows], 0.0, torch.float32)
-        return TokenScores(logprobs.to(device), None, best.to(device), asked)
+        return TokenScores(upload(logprobs, device), None, upload(best, device), asked)
 
     def take_part(self, batch: RolloutBatch) -> None:
         """Raise if another rank has to stop."""

@@ -104,7 +104,7 @@ def test_a_run_on_a_gpu_compares_student_and_teachers(
     monkeypatch: pytest.MonkeyPatch, device: str, tmp_path: Any
 ) -> None:
     seen: list[Any] = []
-    for room in ("trainer.devices", "teachers.local"):
+    for room in ("trainer.checks.devices", "teachers.local"):
         monkeypatch.setattr(
             f"kdrl_lightning.{room}.check_fast_path", lambda *given: seen.append(given[1])
         )
