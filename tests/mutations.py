@@ -171,12 +171,12 @@ WORKER = "teachers/cross_tokenizer/worker.py", "teachers/cross_tokenizer/test_cr
 PASSES = "rollout/updates/partition.py", "rollout/test_teacher_passes.py"
 TRANSLATION = (
     "teachers/cross_tokenizer/translation.py",
-    "teachers/cross_tokenizer/test_teacher_completions.py",
+    "teachers/cross_tokenizer/test_translated_completions.py",
 )
-ROUTED_TRANSLATION = "teachers/routed.py", "teachers/cross_tokenizer/test_teacher_completions.py"
+ROUTED_TRANSLATION = "teachers/routed.py", "teachers/cross_tokenizer/test_translated_completions.py"
 SERVED_TRANSLATION = (
     "engines/vllm/teacher.py",
-    "teachers/cross_tokenizer/test_teacher_completions.py",
+    "teachers/cross_tokenizer/test_translated_completions.py",
 )
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
