@@ -57,6 +57,7 @@ def _run(args: Sequence[str] | None) -> None:
     from kdrl_lightning.cli.main import KDRLCLI
     from kdrl_lightning.cli.serve import serve
     from kdrl_lightning.distributed import lost_peer
+    from kdrl_lightning.trainer.devices import memory_error
     from kdrl_lightning.trainer.strategies import end_with_children
 
     try:
@@ -97,6 +98,9 @@ def _run(args: Sequence[str] | None) -> None:
         lost = lost_peer(error)
         if lost is not None:
             _exit(lost, 1, error)
+        full = memory_error(error)
+        if full is not None:
+            _exit(full, 1, error)
         disk = disk_error(error)
         if disk is None:
             raise
