@@ -45,11 +45,17 @@ class OwnPrompts:
         tokens: of the longest one.
         differ: they differ within a group.
         note: what we assumed; empty if nothing.
+        per_token: the teacher's tokens per token of the student.
     """
 
     tokens: int
     differ: bool = False
     note: str = ""
+    per_token: float = 1.0
+
+    def length(self, completion: int) -> int:
+        """Return the tokens that the teacher reads of so many tokens of the student."""
+        return self.tokens + math.ceil(self.per_token * completion)
 
 
 def tokens_per_token(module: KDRLModule, job: Job) -> tuple[float | None, str]:
@@ -111,7 +117,7 @@ def own_prompts_of(module: KDRLModule, job: Job, share: float | None) -> OwnProm
         room = context - math.ceil(job.rollout.max_tokens * (share or 1.0))
         tokens = min(tokens, max(1, room))
     differ = any(_differs(prompt.context) for prompt in prompts)
-    return OwnPrompts(tokens, differ, note)
+    return OwnPrompts(tokens, differ, note, share or 1.0)
 
 
 def _length(prompt: TeacherPrompt, job: Job, count: Callable[[str], int]) -> tuple[int, str]:

@@ -166,8 +166,7 @@ class Rehearsal:
     def score(self, tokens: int) -> dict[str, Cost]:
         """Score completions without gradient, as the rollout's start does, by each model."""
         batch = self._batch(tokens)
-        reads = self.taught(batch)
-        return self._score(batch, self._joined(reads, self.own), self._joined(batch, None))
+        return self._score(batch, self._largest_read(batch, tokens), self._joined(batch, None))
 
     def _score(
         self, batch: RolloutBatch, reads: RolloutBatch, other: RolloutBatch
@@ -204,6 +203,25 @@ class Rehearsal:
         if self.own is None:
             return batch
         return with_own_prompts(batch, self.own, self.job.longest_prompt, self.rows_of_ids)
+
+    def _largest_read(self, batch: RolloutBatch, tokens: int) -> RolloutBatch:
+        """Return the largest pass of the teacher: ``max_tokens_per_micro_batch`` limits its tokens.
+
+        Args:
+            batch: the largest micro-batch.
+            tokens: the limit, if the configuration has one.
+        """
+        own = self.own
+        if own is None:
+            return self._joined(batch, None)
+        rows = len(batch)
+        if self.job.rollout.max_tokens_per_micro_batch is not None:
+            rows = max(1, tokens // own.length(batch.completion_ids.shape[1]))
+        active = self.module.frozen.active
+        if active is not None and active.aligns:  # passes are joined, then cut
+            wide = self._joined(self.taught(batch), own)
+            return wide.select(range(min(rows, len(wide))))
+        return self._joined(self.taught(batch.select(range(min(rows, len(batch))))), own)
 
     def _joined(self, batch: RolloutBatch, own: OwnPrompts | None) -> RolloutBatch:
         """Return a batch with as many rows as frozen models score in one pass."""
