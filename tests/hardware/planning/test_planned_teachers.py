@@ -37,6 +37,7 @@ from kdrl_lightning.hardware.planning.own_prompts import own_prompts_of, tokens_
 from kdrl_lightning.hardware.planning.planner import _counted, at_full_depth, plan
 from kdrl_lightning.hardware.planning.rehearsal import rehearse
 from kdrl_lightning.teachers import HardSync, InitialWeights, MovingAverage, TrustRegion
+from kdrl_lightning.teachers.frozen import FrozenModels
 
 SMALL = {
     "model_type": "qwen3",
@@ -153,6 +154,26 @@ def test_updates_that_run_the_teacher_run_its_prompts(job: Job) -> None:
     assert trained(shown) > 2 * trained(inner)
 
 
+@pytest.mark.parametrize("share", [None, 2.0])
+def test_a_pass_of_the_teacher_keeps_the_limit_in_its_own_tokens(
+    job: Job, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrozenModels, "joins", False)
+    inner = PromptedTeacher(LocalTeacher("wide"), TeacherPrompt(ColumnContext("x"), max_tokens=100))
+    teacher = inner if share is None else CrossTokenizerTeacher(inner)
+    limited = replace(
+        job, rollout=replace(ROLLOUT, max_tokens_per_micro_batch=640), teacher_tokens=share
+    )
+    own = 100 + 60 if share is None else 2 * (100 + 60)
+    with rehearse(KDRLModule("small", RLAD(), teacher), limited) as run:
+        batch = run._batch(640)
+        assert len(batch) == 640 // 80
+        assert len(run._largest_read(batch, 640)) == 640 // own
+        assert len(run._largest_read(run._batch(80), 80)) == 1  # one row may be longer
+        run.job = job  # without a limit, the teacher reads as many rows as the student
+        assert len(run._largest_read(batch, 640)) == len(batch)
+
+
 def test_another_tokenizers_tokens_are_counted(job: Job, student_folder: str) -> None:
     teacher = CrossTokenizerTeacher(LocalTeacher("wide"))
     module = KDRLModule("small", RLAD(), teacher)
@@ -160,6 +181,7 @@ def test_another_tokenizers_tokens_are_counted(job: Job, student_folder: str) ->
     assert "`--teacher-tokens` sets it" in tokens_per_token(module, job)[1]
     flops = []
     for share in (1.0, 2.0):
+        module = KDRLModule("small", RLAD(), teacher)
         with rehearse(module, replace(job, teacher_tokens=share)) as run:
             batch = run._batch(job.longest)
             flops.append(run._score(batch, run.taught(batch), batch)["teacher"].flops)
