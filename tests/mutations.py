@@ -3211,6 +3211,12 @@ MUTATIONS = [
         "length",
     ),
     Mutation(
+        "plan: a pass of the teacher has as many rows as a micro-batch",
+        ("hardware/planning/rehearsal.py", TAUGHT),
+        "        if self.job.rollout.max_tokens_per_micro_batch is not None:\n            rows = ",
+        "        if False:\n            rows = ",
+    ),
+    Mutation(
         "plan: what the teacher's prompt shows has no length",
         ("hardware/planning/own_prompts.py", TAUGHT),
         "            tokens += job.rollout.max_tokens\n",
@@ -3224,7 +3230,7 @@ MUTATIONS = [
     ),
     Mutation(
         "devices: every card is large enough",
-        ("trainer/devices.py", "trainer/test_devices.py"),
+        ("trainer/checks/devices.py", "trainer/test_devices.py"),
         "    if least <= total:\n",
         "    if True:\n",
     ),
