@@ -373,12 +373,16 @@ def main() -> None:
     for name in args.cases:
         found[name] = compared(name)
         print(json.dumps(found[name]), flush=True)
-    records = [found[name] for name in CASES if name in found]
-    print(table(records))
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        machine = f"{platform.machine()}, torch {torch.__version__}"
-        file.write_text(json.dumps({"machine": machine, "cases": records}, indent=1) + "\n")
+        if file is not None:
+            write(file, [found[name] for name in CASES if name in found])
+    print(table([found[name] for name in CASES if name in found]))
+
+
+def write(file: Path, records: list[dict[str, Any]]) -> None:
+    """Write the comparisons, and on which machine they were made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, torch {torch.__version__}"
+    file.write_text(json.dumps({"machine": machine, "cases": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
