@@ -11,11 +11,15 @@ that differ only in their loss share a plan. Nothing needs a network, weights or
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.hardware.planning.planner import Plan, plan
 from kdrl_lightning.hardware.planning.report import gb
+from kdrl_lightning.hardware.planning.shapes import shipped
 from kdrl_lightning.hardware.planning.teachers import local_teachers
 from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
@@ -61,6 +66,20 @@ OVERLAYS = {
     "node8_vllm": SHARDED,
     "node8_server": SHARDED,
 }
+# Shapes of the teachers that other benchmarks train.
+TRAINED: dict[str, dict[str, Any]] = {
+    "runs/smollm2/teacher": shipped()["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    "runs/smollm2/cross_teacher": {
+        "model_type": "llama",
+        "vocab_size": 600,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    },
+}
 # Overlays of the replication's other tasks, planned for one method.
 TASKS = ("zebra", "countdown", "math")
 # What no plan depends on.
@@ -84,10 +103,22 @@ def parsed(flags: list[str]) -> tuple[Job, KDRLModule, float]:
     """Return job, module and number of rollouts of a command line."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     cli = PlanCLI.run([*flags, "--trainer.callbacks=[]"], instantiate_only=True)
-    own, _ = own_flags().parse_known_args([])
+    own, _ = own_flags().parse_known_args(trained_shapes())
     job, module = job_of(cli.config, own), module_of(cli)
     updates = job.rollout.minibatches_per_rollout * job.rollout.epochs_per_rollout
     return within_context(job, module), module, max(0, cli.config.trainer.max_steps) / updates
+
+
+@cache
+def trained_shapes() -> list[str]:
+    """Return flags that name the configurations of ``TRAINED``, written to new files."""
+    folder, words = Path(tempfile.mkdtemp()), []
+    atexit.register(shutil.rmtree, folder)
+    for place, (name, values) in enumerate(TRAINED.items()):
+        file = folder / f"{place}.json"
+        file.write_text(json.dumps(values))
+        words += ["--model-config", f"{name}={file}"]
+    return words
 
 
 def key_of(job: Job, module: KDRLModule) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.shapes import config_of
@@ -89,7 +90,10 @@ def _at_hand(path: str) -> bool:
     """Return whether a tokenizer can be read without a network."""
     if Path(path).is_dir():
         return any((Path(path) / name).exists() for name in TOKENIZERS)
-    return isinstance(try_to_load_from_cache(path, "tokenizer.json"), str)
+    try:
+        return isinstance(try_to_load_from_cache(path, "tokenizer.json"), str)
+    except HFValidationError:  # a folder that is not there yet
+        return False
 
 
 def own_prompts_of(module: KDRLModule, job: Job, share: float | None) -> OwnPrompts | None:

@@ -189,6 +189,9 @@ def test_another_tokenizers_tokens_are_counted(job: Job, student_folder: str) ->
             assert run.filled(batch).chunk_places is not None
             assert run.update(job.longest).flops > 0
     assert flops[1] == pytest.approx(2 * flops[0], rel=0.1)
+    # A teacher that is still to be trained.
+    later = CrossTokenizerTeacher(LocalTeacher("runs/not/there"))
+    assert tokens_per_token(KDRLModule(student_folder, RLAD(), later), job)[0] == 1.25
     # One vocabulary: its tokens are the student's.
     same = CrossTokenizerTeacher(LocalTeacher(student_folder))
     assert tokens_per_token(KDRLModule(student_folder, RLAD(), same), job) == (None, "")
