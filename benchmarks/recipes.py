@@ -38,7 +38,7 @@ from kdrl_lightning.teachers.self_teachers import self_teachers
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "recipes"
-PARTS = {"base", "base.yaml", "teacher.yaml", "math.yaml"}
+PARTS = {"base", "base.yaml", "teacher.yaml", "zebra.yaml", "countdown.yaml", "math.yaml"}
 CARD = "H100"
 # A student and its teacher as on docs/getting_started.md.
 FIRST_RUN = [
