@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,23 @@ import yaml
 from lightning.pytorch import Callback
 from torch.autograd.profiler import record_function
 
-from kdrl_lightning import LocalTeacher
+from kdrl_lightning import LocalTeacher, SelfTeacher
+from kdrl_lightning.teachers.self_teachers.found import walk
 
 ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random Qwen3 with heads of 32; ``shared`` query heads share keys and values."""
+
+    width: int = 256
+    layers: int = 4
+    vocabulary: int = 8192
+    shared: int = 2
+    tied: bool = False
+
+
 CASES: dict[str, dict[str, Any]] = {
     "one process": {},
     "one process, checkpointing": {"checkpointing": True},
@@ -42,6 +57,49 @@ CASES: dict[str, dict[str, Any]] = {
         "checkpointing": True,
     },
     "fsdp2, 2 processes, LoRA": {"strategy": "fsdp2", "processes": 2, "lora": 8},
+    # Other shapes: width, layers, vocabulary, query heads per key, tied or not.
+    "tied, GQA 3, V 20,000, reference KL": {
+        "student": Shape(192, 3, 20_000, shared=3, tied=True),
+        "objective": {"class_path": "GRPO", "init_args": {"ref_kl_coef": 0.1}},
+        "teacher": None,
+    },
+    "a larger teacher, full vocabulary": {
+        "student": Shape(128, 2, 12_000, shared=1, tied=True),
+        "teacher_model": Shape(384, 4, 12_000, shared=4),
+        "objective": {
+            "class_path": "KDRL",
+            "init_args": {"teacher_kl_coef": 0.1, "kl_estimator": "full_vocabulary"},
+        },
+    },
+    "self-teacher, moving average": {
+        "student": Shape(320, 2, 4_000, shared=5),
+        "teacher": {
+            "class_path": "SelfTeacher",
+            "init_args": {"weights": {"class_path": "MovingAverage"}},
+        },
+    },
+    "self-teacher, trust region, checkpointing": {
+        "student": Shape(256, 6, 3_000, shared=2, tied=True),
+        "checkpointing": True,
+        "teacher": {
+            "class_path": "SelfTeacher",
+            "init_args": {
+                "weights": {"class_path": "TrustRegion", "init_args": {"student_weight": 0.5}}
+            },
+        },
+    },
+    "a teacher with a longer prompt": {
+        "student": Shape(192, 4, 1_000, shared=2),
+        "teacher_model": Shape(256, 4, 1_000, shared=2),
+        "shown": 300,
+    },
+    "fsdp2, 2 processes, larger teacher, bf16-mixed": {
+        "strategy": "fsdp2",
+        "processes": 2,
+        "precision": "bf16-mixed",
+        "student": Shape(192, 3, 6_000, shared=3),
+        "teacher_model": Shape(320, 4, 6_000, shared=5),
+    },
 }
 PROMPTS, GROUP, TOKENS, MICRO = 8, 4, 96, 2
 PROMPT = 10  # tokens of the task's prompts
@@ -134,47 +192,70 @@ def held(module: Any) -> int:
 
     ddp's first buckets are not among them.
     """
-    frozen = [m for m in (module.frozen.active, module.frozen.reference) if m is not None]
-    models = [module.student, *(m._scorer for m in frozen if isinstance(m, LocalTeacher))]
+    teachers = [t for m in (module.frozen.active, module.frozen.reference) for t, _ in walk(m)]
+    models = [module.student, *(t._scorer for t in teachers if isinstance(t, LocalTeacher))]
+    others = [t._other for t in teachers if isinstance(t, SelfTeacher)]
+    models += [other.module for other in others if other is not None and other.module is not None]
     tensors = [t for m in models for t in [*m.parameters(), *m.buffers()]]
     parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
     return sum(sizes.values())
 
 
-def make_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
-    """Write a random Qwen3 with the tokenizer of the embedded task."""
+def make_model(folder: Path, shape: Shape) -> str:
+    """Write a random Qwen3 with the tokenizer of the embedded task; return its folder."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from kdrl_lightning.tiny.models import make_tokenizer
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
+    heads = shape.width // 32
     config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 64,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=3 * shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // shape.shared,
         head_dim=32,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
-def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Return the configuration of a case."""
+def teacher_of(case: dict[str, Any], model: str) -> dict[str, Any] | None:
+    """Return the settings of a case's teacher."""
+    if "teacher" in case:
+        return dict(case["teacher"]) if case["teacher"] else None
+    local = {"class_path": "LocalTeacher", "init_args": {"model": model}}
+    if "shown" not in case:
+        return local
+    text = "1" * case["shown"]  # a token a character
+    prompt = {
+        "context": {"class_path": "FixedContext", "init_args": {"text": text}},
+        "template": "{context}{prompt}",
+        "max_tokens": case["shown"] + PROMPT,
+    }
+    return {"class_path": "PromptedTeacher", "init_args": {"teacher": local, "prompt": prompt}}
+
+
+def settings(models: tuple[str, str], case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the configuration of a case with a student and a teacher."""
+    model, other = models
     rows = PROMPTS * GROUP // case.get("processes", 1) // MICRO
     config: dict[str, Any] = {
         "model": {
             "student": model,
-            "teacher": {"class_path": "LocalTeacher", "init_args": {"model": model}},
-            "objective": {"class_path": "KDRL", "init_args": {"teacher_kl_coef": 0.1}},
+            "teacher": teacher_of(case, other),
+            "objective": case.get(
+                "objective", {"class_path": "KDRL", "init_args": {"teacher_kl_coef": 0.1}}
+            ),
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-6}},
             "activation_checkpointing": case.get("checkpointing", False),
         },
@@ -215,11 +296,11 @@ def settings(model: str, case: dict[str, Any], folder: str) -> dict[str, Any]:
     return config
 
 
-def measured(model: Path, case: dict[str, Any]) -> dict[str, Any]:
+def measured(models: tuple[str, str], case: dict[str, Any]) -> dict[str, Any]:
     """Run a case in new processes; return the largest peak of each phase over the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
-        file.write_text(yaml.safe_dump(settings(str(model), case, folder)))
+        file.write_text(yaml.safe_dump(settings(models, case, folder)))
         out = subprocess.run(
             [sys.executable, "-m", "kdrl_lightning", "fit", "--config", str(file)],
             cwd=folder,
@@ -235,13 +316,13 @@ def measured(model: Path, case: dict[str, Any]) -> dict[str, Any]:
     return {"peaks": peaks, "prompt": max(r["prompt"] for r in ranks)}
 
 
-def planned(model: Path, case: dict[str, Any], prompt: int) -> dict[str, float]:
+def planned(models: tuple[str, str], case: dict[str, Any], prompt: int) -> dict[str, float]:
     """Return the bytes of each phase by the plan of the same configuration."""
     from kdrl_lightning.cli.plan import own_flags
     from kdrl_lightning.cli.plan import planned as plan_of
 
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(str(model), case, folder)
+        config = settings(models, case, folder)
         config["trainer"]["callbacks"] = []
         file = Path(folder) / "run.yaml"
         file.write_text(yaml.safe_dump(config))
@@ -250,14 +331,21 @@ def planned(model: Path, case: dict[str, Any], prompt: int) -> dict[str, float]:
         return {phase.name: phase.total for phase in plan_of(own, rest).phases}
 
 
-def compared(model: Path, name: str) -> dict[str, Any]:
+def compared(name: str) -> dict[str, Any]:
     """Return what a case measured, what its plan says, and their ratios."""
-    found = measured(model, CASES[name])
-    due = planned(model, CASES[name], found["prompt"])
+    case = CASES[name]
+    shape = case.get("student", Shape())
+    with tempfile.TemporaryDirectory() as folder:
+        student = make_model(Path(folder) / "student", shape)
+        larger = case.get("teacher_model")
+        models = student, make_model(Path(folder) / "teacher", larger) if larger else student
+        found = measured(models, case)
+        due = planned(models, case, found["prompt"])
     peaks = found["peaks"]
     ratios = {phase: due[phase] / size for phase, size in peaks.items() if phase in due}
     whole = max(due.values()) / max(peaks.values())
-    return {"case": name, "measured": peaks, "planned": due, "ratios": ratios, "ratio": whole}
+    known = {"measured": peaks, "planned": due, "ratios": ratios, "ratio": whole}
+    return {"case": name, "student": asdict(shape), **known}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -277,24 +365,24 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), args.width, args.layers, args.vocabulary)
-        records = []
-        for name in args.cases:
-            records.append(compared(Path(folder), name))
-            print(json.dumps(records[-1]), flush=True)
+    file = None if args.out is None else args.out / "measured.json"
+    old = json.loads(file.read_text())["cases"] if file is not None and file.is_file() else []
+    found = {record["case"]: record for record in old}
+    for name in args.cases:
+        found[name] = compared(name)
+        print(json.dumps(found[name]), flush=True)
+        if file is not None:
+            write(file, [found[name] for name in CASES if name in found])
+    print(table([found[name] for name in CASES if name in found]))
+
+
+def write(file: Path, records: list[dict[str, Any]]) -> None:
+    """Write the comparisons, and on which machine they were made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, torch {torch.__version__}"
-    print(table(records))
-    if args.out:
-        shape = {"width": args.width, "layers": args.layers, "vocabulary": args.vocabulary}
-        record = {"machine": machine, "model": shape, "cases": records}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "measured.json").write_text(json.dumps(record, indent=1) + "\n")
+    file.write_text(json.dumps({"machine": machine, "cases": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

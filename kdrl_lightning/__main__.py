@@ -54,6 +54,7 @@ def _run(args: Sequence[str] | None) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from kdrl_lightning.common.distributed import lost_peer
+    from kdrl_lightning.trainer.checks.devices import memory_error
 
     try:
         _subcommand(given, args)
@@ -77,6 +78,9 @@ def _run(args: Sequence[str] | None) -> None:
         lost = lost_peer(error)
         if lost is not None:
             _exit(lost, 1, error)
+        full = memory_error(error)
+        if full is not None:
+            _exit(full, 1, error)
         disk = disk_error(error)
         if disk is None:
             raise

@@ -45,7 +45,7 @@ from kdrl_lightning.teachers.frozen import (
     old_fields,
 )
 from kdrl_lightning.teachers.self_teachers import SelfTeacherSteps
-from kdrl_lightning.trainer.checks.devices import check_fast_paths
+from kdrl_lightning.trainer.checks.devices import check_fast_paths, check_memory
 from kdrl_lightning.trainer.checks.limits import check_limits
 from kdrl_lightning.trainer.internals import before_load
 from kdrl_lightning.trainer.optimizers import (
@@ -160,6 +160,9 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         if fitting:
             check_limits(self.trainer)
             check_precision(self.trainer.precision)
+            ranks = 1 if sharding_of(self.trainer) is None else self.trainer.world_size
+            device = self.trainer.strategy.root_device
+            check_memory(self.student_path, device, ranks, self.lora is not None)
         reference = None
         if fitting and self.objective.needs_reference:
             double, adapters = self.trainer.precision == "64-true", self.lora is not None

@@ -78,6 +78,7 @@ SFT = "objectives/sft.py", "objectives/test_family.py"
 METER = "hardware/planning/meter.py", "hardware/planning/test_meter.py"
 TRUNK = "models/architectures/trunk.py", "models/architectures/test_trunk.py"
 PLANNED = "hardware/planning/planner.py", "hardware/planning/test_plan.py"
+TAUGHT = "hardware/planning/test_planned_teachers.py"
 REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
@@ -3196,6 +3197,42 @@ MUTATIONS = [
         PLANNED,
         "int(min(limits))",
         "int(max(limits))",
+    ),
+    Mutation(
+        "plan: a teacher with the student's weights is as shallow as the student that is counted",
+        ("hardware/planning/rehearsal.py", TAUGHT),
+        "            if not follows_student(model):\n",
+        "            if True:\n",
+    ),
+    Mutation(
+        "plan: another tokenizer makes the student's number of tokens",
+        ("hardware/planning/teachers.py", TAUGHT),
+        "math.ceil(self.share * length)",
+        "length",
+    ),
+    Mutation(
+        "plan: a pass of the teacher has as many rows as a micro-batch",
+        ("hardware/planning/rehearsal.py", TAUGHT),
+        "        if self.job.rollout.max_tokens_per_micro_batch is not None:\n            rows = ",
+        "        if False:\n            rows = ",
+    ),
+    Mutation(
+        "plan: what the teacher's prompt shows has no length",
+        ("hardware/planning/own_prompts.py", TAUGHT),
+        "            tokens += job.rollout.max_tokens\n",
+        "",
+    ),
+    Mutation(
+        "plan: a checkpoint without the weights that follow the student",
+        ("hardware/planning/rehearsal.py", TAUGHT),
+        "tensors = [*trained, *kept, ",
+        "tensors = [*trained, ",
+    ),
+    Mutation(
+        "devices: every card is large enough",
+        ("trainer/checks/devices.py", "trainer/test_devices.py"),
+        "    if least <= total:\n",
+        "    if True:\n",
     ),
     # What users bring: limits, quantized files, long numbers, words of a CSV.
     Mutation(

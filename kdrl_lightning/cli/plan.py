@@ -83,6 +83,12 @@ def own_flags() -> argparse.ArgumentParser:
     add("--card", help=f"its name, for memory and seconds: {', '.join(c.name for c in CARDS)}")
     add("--prompt-tokens", type=int, help="longest prompt; left out: data.max_prompt_tokens")
     add("--completion-tokens", type=int, help="mean completion, for seconds; left out: half")
+    add("--teacher-prompt-tokens", type=int, help="longest prompt of the teacher's own")
+    add(
+        "--teacher-tokens",
+        type=float,
+        help="its tokens per token of the student, with another tokenizer",
+    )
     add(
         "--model-config",
         action="append",
@@ -107,9 +113,12 @@ def planned(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
         ("--gpus", own.gpus),
         ("--prompt-tokens", own.prompt_tokens),
         ("--completion-tokens", own.completion_tokens),
+        ("--teacher-prompt-tokens", own.teacher_prompt_tokens),
     ):
         if value is not None:
             require_between(name, value, 1, float("inf"))
+    if own.teacher_tokens is not None:
+        require_between("--teacher-tokens", own.teacher_tokens, 0.01, 100.0)
     if own.gpus and not any(word.startswith("--trainer.devices") for word in rest):
         rest = [*rest, f"--trainer.devices={own.gpus}"]
     with warnings.catch_warnings():
@@ -158,6 +167,8 @@ def job_of(config: Namespace, own: argparse.Namespace) -> Job:
         longest_prompt=own.prompt_tokens or data.max_prompt_tokens or LONGEST_PROMPT,
         mean_completion=own.completion_tokens,
         kept_checkpoints=max(1, config.checkpoint.keep_last + config.checkpoint.save_top_k),
+        teacher_prompt=own.teacher_prompt_tokens,
+        teacher_tokens=own.teacher_tokens,
         model_configs=dict(_named(text) for text in own.model_config),
     )
 

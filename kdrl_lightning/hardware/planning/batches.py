@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.own_prompts import OwnPrompts
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import Objective
+from kdrl_lightning.rollout.updates.plan import FROZEN_TOKENS, REPEATED
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, with_prompts
 
 
 def make_batch(
@@ -28,6 +34,45 @@ def make_batch(
     prompts = [[(3 + i // max(group, 1)) % vocabulary] * prompt for i in range(rows)]
     groups = [i // max(group, 1) for i in range(rows)]
     return collate(prompts, ids.tolist(), groups, pad_id=0)
+
+
+def with_own_prompts(
+    batch: RolloutBatch, own: OwnPrompts, longest: int, vocabulary: int
+) -> RolloutBatch:
+    """Return completions with the prompts that the teacher reads.
+
+    Args:
+        batch: completions.
+        own: the longest of these prompts.
+        longest: tokens of the student's longest prompt; a shorter one has a shorter one here.
+        vocabulary: ids are below it.
+    """
+    tokens = math.ceil(int(batch.prompt_lengths.max()) * own.tokens / longest)
+    places = range(len(batch)) if own.differ else batch.group_ids.tolist()
+    return with_prompts(batch, [OwnPrompt([(5 + place) % vocabulary] * tokens) for place in places])
+
+
+def joined_rows(batch: RolloutBatch, own: OwnPrompts | None, job: Job) -> int:
+    """Return how many completions frozen models score in one pass, after the longest prompts.
+
+    They join micro-batches up to ``FROZEN_TOKENS``, in which a prompt counts once per group.
+
+    Args:
+        batch: a micro-batch.
+        own: the prompts that they read; None: the student's.
+        job: the run's limits.
+    """
+    prompt = int(batch.prompt_lengths.max()) if own is None else own.tokens
+    completion = batch.completion_ids.shape[1]
+    group = 1 if own is not None and own.differ else job.group
+    most = min(FROZEN_TOKENS, job.rollout.max_tokens_per_micro_batch or FROZEN_TOKENS)
+    rows = wider = len(batch)
+    while wider <= job.rows:
+        shared = -(-wider // group) * prompt + wider * completion
+        if shared > most or wider * (prompt + completion) > REPEATED * most:
+            break
+        rows, wider = wider, wider + len(batch)
+    return rows
 
 
 def in_pairs(batch: RolloutBatch) -> RolloutBatch:
@@ -62,11 +107,14 @@ def with_scores(batch: RolloutBatch, module: KDRLModule, max_tokens: int) -> Rol
         rollout_logprobs=scores,
         ref_logprobs=scores if objective.needs_reference else None,
     )
-    if module.teacher is not None and objective.divergence is None:
+    teacher = module.frozen.active
+    if teacher is not None and objective.divergence is None:
+        aligns = teacher.aligns
         batch = batch.replace(
             teacher_logprobs=scores,
-            teacher_entropy=scores,
-            teacher_top_ids=batch.completion_ids,
+            chunk_places=torch.zeros_like(batch.completion_ids) if aligns else None,
+            teacher_entropy=None if aligns else scores,
+            teacher_top_ids=None if aligns else batch.completion_ids,
             teacher_topk_ids=top,
             teacher_topk_logprobs=None if top is None else torch.zeros(top.shape),
             teacher_tail_logprobs=None if top is None else scores,

@@ -57,6 +57,10 @@ class Job:
         mean_completion: in tokens; None: half of ``max_tokens``. Only seconds depend on it.
         kept_checkpoints: how many stay on the disk.
         model_configs: files of configurations by the name of their model.
+        teacher_prompt: tokens of the longest prompt of the teacher's own; None: what follows from
+            its template and its context.
+        teacher_tokens: the teacher's tokens per token of the student, if it has another tokenizer;
+            None: counted with both tokenizers, or assumed.
         depth: build the student with so many layers; None: with all.
     """
 
@@ -75,6 +79,8 @@ class Job:
     model_configs: Mapping[str, str] = field(default_factory=dict)
     depth: int | None = None
     reduces_each: bool = False
+    teacher_prompt: int | None = None
+    teacher_tokens: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("ranks", "accumulate", "longest_prompt"):

@@ -15,66 +15,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.shapes import config_of
-from kdrl_lightning.losses.logprobs import TokenScores, auto_chunk_size
+from kdrl_lightning.losses.logprobs import auto_chunk_size
 from kdrl_lightning.models.architectures.hidden_states import decoder_of
 from kdrl_lightning.models.architectures.implementations import keep_precision, keep_soft_caps
 from kdrl_lightning.models.architectures.trunk import Trunk
 from kdrl_lightning.models.loading import frozen_names, model_path
 from kdrl_lightning.models.lora import leave_base_out
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding, recompute_layers
+from kdrl_lightning.models.sharding import Sharding, decoder_layers, recompute_layers
 from kdrl_lightning.module import KDRLModule
-from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.frozen import initial_student
 from kdrl_lightning.teachers.local import LocalTeacher
-from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
-from kdrl_lightning.teachers.self_teachers import self_teachers
-from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # `Any`: models and configurations of transformers share no typed base.
 
 # A student of more layers is counted with fewer, unless its configuration says that they differ.
 DEEP = 8
 MIXED = ("first_k_dense_replace", "num_kv_shared_layers", "mlp_only_layers", "moe_layer_freq")
-
-
-class Weightless(Teacher):
-    """A teacher that is planned: its models have no numbers.
-
-    Args:
-        scorers: its models; the largest one scores. None: it scores elsewhere.
-    """
-
-    gives_states = True
-
-    def __init__(self, scorers: list[Scorer]) -> None:
-        self.scorers = scorers
-
-    def prepare(self) -> None:
-        """Do nothing."""
-
-    def check(self, student_tokenizer: Any, student_path: str) -> None:
-        """Do nothing."""
-
-    def load(self, device: torch.device) -> None:
-        """Do nothing."""
-
-    @torch.no_grad()
-    def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Score with the largest model."""
-        if not self.scorers:
-            zeros = torch.zeros(batch.completion_ids.shape)
-            top = None if topk_ids is None else torch.zeros(topk_ids.shape)
-            return TokenScores(zeros, zeros, batch.completion_ids[..., None], top, None, zeros)
-        return self._largest().score(batch, top_k=1, topk_ids=topk_ids)
-
-    @torch.no_grad()
-    def states(self, batch: RolloutBatch) -> Any:
-        """Return states and head of the largest model."""
-        return self._largest().states(batch)
-
-    def _largest(self) -> Scorer:
-        return max(self.scorers, key=lambda s: sum(p.numel() for p in s.parameters()))
 
 
 def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Scorer:
@@ -94,6 +52,14 @@ def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Score
     if module.activation_checkpointing:
         recompute_layers(model)
     return scorer if sharding is None else sharding.shard(scorer)
+
+
+def second_student(module: KDRLModule, job: Job, sharding: Sharding | None) -> Scorer:
+    """Build a second, frozen model of the student, as ``SelfTeacher`` loads it, without weights."""
+    model = allot(student_config_model(module, job).requires_grad_(False))
+    scorer = Scorer(model, chunk_size=chunk_of(module.chunk_size, rows_of_head(model), job))
+    scorer.shares = may_share(scorer, sharding)
+    return scorer if sharding is None else sharding.as_trained().shard(scorer)
 
 
 def plain_model(module: KDRLModule, job: Job, dtype: torch.dtype | None = None) -> Any:
@@ -137,6 +103,15 @@ def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) ->
     return scorer if sharding is None else sharding.shard(scorer)
 
 
+def reference_of(module: KDRLModule, job: Job) -> Teacher | None:
+    """Return the reference that ``KDRLModule.setup`` chooses, unless another one is configured."""
+    if not module.objective.needs_reference:
+        return None
+    double, adapters = job.precision == "64-true", module.lora is not None
+    source = module.student_source
+    return initial_student(source, adapters, double, module.chunk_size, module.trunk)
+
+
 def chunk_of(given: int | None, vocabulary: int, job: Job) -> int:
     """Return the rows of a chunk of logits on the device of the run."""
     return given or auto_chunk_size(vocabulary, "cuda" if job.on_gpu else "cpu")
@@ -145,6 +120,21 @@ def chunk_of(given: int | None, vocabulary: int, job: Job) -> int:
 def rows_of_head(model: Any) -> int:
     """Return the rows of a model's head."""
     return len(model.get_output_embeddings().weight)
+
+
+def largest_layer(model: Any, mixed: bool) -> int:
+    """Return bytes of a model's largest layer in the type that it computes in.
+
+    Args:
+        model: a sharded model.
+        mixed: trained weights are computed in 16 bits.
+    """
+    sizes = []
+    for layer in decoder_layers(model):
+        weights = list(layer.parameters())
+        narrow = mixed and any(p.requires_grad for p in weights)
+        sizes.append(sum(p.numel() * (2 if narrow else p.element_size()) for p in weights))
+    return max(sizes, default=0)
 
 
 def weightless(config: Any, dtype: torch.dtype, trunk: Trunk = Trunk()) -> Any:
@@ -189,38 +179,6 @@ def may_share(scorer: Scorer, sharding: Sharding | None) -> bool:
     config = scorer.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return sharding is None and decoder_of(scorer.model) is not None and kinds == {"full_attention"}
-
-
-def local_teachers(teacher: Any) -> list[LocalTeacher]:
-    """Return the teachers in this process that a teacher consists of."""
-    if isinstance(teacher, LocalTeacher):
-        return [teacher]
-    inner = getattr(teacher, "teachers", None) or getattr(teacher, "teacher", None)
-    parts = list(inner.values()) if isinstance(inner, dict) else inner
-    parts = parts if isinstance(parts, list | tuple) else [parts] if parts is not None else []
-    return [found for part in parts for found in local_teachers(part)]
-
-
-def second_models(module: KDRLModule) -> list[LocalTeacher]:
-    """Return a teacher for each second model that a module's self-teachers load; none with LoRA."""
-    if module.lora is not None:
-        return []
-    second = [found for found in self_teachers(module.teacher) if found.rule.live_share < 1.0]
-    return [LocalTeacher(module.student_source, "float32") for _ in second]
-
-
-def inner_of(teacher: Teacher | None) -> Teacher | None:
-    """Return the teacher inside all wrappers."""
-    while isinstance(teacher, WrappedTeacher):
-        teacher = teacher.teacher
-    return teacher
-
-
-def own_prompt_tokens(teacher: Any) -> int:
-    """Return the length to which a teacher limits prompts of its own; 0 without a limit."""
-    own = teacher.prompt.max_tokens or 0 if isinstance(teacher, PromptedTeacher) else 0
-    inner = getattr(teacher, "teachers", None) or {"": getattr(teacher, "teacher", None)}
-    return max(own, *(own_prompt_tokens(t) for t in inner.values() if t is not None), 0)
 
 
 @contextmanager

@@ -16,10 +16,12 @@ from kdrl_lightning.hardware.planning.engine import (
     with_cache,
 )
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.models import depth_of, local_teachers
+from kdrl_lightning.hardware.planning.models import depth_of
+from kdrl_lightning.hardware.planning.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 from kdrl_lightning.hardware.planning.shapes import config_of
+from kdrl_lightning.hardware.planning.teachers import local_teachers
 from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
@@ -149,7 +151,7 @@ def plan(
         job.kept_checkpoints,
         made.head,
         {card.name: seconds_of(made.work, job, card) for card in cards},
-        notes=_notes(job),
+        notes=_notes(module, job),
     )
     if found.fits or not cure:
         return found
@@ -252,7 +254,8 @@ def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[
     """Return the phases that depend on the size of a micro-batch."""
     costs = run.score(tokens)
     name, cost = max(costs.items(), key=lambda item: item[1].peak)
-    offloaded = run.away if name == "teacher" and not run.student.sharded else 0
+    sharded = run.student.sharded
+    offloaded = run.away if name == "teacher" and not sharded else 0
     fetched: dict[str, float] = {"next layer": run.next_layer()}
     score: dict[str, float] = {
         **run.held,
@@ -266,6 +269,8 @@ def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[
         **run.held,
         **waiting,
         **fetched,
+        # A teacher that the updates read stays on the card.
+        "offloaded teacher": run.away if run.module.objective.divergence and not sharded else 0,
         "gradients": run.held["gradients"] + update.whole,
         "activations": update.kept,
         "workspace": max(0, update.peak - update.kept) + run.second_table(),
@@ -354,8 +359,13 @@ def next_change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | N
     return None
 
 
-def _notes(job: Job) -> list[str]:
+def _notes(module: KDRLModule, job: Job) -> list[str]:
     notes = [f"the longest prompt has {job.longest_prompt} tokens"]
+    share, assumed = tokens_per_token(module, job)
+    own = own_prompts_of(module, job, share)
+    if own is not None:
+        notes.append(f"the longest prompt that the teacher reads has {own.tokens} tokens")
+    notes += [text for text in (assumed, own.note if own else "") if text]
     if job.on_gpu:
         notes.append(f"{CONTEXT / 1e9:g} GB of a card and {GAPS:.0%} of the tensors are set aside")
     if job.rollout.max_tokens_per_micro_batch is None and job.accumulate > 1:

@@ -8,7 +8,7 @@ kernel. Models and caches of transformers are ``Any``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,32 +18,38 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from kdrl_lightning.hardware.planning.batches import make_batch, with_scores, zeros_of_ids
+from kdrl_lightning.hardware.planning.batches import (
+    joined_rows,
+    make_batch,
+    with_own_prompts,
+    with_scores,
+    zeros_of_ids,
+)
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
 from kdrl_lightning.hardware.planning.models import (
-    Weightless,
     chunk_of,
     frozen_scorer,
-    inner_of,
-    local_teachers,
-    own_prompt_tokens,
+    largest_layer,
     process_group,
-    second_models,
+    reference_of,
+    second_student,
     student_of,
     work_on_lists,
 )
+from kdrl_lightning.hardware.planning.own_prompts import (
+    OwnPrompts,
+    own_prompts_of,
+    tokens_per_token,
+)
+from kdrl_lightning.hardware.planning.teachers import Stand, follows_student
 from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
 from kdrl_lightning.models.scorer import Scorer
-from kdrl_lightning.models.sharding import Sharding, decoder_layers, local
+from kdrl_lightning.models.sharding import Sharding, local
 from kdrl_lightning.models.weights import ModelWeights
 from kdrl_lightning.module import KDRLModule
-from kdrl_lightning.rollout.updates import FROZEN_TOKENS
 from kdrl_lightning.rollout_batch import RolloutBatch
-from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
-from kdrl_lightning.teachers.self_teachers import self_teachers
-from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
@@ -87,7 +93,9 @@ class Rehearsal:
         held: bytes by what holds them: ``student``, ``teacher``, ``reference``, ``moments``, and
             ``gradients``, which Lightning keeps from a step to the next one's backward pass.
         away: bytes of models that wait in the host's memory.
-        known: costs of frozen models, which do not depend on the student's depth.
+        frozen: the frozen models.
+        own: the prompts that the teacher reads; None: the student's.
+        known: costs of frozen models that do not depend on the student's depth.
     """
 
     job: Job
@@ -96,6 +104,8 @@ class Rehearsal:
     optimizer: torch.optim.Optimizer
     held: dict[str, int] = field(default_factory=dict)
     away: int = 0
+    frozen: list[Scorer] = field(default_factory=list)
+    own: OwnPrompts | None = None
     known: dict[Any, Cost] = field(default_factory=dict)
 
     @property
@@ -155,35 +165,72 @@ class Rehearsal:
 
     def score(self, tokens: int) -> dict[str, Cost]:
         """Score completions without gradient, as the rollout's start does, by each model."""
-        wide = max(tokens, min(FROZEN_TOKENS, self.job.rows * self.job.longest))
-        return self._score(self._batch(wide))
+        batch = self._batch(tokens)
+        return self._score(batch, self._largest_read(batch, tokens), self._joined(batch, None))
 
-    def _score(self, wide: RolloutBatch) -> dict[str, Cost]:
-        out = {}
-        for name, work in (
-            ("student", self.module.score),
-            ("teacher", self.module.score_teacher),
-            ("reference", self.module.score_reference),
+    def _score(
+        self, batch: RolloutBatch, reads: RolloutBatch, other: RolloutBatch
+    ) -> dict[str, Cost]:
+        """Score by each model.
+
+        Args:
+            batch: what the student scores.
+            reads: what the teacher scores.
+            other: what the reference scores.
+        """
+        frozen = self.module.frozen
+        costs = {"student": self._cost(self.module.score, batch)}
+        for name, model, work, read in (
+            ("teacher", frozen.active, self.module.score_teacher, reads),
+            ("reference", frozen.reference, self.module.score_reference, other),
         ):
-            key = (name, *wide.input_ids.shape, *wide.completion_ids.shape)
-            if key not in self.known:
-                read = self._as_taught(wide) if name == "teacher" else wide
-                before = self.meter.restart()
-                work(read.replace(topk_ids=zeros_of_ids(self.module.objective, read)))
-                cost = Cost(self.meter.peak - before, flops=self.meter.flops)
-                if name == "student":
-                    out[name] = cost
-                    continue
-                self.known[key] = cost
-            out[name] = self.known[key]
-        return out
+            key = (name, *read.input_ids.shape, *read.completion_ids.shape)
+            if key in self.known:
+                costs[name] = self.known[key]
+                continue
+            costs[name] = self._cost(work, read)
+            if not follows_student(model):
+                self.known[key] = costs[name]
+        return costs
 
-    def _as_taught(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch after the longest prompts of the teacher's own, all different."""
-        longest = own_prompt_tokens(self.module.teacher)
-        if longest <= int(batch.prompt_lengths.max()):
+    def _cost(self, work: Callable[[RolloutBatch], RolloutBatch], batch: RolloutBatch) -> Cost:
+        before = self.meter.restart()
+        work(batch.replace(topk_ids=zeros_of_ids(self.module.objective, batch)))
+        return Cost(self.meter.peak - before, flops=self.meter.flops)
+
+    def taught(self, batch: RolloutBatch) -> RolloutBatch:
+        """Return the batch with the prompts that the teacher reads, if they are its own."""
+        if self.own is None:
             return batch
-        return make_batch(len(batch), longest, batch.completion_ids.shape[1], 1, self.rows_of_ids)
+        return with_own_prompts(batch, self.own, self.job.longest_prompt, self.rows_of_ids)
+
+    def _largest_read(self, batch: RolloutBatch, tokens: int) -> RolloutBatch:
+        """Return the largest pass of the teacher: ``max_tokens_per_micro_batch`` limits its tokens.
+
+        Args:
+            batch: the largest micro-batch.
+            tokens: the limit, if the configuration has one.
+        """
+        own = self.own
+        if own is None:
+            return self._joined(batch, None)
+        rows = len(batch)
+        if self.job.rollout.max_tokens_per_micro_batch is not None:
+            rows = max(1, tokens // own.length(batch.completion_ids.shape[1]))
+        active = self.module.frozen.active
+        if active is not None and active.aligns:  # passes are joined, then cut
+            wide = self._joined(self.taught(batch), own)
+            return wide.select(range(min(rows, len(wide))))
+        return self._joined(self.taught(batch.select(range(min(rows, len(batch))))), own)
+
+    def _joined(self, batch: RolloutBatch, own: OwnPrompts | None) -> RolloutBatch:
+        """Return a batch with as many rows as frozen models score in one pass."""
+        rows = joined_rows(batch, own, self.job) if self.module.frozen.joins else len(batch)
+        if rows == len(batch):
+            return batch
+        prompt, completion = int(batch.prompt_lengths.max()), batch.completion_ids.shape[1]
+        wide = make_batch(rows, prompt, completion, self.job.group, self.rows_of_ids)
+        return wide if own is None else self.taught(wide)
 
     def typical(self) -> Typical:
         """Count the operations of completions of mean length, in a micro-batch of usual size."""
@@ -199,7 +246,7 @@ class Rehearsal:
         shares = {"student": early / settings.minibatches_per_rollout, "teacher": 1.0}
         if self.module.objective.divergence is not None:
             shares["teacher"] = 0.0  # it runs in the updates
-        costs = self._score(batch)
+        costs = self._score(batch, self.taught(batch), batch)
         score = sum(cost.flops * shares.get(name, 1.0) for name, cost in costs.items())
         return Typical(rows, score, self.trained_flops(scored))
 
@@ -212,6 +259,7 @@ class Rehearsal:
         if self.job.clips:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
+        self.module.frozen.follow(1)
         peak = self.meter.peak - before
         self.optimizer.zero_grad()
         return Cost(peak)
@@ -251,16 +299,8 @@ class Rehearsal:
         """Return bytes of the layer that FSDP2 fetches on a GPU while another one computes."""
         if not (self.student.sharded and self.job.on_gpu):
             return 0
-        models = [self.student.model]
-        if isinstance(self.module.frozen.active, Weightless):
-            models += [scorer.model for scorer in self.module.frozen.active.scorers]
-        sizes = []
-        for model in models:
-            for layer in decoder_layers(model):
-                weights = list(layer.parameters())
-                narrow = self.job.mixed and any(p.requires_grad for p in weights)
-                sizes.append(sum(p.numel() * (2 if narrow else p.element_size()) for p in weights))
-        return max(sizes, default=0)
+        models = [self.student.model, *(scorer.model for scorer in self.frozen)]
+        return max((largest_layer(model, self.job.mixed) for model in models), default=0)
 
     def second_table(self) -> int:
         """Return bytes of a compiled head's second table, which plain torch has no need of."""
@@ -269,10 +309,14 @@ class Rehearsal:
         return 4 * rows * vocabulary if self.job.on_gpu else 0
 
     def checkpoint(self) -> int:
-        """Return bytes of a checkpoint of all ranks: trained weights and their moments."""
+        """Return bytes of a checkpoint of all ranks.
+
+        It holds trained weights, their moments, and the weights that self-teachers keep.
+        """
         trained = [p for p in self.student.parameters() if p.requires_grad or not self.module.lora]
         state = [t for values in self.optimizer.state.values() for t in values.values()]
-        tensors = [*trained, *(t for t in state if isinstance(t, Tensor))]
+        kept = [p for module in self.module.frozen.kept for p in module.parameters()]
+        tensors = [*trained, *kept, *(t for t in state if isinstance(t, Tensor))]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def computing(self, plain: bool = False) -> Any:
@@ -294,7 +338,7 @@ class Rehearsal:
 
     def filled(self, batch: RolloutBatch) -> RolloutBatch:
         """Fill what an update finds in its batch."""
-        return with_scores(batch, self.module, self.job.rollout.max_tokens)
+        return with_scores(self.taught(batch), self.module, self.job.rollout.max_tokens)
 
 
 @contextmanager
@@ -330,40 +374,33 @@ def rehearse(module: KDRLModule, job: Job) -> Iterator[Rehearsal]:
 
 def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None) -> Rehearsal:
     held: dict[str, int] = {}
-    module.student = student_of(module, job, sharding)
+    module.student = student = student_of(module, job, sharding)
     held["student"] = meter.bytes
-    teacher, away = module.teacher, 0
-    module.frozen.active = None
-    if teacher is not None:
-        kept = [t for t in local_teachers(teacher) if not t.offload]
-        kept += second_models(module)
-        ready = [frozen_scorer(t, job, sharding) for t in kept]
-        held["teacher"] = meter.bytes - sum(held.values())
-        offloaded = [t for t in local_teachers(teacher) if t.offload]
-        ready += [frozen_scorer(t, job, sharding) for t in offloaded]
-        away = meter.bytes - sum(held.values())
-        ready = ready or [module.student] * len(self_teachers(teacher))
-        module.frozen.active = Weightless(ready)
-        inner = inner_of(teacher)
-        if isinstance(inner, AdapterOffTeacher):
-            module.frozen.active = inner
-            inner.look_at(module.student, "")
-    if module.objective.needs_reference:
+    share, _ = tokens_per_token(module, job)
+    own = own_prompts_of(module, job, share)
+    away: list[int] = []
+
+    def frozen(teacher: LocalTeacher) -> Scorer:
         before = meter.bytes
-        if module.lora is not None:
-            reference: Teacher = AdapterOffTeacher()
-            reference.look_at(module.student, "")
-        else:
-            source = LocalTeacher(module.student_source, "float32", chunk_size=module.chunk_size)
-            reference = Weightless([frozen_scorer(source, job, sharding)])
-        module.frozen.reference = reference
-        held["reference"] = meter.bytes - before
+        scorer = frozen_scorer(teacher, job, sharding)
+        if teacher.offload:
+            away.append(meter.bytes - before)
+        return scorer
+
+    stand = Stand(student, frozen, lambda: second_student(module, job, sharding), share)
+    module.frozen.choose(True, reference_of(module, job))
+    for name, teacher in (("teacher", module.teacher), ("reference", module.frozen.reference)):
+        before, waiting = meter.bytes, sum(away)
+        made = None if teacher is None else stand.of(teacher)
+        if made is not None:
+            held[name] = meter.bytes - before - (sum(away) - waiting)
+        setattr(module.frozen, "active" if name == "teacher" else name, made)
     optimizer, _ = build_optimizer(
         list(module.student.parameters()), module.optimizer_callable, None
     )
     if job.on_gpu:
         work_on_lists(optimizer)
-    run = Rehearsal(job, module, meter, optimizer, held, away)
+    run = Rehearsal(job, module, meter, optimizer, held, sum(away), stand.models, own)
     held["gradients"] = sum(local(p).numel() * p.element_size() for p in run._trained())
     if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
         held["ddp's buckets"] = held["gradients"]

@@ -100,6 +100,10 @@ class SelfTeacher(Teacher):
             self._other = self._digest = None  # those of an earlier run's student
         self._student, self._path, self._sharded = student, path, student.sharded
 
+    def score_with(self, other: OtherWeights | None) -> None:
+        """Take these weights for those that are not the student's; ``load`` then makes none."""
+        self._other = other
+
     def load(self, device: torch.device) -> None:
         """Make the other weights, if there are any, or move them.
 

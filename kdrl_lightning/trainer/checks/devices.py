@@ -1,4 +1,4 @@
-"""Whether a machine has the devices that a configuration names, and computes right on them."""
+"""Whether a machine has the devices that a configuration names, their room and their results."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.common.distributed import stop_together
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.models.architectures.fast_path import check_fast_path
 from kdrl_lightning.models.architectures.trunk import Trunk
+from kdrl_lightning.models.loading import skeleton_causal_lm
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.teachers.frozen import FrozenModels
 
@@ -47,6 +48,55 @@ def check_devices(accelerator: object, devices: object) -> None:
             f"`devices` must name GPUs of this machine, which has {found} (0 to {found - 1}): got "
             f"{devices}. Correct it; CUDA_VISIBLE_DEVICES may hide some."
         )
+
+
+def check_memory(path: str, device: torch.device, ranks: int, adapters: bool) -> None:
+    """Refuse a GPU that cannot even hold a student's weights and their gradients.
+
+    Moments, teacher and activations come on top; ``plan`` counts them.
+
+    Args:
+        path: folder or hub name of the student.
+        device: on which it is trained.
+        ranks: devices that share the weights; 1 unless they are sharded.
+        adapters: only adapters are trained, whose size is not counted.
+
+    Raises:
+        ConfigurationError: the GPU is too small.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return
+    total = torch.cuda.mem_get_info(device)[1]
+    numbers = sum(p.numel() for p in skeleton_causal_lm(path).parameters())
+    least = numbers * torch.get_default_dtype().itemsize * (1 if adapters else 2) / ranks
+    if least <= total:
+        return
+    held = "weights" if adapters else "weights and gradients"
+    cure = "Set `strategy: fsdp2`" + ("" if adapters else " or `model.lora`")
+    if ranks > 1:
+        cure = "Use more GPUs" + ("" if adapters else " or `model.lora`")
+    raise ConfigurationError(
+        f"a GPU must have room for the student: got {path}, whose {held} alone take "
+        f"{least / 1e9:.3g} GB on each, and a GPU of {total / 1e9:.3g} GB. {cure}; "
+        "`python -m kdrl_lightning plan` with the same flags says what fits."
+    )
+
+
+def memory_error(error: BaseException | None) -> TrainingStopped | None:
+    """Return an error for the user if a full GPU has caused ``error``, else None.
+
+    >>> str(memory_error(torch.OutOfMemoryError("CUDA out of memory.")))[:60]
+    'a GPU must have room for the run: got CUDA out of memory. Ru'
+    """
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return TrainingStopped(
+        f"a GPU must have room for the run: got {reason}. Run `python -m kdrl_lightning plan` with "
+        "the same flags: it says which phase needs most, and what to set."
+    )
 
 
 def _indices(devices: object) -> list[int]:

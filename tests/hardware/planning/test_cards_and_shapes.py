@@ -26,6 +26,8 @@ WEIGHTS = {
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
 }
 
 
@@ -43,7 +45,7 @@ def test_every_model_of_the_recipes_is_shipped() -> None:
     named = {
         word.strip(",}`")
         for word in text.split()
-        if word.startswith(("Qwen/", "deepseek-ai/", "Skywork/"))
+        if word.startswith(("Qwen/", "deepseek-ai/", "Skywork/", "HuggingFaceTB/", "meta-llama/"))
     }
     assert len(named) > 6
     assert named <= set(shipped())

@@ -17,6 +17,7 @@ from kdrl_lightning import (
     KDRL,
     RLAD,
     AdapterOffTeacher,
+    ColumnContext,
     KDRLModule,
     LocalTeacher,
     LoRA,
@@ -51,6 +52,7 @@ SMALL = {
 WEIGHTS = 512 * 64 * 2 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 32) + 64
 BYTES = 4 * WEIGHTS
 ROLLOUT = RolloutSettings(8, 4, 60)
+SHOWN = ColumnContext("solution")
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +232,14 @@ def test_a_teachers_own_prompts_are_planned(config: str) -> None:
     def scored(teacher: Teacher) -> int:
         module = KDRLModule("small", RLAD(), teacher, lora=LoRA(rank=2))
         with rehearse(module, job(config)) as run:
-            return run.score(100)["teacher"].flops
+            batch = run._batch(100)
+            return run._score(batch, run.taught(batch), batch)["teacher"].flops
 
     for inner in (LocalTeacher("small"), AdapterOffTeacher()):
         plain, *own = (
-            scored(inner if n is None else PromptedTeacher(inner, TeacherPrompt(max_tokens=n)))
+            scored(
+                inner if n is None else PromptedTeacher(inner, TeacherPrompt(SHOWN, max_tokens=n))
+            )
             for n in (None, 10, 400)
         )
         assert plain == own[0] > 0 and own[1] > 3 * plain
