@@ -203,9 +203,10 @@ def cost(one: dict[str, Any]) -> str:
     hours = gpu_hours(one)
     if hours is None:
         return f"{gb(one['phases'][one['worst']])} GB on a CPU"
+    room = "" if one["fits"] else f"; does not fit 80 GB without `{' '.join(one['cures'])}`"
     return (
         f"{one['seconds_per_rollout']:,.0f} s a rollout on {one['ranks']} {CARD}; "
-        f"{one['rollouts']:,.0f} rollouts: {hours:,.0f} GPU hours"
+        f"{one['rollouts']:,.0f} rollouts: {hours:,.0f} GPU hours{room}"
     )
 
 

@@ -79,5 +79,9 @@ def test_an_overlay_leaves_a_margin_on_the_card_that_it_names(name: str) -> None
     assert max(row["phases"].values()) <= (1 - MARGIN) * row["usable_bytes"]
 
 
-def test_every_recipe_fits_its_cards() -> None:
-    assert [row["name"] for row in ROWS if not row["fits"]] == []
+def test_a_recipe_fits_its_cards_or_its_header_says_what_makes_it_fit() -> None:
+    large = [row for row in ROWS if not row["fits"]]
+    assert [row["name"] for row in large] == ["rlad_math_8b"]
+    header = (FOLDER / "rlad_math_8b.yaml").read_text().split("base:")[0]
+    assert large[0]["cures"]
+    assert f"does not fit 80 GB without `{' '.join(large[0]['cures'])}`" in header
