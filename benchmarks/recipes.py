@@ -27,11 +27,11 @@ from kdrl_lightning.cli.layered_yaml import load_with_base
 from kdrl_lightning.cli.plan import PlanCLI, job_of, module_of, own_flags, within_context
 from kdrl_lightning.hardware.planning.cards import bytes_of, card_named
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.hardware.planning.planner import Plan, plan
 from kdrl_lightning.hardware.planning.report import gb
 from kdrl_lightning.hardware.planning.shapes import shipped
-from kdrl_lightning.hardware.planning.teachers import local_teachers
+from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
+from kdrl_lightning.hardware.planning.teachers.stand_ins import local_teachers
 from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.teachers.self_teachers import self_teachers

@@ -2682,7 +2682,7 @@ MUTATIONS = [
     Mutation(
         "card: a clip's bound is copied from the host",
         ("losses/ratios.py", "objectives/test_objectives_on_a_card.py"),
-        "log_ratio.new_full((), clip_high)",
+        "log_ratio.new_full((), clip_high if clip_high <= most else math.inf)",
         "log_ratio.new_tensor(clip_high)",
     ),
     Mutation(
@@ -3206,7 +3206,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plan: another tokenizer makes the student's number of tokens",
-        ("hardware/planning/teachers.py", TAUGHT),
+        ("hardware/planning/teachers/stand_ins.py", TAUGHT),
         "math.ceil(self.share * length)",
         "length",
     ),
@@ -3218,7 +3218,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plan: what the teacher's prompt shows has no length",
-        ("hardware/planning/own_prompts.py", TAUGHT),
+        ("hardware/planning/teachers/own_prompts.py", TAUGHT),
         "            tokens += job.rollout.max_tokens\n",
         "",
     ),

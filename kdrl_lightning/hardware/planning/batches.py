@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.own_prompts import OwnPrompts
+from kdrl_lightning.hardware.planning.teachers.own_prompts import OwnPrompts
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.rollout.updates.plan import FROZEN_TOKENS, REPEATED

@@ -11,8 +11,9 @@ from torch import Tensor
 from kdrl_lightning.engines.cache_budget import CPU_BYTES, SHARE, CacheBudget
 from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.meter import Cost
 from kdrl_lightning.hardware.planning.models import plain_model
-from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal
+from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
 from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
 
 # `Any`: models and caches of transformers share no typed base.

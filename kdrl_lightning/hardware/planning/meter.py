@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,32 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase takes on one rank.
+
+    Attributes:
+        peak: bytes above what was held before.
+        kept: bytes that the forward pass keeps for the backward pass.
+        flops: operations.
+        whole: bytes of gradients that are not reduced yet, beyond a rank's own part of them.
+    """
+
+    peak: int = 0
+    kept: int = 0
+    flops: int = 0
+    whole: int = 0
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Operations of so many completions of mean length: to score them, and to train on them."""
+
+    rows: int
+    score: float
+    update: float
 
 
 class Meter(TorchDispatchMode):

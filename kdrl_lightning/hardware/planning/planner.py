@@ -16,12 +16,13 @@ from kdrl_lightning.hardware.planning.engine import (
     with_cache,
 )
 from kdrl_lightning.hardware.planning.job import Job
+from kdrl_lightning.hardware.planning.meter import Cost
 from kdrl_lightning.hardware.planning.models import depth_of
-from kdrl_lightning.hardware.planning.own_prompts import own_prompts_of, tokens_per_token
-from kdrl_lightning.hardware.planning.rehearsal import Cost, Rehearsal, rehearse
+from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.seconds import NO_WORK, Seconds, Work, seconds_of, work_of
 from kdrl_lightning.hardware.planning.shapes import config_of
-from kdrl_lightning.hardware.planning.teachers import local_teachers
+from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
+from kdrl_lightning.hardware.planning.teachers.stand_ins import local_teachers
 from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.teachers.wrapped import WrappedTeacher

@@ -26,7 +26,7 @@ from kdrl_lightning.hardware.planning.batches import (
     zeros_of_ids,
 )
 from kdrl_lightning.hardware.planning.job import Job
-from kdrl_lightning.hardware.planning.meter import Meter, without_numbers
+from kdrl_lightning.hardware.planning.meter import Cost, Meter, Typical, without_numbers
 from kdrl_lightning.hardware.planning.models import (
     chunk_of,
     frozen_scorer,
@@ -37,12 +37,12 @@ from kdrl_lightning.hardware.planning.models import (
     student_of,
     work_on_lists,
 )
-from kdrl_lightning.hardware.planning.own_prompts import (
+from kdrl_lightning.hardware.planning.teachers.own_prompts import (
     OwnPrompts,
     own_prompts_of,
     tokens_per_token,
 )
-from kdrl_lightning.hardware.planning.teachers import Stand, follows_student
+from kdrl_lightning.hardware.planning.teachers.stand_ins import Stand, follows_student
 from kdrl_lightning.losses.logprobs import Head, chosen_logprobs
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.sharding import Sharding, local
@@ -53,32 +53,6 @@ from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.trainer.optimizers import build_optimizer
 
 WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a phase takes on one rank.
-
-    Attributes:
-        peak: bytes above what was held before.
-        kept: bytes that the forward pass keeps for the backward pass.
-        flops: operations.
-        whole: bytes of gradients that are not reduced yet, beyond a rank's own part of them.
-    """
-
-    peak: int = 0
-    kept: int = 0
-    flops: int = 0
-    whole: int = 0
-
-
-@dataclass(frozen=True)
-class Typical:
-    """Operations of so many completions of mean length: to score them, and to train on them."""
-
-    rows: int
-    score: float
-    update: float
 
 
 @dataclass

@@ -33,9 +33,9 @@ from kdrl_lightning import (
 from kdrl_lightning.engines.vllm.room import needed_bytes
 from kdrl_lightning.hardware.planning.engine import engine_bytes
 from kdrl_lightning.hardware.planning.job import Job, Sampler
-from kdrl_lightning.hardware.planning.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.hardware.planning.planner import _counted, at_full_depth, plan
 from kdrl_lightning.hardware.planning.rehearsal import rehearse
+from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.teachers import HardSync, InitialWeights, MovingAverage, TrustRegion
 from kdrl_lightning.teachers.frozen import FrozenModels
 

@@ -1,0 +1,1 @@
+"""The teachers of a plan: what stands in for them, and what they read."""
