@@ -296,22 +296,7 @@ MUTATIONS = [
         "known = before[:-1] >= before[firsts][row]",
     ),
     Mutation(
-        "align: a cut chunk of a full context scored",
-        ALIGNER,
-        "(stops <= limit)",
-        "(columns < limit)",
-    ),
-    Mutation(
         "align: segments with one hash are one", SEGMENTS, "if not same.all():  #", "if False:  #"
-    ),
-    Mutation(
-        "align: words cut before every space",
-        SEGMENTS,
-        "(self._space[ids] & text)[1:] & self._ends[ids[:-1]]",
-        "self._space[ids][1:]",
-    ),
-    Mutation(
-        "align: tokens over a space", WORDS, "piece and ACROSS.search(piece)", "False and piece"
     ),
     Mutation(
         "align: words that depend on their neighbours",
@@ -2638,12 +2623,6 @@ MUTATIONS = [
         "copied = weights.sharded",
     ),
     Mutation(
-        "audit 6: an engine starts in inference mode",
-        ("rollout/live.py", "engines/test_compute_type.py"),
-        "with torch.inference_mode(False):",
-        "with torch.no_grad():",
-    ),
-    Mutation(
         "audit 7: a second engine leaves the first one running",
         VLLM_PROCESS,
         "    if RunningEngine.current is not None:\n        RunningEngine.current.close()",
@@ -2672,12 +2651,6 @@ MUTATIONS = [
         VLLM_PROCESS,
         'os.environ[IN_PROCESS] = "0"',
         'os.environ.setdefault(IN_PROCESS, "0")',
-    ),
-    Mutation(
-        "audit 15: random numbers are vLLM's",
-        VLLM_PROCESS,
-        "random.setstate(states[0])",
-        "pass",
     ),
     Mutation(
         "card: a clip's bound is copied from the host",
