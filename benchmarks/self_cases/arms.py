@@ -148,7 +148,7 @@ def _rule(name: str, **init: Any) -> dict[str, Any]:
 
 def _rlad(teacher: str) -> Arm:
     clip = [f"{_OBJECTIVE}.{name}=0.2" for name in ("clip_low", "clip_high")]
-    return Arm("rlad", teacher, (f"{_OBJECTIVE}.offset_clamp=1.0", *clip))
+    return Arm("rlad", teacher, tuple(clip))
 
 
 ARMS = {
