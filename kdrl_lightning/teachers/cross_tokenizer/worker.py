@@ -12,7 +12,7 @@ from kdrl_lightning.teachers.cross_tokenizer.aligner import Aligner, Chunked
 
 # Completions that are aligned in one go: few, so that the first are ready soon; and not too few,
 # because equal words are encoded once per block.
-BLOCK = 256
+BLOCK = 512
 
 
 class Job(NamedTuple):
