@@ -18,7 +18,7 @@ def check_limits(trainer: Trainer) -> None:
 
     Raises:
         ConfigurationError: `max_steps`, `max_epochs` or `max_time` leave nothing, or
-            `val_check_interval` is 0.
+            `val_check_interval` or `check_val_every_n_epoch` is not above 0.
     """
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:
@@ -26,11 +26,13 @@ def check_limits(trainer: Trainer) -> None:
                 f"`{name}` must leave an optimizer step to train: got 0. Raise it; to train "
                 "nothing, use `validate` or `export`."
             )
-    if trainer.val_check_interval == 0:
-        raise ConfigurationError(
-            "`val_check_interval` must be above 0: got 0. To validate never, set "
-            "`limit_val_batches` to 0."
-        )
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        every = getattr(trainer, name)
+        if isinstance(every, int | float) and every <= 0:
+            raise ConfigurationError(
+                f"`{name}` must be above 0: got {every}. To validate never, set "
+                "`limit_val_batches` to 0."
+            )
     for callback in callbacks_of(trainer):
         left = callback.time_remaining() if isinstance(callback, Timer) else None
         if left is not None and left <= 0:
