@@ -88,6 +88,33 @@ def cases() -> Iterator[tuple[str, Objective, pl.LightningDataModule]]:
     yield "supervised", SFT(), SupervisedDataModule(AdditionTraces(40, seed=4), batch_size=8)
 
 
+def two_steps(
+    module: KDRLModule, data: pl.LightningDataModule, strategy: str, out: Path
+) -> dict[str, Any]:
+    """Train two optimizer steps of two micro-batches; return losses, weights and the context."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices="auto" if strategy == "auto" else 2,
+        precision="64-true",
+        accumulate_grad_batches=2,
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        default_root_dir=out,
+    )
+    trainer.fit(module, datamodule=data)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {
+        "losses": {name: value for name, value in logged.items() if name.startswith("loss/")},
+        "weights": {name: tensor.clone() for name, tensor in module.weights().named_tensors()},
+        "context": logged.get("kd/context_frac"),
+    }
+
+
 def run_family(folder: Path, out: Path, strategy: str) -> dict[str, Any]:
     """Return losses and weights of each case."""
     seen: dict[str, Any] = {}
@@ -98,22 +125,5 @@ def run_family(folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             LocalTeacher(str(folder / "teacher"), "float64"),
             partial(torch.optim.SGD, lr=0.05),
         )
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            strategy=strategy,
-            devices="auto" if strategy == "auto" else 2,
-            precision="64-true",
-            accumulate_grad_batches=2,
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            inference_mode=False,
-            default_root_dir=out,
-        )
-        trainer.fit(module, datamodule=data)
-        values = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("loss/")}
-        weights = {n: tensor.clone() for n, tensor in module.weights().named_tensors()}
-        seen[name] = {"losses": values, "weights": weights}
+        seen[name] = two_steps(module, data, strategy, out)
     return seen

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
+from helpers.processes.strategy_family import two_steps
 from kdrl_lightning import (
     KDRL,
     OPSD,
@@ -144,23 +144,5 @@ def run_prompted(folder: Path, out: Path, strategy: str) -> dict[str, Any]:
             ),
             teacher_completions=TeacherCompletions(answers),
         )
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            strategy=strategy,
-            devices="auto" if strategy == "auto" else 2,
-            precision="64-true",
-            accumulate_grad_batches=2,
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            inference_mode=False,
-            default_root_dir=out,
-        )
-        trainer.fit(module, datamodule=data)
-        values = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("loss/")}
-        weights = {n: tensor.clone() for n, tensor in module.weights().named_tensors()}
-        share = float(trainer.callback_metrics["kd/context_frac"])
-        seen[name] = {"losses": values, "weights": weights, "context": share}
+        seen[name] = two_steps(module, data, strategy, out)
     return seen
