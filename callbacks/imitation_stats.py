@@ -57,8 +57,8 @@ class SelectiveImitationStats(RolloutCallback):
       token.
     - ``kd/teacher_entropy``: the teacher's entropy, to compare with ``policy/entropy``.
     - ``kd/offset_clamp_frac``: tokens on which RLAD's clamp acts; ``kd/offset_weight_max`` and
-      ``_p99``: maximum and 99th percentile of TRRD's weight w, its ratio divided by rho; at
-      rho = 1 it is ``(pi_old / pi_T)^(1 - alpha)``, clamped.
+      ``_p99``: maximum and 99th percentile of TRRD's weight w, its ratio at
+      rho = 1: ``(pi_old / pi_T)^(1 - alpha)``, clamped.
     - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range; ``_low``,
       ``_high``.
     - ``policy/ratio_mean``, ``policy/ratio_max``: mean and maximum of the ratio that is clipped.
@@ -197,11 +197,11 @@ class MicroBatch:
 
     @cached_property
     def offset_weight(self) -> Tensor | None:
-        """``[B, T]`` log of TRRD's weight w, its ratio divided by rho; None without TRRD."""
+        """``[B, T]`` log of TRRD's weight w, its ratio at rho = 1; None without TRRD."""
         anchored = any(getattr(p, "anchored", False) for p in self.objective.parts())
         if self.batch.old_logprobs is None or not anchored:
             return None
-        return self.log_ratio - (self.logprobs - self.batch.old_logprobs)
+        return self.objective.log_ratio(self.batch, self.batch.old_logprobs)
 
 
 def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:

@@ -69,7 +69,7 @@ def test_every_documented_name_is_logged(
     assert {"kd/offset_weight_p99", "policy/clip_frac_low", "kd/reverse_kl_k3_wrong"} <= names
     offset = {name for name in names if "offset" in name}
     folders = (student_folder, teacher_folder)
-    rlad = run(tmp_path, *folders, RLAD(offset_clamp=1.0))
+    rlad = run(tmp_path, *folders, RLAD())
     kdrl = run(tmp_path, *folders, KDRL(0.5))
     for row in rlad:
         assert names <= set(row), names - set(row)
