@@ -2980,7 +2980,7 @@ MUTATIONS = [
     ),
     Mutation(
         "answers: numbers of a CSV lose their form",
-        ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
+        ("prompts/columns/csv_columns.py", "prompts/test_files_as_written.py"),
         "return repr(float(cell)) != cell",
         "return False",
     ),
@@ -3240,7 +3240,7 @@ MUTATIONS = [
     ),
     Mutation(
         "files: a long number between blocks",
-        ("prompts/column_types.py", "prompts/test_files_as_written.py"),
+        ("prompts/columns/column_types.py", "prompts/test_files_as_written.py"),
         "LONG.search(before + part)",
         "LONG.search(part)",
     ),
