@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdrl_lightning.checkpoints.layout import remove_unfinished
 from kdrl_lightning.checkpoints.writer import save_file
 from kdrl_lightning.common import folders
 from kdrl_lightning.common.folders import exchange, replace_folder
@@ -77,6 +78,16 @@ def test_this_system_exchanges_folders(tmp_path: Path) -> None:
     assert not exchange(one, tmp_path / "missing")
     if exchange(one, other):
         assert (content(one), content(other)) == ({"other"}, {"one"})
+
+
+def test_a_folder_that_a_kill_left_without_its_name_returns(tmp_path: Path) -> None:
+    made(tmp_path / "a.ckpt.old", "a")
+    made(tmp_path / "b.ckpt.old", "old")
+    made(tmp_path / "b.ckpt", "b")
+    made(tmp_path / "a.ckpt.unfinished", "half")
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
+    assert (content(tmp_path / "a.ckpt"), content(tmp_path / "b.ckpt")) == ({"a"}, {"b"})
 
 
 def test_a_checkpoint_that_ctrl_c_cuts_off_leaves_no_half_of_it(
