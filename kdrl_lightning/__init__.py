@@ -72,6 +72,7 @@ _HOME = {
     "JSONLPrompts": "prompts",
     "KnightsAndKnavesPrompts": "prompts",
     "MixedPrompts": "prompts",
+    "ParsedPrompts": "prompts",
     "ReasoningGymPrompts": "prompts",
     "StreamedHFPrompts": "prompts",
     "AnswerFeedback": "rewards",
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.prompts import JSONLPrompts as JSONLPrompts
     from kdrl_lightning.prompts import KnightsAndKnavesPrompts as KnightsAndKnavesPrompts
     from kdrl_lightning.prompts import MixedPrompts as MixedPrompts
+    from kdrl_lightning.prompts import ParsedPrompts as ParsedPrompts
     from kdrl_lightning.prompts import ReasoningGymPrompts as ReasoningGymPrompts
     from kdrl_lightning.prompts import StreamedHFPrompts as StreamedHFPrompts
     from kdrl_lightning.rewards import AnswerFeedback as AnswerFeedback

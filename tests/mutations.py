@@ -2980,7 +2980,7 @@ MUTATIONS = [
     ),
     Mutation(
         "answers: numbers of a CSV lose their form",
-        ("prompts/csv_columns.py", "prompts/test_files_as_written.py"),
+        ("prompts/columns/csv_columns.py", "prompts/test_files_as_written.py"),
         "return repr(float(cell)) != cell",
         "return False",
     ),
@@ -3240,7 +3240,7 @@ MUTATIONS = [
     ),
     Mutation(
         "files: a long number between blocks",
-        ("prompts/column_types.py", "prompts/test_files_as_written.py"),
+        ("prompts/columns/column_types.py", "prompts/test_files_as_written.py"),
         "LONG.search(before + part)",
         "LONG.search(part)",
     ),
@@ -3249,6 +3249,60 @@ MUTATIONS = [
         ("rewards/answers/references.py", "rewards/answers/test_references.py"),
         "if value.is_integer():  #",
         "if False:  #",
+    ),
+    Mutation(
+        "answers: bf16 keeps the digits of float32",
+        ("rewards/answers/references.py", "rewards/answers/test_references.py"),
+        "one = value.new_tensor if",
+        "one = np.float32 if",
+    ),
+    Mutation(
+        "answers: a mathematical list of one is no list",
+        ("rewards/math.py", "rewards/answers/test_lists_as_texts.py"),
+        " and not LIST_OF_ONE.fullmatch(found)",
+        "",
+    ),
+    Mutation(
+        "answers: a routed row asks every reward for lists",
+        ("rewards/composed.py", "rewards/answers/test_lists_as_texts.py"),
+        "return reward.list_as_text(row) if isinstance(reward, TaskReward) else None",
+        "return super().list_as_text(row)",
+    ),
+    Mutation(
+        "files: a value in brackets is a tuple",
+        ("common/written_values.py", "prompts/columns/test_parsed.py"),
+        'if opened == "(" and len(values) == 1',
+        "if False",
+    ),
+    Mutation(
+        "files: a text between texts has no comma",
+        ("common/written_values.py", "prompts/columns/test_parsed.py"),
+        'elif opened != "[":',
+        "else:",
+    ),
+    Mutation(
+        "prompts: a template prints lists of parts",
+        ("prompts/encoding.py", "prompts/test_templates.py"),
+        "if not errors or not prints_parts(text):",
+        "if True:",
+    ),
+    Mutation(
+        "settings: a second file replaces a mapping",
+        ("cli/settings/layers/files.py", "cli/settings/test_layers.py"),
+        "return merge(_dicts(before), value, where)",
+        "return value",
+    ),
+    Mutation(
+        "folders: between two renames there is none",
+        ("common/folders.py", "common/test_folders.py"),
+        "if not path.exists():\n                os.replace(old, path)",
+        "pass",
+    ),
+    Mutation(
+        "checkpoints: Ctrl-C leaves half a file",
+        ("checkpoints/writer.py", "common/test_folders.py"),
+        "except BaseException:  # half a checkpoint",
+        "except Exception:  # half a checkpoint",
     ),
     Mutation(
         "rewards: the inside of a row is shared",

@@ -14,6 +14,12 @@ def unfinished(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the unfinished checkpoints of killed runs in a folder."""
+    """Delete the unfinished checkpoints of killed runs in a folder.
+
+    One that a killed run had moved away (``replace_folder``) returns, unless it was replaced.
+    """
     for path in folder.glob("*.unfinished"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.glob("*.ckpt.old"):
+        replaced = path.with_suffix("")
+        shutil.rmtree(path) if replaced.exists() else path.rename(replaced)

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from kdrl_lightning.checkpoints.integrity import seal, sync
 from kdrl_lightning.checkpoints.layout import META, SHARDS, unfinished
 from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.folders import replace_folder
 from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.trainer.failures import cause_of, reason_of
@@ -110,12 +111,8 @@ class CheckpointWriter:
             if first:
                 seal(half / SHARDS)
                 sync(half)
-                old = unfinished(path.with_name(path.name + ".old"))
-                if path.exists():
-                    os.replace(path, old)
-                os.replace(half, path)
+                replace_folder(half, path)
                 sync(path.parent)
-                shutil.rmtree(old, ignore_errors=True)
 
         self._together(trainer, prepare)
         if self.asynchronous:
@@ -173,7 +170,7 @@ def save_file(state: State, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(half, path)
-    except Exception:  # half a checkpoint would keep the disk full
+    except BaseException:  # half a checkpoint would keep the disk full, after Ctrl-C, too
         half.unlink(missing_ok=True)
         raise
     sync(path.parent)

@@ -187,6 +187,7 @@ class RolloutDataModule(pl.LightningDataModule):
             kinds = first_of_each_kind(row for row, _ in prompts.sample)
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
+            self.rewards.warn_of_lists([row for row, _ in prompts.sample], prompts.name)
         teacher = module.teacher if stage == "fit" else None
         if teacher is not None and any(context.reads_feedback for context in teacher.contexts):
             self.rewards.require_feedback(first_of_each_kind(row for row, _ in sets[0].sample))

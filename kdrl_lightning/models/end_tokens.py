@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdrl_lightning.common.chat_templates import render
 from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
@@ -14,7 +15,7 @@ from kdrl_lightning.models.loading import load_config
 # `Any`: end tokens of configurations may have any type until they are checked.
 
 # An answer that chat templates leave as it is.
-PROBE = "zq7"
+PROBE, QUESTION = "zq7", "Why?"
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,13 @@ def _rendered(tokenizer: HFTokenizer, answered: bool) -> str:
     """Return a question with an answer, or with a generation prompt; empty without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    turns = [{"role": "user", "content": "?"}]
+    turns = [{"role": "user", "content": QUESTION}]
     turns += [{"role": "assistant", "content": PROBE}] if answered else []
-    for system in ([], [{"role": "system", "content": "?"}]):  # some templates need one
+    for system in ([], [{"role": "system", "content": QUESTION}]):  # some templates need one
         try:
-            text = tokenizer.apply_chat_template(
-                [*system, *turns], tokenize=False, add_generation_prompt=not answered
-            )
+            return render(tokenizer, [*system, *turns], add_generation_prompt=not answered)
         except Exception:  # templates refuse in their own words
             continue
-        return str(text)
     return ""
 
 

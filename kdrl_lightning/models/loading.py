@@ -281,8 +281,8 @@ def load_tokenizer(path: str) -> HFTokenizer:
     """Load a model's tokenizer, which must have an end token.
 
     Raises:
-        ConfigurationError: there is no tokenizer at ``path``, it has no end token, or the model
-            has no row for that token.
+        ConfigurationError: there is no tokenizer at ``path``, its chat template is no text, it has
+            no end token, or the model has no row for that token.
     """
     from transformers import AutoTokenizer
 
@@ -300,6 +300,12 @@ def load_tokenizer(path: str) -> HFTokenizer:
         raise ConfigurationError(
             f"the tokenizer of `{path}` must have an end token that the model knows (below {end}): "
             f"got {tokenizer.eos_token_id}. Set its `eos_token`."
+        )
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str | dict | None):
+        raise ConfigurationError(
+            f"the `chat_template` of the tokenizer of {path} must be a text: got {template!r:.80}. "
+            "Correct its tokenizer_config.json."
         )
     return tokenizer
 

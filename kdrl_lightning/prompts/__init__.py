@@ -7,6 +7,7 @@ from kdrl_lightning.prompts.base import (
     encode_all,
     encode_prompt,
 )
+from kdrl_lightning.prompts.columns.parsed import ParsedPrompts
 from kdrl_lightning.prompts.hugging_face import HFPrompts, StreamedHFPrompts
 from kdrl_lightning.prompts.jsonl import JSONLPrompts
 from kdrl_lightning.prompts.knights import KnightsAndKnavesPrompts
@@ -19,6 +20,7 @@ __all__ = [
     "JSONLPrompts",
     "KnightsAndKnavesPrompts",
     "MixedPrompts",
+    "ParsedPrompts",
     "PromptSource",
     "Prompts",
     "ReasoningGymPrompts",

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from kdrl_lightning.common.untyped import HFTokenizer, Row
+from kdrl_lightning.common.chat_templates import in_parts, prints_parts
+from kdrl_lightning.common.untyped import HFTokenizer, Row, Tree
 from kdrl_lightning.errors import ConfigurationError
-from kdrl_lightning.prompts.messages import CONTINUE, TEMPLATE_ARGS
+from kdrl_lightning.prompts.messages import CONTINUE, OURS, TEMPLATE_ARGS, check_template_args
 from kdrl_lightning.prompts.turns import (
     ROLES,
     check_characters,
@@ -25,9 +26,6 @@ from kdrl_lightning.prompts.turns import (
 
 # Characters that a text's first token rarely takes in.
 FRONTS = ("\n", "=", "x")
-
-# Arguments of `apply_chat_template` that a row must not set.
-OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
 
 
 def encode_prompt(tokenizer: HFTokenizer, row: Row, ends: Collection[int] = ()) -> list[int]:
@@ -148,13 +146,9 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
     arguments = without_none(plain(row.get(TEMPLATE_ARGS) or {}))
     if arguments != arguments:  # pandas marks a missing value with NaN
         arguments = {}
-    if not isinstance(arguments, dict) or set(arguments) & OURS:
-        raise ConfigurationError(
-            f"the column `{TEMPLATE_ARGS}` must map names of the chat template's arguments to "
-            f"values, without {', '.join(sorted(OURS))}: got {arguments!r:.80}. Fix the column."
-        )
+    check_template_args(arguments, "the column ")
     continued = _is_true(arguments.pop(CONTINUE, False)) or _is_true(row.get(CONTINUE))
-    options = {"add_generation_prompt": not continued, "tokenize": True, "return_dict": True}
+    options: Tree = {"add_generation_prompt": not continued, "tokenize": True, "return_dict": True}
     if continued:
         options[CONTINUE] = True
     tools = tools_of(row, template)
@@ -162,9 +156,7 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
         arguments.setdefault("tools", tools)
     try:
         turns = clean_messages(messages, template)
-        answering = _answering(tokenizer, turns, arguments)
-        _check_the_last([turn["role"] for turn in turns], answering, continued)
-        ids = list(tokenizer.apply_chat_template(turns, **options, **arguments)["input_ids"])
+        ids, text = _rendered(tokenizer, turns, {**options, **arguments})
     except ConfigurationError:
         raise
     except Exception as error:  # a template may fail on its input, or raise on purpose
@@ -172,12 +164,32 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
             f"a prompt must be messages that the chat template accepts: got {messages!r:.200} "
             f"({type(error).__name__}: {' '.join(str(error).split())}). Fix or remove the row."
         ) from error
-    unencoded = {**options, **arguments, "tokenize": False, "return_dict": False}
-    text = str(tokenizer.apply_chat_template(turns, **unencoded))
-    check_rendered(turns, text)
     for turn in turns:
         check_characters(tokenizer, str(turn.get("content") or ""))
     return _trimmed(tokenizer, ids, lambda: text)
+
+
+def _rendered(
+    tokenizer: HFTokenizer, turns: Sequence[Tree], options: Mapping[str, Any]
+) -> tuple[list[int], str]:
+    """Return a conversation's token ids and text; contents are parts if texts are not rendered."""
+    arguments = {name: one for name, one in options.items() if name not in OURS | {CONTINUE}}
+    continued = bool(options.get(CONTINUE))
+    errors: list[Exception] = []
+    for form in (turns, in_parts(turns)):
+        try:
+            answering = _answering(tokenizer, form, arguments)
+            _check_the_last([turn["role"] for turn in turns], answering, continued)
+            ids = list(tokenizer.apply_chat_template(form, **options)["input_ids"])
+            unencoded = {**options, "tokenize": False, "return_dict": False}
+            text = str(tokenizer.apply_chat_template(form, **unencoded))
+            check_rendered(turns, text)
+        except Exception as error:
+            errors.append(error)
+        else:
+            if not errors or not prints_parts(text):
+                return ids, text
+    raise errors[0]
 
 
 def warn_of_ignored(rows: Iterable[Row], tokenizer: HFTokenizer) -> None:

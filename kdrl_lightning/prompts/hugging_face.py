@@ -12,13 +12,13 @@ from typing import Any
 from kdrl_lightning.common.untyped import Row, Tree
 from kdrl_lightning.errors import ConfigurationError, load_library, require_between
 from kdrl_lightning.prompts.base import PromptSource
-from kdrl_lightning.prompts.column_types import (
+from kdrl_lightning.prompts.columns.column_types import (
     has_long_numbers,
     has_names,
     has_times,
     with_names,
 )
-from kdrl_lightning.prompts.csv_columns import text_columns
+from kdrl_lightning.prompts.columns.csv_columns import text_columns
 from kdrl_lightning.prompts.jsonl import JSONLines
 from kdrl_lightning.prompts.messages import PromptForm
 

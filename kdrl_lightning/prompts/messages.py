@@ -15,6 +15,33 @@ from kdrl_lightning.prompts.turns import is_json_of_messages, plain
 TEMPLATE_ARGS = "template_args"
 # The argument or column that lets the model continue the assistant's last message.
 CONTINUE = "continue_final_message"
+# Arguments of `apply_chat_template` that a user must not set.
+OURS = {"add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding"}
+
+
+def check_template_args(arguments: object, where: str = "") -> None:
+    """Check the arguments of a chat template.
+
+    Args:
+        arguments: the arguments by name.
+        where: words before the setting's name, e.g. ``the column ``.
+
+    Raises:
+        ConfigurationError: they are no mapping of names, set what we set, or give a chat template
+            that is no text.
+    """
+    named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
+    if not isinstance(arguments, Mapping) or not named or set(arguments) & OURS:
+        raise ConfigurationError(
+            f"{where}`{TEMPLATE_ARGS}` must map names of the chat template's arguments to values, "
+            f"without {', '.join(sorted(OURS))}: got {arguments!r:.80}. Correct the names."
+        )
+    template = arguments.get("chat_template", "")
+    if not isinstance(template, str):
+        raise ConfigurationError(
+            f"{where}`{TEMPLATE_ARGS}` must have a text as `chat_template`: got {template!r:.80}. "
+            "Write the template, or remove it to use the tokenizer's."
+        )
 
 
 class PromptForm:
@@ -55,6 +82,7 @@ class PromptForm:
                 raise ConfigurationError(
                     f"`{name}` must go with `chat: true`: got {value!r}. Set `chat: true`."
                 )
+        check_template_args(template_args or {})
         for example in examples:
             if set(example) != {"prompt", "answer"}:
                 raise ConfigurationError(

@@ -90,6 +90,14 @@ class TaskReward(ABC):
             if isinstance(child, TaskReward):
                 child.check(row)
 
+    def list_as_text(self, row: Row) -> str | None:
+        """Return an answer of the row that counts as one text, but is the text of a list or a dict.
+
+        Files keep lists of accepted answers as such texts; no completion would equal one.
+        """
+        tasks = (child for child in self.children() if isinstance(child, TaskReward))
+        return next(filter(None, (child.list_as_text(row) for child in tasks)), None)
+
     def children(self) -> Sequence[Reward]:
         """Return the rewards that this reward combines."""
         return ()

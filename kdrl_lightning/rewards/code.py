@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.common.written_values import read_container
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
@@ -24,9 +26,11 @@ class CodeReward(BatchReward):
     The program is the last closed Python code block (three backticks and ``python``). Tests are
 
     - assertions: a text or a list of texts (as in MBPP's ``test_list``), run after the program;
-    - or ``{"inputs": [...], "outputs": [...]}``, also as JSON (as in APPS and TACO): the program
-      reads an input and prints an output. Outputs are compared line by line; white space at the
-      ends of a line is ignored.
+    - or ``{"inputs": [...], "outputs": [...]}`` (as in APPS and TACO): the program reads an input
+      and prints an output. Outputs are compared line by line; white space at the ends of a line is
+      ignored.
+
+    The text of a list or a dict, as a CSV file has it, is read as such.
 
     Programs run in bubblewrap with only the standard library: without network, files, other
     processes or environment variables, and with limits on time, memory and output. If bubblewrap
@@ -82,8 +86,7 @@ class CodeReward(BatchReward):
         if self._probed <= PROBED and self._passes("", cases):
             raise ConfigurationError(
                 f"a row's `{self.tests_column}` must fail for an empty program: got {tests!r:.99}, "
-                "which tests nothing. Write assertions that run, and a list of them as a list, not "
-                "as its text."
+                "which tests nothing. Write assertions that run."
             )
 
     def start(self) -> None:
@@ -128,19 +131,31 @@ def read_tests(tests: object) -> str | list[tuple[str, str]]:
     [('1 2', '3')]
     """
     tests = tests.tolist() if hasattr(tests, "tolist") else tests  # numpy's, from Parquet
-    if isinstance(tests, str) and tests.lstrip().startswith("{"):
-        tests = json.loads(tests)
     if isinstance(tests, str):
-        tests = [tests]
+        # As an assertion, the text of a list or a dict would test nothing.
+        tests = read_container(tests) or [tests]
     if isinstance(tests, Mapping) and {"inputs", "outputs"} <= set(tests):
-        pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+        columns = [tests["inputs"], tests["outputs"]]
+        columns = [(read_container(c) or ()) if isinstance(c, str) else c for c in columns]
+        pairs = list(zip(*columns, strict=True))
         if pairs and all(isinstance(text, str) for pair in pairs for text in pair):
             return pairs
     elif isinstance(tests, list | tuple) and all(isinstance(test, str) for test in tests):
         joined = "\n".join(tests)
-        if joined.strip():
+        if joined.strip() and _is_program(joined):
             return joined
     raise ValueError(f"tests must be assertions, or inputs and outputs: got {tests!r:.100}.")
+
+
+def _is_program(text: str) -> bool:
+    """Return whether Python can read a text; tests that it cannot read fail for any program."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def lines(text: str) -> list[str]:

@@ -124,14 +124,22 @@ class RoutedReward(BatchReward):
 
     def check(self, row: Row) -> None:
         """Check a row with its reward; a row without a reward fails when it is judged."""
-        reward = self.rewards.get(self._name(row) or "")
+        reward = self._of(row)
         if isinstance(reward, TaskReward):
             reward.check(row)
+
+    def list_as_text(self, row: Row) -> str | None:
+        """Ask the row's reward."""
+        reward = self._of(row)
+        return reward.list_as_text(row) if isinstance(reward, TaskReward) else None
 
     def answer(self, sample: Sample) -> str | None:
         """Return the answer that the row's reward extracts."""
         name = self._name(sample.row) or str(sample.row[self.column])
         return answer_of(self.rewards[name], sample)
+
+    def _of(self, row: Row) -> Reward | None:
+        return self.rewards.get(self._name(row) or "")
 
     def _name(self, row: Row) -> str | None:
         """Return the key of ``rewards`` that matches the column's value; None if no key does.

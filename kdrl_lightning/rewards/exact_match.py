@@ -5,7 +5,7 @@ from __future__ import annotations
 from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rewards.answers.extraction import after_marker
-from kdrl_lightning.rewards.answers.references import accepted, shorten
+from kdrl_lightning.rewards.answers.references import accepted, list_as_text, shorten
 from kdrl_lightning.rewards.base import Sample, TaskReward
 
 
@@ -39,6 +39,10 @@ class ExactMatch(TaskReward):
     def check(self, row: Row) -> None:
         """Check that the row has an answer."""
         self._references(row)
+
+    def list_as_text(self, row: Row) -> str | None:
+        """Return the answer if it is the text of a list or a dict."""
+        return list_as_text(row, self.answer_column)
 
     def answer(self, sample: Sample) -> str | None:
         """Return the text after the last marker; None if the completion has no marker."""

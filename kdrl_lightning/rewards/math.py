@@ -13,7 +13,7 @@ from kdrl_lightning.errors import ConfigurationError, load_library
 from kdrl_lightning.rewards.answers.equations import EQUALS, contradicts, numeric_sides
 from kdrl_lightning.rewards.answers.extraction import after_marker, last_boxed
 from kdrl_lightning.rewards.answers.numbers import same_number
-from kdrl_lightning.rewards.answers.references import accepted, shorten
+from kdrl_lightning.rewards.answers.references import accepted, list_as_text, shorten
 from kdrl_lightning.rewards.answers.units import same_quantity
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.workers import WorkerPool
@@ -39,6 +39,7 @@ SYMBOLS = str.maketrans(
     | {c: normalize("NFKC", c) for c in "０１２３４５６７８９．，％＋－／＝（）"}
 )
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
+LIST_OF_ONE = re.compile(r"\[[^,\s]+,?\]")
 STYLE = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
 )
@@ -106,6 +107,12 @@ class MathReward(BatchReward):
     def check(self, row: Row) -> None:
         """Check that the row has an answer."""
         self.references(row)
+
+    def list_as_text(self, row: Row) -> str | None:
+        """Return the answer if it is the text of a list, but no interval, point, set or vector."""
+        found = list_as_text(row, self.answer_column)
+        several = found and not set("'\"") & set(found) and not LIST_OF_ONE.fullmatch(found)
+        return None if several else found
 
     def answer(self, sample: Sample) -> str | None:
         """Return the answer that votes in majority@k; integers and words have one spelling.

@@ -10,6 +10,7 @@ import warnings
 from itertools import takewhile
 from typing import Any
 
+from kdrl_lightning.common.chat_templates import render
 from kdrl_lightning.common.untyped import HFTokenizer
 from kdrl_lightning.errors import ConfigurationError
 
@@ -205,9 +206,7 @@ def _render(tokenizer: HFTokenizer, messages: list[dict[str, str]]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return "<no template>"
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        )
+        return render(tokenizer, messages, add_generation_prompt=True)
     except TemplateError as error:
         return f"<refused: {error}>"
 

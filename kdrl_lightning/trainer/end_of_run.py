@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.folders import replace_folder
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.lora import is_adapter
 from kdrl_lightning.trainer.failures import not_exported
@@ -117,11 +118,12 @@ def save_student(
                 write_or_warn(
                     half / "tokenizer", lambda: pl_module.tokenizer.save_pretrained(str(half))
                 )
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(half, folder)
-        except (OSError, SafetensorError) as error:
+                replace_folder(half, folder)
+        except BaseException as error:
             shutil.rmtree(half, ignore_errors=True)  # or it would keep the disk full
-            raise not_exported(trainer, str(folder), error) from error
+            if isinstance(error, OSError | SafetensorError):
+                raise not_exported(trainer, str(folder), error) from error
+            raise
 
     if alone:
         write()

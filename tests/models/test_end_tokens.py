@@ -149,6 +149,13 @@ def test_a_configuration_inside_another_counts(student_folder: str, tmp_path: Pa
             TURN,
         ),
         ("the same for all", None),
+        (CHATML.replace("m.content", "m.content[0].text"), TURN),
+        (CHATML.replace("m['content']", "m['content'][0]['text']"), TURN),
+        (
+            "{% for m in messages %}{% for p in m.content if p.type == 'text' %}{{ p.text }}"
+            "{% endfor %}{{ eos_token }}{% endfor %}",
+            EOS,
+        ),
     ],
 )
 def test_the_end_of_a_turn(template: str | None, turn: int | None, chat_student: str) -> None:
@@ -165,6 +172,12 @@ def test_a_turn_that_nothing_ends_is_a_warning_with_the_token(
     assert ends == EndTokens((EOS,), None)
     with pytest.warns(UserWarning, match=r"closes a turn with '<\|im_end\|>' \(16\).*\['<eos>'\]"):
         warn_of_turn_end(ends, load_tokenizer(folder), folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'][0]['text'] }}<|im_end|>{% endfor %}"
+    )
+    with pytest.warns(UserWarning, match=r"closes a turn with '<\|im_end\|>' \(16\).*\['<eos>'\]"):
+        warn_of_turn_end(ends, tokenizer, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_turn_end(found(chat_student), load_tokenizer(chat_student), chat_student)
@@ -192,6 +205,15 @@ def test_a_turn_that_a_text_closes_is_a_warning(
     assert len(seen) == (words is not None)
     if words:
         assert re.search(words, str(seen[0].message))
+
+
+def test_a_template_that_is_no_text_is_refused(chat_student: str, tmp_path: Path) -> None:
+    folder = copied(chat_student, tmp_path / "it")
+    (Path(folder) / "chat_template.jinja").unlink(missing_ok=True)
+    edit(Path(folder), "tokenizer_config.json", chat_template=5)
+    words = r"^the `chat_template` of the tokenizer of .* must be a text: got 5\. Correct its tok"
+    with pytest.raises(ConfigurationError, match=words):
+        load_tokenizer(folder)
 
 
 def first(trace: Any, source: int = STUDENT) -> list[list[int]]:

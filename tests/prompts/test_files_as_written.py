@@ -11,7 +11,7 @@ import pytest
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import HFPrompts, JSONLPrompts, StreamedHFPrompts
-from kdrl_lightning.prompts.column_types import BLOCK, has_long_numbers
+from kdrl_lightning.prompts.columns.column_types import BLOCK, has_long_numbers
 from kdrl_lightning.rewards import ExactMatch
 from kdrl_lightning.rewards.base import Sample
 

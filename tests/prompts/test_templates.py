@@ -11,6 +11,8 @@ from helpers.word_tokenizer import CHAT, word_tokenizer
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.prompts.encoding import encode_prompt, warn_of_ignored
+from kdrl_lightning.prompts.messages import PromptForm
+from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 
 SYSTEM = {"role": "system", "content": "x"}
 FIRST = [{"role": "user", "content": "1 + 2"}, {"role": "assistant", "content": "3"}]
@@ -150,3 +152,46 @@ def test_a_part_of_text_without_a_text_is_named() -> None:
     words = r"got a part of type text without a text, \{'type': 'text'\}, in message 0"
     with pytest.raises(ConfigurationError, match=words):
         encode_prompt(word_tokenizer(), {"prompt": [{"role": "user", "content": parts}]})
+
+
+# As templates of multimodal models: contents are lists of parts.
+FIRST_PART = CHAT.replace("m['content']", "m['content'][0]['text']")
+EACH_PART = CHAT.replace(
+    "{{ m['content'] }}", "{% for p in m['content'] if p.type == 'text' %}{{ p.text }}{% endfor %}"
+)
+STRICT = "{% if messages[0]['content'] is string %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [FIRST_PART, EACH_PART, STRICT + EACH_PART])
+def test_a_template_of_parts_gives_the_tokens_of_one_of_texts(template: str) -> None:
+    tokenizer, usual = word_tokenizer(template=template), word_tokenizer()
+    parts = [{"role": "user", "content": [{"type": "text", "text": "2 + 2 ="}]}]
+    begun = [*FIRST, LAST, {"role": "assistant", "content": "x 1"}]
+    for row in (
+        {"prompt": [SYSTEM, *FIRST, LAST]},
+        {"prompt": parts},
+        {"prompt": begun, "continue_final_message": True},
+    ):
+        assert encode_prompt(tokenizer, row) == encode_prompt(usual, row)
+    with pytest.raises(ConfigurationError, match="must not end with a message of the assistant"):
+        encode_prompt(tokenizer, {"prompt": FIRST})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chat_template": 5}, "must have a text as `chat_template`: got 5. Write the template"),
+        ({"chat_template": ["x"]}, "must have a text as `chat_template`: got "),
+        ({"tokenize": False}, "must map names of the chat template's arguments to values"),
+        ({5: True}, "must map names of the chat template's arguments to values"),
+    ],
+)
+def test_arguments_that_no_template_takes_are_refused_at_the_start(
+    arguments: dict[Any, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"^`template_args` {words}"):
+        PromptForm(chat=True, template_args=arguments)
+    with pytest.raises(ConfigurationError, match=f"^`template_args` {words}"):
+        TeacherPrompt(template_args=arguments)
+    with pytest.raises(ConfigurationError, match=f"^the column `template_args` {words}"):
+        encode_prompt(word_tokenizer(), {"prompt": [LAST], "template_args": arguments})

@@ -45,6 +45,10 @@ PAIRS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
         ("```python\nraise SystemExit\n```", "assert False", 0.0),
         (READ, PAIRS, 1.0),
         (READ, json.dumps(PAIRS), 1.0),
+        (ADD, '["assert add(1, 2) == 3", "assert add(0, 0) == 0"]', 1.0),
+        (ADD, "['assert add(1, 2) == 3'\n 'assert add(0, 0) == 1']", 0.0),
+        (READ, repr(PAIRS), 1.0),
+        (READ, {name: repr(texts) for name, texts in PAIRS.items()}, 1.0),
         (READ, {"inputs": ["1 2", "3 4"], "outputs": ["3", "8"]}, 0.0),
         ("```python\nprint(3)\n```", PAIRS, 0.0),
         ("```python\nprint(' é\\nß ')\n```", {"inputs": [""], "outputs": ["é\nß"]}, 1.0),
@@ -58,7 +62,7 @@ def test_programs_are_judged_by_their_tests(text: str, tests: Any, expected: flo
 @pytest.mark.parametrize(
     "tests",
     [
-        '["assert add(1, 2) == 3"]',  # a list as a column of a CSV file
+        '"assert add(1, 2) == 3"',  # a text in quotes
         "def check(add):\n    assert add(1, 2) == 3",  # nobody calls it
         {"inputs": ["1 2"], "outputs": [""]},
     ],
@@ -67,6 +71,21 @@ def test_tests_that_an_empty_program_passes_are_refused(tests: Any) -> None:
     words = r"^a row's `tests` must fail for an empty program: got .*which tests nothing\."
     with pytest.raises(ConfigurationError, match=words):
         RewardRunner(CodeReward()).check([{"tests": "assert add"}, {"tests": tests}])
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert add(1, 2) = 3",  # fails for any program
+        '{"inputs": ["1 2"], "outputs": ["3"]',
+        {"inputs": "12", "outputs": "34"},  # no lists: one character each
+        "{'inputs': ['1 2'], 'outputs': ['3', '4']}",
+        '["", " "]',
+    ],
+)
+def test_tests_that_no_program_could_pass_are_refused(tests: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^`reward` must be able to judge every row: got"):
+        RewardRunner(CodeReward()).check([{"tests": tests}])
 
 
 # Each tries what is forbidden, and prints "done" only if it succeeds.

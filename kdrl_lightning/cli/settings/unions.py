@@ -26,7 +26,7 @@ from kdrl_lightning.cli.settings.classes import (
     check_name,
     check_spec,
 )
-from kdrl_lightning.cli.settings.layers.replaced import check_type, load_group
+from kdrl_lightning.cli.settings.layers.files import check_type, load_group
 from kdrl_lightning.cli.settings.private import actions, typehints, util
 from kdrl_lightning.cli.settings.shapes import (
     LEAVES,

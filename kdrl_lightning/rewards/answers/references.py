@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
 from fractions import Fraction
+from unicodedata import normalize
 
 import numpy as np
 
 from kdrl_lightning.common.untyped import Row, Value
+from kdrl_lightning.common.written_values import read_container
 from kdrl_lightning.errors import ConfigurationError
 
 ROW_CHARACTERS = 120
 # Narrow types with the fewest digits that their values have as a float64, with the digits of a
 # decimal that they keep, and with about their range. A float64 with fewer digits was written so.
 NARROW = ((np.float32, 15, 6, 1e-37, 1e38), (np.float16, 10, 3, 1e-4, 6e4))
+# Characters that do not show, as texts of web pages have them at their ends.
+INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 WIDER = {"longdouble", "float96", "float128"}  # numpy gives them no Python type
 
 
 def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
     """Return every text that a row accepts as its answer; a completion must match one of them.
 
-    - A text counts as it is; bytes are decoded as UTF-8.
+    - A text counts as it is, bytes are decoded as UTF-8.
     - A whole float counts with and without its fraction (pandas turns a column of integers with an
       empty cell into floats). A tiny or huge float counts with and without its exponent. A float
       with the noise of a sum (0.1 + 0.2) also counts as 0.3, and one that was in 32 or 16 bits
       (0.10000000149, 0.0999755859375) also as 0.1.
     - A bool counts in both spellings, ``True`` and ``true``.
+    - White space and characters that do not show are left out at both ends; letters count in any
+      of Unicode's forms (NFC).
     - A time counts with a space and with a T before the hour; midnight also counts as the date.
     - Each entry of a list, tuple, set or array counts; missing entries are skipped.
 
@@ -49,22 +56,23 @@ def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
     value = row[column]
     try:
         texts = list(dict.fromkeys(_texts(value)))
-    except (TypeError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        found = f"{str(error).splitlines()[0]} ({_one_line(value):.60}) in the row {shorten(row)}"
         raise ConfigurationError(
-            f"`{column}` must be a text, a number, or a list of them: got {error} in the row "
-            f"{shorten(row)}. Name a nested column with a dot (outer.inner), or convert the value."
+            f"`{column}` must be a text, a number, or a list of them: got {found}. Name a nested "
+            "column with a dot (outer.inner), or convert the value."
         ) from error
     if not texts:
         raise ConfigurationError(
-            f"a row must have an answer, but its `{column}` is empty: got {value!r:.40} in the row "
-            f"{shorten(row)}. Add the answer, or remove the row."
+            f"a row must have an answer, but its `{column}` is empty: got "
+            f"{_one_line(value):.40} in the row {shorten(row)}. Add the answer, or remove the row."
         )
     return tuple(texts)
 
 
 def missing(value: object) -> bool:
     """Check whether a value is missing: None, NaN, pandas' NA or NaT, or an empty text."""
-    if value is None or value is np.ma.masked:
+    if value is None or (isinstance(value, np.ma.MaskedArray) and not value.ndim and value.mask):
         return True
     if isinstance(value, str | bytes):
         return not value.strip()
@@ -75,10 +83,31 @@ def missing(value: object) -> bool:
         return type(value).__name__ == "NAType" or isinstance(value, Decimal)
 
 
+def list_as_text(row: Row, column: str = "answer") -> str | None:
+    """Return a row's answer if it is the text of a flat list or of a dict; else None.
+
+    >>> list_as_text({"answer": "['72', '73']"}), list_as_text({"answer": "72"})
+    ("['72', '73']", None)
+    """
+    value = row.get(column)
+    found = read_container(value) if isinstance(value, str) else None
+    if isinstance(found, list) and any(isinstance(entry, list) for entry in found):
+        return None  # a matrix; no list of accepted answers has lists in it
+    return None if found is None else str(value).strip()
+
+
 def shorten(row: Row, limit: int = ROW_CHARACTERS) -> str:
     """Return a row as text for a message, cut after ``limit`` characters."""
-    text = repr(dict(row))
+    text = _one_line(dict(row))
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _one_line(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or a user's class
+        text = f"a {type(value).__name__} that cannot be printed"
+    return re.sub(r"\s*\n\s*", " ", text)
 
 
 def _texts(value: object, inside: bool = False) -> Iterable[str]:
@@ -90,10 +119,11 @@ def _texts(value: object, inside: bool = False) -> Iterable[str]:
         return [text for entry in _entries(value) for text in _texts(entry, inside=True)]
     if missing(value):
         return []
-    if isinstance(value, str):
-        return [value.strip()]
     if isinstance(value, bytes):
-        return [value.decode().strip()]
+        value = value.decode()
+    if isinstance(value, str):
+        shown = value.strip().strip(INVISIBLE).strip()
+        return [value.strip(), shown, normalize("NFC", shown)]
     if hasattr(value, "item") and hasattr(value, "dtype"):  # numpy's or torch's scalar
         return _texts(_scalar(value), inside)
     if isinstance(value, bool):
@@ -153,10 +183,36 @@ def _entries(value: Value) -> list[Value]:
 
 
 def _scalar(value: Value) -> Value:
-    whole, kind = value.item(), str(value.dtype).removeprefix("torch.")
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind.startswith(("datetime64[", "timedelta64[", "void", "[", "{")):
+        return _time(value)
+    whole = value.item()
     if kind in WIDER:
         return float(whole)
-    if isinstance(whole, float) and kind != "float64":
-        # The shortest decimal that the type can distinguish: 0.1, not 0.10000000149.
-        return float(str((np.float16 if kind == "float16" else np.float32)(whole)))
-    return whole
+    if isinstance(whole, float) and kind != "float64" and not whole.is_integer():
+        return _shortest(value, whole)
+    return str(value) if kind == "complex64" and isinstance(value, np.generic) else whole
+
+
+def _shortest(value: Value, whole: float) -> float:
+    """Return the shortest decimal that a narrow type can distinguish: 0.1, not 0.10000000149."""
+    short = (float(f"{whole:.{digits}g}") for digits in range(1, 18))
+    one = value.new_tensor if hasattr(value, "new_tensor") else value.dtype.type
+    return next((number for number in short if float(one(number)) == whole), whole)
+
+
+def _time(value: Value) -> Value:
+    """Return a time of numpy as Python's, or as text if Python's cannot express it.
+
+    Those have no nanoseconds, and no month without a day.
+
+    Raises:
+        TypeError: it is a duration, or several values in one.
+    """
+    if value.dtype.kind != "M":
+        raise TypeError(f"a {type(value).__name__}")
+    unit = np.datetime_data(value.dtype)[0]
+    exact = value.astype("datetime64[us]")
+    if unit in ("Y", "M", "W", "D") or exact != value:
+        return str(value)
+    return exact.item()

@@ -107,6 +107,25 @@ class RewardRunner:
             "feedback=...)`, or use another context."
         )
 
+    def warn_of_lists(self, rows: Sequence[Row], name: str) -> None:
+        """Warn if answers are texts of lists or dicts, which count as one text each.
+
+        Args:
+            rows: the rows of one set.
+            name: the setting that names the set.
+        """
+        if not isinstance(self.reward, TaskReward):
+            return
+        found = [text for row in rows if (text := self.reward.list_as_text(row)) is not None]
+        if found:
+            warnings.warn(
+                f"the answer of {len(found)} of {len(rows)} checked rows of `{name}` is the text "
+                f"of a list or a dict, e.g. {found[0]!r:.60}, and only a completion with this "
+                "whole text is right. If each entry is an accepted answer, put the source into "
+                "ParsedPrompts (`columns: [answer]`).",
+                stacklevel=2,
+            )
+
     def check(self, rows: Iterable[Row]) -> None:
         """Let the reward check rows before training, without completions.
 

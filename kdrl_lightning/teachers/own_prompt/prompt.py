@@ -10,7 +10,7 @@ from typing import Any
 from kdrl_lightning.common.untyped import HFTokenizer, Row, Tree
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.prompts.encoding import encode_inside, encode_prompt
-from kdrl_lightning.prompts.messages import TEMPLATE_ARGS
+from kdrl_lightning.prompts.messages import TEMPLATE_ARGS, check_template_args
 from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import Context
 
@@ -54,6 +54,7 @@ class TeacherPrompt:
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             require_between("max_tokens", self.max_tokens, 1, float("inf"))
+        check_template_args(self.template_args or {})
         _check_template(self.form, self.context is not None)
 
     @property

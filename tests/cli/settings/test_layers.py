@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from helpers.program import CONFIG, made
+from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.cli.settings.layers.merging import merge
 from kdrl_lightning.cli.settings.unused import take_notes
 
@@ -99,11 +100,49 @@ def test_arguments_over_a_class_keep_its_other_arguments(case: str) -> None:
     assert take_notes() == []
 
 
+# Setting, mapping in the base, mapping in the file over it, and what they give.
+MAPPINGS: dict[str, tuple[str, Any, dict[str, Any], Any]] = {
+    "max_time": ("trainer.max_time", {"hours": 1}, {"minutes": 30}, {"hours": 1, "minutes": 30}),
+    "sets": ("data.val_prompts", SETS, {"b": {"samples": 3}, "c": {"prompts": ROWS[:1]}}, None),
+    "template_args": (
+        "data.train_prompts",
+        {"class_path": "JSONLPrompts", "init_args": {
+            "path": "x", "chat": True, "template_args": {"a": 1, "b": {"c": 1, "d": 2}}}},
+        {"template_args": {"b": {"c": 3}, "e": "007"}},
+        {"a": 1, "b": {"c": 3, "d": 2}, "e": "007"},
+    ),
+    "rewards": ("data.reward", WEIGHTED, {"rewards": {"c": "ExactMatch"}}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MAPPINGS)
+def test_two_files_merge_mappings_as_a_base_does(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KDRLCLI, "instantiate_classes", lambda self: None)
+    name, base, over, wanted = MAPPINGS[case]
+    one, two = given_twice(name, base, over)
+    assert one == two
+    if wanted is not None:
+        assert wanted in (one, one.get("init_args", {}).get("template_args"))
+    elif case == "sets":
+        assert list(one) == ["a", "b", "c"] and one["b"]["samples"] == 3
+    else:
+        assert list(one.init_args.rewards) == ["a", "b", "c"]
+    assert "note: " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "case", ["optimizer", "a class by its name", "evaluation", "inside a class"]
 )
 def test_a_base_gives_what_two_files_give(case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    name, base, over = ARGUMENTS[case]
+    one, two = given_twice(*ARGUMENTS[case])
+    assert one == two
+    assert "note: " not in capsys.readouterr().out
+
+
+def given_twice(name: str, base: Any, over: Any) -> tuple[Any, Any]:
+    """Return a setting of a file over its ``base``, and of the same file as a second one."""
     group, key = name.split(".")
     config = yaml.safe_load(CONFIG)
     config[group][key] = base
@@ -112,9 +151,7 @@ def test_a_base_gives_what_two_files_give(case: str, capsys: pytest.CaptureFixtu
     Path("over.yaml").write_text(yaml.safe_dump(over))
     Path("layered.yaml").write_text(yaml.safe_dump({"base": "config.yaml", **over}))
     one = made("--config=layered.yaml").config[group][key]
-    two = made("--config=config.yaml", "--config=over.yaml").config[group][key]
-    assert one == two
-    assert "note: " not in capsys.readouterr().out
+    return one, made("--config=config.yaml", "--config=over.yaml").config[group][key]
 
 
 # What a base has, what replaces it, and the note.

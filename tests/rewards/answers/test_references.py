@@ -93,6 +93,20 @@ ANSWERS: list[tuple[Any, set[str]]] = [
     (0.0009765625, {"0.0009765625"}),
     (2.0**53, {"9007199254740992", "9007199254740992.0"}),  # not ...740990
     (np.longdouble(0.5), {"0.5"}),
+    (torch.tensor(0.1, dtype=torch.bfloat16), {"0.1"}),
+    (torch.tensor([3.14, 72.0], dtype=torch.bfloat16), {"3.14", "72", "72.0"}),
+    (torch.tensor(72.0).to(torch.float8_e4m3fn), {"72", "72.0"}),
+    (torch.tensor(0.5, requires_grad=True), {"0.5"}),
+    (np.complex64(0.1 + 2j), {"(0.1+2j)"}),
+    (
+        np.datetime64("2024-01-02T03", "ns"),
+        {"2024-01-02 03:00:00", "2024-01-02T03:00:00"},
+    ),
+    (np.datetime64("2024-01-02T00:00:00.000000001"), {"2024-01-02T00:00:00.000000001"}),
+    (np.array(["2024-01"], dtype="datetime64[M]"), {"2024-01"}),
+    (np.datetime64("2024-01-02"), {"2024-01-02"}),
+    ("72\u200b\n", {"72\u200b", "72"}),
+    ("cafe\u0301", {"cafe\u0301", "caf\u00e9"}),
 ]
 
 
@@ -117,7 +131,14 @@ def test_every_text_of_a_float_is_that_float(value: float) -> None:
 
 
 MISSING = [None, float("nan"), np.float32("nan"), "", "  ", b"", [], [None], np.array([])]
-MISSING += [Decimal("NaN"), Decimal("sNaN"), np.ma.masked, np.datetime64("NaT"), NAType()]
+MISSING += [
+    np.ma.array(1, mask=True),
+    Decimal("NaN"),
+    Decimal("sNaN"),
+    np.ma.masked,
+    np.datetime64("NaT"),
+    NAType(),
+]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +172,11 @@ def test_a_missing_answer_is_never_right_and_names_its_row(answer: Any, text: st
         ([["42"]], "a list inside a list"),
         (object(), "a object"),
         (b"\xff", "'utf-8' codec"),
+        (np.timedelta64(3, "ns"), r"a timedelta64 \(np.timedelta64\(3,'ns'\)\)"),
+        (np.zeros(1, dtype=[("a", int), ("b", int)])[0], "a void"),
+        (np.zeros((40, 40)), "a ndarray inside a list"),  # printed in many lines
+        pytest.param(10**5000, "Exceeds the limit .* that cannot be printed", id="huge"),
+        (torch.zeros((), device="meta"), "Tensor.item"),
     ],
 )
 def test_an_answer_without_a_text_is_one_line(answer: Any, found: str) -> None:

@@ -6,21 +6,14 @@ Actions and values are ``Any``, as in jsonargparse.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextvars import ContextVar
 from pydoc import ErrorDuringImport, locate
 from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from kdrl_lightning.cli.settings.private import actions, typehints
 from kdrl_lightning.cli.settings.shapes import is_spec, not_default
 from kdrl_lightning.cli.settings.unused import note_replaced
 from kdrl_lightning.common.untyped import Tree, Value
-
-_load_group = actions._ActionConfigLoad.__call__
-_check_type = typehints.ActionTypeHint._check_type
-# Inside a class, jsonargparse knows only the last part of a setting's name.
-_groups: ContextVar[tuple[str, ...]] = ContextVar("groups", default=())
 
 
 class Given(NamedTuple):
@@ -28,39 +21,6 @@ class Given(NamedTuple):
 
     name: str
     arguments: tuple[str, ...]
-
-
-def check_type(
-    self: Any, value: Value, append: bool = False, cfg: Any = None, mode: Any = None
-) -> Any:
-    """Return a value as ``ActionTypeHint._check_type`` does; note what it replaces."""
-    before = cfg.get(self.dest) if cfg else None
-    had = None if _is_default(before, self.default) else held(before)
-    token = _groups.set((*_groups.get(), self.dest))
-    try:
-        made = _check_type(self, value, append=append, cfg=cfg, mode=mode)
-        if had is not None and not typehints.sub_defaults.get():
-            note_lost(".".join(_groups.get()), before, had, made)
-    finally:
-        _groups.reset(token)
-    return made
-
-
-def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Read a file of a group, e.g. ``--trainer=trainer.yaml``; note what it replaces."""
-    if not args:  # jsonargparse is creating the action
-        return _load_group(self, **kwargs)
-    parser, namespace = args[:2]
-    defaults = {action.dest: action.default for action in parser._actions}
-    before = namespace.get(self.dest)
-    inside = [] if before is None else list(before.items(branches=True))
-    had = [(f"{self.dest}.{key}", value, held(value)) for key, value in inside]
-    made = _load_group(self, *args, **kwargs)
-    for key, value, lost in had:
-        if not _is_default(value, defaults.get(key)):
-            where = key.replace(".init_args", "")
-            note_lost(where, value, lost, namespace.get(key), "an earlier value")
-    return made
 
 
 def note_lost(
@@ -178,7 +138,8 @@ def _arguments(spec: Any) -> Tree:
     return dict(vars(found) if isinstance(found, Namespace) else found)
 
 
-def _is_default(value: Value, default: Any) -> bool:
+def is_default(value: Value, default: Any) -> bool:
+    """Return whether a value is its setting's default, or the default class with arguments."""
     if is_spec(value) and is_spec(default) and value["class_path"] == default["class_path"]:
         return _arguments(default).items() <= _arguments(value).items()
     return bool(value == default)
