@@ -3220,6 +3220,12 @@ MUTATIONS = [
         "",
     ),
     Mutation(
+        "plan: no row leaves while others are sampled",
+        ("hardware/planning/engine.py", "hardware/planning/test_sampling_memory.py"),
+        "    cache.batch_select_indices(torch.arange(rows))\n",
+        "",
+    ),
+    Mutation(
         "plan: a checkpoint without the weights that follow the student",
         ("hardware/planning/rehearsal.py", TAUGHT),
         "tensors = [*trained, *kept, ",
