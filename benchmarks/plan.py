@@ -1,9 +1,8 @@
 """Compares ``plan`` with measured peaks of real steps, on a CPU.
 
-Each case trains a random model for three rollouts in new processes. torch reports each allocation
-of its CPU allocator (its profiler's memory events) after the start of training. It does not report
-that something is freed which was there before. The weights that the run holds then are added. Peaks
-are those of the third rollout: ddp makes its buckets anew in the second one.
+Each case trains a random model for three rollouts in new processes, in which a preloaded library
+counts what torch's CPU allocator holds (``counted_memory.py``; needs gcc). Peaks are those of the
+third rollout: ddp makes its buckets anew in the second one.
 
     python benchmarks/plan.py --out docs/plan
 """
@@ -24,12 +23,10 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback
-from torch.autograd.profiler import record_function
-
-from kdrl_lightning import LocalTeacher, SelfTeacher
-from kdrl_lightning.teachers.self_teachers.found import walk
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.counted_memory import Peaks, preloaded  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,21 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher_model": Shape(256, 4, 1_000, shared=2),
         "shown": 300,
     },
+    # Shapes that no part of the plan was written by.
+    "ddp, 2 processes: tied, GQA 4, V 15,000, LoRA": {
+        "strategy": "ddp",
+        "processes": 2,
+        "lora": 4,
+        "student": Shape(384, 3, 15_000, shared=4, tied=True),
+        "group": 8,
+    },
+    "fsdp2, 2 processes: 7 layers, V 3,500, groups of 2, checkpointing": {
+        "strategy": "fsdp2",
+        "processes": 2,
+        "checkpointing": True,
+        "student": Shape(160, 7, 3_500, shared=5),
+        "group": 2,
+    },
     "fsdp2, 2 processes, larger teacher, bf16-mixed": {
         "strategy": "fsdp2",
         "processes": 2,
@@ -103,7 +115,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 PROMPTS, GROUP, TOKENS, MICRO = 8, 4, 96, 2
 PROMPT = 10  # tokens of the task's prompts
-MARK = "phase "
 # Phases of a plan by the methods that run them.
 METHODS = {
     "score": ("score", "score_teacher", "score_reference"),
@@ -112,7 +123,7 @@ METHODS = {
 }
 
 
-class Peaks(Callback):
+class Measured(Callback):
     """Writes the peak of each phase of the third rollout, in bytes.
 
     Args:
@@ -121,17 +132,9 @@ class Peaks(Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.profiler: Any = None
-        self.state = 0
+        self.peaks = Peaks()
         self.prompt = 0
         self.marked = False
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.state = held(pl_module)
-        self.profiler = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        )
-        self.profiler.start()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int
@@ -139,67 +142,16 @@ class Peaks(Callback):
         self.prompt = max(self.prompt, int(batch.prompt_lengths.max()))
         if not self.marked and trainer.global_step == 2:
             self.marked = True
-            self._mark(trainer, pl_module)
+            for phase, names in METHODS.items():
+                for name in names:
+                    self.peaks.watch(pl_module, name, phase)
+            engine = trainer.datamodule.rollout_engine
+            self.peaks.watch(engine, "generate", "sample")
+            self.peaks.watch(engine, "update_weights", "push")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.profiler.stop()
-        peaks = {name: self.state + most for name, most in self._peaks().items()}
-        record = {"state": self.state, "prompt": self.prompt, "peaks": peaks}
+        record = {"prompt": self.prompt, "peaks": self.peaks.most}
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
-
-    def _mark(self, trainer: Any, module: Any) -> None:
-        for phase, names in METHODS.items():
-            for name in names:
-                wrap(module, name, phase)
-        engine = trainer.datamodule.rollout_engine
-        wrap(engine, "generate", "sample")
-        wrap(engine, "update_weights", "push")
-
-    def _peaks(self) -> dict[str, int]:
-        events = sorted(self.profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-        spans: list[tuple[int, int, str]] = []
-        for event in events:
-            if event.name().startswith(MARK):
-                start = event.start_ns()
-                name = event.name().removeprefix(MARK)
-                spans.append((start, start + event.duration_ns(), name))
-        now, most = 0, {}
-        for event in events:
-            if event.name() != "[memory]":
-                continue
-            now += event.nbytes()
-            # A step calls the update: the span that began last counts.
-            inside = [span for span in spans if span[0] <= event.start_ns() <= span[1]]
-            if inside:
-                name = max(inside)[2]
-                most[name] = max(most.get(name, 0), now)
-        return most
-
-
-def wrap(owner: Any, name: str, phase: str) -> None:
-    """Mark the calls of a method."""
-    inner = getattr(owner, name)
-
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with record_function(MARK + phase):
-            return inner(*args, **kwargs)
-
-    setattr(owner, name, marked)
-
-
-def held(module: Any) -> int:
-    """Return bytes of weights on this rank before the first step.
-
-    ddp's first buckets are not among them.
-    """
-    teachers = [t for m in (module.frozen.active, module.frozen.reference) for t, _ in walk(m)]
-    models = [module.student, *(t._scorer for t in teachers if isinstance(t, LocalTeacher))]
-    others = [t._other for t in teachers if isinstance(t, SelfTeacher)]
-    models += [other.module for other in others if other is not None and other.module is not None]
-    tensors = [t for m in models for t in [*m.parameters(), *m.buffers()]]
-    parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
-    return sum(sizes.values())
 
 
 def make_model(folder: Path, shape: Shape) -> str:
@@ -248,7 +200,8 @@ def teacher_of(case: dict[str, Any], model: str) -> dict[str, Any] | None:
 def settings(models: tuple[str, str], case: dict[str, Any], folder: str) -> dict[str, Any]:
     """Return the configuration of a case with a student and a teacher."""
     model, other = models
-    rows = PROMPTS * GROUP // case.get("processes", 1) // MICRO
+    group = case.get("group", GROUP)
+    rows = PROMPTS * group // case.get("processes", 1) // MICRO
     config: dict[str, Any] = {
         "model": {
             "student": model,
@@ -267,7 +220,7 @@ def settings(models: tuple[str, str], case: dict[str, Any], folder: str) -> dict
             "reward": "kdrl_lightning.tiny.addition_reward",
             "rollout": {
                 "prompts_per_rollout": PROMPTS,
-                "group_size": GROUP,
+                "group_size": group,
                 "max_tokens": TOKENS,
                 # A short completion would otherwise leave more than its share to the others.
                 "max_tokens_per_micro_batch": rows * (PROMPT + TOKENS),
@@ -285,7 +238,7 @@ def settings(models: tuple[str, str], case: dict[str, Any], folder: str) -> dict
             "logger": False,
             "callbacks": [
                 {"class_path": "CPUThreads"},
-                {"class_path": "benchmarks.plan.Peaks", "init_args": {"folder": folder}},
+                {"class_path": "benchmarks.plan.Measured", "init_args": {"folder": folder}},
             ],
         },
         "report": {"export": False},
@@ -304,7 +257,12 @@ def measured(models: tuple[str, str], case: dict[str, Any]) -> dict[str, Any]:
         out = subprocess.run(
             [sys.executable, "-m", "kdrl_lightning", "fit", "--config", str(file)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **preloaded(Path(folder)),
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+            },
             capture_output=True,
             text=True,
         )

@@ -2623,6 +2623,12 @@ MUTATIONS = [
         "copied = weights.sharded",
     ),
     Mutation(
+        "audit 6: an engine starts in inference mode",
+        ("rollout/live.py", "rollout/test_live.py"),
+        "with torch.inference_mode(False):",
+        "with torch.inference_mode(torch.is_inference_mode_enabled()):",
+    ),
+    Mutation(
         "audit 7: a second engine leaves the first one running",
         VLLM_PROCESS,
         "    if RunningEngine.current is not None:\n        RunningEngine.current.close()",
@@ -2651,6 +2657,24 @@ MUTATIONS = [
         VLLM_PROCESS,
         'os.environ[IN_PROCESS] = "0"',
         'os.environ.setdefault(IN_PROCESS, "0")',
+    ),
+    Mutation(
+        "audit 15: the random state drawn is vLLM's",
+        VLLM_PROCESS,
+        "torch.random.fork_rng(devices=gpus),",
+        "nullcontext(),",
+    ),
+    Mutation(
+        "audit 15: the random state restored is vLLM's",
+        VLLM_PROCESS,
+        "random.setstate(states[0])",
+        "pass",
+    ),
+    Mutation(
+        "audit 15: numpy's random state is vLLM's",
+        VLLM_PROCESS,
+        "np.random.set_state(states[1])",
+        "pass",
     ),
     Mutation(
         "card: a clip's bound is copied from the host",
@@ -3193,6 +3217,12 @@ MUTATIONS = [
         "plan: what the teacher's prompt shows has no length",
         ("hardware/planning/teachers/own_prompts.py", TAUGHT),
         "            tokens += job.rollout.max_tokens\n",
+        "",
+    ),
+    Mutation(
+        "plan: no row leaves while others are sampled",
+        ("hardware/planning/engine.py", "hardware/planning/test_sampling_memory.py"),
+        "    cache.batch_select_indices(torch.arange(rows))\n",
         "",
     ),
     Mutation(

@@ -25,7 +25,7 @@ from kdrl_lightning.hardware.doctor.bench import Bench
 
 # prime-rl's trainer alone: Qwen3-0.6B, 16k tokens a row, full recompute, one H100.
 PRIME_RL = 11_900
-LIMIT = 240  # seconds
+LIMIT, LIMIT_CPU = 240, 1800  # seconds
 
 
 def main(folder: Path) -> None:
@@ -66,11 +66,11 @@ def rlad() -> dict[str, Any]:
             command += ["--config=hardware/gpu1", "--trainer.accumulate_grad_batches=4"]
         if importlib.util.find_spec("vllm") is not None:
             command.append("--config=engine/vllm")
-        began = time.perf_counter()
+        began, limit = time.perf_counter(), LIMIT if gpus else LIMIT_CPU
         try:
-            made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+            made = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            return {"code": 124, "error": f"it took longer than {LIMIT} s", "metrics": {}}
+            return {"code": 124, "error": f"it took longer than {limit} s", "metrics": {}}
         seconds = time.perf_counter() - began
         if made.returncode:
             return {"code": made.returncode, "error": made.stderr[-2000:], "metrics": {}}

@@ -151,6 +151,8 @@ def decode(run: Rehearsal, rows: int) -> Cost:
     cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
     for layer in cache.layers:
         layer.keys, layer.values = (part[:, :, :width] for part in layer.room)
+    # Rows leave when they end: one layer after the other is copied, beside what it had.
+    cache.batch_select_indices(torch.arange(rows))
     ids = torch.zeros(rows, 1, dtype=torch.long)
     # Prompts of different lengths have a mask.
     mask = torch.ones(rows, width + 1, dtype=torch.long)

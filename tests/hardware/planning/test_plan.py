@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.allocated import allocated
 from kdrl_lightning import (
     GRPO,
     KDRL,
@@ -102,20 +103,6 @@ def test_what_is_held_is_the_arithmetic_of_weights(config: str) -> None:
     fast, slow = made.seconds["H100"], made.seconds["A100-80GB"]
     assert 0 < fast.total < slow.total
     assert slow.update / fast.update == pytest.approx(989 / 312)
-
-
-def allocated(work: Any) -> int:
-    """Bytes at the peak of torch's CPU allocator while ``work`` runs, above those before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("recompute", [False, True])

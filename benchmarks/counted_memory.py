@@ -1,0 +1,66 @@
+"""Counts what torch's CPU allocator holds, in all threads; needs gcc and glibc.
+
+torch's profiler reports allocations of the threads that it watches, so a tensor that another thread
+frees counts for ever, and what was there before does not count. ``counted_memory.c`` counts both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+def preloaded(folder: Path) -> dict[str, str]:
+    """Build the library into a folder; return the variables of a process that counts."""
+    library = folder / "counted_memory.so"
+    command = ["gcc", "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+class Peaks:
+    """The largest number of bytes held in each phase; a phase inside another one counts alone.
+
+    Attributes:
+        most: bytes by phase.
+    """
+
+    def __init__(self) -> None:
+        self.most: dict[str, int] = {}
+        self._phases: list[str] = []
+        self._library = ctypes.CDLL(None)
+        for name in ("counted_now", "counted_most"):
+            getattr(self._library, name).restype = ctypes.c_size_t
+
+    @property
+    def now(self) -> int:
+        """Bytes held now."""
+        return int(self._library.counted_now())
+
+    # `Any`: a method of any object.
+    def watch(self, owner: Any, name: str, phase: str) -> None:
+        """Count calls of a method as a phase."""
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._pause()
+            self._phases.append(phase)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._pause()
+                self._phases.pop()
+
+        setattr(owner, name, watched)
+
+    def _pause(self) -> None:
+        """Write down the peak of the innermost phase since the last pause."""
+        if self._phases:
+            phase = self._phases[-1]
+            self.most[phase] = max(self.most.get(phase, 0), int(self._library.counted_most()))
+        self._library.counted_restart()
