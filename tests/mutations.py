@@ -179,6 +179,7 @@ SERVED_TRANSLATION = (
     "engines/vllm/teacher.py",
     "teachers/cross_tokenizer/test_translated_completions.py",
 )
+TEACHER_PROMPTS = "datamodule/teacher_prompts.py", "datamodule/test_teacher_prompts.py"
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
 
@@ -305,6 +306,24 @@ MUTATIONS = [
         "    return True or all(",
     ),
     Mutation(
+        "align: tokens over a space",
+        WORDS,
+        "    if any(piece and ACROSS.search(piece) for piece in tokens.pieces):",
+        "    if False:",
+    ),
+    Mutation(
+        "align: words are cut before every space",
+        SEGMENTS,
+        "(self._space[ids] & text)[1:] & self._ends[ids[:-1]]",
+        "self._space[ids][1:]",
+    ),
+    Mutation(
+        "align: a cut chunk of a full context is scored",
+        ALIGNER,
+        "(stops <= limit)",
+        "(columns < limit)",
+    ),
+    Mutation(
         "align: the whole rollout is waited for",
         WORKER_ORDER,
         "self._found[job].result()[job] for",
@@ -359,6 +378,18 @@ MUTATIONS = [
         TRANSLATION,
         "totals[opens] / np.bincount(opens, minlength=len(opens))[opens]",
         "totals[opens]",
+    ),
+    Mutation(
+        "translation: room counted in the student's tokens",
+        TEACHER_PROMPTS,
+        "longest = max(sample) + self",
+        "longest = longest + 0 * max(sample) + 0 * self",
+    ),
+    Mutation(
+        "translation: the teacher's prompt may fill its context",
+        TEACHER_PROMPTS,
+        "            prompts.require(self.check)\n",
+        "",
     ),
     Mutation(
         "translation: a routed teacher samples after the student's prompt",

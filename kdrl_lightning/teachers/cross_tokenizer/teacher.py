@@ -91,6 +91,12 @@ class CrossTokenizerTeacher(WrappedTeacher):
         return self.teacher.vocabulary_rows if self._theirs is None else None
 
     @property
+    def context_length(self) -> int | None:
+        """Most of its own tokens that it can read; those of its configuration if it is served."""
+        known = self.teacher.context_length
+        return self._theirs.context_length if known is None and self._theirs else known
+
+    @property
     def other_end(self) -> str | None:  # type: ignore[override]
         """None, unless the teacher has no tokenizer of its own: end tokens are translated."""
         return self.teacher.other_end if self._theirs is None else None
