@@ -16,7 +16,7 @@ from kdrl_lightning.common.untyped import Row, State
 from kdrl_lightning.datamodule.teacher_prompts import TeacherPrompts
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.evaluation import (
     EvalSets,
     EvaluationBatch,
@@ -104,8 +104,8 @@ class RolloutDataModule(pl.LightningDataModule):
         super().__init__()
         seed = 0 if seed is None else seed
         if max_prompt_tokens is not None:
-            require_between("max_prompt_tokens", max_prompt_tokens, 1, float("inf"))
-        require_between("seed", seed, 0, float("inf"))
+            require_count("max_prompt_tokens", max_prompt_tokens, 1, float("inf"))
+        require_count("seed", seed, 0, float("inf"))
         if overlong_prompts not in ("refuse", "drop"):
             raise ConfigurationError(
                 f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."

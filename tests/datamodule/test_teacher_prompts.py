@@ -27,7 +27,7 @@ ROWS = [{"prompt": "10+11=", "answer": "21", "hint": "9" * n} for n in (3, 30)]
 MOST = 10  # tokens of a completion
 
 
-class Prepared(Exception):
+class PreparedError(Exception):
     pass
 
 
@@ -35,7 +35,7 @@ class Noting(TransformersEngine):
     """Ends the run once it knows its longest sequence."""
 
     def prepare(self, path: str, longest: int, device: torch.device) -> None:
-        raise Prepared(longest)
+        raise PreparedError(longest)
 
 
 def longest(folder: Path, student: str, teacher: Any, rows: Any = ROWS, most: int = MOST) -> int:
@@ -44,7 +44,7 @@ def longest(folder: Path, student: str, teacher: Any, rows: Any = ROWS, most: in
         teacher_completions=1, teacher_engine=Noting(),
     )  # fmt: skip
     module = make_module(student, teacher, GRPO(teacher_tokens=ShapedProbability()))
-    with pytest.raises(Prepared) as found:
+    with pytest.raises(PreparedError) as found:
         fit(folder, module, data, max_steps=2)
     return int(found.value.args[0])
 

@@ -185,6 +185,26 @@ def test_with_one_vocabulary_the_end_is_the_teachers(
     torch.testing.assert_close(teacher.score(batch).logprobs[0, -1], rows[-2, end])
 
 
+def test_one_vocabulary_with_other_merges_is_another_tokenizer(tmp_path: Path) -> None:
+    """``abc`` is ``ab|c`` to the student and ``a|bc`` to the teacher."""
+    pieces, merges = [*"abc", "ab", "bc"], [("a", "b"), ("b", "c")]
+    student = save(tmp_path / "s", by_hand(pieces, merges), 1)
+    theirs = save(tmp_path / "t", by_hand(pieces, merges[::-1]), 2)
+    plain, cross = LocalTeacher(theirs), CrossTokenizerTeacher(LocalTeacher(theirs))
+    with pytest.warns(UserWarning, match=r"have one vocabulary and different merges .* Wrap it in"):
+        plain.check(load_tokenizer(student), student)
+    ready(cross, student)
+    assert cross.aligns
+    ids = load_tokenizer(student)("abcab")["input_ids"]
+    batch = collate([[2]], [[*ids, 1]], [0], pad_id=0)
+    batch = FrozenModels(cross).write_prompts(batch, groups([{"prompt": "a"}]))
+    scores = cross.score(batch)
+    assert ids == [5, 4, 5] and scores.chunk_places.tolist() == [[0, 1, 0, 0]]  # type: ignore[union-attr]
+    expected = [value for _, value in by_transformers(theirs, "a", "abcab.")]  # a|bc|ab|<eos>
+    totals = [expected[0] + expected[1]] * 2 + expected[2:]
+    torch.testing.assert_close(scores.logprobs[0], torch.tensor(totals))
+
+
 def equal(ours: TokenScores, theirs: TokenScores) -> None:
     torch.testing.assert_close(ours.logprobs, theirs.logprobs)
     assert torch.equal(ours.chunk_places, theirs.chunk_places)  # type: ignore[arg-type]
