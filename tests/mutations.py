@@ -179,6 +179,7 @@ SERVED_TRANSLATION = (
     "engines/vllm/teacher.py",
     "teachers/cross_tokenizer/test_translated_completions.py",
 )
+HARD_TEXTS = "teachers/cross_tokenizer/test_hard_texts.py"
 TEACHER_PROMPTS = "datamodule/teacher_prompts.py", "datamodule/test_teacher_prompts.py"
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
@@ -353,6 +354,42 @@ MUTATIONS = [
         CROSS,
         "return more <= set(teacher.added_tokens_decoder)",
         "return True",
+    ),
+    Mutation(
+        "align: other merges ignored",
+        CROSS,
+        "    if not same_rules(student, teacher):\n        return False\n",
+        "",
+    ),
+    Mutation(
+        "align: the name of a special token is one",
+        ("teachers/cross_tokenizer/text_encoder.py", HARD_TEXTS),
+        "        spec |= _without_special(spec, tokens.special)\n",
+        "",
+    ),
+    Mutation(
+        "stats: tokens without a score of the teacher's completions count",
+        ("metrics/update_stats.py", "metrics/test_update_stats.py"),
+        '"kd/unaligned_frac", places < 0, tokens',
+        '"kd/unaligned_frac", places < 0, real',
+    ),
+    Mutation(
+        "rollouts: a metric that is not measured keeps its value",
+        ("rollout/rollouts.py", "runs/test_privileged_completions.py"),
+        "self.watch.with_gaps(self._measure(plan, groups, replaced, seconds))",
+        "self._measure(plan, groups, replaced, seconds)",
+    ),
+    Mutation(
+        "settings: 1.5 is a count",
+        ("errors.py", "test_errors.py"),
+        "    if not isinstance(value, int):\n",
+        "    if False:\n",
+    ),
+    Mutation(
+        "settings: a self-teacher's weights may be a word",
+        ("teachers/self_teachers/teacher.py", "teachers/self_teachers/test_self_teachers.py"),
+        'require_kind("weights", weights, WeightRule, "Give one',
+        'require_kind("weights", weights, object, "Give one',
     ),
     Mutation(
         "align: tokens beyond the context scored",
