@@ -1971,7 +1971,7 @@ MUTATIONS = [
     Mutation(
         "changes: the teacher's unseen",
         ("datamodule/rollouts.py", CHANGES[1]),
-        "refused=[*rules.refused, *refused]",
+        "refused=[*rules.refused, *of_teacher.of_student]",
         "refused=rules.refused",
     ),
     Mutation("rotary: padding counts", ROTARY, "if dynamic or not each:", "if False:"),
