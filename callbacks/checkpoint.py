@@ -19,7 +19,7 @@ from kdrl_lightning.checkpoints.reader import newest_whole
 from kdrl_lightning.checkpoints.writer import CheckpointWriter, together
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import State
-from kdrl_lightning.errors import ConfigurationError, Interrupted, require_between
+from kdrl_lightning.errors import ConfigurationError, Interrupted, require_count
 from kdrl_lightning.trainer.end_of_run import check_space, checkpoint_bytes, student_bytes
 from kdrl_lightning.trainer.internals import validates_next
 from kdrl_lightning.trainer.protocols import callbacks_of, is_trial_run, trained
@@ -74,9 +74,9 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         every_n_rollouts: int = 1,
         asynchronous: bool = False,
     ) -> None:
-        require_between("save_top_k", save_top_k, 0, float("inf"))
-        require_between("keep_last", keep_last, 1, float("inf"))
-        require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
+        require_count("save_top_k", save_top_k, 0, float("inf"))
+        require_count("keep_last", keep_last, 1, float("inf"))
+        require_count("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         if mode not in ("max", "min"):
             raise ConfigurationError(f"`mode` must be max or min: got {mode}.")
         super().__init__(dirpath, monitor=monitor, mode=mode, save_top_k=save_top_k or 1)

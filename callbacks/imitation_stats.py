@@ -14,7 +14,7 @@ from torch import Tensor
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.reports.plots import plot_imitation
 from kdrl_lightning.common.untyped import State
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 from kdrl_lightning.losses import k1, k3
 from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
 from kdrl_lightning.metrics import Histogram, Histograms, StepStats
@@ -69,8 +69,8 @@ class SelectiveImitationStats(RolloutCallback):
     """
 
     def __init__(self, histogram_every: int = 10, table_rollouts: int = 5) -> None:
-        require_between("histogram_every", histogram_every, 1, float("inf"))
-        require_between("table_rollouts", table_rollouts, 1, float("inf"))
+        require_count("histogram_every", histogram_every, 1, float("inf"))
+        require_count("table_rollouts", table_rollouts, 1, float("inf"))
         self.histogram_every = histogram_every
         self.table_rollouts = table_rollouts
         self.rows: list[dict[str, float]] = []

@@ -20,7 +20,7 @@ from kdrl_lightning.callbacks.reports import (
     scored_views,
     text_view,
 )
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
 from kdrl_lightning.trainer.protocols import TrainedModule, is_trial_run, rollout_data, trained
@@ -51,9 +51,9 @@ class SamplePage(RolloutCallback):
     """
 
     def __init__(self, completions: int = 4, moments: int = 10, max_tokens: int = 512) -> None:
-        require_between("completions", completions, 0, float("inf"))
-        require_between("moments", moments, 1, float("inf"))
-        require_between("max_tokens", max_tokens, 1, float("inf"))
+        require_count("completions", completions, 0, float("inf"))
+        require_count("moments", moments, 1, float("inf"))
+        require_count("max_tokens", max_tokens, 1, float("inf"))
         self.completions = completions
         self.moments = moments
         self.max_tokens = max_tokens

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kdrl_lightning.callbacks.base import RolloutCallback
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 from kdrl_lightning.trainer.protocols import trained
 
 
@@ -25,8 +25,8 @@ class StepProfile(RolloutCallback):
     """
 
     def __init__(self, rollout: int = 1, operators: int = 15) -> None:
-        require_between("rollout", rollout, 1, float("inf"), "Give 1 for the second.")
-        require_between("operators", operators, 1, float("inf"))
+        require_count("rollout", rollout, 1, float("inf"), "Give 1 for the second.")
+        require_count("operators", operators, 1, float("inf"))
         self.rollout = rollout
         self.operators = operators
         self.text = ""

@@ -12,7 +12,7 @@ import torch
 
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.common.untyped import HFTokenizer, Row, State
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 from kdrl_lightning.metrics.completion_texts import (
     HEDGES,
     REFERENCES,
@@ -82,8 +82,8 @@ class TeacherHealth(RolloutCallback):
         phrases: list[str] | None = None,
         hedges: list[str] | None = None,
     ) -> None:
-        require_between("window", window, 1, float("inf"))
-        require_between("prompts", prompts, 0, float("inf"))
+        require_count("window", window, 1, float("inf"))
+        require_count("prompts", prompts, 0, float("inf"))
         self.window = window
         self.prompts = prompts
         self.phrases: Sequence[str] = REFERENCES if phrases is None else phrases

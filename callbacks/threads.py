@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 
 
 class CPUThreads(pl.Callback):
@@ -20,7 +20,7 @@ class CPUThreads(pl.Callback):
     """
 
     def __init__(self, threads: int = 1) -> None:
-        require_between("threads", threads, 1, float("inf"))
+        require_count("threads", threads, 1, float("inf"))
         self.threads = threads
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

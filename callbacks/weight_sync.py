@@ -11,7 +11,7 @@ from torch import Tensor
 from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.engines.agreement import bound_of
-from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.errors import TrainingStopped, require_between, require_count
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 from kdrl_lightning.trainer.protocols import TrainedModule, rollout_data, trained
 
@@ -41,7 +41,7 @@ class WeightSyncCheck(RolloutCallback):
     def __init__(self, max_mean_diff: float | None = None, every_n_rollouts: int = 10) -> None:
         if max_mean_diff is not None:
             require_between("max_mean_diff", max_mean_diff, 0.0, float("inf"))
-        require_between("every_n_rollouts", every_n_rollouts, 1, float("inf"))
+        require_count("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         self.max_mean_diff = max_mean_diff
         self.every_n_rollouts = every_n_rollouts
         self._waiting: RolloutBatch | None = None

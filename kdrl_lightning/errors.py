@@ -41,6 +41,44 @@ def require_between(name: str, value: float, low: float, high: float, cure: str 
         raise ConfigurationError(f"`{name}` must be {bounds}: got {value}. {cure}".rstrip())
 
 
+def require_count(
+    name: str, value: float, low: int, high: float = float("inf"), cure: str = ""
+) -> None:
+    """Raise unless ``value`` is a whole number in ``[low, high]``.
+
+    Args:
+        name: of the setting, for the message.
+        value: of the setting.
+        low: smallest value allowed.
+        high: largest value allowed.
+        cure: what the user can do, for the message.
+
+    Raises:
+        ConfigurationError: the value is no whole number or lies outside the bounds.
+
+    >>> require_count("every_n_steps", 10, 1)
+    """
+    require_between(name, value, low, high, cure)
+    if not isinstance(value, int):
+        raise ConfigurationError(f"`{name}` must be a whole number: got {value}. {cure}".rstrip())
+
+
+def require_kind(name: str, value: object, kind: type, cure: str) -> None:
+    """Raise unless a component is of a class; a file's classes are checked as it is read.
+
+    Args:
+        name: of the setting, for the message.
+        value: of the setting.
+        kind: the class that it must have.
+        cure: what the user can do, for the message.
+
+    Raises:
+        ConfigurationError: the value is no instance of ``kind``.
+    """
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"`{name}` must be a {kind.__name__}: got {value!r:.60}. {cure}")
+
+
 class TrainingStopped(RuntimeError):  # noqa: N818
     """Raised if a run cannot continue; the message says at which step and why."""
 

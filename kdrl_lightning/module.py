@@ -21,7 +21,7 @@ from kdrl_lightning.checkpoints.module_state import (
 from kdrl_lightning.checkpoints.reader import content_mark
 from kdrl_lightning.checkpoints.resume import Settings, agree_before_loading
 from kdrl_lightning.common.untyped import State
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 from kdrl_lightning.evaluation.steps import EvaluationSteps
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.metrics import StepLog
@@ -110,7 +110,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
     ) -> None:
         super().__init__()
         if chunk_size is not None:
-            require_between("chunk_size", chunk_size, 1, float("inf"))
+            require_count("chunk_size", chunk_size, 1, float("inf"))
         check_given(teacher, objective, lora is not None)
         self.student_source = student
         self.pretrained = Pretrained(student)

@@ -114,7 +114,8 @@ class RolloutBatch:
         imitation_weights: ``[B, T]``, weights of the imitated tokens before they are normalised
             over the optimizer step; None: all are 1.
         totals: counts of the optimizer step that this batch belongs to.
-        metrics: measurements of the rollout (seconds, tokens); only in its first micro-batch.
+        metrics: measurements of the rollout (seconds, tokens), None for what only an earlier one
+            measured; only in its first micro-batch.
     """
 
     input_ids: Tensor
@@ -152,7 +153,7 @@ class RolloutBatch:
     imitation_mask: Tensor | None = None
     imitation_weights: Tensor | None = None
     totals: StepTotals | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return B, the number of completions."""

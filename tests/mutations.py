@@ -179,6 +179,8 @@ SERVED_TRANSLATION = (
     "engines/vllm/teacher.py",
     "teachers/cross_tokenizer/test_translated_completions.py",
 )
+HARD_TEXTS = "teachers/cross_tokenizer/test_hard_texts.py"
+TEACHER_PROMPTS = "datamodule/teacher_prompts.py", "datamodule/test_teacher_prompts.py"
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
 
@@ -305,6 +307,24 @@ MUTATIONS = [
         "    return True or all(",
     ),
     Mutation(
+        "align: tokens over a space",
+        WORDS,
+        "    if any(piece and ACROSS.search(piece) for piece in tokens.pieces):",
+        "    if False:",
+    ),
+    Mutation(
+        "align: words are cut before every space",
+        SEGMENTS,
+        "(self._space[ids] & text)[1:] & self._ends[ids[:-1]]",
+        "self._space[ids][1:]",
+    ),
+    Mutation(
+        "align: a cut chunk of a full context is scored",
+        ALIGNER,
+        "(stops <= limit)",
+        "(columns < limit)",
+    ),
+    Mutation(
         "align: the whole rollout is waited for",
         WORKER_ORDER,
         "self._found[job].result()[job] for",
@@ -336,6 +356,42 @@ MUTATIONS = [
         "return True",
     ),
     Mutation(
+        "align: other merges ignored",
+        CROSS,
+        "    if not same_rules(student, teacher):\n        return False\n",
+        "",
+    ),
+    Mutation(
+        "align: the name of a special token is one",
+        ("teachers/cross_tokenizer/text_encoder.py", HARD_TEXTS),
+        "        spec |= _without_special(spec, tokens.special)\n",
+        "",
+    ),
+    Mutation(
+        "stats: tokens without a score of the teacher's completions count",
+        ("metrics/update_stats.py", "metrics/test_update_stats.py"),
+        '"kd/unaligned_frac", places < 0, tokens',
+        '"kd/unaligned_frac", places < 0, real',
+    ),
+    Mutation(
+        "rollouts: a metric that is not measured keeps its value",
+        ("rollout/rollouts.py", "runs/test_privileged_completions.py"),
+        "self.watch.with_gaps(self._measure(plan, groups, replaced, seconds))",
+        "self._measure(plan, groups, replaced, seconds)",
+    ),
+    Mutation(
+        "settings: 1.5 is a count",
+        ("errors.py", "test_errors.py"),
+        "    if not isinstance(value, int):\n",
+        "    if False:\n",
+    ),
+    Mutation(
+        "settings: a self-teacher's weights may be a word",
+        ("teachers/self_teachers/teacher.py", "teachers/self_teachers/test_self_teachers.py"),
+        'require_kind("weights", weights, WeightRule, "Give one',
+        'require_kind("weights", weights, object, "Give one',
+    ),
+    Mutation(
         "align: tokens beyond the context scored",
         WORKER,
         "[job.most for job in jobs]",
@@ -359,6 +415,18 @@ MUTATIONS = [
         TRANSLATION,
         "totals[opens] / np.bincount(opens, minlength=len(opens))[opens]",
         "totals[opens]",
+    ),
+    Mutation(
+        "translation: room counted in the student's tokens",
+        TEACHER_PROMPTS,
+        "longest = max(sample) + self",
+        "longest = longest + 0 * max(sample) + 0 * self",
+    ),
+    Mutation(
+        "translation: the teacher's prompt may fill its context",
+        TEACHER_PROMPTS,
+        "            prompts.require(self.check)\n",
+        "",
     ),
     Mutation(
         "translation: a routed teacher samples after the student's prompt",
@@ -1903,7 +1971,7 @@ MUTATIONS = [
     Mutation(
         "changes: the teacher's unseen",
         ("datamodule/rollouts.py", CHANGES[1]),
-        "refused=[*rules.refused, *refused]",
+        "refused=[*rules.refused, *of_teacher.of_student]",
         "refused=rules.refused",
     ),
     Mutation("rotary: padding counts", ROTARY, "if dynamic or not each:", "if False:"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.knights.task import KnightsTraces, make_tokenizer
 from kdrl_lightning import __version__
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
 
@@ -73,14 +73,14 @@ class KnightsModel(ModelSource):
     ) -> None:
         if role not in RECIPES:
             raise ConfigurationError(f"`role` must be teacher or student: got {role}.")
-        require_between("depth", depth, 2, float("inf"))
-        require_between("seed", seed, 0, float("inf"))
+        require_count("depth", depth, 2, float("inf"))
+        require_count("seed", seed, 0, float("inf"))
         recipe = RECIPES[role]
         self.role = role
         self.depth = depth
         self.seed = seed
         self.steps = recipe.steps if steps is None else steps
-        require_between("steps", self.steps, 10, float("inf"))
+        require_count("steps", self.steps, 10, float("inf"))
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import re
 import zlib
 from typing import Any, Literal
 
-from kdrl_lightning.errors import ConfigurationError, load_library, require_between
+from kdrl_lightning.errors import ConfigurationError, load_library, require_count
 from kdrl_lightning.prompts import KnightsAndKnavesPrompts, PromptSource
 from kdrl_lightning.prompts.reasoning_gym import SEED_STRIDE
 from kdrl_lightning.rewards import Sample, Verdict
@@ -53,7 +53,7 @@ class KnightsAndKnaves(PromptSource):
         width: int = 2,
         part: Literal["train", "validation", "all"] = "train",
     ) -> None:
-        require_between("size", size, 1, SEED_STRIDE // 100)
+        require_count("size", size, 1, SEED_STRIDE // 100)
         if part not in ("train", "validation", "all"):
             raise ConfigurationError(f"`part` must be train, validation or all: got {part}.")
         puzzles = KnightsAndKnavesPrompts(2, SEED_STRIDE, seed, depth, width)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 
 from kdrl_lightning.common.untyped import State
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 
 
 class Schedule(ABC):
@@ -83,7 +83,7 @@ class _Span(Schedule):
     """
 
     def __init__(self, start: float, end: float, end_step: int, begin_step: int = 0) -> None:
-        require_between("begin_step", begin_step, 0, float("inf"))
+        require_count("begin_step", begin_step, 0, float("inf"))
         if end_step <= begin_step:
             raise ConfigurationError(
                 f"`end_step` must come after begin_step {begin_step}: got {end_step}. "
@@ -161,7 +161,7 @@ class Switch(Schedule):
     """
 
     def __init__(self, before: float, after: float, at_step: int) -> None:
-        require_between("at_step", at_step, 1, float("inf"), "For one value, use Constant.")
+        require_count("at_step", at_step, 1, float("inf"), "For one value, use Constant.")
         self.before = _positive("before", before)
         self.after = _positive("after", after)
         self.at_step = at_step
@@ -197,7 +197,7 @@ class PlateauSwitch(Schedule):
         min_delta: float = 0.01,
         monitor: str = "val/accuracy",
     ) -> None:
-        require_between("patience", patience, 1, float("inf"))
+        require_count("patience", patience, 1, float("inf"))
         require_between("min_delta", min_delta, 0.0, float("inf"))
         self.before = _positive("before", before)
         self.after = _positive("after", after)

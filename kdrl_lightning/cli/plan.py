@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from kdrl_lightning.cli.main import KDRLCLI
 from kdrl_lightning.cli.parser import OneLineParser
 from kdrl_lightning.common.untyped import Value
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.hardware.planning.cards import CARDS, Card, bytes_of, card_named
 from kdrl_lightning.hardware.planning.job import Job, Strategy, sampler_of
 from kdrl_lightning.hardware.planning.planner import Plan
@@ -116,7 +116,7 @@ def planned(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
         ("--teacher-prompt-tokens", own.teacher_prompt_tokens),
     ):
         if value is not None:
-            require_between(name, value, 1, float("inf"))
+            require_count(name, value, 1, float("inf"))
     if own.teacher_tokens is not None:
         require_between("--teacher-tokens", own.teacher_tokens, 0.01, 100.0)
     if own.gpus and not any(word.startswith("--trainer.devices") for word in rest):

@@ -13,9 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import Row, State
+from kdrl_lightning.datamodule.teacher_prompts import TeacherPrompts
 from kdrl_lightning.engines.base import RolloutEngine, Sampling
 from kdrl_lightning.engines.transformers_engine import TransformersEngine
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.evaluation import (
     EvalSets,
     EvaluationBatch,
@@ -103,8 +104,8 @@ class RolloutDataModule(pl.LightningDataModule):
         super().__init__()
         seed = 0 if seed is None else seed
         if max_prompt_tokens is not None:
-            require_between("max_prompt_tokens", max_prompt_tokens, 1, float("inf"))
-        require_between("seed", seed, 0, float("inf"))
+            require_count("max_prompt_tokens", max_prompt_tokens, 1, float("inf"))
+        require_count("seed", seed, 0, float("inf"))
         if overlong_prompts not in ("refuse", "drop"):
             raise ConfigurationError(
                 f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
@@ -201,16 +202,9 @@ class RolloutDataModule(pl.LightningDataModule):
             models = {**rules.vocabularies, "teacher": teacher.vocabulary_rows}
             rules = replace(rules, vocabularies=models)
             self.live.vocabulary_rows = min(models.values())
-        sampled = None
-        if share.count and teacher is not None:  # of a self-teacher it is the student
-            sampled = teacher.model_name or (module.student_path if teacher.generates else None)
-        if sampled:
-            refused = share.engine.refused_lengths(sampled, settings.max_tokens)
-            rules = replace(rules, refused=[*rules.refused, *refused])
+        of_teacher = TeacherPrompts(module, share)
+        rules = replace(rules, refused=[*rules.refused, *of_teacher.of_student])
         prompts = self._encode(self.train_prompts, "train_prompts", rules, CHECKED_ROWS)
-        if sampled:
-            longest = prompts.bound + settings.max_tokens
-            share.engine.prepare(sampled, longest, module.device)
         self.rollouts_per_epoch = self._rollouts_for(len(prompts))
         group, length = self.completions_per_prompt, len(self.train_dataloader())
         check_completions(objective, settings, share, self.rewards.reward)
@@ -229,6 +223,7 @@ class RolloutDataModule(pl.LightningDataModule):
             line = teacher.check_rows([row for row, _ in prompts.sample], module.tokenizer)
             if line and trainer.is_global_zero:
                 print(f"train_prompts: {line}", flush=True)
+        of_teacher.prepare(prompts)
         self.collector.repeat = overfit_rollouts(trainer, settings, length)
         self.rollouts.prompts = prompts
         return prompts

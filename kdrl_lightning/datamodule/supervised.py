@@ -10,7 +10,7 @@ import torch
 
 from kdrl_lightning.common.distributed import stop_together
 from kdrl_lightning.common.untyped import HFTokenizer, Row
-from kdrl_lightning.errors import BadRow, ConfigurationError, require_between
+from kdrl_lightning.errors import BadRow, ConfigurationError, require_count
 from kdrl_lightning.models.end_tokens import EndTokens, space_before_answer
 from kdrl_lightning.objectives.sft import SFT
 from kdrl_lightning.prompts.base import Prompts
@@ -127,7 +127,7 @@ class SupervisedDataModule(pl.LightningDataModule):
 
     def __init__(self, traces: Prompts, batch_size: int = 128, seed: int = 0) -> None:
         super().__init__()
-        require_between("batch_size", batch_size, 1, float("inf"))
+        require_count("batch_size", batch_size, 1, float("inf"))
         self.traces = traces
         self.batch_size = batch_size
         self.seed = seed

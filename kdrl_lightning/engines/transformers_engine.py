@@ -28,7 +28,7 @@ from kdrl_lightning.engines.prefixes import (
 from kdrl_lightning.engines.replica import filled_replica
 from kdrl_lightning.engines.restriction import restricted
 from kdrl_lightning.engines.shared_heads import shared_heads_in_place
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.models.architectures.rotary import decide_per_row
 from kdrl_lightning.models.architectures.switches import changes, may_change, probe_length
 from kdrl_lightning.models.architectures.verification import (
@@ -82,7 +82,7 @@ class TransformersEngine(RolloutEngine):
         limits = {"max_sequences": max_sequences, "max_cached_tokens": max_cached_tokens}
         for name, value in limits.items():
             if value is not None:
-                require_between(name, value, 1, float("inf"))
+                require_count(name, value, 1, float("inf"))
         self.budget = CacheBudget(max_cached_tokens, max_sequences)
         self._model: HFModel = None
         self._replica: Any = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from kdrl_lightning.engines.base import Sampling
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.prompts.base import Prompts
 
 # The mean over named sets; no set may have this name.
@@ -162,7 +162,7 @@ def _complete(
     )
     batch_size = default.batch_size if one.batch_size is None else one.batch_size
     _check(where, samples, batch_size, sampling)
-    require_between(f"{where}max_tokens", sampling.max_tokens, 1, float("inf"))
+    require_count(f"{where}max_tokens", sampling.max_tokens, 1, float("inf"))
     if samples > 1 and sampling.temperature == 0.0:
         raise ConfigurationError(
             f"`{where}temperature` must be above 0 for {samples} samples of a prompt: got 0. "
@@ -180,18 +180,18 @@ def _complete(
     if not ks and one.k is None:
         ks = (samples,) if samples > 1 else ()
     for k in ks:
-        require_between(f"{where}k", k, 1, samples, "Lower it, or raise `samples`.")
+        require_count(f"{where}k", k, 1, samples, "Lower it, or raise `samples`.")
     return NamedSet(name, one.prompts, samples, sampling, batch_size, ks)
 
 
 def _check(where: str, samples: int, batch_size: int, sampling: Sampling) -> None:
-    require_between(f"{where}samples", samples, 1, float("inf"))
-    require_between(f"{where}batch_size", batch_size, 1, float("inf"))
+    require_count(f"{where}samples", samples, 1, float("inf"))
+    require_count(f"{where}batch_size", batch_size, 1, float("inf"))
     require_between(f"{where}temperature", sampling.temperature, 0.0, float("inf"), "0 is greedy.")
     if not 0.0 < sampling.top_p <= 1.0:
         raise ConfigurationError(
             f"`{where}top_p` must be above 0 and at most 1: got {sampling.top_p}. "
             "1 samples from all tokens."
         )
-    require_between(f"{where}top_k", sampling.top_k, 0, float("inf"), "0 samples from all tokens.")
+    require_count(f"{where}top_k", sampling.top_k, 0, float("inf"), "0 samples from all tokens.")
     require_between(f"{where}min_p", sampling.min_p, 0.0, 1.0, "0 samples from all tokens.")

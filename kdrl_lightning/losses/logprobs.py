@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.losses.head.chunk_math import Divergence, Transform, math_for
 from kdrl_lightning.losses.head.head_products import computing_dtype, project
 from kdrl_lightning.losses.head.logprobs_backward import ChosenTokens, Compared, Values, Work
@@ -198,7 +198,7 @@ def token_scores(
     if not 0.0 < temperature < float("inf"):
         raise ConfigurationError(f"`temperature` must be above 0: got {temperature}. 1.0 is usual.")
     if chunk_size is not None:
-        require_between("chunk_size", chunk_size, 1, float("inf"))
+        require_count("chunk_size", chunk_size, 1, float("inf"))
     vocab = head.vocab_size or head.weight.shape[0]
     size = chunk_size or auto_chunk_size(vocab, hidden.device.type)
 

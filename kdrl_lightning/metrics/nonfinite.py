@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.errors import TrainingStopped, require_count
 
 
 class NonFiniteSteps:
@@ -26,7 +26,7 @@ class NonFiniteSteps:
     """
 
     def __init__(self, allowed: int) -> None:
-        require_between("max_nonfinite_steps", allowed, 0, float("inf"))
+        require_count("max_nonfinite_steps", allowed, 0, float("inf"))
         self.allowed = allowed
         self.skipped = 0
         self._in_a_row = 0

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.losses import (
     TokenScores,
     generalized_jsd,
@@ -165,7 +165,7 @@ class VocabularyKL(DistillTerm):
         if top_k is None:
             self.divergence = partial(floored_jsd, jsd_beta=jsd_beta)
         else:
-            require_between("top_k", top_k, 1, float("inf"), "Use null for the full vocabulary.")
+            require_count("top_k", top_k, 1, float("inf"), "Use null for the full vocabulary.")
             self.top_k = top_k
         self.jsd_beta = jsd_beta
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.losses import aligned, beneficial, certain, wrong_completions, wrong_groups
 from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
 from kdrl_lightning.objectives.base import Part, known, teacher_logprobs
@@ -88,7 +88,7 @@ class ExceptFirstTokens(Selection):
     reads_old_scores = False
 
     def __init__(self, count: int = 3) -> None:
-        require_between("count", count, 0, float("inf"))
+        require_count("count", count, 0, float("inf"))
         self.count = count
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.common.untyped import Row, Tree
-from kdrl_lightning.errors import ConfigurationError, load_library, require_between
+from kdrl_lightning.errors import ConfigurationError, load_library, require_count
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.columns.column_types import (
     has_long_numbers,
@@ -75,7 +75,7 @@ class HFPrompts(PromptSource):
         prefill: str | None = None,
     ) -> None:
         if take is not None:
-            require_between("take", take, 1, float("inf"))
+            require_count("take", take, 1, float("inf"))
         self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.prompt_column = prompt_column
         self.answer_column = answer_column

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdrl_lightning.common.untyped import Tree
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_count
 from kdrl_lightning.prompts.reasoning_gym import ReasoningGymPrompts
 
 
@@ -46,9 +46,9 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         suffix: str = "",
         prefill: str | None = None,
     ) -> None:
-        require_between("people", people, 2, 8)
-        require_between("depth", depth, 2, float("inf"))
-        require_between("width", width, 2, float("inf"))
+        require_count("people", people, 2, 8)
+        require_count("depth", depth, 2, float("inf"))
+        require_count("width", width, 2, float("inf"))
         config = {"n_people": people, "depth_constraint": depth, "width_constraint": width}
         super().__init__(
             "knights_knaves",

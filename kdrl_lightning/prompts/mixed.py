@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_lightning.common.untyped import Row
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.prompts.base import Prompts, PromptSource
 
 
@@ -53,9 +53,9 @@ class MixedPrompts(PromptSource):
                     f"`weights` must be above 0 and finite: got {weight} for {name}. "
                     "Remove a source that must not be used."
                 )
-        require_between("seed", seed, 0, float("inf"))
+        require_count("seed", seed, 0, float("inf"))
         if size is not None:
-            require_between("size", size, 1, float("inf"))
+            require_count("size", size, 1, float("inf"))
         total = sum(weights.values())
         sizes = [len(source) for source in sources.values()]
         self.sources = sources

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from kdrl_lightning.common.untyped import Row, Tree
-from kdrl_lightning.errors import ConfigurationError, load_library, require_between
+from kdrl_lightning.errors import ConfigurationError, load_library, require_count
 from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.prompts.messages import PromptForm
 
@@ -50,8 +50,8 @@ class ReasoningGymPrompts(PromptSource):
         suffix: str = "",
         prefill: str | None = None,
     ) -> None:
-        require_between("size", size, 1, SEED_STRIDE)
-        require_between("seed", seed, 0, float("inf"))
+        require_count("size", size, 1, SEED_STRIDE)
+        require_count("seed", seed, 0, float("inf"))
         self.form = PromptForm(chat, system, template_args, examples, suffix, prefill)
         self.size = size
         self.items = create_task(task, {**(config or {}), "seed": seed * SEED_STRIDE, "size": size})

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kdrl_lightning.common.untyped import Row
 from kdrl_lightning.common.written_values import read_container
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.rewards.base import BatchReward, Sample, Verdict
 from kdrl_lightning.rewards.processes.sandbox import Sandbox, require_sandbox
 
@@ -54,9 +54,9 @@ class CodeReward(BatchReward):
         workers: int = 4,
     ) -> None:
         require_between("time_limit_s", time_limit_s, 0.1, 3600.0)
-        require_between("memory_mb", memory_mb, 64, 1 << 20)
-        require_between("output_kb", output_kb, 1, 1 << 20)
-        require_between("workers", workers, 1, 1024)
+        require_count("memory_mb", memory_mb, 64, 1 << 20)
+        require_count("output_kb", output_kb, 1, 1 << 20)
+        require_count("workers", workers, 1, 1024)
         self.tests_column = tests_column
         self.workers = workers
         self._probed = 0

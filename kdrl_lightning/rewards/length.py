@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.rewards.base import Sample, TaskReward, Verdict
 
 
@@ -26,7 +26,7 @@ class LengthPenalty(TaskReward):
     """
 
     def __init__(self, max_tokens: int, buffer_tokens: int) -> None:
-        require_between("max_tokens", max_tokens, 1, float("inf"))
+        require_count("max_tokens", max_tokens, 1, float("inf"))
         if not 1 <= buffer_tokens <= max_tokens:
             raise ConfigurationError(
                 f"`buffer_tokens` must be from 1 to max_tokens {max_tokens}: got {buffer_tokens}. "

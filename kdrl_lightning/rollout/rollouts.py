@@ -186,7 +186,7 @@ class RolloutSource:
             "time/teacher_s": self.teacher_seconds - (self._teacher_seconds or 0.0),
         }
         self._teacher_seconds = self.teacher_seconds
-        metrics = self._measure(plan, groups, replaced, seconds)
+        metrics = self.watch.with_gaps(self._measure(plan, groups, replaced, seconds))
         return plan.with_metrics(metrics, self.live.trainer.global_step % self.updates)
 
     def _measure(

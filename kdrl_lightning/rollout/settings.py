@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdrl_lightning.engines.base import RolloutEngine
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 
 ANY = float("inf")
 
@@ -63,17 +63,17 @@ class RolloutSettings:
     max_tokens_per_micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        require_between("prompts_per_rollout", self.prompts_per_rollout, 1, ANY)
-        require_between("group_size", self.group_size, 0, ANY)
-        require_between("max_tokens", self.max_tokens, 1, ANY)
+        require_count("prompts_per_rollout", self.prompts_per_rollout, 1, ANY)
+        require_count("group_size", self.group_size, 0, ANY)
+        require_count("max_tokens", self.max_tokens, 1, ANY)
         require_temperature("temperature", self.temperature)
-        require_between("minibatches_per_rollout", self.minibatches_per_rollout, 1, ANY)
-        require_between("epochs_per_rollout", self.epochs_per_rollout, 1, ANY)
-        require_between("max_refills", self.max_refills, 0, ANY)
+        require_count("minibatches_per_rollout", self.minibatches_per_rollout, 1, ANY)
+        require_count("epochs_per_rollout", self.epochs_per_rollout, 1, ANY)
+        require_count("max_refills", self.max_refills, 0, ANY)
         if self.rollouts_per_epoch is not None:
-            require_between("rollouts_per_epoch", self.rollouts_per_epoch, 1, ANY)
+            require_count("rollouts_per_epoch", self.rollouts_per_epoch, 1, ANY)
         if self.max_tokens_per_micro_batch is not None:
-            require_between("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, 1, ANY)
+            require_count("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, 1, ANY)
         if self.max_off_policy_steps not in (0, 1):
             raise ConfigurationError(
                 f"`max_off_policy_steps` must be 0 or 1 rollouts: got {self.max_off_policy_steps}. "
@@ -104,7 +104,7 @@ class TeacherCompletions:
     engine: RolloutEngine | None = None
 
     def __post_init__(self) -> None:
-        require_between("teacher_completions.count", self.count, 0, ANY)
+        require_count("teacher_completions.count", self.count, 0, ANY)
         if self.temperature is None:
             return
         if not self.count:

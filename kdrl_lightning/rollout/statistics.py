@@ -27,6 +27,7 @@ class RolloutWatch:
         completions: completions sampled, with those of replaced groups.
         tokens: tokens of these completions.
         seconds: seconds spent in each phase, by metric name.
+        names: names of all metrics so far.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class RolloutWatch:
         self.completions = 0
         self.tokens = 0
         self.seconds: dict[str, float] = {}
+        self.names: set[str] = set()
         self._warned: set[str] = set()
 
     def measure(
@@ -112,13 +114,24 @@ class RolloutWatch:
         )
         return {"kd/context_frac": having / count, "kd/context_dropped_frac": lost / count}
 
+    def with_gaps(self, metrics: Mapping[str, float]) -> dict[str, float | None]:
+        """Return a rollout's metrics, with None for names that only an earlier one measured.
+
+        A rollout may have no completion of the teacher, none of the student, or no reward of a
+        kind. Without None, callbacks would read the values of an earlier rollout.
+        """
+        gaps = dict.fromkeys(self.names - metrics.keys())
+        self.names |= metrics.keys()
+        return {**metrics, **gaps}
+
     def state_dict(self) -> State:
-        """Return the totals."""
+        """Return the totals, and the names that get None if a rollout does not measure them."""
         totals = {"rollouts": self.rollouts, "completions": self.completions, "tokens": self.tokens}
-        return {**totals, "seconds": self.seconds}
+        return {**totals, "seconds": self.seconds, "names": sorted(self.names)}
 
     def load_state_dict(self, state: State) -> None:
-        """Restore the totals."""
+        """Restore what ``state_dict`` returned."""
+        self.names = set(state.get("names", ()))  # checkpoints of 0.1 have none
         self.rollouts, self.completions = state["rollouts"], state["completions"]
         self.tokens, self.seconds = state["tokens"], dict(state["seconds"])
 

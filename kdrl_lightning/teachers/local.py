@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer
-from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.errors import TrainingStopped, require_count
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.architectures.fast_path import check_fast_path
 from kdrl_lightning.models.architectures.trunk import Trunk
@@ -62,7 +62,7 @@ class LocalTeacher(Teacher):
         compile: bool = False,
     ) -> None:
         if chunk_size is not None:
-            require_between("chunk_size", chunk_size, 1, float("inf"))
+            require_count("chunk_size", chunk_size, 1, float("inf"))
         self.model = model
         self.dtype = dtype
         self.offload = offload

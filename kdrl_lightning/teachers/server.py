@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer, Tree
 from kdrl_lightning.engines.http_client import AS_IT_IS, ServerClient, clients
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_count
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
@@ -78,7 +78,7 @@ class ServerTeacher(Teacher):
         max_away_s: float = 120.0,
         max_sequences: int = 32,
     ) -> None:
-        require_between("max_sequences", max_sequences, 1, float("inf"))
+        require_count("max_sequences", max_sequences, 1, float("inf"))
         self.model = model
         self.max_sequences = max_sequences
         self._servers = clients(urls, api_key, timeout_s, max_away_s)

@@ -6,12 +6,13 @@ worse gives a warning.
 
 from __future__ import annotations
 
+import json
 import warnings
 from itertools import takewhile
 from typing import Any
 
 from kdrl_lightning.common.chat_templates import render
-from kdrl_lightning.common.untyped import HFTokenizer
+from kdrl_lightning.common.untyped import HFTokenizer, Tree
 from kdrl_lightning.errors import ConfigurationError
 
 # `Any`: an objective, whose room this one must not import.
@@ -92,6 +93,7 @@ def compare(
             token.
     """
     check_same_vocabulary(student, teacher, student_path, teacher_path)
+    warn_of_merges(student, teacher, student_path, teacher_path)
     warn_of_templates(student, teacher, student_path, teacher_path)
     return different_ends(student, teacher, vocab_size, ends)
 
@@ -193,6 +195,50 @@ def warn_of_templates(
                 stacklevel=2,
             )
             return
+
+
+def warn_of_merges(
+    student: HFTokenizer, teacher: HFTokenizer, student_path: str, teacher_path: str
+) -> None:
+    """Warn if the teacher would write a text in other tokens of the same vocabulary.
+
+    It was trained on its own way to split a text. On another one its scores get worse without any
+    error.
+    """
+    if not same_rules(student, teacher, ("model",)):
+        warnings.warn(
+            f"the tokenizers of student {student_path} and teacher {teacher_path} have one "
+            "vocabulary and different merges or scores: the teacher would split a text otherwise "
+            "than the tokens that it scores. Wrap it in a CrossTokenizerTeacher.",
+            stacklevel=2,
+        )
+
+
+def same_rules(
+    one: HFTokenizer,
+    other: HFTokenizer,
+    steps: tuple[str, ...] = ("model", "normalizer", "pre_tokenizer"),
+) -> bool:
+    """Return whether two tokenizers of one vocabulary split every text alike, as far as we know.
+
+    Args:
+        one: a tokenizer.
+        other: another one. One without a ``tokenizers`` backend cannot be compared and counts as
+            alike.
+        steps: the steps of the backend to compare.
+    """
+    rules = [_rules(tokenizer, steps) for tokenizer in (one, other)]
+    return None in rules or rules[0] == rules[1]
+
+
+def _rules(tokenizer: HFTokenizer, steps: tuple[str, ...]) -> Tree | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    spec = json.loads(backend.to_str())
+    if isinstance(spec["model"].get("vocab"), dict):  # else it holds the scores of Unigram
+        del spec["model"]["vocab"]
+    return {step: spec[step] for step in steps}
 
 
 def _by_id(tokenizer: HFTokenizer) -> dict[int, str]:

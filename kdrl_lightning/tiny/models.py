@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdrl_lightning import __version__
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
 from kdrl_lightning.prompts.base import PromptSource
@@ -96,8 +96,8 @@ class TinyModel(ModelSource):
                 f"`role` must be one of {', '.join(RECIPES)}: got {role}. Choose one of them."
             )
         require_between("slip", slip, 0.0, 1.0)
-        require_between("digits", digits, 1, 9)
-        require_between("seed", seed, 0, float("inf"))
+        require_count("digits", digits, 1, 9)
+        require_count("seed", seed, 0, float("inf"))
         self.role = role
         self.slip = 0.0 if role.endswith("teacher") else slip  # a teacher writes all carries
         self.digits = digits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_between, require_count
 from kdrl_lightning.rewards.answers.extraction import answer_of
 from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, Verdict, judge
 
@@ -37,7 +37,7 @@ class ErringVerifier(BatchReward):
     ) -> None:
         require_between("accepts_wrong", accepts_wrong, 0.0, 1.0)
         require_between("rejects_right", rejects_right, 0.0, 1.0)
-        require_between("seed", seed, 0, float("inf"))
+        require_count("seed", seed, 0, float("inf"))
         self.reward = reward
         self.accepts_wrong = accepts_wrong
         self.rejects_right = rejects_right

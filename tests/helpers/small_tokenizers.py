@@ -66,7 +66,7 @@ def _trained(kind: str, texts: Sequence[str], size: int) -> Tokenizer:
             initial_alphabet=BYTES,
             show_progress=False,
         )
-    elif kind == "unigram":
+    elif kind in ("unigram", "unigram_bytes"):
         made = Tokenizer(models.Unigram())
         made.pre_tokenizer = pre_tokenizers.Metaspace()
         made.decoder = decoders.Metaspace()
@@ -96,6 +96,12 @@ def _trained(kind: str, texts: Sequence[str], size: int) -> Tokenizer:
     # Byte tokens are ordinary entries of the vocabulary.
     spec = json.loads(made.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in SPECIAL]
+    if kind == "unigram_bytes":  # as sentencepiece's Unigram with byte fallback
+        spec["model"]["vocab"] += [[f"<0x{b:02X}>", -20.0] for b in range(256)]
+        spec["model"]["byte_fallback"] = True
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        made.decoder = decoders.Sequence(steps)
+        spec["decoder"] = json.loads(made.to_str())["decoder"]
     return Tokenizer.from_str(json.dumps(spec))
 
 

@@ -1,4 +1,4 @@
-"""Chunks of a teacher with another tokenizer, by enumeration of all texts over two letters."""
+"""Chunks of a teacher with another tokenizer, by enumeration of all texts of small alphabets."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from helpers.enumerated import END, Model, align, sums
 from helpers.reference import close, f64, normal
 from helpers.small_tokenizers import SPECIAL, by_hand, wrapped
 from kdrl_lightning.losses import k2, k3, policy_gradient_kl, trrd_surrogate
@@ -22,38 +22,7 @@ from kdrl_lightning.losses.chunks import (
     teacher_beside,
     whole_chunks,
 )
-from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TokenBytes
-
-END = 1
-
-
-class Model:
-    """A language model as a table: the next token's logits for each text so far."""
-
-    def __init__(self, vocabulary: Sequence[int], seed: int) -> None:
-        self.vocabulary, self.seed = list(vocabulary), seed
-        self.rows: dict[tuple[int, ...], Tensor] = {}
-
-    def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """``[T]`` log-probabilities of the tokens."""
-        return torch.stack(
-            [self.next(ids[:t])[self.vocabulary.index(i)] for t, i in enumerate(ids)]
-        )
-
-    def next(self, before: Sequence[int]) -> Tensor:
-        key = tuple(before)
-        if key not in self.rows:
-            seed = self.seed + sum((i + 1) * 31**n for n, i in enumerate(key)) % 99991
-            self.rows[key] = normal(len(self.vocabulary), seed=seed).requires_grad_()
-        return self.rows[key].log_softmax(-1)
-
-    def gradients(self, value: Tensor) -> dict[tuple[int, ...], Tensor]:
-        rows = list(self.rows.items())
-        found = torch.autograd.grad(value, [r for _, r in rows], allow_unused=True)
-        return {
-            k: torch.zeros_like(r) if g is None else g
-            for (k, r), g in zip(rows, found, strict=True)
-        }
+from kdrl_lightning.teachers.cross_tokenizer import Chunked
 
 
 def greedy(pieces: Sequence[str]) -> object:
@@ -66,19 +35,6 @@ def greedy(pieces: Sequence[str]) -> object:
     return wrapped(made)
 
 
-def align(student: object, teacher: object) -> Callable[[Sequence[int]], Chunked]:
-    found = Aligner(TokenBytes(student, "s", [END]), TokenBytes(teacher, "t", [END]), [END])
-    return lambda ids: found([np.array(ids)], [END])[0]
-
-
-def sums(model: Model, one: Chunked) -> tuple[Tensor, Tensor]:
-    """``[1, T]`` the teacher's sum of each token's chunk, and the places."""
-    theirs = model.logprobs(one.teacher_ids.tolist()).detach()[None]
-    totals = chunk_totals(theirs, torch.tensor(one.teacher_places)[None])
-    return totals.gather(1, torch.tensor(one.columns)[None]), torch.tensor(one.places)[None]
-
-
-LETTERS = by_hand("ab")
 PAIRS = ["aa", "ab", "ba", "bb"]
 
 
@@ -138,9 +94,15 @@ def same(a: dict[tuple[int, ...], Tensor], b: dict[tuple[int, ...], Tensor]) -> 
         close(a.get(key, zero), b.get(key, zero))
 
 
+# Characters, and the words that a teacher makes of them: no word begins another one. ``Ġ`` is a
+# space.
 CODES = {
-    "pairs": (PAIRS, [(2, 2), (2, 3), (3, 2), (3, 3)]),
-    "unequal": (["a", "ba", "bb"], [(2,), (3, 2), (3, 3)]),
+    "pairs": ("ab", PAIRS),
+    "unequal": ("ab", ["a", "ba", "bb"]),
+    "digits in pairs": ("07", ["00", "07", "70", "77"]),
+    "a space begins a word": ("Ġx", ["Ġx", "ĠĠ", "x"]),
+    "three letters": ("abc", ["a", "b", "ca", "cb", "cc"]),
+    "long words": ("ab", ["b", "ab", "aab", "aaa"]),
 }
 
 
@@ -148,20 +110,31 @@ CODES = {
 @pytest.mark.parametrize("code", CODES)
 def test_letters_under_a_merging_teacher(code: str, loss: Callable[..., Tensor]) -> None:
     """The expected gradient is that of the chunks' KL, reverse for k2 and policy gradient."""
-    pieces, words = CODES[code]
-    teacher_tokens = greedy([*pieces, *({"a", "b"} - set(pieces))])
-    aligned = align(LETTERS, teacher_tokens)
-    student, teacher = Model([2, 3], 1), Model(range(len(teacher_tokens)), 2)  # type: ignore[arg-type]
-    texts = list(itertools.product([2, 3], repeat=4))
-    got = expected(student, teacher, texts, aligned, loss, last=2)
-    same(got, chunk_kl(student, teacher, aligned, words, 2, forward=loss is k3))
+    letters, pieces = CODES[code]
+    ids = {letter: n + 2 for n, letter in enumerate(letters)}
+    teacher_tokens = greedy([*pieces, *sorted(set(letters) - set(pieces))])
+    aligned = align(by_hand(letters), teacher_tokens)
+    student, teacher = Model([*ids.values()], 1), Model(range(len(teacher_tokens)), 2)  # type: ignore[arg-type]
+    longest = max(map(len, pieces))
+    last = 1 if longest > 2 or len(letters) > 2 else 2  # a chunk that begins here is whole
+    texts = list(itertools.product(ids.values(), repeat=last + longest))
+    got = expected(student, teacher, texts, aligned, loss, last)
+    words = [tuple(ids[letter] for letter in piece) for piece in pieces]
+    same(got, chunk_kl(student, teacher, aligned, words, last, forward=loss is k3))
 
 
 @pytest.mark.parametrize("loss", [k2, policy_gradient_kl, k3])
-def test_a_merging_student_under_a_teacher_of_letters(loss: Callable[..., Tensor]) -> None:
-    pairs = greedy(PAIRS)
-    first, later = range(3, 7), range(7, 11)  # at the start of a text, and within it
-    aligned = align(pairs, LETTERS)
+@pytest.mark.parametrize(
+    ("letters", "pieces"),
+    [("ab", PAIRS), ("07", CODES["digits in pairs"][1]), ("Ġx", CODES["a space begins a word"][1])],
+    ids=["letters", "digits", "spaces"],
+)
+def test_a_merging_student_under_a_teacher_of_letters(
+    letters: str, pieces: list[str], loss: Callable[..., Tensor]
+) -> None:
+    count = len(pieces)
+    first, later = range(3, 3 + count), range(3 + count, 3 + 2 * count)  # of a text, and within it
+    aligned = align(greedy(pieces), by_hand(letters))
     student, teacher = Model([*first, *later], 3), Model([2, 3], 4)
     texts = [(i, j) for i in [*first, *later] for j in [*first, *later]]
     got = expected(student, teacher, texts, aligned, loss, last=1)
@@ -172,7 +145,7 @@ def test_a_merging_student_under_a_teacher_of_letters(loss: Callable[..., Tensor
 def test_the_gaps_of_a_text_add_up_to_that_of_the_whole_text() -> None:
     """With merges that depend on what follows, end tokens, and cut texts."""
     merging = by_hand(["a", "b", "ab", "aba"], [("a", "b"), ("ab", "a")])
-    aligned = align(LETTERS, merging)
+    aligned = align(by_hand("ab"), merging)
     student, teacher = Model([2, 3, END], 5), Model([2, 3, 4, 5, END], 6)
     for length in range(1, 6):
         for text in itertools.product([2, 3], repeat=length):

@@ -11,7 +11,7 @@ import torch
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.metrics.update_stats import UpdateStats
-from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch, collate
 
 OURS, ENGINES = [[-1.0, -2.0], [-0.5, -3.0]], [[-1.5, -1.75], [-0.5, -3.0]]
 
@@ -95,3 +95,20 @@ def test_a_teacher_without_numbers_stops_all_ranks_with_the_count(value: float) 
 def test_without_a_teacher_there_is_nothing_to_check() -> None:
     values = measure(scored(OURS, OURS, rollout(2, 2)))
     assert list(values) == ["rollout/mismatch_kl"]
+
+
+def test_tokens_without_a_score_and_sizes_of_chunks_are_counted() -> None:
+    """Of the student's 7 tokens 3 have no score; its chunks have 2, 1 and 1 tokens."""
+    places = torch.tensor([[0, 1, 0, -1], [-1, -1, 0, 0], [0, 1, 2, 3]])
+    batch = rollout(4, 3, 4).replace(
+        chunk_places=places,
+        teacher_logprobs=torch.full((3, 4), -1.0),
+        source=torch.tensor([STUDENT, STUDENT, TEACHER]),
+    )
+    expected = {
+        "kd/unaligned_frac": pytest.approx(3 / 7),
+        "kd/chunk_tokens_mean": pytest.approx(4 / 3),
+        "kd/chunk_tokens_max": 2.0,
+    }
+    assert measure(batch) == expected
+    assert measure(batch.select([0]), batch.select([1, 2])) == expected

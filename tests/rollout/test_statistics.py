@@ -10,7 +10,7 @@ import torch
 from helpers.one_rank import alone
 from kdrl_lightning.rewards import RewardFailures, RewardRunner, Sample
 from kdrl_lightning.rollout.statistics import RolloutWatch
-from kdrl_lightning.rollout_batch import RolloutBatch, collate
+from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch, collate
 
 
 def rollout(
@@ -209,3 +209,26 @@ def test_contexts_are_counted_over_ranks_and_their_lack_is_told_once():
     with pytest.warns(UserWarning, match=r"^100% of the completions have no context for the teac"):
         watch.measure_contexts(none, 0, alone)
     watch.measure_contexts(none, 0, alone)  # warnings are errors
+
+
+def test_what_a_rollout_does_not_measure_is_a_gap_also_after_a_resume():
+    """A rollout may lack the teacher's completions, or a kind of reward."""
+    students = rollout([0.5] * 4, [0, 0, 1, 1])
+    both = students.replace(source=torch.tensor([STUDENT, STUDENT, TEACHER, TEACHER]))
+    watch = RolloutWatch()
+    first = watch.with_gaps({**measure(both, watch, False), "reward/style_mean": 1.0})
+    assert first["teacher/reward_mean"] == 0.5 and None not in first.values()
+    gone = {f"teacher/{name}" for name in ("reward_mean", "correct_frac", "length_mean")}
+    again = RolloutWatch()
+    again.load_state_dict(watch.state_dict())
+    for one in watch, again:
+        second = one.with_gaps(measure(students, one, False))
+        assert {name for name, value in second.items() if value is None} == {
+            *gone,
+            "reward/style_mean",
+        }
+        third = one.with_gaps(measure(both, one, False))
+        assert third["teacher/length_mean"] == first["teacher/length_mean"]
+    old = {name: value for name, value in watch.state_dict().items() if name != "names"}
+    again.load_state_dict(old)
+    assert None not in again.with_gaps({"reward/mean": 1.0}).values()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 
 from helpers.short_runs import fit, make_data, make_module
@@ -107,6 +109,34 @@ def test_a_self_teacher_samples_from_its_own_weights_for_failed_prompts(
         assert not answers.any() and len(answers) == int(wrong.sum()) // 4
     (first, start), (second, later) = engine.got
     assert (first, second) == (0, 2) and start != later
+
+
+class Second(pl.Callback):
+    """Lets every completion of the second rollout be right; notes the teacher's metrics."""
+
+    def __init__(self) -> None:
+        self.right = False
+        self.seen: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        names = [name for name in trainer.callback_metrics if name.startswith("teacher/")]
+        self.seen.append(names)
+        self.right = True
+
+
+def test_a_rollout_without_the_teacher_s_completions_has_none_of_its_metrics(
+    tmp_path: Path, student_folder: str, teacher_folder: str
+) -> None:
+    """The values of the rollout before would look like this one's."""
+    prompt, second = TeacherPrompt(ColumnContext("answer"), "{context}{prompt}"), Second()
+    teacher = PromptedTeacher(LocalTeacher(teacher_folder), prompt)
+    data = make_data(
+        val_prompts=None, teacher_completions=1, reward=lambda sample: float(second.right),
+        max_tokens=2, minibatches_per_rollout=1,
+    )  # fmt: skip
+    module = make_module(student_folder, teacher, PublishedHDPO(top_k=4))
+    fit(tmp_path, module, data, [second], max_steps=2)
+    assert [len(names) for names in second.seen] == [3, 0]
 
 
 def test_an_average_of_adapters_does_not_sample(tmp_path: Path, student_folder: str) -> None:

@@ -28,7 +28,7 @@ from kdrl_lightning.engines.vllm.requests import (
 )
 from kdrl_lightning.engines.vllm.room import check_room
 from kdrl_lightning.engines.vllm.worker import after_reload, before_reload
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_count
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
@@ -94,7 +94,7 @@ class VLLMEngine(RolloutEngine):
             "max_sequences": max_sequences,
         }.items():
             if value is not None:
-                require_between(name, value, 1, float("inf"))
+                require_count(name, value, 1, float("inf"))
         if sleep and not torch.cuda.is_available():
             raise ConfigurationError(
                 "`sleep` must be false without a GPU: got true. Set it to false: vLLM cannot sleep "

@@ -25,7 +25,7 @@ from kdrl_lightning.engines.vllm.requests import (
     warn_of_one_rotary,
 )
 from kdrl_lightning.engines.weight_transport import FileRoute, WeightRoute, ranks
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_count
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
@@ -79,7 +79,7 @@ class VLLMServerEngine(RolloutEngine):
         max_model_len: int | None = None,
     ) -> None:
         if max_sequences is not None:
-            require_between("max_sequences", max_sequences, 1, float("inf"))
+            require_count("max_sequences", max_sequences, 1, float("inf"))
         self.weights_folder = weights_folder
         self.transfer = transfer
         self.max_sequences = max_sequences

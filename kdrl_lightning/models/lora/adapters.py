@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.common.untyped import HFModel, State
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.models.lora.targets import ALL, find_targets
 
 # `Any`: peft's layers have no common type.
@@ -54,7 +54,7 @@ class LoRA:
                 "peft must be installed for `lora`: got no installation of it. "
                 "Install it with `pip install 'kdrl_lightning[lora]'`."
             )
-        require_between("rank", rank, 1, float("inf"))
+        require_count("rank", rank, 1, float("inf"))
         if not 0.0 < alpha < float("inf"):
             raise ConfigurationError(
                 f"`alpha` must be above 0: got {alpha}. A common choice is twice the rank."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_between, require_count
 from kdrl_lightning.losses import TokenScores, generalized_jsd, with_tail
 from kdrl_lightning.objectives.advantages import GapAdvantage
 from kdrl_lightning.objectives.base import known, teacher_logprobs
@@ -51,7 +51,7 @@ class TeacherTopK(DistillTerm):
     ) -> None:
         super().__init__(teacher_kl_coef, per_imitated_token)
         require_between("jsd_beta", jsd_beta, 0.0, 1.0 - 1e-6, "0 is forward KL.")
-        require_between("top_k", top_k, 1, float("inf"), "16 is usual.")
+        require_count("top_k", top_k, 1, float("inf"), "16 is usual.")
         if entropy_above is not None:
             require_between("entropy_above", entropy_above, 0.0, float("inf"), "0.8 is published.")
         self.jsd_beta = jsd_beta

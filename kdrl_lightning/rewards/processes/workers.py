@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from kdrl_lightning.errors import TrainingStopped, require_between
+from kdrl_lightning.errors import TrainingStopped, require_between, require_count
 from kdrl_lightning.rewards.callables import describe, portable_target
 
 # `Any`: arguments and results of users' functions.
@@ -58,7 +58,7 @@ class WorkerPool:
         first: Sequence[Any] = (),
     ) -> None:
         require_between("time_limit_s", seconds, 1e-3, 1e6)
-        require_between("workers", workers, 1, 1024)
+        require_count("workers", workers, 1, 1024)
         self.target = portable_target(function)
         self.name = describe(function)
         self.first = list(first)

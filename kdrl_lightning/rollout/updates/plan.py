@@ -52,7 +52,7 @@ class RolloutPlan:
     batch: RolloutBatch
     updates: list[list[list[int]]]
     totals: list[StepTotals]
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     first_update: int = 0
     unscored: int = 0
 
@@ -75,7 +75,9 @@ class RolloutPlan:
         area = sum(len(part) * max(part) for part in parts)
         return 1.0 - sum(map(sum, parts)) / area
 
-    def with_metrics(self, metrics: Mapping[str, float], first_update: int = 0) -> RolloutPlan:
+    def with_metrics(
+        self, metrics: Mapping[str, float | None], first_update: int = 0
+    ) -> RolloutPlan:
         """Return a copy with measurements and the update that carries them."""
         return replace(self, metrics=metrics, first_update=first_update)
 

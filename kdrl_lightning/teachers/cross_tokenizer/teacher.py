@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.engines.base import Completion
-from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
+from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_count
 from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
 from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
@@ -34,7 +34,7 @@ from kdrl_lightning.teachers.cross_tokenizer import (
 )
 from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints
 from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
-from kdrl_lightning.teachers.tokenizers import check_same_vocabulary
+from kdrl_lightning.teachers.tokenizers import check_same_vocabulary, same_rules
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 # `Any`: transformers has no type that all tokenizers share.
@@ -71,7 +71,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
                 f"{type(teacher).__name__}. Keep one of the two."
             )
         if max_chunk_tokens is not None:
-            require_between("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
+            require_count("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
         self.max_chunk_tokens = max_chunk_tokens
         self._worker: AlignmentWorker | None = None
         self._translator: Translator | None = None
@@ -89,6 +89,12 @@ class CrossTokenizerTeacher(WrappedTeacher):
     def vocabulary_rows(self) -> int | None:
         """None, unless the teacher reads the student's ids."""
         return self.teacher.vocabulary_rows if self._theirs is None else None
+
+    @property
+    def context_length(self) -> int | None:
+        """Most of its own tokens that it can read; those of its configuration if it is served."""
+        known = self.teacher.context_length
+        return self._theirs.context_length if known is None and self._theirs else known
 
     @property
     def other_end(self) -> str | None:  # type: ignore[override]
@@ -356,12 +362,14 @@ def _translates(teacher: Teacher) -> bool:
 def same_vocabulary(student: Any, teacher: Any) -> bool:
     """Return whether both write a text in the same tokens.
 
-    Ids must mean the same. A teacher may have more added tokens, but no more ordinary ones: it
-    would write a text in these.
+    Ids must mean the same, and merges must be the same. A teacher may have more added tokens, but
+    no more ordinary ones: it would write a text in these.
     """
     try:
         check_same_vocabulary(student, teacher, "", "")
     except ConfigurationError:
+        return False
+    if not same_rules(student, teacher):
         return False
     more = set(teacher.get_vocab().values()) - set(student.get_vocab().values())
     return more <= set(teacher.added_tokens_decoder)

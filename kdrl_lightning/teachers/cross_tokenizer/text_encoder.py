@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tokenizers import Tokenizer
 
 from kdrl_lightning.common.untyped import Tree
-from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes, unknown_token
 
 # Normalisers that add a space at the start of a text, or compose characters. A completion is the
 # middle of a text, and the teacher is to score the characters that the student wrote.
 LEFT_OUT = {"Prepend", "NFC", "NFD", "NFKC", "NFKD"}
+# What stands for a special token in Unigram's vocabulary: no text has this code point.
+NONCHARACTER, LEAST = "\U0010ffff", -1e6
 # Id of a byte for which a vocabulary has no token.
 NO_TOKEN = -1
 
@@ -32,6 +34,7 @@ class TextEncoder:
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         spec["normalizer"] = _inner(spec["normalizer"], "normalizers")
         spec["pre_tokenizer"] = _inner(spec["pre_tokenizer"], "pretokenizers")
+        spec |= _without_special(spec, tokens.special)
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
         # A student that writes "<|im_end|>" letter by letter has not ended its turn.
         self._tokenizer.encode_special_tokens = True
@@ -80,6 +83,31 @@ def _valid(text: bytes) -> Iterator[str | bytes]:
                 yield text[: error.start].decode()
             yield text[error.start : error.end]
             text = text[error.end :]
+
+
+def _without_special(spec: Tree, special: Mapping[int, str]) -> Tree:
+    """Return model and added tokens so that no text becomes a special token.
+
+    ``encode_special_tokens`` does not suffice: Unigram and WordPiece take the name of a special
+    token for a word of their vocabulary, and a model may end with a token that is not marked as
+    special. An unknown token that the model knows by its name stays.
+
+    Args:
+        spec: JSON form of the tokenizer.
+        special: text of each special token by id.
+    """
+    model, unknown = dict(spec["model"]), unknown_token(spec["model"])
+    names = {i: text for i, text in special.items() if text != unknown}
+    if isinstance(model.get("vocab"), list):  # of Unigram: an id is a place in the list
+        model["vocab"] = [
+            [f"{NONCHARACTER}{i}", LEAST] if i in names or i == unknown else entry
+            for i, entry in enumerate(model["vocab"])
+        ]
+    elif model["type"] != "BPE" or model.get("ignore_merges"):
+        hidden = set(names.values())
+        model["vocab"] = {text: i for text, i in model["vocab"].items() if text not in hidden}
+    added = [token for token in spec["added_tokens"] if token["id"] not in names]
+    return {"model": model, "added_tokens": added}
 
 
 def _inner(step: Tree | None, parts: str) -> Tree | None:

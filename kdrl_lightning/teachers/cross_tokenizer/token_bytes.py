@@ -55,7 +55,7 @@ class TokenBytes:
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.special = {i: token for token, i in vocabulary.items() if i in marked}
         read = _reader(self.spec, name)
-        unknown = _unknown(self.spec["model"])
+        unknown = unknown_token(self.spec["model"])
         self.pieces: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 2)
         for token, i in vocabulary.items():
             if i not in self.special and token != unknown and i != unknown:
@@ -129,7 +129,7 @@ def _flat(step: Tree | None) -> Iterator[Tree]:
         yield step
 
 
-def _unknown(model: Tree) -> str | int | None:
+def unknown_token(model: Tree) -> str | int | None:
     """Return the model's unknown token: its text, or its id (Unigram)."""
     return model.get("unk_token") or model.get("unk_id")
 

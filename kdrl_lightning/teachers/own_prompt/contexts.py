@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 from kdrl_lightning.common.untyped import Row
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_between, require_kind
 from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.rewards.answers.references import missing
 from kdrl_lightning.teachers.own_prompt.groups import Group
@@ -105,11 +105,15 @@ class OtherProblemContext(Context):
 
     Args:
         context: a context of the row, such as a ``ColumnContext``.
+
+    Raises:
+        ConfigurationError: the context is made of completions, or is none.
     """
 
     reads_others = True
 
     def __init__(self, context: RowContext) -> None:
+        require_kind("context", context, RowContext, "Give one, e.g. a ColumnContext.")
         self.context = context
 
     def parts(self) -> Iterator[Context]:
@@ -184,12 +188,16 @@ class JoinedContext(Context):
             heading is left out.
 
     Raises:
-        ConfigurationError: there are no contexts.
+        ConfigurationError: there are no contexts, or one of them is something else.
     """
 
     def __init__(self, contexts: dict[str, Context]) -> None:
         if not contexts:
             raise ConfigurationError("`contexts` must have at least one context: got none.")
+        for heading, context in contexts.items():
+            require_kind(
+                f"contexts[{heading!r}]", context, Context, "Give one, e.g. a ColumnContext."
+            )
         self.contexts = contexts
 
     def of_group(self, group: Group) -> list[str | None]:

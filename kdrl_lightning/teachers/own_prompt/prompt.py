@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdrl_lightning.common.untyped import HFTokenizer, Row, Tree
-from kdrl_lightning.errors import ConfigurationError, require_between
+from kdrl_lightning.errors import ConfigurationError, require_count, require_kind
 from kdrl_lightning.prompts.encoding import encode_inside, encode_prompt
 from kdrl_lightning.prompts.messages import TEMPLATE_ARGS, check_template_args
 from kdrl_lightning.prompts.turns import plain
@@ -41,8 +41,8 @@ class TeacherPrompt:
             Nothing is cut. None: as long as the teacher can read.
 
     Raises:
-        ConfigurationError: the template does not fit the context or leaves no place for the
-            completion, or ``max_tokens`` is below 1.
+        ConfigurationError: ``context`` or ``template`` is something else, the template does not fit
+            the context or leaves no place for the completion, or ``max_tokens`` is below 1.
     """
 
     context: Context | None = None
@@ -53,7 +53,10 @@ class TeacherPrompt:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            require_between("max_tokens", self.max_tokens, 1, float("inf"))
+            require_count("max_tokens", self.max_tokens, 1, float("inf"))
+        if self.context is not None:
+            require_kind("context", self.context, Context, "Give one, e.g. a ColumnContext.")
+        _check_form(self.form)
         check_template_args(self.template_args or {})
         _check_template(self.form, self.context is not None)
 
@@ -133,15 +136,31 @@ def filled(template: str, prompt: str, context: str) -> str:
     return PLACES.sub(lambda place: texts[place[1]], template)
 
 
-def _check_template(template: str | Sequence[Mapping[str, str]], has_context: bool) -> None:
-    """Refuse a template whose places do not fit the context, or that ends with an answer."""
-    messages = [] if isinstance(template, str) else template
-    for message in messages:
+def _check_form(template: object) -> None:
+    """Refuse a template that is neither a text nor messages of texts."""
+    if isinstance(template, str):
+        return
+    if not isinstance(template, Sequence) or not all(isinstance(m, Mapping) for m in template):
+        raise ConfigurationError(
+            f"`template` must be a text or a list of messages: got {template!r:.60}. Write a text "
+            "with {prompt} and {context}."
+        )
+    for message in template:
         if set(message) != {"role", "content"}:
             raise ConfigurationError(
                 "`template` must have messages with `role` and `content`: got "
                 f"{sorted(map(str, message))}. Rename the keys."
             )
+        if not isinstance(message["content"], str):
+            raise ConfigurationError(
+                f"`template` must have messages of text: got {message['content']!r:.60}. Write a "
+                "text."
+            )
+
+
+def _check_template(template: str | Sequence[Mapping[str, str]], has_context: bool) -> None:
+    """Refuse a template whose places do not fit the context, or that ends with an answer."""
+    messages = [] if isinstance(template, str) else template
     text = template if isinstance(template, str) else "".join(m["content"] for m in messages)
     found = set(PLACES.findall(text))
     if "prompt" not in found:

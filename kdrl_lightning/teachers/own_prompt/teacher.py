@@ -47,7 +47,7 @@ class PromptedTeacher(WrappedTeacher):
                 "CrossTokenizerTeacher goes around it."
             )
         self.prompt = prompt
-        self._tokenizer: HFTokenizer = None  # until `check`
+        self._tokenizer: HFTokenizer = None  # until `check` or `check_row`
 
     @property
     def contexts(self) -> list[Context]:
@@ -60,7 +60,8 @@ class PromptedTeacher(WrappedTeacher):
         self._tokenizer = student_tokenizer
 
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:
-        """Raise if the prompt of a row cannot be written."""
+        """Raise if the prompt of a row cannot be written; keep the tokenizer, as ``check`` does."""
+        self._tokenizer = tokenizer
         check_row(self.prompt, row, tokenizer, self._vocabulary)
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdrl_lightning.errors import require_between
+from kdrl_lightning.errors import require_between, require_count
 
 
 class WeightRule:
@@ -88,7 +88,7 @@ class HardSync(WeightRule):
     kept = True
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        require_between("every_n_steps", every_n_steps, 1, float("inf"))
+        require_count("every_n_steps", every_n_steps, 1, float("inf"))
         self.every_n_steps = every_n_steps
 
     def student_share(self, steps: int) -> float:

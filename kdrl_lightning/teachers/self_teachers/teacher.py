@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
-from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.errors import ConfigurationError, require_kind
 from kdrl_lightning.losses.logprobs import Other, TokenScores
 from kdrl_lightning.models.loading import load_config
 from kdrl_lightning.models.lora import adapted_layers
@@ -41,6 +41,9 @@ class SelfTeacher(Teacher):
     Args:
         weights: which weights it scores with: ``InitialWeights``, ``LiveWeights``,
             ``MovingAverage``, ``HardSync`` or ``TrustRegion``.
+
+    Raises:
+        ConfigurationError: ``weights`` is no such rule.
     """
 
     gives_states = True
@@ -48,6 +51,7 @@ class SelfTeacher(Teacher):
     joins = False
 
     def __init__(self, weights: WeightRule) -> None:
+        require_kind("weights", weights, WeightRule, "Give one, e.g. InitialWeights().")
         self.rule = weights
         self._student: Scorer | None = None
         self._sharding: Sharding | None = None

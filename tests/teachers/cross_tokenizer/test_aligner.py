@@ -17,7 +17,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TextEncoder, TokenBytes
 from kdrl_lightning.teachers.cross_tokenizer.chunks import cut
 from kdrl_lightning.teachers.cross_tokenizer.segments import Cutter
-from kdrl_lightning.teachers.cross_tokenizer.words import writes_words_alone
+from kdrl_lightning.teachers.cross_tokenizer.words import BOUNDARY, writes_words_alone
 
 END = 1
 tokenizer = cache(make)
@@ -181,6 +181,41 @@ def test_a_tokenizer_whose_words_depend_on_each_other_reads_whole_texts() -> Non
     assert words == [kind for kind in KINDS if kind != "sentencepiece"]  # merges over spaces
 
 
+def test_a_token_over_a_space_is_seen_in_the_vocabulary() -> None:
+    """No tried text has a q, so only the token itself shows that a word depends on the next one."""
+    merges = [("q", "Ġ"), ("Ġ", "a"), ("qĠ", "a")]
+    crossing = by_hand([*"abqĠ", "qĠ", "Ġa", "qĠa"], merges)
+    known = TokenBytes(crossing, "t", [END])
+    assert not writes_words_alone(known, TextEncoder(known))
+    found = Aligner(TokenBytes(by_hand("abqĠ"), "s", [END]), known, [END])
+    got = row(found, [4, 5, 2, 3, 5, 2, END])  # q| |a|b| |a
+    assert [known.pieces[i] for i in got.teacher_ids[:-1]] == [b"q a", b"b", b" a"]
+    assert got.places.tolist() == [0, 1, 2, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a   b a", ["a", "  ", " b", " a"]),  # a run of spaces is one word's
+        ("a\n  b a", ["a", "\n ", " b", " a"]),
+        ("é a b", ["é", " a", " b"]),  # not after other characters than ASCII
+        ("a é a", ["a", " é", " a"]),
+    ],
+)
+def test_words_are_cut_before_single_spaces_between_ascii(text: str, expected: list[str]) -> None:
+    """GPT-2's words: of several spaces only the last one belongs to the next word."""
+    made = make("bpe", "a   b\n  é " * 50, 300)
+    known = TokenBytes(made, "t", [END])
+    found = Aligner(tokens("bytes"), known, [END])
+    assert found.segments.words
+    ids = TextEncoder(found.student)([text.encode()])[0]
+    pieces = [known.pieces[i] for i in row(found, ids).teacher_ids]
+    assert pieces == [one.encode() for one in expected]
+    cuts = found.segments(np.array(ids), np.array([len(ids)])).starts[1:]
+    at = np.append(0, np.cumsum(found.student.lengths[ids]))[cuts].tolist()
+    assert at == [m.start() for m in BOUNDARY.finditer(text.encode())]
+
+
 def test_segments_with_one_hash_are_told_apart() -> None:
     cutter = Cutter(tokens("bytes"), True)
     cutter._marks[:] = 1  # every segment of one length has one hash
@@ -236,6 +271,27 @@ def test_long_chunks_and_a_full_context_have_no_score() -> None:
     one, two = Aligner(*pair, [END])([ids, ids], [END, END], [2, 0])
     assert one.places.tolist() == [0, 1, 2, 0, -1] and one.teacher_ids.tolist() == [6, 2]
     assert two.places.tolist() == [-1] * 5 and len(two.teacher_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "places"),
+    [
+        (5, [0, 0, 0]),
+        (4, [0, 0, -1]),
+        (3, [0, -1, -1]),  # the second chunk begins within the context, and ends after it
+        (2, [0, -1, -1]),
+        (1, [0, -1, -1]),
+        (0, [-1, -1, -1]),
+    ],
+)
+def test_a_chunk_that_the_context_cuts_has_no_score(limit: int, places: list[int]) -> None:
+    """``a|abc`` and the end, whose teacher writes letters: 1, 3 and 1 tokens."""
+    merged = by_hand([*"abc", "ab", "abc"], [("a", "b"), ("ab", "c")])
+    found = Aligner(TokenBytes(merged, "s", [END]), TokenBytes(by_hand("abc"), "t", [END]), [END])
+    (one,) = found([np.array([2, 6, END])], [END], [limit])
+    assert one.places.tolist() == places
+    assert one.columns.tolist() == [c * (p >= 0) for c, p in zip([0, 1, 4], places, strict=True)]
+    assert one.teacher_ids.tolist() == ([2, 2, 3, 4, END][:limit] or [END])
 
 
 def test_a_token_without_bytes_belongs_to_the_chunk_before_it() -> None:

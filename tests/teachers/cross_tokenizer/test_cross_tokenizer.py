@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
 
 from helpers.short_runs import Trace, fit, make_data, make_module
@@ -28,6 +29,7 @@ from kdrl_lightning import (
 )
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, TokenScores
+from kdrl_lightning.metrics.update_stats import UpdateStats
 from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers.frozen import FrozenModels
@@ -185,6 +187,26 @@ def test_with_one_vocabulary_the_end_is_the_teachers(
     torch.testing.assert_close(teacher.score(batch).logprobs[0, -1], rows[-2, end])
 
 
+def test_one_vocabulary_with_other_merges_is_another_tokenizer(tmp_path: Path) -> None:
+    """``abc`` is ``ab|c`` to the student and ``a|bc`` to the teacher."""
+    pieces, merges = [*"abc", "ab", "bc"], [("a", "b"), ("b", "c")]
+    student = save(tmp_path / "s", by_hand(pieces, merges), 1)
+    theirs = save(tmp_path / "t", by_hand(pieces, merges[::-1]), 2)
+    plain, cross = LocalTeacher(theirs), CrossTokenizerTeacher(LocalTeacher(theirs))
+    with pytest.warns(UserWarning, match=r"have one vocabulary and different merges .* Wrap it in"):
+        plain.check(load_tokenizer(student), student)
+    ready(cross, student)
+    assert cross.aligns
+    ids = load_tokenizer(student)("abcab")["input_ids"]
+    batch = collate([[2]], [[*ids, 1]], [0], pad_id=0)
+    batch = FrozenModels(cross).write_prompts(batch, groups([{"prompt": "a"}]))
+    scores = cross.score(batch)
+    assert ids == [5, 4, 5] and scores.chunk_places.tolist() == [[0, 1, 0, 0]]  # type: ignore[union-attr]
+    expected = [value for _, value in by_transformers(theirs, "a", "abcab.")]  # a|bc|ab|<eos>
+    totals = [expected[0] + expected[1]] * 2 + expected[2:]
+    torch.testing.assert_close(scores.logprobs[0], torch.tensor(totals))
+
+
 def equal(ours: TokenScores, theirs: TokenScores) -> None:
     torch.testing.assert_close(ours.logprobs, theirs.logprobs)
     assert torch.equal(ours.chunk_places, theirs.chunk_places)  # type: ignore[arg-type]
@@ -270,6 +292,55 @@ def test_prompts_are_the_teachers_own(student_folder: str, merging: str) -> None
     # A completion that does not fit into the teacher's context is scored up to its end.
     (batch,) = (batch_of(teacher, student_folder, [("+" * 124, "1,2,3,4.")]),)
     assert teacher.score(batch).chunk_places[0].tolist() == [0] * 4 + [-1] * 4
+
+
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_chunks_above_the_limit_are_dropped_and_counted(
+    student_folder: str, merging: str, limit: int | None
+) -> None:
+    teacher = ready(CrossTokenizerTeacher(LocalTeacher(merging), limit), student_folder)
+    batch = batch_of(teacher, student_folder, TEXTS)
+    scores, stats = teacher.score(batch), UpdateStats()
+    batch = batch.replace(
+        teacher_logprobs=scores.logprobs, chunk_places=scores.chunk_places, old_logprobs=None
+    )
+    stats.add(batch, torch.zeros(batch.loss_mask.shape), torch.tensor(0.0), {})
+    words = [
+        [1 if word == "<eos>" else len(word) for word, _ in by_transformers(merging, *text)]
+        for text in TEXTS
+    ]
+    sizes = [size for row in words for size in row]
+    dropped = [size for size in sizes if limit is not None and size > limit]
+    assert sizes.count(2) > 2 and bool(dropped) == (limit == 1)
+    assert stats.finish()["kd/unaligned_frac"] == pytest.approx(sum(dropped) / sum(sizes))
+
+
+def test_the_teachers_template_may_add_bos_and_a_system_prompt(
+    student_folder: str, merging: str, tmp_path: Path
+) -> None:
+    """There is one BOS, and the student's prompt has neither."""
+    tokenizer = load_tokenizer(merging)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}99#" + TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    folder = save(tmp_path, tokenizer, 5)
+    assert load_tokenizer(folder)("1")["input_ids"][0] == bos
+    teacher = ready(CrossTokenizerTeacher(LocalTeacher(folder)), student_folder)
+    chat = {"prompt": [{"role": "user", "content": "10=1"}]}
+    seen, text = teacher.own_prompts(groups([chat, {"prompt": "10=1"}]))
+    bare = [tokenizer.convert_tokens_to_ids(t) for t in ("9", "9", "#", "10", "=", "1", "#")]
+    assert seen.ids == [bos, *bare] and text.ids == [bos, *bare[3:6]]
+    batch = batch_of(None, student_folder, [("1=", "11.")])
+    scores = teacher.score(FrozenModels(teacher).write_prompts(batch, groups([chat])))
+    eleven = tokenizer.convert_tokens_to_ids("11")
+    with torch.no_grad():
+        rows = load_causal_lm(folder)(torch.tensor([[bos, *bare, eleven, 1]])).logits[0]
+    expected = rows.log_softmax(-1)
+    values = [expected[-3, eleven]] * 2 + [expected[-2, 1]]
+    torch.testing.assert_close(scores.logprobs[0], torch.stack(values))
 
 
 def test_the_wrapped_teacher_may_have_a_prompt_of_its_own(

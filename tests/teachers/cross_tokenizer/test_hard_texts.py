@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from helpers.small_tokenizers import make, wrapped
 from helpers.with_vllm.teaching import Teaching
@@ -29,7 +29,7 @@ from kdrl_lightning import (
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_tokenizer
 from kdrl_lightning.rollout_batch import collate
-from kdrl_lightning.teachers.cross_tokenizer import Aligner, TextEncoder, TokenBytes
+from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TextEncoder, TokenBytes
 from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, with_prompts
 from kdrl_lightning.teachers.self_teachers.rules import InitialWeights
 from kdrl_lightning.tiny import TinyModel
@@ -39,7 +39,8 @@ END = 1
 TRAINED = (
     "Η απάντηση είναι 1.234,5 και όχι 0x7F. उत्तर ४२ है। 정답은 42입니다. ∑∫≤ → ∞ ½ ﬁ ① Å K̂ \t\n\n"
 )
-KINDS = ("bpe", "digits", "metaspace")
+KINDS = ("bpe", "digits", "metaspace", "unigram_bytes")
+SHARED, LONE = "<tool>", "<mine>"  # special tokens of both sides, and of the student alone
 TEXTS = {
     "compositions": "e\u0301é ﬁ ① ½ K Å ﷺ",
     "joined emoji": "👩🏽‍💻👨‍👩‍👧‍👦🏳️‍🌈1️⃣",
@@ -54,13 +55,49 @@ TEXTS = {
 
 
 @cache
-def tokens(kind: str) -> TokenBytes:
-    return TokenBytes(make(kind, TRAINED, 360), kind, [END])
+def tokens(kind: str, *special: str) -> TokenBytes:
+    made = make(kind, TRAINED, 360)
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    return TokenBytes(made, kind, [END])
 
 
 @cache
 def aligner(student: str, teacher: str) -> Aligner:
-    return Aligner(tokens(student), tokens(teacher), [END])
+    return Aligner(tokens(student, SHARED, LONE), tokens(teacher, SHARED), [END])
+
+
+def by_bytes(found: Aligner, ids: list[int], theirs: list[int]) -> tuple[list[int], list[int]]:
+    """Places and columns of a student's tokens, from the bytes at which tokens of both end."""
+
+    def ends(known: TokenBytes, some: list[int]) -> list[int]:
+        sizes = [len(known.pieces[i] or known.special[i]) for i in some]
+        return [sum(sizes[: n + 1]) for n in range(len(some))]
+
+    ours, other = ends(found.student, ids), ends(found.teacher, theirs)
+    shared = sorted(set(ours) & set(other))
+
+    def chunk(end: int) -> int | None:
+        return next((at for at in shared if end <= at), None)
+
+    mine, there = [chunk(end) for end in ours], [chunk(end) for end in other]
+    places = [-1 if c is None else n - mine.index(c) for n, c in enumerate(mine)]
+    return places, [0 if c is None else there.index(c) for c in mine]
+
+
+def check_chunks(found: Aligner, ids: list[int], one: Chunked) -> None:
+    """Compare with ``by_bytes``, up to a special token that the teacher does not have."""
+    theirs = one.teacher_ids.tolist()
+    if (one.places < 0).all():
+        return
+    stop = ids.index(lone(found)) if lone(found) in ids else len(ids)
+    places, columns = by_bytes(found, ids[:stop], theirs)
+    gap = len(ids) - stop
+    assert one.places.tolist() == places + [-1] * gap
+    assert one.columns.tolist() == columns + [0] * gap
+
+
+def lone(found: Aligner) -> int:
+    return found.student.id_of_special[LONE]
 
 
 def first_difference(a: bytes, b: bytes) -> int:
@@ -76,6 +113,7 @@ def right_or_first_byte(student: str, teacher: str, text: bytes) -> None:
         return
     text = found.student.text(ids)  # to sentencepiece ▁ is a space
     (one,) = found([np.array([*ids, END])], [END])
+    check_chunks(found, [*ids, END], one)
     body = [i for i in one.teacher_ids.tolist() if i != END]
     if one.differs_at is None:
         assert found.teacher.text(body) == text and (one.places >= 0).all()
@@ -109,11 +147,45 @@ def test_random_texts_of_other_alphabets(text: str, cut: int, pair: tuple[str, s
     right_or_first_byte(*pair, raw[: len(raw) - cut])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(st.sampled_from(ALPHABET), max_size=8).map(str.encode),
+            st.sampled_from([SHARED, SHARED, LONE]),
+        ),
+        max_size=6,
+    ),
+    st.sampled_from([(a, b) for a in KINDS for b in KINDS]),
+)
+def test_special_tokens_between_texts(parts: list[Any], pair: tuple[str, str]) -> None:
+    """A special token that both have is a chunk; after one that the teacher lacks is no score."""
+    found = aligner(*pair)
+    student, ids = found.student, []
+    for part in parts:
+        own = TextEncoder(student)([part])[0] if isinstance(part, bytes) else None
+        ids += [student.id_of_special[part]] if own is None else [i for i in own if i >= 0]
+    ids.append(END)
+    (one,) = found([np.array(ids)], [END])
+    check_chunks(found, ids, one)
+    before = ids[: ids.index(lone(found))] if lone(found) in ids else ids
+    plain = b"".join(student.pieces[i] or b"" for i in before)
+    if one.differs_at is None:
+        assert (one.places[: len(before)] >= 0).all() and (one.places[len(before) :] == -1).all()
+        written = [found.teacher.pieces[i] or b"" for i in one.teacher_ids.tolist()]
+        assert b"".join(written) == plain
+        tools = [n for n, i in enumerate(before) if i == student.id_of_special[SHARED]]
+        theirs = found.teacher.id_of_special[SHARED]
+        assert all(one.teacher_ids[one.columns[n]] == theirs for n in tools)
+        assert all(one.places[n] == 0 for n in tools)
+
+
 @pytest.mark.parametrize(
     ("change", "text", "at"),
     [
         (normalizers.StripAccents(), "cafe\u0301 x", 4),
         (normalizers.Replace("—", "-"), "é — b", 3),
+        (normalizers.Replace(Regex(" {2,}"), " "), "a b  c", 4),  # as T5's
         (normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("ﬁ", "fi")]), "a ﬁ b", 2),
     ],
 )
@@ -131,13 +203,63 @@ def test_a_normaliser_is_named_by_the_first_byte_it_changes(
     assert teacher.text(one.teacher_ids.tolist()) == text.encode()[:at]
 
 
-@pytest.mark.parametrize("change", [normalizers.Lowercase(), normalizers.Strip()])
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_a_teacher_reads_what_unicode_normalisation_would_change(form: str) -> None:
+    """Its own pipeline would write other characters than the student did."""
+    made = Tokenizer.from_str(make("bpe", TRAINED, 360).backend_tokenizer.to_str())
+    made.normalizer = getattr(normalizers, form)()
+    teacher = TokenBytes(wrapped(made), "t", [END])
+    found = Aligner(tokens("digits"), teacher, [END])
+    text = "ﬁ ① ½ e\u0301 é Å"
+    assert made.normalizer.normalize_str(text) != text
+    (ids,) = TextEncoder(found.student)([text.encode()])
+    (one,) = found([np.array([*ids, END])], [END])
+    assert teacher.text(one.teacher_ids[:-1].tolist()) == text.encode()
+    assert one.differs_at is None and (one.places >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        normalizers.Lowercase(),
+        normalizers.Strip(),
+        normalizers.BertNormalizer(),
+        normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()]),
+        normalizers.Replace("\n", " "),
+    ],
+)
 def test_a_normaliser_of_ascii_is_refused(change: Any) -> None:
     made = Tokenizer.from_str(make("bpe", TRAINED, 360).backend_tokenizer.to_str())
     made.normalizer = change
     found = Aligner(tokens("digits"), TokenBytes(wrapped(made), "t", [END]), [END])
     with pytest.raises(ConfigurationError, match=r"must write what the .* first different at byte"):
         found.refuse_changed_text()
+
+
+def word_pieces() -> Any:
+    """A WordPiece that can write ``<eos>`` and ``<unk>`` letter by letter."""
+    letters = [*"<", *(f"##{c}" for c in "eosunk>")]
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", "<unk>", *letters])}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return wrapped(made)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "name"),
+    [
+        (lambda: make("unigram_bytes", TRAINED, 360), "<eos>"),
+        (lambda: make("unigram_bytes", TRAINED, 360), "<unk>"),
+        (lambda: make("bpe", TRAINED, 360), "<eos>"),
+        (word_pieces, "<eos>"),
+    ],
+)
+def test_the_name_of_a_special_token_is_text(make_one: Any, name: str) -> None:
+    """Also if it is a piece of the model's vocabulary, which a whole word may be."""
+    known = TokenBytes(make_one(), "t", [END])
+    (ids,) = TextEncoder(known)([name.encode()])
+    assert known.text(ids) == name.encode() and len(ids) > 1
 
 
 def test_an_added_token_within_a_text_is_its_bytes() -> None:

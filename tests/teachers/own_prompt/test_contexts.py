@@ -161,6 +161,8 @@ def test_joined_contexts_have_headings() -> None:
         (lambda: FixedContext(" "), r"`text` of a FixedContext must not be empty: got ' '"),
         (lambda: JoinedContext({}), r"`contexts` must have at least one context: got none"),
         (lambda: SiblingContext(thinking=["<think>"]), r"`thinking` must be two tags.*'<think>'"),
+        (lambda: JoinedContext({"A": "solution"}), r"`contexts\['A'\]` must be a Context: got 'so"),
+        (lambda: OtherProblemContext(SiblingContext()), r"must be a RowContext: got <.*Sibling"),
         (lambda: SiblingContext(float("nan")), r"`threshold` must be in .*: got nan"),
     ],
 )

@@ -116,6 +116,11 @@ def test_the_teachers_template_args_come_before_the_rows() -> None:
             },
             r"`template` must leave the completion its place at the end: got a message of the assi",
         ),
+        ({"template": 5}, r"^`template` must be a text or a list of messages: got 5\. Write"),
+        ({"template": ["{prompt}"]}, r"must be a text or a list of messages: got \['\{prompt"),
+        ({"template": [{"role": "user", "content": 5}]}, r"must have messages of text: got 5\."),
+        ({"context": "solution"}, r"^`context` must be a Context: got 'solution'\. Give one"),
+        ({"max_tokens": 8.5}, r"^`max_tokens` must be a whole number: got 8\.5"),
         (
             {"template": [{"role": "user", "text": "{prompt}"}]},
             r"`role` and `content`: got \['role",

@@ -297,9 +297,18 @@ def test_a_share_outside_0_to_1_is_refused(make: Callable[..., Any], value: floa
         make(value)
 
 
-def test_a_sync_every_0_steps_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"^`every_n_steps` must be .* got 0"):
-        HardSync(0)
+@pytest.mark.parametrize(
+    ("value", "rule"), [(0, "at least 1"), (-2, "at least 1"), (1.5, "a whole number")]
+)
+def test_a_sync_every_0_or_1_5_steps_is_refused(value: Any, rule: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^`every_n_steps` must be {rule}: got {value}"):
+        HardSync(value)
+
+
+@pytest.mark.parametrize("weights", ["live", None, LiveWeights, 0.05])
+def test_weights_that_are_no_rule_are_refused(weights: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^`weights` must be a WeightRule: got .* Give"):
+        SelfTeacher(weights)
 
 
 class Prompted(Teacher):
