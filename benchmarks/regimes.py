@@ -128,6 +128,8 @@ class Campaign:
 
     Attributes:
         results: every finished run, with its job's fields.
+        sizes: what all runs share.
+        rates: the learning rate of each method, chosen by the first search that was complete.
     """
 
     def __init__(self, task: Task, file: Path, minutes: float, sizes: dict[str, Any]) -> None:
@@ -136,6 +138,7 @@ class Campaign:
         self.until = time.monotonic() + 60 * minutes
         self.sizes = sizes
         stored = json.loads(file.read_text()) if file.exists() else {}
+        self.rates: dict[str, float] = stored.get("chosen", {})
         self.results: dict[Job, dict[str, Any]] = {
             Job(*(r[name] for name in Job._fields)): r for r in stored.get("results", [])
         }
@@ -160,30 +163,22 @@ class Campaign:
 
     def _write(self) -> None:
         lines = ",\n".join(json.dumps(r) for r in self.results.values())
-        text = f'{{"settings": {json.dumps(self.sizes)},\n"results": [\n{lines}\n]}}\n'
+        head = f'"settings": {json.dumps(self.sizes)},\n"chosen": {json.dumps(self.rates)}'
+        text = f'{{{head},\n"results": [\n{lines}\n]}}\n'
         part = self.file.with_suffix(".part")
         part.write_text(text)
         part.replace(self.file)
 
 
 def best_rates(task: Task, results: dict[Job, dict[str, Any]], seed: int) -> dict[str, float]:
-    """Return each method's rate with the best mean greedy accuracy in the searched regimes.
-
-    One seed is searched, so a larger rate must be better than a smaller one by two points.
-    """
+    """Return each method's rate with the best mean greedy accuracy in the searched regimes."""
 
     def mean(method: str, rate: float) -> float:
         jobs = [job(task, method, regime, rate, seed) for regime in task.searched]
         found = [results[one]["greedy"] for one in jobs if one in results]
         return statistics.mean(found) if found else 0.0  # the search was stopped early
 
-    def chosen(method: str) -> float:
-        best = min(RATES)
-        for rate in sorted(RATES):
-            best = rate if mean(method, rate) > mean(method, best) + 0.02 else best
-        return best
-
-    best = {method: chosen(method) for method in task.methods}
+    best = {m: max(RATES, key=lambda rate: mean(m, rate)) for m in task.methods}
     like = {m: EVERY_METHOD[m].rate_of for m in (*task.variants, *task.ablation)}
     return best | {method: best[other] for method, other in like.items() if other}
 
@@ -224,9 +219,11 @@ def main() -> None:
     searched = [
         job(task, m, r, rate, first) for r in task.searched for m in methods for rate in RATES
     ]
-    enough = args.report or campaign.run(searched)
     of = campaign if searched else Campaign(TASKS["regimes"], args.out / "regimes.json", 0, sizes)
-    rates = best_rates(of.task, of.results, first)
+    enough = args.report or bool(of.rates) or campaign.run(searched)
+    rates = of.rates or best_rates(of.task, of.results, first)
+    if enough and not args.report:
+        of.rates = rates
     for stage in [] if args.report or not enough else stages(task, rates, args.seeds):
         if not campaign.run(stage):
             break
