@@ -3387,7 +3387,7 @@ MUTATIONS = [
     Mutation(
         "settings: a second file replaces a mapping",
         ("cli/settings/layers/files.py", "cli/settings/test_layers.py"),
-        "return merge(_dicts(before), value, where)",
+        "return value if below == over else merge(below, over, where)",
         "return value",
     ),
     Mutation(

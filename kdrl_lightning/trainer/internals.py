@@ -91,6 +91,12 @@ def validates_next(trainer: pl.Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def val_check_seconds(trainer: pl.Trainer) -> float | None:
+    """Return the time between validations if ``val_check_interval`` is a time, else None."""
+    seconds: float | None = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    return seconds
+
+
 def stop_after_validation(stopping: EarlyStopping) -> None:
     """Let EarlyStopping look at its metric after each validation, not at the end of an epoch.
 

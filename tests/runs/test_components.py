@@ -156,6 +156,11 @@ def test_a_teacher_that_gives_nan_stops_the_run(
         (pl_callbacks.BatchSizeFinder(), "search a batch size: got BatchSizeFinder. Set `data"),
         (pl_callbacks.BackboneFinetuning(), "freeze parts of the student: got BackboneFinetun"),
         (pl_callbacks.ModelPruning("l1_unstructured"), "replace the student's weights: got Mod"),
+        (pl_callbacks.EMAWeightAveraging(), "average the student's weights: got EMAWeightAver"),
+        (
+            pl_callbacks.StochasticWeightAveraging(swa_lrs=1e-3),
+            "average the student's weights: got StochasticWeightAveraging. Average the students",
+        ),
     ],
 )
 def test_callbacks_that_do_not_work_with_rollouts_are_refused(

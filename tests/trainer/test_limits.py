@@ -40,6 +40,14 @@ def trainer(**settings: Any) -> Trainer:
             {"max_epochs": 1, "val_check_interval": 0},
             r"`val_check_interval` must be above 0: got 0\. To validate never, set `limit_val_b",
         ),
+        (
+            {"max_epochs": 1, "val_check_interval": "00:00:00:00"},
+            "`val_check_interval` must be above 0, and no time in a run of several .*: got 0 sec",
+        ),
+        (
+            {"max_epochs": 1, "val_check_interval": {"minutes": 1}, "devices": 2},
+            r"whose clocks differ: got 60 seconds\. Give a number of micro-batches\.",
+        ),
         ({"max_time": "00:00:00:00"}, r"`max_time` must leave time to train: got 0 seconds\. Rai"),
         ({"max_time": {"minutes": -1}}, "`max_time` must leave time to train: got -60 seconds"),
     ],
@@ -51,6 +59,7 @@ def test_a_limit_of_nothing_is_refused(settings: dict[str, Any], words: str) -> 
 
 def test_other_limits_are_accepted() -> None:
     check_limits(trainer(max_steps=-1, max_epochs=-1))
+    check_limits(trainer(max_epochs=1, val_check_interval={"minutes": 1}))
     check_limits(trainer(max_steps=1, max_epochs=None, max_time={"seconds": 1}))
     check_limits(trainer(callbacks=[Timer()], fast_dev_run=True))
 

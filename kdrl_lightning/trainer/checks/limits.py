@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.rollout.loader import limited
 from kdrl_lightning.rollout.settings import RolloutSettings
+from kdrl_lightning.trainer.internals import val_check_seconds
 from kdrl_lightning.trainer.protocols import callbacks_of
 
 
@@ -18,7 +19,8 @@ def check_limits(trainer: Trainer) -> None:
 
     Raises:
         ConfigurationError: `max_steps`, `max_epochs` or `max_time` leave nothing, or
-            `val_check_interval` or `check_val_every_n_epoch` is not above 0.
+            `val_check_interval` or `check_val_every_n_epoch` is not above 0, or the former is a
+            time and there are several processes, which would not validate together.
     """
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:
@@ -27,12 +29,18 @@ def check_limits(trainer: Trainer) -> None:
                 "nothing, use `validate` or `export`."
             )
     for name in ("val_check_interval", "check_val_every_n_epoch"):
-        every = getattr(trainer, name)
+        every = getattr(trainer, name, None)  # Lightning sets none for a time
         if isinstance(every, int | float) and every <= 0:
             raise ConfigurationError(
                 f"`{name}` must be above 0: got {every}. To validate never, set "
                 "`limit_val_batches` to 0."
             )
+    seconds = val_check_seconds(trainer)
+    if seconds is not None and (seconds <= 0 or trainer.world_size > 1):
+        raise ConfigurationError(
+            "`val_check_interval` must be above 0, and no time in a run of several processes, "
+            f"whose clocks differ: got {seconds:g} seconds. Give a number of micro-batches."
+        )
     for callback in callbacks_of(trainer):
         left = callback.time_remaining() if isinstance(callback, Timer) else None
         if left is not None and left <= 0:

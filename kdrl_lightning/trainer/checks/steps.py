@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 
 from kdrl_lightning.errors import ConfigurationError
@@ -17,6 +19,7 @@ from kdrl_lightning.rollout.settings import RolloutSettings
 from kdrl_lightning.trainer.checks.limits import check_train_batches
 from kdrl_lightning.trainer.protocols import callbacks_of
 
+AVERAGE = "Average the students of several checkpoints after the run."
 UNUSABLE: dict[type[Callback], tuple[str, str]] = {
     GradientAccumulationScheduler: (
         "change accumulate_grad_batches during a run",
@@ -26,6 +29,9 @@ UNUSABLE: dict[type[Callback], tuple[str, str]] = {
     BatchSizeFinder: ("search a batch size", "Set `data.rollout.prompts_per_rollout`."),
     BaseFinetuning: ("freeze parts of the student", "Train adapters: set `model.lora`."),
     ModelPruning: ("replace the student's weights", "Prune the exported model."),
+    # They swap the weights without a step, so an engine with a copy would not notice.
+    StochasticWeightAveraging: ("average the student's weights", AVERAGE),
+    WeightAveraging: ("average the student's weights", AVERAGE),
 }
 
 

@@ -77,7 +77,8 @@ def laid_over(before: Any, value: Any, where: str) -> Any:
     """
     if not _is_plain(before) or not _is_plain(value):
         return value
-    return merge(_dicts(before), value, where)
+    below, over = _dicts(before), _dicts(value)
+    return value if below == over else merge(below, over, where)  # jsonargparse checks it again
 
 
 def _is_plain(value: Any) -> bool:
