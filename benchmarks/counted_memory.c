@@ -53,6 +53,15 @@ void free(void *pointer) {
   next(pointer);
 }
 
+int counted_at(void *pointer) {
+  pthread_mutex_lock(&lock);
+  size_t place = first_place(pointer);
+  while (pointers[place] != NULL && pointers[place] != pointer) place = (place + 1) % PLACES;
+  int found = pointers[place] == pointer;
+  pthread_mutex_unlock(&lock);
+  return found;
+}
+
 size_t counted_now(void) { return now; }
 size_t counted_most(void) { return most; }
 void counted_restart(void) {

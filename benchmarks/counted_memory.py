@@ -7,12 +7,16 @@ frees counts for ever, and what was there before does not count. ``counted_memor
 from __future__ import annotations
 
 import ctypes
+import gc
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SOURCE = Path(__file__).with_suffix(".c")
+SMALLEST = 4096  # bytes that the library counts
 
 
 def preloaded(folder: Path) -> dict[str, str]:
@@ -36,11 +40,22 @@ class Peaks:
         self._library = ctypes.CDLL(None)
         for name in ("counted_now", "counted_most"):
             getattr(self._library, name).restype = ctypes.c_size_t
+        self._library.counted_at.argtypes = [ctypes.c_void_p]
 
     @property
     def now(self) -> int:
         """Bytes held now."""
         return int(self._library.counted_now())
+
+    def elsewhere(self) -> int:
+        """Return bytes of living tensors that the allocator does not hold: mapped files, mostly."""
+        sizes = {}
+        for found in gc.get_objects():
+            if issubclass(type(found), torch.Tensor) and not hasattr(found, "to_local"):
+                storage = found.untyped_storage()
+                if storage.nbytes() and not self._library.counted_at(storage.data_ptr()):
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(size for size in sizes.values() if size >= SMALLEST)
 
     # `Any`: a method of any object.
     def watch(self, owner: Any, name: str, phase: str) -> None:

@@ -133,7 +133,7 @@ class Measured(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.peaks = Peaks()
-        self.prompt = 0
+        self.prompt = self.elsewhere = 0
         self.marked = False
 
     def on_train_batch_end(
@@ -148,9 +148,12 @@ class Measured(Callback):
             engine = trainer.datamodule.rollout_engine
             self.peaks.watch(engine, "generate", "sample")
             self.peaks.watch(engine, "update_weights", "push")
+            self.elsewhere = self.peaks.elsewhere()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        record = {"prompt": self.prompt, "peaks": self.peaks.most}
+        # Weights of a file that is mapped into memory are outside of torch's allocator.
+        peaks = {name: size + self.elsewhere for name, size in self.peaks.most.items()}
+        record = {"prompt": self.prompt, "peaks": peaks}
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
 
 

@@ -3294,6 +3294,12 @@ MUTATIONS = [
         "",
     ),
     Mutation(
+        "engine: the head is copied for each prompt",
+        PREFIXES,
+        "tuple(rows.contiguous() for rows in given)",
+        "given",
+    ),
+    Mutation(
         "plan: a checkpoint without the weights that follow the student",
         ("hardware/planning/rehearsal.py", TAUGHT),
         "tensors = [*trained, *kept, ",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,7 +68,8 @@ class PaddedPrefixes(Prefixes):
             self.mask = (torch.arange(width, device=ids.device) >= width - lengths[:, None]).long()
             position = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache = growing_cache(self.model.config)
-        return self._run(ids, position, logits_to_keep=1)
+        with whole_rows(self.model):
+            return self._run(ids, position, logits_to_keep=1)
 
     def step(self, before: Tensor | None, token: Tensor) -> Tensor:
         """Run only the new tokens; see ``Prefixes.step``."""
@@ -138,6 +141,22 @@ class WholePrefixes(Prefixes):
     def _run(self) -> Tensor:
         logits: Tensor = self.model(input_ids=self.ids, use_cache=False).logits
         return logits[:, -1]
+
+
+@contextmanager
+def whole_rows(model: HFModel) -> Iterator[None]:
+    """Give the head contiguous rows inside.
+
+    The last token of each prompt is a slice. torch multiplies slices by a weight without gradient
+    row by row, and in 16 bits on a CPU copies the whole weight for each row first.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: tuple(rows.contiguous() for rows in given)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 WAYS: tuple[type[Prefixes], ...] = (PaddedPrefixes, OwnCachePrefixes, WholePrefixes)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from helpers.allocated import allocated
 from helpers.engines import engine_for
 from helpers.small_models import build
 from kdrl_lightning.engines import Completion, Sampling, TransformersEngine
@@ -151,3 +153,20 @@ def test_a_model_that_returns_no_cache_is_not_sampled_with_one() -> None:
     model.forward = forgets
     with pytest.raises(TypeError, match="LlamaForCausalLM returns no cache"):
         OwnCachePrefixes(model, 0).start([[3, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_make_no_copy_of_a_head_without_gradient(dtype: torch.dtype) -> None:
+    # As in the copy that the engine samples from: one per prompt would be 256 heads.
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=4096, hidden_size=64, intermediate_size=64, **sizes)
+    model = Qwen2ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    prompts = [[2, 3, 4, i] for i in range(8)]
+
+    @torch.no_grad()
+    def start() -> None:
+        PaddedPrefixes(model, 0).start(prompts)
+
+    start()
+    head = model.lm_head.weight
+    assert allocated(start) < head.numel() * head.element_size()

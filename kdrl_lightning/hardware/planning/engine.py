@@ -167,7 +167,10 @@ def decode(run: Rehearsal, rows: int) -> Cost:
         ).logits[:, -1]
         logits = logits.float()
         # torch copies what it sums in another type; each completion then gets its row of the sums.
-        edges = (logits - logits.amax(-1, keepdim=True)).exp().double().cumsum(-1)
+        shares = (logits - logits.amax(-1, keepdim=True)).exp()
+        wide = shares.double()
+        edges = wide.cumsum(-1)
+        del shares, wide
         edges[torch.arange(rows)]
     return Cost(meter.peak - before, flops=meter.flops)
 
