@@ -3,7 +3,7 @@
 Each case trains a random model for three rollouts in new processes. torch reports each allocation
 of its CPU allocator (its profiler's memory events) after the start of training. It does not report
 that something is freed which was there before. The weights that the run holds then are added. Peaks
-are those of the third rollout: ddp makes its buckets anew in the second one.
+are those of the third rollout: ddp rebuilds its buckets in the second one.
 
     python benchmarks/plan.py --out docs/plan
 """
@@ -318,7 +318,7 @@ def measured(models: tuple[str, str], case: dict[str, Any]) -> dict[str, Any]:
 
 def planned(models: tuple[str, str], case: dict[str, Any], prompt: int) -> dict[str, float]:
     """Return the bytes of each phase by the plan of the same configuration."""
-    from kdrl_lightning.cli.plan import own_flags
+    from kdrl_lightning.cli.plan import plan_flags
     from kdrl_lightning.cli.plan import planned as plan_of
 
     with tempfile.TemporaryDirectory() as folder:
@@ -327,8 +327,8 @@ def planned(models: tuple[str, str], case: dict[str, Any], prompt: int) -> dict[
         file = Path(folder) / "run.yaml"
         file.write_text(yaml.safe_dump(config))
         words = ["--config", str(file), "--prompt-tokens", str(prompt)]
-        own, rest = own_flags().parse_known_args(words)
-        return {phase.name: phase.total for phase in plan_of(own, rest).phases}
+        flags, rest = plan_flags().parse_known_args(words)
+        return {phase.name: phase.total for phase in plan_of(flags, rest).phases}
 
 
 def compared(name: str) -> dict[str, Any]:

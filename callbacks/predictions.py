@@ -31,7 +31,9 @@ class PredictionWriter(pl.Callback):
 
     def __init__(self, format: Literal["jsonl", "parquet"] = "jsonl") -> None:
         if format not in ("jsonl", "parquet"):
-            raise ConfigurationError(f"`format` must be jsonl or parquet: got {format}.")
+            raise ConfigurationError(
+                f"`format` must be jsonl or parquet: got {format}. Choose one of them."
+            )
         self.format = format
         self._file: PredictionFile | None = None
 

@@ -1,4 +1,4 @@
-"""Watches whether a self-teacher, or a teacher with a prompt of its own, does harm."""
+"""Watches whether a self-teacher, or a teacher with its own prompt, does harm."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TeacherHealth(RolloutCallback):
     Args:
         window: rollouts that the first and the last level of a number average.
         prompts: validation prompts on which the teacher is measured; 0: it is not.
-        phrases: phrases that appeal to a reference; None: a built-in list.
+        phrases: phrases that refer to a solution or hint; None: a built-in list.
         hedges: hedging words; None: a built-in list.
 
     Attributes:

@@ -2034,7 +2034,7 @@ MUTATIONS = [
     Mutation(
         "self-teacher: the student keeps the lent adapters",
         SELF_WEIGHTS,
-        "            blend(self._ours, own, 1.0)",
+        "            blend(self._ours, students, 1.0)",
         "            pass",
     ),
     Mutation(
@@ -2052,7 +2052,7 @@ MUTATIONS = [
     Mutation(
         "live self-teacher: its own prompt is not seen through a wrapper",
         SELF_FOUND,
-        "        yield from walk(inner, own)",
+        "        yield from walk(inner, prompted)",
         "        yield from walk(inner)",
     ),
     Mutation(

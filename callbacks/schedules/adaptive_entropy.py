@@ -54,7 +54,9 @@ class AdaptiveEntropy(RolloutCallback):
     ) -> None:
         require_between("target", target, 0.0, float("inf"))
         if not 0.0 < step < float("inf"):
-            raise ConfigurationError(f"`step` must be above 0 and finite: got {step}.")
+            raise ConfigurationError(
+                f"`step` must be above 0 and finite: got {step}. Skywork-OR1 uses 0.005."
+            )
         require_between("lowest", lowest, 0.0, float("inf"))
         require_between("highest", highest, lowest, float("inf"), "It must not be below lowest.")
         require_between("start", start, lowest, highest)

@@ -45,10 +45,13 @@ class CoefficientSchedule(RolloutCallback):
     ) -> None:
         if coefficient not in COEFFICIENTS:
             raise ConfigurationError(
-                f"`coefficient` must be one of {', '.join(COEFFICIENTS)}: got {coefficient}."
+                f"`coefficient` must be one of {', '.join(COEFFICIENTS)}: got {coefficient}. "
+                "Choose one of them."
             )
         if unit not in ("rollout", "optimizer_step"):
-            raise ConfigurationError(f"`unit` must be rollout or optimizer_step: got {unit}.")
+            raise ConfigurationError(
+                f"`unit` must be rollout or optimizer_step: got {unit}. Choose one of them."
+            )
         for value in schedule.extremes():
             check_coefficient(coefficient, value)
         self._before: tuple[float, bool] | None = None

@@ -74,7 +74,7 @@ def end_tokens(path: str, tokenizer: HFTokenizer) -> EndTokens:
         tokenizer: the model's tokenizer, with an end token.
 
     Raises:
-        ConfigurationError: a configuration names an end token that is no id.
+        ConfigurationError: a configuration names an end token that is not an id.
     """
     config = load_config(path)
     markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -107,7 +107,7 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None
     cure = "Use the tokenizer and the template that the model was trained with."
     if turn is not None:
         name = tokenizer.convert_ids_to_tokens(turn)
-        what = f"{name!r} ({turn}), which is no end token"
+        what = f"{name!r} ({turn}), which is not an end token"
         cure = (
             f"Add {turn} to `eos_token_id` in the model's generation_config.json if the model was "
             "trained with this template."
@@ -147,7 +147,7 @@ def _rendered(tokenizer: HFTokenizer, answered: bool) -> str:
             text = tokenizer.apply_chat_template(
                 [*system, *turns], tokenize=False, add_generation_prompt=not answered
             )
-        except Exception:  # templates refuse in their own words
+        except Exception:  # templates raise errors of any kind
             continue
         return str(text)
     return ""
@@ -163,7 +163,7 @@ def _named(value: Any, config: HFConfig, markers: set[int]) -> Sequence[int]:
     transformers copies defaults of configuration classes into files.
 
     Raises:
-        ConfigurationError: a value is no id.
+        ConfigurationError: a value is not an id.
     """
     ids = check_end_ids(value, config.name_or_path or "the model")
     if value == getattr(type(config), "eos_token_id", None):

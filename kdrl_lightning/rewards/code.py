@@ -83,7 +83,7 @@ class CodeReward(BatchReward):
             raise ConfigurationError(
                 f"a row's `{self.tests_column}` must fail for an empty program: got {tests!r:.99}, "
                 "which tests nothing. Write assertions that run, and a list of them as a list, not "
-                "as its text."
+                "as a string."
             )
 
     def start(self) -> None:

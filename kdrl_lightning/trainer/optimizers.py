@@ -42,12 +42,12 @@ def build_optimizer(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigurationError(
-            f"`optimizer` and `lr_scheduler` must have valid arguments: got {error}."
+            f"`optimizer` and `lr_scheduler` must have valid arguments: got {error}. Correct them."
         ) from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigurationError(
-            "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau, which "
-            "needs a metric. Use LinearLR or OneCycleLR, or the callback EarlyStopping."
+            "`lr_scheduler` must be a schedule of steps: got ReduceLROnPlateau, which needs a "
+            "metric. Use LinearLR or OneCycleLR, or the callback EarlyStopping."
         )
     return optimizer, scheduler
 
@@ -102,7 +102,8 @@ def state_names(make: OptimizerCallable) -> set[str]:
 def check_moments(names: set[str], optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Check that an optimizer can continue with the moments of a checkpoint.
 
-    torch calls it before it loads them; alone it fails in its own words, or in the first step.
+    torch calls it before it loads them; torch alone fails with a less clear message, or in the
+    first step.
 
     Args:
         names: what the optimizer keeps per weight.

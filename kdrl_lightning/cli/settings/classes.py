@@ -30,7 +30,7 @@ NestedArg = util.NestedArg
 
 
 def check_spec(val: Any, members: Iterable[Any]) -> None:
-    """Check that nothing stands beside ``class_path`` but its arguments' group.
+    """Check that ``class_path`` has no neighbour but the group of its arguments.
 
     Args:
         val: the value.
@@ -50,7 +50,7 @@ def check_spec(val: Any, members: Iterable[Any]) -> None:
     near = [n for n in names if get_close_matches(str(n), SPEC, n=1, cutoff=0.8)]
     cure = "Did you mean `init_args`?" if near else "Write it below `init_args`."
     raise ValueError(
-        f"must have its arguments below `init_args`: got {listed} beside `class_path`. {cure}"
+        f"must have its arguments below `init_args`: got {listed} next to `class_path`. {cure}"
     )
 
 

@@ -205,8 +205,8 @@ def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
         if fused and "gate_up_proj" not in names and not set(halves) <= set(names):
             (other,) = set(halves) - {name}
             raise ConfigurationError(
-                f"`target_modules` must name both {name} and {other} in a model whose experts keep "
-                f"them in one weight: got only {name}. Add {other}, or leave {name} out."
+                f"`target_modules` must name both {name} and {other} in a model whose experts "
+                f"store both in one tensor: got only {name}. Add {other}, or leave {name} out."
             )
         return fused
     return set()

@@ -20,7 +20,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class ClippedForwardKL(DistillTerm):
     """KL(teacher || student) with each vocabulary entry's summand capped (arXiv 2601.18734 v3).
 
-    The sum can be negative and is no divergence, so it is logged as ``loss/clipped_forward_kl``.
+    The sum can be negative and is not a divergence, so it is logged as ``loss/clipped_forward_kl``.
     The teacher runs in every update.
 
     Args:

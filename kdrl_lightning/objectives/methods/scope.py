@@ -47,12 +47,12 @@ class RarityWeights(Advantage):
         super().__init__(scale_by_std=False)
         if weight_temperature is not None and not 0.0 < weight_temperature < float("inf"):
             raise ConfigurationError(
-                f"`weight_temperature` must be above 0: got {weight_temperature}. "
-                "1 is published, null weights all alike."
+                f"`weight_temperature` must be above 0: got {weight_temperature}. The paper uses "
+                "1; null gives all rows the same weight."
             )
         if scale not in ("sum", "mean"):
             raise ConfigurationError(
-                f"`scale` must be sum or mean: got {scale}. sum is the paper's."
+                f"`scale` must be sum or mean: got {scale}. The paper uses sum."
             )
         self.weight_temperature = weight_temperature
         self.scale = scale

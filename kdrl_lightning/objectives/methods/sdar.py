@@ -24,7 +24,7 @@ class GatedGap(DistillTerm):
 
     ``g = sigmoid(sharpness (log pi_T - log pi))``. The gradient is ``-g`` per token: it raises
     every sampled token, and most of all those that the teacher likes. The value can be negative, so
-    it is no divergence.
+    it is not a divergence.
 
     Args:
         distill_coef: weight of the term, at least 0. The examples of the published code take 0.01.

@@ -98,7 +98,7 @@ class PublishedSRPO(PolicyObjective):
         clip_low: see ``TokenRatio``.
         clip_high: see ``TokenRatio``. Published: 0.28.
         scale_by_std: see ``Advantage``. The experiments of the paper leave the division out.
-        selection: further rules for the completions to distil, beside ``WrongCompletions``.
+        selection: further rules for the completions to distil, in addition to ``WrongCompletions``.
         policy: further settings of ``PolicyObjective``.
     """
 

@@ -30,7 +30,7 @@ def check_limits(trainer: Trainer) -> None:
         every = getattr(trainer, name)
         if isinstance(every, int | float) and every <= 0:
             raise ConfigurationError(
-                f"`{name}` must be above 0: got {every}. To validate never, set "
+                f"`{name}` must be above 0: got {every}. To never validate, set "
                 "`limit_val_batches` to 0."
             )
     for callback in callbacks_of(trainer):

@@ -305,7 +305,7 @@ def test_the_command_prints_a_table_and_exits_by_the_verdict(
         (["--gpu-memory", "80XB"], "`--gpu-memory` must be a number above 0"),
         (["--card", "H1000"], "`--card` must be one of"),
         (["--gpus", "0"], "`--gpus` must be at least 1: got 0"),
-        (["--gpus", "many"], "the flags of `plan` must be right: got argument --gpus"),
+        (["--gpus", "many"], "the flags of `plan` must be valid: got argument --gpus"),
         (["--model-config", "x"], "`--model-config` must be NAME=FILE: got x"),
         (["--model.student", "no/model"], "got none for no/model"),
         (["--trainer.strategy", "deepspeed"], "`strategy` must be auto, ddp or fsdp2 for a plan"),

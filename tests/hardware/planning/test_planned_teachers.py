@@ -1,4 +1,4 @@
-"""What a plan counts of teachers: weights, passes, prompts and tokens of their own."""
+"""What a plan counts of teachers: their weights, passes, prompts and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher with a prompt of its own: the same completions, read after another prompt."""
+"""A teacher with its own prompt: the same completions, read after another prompt."""
 
 from __future__ import annotations
 

@@ -303,7 +303,7 @@ def test_a_sync_every_0_steps_is_refused() -> None:
 
 
 class Prompted(Teacher):
-    """A wrapper that gives a teacher a prompt of its own."""
+    """A wrapper that gives a teacher its own prompt."""
 
     has_own_prompt = True
 

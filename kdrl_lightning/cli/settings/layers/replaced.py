@@ -106,7 +106,7 @@ def held(value: Any) -> list[Given] | dict[str, Any] | None:
 
 
 def _rows(value: Any) -> bool:
-    """Return whether a value is a list of mappings that are no classes."""
+    """Return whether a value is a list of mappings that are not classes."""
     return isinstance(value, list) and any(
         isinstance(one, Mapping | Namespace) and not is_spec(one) for one in value
     )
