@@ -112,6 +112,7 @@ MERGING = "models/passes/shared_prompts.py", "models/passes/test_shared_prompts.
 SHARED = "models/prompt_cache.py", "models/passes/test_shared_prompts.py"
 CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
 PLAN = "rollout/updates/plan.py", "rollout/test_updates.py"
+PLAN_SCORES = "rollout/updates/scoring.py", "rollout/test_updates.py"
 SCORING = "models/scorer.py", "models/passes/test_shared_prompts.py"
 ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
 CHANGES = "models/architectures/switches.py", "models/architectures/test_length_changes.py"
@@ -1803,21 +1804,23 @@ MUTATIONS = [
     Mutation("growing cache: always anew", CACHES, "self.room[0].shape[-2] < end:", "start:"),
     Mutation(
         "plan: frozen models without a limit",
-        PLAN,
+        PLAN_SCORES,
         "shared <= max_tokens and",
         "",
     ),
     Mutation(
         "plan: frozen models pad at will",
-        PLAN,
+        PLAN_SCORES,
         "shared <= tokens(out[-1])[0] + tokens(rows)[0]",
         "shared",
     ),
-    Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
-    Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
+    Mutation(
+        "plan: a prompt repeated at will", PLAN_SCORES, " and whole <= REPEATED * max_tokens", ""
+    ),
+    Mutation("plan: a prompt per row", PLAN_SCORES, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
         "plan: a teacher that waits is run",
-        PLAN,
+        PLAN_SCORES,
         "if waits.teacher:\n        return batch",
         "if False:\n        return batch",
     ),
@@ -1828,7 +1831,10 @@ MUTATIONS = [
         "later",
     ),
     Mutation(
-        "plan: scores of other rows", PLAN, "torch.tensor(rows,", "torch.tensor(sorted(rows),"
+        "plan: scores of other rows",
+        PLAN_SCORES,
+        "torch.tensor(rows,",
+        "torch.tensor(sorted(rows),",
     ),
     Mutation("step log: a step late", STEP_LOG, "trainer.global_step - 1", "trainer.global_step"),
     Mutation("step log: each step", STEP_LOG, "trainer.global_step % every == 0", "True"),

@@ -19,7 +19,7 @@ from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.models.lora import LoRA
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rewards.base import Verdict
-from kdrl_lightning.rollout.updates.plan import _by_prompt, joined
+from kdrl_lightning.rollout.updates.scoring import _by_prompt, joined
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 from kdrl_lightning.teachers import (
     AdapterOffTeacher,
