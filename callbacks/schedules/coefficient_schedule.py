@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -112,9 +112,8 @@ class CoefficientSchedule(RolloutCallback):
         """Set the coefficient before the first rollout."""
         self._set(trainer, trained(pl_module))
 
-    # `Any` as in Lightning: its batches and states.
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Log the coefficient of this update."""
         module = trained(pl_module)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
-
-# `Any`: end tokens of configurations may have any type until they are checked.
 
 # An answer that chat templates leave as it is.
 PROBE = "zq7"
@@ -157,7 +154,7 @@ def _ids(tokenizer: HFTokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _named(value: Any, config: HFConfig, markers: set[int]) -> Sequence[int]:
+def _named(value: object, config: HFConfig, markers: set[int]) -> Sequence[int]:
     """Return the ids of a setting; of a class's default, only those that are special tokens.
 
     transformers copies defaults of configuration classes into files.

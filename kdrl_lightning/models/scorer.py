@@ -354,7 +354,7 @@ class Scorer(nn.Module):
     def head_gap(self, ids: Tensor, factor: float) -> float:
         """Return how far the head is from the model's own on one row of states times ``factor``."""
 
-        def widen(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def widen(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             called.append(True)
             return (args[0] * factor, *args[1:])
 

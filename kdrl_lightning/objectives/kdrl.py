@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any, Literal
+from typing import Literal
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.advantages import Advantage, ShapedAdvantage, SumAdvantage
 from kdrl_lightning.objectives.divergences import SAMPLED, DistillTerm, SampledKL, VocabularyKL
@@ -68,7 +68,7 @@ class KDRL(PolicyObjective):
         dual_clip: float | None = None,
         scale_by_std: bool = True,
         distill: DistillTerm | None = None,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         names = (teacher_kl_coef, kd_ratio_weight, kl_estimator, form, kd_top_k)
         advantage, kl = _by_name(*names, kd_per_imitated_token, scale_by_std)

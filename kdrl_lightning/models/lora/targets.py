@@ -127,7 +127,7 @@ def _text_modules(decoder: HFModel, root: str) -> dict[str, nn.Module]:
     }
 
 
-def _model_type(module: Any) -> str | None:
+def _model_type(module: object) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
 
 

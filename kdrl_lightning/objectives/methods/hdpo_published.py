@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.losses import TokenScores, wrong_groups
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.base import Term, known
@@ -79,7 +77,7 @@ class PublishedHDPO(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),

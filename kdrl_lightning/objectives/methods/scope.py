@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import shares
 from kdrl_lightning.losses.chunks import chunk_share
@@ -107,7 +106,7 @@ class SCOPE(PolicyObjective):
     """
 
     def __init__(
-        self, weight_temperature: float | None = 1.0, scale: Scale = "sum", **policy: Any
+        self, weight_temperature: float | None = 1.0, scale: Scale = "sum", **policy: PolicySetting
     ) -> None:
         super().__init__(
             ratio=TokenRatio(1.0, sys.float_info.max),  # no clip

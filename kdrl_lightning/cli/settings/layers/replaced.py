@@ -31,7 +31,7 @@ class Given(NamedTuple):
 
 
 def check_type(
-    self: Any, value: Value, append: bool = False, cfg: Any = None, mode: Any = None
+    self: Any, value: Value, append: bool = False, cfg: Any = None, mode: object = None
 ) -> Any:
     """Return a value as ``ActionTypeHint._check_type`` does; note what it replaces."""
     before = cfg.get(self.dest) if cfg else None
@@ -46,7 +46,7 @@ def check_type(
     return made
 
 
-def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
+def load_group(self: Any, *args: Any, **kwargs: object) -> Any:
     """Read a file of a group, e.g. ``--trainer=trainer.yaml``; note what it replaces."""
     if not args:  # jsonargparse is creating the action
         return _load_group(self, **kwargs)
@@ -64,7 +64,7 @@ def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def note_lost(
-    where: str, before: Any, had: Any, after: Any, what: str = "an earlier value"
+    where: str, before: object, had: Any, after: object, what: str = "an earlier value"
 ) -> None:
     """Note what is lost of an earlier value, unless null or false says that nothing is wanted.
 
@@ -105,7 +105,7 @@ def held(value: Any) -> list[Given] | dict[str, Any] | None:
     return [Given(f"each of its {len(value)} rows", ())] if not found and _rows(value) else found
 
 
-def _rows(value: Any) -> bool:
+def _rows(value: object) -> bool:
     """Return whether a value is a list of mappings that are not classes."""
     return isinstance(value, list) and any(
         isinstance(one, Mapping | Namespace) and not is_spec(one) for one in value
@@ -161,7 +161,7 @@ def missing(had: list[Given], has: list[Given]) -> list[str]:
     return lost
 
 
-def is_name(item: Any) -> bool:
+def is_name(item: object) -> bool:
     """Return whether a text can name a class; names of columns or modules cannot."""
     last = item.rsplit(".", 1)[-1] if isinstance(item, str) else ""
     return last.isidentifier() and last[0].isupper()
