@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.planned_models import SMALL
 from kdrl_lightning import (
     GRPO,
     KDRL,
@@ -38,17 +39,6 @@ from kdrl_lightning.hardware.planning.report import verdict
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.teachers import InitialWeights, MovingAverage, TrustRegion
 
-SMALL = {
-    "model_type": "qwen3",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "tie_word_embeddings": False,
-}
 WEIGHTS = 512 * 64 * 2 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 32) + 64
 BYTES = 4 * WEIGHTS
 ROLLOUT = RolloutSettings(8, 4, 60)
