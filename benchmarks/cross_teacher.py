@@ -16,12 +16,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from smollm2_teacher import SYSTEM, TASK
+from smollm2_teacher import SYSTEM, TASK, problems, warmed_up
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdrl_lightning import SFT, KDRLModule, ReasoningGymPrompts, SupervisedDataModule
-from kdrl_lightning.callbacks import CPUThreads, RolloutProgress
+from kdrl_lightning import ReasoningGymPrompts
+from kdrl_lightning.callbacks import CPUThreads
+from kdrl_lightning.tiny.training import train_on_traces
 
 SPECIAL = ["<pad>", "<|end|>"]
 TEMPLATE = (
@@ -75,35 +76,21 @@ def save_untrained(folder: str, tokenizer: Any) -> None:
 
 def train(out: str, steps: int, batch_size: int, lr: float) -> None:
     """Train from random weights on the right answers, and export."""
-    # Differs from the seeds of the student's prompts and of the validation.
-    rows = ReasoningGymPrompts("chain_sum", steps * batch_size, 3, TASK, chat=True, system=SYSTEM)
-    traces = [{**row, "completion": row["answer"]} for row in rows]
-    texts = [m["content"] for row in traces[:500] for m in row["prompt"]]
+    traces = problems(steps * batch_size)
     start = tempfile.mkdtemp()
-    save_untrained(start, make_tokenizer(texts))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / (steps / 10), (steps - step) / steps)
-
-    module = KDRLModule(
-        student=start,
-        objective=SFT(),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
-    )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        gradient_clip_val=1.0,
-        callbacks=[CPUThreads(threads=1), RolloutProgress("making the teacher")],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    save_untrained(start, make_tokenizer([m["content"] for t in traces[:500] for m in t["prompt"]]))
     pl.seed_everything(0, verbose=False)
-    trainer.fit(module, datamodule=SupervisedDataModule(traces, batch_size))
-    module.export(out)
+    train_on_traces(
+        start,
+        traces,
+        out,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+        rate=warmed_up(steps),
+        steps=steps,
+        batch_size=batch_size,
+        name="teacher",
+        callbacks=[CPUThreads(threads=1)],
+    )
 
 
 def accuracy(folder: str, count: int = 256) -> float:

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data_at_scale.py [--rows 1000000]
 
-A run of one update with the embedded student reads each source in its own process. The columns are
-seconds until the source exists, seconds of setup up to the first rollout, peak memory above that of
-the same run on 100 rows in MB, and size of the source (its file, or its objects) in MB. Writing the
-files, into a temporary folder, is not counted.
+A run of one update with the embedded student reads each source in a separate process. The columns
+are seconds until the source exists, seconds of setup up to the first rollout, peak memory above
+that of the same run on 100 rows in MB, and size of the source (its file, or its objects) in MB.
+Writing the files, into a temporary folder, is not counted.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def fitted(terms: Sequence[Sequence[float]], count: Callable[[int], np.ndarray])
         solved, *_ = np.linalg.lstsq(part[at], found, rcond=None)
         gap = np.abs(part[at] @ solved - found).max() / found.max()
         if gap > 1e-9:
-            raise RuntimeError(f"operations are no sum of these terms: {gap:.1e} apart")
+            raise RuntimeError(f"operations are not a sum of these terms: {gap:.1e} apart")
         out[members] = part @ solved
     return out
 

@@ -279,7 +279,7 @@ def measured(models: tuple[str, str], case: dict[str, Any]) -> dict[str, Any]:
 
 def planned(models: tuple[str, str], case: dict[str, Any], prompt: int) -> dict[str, float]:
     """Return the bytes of each phase by the plan of the same configuration."""
-    from kdrl_lightning.cli.plan import own_flags
+    from kdrl_lightning.cli.plan import plan_flags
     from kdrl_lightning.cli.plan import planned as plan_of
 
     with tempfile.TemporaryDirectory() as folder:
@@ -288,8 +288,8 @@ def planned(models: tuple[str, str], case: dict[str, Any], prompt: int) -> dict[
         file = Path(folder) / "run.yaml"
         file.write_text(yaml.safe_dump(config))
         words = ["--config", str(file), "--prompt-tokens", str(prompt)]
-        own, rest = own_flags().parse_known_args(words)
-        return {phase.name: phase.total for phase in plan_of(own, rest).phases}
+        flags, rest = plan_flags().parse_known_args(words)
+        return {phase.name: phase.total for phase in plan_of(flags, rest).phases}
 
 
 def compared(name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_lightning.cli.layered_yaml import load_with_base
-from kdrl_lightning.cli.plan import PlanCLI, job_of, module_of, own_flags, within_context
+from kdrl_lightning.cli.plan import PlanCLI, job_of, module_of, plan_flags, within_context
 from kdrl_lightning.hardware.planning.cards import bytes_of, card_named
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.planner import Plan, plan
@@ -103,8 +103,8 @@ def parsed(flags: list[str]) -> tuple[Job, KDRLModule, float]:
     """Return job, module and number of rollouts of a command line."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     cli = PlanCLI.run([*flags, "--trainer.callbacks=[]"], instantiate_only=True)
-    own, _ = own_flags().parse_known_args(trained_shapes())
-    job, module = job_of(cli.config, own), module_of(cli)
+    flags, _ = plan_flags().parse_known_args(trained_shapes())
+    job, module = job_of(cli.config, flags), module_of(cli)
     updates = job.rollout.minibatches_per_rollout * job.rollout.epochs_per_rollout
     return within_context(job, module), module, max(0, cli.config.trainer.max_steps) / updates
 
@@ -246,7 +246,7 @@ half or twice as much. GPU hours are seconds per rollout × rollouts × GPUs, wi
 The overlays of `configs/hardware/` are planned with Qwen3-0.6B and Qwen3-4B as teacher (one GPU,
 256 completions of 1,024 tokens), and with Qwen3-8B, Qwen3-32B as teacher and a reference KL (8
 GPUs, 1,024 completions of 8,192 tokens). `rollouts` is `max_steps` of the configuration, in
-rollouts; an overlay has none of its own, and the figure is that of the method it is planned with.
+rollouts; an overlay does not set it, so the figure is that of the method it is planned with.
 
 {table}
 

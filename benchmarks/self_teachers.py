@@ -3,8 +3,8 @@
 All runs of a task have the same number of student forward passes. A pass is one completion that
 goes once through the student's current weights: in an update (with its backward pass), or when it
 is scored for a later update. Sampling does not count, nor does the teacher, which is counted apart:
-a self-teacher costs a pass of the student's size, an external one of its own. The learning rate
-falls with the passes that are used, and a run ends with the rollout that reaches the budget.
+a self-teacher costs a pass of the student's size, an external one a pass of its size. The learning
+rate falls with the passes that are used, and a run ends with the rollout that reaches the budget.
 
 The search is equal for all: both learning rates on the first seed, then the better one on all
 seeds. Costs are those of one rollout of each method: floating-point operations executed, sampling
@@ -95,7 +95,7 @@ def run(job: Job, budget: int) -> dict[str, Any]:
             passes.curve.append([passes.student, float(trainer.callback_metrics["val/accuracy"])])
 
     cli.trainer.callbacks = [*kept, Count()]
-    cli.model.prepare_data()  # makes models on first use, which is no cost of the run
+    cli.model.prepare_data()  # makes models on first use, which is not a cost of the run
     started, meter = time.process_time(), FlopCounterMode(display=False)
     if costs:
         cli.trainer.limit_val_batches = 0

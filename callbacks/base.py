@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 
 from kdrl_lightning.trainer.protocols import rollout_data
+
+# Tensors by name, as `KDRLModule.training_step` returns them. `Any`: Lightning's type of them also
+# allows a tensor or None, and an override must not narrow it.
+StepOutputs: TypeAlias = Any
 
 
 def updates_per_rollout(trainer: pl.Trainer) -> int:
@@ -29,7 +33,7 @@ def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
 
 
-# `batch` and `outputs` are `Any` as in Lightning: each data module and module has its own.
+# `batch` and `outputs` are `Any` as in Lightning: each module defines other types.
 class RolloutCallback(pl.Callback):
     """Calls hooks at the start and the end of each rollout, and at the end of each optimizer step.
 

@@ -78,7 +78,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         require_count("keep_last", keep_last, 1, float("inf"))
         require_count("every_n_rollouts", every_n_rollouts, 1, float("inf"))
         if mode not in ("max", "min"):
-            raise ConfigurationError(f"`mode` must be max or min: got {mode}.")
+            raise ConfigurationError(f"`mode` must be max or min: got {mode}. Choose one of them.")
         super().__init__(dirpath, monitor=monitor, mode=mode, save_top_k=save_top_k or 1)
         self._named = self.dirpath
         self.save_top_k = save_top_k

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 
 from kdrl_lightning.common.distributed import stop_together
+from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.evaluation.files import JSONLFile, ParquetFile, PredictionFile
 from kdrl_lightning.trainer.protocols import trained
 from kdrl_lightning.trainer.run_folder import run_folder
-
-# `Any`: Lightning's batches and outputs.
 
 
 class PredictionWriter(pl.Callback):
@@ -31,7 +30,9 @@ class PredictionWriter(pl.Callback):
 
     def __init__(self, format: Literal["jsonl", "parquet"] = "jsonl") -> None:
         if format not in ("jsonl", "parquet"):
-            raise ConfigurationError(f"`format` must be jsonl or parquet: got {format}.")
+            raise ConfigurationError(
+                f"`format` must be jsonl or parquet: got {format}. Choose one of them."
+            )
         self.format = format
         self._file: PredictionFile | None = None
 
@@ -53,13 +54,13 @@ class PredictionWriter(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # Lightning's types
-        batch: Any,
+        outputs: list[Tree],
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Gather a batch from all ranks and write it."""
-        parts: list[list[dict[str, Any]] | None] | None = [outputs]
+        parts: list[list[Tree] | None] | None = [outputs]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size if trainer.is_global_zero else None
             dist.gather_object(outputs, parts)

@@ -6,13 +6,12 @@ import json
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from kdrl_lightning.callbacks.base import RolloutCallback, updates_per_rollout
+from kdrl_lightning.callbacks.base import RolloutCallback, StepOutputs, updates_per_rollout
 from kdrl_lightning.callbacks.reports.plots import plot_curves
 from kdrl_lightning.callbacks.reports.summary import summary_table
 from kdrl_lightning.callbacks.teacher_health import TeacherHealth
@@ -63,9 +62,9 @@ class RunReport(RolloutCallback):
     """Measures the accuracy of student and teacher, and writes the run folder.
 
     The student is measured before and after training, the teacher before. The run folder is the
-    logger's (or ``default_root_dir``); if another run uses it, the run takes a new folder beside
-    it. The callback writes ``summary.json``, ``curves.png`` and ``student/``, the trained student
-    as a Hugging Face folder. It writes the student even if something else fails.
+    logger's (or ``default_root_dir``); if another run uses it, the run takes a new folder next
+    to it. The callback writes ``summary.json``, ``curves.png`` and ``student/``, the trained
+    student as a Hugging Face folder. It writes the student even if something else fails.
 
     Put it after the callbacks that log the values it shows, e.g. ``SelectiveImitationStats``.
 
@@ -131,9 +130,8 @@ class RunReport(RolloutCallback):
         if value is not None and whole:
             self._note(trainer.global_step, float(value))
 
-    # `Any` as in Lightning: its batches, outputs and states.
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Start the clock of an update."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -143,8 +141,8 @@ class RunReport(RolloutCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: StepOutputs,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Stop the clock of an update."""

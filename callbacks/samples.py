@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from kdrl_lightning.callbacks.base import RolloutCallback, starts_step, updates_per_rollout
+from kdrl_lightning.callbacks.base import (
+    RolloutCallback,
+    StepOutputs,
+    starts_step,
+    updates_per_rollout,
+)
 from kdrl_lightning.callbacks.reports import (
     SampleView,
     Section,
@@ -21,6 +25,7 @@ from kdrl_lightning.callbacks.reports import (
     text_view,
 )
 from kdrl_lightning.errors import require_count
+from kdrl_lightning.evaluation.batch import EvaluationBatch
 from kdrl_lightning.rollout_batch import RolloutBatch
 from kdrl_lightning.trainer.end_of_run import write_or_warn
 from kdrl_lightning.trainer.protocols import TrainedModule, is_trial_run, rollout_data, trained
@@ -67,12 +72,11 @@ class SamplePage(RolloutCallback):
         if stage == "fit":
             self.sections, self._step, self._validated, self._shown = [], [], {}, -1
 
-    # `Any` as in Lightning: its outputs and batches.
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: StepOutputs,
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
@@ -90,8 +94,8 @@ class SamplePage(RolloutCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: EvaluationBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Watches whether a self-teacher, or a teacher with a prompt of its own, does harm."""
+"""Watches whether a self-teacher, or a teacher with its own prompt, does harm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.common.untyped import HFTokenizer, Row, State
@@ -28,8 +29,6 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.self_teachers import self_teachers
 from kdrl_lightning.trainer.protocols import TrainedModule, rollout_data, trained
 
-# `Any` as in Lightning: its batches.
-
 WATCHED = (
     "kd/reverse_kl",
     "kd/teacher_entropy",
@@ -44,7 +43,7 @@ class RowPrompt(Protocol):
     """How a ``PromptedTeacher`` writes the prompt of a row."""
 
     @property
-    def context(self) -> Any:
+    def context(self) -> Any:  # not every context follows from a row
         """What the teacher sees; with ``of_row`` if that follows from the row alone."""
 
     def ids(self, tokenizer: HFTokenizer, row: Row, context: str = "") -> list[int]:
@@ -66,7 +65,7 @@ class TeacherHealth(RolloutCallback):
     Args:
         window: rollouts that the first and the last level of a number average.
         prompts: validation prompts on which the teacher is measured; 0: it is not.
-        phrases: phrases that appeal to a reference; None: a built-in list.
+        phrases: phrases that refer to a solution or hint; None: a built-in list.
         hedges: hedging words; None: a built-in list.
 
     Attributes:
@@ -126,7 +125,7 @@ class TeacherHealth(RolloutCallback):
             )
 
     def on_rollout_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, rollout: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, rollout: int
     ) -> None:
         """Judge the rollout before, whose numbers all callbacks have logged; read the new texts."""
         module, data = trained(pl_module), rollout_data(trainer)
@@ -233,7 +232,7 @@ def row_prompt(
     return write
 
 
-def largest_pass(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+def largest_pass(metrics: Mapping[str, float | Tensor]) -> tuple[float, float] | None:
     """Return the largest k and pass@k of the first validation set that has it; None without.
 
     >>> largest_pass({"val/pass_at_2": 0.5, "val/pass_at_8": 0.75, "val/accuracy": 0.25})

@@ -141,7 +141,7 @@ class WeightSyncCheck(RolloutCallback):
                 f"on average: got {mean:.3g} at step {trainer.global_step}. They differ most at "
                 f"token {place} of completion {row} (id {int(batch.completion_ids[row, place])}): "
                 f"engine {float(batch.rollout_logprobs[row, place]):.4g}, trainer "
-                f"{float(batch.old_logprobs[row, place]):.4g}. The engine holds other weights, "
+                f"{float(batch.old_logprobs[row, place]):.4g}. The engine has different weights, "
                 "samples with settings that change its log-probabilities, or computes this "
                 "architecture differently."
             )

@@ -30,7 +30,7 @@ def require_between(name: str, value: float, low: float, high: float, cure: str 
         cure: what the user can do, for the message.
 
     Raises:
-        ConfigurationError: the value is no number or lies outside the bounds.
+        ConfigurationError: the value is not a number or lies outside the bounds.
 
     >>> require_between("trrd_alpha", 0.5, 0.0, 1.0)
     """

@@ -97,7 +97,7 @@ class RolloutBatch:
         teacher_logprobs: ``[B, T]``, the frozen teacher's. None if there is no teacher, or if the
             update runs it for a divergence; this holds for the next two fields too.
             With ``chunk_places``: the sum of the teacher's log-probabilities over the chunk.
-        chunk_places: ``[B, T]`` int64, how many tokens of its chunk stand before a token, if the
+        chunk_places: ``[B, T]`` int64, how many tokens of its chunk precede a token, if the
             teacher has another tokenizer; -1 on tokens that it cannot score. None: each token is a
             chunk. ``losses/chunks.py`` computes with it.
         teacher_entropy: ``[B, T]`` nats.
@@ -190,8 +190,8 @@ class RolloutBatch:
 
         The host waits for a GPU to know them, so it asks once for all rows.
         """
-        own = self.teacher_prompt_ids
-        prompts = torch.zeros_like(self.lengths) if own is None else (own >= 0).sum(1)
+        prompts = self.teacher_prompt_ids
+        prompts = torch.zeros_like(self.lengths) if prompts is None else (prompts >= 0).sum(1)
         sizes = torch.stack([self.lengths, self.completion_lengths, prompts], 1)
         return cast("list[list[int]]", sizes.tolist())
 

@@ -16,7 +16,7 @@ import torch
 from helpers.processes.two_ranks import TwoRanks
 from kdrl_lightning.tiny.models import Recipe, save_untrained
 
-# A plugin that vLLM loads, and a module that ends its process, in processes of their own.
+# A plugin that vLLM loads, and a module that ends its process, in separate processes.
 collect_ignore = ["helpers/with_vllm/store_transfer.py", "helpers/rewards/ends_at_once.py"]
 # Fixtures, not tests; several files of one name cannot be imported for their docstrings.
 collect_ignore_glob = ["*conftest.py"]

@@ -82,7 +82,7 @@ TAUGHT = "hardware/planning/test_planned_teachers.py"
 REHEARSED = "hardware/planning/rehearsal.py", "hardware/planning/test_plan.py"
 TOTALS = "rollout_batch.py", "objectives/test_objectives.py"
 FRAME_STATS = "objectives/policy.py", "callbacks/test_imitation_stats.py"
-STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
+STATS = "callbacks/reports/token_stats.py", "callbacks/test_imitation_stats.py"
 ANNEALING = "callbacks/schedules/curves.py", "callbacks/test_kl_annealing.py"
 STORE = "rollout/saved.py", "rollout/test_saved.py"
 ENCODING = "prompts/encoding.py", "prompts/test_encoding.py"
@@ -112,6 +112,7 @@ MERGING = "models/passes/shared_prompts.py", "models/passes/test_shared_prompts.
 SHARED = "models/prompt_cache.py", "models/passes/test_shared_prompts.py"
 CACHES = "models/prompt_cache.py", "models/test_prompt_cache.py"
 PLAN = "rollout/updates/plan.py", "rollout/test_updates.py"
+PLAN_SCORES = "rollout/updates/scoring.py", "rollout/test_updates.py"
 SCORING = "models/scorer.py", "models/passes/test_shared_prompts.py"
 ROTARY = "models/architectures/rotary.py", "models/architectures/test_rotary.py"
 CHANGES = "models/architectures/switches.py", "models/architectures/test_length_changes.py"
@@ -1871,21 +1872,23 @@ MUTATIONS = [
     Mutation("growing cache: always anew", CACHES, "self.room[0].shape[-2] < end:", "start:"),
     Mutation(
         "plan: frozen models without a limit",
-        PLAN,
+        PLAN_SCORES,
         "shared <= max_tokens and",
         "",
     ),
     Mutation(
         "plan: frozen models pad at will",
-        PLAN,
+        PLAN_SCORES,
         "shared <= tokens(out[-1])[0] + tokens(rows)[0]",
         "shared",
     ),
-    Mutation("plan: a prompt repeated at will", PLAN, " and whole <= REPEATED * max_tokens", ""),
-    Mutation("plan: a prompt per row", PLAN, "len({groups[r] for r in rows})", "len(rows)"),
+    Mutation(
+        "plan: a prompt repeated at will", PLAN_SCORES, " and whole <= REPEATED * max_tokens", ""
+    ),
+    Mutation("plan: a prompt per row", PLAN_SCORES, "len({groups[r] for r in rows})", "len(rows)"),
     Mutation(
         "plan: a teacher that waits is run",
-        PLAN,
+        PLAN_SCORES,
         "if waits.teacher:\n        return batch",
         "if False:\n        return batch",
     ),
@@ -1896,7 +1899,10 @@ MUTATIONS = [
         "later",
     ),
     Mutation(
-        "plan: scores of other rows", PLAN, "torch.tensor(rows,", "torch.tensor(sorted(rows),"
+        "plan: scores of other rows",
+        PLAN_SCORES,
+        "torch.tensor(rows,",
+        "torch.tensor(sorted(rows),",
     ),
     Mutation("step log: a step late", STEP_LOG, "trainer.global_step - 1", "trainer.global_step"),
     Mutation("step log: each step", STEP_LOG, "trainer.global_step % every == 0", "True"),
@@ -2102,7 +2108,7 @@ MUTATIONS = [
     Mutation(
         "self-teacher: the student keeps the lent adapters",
         SELF_WEIGHTS,
-        "            blend(self._ours, own, 1.0)",
+        "            blend(self._ours, students, 1.0)",
         "            pass",
     ),
     Mutation(
@@ -2120,7 +2126,7 @@ MUTATIONS = [
     Mutation(
         "live self-teacher: its own prompt is not seen through a wrapper",
         SELF_FOUND,
-        "        yield from walk(inner, own)",
+        "        yield from walk(inner, prompted)",
         "        yield from walk(inner)",
     ),
     Mutation(

@@ -1,7 +1,7 @@
 """Writes the table of architectures: ``docs/architectures.md`` and its JSON.
 
 Run it as ``python -m benchmarks.architectures.run``; ``--families qwen3,gemma2`` and
-``--columns sampling,vLLM`` update a part of it. Each family runs in its own process, with a time
+``--columns sampling,vLLM`` update a part of it. Each family runs in a separate process, with a time
 limit; the vLLM column needs vLLM, and stays as it is without.
 """
 

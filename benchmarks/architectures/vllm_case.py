@@ -271,7 +271,7 @@ def last_line(out: subprocess.CompletedProcess[str]) -> str:
 
 
 def try_family(family: str, timeout: float = 240) -> str:
-    """Return the cell of a family, tried in its own process for at most ``timeout`` seconds."""
+    """Return the cell of a family, tried in a separate process for at most ``timeout`` seconds."""
     command = [sys.executable, "-m", "benchmarks.architectures.vllm_case", "--alone", family]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -294,7 +294,7 @@ def record(family: str, result: str) -> None:
 
 
 def main() -> None:
-    """Check families, each in its own process, and add the results to earlier ones."""
+    """Check families, each in a separate process, and add the results to earlier ones."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("families", nargs="+")
     parser.add_argument(

@@ -74,7 +74,7 @@ def save_models(folder: Path) -> tuple[str, str]:
 
 @dataclass
 class Run:
-    """A run of ``fit`` in its own folder; each start after the first continues it.
+    """A run of ``fit`` in a separate folder; each start after the first continues it.
 
     Attributes:
         folder: the run's working directory.

@@ -37,7 +37,7 @@ time.sleep(1e6)
 
 
 class Server:
-    """Runs a scripted server in its own process, on one port of loopback.
+    """Runs a scripted server in a separate process, on one port of loopback.
 
     Args:
         student: folder of the model that it pretends to serve.

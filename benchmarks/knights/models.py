@@ -7,7 +7,6 @@ evaluates simple statements. We have planted no error in it.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from kdrl_lightning import __version__
 from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.models.folder_cache import cached_folder
 from kdrl_lightning.models.loading import ModelSource
+from kdrl_lightning.tiny.training import repeatable, train_on_traces, warmed_up
 
 # Seeds of the training puzzles start here, apart from those of the configurations.
 TRACES_SEED = 1000
@@ -99,52 +99,21 @@ class KnightsModel(ModelSource):
 
     def train(self, folder: Path) -> None:
         """Train the model from its seed into ``folder``, without any cache."""
-        from lightning.pytorch.utilities.seed import isolate_rng
-
-        threads = torch.get_num_threads()
-        with isolate_rng(), tempfile.TemporaryDirectory() as start:
-            try:
-                # One thread: the order of additions, and so the weights, do not depend on cores.
-                torch.set_num_threads(1)
-                save_untrained(RECIPES[self.role], Path(start), self.seed)
-                self._train(start, folder)
-            finally:
-                torch.set_num_threads(threads)
-
-    def _train(self, start: str, folder: Path) -> None:
-        import lightning.pytorch as pl
-        from lightning.pytorch.strategies import SingleDeviceStrategy
-
-        from kdrl_lightning.callbacks.progress import RolloutProgress
-        from kdrl_lightning.datamodule.supervised import SupervisedDataModule
-        from kdrl_lightning.module import KDRLModule
-        from kdrl_lightning.objectives import SFT
-
         recipe, steps, began = RECIPES[self.role], self.steps, time.perf_counter()
         traces = KnightsTraces(steps * recipe.batch_size, TRACES_SEED + self.seed, self.depth)
-        warmup = steps // 10
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warmup, (steps - step) / (steps - warmup))
-
-        module = KDRLModule(
-            student=start,
-            objective=SFT(),
-            optimizer=lambda p: MuonAndAdamW(p, recipe.lr),
-            lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
-        )
-        trainer = pl.Trainer(
-            strategy=SingleDeviceStrategy("cpu"),
-            max_steps=steps,
-            gradient_clip_val=1.0,
-            callbacks=[RolloutProgress(f"making the knights {self.role}")],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, datamodule=SupervisedDataModule(traces, recipe.batch_size, self.seed))
-        module.export(str(folder))
+        with repeatable() as start:
+            save_untrained(recipe, Path(start), self.seed)
+            train_on_traces(
+                start,
+                traces,
+                str(folder),
+                optimizer=lambda p: MuonAndAdamW(p, recipe.lr),
+                rate=warmed_up(steps),
+                steps=steps,
+                batch_size=recipe.batch_size,
+                name=f"knights {self.role}",
+                seed=self.seed,
+            )
         print(
             f"knights {self.role} made in {time.perf_counter() - began:.0f} s from {len(traces)} "
             f"puzzles ({traces.dropped} of the validation part left out)"

@@ -16,7 +16,7 @@ class Method:
         teacher: the method has one.
         verdicts: the method learns from them.
         updates: per rollout, as in the configuration.
-        rate_of: name of the method whose learning rate it takes; None: it has a search of its own.
+        rate_of: name of the method whose learning rate it takes; None: it has a separate search.
     """
 
     config: str

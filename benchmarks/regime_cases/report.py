@@ -59,7 +59,7 @@ class Cells:
 
     @property
     def shared(self) -> list[Regime]:
-        """The regimes in which every method with a search of its own has runs."""
+        """The regimes in which every method with a separate search has runs."""
         methods = self.task.methods
         return [r for r in self.task.regimes if all(self.runs(m, r) for m in methods)]
 

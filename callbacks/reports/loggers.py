@@ -1,14 +1,15 @@
-"""Sends samples to the loggers that show text: TensorBoard and W&B."""
+"""Sends samples and histograms to the loggers that show them: TensorBoard and W&B."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_lightning.callbacks.reports.page import Section
 from kdrl_lightning.callbacks.reports.text import visible
 from kdrl_lightning.callbacks.reports.views import SampleView
 from kdrl_lightning.common.untyped import Tree
+from kdrl_lightning.metrics import Histogram
 
 # `Any`: loggers share no type, and a row of their tables holds several.
 
@@ -31,6 +32,38 @@ def log_samples(loggers: Sequence[Any], section: Section, step: int) -> None:
                 logger.log_text(
                     tag, columns=list(rows[0]), data=[[*r.values()] for r in rows], step=step
                 )
+
+
+def log_histograms(loggers: Sequence[Any], histograms: Mapping[str, Histogram], step: int) -> None:
+    """Send histograms to the loggers that can show them.
+
+    Args:
+        loggers: the trainer's loggers; others are skipped.
+        histograms: histograms by name.
+        step: the logger's step.
+    """
+    for logger in loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        for name, histogram in histograms.items():
+            counts, edges = histogram.counts, histogram.edges
+            if hasattr(experiment, "add_histogram_raw"):  # TensorBoard
+                centers = (edges[1:] + edges[:-1]) / 2
+                experiment.add_histogram_raw(
+                    name,
+                    min=histogram.low,
+                    max=histogram.high,
+                    num=int(counts.sum()),
+                    sum=float((counts * centers).sum()),
+                    sum_squares=float((counts * centers.square()).sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=step,
+                )
+            elif type(logger).__name__ == "WandbLogger":
+                import wandb  # type: ignore[import-not-found]
+
+                pair = (counts.numpy(), edges.numpy())
+                experiment.log({name: wandb.Histogram(np_histogram=pair)})
 
 
 def as_markdown(samples: Sequence[SampleView]) -> str:

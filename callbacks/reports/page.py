@@ -124,12 +124,12 @@ def _sample(sample: SampleView, max_tokens: int) -> str:
     else:
         text = _text(sample.completion)
     listed = "".join(f"<span>{_text(fact)}</span>" for fact in facts)
-    own = f"the teacher reads: <bdi>{_text(sample.teacher_prompt)}</bdi>"
-    own = f'<div class="prompt">{own}</div>\n' if sample.teacher_prompt else ""
+    read = f"the teacher reads: <bdi>{_text(sample.teacher_prompt)}</bdi>"
+    read = f'<div class="prompt">{read}</div>\n' if sample.teacher_prompt else ""
     return f"""<article>
 <header><b class="{verdict}">{verdict}</b>{listed}</header>
 <div class="prompt"><bdi>{_text(sample.prompt)}</bdi></div>
-{own}<div class="completion">{text}</div>
+{read}<div class="completion">{text}</div>
 </article>"""
 
 

@@ -1,4 +1,4 @@
-"""The table that a run prints at its end."""
+"""The tables that a run prints at its end."""
 
 from __future__ import annotations
 
@@ -37,3 +37,20 @@ def summary_table(summary: Tree, folder: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["", *lines, ""])
+
+
+def imitation_table(rows: list[dict[str, float]], rollouts: int) -> str:
+    """Render the mean of each statistic over the first and the last rollouts."""
+    first, last = rows[:rollouts], rows[-rollouts:]
+
+    def mean(part: list[dict[str, float]], name: str) -> str:
+        values = [row[name] for row in part if name in row]
+        return f"{sum(values) / len(values):10.3f}" if values else f"{'-':>10}"
+
+    names = sorted({name for row in rows for name in row} - {"rollout"})
+    title = "imitation, mean over rollouts"
+    width = max(map(len, [title, *names]))
+    head = f"  {title:<{width}}  {'first ' + str(len(first)):>10}"
+    lines = [f"{head}  {'last ' + str(len(last)):>10}"]
+    lines += [f"  {n:<{width}}  {mean(first, n)}  {mean(last, n)}" for n in names]
+    return "\n".join(["", *lines])

@@ -198,11 +198,11 @@ def _scored(
 
 
 def _own_prompt(batch: RolloutBatch, row: int, prompt: list[int], tokenizer: HFTokenizer) -> str:
-    # With an end token of its own, the teacher may have a tokenizer of its own.
+    # A teacher with a different end token may have a different tokenizer.
     if batch.teacher_prompt_ids is None or batch.teacher_ends is not None:
         return ""
-    own = [i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0]
-    return "" if own == prompt else str(tokenizer.decode(own, skip_special_tokens=False))
+    ids = [i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0]
+    return "" if ids == prompt else str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _fate(advantage: float, dead: bool, used: bool) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from kdrl_lightning.callbacks.base import RolloutCallback
+from kdrl_lightning.callbacks.base import RolloutCallback, StepOutputs
 from kdrl_lightning.callbacks.schedules.coefficient_schedule import CoefficientSchedule
 from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError, require_between
@@ -54,7 +52,9 @@ class AdaptiveEntropy(RolloutCallback):
     ) -> None:
         require_between("target", target, 0.0, float("inf"))
         if not 0.0 < step < float("inf"):
-            raise ConfigurationError(f"`step` must be above 0 and finite: got {step}.")
+            raise ConfigurationError(
+                f"`step` must be above 0 and finite: got {step}. Skywork-OR1 uses 0.005."
+            )
         require_between("lowest", lowest, 0.0, float("inf"))
         require_between("highest", highest, lowest, float("inf"), "It must not be below lowest.")
         require_between("start", start, lowest, highest)
@@ -114,9 +114,8 @@ class AdaptiveEntropy(RolloutCallback):
         """Set the coefficient before the first rollout."""
         self._set(trained(pl_module))
 
-    # `Any` as in Lightning: its batches, outputs and states.
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Log the coefficient of this update."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -127,7 +126,7 @@ class AdaptiveEntropy(RolloutCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: StepOutputs,
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -45,10 +45,13 @@ class CoefficientSchedule(RolloutCallback):
     ) -> None:
         if coefficient not in COEFFICIENTS:
             raise ConfigurationError(
-                f"`coefficient` must be one of {', '.join(COEFFICIENTS)}: got {coefficient}."
+                f"`coefficient` must be one of {', '.join(COEFFICIENTS)}: got {coefficient}. "
+                "Choose one of them."
             )
         if unit not in ("rollout", "optimizer_step"):
-            raise ConfigurationError(f"`unit` must be rollout or optimizer_step: got {unit}.")
+            raise ConfigurationError(
+                f"`unit` must be rollout or optimizer_step: got {unit}. Choose one of them."
+            )
         for value in schedule.extremes():
             check_coefficient(coefficient, value)
         self._before: tuple[float, bool] | None = None
@@ -109,9 +112,8 @@ class CoefficientSchedule(RolloutCallback):
         """Set the coefficient before the first rollout."""
         self._set(trainer, trained(pl_module))
 
-    # `Any` as in Lightning: its batches and states.
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Log the coefficient of this update."""
         module = trained(pl_module)

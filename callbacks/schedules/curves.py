@@ -58,7 +58,10 @@ class LinearWithFloor(Schedule):
     def __init__(self, start: float = 5e-3, floor: float = 1e-3, decrement: float = 5e-5) -> None:
         require_between("floor", floor, 0.0, start, "The coefficient falls from start to floor.")
         if not 0.0 < decrement < float("inf"):
-            raise ConfigurationError(f"`decrement` must be above 0 and finite: got {decrement}.")
+            raise ConfigurationError(
+                f"`decrement` must be above 0 and finite: got {decrement}. For a constant, use "
+                "Constant."
+            )
         self.start = _positive("start", start)
         self.floor = floor
         self.decrement = decrement

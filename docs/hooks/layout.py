@@ -11,7 +11,7 @@ HEAD = re.compile(rf"^\|(?:\s*:?-+:?\s*\|){{{WIDE},}}\s*$", re.M)
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Hide the table of contents, which stands beside the text."""
+    """Hide the table of contents, which is next to the text."""
     if HEAD.search(markdown):
         page.meta.setdefault("hide", []).append("toc")
     return markdown

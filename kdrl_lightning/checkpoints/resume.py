@@ -138,7 +138,7 @@ def check_identity(
     if saved.get("vocabulary", module.vocabulary) != module.vocabulary:  # 0.1 saved none
         raise ConfigurationError(
             f"`student` must have the tokenizer of the checkpoint: got {module.student_path}, "
-            f"whose tokens have other ids than in {path}. Give the student of that run, "
+            f"whose token ids differ from those in {path}. Give the student of that run, "
             f"{saved['student']}."
         )
     check_adapters(saved, module, path)
@@ -192,8 +192,8 @@ def check_initial(here: list[str], saved: State, path: str) -> None:
     """
     if here and here != saved["initial"]:
         raise ConfigurationError(
-            f"`student` must be the model that the run started from, which is its teacher: got "
-            f"{path}, with other weights. It started from {saved['student']}."
+            "`student` must be the model that the run started from, which is its teacher: got "
+            f"{path}, with different weights. It started from {saved['student']}."
         )
 
 
@@ -243,7 +243,8 @@ def check_adapters(saved: State, module: TrainedModule, path: str) -> None:
     if base is not None and base != module.base_digest():
         raise ConfigurationError(
             f"`student` must be the base model of the adapters in {path}: got "
-            f"{module.student_path}, with other weights. They were trained on {saved['student']}."
+            f"{module.student_path}, with different weights. They were trained on "
+            f"{saved['student']}."
         )
 
 

@@ -171,7 +171,7 @@ def resolved(name: str) -> str:
 def copy(name: str, output: Path | None) -> list[Path]:
     """Copy a configuration with the files that it builds on, comments included.
 
-    These files go into a folder beside the copy, ``<copy>_bases``, and keep their names.
+    These files go into a folder next to the copy, ``<copy>_bases``, and keep their names.
 
     Args:
         name: name of the configuration.

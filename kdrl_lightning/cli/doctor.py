@@ -70,7 +70,10 @@ def parser() -> PlainParser:
     made.add_argument("--only", nargs="+", metavar="CHECK", help=f"run these checks only: {names}")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all findings to a file")
     made.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="time limit of each check; each has its own"
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="time limit of each check; the default differs by check",
     )
     return made
 

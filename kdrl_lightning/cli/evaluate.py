@@ -208,9 +208,14 @@ def _needed(name: str) -> str:
     try:
         config = load_with_base(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"`config` must be UTF-8: got {name} ({error}).") from error
+        raise ConfigurationError(
+            f"`config` must be UTF-8: got {name} ({error}). Save it as UTF-8."
+        ) from error
     if not isinstance(config, dict):
-        raise ConfigurationError(f"`config` must hold settings by name: got {name}.")
+        raise ConfigurationError(
+            f"`config` must contain settings by name: got {name}, which is not a mapping. Write "
+            "`name: value`."
+        )
     config = nested(config)
     for key in config:
         if key not in GROUPS + FOR_TRAINING:

@@ -59,7 +59,8 @@ def export(
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise ConfigurationError(
-            f"`dtype` must be a floating-point one of torch, e.g. bfloat16: got {dtype}."
+            f"`dtype` must be a floating-point type of torch: got {dtype}. Give for example "
+            "bfloat16."
         )
     folder = Path(output)
     if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
@@ -117,7 +118,7 @@ def with_adapters(
     if ModelWeights(model, path).base_digest() != digest:
         raise ConfigurationError(
             f"`base` must be the model that the adapters in {ckpt_path} were trained on: got "
-            f"{path}, with other weights. Name the folder that holds it."
+            f"{path}, with different weights. Name the folder that holds it."
         )
     LoRA(**kind).inject(model, seed=0)
     check_complete(adapters.keys(), adapter_weights(model).keys(), ckpt_path)

@@ -99,7 +99,7 @@ def _document(text: str, name: str) -> Value:
             f"line {second}. Remove one."
         ) from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{name} must be YAML: {error}") from error
+        raise ConfigurationError(f"{name} must be YAML: got {error}. Correct it.") from error
     for key in found if isinstance(found, dict) else ():
         above = [k for k in _prefixes(str(key)) if _holds(found, str(key), k)]
         if above:
@@ -154,28 +154,36 @@ def _resolve(value: Value, path: Path, seen: tuple[Path, ...]) -> Value:
         return value
     over = nested({k: v for k, v in value.items() if k != "base"})
     if not isinstance(value["base"], str):
-        raise ConfigurationError(f"`base` must name one YAML file: got {value['base']!r}.")
+        raise ConfigurationError(
+            f"`base` must name one YAML file: got {value['base']!r}. Give its path or name as text."
+        )
     file = (path.parent / value["base"]).resolve()
     if not file.exists():
         file = find(value["base"]) or file
     if not file.is_file() or file in seen:
-        what = "which is its own base" if file in seen else "which is no file"
-        raise ConfigurationError(f"`base` must name a YAML file: got {file}, {what}.")
+        what = "which is its own base" if file in seen else "which is not a file"
+        raise ConfigurationError(
+            f"`base` must name a YAML file: got {file}, {what}. Correct the name."
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"`base` must be readable UTF-8: got {file} ({error}).") from error
+        raise ConfigurationError(
+            f"`base` must be readable UTF-8: got {file} ({error}). Save it as UTF-8."
+        ) from error
     below = _resolve(_document(text, str(file)), file, (*seen, file))
     if not isinstance(below, dict | None):
         raise ConfigurationError(
-            f"`base` must hold settings by name: got {file} with {below!r:.80}."
+            f"`base` must name a file of settings by name: got {file} with {below!r:.80}. Write "
+            "them as `name: value`."
         )
     below = nested(below or {})
     for name, settings in over.items():
         had = below.get(name)
         if isinstance(settings, dict) and isinstance(had, str | list):
             raise ConfigurationError(
-                f"`{name}` must have settings by name: got {had!r:.80} in {file}."
+                f"`{name}` must have settings by name: got {had!r:.80} in {file}. Write them as "
+                "`name: value`."
             )
     keep(Layer(str(value["base"]), below, over))
     return merge(below, over)

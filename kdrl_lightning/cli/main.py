@@ -238,7 +238,10 @@ def require_seed(value: bool | int) -> None:
         ConfigurationError: it is not.
     """
     if not 0 <= value < 2**32:
-        raise ConfigurationError(f"`seed_everything` must be from 0 to {2**32 - 1}: got {value}.")
+        raise ConfigurationError(
+            f"`seed_everything` must be from 0 to {2**32 - 1}: got {value}. Choose a number in "
+            "this range."
+        )
 
 
 def as_seed(value: bool | int | None) -> int:

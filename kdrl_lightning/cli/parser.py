@@ -84,7 +84,9 @@ class OneLineParser(LightningArgumentParser):
         try:
             return super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"`config` must be UTF-8: got {path} ({error}).") from error
+            raise ConfigurationError(
+                f"`config` must be UTF-8: got {path} ({error}). Save it as UTF-8."
+            ) from error
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse the command line, where ``--config`` may name a configuration of the library.
@@ -104,7 +106,9 @@ class OneLineParser(LightningArgumentParser):
         try:
             return super().parse_args(words, *args[1:], **kwargs)
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"a file of settings must be UTF-8: {error}.") from error
+            raise ConfigurationError(
+                f"a file of settings must be UTF-8: got {error}. Save it as UTF-8."
+            ) from error
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
         # jsonargparse calls this for everything it reads from files, texts and groups.
@@ -161,8 +165,8 @@ class OneLineParser(LightningArgumentParser):
             close = get_close_matches(word, sorted(known), n=1)
         if close:
             return f"; did you mean {close[0]}?"
-        own = ", ".join(self._own_names()) or "no arguments"
-        return f"; it has {own}" if self._of_a_class else ""
+        arguments = ", ".join(self._own_names()) or "no arguments"
+        return f"; it has {arguments}" if self._of_a_class else ""
 
     @property
     def _of_a_class(self) -> bool:

@@ -47,7 +47,7 @@ class OneLine(argparse.ArgumentParser):
             ConfigurationError: always.
         """
         raise ConfigurationError(
-            f"the flags of `plan` must be right: got {message}. See `python -m kdrl_lightning plan "
+            f"the flags of `plan` must be valid: got {message}. See `python -m kdrl_lightning plan "
             "--help`."
         )
 
@@ -59,16 +59,16 @@ def plan(args: Sequence[str]) -> None:
         ConfigurationError: a flag or a setting is wrong.
         SystemExit: with 1, if the run does not fit.
     """
-    own, rest = own_flags().parse_known_args(list(args))
-    made = planned(own, rest)
+    flags, rest = plan_flags().parse_known_args(list(args))
+    made = planned(flags, rest)
     print(report(made))
-    if own.output:
-        Path(own.output).write_text(json.dumps(made.as_dict(), indent=1) + "\n")
+    if flags.output:
+        Path(flags.output).write_text(json.dumps(made.as_dict(), indent=1) + "\n")
     if not made.fits:
         raise SystemExit(DOES_NOT_FIT)
 
 
-def own_flags() -> argparse.ArgumentParser:
+def plan_flags() -> argparse.ArgumentParser:
     """Return the parser of the flags that ``fit`` does not have."""
     parser = OneLine(
         prog="python -m kdrl_lightning plan",
@@ -83,7 +83,7 @@ def own_flags() -> argparse.ArgumentParser:
     add("--card", help=f"its name, for memory and seconds: {', '.join(c.name for c in CARDS)}")
     add("--prompt-tokens", type=int, help="longest prompt; left out: data.max_prompt_tokens")
     add("--completion-tokens", type=int, help="mean completion, for seconds; left out: half")
-    add("--teacher-prompt-tokens", type=int, help="longest prompt of the teacher's own")
+    add("--teacher-prompt-tokens", type=int, help="longest prompt that the teacher reads")
     add(
         "--teacher-tokens",
         type=float,
@@ -100,31 +100,31 @@ def own_flags() -> argparse.ArgumentParser:
     return parser
 
 
-def planned(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
+def planned(flags: argparse.Namespace, rest: Sequence[str]) -> Plan:
     """Return the plan of a command line.
 
     Args:
-        own: flags of ``plan``.
+        flags: flags of ``plan``.
         rest: flags of ``fit``, with the configuration.
     """
-    card = card_named(own.card) if own.card else None
-    memory = bytes_of(own.gpu_memory) if own.gpu_memory else card.memory if card else None
+    card = card_named(flags.card) if flags.card else None
+    memory = bytes_of(flags.gpu_memory) if flags.gpu_memory else card.memory if card else None
     for name, value in (
-        ("--gpus", own.gpus),
-        ("--prompt-tokens", own.prompt_tokens),
-        ("--completion-tokens", own.completion_tokens),
-        ("--teacher-prompt-tokens", own.teacher_prompt_tokens),
+        ("--gpus", flags.gpus),
+        ("--prompt-tokens", flags.prompt_tokens),
+        ("--completion-tokens", flags.completion_tokens),
+        ("--teacher-prompt-tokens", flags.teacher_prompt_tokens),
     ):
         if value is not None:
             require_count(name, value, 1, float("inf"))
-    if own.teacher_tokens is not None:
-        require_between("--teacher-tokens", own.teacher_tokens, 0.01, 100.0)
-    if own.gpus and not any(word.startswith("--trainer.devices") for word in rest):
-        rest = [*rest, f"--trainer.devices={own.gpus}"]
+    if flags.teacher_tokens is not None:
+        require_between("--teacher-tokens", flags.teacher_tokens, 0.01, 100.0)
+    if flags.gpus and not any(word.startswith("--trainer.devices") for word in rest):
+        rest = [*rest, f"--trainer.devices={flags.gpus}"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         cli = PlanCLI.run(rest, instantiate_only=True)
-    job, module = job_of(cli.config, own), module_of(cli)
+    job, module = job_of(cli.config, flags), module_of(cli)
     job = within_context(job, module)
     cards: tuple[Card, ...] = (card,) if card else CARDS if job.on_gpu else ()
     return plan_of(module, job, memory, cards)
@@ -148,11 +148,12 @@ def module_of(cli: KDRLCLI) -> KDRLModule:
     return module
 
 
-def job_of(config: Namespace, own: argparse.Namespace) -> Job:
+def job_of(config: Namespace, flags: argparse.Namespace) -> Job:
     """Return what a plan reads of a parsed configuration."""
     trainer, data = config.trainer, config.data
-    ranks = own.gpus or _devices(trainer.devices) * int(trainer.num_nodes or 1)
-    on_gpu = bool(own.gpus or own.gpu_memory or own.card) or trainer.accelerator in ("gpu", "cuda")
+    ranks = flags.gpus or _devices(trainer.devices) * int(trainer.num_nodes or 1)
+    on_gpu = bool(flags.gpus or flags.gpu_memory or flags.card)
+    on_gpu |= trainer.accelerator in ("gpu", "cuda")
     return Job(
         rollout=RolloutSettings(**data.rollout.as_dict()),
         sampler=sampler_of(data.rollout_engine, on_gpu),
@@ -164,12 +165,12 @@ def job_of(config: Namespace, own: argparse.Namespace) -> Job:
         clips=bool(trainer.gradient_clip_val),
         reduces_each=reduces_each(trainer.strategy),
         others=data.teacher_completions.count,
-        longest_prompt=own.prompt_tokens or data.max_prompt_tokens or LONGEST_PROMPT,
-        mean_completion=own.completion_tokens,
+        longest_prompt=flags.prompt_tokens or data.max_prompt_tokens or LONGEST_PROMPT,
+        mean_completion=flags.completion_tokens,
         kept_checkpoints=max(1, config.checkpoint.keep_last + config.checkpoint.save_top_k),
-        teacher_prompt=own.teacher_prompt_tokens,
-        teacher_tokens=own.teacher_tokens,
-        model_configs=dict(_named(text) for text in own.model_config),
+        teacher_prompt=flags.teacher_prompt_tokens,
+        teacher_tokens=flags.teacher_tokens,
+        model_configs=dict(_named(text) for text in flags.model_config),
     )
 
 

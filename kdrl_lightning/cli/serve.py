@@ -36,7 +36,8 @@ def serve(args: Sequence[str]) -> NoReturn:
     settings = parse(args)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigurationError(
-            "`serve` must have vLLM: got none. Install it: pip install 'kdrl_lightning[vllm]'."
+            "vLLM must be installed to serve: got no installation of it. Install it: pip install "
+            "'kdrl_lightning[vllm]'."
         )
     if not is_loopback(settings.host) and not settings.teacher:
         print(WARNING.format(host=settings.host, port=settings.port), file=sys.stderr)
@@ -54,7 +55,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     """Parse and check the flags.
 
     Raises:
-        ConfigurationError: a flag is missing or unknown, or the host is no loopback address and
+        ConfigurationError: a flag is missing or unknown, or the host is not a loopback address and
             ``--expose`` is missing.
     """
     parser = PlainParser(

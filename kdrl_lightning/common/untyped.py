@@ -6,6 +6,8 @@ Type checkers know nothing about these values. They are ``Any`` for one of these
 - Models, configurations and tokenizers of transformers share no typed base class.
 - Lightning and torch read states and checkpoints as dictionaries of anything.
 - YAML and JSON hold values of any kind until somebody checks them.
+- Presets pass ``**policy`` on; jsonargparse finds these settings and their types in
+  ``PolicyObjective``.
 """
 
 from __future__ import annotations
@@ -20,3 +22,4 @@ HFTokenizer: TypeAlias = Any
 State: TypeAlias = dict[str, Any]
 Value: TypeAlias = Any
 Tree: TypeAlias = dict[str, Any]
+PolicySetting: TypeAlias = Any

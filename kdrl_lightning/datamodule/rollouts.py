@@ -108,7 +108,8 @@ class RolloutDataModule(pl.LightningDataModule):
         require_count("seed", seed, 0, float("inf"))
         if overlong_prompts not in ("refuse", "drop"):
             raise ConfigurationError(
-                f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}."
+                f"`overlong_prompts` must be refuse or drop: got {overlong_prompts}. drop leaves "
+                "such rows out."
             )
         check_groups(rollout, teacher_completions.count)
         self.train_prompts = train_prompts

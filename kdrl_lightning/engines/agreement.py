@@ -131,6 +131,6 @@ def require_agreement(
         raise ConfigurationError(
             f"`rollout_engine` must give the student's log-probabilities within {bound:g} nats on "
             f"average: got {type(engine).__name__}, which is {mean:.2g} away for {architecture} "
-            f"with {weights}. vLLM computes this architecture otherwise, or does not take all of "
+            f"with {weights}. vLLM computes this architecture differently, or does not load all of "
             "its weights. Use TransformersEngine, or raise `weight_sync.max_mean_diff`."
         )

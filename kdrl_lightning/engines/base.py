@@ -91,7 +91,7 @@ class RolloutEngine(ABC):
         for old, new in RENAMED.items():
             if old in vars(cls):
                 warnings.warn(
-                    f"`{cls.__name__}.{old}` must be called `{new}`: the old name goes with 0.3.",
+                    f"`{cls.__name__}.{old}` must be called `{new}`: 0.3 removes the old name.",
                     FutureWarning,
                     stacklevel=2,
                 )
@@ -159,7 +159,7 @@ class RolloutEngine(ABC):
         """Free what the updates may need; ``update_weights`` comes before the next rollout."""
 
     def close(self) -> None:  # noqa: B027 (most engines start nothing)
-        """Stop what ``setup`` started and free its memory; the next ``setup`` starts it anew."""
+        """Stop what ``setup`` started and free its memory; the next ``setup`` starts it again."""
 
 
 def noise_seed(*key: int) -> int:

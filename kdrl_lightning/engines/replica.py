@@ -38,8 +38,8 @@ def filled_replica(weights: ModelWeights, replica: HFModel = None) -> HFModel:
 
 def _device(weights: ModelWeights) -> torch.device:
     if not weights.sharded:
-        own: torch.device = next(weights.model.parameters()).device
-        return own
+        device: torch.device = next(weights.model.parameters()).device
+        return device
     mesh = next(p.device_mesh for p in weights.model.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())

@@ -112,9 +112,8 @@ class TransformersEngine(RolloutEngine):
         """Say how much faster vLLM is on a GPU; see ``RolloutEngine.prepare``."""
         if device.type == "cuda":
             warnings.warn(
-                "TransformersEngine on a GPU is for a first look: by calculation (nothing is "
-                "measured), it takes 6 to 11 times as long as VLLMEngine. Add `--config "
-                "engine/vllm`.",
+                "TransformersEngine on a GPU is for first tries: we calculate (no measurement yet) "
+                "6 to 11 times the time of VLLMEngine. Add `--config engine/vllm`.",
                 stacklevel=2,
             )
 

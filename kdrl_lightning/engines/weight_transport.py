@@ -40,7 +40,7 @@ class WeightRoute(ABC):
 
     @abstractmethod
     def again(self, server: ServerClient, label: str) -> None:
-        """Send the weights of the last push to a restarted server; this is no collective.
+        """Send the weights of the last push to a restarted server; this is not a collective.
 
         Raises:
             AwayError: sending may work later.

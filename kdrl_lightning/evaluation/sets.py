@@ -139,8 +139,8 @@ def _complete(
 ) -> NamedSet:
     if name == AVERAGE:
         raise ConfigurationError(
-            f"`{setting}` must not name a set `{AVERAGE}`, the mean over all sets: got it. "
-            "Rename it."
+            f"`{setting}` must not name a set `{AVERAGE}`, which stands for the mean over all "
+            "sets: got a set of this name. Rename it."
         )
     if name and not re.fullmatch(r"[\w-]+", name):
         raise ConfigurationError(

@@ -56,7 +56,7 @@ def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
     """Return a Markdown table with one line per set and model, and one for the mean over sets.
 
     Shares are in per cent and lengths in tokens; pass@1 is the mean over all samples of a prompt
-    (Mean@n), and the interval the 95 % bootstrap interval over prompts. Below the table stands how
+    (Mean@n), and the interval the 95 % bootstrap interval over prompts. Below the table is how
     each set is sampled.
 
     Args:

@@ -1,6 +1,6 @@
 """Chunks: runs of tokens that a teacher with another tokenizer scores together.
 
-The places of a batch, ``[B, T]``, say how many tokens of its chunk stand before a token; 0 begins a
+The places of a batch, ``[B, T]``, say how many tokens of its chunk precede a token; 0 begins a
 chunk, and -1 marks a token without a score, which is a separate chunk. None: each token is a
 chunk.
 """

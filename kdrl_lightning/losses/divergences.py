@@ -120,7 +120,7 @@ def clipped_forward_kl(
     """Return KL(teacher || student) with each token's summand capped: OPSD (arXiv 2601.18734 v3).
 
     ``sum_v min(p_T(v) (log p_T(v) - log p_S(v)), clip)``. A capped summand gives no gradient, and a
-    negative one is never capped. So the sum can be **negative**, and is no divergence.
+    negative one is never capped. So the sum can be **negative**, and is not a divergence.
 
     Args:
         student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.

@@ -41,9 +41,9 @@ def leakage(rows: Rows, window: int) -> str | None:
     if len(values) < window or fmean(values) <= LEAKS:
         return None
     return (
-        f"{fmean(values):.1%} of the completions of the last {window} rollouts appeal to a "
-        "reference or hint that their prompt does not give: the student learns to act as if it saw "
-        "the teacher's context. Show the teacher less, e.g. the answer instead of the solution, or "
+        f"{fmean(values):.1%} of the completions of the last {window} rollouts refer to a solution "
+        "or hint that their prompt does not contain: the student learns to act as if it saw the "
+        "teacher's context. Show the teacher less, e.g. the answer instead of the solution, or "
         "lower `teacher_kl_coef`."
     )
 
@@ -55,20 +55,20 @@ def flat_kl(rows: Rows, window: int) -> str | None:
         return None
     return (
         f"`kd/reverse_kl` was {found[0]:.3g} nats in the first {window} rollouts and is "
-        f"{found[1]:.3g} in the last {window}: the student does not come nearer to the teacher, "
-        "whose context it cannot see. Show the teacher less, train on the reward too (RLSD, SRPO), "
-        "or end the run here."
+        f"{found[1]:.3g} in the last {window}: the student stops approaching the teacher, whose "
+        "context it cannot see. Show the teacher less, train on the reward too (RLSD, SRPO), or "
+        "end the run here."
     )
 
 
 def sure_teacher(rows: Rows, window: int) -> str | None:
     """The teacher is nearly certain of each token, so that it only dictates (arXiv 2601.20802)."""
-    teacher, own = (levels(rows, n, window) for n in ("kd/teacher_entropy", "policy/entropy"))
-    if teacher is None or own is None or teacher[1] >= min(SURE, own[1] / 2):
+    teacher, student = (levels(rows, n, window) for n in ("kd/teacher_entropy", "policy/entropy"))
+    if teacher is None or student is None or teacher[1] >= min(SURE, student[1] / 2):
         return None
     return (
         f"the teacher's entropy is {teacher[1]:.3g} nats per token in the last {window} rollouts, "
-        f"the student's {own[1]:.3g}: the context gives every token away. Show the teacher less, "
+        f"the student's {student[1]:.3g}: the context reveals every token. Show the teacher less, "
         "e.g. the answer instead of the solution, and not the completion's own text."
     )
 
@@ -82,7 +82,7 @@ def lost_hedging(rows: Rows, window: int) -> str | None:
     if words[1] > LOST * words[0] or tokens[1] > LOST * tokens[0]:
         return None
     return (
-        f"completions have {words[1]:.3g} hedging words and {tokens[1]:.0f} tokens, where the "
+        f"completions have {words[1]:.3g} hedging words and {tokens[1]:.0f} tokens, while the "
         f"first {window} rollouts had {words[0]:.3g} and {tokens[0]:.0f}: the student learns the "
         "teacher's certainty and stops checking itself. Watch held-out accuracy; keep the initial "
         "weights as the teacher, lower `teacher_kl_coef`, or use more prompts."
@@ -95,7 +95,7 @@ def loops(rows: Rows, window: int) -> str | None:
     if found is None or found[1] - found[0] <= LOOPS:
         return None
     return (
-        f"{found[1]:.1%} of the completions' n-grams occurred before in them, where the first "
+        f"{found[1]:.1%} of the n-grams of the completions repeat earlier ones, while the first "
         f"{window} rollouts had {found[0]:.1%}: student and teacher drift into loops together. Use "
         "a slower teacher (a smaller `student_weight`, or InitialWeights), from an earlier "
         "checkpoint."
@@ -116,9 +116,9 @@ def falling_pass(validations: Rows, window: int) -> str | None:
     if not below or now["reward"] <= best["reward"]:
         return None
     return (
-        f"held-out pass@{now['k']:.0f} fell from {best['pass']:.3g} to {now['pass']:.3g} while "
-        f"the training reward rose from {best['reward']:.3g} to {now['reward']:.3g}: the student "
-        "narrows to what the teacher shows. Go back to the best checkpoint, and use more prompts "
+        f"held-out pass@{now['k']:.0f} fell from {best['pass']:.3g} to {now['pass']:.3g} while the "
+        f"training reward rose from {best['reward']:.3g} to {now['reward']:.3g}: the student "
+        "learns only what the teacher shows. Go back to the best checkpoint, and use more prompts "
         "or a smaller `teacher_kl_coef`."
     )
 

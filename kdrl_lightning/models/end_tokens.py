@@ -5,14 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kdrl_lightning.common.chat_templates import render
 from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
-
-# `Any`: end tokens of configurations may have any type until they are checked.
 
 # An answer that chat templates leave as it is.
 PROBE, QUESTION = "zq7", "Why?"
@@ -75,7 +72,7 @@ def end_tokens(path: str, tokenizer: HFTokenizer) -> EndTokens:
         tokenizer: the model's tokenizer, with an end token.
 
     Raises:
-        ConfigurationError: a configuration names an end token that is no id.
+        ConfigurationError: a configuration names an end token that is not an id.
     """
     config = load_config(path)
     markers = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -108,7 +105,7 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None
     cure = "Use the tokenizer and the template that the model was trained with."
     if turn is not None:
         name = tokenizer.convert_ids_to_tokens(turn)
-        what = f"{name!r} ({turn}), which is no end token"
+        what = f"{name!r} ({turn}), which is not an end token"
         cure = (
             f"Add {turn} to `eos_token_id` in the model's generation_config.json if the model was "
             "trained with this template."
@@ -146,7 +143,7 @@ def _rendered(tokenizer: HFTokenizer, answered: bool) -> str:
     for system in ([], [{"role": "system", "content": QUESTION}]):  # some templates need one
         try:
             return render(tokenizer, [*system, *turns], add_generation_prompt=not answered)
-        except Exception:  # templates refuse in their own words
+        except Exception:  # templates raise errors of any kind
             continue
     return ""
 
@@ -155,13 +152,13 @@ def _ids(tokenizer: HFTokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _named(value: Any, config: HFConfig, markers: set[int]) -> Sequence[int]:
+def _named(value: object, config: HFConfig, markers: set[int]) -> Sequence[int]:
     """Return the ids of a setting; of a class's default, only those that are special tokens.
 
     transformers copies defaults of configuration classes into files.
 
     Raises:
-        ConfigurationError: a value is no id.
+        ConfigurationError: a value is not an id.
     """
     ids = check_end_ids(value, config.name_or_path or "the model")
     if value == getattr(type(config), "eos_token_id", None):

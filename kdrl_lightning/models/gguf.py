@@ -123,7 +123,7 @@ def _converter() -> str:
 def _existing(file: Path) -> Path:
     if not file.is_file():
         raise ConfigurationError(
-            f"`file` must be a GGUF file: got {file}, which is no file. Correct the path."
+            f"`file` must be a GGUF file: got {file}, which is not a file. Correct the path."
         )
     return file
 

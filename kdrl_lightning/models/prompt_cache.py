@@ -22,7 +22,7 @@ from kdrl_lightning.models.passes.shared_prompts import MergedRows
 
 # `Any`: the caches of transformers have no types.
 
-# Extra tokens to reserve, beside a quarter of the present length: copies stay rare at any length,
+# Extra tokens to reserve, besides a quarter of the present length: copies stay rare at any length,
 # and attention still reads memory that lies close together.
 SPARE = 8
 

@@ -309,7 +309,7 @@ class Scorer(nn.Module):
         return TokenScores(*scores)
 
     def _as_the_head(self, hidden: Tensor) -> Tensor:
-        """Cast states that a model keeps in 32 bits beside a head of 16 (Mamba), as it does."""
+        """Cast states that a model keeps in 32 bits with a head of 16 (Mamba), as it does."""
         kind = self.model.get_output_embeddings().weight.dtype
         return hidden.to(kind) if kind.itemsize < hidden.dtype.itemsize else hidden
 
@@ -354,19 +354,19 @@ class Scorer(nn.Module):
     def head_gap(self, ids: Tensor, factor: float) -> float:
         """Return how far the head is from the model's own on one row of states times ``factor``."""
 
-        def widen(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def widen(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             called.append(True)
             return (args[0] * factor, *args[1:])
 
         called: list[bool] = []
         handle = self.model.get_output_embeddings().register_forward_pre_hook(widen)
         try:
-            own = self._alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+            exact = self._alone(ids).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
         finally:
             handle.remove()
         states = self._row_states(ids[None], torch.tensor([len(ids)], device=ids.device))[0, :-1]
         ours = token_scores(states * (factor if called else 1.0), self.head(), ids[1:])
-        return float((ours.logprobs - own).abs().max())
+        return float((ours.logprobs - exact).abs().max())
 
 
 def _logit_scale(config: HFConfig) -> float:

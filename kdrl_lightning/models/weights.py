@@ -137,7 +137,8 @@ class ModelWeights:
             if is_adapter(name):
                 continue
             if id(tensor) not in gathered:
-                # No name is kept for a whole tensor: the next one would be gathered beside it.
+                # No name is kept for a whole tensor: the next one would be gathered while it
+                # exists.
                 gathered[id(tensor)] = kept(self._whole(name, tensor, layers))
             state[plain_name(name)] = gathered[id(tensor)]
         return state

@@ -363,8 +363,8 @@ def known(value: T | None, name: str) -> T:
     """
     if value is None:
         raise ConfigurationError(
-            f"`{name}` must be present in the rollout batch: got None. "
-            "Score the rollout first, with a teacher for teacher scores. If your objective reads "
-            "scores in `prepare`, declare it by `reads_old_scores`."
+            f"`{name}` must be present in the rollout batch: got None. Score the rollout first; "
+            "the teacher's scores need a `teacher`. If your objective reads scores in `prepare`, "
+            "declare it with `reads_old_scores`."
         )
     return value

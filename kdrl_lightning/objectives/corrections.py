@@ -85,7 +85,9 @@ class MaskedImportance(EngineCorrection):
 
 def _checked(level: Level) -> Level:
     if level not in get_args(Level):
-        raise ConfigurationError(f"`level` must be token or sequence: got {level}.")
+        raise ConfigurationError(
+            f"`level` must be token or sequence: got {level}. Choose one of them."
+        )
     return level
 
 

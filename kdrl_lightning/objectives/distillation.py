@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.objectives.advantages import GapAdvantage
 from kdrl_lightning.objectives.divergences import VocabularyKL
 from kdrl_lightning.objectives.kdrl import named_kl
@@ -34,7 +32,7 @@ class OnPolicyDistillation(PolicyObjective):
         kl_estimator: str = "k2",
         kd_top_k: int = 64,
         kd_per_imitated_token: bool = False,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         kl = named_kl(
             teacher_kl_coef, kl_estimator, kd_ratio_weight, kd_top_k, kd_per_imitated_token
@@ -62,7 +60,7 @@ class ClippedDistillation(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         dual_clip: float | None = None,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high, dual_clip), advantage=GapAdvantage(), **policy
@@ -95,7 +93,7 @@ class GKD(PolicyObjective):
         teacher_kl_coef: float = 1.0,
         top_k: int | None = None,
         kd_per_imitated_token: bool = False,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=None,

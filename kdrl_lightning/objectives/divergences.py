@@ -113,9 +113,10 @@ class SampledKL(DistillTerm):
     ) -> None:
         super().__init__(teacher_kl_coef, per_imitated_token)
         if estimator not in SAMPLED:
-            why = " The expected gradient of k1 as a loss is zero." if estimator == "k1" else ""
+            why = "The expected gradient of k1 as a loss is zero. " if estimator == "k1" else ""
             raise ConfigurationError(
-                f"`estimator` must be one of {', '.join(SAMPLED)}: got {estimator}.{why}"
+                f"`estimator` must be one of {', '.join(SAMPLED)}: got {estimator}. {why}Choose "
+                "one of them."
             )
         self.estimator = estimator
         self.ratio_weight = ratio_weight

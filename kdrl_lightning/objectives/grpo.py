@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import SequenceRatio, TokenRatio, WeightRatio
@@ -35,7 +33,7 @@ class GRPO(PolicyObjective):
         clip_high: float = 0.2,
         dual_clip: float | None = None,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high, dual_clip),
@@ -63,7 +61,7 @@ class GSPO(PolicyObjective):
         clip_low: float = 3e-4,
         clip_high: float = 4e-4,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=SequenceRatio(clip_low, clip_high),
@@ -84,5 +82,7 @@ class CISPO(PolicyObjective):
         policy: further settings of ``PolicyObjective``.
     """
 
-    def __init__(self, clip_high: float = 0.28, scale_by_std: bool = True, **policy: Any) -> None:
+    def __init__(
+        self, clip_high: float = 0.28, scale_by_std: bool = True, **policy: PolicySetting
+    ) -> None:
         super().__init__(ratio=WeightRatio(clip_high), advantage=Advantage(scale_by_std), **policy)

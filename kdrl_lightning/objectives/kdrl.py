@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any, Literal
+from typing import Literal
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.objectives.advantages import Advantage, ShapedAdvantage, SumAdvantage
 from kdrl_lightning.objectives.divergences import SAMPLED, DistillTerm, SampledKL, VocabularyKL
@@ -68,15 +68,15 @@ class KDRL(PolicyObjective):
         dual_clip: float | None = None,
         scale_by_std: bool = True,
         distill: DistillTerm | None = None,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         names = (teacher_kl_coef, kd_ratio_weight, kl_estimator, form, kd_top_k)
         advantage, kl = _by_name(*names, kd_per_imitated_token, scale_by_std)
         if distill is not None and (*names, kd_per_imitated_token) != _defaults():
             raise ConfigurationError(
                 "`distill` must be given without `teacher_kl_coef`, `form`, `kl_estimator` and "
-                f"`kd_*`, which name a term too: got {type(distill).__name__} and some of them. "
-                "Set the weight in `distill`, and leave the others out."
+                f"`kd_*`, which also describe a term: got {type(distill).__name__} and some of "
+                "them. Set the weight in `distill`, and leave the others out."
             )
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high, dual_clip),
@@ -103,13 +103,15 @@ def _by_name(
         raise ConfigurationError(
             "`form` must be joint for `kl_estimator`, `kd_ratio_weight` and "
             f"`kd_per_imitated_token`, which belong to its loss: got {form}. Leave them out, or "
-            "take the joint form."
+            "set `form: joint`."
         )
     if form == "advantage":
         return SumAdvantage(teacher_kl_coef, scale_by_std=scale_by_std), None
     if form == "reward_shaping":
         return ShapedAdvantage(teacher_kl_coef, scale_by_std), None
-    raise ConfigurationError(f"`form` must be joint, advantage or reward_shaping: got {form}.")
+    raise ConfigurationError(
+        f"`form` must be joint, advantage or reward_shaping: got {form}. Choose one of them."
+    )
 
 
 def _defaults() -> tuple[object, ...]:
@@ -138,9 +140,10 @@ def named_kl(
             ``ratio_weight`` is set for an exact one.
     """
     if kl_estimator not in ESTIMATORS:
-        why = " The expected gradient of k1 as a loss is zero." if kl_estimator == "k1" else ""
+        why = "The expected gradient of k1 as a loss is zero. " if kl_estimator == "k1" else ""
         raise ConfigurationError(
-            f"`kl_estimator` must be one of {', '.join(ESTIMATORS)}: got {kl_estimator}.{why}"
+            f"`kl_estimator` must be one of {', '.join(ESTIMATORS)}: got {kl_estimator}. "
+            f"{why}Choose one of them."
         )
     if kl_estimator not in ("full_vocabulary", "top_k"):
         return SampledKL(teacher_kl_coef, kl_estimator, ratio_weight, per_imitated_token)

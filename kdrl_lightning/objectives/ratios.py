@@ -290,7 +290,7 @@ class ShapedProbability(Ratio):
     def __init__(self, gamma: float = 0.1) -> None:
         super().__init__(1.0, sys.float_info.max)
         if not 0.0 < gamma < float("inf"):
-            raise ConfigurationError(f"`gamma` must be above 0: got {gamma}. 0.1 is published.")
+            raise ConfigurationError(f"`gamma` must be above 0: got {gamma}. The paper uses 0.1.")
         self.gamma = gamma
 
     def loss(self, batch: RolloutBatch, logprobs: Tensor, advantages: Tensor) -> Tensor:

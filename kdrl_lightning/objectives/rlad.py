@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any, Literal
+from typing import Literal
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TrustRegionRatio
@@ -48,7 +48,7 @@ class RLAD(PolicyObjective):
         dual_clip: float | None = None,
         scale_by_std: bool = True,
         log_ratio_clamp: float | Literal["auto"] | None = "auto",
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TrustRegionRatio(

@@ -111,7 +111,8 @@ class Gates(Selection):
             ``completion``.
 
     Raises:
-        ConfigurationError: a threshold is no number or negative, or ``alignment_per`` is unknown.
+        ConfigurationError: a threshold is not a number or is negative, or ``alignment_per`` is
+            unknown.
     """
 
     def __init__(
@@ -133,7 +134,8 @@ class Gates(Selection):
             )
         if alignment_per not in ("token", "completion"):
             raise ConfigurationError(
-                f"`alignment_per` must be token or completion: got {alignment_per}."
+                f"`alignment_per` must be token or completion: got {alignment_per}. Choose one of "
+                "them."
             )
         self.alignment_threshold = alignment_threshold
         self.advantage_threshold = advantage_threshold

@@ -58,8 +58,8 @@ def encode_prompt(tokenizer: HFTokenizer, row: Row, ends: Collection[int] = ()) 
         ids = _encode_messages(tokenizer, plain(prompt), row)
     else:
         raise ConfigurationError(
-            "a prompt of messages needs a tokenizer with a chat template: got none. "
-            "Use prompts of plain text, or a model with a chat template."
+            "a prompt of messages must have a tokenizer with a chat template: got none. Use "
+            "plain-text prompts, or a model with a chat template."
         )
     if not ids:
         raise ConfigurationError(
@@ -233,13 +233,13 @@ def _check_the_last(roles: Sequence[str], answering: set[str], continued: bool) 
     """Refuse a conversation that already ends with the answer, unless the model continues it."""
     if continued and roles[-1] not in answering:
         raise ConfigurationError(
-            f"a prompt with `{CONTINUE}` must end with a message of the assistant: got "
-            f"{roles[-1]}. Add the beginning of the answer, or remove `{CONTINUE}`."
+            f"a prompt with `{CONTINUE}` must end with an assistant message: got {roles[-1]}. Add "
+            f"the beginning of the answer, or remove `{CONTINUE}`."
         )
     before = roles[:-1] if continued else roles
     if before and before[-1] in answering:
         raise ConfigurationError(
-            "a prompt must not end with a message of the assistant, which would show the model its "
+            "a prompt must not end with an assistant message, which would show the model its "
             f"answer: got one in message {len(before) - 1}. Remove it, or let the model continue "
             f"it: set the column `{CONTINUE}`, or `template_args: {{{CONTINUE}: true}}`."
         )

@@ -104,7 +104,7 @@ def clean_messages(messages: Sequence[Any], template: str) -> list[Tree]:
     asked = [turn["content"] for turn in turns if turn["role"] == "user"]
     if asked and not asked[-1].strip():
         raise ConfigurationError(
-            f"the last message of the user must have text: got {asked[-1]!r}. Remove the row."
+            f"the last user message must have text: got {asked[-1]!r}. Remove the row."
         )
     return turns
 
@@ -195,7 +195,7 @@ def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
         if turn["role"] in ("system", "developer", "user") and isinstance(turn.get("content"), str)
     ]
     lost = []
-    # The longest first, each in a place of its own: "1" is no part of "1 + 1".
+    # The longest first, each in a separate place: "1" is not a part of "1 + 1".
     for number, role, content in sorted(asked, key=lambda one: -len(one[2])):
         # Some templates write JSON.
         forms = [SWITCH.split(content), [json.dumps(content, ensure_ascii=False)[1:-1]]]

@@ -197,7 +197,7 @@ def _checked(result: Any) -> Verdict | Exception:
         parts = {str(name): _number(name, value) for name, value in verdict.parts.items()}
         feedback = verdict.feedback
         if not isinstance(feedback, str):
-            raise TypeError(f"feedback must be a text: got {feedback!r:.60}")
+            raise TypeError(f"feedback must be a string: got {feedback!r:.60}")
         return Verdict(reward, bool(_number("correct", verdict.correct)), parts, feedback)
     except Exception as error:  # whatever a foreign type raises when it is read as a number
         return error

@@ -45,7 +45,7 @@ class WeightedRewards(BatchReward):
         weights: dict[str, float] | None = None,
     ) -> None:
         if not rewards:
-            raise ConfigurationError("`rewards` must have at least one reward: got none.")
+            raise ConfigurationError("`rewards` must have at least one reward: got none. Add one.")
         names = ", ".join(rewards)
         if correct is not None and correct not in rewards:
             raise ConfigurationError(
@@ -57,7 +57,9 @@ class WeightedRewards(BatchReward):
                     f"`weights` must name only {names}: got {name}. Name one of `rewards`."
                 )
             if not abs(weight) < float("inf"):
-                raise ConfigurationError(f"`weights` must be finite: got {weight} for {name}.")
+                raise ConfigurationError(
+                    f"`weights` must be finite: got {weight} for {name}. Correct it."
+                )
         self.rewards = rewards
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
         self.correct = correct or next(iter(rewards))
@@ -101,7 +103,7 @@ class RoutedReward(BatchReward):
 
     def __init__(self, rewards: dict[str, Reward], column: str = "source") -> None:
         if not rewards:
-            raise ConfigurationError("`rewards` must have at least one reward: got none.")
+            raise ConfigurationError("`rewards` must have at least one reward: got none. Add one.")
         self.rewards = {str(name): reward for name, reward in rewards.items()}
         self.column = column
 

@@ -44,7 +44,7 @@ STYLE = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
 )
 CHOICE = re.compile(r"(?<![A-Za-z])([A-Z])\s*[).:](?!\d)")
-# What may stand around a whole answer: emphasis of Markdown, and the marks of a formula.
+# What may surround a whole answer: emphasis of Markdown, and the marks of a formula.
 AROUND = re.compile(r"\\\[(.*)\\\]|\\\((.*)\\\)", re.S)
 # Spaces of LaTeX after an answer; the space of the last one is gone already.
 BEHIND = re.compile(r"(?<=\S)(?:\s|~|\\[,;:!]|\\quad|\\ |\\$)+$")

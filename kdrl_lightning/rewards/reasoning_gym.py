@@ -71,7 +71,7 @@ class ReasoningGymReward(BatchReward):
 
         Raises:
             ConfigurationError: the task's scorer gives full credit to a constant on most rows, or
-                none to the row's own answer.
+                none to the answer of the row.
         """
         task = self.task or str(row["metadata"]["source_dataset"])
         if task in self._probed:
@@ -86,9 +86,9 @@ class ReasoningGymReward(BatchReward):
         found = self.pool.map([(task, text, dict(row)) for text in right])
         if found and not any(isinstance(credit, float) and credit >= 1.0 for credit in found):
             raise ConfigurationError(
-                f"the scorer of {task} must give full credit to a row's own answer: got {found[0]} "
-                f"for {right[0]!r:.60}. Use ReasoningGymPrompts: files change the `metadata` of "
-                "some tasks (tuples become lists)."
+                f"the scorer of {task} must give full credit to the answer of the row: got "
+                f"{found[0]} for {right[0]!r:.60}. Use ReasoningGymPrompts: files change the "
+                "`metadata` of some tasks (tuples become lists)."
             )
 
     def close(self) -> None:
@@ -122,8 +122,8 @@ def score(asked: tuple[str | None, str | None, Row]) -> float:
         # In 0.1.25, game_of_life_halting does so with any text, complex_arithmetic with nan.
         raise ConfigurationError(
             f"`task` must have a scorer that rejects wrong answers: got {task}, whose scorer in "
-            f"reasoning-gym gives {answer!r} full credit for most questions. Choose another "
-            "task, or write your own reward for it."
+            f"reasoning-gym gives {answer!r} full credit for most questions. Choose another task, "
+            "or write a reward for it."
         )
     return best
 

@@ -147,7 +147,7 @@ class RolloutSource:
                 raise ConfigurationError(
                     f"`{name}` must be {value} to resume in the middle of a rollout, as this "
                     f"checkpoint does: got {here[name]}. Set {value}, or resume from a checkpoint "
-                    "at a rollout's end."
+                    "written at the end of a rollout."
                 )
 
     def _resumed(self, rollout: int) -> RolloutPlan:
@@ -241,13 +241,13 @@ class RolloutSource:
         module, teacher = self.live.module, self.live.module.teacher
         if teacher is None:
             return module.weights()
-        own = teacher.own_vocabulary
+        vocabulary = teacher.own_vocabulary
         if engine.has_own_weights:
             weights = module.weights()
             return (
                 weights
-                if own is None
-                else replace(weights, end_token_ids=own.ends, vocab_size=own.size)
+                if vocabulary is None
+                else replace(weights, end_token_ids=vocabulary.ends, vocab_size=vocabulary.size)
             )
         return teacher.sampling_weights() or module.weights()
 

@@ -101,8 +101,10 @@ class Teacher(ABC):
         Args:
             batch: B completions, as ``score`` gets them.
         """
-        own = batch.teacher_prompt_ids
-        return batch.lengths if own is None else (own >= 0).sum(1) + batch.completion_lengths
+        prompts = batch.teacher_prompt_ids
+        if prompts is None:
+            return batch.lengths
+        return (prompts >= 0).sum(1) + batch.completion_lengths
 
     def check_row(self, row: Row, tokenizer: HFTokenizer) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if the teacher's prompt of a row cannot be written.

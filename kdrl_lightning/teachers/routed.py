@@ -90,7 +90,7 @@ class RoutedTeacher(Teacher):
 
     @property
     def has_own_prompt(self) -> bool:  # type: ignore[override]
-        """Whether any teacher has a prompt of its own."""
+        """Whether any teacher has its own prompt."""
         return any(teacher.has_own_prompt for teacher in self.teachers.values())
 
     @property
@@ -99,13 +99,13 @@ class RoutedTeacher(Teacher):
         return [part for teacher in self.teachers.values() for part in teacher.contexts]
 
     def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt] | None:
-        """Return the prompts of each group's teacher; the student's if it has none of its own."""
+        """Return the prompts of each group's teacher; the student's if it has no other."""
         if not self.has_own_prompt:
             return None
         out = []
         for group in groups:
-            own = self._of(group.attempts[0].row).own_prompts([group])
-            out += own or [OwnPrompt(attempt.prompt_ids) for attempt in group.attempts]
+            prompts = self._of(group.attempts[0].row).own_prompts([group])
+            out += prompts or [OwnPrompt(attempt.prompt_ids) for attempt in group.attempts]
         return out
 
     def lengths(self, batch: RolloutBatch) -> Tensor:

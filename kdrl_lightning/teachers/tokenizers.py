@@ -167,9 +167,9 @@ def check_sampled(objective: Any) -> None:
     elif objective.teacher_top_k:
         what = f"the teacher's {objective.teacher_top_k} most likely tokens"
     raise ConfigurationError(
-        f"`objective` must compare sampled tokens with a teacher of another tokenizer: got "
-        f"{type(objective).__name__}, which compares {what}. The two vocabularies have other "
-        "tokens: use `kl_estimator` k2, k3 or policy_gradient, or RLAD."
+        "`objective` must compare sampled tokens with a teacher of another tokenizer: got "
+        f"{type(objective).__name__}, which compares {what}. The tokens of the two vocabularies "
+        "differ: use `kl_estimator` k2, k3 or policy_gradient, or RLAD."
     )
 
 

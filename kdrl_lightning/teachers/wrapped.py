@@ -75,7 +75,7 @@ class WrappedTeacher(Teacher):
 
     @property
     def has_own_prompt(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher has a prompt of its own."""
+        """Whether the wrapped teacher has its own prompt."""
         return self.teacher.has_own_prompt
 
     @property

@@ -8,7 +8,6 @@ kinds are kept in the cache folder.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from kdrl_lightning.prompts.base import PromptSource
 from kdrl_lightning.tiny.addition import SYMBOLS, AdditionTraces
 from kdrl_lightning.tiny.tokenizers import make_merging_tokenizer as make_merging_tokenizer
 from kdrl_lightning.tiny.tokenizers import make_tokenizer as make_tokenizer
+from kdrl_lightning.tiny.training import repeatable, train_on_traces, warmed_up
 
 # `Any`: transformers has no type that all tokenizers share; torch's closures.
 
@@ -135,53 +135,21 @@ class TinyModel(ModelSource):
 
     def train(self, folder: Path) -> None:
         """Train the model from its seed and write it to ``folder``; the cache is not used."""
-        from lightning.pytorch.utilities.seed import isolate_rng
-
-        threads = torch.get_num_threads()
-        with isolate_rng(), tempfile.TemporaryDirectory() as start:
-            try:
-                # With one thread the order of sums, and so the weights, does not depend on cores.
-                torch.set_num_threads(1)
-                save_untrained(RECIPES[self.role], Path(start), self.seed)
-                self._train(start, folder)
-            finally:
-                torch.set_num_threads(threads)
-
-    def _train(self, start: str, folder: Path) -> None:
-        import lightning.pytorch as pl
-        from lightning.pytorch.strategies import SingleDeviceStrategy
-
-        from kdrl_lightning.callbacks.progress import RolloutProgress
-        from kdrl_lightning.datamodule.supervised import SupervisedDataModule
-        from kdrl_lightning.module import KDRLModule
-        from kdrl_lightning.objectives import SFT
-
-        recipe, began = RECIPES[self.role], time.perf_counter()
-
-        warmup = recipe.steps // 10
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warmup, (recipe.steps - step) / (recipe.steps - warmup))
-
-        module = KDRLModule(
-            student=start,
-            objective=SFT(),
-            optimizer=lambda p: make_optimizer(list(p), recipe),
-            lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor),
-        )
-        traces = self.traces(recipe.steps * recipe.batch_size)
-        trainer = pl.Trainer(
-            strategy=SingleDeviceStrategy("cpu"),
-            max_steps=recipe.steps,
-            gradient_clip_val=1.0,
-            callbacks=[RolloutProgress(f"making the embedded {self.role}")],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, datamodule=SupervisedDataModule(traces, recipe.batch_size, self.seed))
-        module.export(str(folder))
+        began = time.perf_counter()
+        recipe = RECIPES[self.role]
+        with repeatable() as start:
+            save_untrained(recipe, Path(start), self.seed)
+            train_on_traces(
+                start,
+                self.traces(recipe.steps * recipe.batch_size),
+                str(folder),
+                optimizer=lambda p: make_optimizer(list(p), recipe),
+                rate=warmed_up(recipe.steps),
+                steps=recipe.steps,
+                batch_size=recipe.batch_size,
+                name=f"embedded {self.role}",
+                seed=self.seed,
+            )
         print(f"embedded {self.role} made in {time.perf_counter() - began:.0f} s: {self.name}")
 
 

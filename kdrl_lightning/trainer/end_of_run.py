@@ -45,7 +45,9 @@ def check_space(needs: Mapping[Path, int]) -> None:
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             why = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
-            found = f"may not be written ({os.strerror(why)})" if place.is_dir() else "is no folder"
+            found = (
+                f"may not be written ({os.strerror(why)})" if place.is_dir() else "is not a folder"
+            )
             raise ConfigurationError(
                 f"`{folder}` must be a folder that the run can write: got {place}, which {found}. "
                 "Name another with `trainer.default_root_dir` or `checkpoint.dirpath`."

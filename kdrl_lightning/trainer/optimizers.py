@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
 
 
@@ -42,12 +42,12 @@ def build_optimizer(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigurationError(
-            f"`optimizer` and `lr_scheduler` must have valid arguments: got {error}."
+            f"`optimizer` and `lr_scheduler` must have valid arguments: got {error}. Correct them."
         ) from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigurationError(
-            "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau, which "
-            "needs a metric. Use LinearLR or OneCycleLR, or the callback EarlyStopping."
+            "`lr_scheduler` must be a schedule of steps: got ReduceLROnPlateau, which needs a "
+            "metric. Use LinearLR or OneCycleLR, or the callback EarlyStopping."
         )
     return optimizer, scheduler
 
@@ -98,11 +98,11 @@ def state_names(make: OptimizerCallable) -> set[str]:
     return set(optimizer.state[weight])
 
 
-# `Any`: torch's type of an optimizer's state.
-def check_moments(names: set[str], optimizer: Optimizer, state: dict[str, Any]) -> None:
+def check_moments(names: set[str], optimizer: Optimizer, state: State) -> None:
     """Check that an optimizer can continue with the moments of a checkpoint.
 
-    torch calls it before it loads them; alone it fails in its own words, or in the first step.
+    torch calls it before it loads them; torch alone fails with a less clear message, or in the
+    first step.
 
     Args:
         names: what the optimizer keeps per weight.

@@ -34,9 +34,9 @@ def run_folder(trainer: pl.Trainer, file: str | None = None) -> Path:
     """Return the folder of a trainer's run, the same on all ranks; the first call reserves it.
 
     With a logger it is ``save_dir/name/version``, as for Lightning's checkpoints. Without a logger
-    it is ``default_root_dir``. If another run uses it, the run takes the next free folder beside
-    it, or, without a logger, ``version_1``, ``version_2``, ... inside it. A resumed run also counts
-    as another run.
+    it is ``default_root_dir``. If another run uses it, the run takes the next free folder next
+    to it, or, without a logger, ``version_1``, ``version_2``, ... inside it. A resumed run also
+    counts as another run.
 
     The first call is collective: all ranks must make it. A trial run (``fast_dev_run``) reserves
     nothing.

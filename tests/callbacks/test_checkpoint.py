@@ -38,7 +38,7 @@ def fit(
     data: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> pl.Trainer:
-    """Eight steps, four rollouts, a validation behind each second rollout."""
+    """Eight steps, four rollouts, a validation after every second rollout."""
     out = make_trainer(root, callbacks=[*callbacks, saver], enable_checkpointing=True, **trainer)
     module = make_module(*folders, KDRL(0.5))
     out.fit(module, datamodule=make_data(**(data or {})), ckpt_path=ckpt_path)
@@ -61,7 +61,7 @@ class Scores(pl.Callback):
 
 
 class At(pl.Callback):
-    """Does something behind a step, before the checkpoint callback sees it."""
+    """Does something after a step, before the checkpoint callback sees it."""
 
     def __init__(self, step: int, work: Any) -> None:
         self.step, self.work = step, work

@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers.fake_module import FakeModule
 from helpers.reference import close, f64
 from kdrl_lightning.callbacks import SelectiveImitationStats
-from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats
+from kdrl_lightning.callbacks.reports.token_stats import MicroBatch, add_imitation_stats
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.objectives import GRPO, KDRL, RLAD, SFT, Objective, OnPolicyDistillation
 from kdrl_lightning.rollout_batch import RolloutBatch, collate

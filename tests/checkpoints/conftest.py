@@ -19,7 +19,7 @@ def start(
     monkeypatch: pytest.MonkeyPatch,
     ends_the_group: None,
 ) -> Any:
-    """Run a subcommand of the program in a folder of its own."""
+    """Run a subcommand of the program in a separate folder."""
     monkeypatch.chdir(tmp_path)
     config = addition_run(student_folder)
     config["trainer"]["max_steps"] = 2

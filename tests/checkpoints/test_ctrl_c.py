@@ -159,7 +159,7 @@ def test_a_run_that_ends_gives_the_signals_back(tmp_path: Path, student_folder: 
 
 @pytest.fixture(autouse=True)
 def _keep_handler() -> Any:
-    """Lightning ignores Ctrl-C for good behind an interrupt."""
+    """After an interrupt Lightning ignores Ctrl-C for good."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)

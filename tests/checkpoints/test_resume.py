@@ -1,4 +1,4 @@
-"""A run stopped behind any step, and gone on with, equals the run that was never stopped."""
+"""A run that is stopped after any step and resumed equals the run that was never stopped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
     ),
     "KDRL, reference, engine correction, plateau": (
         lambda: KDRL(0.5, ref_kl_coef=0.1, engine_correction=TruncatedImportance(2.0)),
-        {"rollouts_per_epoch": 1},  # a validation behind each rollout
+        {"rollouts_per_epoch": 1},  # a validation after each rollout
         {},
         plateau,
     ),

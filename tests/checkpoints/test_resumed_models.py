@@ -66,7 +66,7 @@ def test_such_a_model_goes_on_as_if_nothing_had_happened(
 def test_a_weight_whose_first_gradient_comes_late_has_the_moments_of_a_new_one(
     tmp_path: Path, student_folder: str, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an expert that gets its first token behind the resume: bias correction starts anew."""
+    """As an expert that gets its first token after the resume: bias correction restarts."""
     from kdrl_lightning import KDRLModule
 
     real = KDRLModule.on_before_optimizer_step

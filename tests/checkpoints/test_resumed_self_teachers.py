@@ -123,7 +123,7 @@ def test_another_initial_student_is_refused(
     got, first = re.escape(teacher_folder), re.escape(student_folder)
     words = (
         r"^`student` must be the model that the run started from, which is its teacher: got "
-        rf"{got}, with other weights\. It started from {first}\.$"
+        rf"{got}, with different weights\. It started from {first}\.$"
     )
     with pytest.raises(ConfigurationError, match=words):
         run(tmp_path / "rest", setting(teacher_folder, rule), path, save="never")
@@ -165,7 +165,7 @@ def test_a_skipped_step_moves_no_teacher(
 
 
 class SamePrompt(SelfTeacher):
-    """As behind a prompt of its own with an empty context."""
+    """As after a separate prompt with an empty context."""
 
     has_own_prompt = True
 

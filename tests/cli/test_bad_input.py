@@ -135,7 +135,7 @@ CASES = {
     ),
     "a schedule that waits for a metric": (
         ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],
-        "`lr_scheduler` must be a schedule by steps: got ReduceLROnPlateau",
+        "`lr_scheduler` must be a schedule of steps: got ReduceLROnPlateau",
     ),
     "bf16 weights": (["--trainer.precision=bf16-true"], "Use bf16-mixed"),
     "reward raises": (["--data.reward=test_bad_input.raising"], "KeyError"),
@@ -217,7 +217,7 @@ CLI_CASES = {
     ),
     "an argument beside a class": (
         ["--data.train_prompts={class_path: JSONLPrompts, path: x}"],
-        "`data.train_prompts` must have its arguments below `init_args`: got `path` beside "
+        "`data.train_prompts` must have its arguments below `init_args`: got `path` next to "
         "`class_path`. Write it below `init_args`.",
     ),
     "arguments of no class": (
@@ -339,7 +339,7 @@ METHOD_CASES = {
         ],
         "got k1. The expected gradient of k1 as a loss is zero.",
     ),
-    "supervised loss beside own completions": (
+    "supervised loss with completions of the student": (
         ["--model.objective=SFT", "--data.teacher_completions.count=2"],
         "`group_size` must be 0 for SFT, which trains on given completions: got 2. Let the",
     ),

@@ -49,7 +49,7 @@ def complaint(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> s
     except TrainedError:
         # A later file replaces the wrong value of a base: a note names it, and the run is right.
         noted = "note: " in capsys.readouterr().out and "base with" in case.what
-        return None if noted else "it trained without a word"
+        return None if noted else "it trained without a message"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     lines = capsys.readouterr().err.strip().splitlines()

@@ -129,7 +129,8 @@ def test_what_the_command_refuses(config: str, capsys: Any) -> None:
         in line("--config=none.yaml")
     )
     Path("list.yaml").write_text("[1]")
-    assert "`config` must hold settings by name: got list.yaml." in line("--config=list.yaml")
+    wrong = "`config` must contain settings by name: got list.yaml, which is not a mapping."
+    assert wrong in line("--config=list.yaml")
     assert "a model path must be a Hugging Face folder" in line(
         "--config", config, "--models.a", "not/there"
     )

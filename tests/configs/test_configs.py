@@ -116,7 +116,7 @@ def test_a_missing_or_circular_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(ConfigurationError, match=r"a.yaml, which is its own base"):
         load_with_base("base: a.yaml", str(tmp_path / "c.yaml"))
-    with pytest.raises(ConfigurationError, match=r"nothing.yaml, which is no file"):
+    with pytest.raises(ConfigurationError, match=r"nothing.yaml, which is not a file"):
         load_with_base("base: nothing.yaml", str(tmp_path / "c.yaml"))
 
 
@@ -124,11 +124,11 @@ def test_a_base_that_says_nothing_of_its_settings_is_refused(tmp_path: Path) -> 
     base, over = tmp_path / "a.yaml", str(tmp_path / "c.yaml")
     base.write_text("data.max_tokens = 4\n")
     with pytest.raises(
-        ConfigurationError, match=r"^`base` must hold settings by name: got .*a.yaml "
+        ConfigurationError, match=r"^`base` must name a file of settings by name: got .*a.yaml "
     ):
         load_with_base("base: a.yaml", over)
     base.write_text("data:\n  max_tokens:4\n")
-    words = r"^`data` must have settings by name: got 'max_tokens:4' in .*a\.yaml\.$"
+    words = r"^`data` must have settings by name: got 'max_tokens:4' in .*a\.yaml\. Write"
     with pytest.raises(ConfigurationError, match=words):
         load_with_base("base: a.yaml\ndata: {group_size: 2}", over)
     base.write_text("# nothing yet\n")

@@ -28,7 +28,7 @@ OVERLAYS = [
     ["node8_vllm"],
     ["node8_server"],
 ]
-# A machine with GPUs is not at hand: the rest is as there.
+# No machine with GPUs is available: the rest is as there.
 HERE = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 SMALL = [
     "--trainer.accelerator=cpu",
@@ -122,7 +122,7 @@ def test_the_torchrun_line_of_the_page_starts_two_nodes(tmp_path: Path) -> None:
 
 
 SRUN = """#!/usr/bin/env bash
-# Two tasks on one node, as SLURM starts them; SIGTERM to all of them behind the first checkpoint.
+# Two tasks on one node, as SLURM starts them; SIGTERM to all of them after the first checkpoint.
 export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_NODELIST=127.0.0.1
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks[$task]=$!; done
 until ls runs/*/*/checkpoints/step=* > /dev/null 2>&1; do

@@ -149,7 +149,7 @@ def test_on_a_gpu_a_run_says_how_much_faster_vllm_is(
     engine = TransformersEngine()
     with warnings.catch_warnings(action="error"):
         engine.prepare(student_folder, 64, torch.device("cpu"))
-    with pytest.warns(UserWarning, match="6 to 11 times as long as VLLMEngine. Add `--config eng"):
+    with pytest.warns(UserWarning, match="6 to 11 times the time of VLLMEngine. Add `--config eng"):
         engine.prepare(student_folder, 64, torch.device("cuda"))
 
 

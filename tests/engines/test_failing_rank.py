@@ -18,7 +18,7 @@ SOON = 30.0
 REASONS = {
     "disk full": (0, "`weights_folder` must have room for the student's weights: got OSError"),
     "value in files": (0, "a strange tensor"),
-    "transfer value": (0, "must take the weights by the transfer API: got a wrong shape."),
+    "transfer value": (0, "must take the weights through the transfer API: got a wrong shape."),
     "transfer import": (0, "got no weight transfer in this vLLM. Resume from"),
     "route": (1, "no backend here"),
     "in process": (0, "vLLM could not take the weights: unknown weight"),

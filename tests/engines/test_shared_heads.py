@@ -110,7 +110,7 @@ OTHERS = {
     "gpt_neox": "no heads are shared",
     "lfm2": "some layers are no attention",
     "dbrx": "its configuration has parts",
-    "stablelm": "its code has attention classes of its own",
+    "stablelm": "its code has special attention classes",
     "mamba": "no attention",
 }
 

@@ -95,7 +95,8 @@ def test_a_set_takes_the_limits_of_the_defaults_or_its_own() -> None:
         ),
         (
             {"average": EvalSet(ROWS)},
-            "`x` must not name a set `average`, the mean over all sets: got it. Rename it.",
+            "`x` must not name a set `average`, which stands for the mean over all sets: got a set "
+            "of this name. Rename it.",
         ),
         (
             {"a": EvalSet(ROWS, 4, k=[2, 5])},

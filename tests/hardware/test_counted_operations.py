@@ -27,7 +27,7 @@ def test_operations_of_uncounted_micro_batches_follow_from_counted_ones() -> Non
 
 def test_a_count_that_is_no_sum_of_its_terms_is_refused() -> None:
     terms = np.stack([ROWS, ROWS**2], 1).tolist()
-    with pytest.raises(RuntimeError, match="operations are no sum of these terms"):
+    with pytest.raises(RuntimeError, match="operations are not a sum of these terms"):
         fitted(terms, lambda i: np.array([ROWS[i] ** 3, ROWS[i]]))
 
 

@@ -28,7 +28,7 @@ Key = tuple[str | int, ...]
 
 
 class Case(NamedTuple):
-    """A mistake; ``files`` lie beside the configuration."""
+    """A mistake; ``files`` are next to the configuration."""
 
     kind: str
     what: str

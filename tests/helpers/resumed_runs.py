@@ -70,7 +70,7 @@ class Rates(pl.Callback):
 
 
 def every_step(saver: FSDPCheckpoint, data: Any) -> None:
-    """Let it save behind every optimizer step."""
+    """Let it save after every optimizer step."""
     saver.every_n_rollouts = 1 / data.updates_per_rollout  # type: ignore[assignment]
 
 

@@ -111,7 +111,7 @@ def test_the_teacher_gets_no_gradient(beta: float) -> None:
 def test_excluded_tokens_leave_value_and_gradient_finite(
     student: list[float], teacher: list[float], beta: float
 ) -> None:
-    # exp(-700) is 5e-305: nothing beside the rest.
+    # exp(-700) is 5e-305: nothing compared with the rest.
     log_p, log_q = (log_softmax([max(x, -700.0) for x in row]) for row in (student, teacher))
     value, gradient = graded(student, teacher, beta)
     close(value, jsd(log_p, log_q, beta))

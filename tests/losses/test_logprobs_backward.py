@@ -56,7 +56,7 @@ def ours(parts: list[Tensor], transform: Transform, size: int) -> tuple[Tensor, 
 
 
 def combined(scores: tuple[Tensor, Tensor], used: str = "both") -> Tensor:
-    """A loss in which every token's log-probability and entropy has a weight of its own."""
+    """A loss in which every token's log-probability and entropy has a separate weight."""
     of_logprobs, of_entropy = normal(2, N, seed=5)
     total = scores[0].new_zeros(())
     if used != "entropy":

@@ -33,7 +33,7 @@ def student() -> tuple[Tensor, Head]:
 
 
 def other(vocab: int = V) -> Other:
-    """Of another width, with padding rows behind its vocabulary."""
+    """Of another width, with padding rows after its vocabulary."""
     return Other(normal(N, 2, seed=3), Head(normal(vocab + 2, 2, seed=4), vocab_size=vocab))
 
 

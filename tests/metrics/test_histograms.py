@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.reference import f64, normal
-from kdrl_lightning.callbacks.imitation_stats import log_histograms, table
+from kdrl_lightning.callbacks.reports.loggers import log_histograms
 from kdrl_lightning.callbacks.reports.plots import plot_imitation
+from kdrl_lightning.callbacks.reports.summary import imitation_table
 from kdrl_lightning.metrics import Histogram, Histograms
 
 RANGES = {"a": (0.0, 4.0), "b": (-1.0, 1.0)}
@@ -103,9 +104,8 @@ class Writer:
 def test_tensorboard_gets_the_counts() -> None:
     writer = Writer()
     loggers = [SimpleNamespace(experiment=writer), SimpleNamespace(experiment=object())]
-    trainer = SimpleNamespace(loggers=loggers, global_step=7)
     histogram = Histogram(f64([1, 0, 3, 0]), -2.0, 2.0)
-    log_histograms(trainer, {"hist/entropy": histogram})
+    log_histograms(loggers, {"hist/entropy": histogram}, 7)
     (seen,) = writer.seen
     assert (seen["name"], seen["global_step"], seen["num"]) == ("hist/entropy", 7, 4)
     assert (seen["min"], seen["max"]) == (-2.0, 2.0)
@@ -119,8 +119,8 @@ def test_tensorboard_itself_takes_them(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     logger = TensorBoardLogger(tmp_path)
-    trainer = SimpleNamespace(loggers=[logger], global_step=1)
-    log_histograms(trainer, {"hist/entropy": Histogram(f64([1, 0, 3, 0]), -2.0, 2.0)})
+    histogram = Histogram(f64([1, 0, 3, 0]), -2.0, 2.0)
+    log_histograms([logger], {"hist/entropy": histogram}, 1)
     logger.experiment.close()
     (file,) = Path(logger.log_dir).glob("events.*")
     assert b"hist/entropy" in file.read_bytes()
@@ -129,12 +129,13 @@ def test_tensorboard_itself_takes_them(tmp_path: Path) -> None:
 def test_the_table_shows_the_first_and_the_last_rollouts() -> None:
     rows = [{"rollout": float(r), "kd/a": float(r)} for r in range(1, 11)]
     rows[9]["kd/only_late"] = 5.0
-    head, first, second = table(rows, 3).strip().splitlines()
+    head, first, second = imitation_table(rows, 3).strip().splitlines()
     assert head.split()[-4:] == ["first", "3", "last", "3"]
     assert first.split() == ["kd/a", "2.000", "9.000"]
     assert second.split() == ["kd/only_late", "-", "5.000"]
     assert "rollout " not in first + second
-    assert table(rows[:2], 5).strip().splitlines()[1].split() == ["kd/a", "1.500", "1.500"]
+    line = imitation_table(rows[:2], 5).strip().splitlines()[1]
+    assert line.split() == ["kd/a", "1.500", "1.500"]
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -15,7 +15,7 @@ from helpers.reference import f64
 from helpers.short_runs import Log, fit, make_data, make_module
 from kdrl_lightning import GRPO, KDRL, RLAD
 from kdrl_lightning.callbacks import SelectiveImitationStats
-from kdrl_lightning.callbacks.imitation_stats import MicroBatch, add_imitation_stats
+from kdrl_lightning.callbacks.reports.token_stats import MicroBatch, add_imitation_stats
 from kdrl_lightning.metrics import StepStats
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.objectives.ratios import ShapedProbability

@@ -59,7 +59,7 @@ class Ours(Plain):
 
 
 class See(pl.Callback):
-    """Notes what a callback sees, and adds a number of its own."""
+    """Notes what a callback sees, and adds another number."""
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -70,7 +70,7 @@ class See(pl.Callback):
 
 
 class Stop(pl.Callback):
-    """Stops behind the second step."""
+    """Stops after the second step."""
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         trainer.should_stop = trainer.global_step == 2

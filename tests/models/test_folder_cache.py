@@ -40,7 +40,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def left(cache_folder: Path) -> set[str]:
-    """What is in the cache beside locks."""
+    """What is in the cache besides locks."""
     return {path.name for path in cache_folder.iterdir() if path.suffix != ".lock"}
 
 

@@ -60,7 +60,7 @@ def test_a_package_must_hold_one_file_or_be_told_which(package: Path) -> None:
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     refused(
-        r"`file` must be a GGUF file: got .+/x\.gguf, which is no file", str(tmp_path / "x.gguf")
+        r"`file` must be a GGUF file: got .+/x\.gguf, which is not a file", str(tmp_path / "x.gguf")
     )
 
 

@@ -392,7 +392,7 @@ def with_end_token(folder: str, to: Path, **settings: str | None) -> str:
     ("settings", "found"),
     [
         ({"eos_token": None}, None),
-        # One that is not in the vocabulary is added behind it, where the model has no row.
+        # One that is not in the vocabulary is added after it, where the model has no row.
         ({"eos_token": "<end>"}, 16),
         # transformers puts in the one that its Qwen2 tokenizers have.
         ({}, 16),

@@ -28,7 +28,7 @@ def test_tokens_are_appended_in_place_while_there_is_room() -> None:
         assert torch.equal(got[0], keys[:, :, :end]) and torch.equal(got[1], values[:, :, :end])
         assert layer.get_seq_length() == end
         addresses.append((got[0].data_ptr(), got[1].data_ptr()))
-    # The prompt comes with room for SPARE + 1 more; the token behind them makes new room.
+    # The prompt comes with room for SPARE + 1 more; the token after them makes new room.
     assert len(set(addresses[: SPARE + 2])) == 1
     assert addresses[SPARE + 1] != addresses[SPARE + 2]
     # A quarter more each time: few copies for many tokens.

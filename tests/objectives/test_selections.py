@@ -66,7 +66,7 @@ def two(**changes: Any) -> RolloutBatch:
         (Gates(), [[1, 1, 1], [1, 1, 0]]),
         (Gates(alignment_threshold=0.4), [[1, 0, 0], [1, 1, 0]]),
         (Gates(alignment_threshold=0.0), [[0, 0, 0], [0, 0, 0]]),
-        # Means .5333 and .25: the garbage behind the second's end does not count.
+        # Means .5333 and .25: the garbage after the second's end does not count.
         (Gates(alignment_threshold=0.26, alignment_per="completion"), [[0, 0, 0], [1, 1, 0]]),
         (Gates(alignment_threshold=0.54, alignment_per="completion"), [[1, 1, 1], [1, 1, 0]]),
         (Gates(advantage_threshold=0.0), [[1, 1, 1], [0, 0, 0]]),

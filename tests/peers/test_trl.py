@@ -335,7 +335,7 @@ def score(
         }
 
     trainer = make_trainer(lambda **_: rewards, rollout, **options)
-    # Without vLLM at hand the configuration would refuse it; its correction is what is wanted.
+    # Without vLLM the configuration would refuse it; its correction is what is wanted.
     trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
     trainer.model = Scripted(batch.old)
     outputs = trainer._generate_and_score_completions([{"prompt": "1+1"}] * ROWS)

@@ -156,7 +156,7 @@ def test_a_call_needs_no_words_and_its_arguments_lose_what_parquet_filled_in() -
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "an answer": ([ask("1 +"), answer("2")], r"must not end with a message of the assistant.* 1\."),
+    "an answer": ([ask("1 +"), answer("2")], r"must not end with an assistant message.* 1\."),
     "an image": (
         [ask([{"type": "image"}])],
         r"contain only text: got a part of type image in message 0",
@@ -171,7 +171,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "missing": ([ask(float("nan"))], r"must be text: got float nan in message 0"),
     "nothing asked": (
         [ask(" \n")],
-        r"last message of the user must have text: got ' \\n'\.",
+        r"last user message must have text: got ' \\n'\.",
     ),
     "no message": ([], r"must have at least one message: got \[\]"),
     "ShareGPT": ([{"from": "human", "value": "1"}], r"ValueError: message 0 has no role"),
@@ -231,7 +231,7 @@ def test_a_begun_answer_is_continued_by_wish(more: dict[str, Any], around: str) 
 
 def test_there_must_be_one_answer_to_continue() -> None:
     wish = {"continue_final_message": True}
-    words = r"with `continue_final_message` must end with a message of the assistant: got user"
+    words = r"with `continue_final_message` must end with an assistant message: got user"
     refused(word_tokenizer(), {"prompt": [ask("1 +")], **wish}, words)
     two = [ask("1 +"), answer("3"), answer("2 =")]
     refused(word_tokenizer(), {"prompt": two, **wish}, r"show the model its answer: got one in mes")
@@ -309,4 +309,4 @@ def test_a_form_does_not_hide_an_empty_question() -> None:
         stored = json.dumps([ask("1 +")])
         refused(word_tokenizer(), form.row({}, stored), "got messages as a string")
     begun = PromptForm(chat=True, prefill="2").row({}, [ask("")])
-    refused(word_tokenizer(), begun, "last message of the user must have text: got ''")
+    refused(word_tokenizer(), begun, "last user message must have text: got ''")

@@ -50,7 +50,7 @@ def test_a_number_of_a_csv_counts_as_it_is_written(tmp_path: Path, cells: list[s
 def test_a_word_of_a_csv_is_no_empty_cell(tmp_path: Path, word: str) -> None:
     path = tmp_path / "x.csv"
     path.write_text(f"prompt,answer,n\nq,{word},1\nr,5,2\ns,,3\n")
-    words = rf"^the column `answer` of .*x\.csv has the text '{word}', which counts as this t"
+    words = rf"^the column `answer` of .*x\.csv has the text '{word}', which is read as text"
     with pytest.warns(UserWarning, match=words):
         found = rows(HFPrompts(str(path)))
     assert [row["answer"] for row in found[:2]] == [word, "5"]

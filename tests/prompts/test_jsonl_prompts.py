@@ -205,7 +205,9 @@ def test_a_row_without_prompt_is_refused():
 
 
 def test_messages_without_template_are_refused():
-    words = r"^a prompt of messages needs a tokenizer with a chat template: got none\. Use prompts"
+    words = (
+        r"^a prompt of messages must have a tokenizer with a chat template: got none\. Use plain"
+    )
     with pytest.raises(ConfigurationError, match=words):
         encode_prompt(make_tokenizer(), {"prompt": [{"role": "user", "content": "1"}]})
 

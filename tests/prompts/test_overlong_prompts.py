@@ -102,7 +102,7 @@ def test_a_failing_reward_in_a_run(tmp_path: Path, student_folder: str) -> None:
     # The mean of a part is over the completions that have it.
     assert first.metrics["reward/odd_mean"] == pytest.approx(sum(others) / 15)
     assert reward.log == ["start", "close"]
-    # A run that was stopped behind its rewards leaves no failures to the next.
+    # A run that was stopped after its rewards leaves no failures to the next.
     data.rollouts.live.rewards([Sample("", [0], {})] * 3)
     again = fit(tmp_path, make_module(student_folder, None, GRPO()), data, max_steps=2)
     assert [b.metrics["reward/failures"] for _, b in again.seen if b.metrics] == [1.0]

@@ -123,7 +123,7 @@ GEMMA = (
 def test_an_answer_in_a_role_of_the_template_is_refused() -> None:
     tokenizer = word_tokenizer(template=GEMMA)
     answered = [LAST, {"role": "model", "content": "4"}]
-    with pytest.raises(ConfigurationError, match="must not end with a message of the assistant"):
+    with pytest.raises(ConfigurationError, match="must not end with an assistant message"):
         encode_prompt(tokenizer, {"prompt": answered})
     assert encode_prompt(tokenizer, {"prompt": [LAST, {"role": "note", "content": "1"}]})
     ids = encode_prompt(tokenizer, {"prompt": answered, "continue_final_message": True})

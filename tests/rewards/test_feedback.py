@@ -35,7 +35,7 @@ def test_feedback_is_kept() -> None:
 @pytest.mark.parametrize("text", [None, 5, ["a"]])
 def test_feedback_that_is_no_text_is_an_error_of_the_reward(text: Any) -> None:
     (result,) = judge(says(text), [Sample("1", [1], ROW)])
-    assert isinstance(result, TypeError) and "feedback must be a text: got" in str(result)
+    assert isinstance(result, TypeError) and "feedback must be a string: got" in str(result)
 
 
 def test_rewards_in_a_sum_all_have_their_say() -> None:

@@ -211,7 +211,9 @@ def test_a_scorer_that_rejects_the_rows_own_answer_is_refused(gym: ReasoningGymR
     row = ReasoningGymPrompts("rearc", size=1)[0]
     another(gym).check(row)
     read = json.loads(json.dumps(row))  # its grids are lists now, which equal no tuples
-    words = r"^the scorer of rearc must give full credit to a row's own answer: got 0\.0\d* for '"
+    words = (
+        r"^the scorer of rearc must give full credit to the answer of the row: got 0\.0\d* for '"
+    )
     with pytest.raises(ConfigurationError, match=words):
         another(gym).check(read)
     another(gym).check({**read, "answer": None})  # nothing to compare with

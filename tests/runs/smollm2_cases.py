@@ -1,4 +1,4 @@
-"""vLLM on SmolLM2 for real: run by ``test_smollm2`` in a process of its own."""
+"""vLLM on SmolLM2 for real: run by ``test_smollm2`` in a separate process."""
 
 from __future__ import annotations
 

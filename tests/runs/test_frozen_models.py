@@ -372,7 +372,7 @@ class Counts(LocalTeacher):
 
 @pytest.mark.parametrize(
     ("shares", "limit", "asked"),
-    # 16 completions of 10 tokens behind 4 prompts of 10, a micro-batch each.
+    # 16 completions of 10 tokens after 4 prompts of 10, a micro-batch each.
     [(True, None, [16]), (False, None, [4] * 4), (True, 120, [8, 8])],
 )
 def test_a_teacher_that_shares_prompts_scores_micro_batches_together(

@@ -100,7 +100,7 @@ def test_an_engine_that_is_not_exact_is_corrected_with_them() -> None:
 def passes(
     tmp_path: Path, student: str, teacher: str, objective: Objective, **settings: Any
 ) -> tuple[list[int], list[dict[str, float]], list[torch.Tensor]]:
-    """Rows of the student's passes without gradient, logged metrics, and the weights behind."""
+    """Rows of the student's passes without gradient, logged metrics, and the weights afterwards."""
     module, log, rows = make_module(student, teacher, objective), Log(), []
     module.configure_model()
     assert module.student is not None
@@ -230,7 +230,7 @@ def test_reading_without_saying_so_is_refused(tmp_path: Path, student_folder: st
             return known(rollout.old_logprobs, "old_logprobs").sum(1)
 
     module = make_module(student_folder, None, PolicyObjective(TokenRatio(), Reader()))
-    with pytest.raises(ConfigurationError, match=r"declare it by `reads_old_scores`"):
+    with pytest.raises(ConfigurationError, match=r"declare it with `reads_old_scores`"):
         fit(tmp_path, module, make_data(), max_steps=1)
     module = make_module(student_folder, None, PolicyObjective(TokenRatio(), Peeks()))
     fit(tmp_path, module, make_data(), max_steps=1)

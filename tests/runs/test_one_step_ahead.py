@@ -77,7 +77,7 @@ def test_versions_importance_weights_and_pushes(tmp_path: Path, student_folder: 
     versions = [set(batch.policy_version.tolist()) for _, batch in trace.seen]
     assert versions == [{0}, {0}, {0}, {0}, {2}, {2}, {4}, {4}]
     assert [row["rollout/staleness"] for row in log.rows][::2] == [0, 2, 2, 2]
-    assert engine.pushes == [0, 2, 4]  # nothing is pushed behind the last rollout
+    assert engine.pushes == [0, 2, 4]  # nothing is pushed after the last rollout
     assert [v for v, beside, _ in engine.asked if beside] == [0, 2, 4]
     for step, batch in trace.seen:
         real = batch.loss_mask
@@ -130,7 +130,7 @@ def test_a_validation_in_between_waits_and_uses_the_newest_weights(
     tmp_path: Path, student_folder: str
 ) -> None:
     engine, trace, log = run(tmp_path, student_folder, trainer={"limit_val_batches": 1.0})
-    # Epochs of two rollouts: behind rollout 1, whose successor was begun at step 2.
+    # Epochs of two rollouts: after rollout 1, whose successor was begun at step 2.
     assert engine.pushes == [0, 2, 4, 8]
     assert (4, False, 10) in engine.asked and (8, False, 10) in engine.asked
     assert set(trace.seen[4][1].policy_version.tolist()) == {2}

@@ -1,4 +1,4 @@
-"""Runs whose teacher has a prompt of its own: resumed within a rollout, and refused before it."""
+"""Runs whose teacher has its own prompt: resumed within a rollout, and refused before it."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class KeepsTheFirstStep(pl.Callback):
 
 
 def fit(folder: Path, student: str, teacher: str, *flags: str) -> Path:
-    """Run fit in a folder of its own; return the run folder."""
+    """Run fit in a separate folder; return the run folder."""
     folder.mkdir()
     prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 9}}
     config = {

@@ -1,4 +1,4 @@
-"""A real server of fixed weights: run by ``test_server_teacher`` in a process of its own."""
+"""A real server of fixed weights: run by ``test_server_teacher`` in a separate process."""
 
 from __future__ import annotations
 

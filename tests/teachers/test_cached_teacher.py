@@ -83,7 +83,7 @@ def test_rows_are_found_in_any_company(tmp_path: Path, teacher_folder: str) -> N
     got = teacher.score(part)
     assert counts(teacher) == (2, 3)
     assert torch.equal(got.logprobs, whole.logprobs[[2, 0], :2])
-    # A row that is new stands beside rows that are known.
+    # A new row is in one batch with known rows.
     mixed = teacher.score(batch_of([[9, 1], [4, 4], [2]]))
     assert counts(teacher) == (4, 4)
     expected = teacher.teacher.score(batch_of([[9, 1], [4, 4], [2]]))

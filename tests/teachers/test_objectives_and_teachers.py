@@ -44,7 +44,7 @@ COLUMNS += ["its own top-k", "its entropy"]
 
 
 class OwnPrompt(SelfTeacher):
-    """As a wrapper with a prompt of its own."""
+    """As a wrapper with its own prompt."""
 
     has_own_prompt = True
 
@@ -58,7 +58,7 @@ TEACHERS: dict[str, Callable[[str], Teacher]] = {
     "`MovingAverage`": lambda folder: SelfTeacher(MovingAverage()),
     "`HardSync`": lambda folder: SelfTeacher(HardSync()),
     "`TrustRegion`": lambda folder: SelfTeacher(TrustRegion()),
-    "`LiveWeights` with a prompt of its own": lambda folder: OwnPrompt(LiveWeights()),
+    "`LiveWeights` with its own prompt": lambda folder: OwnPrompt(LiveWeights()),
     "`LiveWeights` with the student's prompt": lambda folder: SelfTeacher(LiveWeights()),
 }
 REASONS = {

@@ -13,7 +13,7 @@ from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, LocalTeacher
 from kdrl_lightning.models.loading import load_causal_lm
 from kdrl_lightning.objectives import Objective
-from kdrl_lightning.rollout.updates import plan as updates
+from kdrl_lightning.rollout.updates import scoring as updates
 from kdrl_lightning.teachers import RoutedTeacher, offload
 from kdrl_lightning.teachers.offload import OffloadedWeights
 

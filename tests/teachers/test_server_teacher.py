@@ -1,4 +1,4 @@
-"""The teacher behind servers: faults by a scripted one, and the real one in its own process."""
+"""The teacher behind servers: faults by a scripted one, and the real one in a separate process."""
 
 from __future__ import annotations
 

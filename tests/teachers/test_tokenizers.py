@@ -117,7 +117,7 @@ def test_a_token_added_to_one_of_the_two(student_folder: str, teacher_folder: st
 
 
 def padded(folder: str, to: Path, rows: int, seed: int = 0) -> str:
-    """Copy a model with rows behind its last token, some of which it likes a lot."""
+    """Copy a model with rows after its last token, some of which it likes a lot."""
     model = load_causal_lm(folder)
     torch.manual_seed(seed)
     with torch.random.fork_rng():

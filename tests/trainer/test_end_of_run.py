@@ -145,7 +145,7 @@ def test_parts_of_a_configuration_that_refuse_their_general_settings_are_read() 
     built = build_causal_lm(config, None, model.state_dict())
     for part in ("attn_config", "ffn_config"):
         ours, theirs = (getattr(m.config, part).to_dict() for m in (built, model))
-        ours["label2id"] = theirs["label2id"]  # of classifiers; transformers makes them anew
+        ours["label2id"] = theirs["label2id"]  # of classifiers; transformers makes them again
         assert ours == theirs
     assert built.config.ffn_config.moe_num_experts == 4
     assert built.state_dict().keys() == model.state_dict().keys()
@@ -222,7 +222,7 @@ class Without(pl.Callback):
 
 
 class Fails(pl.Callback):
-    """Raises in one hook, behind the last step or within the run."""
+    """Raises in one hook, after the last step or within the run."""
 
     def __init__(self, hook: str) -> None:
         setattr(self, hook, self.fail)
@@ -354,9 +354,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
 ) -> None:
     (tmp_path / "run.yaml").write_text("")
     place = tmp_path / "run.yaml/saved"
-    words = (
-        rf"^`{place}` must be a folder that the run can write: got .*run\.yaml, which is no folder"
-    )
+    words = rf"^`{place}` must be a folder that the run can write: got .*run\.yaml, which is not a "
     with pytest.raises(ConfigurationError, match=words):
         check_space({place: 1})
     out = make_trainer(

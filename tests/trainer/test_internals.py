@@ -1,4 +1,4 @@
-"""The one place where this package reaches into Lightning, against the Lightning at hand."""
+"""The one place where this package reaches into Lightning, against the installed Lightning."""
 
 from __future__ import annotations
 

@@ -30,15 +30,15 @@ def trainer(**settings: Any) -> Trainer:
         ({"max_epochs": 0}, "`max_epochs` must leave an optimizer step to train: got 0"),
         (
             {"max_epochs": 1, "check_val_every_n_epoch": 0},
-            r"`check_val_every_n_epoch` must be above 0: got 0\. To validate never",
+            r"`check_val_every_n_epoch` must be above 0: got 0\. To never validate",
         ),
         (
             {"max_epochs": 1, "check_val_every_n_epoch": -2},
-            r"`check_val_every_n_epoch` must be above 0: got -2\. To validate never",
+            r"`check_val_every_n_epoch` must be above 0: got -2\. To never validate",
         ),
         (
             {"max_epochs": 1, "val_check_interval": 0},
-            r"`val_check_interval` must be above 0: got 0\. To validate never, set `limit_val_b",
+            r"`val_check_interval` must be above 0: got 0\. To never validate, set `limit_val_b",
         ),
         (
             {"max_epochs": 1, "val_check_interval": "00:00:00:00"},

@@ -1,4 +1,4 @@
-"""Every run writes to a folder of its own, whatever the logger, and ``last`` finds the newest."""
+"""Every run writes to a separate folder, whatever the logger, and ``last`` finds the newest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks that a value names a class of its setting's type.
 
-The types of values and type hints are ``Any``, as in jsonargparse.
+A type hint whose name is read is ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ YAML = {".yaml", ".yml"}
 NestedArg = util.NestedArg
 
 
-def check_spec(val: Any, members: Iterable[Any]) -> None:
-    """Check that nothing stands beside ``class_path`` but its arguments' group.
+def check_spec(val: object, members: Iterable[object]) -> None:
+    """Check that ``class_path`` has no neighbour but the group of its arguments.
 
     Args:
         val: the value.
@@ -50,7 +50,7 @@ def check_spec(val: Any, members: Iterable[Any]) -> None:
     near = [n for n in names if get_close_matches(str(n), SPEC, n=1, cutoff=0.8)]
     cure = "Did you mean `init_args`?" if near else "Write it below `init_args`."
     raise ValueError(
-        f"must have its arguments below `init_args`: got {listed} beside `class_path`. {cure}"
+        f"must have its arguments below `init_args`: got {listed} next to `class_path`. {cure}"
     )
 
 
@@ -64,7 +64,7 @@ def nearest(name: str, names: Collection[str]) -> str | None:
     return next((n for n in found if n.lower() == name.lower()), found[0] if found else None)
 
 
-def check_name(val: Any, members: Iterable[Any]) -> None:
+def check_name(val: object, members: Iterable[object]) -> None:
     """Check that a class named without its module exists.
 
     Raises:
@@ -89,7 +89,7 @@ def check_name(val: Any, members: Iterable[Any]) -> None:
     raise ValueError(f"must be {wanted}, by name or import path: got {name}{cure}")
 
 
-def check_path(name: str, kinds: Iterable[Any]) -> None:
+def check_path(name: str, kinds: Iterable[object]) -> None:
     """Check that the path of a model or of a data file is not given in place of a class.
 
     Raises:
@@ -102,7 +102,7 @@ def check_path(name: str, kinds: Iterable[Any]) -> None:
             raise ValueError(f"must be {_named(kind)}: got the path {name}. Write {cure % name}.")
 
 
-def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
+def check_class_given(val: Any, members: Iterable[object], previous: object) -> None:
     """Check that an argument by flag belongs to a class.
 
     Raises:
@@ -116,7 +116,7 @@ def check_class_given(val: Any, members: Iterable[Any], previous: Any) -> None:
         raise ValueError(f"must name a class before its argument {val.key}: got {found}.")
 
 
-def check_class_named(val: Any, member: Any, previous: Any) -> None:
+def check_class_named(val: object, member: Any, previous: object) -> None:
     """Check that settings, for a type with several classes, name one of them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Finds an empty group that no setting has; jsonargparse drops it without a word."""
+"""Finds an empty group that no setting has; jsonargparse drops it silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdrl_lightning.common.untyped import Value
 def unknown_group(
     settings: Collection[str], groups: Collection[str], value: Value, name: str = ""
 ) -> str | None:
-    """Return the name of the first empty group below a value that is no setting.
+    """Return the name of the first empty group below a value that is not a setting.
 
     Args:
         settings: the names of all settings, with dots.

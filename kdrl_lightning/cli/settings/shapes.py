@@ -22,7 +22,7 @@ SPEC = {"class_path", "init_args", "dict_kwargs", "__path__"}
 NestedArg = util.NestedArg
 
 
-def fitting(members: Iterable[Any], val: Any, previous: Value, given: Value) -> list[Value]:
+def fitting(members: Iterable[object], val: object, previous: Value, given: Value) -> list[Value]:
     """Return the members of a union that a value's shape allows; all of them if none does.
 
     Args:
@@ -38,7 +38,7 @@ def fitting(members: Iterable[Any], val: Any, previous: Value, given: Value) -> 
     return kept or known
 
 
-def fits(member: Any, val: Any, previous: Value) -> bool:
+def fits(member: object, val: object, previous: Value) -> bool:
     """Return whether a value can be meant for a type; ``previous`` is the earlier value."""
     if member is Any or isinstance(member, typehints.UnvalidatedType):
         return True
@@ -71,7 +71,7 @@ def fits(member: Any, val: Any, previous: Value) -> bool:
     return True
 
 
-def is_spec(val: Any) -> bool:
+def is_spec(val: object) -> bool:
     """Return whether a value gives a class, or arguments of the earlier class."""
     if not isinstance(val, Mapping | Namespace):
         return False
@@ -79,7 +79,7 @@ def is_spec(val: Any) -> bool:
     return bool(names & {"class_path", "init_args"}) and names <= SPEC
 
 
-def by_name(val: Mapping[str, Any] | Namespace) -> bool:
+def by_name(val: Mapping[str, object] | Namespace) -> bool:
     """Return whether every value is a mapping, as for sets by name."""
     held = vars(val) if isinstance(val, Namespace) else val
     return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
@@ -96,7 +96,7 @@ def same(one: Value, other: Value) -> bool:
     return bool(one == other)
 
 
-def not_default(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> list[str]:
+def not_default(kind: Callable[..., Any], arguments: Mapping[str, object]) -> list[str]:
     """Return the names of arguments whose value is not that which a class gives them by itself.
 
     A saved configuration has all arguments, also those that its user never wrote.
@@ -105,13 +105,13 @@ def not_default(kind: Callable[..., Any], arguments: Mapping[str, Any]) -> list[
     return [n for n, v in arguments.items() if n not in known or not same(known[n].default, v)]
 
 
-def is_sequence(member: Any) -> bool:
+def is_sequence(member: object) -> bool:
     """Return whether a type is a list, tuple or set."""
     kind = get_origin(member) or member
     return kind in typehints.sequence_origin_types | typehints.tuple_set_origin_types
 
 
-def is_class(member: Any) -> bool:
+def is_class(member: object) -> bool:
     """Return whether a value of this type is given as a class name with arguments."""
     kind = get_origin(member) or member
     if kind is Callable or kind in typehints.callable_origin_types:

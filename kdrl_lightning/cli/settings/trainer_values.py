@@ -1,13 +1,9 @@
-"""Checks values that Lightning takes unchecked, and adds the values to its errors.
-
-Values are ``Any``, as in jsonargparse.
-"""
+"""Checks values that Lightning takes unchecked, and adds the values to its errors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from jsonargparse import Namespace
 
@@ -45,7 +41,7 @@ def check_trainer(trainer: Namespace) -> None:
         )
 
 
-def with_values(message: str, given: Mapping[str, Any]) -> str:
+def with_values(message: str, given: Mapping[str, object]) -> str:
     """Return an error of Lightning with the values of the settings that it names.
 
     Args:

@@ -65,7 +65,7 @@ def install() -> None:
         actions._ActionConfigLoad.__call__ = load_group
 
 
-def load_value(value: str, *args: Any, **kwargs: Any) -> Any:
+def load_value(value: str, *args: object, **kwargs: object) -> Any:
     """Return a value of the command line as jsonargparse reads it; ``Text`` is read already."""
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
 
@@ -81,7 +81,7 @@ def load_basic(text: str) -> Value:
     return text if nothing or isinstance(found, str | list | dict) else found
 
 
-def discard(parser_or_action: Any, previous: Value, value: Value) -> None:
+def discard(parser_or_action: object, previous: Value, value: Value) -> None:
     """Remove the arguments that a new class lacks, and note which of the old class are lost."""
     had = _arguments(previous)
     default: Any = getattr(parser_or_action, "default", None)
@@ -98,12 +98,12 @@ def discard(parser_or_action: Any, previous: Value, value: Value) -> None:
         note_dropped(where, given, previous["class_path"], value["class_path"])
 
 
-def _arguments(spec: Any) -> Tree:
+def _arguments(spec: object) -> Tree:
     found = spec.get("init_args") if isinstance(spec, dict | Namespace) else None
     return dict(vars(found) if isinstance(found, Namespace) else found or {})
 
 
-def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+def adapt(val: Any, typehint: object, *args: object, **kwargs: object) -> Any:
     """Return a value as its type, as ``jsonargparse._typehints.adapt_typehints`` does.
 
     Raises:
@@ -143,14 +143,14 @@ def adapt(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
     return plain(made) if building else made
 
 
-def _is_named(typehint: Any) -> bool:
+def _is_named(typehint: object) -> bool:
     """Return whether a type is a mapping with text as keys."""
     kind = get_origin(typehint)
     named = inspect.isclass(kind) and issubclass(kind, Mapping)
     return named and get_args(typehint)[:1] == (str,)
 
 
-def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+def _adapt_union(val: object, typehint: object, *args: object, **kwargs: object) -> Any:
     if any(is_class(m) for m in get_args(typehint)):
         val = _spec_in(val)
     sequences = [m for m in get_args(typehint) if is_sequence(m)]
@@ -178,7 +178,7 @@ def _adapt_union(val: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         raise min(errors, key=_unlikely) from None
 
 
-def check_given(val: Any, typehint: Any, given: Value) -> None:
+def check_given(val: object, typehint: object, given: Value) -> None:
     """Check that a flag does not set null, also not as the text `null`, where a value must be.
 
     Raises:
@@ -190,7 +190,7 @@ def check_given(val: Any, typehint: Any, given: Value) -> None:
         raise ValueError(f"must be given: got {text}. Leave it out to keep its value.")
 
 
-def _chosen(val: str, choices: tuple[Any, ...]) -> Any:
+def _chosen(val: str, choices: tuple[object, ...]) -> Any:
     """Return the choice that a text writes; jsonargparse would also take 0x10 for 16."""
     if any(isinstance(one, bool) for one in choices):
         return val
@@ -201,7 +201,7 @@ def _chosen(val: str, choices: tuple[Any, ...]) -> Any:
     return found[0]
 
 
-def _choices(member: Any) -> list[str]:
+def _choices(member: object) -> list[str]:
     return [str(one) for one in get_args(member)] if get_origin(member) is Literal else []
 
 
@@ -216,7 +216,9 @@ def _spec_in(val: Any) -> Any:
     return found if is_spec(found) else val
 
 
-def _errors(val: Any, members: Iterable[Any], *args: Any, **kwargs: Any) -> Iterator[Exception]:
+def _errors(
+    val: object, members: Iterable[object], *args: object, **kwargs: object
+) -> Iterator[Exception]:
     for member in members:
         try:
             adapt(deepcopy(val), member, *args, **kwargs)

@@ -18,7 +18,7 @@ _renamed: dict[str, str] = {}
 
 def take_notes() -> list[str]:
     """Return the notes so far, each once, and clear them."""
-    # jsonargparse looks at some values twice, once without knowing where they stand.
+    # jsonargparse looks at some values twice, once without knowing where they are.
     notes = [n for n in dict.fromkeys(_waiting) if not any(w.endswith(f"`: {n}") for w in _waiting)]
     if _renamed:
         pairs = ", ".join(f"`{old}` is now `{new}`" for old, new in _renamed.items())

@@ -303,8 +303,8 @@ class VLLMEngine(RolloutEngine):
     def _started(self) -> Any:
         if self._llm is None:
             raise TrainingStopped(
-                "the engine must be running: got one whose vLLM has stopped. Start the run anew "
-                "from its last checkpoint."
+                "the engine must be running: got one whose vLLM has stopped. Resume the run from "
+                "its last checkpoint."
             )
         return self._llm
 

@@ -33,12 +33,11 @@ def failure(
         import_error: see ``reason_and_cure``.
 
     >>> print(failure(ValueError("no memory"), "sample", "m", True, lambda name: None))
-    vLLM could not sample: ValueError: no memory. Start the run anew from its last checkpoint.
+    vLLM could not sample: ValueError: no memory. Resume the run from its last checkpoint.
     """
     if sampled:
         return TrainingStopped(
-            f"vLLM could not {what}: {described(error)}. Start the run anew from its last "
-            "checkpoint."
+            f"vLLM could not {what}: {described(error)}. Resume the run from its last checkpoint."
         )
     reason, cure = reason_and_cure(error, import_error)
     return ConfigurationError(

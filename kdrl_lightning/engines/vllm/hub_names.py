@@ -50,11 +50,11 @@ class HubWeights:
         need the weights.
         """
         for names in self._groups:
-            # No name is kept for what was read: the next group would be gathered beside it.
+            # No name is kept for what was read: the next group would be gathered while it exists.
             yield from self._converted({name: self._stored[name][1]() for name in names}).items()
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Yield name, type and whole shape of each tensor of ``tensors``; this is no collective."""
+        """Yield name, type and whole shape of each tensor of ``tensors``; no collective."""
         for names in self._groups:
             for name, tensor in self._converted({n: self._empty[n] for n in names}).items():
                 yield name, tensor.dtype, tuple(tensor.shape)

@@ -52,9 +52,9 @@ class TransferRoute(WeightRoute):
         if failure is not None:
             found = str(failure) or type(failure).__name__
             raise TrainingStopped(
-                f"the server {server.url} must take the weights by the transfer API: got {found}. "
-                "Resume from the last checkpoint with `transfer: false`, which sends weights by "
-                "files."
+                f"the server {server.url} must take the weights through the transfer API: got "
+                f"{found}. Resume from the last checkpoint with `transfer: false`, which sends "
+                "weights through files."
             ) from failure
 
     def again(self, server: ServerClient, label: str) -> None:

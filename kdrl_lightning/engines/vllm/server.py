@@ -211,7 +211,7 @@ class VLLMServerEngine(RolloutEngine):
         with ThreadPoolExecutor(min(self._at_once, len(share))) as pool:
             made = list(pool.map(lambda r: self._ask(server, bodies[r]), share))
         if not self._holds(server):
-            raise AwayError("it was restarted while it sampled, and has other weights")
+            raise AwayError("it was restarted while it sampled, and has different weights")
         return made
 
     def _body(self, prompt: list[int], seed: int, sampling: Sampling) -> Tree:

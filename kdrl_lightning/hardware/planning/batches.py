@@ -11,7 +11,7 @@ from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.teachers.own_prompts import OwnPrompts
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import Objective
-from kdrl_lightning.rollout.updates.plan import FROZEN_TOKENS, REPEATED
+from kdrl_lightning.rollout.updates.scoring import FROZEN_TOKENS, REPEATED
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, with_prompts
 

@@ -68,7 +68,7 @@ def with_cache(
     """Add the transformers engine's cache, for as many completions as it decodes at once.
 
     Args:
-        parts: what is held beside it.
+        parts: what is held in addition to it.
         decoded: see ``decoding``; memory is a line in the completions.
         config: configuration of the whole student.
         job: settings of the run.

@@ -57,7 +57,7 @@ class Job:
         mean_completion: in tokens; None: half of ``max_tokens``. Only seconds depend on it.
         kept_checkpoints: how many stay on the disk.
         model_configs: files of configurations by the name of their model.
-        teacher_prompt: tokens of the longest prompt of the teacher's own; None: what follows from
+        teacher_prompt: tokens of the longest prompt that the teacher reads; None: what follows from
             its template and its context.
         teacher_tokens: the teacher's tokens per token of the student, if it has another tokenizer;
             None: counted with both tokenizers, or assumed.

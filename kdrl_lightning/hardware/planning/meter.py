@@ -155,7 +155,8 @@ def without_numbers() -> Iterator[Meter]:
         meter.resized(storage)
         return out
 
-    # FSDP2 frees and fills gathered weights by the size of their storage, which is no operation.
+    # FSDP2 frees and fills gathered weights by the size of their storage, which is not an
+    # operation.
     torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
     try:
         with numbers, meter:

@@ -371,7 +371,8 @@ def _notes(module: KDRLModule, job: Job) -> list[str]:
         notes.append(f"{CONTEXT / 1e9:g} GB of a card and {GAPS:.0%} of the tensors are set aside")
     if job.rollout.max_tokens_per_micro_batch is None and job.accumulate > 1:
         notes.append(
-            "without `max_tokens_per_micro_batch`, short completions beside long ones can put more "
+            "without `max_tokens_per_micro_batch`, short completions batched with long ones can "
+            "put more "
             "tokens in a micro-batch than completions of one length"
         )
     return notes

@@ -378,7 +378,7 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     held["gradients"] = sum(local(p).numel() * p.element_size() for p in run._trained())
     if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
         held["ddp's buckets"] = held["gradients"]
-    # The first pass fills torch's caches of shapes, whose tensors are no memory of the run.
+    # The first pass fills torch's caches of shapes, whose tensors are not part of the run's memory.
     run._small_backward()
     run.optimizer.zero_grad()
     before = meter.bytes

@@ -52,7 +52,7 @@ class Work:
         weights: numbers in the student.
         cache: numbers that an engine keeps per token.
         layers: of the student.
-        held: bytes on the card beside what sampling needs.
+        held: bytes on the card besides what sampling needs.
     """
 
     score: float

@@ -38,7 +38,7 @@ def config_of(name: str, given: Mapping[str, str]) -> Any:
         return load_config(name)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"the configuration of a model must be at hand: got none for {name}. Give its file "
+            f"the configuration of a model must be available: got none for {name}. Give its file "
             f"with `--model-config {name}=config.json`, or name a folder that has one."
         ) from error
 
@@ -78,7 +78,7 @@ def _from_values(values: Mapping[str, Any], name: str) -> Any:
     kind = settings.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **settings)
-    except Exception as error:  # every architecture checks with errors of its own
+    except Exception as error:  # each architecture raises different errors
         raise ConfigurationError(
             f"the configuration of {name} must be of an architecture that transformers knows: got "
             f"model_type {kind} ({' '.join(str(error).split())[:120]}). Check the file."

@@ -229,7 +229,7 @@ def cut(start: int, stop: int, size: int) -> list[slice]:
 
 
 def plain_math(logits: int) -> ChunkMath:
-    """Return the functions as they stand."""
+    """Return the functions unchanged."""
     return ChunkMath(score, gradient, score_asked, lambda divergence: divergence, logits)
 
 

@@ -1,4 +1,4 @@
-"""A model's generation configuration, kept even if invalid: runs sample by their own settings."""
+"""A model's generation configuration, kept even if invalid: sampling does not use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_generation(path: str) -> Tree | None:
         path: folder or hub name of the model.
 
     Raises:
-        ConfigurationError: the file is no JSON object, or its end tokens are no ids.
+        ConfigurationError: the file is not a JSON object, or its end tokens are not ids.
     """
     from transformers.utils.hub import cached_file
 
@@ -54,7 +54,7 @@ def check_end_ids(value: Any, where: str) -> list[int]:
         where: the model, for the message.
 
     Raises:
-        ConfigurationError: a value is no id.
+        ConfigurationError: a value is not an id.
     """
     several = isinstance(value, list | tuple)
     ids = [] if value is None else list(value) if several else [value]

@@ -42,7 +42,7 @@ def check_trainable(model: HFModel, path: str) -> None:
     """Refuse to train quantized weights, which get no gradient.
 
     Raises:
-        ConfigurationError: a weight is no float of at least 16 bits.
+        ConfigurationError: a weight is not a float of at least 16 bits.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:

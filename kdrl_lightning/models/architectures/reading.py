@@ -51,7 +51,7 @@ def reading(path: str, part: str = "model") -> Iterator[None]:
             raise ConfigurationError(
                 f"a model must be a causal language model: got {path}, a "
                 f"{_settings(path).get('model_type', 'model')} that transformers does not load as "
-                "one. Use a text model, or save the text part of this one by itself."
+                "one. Use a text model, or save the text part of this one separately."
             ) from error
         folder = Path(path) if Path(path).is_dir() else _cached(path)
         if folder is not None:
@@ -215,7 +215,7 @@ def _builds(folder: Path) -> bool:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
-    except Exception:  # transformers has no exceptions of its own
+    except Exception:  # transformers does not define exceptions
         return False
     return True
 

@@ -127,7 +127,7 @@ def _text_modules(decoder: HFModel, root: str) -> dict[str, nn.Module]:
     }
 
 
-def _model_type(module: Any) -> str | None:
+def _model_type(module: object) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
 
 
@@ -205,8 +205,8 @@ def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
         if fused and "gate_up_proj" not in names and not set(halves) <= set(names):
             (other,) = set(halves) - {name}
             raise ConfigurationError(
-                f"`target_modules` must name both {name} and {other} in a model whose experts keep "
-                f"them in one weight: got only {name}. Add {other}, or leave {name} out."
+                f"`target_modules` must name both {name} and {other} in a model whose experts "
+                f"store both in one tensor: got only {name}. Add {other}, or leave {name} out."
             )
         return fused
     return set()

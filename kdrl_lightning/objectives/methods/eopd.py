@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between, require_count
 from kdrl_lightning.losses import TokenScores, generalized_jsd, with_tail
 from kdrl_lightning.objectives.advantages import GapAdvantage
@@ -116,7 +114,7 @@ class EOPD(PolicyObjective):
         teacher_kl_coef: float = 1.0,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),

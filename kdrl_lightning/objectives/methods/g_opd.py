@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses.advantages import extrapolated
 from kdrl_lightning.losses.chunks import chunk_totals
@@ -66,7 +64,7 @@ class GOPD(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         dual_clip: float | None = None,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high, dual_clip),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.losses import TokenScores, wrong_groups
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.base import Term, known
@@ -31,9 +29,9 @@ class SolvedByTeacher(Selection):
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
         """Return ``[B]`` bool."""
-        own = rollout.correct & (rollout.source == STUDENT)
+        accepted = rollout.correct & (rollout.source == STUDENT)
         solved = rollout.correct & (rollout.source == TEACHER)
-        return solved & wrong_groups(own, rollout.group_ids)
+        return solved & wrong_groups(accepted, rollout.group_ids)
 
 
 class OwnGroup(Advantage):
@@ -56,9 +54,9 @@ class PublishedHDPO(PolicyObjective):
 
     ``L_GRPO + teacher_kl_coef / N sum JSD(T, S)`` over the N tokens of the kept completions of the
     step: those of the teacher (``data.teacher_completions``) that are correct, of prompts that the
-    student solves in none of its own; it samples for no others. T is the teacher on its ``top_k``
-    most likely tokens, renormalised, S the student's whole distribution. Kept completions enter no
-    advantage and no denominator of GRPO. ``reduction`` is the token mean.
+    student fails in all of its completions; it samples for no others. T is the teacher on its
+    ``top_k`` most likely tokens, renormalised, S the student's whole distribution. Kept completions
+    enter no advantage and no denominator of GRPO. ``reduction`` is the token mean.
 
     Args:
         teacher_kl_coef: weight of the divergence, at least 0. Published: 0.1 and 0.01.
@@ -79,7 +77,7 @@ class PublishedHDPO(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),
@@ -99,10 +97,10 @@ class PublishedHDPO(PolicyObjective):
     def terms(self, batch: RolloutBatch, scores: TokenScores) -> Iterator[Term]:
         """Yield GRPO's terms, divided by the student's tokens alone, and the divergence."""
         totals = known(batch.totals, "totals")
-        own = max(totals.num_loss_tokens - totals.num_imitated_tokens, 1.0)
+        grpo_tokens = max(totals.num_loss_tokens - totals.num_imitated_tokens, 1.0)
         for term in super().terms(batch, scores):
             if term.per_masked_token:
                 yield term
             else:
-                share = totals.num_loss_tokens / own
+                share = totals.num_loss_tokens / grpo_tokens
                 yield replace(term, per_token=term.per_token * share, mask=batch.student_mask)

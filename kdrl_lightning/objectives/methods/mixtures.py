@@ -6,9 +6,7 @@ in their place.
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.objectives.advantages import ReweightedAdvantage, VerdictAdvantage
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.ratios import TokenRatio
@@ -32,7 +30,7 @@ class SRPO(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),
@@ -64,7 +62,7 @@ class RLSD(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),

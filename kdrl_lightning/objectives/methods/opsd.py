@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, clipped_forward_kl
 from kdrl_lightning.objectives.base import known
@@ -20,7 +18,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class ClippedForwardKL(DistillTerm):
     """KL(teacher || student) with each vocabulary entry's summand capped (arXiv 2601.18734 v3).
 
-    The sum can be negative and is no divergence, so it is logged as ``loss/clipped_forward_kl``.
+    The sum can be negative and is not a divergence, so it is logged as ``loss/clipped_forward_kl``.
     The teacher runs in every update.
 
     Args:
@@ -72,7 +70,7 @@ class OPSD(PolicyObjective):
         pointwise_clip: float | None = 0.05,
         teacher_kl_coef: float = 1.0,
         kd_per_imitated_token: bool = False,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=None,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import shares
 from kdrl_lightning.losses.chunks import chunk_share
@@ -47,12 +46,12 @@ class RarityWeights(Advantage):
         super().__init__(scale_by_std=False)
         if weight_temperature is not None and not 0.0 < weight_temperature < float("inf"):
             raise ConfigurationError(
-                f"`weight_temperature` must be above 0: got {weight_temperature}. "
-                "1 is published, null weights all alike."
+                f"`weight_temperature` must be above 0: got {weight_temperature}. The paper uses "
+                "1; null gives all rows the same weight."
             )
         if scale not in ("sum", "mean"):
             raise ConfigurationError(
-                f"`scale` must be sum or mean: got {scale}. sum is the paper's."
+                f"`scale` must be sum or mean: got {scale}. The paper uses sum."
             )
         self.weight_temperature = weight_temperature
         self.scale = scale
@@ -107,7 +106,7 @@ class SCOPE(PolicyObjective):
     """
 
     def __init__(
-        self, weight_temperature: float | None = 1.0, scale: Scale = "sum", **policy: Any
+        self, weight_temperature: float | None = 1.0, scale: Scale = "sum", **policy: PolicySetting
     ) -> None:
         super().__init__(
             ratio=TokenRatio(1.0, sys.float_info.max),  # no clip

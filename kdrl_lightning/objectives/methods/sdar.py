@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, gate
 from kdrl_lightning.losses.chunks import chunk_share
@@ -24,7 +22,7 @@ class GatedGap(DistillTerm):
 
     ``g = sigmoid(sharpness (log pi_T - log pi))``. The gradient is ``-g`` per token: it raises
     every sampled token, and most of all those that the teacher likes. The value can be negative, so
-    it is no divergence.
+    it is not a divergence.
 
     Args:
         distill_coef: weight of the term, at least 0. The examples of the published code take 0.01.
@@ -82,7 +80,7 @@ class SDAR(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         scale_by_std: bool = True,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),

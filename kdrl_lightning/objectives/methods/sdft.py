@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.objectives.divergences import VocabularyKL
 from kdrl_lightning.objectives.policy import PolicyObjective
 from kdrl_lightning.objectives.selections import ExceptFirstTokens, Selection
@@ -36,7 +34,7 @@ class SDFT(PolicyObjective):
         teacher_kl_coef: float = 1.0,
         kd_per_imitated_token: bool = True,
         selection: Sequence[Selection] = (),
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=None,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, capped_ratio
 from kdrl_lightning.objectives.advantages import Advantage
@@ -92,7 +90,7 @@ class SDPO(PolicyObjective):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         scale_by_std: bool = False,
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         require_between("reward_mix", reward_mix, 0.0, 1.0, "0 is distillation alone.")
         super().__init__(

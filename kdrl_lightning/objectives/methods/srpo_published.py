@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# `**policy` is `Any`: jsonargparse finds the settings and their types in `PolicyObjective`.
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, confidence
 from kdrl_lightning.objectives.advantages import Advantage
@@ -98,7 +96,7 @@ class PublishedSRPO(PolicyObjective):
         clip_low: see ``TokenRatio``.
         clip_high: see ``TokenRatio``. Published: 0.28.
         scale_by_std: see ``Advantage``. The experiments of the paper leave the division out.
-        selection: further rules for the completions to distil, beside ``WrongCompletions``.
+        selection: further rules for the completions to distil, in addition to ``WrongCompletions``.
         policy: further settings of ``PolicyObjective``.
     """
 
@@ -112,7 +110,7 @@ class PublishedSRPO(PolicyObjective):
         clip_high: float = 0.28,
         scale_by_std: bool = False,
         selection: Sequence[Selection] = (),
-        **policy: Any,
+        **policy: PolicySetting,
     ) -> None:
         super().__init__(
             ratio=TokenRatio(clip_low, clip_high),

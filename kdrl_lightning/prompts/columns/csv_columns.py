@@ -54,8 +54,8 @@ def text_columns(path: Path) -> list[str]:
         return []
     for i, word in words.items():
         warnings.warn(
-            f"the column `{names[i]}` of {path} has the text {word!r}, which counts as this text. "
-            "Leave a cell empty if its value is missing.",
+            f"the column `{names[i]}` of {path} has the text {word!r}, which is read as text. If "
+            "the value is missing, leave the cell empty.",
             stacklevel=2,
         )
     return [name for i, name in enumerate(names) if i in found | words.keys()]

@@ -1,4 +1,4 @@
-"""Undoes what a user's function changes in the training process beyond its own objects.
+"""Undoes what a user's function changes in the training process beyond the function's objects.
 
 What decides the numbers of a run, or how it is stopped, is restored: torch's defaults, the handlers
 of signals, the working folder. Environment variables, warning filters, log levels and the locale
@@ -67,7 +67,7 @@ def _set_deterministic(value: tuple[bool, bool, bool, bool]) -> None:
 
 
 def _set_device(value: torch.device) -> None:
-    # A default device of its own, even the CPU, slows all calls of torch.
+    # Setting a default device, even the CPU, slows all calls of torch.
     torch.set_default_device(None if value.type == "cpu" else value)
 
 
@@ -123,7 +123,7 @@ def restored(tell: Callable[[str], object], settings: tuple[Setting, ...] = ALL)
 class Surroundings:
     """Keeps a reward's effects on the training process apart from the run.
 
-    The reward has random numbers of its own, of Python, numpy and torch on the CPU: they continue
+    The reward has separate random states of Python, numpy and torch on the CPU: they continue
     where they stopped, and whatever it draws or seeds, the run's generators stay as they were.
     """
 
@@ -149,8 +149,8 @@ class Surroundings:
             self._told.add(change)
             warnings.warn(
                 f"the reward changed {change}, which the run depends on: it is restored after each "
-                "call. Change it only inside the reward, or run the reward in processes of its "
-                "own (`RewardFunction`).",
+                "call. Change it only inside the reward, or run the reward in separate processes "
+                "(`RewardFunction`).",
                 stacklevel=4,
             )
 
@@ -167,7 +167,7 @@ def _set_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:
 
 @contextmanager
 def _working_folder_kept() -> Iterator[None]:
-    """Return to the working folder, which a reward may leave; a run's own paths start there."""
+    """Return to the working folder, which a reward may leave; the run's paths start there."""
     # Linux can hold a folder that its user may not list.
     here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
     try:

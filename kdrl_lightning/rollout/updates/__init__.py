@@ -1,17 +1,14 @@
-"""From a rollout to optimizer steps: the plan of the updates, and the cut into micro-batches."""
+"""From a rollout to optimizer steps: the cut into micro-batches, their scores, and the plan."""
 
+from kdrl_lightning.rollout.updates.cut import Cut
 from kdrl_lightning.rollout.updates.partition import partition
 from kdrl_lightning.rollout.updates.plan import (
-    FROZEN_TOKENS,
-    TEACHER_FIELDS,
-    Cut,
     RolloutPlan,
-    Scoring,
-    Waits,
     plan_updates,
     resume_updates,
     step_totals,
 )
+from kdrl_lightning.rollout.updates.scoring import FROZEN_TOKENS, TEACHER_FIELDS, Scoring, Waits
 
 __all__ = [
     "FROZEN_TOKENS",

@@ -78,7 +78,7 @@ def teacher_passes(
 ) -> Iterator[list[int]]:
     """Yield the rows of each pass of a teacher, within a limit that counts its own tokens.
 
-    A row that is longer than the limit is a pass of its own. Each part is asked for only when the
+    A row that is longer than the limit is a separate pass. Each part is asked for only when the
     one before it was scored, because its completions may still be aligned.
 
     Args:

@@ -26,8 +26,8 @@ class Chunked:
 
     Attributes:
         teacher_ids: ``[U]``, the completion in the teacher's vocabulary, at least one token.
-        teacher_places: ``[U]``, how many teacher tokens of its chunk stand before one.
-        places: ``[T]``, how many tokens of its chunk stand before a token; ``NO_SCORE`` if the
+        teacher_places: ``[U]``, how many teacher tokens of its chunk precede one.
+        places: ``[T]``, how many tokens of its chunk precede a token; ``NO_SCORE`` if the
             teacher cannot score it.
         columns: ``[T]``, place among the teacher's tokens of the first one of the token's chunk; 0
             without a score.
@@ -135,7 +135,7 @@ def _placed(
 
     Args:
         parts: the different segments.
-        segments: where they stand.
+        segments: where they are.
         counts: ``[B]``, tokens of each row.
         ends: ``[T]``, the byte at which each token ends, over all rows.
     """
@@ -186,7 +186,7 @@ def _closed(
         row: without the end token.
         closing: the teacher's end token; None if the completion was cut.
         end: a token for the teacher to read if there is no other.
-        read_whole: the teacher reads all that stands before the end token.
+        read_whole: the teacher reads everything before the end token.
         limit: most tokens of the teacher; None: no limit.
     """
     ids, their_places, places, columns, differs_at = (getattr(row, f.name) for f in fields(row))

@@ -17,7 +17,7 @@ class Cut(NamedTuple):
     Attributes:
         numbers: ``[N]``, the number of a token's chunk within its row; the row's number of chunks
             for tokens after its last common boundary.
-        places: ``[N]``, how many tokens of its chunk stand before a token.
+        places: ``[N]``, how many tokens of its chunk precede a token.
         whole: ``[N]`` bool: the token is in a chunk, not after the last common boundary.
         chunks: ``[N]``, number of the token's chunk over all rows; only if ``whole``.
     """

@@ -24,8 +24,8 @@ class Parts(NamedTuple):
         their_starts: ``[D]``, place of its first teacher token.
         their_sizes: ``[D]``, its teacher tokens.
         teacher_ids: ``[M]``.
-        teacher_places: ``[M]``, how many teacher tokens of its chunk stand before one.
-        places: ``[N]``, how many student tokens of its chunk stand before one, or ``NO_SCORE``.
+        teacher_places: ``[M]``, how many teacher tokens of its chunk precede one.
+        places: ``[N]``, how many student tokens of its chunk precede one, or ``NO_SCORE``.
         columns: ``[N]``, the chunk's first teacher token, counted from the part's start.
         differs_at: the parts that the teacher cannot write whole, with the first byte that differs;
             None for a special token that it does not have.
@@ -86,7 +86,7 @@ def align_parts(
         ours_in, theirs_in = (np.bincount(side.chunks[side.whole]) for side in (first, second))
         short = np.maximum(ours_in, theirs_in) <= max_chunk_tokens
         kept[kept] = short[first.chunks[kept]]
-    # 3. Tell each token where its chunk stands on the other side.
+    # 3. Tell each token where its chunk is on the other side.
     starts, their_starts = np.cumsum(sizes) - sizes, np.cumsum(their_sizes) - their_sizes
     opens = np.flatnonzero(second.whole & (second.places == 0))  # in the order of the chunks
     columns = np.zeros_like(ours)

@@ -1,7 +1,7 @@
 """Cuts completions into segments that are encoded on their own, each different one once.
 
-A rollout repeats its words. If the teacher writes a word the same way whatever stands beside it, we
-encode and align each different word once, and copy the result to all its places by NumPy.
+A rollout repeats its words. If the teacher writes a word the same way whatever its neighbours are,
+we encode and align each different word once, and copy the result to all its places by NumPy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cutter:
     """Finds the segments of completions.
 
     A special token is a segment, and so is the text between two of them. With ``words``, a text is
-    also cut before a single space that stands between two printable ASCII characters.
+    also cut before a single space between two printable ASCII characters.
 
     Args:
         student: the vocabulary of the completions.

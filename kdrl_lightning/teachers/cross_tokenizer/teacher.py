@@ -67,8 +67,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
         super().__init__(teacher)
         if _translates(teacher):
             raise ConfigurationError(
-                "`teacher` of a CrossTokenizerTeacher must not have another one inside: got "
-                f"{type(teacher).__name__}. Keep one of the two."
+                "`teacher` of a CrossTokenizerTeacher must not be or contain another one: got "
+                f"{type(teacher).__name__}. Remove one of the two."
             )
         if max_chunk_tokens is not None:
             require_count("max_chunk_tokens", max_chunk_tokens, 1, float("inf"))
@@ -98,7 +98,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     @property
     def other_end(self) -> str | None:  # type: ignore[override]
-        """None, unless the teacher has no tokenizer of its own: end tokens are translated."""
+        """None, unless the teacher has the student's tokenizer: end tokens are translated."""
         return self.teacher.other_end if self._theirs is None else None
 
     @property
@@ -298,7 +298,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
             pad_id=0,
             teacher_route=batch.teacher_route.tolist(),
         )
-        # A wrapped teacher with a prompt of its own reads it from the batch.
+        # A wrapped teacher with its own prompt reads it from the batch.
         return made.to(batch.input_ids.device).replace(
             temperature=batch.temperature, teacher_prompt_ids=batch.teacher_prompt_ids
         )
@@ -308,8 +308,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
         if batch.teacher_prompt_ids is None or batch.teacher_ends is None:
             raise TrainingStopped(
                 "completions must have been sampled with the teacher's own prompt and end token: "
-                "got some without. Use RolloutDataModule; if you resume with another teacher, take "
-                "a checkpoint of a rollout's end."
+                "got some without. Use RolloutDataModule; if you resume with another teacher, use "
+                "a checkpoint written at the end of a rollout."
             )
         rows = batch.teacher_prompt_ids.tolist()
         return [[i for i in row if i >= 0] for row in rows], batch.teacher_ends.tolist()

@@ -23,7 +23,7 @@ class TextEncoder:
     """Encodes completions with a model's tokenizer.
 
     It adds nothing (no BOS, no space in front), reads the names of special tokens as text, does not
-    compose characters, and encodes bytes that are no valid UTF-8 one by one.
+    compose characters, and encodes bytes that are not valid UTF-8 one by one.
 
     Args:
         tokens: the vocabulary and its bytes.

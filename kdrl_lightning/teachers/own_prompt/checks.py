@@ -14,7 +14,7 @@ from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import FixedContext, RowContext
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 
-# A shorter reference can stand in a prompt rightly: the answer to a question with options.
+# A shorter reference may legitimately be in a prompt: the answer to a question with options.
 SHOWN_FROM = 12
 
 
@@ -89,9 +89,9 @@ def _check_context(context: RowContext, rows: Sequence[Row]) -> None:
     if not having:
         column = getattr(context, "column", None)
         raise ConfigurationError(
-            f"the column `{column}` must have text for the teacher's context in some row: got none "
-            f"in {len(rows)} checked rows with the columns {', '.join(sorted(map(str, rows[0])))}. "
-            "Name another column, or fill it."
+            f"the column `{column}` must have text for the teacher's context in at least one row: "
+            f"got none in {len(rows)} checked rows with the columns "
+            f"{', '.join(sorted(map(str, rows[0])))}. Name another column, or fill it."
         )
     least = 0 if isinstance(context, FixedContext) else SHOWN_FROM
     if all(len(text) >= least and shown(text, row) for row, text in having):

@@ -123,8 +123,8 @@ class OtherProblemContext(Context):
 
     def of_group(self, group: Group) -> list[str | None]:
         """Return the other prompt's text; None if it is the same prompt."""
-        other, own = group.other, group.attempts[0].row
-        same = other is None or other.get("prompt") == own.get("prompt")
+        other, row = group.other, group.attempts[0].row
+        same = other is None or other.get("prompt") == row.get("prompt")
         text = None if other is None or same else self.context.of_row(other)
         return [text] * len(group.attempts)
 
@@ -151,7 +151,8 @@ class SiblingContext(Context):
         require_between("threshold", threshold, -1e9, 1e9)
         if len(thinking) != 2 or not all(thinking):
             raise ConfigurationError(
-                f"`thinking` must be two tags, one before and one after: got {list(thinking)}."
+                f"`thinking` must be two tags, one before and one after: got {list(thinking)}. "
+                "Give for example [<think>, </think>]."
             )
         self.threshold = threshold
         self.thinking = tuple(thinking)
@@ -171,7 +172,7 @@ class SiblingContext(Context):
 
 
 class FeedbackContext(Context):
-    """Shows what the reward says of the completion itself: ``Verdict.feedback``."""
+    """Shows what the reward says about this completion: ``Verdict.feedback``."""
 
     reads_feedback = True
 
@@ -193,7 +194,9 @@ class JoinedContext(Context):
 
     def __init__(self, contexts: dict[str, Context]) -> None:
         if not contexts:
-            raise ConfigurationError("`contexts` must have at least one context: got none.")
+            raise ConfigurationError(
+                "`contexts` must have at least one context: got none. Add one."
+            )
         for heading, context in contexts.items():
             require_kind(
                 f"contexts[{heading!r}]", context, Context, "Give one, e.g. a ColumnContext."

@@ -98,8 +98,8 @@ def as_read(batch: RolloutBatch) -> RolloutBatch:
     if prompts is None:
         raise TrainingStopped(
             "completions must have been sampled with the teacher's own prompt: got some without "
-            "one. Use RolloutDataModule; if you resume with another teacher, take a checkpoint of "
-            "a rollout's end."
+            "one. Use RolloutDataModule; if you resume with another teacher, use a checkpoint "
+            "written at the end of a rollout."
         )
     lengths = (prompts >= 0).sum(1)
     width = int((lengths + batch.completion_lengths).max())

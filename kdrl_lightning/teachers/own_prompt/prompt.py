@@ -29,7 +29,7 @@ class TeacherPrompt:
 
     Args:
         context: what the teacher sees besides the prompt; None: nothing.
-        template: the text of the last message of the user, with ``{prompt}`` for the student's and
+        template: the text of the last user message, with ``{prompt}`` for the student's and
             ``{context}`` for the context. Or messages that replace it, of which the last one must
             not be the assistant's: the completion has its place there. None: the prompt, and the
             context after an empty line.
@@ -87,8 +87,8 @@ class TeacherPrompt:
         changes: dict[str, object] = {"prompt": self._written(prompt, context)}
         if self.template_args and not isinstance(prompt, str):
             given = plain(row.get(TEMPLATE_ARGS))
-            own = given if isinstance(given, dict) else {}
-            changes[TEMPLATE_ARGS] = {**own, **self.template_args}
+            args = given if isinstance(given, dict) else {}
+            changes[TEMPLATE_ARGS] = {**args, **self.template_args}
         ids = encode_prompt(tokenizer, {**row, **changes})
         if not self.prefix:
             return ids
@@ -100,7 +100,7 @@ class TeacherPrompt:
             if isinstance(self.form, str):
                 return filled(self.form, prompt, context)
             raise ConfigurationError(
-                "`template` must be a text for prompts of plain text: got messages. Write a text, "
+                "`template` must be a string for plain-text prompts: got messages. Write a string, "
                 "or set `chat: true` on the prompts."
             )
         turns = list(prompt)
@@ -109,8 +109,8 @@ class TeacherPrompt:
         asked = [i for i, turn in enumerate(turns) if _role(turn) == "user"]
         if not asked:
             raise ConfigurationError(
-                "a prompt must have a message of the user for the teacher's `template`: got the "
-                f"roles {', '.join(str(_role(turn)) for turn in turns)}. Remove the row."
+                "a prompt must have a user message for the teacher's `template`: got the roles "
+                f"{', '.join(str(_role(turn)) for turn in turns)}. Remove the row."
             )
         place = asked[-1]
         question = _text(turns[place])
@@ -180,8 +180,8 @@ def _check_template(template: str | Sequence[Mapping[str, str]], has_context: bo
         )
     if messages and messages[-1]["role"] == "assistant":
         raise ConfigurationError(
-            "`template` must leave the completion its place at the end: got a message of the "
-            "assistant as the last one. End with a message of the user."
+            "`template` must end where the completion follows: got an assistant message at the "
+            "end. End with a user message."
         )
 
 
@@ -196,8 +196,8 @@ def _text(turn: Mapping[str, Any]) -> str:
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise ConfigurationError(
-                f"the teacher's prompt must be made of text alone: got {content!r:.60}. Remove "
-                "such rows."
+                f"the teacher's prompt must contain only text: got {content!r:.60}. Remove such "
+                "rows."
             )
         return "".join(map(str, parts))
     return str(content or "")

@@ -21,7 +21,7 @@ from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 
 class PromptedTeacher(WrappedTeacher):
-    """Scores the student's completions after a prompt of its own.
+    """Scores the student's completions after a different prompt.
 
     Any teacher can be wrapped. It reads its prompt and then the very tokens that the student
     sampled. Prompts are made once per rollout, when its completions are judged, and travel in
@@ -33,7 +33,7 @@ class PromptedTeacher(WrappedTeacher):
         prompt: the prompt that it reads.
 
     Raises:
-        ConfigurationError: the wrapped teacher has a prompt of its own.
+        ConfigurationError: the wrapped teacher already has its own prompt.
     """
 
     has_own_prompt = True
@@ -42,8 +42,8 @@ class PromptedTeacher(WrappedTeacher):
         super().__init__(teacher)
         if teacher.has_own_prompt:
             raise ConfigurationError(
-                "`teacher` of a PromptedTeacher must read the student's prompt: got one with a "
-                "prompt of its own. Keep one PromptedTeacher, and join the contexts; a "
+                "`teacher` of a PromptedTeacher must read the student's prompt: got one that has "
+                "its own prompt. Keep one PromptedTeacher and combine the contexts; a "
                 "CrossTokenizerTeacher goes around it."
             )
         self.prompt = prompt
@@ -127,9 +127,9 @@ class PromptedTeacher(WrappedTeacher):
 
     def _longest(self) -> tuple[float, float]:
         """Return the most tokens of a prompt, and of prompt and completion together."""
-        own, context = self.prompt.max_tokens, self.context_length
+        limit, context = self.prompt.max_tokens, self.context_length
         return (
-            float("inf") if own is None else own,
+            float("inf") if limit is None else limit,
             float("inf") if context is None else context,
         )
 

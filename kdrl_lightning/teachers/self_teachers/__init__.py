@@ -1,4 +1,4 @@
-"""Self-teachers: the student's own weights, as they were or as they are, score its completions."""
+"""Self-teachers: the student's weights, earlier or current ones, score its completions."""
 
 from kdrl_lightning.teachers.self_teachers.found import (
     KEPT,

@@ -16,20 +16,20 @@ Value = TypeVar("Value")
 
 
 def walk(teacher: Teacher | None, own_prompt: bool = False) -> Iterator[tuple[Teacher, bool]]:
-    """Yield a teacher and all that it wraps, each with whether it reads a prompt of its own.
+    """Yield a teacher and all that it wraps, each with whether it reads its own prompt.
 
     Args:
         teacher: a teacher; a wrapper has the wrapped one in ``teacher``, several in ``teachers``.
-        own_prompt: a wrapper around it gives it another prompt than the student's.
+        own_prompt: a wrapper around it gives it a different prompt from the student's.
     """
     if teacher is None:
         return
-    own = own_prompt or teacher.has_own_prompt
-    yield teacher, own
+    prompted = own_prompt or teacher.has_own_prompt
+    yield teacher, prompted
     wrapped = getattr(teacher, "teacher", None)  # only wrappers have these two
     several = getattr(teacher, "teachers", {}).values()
     for inner in (wrapped, *several):
-        yield from walk(inner, own)
+        yield from walk(inner, prompted)
 
 
 def self_teachers(teacher: Teacher | None) -> list[SelfTeacher]:
@@ -51,12 +51,12 @@ def check_self_teachers(teacher: Teacher | None) -> None:
             raise ConfigurationError(
                 "`weights` must not be LiveWeights for a teacher that reads the student's prompt: "
                 "got SelfTeacher, whose distribution is then the student's, so that its KL is 0 "
-                "and teaches nothing. Give it a prompt of its own, or use MovingAverage."
+                "and teaches nothing. Give it its own prompt, or use MovingAverage."
             )
         warnings.warn(
             f"SelfTeacher with {rule} has the student's weights in each rollout and reads its "
-            "prompt, so that its KL is 0 and teaches nothing. Give it a prompt of its own, or "
-            "another rate.",
+            "prompt, so that its KL is 0 and teaches nothing. Give it its own prompt, or change "
+            "the rate.",
             stacklevel=2,
         )
 

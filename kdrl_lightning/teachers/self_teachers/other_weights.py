@@ -86,13 +86,13 @@ class SecondAdapters:
 
     @contextmanager
     def scorer(self) -> Iterator[Scorer]:
-        """Write the second adapters into the student; write its own back after the context."""
-        own = [local(p).detach().clone() for p in self._ours]
+        """Write the second adapters into the student, and restore its adapters afterwards."""
+        students = [local(p).detach().clone() for p in self._ours]
         blend(self._ours, self.module.values(), 1.0)
         try:
             yield self._student
         finally:
-            blend(self._ours, own, 1.0)
+            blend(self._ours, students, 1.0)
 
     def follow(self, student_share: float) -> None:
         """Move both factors of each adapter."""

@@ -39,7 +39,7 @@ class InitialWeights(WeightRule):
 
 
 class LiveWeights(WeightRule):
-    """The current student, without gradient. It needs a prompt of its own to differ from it."""
+    """The current student, without gradient. It needs its own prompt to differ from the student."""
 
     live_share = 1.0
 

@@ -26,10 +26,11 @@ from kdrl_lightning.teachers.self_teachers.rules import WeightRule
 
 
 class SelfTeacher(Teacher):
-    """Scores with the student's own weights: as they were, as they are, or an average.
+    """Scores with the student's weights: earlier ones, the current ones, or an average.
 
-    By itself a self-teacher holds the student near its earlier weights. Give it a prompt of its own
-    that shows more than the student's, e.g. the reference answer, and the student learns from it.
+    Alone, a self-teacher only keeps the student close to its earlier weights. Give it its own
+    prompt that shows more than the student's, e.g. the reference answer, and the student learns
+    from it.
 
     It scores a rollout once, with the weights of that moment, in the micro-batches in which the
     student runs; a divergence over the full vocabulary runs it in every update. Either way its

@@ -151,7 +151,8 @@ def check_teacher_completions(
     if engine.one_per_process and share.engine.one_per_process:
         raise ConfigurationError(
             "`teacher_completions.engine` must not be a second vLLM in this process: got "
-            f"{type(share.engine).__name__} beside `rollout_engine` {type(engine).__name__}. Leave "
+            f"{type(share.engine).__name__} in addition to `rollout_engine` "
+            f"{type(engine).__name__}. Leave "
             "it out, or serve the teacher and use VLLMTeacherEngine."
         )
 

@@ -32,7 +32,7 @@ def check_limits(trainer: Trainer) -> None:
         every = getattr(trainer, name, None)  # Lightning sets none for a time
         if isinstance(every, int | float) and every <= 0:
             raise ConfigurationError(
-                f"`{name}` must be above 0: got {every}. To validate never, set "
+                f"`{name}` must be above 0: got {every}. To never validate, set "
                 "`limit_val_batches` to 0."
             )
     seconds = val_check_seconds(trainer)

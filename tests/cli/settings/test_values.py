@@ -163,7 +163,7 @@ def test_a_path_that_cannot_be_is_the_users_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("val", "member", "words"),
     [
-        (SPEC | {"path": "y"}, PromptSource, "got `path` beside `class_path`. Write it below"),
+        (SPEC | {"path": "y"}, PromptSource, "got `path` next to `class_path`. Write it below"),
         ({"class_path": "X", "init_arg": {}}, PromptSource, "Did you mean `init_args`?"),
         (SPEC | {"__path__": "x.yaml", "__of_jsonargparse__": 1}, PromptSource, None),
         ({"path": "y"}, PromptSource, None),

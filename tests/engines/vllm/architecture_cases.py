@@ -1,4 +1,4 @@
-"""Architectures beside a student, by the benchmark's check: run by ``test_vllm_architectures``."""
+"""Architectures in a student's process, by the benchmark: run by ``test_vllm_architectures``."""
 
 from __future__ import annotations
 

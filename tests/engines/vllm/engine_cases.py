@@ -1,4 +1,4 @@
-"""vLLM for real, in this process: run by ``test_vllm_engine`` in a process of its own."""
+"""vLLM for real, in this process: run by ``test_vllm_engine`` in a separate process."""
 
 from __future__ import annotations
 

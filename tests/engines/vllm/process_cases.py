@@ -1,4 +1,4 @@
-"""vLLM for real beside a process group: run by ``test_process`` in a process of its own."""
+"""vLLM for real with a process group: run by ``test_process`` in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real server on loopback: run by ``test_vllm_server`` in a process of its own."""
+"""A real server on loopback: run by ``test_vllm_server`` in a separate process."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def test_weights_by_the_transfer_api(
         groups = other.generate(PROMPTS, SEEDS, Sampling(16))
         assert worst_gap(now, PROMPTS, groups) < BOUND
     assert isinstance(other._route, TransferRoute)
-    # Another engine's files replace them: as behind a restart, they cannot come again alone.
+    # Another engine's files replace them: as after a restart, they cannot come again alone.
     engine.generate(PROMPTS, SEEDS, Sampling(4))
     with pytest.raises(TrainingStopped, match=rf"{server.url} must keep the weights until the"):
         other.generate(PROMPTS, SEEDS, Sampling(4))
     # What the server does not take is an error, and it goes on with what it gets next.
-    with pytest.raises(TrainingStopped, match=rf"{server.url} must take the weights by the trans"):
+    with pytest.raises(TrainingStopped, match=rf"{server.url} must take the weights through the"):
         other.update_weights(ModelWeights(make_model("llama", 0).model, folder), 8)
     engine.update_weights(ModelWeights(model, folder), 1)
     assert worst_gap(model, PROMPTS, engine.generate(PROMPTS, SEEDS, Sampling(4))) < BOUND

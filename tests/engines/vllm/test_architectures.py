@@ -1,4 +1,4 @@
-"""vLLM beside students whose architectures need care, in a process of its own."""
+"""vLLM in the process of students whose architectures need care, in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client of servers: faults by a scripted server, and the real one in processes of its own."""
+"""The client of servers: faults by a scripted server, and the real one in separate processes."""
 
 from __future__ import annotations
 

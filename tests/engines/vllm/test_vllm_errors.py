@@ -148,6 +148,6 @@ def test_an_engine_that_never_sampled_is_the_wrong_one_and_another_broke(what: s
         "TransformersEngine."
     )
     assert str(later) == (
-        f"vLLM could not {what}: ValueError: no such kernel. Start the run anew from its last "
+        f"vLLM could not {what}: ValueError: no such kernel. Resume the run from its last "
         "checkpoint."
     )

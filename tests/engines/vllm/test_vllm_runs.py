@@ -76,4 +76,4 @@ def test_an_engine_with_old_weights_stops_the_run(tmp_path: Path) -> None:
     last = out.stderr.strip().splitlines()[-1]
     assert "must agree with the trainer's within 0.001 nats on average: got" in last
     assert "at step 4. They differ most at token" in last
-    assert "The engine holds other weights" in last
+    assert "The engine has different weights" in last

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.allocated import allocated
+from helpers.planned_models import SMALL
 from kdrl_lightning import (
     GRPO,
     KDRL,
@@ -39,17 +40,6 @@ from kdrl_lightning.hardware.planning.report import verdict
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.teachers import InitialWeights, MovingAverage, TrustRegion
 
-SMALL = {
-    "model_type": "qwen3",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "tie_word_embeddings": False,
-}
 WEIGHTS = 512 * 64 * 2 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 32) + 64
 BYTES = 4 * WEIGHTS
 ROLLOUT = RolloutSettings(8, 4, 60)
@@ -292,7 +282,7 @@ def test_the_command_prints_a_table_and_exits_by_the_verdict(
         (["--gpu-memory", "80XB"], "`--gpu-memory` must be a number above 0"),
         (["--card", "H1000"], "`--card` must be one of"),
         (["--gpus", "0"], "`--gpus` must be at least 1: got 0"),
-        (["--gpus", "many"], "the flags of `plan` must be right: got argument --gpus"),
+        (["--gpus", "many"], "the flags of `plan` must be valid: got argument --gpus"),
         (["--model-config", "x"], "`--model-config` must be NAME=FILE: got x"),
         (["--model.student", "no/model"], "got none for no/model"),
         (["--trainer.strategy", "deepspeed"], "`strategy` must be auto, ddp or fsdp2 for a plan"),

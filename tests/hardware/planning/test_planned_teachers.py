@@ -1,4 +1,4 @@
-"""What a plan counts of teachers: weights, passes, prompts and tokens of their own."""
+"""What a plan counts of teachers: their weights, passes, prompts and tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.planned_models import SMALL
 from kdrl_lightning import (
     GOPD,
     GRPO,
@@ -39,18 +40,7 @@ from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of
 from kdrl_lightning.teachers import HardSync, InitialWeights, MovingAverage, TrustRegion
 from kdrl_lightning.teachers.frozen import FrozenModels
 
-SMALL = {
-    "model_type": "qwen3",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 4096,
-}
+MODEL = SMALL | {"max_position_embeddings": 4096}
 ROLLOUT = RolloutSettings(8, 4, 60)
 WHOLE = KDRL(kl_estimator="full_vocabulary")
 
@@ -67,7 +57,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     files = {}
     for name, changes in kinds.items():
         file = folder / f"{name}.json"
-        file.write_text(json.dumps(SMALL | changes))
+        file.write_text(json.dumps(MODEL | changes))
         files[name] = str(file)
     return Job(ROLLOUT, on_gpu=False, accumulate=2, longest_prompt=20, model_configs=files)
 

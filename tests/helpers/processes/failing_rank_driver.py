@@ -179,7 +179,7 @@ def join(name: str) -> None:
 
 
 def forked(case: str, run: Callable[[], None]) -> list[Any]:
-    """Run a case in a process of its own; return its seconds and words, "" if it was killed."""
+    """Run a case in a separate process; return its seconds and words, "" if it was killed."""
     started, file = time.monotonic(), FOLDER / f"{RANK} {case}"
     process = os.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which kill themselves at a chosen moment."""
+"""Runs in separate processes, which kill themselves at a chosen moment."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Killer(pl.Callback):
 
 
 def prepare(folder: Path, models: tuple[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Write a run into a folder of its own; return its arguments and its environment."""
+    """Write a run into a separate folder; return its arguments and its environment."""
     folder.mkdir(exist_ok=True)
     prompts = {"class_path": "kdrl_lightning.tiny.ColumnAddition", "init_args": {"size": 9}}
     teacher = {"class_path": "LocalTeacher", "init_args": {"model": models[1]}}
@@ -106,7 +106,7 @@ def prepare(folder: Path, models: tuple[str, str]) -> tuple[list[str], dict[str,
 
 
 def start(folder: Path, models: tuple[str, str], *flags: str) -> subprocess.Popen[str]:
-    """Start fit in a process group of its own, as a shell does."""
+    """Start fit in a separate process group, as a shell does."""
     arguments, env = prepare(folder, models)
     return subprocess.Popen(
         [sys.executable, "-m", "kdrl_lightning", *arguments, *flags],

@@ -2,7 +2,7 @@
 
 Importing torch, Lightning and transformers takes six seconds of a core, and the tests of killed and
 distributed runs start dozens of processes. Here each is a fork of one process that has imported
-them; it is a process of its own in every other respect, in a session of its own. If the run starts
+them; it is a separate process in every other respect, in a separate session. If the run starts
 a second rank, that is a fork too, made before the first rank began.
 """
 
@@ -59,7 +59,7 @@ def run_pytest(
 def _ended(
     target: Callable[..., None], arguments: tuple[Any, ...], said: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run a function in a session of its own, and return how it ended and what it has said."""
+    """Run a function in a separate session, and return how it ended and what it has said."""
     process = forks().Process(target=target, args=arguments)
     process.start()
     process.join(timeout)

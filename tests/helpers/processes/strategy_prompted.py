@@ -1,4 +1,4 @@
-"""Teachers with a prompt of their own, two updates of one rollout each, for the driver."""
+"""Teachers with their own prompt, two updates of one rollout each, for the driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A weight-transfer backend for CPUs, beside vLLM's NCCL: tensors as bytes in a TCPStore."""
+"""A weight-transfer backend for CPUs, besides vLLM's NCCL: tensors as bytes in a TCPStore."""
 
 from __future__ import annotations
 

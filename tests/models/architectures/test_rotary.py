@@ -46,7 +46,7 @@ def alone(name: str, row: list[int], prompt: int = PROMPT) -> torch.Tensor:
 def test_scores_are_those_of_each_row_alone(name: str, shares: bool) -> None:
     scorer, rows = Scorer(make(name)), make_rows()
     scorer.verify(name)
-    assert scorer.pads  # else every length has a pass of its own, which would be right as well
+    assert scorer.pads  # else every length has a separate pass, which would be right as well
     scorer.shares = shares
     batch = collate(
         [r[:PROMPT] for r in rows], [r[PROMPT:] for r in rows], [0] * len(rows), pad_id=0

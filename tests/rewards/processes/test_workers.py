@@ -181,7 +181,7 @@ def test_what_a_killed_call_has_started_ends_with_it(tmp_path: Path) -> None:
     assert alive(process)
     pool.close()
     assert all(gone(process) for process in children_of(tmp_path / "c"))
-    assert not sleepers() - before  # nor what has a session and a parent of its own
+    assert not sleepers() - before  # nor what has a separate session and parent
 
 
 def test_an_orphan_that_ends_is_no_zombie() -> None:

@@ -35,7 +35,7 @@ def aligner(student: str, teacher: str, words: bool = True) -> Aligner:
 
 
 def row(found: Aligner, ids: list[int], end: int = END) -> Chunked:
-    """Align one completion, beside others that must not matter."""
+    """Align one completion, in a batch with others that must not matter."""
     first, one, last = found([np.array([END]), np.array(ids), np.array(ids)], [end] * 3)
     assert first.places.tolist() == [0] and np.array_equal(one.columns, last.columns)
     assert np.array_equal(one.places, last.places) and first.teacher_ids.tolist() == [end]

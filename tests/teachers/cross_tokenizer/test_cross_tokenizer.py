@@ -255,7 +255,7 @@ def test_a_routed_teacher_of_both_kinds_fills_the_places(
 def test_lengths_are_those_of_the_tokens_that_teachers_read(
     student_folder: str, teacher_folder: str, merging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With another tokenizer, with a prompt of its own, and with both kinds routed."""
+    """With another tokenizer, with its own prompt, and with both kinds routed."""
     prompt = TeacherPrompt(ColumnContext("hint"), "{context},{prompt}")
     cross = CrossTokenizerTeacher(LocalTeacher(merging))
     own = PromptedTeacher(LocalTeacher(teacher_folder), prompt)

@@ -118,7 +118,7 @@ def test_each_kind_of_teacher_translates_its_own(
     assert frozen.in_student_tokens(both[:1], rows[:1], 3)[0].truncated
     assert (frozen.take_lost(), frozen.take_lost()) == (1, 0)
     assert FrozenModels(None).in_student_tokens(both, rows, 1) == both
-    # With a prompt of its own, it samples after that.
+    # With its own prompt, it samples after that one.
     prompt = TeacherPrompt(ColumnContext("hint"), "{context},{prompt}")
     inner = PromptedTeacher(LocalTeacher(TinyModel(role="merging_teacher")), prompt)
     hinted = CrossTokenizerTeacher(inner)

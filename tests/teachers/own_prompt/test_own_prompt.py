@@ -1,4 +1,4 @@
-"""A teacher with a prompt of its own: the same completions, read after another prompt."""
+"""A teacher with its own prompt: the same completions, read after another prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 from kdrl_lightning.models.lora import LoRA
 from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.rewards.base import Verdict
-from kdrl_lightning.rollout.updates.plan import _by_prompt, joined
+from kdrl_lightning.rollout.updates.scoring import _by_prompt, joined
 from kdrl_lightning.rollout_batch import RolloutBatch, collate, pad_rows
 from kdrl_lightning.teachers import (
     AdapterOffTeacher,

@@ -114,7 +114,7 @@ def test_the_teachers_template_args_come_before_the_rows() -> None:
                     {"role": "assistant", "content": "{context}"},
                 ],
             },
-            r"`template` must leave the completion its place at the end: got a message of the assi",
+            r"`template` must end where the completion follows: got an assistant message",
         ),
         ({"template": 5}, r"^`template` must be a text or a list of messages: got 5\. Write"),
         ({"template": ["{prompt}"]}, r"must be a text or a list of messages: got \['\{prompt"),
@@ -136,12 +136,12 @@ def test_a_template_that_cannot_work_is_refused(arguments: Any, message: str) ->
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
-        ([{"role": "user", "content": "{prompt}{context}"}], {"prompt": "1"}, r"must be a text"),
-        (None, ask("s x"), r"must have a message of the user .*: got the roles system"),
+        ([{"role": "user", "content": "{prompt}{context}"}], {"prompt": "1"}, r"must be a string"),
+        (None, ask("s x"), r"must have a user message .*: got the roles system"),
         (
             None,
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
-            r"must be made of text alone",
+            r"must contain only text",
         ),
     ],
 )

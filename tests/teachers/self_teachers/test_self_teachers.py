@@ -312,7 +312,7 @@ def test_weights_that_are_no_rule_are_refused(weights: Any) -> None:
 
 
 class Prompted(Teacher):
-    """A wrapper that gives a teacher a prompt of its own."""
+    """A wrapper that gives a teacher its own prompt."""
 
     has_own_prompt = True
 

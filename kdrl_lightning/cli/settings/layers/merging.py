@@ -102,7 +102,7 @@ def _are_arguments(base: dict[str, Any], over: dict[str, Any]) -> bool:
         return False
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Return whether two names are of one class; a name may lack its module."""
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
@@ -117,11 +117,11 @@ def _same(one: Any, other: Any) -> bool:
     return found[0] is not None and found[0] is found[1]
 
 
-def _note_lost(where: str, base: Any, over: Any) -> None:
+def _note_lost(where: str, base: object, over: object) -> None:
     listed = isinstance(over, list) and is_spec(base) and contents(over)  # a class is a list of one
     kind = "list" if isinstance(base, list) or listed else "settings"
     note_lost(where, base, held(base), over, f"the {kind} of its base")
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: object) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]

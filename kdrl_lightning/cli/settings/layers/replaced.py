@@ -24,7 +24,7 @@ class Given(NamedTuple):
 
 
 def note_lost(
-    where: str, before: Any, had: Any, after: Any, what: str = "an earlier value"
+    where: str, before: object, had: Any, after: object, what: str = "an earlier value"
 ) -> None:
     """Note what is lost of an earlier value, unless null or false says that nothing is wanted.
 
@@ -65,8 +65,8 @@ def held(value: Any) -> list[Given] | dict[str, Any] | None:
     return [Given(f"each of its {len(value)} rows", ())] if not found and _rows(value) else found
 
 
-def _rows(value: Any) -> bool:
-    """Return whether a value is a list of mappings that are no classes."""
+def _rows(value: object) -> bool:
+    """Return whether a value is a list of mappings that are not classes."""
     return isinstance(value, list) and any(
         isinstance(one, Mapping | Namespace) and not is_spec(one) for one in value
     )
@@ -121,7 +121,7 @@ def missing(had: list[Given], has: list[Given]) -> list[str]:
     return lost
 
 
-def is_name(item: Any) -> bool:
+def is_name(item: object) -> bool:
     """Return whether a text can name a class; names of columns or modules cannot."""
     last = item.rsplit(".", 1)[-1] if isinstance(item, str) else ""
     return last.isidentifier() and last[0].isupper()

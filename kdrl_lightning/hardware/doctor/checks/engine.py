@@ -36,7 +36,7 @@ END = 1
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Start an engine, train beside it, put it to sleep, and start a second one."""
+    """Start an engine, train in the same process, put it to sleep, and start a second one."""
     if importlib.util.find_spec("vllm") is None:
         raise NotReachedError("vLLM is not installed")
     scorer = Scorer(bench.load("few-layers"))

@@ -25,9 +25,9 @@ from kdrl_lightning.teachers.own_prompt.prompt import PLACES, TeacherPrompt
 from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
 from kdrl_lightning.teachers.self_teachers.found import self_teachers, walk
 
-# Characters of a token, at least: an assumption if no tokenizer is at hand.
+# Characters of a token, at least: an assumption if the tokenizer is not available.
 CHARACTERS = 3
-# A teacher's tokens per token of the student, if a tokenizer is not at hand. An assumption: with
+# A teacher's tokens per token of the student, if a tokenizer is not available. An assumption: with
 # one token per digit, mathematics takes up to so many.
 OTHER_TOKENS = 1.25
 SAMPLE = (
@@ -137,7 +137,7 @@ def _length(prompt: TeacherPrompt, job: Job, count: Callable[[str], int]) -> tup
     for part in [] if prompt.context is None else prompt.context.parts():
         if isinstance(part, FixedContext):
             tokens += count(part.text)
-        elif not list(part.parts())[1:]:  # a context of its own, not a frame around others
+        elif not list(part.parts())[1:]:  # a context itself, not a frame around others
             tokens += job.rollout.max_tokens
             if not part.reads_siblings:
                 note = (
