@@ -28,6 +28,7 @@ def test_a_block_builds_what_it_shows(
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).to_parquet("train.parquet")
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("train.csv").write_text("prompt,answer\n1+2=,\"['3', '3.0']\"\n")
     shown = yaml.safe_load(block)
     config = {
         "model": {"student": student_folder, "objective": {"class_path": "GRPO"}},
