@@ -8,25 +8,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdrl_lightning.common.written_values import read_container
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.prompts import HFPrompts, MixedPrompts, ParsedPrompts
 
+# Time says nothing of these laws.
+settings.register_profile(
+    "parsed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+LAW = settings.get_profile("parsed")
 FLAT = st.lists(st.text(max_size=6) | st.integers() | st.booleans() | st.none(), min_size=1)
 DEEP = st.recursive(
     FLAT, lambda inner: st.lists(inner, min_size=1) | st.dictionaries(st.text(), inner, min_size=1)
 )
 
 
+@LAW
 @given(DEEP)
 def test_json_and_repr_of_any_list_are_read(value: Any) -> None:
     assert read_container(json.dumps(value)) == value
     assert read_container(f" {value!r}\n") == value
 
 
+@LAW
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=6), min_size=1, max_size=30))
 def test_what_numpy_prints_is_read(texts: list[str]) -> None:
     array = np.array(texts, dtype=object)
@@ -34,6 +41,7 @@ def test_what_numpy_prints_is_read(texts: list[str]) -> None:
     assert read_container(repr(array)) == texts
 
 
+@LAW
 @given(st.text(st.sampled_from("[](){}'\",: 1a\\\n=.n-"), max_size=12))
 def test_any_text_is_read_as_python_does_or_not_at_all(text: str) -> None:
     found = read_container(text)
