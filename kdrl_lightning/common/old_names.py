@@ -52,6 +52,8 @@ MOVED = {
     "objectives.mixtures": "objectives.methods.mixtures",
     "parser": "cli.parser",
     "plots": "callbacks.reports.plots",
+    "prompts.column_types": "prompts.columns.column_types",
+    "prompts.csv_columns": "prompts.columns.csv_columns",
     "reports": "callbacks.reports",
     "resume": "checkpoints.resume",
     "rewards.equations": "rewards.answers.equations",
