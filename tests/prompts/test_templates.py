@@ -173,7 +173,7 @@ def test_a_template_of_parts_gives_the_tokens_of_one_of_texts(template: str) -> 
         {"prompt": begun, "continue_final_message": True},
     ):
         assert encode_prompt(tokenizer, row) == encode_prompt(usual, row)
-    with pytest.raises(ConfigurationError, match="must not end with a message of the assistant"):
+    with pytest.raises(ConfigurationError, match="must not end with an assistant message"):
         encode_prompt(tokenizer, {"prompt": FIRST})
 
 
