@@ -125,7 +125,7 @@ def plot(results: Sequence[Result], rates: Rates, path: Path) -> None:
     down = len(tasks) + bool(leaks)
     if not down:
         return
-    figure = Figure(figsize=(4.0 * len(PANELS), 3.1 * down), layout="constrained")
+    figure = Figure(figsize=(4.0 * len(PANELS), 4.0 * down), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, len(PANELS), squeeze=False)
     for axes, task in zip(grid, tasks, strict=False):
@@ -166,7 +166,7 @@ def finish(axis: Any, across: str) -> None:
     axis.grid(alpha=0.3)
     axis.set_xlabel(across)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def write(out: Path, results: Sequence[Result], rates: Rates) -> None:
