@@ -110,7 +110,7 @@ SETTINGS = {
         (*EXACT, "--model.student.slip=0.98"),
     ),
     "reader": Setting(
-        "addition, a student that reads solutions",
+        "reading student",
         "configs",
         PRIVILEGED,
         30,
