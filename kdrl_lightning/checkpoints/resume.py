@@ -150,7 +150,9 @@ def check_identity(
             "start from it."
         )
     if fitting:
-        check_kinds(module.frozen.kinds, saved.get("self_teachers", []), path)
+        here = module.frozen.kinds
+        without = [kind for kind in here if kind == "AdapterOffTeacher"]  # 0.1 had these alone
+        check_kinds(here, saved.get("self_teachers", without), path)
     optimizer = optimizer_name(module)
     if fitting and optimizer != saved["optimizer"]:
         raise ConfigurationError(
@@ -163,7 +165,7 @@ def check_kinds(here: list[str], there: list[str], path: str) -> None:
     """Refuse to continue with a self-teacher of another kind.
 
     Args:
-        here: the rules of the run's self-teachers.
+        here: the kinds of the run's self-teachers.
         there: those of the checkpoint.
         path: path of the checkpoint.
 
@@ -172,9 +174,9 @@ def check_kinds(here: list[str], there: list[str], path: str) -> None:
     """
     if here == there:
         return
-    got, held = (" and ".join(kinds) or "no SelfTeacher" for kinds in (here, there))
+    got, held = (" and ".join(kinds) or "no self-teacher" for kinds in (here, there))
     raise ConfigurationError(
-        f"the self-teacher's `weights` must be of the checkpoint's kind: got {got}, but the run of "
+        f"the self-teacher must be of the checkpoint's kind: got {got}, but the run of "
         f"{path} had {held}. Set `model.teacher` to that, or export the student and start from it."
     )
 

@@ -23,7 +23,7 @@ from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.local import LocalTeacher
 from kdrl_lightning.teachers.own_prompt.groups import Group, with_prompts
 from kdrl_lightning.teachers.own_top_k import own_top_k
-from kdrl_lightning.teachers.self_teachers import check_self_teachers, self_teachers
+from kdrl_lightning.teachers.self_teachers import check_self_teachers, kinds_of_self, self_teachers
 from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
@@ -74,8 +74,8 @@ class FrozenModels:
 
     @property
     def kinds(self) -> list[str]:
-        """The rules of the configuration's self-teachers, in which a resumed run must agree."""
-        return [type(found.rule).__name__ for found in self_teachers(self._teacher)]
+        """The kinds of the configuration's self-teachers, in which a resumed run must agree."""
+        return kinds_of_self(self._teacher)
 
     @property
     def kept(self) -> list[nn.Module]:

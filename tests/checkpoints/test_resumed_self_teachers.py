@@ -20,13 +20,15 @@ from kdrl_lightning.cli.export import export
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.weights import full_tensor
 from kdrl_lightning.teachers import (
+    AdapterOffTeacher,
     HardSync,
     InitialWeights,
     LiveWeights,
+    LocalTeacher,
     MovingAverage,
     TrustRegion,
 )
-from kdrl_lightning.teachers.self_teachers import WeightRule
+from kdrl_lightning.teachers.self_teachers import WeightRule, kinds_of_self
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -99,14 +101,16 @@ def checked_without_training(tmp_path: Path, whole: Run, made: Setting) -> None:
 def test_another_kind_of_teacher_is_refused(tmp_path: Path, student_folder: str) -> None:
     made = setting(student_folder, MovingAverage(0.3), max_steps=1)
     path = run(tmp_path / "whole", made, save="steps").checkpoints[1]
-    words = "`weights` must be of the checkpoint's kind: got HardSync, .* had MovingAverage\\."
+    words = "must be of the checkpoint's kind: got HardSync, .* had MovingAverage\\."
     with pytest.raises(ConfigurationError, match=words):
         run(tmp_path / "rest", setting(student_folder, HardSync()), path, save="never")
-    words = r"got no SelfTeacher, but the run of x had A and B\. Set `model.teacher` to that"
+    words = r"got no self-teacher, but the run of x had A and B\. Set `model.teacher` to that"
     with pytest.raises(ConfigurationError, match=words):
         check_kinds([], ["A", "B"], "x")
-    with pytest.raises(ConfigurationError, match=r"got A, but the run of x had no SelfTeacher"):
+    with pytest.raises(ConfigurationError, match=r"got A, but the run of x had no self-teacher"):
         check_kinds(["A"], [], "x")
+    assert kinds_of_self(AdapterOffTeacher()) == ["AdapterOffTeacher"]
+    assert kinds_of_self(LocalTeacher(student_folder)) == []
     # Everything that a user can set comes from the configuration.
     faster = setting(student_folder, MovingAverage(0.6), max_steps=2)
     assert run(tmp_path / "rest", faster, path, save="never").trainer.global_step == 2

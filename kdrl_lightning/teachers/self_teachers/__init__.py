@@ -4,6 +4,7 @@ from kdrl_lightning.teachers.self_teachers.found import (
     KEPT,
     check_self_teachers,
     drop_kept,
+    kinds_of_self,
     self_teachers,
 )
 from kdrl_lightning.teachers.self_teachers.rules import (
@@ -29,5 +30,6 @@ __all__ = [
     "WeightRule",
     "check_self_teachers",
     "drop_kept",
+    "kinds_of_self",
     "self_teachers",
 ]

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.teachers.base import Teacher
+from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.self_teachers.teacher import SelfTeacher
 
 # The module's attribute that holds kept weights; names in checkpoints begin with it.
@@ -35,6 +36,17 @@ def walk(teacher: Teacher | None, own_prompt: bool = False) -> Iterator[tuple[Te
 def self_teachers(teacher: Teacher | None) -> list[SelfTeacher]:
     """Return the self-teachers among a teacher and those that it wraps."""
     return [found for found, _ in walk(teacher) if isinstance(found, SelfTeacher)]
+
+
+def kinds_of_self(teacher: Teacher | None) -> list[str]:
+    """Name the rules of a teacher's self-teachers, and its views of the student's base model."""
+    names = []
+    for found, _ in walk(teacher):
+        if isinstance(found, SelfTeacher):
+            names.append(type(found.rule).__name__)
+        elif isinstance(found, AdapterOffTeacher):
+            names.append(AdapterOffTeacher.__name__)
+    return names
 
 
 def check_self_teachers(teacher: Teacher | None) -> None:
