@@ -20,7 +20,7 @@ def test_the_real_engine(tmp_path: Path) -> None:
     need_vllm()
     # vLLM initialises torch.distributed and takes threads: not in this process.
     cases = str(ROOT / "tests/engines/vllm/engine_cases.py")
-    out = run(["pytest", "-p", "no:xdist", "-W", "default", "-q", cases], ROOT, timeout=300)
+    out = run(["pytest", "-n0", "-W", "default", "-q", cases], ROOT, timeout=300)
     assert out.returncode == 0, out.stdout[-6000:]
     assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 20 and "skipped" not in out.stdout  # type: ignore[index]
 

@@ -241,7 +241,7 @@ def test_the_real_engine_in_a_process_with_a_group() -> None:
     need_vllm()
     cases = str(ROOT / "tests/engines/vllm/process_cases.py")
     out = run(
-        ["pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "default", "-q", cases],
+        ["pytest", "-n0", "-p", "no:cacheprovider", "-W", "default", "-q", cases],
         ROOT,
         timeout=200,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",  # as a shell may have it
