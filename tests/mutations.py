@@ -181,7 +181,7 @@ SERVED_TRANSLATION = (
     "teachers/cross_tokenizer/test_translated_completions.py",
 )
 HARD_TEXTS = "teachers/cross_tokenizer/test_hard_texts.py"
-TEACHER_PROMPTS = "datamodule/teacher_prompts.py", "datamodule/test_teacher_prompts.py"
+TEACHER_PROMPTS = "datamodule/teacher_prompts.py", "datamodule/test_room_for_teachers.py"
 CROSS = "teachers/cross_tokenizer/teacher.py", "teachers/cross_tokenizer/test_cross_tokenizer.py"
 
 
@@ -3404,13 +3404,13 @@ MUTATIONS = [
     ),
     Mutation(
         "folders: between two renames there is none",
-        ("common/folders.py", "common/test_folders.py"),
+        ("common/folders.py", "common/test_replaced_folders.py"),
         "if not path.exists():\n                os.replace(old, path)",
         "pass",
     ),
     Mutation(
         "checkpoints: Ctrl-C leaves half a file",
-        ("checkpoints/writer.py", "common/test_folders.py"),
+        ("checkpoints/writer.py", "common/test_replaced_folders.py"),
         "except BaseException:  # half a checkpoint",
         "except Exception:  # half a checkpoint",
     ),
