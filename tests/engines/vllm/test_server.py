@@ -81,6 +81,7 @@ def test_rlad_learns_through_a_server(real: Any, tmp_path: Path, lag: int) -> No
 
 # The last test that needs the server: the next one would have to wait for another.
 def test_a_server_that_dies_leaves_a_checkpoint_and_its_url(real: Any, tmp_path: Path) -> None:
+    real.wait()  # it may have been started for this test
     flags = [f"--data.rollout_engine.urls=[{real.url}]", "--data.rollout_engine.max_away_s=1"]
     command = ["kdrl_lightning", "fit", *FLAGS, *flags, "--trainer.max_steps=4000"]
     saved = tmp_path / "runs/rlad/version_0/checkpoints"

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +65,15 @@ class RealServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # its workers die with it
             )
+
+    def wait(self, seconds: float = 180.0) -> None:
+        """Return when it is healthy."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"no server after {seconds} s: {self.log}")
 
     def kill(self) -> None:
         """As when a machine goes down: no goodbye. A server that was killed before stays dead."""

@@ -354,7 +354,8 @@ def test_kinds_are_found_inside_other_teachers() -> None:
         {"a": Prompted(SelfTeacher(MovingAverage())), "b": SelfTeacher(HardSync())}
     )
     assert FrozenModels(routed).kinds == ["MovingAverage", "HardSync"]
-    assert FrozenModels(AdapterOffTeacher()).kinds == FrozenModels(None).kinds == []
+    assert FrozenModels(AdapterOffTeacher()).kinds == ["AdapterOffTeacher"]
+    assert FrozenModels(None).kinds == []
     state = {"student.w": 1, "self_teachers.0.w": 2, "self_teachers_of_mine": 3}
     assert drop_kept(state) == {"student.w": 1, "self_teachers_of_mine": 3}
 
