@@ -126,7 +126,8 @@ class KDRLCLI(LightningCLI):
         check_trainer(config.trainer)
         note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
-        if path and path not in ("last", "best", "hpc") and not Path(path).exists():
+        # A command starts anew, so it knows of no best checkpoint.
+        if path and path not in ("last", "hpc") and not Path(path).exists():
             raise ConfigurationError(
                 f"`ckpt_path` must be a checkpoint: got {path}, which does not exist. Give a path, "
                 "or `last`."

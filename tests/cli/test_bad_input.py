@@ -207,6 +207,10 @@ def test_a_reward_that_fails_later_is_counted_then_stops(
 
 
 CLI_CASES = {
+    "the best checkpoint of a command before": (
+        ["--ckpt_path=best"],
+        "`ckpt_path` must be a checkpoint: got best, which does not exist. Give a path, or `last`.",
+    ),
     "misspelt reward": (["--data.reward=ExactMatsh"], "did you mean ExactMatch?"),
     "no such checkpoint": (["--ckpt_path=nothing.ckpt"], "`ckpt_path` must be a checkpoint"),
     "no such accelerator": (["--trainer.accelerator=abacus"], "abacus"),

@@ -103,7 +103,6 @@ INSIDE: dict[str, list[Any]] = {
         {"class_path": "torch.optim.AdamW", "init_args": {"learning_rate": 0.1}},
         {"class_path": "torch.optim.AdamW", "lr": 0.1},
         {"AdamW": {"lr": 0.1}},
-        {"lr": 0.1},
         1e-4,
         [],
     ],
