@@ -71,7 +71,8 @@ class KDRLCLI(LightningCLI):
         quiet()
         layered_yaml.install()
         take_notes()  # drops those of an earlier command line
-        return cls(
+        given = sys.argv[1:] if args is None else list(args)
+        return _only(cls, given[:1])(
             KDRLModule,
             RolloutDataModule,
             args=None if args is None else list(args),
@@ -191,6 +192,17 @@ class KDRLCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""
+
+
+def _only(cls: type[KDRLCLI], asked: Sequence[str]) -> type[KDRLCLI]:
+    """Return a command line that knows only the subcommand asked for, if it exists.
+
+    Each subcommand has a parser of all settings, which takes a while to build.
+    """
+    known = {name: skip for name, skip in cls.subcommands().items() if name in asked}
+    return (
+        type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: known)}) if known else cls
+    )
 
 
 @contextmanager

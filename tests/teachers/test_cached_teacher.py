@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from helpers.processes.ready import forks
+from helpers.processes.ready import FORKS
 from helpers.short_runs import fit, make_data, make_module
 from kdrl_lightning import GKD, KDRL, CachedTeacher, KDRLModule, LocalTeacher, RoutedTeacher
 from kdrl_lightning.cli.main import KDRLCLI
@@ -172,8 +172,7 @@ for i in range(200):
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
     file, script = tmp_path / "scores.db", tmp_path / "writer.py"
     script.write_text(WRITER.format(file=str(file)))
-    other = forks().Process(target=runpy.run_path, args=(str(script),))
-    other.start()
+    other = FORKS.start(runpy.run_path, (str(script),))
     database, mine = _open(file), 0
     while other.exitcode is None or mine < 200:
         with database:

@@ -184,7 +184,7 @@ def test_killed_in_the_middle_and_restarted(
         time.sleep(0.5)
         server.kill()
         time.sleep(1.0)
-        server.start()
+        server.start(as_a_user=True)
 
     thread = threading.Thread(target=restart)
     thread.start()

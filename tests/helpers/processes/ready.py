@@ -8,7 +8,9 @@ a second rank, that is a fork too, made before the first rank began.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import runpy
@@ -17,58 +19,73 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 from helpers.ports import free_port
-
-LIBRARY = ["kdrl_lightning.cli.main", "kdrl_lightning.callbacks", "kdrl_lightning.tiny"]
 
 WRITTEN = ("stdout.txt", "stderr.txt")
 
 
-@cache
-def forks() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *LIBRARY])
-    return context
+class Forks:
+    """Forks of one process that has imported modules; it starts when the first is asked for."""
+
+    def __init__(self, *modules: str) -> None:
+        # multiprocessing keeps one such process; this is another, with other modules.
+        self._server: Any = multiprocessing.forkserver.ForkServer()
+        self._server.set_forkserver_preload([__name__, *modules])
+
+    def start(self, target: Callable[..., None], arguments: Sequence[Any]) -> ForkServerProcess:
+        """Start a process that calls a function, which another process must be able to import."""
+        process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+        connect = self._server.connect_to_new_process
+        with mock.patch("multiprocessing.forkserver.connect_to_new_process", connect):
+            process.start()
+        return process
+
+
+LIBRARY = ("kdrl_lightning.cli.main", "kdrl_lightning.callbacks", "kdrl_lightning.tiny")
+FORKS = Forks(*LIBRARY)
 
 
 def run(
-    arguments: list[str], folder: Path, env: dict[str, str], timeout: float = 240
+    arguments: list[str],
+    folder: Path,
+    env: dict[str, str],
+    timeout: float = 240,
+    forks: Forks = FORKS,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m kdrl_lightning`` with arguments in a folder, to its end.
 
     Returns:
         The exit code (minus the signal's number, if one ended it), what it printed and its errors.
     """
-    return _ended(_start, (arguments, folder, env), folder, timeout)
+    return _ended(forks.start(_start, (arguments, folder, env)), arguments, folder, timeout)
 
 
 def run_pytest(
-    arguments: list[str], folder: Path, env: dict[str, str], timeout: float
+    arguments: list[str], folder: Path, env: dict[str, str], timeout: float, forks: Forks = FORKS
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m pytest`` with arguments in a folder, to its end; see ``run``."""
     with TemporaryDirectory() as said:
-        return _ended(_pytest, (arguments, folder, env, Path(said)), Path(said), timeout)
+        process = forks.start(_pytest, (arguments, folder, env, Path(said)))
+        return _ended(process, arguments, Path(said), timeout)
 
 
 def _ended(
-    target: Callable[..., None], arguments: tuple[Any, ...], said: Path, timeout: float
+    process: ForkServerProcess, arguments: list[str], said: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run a function in a separate session, and return how it ended and what it has said."""
-    process = forks().Process(target=target, args=arguments)
-    process.start()
+    """Wait for a process with a separate session; return how it ended and what it has said."""
     process.join(timeout)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        raise subprocess.TimeoutExpired(arguments[0], timeout)
+        raise subprocess.TimeoutExpired(arguments, timeout)
     texts = [(said / name).read_text() for name in WRITTEN]
-    return subprocess.CompletedProcess(arguments[0], process.exitcode, *texts)
+    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
 def run_ranks(
@@ -96,8 +113,7 @@ def run_ranks(
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {}
             (home := Path(folder, str(rank))).mkdir()
             start = (script, list(own), home, {**env, **group, **place})
-            ranks.append(forks().Process(target=_script, args=start))
-            ranks[-1].start()
+            ranks.append(FORKS.start(_script, start))
         _wait(ranks, timeout)
         said = [(Path(folder, str(rank)) / WRITTEN[1]).read_text() for rank in range(len(ranks))]
         codes = [rank.exitcode for rank in ranks]
@@ -116,7 +132,7 @@ def _wait(ranks: Sequence[ForkServerProcess], timeout: float) -> None:
 
 def _script(script: str, arguments: list[str], folder: Path, env: dict[str, str]) -> None:
     _write_into(folder)
-    _become(arguments, env, os.getcwd())
+    become(arguments, env, os.getcwd())
     sys.argv[0] = script
     runpy.run_path(script, run_name="__main__")
 
@@ -131,7 +147,7 @@ def _start(arguments: list[str], folder: Path, env: dict[str, str]) -> None:
 def _pytest(arguments: list[str], folder: Path, env: dict[str, str], said: Path) -> None:
     os.setsid()
     _write_into(said)
-    _become(arguments, env, str(folder))
+    become(arguments, env, str(folder))
     runpy.run_module("pytest", run_name="__main__", alter_sys=True)
 
 
@@ -142,12 +158,13 @@ def _write_into(folder: Path) -> None:
 
 
 def _command_line(arguments: list[str], env: dict[str, str], folder: str) -> None:
-    _become(arguments, env, folder)
+    become(arguments, env, folder)
     runpy.run_module("kdrl_lightning", run_name="__main__", alter_sys=True)
 
 
-def _become(arguments: list[str], env: dict[str, str], folder: str) -> None:
+def become(arguments: list[str], env: dict[str, str], folder: str) -> None:
     """Give this process the variables, folder and arguments of the one that it stands for."""
+    gc.freeze()  # the garbage collector need not visit what was imported
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)

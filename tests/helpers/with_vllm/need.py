@@ -13,6 +13,15 @@ from helpers.processes import ready
 
 ROOT = Path(__file__).parents[3]
 
+# What a server and an engine import: three seconds of a core more than the library.
+FORKS = ready.Forks(
+    *ready.LIBRARY,
+    "vllm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+)
+
 
 def need_vllm() -> None:
     if importlib.util.find_spec("vllm") is not None:
@@ -28,7 +37,7 @@ def run(
     """Run ``python -m ...`` on one thread, with vLLM's fast settings for tests.
 
     The module, ``kdrl_lightning`` or ``pytest``, runs in a fork of a process that has imported the
-    library.
+    library and vLLM.
     """
     env = {
         **os.environ,
@@ -39,4 +48,4 @@ def run(
         **environment,
     }
     start = {"kdrl_lightning": ready.run, "pytest": ready.run_pytest}[arguments[0]]
-    return start(arguments[1:], cwd, env, timeout)
+    return start(arguments[1:], cwd, env, timeout, FORKS)
