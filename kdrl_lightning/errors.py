@@ -9,9 +9,9 @@ from typing import Any
 
 # `Any`: an optional library, which type checkers may not find.
 
-# The disk cannot be written: it is full, over quota, read-only, or not permitted.
+# Error numbers of a disk that cannot be written: full, over quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
-# No file can have this path.
+# Error numbers of a path that cannot name a file.
 PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
