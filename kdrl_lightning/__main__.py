@@ -18,7 +18,7 @@ from kdrl_lightning.errors import (
 )
 
 LONGEST = 1000
-FIRST_S = 2.0  # that other processes wait for the first one to report Ctrl-C
+FIRST_S = 2.0  # seconds that other processes wait for the first one to report Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> None:

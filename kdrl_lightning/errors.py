@@ -80,7 +80,7 @@ def require_kind(name: str, value: object, kind: type, cure: str) -> None:
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818
-    """Raised if a run cannot continue; the message says at which step and why."""
+    """Raised if a run cannot continue; the message says why."""
 
 
 class Interrupted(TrainingStopped):

@@ -70,7 +70,7 @@ class RolloutBatch:
         prompt_lengths: ``[B]`` int64, tokens of the prompt.
         completion_ids: ``[B, T]`` int64, the sampled tokens, with the end token.
         completion_mask: ``[B, T]`` bool: True on sampled tokens.
-        loss_mask: ``[B, T]`` bool: ``completion_mask`` without completions left out of the loss.
+        loss_mask: ``[B, T]`` bool: ``completion_mask``, False in completions outside of the loss.
         group_ids: ``[B]`` int64, one number for all completions of a prompt.
         group_tokens: ``[B]``, loss tokens of the completion's whole group.
         rewards: ``[B]``, the composite reward; float64 in a float64 run, else float32.
@@ -87,7 +87,7 @@ class RolloutBatch:
         has_context: ``[B]`` bool: the teacher's own prompt has a context for the completion. A row
             without one is not imitated. None: every row has what its teacher needs.
         teacher_ends: ``[B]`` int64, the teacher's end token, -1 if it is the student's. None: it is
-            in all rows.
+            the student's in all rows.
         rollout_logprobs: ``[B, T]``, the behavior log-probabilities, as the engine that sampled the
             row reported them: the teacher's in rows of the teacher.
         old_logprobs: ``[B, T]``, the student's at rollout time, recomputed by the trainer. None:

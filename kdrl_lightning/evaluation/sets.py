@@ -50,7 +50,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One of several evaluation sets; None takes the value of the data module's ``evaluation``.
+    """One of several evaluation sets; for None it takes the data module's ``evaluation`` value.
 
     Attributes:
         prompts: the rows.

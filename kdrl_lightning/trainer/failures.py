@@ -17,7 +17,8 @@ def export_together(trainer: pl.Trainer, write: Callable[[], None], path: str) -
     """Write the student; if the first rank cannot, all ranks stop.
 
     Raises:
-        TrainingStopped: on every rank; the message says which checkpoint holds the student.
+        TrainingStopped: on every rank; the message names the checkpoint that holds the student, if
+            there is one.
     """
 
     def tried() -> None:

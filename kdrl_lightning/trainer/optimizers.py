@@ -101,8 +101,8 @@ def state_names(make: OptimizerCallable) -> set[str]:
 def check_moments(names: set[str], optimizer: Optimizer, state: State) -> None:
     """Check that an optimizer can continue with the moments of a checkpoint.
 
-    torch calls it before it loads them; torch alone fails with a less clear message, or in the
-    first step.
+    torch calls this function before it loads them; torch alone would fail with a less clear
+    message, or in the first step.
 
     Args:
         names: names of the optimizer's state per weight, see ``state_names``.

@@ -74,7 +74,7 @@ def hold(folder: Path) -> int | None:
     """Lock a run's folder, which marks the run as alive, until ``os.close`` or the process ends.
 
     Returns:
-        The file descriptor to close; None if another process holds the lock, or if the file system
+        The file descriptor to close; None if the folder is already locked, or if the file system
         has no locks.
     """
     try:
