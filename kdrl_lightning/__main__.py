@@ -18,7 +18,7 @@ from kdrl_lightning.errors import (
 )
 
 LONGEST = 1000
-FIRST_S = 2.0  # for the first process, to report Ctrl-C
+FIRST_S = 2.0  # seconds that other processes wait for the first one to report Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         _exit_on_ctrl_c(error)
     except (SystemExit, Exception) as error:
-        # Lightning exits with 1 after Ctrl-C, or something fails while it shuts the run down.
+        # After Ctrl-C Lightning exits with 1, or its shutdown of the run raises another error.
         pressed = _ctrl_c_behind(error)
         if pressed is not None:
             _exit_on_ctrl_c(pressed)
@@ -47,7 +47,7 @@ def _run(args: Sequence[str] | None) -> None:
             return
     except ConfigurationError as error:
         _exit(error, 2)
-    except BrokenPipeError:  # `... configs | head`: the reader has enough
+    except BrokenPipeError:  # `... configs | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -118,7 +118,7 @@ def _without_torch(given: Sequence[str]) -> bool:
     """Run a subcommand that needs no torch, whose import takes seconds.
 
     Returns:
-        Whether the command line asked for one.
+        Whether the arguments name such a subcommand.
     """
     from kdrl_lightning.cli.help import help_text
 
@@ -135,7 +135,7 @@ def _without_torch(given: Sequence[str]) -> bool:
 
 
 def run_export(args: Sequence[str]) -> None:
-    """Run ``export``, which needs no trainer."""
+    """Parse the arguments of ``export`` and run it, without a trainer."""
     from jsonargparse import auto_cli
 
     from kdrl_lightning.cli import layered_yaml, quiet
@@ -161,14 +161,14 @@ def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
 
 
 def _ctrl_c_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """Return the Ctrl-C that Python was handling when an error was raised."""
+    """Return the Ctrl-C during whose handling an error was raised; None if there was none."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
 
 
 def _exit_if_interrupted(error: Exception) -> None:
-    """Exit for the signal that came before an error, see ``StopSignals.explain``."""
+    """Exit with a signal's code if the signal caused the error; see ``StopSignals.explain``."""
     signalled = getattr(error, "interrupted", None)
     if isinstance(signalled, Interrupted):
         _exit(signalled, 128 + signalled.number, error)
@@ -182,7 +182,7 @@ def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
 
 
 def _first_to_say(words: str, waits_s: float) -> bool:
-    if "torch" not in sys.modules:  # no process group either
+    if "torch" not in sys.modules:  # so there is no process group
         return True
     from kdrl_lightning.common.distributed import first_to_say
 
@@ -193,7 +193,7 @@ def _exit(
     error: Exception, code: int, cause: BaseException | None = None, waits_s: float = 0.0
 ) -> NoReturn:
     words = " ".join(str(error).split())
-    if len(words) > LONGEST:  # a value may be a whole file
+    if len(words) > LONGEST:  # it may quote a whole file
         words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
     if _first_to_say(words, waits_s):
         # The screen may show the first process's progress bar, without a line break after it.
@@ -203,13 +203,13 @@ def _exit(
 
 
 def command() -> None:
-    """Run a subcommand, as the whole program."""
+    """Run a subcommand, then ignore Ctrl-C until the process ends: the program's entry point."""
     # Runs after the handler that Lightning registers later, which lets Ctrl-C kill the process.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         main()
     finally:
-        # All is written. While Python shuts down, Ctrl-C would kill the process without a message.
+        # All is written. During Python's shutdown Ctrl-C would kill the process without a message.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

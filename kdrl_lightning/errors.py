@@ -9,9 +9,9 @@ from typing import Any
 
 # `Any`: an optional library, which type checkers may not find.
 
-# Errors of a disk that cannot be written: full, over the quota, read-only, not permitted.
+# Error numbers of a disk that cannot be written: full, over quota, read-only, not permitted.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
-# Errors of a path that no file can have.
+# Error numbers of a path that cannot name a file.
 PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
@@ -23,8 +23,8 @@ def require_between(name: str, value: float, low: float, high: float, cure: str 
     """Raise unless ``low <= value <= high`` (NaN and infinity fail too).
 
     Args:
-        name: of the setting, for the message.
-        value: of the setting.
+        name: name of the setting, for the message.
+        value: value of the setting.
         low: smallest value allowed.
         high: largest value allowed; ``float("inf")`` if there is no bound.
         cure: what the user can do, for the message.
@@ -47,14 +47,14 @@ def require_count(
     """Raise unless ``value`` is a whole number in ``[low, high]``.
 
     Args:
-        name: of the setting, for the message.
-        value: of the setting.
+        name: name of the setting, for the message.
+        value: value of the setting.
         low: smallest value allowed.
         high: largest value allowed.
         cure: what the user can do, for the message.
 
     Raises:
-        ConfigurationError: the value is no whole number or lies outside the bounds.
+        ConfigurationError: the value is not a whole number or lies outside the bounds.
 
     >>> require_count("every_n_steps", 10, 1)
     """
@@ -64,23 +64,23 @@ def require_count(
 
 
 def require_kind(name: str, value: object, kind: type, cure: str) -> None:
-    """Raise unless a component is of a class; a file's classes are checked as it is read.
+    """Raise unless a component built in Python is of a class; the parser checks YAML's classes.
 
     Args:
-        name: of the setting, for the message.
-        value: of the setting.
-        kind: the class that it must have.
+        name: name of the setting, for the message.
+        value: value of the setting.
+        kind: the class that the value must have.
         cure: what the user can do, for the message.
 
     Raises:
-        ConfigurationError: the value is no instance of ``kind``.
+        ConfigurationError: the value is not an instance of ``kind``.
     """
     if not isinstance(value, kind):
         raise ConfigurationError(f"`{name}` must be a {kind.__name__}: got {value!r:.60}. {cure}")
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818
-    """Raised if a run cannot continue; the message says at which step and why."""
+    """Raised if a run cannot continue; the message says why."""
 
 
 class Interrupted(TrainingStopped):
@@ -100,7 +100,7 @@ class BadRow(ConfigurationError):  # noqa: N818
     """Raised for a row of a prompt source that cannot be used; training draws another row instead.
 
     Attributes:
-        wished: the user asked to leave such rows out (``overlong_prompts: drop``).
+        wished: whether the user asked to drop such rows (``overlong_prompts: drop``).
     """
 
     def __init__(self, message: str, wished: bool = False) -> None:
@@ -109,7 +109,7 @@ class BadRow(ConfigurationError):  # noqa: N818
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Return the disk error among an error and its causes; None if there is none.
+    """Return the first disk error in an error's chain of causes; None if there is none.
 
     >>> disk_error(PermissionError(13, "Permission denied"))
     PermissionError(13, 'Permission denied')

@@ -64,8 +64,8 @@ from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sha
 class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
-    The teacher is not a submodule, so parameters, optimizers, buckets and checkpoints hold only the
-    student. Checkpoints also hold the weights of a self-teacher that follow the student's.
+    The teacher is not a submodule, so parameters, optimizers, gradient buckets and checkpoints hold
+    only the student. Checkpoints also hold a self-teacher's weights that follow the student's.
 
     Args:
         student: Hugging Face folder, hub name, or model source of the student.
@@ -80,12 +80,12 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
             pass, and recompute the rest. This saves memory and takes a third more time.
         lora: train low-rank adapters in the student's linear layers instead of all its weights.
         chunk_size: tokens whose logits student and reference compute at once; None: as many as
-            fit about 64 MiB, at most 1024; on CUDA 1 GiB.
+            fit into 64 MiB, at most 1024; on CUDA as many as fit into 1 GiB.
         attn_implementation: attention kernel of student and reference, by its name in transformers
             (``sdpa``, ``eager``, ``flash_attention_2``, ...); None: transformers' choice, usually
             ``sdpa``, which takes a flash kernel on a GPU because rows have no mask.
-        compile: run their layers through ``torch.compile``; if it fails, a warning says why, and
-            they run without it.
+        compile: run the layers of student and reference through ``torch.compile``; if it fails, a
+            warning says why, and they run without it.
         reference: model of the reference KL and of G-OPD; None: the student before training.
 
     Attributes:
@@ -136,7 +136,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps skipped so far, for a loss or gradient that was not finite."""
+        """Optimizer steps skipped so far because loss or gradient was not finite."""
         return self.nonfinite.skipped
 
     @property
@@ -150,7 +150,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         self.frozen.prepare()
 
     def setup(self, stage: str) -> None:
-        """Check all that needs no weights, and reset the state of an earlier run."""
+        """Check everything that needs no weights, and reset the state of an earlier run."""
         fitting = stage == "fit"
         self._stats = UpdateStats()
         self._step_log.reset()
@@ -208,7 +208,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
             parameters, self.optimizer_callable, self.lr_scheduler_callable
         )
         check_length(scheduler, self.trainer.max_steps)
-        if sharding_of(self.trainer) is None:  # parameters of a shard may have no moments
+        if sharding_of(self.trainer) is None:  # fsdp2 may load parameters without moments
             names = state_names(self.optimizer_callable)
             optimizer.register_load_state_dict_pre_hook(partial(check_moments, names))
         self._settings = Settings(optimizer, scheduler)
@@ -217,7 +217,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
     def on_train_start(self) -> None:
         """Apply the configured optimizer settings over the checkpoint's; restore the log."""
         if self.trainer.global_step and self._settings is not None:
-            optimizer: Any = self.optimizers(use_pl_optimizer=False)  # or a list, by its type
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)  # Lightning also allows a list
             self._settings.reapply(optimizer, self.lr_schedulers(), self.trainer.global_step)
         self._step_log.resume(self.trainer)
 
@@ -240,7 +240,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
 
     @torch.no_grad()
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch with the initial student's scores, if the objective needs them."""
+        """Return the batch with the reference's scores, if the objective needs them."""
         with self.trainer.precision_plugin.forward_context():
             return self.frozen.score_reference(batch)
 
@@ -265,7 +265,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         states = None if self.objective.divergence is None else self.frozen.states(batch)
         # 2. Run the student.
         scores = self._forward(batch, states)
-        # 3. Complete the batch with the scores of these passes, where none are stored.
+        # 3. Fill the scores that the batch lacks from these passes.
         self._found = fields_found(scores)
         batch = self.completed(batch)
         # 4. Compute the loss.
@@ -324,7 +324,8 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
     def log_step(self, values: Mapping[str, float | None]) -> None:
         """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does.
 
-        The rows of a rollout repeat a number until it is logged again; None leaves the field empty.
+        Rows of the log repeat a number until it is logged again, at most for the rollout's steps;
+        None leaves the field empty.
         """
         self._step_log.add(self.trainer, values)
 
@@ -378,7 +379,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         export_student(self, self._trainer, path)
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
-        """Reduce a tensor over ranks; ``sum`` or ``max``."""
+        """Return a tensor reduced over ranks by ``sum`` or ``max``."""
         reduced = self.trainer.strategy.reduce(value.to(self.device), reduce_op=operation)
         assert isinstance(reduced, Tensor)
         return reduced

@@ -19,7 +19,8 @@ STUDENT, TEACHER = 0, 1
 class StepTotals:
     """Counts over one optimizer step: all micro-batches of all ranks.
 
-    Reductions divide by these, so that a loss does not depend on the cut into micro-batches.
+    Reductions divide by these, so that a loss does not depend on how the step is split into
+    micro-batches.
 
     Attributes:
         num_loss_tokens: tokens in the loss.
@@ -55,7 +56,7 @@ class RolloutBatch:
 
     A row of ``input_ids`` is ``prompt + completion + padding``. ``completion_ids`` repeats the
     completion's tokens from column 0 on, and every ``[B, T]`` field is aligned to it: column t
-    belongs to ``completion_ids[:, t]``. Values after a completion's end are 0.
+    belongs to ``completion_ids[:, t]``. Log-probabilities and entropies after its end are 0.
 
     Example: prompt ``1+2=`` (4 tokens), completion ``3<eos>``, one padding column::
 
@@ -69,13 +70,13 @@ class RolloutBatch:
         prompt_lengths: ``[B]`` int64, tokens of the prompt.
         completion_ids: ``[B, T]`` int64, the sampled tokens, with the end token.
         completion_mask: ``[B, T]`` bool: True on sampled tokens.
-        loss_mask: ``[B, T]`` bool: ``completion_mask`` without completions left out of the loss.
+        loss_mask: ``[B, T]`` bool: ``completion_mask``, False in completions outside of the loss.
         group_ids: ``[B]`` int64, one number for all completions of a prompt.
         group_tokens: ``[B]``, loss tokens of the completion's whole group.
         rewards: ``[B]``, the composite reward; float64 in a float64 run, else float32.
         correct: ``[B]`` bool, the verifier's answer.
         truncated: ``[B]`` bool: the completion was cut at the token limit.
-        policy_version: ``[B]`` int64, optimizer steps that the sampling weights had taken.
+        policy_version: ``[B]`` int64, optimizer step of the weights that sampled the completion.
         temperature: sampling temperature; all log-probabilities are taken at it.
         engine_exact: the engine's log-probabilities of the student equal the trainer's by
             construction.
@@ -86,7 +87,7 @@ class RolloutBatch:
         has_context: ``[B]`` bool: the teacher's own prompt has a context for the completion. A row
             without one is not imitated. None: every row has what its teacher needs.
         teacher_ends: ``[B]`` int64, the teacher's end token, -1 if it is the student's. None: it is
-            in all rows.
+            the student's in all rows.
         rollout_logprobs: ``[B, T]``, the behavior log-probabilities, as the engine that sampled the
             row reported them: the teacher's in rows of the teacher.
         old_logprobs: ``[B, T]``, the student's at rollout time, recomputed by the trainer. None:
@@ -106,16 +107,16 @@ class RolloutBatch:
             the objective does not ask for them.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``teacher_topk_ids``; without these,
             at ``topk_ids``.
-        teacher_tail_logprobs: ``[B, T]``, the teacher's for all other tokens together.
-        ref_logprobs: ``[B, T]``, the initial student's.
+        teacher_tail_logprobs: ``[B, T]``, the teacher's for all other tokens taken together.
+        ref_logprobs: ``[B, T]``, the reference's: by default the student's before training.
         importance_weights: ``[B, T]``, weights that correct for the sampling engine.
         advantages: ``[B]`` or ``[B, T]``.
         imitation_mask: ``[B, T]`` bool: True on tokens on which the teacher is imitated.
         imitation_weights: ``[B, T]``, weights of the imitated tokens before they are normalised
             over the optimizer step; None: all are 1.
         totals: counts of the optimizer step that this batch belongs to.
-        metrics: measurements of the rollout (seconds, tokens), None for what only an earlier one
-            measured; only in its first micro-batch.
+        metrics: measurements of the rollout (seconds, tokens), only in its first micro-batch; None
+            for a metric that only an earlier rollout measured.
     """
 
     input_ids: Tensor
@@ -188,7 +189,7 @@ class RolloutBatch:
     def _sizes(self) -> list[list[int]]:
         """Tokens of each row, of its completion, and of the teacher's own prompt.
 
-        The host waits for a GPU to know them, so it asks once for all rows.
+        Reading them makes the host wait for a GPU, so we read all rows at once.
         """
         prompts = self.teacher_prompt_ids
         prompts = torch.zeros_like(self.lengths) if prompts is None else (prompts >= 0).sum(1)
@@ -338,19 +339,19 @@ def collate(
 ) -> RolloutBatch:
     """Return a batch built from token lists, with one entry per completion.
 
-    Set what holds for all completions (``temperature``, ``engine_exact``) by ``replace``.
+    Set fields that hold for all completions (``temperature``, ``engine_exact``) with ``replace``.
 
     Args:
         prompts: B lists of token ids.
         completions: B lists of token ids; the end token, if sampled, is part of them.
         group_ids: B group numbers.
-        pad_id: token after the end of a row; every mask leaves it out.
+        pad_id: padding token after the end of a row; it is in no mask.
         rewards: B rewards, kept in ``reward_dtype()``; None: zeros.
         correct: B verifier answers; None: False.
         truncated: B flags: the completion was cut at the token limit; None: False.
         policy_version: B counts of optimizer steps; None: zeros.
         rollout_logprobs: B lists aligned with ``completions``.
-        source: B of ``STUDENT`` or ``TEACHER``; None: the student.
+        source: B times ``STUDENT`` or ``TEACHER``; None: the student.
         teacher_route: B indices of teachers; None: zeros.
         mask_truncated: leave truncated completions out of the loss.
     """

@@ -1,8 +1,8 @@
 """Detects damaged checkpoints by their checksums, and replaces folders only when complete.
 
-A checkpoint contains checksums: ``torch.save`` writes zip archives with a CRC-32 per record, and
-the shards of a folder hold such an archive per tensor. ``torch.load`` checks none of them. Only the
-index of shards has no checksum; we append one after its last byte, where pickle stops reading.
+``torch.save`` writes zip archives with a CRC-32 per record, and the shards of a folder hold such an
+archive per tensor; ``torch.load`` checks none of these. The index of shards has no checksum, so we
+append one after its last byte, where pickle stops reading.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def check_archive(file: IO[bytes] | Part, name: str) -> None:
         name: name of the file, for the message.
 
     Raises:
-        ValueError: it is cut short, or its bytes are not those that were written.
+        ValueError: it is truncated, or its bytes are not those that were written.
     """
     try:
         with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
             record = archive.testzip()
         file.seek(0)
-        # It is stricter about bytes outside the records.
+        # torch's reader is stricter about bytes outside the records.
         torch._C.PyTorchFileReader(cast(IO[bytes], file))
-    except Exception as error:  # a damaged header makes zipfile raise any of them
+    except Exception as error:  # a damaged header makes zipfile raise many types
         text = str(error).partition(". ")[0]
         raise ValueError(f"{name} is cut short or damaged: {text}") from error
     if record is not None:
@@ -112,7 +112,7 @@ def check_seal(raw: bytes, name: str) -> None:
 def sync(path: Path) -> None:
     """Force a file's bytes, or a folder's entries, to the disk.
 
-    Without it a power cut can undo a rename, or keep the new name without the bytes.
+    Otherwise a power cut can undo a rename, or keep the new name without the bytes.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -123,14 +123,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Let a model be written to a temporary folder, and put it in place when it is complete.
+    """Yield a temporary folder for a model, and move the complete model to ``path`` at the end.
 
     If writing fails, a model that was in ``path`` stays as it was. Other files there always stay.
 
     Yields:
         The folder to write to.
     """
-    path = Path(os.path.abspath(path))  # "." and "student/" have no usable name
+    path = Path(os.path.abspath(path))  # "." has no name, and ".." a wrong one
     inside = path.is_dir()
     half = path / "unfinished" if inside else path.with_name(f"{path.name}.unfinished")
     try:
@@ -150,10 +150,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _move(half: Path, path: Path) -> None:
-    """Replace the model in a folder; if this is killed, no model is there instead of a mix."""
+    """Replace the model in a folder; a kill in between leaves no model, never a mix of two."""
     for name in CONFIGS:
         (path / name).unlink(missing_ok=True)
-    for file in path.glob("*.safetensors*"):  # it may have had more parts
+    for file in path.glob("*.safetensors*"):  # the earlier model may have more shards
         file.unlink()
     for file in sorted(half.iterdir(), key=lambda f: f.name in CONFIGS):
         if file.is_dir():

@@ -16,7 +16,8 @@ def unfinished(path: Path) -> Path:
 def remove_unfinished(folder: Path) -> None:
     """Delete the unfinished checkpoints of killed runs in a folder.
 
-    One that a killed run had moved away (``replace_folder``) returns, unless it was replaced.
+    A checkpoint that a killed run had renamed to ``*.old`` (see ``replace_folder``) gets its name
+    back, unless a new checkpoint has it.
     """
     for path in folder.glob("*.unfinished"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -47,7 +47,7 @@ class SavedModule(TrainedModule, Protocol):
         """The counts of skipped steps."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the weights by name."""
+        """Return the weights of the student, and of self-teachers that are saved, by name."""
 
     def optimizers(self, use_pl_optimizer: Literal[False]) -> object:
         """Return the optimizer."""
@@ -65,7 +65,7 @@ def check_checkpoint(path: str, module: SavedModule, fitting: bool) -> None:
     Args:
         path: path of the checkpoint.
         module: the ``KDRLModule`` that will load it.
-        fitting: whether training continues, so that the method must match, too.
+        fitting: whether training continues; then the method must match, too.
 
     Raises:
         ConfigurationError: it is damaged, or belongs to another student or method.
@@ -74,12 +74,12 @@ def check_checkpoint(path: str, module: SavedModule, fitting: bool) -> None:
     saved, held = values.get(KEY), values.get("state_dict")
     check_readable(path, module.trainer.strategy)
     if saved is not None:
-        loaded = module.student and module.weights().model.config  # or that of its text model
+        loaded = module.student and module.weights().model.config  # or its text model's
         config = loaded or load_config(module.student_path)
         check_identity(saved, module, config, fitting, path)
-    if module.lora is not None and held is not None:  # loading shards checks this
+    if module.lora is not None and held is not None:  # shards are checked when they are loaded
         wanted = module.state_dict()
-        if not fitting:  # the weights of self-teachers are of no use
+        if not fitting:  # an evaluation needs no self-teacher
             held, wanted = drop_kept(held), drop_kept(wanted)
         check_complete(held.keys(), wanted.keys(), path)
 
@@ -108,7 +108,8 @@ def load_state(checkpoint: State, module: SavedModule) -> None:
     """Restore the module's counters.
 
     Raises:
-        ConfigurationError: the teacher is the initial student, and the run has read another one.
+        ConfigurationError: the teacher is the student that the run started from, and ``student`` is
+            now another model.
     """
     saved = checkpoint.get(KEY)
     if saved is not None:

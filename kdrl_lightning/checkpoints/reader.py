@@ -23,7 +23,7 @@ from kdrl_lightning.checkpoints.layout import META, SHARDS
 from kdrl_lightning.common.untyped import State
 from kdrl_lightning.errors import ConfigurationError
 
-# The only names that an index of shards may use: it is a pickle, and torch would run any code.
+# The only names that an index of shards may use: it is a pickle, and torch would run code in it.
 INDEX_NAMES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -45,9 +45,9 @@ INDEX_NAMES = {
 
 # `Any`: the values of a checkpoint, as torch and Lightning type them.
 def read_metadata(path: str) -> State:
-    """Return a checkpoint's content without the weights of a folder; tensors stay on disk.
+    """Return a checkpoint's content, but not a folder's weights; tensors stay on disk.
 
-    It compares every byte with the checkpoint's checksums.
+    It compares every byte with the checkpoint's checksums first.
 
     Raises:
         ConfigurationError: it is missing or damaged, or holds more than tensors and plain values.
@@ -100,14 +100,14 @@ def _read(place: Path) -> tuple[Any, str]:
 
 
 def content_mark(path: str | None) -> str | None:
-    """Return a mark that differs between checkpoints, without reading weights; None without one."""
+    """Return a checksum of a checkpoint's stored checksums; None if it cannot be read."""
     if path is None:
         return None
     place = Path(path)
     try:
         with zipfile.ZipFile(place / META if place.is_dir() else place) as archive:
             return str(zlib.crc32(str([r.CRC for r in archive.infolist()]).encode()))
-    except (OSError, ValueError, zipfile.BadZipFile):  # reading it raises an error
+    except (OSError, ValueError, zipfile.BadZipFile):  # reading the checkpoint reports the error
         return None
 
 
@@ -126,7 +126,7 @@ def check_readable(path: str, strategy: Strategy) -> None:
 
 
 def check_shards(folder: Path) -> None:
-    """Check that the shards of a folder are all there, and safe to read.
+    """Check that all shards of a folder are there, intact, and safe to read.
 
     Raises:
         ValueError: some are missing or damaged.

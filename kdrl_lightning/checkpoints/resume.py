@@ -1,7 +1,7 @@
 """Decides what a resumed run takes from its checkpoint and what from its configuration.
 
 Weights, moments and progress come from the checkpoint; everything that a user can set comes from
-the configuration, so that the command line wins.
+the configuration, so that flags take effect.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def agree_before_loading(trainer: pl.Trainer, mark: Callable[[str | None], str |
 
     Args:
         trainer: the run's trainer.
-        mark: ``path -> mark`` of a checkpoint's content; None if it cannot be read.
+        mark: returns a checksum of the checkpoint at a path; None if it cannot be read.
     """
     if trainer.world_size == 1:
         return
@@ -95,13 +95,13 @@ def require_same(
 
     Args:
         path: path of this process's checkpoint; None: it starts from the beginning.
-        mark: mark of its content; None: it cannot be read.
-        broadcast: returns what the first process passes.
+        mark: checksum of its content; None: it cannot be read.
+        broadcast: returns the value that the first process passes.
         reduce: ``(tensor, "max") -> tensor`` over ranks.
 
     Raises:
-        ConfigurationError: on all processes, if they hold different checkpoints, be it under one
-            path.
+        ConfigurationError: on all processes, if they hold different checkpoints, even under the
+            same path.
     """
     mark = mark or str(path)
     first, first_mark = broadcast(path), broadcast(mark)
@@ -116,13 +116,13 @@ def require_same(
 def check_identity(
     saved: State, module: TrainedModule, config: HasJSON, fitting: bool, path: str
 ) -> None:
-    """Refuse the checkpoint of another model or, to train on, of another method.
+    """Refuse a checkpoint of another model or, if training continues, of another method.
 
     Args:
         saved: what ``identity`` returned.
         module: the module that will load the checkpoint.
         config: the configuration of its student.
-        fitting: whether training continues, so that the method must match, too.
+        fitting: whether training continues; then the method must match, too.
         path: path of the checkpoint.
 
     Raises:
@@ -165,8 +165,8 @@ def check_kinds(here: list[str], there: list[str], path: str) -> None:
     """Refuse to continue with a self-teacher of another kind.
 
     Args:
-        here: the kinds of the run's self-teachers.
-        there: those of the checkpoint.
+        here: class names of the run's self-teachers.
+        there: class names of the checkpoint's.
         path: path of the checkpoint.
 
     Raises:
@@ -182,10 +182,10 @@ def check_kinds(here: list[str], there: list[str], path: str) -> None:
 
 
 def check_initial(here: list[str], saved: State, path: str) -> None:
-    """Refuse another initial student than that of the run, if it is the teacher.
+    """Refuse a student other than the one that the run started from, if that one is the teacher.
 
     Args:
-        here: checksums of the models that the run has read as initial students.
+        here: checksums of the models that this run loaded as initial students.
         saved: what ``identity`` returned.
         path: path of the initial student.
 
@@ -202,8 +202,8 @@ def check_initial(here: list[str], saved: State, path: str) -> None:
 def difference(here: str, there: str) -> tuple[str, object, object] | None:
     """Return the first setting in which two configurations describe different models.
 
-    It ignores settings that only one of them has, because other versions of transformers write
-    other names. The installed version reads both first, and translates the names that it changed.
+    The installed version of transformers reads both first, and translates the names that it
+    changed. Settings that only one of them has are ignored, because versions write different names.
 
     Args:
         here: JSON of all settings.
@@ -251,7 +251,7 @@ def check_adapters(saved: State, module: TrainedModule, path: str) -> None:
 
 
 def check_complete(held: Collection[str], wanted: Collection[str], path: str) -> None:
-    """Refuse missing or unknown adapters, which torch would skip without a message.
+    """Refuse missing or unknown adapters, which torch would skip silently.
 
     Raises:
         ConfigurationError: their names differ.
@@ -273,7 +273,7 @@ def number_by_place(state: State, optimizer: Any, module: torch.nn.Module) -> No
 
     torch numbers only the optimizer's parameters; Lightning's fsdp strategies number all, including
     frozen ones, so each would misread a file of the other. torch itself loads by order.
-    The optimizer is what ``LightningModule.optimizers`` returns, one or a list by its type.
+    ``optimizer`` is the one that ``LightningModule.optimizers`` returns.
     """
     places = {id(p): place for place, p in enumerate(module.parameters())}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -302,7 +302,10 @@ class Settings:
     def reapply(self, optimizer: Optimizer, scheduler: Any | None, steps: int) -> None:
         """Apply the settings again, for a run that has taken ``steps`` optimizer steps.
 
-        The schedule is what ``LightningModule.lr_schedulers`` returns, one or a list by its type.
+        ``scheduler`` is the one that ``LightningModule.lr_schedulers`` returns.
+
+        Raises:
+            ConfigurationError: the schedule ends before the run's step.
         """
         for group, settings in zip(optimizer.param_groups, self._groups, strict=True):
             group.update(copy.deepcopy(settings))
@@ -310,7 +313,7 @@ class Settings:
             return
         scheduler.load_state_dict(copy.deepcopy(self._schedule))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # no optimizer step comes before these
+            warnings.simplefilter("ignore")  # torch expects optimizer steps before these
             try:
                 for _ in range(steps):
                     scheduler.step()

@@ -1,8 +1,8 @@
 """Writes each checkpoint completely or not at all.
 
 A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's formats, and
-Lightning reads it. We write it ourselves, because Lightning's strategies write folders in place, so
-that a killed run leaves a damaged one, and cannot write a folder asynchronously.
+Lightning reads it. We write it ourselves, because Lightning's strategies write folders in place (a
+killed run leaves a damaged one) and cannot write them asynchronously.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class CheckpointWriter:
     def _together(self, trainer: pl.Trainer, work: Callable[[], object]) -> None:
         try:
             together(trainer, work)
-        except TrainingStopped:  # half a checkpoint would keep the disk full
+        except TrainingStopped:  # an unfinished one would keep the disk full
             if trainer.is_global_zero and self._half is not None:
                 shutil.rmtree(self._half, ignore_errors=True)
             raise
@@ -116,7 +116,7 @@ class CheckpointWriter:
 
         self._together(trainer, prepare)
         if self.asynchronous:
-            # torch writes shards in the background only through a CPU backend: a second group.
+            # torch writes shards in the background only with a CPU backend: make a second group.
             self._group = self._group or torch.distributed.new_group(backend="gloo")
             future = dcp.async_save(  # type: ignore[attr-defined]
                 tensors, storage_writer=ShardWriter(half), process_group=self._group
@@ -131,7 +131,7 @@ class CheckpointWriter:
 
 
 def together(trainer: pl.Trainer, work: Callable[[], object]) -> None:
-    """Run work that uses the disk; if it fails on one rank, all ranks stop."""
+    """Run work that writes to disk; if it fails on one rank, all ranks raise TrainingStopped."""
 
     def tried() -> None:
         try:
@@ -149,7 +149,7 @@ def together(trainer: pl.Trainer, work: Callable[[], object]) -> None:
 class ShardWriter(FileSystemWriter):
     """Writes shards, and raises the operating system's error if that fails.
 
-    torch sends the error to the other ranks, and drops its causes.
+    torch sends the raised error to the other ranks, but not its causes.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:

@@ -1,1 +1,1 @@
-"""What every room may use: stopping all processes together, types, and former module names."""
+"""Helpers that all other packages here may import: stopping all processes, types, old names."""

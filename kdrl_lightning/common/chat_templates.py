@@ -14,7 +14,7 @@ PART = re.compile(r"""['"]type['"]: ?['"]text['"]""")
 
 
 def in_parts(turns: Sequence[Tree]) -> list[Tree]:
-    """Return messages whose texts are lists of one part, as templates of multimodal models want.
+    """Return messages whose texts are lists of one part, the form that multimodal models use.
 
     >>> in_parts([{"role": "user", "content": "hi"}])
     [{'role': 'user', 'content': [{'type': 'text', 'text': 'hi'}]}]
@@ -28,7 +28,7 @@ def in_parts(turns: Sequence[Tree]) -> list[Tree]:
 
 
 def prints_parts(text: str) -> bool:
-    """Return whether a template has written parts as Python or JSON, because it wants texts.
+    """Return whether a template printed parts as Python or JSON, because it expects texts.
 
     >>> prints_parts("user: [{'type': 'text', 'text': 'hi'}]"), prints_parts("user: hi")
     (True, False)
@@ -37,9 +37,9 @@ def prints_parts(text: str) -> bool:
 
 
 def render(tokenizer: HFTokenizer, turns: Sequence[Tree], **options: Any) -> str:
-    """Return rendered messages, with contents as text or else as parts.
+    """Render messages with contents as text or, if the template refuses or loses some, as parts.
 
-    If neither form keeps every content, the first one that the template accepts is returned.
+    If both forms lose some, return the first one that the template accepts.
 
     Args:
         tokenizer: the tokenizer with the chat template.
@@ -54,7 +54,7 @@ def render(tokenizer: HFTokenizer, turns: Sequence[Tree], **options: Any) -> str
     for form in (list(turns), in_parts(turns)):
         try:
             text = str(tokenizer.apply_chat_template(form, tokenize=False, **options))
-        except Exception as error:  # templates refuse in their own words
+        except Exception as error:  # templates raise errors of any type
             errors.append(error)
             continue
         found.append(text)

@@ -1,4 +1,4 @@
-"""Stopping every process of a run if one has to stop, so that none waits for another forever."""
+"""Stop every process of a run if one has to stop, so that none waits for another forever."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def stop_together(work: Callable[[], T], reduce: Callable[[Tensor, str], Tensor]
 def agree(failure: Exception | None) -> None:
     """Raise on every rank if work failed on one of them; all ranks must call it.
 
-    Unlike ``stop_together`` it needs no trainer, every rank gets the reason, and the work may have
-    collectives, if a rank on which it fails takes part in them to their end.
+    Unlike ``stop_together`` it needs no trainer, every rank gets the reason, and the work may
+    contain collectives, provided that a failing rank still takes part in all of them.
 
     Args:
-        failure: what this rank's work raised; None if it is done.
+        failure: what this rank's work raised; None if it succeeded.
 
     Raises:
         TrainingStopped: work failed on another rank only.
@@ -92,9 +92,9 @@ def agreed(work: Callable[[], T]) -> T:
 
 
 def lost_peer(error: BaseException | None) -> TrainingStopped | None:
-    """Return an error for the user if a process of the run has ended under this one, else None.
+    """Return an error for the user if ``error`` shows that another process ended, else None.
 
-    A collective then fails on the others, with the backend's words.
+    If a process ends, a collective fails on the others, with the backend's message.
 
     >>> print(lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")))
     another process had to stop: its message says why.
@@ -115,9 +115,9 @@ def first_to_say(message: str, waits_s: float = 0.0) -> bool:
 
     Args:
         message: what it would report.
-        waits_s: seconds for which a process other than the first lets any of them report something
-            before. After Ctrl-C Lightning's first process kills the others, so one of them may be
-            gone between this answer and its report.
+        waits_s: seconds that a process other than a node's first waits; False if any process
+            reports something meanwhile. After Ctrl-C Lightning's first process kills the others,
+            so one of them could be killed between this answer and its report.
     """
     digest = sha256(message.encode(errors="replace")).hexdigest()
     try:
@@ -138,9 +138,9 @@ def first_to_say(message: str, waits_s: float = 0.0) -> bool:
 
 
 def has_spoken() -> bool:
-    """Return whether a process of this group has reported a message; true without a group.
+    """Return whether a process of this group has reported a message; False if nobody answers.
 
-    A process of no group reports its messages itself.
+    True without a group: each process then reports its own messages.
     """
     answer: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Replaces a folder so that a whole one has its name at every moment."""
+"""Replaces a folder by a complete one, in one step if the system can."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 def replace_folder(new: Path, path: Path) -> None:
     """Move the folder ``new`` to ``path``, and delete the one that was there.
 
-    Linux exchanges the two in one step. Where it cannot (NFS, macOS), a kill between two renames
-    leaves the earlier folder as ``*.old``; an exception there moves it back.
+    Linux exchanges the two in one step. If the system cannot (NFS, macOS), a kill between two
+    renames leaves the earlier folder as ``*.old``; an exception there moves it back.
 
     Args:
-        new: a whole folder on the same disk; its name is free afterwards.
-        path: where it goes.
+        new: a complete folder on the same disk; its name is free afterwards.
+        path: its new name.
     """
     if not path.exists():
         os.replace(new, path)

@@ -146,7 +146,7 @@ class MovedModules(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module asked for by its former name; None for any other name."""
+        """Return the spec of a module that is imported by its former name; None for other names."""
         old = fullname.removeprefix(f"{PACKAGE}.")
         for head in (old, old.rpartition(".")[0]):
             if fullname != old and head in MOVED:

@@ -1,6 +1,6 @@
-"""Reads the text of a list or a dict: what a CSV file keeps of one.
+"""Parses lists and dicts that were stored as text, e.g. in a CSV file.
 
-JSON, Python's ``repr``, and what numpy, torch and pandas print are understood.
+It understands JSON, Python's ``repr``, and what numpy, torch and pandas print.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKEN = re.compile(
     re.S,
 )
 CLOSING = {"(": ")", "[": "]", "{": "}"}
-# What may stand around a value in a printed one; its other arguments (dtype=object) do not count.
+# Calls that may wrap a printed value; their other arguments (dtype=object) are ignored.
 CALLS = re.compile(
     r"(?:(?:np|numpy)\.)?(?:array|ndarray|str_|bool_?|u?int\d*|float\d*|longdouble)"
     r"|(?:torch\.)?tensor|set|frozenset|list|tuple|Decimal"
@@ -33,7 +33,7 @@ NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def read_container(text: str) -> list[Any] | dict[Any, Any] | None:
-    r"""Return the list or the dict that a text shows; None if it is empty, or any other text.
+    r"""Return the list or dict that a text shows; None if that is empty, or the text shows neither.
 
     Tuples, sets and arrays become lists. A number that a float would write differently (007, 1.50)
     stays text.
@@ -63,7 +63,7 @@ class _Reader:
         self.at = 0
 
     def read(self) -> Any:
-        """Return the value of the whole text; None if it is none."""
+        """Return the value; None if the whole text is not one value."""
         try:
             value = self._value()
             return value if self.tokens[self.at][0] == "end" else None
@@ -78,7 +78,7 @@ class _Reader:
         kind, token = self._next()
         if kind == "text":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a backslash before a letter that Python keeps
+                warnings.simplefilter("ignore")  # an invalid escape such as \d, which Python keeps
                 found = ast.literal_eval(token)
             return found.decode() if isinstance(found, bytes) else found
         if kind == "word":

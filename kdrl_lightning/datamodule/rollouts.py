@@ -57,11 +57,11 @@ EVALUATED_ROWS = 10_000
 
 
 class RolloutDataModule(pl.LightningDataModule):
-    """Turns prompts into rollouts with the current weights, and cuts them into micro-batches.
+    """Turns prompts into rollouts with the current weights, and splits them into micro-batches.
 
     One rollout serves ``rollout.updates_per_rollout`` optimizer steps; each takes
-    ``trainer.accumulate_grad_batches`` micro-batches. An update's rollout follows from
-    ``trainer.global_step``, a completion's noise from (seed, rollout, prompt, completion).
+    ``trainer.accumulate_grad_batches`` micro-batches. ``trainer.global_step`` decides which rollout
+    an update uses; a completion's noise depends only on (seed, rollout, prompt, completion).
 
     Args:
         train_prompts: prompts to train on.
@@ -78,8 +78,9 @@ class RolloutDataModule(pl.LightningDataModule):
             out and counted (``drop``). If there are more than 1,000 training prompts, the run
             checks a sample before it starts, and each prompt when it draws it.
         max_prompt_tokens: longest prompt; None: the context length minus ``max_tokens``.
-        reward_failures: what happens if a reward fails.
-        seed: seed of the prompts' order and of sampling; None: 0, on the command line
+        reward_failures: the reward of a completion on which the reward function fails, and the
+            share of failures that stops the run.
+        seed: seed of the prompts' order and of sampling; None: 0, or on the command line
             ``seed_everything``.
     """
 
@@ -165,7 +166,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.val_prompts is None:
             self.trainer.limit_val_batches = 0
         # Another module or trainer may have used this object: its rollout and weights are not ours.
-        # The cast: Lightning's type is that of all modules.
+        # The cast: Lightning types the module as any LightningModule.
         self.live.join(self.trainer, cast(Policy, self.trainer.lightning_module))
         self.live.max_mean_diff = None  # WeightSyncCheck, which is set up later, may set one
         self.rollouts.reset(stage == "fit")
@@ -185,7 +186,7 @@ class RolloutDataModule(pl.LightningDataModule):
             warn_of_ignored((row for s in sets for row, _ in s.sample), module.tokenizer)
         self.rewards.start()
         for prompts in sets:
-            # Run the reward on one row of each kind; only check the form of all others.
+            # Run the reward on one row of each kind; of all others, only check the form.
             kinds = first_of_each_kind(row for row, _ in prompts.sample)
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
@@ -234,7 +235,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.rewards.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the processes that would wait for this one, after the student was saved."""
+        """End the processes that would wait for this one, after callbacks saved the student."""
         end_children(self.trainer.strategy, exception)
 
     def train_dataloader(self) -> IndexLoader:
@@ -253,7 +254,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self, batch: object, dataloader_idx: int
     ) -> RolloutBatch | EvaluationBatch:
         """Turn an index into a batch, on every rank, with the current weights."""
-        if not isinstance(batch, int):  # Lightning moves ints as they are
+        if not isinstance(batch, int):  # Lightning's transfer does not change ints
             raise TypeError(f"expected an index, got {type(batch).__name__}")
         if self.trainer.training:
             return self.rollouts.micro_batch(batch)
@@ -274,14 +275,14 @@ class RolloutDataModule(pl.LightningDataModule):
         prompt_of: Callable[[Row], list[int] | None] | None = None,
         most: float = float("inf"),
     ) -> float:
-        """Return the accuracy of any model on the first validation set; all ranks must call it.
+        """Return a model's accuracy on the first validation set; all ranks must call it.
 
         Args:
             weights: the model's weights.
             temperature: sampling temperature; None: the set's.
-            prompt_of: returns other prompt ids for a row, or None to keep the student's, as do
-                those that leave no room for the completion; None: all rows keep theirs.
-            most: stop after the batch that reaches so many prompts.
+            prompt_of: returns other prompt ids for a row, or None to keep the student's; ids that
+                leave no room for the completion are ignored. None: all rows keep the student's.
+            most: stop after the batch that reaches this number of prompts.
 
         Returns:
             The share of correct completions, averaged over prompts; NaN without prompts.
@@ -374,7 +375,7 @@ class RolloutDataModule(pl.LightningDataModule):
 def _shares(
     settings: RolloutSettings, engine: RolloutEngine, teacher: TeacherCompletions
 ) -> tuple[GroupShare, GroupShare]:
-    """Return what student and teacher add to each group."""
+    """Return how student and teacher sample their completions of each group."""
     sampling = Sampling(settings.max_tokens, settings.temperature)
     teacher_sampling = Sampling(settings.max_tokens, teacher.temperature or settings.temperature)
     return (

@@ -26,7 +26,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.trainer.checks.limits import check_train_batches, overfit_batches
 from kdrl_lightning.trainer.strategies import end_children
 
-# `Any`: a sequence's index is a number or a slice, and Lightning's batches.
+# `Any`: a sequence's index, which is a number or a slice, and Lightning's batches.
 
 Trace: TypeAlias = tuple[list[int], list[int]]
 
@@ -106,7 +106,7 @@ def encode_completion(tokenizer: HFTokenizer, row: Row, ends: EndTokens) -> list
         text = space_before_answer(tokenizer) + text
     ids = encode_inside(tokenizer, text)
     for place in reversed(range(len(ids))):
-        if ids[place] in ends.ids:  # an end token of the text, or one that the tokenizer adds
+        if ids[place] in ends.ids:  # the text has it, or the tokenizer adds it
             ids = ids[:place]
         elif tokenizer.decode(ids[place]).strip():  # a template writes a line break after its end
             break
@@ -172,7 +172,7 @@ class SupervisedDataModule(pl.LightningDataModule):
         self._repeat = batches // micro
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the processes that would wait for this one, after the student was saved."""
+        """End the processes that would wait for this one, after callbacks saved the student."""
         assert self.trainer is not None
         end_children(self.trainer.strategy, exception)
 
@@ -210,7 +210,7 @@ class SupervisedDataModule(pl.LightningDataModule):
         return [whole.select(part).replace(totals=totals) for part in parts]
 
     def _draw(self, step: int) -> list[Trace]:
-        """Return this rank's traces of a step; a row of a later step replaces a bad row."""
+        """Return this rank's traces of a step; a later step's row replaces an unusable one."""
         trainer, traces = self._trainer(), self._traces
         assert traces is not None
         first = step % self._repeat if self._repeat else step
@@ -228,5 +228,5 @@ class SupervisedDataModule(pl.LightningDataModule):
         return self.trainer
 
     def _policy(self) -> Policy:
-        # Lightning's type is that of all modules.
+        # Lightning types the module as any LightningModule.
         return cast(Policy, self._trainer().lightning_module)

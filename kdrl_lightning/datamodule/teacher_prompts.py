@@ -17,24 +17,24 @@ ENDLESS = 1 << 30
 class TeacherPrompts:
     """Checks that prompts leave room for the teacher's completions, and prepares its engine.
 
-    A chat template, a tokenizer or a context of the teacher's makes a prompt longer or shorter than
-    the student's, so lengths are counted in the ids that the teacher's engine gets.
+    The teacher's chat template, tokenizer or context can make a prompt longer or shorter than the
+    student's, so we count the ids that the teacher's engine gets.
 
     Args:
-        module: has student and teacher.
+        module: the module with student and teacher.
         share: the teacher's completions and their engine; there may be none.
     """
 
     def __init__(self, module: Policy, share: GroupShare) -> None:
         self.module, self.share = module, share
         self.teacher = module.teacher if share.count else None
-        self.path: str | None = None  # of the model that samples; None also if a server has it
+        self.path: str | None = None  # of the model that samples; None if a server has it
         self.limits: list[tuple[range, str]] = []
         teacher, most = self.teacher, share.sampling.max_tokens
         self.context = ENDLESS
         if teacher is None:
             return
-        # A self-teacher is the student.
+        # A self-teacher samples from the student's folder.
         self.path = teacher.model_name or (module.student_path if teacher.generates else None)
         known = teacher.context_length
         self.context = known or (ENDLESS if self.path is None else context_length(self.path))
@@ -45,12 +45,12 @@ class TeacherPrompts:
 
     @property
     def of_student(self) -> list[tuple[range, str]]:
-        """Lengths that the student's prompts must not have, as far as the teacher reads these."""
+        """Lengths that the student's prompts must not have if the teacher reads them, too."""
         own = self.teacher is not None and self.teacher.has_own_prompt
         return [] if own else self.limits
 
     def prepare(self, prompts: PromptSet) -> None:
-        """Check the rows, now and when they are drawn, and tell the engine its longest sequence.
+        """Check rows now and when they are drawn; prepare the engine for its longest sequence.
 
         Args:
             prompts: the training prompts.

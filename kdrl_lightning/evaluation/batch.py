@@ -74,8 +74,8 @@ class EvaluationBatch:
     def predictions(self) -> list[dict[str, object]]:
         """Return one row per completion: the prompt's columns, the completion and its verdict.
 
-        If a column of the prompt has a name that is already taken (or the name ``row``), it is
-        stored in the mapping ``row`` under its name. Otherwise there is no ``row``.
+        A column of the prompt whose name is already taken (or ``row``) is stored in the mapping
+        ``row``. Without such a column there is no ``row``.
         """
         n = self.of.samples
         named = {"set": self.of.name} if self.of.name else {}

@@ -11,8 +11,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return a percentile interval of the mean over prompts (bootstrap, Efron 1979).
 
-    Prompts are drawn with replacement. If all are 0, or all are 1, every draw is the same, and the
-    bootstrap would claim certainty. The interval is then Clopper and Pearson's (1934).
+    Prompts are drawn with replacement. If all values are 0, or all are 1, every draw is the same,
+    and the bootstrap would claim certainty; we then return Clopper and Pearson's interval (1934).
 
     >>> import torch
     >>> low, high = bootstrap_interval(torch.ones(8))
@@ -26,7 +26,7 @@ def bootstrap_interval(
         seed: seed of the draws.
 
     Returns:
-        The lower and the upper end.
+        The lower and the upper end of the interval.
     """
     numbers = values.double().cpu().numpy()
     draws = np.random.default_rng(seed)

@@ -28,7 +28,7 @@ COLUMNS = {
 
 
 class PredictionFile(ABC):
-    """A file that appears under its final name only when it is closed, i.e. complete.
+    """A file of predictions that gets its final name only when it is closed, i.e. complete.
 
     Args:
         path: the final name.
@@ -116,7 +116,7 @@ def _columns(row: Row) -> dict[str, object]:
 
 
 def _json(value: object) -> str:
-    """Convert any value of a data set to JSON: arrays as lists, NaN as null, others as text."""
+    """Convert any value of a data set to JSON: arrays to lists, NaN to null, others to text."""
     return json.dumps(_plain(value), allow_nan=False)
 
 
@@ -135,5 +135,5 @@ def _plain(value: object) -> object:
 
 
 def _utf8(text: str) -> str:
-    """Replace characters that UTF-8 cannot encode (halves of surrogate pairs)."""
+    """Replace characters that UTF-8 cannot encode (lone surrogates)."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""All values of the evaluation of one set, as a torchmetrics metric."""
+"""All metrics of one evaluation set, as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class EvaluationMetric(Metric):
         """Add rows ``[P, n, 6]`` float64; call ``add``, which builds them.
 
         Raises:
-            ValueError: the shape is another one.
+            ValueError: ``rows`` has another shape.
         """
         if rows.dim() != 3 or rows.shape[2] != 6:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The metrics of all sets of an evaluation."""
+"""The metrics of all sets of an evaluation, by set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EvaluationMetrics:
 
         Names are ``<stage>/<metric>`` or, for named sets, ``<stage>/<set>/<metric>``;
         ``<stage>/accuracy`` is then the first set's, and ``<stage>/average/<metric>`` the mean over
-        the sets. A collective: all ranks must call it.
+        the sets. All ranks must call it.
         """
         values: dict[str, Tensor] = {}
         found = {name: metric.compute() for name, metric in self._metrics.items()}
@@ -57,7 +57,7 @@ class EvaluationMetrics:
 def average(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the mean over sets of each metric that all of them have; each set counts the same.
 
-    The intervals are left out: they are those of single sets.
+    It leaves out the intervals, which belong to single sets.
 
     >>> average([{"reward": torch.tensor(0.5)}, {"reward": torch.tensor(1.0), "other": 1}])
     {'reward': tensor(0.7500)}

@@ -35,7 +35,7 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
 
 
 def check_k(k: int, completions: int) -> None:
-    """Raise a ValueError if ``k`` of a prompt's completions cannot be drawn."""
+    """Raise a ValueError unless ``k`` is from 1 to the number of completions."""
     if not 1 <= k <= completions:
         raise ValueError(
             f"`k` must be from 1 to the {completions} completions of a prompt: got {k}. Sample "

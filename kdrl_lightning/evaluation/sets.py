@@ -13,23 +13,23 @@ from kdrl_lightning.prompts.base import Prompts
 
 # The mean over named sets; no set may have this name.
 AVERAGE = "average"
-# Settings that leave out tokens.
+# Settings that exclude unlikely tokens from sampling.
 LIMITS = ("top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a set is sampled that does not say so itself.
+    """How evaluation sets are sampled, unless an ``EvalSet`` says otherwise.
 
     Args:
         batch_size: prompts per batch and process.
         samples: completions per prompt.
-        temperature: 0 is greedy.
-        k: of pass@k and majority@k, each from 1 to ``samples``; None: ``samples``, if that is above
-            1.
+        temperature: sampling temperature; 0 is greedy.
+        k: the values of k for pass@k and majority@k, each from 1 to ``samples``; None: ``samples``,
+            if that is above 1.
         top_p: sample from the most likely tokens that together have this probability; 1: from all.
         top_k: sample from this number of most likely tokens; 0: from all.
-        min_p: leave out tokens with less than this share of the largest probability.
+        min_p: exclude tokens with less than this share of the largest probability.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -50,7 +50,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One of several evaluation sets; None means the data module's ``evaluation`` setting.
+    """One of several evaluation sets; for None it takes the data module's ``evaluation`` value.
 
     Attributes:
         prompts: the rows.

@@ -1,4 +1,4 @@
-"""Encodes the sets of a stage, and samples their batches; all ranks have the same number."""
+"""Encodes the evaluation sets of a stage, and samples their batches."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class EvaluationSource:
     """Samples the batches of the evaluation sets.
 
     Args:
-        val: sets of validations, and of tests if ``test`` is None.
-        test: sets of ``test`` and ``predict``.
+        val: sets to validate on, and to test on if ``test`` is None.
+        test: sets for ``test`` and ``predict``.
         default: values for what a set leaves None.
         max_tokens: longest completion of a set that leaves it None, in tokens.
-        seed: seed of the sampling noise, which depends only on it, the row and the sample.
+        seed: seed of the sampling noise, which depends only on seed, row and sample.
 
     Raises:
-        ConfigurationError: a set's name or a value of it cannot be used.
+        ConfigurationError: a set's name or one of its values cannot be used.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class EvaluationSource:
 
         Args:
             limits: ``max_tokens -> [(refused prompt lengths, reason), ...]``.
-            rows: of the model's embedding; prompts were encoded for the student.
+            rows: rows of the model's embedding; the prompts' token ids are the student's.
         """
         one, prompts = self._sets[0]
         highest = max((max(ids) for _, ids in prompts.sample), default=0)
@@ -100,7 +100,7 @@ class EvaluationSource:
         return next((why for lengths, why in found if any(n in lengths for n in sizes)), "")
 
     def loaders(self, world_size: int) -> list[IndexLoader]:
-        """Return one loader of batch indices per set, of the same length on every rank."""
+        """Return one loader of batch indices per set; every rank has the same number of batches."""
         return [
             IndexLoader(-(-len(rows) // (one.batch_size * world_size))) for one, rows in self._sets
         ]
@@ -114,7 +114,7 @@ class EvaluationSource:
         reward: Reward,
         temperature: float | None = None,
     ) -> EvaluationBatch:
-        """Sample and judge this rank's rows of one batch: every world-size-th, possibly none.
+        """Sample and judge this rank's rows of one batch: every ``world_size``-th, maybe none.
 
         Args:
             which: index of the set.

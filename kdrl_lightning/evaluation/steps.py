@@ -1,4 +1,4 @@
-"""What a module does in validation, test and prediction."""
+"""The steps and hooks of a module in validation, test and prediction."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kdrl_lightning.evaluation.metrics import EvaluationMetrics
 
 
 class EvaluationSteps:
-    """The evaluation half of a ``LightningModule``: it counts correct completions.
+    """The evaluation half of a ``LightningModule``: it measures judged completions.
 
-    Named before ``LightningModule`` among a class's bases, it takes the place of its hooks.
+    List it before ``LightningModule`` among a class's bases, so that its hooks replace Lightning's.
     """
 
     device: Any
@@ -26,11 +26,11 @@ class EvaluationSteps:
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count correct completions."""
+        """Add a batch of judged completions to the metrics."""
         self.eval_metrics.add(batch, self.device)
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count correct completions."""
+        """Add a batch of judged completions to the metrics."""
         self.eval_metrics.add(batch, self.device)
 
     def on_validation_epoch_end(self) -> None:

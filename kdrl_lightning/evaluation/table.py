@@ -33,7 +33,7 @@ def by_set(values: Mapping[str, float], sets: Sequence[NamedSet]) -> dict[str, d
 
 
 def described(one: NamedSet) -> str:
-    """Return how a set is sampled, in words.
+    """Return one line that says how a set is sampled.
 
     >>> from kdrl_lightning.engines import Sampling
     >>> described(NamedSet("aime", [], 32, Sampling(8192, 0.6, top_p=0.95), 1, ()))
@@ -56,8 +56,8 @@ def markdown_table(results: Results, sets: Sequence[NamedSet]) -> str:
     """Return a Markdown table with one line per set and model, and one for the mean over sets.
 
     Shares are in per cent and lengths in tokens; pass@1 is the mean over all samples of a prompt
-    (Mean@n), and the interval the 95 % bootstrap interval over prompts. Below the table is how
-    each set is sampled.
+    (Mean@n), and the interval is the 95 % bootstrap interval over prompts. Lines below the table
+    say how each set is sampled.
 
     Args:
         results: values by model, set and metric.

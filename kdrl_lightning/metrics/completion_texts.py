@@ -1,4 +1,4 @@
-"""What the words of completions tell: appeals to a hidden reference, hedging, loops."""
+"""Measures of a completion's text: appeals to a hidden reference, hedging, repetition."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ HEDGES = (
     *("wait", "hmm", "perhaps", "maybe", "actually", "alternatively"),
     *("seems", "might", "likely", "check"),
 )
-# A student that never saw a reference has no reason to write these [our list].
+# A student that never saw a reference has no reason to write these phrases (our list).
 REFERENCES = (
     *("reference answer", "reference solution", "provided answer", "provided solution"),
     *("given answer", "given solution", "expected answer", "answer key", "ground truth"),
     *("according to the solution", "according to the answer", "according to the hint"),
     *("the hint says", "the solution above", "as shown in the solution"),
 )
-# Tokens in a row that count as a repetition if they occurred before.
+# Length of the n-grams, in tokens, whose repetition is counted.
 REPEATED = 8
 
 
@@ -43,7 +43,7 @@ def appeals(text: str, prompt: str, phrases: Sequence[str]) -> bool:
 
 
 def repeated_frac(ids: Sequence[int], length: int = REPEATED) -> float:
-    """Return the share of a completion's n-grams that occurred before in it, in [0, 1).
+    """Return the share of a completion's n-grams that repeat earlier ones, in [0, 1).
 
     Args:
         ids: token ids.

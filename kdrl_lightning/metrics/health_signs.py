@@ -14,15 +14,17 @@ Rows: TypeAlias = Sequence[Mapping[str, float]]
 Sign: TypeAlias = Callable[[Rows, int], str | None]
 
 LEAKS = 0.02  # share of completions
-LEVEL = 0.9  # of the first level: a KL that stays above it does not fall
+LEVEL = 0.9  # of the first level: a KL that stays above this share counts as flat
 SURE = 0.05  # nats per token
-LOST = 2 / 3  # of the first level: both lengths and hedging words fall below it
+LOST = 2 / 3  # of the first level, which lengths and hedging words both fall below
 LOOPS = 0.2  # share of n-grams, above the first level
 DROP = 0.02  # of held-out pass@k
 
 
 def levels(rows: Rows, name: str, window: int) -> tuple[float, float] | None:
-    """Return the means of a number over its first and its last rollouts; None if too early.
+    """Return a number's means over the first and the last ``window`` rollouts that have it.
+
+    None if fewer than ``2 * window`` rollouts have it.
 
     >>> levels([{"x": 1.0}, {"x": 3.0}, {}, {"x": 4.0}, {"x": 6.0}], "x", window=2)
     (2.0, 5.0)
@@ -36,7 +38,7 @@ def levels(rows: Rows, name: str, window: int) -> tuple[float, float] | None:
 
 
 def leakage(rows: Rows, window: int) -> str | None:
-    """Completions speak of a reference that only the teacher sees (arXiv 2604.03128)."""
+    """Completions refer to a solution that only the teacher sees (arXiv 2604.03128)."""
     values = [row["health/leak_frac"] for row in rows if "health/leak_frac" in row][-window:]
     if len(values) < window or fmean(values) <= LEAKS:
         return None
@@ -62,7 +64,7 @@ def flat_kl(rows: Rows, window: int) -> str | None:
 
 
 def sure_teacher(rows: Rows, window: int) -> str | None:
-    """The teacher is nearly certain of each token, so that it only dictates (arXiv 2601.20802)."""
+    """The teacher is nearly certain of each token: it dictates one answer (arXiv 2601.20802)."""
     teacher, student = (levels(rows, n, window) for n in ("kd/teacher_entropy", "policy/entropy"))
     if teacher is None or student is None or teacher[1] >= min(SURE, student[1] / 2):
         return None
@@ -106,8 +108,9 @@ def falling_pass(validations: Rows, window: int) -> str | None:
     """Held-out pass@k falls while the training reward rises (arXiv 2603.24472).
 
     Args:
-        validations: rows with ``pass``, the ``k`` of it, and ``reward``, the training reward.
-        window: not used: two validations below the best one are enough.
+        validations: one row per validation: ``pass`` (pass@k), ``k``, and ``reward``, the training
+            reward.
+        window: unused; two validations below the best one are enough.
     """
     if len(validations) < 3:
         return None

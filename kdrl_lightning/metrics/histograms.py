@@ -46,7 +46,7 @@ class Histogram:
 
 
 class Histograms:
-    """Collects histograms by name, each over its range.
+    """Collects one histogram per name, each over its own range.
 
     Args:
         ranges: per name the left edge of the first bin and the right edge of the last one.
@@ -59,12 +59,12 @@ class Histograms:
         self._counts: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values for which ``mask``, of their shape, is True; NaN is not counted."""
+        """Count the values for which ``mask``, of their shape, is True; NaN is not counted."""
         low, high = self.ranges[name]
         place = (values.detach().float() - low) * (self.bins / (high - low))
-        place = place.clamp_(0, self.bins - 1).nan_to_num_(self.bins)  # NaN: one bin more
+        place = place.clamp_(0, self.bins - 1).nan_to_num_(self.bins)  # NaN: an extra bin
         place = place.where(mask, self.bins).long().flatten()
-        # `bincount` and selecting by a mask would let the host wait for a GPU.
+        # `bincount` and selecting by a mask would make the host wait for a GPU.
         counts = torch.zeros(self.bins + 1, dtype=torch.float64, device=place.device)
         counts = counts.scatter_add_(0, place, torch.ones_like(place, dtype=torch.float64))[:-1]
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts

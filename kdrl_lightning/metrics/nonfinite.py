@@ -13,7 +13,7 @@ from kdrl_lightning.errors import TrainingStopped, require_count
 
 
 class NonFiniteSteps:
-    """Checks loss and gradients of each optimizer step.
+    """Checks loss and gradients of each optimizer step, and counts the skipped steps.
 
     Args:
         allowed: number of consecutive steps to skip; the next one stops the run.
@@ -35,7 +35,7 @@ class NonFiniteSteps:
         """Drop the gradients of a step that is not finite; all ranks decide alike.
 
         Args:
-            parameters: those of the optimizer, with their gradients.
+            parameters: the optimizer's parameters, with their gradients.
             loss: the step's loss over all ranks.
             step: optimizer steps so far, for the message.
 

@@ -1,8 +1,8 @@
 """The log of optimizer steps: callbacks see each value at once, loggers get a row per step.
 
-We wrote it by hand because ``LightningModule.log`` takes a quarter of a millisecond per value: it
-copies the description of a metric that can be reduced in many ways. Here the numbers are final,
-about 45 per step, and that call took a tenth of the time of the embedded task (docs/speed.md).
+We do not use ``LightningModule.log``, which takes a quarter of a millisecond per value: it copies
+the description of a metric that can be reduced in many ways. Here the numbers are final, about 45
+per step, and that call took a tenth of the time of the embedded task (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class LoggedRun(Protocol):
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """Values that Lightning shows as logged."""
+        """Values of Lightning's ``logged_metrics``."""
 
     @property
     def strategy(self) -> Placed:
-        """It knows the device."""
+        """The strategy, which knows the device."""
 
     @property
     def loggers(self) -> Sequence[RowLogger]:
@@ -73,8 +73,8 @@ class StepLog:
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
         self._restored: dict[str, float] = {}
-        self.names: set[str] = set()  # all so far, also of gaps
-        self._written = 0  # optimizer steps, up to the last row that the loggers have
+        self.names: set[str] = set()  # all so far, also those logged as None
+        self._written = 0  # the optimizer step of the last row that the loggers have
 
     def add(self, trainer: LoggedRun, values: Mapping[str, float | None]) -> None:
         """Keep values for the next row, and put them into the trainer's ``callback_metrics``."""
@@ -103,7 +103,7 @@ class StepLog:
             logger.save()
 
     def write_once(self, trainer: LoggedRun) -> None:
-        """Write the row, unless the loggers have this optimizer step already."""
+        """Write the row, unless the loggers already have this optimizer step."""
         if self._written != trainer.global_step:
             self._written = trainer.global_step
             self.write(trainer)
@@ -111,7 +111,7 @@ class StepLog:
     def end_step(self, trainer: LoggedRun) -> None:
         """Write the row once; after the last step of a rollout also forget the values.
 
-        So the numbers of a rollout are in the row of each of its steps.
+        So each row of a rollout's steps has the rollout's numbers.
         """
         self.write_once(trainer)
         if ends_rollout(trainer):

@@ -30,7 +30,7 @@ class StepStats:
         self._shown: set[str] = set()
 
     def add_mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add values to a mean; ``mask`` of their shape is nonzero for those that count."""
+        """Add values to a mean; ``mask``, of their shape, is nonzero for those that count."""
         values = values.detach()
         if mask is None:
             mask = torch.ones_like(values, dtype=torch.bool)
@@ -56,7 +56,7 @@ class StepStats:
         self._sums[name] = (value, None)
 
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Keep the largest value; ``mask`` of their shape is nonzero for those that count."""
+        """Keep the largest value; ``mask``, of their shape, is nonzero for those that count."""
         values = values.detach().where(mask != 0, -torch.inf)
         value = values.max() if values.numel() else values.new_full((), -torch.inf)
         value = value.double()

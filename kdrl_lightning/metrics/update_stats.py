@@ -1,4 +1,4 @@
-"""The metrics that every optimizer step measures, whichever forward pass gave its scores."""
+"""The metrics of every optimizer step, whichever forward pass gave its scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
 from kdrl_lightning.metrics.step_stats import Reduce, StepStats
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 
-# Sums over a step that `finish` checks and does not log.
+# Sums over a step that `finish` checks, but does not log.
 BROKEN, READ = "teacher/broken_tokens", "teacher/read_tokens"
 
 
@@ -25,8 +25,8 @@ class UpdateStats:
     - ``rollout/mismatch_kl``: k3 on the student's tokens, an unbiased and non-negative estimate of
       KL(engine || trainer) in nats per token.
     - ``kd/floored_frac``: share of the tokens with a teacher log-probability at ``LOGPROB_FLOOR``.
-    - With a teacher of another tokenizer, of the student's tokens: ``kd/unaligned_frac`` have no
-      score by the teacher; ``kd/chunk_tokens_mean`` and ``_max`` are tokens per chunk.
+    - If the teacher has another tokenizer: ``kd/unaligned_frac`` is the share of the student's
+      tokens without a teacher score; ``kd/chunk_tokens_mean`` and ``_max`` are tokens per chunk.
 
     Attributes:
         loss: loss of the last finished step, over all ranks.

@@ -1,4 +1,4 @@
-"""From prompts to micro-batches: sampling, groups, statistics, and the cut into updates."""
+"""From prompts to micro-batches: sampling, groups, statistics, and the split into updates."""
 
 from kdrl_lightning.common import old_names
 

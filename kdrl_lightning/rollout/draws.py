@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 # Stop if more than this share of the prompts drawn in the last rollouts could not be used.
 MAX_BAD_FRAC, LAST_ROLLOUTS = 0.1, 10
-# A slot stops the run after so many unusable rows; a run warns of so many rows.
+# This many unusable rows in one slot stop the run; it warns of this many rows, then only counts.
 MOST_TRIES, NAMED = 100, 5
 
 
 def draw(prompts: Sequence[T], rows: Iterable[int]) -> tuple[T, list[BadRow]]:
-    """Return the first prompt that can be used, and the errors of the rows before it.
+    """Return the first usable prompt, and the errors of the rows before it.
 
     Args:
         prompts: all prompts; reading one that cannot be used raises ``BadRow``.
@@ -50,7 +50,7 @@ class DrawCounts:
         self._reason = ""
 
     def add(self, prompts: int, skipped: Sequence[BadRow]) -> None:
-        """Count the prompts drawn and the rows skipped, and warn of the first rows skipped."""
+        """Count prompts and skipped rows; warn of the first rows that nobody asked to drop."""
         bad = [error for error in skipped if not error.wished]
         self._drawn += prompts + len(skipped)
         self._skipped += len(skipped)
@@ -63,7 +63,7 @@ class DrawCounts:
                 warnings.warn(f"skipped {error}{more}", stacklevel=2)
 
     def take(self) -> list[float]:
-        """Return prompts drawn, rows skipped, and rows skipped as bad, since the last call."""
+        """Return prompts drawn, rows skipped, and bad rows, counted since the last call."""
         values = [float(self._drawn), float(self._skipped), float(self._bad)]
         self._drawn = self._skipped = self._bad = 0
         return values
@@ -76,7 +76,7 @@ class DrawCounts:
             bad: bad rows among them, summed over all ranks.
 
         Raises:
-            TrainingStopped: more than a tenth of the prompts, and more than one, were bad.
+            TrainingStopped: more than a tenth of their prompts, and more than one, were bad.
         """
         self._last.append((drawn, bad))
         drawn, bad = (sum(values) for values in zip(*self._last, strict=True))

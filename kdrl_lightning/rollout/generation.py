@@ -1,4 +1,4 @@
-"""Turn prompts into judged completions, for training and evaluation alike."""
+"""Sample completions and let the rewards judge them, in training and evaluation."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def sample_and_judge(
 ) -> list[Judged]:
     """Return sampled and judged completions of ``(row, prompt ids)`` pairs.
 
-    Every completion that is not truncated ends with one of the student's end tokens. A teacher can
-    stop at a token that does not end a text of the student, which we replace, or write on after one
-    that does, which we cut off. The text keeps all special tokens except those that begin, end and
-    pad a turn.
+    Every completion that is not truncated ends with one of the student's end tokens. If a teacher
+    stops at another token, we replace that token; if it continues after one of the student's, we
+    cut there. The text keeps special tokens, except the BOS, EOS and padding token and the final
+    end token.
 
     Args:
         engine: samples the completions.
@@ -79,7 +79,7 @@ def sample_and_judge(
         training: whether a failing reward may stop the run.
         source: ``STUDENT`` or ``TEACHER``, whichever samples.
         ends: the student's end tokens; None: only the tokenizer's.
-        translate: writes the completions of a teacher in the student's tokens; None: they are.
+        translate: converts a teacher's completions to the student's tokens; None: they have them.
 
     Returns:
         One entry per completion; completions of a prompt are next to each other.
@@ -109,11 +109,11 @@ def sample_and_judge(
 
 
 def _texts(tokenizer: Tokenizer, completions: Sequence[Completion]) -> list[str]:
-    """Return texts with special tokens, because rewards read tags such as ``<think>``."""
+    """Decode with special tokens, because rewards read tags such as ``<think>``."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     frame = {getattr(tokenizer, name, None) for name in names}
     ids = [
-        # A completion that is not cut ends with an end token; a model may have several of them.
+        # A completion that is not truncated ends with one of the model's end tokens.
         [i for i in (c.ids if c.truncated else c.ids[:-1]) if i not in frame]
         for c in completions
     ]
@@ -124,7 +124,7 @@ def _texts(tokenizer: Tokenizer, completions: Sequence[Completion]) -> list[str]
 
 
 def _ended(completion: Completion, ends: EndTokens, row: Row) -> Completion:
-    """Cut after the student's first end token, and replace another model's end token by it."""
+    """Cut after the student's first end token; if none, replace the teacher's end token by one."""
     ids, logprobs = completion.ids, completion.logprobs
     length = first_end(ids, ends.ids)
     if ids[length - 1] in ends.ids:

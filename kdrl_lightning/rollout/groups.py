@@ -24,11 +24,11 @@ from kdrl_lightning.rollout.prompt_order import (
 )
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
-# Enough tokens to notice other weights, and few compared with a rollout.
+# Enough tokens to notice that weights differ, and few compared with a rollout.
 PROBES, PROBE_TOKENS = 4, 64
 
 
-# Returns the prompt after which the teacher samples, from a row and the student's prompt.
+# Maps a row and the student's prompt ids to the prompt ids after which the teacher samples.
 Ask: TypeAlias = Callable[[Row, list[int]], list[int]]
 
 
@@ -48,7 +48,7 @@ class SampleAndJudge(Protocol):
 
 @dataclass(frozen=True)
 class GroupShare:
-    """The completions that the student, or the teacher, adds to each group.
+    """How many completions student or teacher adds to each group, and how they are sampled.
 
     Attributes:
         source: ``STUDENT`` or ``TEACHER``.
@@ -63,7 +63,7 @@ class GroupShare:
     sampling: Sampling
 
     def asked(self, prompts: list[EncodedPrompt], ask: Ask) -> list[EncodedPrompt]:
-        """Return the prompts after which the share's engine samples."""
+        """Return the prompts for the engine: the student's, or those that ``ask`` gives."""
         if self.source != TEACHER:
             return prompts
         return [(row, ask(row, ids)) for row, ids in prompts]
@@ -74,11 +74,11 @@ class Collector:
     """Fills the groups of a rollout with completions of the student, then of the teacher.
 
     Attributes:
-        slots: the groups of a rollout.
-        student: the student's share of each group.
-        teacher: the teacher's share of each group.
+        slots: gives each group of a rollout its prompt and sampling noise.
+        student: the student's completions of each group.
+        teacher: the teacher's completions of each group.
         teacher_seconds: seconds that the teacher's engine took to generate.
-        repeat: number of rollouts after which the prompts repeat; 0: after all have been used.
+        repeat: number of rollouts after which the prompts repeat; 0: once all have been used.
         only_failed: the teacher adds completions only to groups in which all of the student's are
             wrong.
         counts: counts of the rows drawn and skipped.
@@ -115,15 +115,15 @@ class Collector:
             sample: samples and judges completions.
             route: returns the index of the teacher that scores the completions of a row.
             ask: returns the prompt after which the teacher samples.
-            pad_id: token after the end of a row.
+            pad_id: padding token.
 
         Returns:
             The batch, its groups, and the groups that were replaced.
 
         Raises:
-            TrainingStopped: too many rows of the prompts cannot be used.
+            TrainingStopped: ``MOST_TRIES`` rows in a row cannot be used for one slot.
         """
-        # 1. Sample a group for each of this rank's slots, and another one for a flat group.
+        # 1. Sample a group for each of this rank's slots; replace groups with equal rewards.
         groups, replaced = fill_groups(
             self.slots.of_rank(rank, world_size),
             partial(self._groups, rollout, prompts, sample, ask),
@@ -153,9 +153,10 @@ class Collector:
     def others(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int
     ) -> list[Row]:
-        """Return for each of this rank's groups a row of another prompt, equal on all ranks.
+        """Return a row of another prompt for each of this rank's groups.
 
-        It is the slot's row of the next rollout, which no other slot of this rollout has.
+        It is the slot's row of the next rollout, whatever the number of ranks; no other slot of
+        this rollout has it.
         """
         slots = self.slots.of_rank(rank, world_size)
         return [row for row, _ in self._prompts(rollout + 1, prompts, slots)[0]]
@@ -165,7 +166,7 @@ class Collector:
     ) -> list[Request]:
         """Return the first requests of ``collect`` to engines that can sample during training.
 
-        Whom the teacher answers is not known yet if it answers failed prompts alone.
+        They leave out a teacher that answers only failed prompts, which are not known yet.
         """
         slots = self.slots.of_rank(rank, world_size)
         chosen = self._prompts(rollout, prompts, slots)[0]
@@ -183,7 +184,7 @@ class Collector:
         world_size: int,
         pad_id: int,
     ) -> RolloutBatch:
-        """Return the first tokens of completions of a few prompts of a rollout, without rewards."""
+        """Return short completions of a few of a rollout's prompts, without rewards."""
         slots = self.slots.of_rank(rank, world_size)[:PROBES]
         asked = [ids for _, ids in self._prompts(rollout, prompts, slots)[0]]
         seeds = [self.slots.seeds(rollout, slot, 0, PROBE_NOISE, 1) for slot in slots]
@@ -201,14 +202,14 @@ class Collector:
         return self._sampled(batch)
 
     def _sampled(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch with temperature and exactness of the student's engine."""
+        """Return the batch with the temperature and the ``exact`` flag of the student's engine."""
         student = self.student
         return batch.replace(
             temperature=student.sampling.temperature, engine_exact=student.engine.exact
         )
 
     def _waits(self, share: GroupShare) -> bool:
-        """Return whether a share depends on the verdicts of the student's completions."""
+        """Return whether a share is sampled only after the student's completions are judged."""
         return self.only_failed and share.source == TEACHER
 
     def _version(self, judged: Judged) -> int:
@@ -260,7 +261,7 @@ class Collector:
             judged = sample(share.engine, asked, noise, share.sampling, share.source)
             for k, i in enumerate(places):
                 made = judged[k * share.count : (k + 1) * share.count]
-                # The student reads what the teacher sampled after the student's own prompt.
+                # The student scores the teacher's completions after the student's prompt.
                 groups[i] += [replace(one, prompt_ids=chosen[i][1]) for one in made]
             if share.source == TEACHER:
                 self.teacher_seconds += time.perf_counter() - started

@@ -31,7 +31,7 @@ from kdrl_lightning.rollout.policy import Policy, Run
 from kdrl_lightning.rollout_batch import STUDENT
 
 Groups = list[list[Completion]]
-# Types that a trainer with wider weights computes in, by its precision.
+# Compute types of the mixed precisions, whose weights are kept in a wider type.
 COMPUTING = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -48,8 +48,8 @@ class Request:
 class Ahead:
     """Samples the next rollout in advance, from the weights that the engines hold now.
 
-    One thread per engine waits for its completions; it runs no collective and no reward, and uses
-    none of torch's randomness. ``wait`` and ``over(...).generate`` raise a thread's errors.
+    One thread per engine waits for its completions; it runs no collective and no reward, and does
+    not touch torch's random state. ``wait`` and ``over(...).generate`` raise a thread's errors.
 
     Attributes:
         rollout: index of the rollout sampled in advance; None without one.
@@ -75,7 +75,7 @@ class Ahead:
             Thread(target=_sample, args=(request, version, future), daemon=True).start()
 
     def wait(self) -> None:
-        """Wait until all completions are sampled, and keep them."""
+        """Wait until all completions are sampled; they stay available to ``over``."""
         for _, future in self._jobs:
             future.result()
 
@@ -85,13 +85,13 @@ class Ahead:
         self.rollout, self._jobs = None, []
 
     def over(self, engine: RolloutEngine) -> Taker:
-        """Return an engine that gives the completions sampled in advance and asks for the rest."""
+        """Return an engine that returns completions sampled in advance, and samples all others."""
         return Taker(engine, self._jobs)
 
 
 @dataclass(frozen=True)
 class Taker:
-    """An engine with completions sampled in advance."""
+    """An engine that first looks among completions sampled in advance."""
 
     engine: RolloutEngine
     jobs: list[tuple[Request, Future[Groups]]]
@@ -99,7 +99,7 @@ class Taker:
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> Groups:
-        """Return completions as ``RolloutEngine.generate``; equal seeds find those in advance."""
+        """Return those sampled in advance with these seeds and settings; else sample now."""
         wanted = (self.engine, list(seeds), sampling)
         for request, future in self.jobs:
             if (request.engine, request.seeds, request.sampling) == wanted:
@@ -150,7 +150,7 @@ class LiveSampler:
 
     @property
     def pad_id(self) -> int:
-        """Token after the end of a row: one that student and teacher have an embedding for."""
+        """Padding token, for which both student and teacher have an embedding."""
         tokenizer = self.module.tokenizer
         pad = tokenizer.pad_token_id
         return pad if pad is not None and pad < self.vocabulary_rows else tokenizer.eos_token_id
@@ -166,8 +166,8 @@ class LiveSampler:
         weights = replace(weights, compute_dtype=computing)
         first = engine.version is None
         compares = first and engine.compared and weights.model is self.module.weights().model
-        # Lightning evaluates in inference mode by default. What an engine allocates there could
-        # not take new weights outside of it.
+        # Lightning evaluates in inference mode by default. Weights that an engine allocates there
+        # could not be updated outside of it.
         with torch.inference_mode(False):
             if first:
                 # A teacher's completions stop at the teacher's end tokens.
@@ -184,9 +184,9 @@ class LiveSampler:
         return time.perf_counter() - started
 
     def _compare_moved(self, engine: RolloutEngine, weights: ModelWeights) -> None:
-        """Compare with other values of the weights that hide differences; all ranks must call it.
+        """Compare after moving the weights that are equal in their tensor; all ranks must call it.
 
-        A run that trains will change them; another one never does.
+        Weights that are all 0 or all 1 can hide a difference until training changes them.
         """
         parts = equal_weights(weights.model)
         if not float(self.module.reduce(torch.tensor([float(len(parts))]), "sum")):
@@ -195,7 +195,7 @@ class LiveSampler:
             engine.update_weights(weights, self.trainer.global_step)
             self._compare(engine, weights, MOVED)
         engine.release()
-        engine.version = None  # the weights that it holds are not the student's
+        engine.version = None  # it holds the moved weights
 
     def _compare(self, engine: RolloutEngine, weights: ModelWeights, which: str) -> None:
         """Compare an engine's log-probabilities with the student's; all ranks must call it."""

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 class IndexLoader:
     """Yields ``0 .. length-1``, each modulo ``modulus``.
 
-    It has a length, because Lightning prefetches one batch of a loader without, and every rollout
-    would come from weights one optimizer step old. It has no state, because ``trainer.global_step``
-    decides what to do at an index; the state methods tell Lightning that a resume within an epoch
-    works.
+    It has a length, because Lightning prefetches one batch of a loader without one, and every
+    rollout would then come from weights one optimizer step old. It has no state, because
+    ``trainer.global_step`` decides what to do at an index; the state methods tell Lightning that a
+    run can resume within an epoch.
 
     Args:
         length: number of integers.
-        modulus: integers are taken modulo this; None: they are not.
+        modulus: integers are taken modulo this; None: they stay as they are.
     """
 
     def __init__(self, length: int, modulus: int | None = None) -> None:

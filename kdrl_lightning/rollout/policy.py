@@ -1,4 +1,4 @@
-"""Protocols of the module and the trainer, with all that rollouts use of them.
+"""Protocols with the part of module, trainer and tokenizer that rollouts use.
 
 ``KDRLModule`` is a ``Policy`` and Lightning's ``Trainer`` a ``Run``. Tests of rollouts need neither
 Lightning nor a real run.
@@ -33,10 +33,10 @@ class Tokenizer(Protocol):
 
     @property
     def pad_token_id(self) -> int | None:
-        """The token that pads rows; None without one."""
+        """The token that pads rows; None if the tokenizer has none."""
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
-        """Return the ids of a text, as ``input_ids``."""
+        """Return a mapping whose ``input_ids`` are the token ids of a text."""
 
     def decode(self, token_ids: int) -> str:
         """Return the text of a token."""
@@ -51,7 +51,7 @@ class Tokenizer(Protocol):
         """Return the text of each sequence."""
 
     def save_pretrained(self, save_directory: str) -> object:
-        """Write it to a folder."""
+        """Write the tokenizer's files to a folder."""
 
 
 class Policy(Protocol):
@@ -104,13 +104,13 @@ class Policy(Protocol):
         """Return the batch with the student's scores."""
 
     def score_reference(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch with the initial student's scores, if the objective needs them."""
+        """Return the batch with the reference's scores, if the objective needs them."""
 
     def score_teacher(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the teacher's scores, if there is a teacher."""
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch with what the objective decides once for the whole rollout."""
+        """Return the batch with the fields that the objective sets once per rollout."""
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """Return a tensor reduced over ranks by ``sum`` or ``max``."""
@@ -148,7 +148,7 @@ class Run(Protocol):
 
     @property
     def precision(self) -> str:
-        """Name of the precision, such as ``bf16-mixed``; Lightning's type is wider."""
+        """Name of the precision, such as ``bf16-mixed``."""
 
     @property
     def precision_plugin(self) -> Precision:

@@ -18,9 +18,9 @@ TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE, PROBE_NOISE = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots for groups in each rollout, over all processes.
+    """Numbers the groups of each rollout over all processes; a group's number is its slot.
 
-    A slot's prompt and noise depend only on seed, rollout, slot and attempt.
+    A group's prompt and noise depend only on seed, rollout, slot and attempt.
 
     Attributes:
         settings: numbers of groups, mini-batches and refills of a rollout.
@@ -53,11 +53,11 @@ class Slots:
         ]
 
     def position(self, rollout: int, slot: int, attempt: int) -> int:
-        """Return the position in the stream of prompts, another one for every attempt."""
+        """Return a slot's position in the stream of prompts; each attempt has its own."""
         return (rollout * (1 + self.max_refills) + attempt) * self.count + slot
 
     def seeds(self, rollout: int, slot: int, attempt: int, stream: int, size: int) -> list[int]:
-        """Return the seeds of ``size`` completions."""
+        """Return the seeds of ``size`` completions of a slot; ``stream`` is one of ``*_NOISE``."""
         index = attempt * self.count + slot
         return [noise_seed(self.seed, stream, rollout, index, k) for k in range(size)]
 
@@ -75,7 +75,7 @@ def fill_groups(
 
     Args:
         slots: slots to fill.
-        sample: ``(slots, attempt) -> groups``.
+        sample: ``(slots, attempt) -> groups``, one per slot.
         max_refills: attempts after the first.
 
     Returns:

@@ -34,7 +34,7 @@ from kdrl_lightning.teachers.own_prompt.groups import Group
 
 
 class RolloutSource:
-    """Gives out micro-batches; ``trainer.global_step`` decides of which rollout.
+    """Returns the micro-batches of the rollout that ``trainer.global_step`` belongs to.
 
     Args:
         settings: how rollouts are sampled and used.
@@ -89,10 +89,10 @@ class RolloutSource:
         """Return a micro-batch of the next update; the first one of a rollout makes the rollout."""
         rollout, update = divmod(self.live.trainer.global_step, self.updates)
         if self._teacher_seconds is None:
-            self._teacher_seconds = self.teacher_seconds  # after a resume the checkpoint's
+            self._teacher_seconds = self.teacher_seconds  # after a resume, from the checkpoint
         if self.plan is None or self.plan.rollout != rollout:
             module = self.live.module
-            # Free the old one, and teachers that its updates ran, before the new one is made.
+            # Free the old rollout, and teachers that its updates ran, before making the new one.
             self.plan = None
             module.frozen.release()
             self.plan = self._make(rollout) if not update else self._resumed(rollout)
@@ -101,7 +101,7 @@ class RolloutSource:
         return self.plan.micro_batch(update, micro)
 
     def probe(self) -> RolloutBatch:
-        """Return a few tokens, sampled from the weights that the engine holds now, and scored.
+        """Sample a few tokens from the weights that the engine holds now; return them with scores.
 
         All ranks must call it. ``WeightSyncCheck`` uses it if rollouts come from older weights and
         so cannot show that the sync works.
@@ -133,8 +133,8 @@ class RolloutSource:
         """Restore the totals and the half-used rollout.
 
         Raises:
-            ConfigurationError: the rollout is half used, and a setting that lays out rollouts has
-                changed.
+            ConfigurationError: the rollout is half used, and a setting that decides its completions
+                or updates has changed.
         """
         self.watch.load_state_dict(state_dict["watch"])
         self.collector.teacher_seconds = state_dict.get("teacher_seconds", 0.0)
@@ -173,7 +173,7 @@ class RolloutSource:
         if self.max_off_policy_steps:
             sync_seconds += self._start_next(rollout + 1)
         sampled = time.perf_counter()
-        # 4. Score the completions, prepare the objective, and cut them into updates.
+        # 4. Score the completions, let the objective prepare them, and split them into updates.
         batch = batch.to(module.device)
         waits = self._waits(batch)
         plan = plan_updates(batch, rollout, self._cut(), module, waits, self._guard)
@@ -182,7 +182,7 @@ class RolloutSource:
             "time/sync_s": sync_seconds,
             "time/rollout_s": sampled - started - sync_seconds,
             "time/score_s": time.perf_counter() - sampled,
-            # The teacher's part of the two above, and of the updates since the last rollout.
+            # The teacher's part of the two above and of the updates since the last rollout.
             "time/teacher_s": self.teacher_seconds - (self._teacher_seconds or 0.0),
         }
         self._teacher_seconds = self.teacher_seconds
@@ -225,7 +225,7 @@ class RolloutSource:
         return float(skipped)
 
     def _sync(self, rollout: int) -> float:
-        """Sync the engines to their weights; return the seconds that the student's engine took."""
+        """Sync the engines that need it; return the seconds that the student's engine took."""
         module, share = self.live.module, self.collector.teacher
         seconds = 0.0
         if self.live.ahead.rollout != rollout:
@@ -237,7 +237,7 @@ class RolloutSource:
         return seconds
 
     def _of_teacher(self, engine: RolloutEngine) -> ModelWeights:
-        """Return what the teacher's engine samples from, with the teacher's end tokens."""
+        """Return the weights for the teacher's engine, with the teacher's end tokens."""
         module, teacher = self.live.module, self.live.module.teacher
         if teacher is None:
             return module.weights()
@@ -287,7 +287,7 @@ class RolloutSource:
         return batch, groups, replaced
 
     def _with_others(self, rollout: int, groups: list[list[Judged]]) -> list[Group]:
-        """Return the groups as a teacher's context reads them, with rows of other prompts."""
+        """Return the groups for the teacher's contexts, if needed with rows of other prompts."""
         teacher = self.live.module.frozen.active
         if teacher is None or not any(context.reads_others for context in teacher.contexts):
             return [Group(attempts) for attempts in groups]
@@ -295,7 +295,7 @@ class RolloutSource:
         return [Group(attempts, row) for attempts, row in zip(groups, others, strict=True)]
 
     def _waits(self, batch: RolloutBatch) -> Waits:
-        """Return the scores that updates give anyway and that ``prepare`` does not read.
+        """Return which scores the updates compute anyway and ``prepare`` does not read.
 
         A replay needs scores from before the first update, so with several epochs there are none.
         """
@@ -320,7 +320,7 @@ class RolloutSource:
         )
 
     def _guard(self, work: Callable[[], RolloutBatch]) -> RolloutBatch:
-        """Score with the frozen models; a teacher on a server may fail on one rank alone."""
+        """Score with the frozen models; if a teacher on a server fails on one rank, stop all."""
         module = self.live.module
         return work() if module.frozen.collective else stop_together(work, module.reduce)
 

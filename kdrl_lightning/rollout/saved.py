@@ -1,7 +1,7 @@
 """Save a half-used rollout in a checkpoint, so that a resumed run uses the same completions.
 
-Rows are saved by the slot of their group over all processes, so that a run with another number of
-processes finds its share.
+Rows are saved by their group's slot, its number over all processes, so that a run with another
+number of processes finds its rows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def pack(batch: RolloutBatch, slots: Sequence[int], pad_id: int) -> State | None
 
     Args:
         batch: this rank's completions, scored and prepared.
-        slots: slots of this rank's groups, indexed by ``group_ids``.
-        pad_id: token after the end of a row.
+        slots: slots of this rank's groups (see ``Slots``), indexed by ``group_ids``.
+        pad_id: padding token.
 
     Returns:
         On rank 0 the tensors of all ranks by field name, on the CPU; ``group_ids`` holds the slots,
@@ -54,7 +54,7 @@ def unpack(state: State, slots: Sequence[int]) -> RolloutBatch:
         slots: slots of this rank's groups, in their order.
     """
     known = dict(state)
-    if known.pop("teacher_pending", False):  # 0.1 wrote NaN if the update runs the teacher
+    if known.pop("teacher_pending", False):  # 0.1 wrote NaN scores if updates run the teacher
         known |= dict.fromkeys(TEACHER_FIELDS)
     everything = RolloutBatch(**known)
     rows, groups = [], []

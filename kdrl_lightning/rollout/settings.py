@@ -1,4 +1,4 @@
-"""Settings of how rollouts are sampled and used; slots, source, checks and resume share them."""
+"""Settings of rollouts: how they are sampled, and how updates use them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RolloutSettings:
         minibatches_per_rollout: number of disjoint parts of a rollout; each has whole groups and
             gives one update.
         epochs_per_rollout: number of passes over a rollout.
-        max_off_policy_steps: by how many rollouts the sampling weights may be old. 0: not at all.
+        max_off_policy_steps: how many rollouts old the sampling weights may be. 0: always current.
             1: an engine that can (``VLLMServerEngine``) samples the next rollout while this one
             trains, and importance weights on sampled tokens correct for it.
         rollouts_per_epoch: rollouts of one trainer epoch, after which validation runs; None: enough
@@ -39,7 +39,7 @@ class RolloutSettings:
             and skips those that it does not need.
         mask_truncated: leave completions cut at ``max_tokens`` out of the loss.
         mask_flat_groups: leave groups with equal rewards out of the loss and of its denominators,
-            without a replacement (rejection sampling in Skywork-OR1, arXiv 2505.22312). Without it
+            without a replacement (rejection sampling in Skywork-OR1, arXiv 2505.22312). If false,
             they give no policy gradient, but count as tokens, and a teacher, an entropy bonus and a
             reference KL act on them.
         max_tokens_per_micro_batch: most tokens of a micro-batch, with padding, that fit into

@@ -1,4 +1,4 @@
-"""Measure each rollout, keep the run's totals, and warn if a rollout teaches little."""
+"""Measure each rollout, keep the run's totals, and warn if most of a rollout is of no use."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class RolloutWatch:
         compares_group: bool = True,
         replaced: Sequence[Sequence[Judged]] = (),
     ) -> dict[str, float]:
-        """Return the rollout's metrics; warn once of too many flat groups or cut completions.
+        """Return the rollout's metrics; warn once of too many flat groups or truncated completions.
 
         Args:
             batch: this rank's completions.
             rewards: runner of the rewards, with the failures since the last rollout.
             seconds: seconds of each phase, by metric name.
             reduce: ``(tensor, operation) -> tensor`` over ranks.
-            compares_group: the objective compares the completions of a group.
+            compares_group: whether the objective compares the completions of a group.
             replaced: groups of this rank that were replaced because of equal rewards.
         """
         here = _counts(batch, rewards.take_failures(), replaced)
@@ -142,13 +142,15 @@ class RolloutWatch:
 
 
 class _Counts(NamedTuple):
-    """Sums over a rollout's completions; those without a name are the student's.
+    """Sums over a rollout's completions.
+
+    ``reward``, ``correct``, ``tokens`` and ``truncated`` count the student's completions only.
 
     Attributes:
         by_student: number of completions that the student sampled.
-        groups: number of groups that are used.
+        groups: number of groups in the batch, without replaced ones.
         failures: calls of the reward that failed.
-        all_tokens: tokens of all completions that are used.
+        all_tokens: tokens of all completions in the batch, student's and teacher's.
         refilled: groups that were replaced because of equal rewards.
         dropped: completions of these groups.
     """
@@ -217,8 +219,8 @@ def _counts(batch: RolloutBatch, failures: int, replaced: Sequence[Sequence[Judg
 def part_means(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """Return ``reward/<name>_mean`` of every reward part on any rank; all ranks must call it.
 
-    The mean of a part is over the completions that have it: if each kind of row has its reward,
-    completions differ in their parts.
+    The mean of a part is over the completions that have it: completions differ in their parts if
+    different rows have different rewards.
     """
     here: Sums = {}
     for verdict in verdicts:

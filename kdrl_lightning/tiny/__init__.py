@@ -1,4 +1,4 @@
-"""The embedded task: column addition with written carries, and its teacher and student."""
+"""The embedded task: column addition with written carries, and its small models."""
 
 from kdrl_lightning.tiny.addition import AdditionTraces, ColumnAddition, addition_reward
 from kdrl_lightning.tiny.feedback import AdditionFeedback

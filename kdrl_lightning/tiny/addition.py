@@ -12,7 +12,7 @@ from kdrl_lightning.rewards.answers.references import accepted
 from kdrl_lightning.rewards.base import Sample
 
 SYMBOLS = "0123456789+=,#"
-# How a prompt shows a worked answer to a model that has learned to read one.
+# The prompt that shows a worked answer to a model that has learned to read one.
 READING = "{context}#{prompt}"
 
 
@@ -27,7 +27,7 @@ def worked_answer(a: int, b: int, digits: int, forget: Sequence[bool] | None = N
         digits: columns of the addition, at least 1.
         forget: one flag for each column but the last; ``forget[i]`` drops the carry out of column
             ``i``. The carry out of the last column is the leading digit of the result, so that
-            column has no flag. None forgets none.
+            column has no flag. None keeps all carries.
 
     Raises:
         ConfigurationError: a number does not fit, or ``forget`` has another length.

@@ -1,4 +1,4 @@
-"""Feedback on an addition: which column is wrong, or the right solution."""
+"""A reward with feedback on an addition: the first wrong column, or the right solution."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class AdditionFeedback:
     """Judges an addition as ``addition_reward``, and says what is wrong with a wrong one.
 
     Args:
-        shows: ``column``, the number of the first wrong column, from 1 on, where the result is the
-            last one; ``solution``, the right worked answer, which the embedded reader can read.
+        shows: ``column``, the number of the first wrong column, from 1 on; the result counts as
+            the last one. ``solution``, the right worked answer, which the embedded reader can read.
 
     Raises:
         ConfigurationError: ``shows`` is neither.
@@ -56,7 +56,7 @@ def solution(row: Row) -> str:
 def first_wrong(text: str, right: str) -> int:
     """Return the number of the first column in which two worked answers differ, from 1 on.
 
-    The result after the ``#`` is one column more.
+    The result after the ``#`` counts as the last column.
     """
     columns, given = (t.replace("#", ",", 1).split(",") for t in (right, text))
     same = [a == b for a, b in zip(columns, given, strict=False)]

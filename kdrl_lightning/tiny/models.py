@@ -52,7 +52,7 @@ class Recipe:
     lr: float
     muon: bool
     batch_size: int = 32
-    # Left out of the names of shipped files, which are older.
+    # Not in `repr`, which names the shipped files: those are older than these fields.
     merged: bool = field(default=False, repr=False)
     shown: float = field(default=0.0, repr=False)
 
@@ -71,9 +71,9 @@ class TinyModel(ModelSource):
     """Model source for column addition: unpacks a shipped model, or trains it on first use.
 
     The student has a misconception: the annotator of its training data forgets each carry with
-    probability ``slip``. So the student samples the right step, but rarely. The reader is a student
-    that copies a worked answer if its prompt shows one: its own teacher. Models are kept in the
-    cache folder.
+    probability ``slip``. So the student rarely samples the right step, but sometimes it does. The
+    reader is a student that copies a worked answer if its prompt shows one, so it can teach itself.
+    Models are kept in the cache folder.
 
     Args:
         role: ``teacher`` (correct traces), ``student``, ``reader``, or ``merging_teacher``, a
@@ -105,7 +105,7 @@ class TinyModel(ModelSource):
 
     @property
     def recipe_name(self) -> str:
-        """Name of the settings that determine the weights."""
+        """Name made of the settings that determine the weights."""
         slip = "" if self.role.endswith("teacher") else f"-slip{float(self.slip)!r}"
         recipe = RECIPES[self.role]
         text = f"{recipe!r}, shown={recipe.shown!r}" if recipe.shown else repr(recipe)
@@ -202,7 +202,7 @@ def save_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
         num_attention_heads=recipe.width // 32,
         num_key_value_heads=recipe.width // 32,
         max_position_embeddings=128,
-        # Short sequences: these two make the models learn quickly.
+        # With these two settings models learn quickly on short sequences.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.06,
         tie_word_embeddings=False,
@@ -230,7 +230,7 @@ def make_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Opti
 
 
 class Chained(torch.optim.Optimizer):
-    """Steps several optimizers over disjoint parameters as one, with their parameter groups."""
+    """Combines optimizers over disjoint parameters into one, with their parameter groups."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})

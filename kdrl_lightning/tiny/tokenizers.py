@@ -23,7 +23,7 @@ def make_tokenizer() -> HFTokenizer:
 
 
 def make_merging_tokenizer() -> HFTokenizer:
-    """Return a tokenizer that writes numbers two digits at a time, from the left."""
+    """Return a tokenizer that merges the digits of numbers in pairs, from the left."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def repeatable() -> Iterator[str]:
-    """Lend a temporary folder and one thread; restore threads and random states afterwards.
+    """Yield a temporary folder, with torch on one thread; then restore threads and random states.
 
     With one thread the order of sums, and so the weights, does not depend on the number of cores.
     """
@@ -54,13 +54,13 @@ def train_on_traces(
         traces: rows with a ``prompt`` and a ``completion``, ``steps * batch_size`` of them.
         folder: the Hugging Face folder to write.
         optimizer: makes the optimizer from the parameters.
-        rate: factor of the learning rate by optimizer step, from 0.
+        rate: maps an optimizer step, from 0 on, to a factor of the learning rate.
         steps: number of optimizer steps.
         batch_size: traces per optimizer step; each trace is used once.
-        name: what is made, for the progress bar.
+        name: name of the model, for the progress bar.
         seed: seed of the order of the traces.
-        precision: of the training, as Lightning names it.
-        callbacks: further callbacks.
+        precision: the trainer's precision.
+        callbacks: callbacks besides the progress bar.
     """
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -92,7 +92,7 @@ def train_on_traces(
 
 
 def warmed_up(steps: int) -> Callable[[int], float]:
-    """Return a rate that rises over the first tenth of the steps, then falls to 0.
+    """Return a learning-rate factor that rises over the first tenth of the steps, then falls to 0.
 
     >>> rate = warmed_up(20)
     >>> rate(0), rate(1), rate(11)

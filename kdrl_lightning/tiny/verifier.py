@@ -1,4 +1,4 @@
-"""A verifier that errs on purpose, to try how a method bears it."""
+"""A verifier that errs on purpose, to test how a method copes with it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class ErringVerifier(BatchReward):
     """Another reward, with errors: it accepts some wrong completions and rejects some right ones.
 
     Whether it errs depends on the seed, the prompt and the text alone, so the same completion
-    always gets the same verdict, as with a real verifier that has a gap. An error gives the reward
-    1 or 0. Evaluate with the reward itself: ``RoutedReward`` uses one reward for training rows and
-    another for validation rows (``configs/base/erring_verifier.yaml``).
+    always gets the same verdict, as with a flawed real verifier. A wrong verdict has reward 1 or 0.
+    Evaluate with the reward itself: ``RoutedReward`` uses one reward for training rows and another
+    for validation rows (``configs/base/erring_verifier.yaml``).
 
     Args:
         reward: decides what is right.
         accepts_wrong: fraction of the wrong completions that it accepts, in [0, 1].
         rejects_right: fraction of the right completions that it rejects, in [0, 1].
-        seed: another seed errs on other completions.
+        seed: seed of the errors; another seed errs on other completions.
 
     Raises:
         ConfigurationError: a fraction is outside [0, 1].
@@ -44,7 +44,7 @@ class ErringVerifier(BatchReward):
         self.seed = seed
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge the samples with the reward, and turn some of its verdicts."""
+        """Judge the samples with the reward, and flip some of its verdicts."""
         verdicts = judge(self.reward, samples)
         return [self._turned(v, s) for v, s in zip(verdicts, samples, strict=True)]
 

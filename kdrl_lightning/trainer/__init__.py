@@ -1,1 +1,1 @@
-"""What the library asks of Lightning's Trainer: strategies, checks, run folders, signals."""
+"""Code around Lightning's Trainer: strategies, checks, run folders, signals."""

@@ -1,4 +1,4 @@
-"""Checks at the start what could fail at the end of a run, and writes the student safely."""
+"""Checks at the start what could fail at the end of a run, and writes the trained student."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def check_space(needs: Mapping[Path, int]) -> None:
 
 
 def student_bytes(pl_module: TrainedModule) -> int:
-    """Return the size of the student's weights as a model folder, adapters merged."""
+    """Return the bytes of the student's weights as a model folder, with adapters merged."""
     named = pl_module.weights().model.named_parameters()
     sizes: list[int] = [p.numel() * p.element_size() for n, p in named if not is_adapter(n)]
     return sum(sizes)
 
 
 def checkpoint_bytes(pl_module: TrainedModule) -> int:
-    """Return the size of the weights in a checkpoint, and of what an optimizer adds.
+    """Return the size of a checkpoint: its weights, and the optimizer's state.
 
     A LoRA student's checkpoint holds only the adapters.
     """
@@ -90,7 +90,7 @@ def _moments(pl_module: TrainedModule) -> float:
         optimizer = pl_module.optimizer_callable([weight])
         optimizer.step()
         state = optimizer.state[weight].values()
-    except Exception:  # the optimizer needs more than gradients: count only the weights
+    except Exception:  # it needs more than gradients: count only the weights
         return 0.0
     return sum(v.numel() for v in state if isinstance(v, torch.Tensor)) / weight.numel()
 

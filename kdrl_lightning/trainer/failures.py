@@ -17,7 +17,8 @@ def export_together(trainer: pl.Trainer, write: Callable[[], None], path: str) -
     """Write the student; if the first rank cannot, all ranks stop.
 
     Raises:
-        TrainingStopped: on every rank; the message says which checkpoint holds the student.
+        TrainingStopped: on every rank; the message names the checkpoint that holds the student, if
+            there is one.
     """
 
     def tried() -> None:
@@ -30,7 +31,7 @@ def export_together(trainer: pl.Trainer, write: Callable[[], None], path: str) -
 
 
 def not_exported(trainer: pl.Trainer, path: str, error: BaseException) -> TrainingStopped:
-    """Return the error of a student that could not be written, with the command that writes it."""
+    """Return the error to raise if the student cannot be written; it names the export command."""
     callback = trainer.checkpoint_callback
     names = ("last_model_path", "best_model_path")  # Lightning's callback may know only the best
     saved = next(filter(None, (getattr(callback, name, "") for name in names)), None)
@@ -44,14 +45,14 @@ def not_exported(trainer: pl.Trainer, path: str, error: BaseException) -> Traini
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in one line why something could not be written."""
+    """Return one line that says why something could not be written."""
     cause = cause_of(error)
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 def cause_of(error: BaseException) -> BaseException:
     """Return the system's error, e.g. of a full disk, which torch wraps in another."""
-    if isinstance(error, CheckpointException):  # of all ranks
+    if isinstance(error, CheckpointException):  # it holds the errors of all ranks
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):

@@ -1,4 +1,4 @@
-"""Holds all that this package uses of Lightning beyond its public interface.
+"""Holds everything that this package uses of Lightning beyond its public interface.
 
 Lightning may change private attributes and methods in any release. Each use is a function here, so
 that an upgrade is checked in one file: read the new release's code for the names below, run
@@ -47,9 +47,9 @@ OVERRIDDEN: dict[type, tuple[str, ...]] = {
 
 # `Any` below: Lightning's type of checkpoints, and the other arguments of its methods.
 def dump_checkpoint(trainer: pl.Trainer) -> State:
-    """Return the whole state of a run, as ``Trainer.save_checkpoint`` writes it; collective.
+    """Return a run's state as ``Trainer.save_checkpoint`` writes it; all ranks must call it.
 
-    We do not call ``save_checkpoint``, because it also writes the state, in place.
+    We do not call ``save_checkpoint``, because it also writes the state, and in place.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
@@ -73,7 +73,7 @@ def before_restore(trainer: pl.Trainer, check: Callable[[str | None], None]) -> 
 def before_load(strategy: Strategy, check: Callable[[str], None]) -> None:
     """Call ``check(path)`` before a strategy reads a checkpoint.
 
-    No Lightning hook gets the path before that.
+    No hook of Lightning gets the path before that.
     """
     load = type(strategy).load_checkpoint
 
@@ -100,7 +100,7 @@ def val_check_seconds(trainer: pl.Trainer) -> float | None:
 def stop_after_validation(stopping: EarlyStopping) -> None:
     """Let EarlyStopping look at its metric after each validation, not at the end of an epoch.
 
-    Its constructor's ``check_on_train_epoch_end=False`` does the same, but the user calls it.
+    Its argument ``check_on_train_epoch_end=False`` does the same, but the user builds it.
     """
     stopping._check_on_train_epoch_end = False
 
@@ -115,7 +115,7 @@ def saves_shards(strategy: Strategy) -> bool:
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
     """Set the number of data-parallel processes before the strategy builds its device mesh.
 
-    The constructor takes this number too early: the number of processes is not known then.
+    The constructor takes this number, but does not know the number of processes yet.
     """
     strategy._data_parallel_size = size
 
@@ -126,7 +126,7 @@ def load_weights(
     """Load a checkpoint's weights into a strategy's sharded model.
 
     Returns:
-        The rest of the checkpoint.
+        The checkpoint without the weights.
     """
     assert strategy.model is not None and strategy.lightning_module is not None
     return _load_checkpoint(
@@ -143,7 +143,7 @@ def finds_unused_parameters(strategy: DDPStrategy) -> bool:
 
 
 def handles_failure() -> bool:
-    """Return whether the main thread does what Lightning does after an error, e.g. on_exception."""
+    """Return whether the main thread is in Lightning's error handling, e.g. ``on_exception``."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and frame.f_code is not _interrupt.__code__:
         frame = frame.f_back

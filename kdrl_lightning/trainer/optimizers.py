@@ -80,13 +80,13 @@ def check_step(make: OptimizerCallable) -> None:
 
 
 def state_names(make: OptimizerCallable) -> set[str]:
-    """Return the names of what an optimizer keeps per weight, after a trial on a small one.
+    """Return the names of an optimizer's state per weight, from a trial step on a small one.
 
     Args:
         make: ``parameters -> optimizer``.
 
     Returns:
-        The names; empty if the trial fails, as ``check_step`` explains.
+        The names, e.g. ``exp_avg``; empty if the trial fails.
     """
     weight = nn.Parameter(torch.zeros(8, 8))
     weight.grad = torch.zeros_like(weight)
@@ -101,13 +101,13 @@ def state_names(make: OptimizerCallable) -> set[str]:
 def check_moments(names: set[str], optimizer: Optimizer, state: State) -> None:
     """Check that an optimizer can continue with the moments of a checkpoint.
 
-    torch calls it before it loads them; torch alone fails with a less clear message, or in the
-    first step.
+    torch calls this function before it loads them; torch alone would fail with a less clear
+    message, or in the first step.
 
     Args:
-        names: what the optimizer keeps per weight.
-        optimizer: the run's.
-        state: the checkpoint's ``state_dict`` of an optimizer.
+        names: names of the optimizer's state per weight, see ``state_names``.
+        optimizer: the run's optimizer.
+        state: the optimizer's ``state_dict`` in the checkpoint.
 
     Raises:
         ConfigurationError: it has other parameter groups, or lacks one of ``names``.
@@ -116,7 +116,7 @@ def check_moments(names: set[str], optimizer: Optimizer, state: State) -> None:
         [len(group["params"]) for group in groups]
         for groups in (optimizer.param_groups, state["param_groups"])
     ]
-    # Not weight by weight: Adafactor keeps other moments of a vector than of a matrix.
+    # Not weight by weight: Adafactor keeps different moments for vectors and matrices.
     held = {name for moments in state["state"].values() for name in moments}
     absent = names - held if held else set()
     if sizes[0] == sizes[1] and not absent:
@@ -131,14 +131,14 @@ def check_moments(names: set[str], optimizer: Optimizer, state: State) -> None:
 
 
 def check_length(scheduler: LRScheduler | None, steps: int) -> None:
-    """Check that a schedule continues until the end of a run.
+    """Check that a schedule has enough steps for a run.
 
     Args:
         scheduler: the schedule; None is constant.
         steps: optimizer steps of the run; -1 if it has no limit.
 
     Raises:
-        ConfigurationError: it would raise an error in the run, as OneCycleLR does after its end.
+        ConfigurationError: a OneCycleLR ends before the run, and would then raise an error.
     """
     end = getattr(scheduler, "total_steps", None)
     if isinstance(scheduler, OneCycleLR) and isinstance(end, int) and 0 <= end < steps:
@@ -149,7 +149,7 @@ def check_length(scheduler: LRScheduler | None, steps: int) -> None:
 
 
 def for_lightning(optimizer: Optimizer, scheduler: LRScheduler | None) -> OptimizerLRScheduler:
-    """Return both in the form that ``configure_optimizers`` returns."""
+    """Return optimizer and schedule in the form that ``configure_optimizers`` returns."""
     if scheduler is None:
         return optimizer
     return {
@@ -159,7 +159,7 @@ def for_lightning(optimizer: Optimizer, scheduler: LRScheduler | None) -> Optimi
 
 
 def check_precision(precision: str) -> None:
-    """Refuse to train weights that are too coarse for an update.
+    """Refuse a precision in which small updates of weights would round away.
 
     Args:
         precision: the trainer's ``precision``.
@@ -178,14 +178,14 @@ def check_precision(precision: str) -> None:
 def clip_gradients(
     plugin: Precision, optimizer: Optimizer, value: float | None, algorithm: str | None
 ) -> None:
-    """Clip as Lightning does, also the gradients of a fused optimizer.
+    """Clip gradients as Lightning does, also for a fused optimizer.
 
-    Under ``bf16-mixed`` Lightning refuses those, because such an optimizer may undo a loss scaler's
+    Under ``bf16-mixed`` Lightning refuses fused optimizers, because they may undo a loss scaler's
     factor after the clipping. ``check_precision`` refuses loss scalers.
 
     Args:
         plugin: the trainer's precision plugin.
-        optimizer: its parameters' gradients are clipped in place.
+        optimizer: the optimizer whose gradients are clipped in place.
         value: the largest norm, or value; None or 0 clips nothing.
         algorithm: ``norm`` or ``value``; None: ``norm``.
     """

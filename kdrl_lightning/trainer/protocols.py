@@ -1,8 +1,8 @@
-"""What callbacks, checkpoints and checks use of the module and the data module.
+"""Protocols with the parts of module and data module that callbacks and checks use.
 
-Lightning types them as any ``LightningModule`` and not at all; ``trained`` and ``rollout_data`` say
-here which part of ``KDRLModule`` and ``RolloutDataModule`` the code may use.
-``rollout/policy.py`` says what rollouts use of the module.
+Lightning types the module as any ``LightningModule`` and the data module not at all; ``trained``
+and ``rollout_data`` return them as the protocols of this file.
+``rollout/policy.py`` has the part of the module that rollouts use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class TrainedModule(Policy, Protocol):
-    """A ``Policy`` with what the code around a training run uses besides."""
+    """A ``Policy``, and what else callbacks, checkpoints and checks use of the module."""
 
     @property
     def optimizer_callable(self) -> Callable[..., torch.optim.Optimizer]:
@@ -46,13 +46,13 @@ class TrainedModule(Policy, Protocol):
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that were left out because of a non-finite gradient."""
+        """Optimizer steps skipped so far because loss or gradient was not finite."""
 
     def base_digest(self) -> str:
-        """Return the checksum of the base model's weights under adapters."""
+        """Return a checksum of a LoRA student's base model; all ranks must call it."""
 
     def completed(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the latest micro-batch with all scores that its update used."""
+        """Return the micro-batch of the latest ``training_step`` with all scores that it used."""
 
     def log_step(self, values: Mapping[str, float | None]) -> None:
         """Log values of the current optimizer step."""
@@ -62,11 +62,11 @@ class TrainedModule(Policy, Protocol):
         """Names that ``log_step`` got so far, with or without a value."""
 
     def write_step(self) -> None:
-        """Write the row of the current optimizer step now."""
+        """Hand the numbers of the finished step to the loggers, once."""
 
 
 class RolloutData(Protocol):
-    """The part of ``RolloutDataModule`` that the code around a training run uses."""
+    """The part of ``RolloutDataModule`` that callbacks and checks use."""
 
     rollout_engine: RolloutEngine
     collector: Collector
@@ -80,19 +80,19 @@ class RolloutData(Protocol):
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps on one rollout."""
+        """Optimizer steps taken on one rollout."""
 
     @property
     def completions_per_prompt(self) -> int:
-        """Size of a group."""
+        """Size of a group: the student's completions and the teacher's."""
 
     @property
     def teacher_seconds(self) -> float:
-        """Time that the teacher took so far."""
+        """Seconds that the teacher has taken so far, to generate and to score."""
 
     @property
     def watch(self) -> RolloutWatch:
-        """What the run's rollouts were like."""
+        """Statistics of the run's rollouts."""
 
     def evaluate(
         self,
@@ -101,22 +101,22 @@ class RolloutData(Protocol):
         prompt_of: Callable[[Row], list[int] | None] | None = None,
         most: float = float("inf"),
     ) -> float:
-        """Return a model's accuracy on the first validation set, perhaps after other prompts."""
+        """Return a model's accuracy on the first validation set; all ranks must call it."""
 
     def cannot_evaluate(self, weights: ModelWeights) -> str:
-        """Return why a model cannot be sampled from; empty if it can."""
+        """Return why ``evaluate`` cannot sample from a model; empty if it can."""
 
     def probe(self) -> RolloutBatch:
-        """Return a few scored completions of the engine's current weights."""
+        """Return a few tokens sampled from the engine's current weights, with scores."""
 
 
 def student_of(module: TrainedModule) -> torch.nn.Module:
-    """Return the student of a run, which is loaded by then."""
+    """Return a run's student; call it after ``configure_model``, which loads it."""
     assert module.student is not None
     return module.student
 
 
-# Lightning sets the next two on a trainer without declaring them.
+# Lightning sets the attributes that the next two functions read without declaring them.
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return the trainer's callbacks."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -34,17 +34,16 @@ def run_folder(trainer: pl.Trainer, file: str | None = None) -> Path:
     """Return the folder of a trainer's run, the same on all ranks; the first call reserves it.
 
     With a logger it is ``save_dir/name/version``, as for Lightning's checkpoints. Without a logger
-    it is ``default_root_dir``. If another run uses it, the run takes the next free folder next
-    to it, or, without a logger, ``version_1``, ``version_2``, ... inside it. A resumed run also
-    counts as another run.
+    it is ``default_root_dir``. If another run has it, the run takes the next free folder beside it
+    (``-1``, ``-2``, ...) or, without a logger, inside it (``version_1``, ``version_2``, ...). A
+    resumed run gets a new folder, too.
 
-    The first call is collective: all ranks must make it. A trial run (``fast_dev_run``) reserves
-    nothing.
+    All ranks must make the first call. A trial run (``fast_dev_run``) reserves nothing.
 
     Args:
         trainer: the run's trainer.
         file: the only file that the run writes; None: it writes several. With one file, a folder
-            is free if it lacks this file, and the file's name with ``.part`` reserves it.
+            is free if it lacks this file, and an empty file ``<file>.part`` reserves it.
 
     Raises:
         ConfigurationError: on every rank, if the first one cannot create it.
@@ -72,11 +71,11 @@ def reserved_folder(trainer: pl.Trainer) -> Path | None:
 
 
 def hold(folder: Path) -> int | None:
-    """Mark the run of a folder as alive until ``os.close``, or the end of this process.
+    """Lock a run's folder, which marks the run as alive, until ``os.close`` or the process ends.
 
     Returns:
-        The file descriptor to close; None if it is alive already, or if the file system has no
-        locks.
+        The file descriptor to close; None if the folder is already locked, or if the file system
+        has no locks.
     """
     try:
         held = os.open(folder / MARK, os.O_RDWR | os.O_CREAT)
@@ -101,10 +100,10 @@ def is_alive(folder: Path) -> bool:
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
-    """Return the checkpoint folders of all runs under the same name; not collective.
+    """Return the checkpoint folders of all runs under the same name; any rank may call it.
 
     If the logger continues a run by its version (e.g. a run id), and that run has checkpoints, only
-    its folders are returned.
+    that run's folders are returned.
     """
     parent, name = _place(trainer)
     if name == Path():
@@ -112,14 +111,14 @@ def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     if name is None:
         return list(parent.glob("*/checkpoints"))
     runs = [parent / name, *parent.glob(f"{escape(str(name))}-*")]
-    named = not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger)  # or counted
+    named = not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger)  # these number runs
     if named and any(True for run in runs for _ in run.glob("checkpoints/step=*.ckpt")):
         return [run / "checkpoints" for run in runs]
     return list(parent.glob("/".join(["*"] * len(name.parts)) + "/checkpoints"))
 
 
 def _place(trainer: pl.Trainer) -> tuple[Path, Path | None]:
-    """Return the folder of all runs under a name, and this run's in it; None if not known yet."""
+    """Return the parent folder of all runs of a name, and this run's path in it, if known yet."""
     logger = next(iter(trainer.loggers), None)
     if logger is None:
         return Path(trainer.default_root_dir), Path()
@@ -188,12 +187,12 @@ def _defaults(logger: type) -> list[object]:
 class RunConfig(SaveConfigCallback):
     """Writes the command line's whole configuration as ``config.yaml`` into the run folder.
 
-    It waits until the models are loaded, so a run that is refused before leaves no file.
+    It waits until the models are loaded, so a run that is refused earlier leaves no file.
     Subcommands other than ``fit`` write it if a logger gives them a folder.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Do nothing yet."""
+        """Do nothing; Lightning would already write the file here."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""

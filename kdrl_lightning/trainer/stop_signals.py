@@ -24,7 +24,7 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
-    """Records SIGTERM, SIGHUP and Ctrl-C until the ranks ask; a second Ctrl-C stops at once.
+    """Records SIGTERM, SIGHUP and Ctrl-C until ``agreed`` is called; a second Ctrl-C stops at once.
 
     It replaces Lightning's handlers, one of which runs a collective inside the signal handler.
 
@@ -52,11 +52,11 @@ class StopSignals:
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def agreed(self, reduce: Callable[[Tensor, str], Tensor]) -> int:
-        """Return the number of a signal that reached one of the ranks, or 0; all must ask."""
+        """Return the number of a signal that reached any rank, or 0; all ranks must call it."""
         return int(reduce(torch.tensor(float(self._number)), "max"))
 
     def explain(self, error: BaseException) -> None:
-        """Attach a signal to an error that it may have caused, e.g. by ending an engine's process.
+        """Attach a recorded signal to an error that it may have caused, e.g. by ending an engine.
 
         ``python -m kdrl_lightning`` then reports the signal instead of the error. A Ctrl-C before
         the first step, or after the last one (in the export), raises Python's KeyboardInterrupt,
@@ -85,7 +85,7 @@ class StopSignals:
 
 
 def _leave_terminal() -> None:
-    """Send output to nowhere if it went to a terminal: writing to a closed one is an error."""
+    """Discard output that went to a terminal, because writing to a closed one is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if os.isatty(descriptor):

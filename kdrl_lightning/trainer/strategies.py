@@ -1,4 +1,4 @@
-"""Strategy flags: ``fsdp2`` and ``fsdp2_full`` over Lightning's ModelParallelStrategy."""
+"""The strategies ``fsdp2`` and ``fsdp2_full``, and what ends the processes of a failed run."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from kdrl_lightning.trainer.internals import (
 from kdrl_lightning.trainer.stop_signals import NAMES as SIGNALS
 
 GRACE_S = 5.0
-WAITS_S = 15.0  # for processes that end by themselves
-SAVES_S = 60.0  # for this process, to save its student after an error
-# Exit codes if a signal ends a process before it handles signals itself and prints a message.
+WAITS_S = 15.0  # for processes to end by themselves
+SAVES_S = 60.0  # for this process to save its student after an error
+# Exit codes of a process that a signal ends before it can handle signals and print a message.
 EARLY = {-number: 128 + number for number in SIGNALS}
 NAMES = {128 + number: name for number, name in SIGNALS.items()}
 REFUSED = ("fsdp", "fsdp_cpu_offload")
@@ -47,11 +47,11 @@ REFUSED = ("fsdp", "fsdp_cpu_offload")
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards student, teacher and reference over all processes of all nodes (FSDP2).
 
-    With ``--trainer.strategy fsdp2`` a checkpoint is a folder, to which each rank writes its part;
-    with ``fsdp2_full`` rank 0 gathers all parts and writes one file.
+    With ``--trainer.strategy fsdp2`` each rank writes its shards to a checkpoint folder; with
+    ``fsdp2_full`` rank 0 gathers all shards and writes one file.
 
     Args:
-        save_distributed_checkpoint: write a folder of parts; if false, one file.
+        save_distributed_checkpoint: write a folder of shards; if false, one file.
         process_group_backend: backend of torch.distributed; None: the device's default.
         timeout: time limit of a collective.
         reduce_each_micro_batch: reduce gradients after every micro-batch. By default they are
@@ -71,7 +71,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients on their ranks inside: Lightning calls it for all micro-batches but one.
+        """Keep gradients on their ranks, for all micro-batches of a step but the last.
 
         Lightning's method supports only DDP.
         """
@@ -88,7 +88,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def setup_environment(self) -> None:
-        """Make every process data-parallel; Lightning's "auto" would make one per node so."""
+        """Make every process data-parallel; Lightning's "auto" would make only one per node so."""
         set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
@@ -118,11 +118,11 @@ def register() -> None:
 
 
 def end_with_children() -> None:
-    """Let the launching process exit with the code of the others if one of them ends first.
+    """Let the launching process exit with the code of a process that it started, if that fails.
 
-    Lightning would kill the launching process with -9, because it may be waiting in C++ code, where
-    Python handles no signal, e.g. at the start of a process group. Then Ctrl-C would not exit with
-    130.
+    Lightning would kill the launching process with SIGKILL, because it may be waiting in C++ code,
+    where Python handles no signal, e.g. at the start of a process group. Then Ctrl-C would not exit
+    with 130.
     """
 
     def end(children: Sequence[Popen[bytes]], kill_all: Callable[[], None]) -> None:
@@ -133,12 +133,12 @@ def end_with_children() -> None:
             return
         time.sleep(GRACE_S)  # runs in a thread; processes that can end by themselves do so now
         if handles_failure():
-            time.sleep(SAVES_S)  # it saves the student, and then says what is wrong
+            time.sleep(SAVES_S)  # it saves the student, then reports its error
         for child in children:
             child.kill()
         if code not in raw:
             os.write(2, f"error: stopped by {NAMES[code]}: nothing was saved.\n".encode())
-        elif code in NAMES and not has_spoken():  # it ended in the middle of its message
+        elif code in NAMES and not has_spoken():  # it ended before its message was complete
             cure = "`--ckpt_path last` continues from the newest checkpoint, if there is one"
             os.write(2, f"error: stopped by {NAMES[code]}: {cure}.\n".encode())
         os._exit(code)
@@ -149,17 +149,17 @@ def end_with_children() -> None:
 def end_children(strategy: Strategy, error: BaseException) -> None:
     """End the processes that Lightning's launcher started, after an error in this one.
 
-    If this process fails alone, they wait for it in a collective: with NCCL for half an hour, also
-    after this process has ended. If all fail together, they end by themselves.
+    If this process fails alone, they wait for it in a collective: with NCCL for half an hour, even
+    after this process has ended. If all fail, they end by themselves.
 
     Args:
         strategy: the run's strategy.
-        error: what ends the run; after a signal all processes end by themselves.
+        error: the error that ends the run; after a signal all processes end by themselves.
     """
     children: list[Popen[bytes]] = getattr(strategy.launcher, "procs", [])
     if not isinstance(error, Exception) or isinstance(error, Interrupted):
         return
-    # Lightning watches this list, and would kill this process before it has said what is wrong.
+    # Lightning watches this list, and would kill this process before it reports its error.
     waiting = list(children)
     children.clear()
     deadline = time.monotonic() + WAITS_S
@@ -188,7 +188,7 @@ def refuse_fsdp1(strategy: object) -> None:
 
 
 def check_unreached(strategy: Strategy, unreached: list[str]) -> None:
-    """Refuse DDP, which waits for a gradient of each parameter, if some may get none.
+    """Refuse DDP, which waits for a gradient of every parameter, if some may get none.
 
     Raises:
         ConfigurationError: the strategy is DDP and does not look for unused parameters.

@@ -1,4 +1,4 @@
-"""From a rollout to optimizer steps: the cut into micro-batches, their scores, and the plan."""
+"""From a rollout to optimizer steps: the split into micro-batches, their scores, and the plan."""
 
 from kdrl_lightning.rollout.updates.cut import Cut
 from kdrl_lightning.rollout.updates.partition import partition

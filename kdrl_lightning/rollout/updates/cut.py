@@ -1,4 +1,4 @@
-"""How rollouts are cut into updates and micro-batches."""
+"""Splits rollouts into updates and micro-batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdrl_lightning.teachers.base import Teacher
 
 @dataclass(frozen=True)
 class Cut:
-    """How rollouts are cut into updates.
+    """Sizes of the updates and passes that a rollout is split into.
 
     Attributes:
         minibatches: number of disjoint parts; each has whole groups and gives one update.
@@ -21,8 +21,8 @@ class Cut:
         max_micro_tokens: most tokens of a micro-batch, with padding.
         frozen_tokens: most tokens, with padding, of joined micro-batches that teacher and reference
             score in one pass; 0: they score each micro-batch alone.
-        teacher: the teacher, if it reads other tokens than the student; ``max_micro_tokens`` limits
-            its passes by these.
+        teacher: the teacher, if it reads other tokens than the student; ``max_micro_tokens`` then
+            counts the teacher's tokens in its passes.
     """
 
     minibatches: int

@@ -1,9 +1,9 @@
 """Cut the completions of one optimizer step into micro-batches.
 
 We sort the rows by length and cut them into contiguous parts, so that there is little padding.
-Among the cuts with at most one percent more padded tokens than the best one, we take the cut with
-the smallest largest part. The least padding can put all long rows into one part; a token limit, for
-memory, comes first.
+Among the cuts with at most one percent more padded tokens than the best one, we take the cut whose
+largest part is smallest, because the least padding can put all long rows into one part. A token
+limit, which protects memory, comes before both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def partition(
     Args:
         lengths: number of tokens of each row.
         parts: number of micro-batches, at most the number of rows.
-        max_tokens: most tokens of a part, with padding. It is kept if possible, which it always is
-            from ``ceil(rows / parts)`` times the longest row on.
+        max_tokens: most tokens of a part, with padding. It is kept if possible: always if it is at
+            least ``ceil(rows / parts)`` times the longest row.
 
     Returns:
         ``parts`` non-empty lists of row indices, shortest rows first.
@@ -76,18 +76,18 @@ def teacher_passes(
     max_tokens: float,
     reduce: Callable[[Tensor, str], Tensor],
 ) -> Iterator[list[int]]:
-    """Yield the rows of each pass of a teacher, within a limit that counts its own tokens.
+    """Yield the rows of each pass of a teacher, within a limit on the teacher's own tokens.
 
-    A row that is longer than the limit is a separate pass. Each part is asked for only when the
-    one before it was scored, because its completions may still be aligned.
+    A row that is longer than the limit gets a pass of its own. Read the generator while you score:
+    each part's lengths wait for the alignment of its completions with the teacher's tokens.
 
     Args:
         parts: lists of rows of ``batch``, within the limit for the student.
         batch: all completions.
-        teacher: the teacher, if it reads other tokens than the student; None: parts stay.
+        teacher: the teacher, if it reads other tokens than the student; None: parts stay whole.
         max_tokens: most tokens of a pass, with padding.
         reduce: reduces a tensor over ranks by ``sum`` or ``max``. Ranks that score together need
-            equally many passes, so some may score a row again.
+            equally many passes, so a rank with fewer scores a row again.
     """
     for rows in parts:
         if teacher is None or isinf(max_tokens):
@@ -102,7 +102,7 @@ def teacher_passes(
 
 
 def _fewest(lengths: list[int], max_tokens: float) -> list[list[int]]:
-    """Return the fewest parts within the limit, or each row alone.
+    """Return the fewest parts within the limit; at worst each row alone.
 
     >>> _fewest([4, 9, 3, 20], 10)
     [[2, 0], [1], [3]]
@@ -143,7 +143,7 @@ def _add_part(ordered: Floats, total: Floats, part: int, limit: float) -> tuple[
     between the answers of its two solved neighbours: ``O(n log n)`` instead of ``O(n^2)``.
 
     Returns:
-        The fewest padded tokens up to each end, and the last row of the part before.
+        The fewest padded tokens up to each end, and the last row of the part before it.
     """
     ends = len(ordered) - part
     start, value = np.zeros(ends, dtype=np.int64), np.empty(ends)

@@ -28,7 +28,7 @@ __getattr__ = old_names.names_of("kdrl_lightning.rollout.updates.scoring")
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """A scored rollout and its cut into updates.
+    """A scored rollout, split into updates.
 
     Attributes:
         rollout: index of the rollout.
@@ -92,7 +92,7 @@ def plan_updates(
     waits: Waits,
     guard: Guard = unguarded,
 ) -> RolloutPlan:
-    """Return a new rollout, scored and cut into optimizer steps.
+    """Return a new rollout, scored and split into optimizer steps.
 
     The student scores the same micro-batches that the updates use. So old log-probabilities equal
     those of the first update bit for bit, and scoring needs no more memory than an update. Teacher
@@ -103,8 +103,8 @@ def plan_updates(
         batch: this rank's completions; groups are in the order of their mini-batches.
         rollout: index of the rollout.
         cut: sizes of the updates.
-        scoring: scores and prepares.
-        waits: scores that the updates give.
+        scoring: scores and prepares the batch.
+        waits: scores that need no separate pass, because the updates give them.
         guard: runs the scoring of the frozen models.
     """
     # 1. Cut the rows into updates and micro-batches.
@@ -132,7 +132,7 @@ def resume_updates(
     waits: Waits,
     guard: Guard = unguarded,
 ) -> RolloutPlan:
-    """Return a checkpoint's rollout, which is scored and prepared already, cut into updates.
+    """Split a checkpoint's rollout, which is already scored and prepared, into updates.
 
     Args:
         batch: this rank's completions.
@@ -140,7 +140,7 @@ def resume_updates(
         cut: sizes of the updates.
         scoring: scores with the teacher if the earlier run left that to its updates and this run
             does not.
-        waits: scores that the updates give.
+        waits: scores that need no separate pass, because the updates give them.
         guard: runs the scoring of the teacher.
     """
     updates = cut.updates(batch)
@@ -170,7 +170,7 @@ def _plan(
 def step_totals(
     batch: RolloutBatch, max_tokens: int, reduce: Callable[[Tensor, str], Tensor]
 ) -> StepTotals:
-    """Return an optimizer step's counts over all ranks, from this rank's completions of it."""
+    """Return an optimizer step's counts over all ranks, from this rank's completions."""
     here = batch.count(max_tokens)
     counts = torch.tensor(
         [

@@ -1,4 +1,4 @@
-"""Scores a rollout: the student, the reference and the teacher, each in passes of its size."""
+"""Scores a rollout with student, reference and teacher, each in passes of its own size."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TEACHER_FIELDS = (
     "teacher_topk_logprobs",
     "teacher_tail_logprobs",
 )
-# Most tokens of one pass by teacher or reference. It keeps no activations for a gradient, so it can
-# be larger than a micro-batch.
+# Most tokens of one pass by teacher or reference. Such a pass keeps no activations for a gradient,
+# so it can be larger than a micro-batch.
 FROZEN_TOKENS = 4096
-# A layer repeats a prompt's keys and values for each row; these may be so many times the tokens.
+# A layer repeats a shared prompt's keys and values for each row: up to this many times the tokens.
 REPEATED = 4
 
 
@@ -44,7 +44,7 @@ class Scoring(Protocol):
         """Return the batch with the teacher's scores, if there is a teacher."""
 
     def prepare(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch with what the objective decides once for the whole rollout."""
+        """Return the batch with the fields that the objective sets once per rollout."""
 
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """Return a tensor reduced over ranks by ``sum`` or ``max``."""
@@ -72,8 +72,8 @@ def score_frozen(
         batch: this rank's completions.
         parts: rows of each micro-batch.
         cut: limits of a pass.
-        scoring: scores.
-        waits: scores that the updates give.
+        scoring: runs the models.
+        waits: scores that need no separate pass, because the updates give them.
     """
     wide = joined(parts, batch, cut.frozen_tokens)
     batch = scored(batch, wide, scoring.score_reference, ("ref_logprobs",))
@@ -89,7 +89,7 @@ def score_taught(
     teacher, tokens, limit = cut.teacher, cut.frozen_tokens, cut.max_micro_tokens
     read = batch if batch.teacher_prompt_ids is None else _by_prompt(as_read(batch))
     passes: Iterable[list[int]]
-    if teacher is not None and teacher.aligns:  # later completions may still be aligned
+    if teacher is not None and teacher.aligns:  # it may still align later completions
         wide = joined(parts, read, tokens)
         passes = teacher_passes(wide, batch, teacher, limit, scoring.reduce)
     else:
@@ -99,12 +99,12 @@ def score_taught(
 
 
 def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> list[list[int]]:
-    """Return parts, with neighbours joined if that adds no tokens; a prompt counts once per part.
+    """Join neighbouring parts if that adds no tokens; a shared prompt counts once per part.
 
     Args:
         parts: lists of rows of ``batch``.
         batch: all completions.
-        max_tokens: most tokens of a joined part, with padding. With the prompt counted in each of
+        max_tokens: most tokens of a joined part, with padding. If the prompt is counted in each of
             its rows, the limit is ``REPEATED`` times that.
     """
     prompts: list[int] = batch.prompt_lengths.tolist()
@@ -129,9 +129,9 @@ def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> li
 
 
 def _by_prompt(batch: RolloutBatch) -> RolloutBatch:
-    """Return a batch whose groups are the rows with one prompt.
+    """Return the batch with new groups: the rows with equal prompts.
 
-    Prompts of the teacher can differ within a group of the student, and be equal in two.
+    The teacher's prompts can differ within a group of the student, and be equal in two groups.
     """
     place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     prompts = batch.input_ids.masked_fill(place >= batch.prompt_lengths[:, None], -1)
@@ -144,7 +144,7 @@ def scored(
     score: Callable[[RolloutBatch], RolloutBatch],
     names: tuple[str, ...],
 ) -> RolloutBatch:
-    """Return the batch with the fields ``names`` from ``score`` of each part; other rows get 0."""
+    """Return the batch with the fields ``names`` from scoring each part; other rows get 0."""
     whole: dict[str, Tensor] = {}
     for rows in parts:
         part = score(batch.select(rows))

@@ -1,4 +1,4 @@
-"""Whether a machine has the devices that a configuration names, their room and their results."""
+"""Checks that a run's devices exist, have enough memory, and compute the right scores."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kdrl_lightning.teachers.frozen import FrozenModels
 
 
 def check_devices(accelerator: object, devices: object) -> None:
-    """Check a trainer's flags for GPUs before the trainer is made.
+    """Check that the GPUs that a trainer's flags name exist, before the trainer is made.
 
     Lightning's messages do not say why there is no GPU, or what to do.
 
     Args:
-        accelerator: the flag of that name.
-        devices: the flag of that name: a number, or indices.
+        accelerator: value of the flag ``accelerator``.
+        devices: value of the flag ``devices``: a number, or indices.
 
     Raises:
-        ConfigurationError: torch finds no GPU, or no GPU of that index.
+        ConfigurationError: torch finds no GPU, or none with such an index.
     """
     if accelerator not in ("gpu", "cuda", "auto"):
         return
@@ -57,9 +57,9 @@ def check_memory(path: str, device: torch.device, ranks: int, adapters: bool) ->
 
     Args:
         path: folder or hub name of the student.
-        device: on which it is trained.
+        device: the device that trains it.
         ranks: devices that share the weights; 1 unless they are sharded.
-        adapters: only adapters are trained, whose size is not counted.
+        adapters: whether only adapters are trained; their size is not counted.
 
     Raises:
         ConfigurationError: the GPU is too small.
@@ -126,13 +126,13 @@ def check_fast_paths(
     All ranks must call it.
 
     Args:
-        trainer: its device and precision are the run's.
+        trainer: the run's trainer, for device and precision.
         student: the student, how its layers run, and its name.
         frozen: teacher and reference.
         reduce: ``(tensor, "sum") -> tensor`` over ranks.
 
     Raises:
-        ConfigurationError: a kernel fails, or gives other scores.
+        ConfigurationError: a kernel fails, or gives different scores.
     """
     if trainer.strategy.root_device.type != "cuda":
         return

@@ -16,7 +16,7 @@ from kdrl_lightning.teachers.base import Teacher
 
 
 def check_groups(settings: RolloutSettings, teacher_completions: int) -> None:
-    """Check that a group has completions.
+    """Check that a group has at least one completion.
 
     Raises:
         ConfigurationError: the group is empty.
@@ -48,7 +48,7 @@ def check_policy(
     settings: RolloutSettings,
     engine: RolloutEngine,
 ) -> None:
-    """Check that engine and teacher support these rollouts; warn of uncorrected stale ones.
+    """Check that engine and teacher support the rollouts; warn if stale ones are not corrected.
 
     Raises:
         ConfigurationError: the engine takes no weights, or the teacher refuses the temperature.
@@ -74,10 +74,10 @@ def check_policy(
 def check_completions(
     objective: Objective, settings: RolloutSettings, teacher_share: GroupShare, reward: Reward
 ) -> None:
-    """Check that the objective can use such groups, and that the reward has their length.
+    """Check that the objective can use the groups, and that a length reward has the same limit.
 
     Raises:
-        ConfigurationError: the objective cannot use them, or the lengths differ.
+        ConfigurationError: the objective cannot use them, or the ``max_tokens`` differ.
     """
     name = type(objective).__name__
     if isinstance(objective, SFT) and settings.group_size:
@@ -114,7 +114,7 @@ def check_teacher_completions(
     Args:
         objective: the loss.
         teacher: the teacher of the configuration.
-        share: the completions that it adds to a group.
+        share: how the teacher samples completions of a group.
         engine: samples the student's completions.
 
     Raises:
@@ -158,14 +158,14 @@ def check_teacher_completions(
 
 
 def check_contexts(teacher: Teacher, completions: int) -> None:
-    """Check that a group has what the teacher's context is made of.
+    """Check that a group has a second completion if the teacher's context shows one.
 
     Args:
         teacher: the teacher of the configuration.
         completions: completions per prompt, of student and teacher.
 
     Raises:
-        ConfigurationError: the context is another completion of a group of one.
+        ConfigurationError: a group has one completion, and the context shows another one.
     """
     siblings = [context for context in teacher.contexts if context.reads_siblings]
     if siblings and completions < 2:

@@ -1,4 +1,4 @@
-"""What the trainer's limits leave of a run: steps, time, and batches of training and evaluation."""
+"""Checks what the trainer's limits leave of a run: steps, time and batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def check_limits(trainer: Trainer) -> None:
     """Refuse limits of the trainer with which a run would end before its first step.
 
     Raises:
-        ConfigurationError: `max_steps`, `max_epochs` or `max_time` leave nothing, or
-            `val_check_interval` or `check_val_every_n_epoch` is not above 0, or the former is a
-            time and there are several processes, which would not validate together.
+        ConfigurationError: ``max_steps``, ``max_epochs`` or ``max_time`` leaves nothing;
+            ``val_check_interval`` or ``check_val_every_n_epoch`` is not above 0; or the former is a
+            time and there are several processes, which would not validate at the same step.
     """
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:
@@ -76,7 +76,7 @@ def check_train_batches(trainer: Trainer, length: int) -> None:
 
 
 def check_evaluated_batches(trainer: Trainer, name: str, lengths: Sequence[int]) -> None:
-    """Check that a share of the evaluation's batches leaves one of each set.
+    """Check that a limit of the evaluation leaves a batch of each set, unless it is 0.
 
     Args:
         trainer: the run's trainer.
@@ -134,7 +134,7 @@ def overfit_rollouts(trainer: Trainer, settings: RolloutSettings, length: int) -
 
 
 def nothing_trained(trainer: Trainer) -> str:
-    """Return why a run that continues a checkpoint took no step, with the cure."""
+    """Return why a resumed run took no optimizer step, with a cure if there is one."""
     reached = {
         "max_steps": (trainer.global_step, trainer.max_steps),
         "max_epochs": (trainer.current_epoch, trainer.max_epochs),

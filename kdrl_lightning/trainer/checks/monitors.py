@@ -1,4 +1,4 @@
-"""Checks that the metrics that callbacks monitor are logged, as early as this can be known."""
+"""Checks as early as possible that the metrics that callbacks monitor are logged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ KNOWN = ("kdrl_lightning.", "lightning.")
 
 
 def check_validated(trainer: pl.Trainer) -> None:
-    """Check that metrics of the validation that callbacks monitor come with a validation.
+    """Check that there is a validation if callbacks monitor its metrics.
 
-    EarlyStopping then looks at its metric after each validation. Lightning looks at it at the end
-    of an epoch: if ``max_steps`` ends the epoch before its validation, the metric is missing, and
-    the run would fail after its last step.
+    Also let EarlyStopping check its metric after each validation. Lightning checks it at the end of
+    an epoch: if ``max_steps`` ends the epoch before its validation, the metric is missing, and the
+    run would fail after its last step.
 
     Raises:
         ConfigurationError: there is no validation.
@@ -45,7 +45,7 @@ def check_validated(trainer: pl.Trainer) -> None:
 def warn_of_late_validation(trainer: pl.Trainer) -> None:
     """Warn if a run ends before the first validation for which a callback waits."""
     last = trainer.max_steps * trainer.accumulate_grad_batches
-    first = trainer.val_check_batch  # None: there is no validation, or it goes by the clock
+    first = trainer.val_check_batch  # None: there is no validation, or its interval is a time
     if first is None or trainer.max_steps < 0 or not trainer.is_global_zero:
         return
     if trainer.check_val_every_n_epoch is not None:
@@ -62,14 +62,14 @@ def warn_of_late_validation(trainer: pl.Trainer) -> None:
 
 
 def check_logged(trainer: pl.Trainer, names: Collection[str]) -> None:
-    """Check after the first optimizer step that the metrics of training exist.
+    """Check after the first optimizer step that monitored training metrics are logged.
 
     Args:
         trainer: the run's trainer.
         names: names that the module has logged so far, with or without a value.
 
     Raises:
-        ConfigurationError: a callback monitors another metric than those.
+        ConfigurationError: a callback monitors a metric that is not among them.
     """
     others = [*callbacks_of(trainer), trainer.lightning_module, getattr(trainer, "datamodule", "")]
     if not all(type(one).__module__.startswith((*KNOWN, "builtins")) for one in others):
@@ -112,6 +112,6 @@ def monitored(callback: pl.Callback) -> str:
 
 
 def _is_lightnings(callback: pl.Callback) -> bool:
-    """Return whether one of Lightning's callbacks stops or saves by a metric."""
+    """Return whether a callback is an EarlyStopping or ModelCheckpoint, and no class of ours."""
     ours = type(callback).__module__.startswith(KNOWN[0])
     return isinstance(callback, EarlyStopping | ModelCheckpoint) and not ours

@@ -1,4 +1,4 @@
-"""Checks for conflicts between trainer and rollouts, before training starts."""
+"""Checks for conflicts between trainer and rollouts before training starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNUSABLE: dict[type[Callback], tuple[str, str]] = {
     BatchSizeFinder: ("search a batch size", "Set `data.rollout.prompts_per_rollout`."),
     BaseFinetuning: ("freeze parts of the student", "Train adapters: set `model.lora`."),
     ModelPruning: ("replace the student's weights", "Prune the exported model."),
-    # They swap the weights without a step, so an engine with a copy would not notice.
+    # They swap the weights without a step, so an engine would keep its copy of the old ones.
     StochasticWeightAveraging: ("average the student's weights", AVERAGE),
     WeightAveraging: ("average the student's weights", AVERAGE),
 }
