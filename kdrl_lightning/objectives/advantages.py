@@ -109,8 +109,8 @@ class VerdictAdvantage(Advantage):
     """Gives A to correct completions and the gap d to wrong ones: SRPO (arXiv 2604.02288).
 
     ``d = log pi_T - log pi``, without gradient. A wrong completion that the teacher has no context
-    for keeps A, as in the paper. The paper's teacher is the student itself; arXiv 2609.04108 uses
-    an external teacher, as we do.
+    for keeps A, as in the paper. SRPO was published with a self-teacher; this form, in which d is
+    an advantage, is that of arXiv 2609.04108.
 
     Args:
         scale_by_std: divide A by the group's standard deviation.
@@ -129,8 +129,8 @@ class ReweightedAdvantage(Advantage):
     """Gives A scaled by the teacher: RLSD (arXiv 2604.03128).
 
     ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``, with
-    ``d = log pi_T - log pi``. The paper's teacher is the student itself; arXiv 2609.04108 uses an
-    external teacher, as we do.
+    ``d = log pi_T - log pi``. RLSD was published with a self-teacher; arXiv 2609.04108 uses an
+    external one.
 
     Args:
         mix: lambda, in [0, 1]; 0 is GRPO.

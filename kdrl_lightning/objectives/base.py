@@ -109,12 +109,12 @@ class Objective(ABC):
     whole rollout: advantages, and the tokens to imitate.
 
     Args:
-        reduction: how per-token values become one number.
+        reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus, at least 0.
 
     Attributes:
         needs_teacher: a frozen teacher must score the rollouts.
-        needs_reference: the initial student must score them too.
+        needs_reference: the reference, by default the initial student, must score them too.
         needs_groups: the objective compares the completions of one prompt.
         takes_teacher_completions: the objective has a rule for completions that the teacher
             sampled.

@@ -17,7 +17,7 @@ Level = Literal["token", "sequence"]
 
 
 class EngineCorrection(Part):
-    """Weights the student's tokens by ``pi_old / mu``, their probability in trainer over engine."""
+    """Weights the student's tokens by ``pi_old / mu``: trainer probability / engine probability."""
 
     reads_old_scores = True
 

@@ -49,7 +49,7 @@ class PolicyObjective(Objective):
         rl_coef: weight of the policy loss, at least 0.
         ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
             the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.
-        reduction: how per-token values become one number.
+        reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus, at least 0.
 
     Raises:
@@ -154,7 +154,7 @@ class PolicyObjective(Objective):
         return any(part.reads_old_scores for part in parts if part is not None)
 
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
-        # A ratio to the engine's log-probabilities corrects already; distributions need nothing.
+        # A ratio to the engine's log-probs is a correction; terms without sampled tokens need none.
         corrected = self.ratio is not None and self.ratio.to_behavior
         sampled = self.ratio or self.needs_reference or (self.distill and self.distill.corrected)
         if rollout.engine_exact or corrected or not sampled:
@@ -204,7 +204,7 @@ class PolicyObjective(Objective):
         return self.advantage(batch, gap)
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the clipped ratio's log, on the teacher's samples that of ``teacher_tokens``."""
+        """Return the clipped ratio's log; ``teacher_tokens`` gives it on the teacher's samples."""
         ratio = self._shown()
         if ratio is None:
             return super().log_ratio(batch, logprobs)
@@ -214,7 +214,7 @@ class PolicyObjective(Objective):
         return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the ratio rule's answer, on the teacher's samples that of ``teacher_tokens``."""
+        """Return the ratio rule's answer; ``teacher_tokens`` answers for the teacher's samples."""
         ratio = self._shown()
         if ratio is None:
             return None

@@ -18,7 +18,7 @@ class SFT(Objective):
 
     Args:
         only_correct: train on the completions that the verifier accepts: rejection-sampled SFT.
-        reduction: how per-token values become one number.
+        reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus.
     """
 

@@ -188,7 +188,8 @@ class Teacher(ABC):
         Returns:
             ``logprobs`` ``[B, T]`` in nats, 0 on padding; the teacher's most likely token in
             ``topk_ids``. With the argument ``topk_ids``: the log-probabilities of those ids in
-            ``topk_logprobs`` and of all other tokens together in ``tail_logprobs``.
+            ``topk_logprobs`` and, except from a server, of all others together in
+            ``tail_logprobs``.
         """
 
     def take_part(self, batch: RolloutBatch) -> None:

@@ -142,7 +142,7 @@ class FrozenModels:
         """Check that kernels and compiled layers score as plain ones do, on the run's device.
 
         Raises:
-            ConfigurationError: a kernel gives other scores.
+            ConfigurationError: an attention kernel fails, or gives other scores.
         """
         for model in self._models():
             model.check_fast_path()
@@ -189,7 +189,7 @@ class FrozenModels:
     def in_student_tokens(
         self, completions: Sequence[Completion], rows: Sequence[Row], most: int
     ) -> list[Completion]:
-        """Return the teacher's completions in the student's tokens; count those not whole."""
+        """Return the teacher's completions in the student's tokens; count those cut short."""
         if self._teacher is None:
             return list(completions)
         made, lost = self._teacher.in_student_tokens(completions, rows, most)

@@ -26,7 +26,7 @@ class Chunked:
 
     Attributes:
         teacher_ids: ``[U]``, the completion in the teacher's vocabulary, at least one token.
-        teacher_places: ``[U]``, how many teacher tokens of its chunk precede one.
+        teacher_places: ``[U]``, how many teacher tokens of its chunk precede a token.
         places: ``[T]``, how many tokens of its chunk precede a token; ``NO_SCORE`` if the
             teacher cannot score it.
         columns: ``[T]``, place among the teacher's tokens of the first one of the token's chunk; 0
@@ -131,7 +131,7 @@ class Aligner:
 def _placed(
     parts: Parts, segments: Segments, counts: Ints, ends: Ints
 ) -> tuple[list[Chunked], list[bool]]:
-    """Build the rows from aligned segments; return them, and for each whether it is whole.
+    """Build the rows from aligned segments; return them, and which the teacher reads whole.
 
     Args:
         parts: the different segments, aligned.

@@ -86,7 +86,7 @@ def align_parts(
         ours_in, theirs_in = (np.bincount(side.chunks[side.whole]) for side in (first, second))
         short = np.maximum(ours_in, theirs_in) <= max_chunk_tokens
         kept[kept] = short[first.chunks[kept]]
-    # 3. Tell each token where its chunk is on the other side.
+    # 3. Find where each token's chunk is on the other side.
     starts, their_starts = np.cumsum(sizes) - sizes, np.cumsum(their_sizes) - their_sizes
     opens = np.flatnonzero(second.whole & (second.places == 0))  # in the order of the chunks
     columns = np.zeros_like(ours)

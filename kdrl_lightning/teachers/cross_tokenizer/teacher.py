@@ -81,7 +81,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     @property
     def has_own_prompt(self) -> bool:  # type: ignore[override]
-        """Whether it reads other prompts: it has its own tokenizer, or the wrapped teacher does."""
+        """Whether it has its own tokenizer, or the wrapped teacher reads its own prompt."""
         return self._theirs is not None or self.teacher.has_own_prompt
 
     @property

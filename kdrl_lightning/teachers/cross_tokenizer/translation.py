@@ -1,4 +1,4 @@
-"""Re-encodes completions that the teacher sampled in the student's tokens."""
+"""Re-encodes the teacher's completions in the student's tokens."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import FixedContext, RowContext
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 
-# A context of so many characters must not be in the student's prompt. A shorter one may be there:
-# the answer to a multiple-choice question.
+# A context of at least so many characters must not be in the student's prompt. A shorter one may,
+# e.g. the answer to a multiple-choice question.
 SHOWN_FROM = 12
 
 

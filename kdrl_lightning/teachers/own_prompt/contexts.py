@@ -62,7 +62,7 @@ class ColumnContext(RowContext):
         """Return the cell as text.
 
         Raises:
-            ConfigurationError: the cell holds something else than a text or a number.
+            ConfigurationError: the cell holds neither a text nor a number.
         """
         value = plain(row.get(self.column))
         if missing(value):

@@ -82,7 +82,7 @@ class SelfTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens, of prompt and completion together, that the student can read."""
+        """Most tokens of prompt and completion together that the student can read."""
         return getattr(self._config(), "max_position_embeddings", None) if self._path else None
 
     def _config(self) -> HFConfig:
@@ -140,7 +140,7 @@ class SelfTeacher(Teacher):
             chunk_size=student.chunk_size,
         )
         made = SecondModel(student, second)
-        if self.rule.kept:  # begin with the student's weights: it may not be as in its folder
+        if self.rule.kept:  # the student may already differ from its folder
             made.follow(1.0)
         return made
 
