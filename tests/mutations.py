@@ -3543,8 +3543,8 @@ MUTATIONS = [
     Mutation(
         "SDPO: the engine's weights forgotten",
         SDPO,
-        '"""Return True."""\n        return True',
-        '"""Return True."""\n        return False',
+        'give the weights."""\n        return True',
+        'give the weights."""\n        return False',
     ),
     Mutation(
         "SDPO: hybrid weights both losses alike",

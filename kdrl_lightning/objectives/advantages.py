@@ -1,4 +1,8 @@
-"""Advantage rules: they turn rewards, verdicts and the teacher's gap into advantages per token."""
+"""Advantage rules: they turn rewards, verdicts and the teacher's gap into advantages per token.
+
+A is the group-relative advantage of a completion, d the teacher's gap ``log pi_T - log pi`` on a
+token, without gradient.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ class Advantage(Part):
 
 
 class GapAdvantage(Advantage):
-    """Takes d alone: on-policy distillation by policy gradient (arXiv 2506.02208, section 2.2)."""
+    """Gives ``d = log pi_T - log pi``: on-policy distillation (arXiv 2506.02208, section 2.2)."""
 
     needs_teacher = True
     needs_groups = False
@@ -75,10 +79,11 @@ class GapAdvantage(Advantage):
 
 
 class SumAdvantage(Advantage):
-    """Takes ``reward_coef A + teacher_kl_coef d``: KDRL as a policy gradient (arXiv 2506.02208).
+    """Gives ``reward_coef A + teacher_kl_coef d``: KDRL as a policy gradient (arXiv 2506.02208).
 
-    It is KDRL-mask with ``WrongCompletions``, HDPO (2603.23871) with ``WrongGroups``, and
-    OPD-then-RL (2609.04108) with schedules on both coefficients.
+    ``d = log pi_T - log pi``, without gradient. This is KDRL-mask with ``WrongCompletions``, HDPO
+    (2603.23871) with ``WrongGroups``, and OPD-then-RL (2609.04108) with schedules on both
+    coefficients.
 
     Args:
         teacher_kl_coef: weight of d, at least 0.
@@ -101,10 +106,11 @@ class SumAdvantage(Advantage):
 
 
 class VerdictAdvantage(Advantage):
-    """Takes A on correct completions and d on wrong ones: SRPO (arXiv 2604.02288).
+    """Gives A to correct completions and the gap d to wrong ones: SRPO (arXiv 2604.02288).
 
-    A wrong completion that the teacher has no context for keeps A, as in the paper. SRPO is
-    self-distillation; an external teacher takes its place in arXiv 2609.04108, as here.
+    ``d = log pi_T - log pi``, without gradient. A wrong completion that the teacher has no context
+    for keeps A, as in the paper. SRPO was published with a self-teacher; this form, in which d is
+    an advantage, is that of arXiv 2609.04108.
 
     Args:
         scale_by_std: divide A by the group's standard deviation.
@@ -113,17 +119,18 @@ class VerdictAdvantage(Advantage):
     needs_teacher = True
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Return A or d by the verifier's verdict."""
+        """Return A or d, as the verifier's verdict says."""
         without = False if batch.has_context is None else ~batch.has_context
         rewarded = batch.correct | without
         return torch.where(rewarded[:, None], super().__call__(batch, gap), gap)
 
 
 class ReweightedAdvantage(Advantage):
-    """Takes A scaled by the teacher: RLSD (arXiv 2604.03128).
+    """Gives A scaled by the teacher: RLSD (arXiv 2604.03128).
 
-    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``. RLSD is self-distillation; an
-    external teacher takes its place in arXiv 2609.04108, as here.
+    ``A ((1 - mix) + mix clip(e^(sign(A) d), 1 - width, 1 + width))``, with
+    ``d = log pi_T - log pi``. RLSD was published with a self-teacher; arXiv 2609.04108 uses an
+    external one.
 
     Args:
         mix: lambda, in [0, 1]; 0 is GRPO.
@@ -141,12 +148,12 @@ class ReweightedAdvantage(Advantage):
         self.width = width
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Return A, scaled."""
+        """Return A, scaled by the teacher's gap."""
         return reweighted(super().__call__(batch, gap), gap, self.mix, self.width)
 
 
 class ShapedAdvantage(Advantage):
-    """Takes A of rewards shaped by the teacher's mean gap: KDRL's reward shaping.
+    """Gives the group-relative advantage of rewards plus the teacher's mean gap: reward shaping.
 
     KDRL (arXiv 2506.02208) compares reward shaping with its joint loss; this form is our choice.
 
@@ -180,7 +187,10 @@ class ShapedAdvantage(Advantage):
         return by_group(rollout, advantages, rollout.rewards, means, *known_rows)
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
-        """Return True in groups with an imitated token: it changes all advantages of its group."""
+        """Return True in groups with an imitated token, except on rows without a context.
+
+        The gap of one completion changes the mean that the others are compared with.
+        """
         used = known(batch.imitation_mask, "imitation_mask") & batch.student_mask
         groups = batch.group_ids[used.any(1)]
         rows = torch.isin(batch.group_ids, groups) & (self.teacher_kl_coef > 0.0)
@@ -190,12 +200,12 @@ class ShapedAdvantage(Advantage):
 
 
 def by_group(rollout: RolloutBatch, function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """Return ``[B]``: ``function([P, G], ...) -> [P, G]`` of columns ``[B]`` in any order of rows.
+    """Apply a function of tables ``[P, G]``, one row per group, to columns ``[B]``; return ``[B]``.
 
     Args:
-        rollout: completions with their ``group_ids``.
-        function: rule over tables with one row per group.
-        columns: ``[B]`` values of each completion.
+        rollout: completions with their ``group_ids``; the rows of a group may lie anywhere.
+        function: gets one table per column, and returns a table.
+        columns: ``[B]``, one value per completion.
 
     Raises:
         ConfigurationError: the groups differ in size.

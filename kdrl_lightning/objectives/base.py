@@ -43,7 +43,7 @@ def check_coefficient(name: str, value: float) -> float:
 
     Args:
         name: one of ``COEFFICIENTS``.
-        value: the coefficient.
+        value: the value to check.
 
     Raises:
         ConfigurationError: the value lies outside the range.
@@ -59,8 +59,8 @@ class Part:
 
     Attributes:
         needs_teacher: the part reads the teacher's log-probabilities.
-        reads_old_scores: what the part decides once per rollout depends on scores by the student or
-            by a teacher.
+        reads_old_scores: to prepare a rollout, the part reads the student's or the teacher's scores
+            of it.
         couples_tokens: a token's derivative depends on the scores of other tokens, as with a ratio
             of whole completions.
         needs_reference: the part reads ``ref_logprobs``.
@@ -90,9 +90,9 @@ class Term:
         per_token: ``[B, T]`` loss values.
         coef: weight in the sum.
         mask: ``[B, T]`` bool: True on the tokens of the term; None: every loss token.
-        per_masked_token: divide by the step's imitated tokens. By default the denominator counts
-            all loss tokens of the step, so that the meaning of ``coef`` does not depend on the
-            mask.
+        per_masked_token: divide by the step's imitated tokens, whatever the reduction. By default
+            the reduction counts all loss tokens, so that the meaning of ``coef`` does not depend on
+            the mask.
     """
 
     name: str
@@ -109,22 +109,22 @@ class Objective(ABC):
     whole rollout: advantages, and the tokens to imitate.
 
     Args:
-        reduction: how per-token values become one number.
+        reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus, at least 0.
 
     Attributes:
         needs_teacher: a frozen teacher must score the rollouts.
-        needs_reference: the initial student must score them too.
+        needs_reference: the reference, by default the initial student, must score them too.
         needs_groups: the objective compares the completions of one prompt.
         takes_teacher_completions: the objective has a rule for completions that the teacher
             sampled.
-        asks_for_failed: of those, it only uses the ones for prompts that the student's completions
-            all fail, so that the teacher samples for no others.
+        asks_for_failed: the teacher samples only for prompts that the student fails in all its
+            completions.
         top_k: number of the student's most likely tokens that the teacher scores; 0: none.
-        teacher_top_k: number of the teacher's most likely tokens that both score; 0: none.
+        teacher_top_k: number of the teacher's most likely tokens that both models score; 0: none.
         divergence: full-vocabulary divergence from the teacher, computed in each update; None
             without one.
-        leaves_out_end: the teacher's score of a completion's end token is not used.
+        leaves_out_end: no term uses the teacher's score of a completion's end token.
 
     Raises:
         ConfigurationError: ``reduction`` is unknown, or ``entropy_coef`` is out of range.
@@ -154,7 +154,7 @@ class Objective(ABC):
         """Whether the derivative by a token's score depends on scores of other tokens.
 
         If not, the head's gradients are computed in the forward pass, which is faster. By default
-        the parts answer. A wrong answer costs time, but changes no gradient.
+        it is True if any part says so. A wrong answer costs time, but changes no gradient.
         """
         return any(part.couples_tokens for part in self.parts() if part is not self)
 
@@ -173,29 +173,29 @@ class Objective(ABC):
         """
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Return the scored rollout with what the terms need; it holds whole groups."""
+        """Return a scored rollout of whole groups with what ``terms`` needs for all its updates."""
         mask = whole_chunks(rollout.taught_mask, rollout.chunk_places)
         return rollout.replace(imitation_mask=mask)
 
     def reads_old_scores(self, rollout: RolloutBatch) -> bool:
-        """Return whether ``prepare`` reads the student's scores of such a rollout.
+        """Return whether ``prepare`` reads the student's scores of this rollout.
 
         If not, we skip the separate scoring pass: the first update's forward pass gives the scores,
-        and the terms find them in the batch as usual.
+        and ``terms`` finds them in the batch as usual.
         """
         return True
 
     def reads_teacher_scores(self, rollout: RolloutBatch) -> bool:
-        """Return whether ``prepare`` reads the teacher's scores of such a rollout.
+        """Return whether ``prepare`` reads the teacher's scores of this rollout.
 
         If not, a teacher with a full-vocabulary ``divergence`` runs only during updates.
         """
         return True
 
     def compared_ids(self, batch: RolloutBatch) -> Tensor | None:
-        """Return the ``[B, T, K]`` tokens whose probabilities it compares; None without any.
+        """Return the ``[B, T, K]`` ids whose probabilities it compares; None without a top-k.
 
-        They are the teacher's most likely tokens or, at rollout time, the student's.
+        They are the teacher's most likely tokens, or those of the student at rollout time.
         """
         if self.teacher_top_k:
             return batch.teacher_topk_ids
@@ -206,7 +206,7 @@ class Objective(ABC):
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return two ``[B, T]`` bool: the ratio is below or above its clip range; None without."""
+        """Return two ``[B, T]`` bool, ratio below and ratio above its clip range; None: no clip."""
         return None
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ class Objective(ABC):
             without its coefficient.
 
         Raises:
-            ConfigurationError: two terms have one name, or the batch misses a field.
+            ConfigurationError: two terms have one name, or the batch lacks a field.
         """
         batch, scores = blank(batch, scores)
         terms = list(self.terms(batch, scores))

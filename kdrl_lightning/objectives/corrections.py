@@ -17,7 +17,7 @@ Level = Literal["token", "sequence"]
 
 
 class EngineCorrection(Part):
-    """Weights the student's sampled tokens by the engine's and the trainer's log-probabilities."""
+    """Weights the student's tokens by ``pi_old / mu``: trainer probability / engine probability."""
 
     reads_old_scores = True
 
@@ -39,9 +39,11 @@ class NoCorrection(EngineCorrection):
 class TruncatedImportance(EngineCorrection):
     """Weights tokens by ``min(pi_old / mu, cap)``: truncated importance sampling.
 
+    mu is the probability that the engine reported, pi_old that of the trainer.
+
     Args:
         cap: largest weight, at least 1.
-        level: take the ratio of each ``token``, or the product over the whole completion
+        level: use the ratio of each ``token``, or the product over the whole completion
             (``sequence``), which is unbiased up to the cap but has a larger variance.
     """
 

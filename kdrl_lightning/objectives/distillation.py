@@ -21,7 +21,7 @@ class OnPolicyDistillation(PolicyObjective):
         kd_ratio_weight: see ``KDRL``.
         kl_estimator: see ``KDRL``.
         kd_top_k: K of the estimator ``top_k``.
-        kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
+        kd_per_imitated_token: divide by the step's imitated tokens, whatever ``reduction`` is.
         policy: further settings of ``PolicyObjective``.
     """
 
@@ -46,7 +46,7 @@ class ClippedDistillation(PolicyObjective):
     ``-min(rho d, clip(rho, 1 - clip_low, 1 + clip_high) d)`` per token, with ``rho = pi / pi_old``
     and the advantage ``d = log pi_T - log pi``, without gradient. At rho = 1 it has the gradient of
     ``OnPolicyDistillation``. In later updates the clip stops a token that has moved far enough,
-    while k2 moves on towards the teacher. Rewards are measured but do not enter the loss.
+    while k2 keeps pulling towards the teacher. Rewards are measured but do not enter the loss.
 
     Args:
         clip_low: see ``TokenRatio``.
@@ -71,7 +71,7 @@ class GKD(PolicyObjective):
     """Generalised knowledge distillation, which compares whole distributions (arXiv 2306.13649).
 
     ``teacher_kl_coef (b KL(T || M) + (1 - b) KL(S || M))`` at each token, with the teacher's
-    distribution T, the student's S, ``M = b T + (1 - b) S`` and b ``jsd_beta``. Rewards are
+    distribution T, the student's S, ``M = b T + (1 - b) S`` and ``b = jsd_beta``. Rewards are
     measured but do not enter the loss.
 
     It trains on completions of student and teacher: the paper's student-data fraction is
@@ -81,7 +81,7 @@ class GKD(PolicyObjective):
         jsd_beta: see ``VocabularyKL``.
         teacher_kl_coef: weight of the divergence, at least 0.
         top_k: see ``VocabularyKL``.
-        kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
+        kd_per_imitated_token: divide by the step's imitated tokens, whatever ``reduction`` is.
         policy: further settings of ``PolicyObjective``.
     """
 

@@ -32,15 +32,16 @@ class DistillTerm(Part):
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Attributes:
         name: logged as ``loss/<name>``.
         needs_advantages: the term reads the advantages of the policy loss.
         ratio: the ratio that the term clips; None without one.
-        sampled: the term is an estimate on sampled tokens.
+        sampled: the term is an estimate from sampled tokens, not from distributions.
         top_k: number of the student's most likely tokens that the teacher must score; 0: none.
-        teacher_top_k: number of the teacher's most likely tokens that both must score; 0: none.
+        teacher_top_k: number of the teacher's most likely tokens that both models must score; 0:
+            none.
         divergence: full-vocabulary divergence to compute in each update; None without one.
     """
 
@@ -64,7 +65,7 @@ class DistillTerm(Part):
 
     @property
     def corrected(self) -> bool:
-        """Whether the engine's correction weights the term's tokens."""
+        """Whether ``engine_correction`` weights the term's tokens."""
         return self.sampled
 
     def weights(self, rollout: RolloutBatch) -> Tensor | None:
@@ -79,7 +80,7 @@ class DistillTerm(Part):
         """Return the ``[B, T]`` loss; only the tokens of ``mask [B, T]`` will count."""
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Return ``[B, T]`` bool: the tokens of the term."""
+        """Return ``[B, T]`` bool: the tokens on which the term acts."""
         return known(batch.imitation_mask, "imitation_mask") & batch.loss_mask
 
     def imitated(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class SampledKL(DistillTerm):
             KL's. ``k1`` is refused: its expected gradient is zero.
         ratio_weight: weight the estimate by the detached ratio, which keeps the gradient unbiased
             with several updates per rollout. At the first update the ratio is 1.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: the estimator is unknown or k1, or the weight is out of range.
@@ -122,7 +123,7 @@ class SampledKL(DistillTerm):
         self.ratio_weight = ratio_weight
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Leave out the teacher's completions: the estimate holds for the student's samples."""
+        """Return the imitated tokens that the student sampled; the estimate holds for no others."""
         return super().where(batch) & batch.student_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -140,15 +141,16 @@ class SampledKL(DistillTerm):
 class VocabularyKL(DistillTerm):
     """The generalised Jensen-Shannon divergence of whole distributions: GKD (arXiv 2306.13649).
 
-    It is exact at each position, on completions of both student and teacher. Over the full
-    vocabulary the teacher runs in every update. With ``top_k`` the teacher scores the student's
-    most likely tokens once per rollout, and one bucket holds the rest.
+    It compares distributions, so it also holds on the teacher's completions. Over the full
+    vocabulary it is exact at each position, and the teacher runs in every update. With ``top_k``
+    the teacher scores the student's most likely tokens once per rollout, and one bucket holds the
+    rest.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         jsd_beta: 0 is KL(teacher || student), 1 is KL(student || teacher), in [0, 1].
         top_k: number of the student's most likely tokens at rollout time; None: all tokens.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -180,7 +182,7 @@ class VocabularyKL(DistillTerm):
             batch.teacher_tail_logprobs,
         )
         teacher = torch.where(mask[..., None], teacher, student.detach())
-        # An empty bucket compares nothing; with a floor there the divergence would be infinite.
+        # A bucket that is empty for both adds 0; with the floor the divergence would be infinite.
         empty = student.detach() == -torch.inf
         if batch.teacher_tail_logprobs is not None:
             empty = empty & (teacher == -torch.inf)
@@ -221,7 +223,7 @@ class SurrogateTerm(DistillTerm):
         return self.distill_coef
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Return every loss token: the ratio leaves the teacher out where nothing is imitated."""
+        """Return every loss token: on those that are not imitated, the ratio has no teacher."""
         return batch.loss_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -244,8 +246,10 @@ class SurrogateTerm(DistillTerm):
 def floored_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: float) -> Tensor:
     """Return ``generalized_jsd`` with the teacher's log-probabilities raised to ``LOGPROB_FLOOR``.
 
+    Without the floor, reverse KL is infinite if the teacher excludes a token.
+
     Args:
-        student_logits: ``[..., V]`` with gradient.
+        student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.
         teacher_logits: ``[..., V]`` the teacher's.
         jsd_beta: weight of the teacher in the mixture, in [0, 1].
 

@@ -23,7 +23,7 @@ class GRPO(PolicyObjective):
         clip_high: see ``TokenRatio``.
         dual_clip: see ``TokenRatio``.
         scale_by_std: see ``Advantage``.
-        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+        policy: further settings of ``PolicyObjective``. The paper uses ``sequence_mean`` for
             ``reduction``; the default is DAPO's global token mean.
     """
 
@@ -52,7 +52,7 @@ class GSPO(PolicyObjective):
         clip_low: see ``SequenceRatio``.
         clip_high: see ``SequenceRatio``.
         scale_by_std: see ``Advantage``.
-        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+        policy: further settings of ``PolicyObjective``. The paper uses ``sequence_mean`` for
             ``reduction``.
     """
 

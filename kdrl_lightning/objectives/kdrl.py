@@ -18,7 +18,7 @@ class KDRL(PolicyObjective):
     """KDRL: knowledge distillation and RL in one loss (arXiv 2506.02208, Eq. 8).
 
     ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta (log pi_T - log pi)^2 / 2`` per
-    token, with ``rho = pi / pi_old``, A the group-relative advantage and beta ``teacher_kl_coef``.
+    token, with ``rho = pi / pi_old``, A the group-relative advantage, ``beta = teacher_kl_coef``.
 
     The first term is GRPO's surrogate, the second the k2 estimate of KL(pi || pi_T). At rho = 1 the
     gradient is that of a policy gradient with advantage ``A + beta (log pi_T - log pi)`` per token;
@@ -38,17 +38,19 @@ class KDRL(PolicyObjective):
             for which the teacher runs in every update; ``top_k`` is the reverse KL over the
             student's most likely tokens and a tail bucket. ``k1`` is refused: its expected gradient
             is zero.
-        form: ``joint`` adds two losses (the paper's choice), ``advantage`` takes ``A + beta d`` in
-            the clipped surrogate, ``reward_shaping`` adds the mean gap to the reward.
-        kd_top_k: K of ``top_k``.
-        kd_per_imitated_token: divide the KL by the imitated tokens, not by all loss tokens.
+        form: ``joint`` adds two losses (the paper's choice), ``advantage`` puts the advantage above
+            into the clipped surrogate, ``reward_shaping`` adds beta times the mean of
+            ``log pi_T - log pi_old`` to a completion's reward.
+        kd_top_k: K of the estimator ``top_k``.
+        kd_per_imitated_token: divide the KL by the step's imitated tokens, whatever ``reduction``
+            is.
         clip_low: see ``TokenRatio``.
         clip_high: see ``TokenRatio``.
         dual_clip: see ``TokenRatio``.
         scale_by_std: see ``Advantage``.
         distill: the distillation term with its weight; it replaces the arguments above that
             describe one.
-        policy: further settings of ``PolicyObjective``. The paper takes ``group_token_mean`` for
+        policy: further settings of ``PolicyObjective``. The paper uses ``group_token_mean`` for
             ``reduction``.
 
     Raises:
@@ -126,14 +128,14 @@ def named_kl(
     top_k: int = 64,
     per_imitated_token: bool = False,
 ) -> DistillTerm:
-    """Return the KL term, reverse or forward, that an estimator's name stands for.
+    """Return the KL term of an estimator's name: forward KL for ``k3``, else reverse KL.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         kl_estimator: ``k2``, ``k3``, ``policy_gradient``, ``full_vocabulary`` or ``top_k``.
         ratio_weight: weight a sampled estimate by the detached ratio.
         top_k: K of ``top_k``.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: the estimator is unknown or k1 (its expected gradient is zero), or

@@ -43,13 +43,13 @@ class PolicyObjective(Objective):
         selection: rules for the tokens on which the teacher is imitated: those that every rule
             selects; without a rule all tokens.
         teacher_tokens: ratio rule for completions that the teacher sampled.
-        engine_correction: weights of the student's sampled tokens, against a sampling engine that
-            disagrees with the trainer. None: ``TruncatedImportance`` if the engine is not exact and
-            a term reads sampled tokens, else nothing. ``NoCorrection`` switches it off.
+        engine_correction: weights that correct the student's sampled tokens for an engine whose
+            log-probabilities differ from the trainer's. None: ``TruncatedImportance`` if they can
+            differ and a term reads sampled tokens, else nothing. ``NoCorrection`` switches it off.
         rl_coef: weight of the policy loss, at least 0.
         ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
             the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.
-        reduction: how per-token values become one number.
+        reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus, at least 0.
 
     Raises:
@@ -103,7 +103,7 @@ class PolicyObjective(Objective):
                 f"{_names(*self.selection)} and {_names(ratio, advantage)}. Drop it, or take an "
                 "objective with a teacher."
             )
-        # A divergence of whole distributions reads the end token at every position.
+        # A divergence of distributions compares the end token's probability at every position.
         exact = distill is not None and not distill.sampled
         except_end = any(isinstance(s, ExceptEndToken) for s in self.selection)
         self.leaves_out_end = except_end and not exact
@@ -115,11 +115,11 @@ class PolicyObjective(Objective):
             self.teacher_top_k = distill.teacher_top_k
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Return the rollout with advantages, the tokens to imitate and the engine's correction."""
+        """Return the rollout with advantages, the tokens to imitate and the engine correction."""
         # Selections may read the advantages, and shaped advantages the selection.
         mask = rollout.taught_mask
         if self.distill is None or self.distill.sampled:
-            # On the teacher's samples only VocabularyKL is valid.
+            # On the teacher's samples only a divergence of distributions is valid.
             mask = mask & rollout.student_mask
         mask = whole_chunks(mask, rollout.chunk_places)
         rollout = rollout.replace(imitation_mask=mask)
@@ -154,7 +154,7 @@ class PolicyObjective(Objective):
         return any(part.reads_old_scores for part in parts if part is not None)
 
     def _default_correction(self, rollout: RolloutBatch) -> EngineCorrection:
-        # A ratio to the engine's log-probabilities corrects already; VocabularyKL needs none.
+        # A ratio to the engine's log-probs is a correction; terms without sampled tokens need none.
         corrected = self.ratio is not None and self.ratio.to_behavior
         sampled = self.ratio or self.needs_reference or (self.distill and self.distill.corrected)
         if rollout.engine_exact or corrected or not sampled:
@@ -193,7 +193,7 @@ class PolicyObjective(Objective):
             yield Term("ref_kl", reference, self.ref_kl_coef, batch.student_mask)
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the advantage rule's ``[B, T]``; the teacher's gap is 0 on tokens not imitated."""
+        """Return ``[B, T]`` advantages; the teacher's gap is 0 on tokens that are not imitated."""
         gap = torch.zeros_like(logprobs)
         if self.advantage is None:
             return gap
@@ -204,7 +204,7 @@ class PolicyObjective(Objective):
         return self.advantage(batch, gap)
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the log of the clipped ratio, by the rule for whoever sampled the token."""
+        """Return the clipped ratio's log; ``teacher_tokens`` gives it on the teacher's samples."""
         ratio = self._shown()
         if ratio is None:
             return super().log_ratio(batch, logprobs)
@@ -214,7 +214,7 @@ class PolicyObjective(Objective):
         return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return what the ratio rule says, by the rule for whoever sampled the token."""
+        """Return the ratio rule's answer; ``teacher_tokens`` answers for the teacher's samples."""
         ratio = self._shown()
         if ratio is None:
             return None

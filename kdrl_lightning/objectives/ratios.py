@@ -28,7 +28,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class Ratio(Part):
-    """A surrogate ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, per token.
+    """A ratio r with the loss ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token.
 
     Args:
         clip_low: the ratio is clipped below at ``1 - clip_low``, in [0, 1].
@@ -234,8 +234,8 @@ class TrustRegionRatio(Ratio):
             teacher = teacher_logprobs(batch, logprobs)
             if batch.imitation_mask is None:
                 return teacher, self.trrd_alpha
-            # An anchor at the old student would not do: the clamp would act on log rho. The
-            # teacher may be anything there, NaN too, which 0 times it would spread.
+            # With the old student as anchor, the clamp would act on log rho. We replace the
+            # teacher because it may be NaN on these tokens, and 0 * NaN is NaN.
             imitated, alpha = self._imitated(batch), teacher.new_full((), self.trrd_alpha)
             teacher = torch.where(imitated, teacher, logprobs.detach())
             return teacher, torch.where(imitated, alpha, 1.0)

@@ -15,14 +15,14 @@ class RLAD(PolicyObjective):
 
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per token, with A the group-relative
     advantage and ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``. Eq. 4 also has a reference
-    KL; the default is without one.
+    KL, which is off by default.
 
     RLAD does not reinforce a rewarded token that the teacher finds improbable, and does not
-    suppress a punished token that the teacher finds probable. A clamp limits both: below
-    ``log(1 + clip_high) / (1 - alpha)`` the first no longer happens at rho = 1, below
-    ``-log(1 - clip_low) / (1 - alpha)`` neither does the second. Run RLAD with 2 to 4 updates per
-    rollout: only further updates can use the wider clip range. To add this surrogate to another
-    loss, use ``SurrogateTerm``.
+    suppress a punished token that the teacher finds probable. At rho = 1 a clamp below
+    ``log(1 + clip_high) / (1 - alpha)`` removes the first effect, and one below
+    ``-log(1 - clip_low) / (1 - alpha)`` the second. Run RLAD with 2 to 4 updates per rollout: only
+    further updates can use the wider clip range. To add this surrogate to another loss, use
+    ``SurrogateTerm``.
 
     As published: ``clip_high: 0.28``, ``reduction: sequence_mean``, and
     ``rl_coef: sqrt(G / (G - 1))`` for groups of G completions, because the paper divides by the

@@ -44,7 +44,7 @@ class WrongCompletions(Selection):
 
 
 class WrongGroups(Selection):
-    """Selects completions of prompts that the student solves in none of its completions.
+    """Selects completions of prompts that the student fails in all its completions.
 
     It is the group mask of KDRL (arXiv 2506.02208) and of HDPO (arXiv 2603.23871).
     """
@@ -57,7 +57,7 @@ class WrongGroups(Selection):
 
 
 class ExceptEndToken(Selection):
-    """Selects all tokens but the final end token.
+    """Selects all tokens except a completion's end token.
 
     Use it if student and teacher end an answer with different tokens, as a base student and a chat
     teacher do. A replication of KDRL masks the end token in the teacher's term (arXiv 2609.04108).
@@ -73,7 +73,7 @@ class ExceptEndToken(Selection):
 
 
 class ExceptFirstTokens(Selection):
-    """Selects all tokens of a completion but the first ones.
+    """Selects all tokens of a completion except the first ones.
 
     A teacher that reads a demonstration opens its answer with phrases about it. SDFT (arXiv
     2601.19897) leaves these positions out.
@@ -101,7 +101,7 @@ class Gates(Selection):
     """Selects tokens by thresholds; None switches a threshold off.
 
     These gates are not in the RLAD paper [our choice]. All three together keep tokens on which
-    student and teacher nearly agree (d near 0): see the method's page.
+    student and teacher nearly agree, see ``docs/methods/rlad.md``.
 
     Args:
         alignment_threshold: largest ``|log pi_T - log pi_old|``, in nats.
@@ -111,8 +111,8 @@ class Gates(Selection):
             ``completion``.
 
     Raises:
-        ConfigurationError: a threshold is not a number or is negative, or ``alignment_per`` is
-            unknown.
+        ConfigurationError: a threshold is not a number, a threshold in nats is negative, or
+            ``alignment_per`` is unknown.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Gates(Selection):
         self.reads_old_scores = (alignment_threshold, exploration_entropy) != (None, None)
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Return ``[B, T]`` bool by old log-probabilities, advantages and old entropy."""
+        """Return ``[B, T]`` bool, from old log-probabilities, advantages and old entropy."""
         kept = rollout.loss_mask
         if self.alignment_threshold is not None:
             kept = kept & self._aligned(rollout)
@@ -158,7 +158,7 @@ class Gates(Selection):
         return kept
 
     def _aligned(self, rollout: RolloutBatch) -> Tensor:
-        """Compare each chunk's gap, or a completion's mean in which a chunk counts once."""
+        """Compare the gap of each chunk, or a completion's mean, in which a chunk counts once."""
         old, places = known(rollout.old_logprobs, "old_logprobs"), rollout.chunk_places
         teacher = teacher_logprobs(rollout, old)
         whole = self.alignment_per == "completion"

@@ -14,11 +14,11 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class SFT(Objective):
     """Cross-entropy of given completions: the teacher's (``group_size: 0``), or a dataset's.
 
-    KDRL compares with it (arXiv 2506.02208, section 2.2).
+    It is a baseline in KDRL's paper (arXiv 2506.02208, section 2.2).
 
     Args:
         only_correct: train on the completions that the verifier accepts: rejection-sampled SFT.
-        reduction: how per-token values become one number.
+        reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus.
     """
 
@@ -34,7 +34,7 @@ class SFT(Objective):
         self.only_correct = only_correct
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Return the rollout, with wrong completions left out of the loss if you asked for that."""
+        """Return the rollout; with ``only_correct``, wrong completions are left out of the loss."""
         if self.only_correct and len(rollout):
             kept = rollout.loss_mask & rollout.correct[:, None]
             tokens = kept.new_zeros(int(rollout.group_ids.max()) + 1, dtype=torch.float32)

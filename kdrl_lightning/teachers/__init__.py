@@ -1,4 +1,4 @@
-"""Teachers: in this process, on servers, cached, routed, the student, or with a separate prompt."""
+"""Teachers: local, on servers, cached, routed, with their own prompt, and self-teachers."""
 
 from kdrl_lightning.teachers.base import Teacher
 from kdrl_lightning.teachers.cached import CachedTeacher

@@ -1,4 +1,4 @@
-"""The protocol of a teacher: what a run asks of it."""
+"""The base class of all teachers: what a run needs from one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 
 
 class OwnVocabulary(NamedTuple):
-    """A teacher's end tokens, and the number that all its token ids are below."""
+    """What an engine must know of a teacher's tokenizer that is not the student's.
+
+    Attributes:
+        ends: the end tokens.
+        size: number of token ids; all ids are below it.
+    """
 
     ends: tuple[int, ...]
     size: int
@@ -38,17 +43,17 @@ class Teacher(ABC):
 
     Attributes:
         generates: the weights are in this process, so that an engine can sample from them.
-        moves: these weights follow the student's, so that an engine gets them for every rollout.
+        moves: these weights follow the student's, so that an engine needs them for every rollout.
         gives_states: ``states`` works; divergences over the full vocabulary need it.
         collective: ranks score together, so that all of them must call ``score`` equally often.
         other_end: the end tokens of student and teacher, in words, if they differ and the teacher
             does not translate them; else None. ``check`` sets it.
         needs_lora: the teacher is the student without its adapters.
         knows_entropy: ``score`` returns the entropy of the teacher's distributions.
-        aligns: the teacher's tokens are not the student's, so that it scores chunks of the sampled
-            tokens and no others; ``check`` sets it.
+        aligns: the teacher has another tokenizer, so that it scores only chunks of sampled tokens;
+            ``check`` sets it.
         joins: one call may score several micro-batches, so that a prompt they share runs once.
-        has_own_prompt: completions are read after other prompts than the student's.
+        has_own_prompt: the teacher reads completions after other prompts than the student's.
     """
 
     generates: bool = False
@@ -79,7 +84,7 @@ class Teacher(ABC):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens, of prompt and completion together, that it can read; None if unknown."""
+        """Most tokens of prompt and completion together that it can read; None if unknown."""
         return None
 
     @property
@@ -88,10 +93,10 @@ class Teacher(ABC):
         return ()
 
     def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt] | None:
-        """Return the prompt after which each completion is read; None: the student's.
+        """Return the prompt after which the teacher reads each completion; None: the student's.
 
         Args:
-            groups: this rank's judged completions of a rollout, in the order of the batch.
+            groups: this rank's completions with their rewards, in the order of the batch.
         """
         return None
 
@@ -110,8 +115,8 @@ class Teacher(ABC):
         """Raise ``ConfigurationError`` if the teacher's prompt of a row cannot be written.
 
         Args:
-            row: of the training prompts.
-            tokenizer: the student's.
+            row: a row of the training prompts.
+            tokenizer: the student's; a ``CrossTokenizerTeacher`` passes on the teacher's.
         """
 
     def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
@@ -119,10 +124,10 @@ class Teacher(ABC):
 
         Args:
             rows: the checked rows of the training prompts.
-            tokenizer: the student's.
+            tokenizer: as for ``check_row``.
 
         Returns:
-            A line on rows without a context; empty if all have one.
+            A line that says how many rows have no context; empty if all have one.
 
         Raises:
             ConfigurationError: no row has a context that the teacher can use.
@@ -142,11 +147,11 @@ class Teacher(ABC):
             student_path: folder or hub name of the student, for messages.
 
         Raises:
-            ConfigurationError: a token id has different meanings.
+            ConfigurationError: a token id has different meanings for them.
         """
 
     def spread(self, sharding: Sharding | None) -> None:  # noqa: B027
-        """Set how the weights are split over ranks; called before ``load``. None: not at all."""
+        """Set how ``load`` splits the weights over ranks; None: every rank holds all."""
 
     def check_temperature(self, temperature: float) -> None:  # noqa: B027
         """Raise ``ConfigurationError`` if the teacher cannot score at this temperature."""
@@ -155,13 +160,13 @@ class Teacher(ABC):
         """Raise ``ConfigurationError`` if a setting cannot work on the device of the run."""
 
     def check_fast_path(self) -> None:  # noqa: B027
-        """Compare kernel and compiled layers with plain ones on the device; see the function."""
+        """Check that attention kernel and compiled layers score as plain ones do on the device."""
 
     def look_at(self, student: Scorer, path: str) -> None:  # noqa: B027
         """Receive the student, loaded from ``path``; only teachers that use its weights need it."""
 
     def accept(self, batch: RolloutBatch) -> None:  # noqa: B027
-        """Raise ``TrainingStopped`` if the teacher cannot score these completions."""
+        """Take completions before they are scored; raise ``TrainingStopped`` if they cannot be."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
@@ -178,12 +183,13 @@ class Teacher(ABC):
 
         Args:
             batch: B completions of at most T tokens.
-            topk_ids: ``[B, T, K]``, further token ids to score at each position; None for none.
+            topk_ids: ``[B, T, K]``, further token ids to score at each position; None: no others.
 
         Returns:
             ``logprobs`` ``[B, T]`` in nats, 0 on padding; the teacher's most likely token in
             ``topk_ids``. With the argument ``topk_ids``: the log-probabilities of those ids in
-            ``topk_logprobs`` and of all other tokens together in ``tail_logprobs``.
+            ``topk_logprobs`` and, except from a server, of all others together in
+            ``tail_logprobs``.
         """
 
     def take_part(self, batch: RolloutBatch) -> None:
@@ -197,7 +203,7 @@ class Teacher(ABC):
             ConfigurationError: the teacher can only score tokens.
         """
         raise ConfigurationError(
-            f"`teacher` must be a LocalTeacher for a divergence over the full vocabulary: got "
+            f"`teacher` must give hidden states for a divergence over the full vocabulary: got "
             f"{type(self).__name__}. Use a LocalTeacher, or a sampled or top-k estimator."
         )
 
@@ -224,7 +230,7 @@ class Teacher(ABC):
 
         Args:
             row: the prompt's row.
-            prompt_ids: the student's prompt, which is also the teacher's by default.
+            prompt_ids: the student's prompt, which this method returns by default.
         """
         return prompt_ids
 
@@ -235,23 +241,24 @@ class Teacher(ABC):
 
         Args:
             completions: in the teacher's tokens.
-            rows: the prompt row of each.
+            rows: the prompt row of each completion.
             most: most tokens of a completion.
 
         Returns:
-            The completions, and how many of them the student's tokens cannot write whole.
+            The completions, and how many of them the student's tokens cannot write whole within
+            ``most``.
         """
         return list(completions), 0
 
     @property
     def own_vocabulary(self) -> OwnVocabulary | None:
-        """What an engine must know of another tokenizer than the student's; None: it is that."""
+        """End tokens and number of ids of the teacher's tokenizer; None if it is the student's."""
         return None
 
     def sampling_weights(self) -> ModelWeights | None:
-        """Return the weights that sample the teacher's completions, as ``weights`` does."""
+        """Return the weights with which an engine samples the teacher's completions to train on."""
         return self.weights()
 
     def weights(self) -> ModelWeights | None:
-        """Return the weights for an engine to sample from; None if they are not in this process."""
+        """Return the weights with which an engine evaluates the teacher; None if it cannot."""
         return None

@@ -24,10 +24,10 @@ from kdrl_lightning.teachers.wrapped import WrappedTeacher
 class CachedTeacher(WrappedTeacher):
     """Looks up scores on disk; the wrapped teacher scores only completions that are not there.
 
-    The key holds everything that a score depends on: the teacher's fingerprint, precision, the
-    student's prompt and the teacher's, completion, temperature and requested ids. The cache saves
-    time if the same completions occur again: after a resume, with other hyper-parameters and the
-    same seed, and on completions that the teacher generated.
+    The key holds everything that a score depends on: the teacher's fingerprint, route and end
+    token, precision, the student's prompt and the teacher's, completion, temperature and requested
+    ids. The cache saves time if the same completions occur again: after a resume, with other
+    hyper-parameters and the same seed, and on completions that the teacher generated.
 
     Args:
         teacher: the teacher that scores completions that are not in the file yet.
@@ -52,7 +52,7 @@ class CachedTeacher(WrappedTeacher):
         """Load the wrapped teacher and open the file.
 
         Raises:
-            ConfigurationError: the file is no SQLite file that can be written.
+            ConfigurationError: ``path`` is no writable SQLite file.
         """
         self.teacher.load(device)
         self._fingerprint = self.teacher.fingerprint()
@@ -127,7 +127,7 @@ class CachedTeacher(WrappedTeacher):
         try:
             fields = load(row[0])
         except SafetensorError:
-            return None  # a damaged entry is scored and written again
+            return None  # the caller scores a damaged entry, and writes it again
         return TokenScores(*(fields.get(n) for n in TokenScores._fields)).map(  # type: ignore[arg-type]
             lambda v: v.to(device)
         )
@@ -141,7 +141,7 @@ class CachedTeacher(WrappedTeacher):
 def _open(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # switching to WAL does not wait for others
+        with FileLock(f"{path}.lock"):  # SQLite does not wait for others when it switches to WAL
             database = sqlite3.connect(path, timeout=60.0)
             database.execute("PRAGMA journal_mode = WAL")  # readers do not wait for a writer
             database.execute(

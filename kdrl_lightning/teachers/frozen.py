@@ -27,23 +27,23 @@ from kdrl_lightning.teachers.self_teachers import check_self_teachers, kinds_of_
 from kdrl_lightning.teachers.self_teachers.adapter_off import AdapterOffTeacher
 from kdrl_lightning.teachers.tokenizers import check_end_tokens, check_sampled
 
-# `Any`: an objective, whose room this one must not import.
+# `Any`: an objective; `teachers` must not import `objectives`.
 
 
 class FrozenModels:
-    """Loads, moves and asks the teacher and the reference.
+    """Loads and moves the teacher and the reference, and scores batches with them.
 
-    A plain object: no parameter, optimizer or checkpoint of the module holds these models, except
-    the weights of a self-teacher that follow the student's: they are ``kept``.
+    It is not a submodule, so no optimizer or checkpoint holds these models, except that checkpoints
+    hold the weights of a self-teacher that follow the student's (``kept``).
 
     Args:
-        teacher: the teacher of the configuration, if there is one.
-        reference: the reference of the configuration, which replaces the initial student.
+        teacher: the configured teacher, if there is one.
+        reference: the configured reference, which replaces the initial student.
 
     Attributes:
-        active: the teacher that this run asks; None if it asks none (an evaluation).
+        active: the teacher that this run uses; None if it uses none, e.g. an evaluation.
         reference: the initial student, or the configured model; None if nothing reads it.
-        seconds: time that the teacher took to score.
+        seconds: time that the teacher has scored so far in the run.
     """
 
     def __init__(self, teacher: Teacher | None, reference: Teacher | None = None) -> None:
@@ -58,23 +58,23 @@ class FrozenModels:
 
     @property
     def joins(self) -> bool:
-        """Whether all of them may score several micro-batches at once."""
+        """Whether all models may score several micro-batches at once."""
         return all(model.joins for model in self._models())
 
     @property
     def collective(self) -> bool:
-        """Whether ranks score together with one of them, so that none may stop alone."""
+        """Whether a model needs all ranks to score, so that no rank may stop alone."""
         return any(model.collective for model in self._models())
 
     def prepare(self) -> None:
-        """Let the models of the configuration be made, on one process."""
+        """Make or download the configured models; one process calls it."""
         for model in (self._teacher, self._reference):
             if model is not None:
                 model.prepare()
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of the configuration's self-teachers, in which a resumed run must agree."""
+        """The kinds of the configured self-teachers; a resumed run must have the same ones."""
         return kinds_of_self(self._teacher)
 
     @property
@@ -93,25 +93,33 @@ class FrozenModels:
             found.follow(steps)
 
     def initial_digests(self) -> list[str]:
-        """Return checksums of initial students that a resumed run reads again; a collective."""
+        """Return checksums of the initial students that a resumed run reads again.
+
+        All ranks must call it.
+        """
         digests = (found.initial_digest() for found in self_teachers(self.active))
         return [digest for digest in digests if digest is not None]
 
     def choose(self, fitting: bool, reference: Teacher | None) -> None:
-        """Take the models that a run needs: an evaluation asks none and loads none."""
+        """Choose the models that a run uses and loads.
+
+        Args:
+            fitting: the run trains; an evaluation uses no teacher.
+            reference: the initial student, if the objective reads a reference; else None.
+        """
         self.active = self._teacher if fitting else None
         self.reference = reference and (self._reference or reference)
 
     def check(self, tokenizer: HFTokenizer, path: str, objective: Any) -> None:
-        """Check them against the student and the objective, before weights are loaded.
+        """Check the models against the student and the objective, before weights are loaded.
 
         Args:
             tokenizer: the student's.
-            path: of the student.
-            objective: the loss that reads them.
+            path: folder or hub name of the student.
+            objective: the loss that reads their scores.
 
         Raises:
-            ConfigurationError: one of them cannot do what the objective asks.
+            ConfigurationError: a model does not fit the student, or cannot give the scores.
         """
         if self.active is not None:
             check_scores(self.active, objective)
@@ -122,19 +130,19 @@ class FrozenModels:
                 check_sampled(objective)
 
     def check_device(self, device: torch.device) -> None:
-        """Check that they can run on the device of the run, before weights are loaded.
+        """Check that the models can run on the device, before weights are loaded.
 
         Raises:
-            ConfigurationError: one of them has a setting that cannot work there.
+            ConfigurationError: a model has a setting that cannot work there.
         """
         for model in self._models():
             model.check_device(device)
 
     def check_fast_paths(self) -> None:
-        """Compare their kernels and compiled layers with plain ones, where they will score.
+        """Check that kernels and compiled layers score as plain ones do, on the run's device.
 
         Raises:
-            ConfigurationError: a kernel gives other scores.
+            ConfigurationError: an attention kernel fails, or gives other scores.
         """
         for model in self._models():
             model.check_fast_path()
@@ -142,13 +150,13 @@ class FrozenModels:
     def load(
         self, student: Scorer, path: str, sharding: Sharding | None, device: torch.device
     ) -> None:
-        """Load them once and shard them as the student is.
+        """Load the models once and shard them as the student is.
 
         Args:
-            student: the loaded student, which an ``AdapterOffTeacher`` is a view of.
-            path: of the student.
-            sharding: how weights lie over ranks; None: each rank has all.
-            device: where they score.
+            student: the loaded student, whose weights self-teachers use.
+            path: folder or hub name of the student.
+            sharding: how weights are split over ranks; None: each rank holds all.
+            device: where the models score.
         """
         for model in self._models():
             model.spread(sharding)
@@ -156,7 +164,7 @@ class FrozenModels:
         self.move(device)
 
     def move(self, device: torch.device) -> None:
-        """Move them to a device."""
+        """Load the models at the first call, and move them to a device."""
         self._device = device
         for model in self._models():
             model.load(device)
@@ -167,7 +175,7 @@ class FrozenModels:
             model.release()
 
     def route(self, row: Row) -> int:
-        """Return which of several teachers scores the completions of a prompt row."""
+        """Return the index of the teacher that scores a row's completions; 0 if only one."""
         return 0 if self._teacher is None else self._teacher.route(row)
 
     def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
@@ -181,7 +189,7 @@ class FrozenModels:
     def in_student_tokens(
         self, completions: Sequence[Completion], rows: Sequence[Row], most: int
     ) -> list[Completion]:
-        """Return the teacher's completions in the student's tokens, and count what is lost."""
+        """Return the teacher's completions in the student's tokens; count those cut short."""
         if self._teacher is None:
             return list(completions)
         made, lost = self._teacher.in_student_tokens(completions, rows, most)
@@ -189,12 +197,12 @@ class FrozenModels:
         return made
 
     def take_lost(self) -> int:
-        """Return how many completions did not survive this since the last call."""
+        """Return how many completions ``in_student_tokens`` has cut short since the last call."""
         lost, self._lost = self._lost, 0
         return lost
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Raise ``TrainingStopped`` for completions that the teacher cannot score."""
+        """Hand a rollout to the teacher; raise ``TrainingStopped`` if it cannot score it."""
         if self._teacher is not None:
             self._teacher.accept(batch)
 
@@ -212,7 +220,7 @@ class FrozenModels:
         return with_prompts(batch, prompts)
 
     def take_dropped(self) -> int:
-        """Return how many contexts were too long or not renderable since the last call."""
+        """Return how many contexts were too long or could not be rendered since the last call."""
         dropped, self._dropped = self._dropped, 0
         return dropped
 
@@ -225,11 +233,11 @@ class FrozenModels:
     def score_teacher(
         self, batch: RolloutBatch, topk_ids: Tensor | None, top_k: int = 0
     ) -> RolloutBatch:
-        """Add the teacher's scores, as ``teacher_fields``; without a teacher, return the batch.
+        """Add the teacher's scores, see ``teacher_fields``; without a teacher, return the batch.
 
         Args:
-            batch: completions.
-            topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+            batch: B completions.
+            topk_ids: ``[B, T, K]``, further tokens to score at each position; None: no others.
             top_k: number of the teacher's own most likely tokens to score instead; 0: none.
         """
         if self.active is None:
@@ -259,7 +267,7 @@ class FrozenModels:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        """Add to ``seconds``."""
+        """Add the time inside the context to ``seconds``."""
         started = time.perf_counter()
         yield
         if self._device.type == "cuda":
@@ -271,16 +279,16 @@ class FrozenModels:
 
 
 def check_given(teacher: Teacher | None, objective: Any, adapters: bool) -> None:
-    """Check that the teacher of a configuration is there, and can be what it is.
+    """Check that a configuration has the teacher that its objective needs, and that it can work.
 
     Args:
-        teacher: of the configuration.
+        teacher: the configured teacher; None: there is none.
         objective: the loss.
         adapters: the student is trained by LoRA.
 
     Raises:
-        ConfigurationError: the objective has no teacher, or the teacher no base model, or it is
-            the student itself at each token.
+        ConfigurationError: there is no teacher, the teacher needs a LoRA student, or its
+            distribution is always the student's.
     """
     if objective.needs_teacher and teacher is None:
         raise ConfigurationError(
@@ -303,18 +311,18 @@ def check_scores(teacher: Teacher, objective: Any) -> None:
         objective: the loss.
 
     Raises:
-        ConfigurationError: the teacher only scores tokens that it is given, or knows no entropy.
+        ConfigurationError: the teacher does not give the hidden states or the entropy.
     """
     got = f"got {type(teacher).__name__}"
     if objective.divergence is not None and not teacher.gives_states:
         raise ConfigurationError(
-            "`teacher` must be a LocalTeacher for a divergence over the full vocabulary: "
-            f"{got}. Use one, or a sampled or top-k estimator."
+            "`teacher` must give hidden states for a divergence over the full vocabulary: "
+            f"{got}. Use a LocalTeacher, or a sampled or top-k estimator."
         )
     if objective.teacher_top_k and not teacher.gives_states:
         raise ConfigurationError(
-            f"`teacher` must be a LocalTeacher to name its own most likely tokens: {got}. Use "
-            "one, or an objective that compares the student's."
+            f"`teacher` must give hidden states to name its own most likely tokens: {got}. Use a "
+            "LocalTeacher, or an objective that compares the student's."
         )
     if objective.needs_teacher_entropy and not teacher.knows_entropy:
         raise ConfigurationError(
@@ -329,11 +337,11 @@ def initial_student(
     """Return the student before training, for a reference KL.
 
     Args:
-        source: of the student.
+        source: the student's folder, hub name or model source.
         adapters: the student is trained by LoRA: its base is the reference, without a second copy.
         double: the student computes in float64, and so must the reference.
-        chunk_size: tokens whose logits exist at once.
-        trunk: how the student's layers run.
+        chunk_size: tokens whose logits exist at once; None: the default of ``LocalTeacher``.
+        trunk: the student's attention kernel, and whether its layers are compiled.
     """
     if adapters:
         return AdapterOffTeacher()
@@ -349,7 +357,7 @@ def initial_student(
 def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:
     """Return the batch's fields for a teacher's scores ``[B, T]`` of sampled tokens.
 
-    Log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, to be refused.
+    Log-probabilities are floored at ``LOGPROB_FLOOR``; NaN stays, for later checks to refuse.
     """
     if scores is None:
         return {}
@@ -365,7 +373,7 @@ def teacher_fields(scores: TokenScores | None) -> dict[str, Tensor | None]:
 def floored(scores: TokenScores) -> Tensor:
     """Return ``[B, T]`` log-probabilities of at least ``LOGPROB_FLOOR``; sums of chunks stay.
 
-    The summands of a chunk are floored by the teacher that sums them.
+    A teacher that sums over chunks floors the summands.
     """
     if scores.chunk_places is not None:
         return scores.logprobs

@@ -1,4 +1,4 @@
-"""A frozen teacher in the training process."""
+"""A frozen teacher that runs in the training process."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class LocalTeacher(Teacher):
 
     Args:
         model: a Hugging Face folder, hub name, or model source.
-        dtype: torch dtype name of the weights; ``auto`` takes the checkpoint's.
+        dtype: torch dtype name of the weights; ``auto`` uses the checkpoint's.
         offload: keep the weights on the CPU and copy them to the device for scoring: layer by
-            layer under fsdp2, else all at once, once per rollout. All offloaded teachers of a
-            rollout are then on the device together. A teacher whose whole distribution the updates
-            read stays there until the next rollout. An offloaded teacher that is not sharded
-            samples slowly.
+            layer under fsdp2, else all at once, once per rollout. Several offloaded teachers are
+            then on the device together. A teacher for a divergence over the full vocabulary stays
+            there until the next rollout. An offloaded teacher that is not sharded samples slowly.
         translate_end_token: if teacher and student end with different tokens (a chat teacher with
             ``<|im_end|>``, a base student with ``<|endoftext|>``), swap the two tokens in the
             teacher's scores, so that its end token counts as the student's.
-        chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
+        chunk_size: tokens whose logits exist at once; None: as many as fit into about 64 MiB, on
+            CUDA into 1 GiB.
         attn_implementation: attention kernel, see ``KDRLModule``.
         compile: run the layers through ``torch.compile``, see ``KDRLModule``.
     """
@@ -99,7 +99,7 @@ class LocalTeacher(Teacher):
 
     @property
     def context_length(self) -> int:
-        """Most tokens, of prompt and completion together, that the teacher can read."""
+        """Most tokens of prompt and completion together that the teacher can read."""
         return context_length(model_path(self.model))
 
     def prepare(self) -> None:
@@ -109,10 +109,11 @@ class LocalTeacher(Teacher):
     def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
         """Compare tokens, end tokens and chat templates with the student's.
 
-        From then on, the teacher's logits are cut to the rows of the student's embedding.
+        ``load`` then cuts the teacher's logits to the rows of the student's embedding.
 
         Raises:
-            ConfigurationError: vocabularies differ, or the student has no row for the end token.
+            ConfigurationError: vocabularies differ, or the student has no row for the teacher's end
+                token.
         """
         path = model_path(self.model)
         tokenizer = load_tokenizer(path)
@@ -155,8 +156,8 @@ class LocalTeacher(Teacher):
         self.trunk.check_device(device)
 
     def check_fast_path(self) -> None:
-        """Compare the attention kernel and compiled layers with plain ones, on the device."""
-        check_fast_path(self._at_hand(), self.trunk, model_path(self.model))
+        """Check that attention kernel and compiled layers score as plain ones do on the device."""
+        check_fast_path(self._on_device(), self.trunk, model_path(self.model))
 
     def release(self) -> None:
         """Free the device's copy of offloaded weights."""
@@ -171,13 +172,13 @@ class LocalTeacher(Teacher):
             TrainingStopped: student or teacher has no row for a token; see ``accept``.
         """
         self.accept(batch)
-        return self._at_hand().score(batch, top_k=1, topk_ids=topk_ids)
+        return self._on_device().score(batch, top_k=1, topk_ids=topk_ids)
 
     @torch.no_grad()
     def states(self, batch: RolloutBatch) -> Other:
         """Return the hidden states of one forward pass, and the head."""
         self.accept(batch)
-        return self._at_hand().states(batch)
+        return self._on_device().states(batch)
 
     def accept(self, batch: RolloutBatch) -> None:
         """Refuse token ids for which only one of the two models has a row.
@@ -216,7 +217,7 @@ class LocalTeacher(Teacher):
     def _swap(self) -> tuple[int, int] | None:
         return self._ends if self.translate_end_token else None
 
-    def _at_hand(self) -> Scorer:
+    def _on_device(self) -> Scorer:
         """Return the model with offloaded weights on the device; FSDP2 moves sharded ones."""
         scorer = self._loaded()
         if self._offloaded is not None:

@@ -1,4 +1,4 @@
-"""Weights of a frozen module that wait on the CPU and are lent to a device."""
+"""Offloads a frozen module: its weights stay on the CPU, and a device gets copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class OffloadedWeights:
     """Keeps a frozen module's weights on the CPU and lends copies of them to a device.
 
     Nothing is copied back, because frozen weights do not change. On a machine with a GPU the
-    weights on the CPU are pinned, so that a transfer does not stop the process.
+    weights on the CPU are pinned, so that a copy does not block the process.
 
     Args:
         module: the frozen module; its weights are on the CPU.
@@ -47,7 +47,7 @@ class OffloadedWeights:
 
 
 def fetched(master: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of a tensor on a device, for work that is queued there after it."""
+    """Return a copy of a tensor on a device; work queued there later waits for it."""
     return master.to(device, non_blocking=True)
 
 

@@ -14,7 +14,7 @@ from kdrl_lightning.teachers.base import Teacher
 def own_top_k(teacher: Teacher, batch: RolloutBatch, top_k: int) -> TokenScores:
     """Return a teacher's scores of sampled tokens and of its own most likely ones.
 
-    It works with every teacher that gives its hidden states: its model runs once, its head twice.
+    The teacher's model runs once, its head twice.
 
     Args:
         teacher: a teacher with ``gives_states``.

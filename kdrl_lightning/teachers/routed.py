@@ -61,7 +61,7 @@ class RoutedTeacher(Teacher):
         """Folder or hub name of the teachers' tokenizer.
 
         Raises:
-            ConfigurationError: they have several.
+            ConfigurationError: the teachers have different tokenizers.
         """
         paths = {teacher.tokenizer_path for teacher in self.teachers.values()}
         if len(paths) > 1:
@@ -73,7 +73,7 @@ class RoutedTeacher(Teacher):
 
     @property
     def aligns(self) -> bool:  # type: ignore[override]
-        """Whether a teacher has other tokens than the student."""
+        """Whether any teacher has another tokenizer than the student."""
         return any(teacher.aligns for teacher in self.teachers.values())
 
     @property
@@ -135,7 +135,7 @@ class RoutedTeacher(Teacher):
     def in_student_tokens(
         self, completions: Sequence[Completion], rows: Sequence[Row], most: int
     ) -> tuple[list[Completion], int]:
-        """Return each completion as the teacher of its row writes it for the student."""
+        """Return completions in the student's tokens, each translated by its row's teacher."""
         made = [
             self._of(row).in_student_tokens([one], [row], most)
             for one, row in zip(completions, rows, strict=True)
@@ -270,7 +270,7 @@ def scatter(
 
     out = []
     filled = part.map(blank) if whole is None else whole
-    for into, value in zip(filled[:-1], part[:-1], strict=True):  # a teacher compares with none
+    for into, value in zip(filled[:-1], part[:-1], strict=True):  # without `other`: None here
         if into is not None and value is not None:
             into[rows, : value.shape[1]] = value
         out.append(None if value is None else into)

@@ -42,8 +42,8 @@ class Row(NamedTuple):
 
     Attributes:
         logprobs: T log-probabilities of the sampled tokens, in nats.
-        best: T most likely tokens.
-        asked: T lists with the log-probabilities of the requested ids; empty if none were.
+        best: the teacher's most likely token at each of the T positions.
+        asked: T lists with the log-probabilities of the requested ids; empty if there are none.
     """
 
     logprobs: list[float]
@@ -55,15 +55,15 @@ class ServerTeacher(Teacher):
     """Scores completions on vLLM servers, which divide the completions among them.
 
     One request with ``prompt_logprobs`` gives the log-probabilities of a completion and the
-    teacher's most likely tokens. Scores of the student's top-k ids need one more request for each
-    position (the prefix is cached): they are exact, but slow. Servers do not return the teacher's
-    entropy. Log-probabilities are over all rows of the teacher's head; a ``LocalTeacher`` cuts them
-    to the student's rows.
+    teacher's most likely tokens. Scores of the student's top-k ids need one more prompt for each
+    position (its prefix is cached): they are exact, but slow. Servers do not return the teacher's
+    entropy. Log-probabilities are normalised over all rows of the teacher's head, those of a
+    ``LocalTeacher`` over the student's rows.
 
     Args:
         model: folder or hub name of the served model; tokenizer and configuration are read from it.
         urls: addresses of the servers, e.g. ``http://127.0.0.1:8001``.
-        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
+        api_key: key of the servers; None: the environment variable ``VLLM_API_KEY``.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
         max_sequences: completions scored at once on each server.
@@ -89,7 +89,7 @@ class ServerTeacher(Teacher):
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
-        """Whether several ranks score; if one has to stop, all do."""
+        """Whether there are several ranks: if one has to stop, all stop."""
         return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
     @property
@@ -99,7 +99,7 @@ class ServerTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens, of prompt and completion together, of the servers; None before ``load``."""
+        """Most tokens of prompt and completion that all servers can read; None before ``load``."""
         return self._context - 1 if self._context else None
 
     @property
@@ -115,7 +115,8 @@ class ServerTeacher(Teacher):
         """Compare tokens, end tokens and chat templates with the student's.
 
         Raises:
-            ConfigurationError: vocabularies differ, or the student has no row for the end token.
+            ConfigurationError: vocabularies differ, or the student has no row for the teacher's end
+                token.
         """
         path = model_path(self.model)
         rows = int(load_config(student_path).get_text_config().vocab_size)
@@ -127,7 +128,7 @@ class ServerTeacher(Teacher):
         """Refuse every temperature but 1.
 
         Raises:
-            ConfigurationError: it is another.
+            ConfigurationError: the temperature is another.
         """
         if temperature != 1.0:
             raise ConfigurationError(
@@ -136,7 +137,7 @@ class ServerTeacher(Teacher):
             )
 
     def load(self, device: torch.device) -> None:
-        """Check what the servers serve; a second call does nothing.
+        """Check which model the servers serve; a second call does nothing.
 
         Raises:
             TrainingStopped: a server does not answer, has another tokenizer, or serves another
@@ -271,7 +272,7 @@ class ServerTeacher(Teacher):
 
 
 def bundles(asked: list[list[int]], vocab_size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the positions that one request can score, with the ids that they ask for together.
+    """Yield positions that one request can score, with all ids that are requested at any of them.
 
     Args:
         asked: requested ids of each position.

@@ -15,7 +15,7 @@ from kdrl_lightning.common.chat_templates import render
 from kdrl_lightning.common.untyped import HFTokenizer, Tree
 from kdrl_lightning.errors import ConfigurationError
 
-# `Any`: an objective, whose room this one must not import.
+# `Any`: an objective; `teachers` must not import `objectives`.
 
 PROBES = (
     [{"role": "user", "content": "1+1="}],
@@ -133,10 +133,10 @@ def check_end_tokens(ends: str | None, objective: Any) -> None:
 
     Args:
         ends: what ``compare`` returned; None also if the teacher translates end tokens.
-        objective: says whether it needs a teacher, and whether it leaves out end tokens.
+        objective: the loss.
 
     Raises:
-        ConfigurationError: end tokens differ and the objective reads the teacher there.
+        ConfigurationError: end tokens differ, and the loss reads the teacher's score of them.
     """
     if ends is None or not objective.needs_teacher or objective.leaves_out_end:
         return
@@ -154,10 +154,10 @@ def check_sampled(objective: Any) -> None:
     """Refuse an objective that compares more than sampled tokens, if the tokenizers differ.
 
     Args:
-        objective: says which distributions it compares.
+        objective: the loss.
 
     Raises:
-        ConfigurationError: it compares the full vocabulary, or someone's most likely tokens.
+        ConfigurationError: it compares the full vocabulary, or a model's most likely tokens.
     """
     if objective.divergence is None and not objective.top_k and not objective.teacher_top_k:
         return
@@ -200,10 +200,9 @@ def warn_of_templates(
 def warn_of_merges(
     student: HFTokenizer, teacher: HFTokenizer, student_path: str, teacher_path: str
 ) -> None:
-    """Warn if the teacher would write a text in other tokens of the same vocabulary.
+    """Warn if the teacher's tokenizer would split a text into other tokens of the same vocabulary.
 
-    It was trained on its own way to split a text. On another one its scores get worse without any
-    error.
+    The teacher was trained on its own splits. On others its scores get worse without any error.
     """
     if not same_rules(student, teacher, ("model",)):
         warnings.warn(
@@ -223,8 +222,8 @@ def same_rules(
 
     Args:
         one: a tokenizer.
-        other: another one. One without a ``tokenizers`` backend cannot be compared and counts as
-            alike.
+        other: another one. A tokenizer without a ``tokenizers`` backend cannot be compared and
+            counts as alike.
         steps: the steps of the backend to compare.
     """
     rules = [_rules(tokenizer, steps) for tokenizer in (one, other)]

@@ -60,7 +60,7 @@ class WrappedTeacher(Teacher):
 
     @property
     def aligns(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped teacher has other tokens than the student."""
+        """Whether the wrapped teacher has another tokenizer than the student."""
         return self.teacher.aligns
 
     @property

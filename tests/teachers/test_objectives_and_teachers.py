@@ -62,10 +62,10 @@ TEACHERS: dict[str, Callable[[str], Teacher]] = {
     "`LiveWeights` with the student's prompt": lambda folder: SelfTeacher(LiveWeights()),
 }
 REASONS = {
-    1: r"must be a LocalTeacher for a divergence over the full vocabulary",
+    1: r"must give hidden states for a divergence over the full vocabulary",
     2: r"must be one that can generate for `teacher_completions`",
     3: r"its KL is 0 and teaches nothing",
-    4: r"must be a LocalTeacher to name its own most likely tokens",
+    4: r"must give hidden states to name its own most likely tokens",
     5: r"must return its entropy for PublishedSRPO",
 }
 

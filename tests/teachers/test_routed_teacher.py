@@ -151,7 +151,7 @@ def test_it_scores_and_does_not_generate(
     tmp_path: Path, student_folder: str, two: RoutedTeacher
 ) -> None:
     assert not two.generates and two.weights() is None
-    with pytest.raises(ConfigurationError, match=r"must be a LocalTeacher .* got RoutedTeacher"):
+    with pytest.raises(ConfigurationError, match=r"must give hidden states .* got RoutedTeacher"):
         two.states(batch_of([0, 1, 0, 1]))
     data = make_data(teacher_completions=1)
     with pytest.raises(ConfigurationError, match=r"one that can generate .* got RoutedTeacher"):

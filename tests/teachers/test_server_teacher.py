@@ -190,7 +190,7 @@ def test_a_run_with_it_has_no_entropy_and_no_full_distributions(
     assert trace.seen[0][1].teacher_entropy is None
     assert "kd/reverse_kl" in stats.rows[0] and "kd/teacher_entropy" not in stats.rows[0]
     assert "kd/top_token_agreement" in stats.rows[0]
-    with pytest.raises(ConfigurationError, match=r"must be a LocalTeacher .* got ServerTeacher"):
+    with pytest.raises(ConfigurationError, match=r"must give hidden states .* got ServerTeacher"):
         fit(tmp_path, make_module(student_folder, teacher, GKD()), make_data(), max_steps=1)
 
 

@@ -1,5 +1,6 @@
-"""Methods built for a teacher with its own prompt, a self-teacher or a second anchor.
+"""Presets of further papers, most of them on self-teachers or teachers with their own prompt.
 
-Each file holds one method as its paper publishes it: the parts that only this method has, and the
-preset. They take any teacher. ``mixtures`` holds SRPO and RLSD in the form with an external one.
+Each file holds one method as its paper publishes it: the preset, and the parts that only this
+method has. They work with any teacher. ``mixtures`` holds SRPO and RLSD as a replication changed
+them for an external teacher.
 """

@@ -1,4 +1,4 @@
-"""EOPD: on-policy distillation, and a forward KL to the teacher's top tokens where it is unsure."""
+"""EOPD: on-policy distillation, plus a forward KL to the teacher on tokens where it is unsure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class TeacherTopK(DistillTerm):
     """A divergence from the teacher's most likely tokens, renormalised over them.
 
-    The student's distribution keeps all tokens: what it gives to tokens outside the teacher's K is
-    in one bucket, where the teacher has 0. At ``jsd_beta`` 0 the divergence is
-    ``sum_K T log(T / S)``, as in EOPD (arXiv 2603.07079); at 0.5 it is the exact Jensen-Shannon
-    divergence of the renormalised teacher and the whole student, as HDPO needs it (2603.23871).
+    The student is not renormalised: its probability outside the teacher's K tokens goes into one
+    bucket, in which the teacher has 0. At ``jsd_beta`` 0 the divergence is ``sum_K T log(T / S)``,
+    as in EOPD (arXiv 2603.07079); at 0.5 it is the exact Jensen-Shannon divergence of the
+    renormalised teacher and the whole student, as HDPO (2603.23871) needs it.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         jsd_beta: 0 is KL(teacher || student), in [0, 1). At 1, KL(student || teacher), the bucket
-            would be infinite.
-        top_k: K.
+            would make it infinite.
+        top_k: K, the number of the teacher's most likely tokens.
         entropy_above: act only on tokens at which the teacher's entropy over the full vocabulary is
             above this, in nats; None: on all tokens.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -68,7 +68,7 @@ class TeacherTopK(DistillTerm):
         """Return the divergence at each position."""
         student = with_tail(known(scores.topk_logprobs, "topk_logprobs"), scores.tail_logprobs)
         teacher = known(batch.teacher_topk_logprobs, "teacher_topk_logprobs")
-        # Where nothing is imitated, the teacher's values may be no numbers.
+        # On tokens that are not imitated the teacher's values may be NaN.
         teacher = torch.where(mask[..., None], teacher, 0.0)
         outside = torch.full_like(teacher[..., :1], -torch.inf)
         # The divergence normalises the teacher's logits, which renormalises its K tokens.
@@ -76,7 +76,7 @@ class TeacherTopK(DistillTerm):
 
 
 class FixedGap(GapAdvantage):
-    """Takes ``log pi_T - log pi_old``, which stays the same in all updates of a rollout: EOPD."""
+    """Gives ``log pi_T - log pi_old``, which stays the same in all updates of a rollout: EOPD."""
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
         """Return the gap at rollout time; 0 on tokens that are not imitated."""
@@ -85,12 +85,12 @@ class FixedGap(GapAdvantage):
         return torch.where(mask, teacher_logprobs(batch, old) - old, 0.0)
 
     def changed(self, batch: RolloutBatch, advantages: Tensor) -> Tensor:
-        """Return the tokens with an advantage: it is all the teacher's."""
+        """Return the tokens with an advantage, which comes from the teacher alone."""
         return advantages != 0
 
 
 class EOPD(PolicyObjective):
-    """EOPD: distillation by policy gradient, and a forward KL where the teacher is unsure.
+    """EOPD: distillation by policy gradient, plus a forward KL where the teacher is unsure.
 
     arXiv 2603.07079: ``-min(rho a, clip(rho, 1 - clip_low, 1 + clip_high) a)`` per token, with
     ``a = log pi_T - log pi_old``, and on tokens at which the teacher's entropy is above
@@ -103,7 +103,7 @@ class EOPD(PolicyObjective):
         teacher_kl_coef: weight of the forward KL, at least 0. Published: 1.
         clip_low: see ``TokenRatio``.
         clip_high: see ``TokenRatio``.
-        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+        policy: further settings of ``PolicyObjective``. The paper uses ``sequence_mean`` for
             ``reduction``.
     """
 

@@ -17,7 +17,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class ExtrapolatedGap(GapAdvantage):
-    """Takes ``d + (extrapolation - 1) (log pi_T - log pi_ref)``: G-OPD (arXiv 2602.12125).
+    """Gives ``d + (extrapolation - 1) (log pi_T - log pi_ref)``: G-OPD (arXiv 2602.12125).
 
     Args:
         extrapolation: lambda, at least 0: 1 is on-policy distillation, above 1 is ExOPD. Published:
@@ -43,12 +43,12 @@ class ExtrapolatedGap(GapAdvantage):
 
 
 class GOPD(PolicyObjective):
-    """G-OPD: on-policy distillation with a second anchor; ExOPD above 1 (arXiv 2602.12125).
+    """G-OPD: on-policy distillation with a second anchor, the reference (arXiv 2602.12125).
 
     ``-min(rho a, clip(rho, 1 - clip_low, 1 + clip_high) a)`` per token, with the detached advantage
     ``a = log pi_T - log pi + (extrapolation - 1) (log pi_T - log pi_ref)``. The optimum is
     ``pi_T^extrapolation pi_ref^(1 - extrapolation)``, normalised. pi_ref is the student before
-    training. Rewards are measured but do not enter the loss.
+    training. Above 1 the method is ExOPD. Rewards are measured but do not enter the loss.
 
     Args:
         extrapolation: see ``ExtrapolatedGap``.

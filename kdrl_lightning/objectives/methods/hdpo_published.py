@@ -1,4 +1,4 @@
-"""HDPO as published: GRPO, and imitation of correct answers to prompts that the student fails."""
+"""HDPO as published: GRPO, plus imitation of correct answers to prompts that the student fails."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 
 
 class SolvedByTeacher(Selection):
-    """Selects the teacher's correct completions of prompts that the student solves in none.
+    """Selects the teacher's correct completions for prompts that the student fails every time.
 
-    HDPO (arXiv 2603.23871) keeps these of what is sampled after the privileged prompt.
+    HDPO (arXiv 2603.23871) samples completions after the privileged prompt, and keeps only these.
     """
 
     reads_old_scores = False
@@ -35,14 +35,14 @@ class SolvedByTeacher(Selection):
 
 
 class OwnGroup(Advantage):
-    """Gives A among the student's completions of a prompt, and 0 to the teacher's.
+    """Gives the student's completions their advantage within the group, and the teacher's 0.
 
     Args:
-        scale_by_std: divide by the standard deviation of the student's completions.
+        scale_by_std: divide by the standard deviation of the rewards of the student's completions.
     """
 
     def prepare(self, rollout: RolloutBatch) -> Tensor:
-        """Return ``[B]`` advantages, to which the teacher's completions add nothing."""
+        """Return ``[B]`` advantages; the teacher's completions get 0 and count in no mean."""
         rows = (rollout.source == STUDENT).nonzero().squeeze(1)
         out = torch.zeros_like(rollout.rewards)
         out[rows] = super().prepare(rollout.select(rows))
@@ -50,13 +50,13 @@ class OwnGroup(Advantage):
 
 
 class PublishedHDPO(PolicyObjective):
-    """HDPO as published: GRPO, and imitation of correct answers to failed prompts (2603.23871).
+    """HDPO as published: GRPO, plus imitation of correct answers to failed prompts (2603.23871).
 
-    ``L_GRPO + teacher_kl_coef / N sum JSD(T, S)`` over the N tokens of the kept completions of the
-    step: those of the teacher (``data.teacher_completions``) that are correct, of prompts that the
-    student fails in all of its completions; it samples for no others. T is the teacher on its
-    ``top_k`` most likely tokens, renormalised, S the student's whole distribution. Kept completions
-    enter no advantage and no denominator of GRPO. ``reduction`` is the token mean.
+    ``L_GRPO + teacher_kl_coef / N sum JSD(T, S)`` over the N tokens of the step's kept completions.
+    The teacher samples (``data.teacher_completions``) only for prompts that the student fails in
+    all its completions, and its correct completions are kept. T is the teacher on its ``top_k``
+    most likely tokens, renormalised, S the student's whole distribution. Kept completions enter no
+    advantage and no denominator of GRPO. ``reduction`` is always ``token_mean``.
 
     Args:
         teacher_kl_coef: weight of the divergence, at least 0. Published: 0.1 and 0.01.

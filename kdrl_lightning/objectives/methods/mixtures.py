@@ -1,7 +1,6 @@
 """SRPO and RLSD: advantages mixed from rewards and teacher.
 
-Both were published as self-distillation. We follow arXiv 2609.04108, which puts an external teacher
-in their place.
+Both were published as self-distillation; we follow arXiv 2609.04108, which has an external teacher.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class RLSD(PolicyObjective):
     ``d = log pi_T - log pi``, without gradient.
 
     Args:
-        mix: lambda, in [0, 1]; 0 is GRPO. The default is our choice.
-        width: eps_w, in [0, 1]. The default is our choice.
+        mix: lambda, in [0, 1]; 0 is GRPO. Published: falling from 0.5 to 0, or 1 in 2609.04108.
+        width: eps_w, in [0, 1]. Published: 0.2.
         clip_low: see ``TokenRatio``.
         clip_high: see ``TokenRatio``.
         scale_by_std: see ``Advantage``.

@@ -18,14 +18,14 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class ClippedForwardKL(DistillTerm):
     """KL(teacher || student) with each vocabulary entry's summand capped (arXiv 2601.18734 v3).
 
-    The sum can be negative and is not a divergence, so it is logged as ``loss/clipped_forward_kl``.
+    The sum can be negative, so it is not a divergence; it is logged as ``loss/clipped_forward_kl``.
     The teacher runs in every update.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
-        pointwise_clip: largest summand of a vocabulary entry, in nats, above 0; None: no cap. The
-            paper gives no value; later code takes 0.05.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        pointwise_clip: largest summand of a vocabulary entry, in nats, at least 0; None: no cap.
+            The paper gives no value; later code uses 0.05.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -60,8 +60,8 @@ class OPSD(PolicyObjective):
     Args:
         pointwise_clip: see ``ClippedForwardKL``.
         teacher_kl_coef: weight of the term, at least 0.
-        kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
-        policy: further settings of ``PolicyObjective``. The paper takes ``sequence_mean`` for
+        kd_per_imitated_token: divide by the step's imitated tokens, whatever ``reduction`` is.
+        policy: further settings of ``PolicyObjective``. The paper uses ``sequence_mean`` for
             ``reduction``.
     """
 

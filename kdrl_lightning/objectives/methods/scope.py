@@ -1,4 +1,4 @@
-"""SCOPE: likelihood on correct completions, distillation on wrong ones, weighted in the group."""
+"""SCOPE: likelihood on correct completions, distillation on wrong ones, weighted per group."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Scale = Literal["sum", "mean"]
 
 
 class RarityWeights(Advantage):
-    """Takes w on correct completions and ``w d`` on wrong ones: SCOPE (arXiv 2604.10688).
+    """Gives w to correct completions and ``w d`` to wrong ones: SCOPE (arXiv 2604.10688).
 
-    With the mean log-probability of a completion's tokens, l_S by the old student and l_T by the
-    teacher, and the temperature tau: over the correct completions of a group w is the softmax of
-    ``-l_S / tau``, so that rare successes count more; over the wrong ones the softmax of
-    ``l_T / tau``, so that paths that puzzle the teacher count less. Completions outside the loss,
-    and wrong ones outside the selection or without a context, are in neither set.
+    Over the correct completions of a group, w is the softmax of ``-l_S / tau``, so that rare
+    successes count more; over the wrong ones it is the softmax of ``l_T / tau``, so that paths that
+    puzzle the teacher count less. l_S and l_T are a completion's mean log-probability per token, by
+    the old student and by the teacher; tau is a temperature. Completions outside the loss, and
+    wrong ones outside the selection or without a context, are in neither set.
 
     Args:
         weight_temperature: tau, above 0. Published: 1. None: all weights of a set are equal.
-        scale: the weights of a set have the ``sum`` 1, as in the paper, or the ``mean`` 1, as in
-            its code.
+        scale: what is 1 over a set of weights: their ``sum``, as in the paper, or their ``mean``,
+            as in its code.
 
     Raises:
         ConfigurationError: a value is out of its range.

@@ -20,12 +20,12 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class GatedGap(DistillTerm):
     """The gap ``g (log pi_T - log pi)`` with a detached gate g: SDAR's term (arXiv 2605.15155).
 
-    ``g = sigmoid(sharpness (log pi_T - log pi))``. The gradient is ``-g`` per token: it raises
-    every sampled token, and most of all those that the teacher likes. The value can be negative, so
-    it is not a divergence.
+    ``g = sigmoid(sharpness (log pi_T - log pi))``. The gradient by ``log pi`` is ``-g``: it makes
+    every sampled token more probable, above all those that the teacher likes. The value can be
+    negative, so it is not a divergence.
 
     Args:
-        distill_coef: weight of the term, at least 0. The examples of the published code take 0.01.
+        distill_coef: weight of the term, at least 0. The examples of the published code use 0.01.
         sharpness: factor on the gap, at least 0; at 0 the expected gradient is zero.
 
     Raises:
@@ -47,7 +47,7 @@ class GatedGap(DistillTerm):
         return self.distill_coef
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Leave out the teacher's completions: the term is for the student's samples."""
+        """Return the imitated tokens that the student sampled."""
         return super().where(batch) & batch.student_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -58,11 +58,11 @@ class GatedGap(DistillTerm):
 
 
 class SDAR(PolicyObjective):
-    """SDAR: GRPO plus a gated push on the tokens that the teacher likes (arXiv 2605.15155).
+    """SDAR: GRPO plus a push up of all sampled tokens, gated by the teacher (arXiv 2605.15155).
 
     GRPO's surrogate plus ``distill_coef g (log pi_T - log pi)``, with the detached gate
-    ``g = sigmoid(sharpness (log pi_T - log pi))``. We know it from its code, whose teacher is the
-    student at rollout time with a skill text in its prompt.
+    ``g = sigmoid(sharpness (log pi_T - log pi))``. We follow the published code, in which the
+    teacher is the student at rollout time with a skill text in its prompt.
 
     Args:
         distill_coef: see ``GatedGap``.

@@ -13,16 +13,16 @@ from kdrl_lightning.objectives.selections import ExceptFirstTokens, Selection
 class SDFT(PolicyObjective):
     """Self-Distillation Fine-Tuning: KL(teacher || student) without the first tokens (2601.19897).
 
-    The full-vocabulary forward KL on the student's completions, divided by the tokens that it acts
-    on. As published the teacher is a moving average of the student with a demonstration in its
-    prompt; its opening phrases refer to it, so the first tokens are left out. Rewards are measured
-    but do not enter the loss.
+    It is the full-vocabulary forward KL on the student's completions, divided by the number of
+    tokens that it acts on. As published the teacher is a moving average of the student with a
+    demonstration in its prompt. The teacher's opening phrases refer to the demonstration, so the
+    first tokens are left out. Rewards are measured but do not enter the loss.
 
     Args:
         skip_tokens: tokens at a completion's start to leave out. Published: 3.
         jsd_beta: see ``VocabularyKL``. Published: 0.
         teacher_kl_coef: weight of the divergence, at least 0.
-        kd_per_imitated_token: divide by the imitated tokens, not by all loss tokens.
+        kd_per_imitated_token: divide by the step's imitated tokens, whatever ``reduction`` is.
         selection: further rules for the tokens on which the teacher is imitated.
         policy: further settings of ``PolicyObjective``.
     """

@@ -19,15 +19,15 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class CappedKL(VocabularyKL):
     """A divergence of distributions, times the token's ratio ``sg(min(pi / pi_old, ratio_cap))``.
 
-    SDPO (arXiv 2601.20802) weights its divergence so, which is exact at each position, by the
-    sampled token. The correction for the sampling engine weights it, too.
+    SDPO (arXiv 2601.20802) weights the divergence at a position by the ratio of the token sampled
+    there. ``engine_correction`` weights it, too.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
         jsd_beta: see ``VocabularyKL``.
         top_k: see ``VocabularyKL``.
         ratio_cap: largest ratio, at least 1; None: no ratio.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -48,7 +48,7 @@ class CappedKL(VocabularyKL):
 
     @property
     def corrected(self) -> bool:
-        """Return True."""
+        """Return True: the sampled tokens give the weights."""
         return True
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class SDPO(PolicyObjective):
     the distilled tokens of the step. As published the teacher is a moving average of the student
     with a successful sibling or feedback in its prompt, and rows without one are not distilled.
 
-    The hybrid takes ``reward_mix`` times GRPO's loss and ``1 - reward_mix`` times that divergence.
+    The hybrid adds ``reward_mix`` times GRPO's loss and ``1 - reward_mix`` times that divergence.
 
     Args:
         reward_mix: lambda, in [0, 1]: 0 is distillation alone. Published for the hybrid: 0.9.

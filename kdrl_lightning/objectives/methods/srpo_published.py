@@ -1,4 +1,4 @@
-"""SRPO as published: GRPO, and a confidence-weighted divergence on the distilled completions."""
+"""SRPO as published: GRPO, plus a confidence-weighted divergence on distilled completions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class ConfidenceWeightedKL(CappedKL):
-    """``CappedKL`` with a token's weight ``e^(-sharpness H_T)``, whose mean over the step is 1.
+    """``CappedKL`` with weights ``e^(-sharpness H_T)`` per token, H_T being the teacher's entropy.
 
-    H_T is the teacher's entropy. SRPO (arXiv 2604.02288) divides the weights by their mean over the
-    distilled tokens of the whole optimizer step.
+    As in SRPO (arXiv 2604.02288), the weights are divided by their mean over the distilled tokens
+    of the whole optimizer step.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
@@ -31,7 +31,7 @@ class ConfidenceWeightedKL(CappedKL):
         top_k: see ``VocabularyKL``.
         ratio_cap: see ``CappedKL``.
         sharpness: factor on the entropy, at least 0; 0 weights all tokens alike.
-        per_imitated_token: divide by the imitated tokens of the step, not by all loss tokens.
+        per_imitated_token: divide by the step's imitated tokens, whatever the ``reduction``.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -54,7 +54,7 @@ class ConfidenceWeightedKL(CappedKL):
         self.sharpness = sharpness
 
     def weights(self, rollout: RolloutBatch) -> Tensor:
-        """Return the weights before they are normalised."""
+        """Return ``[B, T]`` weights, not yet divided by their mean over the step."""
         return confidence(known(rollout.teacher_entropy, "teacher_entropy"), self.sharpness)
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class ConfidenceWeightedKL(CappedKL):
 
 
 class NotDistilled(Advantage):
-    """Takes A on tokens that are not distilled, and 0 on the others: SRPO (arXiv 2604.02288).
+    """Gives A to tokens that are not distilled, and 0 to the others: SRPO (arXiv 2604.02288).
 
     Args:
         scale_by_std: divide A by the group's standard deviation.
@@ -85,8 +85,8 @@ class PublishedSRPO(PolicyObjective):
     arXiv 2604.02288. On distilled completions the loss of a token is
     ``w min(pi / pi_old, ratio_cap) JSD``, with the divergence of SDPO and
     ``w = e^(-sharpness H_T)``, divided by its mean over the distilled tokens of the step. On all
-    others it is GRPO's surrogate, also on wrong completions without a context. All loss tokens of
-    the step are the denominator of both. ``SRPO`` is the form with an external teacher.
+    others it is GRPO's surrogate, also on wrong completions without a context. Both are divided by
+    the number of loss tokens of the step. ``SRPO`` is the form with an external teacher.
 
     Args:
         sharpness: see ``ConfidenceWeightedKL``. Published: 1.

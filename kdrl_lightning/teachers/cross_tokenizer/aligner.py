@@ -26,7 +26,7 @@ class Chunked:
 
     Attributes:
         teacher_ids: ``[U]``, the completion in the teacher's vocabulary, at least one token.
-        teacher_places: ``[U]``, how many teacher tokens of its chunk precede one.
+        teacher_places: ``[U]``, how many teacher tokens of its chunk precede a token.
         places: ``[T]``, how many tokens of its chunk precede a token; ``NO_SCORE`` if the
             teacher cannot score it.
         columns: ``[T]``, place among the teacher's tokens of the first one of the token's chunk; 0
@@ -45,8 +45,8 @@ class Aligner:
     """Writes completions in the teacher's tokens, and cuts both into chunks of the same bytes.
 
     Chunks are minimal. A special token is a separate chunk, and so is the end token, which
-    becomes the teacher's. The tokens after one that the teacher does not have (a special token, or
-    a text that its tokenizer changes) have no score, because the teacher would read another text.
+    becomes the teacher's. If the teacher lacks a special token or its tokenizer changes a text,
+    later tokens have no score, because the teacher would read another text.
 
     Args:
         student: the student's vocabulary.
@@ -76,9 +76,9 @@ class Aligner:
         """Align completions.
 
         Args:
-            completions: ids of each completion; one that was not cut ends with an end token.
+            completions: ids of each completion; one that was not truncated ends with an end token.
             ends: the teacher's end token of each completion.
-            most: most tokens of the teacher in each completion; later ones are left out.
+            most: largest number of teacher tokens of each completion; later ones are left out.
 
         Returns:
             One alignment per completion.
@@ -99,7 +99,7 @@ class Aligner:
             self.encode,
             self.max_chunk_tokens,
         )
-        # 3. Copy them to all their places, and end the rows.
+        # 3. Copy them to all their places, and add the end tokens.
         rows, whole = _placed(parts, segments, counts, np.cumsum(self.student.lengths[ids]))
         limits: Sequence[int | None] = most or [None] * len(rows)
         return [
@@ -110,10 +110,10 @@ class Aligner:
         ]
 
     def refuse_changed_text(self) -> None:
-        """Encode every token of the student that is printable ASCII.
+        """Check that the teacher's tokenizer keeps every printable ASCII token of the student.
 
         Raises:
-            ConfigurationError: the teacher's tokenizer changes one of them.
+            ConfigurationError: it changes one of them.
         """
         texts = [p for p in self.student.pieces if p and PRINTABLE.fullmatch(p)]
         for text, ids in zip(texts, self.encode(texts), strict=True):
@@ -131,11 +131,11 @@ class Aligner:
 def _placed(
     parts: Parts, segments: Segments, counts: Ints, ends: Ints
 ) -> tuple[list[Chunked], list[bool]]:
-    """Return the rows, put together from aligned segments, and which the teacher reads whole.
+    """Build the rows from aligned segments; return them, and which the teacher reads whole.
 
     Args:
-        parts: the different segments.
-        segments: where they are.
+        parts: the different segments, aligned.
+        segments: where they are in the rows.
         counts: ``[B]``, tokens of each row.
         ends: ``[T]``, the byte at which each token ends, over all rows.
     """
@@ -184,8 +184,8 @@ def _closed(
 
     Args:
         row: without the end token.
-        closing: the teacher's end token; None if the completion was cut.
-        end: a token for the teacher to read if there is no other.
+        closing: the teacher's end token; None if the completion was truncated.
+        end: a token for the teacher to read if the row is empty.
         read_whole: the teacher reads everything before the end token.
         limit: most tokens of the teacher; None: no limit.
     """

@@ -12,7 +12,7 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 
 class Cut(NamedTuple):
-    """Where the tokens of one side are, flat over all rows.
+    """The chunk of each token of one side, flat over all rows.
 
     Attributes:
         numbers: ``[N]``, the number of a token's chunk within its row; the row's number of chunks
@@ -31,7 +31,7 @@ class Cut(NamedTuple):
 def cut(ours: Ints, our_rows: Ints, theirs: Ints, their_rows: Ints) -> tuple[Cut, Cut]:
     """Cut both sides at all bytes at which a token of each ends.
 
-    No table of both lengths is made: time and memory are linear in tokens and bytes.
+    Time and memory are linear in tokens and bytes, not in the product of both lengths.
 
     Args:
         ours: ``[N]`` bytes of each token of one side, all rows one after another.

@@ -1,4 +1,4 @@
-"""Encodes and aligns parts of completions on their own: texts and special tokens."""
+"""Encodes and aligns parts of completions one by one: texts and special tokens."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Parts(NamedTuple):
     Attributes:
         starts: ``[D]``, place of a part's first student token.
         their_starts: ``[D]``, place of its first teacher token.
-        their_sizes: ``[D]``, its teacher tokens.
-        teacher_ids: ``[M]``.
-        teacher_places: ``[M]``, how many teacher tokens of its chunk precede one.
-        places: ``[N]``, how many student tokens of its chunk precede one, or ``NO_SCORE``.
+        their_sizes: ``[D]``, number of its teacher tokens.
+        teacher_ids: ``[M]`` token ids.
+        teacher_places: ``[M]``, how many teacher tokens of its chunk precede a token.
+        places: ``[N]``, how many student tokens of its chunk precede a token, or ``NO_SCORE``.
         columns: ``[N]``, the chunk's first teacher token, counted from the part's start.
         differs_at: the parts that the teacher cannot write whole, with the first byte that differs;
             None for a special token that it does not have.
@@ -48,10 +48,10 @@ def align_parts(
     encode: TextEncoder,
     max_chunk_tokens: int | None,
 ) -> Parts:
-    """Return parts in the teacher's tokens, and both cut into minimal chunks.
+    """Write parts in the teacher's tokens, and cut both sides into minimal chunks.
 
     Args:
-        parts: D lists of plain tokens of the student, or of one special token; places in its
+        parts: D lists of plain tokens of the student, or of one special token, as places in its
             vocabulary.
         student: the student's vocabulary.
         teacher: the teacher's.
@@ -86,7 +86,7 @@ def align_parts(
         ours_in, theirs_in = (np.bincount(side.chunks[side.whole]) for side in (first, second))
         short = np.maximum(ours_in, theirs_in) <= max_chunk_tokens
         kept[kept] = short[first.chunks[kept]]
-    # 3. Tell each token where its chunk is on the other side.
+    # 3. Find where each token's chunk is on the other side.
     starts, their_starts = np.cumsum(sizes) - sizes, np.cumsum(their_sizes) - their_sizes
     opens = np.flatnonzero(second.whole & (second.places == 0))  # in the order of the chunks
     columns = np.zeros_like(ours)
@@ -98,7 +98,7 @@ def align_parts(
 
 
 def read(teacher: TokenBytes, text: bytes, ids: list[int]) -> tuple[list[int], int | None]:
-    """Return the tokens that write a text up to the first byte that differs, and that byte.
+    """Return the tokens that write a text, up to the first byte that differs.
 
     Args:
         teacher: the vocabulary.
@@ -106,7 +106,7 @@ def read(teacher: TokenBytes, text: bytes, ids: list[int]) -> tuple[list[int], i
         ids: the tokens; negative or unknown ones write nothing.
 
     Returns:
-        The tokens and None if they write the text.
+        The tokens, and the place of that byte; None if they write the whole text.
     """
     pieces = teacher.pieces
     known = next((n for n, i in enumerate(ids) if i < 0 or pieces[i] is None), len(ids))

@@ -1,4 +1,4 @@
-"""Cuts completions into segments that are encoded on their own, each different one once.
+"""Cuts completions into segments, so that each different one is encoded only once.
 
 A rollout repeats its words. If the teacher writes a word the same way whatever its neighbours are,
 we encode and align each different word once, and copy the result to all its places by NumPy.
@@ -42,7 +42,7 @@ class Cutter:
 
     Args:
         student: the vocabulary of the completions.
-        words: the teacher writes a text that is cut there as it writes the whole.
+        words: cut there, too; the teacher's tokenizer must give the same tokens without the cut.
     """
 
     def __init__(self, student: TokenBytes, words: bool) -> None:
@@ -60,7 +60,7 @@ class Cutter:
         )  # odd, so that no bit of a product is lost
 
     def __call__(self, ids: Ints, counts: Ints) -> Segments:
-        """Return the segments.
+        """Cut completions into segments, and find those that are equal.
 
         Args:
             ids: ``[T]``, places in the vocabulary of all tokens, row after row.
@@ -89,7 +89,7 @@ class Cutter:
         same = sizes[examples[which]] == sizes
         if same.all():
             same = ids[np.repeat(starts[examples[which]], sizes) + place] == ids
-        if not same.all():  # two segments with one sum: keep all apart
+        if not same.all():  # two segments have the same sum: count all segments as different
             which = examples = np.arange(len(starts))
         return which, examples
 

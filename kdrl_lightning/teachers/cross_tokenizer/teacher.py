@@ -43,15 +43,14 @@ from kdrl_lightning.teachers.wrapped import WrappedTeacher
 class CrossTokenizerTeacher(WrappedTeacher):
     """Scores completions with a teacher that has another tokenizer.
 
-    The completion's bytes are encoded by the teacher's tokenizer, after the prompt that the
-    teacher's own chat template renders. Both token sequences are cut into minimal chunks of the
-    same bytes; the end token is a chunk. A token gets the teacher's log-probability of its whole
-    chunk, in the teacher's own way to write it, and the sampled-token methods (KDRL with k2, k3 or
-    policy gradient, RLAD, ...) compare chunks. ``docs/methods/cross_tokenizer.md`` says what that
-    means.
+    The teacher's tokenizer encodes the completion's bytes, and its chat template renders the
+    prompt. Both token sequences are cut into minimal chunks of the same bytes; the end token is a
+    chunk. A token gets the teacher's log-probability of its whole chunk, as the teacher's tokenizer
+    writes it, and the sampled-token methods (KDRL with k2, k3 or policy gradient, RLAD, ...)
+    compare chunks. ``docs/methods/cross_tokenizer.md`` says what that means.
 
-    With the student's vocabulary it passes the student's tokens on as they are: only the prompt and
-    the end token are the teacher's.
+    If both tokenizers are the same, the teacher scores the student's tokens as they are: only the
+    prompt and the end token are the teacher's.
 
     Args:
         teacher: the teacher, of any kind.
@@ -59,8 +58,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
             chunks are left out and counted in ``kd/unaligned_frac``. None: no limit.
 
     Raises:
-        ConfigurationError: ``max_chunk_tokens`` is below 1, or the teacher already has one of these
-            inside.
+        ConfigurationError: ``max_chunk_tokens`` is below 1, or the teacher is or contains a
+            CrossTokenizerTeacher.
     """
 
     def __init__(self, teacher: Teacher, max_chunk_tokens: int | None = 32) -> None:
@@ -82,23 +81,23 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     @property
     def has_own_prompt(self) -> bool:  # type: ignore[override]
-        """Whether the tokenizer, and so the prompt, is not the student's."""
+        """Whether it has its own tokenizer, or the wrapped teacher reads its own prompt."""
         return self._theirs is not None or self.teacher.has_own_prompt
 
     @property
     def vocabulary_rows(self) -> int | None:
-        """None, unless the teacher reads the student's ids."""
+        """Rows of the wrapped teacher's embedding, if it reads the student's ids; else None."""
         return self.teacher.vocabulary_rows if self._theirs is None else None
 
     @property
     def context_length(self) -> int | None:
-        """Most of its own tokens that it can read; those of its configuration if it is served."""
+        """Most of its own tokens that it can read; if it is served, as its configuration says."""
         known = self.teacher.context_length
         return self._theirs.context_length if known is None and self._theirs else known
 
     @property
     def other_end(self) -> str | None:  # type: ignore[override]
-        """None, unless the teacher has the student's tokenizer: end tokens are translated."""
+        """The wrapped teacher's ``other_end``; None with its own tokenizer: ends are translated."""
         return self.teacher.other_end if self._theirs is None else None
 
     @property
@@ -107,7 +106,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         return self._worker is not None
 
     def weights(self) -> ModelWeights | None:
-        """Return the wrapped teacher's, to sample from after the student's tokens; else None."""
+        """Return the wrapped teacher's weights; None if its tokens are not the student's."""
         return None if self.aligns else self.teacher.weights()
 
     @property
@@ -131,7 +130,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
         self._student_ends = ends
         self._worker = self._translator = None
         with warnings.catch_warnings():
-            # The teacher reads neither the student's template nor tokens without a twin.
+            # The teacher's own template renders its prompts, and the student samples no token of
+            # which only the teacher knows.
             warnings.filterwarnings("ignore", "the chat templates of|the teacher .* has")
             if same_vocabulary(student_tokenizer, theirs.tokenizer):
                 self.teacher.check(student_tokenizer, student_path)
@@ -165,7 +165,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
             return inner
         out = []
         for group in groups:
-            # The rows of a group are one row.
+            # All completions of a group have the same row.
             own = self._prompt(self._theirs, group.attempts[0].row)
             out += [own] * len(group.attempts)
         if inner is None:
@@ -180,7 +180,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         ]
 
     def generation_prompt(self, row: Row, prompt_ids: list[int]) -> list[int]:
-        """Return the row's prompt as the teacher reads it, to sample completions after."""
+        """Return the row's prompt in the teacher's tokens, for the teacher to sample after."""
         theirs = self._theirs
         own = prompt_ids if theirs is None else self._prompt(theirs, row).ids
         return self.teacher.generation_prompt(row, own)
@@ -196,7 +196,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     @property
     def own_vocabulary(self) -> OwnVocabulary | None:
-        """The teacher's end tokens and number of tokens, if its tokenizer is another one."""
+        """The teacher's end tokens and number of tokens; None if its tokens are the student's."""
         if self._theirs is None or self._worker is None:
             return None
         size = len(self._worker.aligner.teacher.pieces) - 1
@@ -217,7 +217,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         return OwnPrompt(ids, end=theirs.end_tokens.closing(row["prompt"]))
 
     def accept(self, batch: RolloutBatch) -> None:
-        """Begin to align the completions of a rollout, while the student scores them."""
+        """Start to align a rollout's completions in a thread, while the student scores them."""
         if self._worker is not None:
             self._worker.start(self._jobs(batch))
 
@@ -261,7 +261,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         )
 
     def fingerprint(self) -> str:
-        """Return the wrapped teacher's, with the student's tokenizer and the longest chunk."""
+        """Return the wrapped teacher's fingerprint with the student's tokenizer and chunk limit."""
         return f"{self.teacher.fingerprint()} {self._digest} {self.max_chunk_tokens}"
 
     @cached_property
@@ -277,7 +277,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         ids, lengths = batch.completion_ids.tolist(), batch.completion_lengths.tolist()
         prompts, ends = self._prompts(batch)
         own = [row[:n] for row, n in zip(ids, lengths, strict=True)]
-        if self.teacher.other_end is not None:  # it ends with another token, and is not told so
+        if self.teacher.other_end is not None:  # the wrapped teacher does not translate end tokens
             own = [
                 [*row[:-1], end] if row and row[-1] in self._ends else row
                 for row, end in zip(own, ends, strict=True)
@@ -333,7 +333,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
         return rows
 
     def _warn_of_changed_text(self, batch: RolloutBatch, rows: Sequence[Chunked]) -> None:
-        """Say once at which byte the teacher's tokenizer changes a completion."""
+        """Warn once, with the byte at which the teacher's tokenizer changes a completion."""
         changed = [n for n, row in enumerate(rows) if row.differs_at is not None]
         if self._warned or not changed:
             return
@@ -360,10 +360,10 @@ def _translates(teacher: Teacher) -> bool:
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:
-    """Return whether both write a text in the same tokens.
+    """Return whether both tokenizers write a text in the same tokens.
 
     Ids must mean the same, and merges must be the same. A teacher may have more added tokens, but
-    no more ordinary ones: it would write a text in these.
+    no more ordinary ones, because it would write texts with these.
     """
     try:
         check_same_vocabulary(student, teacher, "", "")

@@ -11,9 +11,9 @@ from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes, unknown_token
 
 # Normalisers that add a space at the start of a text, or compose characters. A completion is the
-# middle of a text, and the teacher is to score the characters that the student wrote.
+# middle of a text, and the teacher must score the characters that the student wrote.
 LEFT_OUT = {"Prepend", "NFC", "NFD", "NFKC", "NFKD"}
-# What stands for a special token in Unigram's vocabulary: no text has this code point.
+# What replaces a special token in Unigram's vocabulary, and its score: no text has this code point.
 NONCHARACTER, LEAST = "\U0010ffff", -1e6
 # Id of a byte for which a vocabulary has no token.
 NO_TOKEN = -1

@@ -20,22 +20,22 @@ KEPT = {"ByteLevel", "ByteFallback", "Fuse", "Strip"}
 class TokenBytes:
     """Maps token ids to the bytes that they add to a text.
 
-    We read the map from the tokenizer's own decoder, token by token. ``decode`` would not do: it
-    replaces half characters, strips the first space and cleans up white space.
+    We read the map from the settings of the tokenizer's decoder. We do not use ``decode``, because
+    it replaces half characters, strips the first space and cleans up white space.
 
     Args:
         tokenizer: a tokenizer of transformers with a ``tokenizers`` backend: byte-level, or with
             ``▁`` for spaces (sentencepiece), with or without byte fallback.
-        name: of the model, for messages.
+        name: the model's name, for messages.
         ends: tokens that end a text, which count as special.
 
     Attributes:
         pieces: bytes of each id; None for special tokens, the unknown token and unused ids. One
             more None at the end stands for all ids above.
-        lengths: ``[N + 1]`` int64, bytes of each id, 1 for special tokens.
+        lengths: ``[N + 1]`` int64, number of bytes of each id; 1 if its piece is None.
         plain: ``[N + 1]`` bool: the token is text.
         special: text of each special token by id.
-        spec: JSON form of the backend.
+        spec: the backend's settings, as in tokenizer.json.
 
     Raises:
         ConfigurationError: the tokenizer has no map from tokens to bytes.
@@ -79,7 +79,7 @@ class TokenBytes:
 
 
 def _reader(spec: Tree, name: str) -> Callable[[str], bytes]:
-    """Return the function from a token of the model to its bytes.
+    """Return a function that maps a token of the model to its bytes.
 
     Raises:
         ConfigurationError: the decoder has a step whose bytes depend on neighbouring tokens.

@@ -1,4 +1,4 @@
-"""Writes a teacher's own completions in the student's tokens."""
+"""Re-encodes the teacher's completions in the student's tokens."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Translator:
     def __call__(
         self, completions: Sequence[Completion], ends: Sequence[int], most: int
     ) -> tuple[list[Completion], int]:
-        """Return completions in the student's tokens, and how many did not survive.
+        """Return completions in the student's tokens, and how many of them are not whole.
 
-        A completion survives if the student's tokens write all of it, within the limit. Of another
-        one the student gets the beginning, cut as at the token limit.
+        If the student's tokens cannot write all of a completion within ``most``, the student gets
+        its beginning, marked as truncated.
 
         Args:
             completions: in the teacher's tokens, with their log-probabilities.
-            ends: the student's end token of each.
+            ends: the student's end token of each completion.
             most: most tokens of a completion.
         """
         rows = self._aligner(

@@ -13,7 +13,7 @@ from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
 BOUNDARY = re.compile(rb"(?<=[!-~])(?= [!-~])")
 # A token that crosses such a place.
 ACROSS = re.compile(rb"[!-~] ")
-# What the tried texts are made of; splits of real tokenizers treat each of these differently.
+# What the trial texts are made of; pre-tokenizers of real models treat each of these differently.
 PARTS = [
     *("a", "I", "The", "answer", "isn't", "we'll", "'s", "'S", "D'OH", "A1b2", "HTTP/2", "_x"),
     *("12", "345", "3.14", "1,000", "-7}", "#1", "x=y", "(b)", '{"k":', "f(x);", "--", "..."),
@@ -26,9 +26,9 @@ TEXTS, WORDS = 150, 24
 def writes_words_alone(tokens: TokenBytes, encode: TextEncoder) -> bool:
     """Return whether the tokens of a text are those of its words, cut at ``BOUNDARY``.
 
-    No token may cross a cut. The rest depends on the tokenizer's pre-tokenizer and
-    normaliser, for which there is no general rule, so we try random texts. Where a rare text were
-    written otherwise, its chunks would still have the same bytes on both sides.
+    No token may cross a cut. The rest depends on the tokenizer's pre-tokenizer and normaliser, for
+    which there is no general rule, so we try random texts. If a rare text is written otherwise, its
+    chunks still have the same bytes on both sides.
 
     Args:
         tokens: the vocabulary.

@@ -10,8 +10,8 @@ import numpy as np
 
 from kdrl_lightning.teachers.cross_tokenizer.aligner import Aligner, Chunked
 
-# Completions that are aligned in one go: few, so that the first are ready soon; and not too few,
-# because equal words are encoded once per block.
+# Completions per block: few, so that the first are ready soon; and not too few, because equal words
+# are encoded once per block.
 BLOCK = 512
 
 
@@ -21,7 +21,7 @@ class Job(NamedTuple):
     Attributes:
         ids: the completion's token ids (int64), as bytes.
         end: the teacher's end token.
-        most: most tokens that fit into the teacher's context.
+        most: most tokens that fit into the teacher's context after its prompt.
     """
 
     ids: bytes
@@ -32,11 +32,11 @@ class Job(NamedTuple):
 class AlignmentWorker:
     """Aligns the current rollout in a thread, in blocks, and each different completion once.
 
-    Scoring goes on meanwhile: the student's, and the teacher's of completions that are aligned. The
-    shortest ones come first, as in the micro-batches of an update.
+    Meanwhile the student scores the rollout, and the teacher the completions that are aligned. The
+    shortest completions come first, as in the micro-batches of an update.
 
     Args:
-        aligner: aligns completions; it leaves the interpreter to others while it encodes.
+        aligner: aligns completions; it releases Python's interpreter lock while it encodes.
     """
 
     def __init__(self, aligner: Aligner) -> None:
@@ -54,7 +54,8 @@ class AlignmentWorker:
     def rows(self, jobs: Sequence[Job]) -> list[Chunked]:
         """Return the alignments of completions, once their blocks are done.
 
-        Completions that were not begun are aligned now. What stopped the thread is raised here.
+        Completions that ``start`` did not get are aligned now. Errors of the thread are raised
+        here.
         """
         self._submit(jobs)
         return [self._found[job].result()[job] for job in jobs]

@@ -1,1 +1,1 @@
-"""A teacher with its own prompt: what it sees besides the student's, and how it is written."""
+"""A teacher with its own prompt: what it shows besides the question, and how it is written."""

@@ -1,4 +1,4 @@
-"""What can be known of a teacher's own prompts before a run."""
+"""Checks of a teacher's own prompts before a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import FixedContext, RowContext
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 
-# A shorter reference may legitimately be in a prompt: the answer to a question with options.
+# A context of at least so many characters must not be in the student's prompt. A shorter one may,
+# e.g. the answer to a multiple-choice question.
 SHOWN_FROM = 12
 
 
@@ -24,13 +25,13 @@ def check_row(
     """Check that the teacher's prompt of a row can be written and read.
 
     Args:
-        prompt: writes it.
-        row: of the training prompts.
-        tokenizer: the student's.
+        prompt: the settings of the teacher's prompt.
+        row: a row of the training prompts.
+        tokenizer: the one that the teacher reads with.
         vocabulary: rows of the teacher's embedding; None if unknown.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: the prompt cannot be written, or has an id without a row.
     """
     for context in _of_rows(prompt):
         context.of_row(row)
@@ -45,13 +46,13 @@ def check_rows(
     """Check the contexts that follow from rows alone.
 
     Args:
-        prompt: writes the teacher's prompts.
+        prompt: the settings of the teacher's prompt.
         rows: the checked rows of the training prompts.
-        tokenizer: the student's.
+        tokenizer: the one that the teacher reads with.
         limit: most tokens of a prompt.
 
     Returns:
-        A line on rows that the teacher has no context for; empty without any.
+        A line that says how many rows the teacher has no context for; empty if there are none.
 
     Raises:
         ConfigurationError: no row has a context, all have it in the student's prompt, or all
@@ -63,7 +64,7 @@ def check_rows(
         _check_context(context, rows)
     if isinstance(prompt.context, RowContext):
         texts = [prompt.context.of_row(row) for row in rows]
-    else:  # siblings and feedback are not there yet
+    else:  # there are no siblings and no feedback before a rollout: "1" stands for them
         rows = first_of_each_kind(rows)
         texts = [_known(prompt, row) or "1" for row in rows]
     pairs = [(row, text) for row, text in zip(rows, texts, strict=True) if text is not None]

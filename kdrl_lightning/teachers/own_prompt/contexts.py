@@ -62,7 +62,7 @@ class ColumnContext(RowContext):
         """Return the cell as text.
 
         Raises:
-            ConfigurationError: the cell holds something else than a text or a number.
+            ConfigurationError: the cell holds neither a text nor a number.
         """
         value = plain(row.get(self.column))
         if missing(value):
@@ -98,16 +98,16 @@ class FixedContext(RowContext):
 
 
 class OtherProblemContext(Context):
-    """Shows what the inner context says of another prompt: a control.
+    """Shows the inner context of another prompt, as a control experiment.
 
     If a teacher with such a context helps as much as one with the right context, the content of the
     context is not what helped (arXiv 2608.09228).
 
     Args:
-        context: a context of the row, such as a ``ColumnContext``.
+        context: a context that follows from the row, such as a ``ColumnContext``.
 
     Raises:
-        ConfigurationError: the context is made of completions, or is none.
+        ConfigurationError: ``context`` is no ``RowContext``.
     """
 
     reads_others = True
@@ -122,7 +122,7 @@ class OtherProblemContext(Context):
         yield from self.context.parts()
 
     def of_group(self, group: Group) -> list[str | None]:
-        """Return the other prompt's text; None if it is the same prompt."""
+        """Return the other prompt's text; None if it has none or is the same prompt."""
         other, row = group.other, group.attempts[0].row
         same = other is None or other.get("prompt") == row.get("prompt")
         text = None if other is None or same else self.context.of_row(other)
@@ -132,8 +132,8 @@ class OtherProblemContext(Context):
 class SiblingContext(Context):
     """Shows the first other success of the group: SDPO (arXiv 2601.20802).
 
-    A completion never sees itself, so that the only success of a group has no context. The thinking
-    of the sibling is cut out; a sibling that is nothing else counts as no success.
+    A completion is never its own context, so the only success of a group has none. The sibling's
+    thinking is cut out; a sibling that is nothing but thinking counts as no success.
 
     Args:
         threshold: smallest reward of a success.
@@ -182,14 +182,14 @@ class FeedbackContext(Context):
 
 
 class JoinedContext(Context):
-    """Joins several contexts, each below its heading; a row has a context if one of them has.
+    """Joins several contexts, each below its heading; leaves out those that a completion lacks.
 
     Args:
         contexts: contexts by heading, e.g. ``{"A correct solution:": SiblingContext()}``; an empty
             heading is left out.
 
     Raises:
-        ConfigurationError: there are no contexts, or one of them is something else.
+        ConfigurationError: there are no contexts, or one of them is no ``Context``.
     """
 
     def __init__(self, contexts: dict[str, Context]) -> None:
@@ -204,7 +204,7 @@ class JoinedContext(Context):
         self.contexts = contexts
 
     def of_group(self, group: Group) -> list[str | None]:
-        """Return the joined texts."""
+        """Return the joined texts; None for a completion for which no context has a text."""
         found = {heading: context.of_group(group) for heading, context in self.contexts.items()}
         out = []
         for place in range(len(group.attempts)):
@@ -220,7 +220,7 @@ class JoinedContext(Context):
 
 
 def joined(texts: Mapping[str, str | None]) -> str:
-    r"""Return the texts that are there, each below its heading.
+    r"""Return the texts that are not empty, each below its heading.
 
     >>> joined({"Solution:": "1+1=2", "Feedback:": None})
     'Solution:\n1+1=2'

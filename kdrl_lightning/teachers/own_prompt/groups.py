@@ -1,4 +1,4 @@
-"""Groups of completions, the prompts after which a teacher reads them, and such a batch."""
+"""Groups of completions, and a teacher's own prompts in the batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 
 
 class Attempt(Protocol):
-    """A completion of the rollout, as a context reads it."""
+    """A completion with what a context may read of it."""
 
     @property
     def row(self) -> Row:
@@ -45,7 +45,7 @@ class Group:
 
     Attributes:
         attempts: the completions, in the order of the batch.
-        other: the row of another prompt of the data; None if no context asks for it.
+        other: the row of another prompt of the data; None if no context reads it.
     """
 
     attempts: Sequence[Attempt]
@@ -70,7 +70,7 @@ class OwnPrompt:
 
 
 def with_prompts(batch: RolloutBatch, prompts: Sequence[OwnPrompt]) -> RolloutBatch:
-    """Return a batch with one prompt of the teacher per completion."""
+    """Return the batch with the teacher's prompt of each completion."""
     device = batch.input_ids.device
     has_context = torch.tensor([p.has_context for p in prompts], dtype=torch.bool, device=device)
     ids = pad_rows([p.ids for p in prompts], -1, torch.long).to(device)
@@ -86,7 +86,7 @@ def as_read(batch: RolloutBatch) -> RolloutBatch:
     """Return a batch as its teacher reads it: the same completions after the teacher's prompts.
 
     Raises:
-        TrainingStopped: the completions have no prompts of a teacher.
+        TrainingStopped: the batch has no prompts of a teacher.
 
     >>> from kdrl_lightning.rollout_batch import collate
     >>> batch = collate([[5, 6], [5, 6]], [[7], [8, 9]], [0, 0], pad_id=0)

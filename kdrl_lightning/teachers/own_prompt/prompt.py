@@ -31,18 +31,18 @@ class TeacherPrompt:
         context: what the teacher sees besides the prompt; None: nothing.
         template: the text of the last user message, with ``{prompt}`` for the student's and
             ``{context}`` for the context. Or messages that replace it, of which the last one must
-            not be the assistant's: the completion has its place there. None: the prompt, and the
-            context after an empty line.
+            not be the assistant's, because the completion follows. None: the prompt, an empty line
+            and the context.
         template_args: arguments of the chat template for the teacher, e.g.
             ``enable_thinking: false``; they replace the row's of the same name.
         prefix: text after the prompt, in front of the completion, e.g. an empty think block for a
             teacher in non-thinking mode.
-        max_tokens: longest prompt; a completion whose prompt would be longer has no context.
-            Nothing is cut. None: as long as the teacher can read.
+        max_tokens: longest prompt; a completion whose prompt is longer is scored without a context.
+            Nothing is truncated. None: as long as the teacher can read.
 
     Raises:
-        ConfigurationError: ``context`` or ``template`` is something else, the template does not fit
-            the context or leaves no place for the completion, or ``max_tokens`` is below 1.
+        ConfigurationError: ``context`` or ``template`` has another type, the template does not fit
+            the context or ends with an assistant message, or ``max_tokens`` is below 1.
     """
 
     context: Context | None = None
@@ -62,7 +62,7 @@ class TeacherPrompt:
 
     @property
     def form(self) -> str | Sequence[Mapping[str, str]]:
-        """The template, or the usual one."""
+        """The template; without one, the prompt followed by the context, if there is any."""
         if self.template is not None:
             return self.template
         return "{prompt}" if self.context is None else WITH_CONTEXT
@@ -76,9 +76,9 @@ class TeacherPrompt:
         """Return the token ids of the teacher's prompt.
 
         Args:
-            tokenizer: the student's tokenizer.
+            tokenizer: the one that the teacher reads with.
             row: the prompt's row.
-            context: the text in place of ``{context}``.
+            context: the text to put in place of ``{context}``.
 
         Raises:
             ConfigurationError: the prompt cannot be rendered.
@@ -127,7 +127,7 @@ class TeacherPrompt:
 
 
 def filled(template: str, prompt: str, context: str) -> str:
-    r"""Return a template with its places filled; what is filled in is not read again.
+    r"""Return a template with its places filled; places in the inserted texts stay as they are.
 
     >>> filled("{prompt}\n{context} \\boxed{5}", "Is {context} a word?", "Yes.")
     'Is {context} a word?\nYes. \\boxed{5}'

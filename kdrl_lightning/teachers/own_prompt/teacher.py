@@ -23,10 +23,10 @@ from kdrl_lightning.teachers.wrapped import WrappedTeacher
 class PromptedTeacher(WrappedTeacher):
     """Scores the student's completions after a different prompt.
 
-    Any teacher can be wrapped. It reads its prompt and then the very tokens that the student
-    sampled. Prompts are made once per rollout, when its completions are judged, and travel in
-    ``RolloutBatch.teacher_prompt_ids``. A completion without a context is scored after the
-    student's prompt, and not imitated (``RolloutBatch.has_context``).
+    Any teacher can be wrapped. It reads its prompt and then exactly the tokens that the student
+    sampled. Prompts are written once per rollout, after its completions have their rewards, and
+    travel in ``RolloutBatch.teacher_prompt_ids``. A completion without a context is scored after
+    the student's prompt, and not imitated (``RolloutBatch.has_context``).
 
     Args:
         teacher: the teacher that scores.
@@ -51,11 +51,11 @@ class PromptedTeacher(WrappedTeacher):
 
     @property
     def contexts(self) -> list[Context]:
-        """The contexts that it reads, with those in them."""
+        """The contexts that the prompt shows, nested ones included."""
         return [] if self.prompt.context is None else list(self.prompt.context.parts())
 
     def check(self, student_tokenizer: HFTokenizer, student_path: str) -> None:
-        """Check the wrapped teacher, and keep the tokenizer to write prompts with."""
+        """Check the wrapped teacher, and keep the tokenizer for writing prompts."""
         super().check(student_tokenizer, student_path)
         self._tokenizer = student_tokenizer
 
@@ -69,7 +69,7 @@ class PromptedTeacher(WrappedTeacher):
         return self.vocabulary_rows  # reads the model's configuration
 
     def check_rows(self, rows: Sequence[Row], tokenizer: HFTokenizer) -> str:
-        """Check what can be known of the contexts before a run; see ``Teacher.check_rows``."""
+        """Check the contexts that are known before a run; see ``Teacher.check_rows``."""
         return check_rows(self.prompt, rows, tokenizer, min(self._longest()))
 
     @property
@@ -83,14 +83,15 @@ class PromptedTeacher(WrappedTeacher):
         return self.prompt_of_row(row) or prompt_ids
 
     def own_prompts(self, groups: Sequence[Group]) -> list[OwnPrompt]:
-        """Return the prompt of every completion, in their order."""
+        """Return the prompt of every completion, in the order of the batch."""
         longest = self._longest()  # reads the model's configuration
         return [prompt for group in groups for prompt in self._of_group(group, *longest)]
 
     def prompt_of_row(self, row: Row) -> list[int] | None:
-        """Return the prompt of a row before anything is sampled, e.g. to sample after it.
+        """Return the teacher's prompt of a row before anything is sampled.
 
-        None if the row has no context, or if the context is made of completions.
+        None if the row has no context, its prompt is too long or cannot be rendered, or the context
+        is made of completions.
         """
         context = self.prompt.context
         if context is not None and not isinstance(context, RowContext):
@@ -100,7 +101,13 @@ class PromptedTeacher(WrappedTeacher):
         return ids if ids is not None and len(ids) <= min(self._longest()) else None
 
     def _of_group(self, group: Group, prompt: float, whole: float) -> list[OwnPrompt]:
-        """Return the prompts of a group, of which none and no sequence may be longer than given."""
+        """Return the prompts of a group; drop contexts that make a sequence too long.
+
+        Args:
+            group: the completions.
+            prompt: most tokens of a prompt.
+            whole: most tokens of prompt and completion together.
+        """
         context = self.prompt.context
         texts = [""] * len(group.attempts) if context is None else context.of_group(group)
         written: dict[str, list[int] | None] = {}  # completions of a group often share a context
@@ -119,7 +126,7 @@ class PromptedTeacher(WrappedTeacher):
         return out
 
     def _written(self, row: Row, text: str) -> list[int] | None:
-        """Return the prompt's ids; None if the text of a sampled context cannot be rendered."""
+        """Return the prompt's ids; None if it cannot be rendered, e.g. with a sampled context."""
         try:
             return self.prompt.ids(self._tokenizer, row, text)
         except ConfigurationError:
@@ -134,7 +141,7 @@ class PromptedTeacher(WrappedTeacher):
         )
 
     def weights(self) -> ModelWeights | None:
-        """Return None: an evaluation would sample after the student's prompt."""
+        """Return None: an evaluation of the teacher would sample after the student's prompt."""
         return None
 
     def accept(self, batch: RolloutBatch) -> None:
@@ -150,5 +157,5 @@ class PromptedTeacher(WrappedTeacher):
         self.teacher.take_part(as_read(batch))
 
     def states(self, batch: RolloutBatch) -> Other:
-        """Return states after the teacher's prompts, which may differ in equal rows."""
+        """Return states after the teacher's prompts; rows equal for the student may differ."""
         return self.teacher.states(as_read(batch))._replace(per_row=True)

@@ -18,7 +18,7 @@ from kdrl_lightning.teachers.base import Teacher
 class AdapterOffTeacher(Teacher):
     """Scores with the student's base model: the same weights with the adapters switched off.
 
-    There is no second copy of the model. This teacher gives scores and hidden states; it cannot
+    There is no second copy of the model. This teacher returns scores and hidden states; it cannot
     generate, because an engine would sample from the student with its adapters.
     """
 

@@ -39,7 +39,7 @@ def self_teachers(teacher: Teacher | None) -> list[SelfTeacher]:
 
 
 def kinds_of_self(teacher: Teacher | None) -> list[str]:
-    """Name the rules of a teacher's self-teachers, and its views of the student's base model."""
+    """Return the class name of each self-teacher's rule, and of each ``AdapterOffTeacher``."""
     names = []
     for found, _ in walk(teacher):
         if isinstance(found, SelfTeacher):

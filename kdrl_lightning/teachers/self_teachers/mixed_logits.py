@@ -18,8 +18,8 @@ def mix(first: Other, second: Other, second_share: float, one_head: bool) -> Oth
     holds for heads without a soft cap.
 
     Args:
-        first: ``[N, H]`` states and head of a model.
-        second: those of another one, at the same tokens.
+        first: ``[N, H]`` states and head of one model.
+        second: states and head of the other model, at the same tokens.
         second_share: a, in [0, 1].
         one_head: both heads have the same weights, so that the states can be mixed instead.
     """

@@ -15,21 +15,21 @@ from kdrl_lightning.models.sharding import local
 
 
 class OtherWeights(Protocol):
-    """Weights that a scorer can compute with."""
+    """Weights other than the current student's, with which a self-teacher scores."""
 
     @property
     def module(self) -> nn.Module | None:
-        """What a checkpoint must hold if they follow the student; None if nothing."""
+        """What a checkpoint must hold if the weights follow the student; None if nothing."""
 
     def scorer(self) -> AbstractContextManager[Scorer]:
         """Return a context that gives a scorer with these weights."""
 
     def follow(self, student_share: float) -> None:
-        """Move them towards the student's: ``kept <- (1 - a) kept + a student``."""
+        """Move the weights towards the student's: ``kept <- (1 - a) kept + a student``."""
 
 
 class BaseModel:
-    """A LoRA student's base model: its adapters are switched off. It needs no memory."""
+    """A LoRA student's base model: the adapters are switched off. It takes no extra memory."""
 
     module: nn.Module | None = None
 
@@ -47,11 +47,11 @@ class BaseModel:
 
 
 class SecondModel:
-    """A second model, sharded as the student is.
+    """A second model of the student's architecture, sharded as the student is.
 
     Args:
         student: the student.
-        second: a scorer of the same model, which is frozen.
+        second: the scorer of the second model, which is frozen.
     """
 
     def __init__(self, student: Scorer, second: Scorer) -> None:
@@ -67,7 +67,7 @@ class SecondModel:
         return nullcontext(self._second)
 
     def follow(self, student_share: float) -> None:
-        """Move all weights."""
+        """Move all weights towards the student's."""
         blend(self._second.parameters(), self._student.parameters(), student_share)
 
 
@@ -82,7 +82,7 @@ class SecondAdapters:
         self.module = nn.ParameterDict(
             {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in ours.items()}
         )
-        self._ours = [ours[name] for name in self.module]  # it sorts them
+        self._ours = [ours[name] for name in self.module]  # a `ParameterDict` sorts its names
 
     @contextmanager
     def scorer(self) -> Iterator[Scorer]:
@@ -95,7 +95,7 @@ class SecondAdapters:
             blend(self._ours, students, 1.0)
 
     def follow(self, student_share: float) -> None:
-        """Move both factors of each adapter."""
+        """Move both factors of each adapter towards the student's."""
         blend(self.module.values(), self._ours, student_share)
 
 

@@ -21,7 +21,7 @@ class WeightRule:
     kept: bool = False
 
     def student_share(self, steps: int) -> float:
-        """Return the student's share in the other weights after an optimizer step; 0: they stay.
+        """Return the student's share in the other weights after an optimizer step; 0: no change.
 
         Args:
             steps: optimizer steps so far, without those that were skipped.
@@ -51,8 +51,8 @@ class MovingAverage(WeightRule):
     of the trained weights, which is float32 or wider. With LoRA the factors A and B are averaged,
     and the product of two averages is not the average of the products.
 
-    SDPO (arXiv 2601.20802) uses 0.05 without and 0.01 with feedback. Other libraries give the share
-    of the *old* weights instead: a decay of 0.999 is ``student_weight: 0.001``.
+    SDPO (arXiv 2601.20802) uses 0.05 without and 0.01 with feedback. Other code sets the share of
+    the *old* weights instead: a decay of 0.999 is ``student_weight: 0.001``.
 
     Args:
         student_weight: a, the share of the student's weights, in [0, 1]. 0 is ``InitialWeights``, 1
@@ -79,7 +79,7 @@ class HardSync(WeightRule):
     Skipped steps do not count. RLSD (arXiv 2604.03128) uses 10, CRISP (arXiv 2603.05433) 50.
 
     Args:
-        every_n_steps: N, at least 1, which is ``LiveWeights``.
+        every_n_steps: N, at least 1; 1 is ``LiveWeights``.
 
     Raises:
         ConfigurationError: N is out of its range.

@@ -1,4 +1,4 @@
-"""What a module does for self-teachers: they follow its optimizer steps and are in its state."""
+"""What the module does for self-teachers: it moves their weights and keeps them in its state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kdrl_lightning.teachers.self_teachers.found import drop_kept
 
 
 class SelfTeacherSteps:
-    """The part of a ``LightningModule`` that keeps the weights of self-teachers.
+    """Mixin of a ``LightningModule`` that keeps and moves the weights of self-teachers.
 
-    Named before ``LightningModule`` among a class's bases, it extends its hooks.
+    List it before ``LightningModule`` among the bases, so that it extends the hooks.
 
     Attributes:
         self_teachers: the weights that self-teachers keep; None if there are none.
@@ -34,12 +34,12 @@ class SelfTeacherSteps:
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights; an evaluation has no use for those of self-teachers."""
+        """Load weights; an evaluation leaves out those of self-teachers."""
         state = state_dict if self.self_teachers is not None else drop_kept(state_dict)
         return super().load_state_dict(state, strict, assign)  # type: ignore[misc]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take an optimizer step, and let self-teachers follow it unless it was skipped."""
+        """Take an optimizer step; unless it was skipped, self-teachers follow the student."""
         module = self._module
         step, skipped = module.trainer.global_step, module.nonfinite.skipped
         super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
@@ -48,5 +48,5 @@ class SelfTeacherSteps:
 
     @property
     def _module(self) -> Any:
-        """The module, whose other bases and constructor give it what this class reads."""
+        """This module as ``Any``: its other bases and constructor set what this class reads."""
         return self

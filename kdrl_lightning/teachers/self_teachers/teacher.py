@@ -28,14 +28,14 @@ from kdrl_lightning.teachers.self_teachers.rules import WeightRule
 class SelfTeacher(Teacher):
     """Scores with the student's weights: earlier ones, the current ones, or an average.
 
-    Alone, a self-teacher only keeps the student close to its earlier weights. Give it its own
-    prompt that shows more than the student's, e.g. the reference answer, and the student learns
-    from it.
+    With the student's prompt, a self-teacher only keeps the student close to its earlier weights.
+    Wrap it in a ``PromptedTeacher`` whose prompt shows more, e.g. the reference answer, and the
+    student learns from it.
 
     It scores a rollout once, with the weights of that moment, in the micro-batches in which the
     student runs; a divergence over the full vocabulary runs it in every update. Either way its
     weights follow the student after each optimizer step, as ``weights`` says. An engine can sample
-    from them, but for a ``TrustRegion``, and a LoRA student's weights other than ``LiveWeights``.
+    from it, except with a ``TrustRegion``; with a LoRA student only with ``LiveWeights``.
 
     ``docs/methods/self_teachers.md`` compares the rules.
 
@@ -44,11 +44,11 @@ class SelfTeacher(Teacher):
             ``MovingAverage``, ``HardSync`` or ``TrustRegion``.
 
     Raises:
-        ConfigurationError: ``weights`` is no such rule.
+        ConfigurationError: ``weights`` is no ``WeightRule``.
     """
 
     gives_states = True
-    # An equal distribution then gives equal numbers: the student scores the same micro-batches.
+    # It scores in the student's micro-batches, so that equal weights give equal numbers.
     joins = False
 
     def __init__(self, weights: WeightRule) -> None:
@@ -62,7 +62,7 @@ class SelfTeacher(Teacher):
 
     @property
     def generates(self) -> bool:  # type: ignore[override]
-        """Whether one model has the teacher's weights."""
+        """Whether a single model has the teacher's distribution, so that an engine can hold it."""
         return self.rule.live_share in (0.0, 1.0)
 
     @property
@@ -77,12 +77,12 @@ class SelfTeacher(Teacher):
 
     @property
     def vocabulary_rows(self) -> int | None:
-        """Rows of the student's embedding, once ``check`` has named it."""
+        """Rows of the student's embedding; None before ``check``."""
         return int(self._config().vocab_size) if self._path else None
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens, of prompt and completion together, that the student can read."""
+        """Most tokens of prompt and completion together that the student can read."""
         return getattr(self._config(), "max_position_embeddings", None) if self._path else None
 
     def _config(self) -> HFConfig:
@@ -96,7 +96,7 @@ class SelfTeacher(Teacher):
         self._path = student_path
 
     def spread(self, sharding: Sharding | None) -> None:
-        """Set how the student is split over ranks, and so a second model."""
+        """Set how the student, and so a second model, is split over ranks."""
         self._sharding = sharding
 
     def look_at(self, student: Scorer, path: str) -> None:
@@ -106,14 +106,14 @@ class SelfTeacher(Teacher):
         self._student, self._path, self._sharded = student, path, student.sharded
 
     def score_with(self, other: OtherWeights | None) -> None:
-        """Take these weights for those that are not the student's; ``load`` then makes none."""
+        """Use these weights besides the student's; ``load`` then makes none."""
         self._other = other
 
     def load(self, device: torch.device) -> None:
-        """Make the other weights, if there are any, or move them.
+        """Make or move the weights besides the student's, if the rule needs any.
 
         Raises:
-            ConfigurationError: the student's logits have a soft cap, which cannot be mixed.
+            ConfigurationError: the rule mixes logits, and the student's have a soft cap.
         """
         share = self.rule.live_share
         if share == 1.0:
@@ -140,7 +140,7 @@ class SelfTeacher(Teacher):
             chunk_size=student.chunk_size,
         )
         made = SecondModel(student, second)
-        if self.rule.kept:  # a student that was trained before this run is where it starts
+        if self.rule.kept:  # the student may already differ from its folder
             made.follow(1.0)
         return made
 
@@ -165,7 +165,7 @@ class SelfTeacher(Teacher):
             found = scorer.states(batch)
         if not share:
             return found
-        # Adapters leave the head as it is.
+        # With and without adapters, the head is the same.
         one_head = isinstance(self._other, BaseModel)
         return mix(found, student.states(batch), share, one_head)
 
@@ -181,14 +181,14 @@ class SelfTeacher(Teacher):
 
     @property
     def kept(self) -> nn.Module | None:
-        """The weights that a checkpoint must hold; None if it can do without."""
+        """The weights that a checkpoint must hold; None if there are none."""
         return self._others().module if self.rule.kept else None
 
     def initial_digest(self) -> str | None:
-        """Return a checksum of the initial student, if a second model holds it; a collective.
+        """Return a checksum of the initial student if a second model holds it; else None.
 
         A resumed run reads that model again, and must find the same one. A LoRA student's base has
-        a separate checksum.
+        a separate checksum. All ranks must call it.
         """
         if self.rule.kept or not isinstance(self._other, SecondModel):
             return None
@@ -201,7 +201,8 @@ class SelfTeacher(Teacher):
         """Return the weights that sample the teacher's completions.
 
         Raises:
-            ConfigurationError: they are the student's with other adapters, which no engine holds.
+            ConfigurationError: they are a LoRA student's with other or no adapters, which no engine
+                holds.
         """
         if self.rule.live_share == 1.0:
             return ModelWeights(self._scorer().model, self._path)

@@ -108,7 +108,7 @@ def test_a_run_on_a_gpu_compares_student_and_teachers(
         monkeypatch.setattr(
             f"kdrl_lightning.{room}.check_fast_path", lambda *given: seen.append(given[1])
         )
-    monkeypatch.setattr(LocalTeacher, "_at_hand", lambda _: None)
+    monkeypatch.setattr(LocalTeacher, "_on_device", lambda _: None)
     local = LocalTeacher("teacher", attn_implementation="flash_attention_2")
     cached = CachedTeacher(RoutedTeacher({"a": local}), str(tmp_path / "scores"))
     module: Any = SimpleNamespace(
