@@ -200,7 +200,7 @@ class Scorer(nn.Module):
     ) -> Tensor:
         """Return ``[N, H]``: the hidden states that predict completion tokens ``columns`` of rows.
 
-        ``rows`` and the passes ``classes`` count the rows of ``merged``, unless it is None.
+        ``rows`` and the passes ``classes`` index the rows of ``merged``, unless it is None.
         """
         if merged is not None:
             input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
