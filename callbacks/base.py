@@ -27,7 +27,8 @@ def starts_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether a micro-batch is the last of an optimizer step.
 
-    Lightning also takes a step after the last batch of an epoch, if the others do not divide it.
+    Lightning also takes a step after the last batch of an epoch, even if
+    ``accumulate_grad_batches`` does not divide their number.
     """
     done = batch_idx + 1
     return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches

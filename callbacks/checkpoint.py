@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run, on one device and under ddp and fsdp2."""
+"""Saves the checkpoints of a run, on one device and under DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kdrl_lightning.trainer.stop_signals import NAMES, StopSignals
 
 
 class Entry(TypedDict):
-    """One checkpoint: its optimizer step, its path and its validation's score."""
+    """One checkpoint: its optimizer step, its path, and its validation's score, if it has one."""
 
     step: int
     path: str
@@ -60,7 +60,8 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
         mode: ``max`` or ``min``: whether large or small values are best.
         save_top_k: number of best checkpoints to keep.
         keep_last: number of newest checkpoints to keep.
-        every_n_rollouts: rollouts (without rollouts: optimizer steps) between two checkpoints.
+        every_n_rollouts: number of rollouts (without rollouts: optimizer steps) from one checkpoint
+            to the next.
         asynchronous: write while training continues; needs host memory for a copy of the state.
     """
 
@@ -130,7 +131,7 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             self._signals.listen(trainer.is_global_zero)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save at the end of a rollout or of the run; stop at the end of a step."""
+        """Save if a checkpoint is due or a signal came, unless a validation comes first."""
         module = trained(pl_module)
         if is_trial_run(trainer):
             return
@@ -241,8 +242,8 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
     def _prune(self, trainer: pl.Trainer) -> None:
         """Delete checkpoints that are neither among the best nor among the newest.
 
-        Delete one of an earlier run only if ``last`` found it and that run has ended: several runs
-        may start from a path that a user names.
+        We delete those of an earlier run only if ``--ckpt_path last`` found them and that run has
+        ended: several runs may start from a path that a user names.
         """
         keep = [*self.entries[-self.keep_last :], *self._ranked()[: self.save_top_k]]
         gone = [e for e in self.entries if e not in keep]
@@ -270,10 +271,14 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
             )
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        """Return the newest intact checkpoint under this name, for ``ckpt_path="last"``."""
+        """Return the newest intact checkpoint, for ``ckpt_path="last"``.
+
+        We look in ``dirpath``, or in the run folders under the logger's name. If none is intact, we
+        return the newest one.
+        """
         named = self._named
         folders = checkpoint_folders(trainer) if named is None else [Path(named)]
-        found = [p for f in folders for p in f.glob("step=*.ckpt")]  # no unfinished ones
+        found = [p for f in folders for p in f.glob("step=*.ckpt")]  # unfinished ones do not match
         newest, broken = newest_whole(found)
         self._continues = True
         if newest is None:  # reading a damaged one raises an error

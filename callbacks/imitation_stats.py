@@ -36,36 +36,38 @@ RANGES = {
 class SelectiveImitationStats(RolloutCallback):
     """Logs ``kd/*`` and ``policy/*`` once per optimizer step, token-weighted over all ranks.
 
-    ``docs/statistics.md`` explains each. Histograms of the teacher's gap, the log ratio,
-    TRRD's weight and the entropy go to a TensorBoard or W&B logger. At the end it prints a table of
-    the first and the last rollouts, and writes ``imitation.png`` into the run folder.
+    ``docs/statistics.md`` explains each statistic. The callback sends histograms of the teacher's
+    gap, the log ratio, TRRD's weight and the entropy to a TensorBoard or W&B logger. At the end it
+    prints a table of the first and the last rollouts, and writes ``imitation.png`` into the run
+    folder.
 
-    - ``kd/imitation_frac``: loss tokens on which the teacher enters the gradient;
-      ``kd/imitated_completions_frac``, ``kd/imitated_groups_frac``: with at least one such token.
-    - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: of the tokens with a positive (negative)
-      advantage, those whose policy gradient the clip removes.
+    - ``kd/imitation_frac``: share of the loss tokens on which the teacher enters the gradient;
+      ``kd/imitated_completions_frac``, ``kd/imitated_groups_frac``: share of the completions
+      (groups) with at least one such token.
+    - ``kd/dead_frac_pos``, ``kd/dead_frac_neg``: share of the tokens with a positive (negative)
+      advantage whose policy gradient the clip removes.
     - ``kd/rewarded_tokens``, ``kd/dead_tokens``: number of the update's tokens with a positive
       advantage that have a policy gradient, and of those whose gradient the clip removes;
       ``kd/punished_tokens``, ``kd/protected_tokens``: the same for a negative advantage.
     - ``kd/reverse_kl``: mean of log pi - log pi_T (k1), an estimate of KL(student || teacher) per
-      token; ``kd/reverse_kl_k3`` another that is never negative; ``_correct`` and ``_wrong`` split
-      both by the verifier's answer.
-    - ``kd/conflict_frac``: of the tokens with an advantage, those on which the teacher's gap has
-      the opposite sign; ``kd/strong_conflict_frac``: those on which the gap is also larger than a
-      factor of two in probability.
-    - ``kd/top_token_agreement``: tokens at which student and teacher have the same most likely
-      token.
+      token; ``kd/reverse_kl_k3``: another estimate, which is never negative; ``_correct`` and
+      ``_wrong`` split both by the verifier's verdict.
+    - ``kd/conflict_frac``: share of the tokens with an advantage on which the teacher's gap has the
+      opposite sign; ``kd/strong_conflict_frac``: the same, only if the gap is larger than a factor
+      of two in probability.
+    - ``kd/top_token_agreement``: share of the tokens at which student and teacher have the same
+      most likely token.
     - ``kd/teacher_entropy``: the teacher's entropy, to compare with ``policy/entropy``.
-    - ``kd/offset_clamp_frac``: tokens on which RLAD's clamp acts; ``kd/offset_weight_max`` and
-      ``_p99``: maximum and 99th percentile of TRRD's weight w, its ratio at
-      rho = 1: ``(pi_old / pi_T)^(1 - alpha)``, clamped.
-    - ``policy/clip_frac``: loss tokens whose ratio lies outside the clip range; ``_low``,
-      ``_high``.
+    - ``kd/offset_clamp_frac``: share of the tokens on which RLAD's clamp acts;
+      ``kd/offset_weight_max`` and ``_p99``: maximum and 99th percentile of TRRD's weight w, its
+      ratio at rho = 1: ``(pi_old / pi_T)^(1 - alpha)``, clamped.
+    - ``policy/clip_frac``: share of the loss tokens whose ratio lies outside the clip range;
+      ``_low``, ``_high``: below and above it.
     - ``policy/ratio_mean``, ``policy/ratio_max``: mean and maximum of the ratio that is clipped.
 
     Args:
-        histogram_every: rollouts between two histograms.
-        table_rollouts: rollouts that each column of the table averages.
+        histogram_every: number of rollouts from one histogram to the next.
+        table_rollouts: number of rollouts that each column of the table averages.
     """
 
     def __init__(self, histogram_every: int = 10, table_rollouts: int = 5) -> None:
@@ -79,8 +81,8 @@ class SelectiveImitationStats(RolloutCallback):
         self._hist = Histograms(RANGES)
         self._step: dict[str, float] = {}  # of the optimizer step that has just ended
         self._step_histograms: dict[str, Histogram] = {}
-        # Group, whether it is used, and whether it is imitated, of each completion of the step: a
-        # group may lie in several micro-batches.
+        # For each completion of the step: its group, and whether it has a loss token and an
+        # imitated token. We count groups per step, because one may lie in several micro-batches.
         self._groups: list[Tensor] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -99,7 +101,7 @@ class SelectiveImitationStats(RolloutCallback):
         batch_idx: int,
     ) -> None:
         """Add a micro-batch; log at the end of the step."""
-        if batch.rollout_logprobs is None:  # given completions: there is no rollout to describe
+        if batch.rollout_logprobs is None:  # completions of a data set, not of a rollout
             return
         module = trained(pl_module)
         batch = module.completed(batch)
@@ -118,7 +120,7 @@ class SelectiveImitationStats(RolloutCallback):
         histograms = self._hist.compute(module.reduce)
         weight = histograms.get("hist/log_offset_weight")
         if weight is not None and weight.counts.sum():
-            edge = math.exp(weight.quantile(0.99))  # of a bin, above the largest value perhaps
+            edge = math.exp(weight.quantile(0.99))  # a bin's edge, perhaps above the largest value
             values["kd/offset_weight_p99"] = min(edge, values["kd/offset_weight_max"])
         module.log_step(self._stats.with_gaps(values))
         self._step, self._step_histograms = values, histograms
@@ -135,7 +137,7 @@ class SelectiveImitationStats(RolloutCallback):
     def on_rollout_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
     ) -> None:
-        """Keep the rollout's last values, and its histograms every ``histogram_every`` rollouts."""
+        """Keep the values of the rollout's last step; every ``histogram_every``, its histograms."""
         self.rows.append({"rollout": rollout + 1, **self._step})
         if rollout % self.histogram_every == 0:
             self.histograms[rollout + 1] = self._step_histograms
@@ -151,7 +153,7 @@ class SelectiveImitationStats(RolloutCallback):
         write_or_warn(file, lambda: plot_imitation(file, self.rows, self.histograms))
 
     def state_dict(self) -> State:
-        """Return rows, histograms and the statistics of an unfinished step."""
+        """Return rows, histograms, and the names that get None if a step does not measure them."""
         counts = {
             rollout: {name: h.counts.tolist() for name, h in histograms.items()}
             for rollout, histograms in self.histograms.items()

@@ -23,9 +23,9 @@ class PredictionWriter(pl.Callback):
     completions in memory.
 
     Args:
-        format: ``jsonl``: our columns and the prompt's; if a column of the prompt has the name of
-            one of ours (``completion``, ``reward``, ``index``, ...), it goes into ``row``.
-            ``parquet``: our columns, and all of the prompt's as JSON in ``row``; needs pyarrow.
+        format: ``jsonl`` writes our columns and those of the prompt's row; if one of these has the
+            name of one of ours (``completion``, ``reward``, ``index``, ...), it goes into ``row``.
+            ``parquet`` writes our columns, and the prompt's row as JSON in ``row``; needs pyarrow.
     """
 
     def __init__(self, format: Literal["jsonl", "parquet"] = "jsonl") -> None:

@@ -1,4 +1,4 @@
-"""A progress bar in rollouts."""
+"""A progress bar that counts rollouts."""
 
 from __future__ import annotations
 

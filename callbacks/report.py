@@ -122,7 +122,7 @@ class RunReport(RolloutCallback):
         self._measure_student(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the accuracy; the sanity check counts if it covers the whole set."""
+        """Record the accuracy; the sanity check's counts if it covers the whole set."""
         if trainer.state.fn == TrainerFn.FITTING:
             check_monitors(trainer)
         value = trainer.callback_metrics.get("val/accuracy")
@@ -150,7 +150,7 @@ class RunReport(RolloutCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the latest values: some are logged only at a rollout's start, before a resume."""
+        """Keep the latest values, for checkpoints: some are logged only at a rollout's start."""
         if not self._checked:
             self._checked = True
             check_logged(trainer, trained(pl_module).logged_names)

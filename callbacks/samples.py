@@ -50,9 +50,9 @@ class SamplePage(RolloutCallback):
     ``docs/evaluation.md`` explains the page.
 
     Args:
-        completions: number shown of the rollout, and of each validation set; 0 writes no page.
+        completions: number to show of the rollout and of each validation set; 0 writes no page.
         moments: number of newest validations that the page keeps.
-        max_tokens: most tokens shown of a completion.
+        max_tokens: maximum number of tokens to show of a completion.
     """
 
     def __init__(self, completions: int = 4, moments: int = 10, max_tokens: int = 512) -> None:
@@ -99,7 +99,7 @@ class SamplePage(RolloutCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first completions of each set."""
+        """Keep the first completions of each validation set."""
         views = self._validated.setdefault(batch.of.name, [])
         for i in range(min(self.completions - len(views), len(batch.judged))):
             row, sample = batch.rows[i // batch.of.samples], i % batch.of.samples

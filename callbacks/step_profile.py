@@ -14,13 +14,14 @@ from kdrl_lightning.trainer.protocols import trained
 
 
 class StepProfile(RolloutCallback):
-    """Prints, once, the phases of a rollout and its updates, and the operators that take longest.
+    """Prints, once, the time of each phase of a rollout, and the operators that take longest.
 
     torch's profiler runs on rank 0, from the sampling of one rollout to its last update. It makes
     both slower.
 
     Args:
-        rollout: its index, where 0 is the run's first, which also pays one-time costs; at least 1.
+        rollout: which rollout to profile, counted from this start or resume of the run; at least 1,
+            because rollout 0 has one-time costs.
         operators: number of operators in the table.
     """
 
@@ -45,7 +46,7 @@ class StepProfile(RolloutCallback):
     def on_rollout_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rollout: int
     ) -> None:
-        """Start the profiler after the rollout before; print after the profiled one."""
+        """Start the profiler when the previous rollout ends; print when the profiled one does."""
         module = trained(pl_module)
         if not trainer.is_global_zero:
             return

@@ -40,38 +40,39 @@ PASS = "pass_at_"
 
 
 class RowPrompt(Protocol):
-    """How a ``PromptedTeacher`` writes the prompt of a row."""
+    """The part of a ``PromptedTeacher`` that writes its prompt for a row."""
 
     @property
-    def context(self) -> Any:  # not every context follows from a row
-        """What the teacher sees; with ``of_row`` if that follows from the row alone."""
+    def context(self) -> Any:  # no type: only some contexts have `of_row`
+        """The teacher's context; it has ``of_row`` if it depends on the row alone."""
 
     def ids(self, tokenizer: HFTokenizer, row: Row, context: str = "") -> list[int]:
         """Return the prompt's token ids."""
 
 
 class TeacherHealth(RolloutCallback):
-    """Warns of what failure studies of self-distillation found, once each, with a cure.
+    """Warns of known failures of self-distillation, once each, and names a cure.
 
-    Before training it measures the teacher after its own prompt on the validation prompts. If that
-    is no better than the student, the teacher has nothing to teach, and the run says so. In each
-    rollout it then logs ``health/leak_frac`` (completions that appeal to a reference nobody gave),
-    ``health/hedges_mean`` (words such as *wait* or *maybe* per completion) and
-    ``health/repeat_frac`` (n-grams of 8 tokens that occurred before in the completion). It watches
-    these with ``kd/reverse_kl``, ``kd/teacher_entropy``, lengths, rewards and held-out pass@k. The
-    signs and their limits are in ``metrics/health_signs.py``; ``docs/methods/self_teachers.md``
-    says where they come from. ``RunReport`` marks the warnings in ``curves.png``.
+    Before training it measures the teacher's accuracy with its own prompt on validation prompts. If
+    it is no better than the student's, the teacher has nothing to teach, and the callback warns. In
+    each rollout it then logs ``health/leak_frac`` (share of the completions that mention a
+    reference that their prompt does not contain), ``health/hedges_mean`` (words such as *wait* or
+    *maybe* per completion) and ``health/repeat_frac`` (share of a completion's 8-token n-grams that
+    repeat earlier ones). It watches these, ``kd/reverse_kl``, ``kd/teacher_entropy``,
+    ``policy/entropy``, lengths, rewards and held-out pass@k. ``metrics/health_signs.py`` holds the
+    signs of a failure and their limits; ``docs/methods/self_teachers.md`` says where they come
+    from. ``RunReport`` marks the warnings in ``curves.png``.
 
     Args:
-        window: rollouts that the first and the last level of a number average.
-        prompts: validation prompts on which the teacher is measured; 0: it is not.
+        window: number of rollouts over which to average the first and the latest values.
+        prompts: number of validation prompts on which to measure the teacher; 0 skips this.
         phrases: phrases that refer to a solution or hint; None: a built-in list.
         hedges: hedging words; None: a built-in list.
 
     Attributes:
         rows: the watched numbers of each rollout.
         events: (rollout, name) of each warning.
-        teacher_accuracy: of the teacher after its own prompt; None if it was not measured.
+        teacher_accuracy: the teacher's accuracy with its own prompt; None if not measured.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class TeacherHealth(RolloutCallback):
             self._forget()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the teacher after its prompts against the student, unless the run resumes."""
+        """Compare the accuracy of teacher and student, each with its prompt, unless resumed."""
         module, data = trained(pl_module), rollout_data(trainer)
         if not self.prompts or trainer.global_step or data is None or data.val_prompts is None:
             return
@@ -127,7 +128,7 @@ class TeacherHealth(RolloutCallback):
     def on_rollout_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, rollout: int
     ) -> None:
-        """Judge the rollout before, whose numbers all callbacks have logged; read the new texts."""
+        """Judge the previous rollout, which all callbacks have logged; read the new completions."""
         module, data = trained(pl_module), rollout_data(trainer)
         self._judge(trainer)
         if data is not None:
@@ -135,7 +136,7 @@ class TeacherHealth(RolloutCallback):
             module.log_step(self._texts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note held-out pass@k of the largest k, and look whether it falls."""
+        """Record held-out pass@k of the largest k, and warn if it falls."""
         found = largest_pass(trainer.callback_metrics)
         rewards = [row["reward/mean"] for row in self.rows if "reward/mean" in row]
         if trainer.sanity_checking or found is None or not rewards:
@@ -194,7 +195,7 @@ class TeacherHealth(RolloutCallback):
             self._warn(trainer, name, sign(self.rows, self.window))
 
     def _warn(self, trainer: pl.Trainer, name: str, line: str | None) -> None:
-        """Warn once under a name; None: there is nothing to say."""
+        """Warn with ``line``, once for each name; None does nothing."""
         if line is None or any(name == known for _, known in self.events):
             return
         self.events.append((len(self.rows), name))
@@ -205,23 +206,23 @@ class TeacherHealth(RolloutCallback):
 def teacher_weights(module: TrainedModule) -> ModelWeights | None:
     """Return the weights with which a teacher starts; None if they are not in this process.
 
-    A self-teacher of any kind starts as the student.
+    A self-teacher of any kind starts with the student's.
     """
     if self_teachers(module.teacher):
         return module.weights()
-    inner: Teacher | None = getattr(module.teacher, "teacher", None)  # of a wrapper
+    inner: Teacher | None = getattr(module.teacher, "teacher", None)  # in a PromptedTeacher
     return None if inner is None else inner.weights()
 
 
 def row_prompt(
     teacher: Teacher | None, tokenizer: HFTokenizer
 ) -> Callable[[Row], list[int] | None] | None:
-    """Return how a teacher's own prompt follows from a row; None if it does not.
+    """Return a function that writes a teacher's own prompt for a row; None if rows do not suffice.
 
-    The function returns None for a row without a context. A context of siblings or feedback is not
-    known before the student has answered.
+    A context of siblings or feedback, for example, is not known before the student has answered.
+    The function returns None for a row without a context.
     """
-    prompt: RowPrompt | None = getattr(teacher, "prompt", None)  # of a PromptedTeacher
+    prompt: RowPrompt | None = getattr(teacher, "prompt", None)  # in a PromptedTeacher
     if prompt is None or (prompt.context is not None and not hasattr(prompt.context, "of_row")):
         return None
 
@@ -233,7 +234,7 @@ def row_prompt(
 
 
 def largest_pass(metrics: Mapping[str, float | Tensor]) -> tuple[float, float] | None:
-    """Return the largest k and pass@k of the first validation set that has it; None without.
+    """Return the largest k, and its pass@k on the first set that has it; None without pass@k.
 
     >>> largest_pass({"val/pass_at_2": 0.5, "val/pass_at_8": 0.75, "val/accuracy": 0.25})
     (8.0, 0.75)

@@ -1,4 +1,4 @@
-"""Sets how many threads torch uses on the CPU."""
+"""Sets the number of threads that torch uses on the CPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kdrl_lightning.errors import require_count
 
 
 class CPUThreads(pl.Callback):
-    """Sets torch's intra-operation threads on a CPU; use 1 below a million parameters.
+    """Sets the number of torch's intra-op threads on a CPU; use 1 below a million parameters.
 
-    In so small a model, several threads wait for each other after every matrix product. They are
+    In such a small model, several threads wait for each other after every matrix product. They are
     slower than one thread, and many times slower if other processes use the same cores. If the
     models are on a GPU, the callback does nothing.
 

@@ -21,8 +21,8 @@ class WeightSyncCheck(RolloutCallback):
 
     The data module pushes weights once per rollout; this callback checks the result. At a rollout's
     first update, the ``policy_version`` of each completion must be the trainer's step, and the
-    engine's log-probabilities must agree with the trainer's on the same tokens. If only the
-    update's forward pass computes the trainer's, the callback compares before the backward pass.
+    engine's log-probabilities must agree with the trainer's on the same tokens. If the trainer's
+    come only from the update's forward pass, the callback compares before the backward pass.
 
     With ``max_off_policy_steps`` 1 the version may be one rollout older. The log-probabilities of
     such completions differ as expected, so every ``every_n_rollouts`` rollouts the callback samples
@@ -31,11 +31,11 @@ class WeightSyncCheck(RolloutCallback):
 
     Args:
         max_mean_diff: bound on the mean absolute difference of log-probabilities, in nats. None:
-            0.001 if trainer and engine compute in float32 or above, and 0.1 in bfloat16. With equal
-            weights the difference is about 1e-6 in float32 and 1e-2 in bfloat16; with outdated
-            weights it is larger.
-        every_n_rollouts: rollouts between two samples of fresh completions, if rollouts are stale.
-            If they are not, the callback compares every rollout.
+            0.001 if trainer and engine compute in float32 or above, and 0.1 if one of them computes
+            in 16 bits. With equal weights the difference is about 1e-6 in float32 and 1e-2 in
+            bfloat16; with outdated weights it is larger.
+        every_n_rollouts: number of rollouts from one sample of fresh completions to the next, if
+            rollouts are stale. If they are not, the callback compares every rollout.
     """
 
     def __init__(self, max_mean_diff: float | None = None, every_n_rollouts: int = 10) -> None:
@@ -47,7 +47,7 @@ class WeightSyncCheck(RolloutCallback):
         self._waiting: RolloutBatch | None = None
 
     def bound(self, precision: str, engine_dtype: torch.dtype | None) -> float:
-        """Return the bound for the trainer's precision and the engine's type.
+        """Return the bound for the trainer's precision and the engine's dtype.
 
         >>> check = WeightSyncCheck()
         >>> check.bound("32-true", torch.float32), check.bound("bf16-mixed", None)
@@ -58,7 +58,7 @@ class WeightSyncCheck(RolloutCallback):
         return bound_of(precision, engine_dtype)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Reset the state; pass the bound to the comparison that runs before sampling."""
+        """Reset the state; pass the bound to the check that the data runs before it samples."""
         self._waiting = None
         data = rollout_data(trainer)
         if data is not None:

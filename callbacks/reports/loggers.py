@@ -1,4 +1,4 @@
-"""Sends samples and histograms to the loggers that show them: TensorBoard and W&B."""
+"""Sends samples and histograms to the loggers that can show them: TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def log_samples(loggers: Sequence[Any], section: Section, step: int) -> None:
     Args:
         loggers: the trainer's loggers; those that cannot show text are skipped.
         section: samples by group.
-        step: the logger's step.
+        step: the optimizer step.
     """
     for logger in loggers:
         for name, samples in section.groups.items():
@@ -40,7 +40,7 @@ def log_histograms(loggers: Sequence[Any], histograms: Mapping[str, Histogram], 
     Args:
         loggers: the trainer's loggers; others are skipped.
         histograms: histograms by name.
-        step: the logger's step.
+        step: the optimizer step, for TensorBoard; W&B uses its current step.
     """
     for logger in loggers:
         experiment: Any = getattr(logger, "experiment", None)
@@ -67,7 +67,7 @@ def log_histograms(loggers: Sequence[Any], histograms: Mapping[str, Histogram], 
 
 
 def as_markdown(samples: Sequence[SampleView]) -> str:
-    """Render samples as Markdown code; all lines are indented, so that no text ends the block."""
+    """Render samples as a Markdown code block, by indentation, which no text can end."""
     return "\n\n".join(
         "\n".join(f"    {line}" for text in as_lines(sample) for line in text.splitlines() or [""])
         for sample in samples

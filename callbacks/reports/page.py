@@ -11,8 +11,8 @@ from kdrl_lightning.callbacks.reports.style import STYLE
 from kdrl_lightning.callbacks.reports.text import visible
 from kdrl_lightning.callbacks.reports.views import SampleView, TokenView
 
-# Limits of the shades of the teacher's gap, in nats: e^0.1 is 10 % more, e^0.7 a factor of 2, e^3
-# of 20.
+# Limits between the shades of the teacher's gap, in nats: e^0.1 is 10 % more, e^0.7 a factor of 2,
+# e^3 a factor of 20.
 EDGES = (0.1, 0.7, 3.0)
 FATES = {
     "rewarded": "A > 0: pushed up",
@@ -24,7 +24,7 @@ FATES = {
 
 @dataclass(frozen=True)
 class Section:
-    """Samples of one moment of a run.
+    """Samples to show together, e.g. those of one validation.
 
     Attributes:
         title: heading of the section.
@@ -38,11 +38,11 @@ class Section:
 
 
 def render(heading: str, sections: Sequence[Section], max_tokens: int = 512) -> str:
-    """Return the HTML page; every text from a model or a data set is escaped.
+    """Return the HTML page, with all text from models and data sets escaped.
 
     Args:
         heading: heading of the page.
-        sections: newest first; the first one is shown open.
+        sections: the page's sections, newest first; the first one is open.
         max_tokens: number of tokens to show of each completion.
     """
     body = "\n".join(_section(s, i == 0, max_tokens) for i, s in enumerate(sections))

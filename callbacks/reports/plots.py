@@ -18,14 +18,14 @@ def plot_curves(
     accuracy: Sequence[tuple[float, float]],
     summary: Mapping[str, Any],
 ) -> None:
-    """Draw accuracy, teacher KL, imitation and completion length over rollouts.
+    """Draw accuracy, teacher KL, shares of tokens and completion length over rollouts.
 
     Args:
         path: the PNG file to write.
         curves: one row per rollout, with ``rollout`` and the logged metrics.
         accuracy: (rollout, validation accuracy) pairs; accuracy is in [0, 1].
-        summary: the run's summary; shows ``method``, ``seed`` and ``teacher_accuracy``, and the
-            ``warnings``, rollouts by name.
+        summary: the run's summary; we show its ``method``, ``seed``, ``teacher_accuracy``, and
+            ``warnings`` (rollouts by name).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -114,12 +114,12 @@ def plot_imitation(
     rows: Sequence[Mapping[str, float]],
     histograms: Mapping[int, Mapping[str, Histogram]],
 ) -> None:
-    """Draw the share of imitated tokens over rollouts, and the first and last gap histogram.
+    """Draw the imitation statistics over rollouts, and the gap's first and last histogram.
 
     Args:
         path: the PNG file to write.
         rows: one row per rollout, with ``rollout`` and the imitation statistics.
-        histograms: histograms by rollout and name; ``hist/teacher_gap`` is shown.
+        histograms: histograms by rollout and name; we show ``hist/teacher_gap``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

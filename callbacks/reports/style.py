@@ -1,4 +1,4 @@
-"""The CSS of the page of samples; lines differ in form too, not only in colour."""
+"""The CSS of the page of samples; its lines differ in form, not only in colour."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #63686f; --page: #fbfbfa;

@@ -12,7 +12,7 @@ def summary_table(summary: Tree, folder: Path) -> str:
 
     Args:
         summary: what ``summary.json`` holds.
-        folder: of the run.
+        folder: the run folder.
     """
 
     def share(value: float | None) -> str:

@@ -1,7 +1,7 @@
-"""Shows the text that each token adds, and makes invisible characters visible.
+"""Finds the text that each token adds, and makes invisible characters visible.
 
-It is written by hand because tokenizers' ``DecodeStream`` needs a fast tokenizer, returns nothing
-for the bytes of a broken character, and does not say which token completes a character.
+We wrote our own because tokenizers' ``DecodeStream`` needs a fast tokenizer, returns nothing for
+the bytes of a broken character, and does not say which token completes a character.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def token_texts(tokenizer: HFTokenizer, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds; joined, the texts are the decoded completion.
 
     If several byte-level tokens form one character, the last one gets it and the others get an
-    empty text. Special tokens are shown.
+    empty text. Special tokens keep their text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -55,10 +55,10 @@ def token_texts(tokenizer: HFTokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    r"""Replace characters that are invisible or change the direction of text by visible ones.
+    r"""Replace characters that are invisible or change the text direction with visible ones.
 
     Control characters become their Unicode symbols; direction marks and halves of surrogate pairs
-    become their code points. Line ends and tabs stay, with a sign before them.
+    become their code points. Line breaks and tabs stay, with a sign before them.
 
     >>> visible("a\x00b\n")
     'a␀b↵\n'

@@ -1,4 +1,4 @@
-"""What is measured on the tokens of a micro-batch: how the teacher and the clip act on them."""
+"""Measures how the teacher and the clip act on the tokens of a micro-batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch and what its objective computes from it, each value once.
+    """A micro-batch, and what its objective computes from it, each value only once.
 
     Attributes:
-        objective: decides what is clipped and what is imitated.
+        objective: decides which tokens are clipped and which are imitated.
         batch: a scored micro-batch.
-        logprobs: ``[B, T]`` of the update's forward pass, detached.
-        top_ids: ``[B, T]``, the student's most likely tokens in that pass; None: those at rollout
-            time are used.
+        logprobs: ``[B, T]``, the student's in the update's forward pass, detached.
+        top_ids: ``[B, T]``, the student's most likely tokens in that pass; None: use those at
+            rollout time, if known.
     """
 
     objective: Objective
@@ -53,7 +53,7 @@ class MicroBatch:
 
 
 def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
-    """Add one micro-batch to ``stats``."""
+    """Add the ``kd/*`` and ``policy/*`` statistics of one micro-batch to ``stats``."""
     objective, batch, logprobs = micro.objective, micro.batch, micro.logprobs
     mask, imitated = batch.loss_mask, micro.imitated
     ratio = micro.log_ratio.exp()
@@ -83,7 +83,7 @@ def add_imitation_stats(stats: StepStats, micro: MicroBatch) -> None:
 def _add_teacher(stats: StepStats, micro: MicroBatch) -> None:
     batch, logprobs, places = micro.batch, micro.logprobs, micro.batch.chunk_places
     teacher = teacher_logprobs(batch, logprobs)
-    # The estimates hold for the student's own samples, and say nothing without the context.
+    # The estimates hold for tokens that the student sampled, if the teacher has its context.
     taught = batch.taught_mask
     mask = whole_chunks(taught & batch.student_mask, places)
     correct = batch.correct[:, None]
@@ -119,7 +119,7 @@ def _add_teacher(stats: StepStats, micro: MicroBatch) -> None:
 
 
 def add_histograms(histograms: Histograms, micro: MicroBatch, entropy: Tensor) -> None:
-    """Add one micro-batch to ``histograms``; ``entropy [B, T]`` of its forward pass."""
+    """Add one micro-batch to ``histograms``; ``entropy [B, T]`` is of its forward pass."""
     batch, mask = micro.batch, micro.batch.loss_mask
     histograms.add("hist/log_ratio", micro.log_ratio, mask)
     histograms.add("hist/entropy", entropy, mask)

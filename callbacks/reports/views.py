@@ -1,4 +1,4 @@
-"""Describes samples and how the loss treats each token, as the objective's methods decide it."""
+"""Describes samples, and how the loss treats each of their tokens, for pages and loggers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class TokenView:
     Attributes:
         text: the text that the token adds to the completion.
         student: the student's log-probability of the token in this update, in nats.
-        teacher: the teacher's log-probability, in nats; None if the teacher did not score it. In a
-            chunk of several tokens, the value whose distance is that of the whole chunk.
+        teacher: the teacher's log-probability, in nats; None if the teacher did not score it. For a
+            token in a chunk of several, see ``teacher_beside``.
         advantage: the advantage that multiplies the token's ratio.
         fate: ``rewarded`` (advantage above 0) or ``punished`` (below 0) if the token has a policy
             gradient; ``dead`` (above 0) or ``protected`` (below 0) if the clip removes it; empty if
-            the advantage is 0.
-        imitated: the teacher contributes to the token's gradient.
-        used: the token is part of the loss.
-        joined: the teacher scored it in one chunk with the token before.
+            the advantage is 0 or the token is not part of the loss.
+        imitated: whether the teacher contributes to the token's gradient.
+        used: whether the token is part of the loss.
+        joined: whether the teacher scored it in one chunk with the token before.
     """
 
     text: str
@@ -58,8 +58,8 @@ class SampleView:
         prompt: the prompt as text, with special tokens.
         completion: the completion as text.
         reward: the completion's reward.
-        correct: the verifier accepts the completion.
-        truncated: the completion was cut at the token limit.
+        correct: whether the verifier accepts the completion.
+        truncated: whether the completion was cut at the token limit.
         parts: the components of the reward by name.
         tokens: one view per token; empty if the tokens were not scored.
         teacher_prompt: what the teacher reads instead of the prompt; empty if it reads the same.
@@ -85,9 +85,9 @@ def choose(
 
     Args:
         groups: each completion's group.
-        correct: each completion's correctness.
-        count: number of positions to return, or fewer if there are fewer completions.
-        cut: each completion's number of dead and protected tokens; empty: none has one.
+        correct: whether each completion is correct.
+        count: number of indices to return; all, if there are fewer completions.
+        cut: each completion's number of dead and protected tokens; empty: all have 0.
 
     >>> choose([0, 0, 1, 1, 1], [True, True, True, False, False], 3)
     [2, 3, 0]
@@ -198,7 +198,7 @@ def _scored(
 
 
 def _own_prompt(batch: RolloutBatch, row: int, prompt: list[int], tokenizer: HFTokenizer) -> str:
-    # A teacher with a different end token may have a different tokenizer.
+    # A teacher with another end token may have another tokenizer, so we cannot decode its ids.
     if batch.teacher_prompt_ids is None or batch.teacher_ends is not None:
         return ""
     ids = [i for i in batch.teacher_prompt_ids[row].tolist() if i >= 0]

@@ -1,4 +1,4 @@
-"""Schedules of coefficients, and the callbacks that set coefficients during a run."""
+"""Schedules of the objective's coefficients, and the callbacks that set these during a run."""
 
 from kdrl_lightning.callbacks.schedules.curves import (
     Constant,

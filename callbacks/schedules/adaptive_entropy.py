@@ -20,10 +20,10 @@ class AdaptiveEntropy(RolloutCallback):
     Skywork-OR1 (arXiv 2505.22312): a coefficient c rises by ``step`` after a rollout with a mean
     entropy below ``target``, and falls by ``step`` after one above it, within ``lowest`` and
     ``highest``. The bonus has the weight c as long as the entropy is at most ``target``, else 0.
-    The entropy is that of the loss tokens during the updates on the rollout, in nats; it acts on
-    the next rollout.
+    We average the entropy over the loss tokens of a rollout's updates, in nats, and set the bonus
+    of the next rollout.
 
-    Checkpoints hold c and the unfinished rollout's entropy.
+    Checkpoints hold c, the last rollout's entropy, and the sums of an unfinished rollout.
 
     Args:
         target: entropy per token to hold, in nats.
@@ -33,7 +33,7 @@ class AdaptiveEntropy(RolloutCallback):
         start: c of the first rollout.
 
     Raises:
-        ConfigurationError: a value is out of its range.
+        ConfigurationError: a value is out of range.
 
     >>> control = AdaptiveEntropy(target=0.2, step=0.005)
     >>> control.after(0.0, entropy=0.1), control.after(0.005, entropy=0.3)
@@ -64,20 +64,20 @@ class AdaptiveEntropy(RolloutCallback):
         self.highest = highest
         self.start = start
         self.coefficient = start
-        self.entropy = 0.0  # of the last rollout; before the first, the bonus has its weight
+        self.entropy = 0.0  # of the last rollout; before the first, 0 gives the bonus the weight c
         self._before: float | None = None
         self._sums = 0.0, 0.0  # entropy and tokens of this rollout so far, over all ranks
-        self._micro: Tensor | None = None  # the same of this rank's unfinished step
+        self._micro: Tensor | None = None  # the same sums for this rank's unfinished step
 
     def after(self, coefficient: float, entropy: float) -> float:
-        """Return c after a rollout with a mean entropy, in nats."""
+        """Return c after a rollout with this mean entropy, in nats."""
         moved = coefficient
         if entropy != self.target:
             moved += self.step if entropy < self.target else -self.step
         return min(max(moved, self.lowest), self.highest)
 
     def weight(self, coefficient: float, entropy: float) -> float:
-        """Return the weight of the bonus in the loss."""
+        """Return the bonus's weight in the loss after a rollout with this mean entropy, in nats."""
         return coefficient if entropy <= self.target else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -28,7 +28,7 @@ class CoefficientSchedule(RolloutCallback):
 
     The value is a function of ``trainer.global_step``, so a resumed run needs no state; only
     ``PlateauSwitch`` has a state, which checkpoints hold. You can use several of these callbacks,
-    one for each coefficient.
+    each for a different coefficient.
 
     Args:
         coefficient: ``teacher_kl_coef``, ``trrd_alpha``, ``entropy_coef``, ``ref_kl_coef``,
@@ -61,7 +61,7 @@ class CoefficientSchedule(RolloutCallback):
 
     @property
     def state_key(self) -> str:
-        """Key of this callback's state in a checkpoint, one for each coefficient."""
+        """Key of this callback's state in a checkpoint, different for each coefficient."""
         return self._generate_state_key(coefficient=self.coefficient)
 
     @property
@@ -161,8 +161,8 @@ class CoefficientSchedule(RolloutCallback):
 class KLCoefficientAnnealing(CoefficientSchedule):
     """Sets the objective's ``teacher_kl_coef`` to ``max(start - decrement * step, floor)``.
 
-    KDRL (arXiv 2506.02208): the defaults are the paper's and reach the floor at step 80. The
-    class is ``CoefficientSchedule`` with ``LinearWithFloor``.
+    KDRL (arXiv 2506.02208): the defaults are the paper's and reach the floor at step 80. This is
+    ``CoefficientSchedule`` with ``LinearWithFloor``.
 
     Args:
         start: coefficient at step 0.
@@ -185,10 +185,10 @@ class KLCoefficientAnnealing(CoefficientSchedule):
 
 
 def _put_last(trainer: pl.Trainer) -> None:
-    """Move schedules after the statistics, which must see the coefficient of their update."""
+    """Move schedules after the other callbacks, which must log their update's coefficient."""
     callbacks = callbacks_of(trainer)
     schedules = [c for c in callbacks if isinstance(c, CoefficientSchedule)]
     savers = [c for c in callbacks if isinstance(c, Checkpoint)]
     others = [c for c in callbacks if not isinstance(c, CoefficientSchedule | Checkpoint)]
-    # A new list: Lightning iterates over the old one.
+    # We make a new list, because Lightning iterates over the old one.
     trainer.callbacks = [*others, *schedules, *savers]  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from kdrl_lightning.errors import ConfigurationError, require_between, require_c
 class Schedule(ABC):
     """Base class of schedules: a coefficient as a function of the step.
 
-    A step is a rollout or an optimizer step, as the callback's ``unit`` says.
+    The callback's ``unit`` says whether a step is a rollout or an optimizer step.
     """
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Constant(Schedule):
     """
 
     def __init__(self, value: float) -> None:
-        self.value = _positive("value", value)
+        self.value = _nonnegative("value", value)
 
     def coef_at(self, step: int) -> float:
         """Return the constant."""
@@ -62,7 +62,7 @@ class LinearWithFloor(Schedule):
                 f"`decrement` must be above 0 and finite: got {decrement}. For a constant, use "
                 "Constant."
             )
-        self.start = _positive("start", start)
+        self.start = _nonnegative("start", start)
         self.floor = floor
         self.decrement = decrement
 
@@ -76,7 +76,7 @@ class LinearWithFloor(Schedule):
 
 
 class _Span(Schedule):
-    """Goes from ``start`` to ``end`` between two steps; constant before and after.
+    """Changes from ``start`` to ``end`` between two steps, and is constant before and after.
 
     Args:
         start: coefficient up to ``begin_step``.
@@ -92,8 +92,8 @@ class _Span(Schedule):
                 f"`end_step` must come after begin_step {begin_step}: got {end_step}. "
                 "For a jump, use Switch."
             )
-        self.start = _positive("start", start)
-        self.end = _positive("end", end)
+        self.start = _nonnegative("start", start)
+        self.end = _nonnegative("end", end)
         self.end_step = end_step
         self.begin_step = begin_step
 
@@ -105,7 +105,7 @@ class _Span(Schedule):
 
     @abstractmethod
     def shape(self, passed: float) -> float:
-        """Map the elapsed share of the span to the share of the change; 0 to 0 and 1 to 1."""
+        """Map the elapsed share of the span to the share of the change, 0 to 0 and 1 to 1."""
 
     def extremes(self) -> tuple[float, float]:
         """Return the smaller and the larger end."""
@@ -149,7 +149,7 @@ class Cosine(_Span):
 
 
 class Switch(Schedule):
-    """A hard switch: ``before`` while step < ``at_step``, then ``after``.
+    """A hard switch: ``before`` while the step is below ``at_step``, then ``after``.
 
     OPD-then-RL (arXiv 2609.04108) switches the coefficient of the teacher's gap d from 1 to 0, and
     that of the advantage A from 0 to 1.
@@ -165,8 +165,8 @@ class Switch(Schedule):
 
     def __init__(self, before: float, after: float, at_step: int) -> None:
         require_count("at_step", at_step, 1, float("inf"), "For one value, use Constant.")
-        self.before = _positive("before", before)
-        self.after = _positive("after", after)
+        self.before = _nonnegative("before", before)
+        self.after = _nonnegative("after", after)
         self.at_step = at_step
 
     def coef_at(self, step: int) -> float:
@@ -202,8 +202,8 @@ class PlateauSwitch(Schedule):
     ) -> None:
         require_count("patience", patience, 1, float("inf"))
         require_between("min_delta", min_delta, 0.0, float("inf"))
-        self.before = _positive("before", before)
-        self.after = _positive("after", after)
+        self.before = _nonnegative("before", before)
+        self.after = _nonnegative("after", after)
         self.patience = patience
         self.min_delta = min_delta
         self.monitor = monitor
@@ -217,7 +217,7 @@ class PlateauSwitch(Schedule):
         self.switched_at = None
 
     def observe(self, value: float, step: int) -> None:
-        """Record a validation's value; it may switch the coefficient from ``step`` on."""
+        """Record a validation's value; after ``patience`` without gain, switch from ``step`` on."""
         if self.switched_at is not None:
             return
         if value > self.best + self.min_delta:
@@ -228,7 +228,7 @@ class PlateauSwitch(Schedule):
             self.switched_at = step
 
     def coef_at(self, step: int) -> float:
-        """Return the value before or after the switch; earlier steps keep the value before it."""
+        """Return ``before`` for steps before the switch, ``after`` from the switch on."""
         switched = self.switched_at is not None and step >= self.switched_at
         return self.after if switched else self.before
 
@@ -246,7 +246,7 @@ class PlateauSwitch(Schedule):
         self.switched_at = state["switched_at"]
 
 
-def _positive(name: str, value: float) -> float:
+def _nonnegative(name: str, value: float) -> float:
     """Return the value if it is at least 0 and finite.
 
     Raises:

@@ -12,11 +12,11 @@ from kdrl_lightning.rollout_batch import flat_groups
 def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Return the advantage of each completion within its group.
 
-    DeepSeekMath (arXiv 2402.03300) introduces it with GRPO; Dr.GRPO (arXiv 2503.20783) leaves the
-    division out.
+    DeepSeekMath (arXiv 2402.03300) introduces it with GRPO; Dr.GRPO (arXiv 2503.20783) omits the
+    division.
 
-    ``A_i = (r_i - mean(r)) / (std(r) + eps)``, std with ddof = 1. A group gets exactly 0 if all its
-    rewards are equal.
+    ``A_i = (r_i - mean(r)) / (std(r) + eps)``, std with ddof = 1. If all rewards of a group are
+    equal, its advantages are exactly 0.
 
     Args:
         rewards: ``[P, G]`` finite rewards, one row per prompt, G >= 2.
@@ -24,7 +24,7 @@ def group_relative(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-6
         eps: term added to the standard deviation.
 
     Returns:
-        ``[P, G]`` advantages in the type of the rewards; float32 for integer rewards.
+        ``[P, G]`` advantages in the dtype of the rewards; float32 for integer rewards.
 
     Raises:
         ConfigurationError: the shape is not ``[P, G]``, G = 1, or a reward is not finite.
@@ -83,8 +83,9 @@ def shaped(
         teacher_kl_coef: beta.
         scale_by_std: divide by the group's standard deviation of ``rewards``.
         eps: term added to the standard deviation.
-        has_gap: ``[P, G]`` bool, False where the teacher has no context: these completions keep the
-            plain advantage, and the others are compared with each other. None: all have one.
+        has_gap: ``[P, G]`` bool, False for completions that the teacher does not score for lack of
+            a context. They keep the plain advantage; the others are compared with each other's mean
+            gap. None: all have a gap.
 
     Returns:
         ``[P, G]`` advantages.
@@ -111,8 +112,8 @@ def extrapolated(
 ) -> Tensor:
     """Return the teacher's gap, extrapolated away from a reference: G-OPD (arXiv 2602.12125).
 
-    ``d + (lambda - 1) (log pi_T - log pi_ref)``. As advantage of a policy gradient it has the
-    gradient of reverse KL to ``pi_T^lambda pi_ref^(1 - lambda)``, normalised.
+    ``d + (lambda - 1) (log pi_T - log pi_ref)``. Used as the advantage of a policy gradient, it
+    gives the gradient of reverse KL to the normalised ``pi_T^lambda pi_ref^(1 - lambda)``.
 
     Args:
         gap: ``[B, T]`` d = log pi_T - log pi, in nats.
@@ -145,7 +146,7 @@ def reweighted(advantages: Tensor, gap: Tensor, mix: float = 0.5, width: float =
     Args:
         advantages: ``[B, T]`` or broadcastable to it.
         gap: ``[B, T]`` d = log pi_T - log pi, in nats.
-        mix: share of the scaled advantage, in [0, 1]; 0 returns the advantage unchanged.
+        mix: weight of the scaled advantage, in [0, 1]; 0 returns the advantages unchanged.
         width: the scale stays in [1 - width, 1 + width]; in [0, 1].
 
     Returns:

@@ -1,8 +1,7 @@
 """Chunks: runs of tokens that a teacher with another tokenizer scores together.
 
-The places of a batch, ``[B, T]``, say how many tokens of its chunk precede a token; 0 begins a
-chunk, and -1 marks a token without a score, which is a separate chunk. None: each token is a
-chunk.
+``places [B, T]`` holds each token's index within its chunk: 0 begins a chunk, and -1 marks a token
+without a score, which is a chunk by itself. If ``places`` is None, each token is a chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import Tensor
 
 
 def chunk_totals(values: Tensor, places: Tensor | None) -> Tensor:
-    """Return the sum of each chunk, at each of its tokens.
+    """Return the sum over each chunk, repeated at each of its tokens.
 
     Args:
         values: ``[B, T]``.
@@ -23,26 +22,26 @@ def chunk_totals(values: Tensor, places: Tensor | None) -> Tensor:
     """
     if places is None:
         return values
-    # Chunks are numbered over all rows: on one dimension the sum can be deterministic on a GPU.
+    # We number chunks over all rows, because a sum in one dimension can be deterministic on a GPU.
     numbers = (places <= 0).flatten().cumsum(0) - 1
     totals = values.new_zeros(values.numel()).index_add(0, numbers, values.flatten())
     return totals[numbers].view_as(values)
 
 
 def chunk_sizes(places: Tensor) -> Tensor:
-    """Return the number of tokens of each token's chunk, ``[B, T]`` int64."""
+    """Return ``[B, T]`` int64: how many tokens each token's chunk has."""
     return chunk_totals(torch.ones_like(places), places)
 
 
 def teacher_beside(teacher_logprobs: Tensor, logprobs: Tensor, places: Tensor | None) -> Tensor:
-    """Return teacher log-probabilities whose distance to the student's is the chunk's.
+    """Return per-token teacher log-probabilities whose gap to the student's is the chunk's gap.
 
     A chunk is one action: with ``Delta = sum log pi_T - sum log pi`` over the chunk, the result is
     ``log pi + Delta`` at each token, computed as ``sum log pi_T - (the chunk's other log pi)``.
 
     Args:
         teacher_logprobs: ``[B, T]``, the chunk's sum at each of its tokens.
-        logprobs: ``[B, T]``, the student's that the result will be compared with; this function
+        logprobs: ``[B, T]``, the student's, with which you will compare the result; this function
             detaches them.
         places: ``[B, T]`` int64; None returns ``teacher_logprobs``.
 
@@ -61,10 +60,10 @@ def teacher_beside(teacher_logprobs: Tensor, logprobs: Tensor, places: Tensor | 
 
 
 def chunk_share(values: Tensor, places: Tensor | None) -> Tensor:
-    """Return values of whole chunks, spread evenly over their tokens.
+    """Divide each chunk's value by the chunk's number of tokens, but not its gradient.
 
-    Each token keeps its gradient: a loss that each token of a chunk states for the chunk counts
-    once in the sum, while each token is pushed by the whole of it.
+    So a chunk's loss that is repeated at each of its tokens counts once in a sum, while each token
+    gets the full gradient.
 
     Args:
         values: ``[B, T]``, equal within a chunk.
@@ -77,7 +76,7 @@ def chunk_share(values: Tensor, places: Tensor | None) -> Tensor:
 
 
 def whole_chunks(mask: Tensor, places: Tensor | None) -> Tensor:
-    """Return the mask without tokens that have no score, and without chunks that it cuts.
+    """Return the mask without tokens that have no score and without chunks it covers only partly.
 
     Args:
         mask: ``[B, T]`` bool.

@@ -1,7 +1,7 @@
 """Corrections for a sampling engine whose log-probabilities differ from the trainer's.
 
-Every function takes the trainer's log-probabilities at rollout time, never the current ones: a
-correction by the current ones would be a second, unclipped policy ratio.
+Give these functions the trainer's log-probabilities at rollout time, never the current ones: a
+correction with the current ones would be a second, unclipped policy ratio.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Return the sum over each completion, repeated at each of its tokens.
 
     The sum of a completion's token log-ratios is the log-ratio of the whole completion. To weight
-    whole completions, pass it to the functions above as ``old_logprobs``, and 0 as
+    whole completions, pass this sum to the functions above as ``old_logprobs``, and 0 as
     ``rollout_logprobs``.
 
     Args:

@@ -1,8 +1,8 @@
 """Divergences between student and teacher: on sampled tokens, and over the full vocabulary.
 
-The sampled-token estimators are Schulman's k1, k2, k3 with R = log pi_T - log pi_theta. The
-*gradient* of an estimator on student samples (per position, prefix held fixed) can estimate another
-divergence than its value does. Each docstring names both.
+The sampled-token estimators are Schulman's k1, k2, k3 with R = log pi_T - log pi_theta. On student
+samples (per position, prefix held fixed), the *gradient* of an estimator can estimate a different
+divergence than its value. Each docstring names both.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def k1(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 def k2(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """Return the sampled-token loss ``R^2 / 2``; its expected gradient is exactly reverse KL's.
 
-    It is the default of KDRL (arXiv 2506.02208, Eq. 8). The expected gradient over student samples
-    is that of KL(student || teacher); the value is a biased estimate of it.
+    KDRL (arXiv 2506.02208, Eq. 8) uses it by default. The expected gradient over student samples is
+    that of KL(student || teacher); the value is a biased estimate of this KL.
 
     Args:
         logprobs: ``[B, T]`` student log-probabilities of the sampled tokens, with gradient.
@@ -84,14 +84,14 @@ def policy_gradient_kl(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return KL(student || teacher) over the full vocabulary, which is mode-seeking.
 
-    ``sum_v p_S(v) (log p_S(v) - log p_T(v))``; entries with p_S = 0 count 0.
+    ``sum_v p_S(v) (log p_S(v) - log p_T(v))``; entries with p_S = 0 contribute 0.
 
     Args:
         student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.
         teacher_logits: ``[..., V]`` the teacher's; this function detaches them.
 
     Returns:
-        ``[...]`` nats, at least 0; infinite if a token is possible for the student only.
+        ``[...]`` nats, at least 0; infinite if only the teacher gives a token probability 0.
 
     >>> reverse_kl(torch.zeros(1, 4), torch.zeros(1, 4))
     tensor([0.])
@@ -102,14 +102,14 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return KL(teacher || student) over the full vocabulary, which is mass-covering.
 
-    ``sum_v p_T(v) (log p_T(v) - log p_S(v))``; entries with p_T = 0 count 0.
+    ``sum_v p_T(v) (log p_T(v) - log p_S(v))``; entries with p_T = 0 contribute 0.
 
     Args:
         student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.
         teacher_logits: ``[..., V]`` the teacher's; this function detaches them.
 
     Returns:
-        ``[...]`` nats, at least 0; infinite if a token is possible for the teacher only.
+        ``[...]`` nats, at least 0; infinite if only the student gives a token probability 0.
     """
     return _kl(teacher_logits.detach().log_softmax(-1), student_logits.log_softmax(-1))
 
@@ -119,13 +119,13 @@ def clipped_forward_kl(
 ) -> Tensor:
     """Return KL(teacher || student) with each token's summand capped: OPSD (arXiv 2601.18734 v3).
 
-    ``sum_v min(p_T(v) (log p_T(v) - log p_S(v)), clip)``. A capped summand gives no gradient, and a
-    negative one is never capped. So the sum can be **negative**, and is not a divergence.
+    ``sum_v min(p_T(v) (log p_T(v) - log p_S(v)), clip)``. Capped summands have no gradient.
+    Negative ones are never capped, so the sum can be **negative**: it is not a divergence.
 
     Args:
         student_logits: ``[..., V]`` unnormalised log-probabilities, with gradient.
         teacher_logits: ``[..., V]`` the teacher's; this function detaches them.
-        clip: largest summand, in nats; None: no cap, which is ``forward_kl``.
+        clip: largest summand, in nats; None: no cap, as in ``forward_kl``.
 
     Returns:
         ``[...]`` nats, of either sign.
@@ -159,22 +159,22 @@ def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, jsd_beta: fl
         return reverse_kl(student_logits, teacher_logits)
     student = student_logits.log_softmax(-1)
     teacher = teacher_logits.detach().log_softmax(-1)
-    # If both are -inf, the gradient of logaddexp is NaN; e^-10000 is 0 as well.
+    # If both are -inf, the gradient of logaddexp is NaN. We use -10000 instead: its exp is 0, too.
     student_part = student.clamp(min=-1e4) + math.log1p(-jsd_beta)
     mixture = torch.logaddexp(student_part, teacher.clamp(min=-1e4) + math.log(jsd_beta))
     return jsd_beta * _kl(teacher, mixture) + (1.0 - jsd_beta) * _kl(student, mixture)
 
 
 def with_tail(topk_logprobs: Tensor, tail_logprobs: Tensor | None = None) -> Tensor:
-    """Return the log-probabilities with one more bucket, for all tokens outside the K.
+    """Append a bucket for all other tokens to the log-probabilities of K tokens.
 
     Log-probabilities are valid logits, so you can pass the result to the divergences.
 
     Args:
         topk_logprobs: ``[..., K]`` log-probabilities of K different tokens.
-        tail_logprobs: ``[...]`` log-probability of the rest, as ``token_scores`` computes it; None:
-            take one minus the probability of the K tokens, which in float32 cannot show a rest
-            below about e^-16.
+        tail_logprobs: ``[...]`` log-probability of all other tokens together, as ``token_scores``
+            computes it; None: one minus the probability of the K tokens, which in float32 never
+            falls below about e^-16.
 
     Returns:
         ``[..., K + 1]`` log-probabilities; their exponentials sum to 1.
@@ -194,6 +194,6 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _summands(log_p: Tensor, log_q: Tensor) -> Tensor:
-    # We mask the difference before the product: the gradient of 0 * inf is undefined.
+    # We mask the difference before the product, because the gradient of 0 * inf is NaN.
     gap = torch.where(log_p > -torch.inf, log_p - log_q, 0.0)
     return log_p.exp() * gap

@@ -1,8 +1,8 @@
 """Scores of chosen tokens, computed from hidden states in chunks.
 
-We wrote it by hand because no library that we use returns per-token log-probabilities *and* entropy
-at a temperature with a soft-capped head: torch's ``linear_cross_entropy`` returns no entropy, and
-on its chunked path no unreduced values.
+We wrote our own because no library that we use returns per-token log-probabilities *and* entropy at
+a temperature with a soft-capped head: torch's ``linear_cross_entropy`` returns no entropy, and on
+its chunked path no unreduced values.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from kdrl_lightning.losses.head.chunk_math import Divergence, Transform, math_fo
 from kdrl_lightning.losses.head.head_products import computing_dtype, project
 from kdrl_lightning.losses.head.logprobs_backward import ChosenTokens, Compared, Values, Work
 
-# A float32 softmax cannot distinguish e^-30 from 0, so teachers' log-probabilities end here.
+# We raise teachers' log-probabilities to this floor: adding e^-30 to 1 changes nothing in float32,
+# and a lower or infinite value would dominate a loss.
 LOGPROB_FLOOR = -30.0
-# If the product of a chunk's logits has so many operations, it pays to know the loss in advance:
-# that saves the product and costs a call of the objective, about 2 ms. On a GPU the host makes the
-# call while the card works on the chunk; it waits only if three products take less (calculated with
-# 400 TFLOP/s, not measured).
+# Floating-point operations of a chunk's logits from which the forward pass should compute the
+# gradients, too. This saves a recomputation of the logits and costs a call of the objective, about
+# 2 ms. The GPU works on the chunk during the call; it idles only if three products take less than
+# the call (calculated with 400 TFLOP/s, not measured).
 PAYS_FROM = {"cpu": 2e9, "cuda": 2.7e11}
 
-# A chunk on CUDA is large: its matrix products fill the card, and each chunk reads and writes the
-# head's gradient once.
+# Chunks on CUDA are large: small matrix products would not fill the GPU, and each chunk reads and
+# writes the head's whole gradient.
 CUDA_CHUNK_BYTES = 1 << 30
 CHUNK_BYTES = 64 << 20
 MAX_CHUNK = 1024
@@ -43,7 +44,7 @@ class Head:
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
         scale: factor on the logits (Granite divides them, Cohere multiplies them).
-        softcap: ``c * tanh(logits / c)`` (Gemma 2), or None.
+        softcap: the c of ``c * tanh(logits / c)`` (Gemma 2), or None.
         vocab_size: number of rows to use, which cuts off a teacher's padding rows; None: all.
         swap: two ids to exchange the logits of (a teacher's end token and the student's), or None.
     """
@@ -91,12 +92,13 @@ class TokenScores(NamedTuple):
         logprobs: ``[N]`` log-probabilities of the chosen tokens, in nats.
         entropy: ``[N]`` nats; None from a teacher that does not return it.
         topk_ids: ``[N, K]`` int64, the model's most likely tokens, best first.
-        topk_logprobs: ``[N, K]`` log-probabilities of the requested ids.
+        topk_logprobs: ``[N, K]`` log-probabilities of the ids that the caller gave, not of
+            ``topk_ids``.
         divergence: ``[N]`` nats, from another model's distribution, over the full vocabulary.
-        tail_logprobs: ``[N]`` log-probability of all other tokens together; None from a teacher
-            that does not return it.
+        tail_logprobs: ``[N]`` log-probability of all tokens that ``topk_logprobs`` leaves out; None
+            from a teacher that does not return it.
         chunk_places: ``[B, T]`` int64, chunks of a teacher with another tokenizer, see
-            ``losses/chunks.py``; None: it scores each token.
+            ``losses/chunks.py``; None: each token has its own score.
         other: the scores that another model gives the same tokens, without gradient.
     """
 
@@ -118,15 +120,15 @@ class TokenScores(NamedTuple):
 
 
 class Other(NamedTuple):
-    """Another model to compare with, at the same tokens.
+    """Another model, usually the teacher, to compare with at the same tokens.
 
     Attributes:
         hidden: ``[N, H]``, its last hidden states.
         head: its head.
-        scored: whether to return its own scores of the tokens (log-probability, entropy, most
-            likely token) in ``TokenScores.other``.
-        per_row: the other model read other prompts, so that completions which are equal for the
-            first model may differ for it.
+        scored: whether to return its scores of the tokens (log-probability, entropy, most likely
+            token) in ``TokenScores.other``.
+        per_row: whether it read other prompts than the first model, so that equal rows of the first
+            may differ for it.
     """
 
     hidden: Tensor
@@ -135,7 +137,7 @@ class Other(NamedTuple):
     per_row: bool = False
 
 
-# A loss as a function of scores that have its gradient.
+# Computes a scalar loss from scores, differentiably.
 Loss: TypeAlias = Callable[[TokenScores], Tensor]
 
 
@@ -171,8 +173,8 @@ def token_scores(
     """Return the scores of chosen tokens.
 
     Only one chunk of logits exists at a time, forward and backward: memory grows with
-    ``chunk_size * V`` and not with ``N * V``. The backward pass rebuilds the chunks, unless you say
-    with ``loss`` what the scores are for: then the forward pass computes the gradients, too.
+    ``chunk_size * V`` and not with ``N * V``. The backward pass recomputes the chunks, unless you
+    give the ``loss``: then the forward pass computes the gradients, too.
 
     Args:
         hidden: ``[N, H]`` last hidden states, one row per predicted token.
@@ -181,13 +183,13 @@ def token_scores(
         temperature: divisor of the logits, above 0.
         chunk_size: rows per chunk; None: as ``auto_chunk_size`` says.
         top_k: number of the model's most likely tokens to return in ``topk_ids``.
-        topk_ids: ``[N, K]``, further tokens to return log-probabilities of.
+        topk_ids: ``[N, K]``, further tokens whose log-probabilities to return.
         other: the model that ``divergence`` compares with, at the same temperature.
         divergence: ``(logits [n, V], other logits [n, V]) -> [n]``.
-        loss: the scalar that you will compute from these scores, to which each token adds a share
-            that depends on no other token's scores. It is called once per chunk, with 0 in place of
-            scores that are still to come. The gradients are right even if it is not what you
-            compute, but then they take longer.
+        loss: the scalar that you will compute from these scores, a sum in which each token's term
+            depends on no other token's scores. It is called once per chunk, with 0 in place of the
+            scores of later chunks. If you then compute another loss, the gradients are still right,
+            but take longer.
 
     Returns:
         Scores in nats, float32 or float64, with gradient; None in each field not requested.
@@ -242,7 +244,7 @@ def _named(values: Values, head: Head | None) -> TokenScores:
 def _compared(
     other: Other | None, head: Head, temperature: float, divergence: Divergence | None
 ) -> Compared | None:
-    """Return the other model and the divergence as functions of rows and of logits."""
+    """Return the other model as a function of rows, and the divergence as one of logits."""
     if other is None or divergence is None:
         return None
     device = other.hidden.device.type
@@ -256,7 +258,7 @@ def _compared(
 
     def gap(logits: Tensor, theirs: Tensor) -> Tensor:
         ours, width = head.order(logits), theirs.shape[-1]
-        # A view that changes nothing would cost the compiler a warning.
+        # torch.compile warns about a slice that keeps everything.
         return divergence(ours if ours.shape[-1] == width else ours[:, :width], theirs)
 
     return Compared(theirs, gap, other.scored)
@@ -265,7 +267,7 @@ def _compared(
 def auto_chunk_size(vocab_size: int, device: str = "cpu") -> int:
     """Return how many rows of logits a chunk has, at least 1.
 
-    These are 64 MiB of float32 logits, at most 1024 rows; on CUDA 1 GiB.
+    A chunk has 64 MiB of float32 logits and at most 1024 rows; on CUDA it has 1 GiB.
 
     >>> auto_chunk_size(151_936), auto_chunk_size(19), auto_chunk_size(151_936, "cuda")
     (110, 1024, 1766)
@@ -276,9 +278,9 @@ def auto_chunk_size(vocab_size: int, device: str = "cpu") -> int:
 
 
 def pays_ahead(hidden: Tensor, head: Head, chunk_size: int | None) -> bool:
-    """Return whether to give ``token_scores`` the loss of these ``[N, H]`` states.
+    """Return whether ``token_scores`` is faster for these ``[N, H]`` states if it gets the loss.
 
-    If not, rebuilding a chunk's logits is faster than calling the loss once more.
+    If not, recomputing a chunk's logits is faster than calling the loss once more.
     """
     vocab, device = head.vocab_size or head.weight.shape[0], hidden.device.type
     rows = min(len(hidden), chunk_size or auto_chunk_size(vocab, device))

@@ -20,7 +20,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """Return PPO's clipped surrogate as a loss, per token.
 
-    PPO (arXiv 1707.06347, Eq. 7), as GRPO (2402.03300) uses it; DAPO (2503.14476) takes unequal
+    PPO (arXiv 1707.06347, Eq. 7), as GRPO (2402.03300) uses it; DAPO (2503.14476) uses unequal
     bounds.
 
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(logprobs - old_logprobs)``.
@@ -144,10 +144,10 @@ def trrd_surrogate(
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
 ) -> Tensor:
-    """Return TRRD's loss: a clipped surrogate whose ratio is anchored at old student and teacher.
+    """Return TRRD's loss: a clipped surrogate whose ratio has old student and teacher as anchors.
 
-    Trust Region Ratio Distillation is RLAD's surrogate (arXiv 2602.22495, Eq. 3 and 4). alpha is
-    that of Eq. 3: alpha = 1 is GRPO, bit for bit.
+    Trust Region Ratio Distillation is RLAD's surrogate (arXiv 2602.22495, Eq. 3 and 4), with alpha
+    as in Eq. 3: alpha = 1 is GRPO, bit for bit.
 
     ``r = (pi/pi_old)^alpha (pi/pi_T)^(1-alpha)``, loss ``-min(r A, clip(r) A)``. It equals
     ``-w min(rho A, clip(rho, (1-clip_low)/w, (1+clip_high)/w) A)`` with the constant
@@ -189,13 +189,13 @@ def trrd_log_ratio(
 ) -> Tensor:
     """Return the log of TRRD's ratio: ``alpha log(pi/pi_old) + (1 - alpha) log(pi/pi_T)``.
 
-    RLAD (arXiv 2602.22495, Eq. 3). One of two clamps can keep a teacher that is far away in bounds:
+    RLAD (arXiv 2602.22495, Eq. 3). One of two clamps can limit a large distance to the teacher:
 
     - ``log_ratio_clamp`` (App. B) bounds the current student's ``lp - lp_T``, inside the graph:
-      ``alpha log rho + (1 - alpha) clamp(lp - lp_T)``. Where it acts, the second summand has no
-      gradient, so the token's weight is alpha.
+      ``alpha log rho + (1 - alpha) clamp(lp - lp_T)``. If it acts on a token, the second summand
+      has no gradient, so the token's gradient has weight alpha.
     - ``offset_clamp`` [our choice] bounds the old student's distance ``o = lp_old - lp_T``, without
-      gradient: ``log rho + (1 - alpha) clamp(o)``. The gradient always has its full weight.
+      gradient: ``log rho + (1 - alpha) clamp(o)``. The token's gradient always has weight 1.
 
     Both give the same value at rho = 1.
 
@@ -247,7 +247,7 @@ def _clipped(
     We clip before the exponential, so that a clipped ratio cannot overflow into 0 * inf.
     """
     advantages = _per_token(advantages, log_ratio)
-    # A bound beyond the type is none. `new_full` needs no copy from the host.
+    # An upper bound too large for the dtype is no bound. `new_full` copies nothing from the host.
     most = torch.finfo(log_ratio.dtype).max
     high = log_ratio.new_full((), clip_high if clip_high <= most else math.inf).log1p()
     low = log_ratio.new_full((), -clip_low).log1p()

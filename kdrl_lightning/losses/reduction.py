@@ -1,8 +1,8 @@
 """Reduce per-token losses to one number, with denominators of the whole optimizer step.
 
-Each function returns this batch's share of the step's loss. The shares of all micro-batches and
-ranks add up to the same loss for every cut. A fully masked batch gives a zero that still has a
-graph.
+Each function returns what one micro-batch adds to the step's loss. Summed over all micro-batches
+and ranks, this is the same loss however the step is split. A micro-batch without loss tokens gives
+a zero that still has a graph.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def token_mean(per_token: Tensor, mask: Tensor, num_loss_tokens: float | Tensor) -> Tensor:
-    """Return the sum over the masked tokens, divided by the step's loss tokens.
+    """Return the sum over the tokens in ``mask``, divided by the step's number of loss tokens.
 
     DAPO (arXiv 2503.14476, Eq. 8): every token of the step has the same weight.
 
@@ -21,7 +21,7 @@ def token_mean(per_token: Tensor, mask: Tensor, num_loss_tokens: float | Tensor)
         num_loss_tokens: loss tokens of the whole step, over all micro-batches and ranks.
 
     Returns:
-        Scalar share of the step's mean; 0 for a step without loss tokens.
+        Scalar: what this batch adds to the step's mean; 0 for a step without loss tokens.
     """
     return _masked(per_token, mask).sum() / _at_least_one(num_loss_tokens)
 
@@ -37,7 +37,7 @@ def sequence_mean(per_token: Tensor, mask: Tensor, num_completions: float | Tens
         num_completions: completions with at least one loss token in the whole step.
 
     Returns:
-        Scalar share of the step's mean; 0 for a step without loss tokens.
+        Scalar: what this batch adds to the step's mean; 0 for a step without loss tokens.
     """
     lengths = (mask != 0).sum(1).clamp(min=1)
     return (_masked(per_token, mask).sum(1) / lengths).sum() / _at_least_one(num_completions)
@@ -57,7 +57,7 @@ def constant_length(
         length: the constant, usually the token limit of a completion.
 
     Returns:
-        Scalar share of the step's mean; 0 for a step without loss tokens.
+        Scalar: what this batch adds to the step's mean; 0 for a step without loss tokens.
     """
     return _masked(per_token, mask).sum() / (_at_least_one(num_completions) * length)
 
@@ -67,7 +67,7 @@ def group_token_mean(
 ) -> Tensor:
     """Return the mean over the tokens of a prompt's group, then over the step's prompts.
 
-    KDRL (arXiv 2506.02208, Eq. 8) normalises so: ``sum_i sum_t l / sum_i |o_i|`` within a group.
+    KDRL (arXiv 2506.02208, Eq. 8) uses this mean: ``sum_i sum_t l / sum_i |o_i|`` within a group.
 
     Args:
         per_token: ``[B, T]`` loss values.
@@ -76,14 +76,14 @@ def group_token_mean(
         num_prompts: prompts with at least one loss token in the whole step.
 
     Returns:
-        Scalar share of the step's mean; 0 for a step without loss tokens.
+        Scalar: what this batch adds to the step's mean; 0 for a step without loss tokens.
     """
     per_group = _masked(per_token, mask).sum(1) / group_tokens.clamp(min=1)
     return per_group.sum() / _at_least_one(num_prompts)
 
 
 def _masked(per_token: Tensor, mask: Tensor) -> Tensor:
-    # A product with the mask would turn inf and nan outside it into nan.
+    # Multiplying by the mask would turn masked inf and NaN values into NaN.
     return per_token.masked_fill(mask == 0, 0.0)
 
 

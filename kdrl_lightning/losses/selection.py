@@ -1,4 +1,4 @@
-"""Masks of the tokens on which the student imitates the teacher, from a scored rollout."""
+"""Masks that select the tokens on which the student imitates the teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wrong_groups(correct: Tensor, group_ids: Tensor) -> Tensor:
 
     Args:
         correct: ``[B]`` bool: the verifier accepts the completion.
-        group_ids: ``[B]`` int64, group numbers from 0 on.
+        group_ids: ``[B]`` int64, group numbers from 0.
 
     Returns:
         ``[B]`` bool.
@@ -53,7 +53,7 @@ def aligned(
         teacher_logprobs: ``[B, T]`` the teacher's.
         mask: ``[B, T]`` bool: True on the completion's tokens.
         threshold: largest gap, in nats.
-        per_completion: compare each completion's mean gap with the threshold.
+        per_completion: compare each completion's mean absolute gap with the threshold.
 
     Returns:
         ``[B, T]`` bool; False outside ``mask``.
@@ -65,13 +65,13 @@ def aligned(
 
 
 def beneficial(advantages: Tensor, threshold: float) -> Tensor:
-    """Return bool of the shape of ``advantages``: the advantage is at least ``threshold``."""
+    """Return a mask of the shape of ``advantages``: True if they are at least ``threshold``."""
     return advantages >= threshold
 
 
 def certain(old_entropy: Tensor, threshold: float) -> Tensor:
-    """Return bool of the shape of ``old_entropy``: the student's entropy is at most ``threshold``.
+    """Return a mask of the shape of ``old_entropy``: True if it is at most ``threshold``.
 
-    Both are in nats. On the other tokens the student is left free to explore.
+    Both are in nats, and the entropy is the student's. On the other tokens the student may explore.
     """
     return old_entropy <= threshold

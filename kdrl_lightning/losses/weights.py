@@ -1,4 +1,4 @@
-"""Weights of tokens and completions in a teacher's term: pure functions of tensors, detached."""
+"""Detached weights of tokens and completions in a distillation loss: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def gate(gap: Tensor, sharpness: float = 5.0) -> Tensor:
 def confidence(entropy: Tensor, sharpness: float = 1.0) -> Tensor:
     """Return ``e^(-sharpness H)``: a token's weight in SRPO before it is normalised (2604.02288).
 
-    SRPO divides by the mean over the distilled tokens of the optimizer step, so an entropy that is
-    larger everywhere by a constant gives the same weights.
+    SRPO divides by the mean over the distilled tokens of the optimizer step, so adding a constant
+    to every entropy changes nothing.
 
     Args:
         entropy: ``[B, T]`` nats, the teacher's.
-        sharpness: factor on the entropy; 0 weights all tokens alike.
+        sharpness: factor on the entropy; 0 gives every token the same weight.
 
     Returns:
         ``[B, T]`` weights in [0, 1].
@@ -58,17 +58,17 @@ def confidence(entropy: Tensor, sharpness: float = 1.0) -> Tensor:
 
 
 def shares(scores: Tensor, members: Tensor) -> Tensor:
-    """Return the softmax of each row's members, and 0 for the others.
+    """Return the softmax over each row's members, and 0 for the others.
 
-    SCOPE (arXiv 2604.10688, Eq. 4 and 5) weights the completions of one prompt so, the correct and
-    the wrong ones apart.
+    SCOPE (arXiv 2604.10688, Eq. 4 and 5) weights the correct completions of a prompt this way, and
+    separately the wrong ones.
 
     Args:
         scores: ``[P, G]``, finite for members.
         members: ``[P, G]`` bool.
 
     Returns:
-        ``[P, G]``; each row sums to 1, or to 0 without members.
+        ``[P, G]``; each row sums to 1, or to 0 if it has no members.
 
     >>> shares(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([[True, False, True]]))
     tensor([[0.5000, 0.0000, 0.5000]])

@@ -11,7 +11,7 @@ from kdrl_lightning.common.untyped import HFConfig, HFTokenizer
 from kdrl_lightning.models.architectures.generation import check_end_ids, read_generation
 from kdrl_lightning.models.loading import load_config
 
-# An answer that chat templates leave as it is.
+# An answer that chat templates do not change, and a question for it.
 PROBE, QUESTION = "zq7", "Why?"
 
 
@@ -64,8 +64,8 @@ def first_end(ids: Sequence[int], ends: Sequence[int]) -> int:
 def end_tokens(path: str, tokenizer: HFTokenizer) -> EndTokens:
     """Return a model's end tokens, from tokenizer, configuration and generation configuration.
 
-    We leave out ids that the model has no row for, and ids that come only from the default of a
-    configuration class (2 of ``LlamaConfig``) if the tokenizer has ordinary text there.
+    We leave out ids for which the model has no row, and ids that come only from the default of a
+    configuration class (2 in ``LlamaConfig``) if they are ordinary text in the tokenizer.
 
     Args:
         path: the model's folder or hub name.
@@ -97,7 +97,7 @@ def turn_end(tokenizer: HFTokenizer) -> int | None:
 
 
 def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None:
-    """Warn if the chat template closes a turn with a token or a text that ends no completion."""
+    """Warn if the chat template closes turns with a token or text that does not end completions."""
     turn, text = turn_end(tokenizer), _after_answer(tokenizer)
     if not text or turn in ends.ids or (turn is None and set(_ids(tokenizer, text)) & {*ends.ids}):
         return
@@ -120,7 +120,7 @@ def warn_of_turn_end(ends: EndTokens, tokenizer: HFTokenizer, path: str) -> None
 def space_before_answer(tokenizer: HFTokenizer) -> str:
     """Return the white space between the chat template's generation prompt and an answer.
 
-    Llama 2's ends with ``[/INST]``, and an answer begins with a space.
+    Llama 2's generation prompt ends with ``[/INST]``, and its template puts a space before answers.
     """
     opened = _rendered(tokenizer, answered=False)
     before, found, _ = _rendered(tokenizer, answered=True).partition(PROBE)
@@ -129,7 +129,7 @@ def space_before_answer(tokenizer: HFTokenizer) -> str:
 
 
 def _after_answer(tokenizer: HFTokenizer) -> str:
-    """Return what the chat template writes after an answer; empty if it has no answer there."""
+    """Return what the chat template writes after an answer; empty if it leaves the answer out."""
     _, found, rest = _rendered(tokenizer, answered=True).rpartition(PROBE)
     return rest.strip() if found else ""
 
@@ -153,7 +153,7 @@ def _ids(tokenizer: HFTokenizer, text: str) -> list[int]:
 
 
 def _named(value: object, config: HFConfig, markers: set[int]) -> Sequence[int]:
-    """Return the ids of a setting; of a class's default, only those that are special tokens.
+    """Return the ids of a setting; if it is its class's default, only the special tokens.
 
     transformers copies defaults of configuration classes into files.
 

@@ -1,4 +1,4 @@
-"""A cache of folders, each made once and checked by checksums."""
+"""A cache of folders on disk, each created once and verified by checksums."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def cache_root() -> Path:
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder ``name`` of the cache; ``make`` fills it if there is no sound copy.
+    """Return the folder ``name`` of the cache; ``make`` fills it if there is no intact copy.
 
     We fill a temporary folder, add checksums, and move it into place, so that readers never see
     half a folder. One process fills it while others wait. A damaged copy is replaced.
 
     Args:
-        name: of the folder in the cache.
-        make: writes the content into an empty folder.
+        name: name of the folder in the cache.
+        make: writes the content into the empty folder that it gets.
 
     Raises:
         ConfigurationError: the cache cannot be created.

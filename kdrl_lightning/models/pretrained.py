@@ -1,4 +1,4 @@
-"""A model before training: its folder and tokenizer, and what its configuration says."""
+"""What we know of a model before it is loaded: path, tokenizer, end tokens and limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdrl_lightning.models.loading import ModelSource, load_config, load_tokeniz
 
 
 class Pretrained:
-    """Reads a Hugging Face folder, each part when it is first asked for.
+    """Reads tokenizer and configuration of a Hugging Face folder when they are needed.
 
     Args:
         source: folder, hub name, or model source.
@@ -22,12 +22,12 @@ class Pretrained:
 
     @property
     def path(self) -> str:
-        """Folder or hub name; a model source makes its model first."""
+        """Folder or hub name; a model source creates its folder first."""
         return model_path(self.source)
 
     @cached_property
     def tokenizer(self) -> HFTokenizer:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return load_tokenizer(self.path)
 
     @cached_property
@@ -43,17 +43,17 @@ class Pretrained:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence, prompt and completion together."""
+        """Longest sequence, prompt and completion together, that the model can take."""
         return context_length(self.path)
 
     @property
     def vocabulary_rows(self) -> int:
-        """Rows of its embedding: every token id must be below."""
+        """Rows of the model's embedding: every token id must be smaller."""
         return int(load_config(self.path).get_text_config().vocab_size)
 
 
 class StudentFacts:
-    """What a module says of its student before training.
+    """Gives a module the properties of its student that are known before training.
 
     Attributes:
         pretrained: the student.
@@ -94,6 +94,8 @@ class StudentFacts:
 
 def context_length(path: str) -> int:
     """Return the longest sequence, prompt and completion together, that a model can take.
+
+    It is 2^30 if the configuration has no ``max_position_embeddings``.
 
     Args:
         path: folder or hub name of the model.

@@ -1,4 +1,4 @@
-"""Caches of keys and values: of prompts, with gradient, and one that grows without copies.
+"""KV caches: one holds shared prompts, with gradient, and one grows without copies.
 
 transformers' dynamic cache copies everything for each sampled token. It also changes while a pass
 reads it, so activation checkpointing would recompute that pass with other values.
@@ -22,8 +22,8 @@ from kdrl_lightning.models.passes.shared_prompts import MergedRows
 
 # `Any`: the caches of transformers have no types.
 
-# Extra tokens to reserve, besides a quarter of the present length: copies stay rare at any length,
-# and attention still reads memory that lies close together.
+# Extra tokens to reserve, in addition to a quarter of the current length: copies stay rare at any
+# length, and attention still reads memory that lies close together.
 SPARE = 8
 
 
@@ -51,11 +51,11 @@ class Recording(_Layer):
 
 
 class Prefixed(_Layer):
-    """Puts a prompt's keys and values before those of its rows; it never changes.
+    """Puts a prompt's keys and values before those of each of its rows, and stores nothing new.
 
     Args:
         prompts: the recorded keys and values of P prompts.
-        of: ``[R]``, the prompt of each row.
+        of: ``[R]``, index of each row's prompt.
     """
 
     def __init__(self, prompts: Recording, of: Tensor) -> None:
@@ -67,7 +67,7 @@ class Prefixed(_Layer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the prompts' keys and values followed by those of the completions."""
-        # We repeat them here, so that without gradient only one layer's copies exist at a time.
+        # We repeat them here, so that in a pass without gradient only one layer's copies exist.
         keys, values = self.keys[self.of], self.values[self.of]
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
@@ -107,7 +107,7 @@ class Growing(_Layer):
 
 
 def growing_cache(config: HFConfig) -> DynamicCache:
-    """Return transformers' cache for a model; its plain layers are replaced by ``Growing`` ones."""
+    """Return transformers' cache for a model, with ``Growing`` in place of its plain layers."""
     cache = DynamicCache(config=config)
     cache.layers = [Growing() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache

@@ -50,23 +50,24 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class Scorer(nn.Module):
     """Wraps a Hugging Face model so that its forward returns token scores, never logits.
 
-    The head is applied inside this module's forward, to completion positions only; a parameter
-    sharding wrapper around it therefore sees every use of a weight. Rows are padded on the right,
-    where a causal model needs no attention mask.
+    The head is applied inside this module's forward, to completion positions only, so a DDP or FSDP
+    wrapper around the module sees every use of a weight. Rows are padded on the right, where a
+    causal model needs no attention mask.
 
     Args:
         model: a transformers causal language model.
-        vocab_size: use only the first rows of the head (a teacher with padding rows).
-        swap: two ids whose logits change places (a teacher with another end token).
+        vocab_size: number of the head's rows to use (a teacher may have padding rows); None: all.
+        swap: two ids whose logits are exchanged (a teacher may have another end token), or None.
         chunk_size: tokens whose logits exist at once; None: see ``auto_chunk_size``.
 
     Attributes:
-        sharded: parameters are split over ranks; a call is then a collective.
-        shares: what completions of a call have in common is run once; ``verify`` decides.
+        sharded: whether parameters are sharded over ranks; a call is then a collective.
+        shares: whether equal rows run once, and prompts may; ``verify`` decides.
         sharing: decides by tokens or seconds whether a call runs prompts once.
-        pads: rows of different lengths go through one pass; ``verify`` decides.
-        unreached: trainable parameters that short rows give no gradient.
-        at_head: states are those that the head is called with, not the decoder's.
+        pads: whether rows of different lengths may be padded to one pass; ``verify`` decides.
+        unreached: trainable parameters that get no gradient from short rows.
+        at_head: whether to take the head's input instead of the decoder's output as hidden states;
+            ``verify`` decides.
     """
 
     def __init__(
@@ -93,12 +94,12 @@ class Scorer(nn.Module):
 
     @property
     def scores_dtype(self) -> torch.dtype:
-        """Type of what it returns: float64 where the weights are, else float32."""
+        """Dtype of the scores: float64 if the head's weights are float64, else float32."""
         double = self.model.get_output_embeddings().weight.dtype == torch.float64
         return torch.float64 if double else torch.float32
 
     def head(self) -> Head:
-        """Return the language-model head with everything that the architecture does to logits."""
+        """Return the head, with the scale and soft cap that the architecture applies to logits."""
         output = self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
         caps = (getattr(config, name, None) for name in SOFT_CAPS)
@@ -130,13 +131,13 @@ class Scorer(nn.Module):
             input_ids: ``[B, S]``, padded on the right.
             prompt_lengths: ``[B]``, at least 1.
             completion_ids: ``[B, T]``.
-            completion_mask: ``[B, T]`` bool.
+            completion_mask: ``[B, T]`` bool, True on the completions' tokens.
             temperature: logits are divided by it.
-            top_k: how many of its own most likely tokens to name.
-            topk_ids: ``[B, T, K]``, tokens whose log-probabilities are wanted as well.
+            top_k: number of the model's most likely tokens to return.
+            topk_ids: ``[B, T, K]``, further tokens whose log-probabilities to return.
             other: another model's states at the same tokens, see ``states``.
-            divergence: from that model, over the full vocabulary.
-            loss: what you will compute from the scores, see ``token_scores``.
+            divergence: computes the divergence from that model, over the full vocabulary.
+            loss: the loss that you will compute from the scores, see ``token_scores``.
 
         Returns:
             Scores ``[B, T]``, 0 after each completion's end.
@@ -144,7 +145,7 @@ class Scorer(nn.Module):
         call, device = (input_ids, prompt_lengths, completion_mask), input_ids.device
         host = on_host(*call)
         merged = self._merged(*host)
-        # Nothing else tells equal rows apart.
+        # Only these two can give equal rows different scores.
         apart = topk_ids is not None or (other is not None and other.per_row)
         once = merged is not None and not apart
         rows, columns, states, among = places_of(host[2], merged, once, device)
@@ -178,9 +179,10 @@ class Scorer(nn.Module):
         return scores.map(spread)
 
     def _merged(self, ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows | None:
-        """What rows have in common, if that is run once.
+        """Return the batch's distinct rows and prompts, or None if every row runs in full.
 
-        Not if a row is so long that its rotary embedding changes: its prompt alone would not be.
+        Every row does if one may be long enough to change its rotary embedding: its prompt, run
+        alone, would keep the plain one.
         """
         if not self.shares or (self._switches and ids.shape[1] > self._switches[0]):
             return None
@@ -196,9 +198,9 @@ class Scorer(nn.Module):
         columns: Tensor,
         classes: Sequence[WidthClass],
     ) -> Tensor:
-        """``[N, H]``: the states that predict completion tokens ``columns`` of rows.
+        """Return ``[N, H]``: the hidden states that predict completion tokens ``columns`` of rows.
 
-        The rows are those of ``merged`` where there is one. ``classes`` are their passes.
+        ``rows`` and the passes ``classes`` index the rows of ``merged``, unless it is None.
         """
         if merged is not None:
             input_ids, prompt_lengths, mask = merged.input_ids, merged.prompt_lengths, merged.mask
@@ -215,9 +217,9 @@ class Scorer(nn.Module):
     def _classes(
         self, host: tuple[Tensor, Tensor, Tensor], merged: MergedRows | None
     ) -> list[WidthClass]:
-        """Return the passes of the rows; none if they run as one, or each length by itself.
+        """Return the rows' passes; empty if all rows run in one, or each length in its own.
 
-        Sharded models gather their weights for each pass, and ranks would differ in the number.
+        A sharded model gathers its weights in each pass, so all ranks must run the same number.
         """
         if self.sharded or not self.pads:
             return []
@@ -256,18 +258,18 @@ class Scorer(nn.Module):
         once: Callable[[], Tensor],
         each: Callable[[], Tensor],
     ) -> bool:
-        """Whether two passes over fewer tokens cost less than those over all ``tokens``."""
+        """Return whether two passes over fewer tokens cost less than those over ``tokens``."""
         shared = rows.prompts.numel() + rows.mask.numel() - len(rows.mask)
-        # Planning and tests take other kinds of tensors for a GPU's, and have no clock.
+        # Fake tensors of planning and tests can claim to be on a GPU, but cannot be timed.
         if rows.input_ids.is_cuda and type(rows.input_ids) is Tensor:
             self.sharing.clock = cuda_clock
         return self.sharing.pays(shared, tokens, once, each)
 
     def states(self, batch: RolloutBatch) -> Other:
-        """Return hidden states of a batch's completions and the head, for another's divergence.
+        """Return hidden states of a batch's completions and the head, to compare another model.
 
-        The head outlives the call, until the divergence's backward pass. A sharded one is gone by
-        then, so it is copied: ``V * H`` values on every rank for the length of a micro-batch,
+        The divergence's backward pass still needs the head. By then a sharded head is no longer
+        gathered, so we copy it: ``V * H`` values on every rank for the length of a micro-batch,
         1.1 GB for 152k tokens of width 3584 in bfloat16.
         """
         call = batch.input_ids, batch.prompt_lengths, batch.completion_mask
@@ -309,15 +311,15 @@ class Scorer(nn.Module):
         return TokenScores(*scores)
 
     def _as_the_head(self, hidden: Tensor) -> Tensor:
-        """Cast states that a model keeps in 32 bits with a head of 16 (Mamba), as it does."""
+        """Cast 32-bit states to the dtype of a 16-bit head, as Mamba does."""
         kind = self.model.get_output_embeddings().weight.dtype
         return hidden.to(kind) if kind.itemsize < hidden.dtype.itemsize else hidden
 
     def verify(self, name: str) -> None:
-        """Compare with ``model(...).logits`` of rows alone, and choose how rows are run.
+        """Compare scores with ``model(...).logits`` of single rows, and choose how rows run.
 
         Raises:
-            ConfigurationError: the architecture cannot be scored right; says why.
+            ConfigurationError: no choice gives right scores for the architecture; says why.
         """
         if not self.head().weight.is_meta:
             verify(self, name)
@@ -326,14 +328,15 @@ class Scorer(nn.Module):
         """Return the model's logits ``[S, V]`` of one row of ids ``[S]``."""
         return self._alone(ids)
 
-    # A sharding wrapper takes ``alone`` for a forward, and takes the weights away after it.
+    # FSDP treats a call of ``alone`` as a forward and reshards the weights after it, so
+    # ``head_gap``, which still needs them, calls this one.
     def _alone(self, ids: Tensor) -> Tensor:
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :, : self.vocab_size]
         logits = self.head().order(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _shares(self, found: list[Tensor], wanted: list[Tensor], spread: float) -> bool:
-        """Whether log-probabilities with shared prompts are those of rows alone."""
+        """Return whether log-probabilities with shared prompts equal those of single rows."""
         return close(found, wanted, self.head().weight.dtype, spread)
 
     @torch.no_grad()
@@ -347,12 +350,15 @@ class Scorer(nn.Module):
         where = (first[:, None] + torch.arange(mask.shape[1], device=ids.device)).clamp(
             max=width - 1
         )
-        # Not ``self(...)``: under a sharding wrapper this method is a separate forward.
+        # Not ``self(...)``: under FSDP this method is itself a forward.
         scores = self.forward(ids, first, ids.gather(1, where), mask)
         return [scores.logprobs[i, :n] for i, n in enumerate(lengths.tolist())]
 
     def head_gap(self, ids: Tensor, factor: float) -> float:
-        """Return how far the head is from the model's own on one row of states times ``factor``."""
+        """Return the largest difference of our head's log-probabilities from the model's, in nats.
+
+        Both read the hidden states of the row ``ids [S]``, multiplied by ``factor``.
+        """
 
         def widen(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             called.append(True)
@@ -370,7 +376,7 @@ class Scorer(nn.Module):
 
 
 def _logit_scale(config: HFConfig) -> float:
-    """Return what logits are multiplied by, from the names that architectures give it."""
+    """Return the factor on logits, which architectures configure under different names."""
 
     def named(name: str) -> float:
         return float(getattr(config, name, None) or 1.0)

@@ -69,10 +69,10 @@ class WeightFiles:
 
 
 def sources(model: nn.Module, files: WeightFiles) -> dict[int, str] | None:
-    """Return the name in the files for the ``id`` of each parameter and stored buffer.
+    """Map the ``id`` of each parameter and stored buffer to its name in the files.
 
-    None if the files lack one of them: transformers must convert such a checkpoint (renamed, fused
-    or quantised weights).
+    Return None if the files lack one of them: only transformers can convert such a checkpoint
+    (renamed, fused or quantised weights).
     """
     names: dict[int, list[str]] = {}
     shapes: dict[int, torch.Size] = {}
@@ -109,12 +109,12 @@ def fill(
     """Give a sharded model on the meta device its storage and read this rank's rows into it.
 
     Args:
-        module: the root of the sharding.
+        module: the FSDP root.
         model: the transformers model inside ``module``.
-        names: name in the files of each parameter and stored buffer.
+        names: name in the files of each parameter and stored buffer, by its name in ``model``.
         files: the files to read.
-        given: whole tensors that no file holds, by name.
-        on: device of this rank's parts.
+        given: whole tensors that no file holds, by name in ``model``.
+        on: device of this rank's shards.
     """
     buffers = {name: buffer for name, buffer in module.named_buffers()}
     module.to_empty(device=on)
@@ -142,8 +142,8 @@ def fill(
 def load_moments(module: nn.Module, optimizer: Any, source: Path | State, key: str) -> None:
     """Load the state of a sharded module's optimizer; all ranks must call it.
 
-    Lightning requires moments for all parameters, but a parameter that never had a gradient (a
-    vision tower on text, an expert without tokens) has none, also after a resume.
+    Lightning's own loading requires moments for all parameters. A parameter that never had a
+    gradient (a vision tower on text, an expert without tokens) has none, and here it stays without.
 
     Args:
         module: the sharded module with all parameters.

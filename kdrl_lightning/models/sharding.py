@@ -1,7 +1,7 @@
-"""Sharding of models over ranks: FSDP2's ``fully_shard``, layer by layer, around a scorer.
+"""Shards models over ranks: FSDP2's ``fully_shard`` on each layer, and on the scorer around them.
 
-We call torch's API directly, because the head of the model must be inside the wrapped forward for
-any transformers causal language model, and existing trainers do not arrange that.
+We call torch's API directly, because the head of any transformers causal language model must be
+inside the wrapped forward, and existing trainers do not arrange that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from kdrl_lightning.models.shard_loading import WeightFiles, fill, sources, to_m
 
 @dataclass(frozen=True)
 class Sharding:
-    """Splits parameters over all ranks: each decoder layer is a unit, and the scorer the root.
+    """Splits parameters over all ranks: each decoder layer is an FSDP unit, the scorer the root.
 
     A rank holds ``1 / ranks`` of every parameter, gradient and optimizer state. In a forward or
     backward pass it also holds one whole layer (two while it fetches the next), the embedding and
@@ -52,9 +52,9 @@ class Sharding:
 
     Attributes:
         mesh: a one-dimensional mesh over all ranks.
-        param_dtype: type in which a trained model computes; weights keep their type, and gradients
-            are reduced in float32. None computes in the weights' type.
-        frozen_dtype: the same of a frozen model.
+        param_dtype: dtype in which a trained model computes; weights keep their dtype, and
+            gradients are reduced in float32. None computes in the weights' dtype.
+        frozen_dtype: the same for a frozen model.
     """
 
     mesh: DeviceMesh
@@ -62,15 +62,15 @@ class Sharding:
     frozen_dtype: torch.dtype | None = None
 
     def as_trained(self) -> Sharding:
-        """Return a sharding in which frozen models compute as trained ones do."""
+        """Return a copy in which frozen models compute in ``param_dtype``, too."""
         return replace(self, frozen_dtype=self.param_dtype)
 
     def shard(self, scorer: Scorer, offload: bool = False) -> Scorer:
         """Shard a scorer in place and return it.
 
         Args:
-            scorer: a scorer with all its weights, on any device.
-            offload: keep this rank's parts on the CPU and move them to the device for each pass.
+            scorer: a scorer on any device; on ``meta``, ``fill`` loads its weights afterwards.
+            offload: keep this rank's shards on the CPU and move them to the device for each pass.
         """
         trained = any(p.requires_grad for p in scorer.parameters())
         computes = self.param_dtype if trained else self.frozen_dtype
@@ -81,7 +81,7 @@ class Sharding:
         wrap = partial(
             fully_shard,
             mesh=self.mesh,
-            # For the root too: otherwise embedding and head stay gathered in the computing type
+            # For the root, too: otherwise embedding and head stay gathered in the compute dtype
             # after a pass without gradient, and readers of the weights find no DTensor.
             reshard_after_forward=True,
             mp_policy=policy,
@@ -89,7 +89,7 @@ class Sharding:
         )
         for layer in decoder_layers(scorer.model):
             wrap(layer)
-        # The scorer's only float inputs are another model's states, which keep that model's type.
+        # The scorer's only float inputs are another model's states, which must keep their dtype.
         wrap(scorer, mp_policy=replace(policy, cast_forward_inputs=False))
         for method in ("states", "alone", "head_gap", "chosen"):
             register_fsdp_forward_method(scorer, method)
@@ -112,24 +112,24 @@ def load_scorer(
     chunk_size: int | None = None,
     trunk: Trunk = Trunk(),
 ) -> Scorer:
-    """Load a model as a scorer, shard it if asked, and compare its scores with its logits.
+    """Load a model as a scorer, shard it if requested, and check its scores against its logits.
 
     Args:
         path: Hugging Face folder or hub name.
-        dtype: type of the weights.
+        dtype: dtype of the weights; ``auto`` takes the checkpoint's.
         sharding: splits the weights over ranks; None keeps them whole.
-        vocab_size: rows of the head that are used; None uses all.
-        swap: two ids whose logits are swapped; None swaps none.
+        vocab_size: number of the head's rows to use; None uses all.
+        swap: two ids whose logits are exchanged, or None.
         frozen: load the model without gradients.
         offload: see ``Sharding.shard``.
         activation_checkpointing: recompute each layer in the backward pass.
         lora: adapters to train instead of the model.
-        seed: seed of the adapters.
+        seed: seed of the adapters' initial weights.
         chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
-        trunk: how the layers run.
+        trunk: attention kernel and compilation of the layers.
 
     Raises:
-        ConfigurationError: there is no sound model at ``path``, or the scorer cannot run it.
+        ConfigurationError: there is no valid model at ``path``, or the scorer cannot run it.
     """
     switch_on: list[Callable[[], None]] = []
 
@@ -154,7 +154,7 @@ def load_scorer(
         return scorer if sharding is None else sharding.shard(scorer, offload)
 
     # Lightning makes the rank's GPU the default device here. transformers would then load into it
-    # (by accelerate, which may be missing), also a teacher that is to stay on the CPU.
+    # (with accelerate, which may be missing), even a teacher that should stay on the CPU.
     with torch.device("cpu"):
         scorer = None
         if sharding is not None:
@@ -186,7 +186,7 @@ def _from_slices(
     sharding: Sharding,
     offload: bool,
 ) -> Scorer | None:
-    """Shard an empty model and read each rank's rows; None if the files need a conversion."""
+    """Shard an empty model and read each rank's rows; None if the files cannot be read in parts."""
     model, folder = unfilled_causal_lm(path, dtype)
     found = None
     if getattr(model.config, "quantization_config", None) is None:
@@ -216,10 +216,10 @@ def _from_slices(
 
 
 def decoder_layers(model: HFModel) -> list[nn.Module]:
-    """Return the layers that transformers says must not be split (``_no_split_modules``).
+    """Return a model's layers: modules of the classes that ``_no_split_modules`` names.
 
-    Of nested layers only the outer one is returned; layers that share weights with the head are
-    left to the root. If the architecture names no layers, we warn: its root is the only unit.
+    We leave out layers inside other layers, and layers that share weights with the head, which go
+    to the root. If the architecture names no layers, we warn: its root is the only FSDP unit.
     """
     # transformers keeps a list, a set or nothing there, on the model or on an inner one.
     names = {
@@ -265,13 +265,13 @@ def recompute_layers(model: HFModel) -> None:
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # Leaving a compiled layer in its middle would look like a failure of the compiler.
+    # Early stop leaves a layer by an exception, which `OrPlain` would take for a compiler failure.
     with set_checkpoint_early_stop(not isinstance(forward, Layer)):
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, or the tensor."""
+    """Return this rank's shard of a sharded tensor; return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

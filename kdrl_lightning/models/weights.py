@@ -24,8 +24,8 @@ from kdrl_lightning.models.lora import (
 
 # `Any`: layers with adapters have no common type.
 
-# Values of the smallest tensor that is narrowed for an engine: above routers, below any other
-# matrix of a model that is worth it.
+# We cast tensors of at least this many values for an engine: routers have fewer, and the other
+# matrices of any model for which casting pays have more.
 LARGE = 1 << 20
 
 
@@ -40,7 +40,7 @@ class ModelWeights:
         end_token_ids: a teacher's end tokens; None takes the student's.
         vocab_size: number of rows to sample from, if a teacher has more or fewer than the student;
             else None.
-        compute_dtype: type that the trainer computes in; None: that of the weights.
+        compute_dtype: dtype in which the trainer computes; None: the weights' dtype.
     """
 
     model: HFModel
@@ -58,13 +58,13 @@ class ModelWeights:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a part; all ranks must then read together."""
+        """Whether each rank holds only a shard; all ranks must then read together."""
         return any(isinstance(p, DTensor) for p in self.model.parameters())
 
     def named_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield Hugging Face names and weights, one at a time; tied weights under each name.
 
-        With ``dtype``, large ones are in that type, see ``narrowed``.
+        With ``dtype``, large weights are cast to it, see ``narrowed``.
 
         A sharded weight is gathered on every rank and stays for as long as the caller keeps it.
         Every rank must then iterate to the end, even if it does not need the weights.
@@ -74,7 +74,7 @@ class ModelWeights:
             yield plain_name(name), self._whole(name, tensor, layers, dtype)
 
     def _base(self) -> list[tuple[str, Tensor]]:
-        """List the weights without adapters, in the order of the plain model."""
+        """Return the weights without adapters, in the order of the plain model."""
         every, order = self.model.named_parameters(remove_duplicate=False), base_order(self.model)
         base = [(name, tensor) for name, tensor in every if not is_adapter(name)]
         return sorted(base, key=lambda item: order.get(plain_name(item[0]), 0))
@@ -87,7 +87,7 @@ class ModelWeights:
         The tensor is as this rank holds it. Calling the function for a sharded one is a collective.
 
         Args:
-            dtype: type of what the functions return, see ``narrowed``; None: as it is stored.
+            dtype: dtype of what the functions return, see ``narrowed``; None: as it is stored.
         """
         layers = adapted_layers(self.model)
         return {
@@ -137,8 +137,8 @@ class ModelWeights:
             if is_adapter(name):
                 continue
             if id(tensor) not in gathered:
-                # No name is kept for a whole tensor: the next one would be gathered while it
-                # exists.
+                # No variable may hold the whole tensor, or it still exists while the next one is
+                # gathered.
                 gathered[id(tensor)] = kept(self._whole(name, tensor, layers))
             state[plain_name(name)] = gathered[id(tensor)]
         return state
@@ -153,7 +153,7 @@ class ModelWeights:
         """Gather a tensor and add its adapter's update, if adapters are merged."""
         layer = layers.get(name) if self.merged else None
         if layer is None:
-            return full_tensor(narrowed(tensor.detach(), dtype))  # half the bytes travel
+            return full_tensor(narrowed(tensor.detach(), dtype))  # gathers half the bytes
         whole = full_tensor(tensor.detach())
         parts = (full_tensor(p[ADAPTER].weight.detach()) for p in (layer.lora_A, layer.lora_B))
         return narrowed(add_update(layer, whole, *parts), dtype)
@@ -171,8 +171,8 @@ class ModelWeights:
     def base_digest(self) -> str:
         """Return a SHA-256 of some values of every tensor, without adapters.
 
-        Values are rounded to bfloat16, so that the digest does not depend on the type that the
-        model was loaded in. It costs as much as a sync of an engine: sharded tensors are gathered.
+        Values are rounded to bfloat16, so that the digest does not depend on the dtype in which the
+        model was loaded. It costs as much as a weight sync: sharded tensors are gathered.
         """
         digest = hashlib.sha256()
         for name, tensor in replace(self, merged=False).named_tensors():
@@ -183,14 +183,14 @@ class ModelWeights:
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor in a narrower type, or unchanged if it is not wider or not large.
+    """Return a large tensor cast to a narrower dtype, or a small or narrow one unchanged.
 
     Norms, biases and routers of experts stay as they are: they are small, and engines may keep them
     in 32 bits.
 
     Args:
-        tensor: of any type.
-        dtype: the type of an engine; None changes nothing.
+        tensor: a weight of any dtype.
+        dtype: the engine's dtype; None changes nothing.
     """
     if dtype is None or not (tensor.is_floating_point() and tensor.dim() > 1):
         return tensor
@@ -200,7 +200,7 @@ def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor whole, on the ranks' device; return any other tensor unchanged."""
+    """Gather a sharded tensor on the ranks' device; return any other tensor unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     on_device = tensor.to(tensor.device_mesh.device_type)  # from the CPU, if offloaded

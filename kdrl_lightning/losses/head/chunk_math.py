@@ -1,6 +1,6 @@
-"""Values and gradients of one table of logits: plain torch on a CPU, compiled on a GPU.
+"""Token values and their gradients from a table of logits: plain torch on CPU, compiled on a GPU.
 
-Both are the same functions of ``[n, V]`` logits. Plain torch runs them on a few rows at a time, so
+Both run the same functions of ``[n, V]`` logits. Plain torch runs them on a few rows at a time, so
 that intermediate results stay in the processor's cache: on one core, scoring a chunk of 333 rows at
 V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
 into one or two passes over the chunk.
@@ -21,30 +21,30 @@ from torch import Tensor
 
 from kdrl_lightning.losses.head.compiled import OrPlain
 
-# Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0, where -inf would give NaN.
+# Smallest shifted logit. e^-10000 is 0, and 0 times -10000 is 0; with -inf it would be NaN.
 FLOOR = -1e4
 
 # Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
 CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
-# Most tiles of a chunk of fake tensors; of a GPU's large chunk a quarter.
+# A chunk of fake tensors has at most about this many tiles; a large chunk, as on a GPU, a quarter.
 FEW_TILES = 16
 
-# What a warning calls these functions.
+# The name of these functions in a warning.
 PART = "the head of the model"
 
-# A divergence ``[n]`` as a function of ``logits [n, V]`` and another model's.
+# Computes a divergence ``[n]`` from ``logits [n, V]`` and another model's logits.
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Transform(NamedTuple):
-    """Changes the logits ``hidden @ weight.T + bias`` by scale, soft cap and temperature."""
+    """Applies scale, soft cap and temperature to the raw logits ``hidden @ weight.T + bias``."""
 
     scale: float
     softcap: float | None
     temperature: float
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """Change ``[n, V]`` logits in place and return them."""
+        """Transform ``[n, V]`` raw logits in place and return them."""
         if self.softcap is None:
             factor = self.scale / self.temperature
             return logits if factor == 1.0 else logits.mul_(factor)
@@ -52,7 +52,7 @@ class Transform(NamedTuple):
         return capped.mul_(self.softcap / self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Return the derivative by the raw logits; ``logits`` is the result of ``apply_``."""
+        """Return the derivative with respect to the raw logits, from the result of ``apply_``."""
         factor = self.scale / self.temperature
         if self.softcap is None:
             return factor
@@ -61,9 +61,10 @@ class Transform(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives ``[n]`` of a loss by the values of n tokens; None: the loss does not use it.
+    """Derivatives of a loss with respect to n tokens' values; None: the loss does not use a value.
 
-    Those by the log-probabilities of tokens that were asked for, ``asked``, are ``[n, K]``.
+    Each is ``[n]``. ``asked`` is ``[n, K]``: with respect to the log-probabilities of K further
+    tokens that the caller asked for.
     """
 
     logprobs: Tensor | None
@@ -73,7 +74,7 @@ class Slopes(NamedTuple):
     tail: Tensor | None = None
 
     def rows(self, rows: slice) -> Slopes:
-        """Return those of some rows."""
+        """Return the derivatives of these rows."""
         return Slopes(*(None if slope is None else slope[rows] for slope in self))
 
 
@@ -89,15 +90,15 @@ def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score_asked(logits: Tensor, log_norm: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities ``[n, K]`` of tokens, and ``[n]`` of all others together.
+    """Return the log-probabilities ``[n, K]`` of K tokens, and ``[n]`` of all others together.
 
-    A token that this model does not have, and others of which there are none, have -inf. We sum the
-    others' logits, because one minus the other probabilities has no correct digit below 1e-7.
+    A token that this model does not have gets -inf, and so do the others if there are none. We sum
+    the others' exponentials, because 1 minus the K probabilities has no correct digit below 1e-7.
 
     Args:
         logits: ``[n, V]``.
-        log_norm: ``[n]``, their logsumexp.
-        asked: ``[n, K]`` ids; this model has no token for ids from V on.
+        log_norm: ``[n]``, logsumexp of the logits.
+        asked: ``[n, K]`` ids; this model has no token for ids of V and above.
     """
     vocab, lowest = logits.shape[-1], torch.finfo(logits.dtype).min
     at = logits.gather(-1, asked.clamp(max=vocab - 1)) - log_norm[:, None]
@@ -107,7 +108,7 @@ def score_asked(logits: Tensor, log_norm: Tensor, asked: Tensor) -> tuple[Tensor
 
 
 def named(asked: Tensor, vocab: int) -> Tensor:
-    """Return a mask ``[n, V]`` of the tokens ``asked [n, K]``."""
+    """Return a mask ``[n, V]`` that is True for the tokens ``asked [n, K]``."""
     mask = torch.zeros(len(asked), vocab + 1, dtype=torch.bool, device=asked.device)
     return mask.scatter_(1, asked.clamp(max=vocab), True)[:, :vocab]
 
@@ -115,15 +116,15 @@ def named(asked: Tensor, vocab: int) -> Tensor:
 def add_asked(
     table: Tensor, logits: Tensor, log_norm: Tensor, asked: Tensor, tail: Tensor, slopes: Slopes
 ) -> Tensor:
-    """Add what comes from ``slopes.asked`` and ``slopes.tail`` to a derivative by the logits.
+    """Add the gradient that flows through ``slopes.asked`` and ``slopes.tail`` to the logits'.
 
     Args:
-        table: ``[n, V]``, changed in place.
+        table: ``[n, V]``, the gradient with respect to the logits so far, changed in place.
         logits: ``[n, V]``, after the transform.
-        log_norm: ``[n]``.
+        log_norm: ``[n]``, logsumexp of the logits.
         asked: ``[n, K]`` ids.
         tail: ``[n]``, log-probability of all other tokens.
-        slopes: derivatives of the loss.
+        slopes: derivatives of the loss with respect to each token's values.
     """
     vocab, known = logits.shape[-1], asked < logits.shape[-1]
     shares, total = (logits - log_norm[:, None]).exp_(), torch.zeros_like(log_norm)
@@ -142,7 +143,7 @@ def add_asked(
 
 
 def differ(divergence: Divergence, logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the divergence ``[n]`` and its derivative by the logits ``[n, V]``."""
+    """Return the divergence ``[n]`` and its gradient with respect to ``logits [n, V]``."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         gap = divergence(leaf, theirs)
@@ -161,18 +162,18 @@ def gradient(
     asked: Tensor | None = None,
     tail: Tensor | None = None,
 ) -> Tensor:
-    """Return the derivative of a loss by the raw logits ``[n, V]``.
+    """Return the gradient of a loss with respect to the raw logits ``[n, V]``.
 
     Args:
         logits: ``[n, V]``, after ``transform``.
-        of_divergence: ``[n, V]``, the divergence's derivative by the logits.
+        of_divergence: ``[n, V]``, the divergence's gradient with respect to ``logits``, or None.
         ids: ``[n]``, the chosen tokens.
         log_norm: ``[n]``, logsumexp of the logits.
-        entropy: ``[n]``.
-        slopes: derivatives of the loss by each token's values.
-        transform: what made these logits of the raw ones.
+        entropy: ``[n]``, in nats.
+        slopes: derivatives of the loss with respect to each token's values.
+        transform: what turned the raw logits into ``logits``.
         asked: ``[n, K]``, further tokens whose log-probabilities the loss reads, or None.
-        tail: ``[n]``, log-probability of all tokens but these.
+        tail: ``[n]``, log-probability of all tokens but ``asked``, or None.
     """
     d_logprobs, d_entropy = (None if x is None else x[:, None] for x in slopes[:2])
     if d_entropy is not None:  # dH/dz = -p (log p + H)
@@ -197,14 +198,14 @@ def gradient(
 
 
 class ChunkMath(NamedTuple):
-    """The functions of this file, and how to call them.
+    """The functions of this file, plain or compiled, and how many logits to call them on.
 
     Attributes:
-        score: see above.
-        gradient: see above.
-        score_asked: see above.
-        run: makes a divergence one that runs like these functions.
-        logits: how many logits they are called on at once; None: a whole chunk.
+        score: see the function of this name.
+        gradient: see the function of this name.
+        score_asked: see the function of this name.
+        run: returns a divergence's plain or compiled form.
+        logits: how many logits to call them on at once; None: a whole chunk.
     """
 
     score: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -214,36 +215,36 @@ class ChunkMath(NamedTuple):
     logits: int | None
 
     def tiles(self, logits: Tensor) -> list[slice]:
-        """Cut ``[n, V]`` logits into slices of rows, one for each call."""
+        """Return slices of the rows of ``[n, V]`` logits, one for each call."""
         rows, width = logits.shape
         at_once = logits.numel() if self.logits is None else self.logits
-        if type(logits) is not Tensor:  # planning takes as long as there are operations
+        if type(logits) is not Tensor:  # planning with fake tensors takes time for each operation
             few = FEW_TILES if logits.numel() <= FEW_TILES << 20 else FEW_TILES // 4
             at_once = max(at_once, logits.numel() // few)
         return cut(0, rows, max(1, at_once // width))
 
 
 def cut(start: int, stop: int, size: int) -> list[slice]:
-    """Return slices of ``size`` rows; the last one may be shorter."""
+    """Return slices of ``size`` rows that cover ``start`` to ``stop``; the last may be shorter."""
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def plain_math(logits: int) -> ChunkMath:
-    """Return the functions unchanged."""
+    """Return the functions uncompiled, to be called on this many logits at once."""
     return ChunkMath(score, gradient, score_asked, lambda divergence: divergence, logits)
 
 
 @cache
 def compiled_math() -> ChunkMath:
-    """Return the functions through ``torch.compile``, each called on a whole chunk."""
-    # One object per divergence: a new one would be compiled again.
+    """Return the functions compiled, to be called on a whole chunk."""
+    # We keep one object per divergence, because torch.compile would compile a new one again.
     run = partial(OrPlain, part=PART)
     return ChunkMath(run(score), run(gradient), run(score_asked), cache(run), None)
 
 
 def math_for(hidden: Tensor) -> ChunkMath:
-    """Return what is fast for these states: compiled on CUDA, plain elsewhere."""
+    """Return the fastest form for these states: compiled on CUDA, plain elsewhere."""
     if hidden.device.type != "cuda":
         return plain_math(CPU_LOGITS)
-    # Fake tensors, with which memory is planned, are a subclass.
+    # Fake tensors, which we use to plan memory, are a subclass and need no compiler.
     return compiled_math() if type(hidden) is Tensor else plain_math(GPU_LOGITS)

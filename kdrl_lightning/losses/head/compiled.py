@@ -1,4 +1,4 @@
-"""Calls functions through ``torch.compile``, and without it where it fails."""
+"""Calls functions through ``torch.compile``, or uncompiled if the compiler fails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 
 class OrPlain:
-    """Calls a function through ``torch.compile``; if that fails, warns once and calls it plain.
+    """Calls a function through ``torch.compile``; if that fails, warns and calls it uncompiled.
 
     Args:
-        function: what to call; calling it twice must do no harm.
+        function: what to call; it runs a second time if its compiled form fails, which must do no
+            harm.
         part: what the function belongs to, for the warning. If one function of a part fails, all
-            of them run plain.
+            of them run uncompiled, without a second warning.
 
     Attributes:
         failed: parts on which the compiler failed.
@@ -31,7 +32,7 @@ class OrPlain:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
+        """Return what the function returns."""
         if self.part not in OrPlain.failed:
             try:
                 if self._compiled is None:

@@ -9,7 +9,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def computing_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the type of products with ``hidden``: autocast's, or its own."""
+    """Return the dtype of matrix products with ``hidden``: autocast's if enabled, else its own."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -17,12 +17,12 @@ def computing_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of logits: float64 stays, all others become float32."""
+    """Return the dtype of logits: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sums_wide(left: Tensor) -> bool:
-    """Return whether a 16-bit product can be summed and returned in float32: on CUDA."""
+    """Return whether a product of 16-bit ``left`` can have a float32 result: only on CUDA."""
     return left.device.type == "cuda" and left.dtype in NARROW
 
 
@@ -38,9 +38,9 @@ def project(
     Args:
         hidden: ``[n, H]``.
         weight: ``[V, H]``.
-        bias: ``[V]``.
-        dtype: of the product.
-        out: memory for the result.
+        bias: ``[V]`` or None.
+        dtype: the dtype of the product's inputs.
+        out: ``[n, V]`` memory for the result; None allocates it.
     """
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -61,13 +61,13 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | 
 
 
 class HeadProducts:
-    """A head in the type of its products, with memory for the logits of one chunk.
+    """A head, cast to the dtype of its products, with reused memory for the logits of one chunk.
 
     Args:
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
-        dtype: of the products.
-        rows: most rows of a chunk.
+        dtype: the dtype of the products' inputs.
+        rows: maximum number of rows of a chunk.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
@@ -76,20 +76,20 @@ class HeadProducts:
         self._table = weight.new_empty(rows, len(weight), dtype=wide(dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return ``[n, V]`` logits in float32 at least, in memory that the next call uses again."""
+        """Return ``[n, V]`` logits in float32 at least, in memory that the next call overwrites."""
         table = self._table[: len(hidden)]
         return project(hidden, self.weight, self.bias, self.weight.dtype, table)
 
 
 class HeadGradients:
-    """The gradients of hidden states, weight and bias, added up over chunks.
+    """Accumulates the gradients of hidden states, weight and bias over chunks.
 
     Args:
         hidden: ``[N, H]``.
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
-        needs: whether each of them needs a gradient.
-        head: the same head, in the type of its products.
+        needs: whether hidden states, weight and bias need a gradient.
+        head: the same head, in the dtype of its products.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class HeadGradients:
         self.kinds = [x.dtype for x in (hidden, weight, weight if bias is None else bias)]
         kind = wide(head.weight.dtype)
         self.of_hidden = torch.empty_like(hidden) if needs[0] else None
-        # A 16-bit sum over many chunks would lose small values.
+        # A 16-bit sum over many chunks would round small values away.
         self.of_weight = torch.zeros_like(weight, dtype=kind) if needs[1] else None
         self.of_bias = None
         if bias is not None and needs[2]:
             self.of_bias = torch.zeros_like(bias, dtype=kind)
 
     def add(self, table: Tensor, rows: slice) -> None:
-        """Add one chunk's; ``table`` is the gradient by its logits ``[n, V]``."""
+        """Add a chunk's gradients; ``table [n, V]`` is the gradient with respect to its logits."""
         with torch.autocast(table.device.type, enabled=False):
             if self.of_bias is not None:
                 self.of_bias += table.sum(0)
@@ -122,7 +122,10 @@ class HeadGradients:
                 add_product(self.of_weight, narrow.T, self.hidden[rows].to(narrow.dtype))
 
     def all(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Return the three gradients in the types of what they belong to, times ``factor``."""
+        """Return the gradients of hidden states, weight and bias in their dtypes, times ``factor``.
+
+        A gradient that is not needed is None. ``factor`` changes the accumulated ones in place.
+        """
         found = (self.of_hidden, self.of_weight, self.of_bias)
         return tuple(
             None if x is None else (x if factor is None else x.mul_(factor)).to(kind)
@@ -131,7 +134,7 @@ class HeadGradients:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to ``total`` in place; ``total`` may have a wider type."""
+    """Add ``left @ right`` to ``total`` in place; ``total`` may have a wider dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif sums_wide(left):

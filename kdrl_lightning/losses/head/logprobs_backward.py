@@ -2,15 +2,16 @@
 
 Autograd computes more than the result needs: it makes one ``[V, H]`` gradient of the head per
 chunk of rows and then adds them up, and every elementwise step makes a new table of logits. Here a
-chunk's table becomes its gradient in place, and the head's gradient grows in the matrix product.
+chunk's logits become their gradient in place, and the matrix product accumulates the head's
+gradient.
 
-A backward pass has to rebuild every chunk of logits, unless we know in advance how the loss will
-depend on the tokens' values. In most losses each token adds a separate share, so a chunk's values
-determine the derivatives by them: if ``Work.loss`` is given, the forward pass calls it after each
-chunk, and computes the gradients while the chunk's logits exist. The backward pass compares the
-derivatives that autograd brings with these. If they agree up to a common factor, it returns the
-gradients times the factor; if not, it rebuilds the chunks. A wrong guess therefore costs time, but
-never changes a gradient.
+A backward pass has to recompute every chunk of logits, unless we know in advance how the loss will
+depend on the tokens' values. Most losses are sums of one term per token, so a chunk's values
+determine the loss's derivatives with respect to them: if ``Work.loss`` is given, the forward pass
+calls it after each chunk, and computes the gradients while the chunk's logits exist. The backward
+pass compares these derivatives with those that autograd hands it. If they agree up to a common
+factor, it returns the gradients times the factor; if not, it recomputes the chunks. A wrong guess
+therefore costs time, but never changes a gradient.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ class Values(NamedTuple):
     Attributes:
         logprobs: ``[N]``.
         entropy: ``[N]``.
-        divergence: ``[N]``, or None without one.
-        asked: ``[N, K]``, of further tokens; None if none were asked for.
-        tail: ``[N]``, of all tokens but these together; None if none were asked for.
-        best: ``[N, K]``, the most likely tokens.
-        their_logprobs: ``[N]``, another model's; None if not asked for; also the next two.
+        divergence: ``[N]``; None without another model.
+        asked: ``[N, K]`` log-probabilities of the tokens ``Work.asked``, or None.
+        tail: ``[N]`` log-probability of all tokens but ``Work.asked`` together, or None.
+        best: ``[N, K]`` ids of the most likely tokens.
+        their_logprobs: ``[N]``, the other model's; like the next two, None unless
+            ``Compared.scored``.
         their_entropy: ``[N]``.
-        their_best: ``[N, 1]``.
+        their_best: ``[N, 1]`` ids.
     """
 
     logprobs: Tensor
@@ -75,9 +77,9 @@ class Compared(NamedTuple):
     """Another model, and the divergence from it.
 
     Attributes:
-        logits: its logits ``[n, V']`` for a slice of the tokens.
+        logits: returns its logits ``[n, V']`` for a slice of the tokens.
         divergence: ``(logits [n, V], its logits [n, V']) -> [n]``.
-        scored: whether to return its own scores of the tokens, too.
+        scored: whether to return its scores of the tokens, too.
     """
 
     logits: Callable[[slice], Tensor]
@@ -90,14 +92,14 @@ class Work:
     """What to compute for chosen tokens, and how.
 
     Attributes:
-        transform: what happens to the raw logits.
-        size: rows of a chunk: tables of logits have no more, forward and backward.
-        math: the functions of a chunk.
+        transform: what to apply to the raw logits.
+        size: rows of a chunk; no larger table of logits exists, forward or backward.
+        math: the functions to call on a chunk's logits.
         top_k: number of most likely tokens to return.
         asked: ``[N, K]``, further tokens to score, or None.
         compared: another model to compare with, or None.
-        loss: a scalar that will be computed of the values, if tokens enter it one by one; None if
-            it is not known or not worth computing in advance.
+        loss: computes the scalar loss from the values, as a sum of one term per token; None if it
+            is not known or not worth computing in advance.
     """
 
     transform: Transform
@@ -115,13 +117,13 @@ class ChosenTokens(torch.autograd.Function):
     Gradients flow from the first five values to ``hidden``, ``weight`` and ``bias``.
     """
 
-    # `ctx` is `Any`: torch's type of it declares neither the attributes set here nor its tensors.
+    # `ctx` is `Any`: torch's type for it declares neither the attributes set here nor its tensors.
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, work: Work
     ) -> tuple[Tensor | None, ...]:
-        """Score the tokens, a chunk at a time."""
+        """Score the tokens chunk by chunk; with ``work.loss``, compute the gradients, too."""
         ctx.set_materialize_grads(False)  # a missing gradient stays None and costs nothing
         ctx.work, ctx.dtype, ctx.ahead = work, computing_dtype(hidden), None
         head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
@@ -146,7 +148,7 @@ class ChosenTokens(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the forward pass, or rebuild each chunk and add them up."""
+        """Return the gradients of the forward pass if they fit, else recompute each chunk."""
         slopes = Slopes(*grads[:DIFFERENTIABLE])
         if ctx.ahead is not None:
             (known, gradients), ctx.ahead = ctx.ahead, None  # the factor changes them in place
@@ -155,7 +157,7 @@ class ChosenTokens(torch.autograd.Function):
                 return (*gradients.all(factor), None, None)
             del gradients
         hidden, weight, bias, ids, log_norm, entropy, tail = ctx.saved_tensors
-        # Outputs: the compiler would look at their graph.
+        # Both are outputs of the forward pass: torch.compile would look at their graph.
         entropy, tail = entropy.detach(), None if tail is None else tail.detach()
         work: Work = ctx.work
         head = HeadProducts(weight, bias, ctx.dtype, min(work.size, len(ids)))
@@ -173,9 +175,9 @@ class ChosenTokens(torch.autograd.Function):
 
 
 def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
-    """Return the scalar that makes ``known`` to ``found``; None if there is none.
+    """Return the scalar c for which ``c * known`` equals ``found``, or None if there is none.
 
-    They may differ by the rounding of the largest derivative.
+    The two may differ by the rounding error of the largest derivative.
     """
     if any((a is None) != (b is None) for a, b in zip(known, found, strict=True)):
         return None
@@ -186,17 +188,17 @@ def common_factor(known: Slopes, found: Slopes) -> Tensor | None:
         torch.cat([part.flatten() for part in parts]) for parts in zip(*pairs, strict=True)
     )
     at = before.abs().argmax()
-    first, second = before.take(at), now.take(at)  # by `[at]` the host would wait for a GPU
+    first, second = before.take(at), now.take(at)  # `[at]` would make the host wait for a GPU
     factor = torch.where(first == 0, 1.0, second / first)
     apart = (now - factor * before).abs().max()
     rounding = 16 * torch.finfo(now.dtype).eps * now.abs().max()
     same = (apart <= rounding) & apart.isfinite()
-    # Fake tensors have no values; a guess is usually right. Real ones wait for a GPU here.
+    # Fake tensors have no values: we take the usual case. With real ones the host waits for a GPU.
     return factor if type(same) is not Tensor or bool(same) else None
 
 
 def _blank(ids: Tensor, like: Tensor, work: Work) -> Values:
-    """Return values of zeros; ``like [N]`` gives their type."""
+    """Return values filled with zeros, in the dtype of ``like [N]``."""
 
     def zeros(there: bool) -> Tensor | None:
         return torch.zeros_like(like) if there else None
@@ -212,7 +214,7 @@ def _blank(ids: Tensor, like: Tensor, work: Work) -> Values:
 
 
 def _slopes(loss: Callable[[Values], Tensor], values: Values, rows: slice) -> Slopes:
-    """Return the loss's derivatives by the values of ``rows``; those of later rows are still 0."""
+    """Return the loss's derivatives with respect to the values of ``rows``; later values are 0."""
     with torch.enable_grad():
         inner = values[:DIFFERENTIABLE]
         leaves = {i: x[rows].clone().requires_grad_() for i, x in enumerate(inner) if x is not None}
@@ -229,12 +231,12 @@ def _slopes(loss: Callable[[Values], Tensor], values: Values, rows: slice) -> Sl
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the chunks' derivatives by a value ``[N]``; None if no chunk has any."""
+    """Concatenate the chunks' derivatives with respect to one value; None if a chunk has none."""
     return None if any(x is None for x in parts) else torch.cat(parts)  # type: ignore[arg-type]
 
 
 class _Pass(NamedTuple):
-    """A pass over chunks, forward or backward."""
+    """What a pass over the chunks, forward or backward, does with each of them."""
 
     hidden: Tensor
     ids: Tensor
@@ -244,14 +246,14 @@ class _Pass(NamedTuple):
     log_norm: Tensor
 
     def logits(self, rows: slice) -> Tensor:
-        """Return a chunk's logits ``[n, V]``, in memory that the next chunk uses again."""
+        """Return a chunk's logits ``[n, V]``, in memory that the next chunk overwrites."""
         logits = self.head.logits(self.hidden[rows])
         for tile in self.work.math.tiles(logits):
             self.work.transform.apply_(logits[tile])
         return logits
 
     def score(self, rows: slice, logits: Tensor, with_slope: bool = False) -> Tensor | None:
-        """Fill a chunk's values; return the derivative of the divergence, if you ask for it."""
+        """Fill in a chunk's values; ``with_slope`` returns the divergence's gradient, as below."""
         values, ids, top_k = self.values.rows(rows), self.ids[rows], self.work.top_k
         log_norm = self.log_norm[rows]
         asked = None if self.work.asked is None else self.work.asked[rows]
@@ -269,7 +271,10 @@ class _Pass(NamedTuple):
         return self.compare(rows, logits, with_slope)
 
     def compare(self, rows: slice, logits: Tensor, with_slope: bool) -> Tensor | None:
-        """Fill a chunk's values that depend on another model, like ``score``."""
+        """Fill in a chunk's values that depend on the other model.
+
+        With ``with_slope``, return the divergence's gradient ``[n, V]`` with respect to the logits.
+        """
         values, ids, compared = self.values.rows(rows), self.ids[rows], self.work.compared
         if compared is None or values.divergence is None:
             return None
@@ -282,7 +287,7 @@ class _Pass(NamedTuple):
             if logprobs is not None and entropy is not None and best is not None:
                 logprobs[tile], entropy[tile], _ = math.score(other, ids[tile])
                 torch.argmax(other, -1, keepdim=True, out=best[tile])
-            if with_slope:  # takes the place of the other model's logits
+            if with_slope:  # overwrites the other model's logits if shape and dtype agree
                 values.divergence[tile], slope[tile] = differ(compared.divergence, part, other)
             else:
                 values.divergence[tile] = compared.divergence(part, other)
@@ -291,7 +296,7 @@ class _Pass(NamedTuple):
     def gradient(
         self, rows: slice, logits: Tensor, of_divergence: Tensor | None, slopes: Slopes
     ) -> Tensor:
-        """Return the derivative of the loss by a chunk's raw logits; it may take their place."""
+        """Return the loss's gradient with respect to a chunk's raw logits; may overwrite them."""
         given = self.ids[rows], self.log_norm[rows], self.values.entropy[rows]
         asked = None if self.work.asked is None else self.work.asked[rows]
         tail = None if self.values.tail is None else self.values.tail[rows]

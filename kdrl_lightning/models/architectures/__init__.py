@@ -1,1 +1,1 @@
-"""Differences between architectures: hidden states, effects of length, attention, caches."""
+"""Handles what differs between architectures: hidden states, attention, effects of length."""

@@ -1,6 +1,6 @@
-"""Compares what a run computes with on its GPU, a kernel or compiled layers, with plain layers.
+"""Compares a run's attention kernel and compiled layers with plain layers, on the run's GPU.
 
-At load time a model is compared with its own logits on a CPU, where most kernels do not run.
+``verify`` checks a model on the CPU when it is loaded, where most kernels do not run.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ PLAIN = "eager"
 
 @torch.no_grad()
 def check_fast_path(scorer: Verified, trunk: Trunk, name: str) -> None:
-    """Compare the scores of a few rows; compiled layers that are off run plain from then on.
+    """Compare the scores of a few rows with those of plain layers.
 
-    Call it where the scorer will compute: on its device, in the trainer's precision. If the scorer
-    is sharded, all ranks must call it.
+    If compiled layers give other scores, we warn, and all models' layers run uncompiled from then
+    on. Call it where the scorer will compute: on its device, in the trainer's precision. If the
+    scorer is sharded, all ranks must call it.
 
     Args:
         scorer: a scorer that is ready to run.
-        trunk: how its layers run.
-        name: of the model, for messages.
+        trunk: attention kernel and compilation of its layers.
+        name: the model's name, for messages.
 
     Raises:
         ConfigurationError: the attention kernel fails, or gives other log-probabilities.
@@ -57,7 +58,7 @@ def check_fast_path(scorer: Verified, trunk: Trunk, name: str) -> None:
     if not compiled:
         return
     gap, bound = _gap(scorer, scorer.chosen(rows, prompts), wanted, spread)
-    if not gap <= bound:  # NaN is far, too
+    if not gap <= bound:  # true for NaN, too
         OrPlain.failed.add(PART)
         warnings.warn(
             f"`compile` must not change a model's log-probabilities: got a difference of {gap:.2g} "
@@ -74,7 +75,7 @@ def _require_kernel(
         gap, bound = _gap(scorer, scorer.chosen(rows, prompts), wanted, spread)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # every kernel's package fails with other errors
+    except Exception as error:  # the kernels' packages raise errors of many types
         reason = (str(error).strip() or repr(error)).splitlines()[0]
     else:
         if gap <= bound:
@@ -89,7 +90,7 @@ def _require_kernel(
 def _gap(
     scorer: Verified, found: list[Tensor], wanted: list[Tensor], spread: float
 ) -> tuple[float, float]:
-    """Return the difference in nats, and what rounding explains."""
+    """Return the largest difference in nats, and the bound on it that rounding explains."""
     weight = scorer.head().weight
     # A sharded model may compute in fewer bits than its weights have.
     narrow = scorer.sharded or torch.is_autocast_enabled(weight.device.type)
@@ -100,7 +101,7 @@ def _gap(
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Run compiled layers plain inside the context."""
+    """Run compiled layers uncompiled inside the context."""
     off = PART in OrPlain.failed
     OrPlain.failed.add(PART)
     try:

@@ -1,4 +1,4 @@
-"""A model's generation configuration, kept even if invalid: sampling does not use it."""
+"""Reads a model's generation configuration, even an invalid one: our sampling does not use it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_end_ids(value: Any, where: str) -> list[int]:
 
     Args:
         value: ``eos_token_id``: None, one id, or several.
-        where: the model, for the message.
+        where: the model's name, for the message.
 
     Raises:
         ConfigurationError: a value is not an id.

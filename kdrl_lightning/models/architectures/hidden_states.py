@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdrl_lightning.common.untyped import HFModel
 
-# `Any`: each model takes other inputs.
+# `Any`: each model takes different inputs.
 
 
 def decoder_of(model: HFModel) -> HFModel | None:

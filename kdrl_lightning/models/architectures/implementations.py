@@ -1,4 +1,4 @@
-"""Implementations of layers that transformers must not choose by itself: attention and experts."""
+"""Replaces implementations of attention and experts that transformers chooses wrongly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdrl_lightning.common.untyped import HFModel
 def keep_soft_caps(model: HFModel) -> bool:
     """Switch a model with soft-capped attention scores (Gemma 2) to eager attention.
 
-    transformers' ``sdpa`` leaves out the cap, which shows only if scores are large.
+    transformers' ``sdpa`` leaves out the cap, which is visible only if scores are large.
 
     Returns:
         Whether the implementation changed.
@@ -24,7 +24,7 @@ def keep_soft_caps(model: HFModel) -> bool:
 
 
 def keep_precision(model: HFModel) -> bool:
-    """Let a float64 model run its experts one by one: grouped products take at most 32 bits.
+    """Let a float64 model run its experts one by one: grouped products do not take float64.
 
     Returns:
         Whether the implementation changed.

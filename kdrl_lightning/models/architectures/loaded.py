@@ -1,4 +1,4 @@
-"""Checks that a loaded model uses all weights of its files, which transformers only reports."""
+"""Refuses weight files that do not fit their model; transformers only reports the differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_loaded(model: HFModel, info: Tree, path: str) -> None:
         path: folder or hub name of the model, for messages.
 
     Raises:
-        ConfigurationError: the files lack some weights, which are then random, hold some in other
+        ConfigurationError: the files lack some weights, which would be random, hold some in other
             shapes, or hold weights that their layer does not use.
     """
     if info["mismatched_keys"]:
@@ -56,11 +56,12 @@ def check_trainable(model: HFModel, path: str) -> None:
 def check_used(model: HFModel, unread: Iterable[str], path: str) -> None:
     """Refuse a model with a layer that ignores some of its tensors, such as a bias or a scale.
 
-    Files may hold whole layers that the model does not have, such as those for drafting or images.
+    We accept files with whole layers that the model does not have, such as those for drafting or
+    images.
 
     Args:
         model: the loaded model.
-        unread: names in its files that it did not use.
+        unread: names of tensors in its files that it did not use.
         path: folder or hub name of the model, for messages.
 
     Raises:

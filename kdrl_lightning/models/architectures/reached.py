@@ -1,4 +1,4 @@
-"""Parameters that get no gradient from text, such as those of a vision tower."""
+"""Finds and freezes parameters that get no gradient from text, e.g. those of a vision tower."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def unreached(model: HFModel) -> set[str]:
 
 
 def freeze(model: HFModel, names: set[str], layers: Iterable[nn.Module]) -> list[str]:
-    """Freeze parameters that text never reaches, because ddp would wait for their gradients.
+    """Freeze parameters that text never reaches, because DDP would wait for their gradients.
 
     Parameters inside a layer that text does reach stay trainable: longer rows may reach them. If
     the model names no layers, all stay trainable.
 
     Args:
         model: the model to train.
-        names: parameters that a short row does not reach.
-        layers: the model's decoder layers, and other layers of that size.
+        names: names of parameters that a short row does not reach.
+        layers: the model's layers, see ``decoder_layers``, with those of a vision tower.
 
     Returns:
-        The parameters in ``names`` that stay trainable, sorted.
+        Those of ``names`` that stay trainable, sorted.
     """
     inside, known = set(), list(layers)
     if not known:

@@ -1,4 +1,4 @@
-"""Error messages for models that cannot be loaded: the cause and its cure."""
+"""Turns errors of loading a model into one line that names the cause and the cure."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FETCH = "Run `git lfs pull` in it."
 
 @contextmanager
 def reading(path: str, part: str = "model") -> Iterator[None]:
-    """Turn an error while a model is loaded into one line with cause and cure.
+    """Turn an error inside the context, which loads a model, into one line with cause and cure.
 
     Args:
         path: folder or hub name of the model.
-        part: what is loaded: `model` or `tokenizer`.
+        part: what the context loads: `model` or `tokenizer`.
 
     Raises:
         ConfigurationError: ``path`` is an adapter, or loading fails inside the context.
@@ -45,7 +45,7 @@ def reading(path: str, part: str = "model") -> Iterator[None]:
             f"the model's config.json must be valid for transformers: got {path} "
             f"({' '.join(str(error).split())}). Correct that value."
         ) from error
-    except Exception as error:  # transformers defines no exceptions
+    except Exception as error:  # transformers raises errors of many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if reason.startswith("Unrecognized configuration class"):
             raise ConfigurationError(
@@ -75,10 +75,10 @@ def _cure_of_name(path: str, reason: str) -> str:
 
 
 def _cached(name: str) -> Path | None:
-    """Return the folder of a hub name that was downloaded before; None without one."""
+    """Return the cached folder of a hub name, or None if it was not downloaded."""
     try:
         found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no name
+    except HFValidationError:  # not a hub name
         return None
     return Path(found).parent if isinstance(found, str) else None
 
@@ -117,7 +117,7 @@ def _of_tokenizer(folder: Path) -> tuple[str, str]:
     names = [file.name for file in present if file.name in TOKENIZERS]
     if (folder / "tokenizer.json").is_file():
         names = ["tokenizer.json"]
-        with suppress(Exception):  # of Rust, without a type
+        with suppress(Exception):  # the Rust library raises no narrower type
             Tokenizer.from_file(str(folder / "tokenizer.json"))
             names = ["tokenizer_config.json"]
     rule = "hold a tokenizer that transformers can load"
@@ -129,7 +129,7 @@ def _of_quantization(settings: Tree, error: Exception) -> tuple[str, str]:
     other = "or name the folder of the unquantized model."
     flag = next((f for f in ("load_in_4bit", "load_in_8bit") if settings.get(f)), None)
     if flag is not None and name is not None and not str(name).startswith("bitsandbytes"):
-        # transformers asks for these flags before it looks at the method.
+        # transformers reads these flags before the method.
         return (
             f"not name {name} in its `quantization_config` together with `{flag}`, which means "
             "bitsandbytes",
@@ -215,7 +215,7 @@ def _builds(folder: Path) -> bool:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
-    except Exception:  # transformers does not define exceptions
+    except Exception:  # transformers raises errors of many types
         return False
     return True
 

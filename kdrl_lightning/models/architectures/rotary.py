@@ -19,7 +19,7 @@ from kdrl_lightning.common.untyped import HFModel
 
 # `Any`: the rotary modules of transformers share no typed base.
 
-# Attribute of a rotary module that decides per row: the row lengths of this pass, or None.
+# Attribute of a rotary module after `decide_per_row`: the row lengths of this pass, or None.
 MARK = "row_lengths"
 
 
@@ -33,11 +33,12 @@ def decide_per_row(model: HFModel) -> None:
 
 @contextmanager
 def lengths_of_rows(model: HFModel, lengths: Tensor | None) -> Iterator[None]:
-    """Set the row lengths for passes inside; without them, a row ends at its largest position.
+    """Set the row lengths for passes inside the context.
 
     Args:
         model: a model after ``decide_per_row``.
-        lengths: ``[B]``, in tokens, without padding on the right; None sets none.
+        lengths: ``[B]``, in tokens, without padding on the right; None: a row ends at its largest
+            position.
     """
     modules = _switching(model)
     for module in modules:
@@ -53,7 +54,7 @@ def switch_lengths(model: HFModel) -> list[tuple[int, bool]]:
     """Return the row lengths beyond which rotary embeddings change.
 
     Returns:
-        Pairs of a length and whether the embedding changes again with every further token.
+        Pairs of a length, and whether the embedding changes again with every further token.
     """
     found = set()
     for module in _switching(model):
@@ -95,7 +96,7 @@ def _limit(module: Any, layer: str | None) -> int:
 def _forward(
     module: Any, forward: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> Any:
-    """Return the embeddings of ``position_ids [B, S]``, computed for groups of equal rows."""
+    """Return the embeddings of ``position_ids [B, S]``; rows with the same one share a call."""
     call = {} if layer_type is None else {"layer_type": layer_type}
     lengths = getattr(module, MARK)
     if not _changes(_kind(module, layer_type)) or position_ids.ndim != 2:
@@ -104,13 +105,13 @@ def _forward(
         position_ids = position_ids.expand(len(lengths), -1)
     ends = position_ids.amax(1) + 1 if lengths is None else lengths
     limit, dynamic = _limit(module, layer_type), "dynamic" in _kind(module, layer_type)
-    # One number per embedding: 0 is the plain one.
+    # Each number stands for one embedding; 0 is the plain one.
     way = torch.where(ends > limit, ends if dynamic else torch.ones_like(ends), 0)
     parts = []
     for each in way.unique().tolist():
         rows = (way == each).nonzero().squeeze(1)
         chosen = position_ids[rows]
-        if dynamic:  # a short call resets the module to the plain embedding
+        if dynamic:  # a call with one position resets the module to the plain embedding
             forward(x, torch.zeros_like(chosen[:1, :1]), **call)
         if dynamic or not each:  # padding must not switch the embedding
             chosen = chosen.clamp(max=(each or limit) - 1)

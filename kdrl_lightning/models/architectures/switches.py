@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kdrl_lightning.common.untyped import HFConfig, HFModel
 from kdrl_lightning.models.architectures.rotary import switch_lengths
 
-# Settings with a length: windows and chunks of attention, number of keys of a sparse attention.
+# Settings that hold a length: windows and chunks of attention, number of keys of sparse attention.
 NAMES = (
     "sliding_window",
     "sliding_window_size",
@@ -24,18 +24,19 @@ NAMES = (
 )
 LONGEST = 4096
 MARGIN = 6
-OPERATIONS = 2e10  # on a CPU, per row: about a second
+OPERATIONS = 2e10  # floating-point operations of a row on a CPU: about a second
 
 
 def probe_length(model: HFModel, rotary: bool = True) -> int:
-    """Return the length of a comparison's longest row: just past every switch we can afford.
+    """Return the length of a check's longest row: just past every switch that we can afford.
 
-    We skip a switch beyond ``LONGEST`` tokens, beyond the model's positions, or too slow for this
-    device: the row would cost more than the run's first update.
+    A switch is a row length at which the model changes what it computes. We skip those beyond
+    ``LONGEST`` tokens, beyond the model's positions, or too slow on this device: the row would cost
+    more than the run's first update.
 
     Args:
-        model: the model to compare.
-        rotary: go also past the switches that sampling refuses to cross; else stay below them.
+        model: the model to check.
+        rotary: go past the switches that sampling refuses to cross, too; else stay below them.
 
     Returns:
         The length in tokens.
@@ -87,16 +88,16 @@ def changes(model: HFModel) -> list[Change]:
 def may_change(config: HFConfig) -> bool:
     """Return whether a model with this configuration may have ``changes``.
 
-    Only the model's modules tell for sure.
+    Only ``changes``, which reads the model's modules, is certain.
     """
     rotary = str(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
     return "longrope" in rotary or "dynamic" in rotary or bool(_picked_keys(config))
 
 
 def picked_keys(model: HFModel) -> list[int]:
-    """Return how many keys a sparse attention picks with its indexer; empty without an indexer.
+    """Return how many keys sparse attention picks with an indexer; empty without an indexer.
 
-    Many keys have equal scores of 0, and their number decides which of them are picked. So in rows
+    Many keys have equal scores of 0, and their number decides which of them it picks. So in rows
     longer than this, a token's log-probability changes with the number of tokens after it.
     """
     return _picked_keys(model.config)

@@ -1,4 +1,4 @@
-"""How the decoder layers of a model run: by which attention kernel, compiled or not."""
+"""How the decoder layers of a model run: with which attention kernel, compiled or not."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PART = "the layers of a model"
 
 @dataclass(frozen=True)
 class Trunk:
-    """Settings of a model's decoder layers.
+    """Attention kernel and compilation of a model's decoder layers.
 
     Attributes:
         attn_implementation: transformers' name of the attention kernel; None: transformers' choice.
-        compile: run the layers through ``torch.compile``.
+        compile: whether to run the layers through ``torch.compile``.
 
     Raises:
         ConfigurationError: transformers has no kernel of this name.
@@ -58,7 +58,7 @@ class Trunk:
             )
 
     def prepare(self, model: HFModel) -> None:
-        """Set the kernel with which the model is compared on the CPU.
+        """Set the kernel for ``verify``, which checks the model on the CPU.
 
         Raises:
             ConfigurationError: the model cannot use the kernel.
@@ -67,10 +67,10 @@ class Trunk:
             use_kernel(model, self.attn_implementation)
 
     def settle(self, model: HFModel) -> None:
-        """Set the kernel of the run, after the comparison has chosen one that is right.
+        """Set the run's kernel after ``verify``, which may have changed it to one that is right.
 
         Raises:
-            ConfigurationError: the model cannot use the kernel, or is wrong with it.
+            ConfigurationError: the model cannot use the kernel, or gives wrong logits with it.
         """
         name = self.attn_implementation
         if name in ON_GPUS:
@@ -83,10 +83,10 @@ class Trunk:
 
 
 def use_kernel(model: HFModel, name: str) -> None:
-    """Let a model compute attention with a kernel.
+    """Let a model compute attention with the kernel ``name``.
 
     Raises:
-        ConfigurationError: its architecture cannot, or the kernel's package is missing.
+        ConfigurationError: the architecture cannot use it, or its package is missing.
     """
     reason = "its attention has one form only"
     try:
@@ -108,11 +108,11 @@ def kernel_of(model: HFModel) -> str:
 class Layer:
     """A layer's forward, compiled once it is switched on.
 
-    Passes with a cache stay plain: a cache changes with each pass, so the compiler would make one
-    graph per layer, and a pass that failed halfway could not be repeated.
+    Passes with a KV cache run uncompiled: a cache changes in each pass, so the compiler would make
+    one graph per layer, and a pass that failed halfway could not be repeated.
 
     Args:
-        forward: the layer's own.
+        forward: the layer's original forward.
     """
 
     on = False
@@ -128,10 +128,10 @@ class Layer:
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> Callable[[], None]:
-    """Prepare layers for ``torch.compile``; return what switches it on.
+    """Prepare layers for ``torch.compile``; return a function that switches it on.
 
-    Until then they run plain: a comparison on the CPU would wait for a compiler that the run on a
-    GPU does not need.
+    Until then they run uncompiled: the check on the CPU would wait for a compilation that a run on
+    a GPU does not use.
     """
     made = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Checks of the values of weights, and of their types in the files that they come from."""
+"""Checks that weights are finite floats, in the loaded model and in its files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
 
 INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # of safetensors
-LOOKED_AT = 4096  # values of a tensor
-FEW = 4  # a constant, a mask or ternary weights have no more different values
+LOOKED_AT = 4096  # values of a tensor that `is_whole` looks at, about
+FEW = 4  # a constant, a mask or ternary weights have at most this many distinct values
 
 
 def check_finite(model: HFModel, path: str) -> None:
@@ -36,7 +36,7 @@ def check_finite(model: HFModel, path: str) -> None:
 def check_floats(model: HFModel, path: str) -> None:
     """Refuse quantized weights that transformers took for floats; all ranks must call it.
 
-    Without a ``quantization_config`` it copies the whole numbers of such a file into the layers.
+    Without a ``quantization_config``, transformers copies the file's whole numbers into the layers.
 
     Raises:
         ConfigurationError: on all ranks, with the name of the first such tensor.
@@ -46,14 +46,14 @@ def check_floats(model: HFModel, path: str) -> None:
 
 
 def check_stored(model: HFModel, folder: Path, unread: Collection[str], path: str) -> None:
-    """Refuse a model some of whose weights are of an integer type in their file.
+    """Refuse a model whose files store a weight as integers.
 
-    Buffers may be, e.g. masks and positions.
+    Buffers may be integers, e.g. masks and positions.
 
     Args:
         model: the loaded model.
         folder: folder of its files.
-        unread: names in the files that it did not use.
+        unread: names of tensors in the files that it did not use.
         path: folder or hub name of the model, for messages.
 
     Raises:
@@ -64,14 +64,14 @@ def check_stored(model: HFModel, folder: Path, unread: Collection[str], path: st
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     start = f"{model.base_model_prefix}."
     for name in sorted(set(integers_in(folder)) - set(unread)):
-        # Files of fused experts have other names than the model.
+        # In files, experts that the model fuses have other names than in the model.
         renamed = name.endswith(".weight")
         if renamed or {name, start + name, name.removeprefix(start)} & known:
             _refuse(name, path)
 
 
 def integers_in(folder: Path) -> Iterator[str]:
-    """Yield the names of a folder's tensors of an integer type."""
+    """Yield the names of the tensors that a folder's files store as integers."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
@@ -92,11 +92,11 @@ def _refuse(name: str | None, path: str) -> None:
 
 
 def first_with(model: HFModel, found: Callable[[Tensor], bool]) -> str | None:
-    """Return the name of the first parameter for which ``found`` is true on a rank, else None.
+    """Return the name of the first parameter for which ``found`` is true on any rank, else None.
 
     Args:
-        model: on all ranks, if it is sharded; ``found`` gets this rank's part, if it is not empty.
-        found: called until it returns True.
+        model: the model; if it is sharded, all ranks must make this call.
+        found: the condition; it gets this rank's shard, unless that is empty.
     """
     names, first, mesh = [], torch.inf, None
     for number, (name, tensor) in enumerate(model.named_parameters()):
@@ -114,7 +114,9 @@ def first_with(model: HFModel, found: Callable[[Tensor], bool]) -> str | None:
 
 
 def is_whole(values: Tensor) -> bool:
-    """Return whether values are of an integer type, or are all whole numbers and differ.
+    """Return whether values are integers, or floats that look like quantized whole numbers.
+
+    Such floats are whole numbers with more than ``FEW`` distinct values. We look at a sample.
 
     >>> is_whole(torch.arange(8.0)), is_whole(torch.ones(8)), is_whole(torch.arange(8.0) / 3)
     (True, False, False)
@@ -129,5 +131,5 @@ def is_whole(values: Tensor) -> bool:
 def _not_finite(values: Tensor) -> bool:
     if not values.is_floating_point() or values.element_size() == 1:
         return False
-    low, high = values.aminmax()  # unlike isfinite, it makes no tensor of that size
+    low, high = values.aminmax()  # unlike isfinite, it allocates no tensor of this size
     return not bool(low.isfinite() and high.isfinite())

@@ -1,7 +1,7 @@
 """Compares a scorer with the model's logits and chooses how the scorer runs its rows.
 
-Every architecture is tried on rows of different lengths, past the lengths at which its
-configuration says that it changes; ``switches`` says which lengths are too long to try.
+We try every architecture on rows of different lengths, up to just past the lengths at which its
+configuration says that it changes. ``probe_length`` skips lengths that are too long to try.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from kdrl_lightning.models.architectures.switches import picked_keys, probe_leng
 
 # `Any`: torch types an attribute of a module as a tensor or a module.
 
-BOUND = 1e-3  # of log-probabilities in 32 bits and more, per nat of their spread
-BOUND_16 = 0.1  # of a row's mean in 16 bits: single tokens differ by more if experts change
-ROUNDING = 3e-6  # of a log-probability in 32 bits
-MOST_OF_PAST = 0.03  # of what tokens before change: later ones change 0.6 or more, or nothing
-LEAST = 0.05  # nats of spread: below, rounding of the log-softmax itself would count
-WIDE = 50.0  # logits are scaled to this size, so that a soft-cap shows in any model
+# Largest accepted difference of log-probabilities: in 32 bits and more, per nat of their spread.
+BOUND = 1e-3
+# In 16 bits, of a row's mean: single tokens differ by more if other experts are chosen.
+BOUND_16 = 0.1
+ROUNDING = 3e-6  # rounding error of a log-probability in 32 bits
+# Largest accepted effect of later tokens, as a share of the effect of earlier ones. If a model sees
+# later tokens, the share is 0.6 or more.
+MOST_OF_PAST = 0.03
+LEAST = 0.05  # smallest spread in nats: below it, the rounding of the log-softmax would count
+WIDE = 50.0  # we scale logits to this size, so that a soft cap has an effect in any model
 
 
 class Verified(Protocol):
-    """What ``verify`` reads, sets and calls of a scorer."""
+    """The part of ``Scorer`` that ``verify`` uses."""
 
     model: HFModel
     vocab_size: int | None
@@ -44,9 +48,9 @@ class Verified(Protocol):
         """Return the model's logits ``[S, V]`` of one row of ids ``[S]``."""
 
     def head_gap(self, ids: Tensor, factor: float) -> float:
-        """Return the largest difference of the scorer's head from the model's, in nats.
+        """Return the largest difference of log-probabilities by the scorer's and the model's head.
 
-        The states are multiplied by ``factor`` first.
+        In nats; both heads read the row's hidden states, multiplied by ``factor``.
         """
 
     def chosen(self, rows: list[Tensor], prompts: list[int]) -> list[Tensor]:
@@ -60,12 +64,12 @@ def verify(scorer: Verified, name: str) -> None:
     """Choose attention, padding and prompt sharing so that scores equal those of single rows.
 
     Args:
-        scorer: the scorer to try; its switches are set.
-        name: of the model, for messages.
+        scorer: the scorer to check; we set its ``at_head``, ``pads`` and ``shares``.
+        name: the model's name, for messages.
 
     Raises:
-        ConfigurationError: no choice is right, the model sees later tokens, or it does not run on
-            token ids alone.
+        ConfigurationError: no choice gives right scores, the model sees later tokens, or it does
+            not run on token ids alone.
     """
     rows, prompts = probe_rows(scorer)
     try:
@@ -89,15 +93,15 @@ def verify(scorer: Verified, name: str) -> None:
     ]
     _choose_padding(scorer, rows, prompts, wanted, spread, name)
     # A sharded model never shares: ranks could share different prompts and wait for each other
-    # forever. Nor does float64, which serves comparisons to 1e-10: norms that compute in float32
-    # would show in which order gradients are summed.
+    # forever. Nor does a float64 model, which serves comparisons to 1e-10: with norms that compute
+    # in float32, the order in which gradients are summed would matter.
     if scorer.pads and not (scorer.sharded or scorer.at_head) and _kind(scorer) != torch.float64:
         scorer.shares = True
         try:
             scorer.shares = scorer._shares(scorer.chosen(rows, prompts), wanted, spread)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # every architecture refuses an unknown cache with another error
+        except Exception:  # architectures refuse an unknown cache with errors of many types
             scorer.shares = False
 
 
@@ -121,10 +125,10 @@ def _whole_logits(scorer: Verified, rows: list[Tensor]) -> list[Tensor]:
 
 
 def spread_of(logits: list[Tensor]) -> float:
-    """Return how far the log-probabilities of a token's alternatives differ, in nats, at most 1.
+    """Return how much the log-probabilities of a position's tokens differ, in nats, at most 1.
 
-    Before training, the logits of a model hardly differ. Whatever is wrong with them is then as
-    small as they are, so a difference only tells something in proportion to this number.
+    The logits of an untrained model hardly differ, and then so do wrong ones from right ones. So we
+    judge differences in proportion to this number.
 
     >>> round(spread_of([torch.tensor([[0.1, -0.1], [0.3, -0.3]])]), 6)
     0.2
@@ -135,7 +139,7 @@ def spread_of(logits: list[Tensor]) -> float:
 
 
 def close(ours: list[Tensor], theirs: list[Tensor], kind: torch.dtype, spread: float = 1.0) -> bool:
-    """Return whether log-probabilities of rows agree within the rounding of a weight type."""
+    """Return whether log-probabilities of rows agree within the rounding of the weights' dtype."""
     return largest_gap(ours, theirs, kind, spread) <= (BOUND if kind.itemsize >= 4 else BOUND_16)
 
 
@@ -150,7 +154,7 @@ def largest_gap(
     Args:
         ours: log-probabilities of each row.
         theirs: the reference, in the same shapes.
-        kind: type of the weights.
+        kind: dtype of the weights.
         spread: see ``spread_of``.
     """
     gaps = [(a - b).abs() for a, b in zip(ours, theirs, strict=True)]
@@ -165,7 +169,7 @@ def _kind(scorer: Verified) -> torch.dtype:
 
 
 def _ignores_features(scorer: Verified, row: Tensor, reference: Tensor) -> bool:
-    """Switch to eager attention if the fast one gives other logits; return whether it did."""
+    """Switch to eager attention if the fast one gives other logits; return whether we did."""
     model = scorer.model
     if keep_soft_caps(model):
         return True
@@ -191,13 +195,13 @@ def _check_causal(
     """Refuse a model that sees later tokens: the first two rows start alike and end differently."""
     first, second = (logits[: prompt + 2].log_softmax(-1) for logits in reference[:2])
     if not first.isfinite().all():
-        return  # the check of the head reports them
+        return  # `_check_head` reports NaN and infinity
     after, kind = largest_gap([first], [second], _kind(scorer)), _kind(scorer)
     near = prompt - 2
     before = torch.cat([rows[0][: near - 4], rows[0][near - 4 : near].flip(0), rows[0][near:]])
     (other,) = _whole_logits(scorer, [before])
     past = largest_gap([first[near:]], [other[near : prompt + 2].log_softmax(-1)], kind)
-    # A model that was not trained yet hardly looks at any other token.
+    # An untrained model hardly looks at other tokens: we compare with the effect of earlier ones.
     small = kind.itemsize < 4 or after <= max(ROUNDING, past * MOST_OF_PAST)
     if small and after <= (BOUND if kind.itemsize >= 4 else BOUND_16):
         return

@@ -39,7 +39,7 @@ class LoRA:
         dropout: must be 0, because rollouts and updates must see one policy.
 
     Raises:
-        ConfigurationError: peft is not installed, or a value breaks its rule.
+        ConfigurationError: peft is not installed, or a value is out of range.
     """
 
     def __init__(
@@ -119,9 +119,10 @@ class LoRA:
 
 
 def base_order(model: HFModel) -> dict[str, int]:
-    """Return the place of each weight before adapters were added; empty for a plain model.
+    """Return each weight's position before adapters were added; empty for a plain model.
 
-    peft removes an expert's weight from its module for a forward pass and puts it back last.
+    Positions change: peft removes an expert's weight from its module for a forward pass and puts it
+    back last.
     """
     return getattr(model, "_base_order", {})
 
@@ -142,13 +143,13 @@ def add_update(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return a weight plus its adapter's update, computed in float32 or wider.
 
     Args:
-        layer: peft's layer.
+        layer: peft's layer, for its scale and the order of an expert's dimensions.
         weight: ``[out, in]``, or experts ``[E, out, in]`` (``[E, in, out]`` in some models).
         a: ``[rank * E, in]``.
-        b: ``[out, rank * E]``; the expert index runs fastest over its columns.
+        b: ``[out, rank * E]``; adjacent columns belong to different experts.
 
     Returns:
-        A new tensor of the weight's shape and type.
+        A new tensor of the weight's shape and dtype.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b, scale = a.to(wide), b.to(wide), layer.scaling[ADAPTER]
@@ -203,7 +204,7 @@ def leave_base_out(module: nn.Module) -> None:
 
 
 def adapter_weights(model: HFModel) -> dict[str, Tensor]:
-    """Return the adapters of an unsharded model by their names."""
+    """Return the adapter weights of an unsharded model by name."""
     return {name: p.detach() for name, p in model.named_parameters() if is_adapter(name)}
 
 

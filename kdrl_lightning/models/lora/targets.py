@@ -21,8 +21,8 @@ ALL = "all-linear"
 # transformers keeps a layer's experts in one 3-D parameter, often with gate and up fused into one.
 FUSED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 HALVES = (("gate_proj", "up_proj"), ("w1", "w3"))
-# In a model with experts, peft mistakes modules of these names for experts of older checkpoints; as
-# parameters it accepts them.
+# In a model with experts, peft mistakes modules with these names for experts of older checkpoints.
+# It accepts them as parameters.
 OLD_EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 ROUTERS = ("gate", "wg", "shared_expert_gate")
 WARN_ABOVE = 0.1  # share of the decoder's weights that `all-linear` leaves without an adapter
@@ -33,8 +33,8 @@ class Targets:
     """Paths of the weights that peft adapts.
 
     Attributes:
-        modules: linear layers.
-        parameters: weights that peft adapts as parameters: experts, and layers named like experts.
+        modules: linear layers, peft's ``target_modules``.
+        parameters: experts, and linear layers named like experts: peft's ``target_parameters``.
     """
 
     modules: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Adaptable:
     experts: dict[str, Tensor]
 
     def named(self, name: str) -> set[str]:
-        """Return the paths that end with ``name``."""
+        """Return the paths of adaptable weights that end with ``name``."""
         return _ending((*self.linear, *self.experts), name)
 
     def width(self, path: str) -> int:
@@ -75,7 +75,7 @@ def find_targets(model: HFModel, names: Sequence[str] | str, rank: int) -> Targe
         rank: rank of the adapters.
 
     Raises:
-        ConfigurationError: a name matches no such weight, or the rank exceeds their widths.
+        ConfigurationError: a name matches no such weight, or the rank exceeds every width.
     """
     known = adaptable(model)
     if isinstance(names, str):
@@ -107,7 +107,7 @@ def adaptable(model: HFModel) -> Adaptable:
     experts: dict[str, Tensor] = {}
     for path, module in modules.items():
         if isinstance(module, nn.Linear):
-            # The scorer reads the head's weight, not its output.
+            # An adapter on the head would do nothing: the scorer reads its weight, not its output.
             if module is not head and _maps(module) and id(module.weight) not in tied:
                 linear[path] = module
         else:
@@ -132,7 +132,7 @@ def _model_type(module: object) -> str | None:
 
 
 def _maps(layer: nn.Linear) -> bool:
-    """Return whether a layer maps ``[..., in]`` to ``[..., out]``, which subclasses need not do."""
+    """Return whether a layer maps ``[..., in]`` to ``[..., out]``; subclasses may not."""
     if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point():
         return True
     try:
@@ -160,7 +160,7 @@ def _experts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tied(model: HFModel) -> set[int]:
-    """Return ``id`` of each weight with several names: an adapter would change only one use."""
+    """Return the ``id`` of each tied weight: an adapter would change only one of its uses."""
     seen: set[int] = set()
     tied: set[int] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -191,7 +191,7 @@ def _chosen(model: HFModel, known: Adaptable, names: Sequence[str]) -> set[str]:
 def _fused(known: Adaptable, name: str, names: Sequence[str]) -> set[str]:
     """Return the paths of fused experts that contain the projection ``name``.
 
-    Older checkpoints keep gate and up projection in separate weights.
+    Users know such names from older checkpoints, which keep gate and up projection apart.
 
     Raises:
         ConfigurationError: ``names`` has one half of a fused projection without the other.
@@ -242,7 +242,7 @@ def _no_match(model: HFModel, known: Adaptable, wrong: Sequence[str]) -> Configu
 
 
 def _bypassed(model: HFModel, path: str) -> bool:
-    """Return whether the model may read a layer's weight directly, which bypasses an adapter."""
+    """Return whether the model may read a layer's weight directly, and so bypass an adapter."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 

@@ -1,1 +1,1 @@
-"""What one pass of a model reads: shared prompts once, rows of similar length together."""
+"""Which tokens a forward pass reads: shared prompts once, rows of similar length together."""

@@ -1,4 +1,4 @@
-"""What the rows of a batch have in common: equal rows, prompts of several, and similar lengths."""
+"""Finds what the rows of a batch have in common: equal rows, equal prompts and similar lengths."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kdrl_lightning.rollout_batch import upload
 
-# Two passes must save at least this share of the tokens: each has fixed costs.
+# Two passes may have at most this share of one pass's tokens: each pass has fixed costs.
 SHARED_BELOW = 0.85
-# Micro-batches that are timed on a GPU. The first one also pays for starting the kernels.
+# Micro-batches to time on a GPU. We do not count the first one, which also loads the kernels.
 TIMED = 4
-# Padded tokens of a pass, at least: a GPU would not be busy with fewer.
+# Smallest number of padded tokens in a pass: fewer would not keep a GPU busy.
 LEAST_TOKENS = 4096
-# Share of its padded tokens that cutting a pass in two must save.
+# Splitting a pass in two must save at least this share of its padded tokens.
 LEAST_SAVING = 0.02
 
 # Returns the seconds that some work takes.
@@ -28,7 +28,7 @@ Clock: TypeAlias = Callable[[Callable[[], object]], float]
 
 
 def cuda_clock(work: Callable[[], object]) -> float:
-    """Return the seconds in which a GPU does some work."""
+    """Return the seconds that a GPU takes for some work."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     work()
@@ -40,14 +40,14 @@ def cuda_clock(work: Callable[[], object]) -> float:
 class Sharing:
     """Decides whether a micro-batch runs its prompts once, in two passes over fewer tokens.
 
-    A token of the second pass costs more: its attention has a mask, so it takes no flash kernel,
-    and a prompt's keys and values are copied for each row. On a CPU that hardly shows, and the
-    tokens decide. On a GPU both ways are timed, without gradient, in the first micro-batches that
-    could share; from then on the way with fewer seconds by these times is taken.
+    A token of the second pass costs more: its attention has a mask, so it cannot use a flash
+    kernel, and a prompt's keys and values are copied for each row. On a CPU this hardly matters,
+    and the numbers of tokens decide. On a GPU we time both ways, without gradient, in the first
+    micro-batches that could share; from then on, these times decide.
 
     Attributes:
-        clock: times both ways; None: tokens decide.
-        below: share of the tokens from which two passes are worth it.
+        clock: times both ways; None: the numbers of tokens decide.
+        below: two passes pay if they have at most this share of one pass's tokens.
     """
 
     clock: Clock | None = None
@@ -80,17 +80,17 @@ class Sharing:
 
 @dataclass(frozen=True)
 class MergedRows:
-    """The different rows of a batch, and their different prompts.
+    """The R distinct rows of a batch, and their P distinct prompts.
 
     Attributes:
-        of: ``[B]``, for each row of the batch its place among the different ones.
-        first: ``[R]``, where in the batch each of them comes first.
+        of: ``[B]``, index of each batch row among the distinct rows.
+        first: ``[R]``, index in the batch of each distinct row's first copy.
         input_ids: ``[R, S]``, prompt and completion, padded on the right.
         prompt_lengths: ``[R]``.
-        mask: ``[R, T]`` bool, the completions' tokens.
-        prompts: ``[P, W]``, the different prompts, -1 after their end.
-        prompt_of: ``[R]``, each row's prompt.
-        unequal: the prompts have different lengths.
+        mask: ``[R, T]`` bool, True on the completions' tokens.
+        prompts: ``[P, W]``, the distinct prompts, padded on the right with -1.
+        prompt_of: ``[R]``, index of each distinct row's prompt.
+        unequal: whether the prompts have different lengths.
     """
 
     of: Tensor
@@ -103,7 +103,7 @@ class MergedRows:
     unequal: bool
 
     def to(self, device: torch.device) -> MergedRows:
-        """Return a copy on a device."""
+        """Return a copy on ``device``."""
         return MergedRows(
             upload(self.of, device),
             upload(self.first, device),
@@ -117,13 +117,14 @@ class MergedRows:
 
 
 class Places(NamedTuple):
-    """Where the tokens to score are.
+    """Indices of the N tokens to score.
 
     Attributes:
-        rows: ``[N]``, their completions: of the batch, or of the different rows.
-        columns: ``[N]``, their places in these.
-        states: ``[N]``, the rows whose states predict them.
-        among: ``[N]``, their numbers among all completion tokens of the batch.
+        rows: ``[N]``, each token's row: in the batch, or among the distinct rows if these are
+            scored once.
+        columns: ``[N]``, each token's index in its completion.
+        states: ``[N]``, the row whose hidden states predict it: a distinct row, if rows are merged.
+        among: ``[N]``, its index among all completion tokens of the batch.
     """
 
     rows: Tensor
@@ -133,13 +134,13 @@ class Places(NamedTuple):
 
 
 def places_of(mask: Tensor, merged: MergedRows | None, once: bool, device: torch.device) -> Places:
-    """Find the tokens to score on the host; return their places on a device.
+    """Find the tokens to score on the CPU; return their indices on ``device``.
 
     Args:
-        mask: ``[B, T]`` bool, the completions' tokens, on the CPU.
-        merged: what rows have in common, on the CPU; None if that is not used.
-        once: equal rows are scored once.
-        device: of the result.
+        mask: ``[B, T]`` bool, True on the completions' tokens, on the CPU.
+        merged: the batch's distinct rows, on the CPU; None if every row runs in full.
+        once: score equal rows once.
+        device: device of the result.
     """
     number = mask.flatten().cumsum(0).view_as(mask) - 1
     if merged is not None and once:
@@ -152,8 +153,8 @@ def places_of(mask: Tensor, merged: MergedRows | None, once: bool, device: torch
 def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids ``[B, S]``, lengths ``[B]`` and mask ``[B, T]`` on the CPU.
 
-    What rows have in common decides shapes, for each of which the host would wait for a GPU. So it
-    waits once, for one copy of all three.
+    Shapes depend on what rows have in common, and the host would wait for a GPU for each of them.
+    With one copy of all three it waits once.
     """
     if ids.device.type == "cpu":
         return ids, prompt_lengths, mask
@@ -163,7 +164,7 @@ def on_host(ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, 
 
 
 def merge_rows(input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor) -> MergedRows:
-    """Find the different rows and prompts of ``[B, S]`` ids with completions ``mask [B, T]``.
+    """Find the distinct rows and prompts of ``[B, S]`` ids with completions ``mask [B, T]``.
 
     >>> rows = merge_rows(
     ...     torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 8]]),
@@ -198,8 +199,8 @@ class WidthClass(NamedTuple):
     """Rows that run in one pass.
 
     Attributes:
-        rows: their places in the batch.
-        width: tokens of the longest one.
+        rows: their indices.
+        width: length of the longest one, to which the others are padded.
     """
 
     rows: list[int]
@@ -207,17 +208,17 @@ class WidthClass(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the pass, with padding."""
+        """Number of tokens of the pass, with padding."""
         return len(self.rows) * self.width
 
 
 def width_classes(lengths: Sequence[int]) -> list[WidthClass]:
     """Return the passes for rows of these lengths, shortest rows first.
 
-    A pass is cut in two, where that saves most, until no cut saves enough.
+    We split a pass in two where this saves the most padding, until no split saves enough.
 
     Args:
-        lengths: tokens of each row.
+        lengths: number of tokens of each row.
 
     >>> [c.rows for c in width_classes([2000, 8000, 2100, 7900])], width_classes([5, 9])
     ([[0, 2], [3, 1]], [WidthClass(rows=[0, 1], width=9)])
@@ -235,7 +236,7 @@ def width_classes(lengths: Sequence[int]) -> list[WidthClass]:
 
 
 def _best_cut(ascending: list[int]) -> int:
-    """Return how many of the shortest rows run by themselves; 0: all run together."""
+    """Return how many of the shortest rows to split off; 0: all run together."""
     n, width = len(ascending), ascending[-1]
     found = {
         i: i * ascending[i - 1] + (n - i) * width
