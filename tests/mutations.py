@@ -3148,8 +3148,8 @@ MUTATIONS = [
     Mutation(
         "settings: others read another text",
         YAML_TEXT,
-        "# Other readers of YAML, e.g. Lightning for hyper-parameters, must read the values that "
-        "we wrote.\n",
+        "# Other YAML readers, e.g. Lightning for hyper-parameters, must read back the same "
+        "values.\n",
         "_resolve_as_we_do(Dumper)\n",
     ),
     Mutation(

@@ -16,15 +16,15 @@ from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import ConfigurationError
 
 PROGRAM = "python -m kdrl_lightning"
-# Folder -> heading of the list. Files in a folder called base are parts of others.
+# Folder -> heading in the list, which leaves out folders called base: other files build on theirs.
 HEADINGS = {
-    "": "Methods on the built-in task. Each runs as it is on a CPU, without a download.",
+    "": "Methods on the built-in task. Each runs on a CPU as it is, without a download.",
     "self_teachers": "Methods whose teacher is the student itself, on the built-in task.",
     "engine": "Engines that sample or score. Add one to a method with a second --config.",
     "hardware": "GPUs and nodes. Add one to a method with a second --config.",
     "recipes": "The papers' settings, with their models and data.",
 }
-# Class -> what it needs.
+# Class -> what it needs, as the list says it.
 NEEDS = {
     "VLLMEngine": "vLLM",
     "VLLMServerEngine": "a vLLM server",
@@ -50,7 +50,7 @@ def configs(args: Sequence[str]) -> None:
         args: the command line after ``configs``.
 
     Raises:
-        ConfigurationError: there is no such configuration, or its copy would overwrite a file.
+        ConfigurationError: there is no such configuration, or the copy would overwrite a file.
     """
     settings = parser().parse_args(list(args))
     if settings.action == "show":
@@ -72,18 +72,18 @@ def parser() -> PlainParser:
     show = actions.add_parser("show", help="print a configuration")
     show.add_argument("name", help="such as rlad or engine/vllm")
     show.add_argument(
-        "--resolved", action="store_true", help="merge the files that it builds on into it"
+        "--resolved", action="store_true", help="print it merged with the files it builds on"
     )
     copied = actions.add_parser("copy", help="copy a configuration, and the files it builds on")
     copied.add_argument("name", help="such as rlad or engine/vllm")
     copied.add_argument(
-        "--output", type=Path, help="path of the copy; by default NAME.yaml in this folder"
+        "--output", type=Path, help="path of the copy; default: NAME.yaml in this folder"
     )
     return made
 
 
 def listing(width: int) -> str:
-    """Return the list of configurations by kind: name, description, what it needs.
+    """Return the list of configurations, by kind, with what each does and needs.
 
     Args:
         width: width of the terminal, in columns.
@@ -109,7 +109,7 @@ def _entries(inside: Sequence[str], width: int) -> Iterator[str]:
 
 
 def describe(name: str) -> str:
-    """Return the first sentence of a configuration's comment, and what it needs.
+    """Return the first sentence of a configuration's comment, and what the configuration needs.
 
     >>> describe("engine/vllm")
     'vLLM samples rollouts in the training process. Needs vLLM.'
@@ -164,7 +164,7 @@ def load(name: str) -> Tree:  # as PyYAML returns it
 
 
 def resolved(name: str) -> str:
-    """Return a configuration and all that it builds on as one YAML text."""
+    """Return a configuration as one YAML text, merged with the files that it builds on."""
     return dump(load(name))
 
 

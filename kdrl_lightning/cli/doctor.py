@@ -1,4 +1,4 @@
-"""Runs ``python -m kdrl_lightning doctor``: checks that this machine trains right."""
+"""Runs ``python -m kdrl_lightning doctor``: checks that training works on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def doctor(args: Sequence[str]) -> int:
         0 if no check failed, else 1. A check that this machine cannot run does not fail.
 
     Raises:
-        ConfigurationError: there is no check of a given name, or the JSON file cannot be written.
+        ConfigurationError: a check is unknown, the JSON file has no folder, or the limit is not
+            above 0.
     """
     settings = parser().parse_args(list(args))
     unknown = sorted(set(settings.only or ()) - {check.name for check in CHECKS})
@@ -57,14 +58,14 @@ def doctor(args: Sequence[str]) -> int:
         report = {"machine": machine, "checks": [outcome.as_json() for outcome in outcomes]}
         settings.json.write_text(json.dumps(report, indent=2) + "\n")
     failed = any(outcome.verdict == "failed" for outcome in outcomes)
-    if not failed:  # the outputs of failed checks are read there
+    if not failed:  # else the user reads the logs of failed checks there
         shutil.rmtree(folder, ignore_errors=True)
     return int(failed)
 
 
 def parser() -> PlainParser:
     """Return the parser of the subcommand."""
-    words = "Check that this machine trains right: small real runs, each in a separate process."
+    words = "Check that training works on this machine: small real runs, each in its own process."
     made = PlainParser("python -m kdrl_lightning doctor", description=words, allow_abbrev=False)
     names = ", ".join(check.name for check in CHECKS)
     made.add_argument("--only", nargs="+", metavar="CHECK", help=f"run these checks only: {names}")
@@ -73,7 +74,7 @@ def parser() -> PlainParser:
         "--limit",
         type=float,
         metavar="SECONDS",
-        help="time limit of each check; the default differs by check",
+        help="time limit of each check; each has its own default",
     )
     return made
 

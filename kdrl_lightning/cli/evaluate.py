@@ -1,4 +1,4 @@
-"""Runs ``python -m kdrl_lightning evaluate``: several models on the same prompts, one table."""
+"""Runs ``python -m kdrl_lightning evaluate``: compares models on the same prompts, in one table."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.objectives import SFT
 from kdrl_lightning.trainer.checks.devices import check_devices
 
-# Settings of a training configuration that are switched off; a flag can switch them on.
+# Settings of a training configuration that we switch off; a flag can switch them on.
 SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-# Groups of a configuration that are read; the rest concerns training.
+# Groups of a configuration that an evaluation reads; the others concern training.
 GROUPS = ("models", "output", "seed_everything", "data", "trainer")
 FOR_TRAINING = (
     *("model", "imitation_stats", "weight_sync", "checkpoint", "predictions", "samples", "report"),
@@ -46,11 +46,11 @@ FOR_TRAINING = (
 
 
 class CheckpointStudent(ModelSource):
-    """Provides a checkpoint's student, exported at the first request.
+    """Provides the student of a checkpoint, and exports it at the first request.
 
     Args:
         ckpt_path: a checkpoint of ``fit``: a file, or a folder of shards.
-        output: folder in which the exported model is put.
+        output: folder in which to put the exported model.
     """
 
     def __init__(self, ckpt_path: str, output: str) -> None:
@@ -71,20 +71,23 @@ class CheckpointStudent(ModelSource):
         return str(self.folder)
 
     def remove(self) -> None:
-        """Delete the folder."""
+        """Delete the exported model."""
         shutil.rmtree(self.folder, ignore_errors=True)
         Path(f"{self.folder}.lock").unlink(missing_ok=True)
 
 
 def evaluate(args: Sequence[str]) -> None:
-    """Sample every model on the sets of ``test``, and write ``evaluation.json`` and ``.md``.
+    """Sample every model on the test sets; write ``evaluation.json`` and ``evaluation.md``.
+
+    Args:
+        args: the command line after ``evaluate``.
 
     Raises:
         ConfigurationError: no model is named, or a setting is wrong.
     """
     quiet()
     layered_yaml.install()
-    take_notes()  # drops those of an earlier command line
+    take_notes()  # clears the notes of an earlier command line
     parser = make_parser()
     config = parser.parse_args(pruned(args))
     refuse_empty_groups(config, parser.get_defaults())
@@ -131,14 +134,14 @@ def evaluate(args: Sequence[str]) -> None:
 
 @rank_zero_only
 def first_rank_prints(line: str) -> None:
-    """Print a line on the first rank."""
+    """Print a line on the first rank only."""
     print(line, flush=True)
 
 
 def evaluate_one(
     parser: OneLineParser, config: Namespace, name: str
 ) -> tuple[dict[str, dict[str, float]], RolloutDataModule, Trainer]:
-    """Sample one model; return its metrics by set, the data module and the trainer."""
+    """Sample one model; return its metrics by test set, the data module and the trainer."""
     with seeded(config):
         made = parser.instantiate_classes(config)
     seed_everything(as_seed(config.seed_everything), verbose=False)
@@ -150,7 +153,7 @@ def evaluate_one(
     source = made.models[name]
     if isinstance(source, str) and is_checkpoint(source):
         source = CheckpointStudent(source, config.output)
-    # An evaluation uses no objective, but the module needs one: SFT needs nothing else.
+    # An evaluation uses no objective, but the module needs one; SFT needs no teacher.
     module = KDRLModule(source, SFT())
     if trainer.is_global_zero:
         print(f"measuring {name}", flush=True)
@@ -181,7 +184,9 @@ def make_parser() -> OneLineParser:
         help="models by name: Hugging Face folder, hub name, checkpoint, or model source.",
     )
     parser.add_argument("--output", type=str, default="evaluation", help="folder of the table.")
-    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_argument(
+        "--seed_everything", type=bool | int, default=0, help="seed of sampling; true and false: 0."
+    )
     parser.add_lightning_class_args(RolloutDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
     off = {f"trainer.{name}": False for name in SWITCHED_OFF}
@@ -190,7 +195,7 @@ def make_parser() -> OneLineParser:
 
 
 def pruned(args: Sequence[str]) -> list[str]:
-    """Return a command line with, for each ``--config FILE``, what an evaluation needs of it."""
+    """Replace each ``--config FILE`` by the settings of the file that an evaluation needs."""
     out, rest = [], list(args)
     while rest:
         word = rest.pop(0)

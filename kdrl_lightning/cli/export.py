@@ -1,4 +1,4 @@
-"""A checkpoint's student as a Hugging Face folder, without a trainer."""
+"""Writes a checkpoint's student as a Hugging Face folder, without a trainer."""
 
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ def export(
         ckpt_path: a checkpoint of ``fit``: a file, or a folder of shards.
         output: path of the folder, which must not hold a model yet.
         tokenizer: folder or hub name; None: that of the student that the run started from.
-        dtype: torch dtype of the weights, e.g. ``bfloat16``; None: that of training.
+        dtype: torch dtype of the weights, e.g. ``bfloat16``; None: as in training.
         base: folder or hub name of a LoRA student's base model; None: the student that the run
             started from.
-        adapter: write only a LoRA student's adapters, as peft does, instead of merging them.
+        adapter: write only a LoRA student's adapters, in peft's format, instead of merging them.
 
     Raises:
         ConfigurationError: the checkpoint is damaged or not of this library, the folder holds a
-            model, there is no tokenizer, or the base model is another.
+            model or cannot be written, there is no tokenizer, an argument is wrong, or the base
+            model is not the one of the adapters.
     """
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
@@ -107,7 +108,7 @@ def export(
 def with_adapters(
     path: str, lora: Tree, adapters: dict[str, Tensor], ckpt_path: str
 ) -> Any:  # transformers has no type that all models share
-    """Load a base model and put a checkpoint's adapters on it.
+    """Return a base model with a checkpoint's adapters.
 
     Raises:
         ConfigurationError: the adapters were trained on another model, or do not fit.
@@ -127,7 +128,7 @@ def with_adapters(
 
 
 def student_weights(path: Path, saved: State) -> dict[str, Tensor]:
-    """Return the student's tensors by their Hugging Face names."""
+    """Return the student's tensors of a checkpoint, by their Hugging Face names."""
     state = read_shards(path) if path.is_dir() else saved["state_dict"]
     return {
         name.removeprefix(PREFIX): tensor
@@ -137,7 +138,7 @@ def student_weights(path: Path, saved: State) -> dict[str, Tensor]:
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a folder of shards; the optimizer's moments are not read."""
+    """Return the weights of a sharded checkpoint, without reading the optimizer's state."""
     index = FileSystemReader(folder).read_metadata().state_dict_metadata
     state: State = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -1,7 +1,7 @@
 """Prints ``--help``: one screen for the program, and one for each of its large subcommands.
 
 We write these screens by hand, because the parser's help has 900 lines and imports torch.
-``--help_all`` prints that.
+``--help_all`` prints the parser's help.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SUBCOMMANDS = {
     "predict": "writes completions and their rewards to a file",
     "evaluate": "compares models and checkpoints on the same prompts, in one table",
     "export": "writes a checkpoint's student as a Hugging Face folder",
-    "serve": "starts a vLLM server that samples for a run, or that is its teacher",
-    "doctor": "checks that this machine trains right, with its GPUs and vLLM",
+    "serve": "starts a vLLM server that samples for a run or serves its teacher",
+    "doctor": "checks that training works on this machine, with its GPUs and vLLM",
     "plan": "says whether a run fits its GPUs: memory, disk, seconds",
     "configs": "lists, shows and copies the configurations of the library",
 }
@@ -52,7 +52,8 @@ FLAGS: dict[str, list[tuple[str, str, Sequence[str]]]] = {
             "take the student of this checkpoint",
             ["validate", "test", "predict"],
         ),
-        ("--seed_everything N", "seed of the prompts' order and of sampling", ALL),
+        ("--seed_everything N", "seed of the prompts' order and of sampling", TRAINS),
+        ("--seed_everything N", "seed of sampling", MEASURES),
         ("--profile", "print where the time of the second rollout goes", TRAINS),
     ],
     "Model": [
@@ -67,7 +68,7 @@ FLAGS: dict[str, list[tuple[str, str, Sequence[str]]]] = {
         ("--data.val_prompts CLASS", "prompts to validate on", ["fit", "validate"]),
         ("--data.test_prompts CLASS", "prompts to measure on", ["test", "predict", "evaluate"]),
         ("--data.reward CLASS", "a class such as ExactMatch, or your function", ALL),
-        ("--data.rollout_engine CLASS", "what samples: TransformersEngine or VLLMEngine", ALL),
+        ("--data.rollout_engine CLASS", "such as TransformersEngine or VLLMEngine", ALL),
         ("--data.rollout.prompts_per_rollout N", "prompts that are sampled at once", TRAINS),
         ("--data.rollout.group_size N", "completions per prompt", TRAINS),
         ("--data.rollout.max_tokens N", "longest completion", ALL),
@@ -78,12 +79,12 @@ FLAGS: dict[str, list[tuple[str, str, Sequence[str]]]] = {
         ("--trainer.max_steps N", "optimizer steps", TRAINS),
         (
             "--trainer.accumulate_grad_batches N",
-            "micro-batches per step: more need less memory",
+            "micro-batches per step; more of them take less memory",
             TRAINS,
         ),
         ("--trainer.accelerator NAME", "cpu, gpu or auto", ALL),
-        ("--trainer.devices N", "how many GPUs", ALL),
-        ("--trainer.strategy NAME", "how they share the work, such as ddp or fsdp2", ALL),
+        ("--trainer.devices N", "number of GPUs", ALL),
+        ("--trainer.strategy NAME", "how GPUs share the work, such as ddp or fsdp2", ALL),
         ("--trainer.precision NAME", "such as bf16-mixed", ALL),
         ("--trainer.default_root_dir FOLDER", "where runs go", RUNS),
     ],
@@ -134,7 +135,7 @@ def help_text(args: Sequence[str]) -> str | None:
 
 
 def first_screen() -> str:
-    """Return the program's help: its subcommands, and where to read on."""
+    """Return the program's help: its subcommands, and where to read more."""
     lines = [f"  {name:<10}{words}" for name, words in SUBCOMMANDS.items()]
     return FIRST_SCREEN.format(subcommands="\n".join(lines))
 
@@ -149,7 +150,7 @@ def screen(subcommand: str) -> str:
         shown = [(flag, text) for flag, text, where in flags if subcommand in where]
         out += [heading] if heading and shown else []
         out += [f"  {flag:<{COLUMN}}{text}" for flag, text in shown]
-    of_a_class = "data.reward ExactMatch" if subcommand == "evaluate" else "model.objective RLAD"
+    of_a_class = "model.objective RLAD" if subcommand in TRAINS else "data.reward ExactMatch"
     key, name = of_a_class.split()
     out += [
         "",

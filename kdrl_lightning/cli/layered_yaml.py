@@ -1,6 +1,6 @@
-"""Reads configurations with ``base: other.yaml``, which start from that file and list differences.
+"""Reads configurations with ``base: other.yaml``, which build on that file and list differences.
 
-jsonargparse layers files only on the command line (``--config a --config b``), but a method should
+jsonargparse merges files only on the command line (``--config a --config b``), but a method should
 be one file that runs by itself.
 """
 
@@ -24,7 +24,7 @@ from kdrl_lightning.errors import ConfigurationError
 
 
 def install() -> None:
-    """Make jsonargparse read and write YAML, and report mistakes, in the way of this library."""
+    """Make jsonargparse read YAML, write YAML and report mistakes with this package's code."""
     set_loader("yaml", read, exceptions=(yaml.YAMLError,))
     set_dumper("yaml", dump)
     unions.install()
@@ -36,12 +36,12 @@ def load_with_base(text: str, path: str) -> Value:
 
     Args:
         text: YAML.
-        path: path of the text. ``base`` is relative to it, or names a configuration of the
+        path: path of the file. ``base`` is relative to it, or names a configuration of the
             library.
 
     Raises:
-        ConfigurationError: a file is not YAML or has a key twice, a base does not exist, or bases
-            form a circle.
+        ConfigurationError: a file is not YAML or has a key twice, a base does not exist, or a file
+            is its own base.
     """
     return plain(_resolve(_document(text, path), Path(path), ()))
 
@@ -51,12 +51,12 @@ def read(text: str, path: str | None = None) -> Value:
 
     Args:
         text: YAML.
-        path: path of the text, see ``load_with_base``. None: it is a value of the command line,
-            or the file that jsonargparse is reading.
+        path: path of the file, see ``load_with_base``. None: the text is a value of the command
+            line, or the file that jsonargparse is reading.
 
     Raises:
-        ConfigurationError: a file is not YAML or has a key twice, a base does not exist, or bases
-            form a circle.
+        ConfigurationError: a file is not YAML or has a key twice, a base does not exist, or a file
+            is its own base.
         yaml.YAMLError: a value of the command line is not YAML.
     """
     file = _being_read(text)
@@ -65,11 +65,11 @@ def read(text: str, path: str | None = None) -> Value:
     # jsonargparse changes into the folder of a file that it reads, and passes only its last name.
     full, name = file or (path or "", path or "--config")
     found = _resolve(_document(text, name), Path(full), ())
-    return {} if found is None else found  # all lines are comments
+    return {} if found is None else found  # None: all lines are comments
 
 
 def _being_read(text: str) -> tuple[str, str] | None:
-    """Return path and given name of the file that a text comes from; None for other text."""
+    """Return path and given name of the file that jsonargparse read a text from, or None."""
     for full, name in util.config_load_stack.get()[-1:]:
         try:
             if Path(full).read_text(encoding="utf-8") == text:
@@ -80,7 +80,7 @@ def _being_read(text: str) -> tuple[str, str] | None:
 
 
 def _value(text: str) -> Value:
-    """Return a value of the command line; a comment, an anchor or a lone name is text."""
+    """Return a value of the command line, e.g. ``a:`` and ``# a`` as text, not as YAML."""
     found = load(text)
     if found is None and text.strip().lower() not in ("null", "~", ""):
         return text
@@ -111,7 +111,7 @@ def _document(text: str, name: str) -> Value:
 
 
 def nested(settings: dict[Any, Any]) -> dict[Any, Any]:
-    """Return settings with nested mappings in place of names with dots.
+    """Return settings in which names with dots have become nested mappings.
 
     >>> nested({"a": {"x": 1}, "a.y": 2, "b.c.z": 3})
     {'a': {'x': 1, 'y': 2}, 'b': {'c': {'z': 3}}}
@@ -136,7 +136,7 @@ def _prefixes(key: str) -> list[str]:
 
 
 def _holds(found: dict[Any, Any], key: str, above: str) -> bool:
-    """Return whether the value of a key's beginning holds the rest of the key, too."""
+    """Return whether settings hold a dotted key a second time, nested below its prefix."""
     if above not in found:
         return False
     tree = found[above]

@@ -43,7 +43,7 @@ from kdrl_lightning.trainer.protocols import RolloutData, TrainedModule
 from kdrl_lightning.trainer.run_folder import RunConfig, loggers_in_root
 from kdrl_lightning.trainer.strategies import refuse_fsdp1
 
-if TYPE_CHECKING:  # module and data module meet here first: is each what the others ask for?
+if TYPE_CHECKING:  # type checkers verify here that both classes fit the trainer's protocols
 
     def _as_trained(module: KDRLModule) -> TrainedModule:
         return module
@@ -55,9 +55,9 @@ if TYPE_CHECKING:  # module and data module meet here first: is each what the ot
 class KDRLCLI(LightningCLI):
     """Runs fit, validate, test and predict, configured by YAML and flags.
 
-    Every run has a progress bar, and callbacks with a group of settings each: ``imitation_stats``,
-    ``weight_sync``, ``checkpoint``, ``predictions``, ``samples`` and ``report``. You add others
-    to ``trainer.callbacks``.
+    Every run has a progress bar, and six callbacks with a group of settings each:
+    ``imitation_stats``, ``weight_sync``, ``checkpoint``, ``predictions``, ``samples`` and
+    ``report``. Add your own to ``trainer.callbacks``.
     """
 
     @classmethod
@@ -65,12 +65,12 @@ class KDRLCLI(LightningCLI):
         """Parse and run a subcommand.
 
         Args:
-            args: replaces the command line.
+            args: the words of the command line; None takes those of this process.
             instantiate_only: build trainer, model and data from ``args``, and run no subcommand.
         """
         quiet()
         layered_yaml.install()
-        take_notes()  # drops those of an earlier command line
+        take_notes()  # clears the notes of an earlier command line
         given = sys.argv[1:] if args is None else list(args)
         return _only(cls, given[:1])(
             KDRLModule,
@@ -96,7 +96,7 @@ class KDRLCLI(LightningCLI):
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "CSVLogger",
-                    # Empty: `default_root_dir`, see `loggers_in_root`.
+                    # Empty means `default_root_dir`, see `loggers_in_root`.
                     "init_args": {"save_dir": "", "name": "kdrl_lightning"},
                 },
                 "callbacks": RolloutProgress(),
@@ -110,7 +110,7 @@ class KDRLCLI(LightningCLI):
         parser.add_lightning_class_args(FSDPCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(SamplePage, "samples")
-        # Last: it reads what the others have logged.
+        # Last, because it reads what the other callbacks have logged.
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_argument(
             "--profile",
@@ -119,7 +119,7 @@ class KDRLCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Check strategy and checkpoint before anything is built."""
+        """Check groups, strategy, trainer and checkpoint before anything is built."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         refuse_empty_groups(config, self._parser(self.subcommand).get_defaults())
         refuse_fsdp1(config.trainer.strategy)  # before Lightning refuses it without a cure
@@ -127,7 +127,7 @@ class KDRLCLI(LightningCLI):
         check_trainer(config.trainer)
         note_unused(config, self._parser(self.subcommand).get_default)
         path = config.get("ckpt_path")
-        # A command starts anew, so it knows of no best checkpoint.
+        # Lightning's `best` means that of an earlier run in the same process: there is none.
         if path and path not in ("last", "hpc") and not Path(path).exists():
             raise ConfigurationError(
                 f"`ckpt_path` must be a checkpoint: got {path}, which does not exist. Give a path, "
@@ -140,7 +140,7 @@ class KDRLCLI(LightningCLI):
         super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Build everything; data without a seed takes ``seed_everything``."""
+        """Build everything; without ``data.seed``, data takes ``seed_everything``."""
         with seeded(self.config if self.subcommand is None else self.config[self.subcommand]):
             try:
                 super().instantiate_classes()
@@ -157,7 +157,7 @@ class KDRLCLI(LightningCLI):
 
     # `Any`: Lightning's types.
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; report what Lightning refuses as the user's mistake."""
+        """Build the trainer; if Lightning refuses a setting, raise ``ConfigurationError``."""
         given = self._get(self.config, "trainer")
         try:
             return super().instantiate_trainer(**kwargs)
@@ -191,7 +191,7 @@ class KDRLCLI(LightningCLI):
         return kwargs
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: the command line wins over hyper-parameters inside a checkpoint."""
+        """Do nothing, so that hyper-parameters in a checkpoint do not override the command line."""
 
 
 def _only(cls: type[KDRLCLI], asked: Sequence[str]) -> type[KDRLCLI]:
@@ -200,16 +200,16 @@ def _only(cls: type[KDRLCLI], asked: Sequence[str]) -> type[KDRLCLI]:
     Each subcommand has a parser of all settings, which takes a while to build.
     """
     known = {name: skip for name, skip in cls.subcommands().items() if name in asked}
-    return (
-        type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: known)}) if known else cls
-    )
+    if not known:
+        return cls
+    return type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: known)})
 
 
 @contextmanager
 def seeded(config: Namespace) -> Iterator[None]:
-    """Let ``data.seed`` follow ``seed_everything`` unless it is given.
+    """Set ``data.seed`` to ``seed_everything`` inside the context, unless it is given.
 
-    The configuration itself keeps None, so that a saved one follows the seed of its next run.
+    Afterwards it is None again, so a saved configuration follows the seed of its next run.
     """
     given = config.data.seed
     if given is None:
@@ -221,7 +221,7 @@ def seeded(config: Namespace) -> Iterator[None]:
 
 
 def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "") -> None:
-    """Check that every group has settings.
+    """Check that every group of settings is a mapping.
 
     Args:
         config: all settings, or those of a group.
@@ -229,7 +229,7 @@ def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "")
         above: name of that group, with a dot after it.
 
     Raises:
-        ConfigurationError: a group is null, or a value without names.
+        ConfigurationError: a group is null or a single value.
     """
     for name, value in vars(config).items():
         default = defaults.get(name)
@@ -245,7 +245,7 @@ def refuse_empty_groups(config: Namespace, defaults: Namespace, above: str = "")
 
 
 def require_seed(value: bool | int) -> None:
-    """Check that a seed is one that numpy takes.
+    """Check that a seed is in numpy's range.
 
     Raises:
         ConfigurationError: it is not.
@@ -266,7 +266,7 @@ def quiet() -> None:
     """Hide messages of other libraries that do not concern the run."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It logs the error that it raises, which we print as one line.
+    # It logs the error that it raises; we print it as one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     # The student stays in evaluation mode, so that rollouts and updates use the same policy.
     warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode")

@@ -1,4 +1,4 @@
-"""The command line's parser, which prints a mistake as one line instead of two screens."""
+"""The command line's parser, which reports a mistake in one line instead of two screens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HELP = "--help`"
 # Start of a message about one setting, in jsonargparse's words or in ours.
 KEY = re.compile(r"Parser key \"?([\w.+-]+)\"?(?: element \d+)?:|`([\w.+-]+)`(?:: |(?= must ))")
 
-# Words of jsonargparse -> what we print instead.
+# jsonargparse's messages -> ours.
 REWORDED = {
     r"- Expected a path but .* either not accessible or invalid - ": "",
     r"Subclass types expect one of: .*": "Name a class, or give `class_path`.",
@@ -59,7 +59,7 @@ WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "t
 
 
 class OneLineParser(LightningArgumentParser):
-    """Prints an error as one line, with the nearest known name if a word is unknown."""
+    """Reports a mistake in one line, with the nearest known name if a name is unknown."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a one-line error; with ``JSONARGPARSE_DEBUG`` set, fail as jsonargparse does.
@@ -89,7 +89,7 @@ class OneLineParser(LightningArgumentParser):
             ) from error
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse the command line, where ``--config`` may name a configuration of the library.
+        """Parse the command line; ``--config`` takes a file or a configuration of the library.
 
         Raises:
             ConfigurationError: a setting is wrong, or a file of settings is not UTF-8 text.
@@ -111,7 +111,7 @@ class OneLineParser(LightningArgumentParser):
             ) from error
 
     def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **kwargs: Any) -> Any:
-        # jsonargparse calls this for everything it reads from files, texts and groups.
+        # jsonargparse calls this for all settings that it reads from files, texts and groups.
         if type(cfg) is dict and not self._of_a_class:
             if parent_key == "data":
                 cfg = renamed({"data": cfg}, "`data`")["data"]
@@ -126,7 +126,7 @@ class OneLineParser(LightningArgumentParser):
 
     def _refuse_unknown_group(self, cfg: Any) -> None:
         if any(isinstance(action.choices, dict) for action in self._actions):
-            return  # the parsers of the subcommands do so
+            return  # the parsers of the subcommands check it
         settings = {action.dest for action in self._actions}
         groups = {a.dest for a in self._actions if isinstance(a, actions._ActionConfigLoad)}
         unknown = unknown_group(settings, groups, cfg)
@@ -194,12 +194,12 @@ class OneLineParser(LightningArgumentParser):
         return names
 
     def _check_value_key(self, action: Any, value: Value, *args: Any, **kwargs: Any) -> Any:
-        # jsonargparse opens a file only if a plain `str` names it.
+        # jsonargparse opens a file only if its name is a plain `str`.
         opens = getattr(action, "_enable_path", True)  # a group of settings always does
         if opens and isinstance(value, Text) and is_file(value):
             value = str(value)
         if value is None and action.default is not None and hasattr(action, "_typehint"):
-            # jsonargparse treats null as a setting that is not given, and passes None on.
+            # jsonargparse treats null as "not given" and would pass None on unchecked.
             action._check_type_(None, mode=self.parser_mode)
         return super()._check_value_key(action, value, *args, **kwargs)
 
@@ -214,7 +214,7 @@ def _settings_of(config: str) -> Value:
 
 
 def is_file(name: str) -> bool:
-    """Return whether a text names a file; also false for a text that cannot be a path."""
+    """Return whether a text is the path of a file, without an error if it cannot be a path."""
     try:
         return Path(name).is_file()
     except (OSError, ValueError):
@@ -222,7 +222,7 @@ def is_file(name: str) -> bool:
 
 
 def one_line(message: str) -> str:
-    r"""Return a parser's message as one line, with the keys of nested classes as one path.
+    r"""Return a parser's message in one line, with nested keys joined by dots.
 
     >>> one_line("Parser key x:\n  Parser key \"y\":\n  Expected a <class 'int'>")
     "`x.y`: Expected a <class 'int'>"

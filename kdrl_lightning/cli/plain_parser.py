@@ -9,7 +9,7 @@ from kdrl_lightning.errors import ConfigurationError
 
 
 class PlainParser(argparse.ArgumentParser):
-    """Raises its errors as one line."""
+    """Raises a ``ConfigurationError`` instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a one-line error.

@@ -1,4 +1,4 @@
-"""Runs ``python -m kdrl_lightning plan``: will a run fit, before any hardware is touched."""
+"""Runs ``python -m kdrl_lightning plan``: says whether a run fits its GPUs, without using them."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ DOES_NOT_FIT = 1
 
 
 class PlanCLI(KDRLCLI):
-    """Reads a configuration of ``fit`` and builds nothing of it."""
+    """Parses a configuration of ``fit`` without building its objects."""
 
     def instantiate_classes(self) -> None:
-        """Build nothing: trainer and engine may need devices that are not here."""
+        """Build nothing, because trainer and engine may need GPUs that are not here."""
 
 
 class OneLine(argparse.ArgumentParser):
-    """Reports a mistake as one line."""
+    """Raises a ``ConfigurationError`` instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the mistake.
+        """Raise a one-line error.
 
         Raises:
             ConfigurationError: always.
@@ -54,6 +54,9 @@ class OneLine(argparse.ArgumentParser):
 
 def plan(args: Sequence[str]) -> None:
     """Print the plan of a configuration; exit with 1 if the run does not fit.
+
+    Args:
+        args: the command line after ``plan``.
 
     Raises:
         ConfigurationError: a flag or a setting is wrong.
@@ -69,43 +72,51 @@ def plan(args: Sequence[str]) -> None:
 
 
 def plan_flags() -> argparse.ArgumentParser:
-    """Return the parser of the flags that ``fit`` does not have."""
+    """Return the parser of the flags that ``plan`` has in addition to those of ``fit``."""
     parser = OneLine(
         prog="python -m kdrl_lightning plan",
-        description="Say whether a run fits, from the configurations of its models alone. It takes "
-        "--config and all flags of `fit` as well. Exit code: 0 if it fits, 1 if not, 2 for a "
+        description="Say whether a run fits its GPUs, from the config.json of its models alone. It "
+        "also takes --config and all flags of `fit`. Exit code: 0 if it fits, 1 if not, 2 for a "
         "mistake.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--gpus", type=int, help="number of GPUs; left out: devices times nodes of the trainer")
-    add("--gpu-memory", help="memory of one, such as 80GB; left out: that of --card")
-    add("--card", help=f"its name, for memory and seconds: {', '.join(c.name for c in CARDS)}")
-    add("--prompt-tokens", type=int, help="longest prompt; left out: data.max_prompt_tokens")
-    add("--completion-tokens", type=int, help="mean completion, for seconds; left out: half")
+    add("--gpus", type=int, help="number of GPUs; default: the trainer's devices times its nodes")
+    add("--gpu-memory", help="memory of a GPU, such as 80GB; default: that of --card")
+    add("--card", help=f"name of the GPU, for memory and time: {', '.join(c.name for c in CARDS)}")
+    add(
+        "--prompt-tokens",
+        type=int,
+        help=f"longest prompt; default: data.max_prompt_tokens, else {LONGEST_PROMPT}",
+    )
+    add(
+        "--completion-tokens",
+        type=int,
+        help="mean completion, for the time; default: half of data.rollout.max_tokens",
+    )
     add("--teacher-prompt-tokens", type=int, help="longest prompt that the teacher reads")
     add(
         "--teacher-tokens",
         type=float,
-        help="its tokens per token of the student, with another tokenizer",
+        help="for a teacher with another tokenizer: its tokens per token of the student",
     )
     add(
         "--model-config",
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="config.json of a model that is not here; give several",
+        help="config.json of a model that is not on this machine; repeat it for each model",
     )
-    add("--output", help="a file for the plan as JSON")
+    add("--output", metavar="FILE", help="write the plan to a JSON file")
     return parser
 
 
 def planned(flags: argparse.Namespace, rest: Sequence[str]) -> Plan:
-    """Return the plan of a command line.
+    """Return the plan for a command line.
 
     Args:
-        flags: flags of ``plan``.
-        rest: flags of ``fit``, with the configuration.
+        flags: parsed flags of ``plan``.
+        rest: the other words: flags of ``fit``, with the configuration.
     """
     card = card_named(flags.card) if flags.card else None
     memory = bytes_of(flags.gpu_memory) if flags.gpu_memory else card.memory if card else None
@@ -131,7 +142,7 @@ def planned(flags: argparse.Namespace, rest: Sequence[str]) -> Plan:
 
 
 def within_context(job: Job, module: KDRLModule) -> Job:
-    """Return the job with prompts that leave room for a completion in the student's context."""
+    """Return the job with its longest prompt cut so that a completion fits the context."""
     config = config_of(model_path(module.student_source), job.model_configs).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or job.longest
     longest = max(1, min(job.longest_prompt, context - job.rollout.max_tokens))
@@ -139,8 +150,8 @@ def within_context(job: Job, module: KDRLModule) -> Job:
 
 
 def module_of(cli: KDRLCLI) -> KDRLModule:
-    """Return the module of a parsed configuration; its models are not loaded."""
-    alone = OneLineParser()  # the whole parser would build data and trainer, too
+    """Return the module of a parsed configuration, without loading its models."""
+    alone = OneLineParser()  # the parser of `fit` would build data and trainer, too
     alone.add_lightning_class_args(KDRLModule, "model")
     only = Namespace(model=cli.config.model)  # type: ignore[no-untyped-call]
     module = alone.instantiate_classes(only).model
@@ -149,7 +160,7 @@ def module_of(cli: KDRLCLI) -> KDRLModule:
 
 
 def job_of(config: Namespace, flags: argparse.Namespace) -> Job:
-    """Return what a plan reads of a parsed configuration."""
+    """Return the settings of a parsed configuration that a plan needs."""
     trainer, data = config.trainer, config.data
     ranks = flags.gpus or _devices(trainer.devices) * int(trainer.num_nodes or 1)
     on_gpu = bool(flags.gpus or flags.gpu_memory or flags.card)
@@ -175,10 +186,14 @@ def job_of(config: Namespace, flags: argparse.Namespace) -> Job:
 
 
 def strategy_of(given: Value, ranks: int) -> Strategy:
-    """Return how ranks share the work.
+    """Return the strategy to plan for: ``single``, ``ddp`` or ``fsdp2``.
+
+    Args:
+        given: the trainer's ``strategy``.
+        ranks: number of GPUs or processes.
 
     Raises:
-        ConfigurationError: we cannot plan the strategy.
+        ConfigurationError: we cannot plan this strategy.
     """
     name = str(getattr(given, "class_path", given)).rsplit(".", 1)[-1].lower()
     if "fsdp2" in name:
@@ -199,7 +214,7 @@ def reduces_each(given: Value) -> bool:
 
 
 def _devices(given: Value) -> int:
-    """Return a number of devices; ``auto`` and -1 count as one, because none is touched."""
+    """Return the number of devices; ``auto`` and -1 count as one, because we look at no GPU."""
     if isinstance(given, list | tuple):
         return len(given)
     text = str(given)

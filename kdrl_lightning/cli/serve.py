@@ -25,13 +25,13 @@ method of its workers: vLLM's key guards only /v1. Expose it only to a private n
 
 
 def serve(args: Sequence[str]) -> NoReturn:
-    """Replace this process by the server.
+    """Replace this process by vLLM's server.
 
     Args:
         args: the command line after ``serve``.
 
     Raises:
-        ConfigurationError: the flags contradict each other, or vLLM is not installed.
+        ConfigurationError: a flag is wrong, or vLLM is not installed.
     """
     settings = parse(args)
     if importlib.util.find_spec("vllm") is None:
@@ -60,34 +60,45 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     """
     parser = PlainParser(
         "python -m kdrl_lightning serve",
-        description="Start a vLLM server for rollouts by VLLMServerEngine, or for a ServerTeacher. "
-        "The server takes its key from VLLM_API_KEY, or makes one and prints it. Flags after -- go "
-        "to vLLM.",
+        description="Start a vLLM server that samples for VLLMServerEngine or scores for a "
+        "ServerTeacher. It takes its key from VLLM_API_KEY, or makes one and prints it. Flags "
+        "after -- go to vLLM.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder or name")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument(
-        "--teacher", action="store_true", help="serve a teacher: its weights never change"
+        "--teacher", action="store_true", help="serve a teacher, whose weights never change"
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to bind; one that other machines reach needs --expose",
+        help="address to bind (default: 127.0.0.1); one that other machines reach needs --expose",
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to bind")
+    parser.add_argument("--port", type=int, default=8000, help="port to bind (default: 8000)")
     parser.add_argument(
         "--expose", action="store_true", help="allow an address that other machines reach"
     )
     parser.add_argument(
-        "--transfer", help="nccl: take weights from the trainer's GPU instead of files"
-    )
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; as vLLM's flag")
-    parser.add_argument("--max-model-len", type=int, help="longest prompt plus completion")
-    parser.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory"
+        "--transfer", help="nccl: get weights from the trainer's GPU instead of files"
     )
     parser.add_argument(
-        "--kv-cache-memory-bytes", type=int, help="bytes of its cache; needed on a CPU"
+        "--dtype",
+        default="auto",
+        help="type of the weights: auto (the default), bfloat16, ...",
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, help="longest prompt and completion together, in tokens"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="part of the GPU's memory that the server may take (default: 0.9)",
+    )
+    parser.add_argument(
+        "--kv-cache-memory-bytes",
+        type=int,
+        help="size of the KV cache in bytes; must be given on a CPU",
     )
     parser.add_argument("vllm", nargs="*", help="more flags of vLLM, after --")
     settings = parser.parse_args(list(args))
@@ -101,7 +112,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
 
 
 def command(settings: argparse.Namespace) -> list[str]:
-    """Return the arguments of the Python that runs vLLM's server."""
+    """Return the arguments with which Python runs vLLM's server."""
     backend = settings.transfer and json.dumps({"backend": settings.transfer})
     flags = {
         "--model": settings.model,

@@ -12,7 +12,7 @@ from kdrl_lightning.errors import ConfigurationError
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SUFFIXES = ("", ".yaml")
-# jsonargparse also accepts YAML text in place of a file; a file's name has none of these.
+# jsonargparse also accepts YAML text in place of a file; we take text with one of these for YAML.
 YAML_SIGNS = re.compile(r"[\n:{\[]")
 LIST = "`python -m kdrl_lightning configs` lists all configurations of the library."
 
@@ -28,7 +28,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path | None:
-    """Return the shipped file of a name, or None.
+    """Return the shipped file that a name means, or None.
 
     Args:
         name: such as ``rlad``, ``engine/vllm.yaml`` or ``configs/rlad.yaml``.
@@ -41,7 +41,7 @@ def find(name: str) -> Path | None:
 
 
 def require(name: str) -> Path:
-    """Return the shipped file of a name.
+    """Return the shipped file that a name means.
 
     Raises:
         ConfigurationError: there is none.
@@ -55,9 +55,9 @@ def require(name: str) -> Path:
 
 
 def config_file(name: str) -> Path:
-    """Return the file that ``--config NAME`` means: a file of the user's, else a shipped one.
+    """Return the file that ``--config NAME`` means: the user's file, else a shipped one.
 
-    It prints a note if the user's file hides a shipped configuration of the same name.
+    If the user's file hides a shipped configuration of the same name, the run prints a note.
 
     Raises:
         ConfigurationError: there is no such file.
@@ -82,14 +82,14 @@ def config_file(name: str) -> Path:
 
 
 def folder_cure(name: str) -> str:
-    """Return what to write instead of a folder."""
+    """Return advice for a user who gave a folder in place of a file."""
     if find(name):
         return f"Write {name}.yaml for the library's configuration."
     return "Name a file in it."
 
 
 def cure(name: str) -> str:
-    """Return what to write instead of an unknown name."""
+    """Return advice for a user who gave an unknown name."""
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     last = {known.rsplit("/", 1)[-1]: known for known in reversed(names())}
     close = get_close_matches(wanted, names(), n=2) or get_close_matches(wanted, last, n=2)
@@ -99,7 +99,7 @@ def cure(name: str) -> str:
 
 
 def with_files(args: Sequence[str]) -> list[str]:
-    """Return a command line with files in place of the names after ``--config``.
+    """Return a command line in which paths replace the names after ``--config``.
 
     >>> with_files(["fit", "--config", "rlad", "--config={data: {group_size: 4}}"])[2][-17:]
     'configs/rlad.yaml'

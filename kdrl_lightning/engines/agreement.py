@@ -1,10 +1,10 @@
-"""Whether an engine that runs other code than the student computes the same numbers.
+"""Checks that an engine that runs other code than the student computes the same log-probabilities.
 
-Two implementations of an architecture can differ, and weights can get lost between them. A short
-comparison after the first push finds that before anything is sampled for the run.
+Two implementations of an architecture can differ, and a push can lose weights. We compare a few
+tokens after the first push, before the engine samples for the run.
 
 Weights that are all zero or all one can hide a difference until training changes them: a gate that
-is closed, a bias that is not added. So a first comparison moves these weights a little.
+is closed, a bias that is not added. So the first comparison changes these weights a little.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 TEXT = "Solve it step by step: 12 + 30 = 42, because 10 + 30 = 40 and 40 + 2 = 42. Now 7 * 8 = "
 TOKENS = 12  # of each completion
 SHARES = (1.0, 0.5, 0.2)  # of the text: prompts of different lengths
-MOVE = 0.1  # standard deviation of what is added to equal weights
+MOVE = 0.1  # standard deviation of the noise added to equal weights
 AS_THEY_ARE = "the same weights"
 MOVED = "the same weights, after a small change of those that are all equal in their tensor"
 
@@ -33,8 +33,8 @@ def bound_of(precision: str, dtype: torch.dtype | None) -> float:
     """Return how far apart log-probabilities may be on average, in nats.
 
     Args:
-        precision: of the trainer.
-        dtype: that the engine computes in; None: the trainer's.
+        precision: the trainer's, e.g. ``bf16-mixed``.
+        dtype: type that the engine computes in; None: the trainer's.
 
     >>> bound_of("32-true", torch.float32), bound_of("bf16-mixed", None)
     (0.001, 0.1)
@@ -44,7 +44,7 @@ def bound_of(precision: str, dtype: torch.dtype | None) -> float:
 
 
 def equal_weights(model: nn.Module) -> list[Tensor]:
-    """Return the trained parameters whose values are all equal; of a sharded one, this rank's part.
+    """Return the trained parameters whose values are all equal; of a sharded one, the local shard.
 
     >>> [tuple(p.shape) for p in equal_weights(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)))]
     [(2,), (2,)]
@@ -56,16 +56,16 @@ def equal_weights(model: nn.Module) -> list[Tensor]:
 
 def _all_equal(values: Tensor) -> bool:
     flat = values.reshape(-1)
-    # Most tensors differ in their first values: the others need not be read.
+    # The first values of most tensors differ, so we need not read the rest.
     return all(bool((some == flat[0]).all()) for some in (flat[:64], flat))
 
 
 @contextmanager
 def moved(parts: Iterable[Tensor]) -> Iterator[None]:
-    """Move parameters by random numbers inside the context; they get the same values on each rank.
+    """Add noise to parameters inside the context, the same on each rank if they are not sharded.
 
     Args:
-        parts: parameters, which are changed in place and restored exactly.
+        parts: parameters or local shards, which are changed in place and restored exactly.
     """
     before = [(part, part.clone()) for part in parts]
     draw = torch.Generator().manual_seed(0)
@@ -79,12 +79,12 @@ def moved(parts: Iterable[Tensor]) -> Iterator[None]:
 
 
 def probe(engine: RolloutEngine, tokenizer: HFTokenizer, rows: int, context: int) -> RolloutBatch:
-    """Sample a few tokens from an engine after prompts that every model can read.
+    """Return a batch of short completions that an engine samples after a built-in text.
 
     Args:
-        engine: with weights.
+        engine: an engine that holds weights.
         tokenizer: the student's.
-        rows: ids are below it.
+        rows: the student's vocabulary size; token ids stay below it.
         context: longest prompt and completion together, in tokens.
     """
     known = [i for i in tokenizer.encode(TEXT, add_special_tokens=False) if 0 <= i < rows]
@@ -115,14 +115,14 @@ def require_agreement(
     """Refuse an engine whose log-probabilities are not the student's.
 
     Args:
-        engine: that sampled.
-        architecture: class of the student.
+        engine: the engine that sampled.
+        architecture: class name of the student.
         scored: completions with the engine's and the student's log-probabilities.
-        bound: on the mean absolute difference, in nats.
-        weights: what both computed with, in words.
+        bound: largest mean absolute difference, in nats.
+        weights: description of the weights of both, for the message.
 
     Raises:
-        ConfigurationError: they differ by more.
+        ConfigurationError: the log-probabilities differ by more than ``bound``.
     """
     theirs, ours = scored.rollout_logprobs, scored.old_logprobs
     assert isinstance(theirs, Tensor) and isinstance(ours, Tensor)

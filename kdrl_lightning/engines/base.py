@@ -1,4 +1,4 @@
-"""What the data module asks of a sampling engine."""
+"""The interface of sampling engines, which the data module calls."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ RENAMED = {"beside": "supports_async", "fixed": "has_own_weights"}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample.
+    """How to sample: length, temperature and which tokens are allowed.
 
-    Evaluations may leave out improbable tokens; rollouts never do, because the ratios of the loss
-    would be biased.
+    Evaluations may leave out improbable tokens. Rollouts never do, because that would bias the
+    ratios of the loss.
 
     Attributes:
         max_tokens: longest completion, the end token included.
         temperature: 0 is greedy.
-        top_p: sample from the most likely tokens that together have this probability; 1: from all.
-        top_k: sample from this number of most likely tokens; 0: from all.
+        top_p: sample from the most likely tokens that together have this probability; 1: all.
+        top_k: sample from this many of the most likely tokens; 0: all.
         min_p: leave out tokens with less than this share of the largest probability.
     """
 
@@ -38,7 +38,7 @@ class Sampling:
 
     @property
     def whole(self) -> bool:
-        """Whether every token can be sampled."""
+        """Whether every token of the vocabulary can be sampled."""
         return self.top_p >= 1.0 and not self.top_k and self.min_p <= 0.0
 
 
@@ -48,10 +48,10 @@ class Completion:
 
     Attributes:
         ids: sampled tokens; the end token, if reached, is the last.
-        logprobs: log-probability of each in the distribution that it was sampled from (at
+        logprobs: log-probability of each token in the distribution that it was sampled from (at
             temperature 1 if greedy).
-        truncated: cut at the token limit.
-        version: ``policy_version`` of the weights; None: of those that the engine holds.
+        truncated: whether the token limit cut it off.
+        version: ``policy_version`` of the weights that sampled it; None: the engine's version.
     """
 
     ids: list[int]
@@ -64,15 +64,15 @@ class RolloutEngine(ABC):
     """Samples completions from the student's current weights.
 
     Attributes:
-        version: the ``policy_version`` of the weights it holds; None before the first sync.
-        exact: its log-probabilities are the trainer's, so that nothing has to be corrected.
-        supports_async: it samples elsewhere, from a copy of the weights, so that a thread may ask
-            it while the student trains.
-        has_own_weights: it samples from other weights than the student's: nothing is pushed to it.
+        version: the ``policy_version`` of the weights that it holds; None before the first push.
+        exact: its log-probabilities equal the trainer's, so the loss needs no importance weights.
+        supports_async: it samples outside the training process, from a copy of the weights, so a
+            thread may call it while the student trains.
+        has_own_weights: it samples from other weights than the student's; we push none to it.
         dtype: the type that it computes in; None: the trainer's.
-        compared: it runs other code than the student, so its numbers are compared with the
-            student's after the first push, before it samples for the run.
-        context: longest prompt and completion together, in tokens; None: the student's.
+        compared: it runs other code than the student, so we compare its log-probabilities with
+            the student's after the first push, before it samples for the run.
+        context: longest prompt and completion together, in tokens; None: the student's limit.
         one_per_process: a process cannot hold two of these engines.
     """
 
@@ -86,7 +86,7 @@ class RolloutEngine(ABC):
     one_per_process: bool = False
 
     def __init_subclass__(cls) -> None:
-        """Take attributes by the names that they had in 0.1."""
+        """Accept attributes of a subclass under their names of 0.1, with a warning."""
         super().__init_subclass__()
         for old, new in RENAMED.items():
             if old in vars(cls):
@@ -98,19 +98,19 @@ class RolloutEngine(ABC):
                 setattr(cls, new, vars(cls)[old])
 
     def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
-        """Return which prompts of a model it cannot complete; called before anything is loaded.
+        """Return the prompt lengths that the engine cannot complete; called before models load.
 
         Args:
             path: folder or hub name of the model.
             max_tokens: longest completion.
 
         Returns:
-            Lengths of prompts in tokens, each with the reason. Most engines refuse none.
+            Ranges of prompt lengths in tokens, each with the reason. Most engines refuse none.
         """
         return []
 
     def prepare(self, path: str, longest: int, device: torch.device) -> None:  # noqa: B027
-        """Learn what a run will ask, and check it; called before anything is loaded.
+        """Check that the engine can serve a run on this device; called before models load.
 
         Args:
             path: folder or hub name of the model.
@@ -118,19 +118,19 @@ class RolloutEngine(ABC):
             device: the device of the model on this rank.
 
         Raises:
-            ConfigurationError: the engine cannot do it there. Most engines raise nothing.
+            ConfigurationError: it cannot. Most engines raise nothing.
         """
 
     @abstractmethod
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
-        """Get ready to sample from a model; weights arrive with ``update_weights``.
+        """Get ready to sample from a model; the weights come later, with ``update_weights``.
 
         Args:
-            weights: of the model.
+            weights: gives access to the model and its weights.
             eos_token_id: the token that ends a completion, or several.
-            pad_token_id: fills rows up.
+            pad_token_id: the token that pads rows.
         """
 
     @abstractmethod
@@ -148,15 +148,15 @@ class RolloutEngine(ABC):
 
         Args:
             prompts: P token lists.
-            seeds: P lists of seeds, one completion each.
-            sampling: length and temperature.
+            seeds: P lists of seeds, one seed per completion.
+            sampling: length, temperature and which tokens are allowed.
 
         Returns:
             P lists of completions, in the order of the seeds.
         """
 
     def release(self) -> None:  # noqa: B027 (most engines hold nothing)
-        """Free what the updates may need; ``update_weights`` comes before the next rollout."""
+        """Free memory for the updates; ``update_weights`` is called before the next rollout."""
 
     def close(self) -> None:  # noqa: B027 (most engines start nothing)
         """Stop what ``setup`` started and free its memory; the next ``setup`` starts it again."""

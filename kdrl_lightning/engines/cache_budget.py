@@ -1,4 +1,4 @@
-"""How many rows of a length a cache of keys and values has room for."""
+"""Computes how many rows of a given length fit into a KV cache."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 
 from kdrl_lightning.common.untyped import HFConfig, HFModel
 
-# A cache grows by a quarter when it is full.
+# A full cache grows by a quarter.
 GROWTH = 1.25
-# Bytes per entry of the logits of a row while a token is drawn: two copies in float32, the
-# cumulative distribution in float64 for the row and for its completion, and the model's output.
+# Bytes per logit of a row while a token is drawn: two copies in float32, the cumulative
+# distribution in float64 for the row and for its completion, and the model's output.
 DRAW = 28
-# Of a GPU's free memory; the rest is for activations.
+# The part of a GPU's free memory that a cache may take; the rest is for activations.
 SHARE = 0.5
 CPU_BYTES = 4 << 30
 CPU_SEQUENCES = 256
 
 
 def token_bytes(config: HFConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of one token's keys and values in all layers, at most.
+    """Return an upper bound on the bytes of one token's keys and values in all layers.
 
-    Layers with a window or a state of fixed size need less.
+    Layers with a sliding window or a recurrent state need less.
 
     Args:
         config: configuration of the model.
@@ -38,7 +38,7 @@ def token_bytes(config: HFConfig, dtype: torch.dtype) -> int:
 
 
 class CacheBudget:
-    """Bounds the rows that are decoded at once by the memory of their cache.
+    """Limits how many rows are decoded at once, by the memory of their KV cache.
 
     Args:
         max_tokens: tokens in the cache at once, prompts included; None: what fits half of the
@@ -71,15 +71,15 @@ class CacheBudget:
         lengths: list[int],
         on_cpu: bool,
     ) -> list[int]:
-        """Return the same for a cache that may take so much memory.
+        """Return the same for a given amount of memory, without a model.
 
         Args:
-            memory: bytes.
+            memory: bytes that the cache may take.
             config: configuration of the model.
             dtype: type of the cache.
-            vocabulary: rows of the model's head.
+            vocabulary: number of rows of the model's head.
             lengths: longest prompt and completion together, in tokens.
-            on_cpu: where the model decodes.
+            on_cpu: whether the model decodes on a CPU.
         """
         most = self.max_rows or (CPU_SEQUENCES if on_cpu else max(vocabulary, 1))
         if self.max_tokens is not None:
@@ -91,7 +91,7 @@ class CacheBudget:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the memory that a cache may take on a device."""
+    """Return the bytes that a cache may take on a device."""
     if device.type != "cuda":
         return CPU_BYTES
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

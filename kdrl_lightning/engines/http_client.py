@@ -1,6 +1,6 @@
-"""HTTP client for vLLM servers, which retries what may work later.
+"""HTTP client for vLLM servers, which retries requests that may work later.
 
-It uses Python's standard library: keeping connections open is all that we need of a client.
+It uses Python's standard library, because all we need is that connections stay open.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 from kdrl_lightning.common.untyped import Tree, Value
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_between
 
-# Status of an overloaded server, of a proxy, or of a server that starts or stops.
+# Answers of an overloaded server, of a proxy, or of a server that starts or stops.
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 KEPT_S = 2.0  # vLLM closes idle connections after 5 s
-# Sample from the model's distribution unchanged, whatever its files or the server's flags say.
+# Sample from the model's unchanged distribution, whatever its files or the server's flags say.
 AS_IT_IS = {
     "top_p": 1.0,
     "top_k": -1,
@@ -97,7 +97,7 @@ class ServerClient:
         return self._answer("POST", path, json.dumps(body or {}))
 
     def get(self, path: str) -> Value:
-        """Get a path and return the JSON of the answer; errors are those of ``post``."""
+        """Get a path and return the JSON of the answer; raises the same errors as ``post``."""
         return self._answer("GET", path)
 
     def patiently(self, work: Callable[[], T]) -> T:
@@ -136,7 +136,7 @@ class ServerClient:
 
         Args:
             method: name of the method.
-            *arguments: its arguments.
+            *arguments: the method's arguments.
 
         Raises:
             AwayError: the call may work later.
@@ -184,7 +184,7 @@ class ServerClient:
             connection.close()
 
     def _broken(self, path: str, status: int) -> bool:
-        """Return whether a healthy server fails to call a method, because it lacks that method."""
+        """Return whether a healthy server fails to call a method, because it lacks the method."""
         if status != 500 or path != "/collective_rpc":
             return False
         try:

@@ -1,4 +1,4 @@
-"""Next-token logits of growing rows: with a cache, or by running every row again."""
+"""Next-token logits of rows that grow token by token, with a cache or by running each row again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdrl_lightning.models.prompt_cache import growing_cache, select_rows
 
 # `Any`: models of transformers share no typed base, and their caches have no type.
 
-# Names of the cache in inputs and outputs of most architectures, of Mamba's, and of RWKV's.
+# Name of the cache in inputs and outputs: of most architectures, of Mamba, and of RWKV.
 MEMORIES = ("past_key_values", "cache_params", "state")
 
 
@@ -25,8 +25,8 @@ class Prefixes(ABC):
     """Runs rows of tokens, each of which grows by one token per step.
 
     Attributes:
-        mixed: prompts of different lengths may start together.
-        cached: a step runs only the new tokens.
+        mixed: whether prompts of different lengths may be in one batch.
+        cached: whether a step runs only the new tokens.
     """
 
     mixed: bool = False
@@ -52,7 +52,7 @@ class Prefixes(ABC):
 
 
 class PaddedPrefixes(Prefixes):
-    """Runs prompts padded on the left, with a cache of keys and values that grows in place."""
+    """Runs prompts padded on the left, with a KV cache that grows in place."""
 
     mixed = True
 
@@ -95,10 +95,10 @@ class PaddedPrefixes(Prefixes):
 
 
 class OwnCachePrefixes(Prefixes):
-    """Runs prompts of one length with the architecture's cache (recurrent states, convolutions)."""
+    """Runs prompts of equal length with the architecture's cache, e.g. recurrent states."""
 
     def start(self, prompts: list[list[int]]) -> Tensor:
-        """Run prompts of one length; return the logits ``[P, V]``.
+        """Run prompts of equal length; return the logits ``[P, V]``.
 
         Raises:
             TypeError: the architecture returns no cache.
@@ -128,7 +128,7 @@ class WholePrefixes(Prefixes):
     cached = False
 
     def start(self, prompts: list[list[int]]) -> Tensor:
-        """Run prompts of one length; return the logits ``[P, V]``."""
+        """Run prompts of equal length; return the logits ``[P, V]``."""
         self.ids = torch.tensor(prompts, device=self.model.device)
         return self._run()
 
@@ -145,10 +145,10 @@ class WholePrefixes(Prefixes):
 
 @contextmanager
 def whole_rows(model: HFModel) -> Iterator[None]:
-    """Give the head contiguous rows inside.
+    """Pass contiguous hidden states to the head inside the context, which is faster.
 
-    The last token of each prompt is a slice. torch multiplies slices by a weight without gradient
-    row by row, and in 16 bits on a CPU copies the whole weight for each row first.
+    The hidden states of the prompts' last tokens are a slice. If the weight has no gradient, torch
+    multiplies a slice row by row, and in 16 bits on a CPU copies the whole weight for each row.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, given: tuple(rows.contiguous() for rows in given)
@@ -163,9 +163,9 @@ WAYS: tuple[type[Prefixes], ...] = (PaddedPrefixes, OwnCachePrefixes, WholePrefi
 
 
 def is_ordinary(model: HFModel) -> bool:
-    """Return whether ``PaddedPrefixes`` is right for a model without trying it.
+    """Return whether every layer is attention with rotary embeddings.
 
-    It is if every layer is attention with rotary embeddings.
+    ``PaddedPrefixes`` is correct for such a model, without a comparison.
     """
     cache = DynamicCache(config=model.config)
     plain = all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)

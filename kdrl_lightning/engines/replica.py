@@ -1,4 +1,4 @@
-"""A whole copy of a model on every rank, in the type that the trainer computes in."""
+"""A full copy of a model on every rank, in the type that the trainer computes in."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 @torch.no_grad()
 def filled_replica(weights: ModelWeights, replica: HFModel = None) -> HFModel:
-    """Return a plain copy of a model in its computing type; all ranks must call it.
+    """Return an unsharded copy of a model in its compute type; all ranks must call it.
 
     We gather one tensor at a time, so a rank holds the copy and at most one tensor twice.
 
     Args:
         weights: weights of the model.
-        replica: an earlier copy to fill again; None builds one on this rank's device.
+        replica: an earlier copy to refresh; None builds one on this rank's device.
 
     Raises:
         RuntimeError: the copy has parameters that the model lacks.

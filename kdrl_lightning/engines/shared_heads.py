@@ -1,8 +1,8 @@
-"""Attention on a CPU that does not copy the keys and values that query heads share.
+"""Grouped-query attention on a CPU that does not copy the keys and values that query heads share.
 
 If a batch has a mask, transformers' ``sdpa`` repeats keys and values once per query head, for every
-new token. torch's CPU kernel reads shared heads in place and gives the same numbers, bit by bit. We
-register it with transformers under another name and give a model that name while it samples.
+new token. torch's CPU kernel reads shared heads in place and gives bit-identical results. We
+register it with transformers under a new name, which a model uses while it samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPLACED = "sdpa"
 
 @contextmanager
 def shared_heads_in_place(model: HFModel) -> Iterator[None]:
-    """Let a model attend without copies inside, if it has shared heads and ``sdpa`` on a CPU."""
+    """Use ``attend`` inside the context, if a model on a CPU has shared heads and ``sdpa``."""
     if not has_copies_to_save(model):
         yield
         return
@@ -40,9 +40,9 @@ def shared_heads_in_place(model: HFModel) -> Iterator[None]:
 
 
 def has_copies_to_save(model: HFModel) -> bool:
-    """Whether transformers copies shared keys and values, and another name changes nothing else.
+    """Return whether ``attend`` would save copies and change nothing else.
 
-    Sparse attention reads the name ``sdpa`` itself; such layers have caches that are not ordinary.
+    Sparse attention checks for the name ``sdpa``; ``is_ordinary`` leaves such models out.
     """
     config = model.config
     heads = getattr(config, "num_attention_heads", None)
@@ -66,18 +66,18 @@ def attend(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as ``sdpa`` does, with keys and values in place if there is a mask.
+    """Attend as ``sdpa`` does; with a mask, read shared keys and values in place.
 
     Args:
-        module: the layer, which ``sdpa`` asks how many query heads share a key.
+        module: the layer, from which ``sdpa`` reads how many query heads share a key.
         query: ``[B, H, T, D]``.
         key: ``[B, K, S, D]``, H a multiple of K.
         value: ``[B, K, S, E]``.
-        attention_mask: bool, or added to the scores; broadcast to ``[B, H, T, S]``. Without one,
-            ``sdpa`` makes no copies, so it does the work.
-        dropout: the share of attention weights that are dropped.
-        scaling: of the scores; None: ``D ** -0.5``.
-        settings: for ``sdpa``. It also does the work if they hold a bias or a paged cache.
+        attention_mask: bool, or added to the scores; broadcast to ``[B, H, T, S]``. If None, we
+            call ``sdpa``, which then makes no copies.
+        dropout: probability with which an attention weight is dropped.
+        scaling: factor of the scores; None: ``D ** -0.5``.
+        settings: passed on to ``sdpa``, which we also call if they hold a bias or a paged cache.
 
     Returns:
         ``[B, T, H, E]``, and None in place of the attention weights.

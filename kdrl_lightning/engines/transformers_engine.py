@@ -1,4 +1,4 @@
-"""Sampling from the live transformers model, without vLLM and without copies of the weights.
+"""Sampling with transformers, without vLLM.
 
 We write the decoding loop ourselves because ``model.generate`` neither drops finished sequences
 from the batch, nor shares a prompt's cache within its group, nor draws each sequence's noise from a
@@ -46,31 +46,32 @@ from kdrl_lightning.rollout_batch import upload
 
 
 class TransformersEngine(RolloutEngine):
-    """Samples from the live student in batches, with a key-value cache.
+    """Samples from the live student in batches, with a KV cache.
 
-    The engine sorts prompts by length and runs each once for its whole group; finished sequences
-    leave the batch.
+    The engine sorts prompts by length and runs each prompt once for its whole group; finished
+    sequences leave the batch.
 
     When it first gets weights, the engine compares a few samples with the model's logits. It then
-    takes the fastest way that is right: prompts of mixed lengths with a cache, prompts of one
-    length with the architecture's cache (recurrent and hybrid models), or no cache, with a warning.
+    uses the fastest method that is correct: prompts of mixed lengths with a KV cache, prompts of
+    equal length with the architecture's cache (recurrent and hybrid models), or no cache, with a
+    warning.
 
     Ranks decode different numbers of steps, so a sharded model would wait forever in its
-    collectives. For a sharded student the engine therefore keeps a whole copy on every rank and
-    refreshes it at each ``update_weights``. It also does if the trainer computes in 16 bits
+    collectives. For a sharded student the engine therefore keeps a full copy on every rank and
+    refreshes it at each ``update_weights``. It also keeps one if the trainer computes in 16 bits
     (``bf16-mixed``): then copy and cache are in 16 bits, no step casts a weight, and
-    log-probabilities differ from the trainer's by rounding, so objectives correct for it. The copy
-    takes memory in addition to the student. If that is too much, use vLLM.
+    log-probabilities differ from the trainer's by rounding, so objectives apply importance weights.
+    The copy takes memory in addition to the student. If that is too much, use vLLM.
 
-    On a GPU this engine serves for a first look, and a run says so: by calculation, Qwen3-0.6B
+    On a GPU this engine is for first tries, and a run says so: by calculation, Qwen3-0.6B
     takes 6 to 11 times as long as with vLLM on one H100 (1,024 completions of 2,048 tokens). Nobody
     has measured it yet.
 
     Args:
-        max_sequences: completions decoded at once; None: 256 on a CPU, as many as the cache has
-            room for on a GPU.
-        max_cached_tokens: tokens of prompts and completions that the cache may hold; None: what
-            fits half of a GPU's free memory, 4 GiB on a CPU.
+        max_sequences: completions decoded at once; None: 256 on a CPU, as many as fit into the
+            cache on a GPU.
+        max_cached_tokens: tokens of prompts and completions that the cache may hold; None: as many
+            as fit into half of a GPU's free memory, or into 4 GiB on a CPU.
 
     Raises:
         ConfigurationError: a number is below 1.
@@ -92,9 +93,10 @@ class TransformersEngine(RolloutEngine):
         self._way: type[Prefixes] | None = None
 
     def refused_lengths(self, path: str, max_tokens: int) -> list[tuple[range, str]]:
-        """Return the prompt lengths from which a completion may grow past a change of the model.
+        """Return the prompt lengths whose completion may cross a length at which the model changes.
 
-        Each comes with the reason, as text for the user.
+        Beyond such a length the model computes earlier tokens differently, see ``Change``, so their
+        cached keys and log-probabilities would be wrong.
         """
         if not may_change(load_config(path)):
             return []
@@ -109,7 +111,7 @@ class TransformersEngine(RolloutEngine):
         ]
 
     def prepare(self, path: str, longest: int, device: torch.device) -> None:
-        """Say how much faster vLLM is on a GPU; see ``RolloutEngine.prepare``."""
+        """Warn on a GPU that vLLM is faster; see ``RolloutEngine.prepare``."""
         if device.type == "cuda":
             warnings.warn(
                 "TransformersEngine on a GPU is for first tries: we calculate (no measurement yet) "
@@ -126,12 +128,12 @@ class TransformersEngine(RolloutEngine):
         self._rows = weights.vocab_size
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Set the version; of a sharded model, or one with 16 bits to compute in, refresh the copy.
+        """Set the version, and refresh the copy if the model is sharded or computes in 16 bits.
 
-        The live model already has the weights. The first call chooses a way to sample the model.
+        The live model already has the weights. The first call chooses the sampling method.
 
         Raises:
-            ConfigurationError: no way gives the model's log-probabilities.
+            ConfigurationError: no method gives the model's log-probabilities.
         """
         copied = weights.sharded or weights.narrower
         if copied:
@@ -149,13 +151,13 @@ class TransformersEngine(RolloutEngine):
         """Sample completions; see ``RolloutEngine.generate``.
 
         Raises:
-            ConfigurationError: a completion might grow past a change of the model.
+            ConfigurationError: a completion might cross a length at which the model changes.
         """
         refuse_crossing(self._model, [len(p) for p in prompts], sampling.max_tokens)
         if self._way is None:
             self._way = PaddedPrefixes if is_ordinary(self._model) else self._choose_way()
-        # A copy is in the type that it computes in. For it, autocast would compute some things
-        # in float32, and so keep a cache twice as large.
+        # A copy already has its compute type. Autocast would compute parts of it in float32, which
+        # would double the cache.
         autocast = torch.is_autocast_enabled(self._model.device.type) and self._replica is None
         with torch.autocast(self._model.device.type, enabled=autocast):
             return self._sample(self._way, prompts, seeds, sampling)
@@ -169,7 +171,7 @@ class TransformersEngine(RolloutEngine):
     ) -> list[list[Completion]]:
         out: list[list[Completion]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        # Rows at once if this prompt is the longest, which it is when it joins a chunk.
+        # limits[i]: rows at once if prompt i is the longest, which it is when it joins a chunk.
         lengths = [len(prompt) + sampling.max_tokens for prompt in prompts]
         limits = self.budget.rows(self._model, lengths)
         # A chunk holds pairs of a prompt and its seeds; a group larger than the limit is split.
@@ -205,7 +207,7 @@ class TransformersEngine(RolloutEngine):
     ) -> list[Completion]:
         device = self._model.device
         logits = prefixes.start(prompts)
-        # Completions that are equal so far share a row of the cache: at first all of a prompt.
+        # Completions that are equal so far share a cache row: at first, all those of a prompt.
         groups = torch.tensor([len(group) for _, group in chunk])
         rows = torch.arange(len(prompts)).repeat_interleave(groups)
         seeds = [seed for _, group in chunk for seed in group]
@@ -213,7 +215,7 @@ class TransformersEngine(RolloutEngine):
         size, ends = len(noise), torch.tensor(self._ends)
         ids = torch.full((size, sampling.max_tokens), self._pad, device=device)
         logprobs = torch.zeros(size, sampling.max_tokens, device=device, dtype=torch.float32)
-        # Which rows continue is decided on the host, which waits for a GPU once per step: for the
+        # The host decides which rows continue, so it waits for the GPU once per step, for the
         # tokens.
         alive, done = torch.arange(size), torch.zeros(size, dtype=torch.bool)
         for t in range(sampling.max_tokens):
@@ -234,10 +236,10 @@ class TransformersEngine(RolloutEngine):
         return _completions(ids, logprobs, done, self._ends)
 
     def _choose_way(self) -> type[Prefixes]:
-        """Return the fastest way whose log-probabilities equal those of whole single rows.
+        """Return the fastest method whose log-probabilities equal those of a full pass per row.
 
         Raises:
-            ConfigurationError: no way does.
+            ConfigurationError: there is none.
         """
         decide_per_row(self._model)
         name = type(self._model).__name__
@@ -246,7 +248,7 @@ class TransformersEngine(RolloutEngine):
                 right = self._samples_right(way)
             except (torch.OutOfMemoryError, ConfigurationError):
                 raise
-            except Exception:  # every architecture fails on an unknown cache with another error
+            except Exception:  # each architecture raises a different error for an unknown cache
                 continue
             if right and not way.cached:
                 warnings.warn(
@@ -265,7 +267,7 @@ class TransformersEngine(RolloutEngine):
         """Return whether sampled log-probabilities equal those of single rows up to rounding.
 
         A cache that leaves out a detail (Nemotron-H's lower bound on time steps) is only slightly
-        off. So we take as rounding what whole rows differ by among themselves.
+        off. So we measure rounding: the same gap without a cache.
         """
         gap = self._sampling_gap(way)
         if self._model.get_output_embeddings().weight.dtype.itemsize < 4:
@@ -297,7 +299,7 @@ class TransformersEngine(RolloutEngine):
 
 
 def refuse_crossing(model: HFModel, prompts: list[int], max_tokens: int) -> None:
-    """Refuse completions that might grow past a length at which earlier tokens change.
+    """Refuse completions that might cross a length at which the model changes earlier tokens.
 
     Args:
         model: the model to sample from.
@@ -305,7 +307,7 @@ def refuse_crossing(model: HFModel, prompts: list[int], max_tokens: int) -> None
         max_tokens: longest completion, in tokens.
 
     Raises:
-        ConfigurationError: a row might grow past such a length.
+        ConfigurationError: a row might cross such a length.
     """
     for change in changes(model):
         for length in prompts:
@@ -324,10 +326,10 @@ def _draw(logits: Tensor, rows: Tensor, noise: Tensor, sampling: Sampling) -> tu
     At temperature 0 we take the most likely token.
 
     Args:
-        logits: ``[R, V]``, of the next token.
+        logits: ``[R, V]``, next-token logits of each row.
         rows: ``[N]``, the row of each completion.
         noise: ``[N]``, uniform in [0, 1).
-        sampling: temperature, and which tokens can be sampled.
+        sampling: temperature, and which tokens are allowed.
 
     Returns:
         Tokens and their log-probabilities in nats, both ``[N]``.
@@ -340,7 +342,7 @@ def _draw(logits: Tensor, rows: Tensor, noise: Tensor, sampling: Sampling) -> tu
         if not sampling.whole:
             logits = restricted(logits, sampling)
         peak = logits.amax(-1, keepdim=True)
-        # In float64, because a float32 sum over 150k tokens would shift the edges of rare ones.
+        # In float64: a float32 sum over 150k tokens would shift the edges of rare tokens.
         edges = (logits - peak).exp().cumsum(-1, dtype=torch.float64)
         log_norm = (edges[:, -1].log() + peak.squeeze(-1)).float()
         edges = edges[rows]

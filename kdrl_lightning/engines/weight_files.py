@@ -1,4 +1,4 @@
-"""Files of weights, which the trainer writes and a server reads, one tensor at a time."""
+"""Weight files: the trainer writes them and a server reads them, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> 
 
     Args:
         tensors: yields names and values, one at a time.
-        folder: an existing, empty folder; None only runs the iterator to its end.
+        folder: an existing, empty folder; None reads all tensors and writes nothing.
     """
     shard: dict[str, Tensor] = {}
     count = 0
     for name, tensor in tensors:
         if folder is None:
             continue
-        # A copy, because the format refuses tied tensors, which share memory.
+        # A copy, because safetensors refuses tied tensors, which share memory.
         shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
             save_file(shard, folder / f"{count:05d}.safetensors")

@@ -1,4 +1,4 @@
-"""Transport of weights from the trainer to the servers: the protocol, and transport by files."""
+"""Sends weights from the trainer to vLLM servers: the interface, and a version that uses files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kdrl_lightning.errors import TrainingStopped
 
 
 class WeightRoute(ABC):
-    """Sends weights to servers; afterwards each server reports their label as ``student``."""
+    """Sends weights to servers, whose RPC method ``student`` then returns the weights' label."""
 
     @abstractmethod
     def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
@@ -31,16 +31,16 @@ class WeightRoute(ABC):
         Args:
             weights: weights of the student.
             servers: the servers.
-            label: name of these weights.
+            label: a unique name of these weights.
 
         Raises:
-            TrainingStopped: the disk or a server does not take them; on the first rank alone, if
-                it is a server.
+            TrainingStopped: the disk is full, or a server refuses the weights (then on the first
+                rank alone).
         """
 
     @abstractmethod
     def again(self, server: ServerClient, label: str) -> None:
-        """Send the weights of the last push to a restarted server; this is not a collective.
+        """Send the weights of the last push to a restarted server; one rank may call it alone.
 
         Raises:
             AwayError: sending may work later.
@@ -66,7 +66,7 @@ class FileRoute(WeightRoute):
         made, failure = [""], None
         try:
             made[0] = self._write(weights, rank == 0)
-        except Exception as error:  # the others wait for this rank
+        except Exception as error:  # `agree` raises it on every rank, or the others would wait
             failure = error
         agree(failure)
         if world > 1:
@@ -90,7 +90,7 @@ class FileRoute(WeightRoute):
                 folder = tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.folder)
             write_shards(tensors, Path(folder) if writes else None)
         except Exception as error:
-            for _ in tensors:  # reading a sharded student is a collective: finish it for the others
+            for _ in tensors:  # the other ranks still gather a sharded student with this one
                 pass
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -104,7 +104,7 @@ class FileRoute(WeightRoute):
         return folder
 
     def again(self, server: ServerClient, label: str) -> None:
-        """Let a server load the files of the last push; see ``WeightRoute.again``."""
+        """Make a server load the files of the last push; see ``WeightRoute.again``."""
         with paused(server):
             answers = server.rpc("load_student", self._current, label)
         for answer in answers:
@@ -116,7 +116,7 @@ class FileRoute(WeightRoute):
 def paused(server: ServerClient) -> Iterator[None]:
     """Pause a server while it takes weights, and empty its prefix cache afterwards.
 
-    The server first finishes what it samples.
+    The server first finishes its running requests.
 
     Raises:
         AwayError: the prefix cache is still in use.

@@ -1,1 +1,1 @@
-"""What a run needs of the hardware, and whether this machine gives it."""
+"""Plans what hardware a run needs, and checks that this machine works."""

@@ -1,4 +1,4 @@
-"""Names the machine: versions, cards, driver."""
+"""Describes the machine: versions, GPUs, driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-# Package -> the distributions that may bring it.
+# Package -> the distributions that may contain it.
 PACKAGES = {
     "torch": ("torch",),
     "lightning": ("lightning",),
@@ -21,7 +21,7 @@ PACKAGES = {
 
 
 def describe() -> dict[str, str]:
-    """Return what a reader of the report must know about the machine."""
+    """Return versions of Python and packages, the GPUs and the driver, by name."""
     versions = {name: version_of(brought_by) for name, brought_by in PACKAGES.items()}
     return {
         "python": platform.python_version(),
@@ -32,14 +32,14 @@ def describe() -> dict[str, str]:
 
 
 def device() -> str:
-    """Return the cards with their memory, or why there is none."""
+    """Return the GPUs with their memory, or why there is none."""
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         named = [f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards]
         return f"{len(cards)} x {named[0]}" if len(set(named)) == 1 else ", ".join(named)
     if torch.version.cuda is None:
         return "CPU: this torch is built without CUDA"
-    return f"CPU: torch is built for CUDA {torch.version.cuda}, but finds no card or driver"
+    return f"CPU: torch is built for CUDA {torch.version.cuda}, but finds no GPU or driver"
 
 
 def driver() -> str:

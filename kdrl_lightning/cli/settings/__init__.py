@@ -1,1 +1,1 @@
-"""Reads settings: text stays text, and an error names the cause of a mistake."""
+"""Changes how jsonargparse reads settings: strings stay strings, and errors name their cause."""

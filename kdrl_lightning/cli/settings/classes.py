@@ -1,6 +1,6 @@
 """Checks that a value names a class of its setting's type.
 
-A type hint whose name is read is ``Any``, as in jsonargparse.
+Type hints whose name we read are typed ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdrl_lightning.cli.settings.private import typehints, util
 from kdrl_lightning.cli.settings.shapes import SPEC, is_class, is_spec
 from kdrl_lightning.common.old_names import GONE
 
-# What a user means who gives a path where a class must be.
+# Type -> what to write if a user gives the path of a model or data file in place of a class.
 READS = {
     "Teacher": "{class_path: LocalTeacher, init_args: {model: %s}}",
     "PromptSource": "{class_path: HFPrompts, init_args: {path: %s}}",
@@ -30,14 +30,14 @@ NestedArg = util.NestedArg
 
 
 def check_spec(val: object, members: Iterable[object]) -> None:
-    """Check that ``class_path`` has no neighbour but the group of its arguments.
+    """Check that all arguments of a class stand below ``init_args``.
 
     Args:
-        val: the value.
-        members: the types for which it is meant.
+        val: the value of a setting.
+        members: the types for which the value can be meant.
 
     Raises:
-        ValueError: an argument does, or ``init_args`` is misspelt.
+        ValueError: an argument stands next to ``class_path``, or ``init_args`` is misspelt.
     """
     kinds = [m for m in members if m is not NoneType]
     if not isinstance(val, Mapping | Namespace) or "class_path" not in val:
@@ -55,7 +55,7 @@ def check_spec(val: object, members: Iterable[object]) -> None:
 
 
 def nearest(name: str, names: Collection[str]) -> str | None:
-    """Return the name that is most like another one; capitals count least.
+    """Return the name most similar to another, preferring one that differs only in capitals.
 
     >>> nearest("Adamw", ["Adam", "AdamW", "SGD"])
     'AdamW'
@@ -77,7 +77,7 @@ def check_name(val: object, members: Iterable[object]) -> None:
     if not isinstance(name, str) or not all(is_class(m) for m in kinds):
         return
     check_path(name, kinds)
-    if "." in name or Path(name).is_file():  # the file holds the class and its arguments
+    if "." in name or Path(name).is_file():  # such a file holds the class and its arguments
         return
     names = {path.rsplit(".", 1)[1] for m in kinds for path in class_paths(m)}
     if name in names or not names or "\n" in name:
@@ -90,10 +90,10 @@ def check_name(val: object, members: Iterable[object]) -> None:
 
 
 def check_path(name: str, kinds: Iterable[object]) -> None:
-    """Check that the path of a model or of a data file is not given in place of a class.
+    """Refuse the path of a model or data file in place of a class.
 
     Raises:
-        ValueError: it is; the message gives the class that reads it.
+        ValueError: the name is such a path; the message names the class that reads it.
     """
     for kind in kinds:
         cure = READS.get(getattr(kind, "__name__", ""))
@@ -103,10 +103,10 @@ def check_path(name: str, kinds: Iterable[object]) -> None:
 
 
 def check_class_given(val: Any, members: Iterable[object], previous: object) -> None:
-    """Check that an argument by flag belongs to a class.
+    """Check that a class is known before a flag sets one of its arguments.
 
     Raises:
-        ValueError: the class is unknown.
+        ValueError: no class is named yet.
     """
     kinds = [m for m in members if m is not NoneType]
     unknown = all(is_class(m) for m in kinds) and any(inspect.isabstract(m) for m in kinds)
@@ -117,10 +117,10 @@ def check_class_given(val: Any, members: Iterable[object], previous: object) -> 
 
 
 def check_class_named(val: object, member: Any, previous: object) -> None:
-    """Check that settings, for a type with several classes, name one of them.
+    """Check that settings name a class if their type has several classes.
 
     Raises:
-        ValueError: they do not; jsonargparse would build the base class.
+        ValueError: they name none, and jsonargparse would build the base class.
     """
     settings = isinstance(val, Mapping | Namespace) and "class_path" not in val
     if not settings or is_spec(previous) or not is_class(member):

@@ -1,4 +1,4 @@
-"""Finds an empty group that no setting has; jsonargparse drops it silently."""
+"""Finds an empty group with an unknown name, which jsonargparse would drop silently."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kdrl_lightning.common.untyped import Value
 def unknown_group(
     settings: Collection[str], groups: Collection[str], value: Value, name: str = ""
 ) -> str | None:
-    """Return the name of the first empty group below a value that is not a setting.
+    """Return the name of the first empty group whose name is unknown, or None.
 
     Args:
         settings: the names of all settings, with dots.
-        groups: those of the settings that only hold others.
+        groups: the names of settings that only hold other settings.
         value: a group, or the value of a setting.
-        name: its name, with dots; empty for the outermost group.
+        name: name of ``value``, with dots; empty for the outermost group.
 
     >>> unknown_group({"a.b"}, (), {"a": {"b": {}, "c": {}}}), unknown_group({"a.b"}, (), {"a": {}})
     ('a.c', None)

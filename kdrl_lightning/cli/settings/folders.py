@@ -1,4 +1,4 @@
-"""Removes the folders of a run that is refused."""
+"""Removes the folders of a run that stops with a configuration error before its first step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kdrl_lightning.trainer.run_folder import CONFIG, MARK, reserved_folder
 
 @contextmanager
 def removed_if_refused(trainer: Trainer) -> Iterator[None]:
-    """Delete the folders that were made for a run, if it is refused before its first step.
+    """Delete the new folders of a run that is refused before its first step.
 
-    Lightning opens every logger before it checks anything. Folders and files that existed before
-    stay, and so do folders with a checkpoint.
+    Lightning opens every logger before it checks anything. We keep folders and files that existed
+    before, and folders with a checkpoint.
     """
     root = Path(trainer.default_root_dir)
     folders = [Path(f) for f in (getattr(x, "log_dir", None) for x in trainer.loggers) if f]
@@ -42,7 +42,7 @@ def removed_if_refused(trainer: Trainer) -> Iterator[None]:
 
 
 def _remove_run(folder: Path | None, root: Path, had: set[Path]) -> None:
-    """Delete what a run without a logger has written to its folder so far."""
+    """Delete what a run has written so far to the folder that it reserved without a logger."""
     if folder == root:
         for file in (root / MARK, root / CONFIG):
             if file not in had:

@@ -1,7 +1,7 @@
-"""Imports all that this package uses of jsonargparse beyond its public interface.
+"""Imports the private functions of jsonargparse that this package uses.
 
-The public interface cannot replace how a value is read, or tell which file is being read. After an
-update of jsonargparse, run ``tests/cli/settings`` and widen ``CHECKED`` here and in
+The public interface can neither replace how a value is read nor tell which file is being read.
+After an update of jsonargparse, run ``tests/cli/settings`` and widen ``CHECKED`` here and in
 ``pyproject.toml``.
 """
 
@@ -34,10 +34,10 @@ ACTIONS = ("_ActionConfigLoad",)
 
 
 def private(module: str, names: tuple[str, ...]) -> Any:  # mypy sees no attributes of a module
-    """Return a module of jsonargparse, after checking that it has all these names.
+    """Return a module of jsonargparse after checking that it has all these names.
 
     Raises:
-        ConfigurationError: it lacks a name: we have not checked the installed version.
+        ConfigurationError: the installed version lacks a name.
     """
     try:
         found = import_module(f"jsonargparse.{module}")

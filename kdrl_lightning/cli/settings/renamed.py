@@ -1,9 +1,9 @@
-"""Translates settings from their former names, so that users' files and flags still work.
+"""Translates old names of settings to new ones, so that users' files and flags still work.
 
-A file is translated when it is read, before it is merged with another one; the content of a group
-(``--data data.yaml``) when the parser gets it; a flag before it is parsed.
+We translate a file when we read it, before merging it with another one; the file of a group
+(``--data data.yaml``) when the parser gets it; a flag before parsing it.
 
-Values, and the keys of YAML mappings, are ``Any``, as PyYAML types them.
+Values, and the keys of YAML mappings, are typed ``Any``, as in PyYAML.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ RENAMED = {
     "data.max_reward_failure_frac": "data.reward_failures.max_frac",
     "data.failed_reward": "data.reward_failures.reward",
 }
-# In 0.1 a number, now a group: only a number is translated.
+# In 0.1 this was a number, now it is a group: we translate only a number.
 NOW_A_GROUP = "data.teacher_completions"
-# A class -> the class that it was with an argument set to true.
+# (class, argument) -> the class that replaces it with this argument set to true.
 SPLIT = {("HFPrompts", "streaming"): "StreamedHFPrompts"}
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -52,7 +52,7 @@ def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
     """Return the settings of a file under their new names.
 
     Args:
-        settings: settings by name; names at the top may have dots.
+        settings: settings by name; top-level names may have dots.
         where: name of the file, for messages.
 
     Raises:
@@ -79,7 +79,7 @@ def renamed(settings: Mapping[Any, Any], where: str) -> dict[Any, Any]:
 
 
 def with_classes(value: Value) -> Value:
-    """Return a value in which classes that were split have their new names.
+    """Return a value in which the new names replace those of split classes, see ``SPLIT``.
 
     >>> with_classes([{"class_path": "HFPrompts", "init_args": {"take": 2, "streaming": True}}])
     [{'class_path': 'StreamedHFPrompts', 'init_args': {'take': 2}}]
@@ -128,7 +128,7 @@ def _holds(settings: Mapping[Any, Any], name: str) -> bool:
 
 
 def renamed_flags(words: Sequence[str]) -> list[str]:
-    """Return a command line with the new names of flags.
+    """Return a command line in which new names replace old ones.
 
     Raises:
         ConfigurationError: a setting is given by its old and by its new name.
@@ -167,7 +167,7 @@ def new_name(name: str, value: Value) -> str | None:
 
 
 def _is_number(value: Value) -> bool:
-    """Return whether a value is meant as a number, and not as a group or the file of a group."""
+    """Return whether a value is a number, not a group or the file of a group."""
     if isinstance(value, str):
         return value.strip().lstrip("+-").replace(".", "", 1).isdigit()
     return isinstance(value, int | float)

@@ -1,6 +1,6 @@
-"""Finds, from the shape of a value, for which types of a union it can be meant.
+"""Decides by the shape of a value which types of a union it can be meant for.
 
-Values and types are ``Any``, as in jsonargparse.
+Values and types are typed ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ def fitting(members: Iterable[object], val: object, previous: Value, given: Valu
 
 
 def fits(member: object, val: object, previous: Value) -> bool:
-    """Return whether a value can be meant for a type; ``previous`` is the earlier value."""
+    """Return whether a value can be meant for a type.
+
+    Args:
+        member: the type.
+        val: the value.
+        previous: the earlier value of the setting.
+    """
     if member is Any or isinstance(member, typehints.UnvalidatedType):
         return True
     kind = get_origin(member) or member
@@ -50,7 +56,7 @@ def fits(member: object, val: object, previous: Value) -> bool:
     if isinstance(val, NestedArg):
         if is_spec(previous):
             return is_class(member)
-        if sequence:  # an argument of the last class of a list
+        if sequence:  # an argument of the last class in a list
             return isinstance(previous, list) and any(is_class(m) for m in get_args(member))
         return mapping or is_class(member)
     if is_spec(val):
@@ -72,7 +78,7 @@ def fits(member: object, val: object, previous: Value) -> bool:
 
 
 def is_spec(val: object) -> bool:
-    """Return whether a value gives a class, or arguments of the earlier class."""
+    """Return whether a value is a class with arguments, or arguments of the earlier class."""
     if not isinstance(val, Mapping | Namespace):
         return False
     names = set(vars(val) if isinstance(val, Namespace) else val)
@@ -80,7 +86,7 @@ def is_spec(val: object) -> bool:
 
 
 def by_name(val: Mapping[str, object] | Namespace) -> bool:
-    """Return whether every value is a mapping, as for sets by name."""
+    """Return whether every value of a mapping is a mapping, as for evaluation sets by name."""
     held = vars(val) if isinstance(val, Namespace) else val
     return bool(held) and all(isinstance(v, Mapping | Namespace) for v in held.values())
 
@@ -97,9 +103,9 @@ def same(one: Value, other: Value) -> bool:
 
 
 def not_default(kind: Callable[..., Any], arguments: Mapping[str, object]) -> list[str]:
-    """Return the names of arguments whose value is not that which a class gives them by itself.
+    """Return the names of arguments whose value is not their default in the class's signature.
 
-    A saved configuration has all arguments, also those that its user never wrote.
+    A saved configuration has all arguments, also those that the user never wrote.
     """
     known = inspect.signature(kind).parameters
     return [n for n, v in arguments.items() if n not in known or not same(known[n].default, v)]

@@ -1,10 +1,10 @@
-"""Reads and writes YAML so that strings stay strings, and refuses a key given twice.
+"""Reads and writes YAML so that strings stay strings, and refuses duplicate keys.
 
-jsonargparse reads every plain ``str`` as YAML again, up to three times: if a setting has no type,
-the quoted ``"007"`` becomes 7, and the prompt ``"Q: 2+2?"`` a mapping. It does not read subclasses
+jsonargparse parses every plain ``str`` as YAML again, up to three times: if a setting has no type,
+the quoted ``"007"`` becomes 7, and the prompt ``"Q: 2+2?"`` a mapping. It does not parse subclasses
 of ``str``, so strings from YAML are ``Text`` until a class receives them.
 
-Nodes and values are ``Any``, as PyYAML types them.
+Nodes and values are typed ``Any``, as in PyYAML.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 BOOL, NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 STR = "tag:yaml.org,2002:str"
-# These rules of YAML 1.1 surprise users: dates, the value `=`, 1e5 is no number, 1:30 is 90, and
-# 010 is 8.
+# These rules of YAML 1.1 surprise users: it reads dates and the value `=`, 1e5 as text, 1:30 as
+# 90, and 010 as 8.
 LEFT_OUT = {FLOAT, INT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
 WHOLE = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
 NUMBER = re.compile(
@@ -36,7 +36,7 @@ NUMBER = re.compile(
 
 
 class Text(str):
-    """A string that YAML has already read."""
+    """A string from YAML, which jsonargparse must not parse again."""
 
     __slots__ = ()
 
@@ -56,7 +56,7 @@ class TwiceError(yaml.constructor.ConstructorError):  # type: ignore[misc]
 
 
 class Loader(BASE):  # type: ignore[misc]
-    """Loads YAML safely, with ``Text`` for strings, and refuses a key given twice."""
+    """Loads YAML safely, with ``Text`` for strings, and refuses duplicate keys."""
 
     def get_single_node(self) -> Any:
         """Return the document's node.
@@ -71,7 +71,7 @@ class Loader(BASE):  # type: ignore[misc]
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node, with plain strings as keys, also for `yes` and `null`.
 
-        In a prompt's row `no` and `yes` are answers; elsewhere they set a switch.
+        In a row with a prompt, the values `no` and `yes` are text; elsewhere they are booleans.
         """
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         is_row = any(key.value == "prompt" for key, _ in pairs)
@@ -120,7 +120,7 @@ class Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 def load(text: str) -> Value:
-    """Return the value of a YAML text.
+    """Return the value of a YAML text, with ``Text`` for strings.
 
     Raises:
         yaml.YAMLError: the text is not YAML, or has a key twice.
@@ -135,7 +135,7 @@ def load(text: str) -> Value:
 
 
 def dump(value: Value) -> str:
-    r"""Return a value as YAML, with quotes around strings that YAML would read differently.
+    r"""Return a value as YAML, with quotes around strings that YAML would not read as strings.
 
     >>> dump({"a": "1e5", "b": Text("007"), "c": 1e-6})
     "a: '1e5'\nb: '007'\nc: 1.0e-06\n"
@@ -147,7 +147,7 @@ def dump(value: Value) -> str:
 
 
 def plain(value: Value) -> Value:
-    """Return a value with ``str`` in place of ``Text``, as a class receives it.
+    """Return a value with ``str`` in place of ``Text``, for the class that receives it.
 
     >>> type(plain([Text("a")])[0])
     <class 'str'>
@@ -187,12 +187,12 @@ def _resolve_as_we_do(kind: Any) -> None:
 _resolve_as_we_do(Loader)
 Loader.add_constructor(STR, lambda loader, node: Text(node.value))
 Loader.add_constructor(INT, Loader.construct_int)
-# Other readers of YAML, e.g. Lightning for hyper-parameters, must read the values that we wrote.
+# Other YAML readers, e.g. Lightning for hyper-parameters, must read back the same values.
 Dumper.add_implicit_resolver(FLOAT, NUMBER, list("-+0123456789."))
 Dumper.add_implicit_resolver(INT, WHOLE, list("-+0123456789"))
 for kind in (str, Text):
     Dumper.add_representer(kind, Dumper.represent_str)
-# Defaults of other libraries' classes: enumerations of text and of numbers, and paths.
+# Defaults of other libraries' classes may be enumerations of strings or numbers, or paths.
 Dumper.add_multi_representer(str, lambda dumper, data: dumper.represent_str(str.__str__(data)))
 Dumper.add_multi_representer(int, lambda dumper, data: dumper.represent_int(int(data)))
 Dumper.add_multi_representer(float, lambda dumper, data: dumper.represent_float(float(data)))

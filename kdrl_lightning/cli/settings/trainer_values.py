@@ -1,4 +1,4 @@
-"""Checks values that Lightning takes unchecked, and adds the values to its errors."""
+"""Checks trainer settings that Lightning does not check, and adds values to Lightning's errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 
-# Lightning takes any number for these.
+# Name, smallest value and advice, for settings for which Lightning takes any number.
 LEAST = (
     ("accumulate_grad_batches", 1, "It is the number of micro-batches of an optimizer step."),
     ("gradient_clip_val", 0, "0 clips nothing."),
@@ -22,7 +22,7 @@ TIMES = ("days", "hours", "minutes", "seconds", "weeks", "milliseconds", "micros
 
 
 def check_trainer(trainer: Namespace) -> None:
-    """Check the values of the trainer that Lightning does not.
+    """Check the values of trainer settings that Lightning does not check.
 
     Raises:
         ConfigurationError: a value is wrong.
@@ -42,10 +42,10 @@ def check_trainer(trainer: Namespace) -> None:
 
 
 def with_values(message: str, given: Mapping[str, object]) -> str:
-    """Return an error of Lightning with the values of the settings that it names.
+    """Append to an error of Lightning the values of the settings that it names.
 
     Args:
-        message: the error.
+        message: the error's text.
         given: the trainer's settings.
 
     >>> with_values("`devices` should be an int > 0.", {"devices": "two"})

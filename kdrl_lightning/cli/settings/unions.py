@@ -1,11 +1,11 @@
-"""Reports one cause for a mistake in a value that may be of several types.
+"""Reports a single cause for a mistake in a value that may have several types.
 
 jsonargparse tries every type of a union and reports the errors of all. The shape of a value shows
-for which of them it is meant: settings by name are for a class, a list is for a sequence. This
-module removes the other types before jsonargparse tries them, so that a misspelt argument of a
-prompt source does not become a data set with a column of that name.
+which type it is meant for: a mapping for a class, a list for a sequence. This module removes the
+other types before jsonargparse tries them; otherwise a misspelt argument of a prompt source would
+become a data set with a column of that name.
 
-The types of values and type hints are ``Any``, as in jsonargparse.
+Values and type hints are typed ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _discard = typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
-    """Replace functions of jsonargparse by ours; they call each other by their module's names."""
+    """Replace functions in jsonargparse's module by ours, so that its other functions call them."""
     if typehints.adapt_typehints is not adapt:
         vars(typehints).update(
             adapt_typehints=adapt,
@@ -66,23 +66,23 @@ def install() -> None:
 
 
 def load_value(value: str, *args: object, **kwargs: object) -> Any:
-    """Return a value of the command line as jsonargparse reads it; ``Text`` is read already."""
+    """Return a command-line value as jsonargparse reads it; ``Text`` stays as it is."""
     return value if isinstance(value, Text) else _load_value(value, *args, **kwargs)
 
 
 def load_basic(text: str) -> Value:
-    """Return a number, a truth value or null as in configuration files; all else is text."""
+    """Return a number, boolean or null as in configuration files; anything else as text."""
     try:
         found = load(str(text))
     except yaml.YAMLError:
         return text
-    # `Text` comes from a file: a quoted number may be meant as a number, but never as null.
+    # `Text` was quoted in a file: it may be meant as a number, but never as null.
     nothing = found is None and (isinstance(text, Text) or not text.strip())
     return text if nothing or isinstance(found, str | list | dict) else found
 
 
 def discard(parser_or_action: object, previous: Value, value: Value) -> None:
-    """Remove the arguments that a new class lacks, and note which of the old class are lost."""
+    """Remove arguments of the old class that the new class lacks, and note them."""
     had = _arguments(previous)
     default: Any = getattr(parser_or_action, "default", None)
     known = is_spec(default) and is_spec(previous)
@@ -104,13 +104,13 @@ def _arguments(spec: object) -> Tree:
 
 
 def adapt(val: Any, typehint: object, *args: object, **kwargs: object) -> Any:
-    """Return a value as its type, as ``jsonargparse._typehints.adapt_typehints`` does.
+    """Replace ``jsonargparse._typehints.adapt_typehints``: return a value converted to its type.
 
     Raises:
-        ValueError: it does not fit; the message is that of the type for which it is meant.
+        ValueError: it does not fit; the message is about the type that the value is meant for.
     """
     if kwargs.get("serialize"):
-        # Write untyped data as it is; jsonargparse would read its strings once more.
+        # Write untyped data as it is; jsonargparse would parse its strings again.
         as_it_is = typehints.accepts_any_value(typehint) and is_data(val)
         return val if as_it_is else _adapt(val, typehint, *args, **kwargs)
     building = kwargs.get("instantiate_classes")
@@ -118,20 +118,20 @@ def adapt(val: Any, typehint: object, *args: object, **kwargs: object) -> Any:
         val = val.clone()
         val["dict_kwargs"] = plain(val["dict_kwargs"])
     if isinstance(val, NestedArg) and is_class(typehint):
-        # An argument of the class, whose parser decides whether the text is YAML.
+        # The class's own parser decides whether the text of this argument is YAML.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
     if _is_named(typehint) and isinstance(val, dict):
-        val = {str(k): v for k, v in val.items()}  # in YAML, 1 is a number
+        val = {str(k): v for k, v in val.items()}  # YAML reads the key 1 as a number
     if isinstance(val, list) and is_sequence(typehint) and not kwargs.get("append"):
-        # A class must not get arguments of the one at its place in the old list.
+        # A class must not get arguments of the class at the same place in the old list.
         kwargs["prev_val"] = None
     if is_spec(val) and "init_args" in val and val["init_args"] is None:
-        val = {k: one for k, one in dict(val).items() if k != "init_args"}  # all are comments
+        val = {k: one for k, one in dict(val).items() if k != "init_args"}  # only comments
     if isinstance(val, str) and get_origin(typehint) is Literal:
         val = _chosen(val, get_args(typehint))
     if isinstance(val, Text) and typehint in (int, float, bool, NoneType):
-        val = str(val)  # PyYAML accepts no subclass
+        val = str(val)  # PyYAML accepts no subclass of `str`
     if get_origin(typehint) in (Union, UnionType):
         made = _adapt_union(val, typehint, *args, **kwargs)
     else:
@@ -179,10 +179,10 @@ def _adapt_union(val: object, typehint: object, *args: object, **kwargs: object)
 
 
 def check_given(val: object, typehint: object, given: Value) -> None:
-    """Check that a flag does not set null, also not as the text `null`, where a value must be.
+    """Refuse null, or the text `null` of a flag, for a type without None.
 
     Raises:
-        ValueError: it does.
+        ValueError: the value is null.
     """
     text = given if val is None else val
     null = type(text) is str and text.strip().lower() in NULL  # in a file, a quoted one is text
@@ -191,7 +191,7 @@ def check_given(val: object, typehint: object, given: Value) -> None:
 
 
 def _chosen(val: str, choices: tuple[object, ...]) -> Any:
-    """Return the choice that a text writes; jsonargparse would also take 0x10 for 16."""
+    """Return the choice whose text is ``val``; jsonargparse would also take 0x10 for 16."""
     if any(isinstance(one, bool) for one in choices):
         return val
     found = [one for one in choices if str(one) == val]
@@ -206,7 +206,7 @@ def _choices(member: object) -> list[str]:
 
 
 def _spec_in(val: Any) -> Any:
-    """Return the class that a text of the command line describes; other text as it is."""
+    """Return the class that a command-line text describes as YAML; other values unchanged."""
     if type(val) is not str or "class_path" not in val:
         return val
     try:
@@ -227,7 +227,7 @@ def _errors(
 
 
 def _unlikely(error: Exception) -> int:
-    """Return a rank of an error: arguments first, then classes, then errors of another type."""
+    """Return a sort key, so that errors about arguments come first and wrong types last."""
     words = str(error)
     if words.startswith(("Expected a ", "Not a valid subclass")):
         return 2

@@ -1,4 +1,4 @@
-"""Collects a note for every setting that has no effect."""
+"""Collects notes for the user, mostly about settings that have no effect."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ VALIDATION = ("batch_size", "samples", "temperature", "k", "top_p", "top_k", "mi
 TRAINER = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
-# Notes wait until everything is built, so that a mistake prints only one line.
+# We print notes after everything is built, so that a mistake prints only one line.
 _waiting: list[str] = []
 _renamed: dict[str, str] = {}
 
 
 def take_notes() -> list[str]:
-    """Return the notes so far, each once, and clear them."""
-    # jsonargparse looks at some values twice, once without knowing where they are.
+    """Return the notes so far without duplicates, and clear them."""
+    # jsonargparse reads some values twice, once without the name of their setting.
     notes = [n for n in dict.fromkeys(_waiting) if not any(w.endswith(f"`: {n}") for w in _waiting)]
     if _renamed:
         pairs = ", ".join(f"`{old}` is now `{new}`" for old, new in _renamed.items())
@@ -29,17 +29,17 @@ def take_notes() -> list[str]:
 
 
 def note(line: str) -> None:
-    """Keep a note until everything is built, see ``take_notes``."""
+    """Store a note until everything is built, see ``take_notes``."""
     _waiting.append(line)
 
 
 def note_renamed(old: str, new: str) -> None:
-    """Note a setting that is given by its former name."""
+    """Note that a setting is given by its old name."""
     _renamed[old] = new
 
 
 def as_written(text: str) -> str:
-    """Return a message about settings with the names that the user gave them."""
+    """Return a message with the old names of settings, if the user wrote those."""
     for old, new in _renamed.items():
         text = re.sub(rf"`{re.escape(new)}(?=[.`])", f"`{old}", text)
     return text
@@ -50,7 +50,7 @@ def note_unused(config: Namespace, defaults: Callable[[str], object]) -> None:
 
     Args:
         config: all settings, before anything is built.
-        defaults: ``name with dots -> default``.
+        defaults: returns the default of a setting, by its name with dots.
     """
     data, trainer = config.data, config.trainer
     rules: list[tuple[bool, Iterable[str], str]] = [
@@ -89,9 +89,9 @@ def note_unused(config: Namespace, defaults: Callable[[str], object]) -> None:
 
 
 def note_repeated(args: Sequence[object]) -> None:
-    """Note the flags that are given several times, of which only the last counts.
+    """Note the flags that are given several times, because only the last one counts.
 
-    ``--config`` may be repeated, and so may the arguments of classes that ``+`` adds to a list.
+    ``--config`` may be repeated, and so may arguments of classes that ``--name+`` appends.
 
     Args:
         args: the command line.
@@ -105,10 +105,10 @@ def note_repeated(args: Sequence[object]) -> None:
 
 
 def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> None:
-    """Note the arguments of a class that have no effect when another class replaces it.
+    """Note the arguments of a class that are lost because another class replaces it.
 
     Args:
-        where: name of the setting; empty if it is not known.
+        where: name of the setting; empty if it is unknown.
         names: names of the arguments.
         before: import path of the old class.
         after: import path of the new class.
@@ -121,11 +121,11 @@ def note_dropped(where: str, names: Iterable[str], before: str, after: str) -> N
 
 
 def note_replaced(where: str, what: str, lost: Iterable[str], cure: str) -> None:
-    """Note what is lost when a list or a mapping replaces another one.
+    """Note what is lost when a new value replaces a list, a mapping or a class.
 
     Args:
         where: name of the setting.
-        what: description of the value that is replaced.
+        what: description of the old value.
         lost: entries that the new value lacks.
         cure: what to write to keep them; may be empty.
     """

@@ -1,4 +1,4 @@
-"""Reports an error inside a module or a class that a setting names as one line, with its place.
+"""Reports an error in a user's module or class in one line, with file and line number.
 
 Types are ``Any``, as in jsonargparse.
 """
@@ -14,9 +14,9 @@ from kdrl_lightning.cli.settings.private import typehints
 from kdrl_lightning.cli.settings.unused import note
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, disk_error, path_error
 
-# Errors of ours show their traceback; `build_optimizer` reports those of torch.
+# Errors in our classes keep their traceback; `build_optimizer` reports those in torch's.
 OTHERWISE = ("kdrl_lightning.", "torch.")
-# Frames of these files are never the place of a user's mistake.
+# A user's mistake is never in these files.
 MACHINERY = ("<frozen importlib", str(Path(typehints.__file__).parent), str(Path(__file__).parent))
 
 _import = typehints.import_object
@@ -33,7 +33,7 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
             return _import(name, *args, **kwargs)
     except (Exception, SystemExit) as error:
         place = place_of(error)
-        if not place or _is_lookup(error):  # the module itself, or its attribute, is missing
+        if not place or _is_lookup(error):  # the module or its attribute is missing
             raise
         raise ValueError(
             f"must name a module that can be imported: got {name}, which raises {shown(error)}"
@@ -42,7 +42,7 @@ def import_object(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _defaults_restored(name: str) -> AbstractContextManager[None]:
-    """Restore what a module or a constructor changes of torch's defaults, and note it."""
+    """Restore torch's defaults if a module or a constructor changes them, and note the change."""
     from kdrl_lightning.rewards.processes.surroundings import DEFAULTS, restored  # imports torch
 
     cure = "which the run depends on: it is restored. Change it only where it is needed."
@@ -85,7 +85,7 @@ def shown(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Return file and line of an error in brackets; empty if no user's code raised it."""
+    """Return " (FILE, line N)" for an error in the user's code; "" if it arose elsewhere."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)

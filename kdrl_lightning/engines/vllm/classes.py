@@ -1,9 +1,9 @@
-"""Protects transformers' classes from an engine that changes them.
+"""Protects transformers' classes from vLLM, which changes them.
 
-vLLM runs architectures for which it has no code with transformers' classes. It gives the decoder's
-class another base, ``__init__`` and ``__call__``. The student is an instance of the same class, and
-its next forward pass would fail. So we undo the changes and move them to copies of the classes,
-which only the engine's model uses.
+If vLLM has no code of its own for an architecture, it runs transformers' classes, and changes the
+base, ``__init__`` and ``__call__`` of the decoder's class. The student is an instance of the same
+class, so its next forward pass would fail. We undo the changes and move them to copies of the
+classes, which only the engine's model uses.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-# `Any`: members of a class that vLLM made.
+# `Any`: members of a class that vLLM changed.
 
-# Attributes that Python or a library sets on a class when it is first used.
+# Attributes that Python or a library sets on a class at its first use.
 INCIDENTAL = {"__abstractmethods__", "_abc_impl", "__doc__", "__dict__", "__weakref__"}
 
 
@@ -55,7 +55,7 @@ class Changes:
                 setattr(kind, name, attributes[name])
 
     def give(self, model: nn.Module) -> None:
-        """Give a model the undone changes, in copies of its classes."""
+        """Apply the undone changes to one model, in copies of its classes."""
         copies: dict[type, type] = {}
         for module in model.modules():
             kind = type(module)
@@ -78,10 +78,10 @@ class Changes:
 
 @contextmanager
 def classes_kept() -> Iterator[Callable[[nn.Module], None]]:
-    """Undo, at the end, all changes that code inside makes to classes of models and configurations.
+    """Undo on exit all changes to the classes of models and configurations.
 
     Yields:
-        A function; a model that you pass to it keeps the changed classes.
+        A function. A model that you pass to it keeps the changed classes.
     """
     changes = Changes()
     models: list[nn.Module] = []

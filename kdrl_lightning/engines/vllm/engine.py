@@ -43,25 +43,25 @@ UNKNOWN = 1 << 29  # tokens: the context of a model that does not name one
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM in the training process, from a copy of the student's weights.
 
-    Before each rollout the copy is refreshed if the student has changed, and the prefix cache is
-    emptied. Prompts go in and completions come out as token ids; no text is tokenised again. The
+    Before each rollout, if the student has changed, the engine refreshes the copy and empties the
+    prefix cache. Prompts and completions are passed as token ids; no text is tokenised again. The
     engine's log-probabilities differ from the trainer's by rounding (about 1e-5 in float32, 1e-2
     in bfloat16), so objectives apply importance weights unless you switch them off.
 
     Args:
         gpu_memory_utilization: part of the GPU's memory that the engine may take for weights and
-            cache together, in (0, 1].
+            KV cache together, in (0, 1].
         max_model_len: longest prompt and completion together, in tokens; None takes the longest of
-            the run. If not all of its prompts are checked before it starts, that follows from
-            ``max_prompt_tokens``, else from the model's context.
+            the run. If the run checks only some prompts before it starts, it takes that length
+            from ``max_prompt_tokens``, else from the model's context.
         dtype: type of the copy; ``auto`` is bfloat16 on a GPU and the student's type on a CPU.
-        sleep: on a GPU, free weights and cache between rollouts, for use by the updates.
-        kv_cache_memory_bytes: size of the cache in bytes; None takes what
+        sleep: on a GPU, free weights and KV cache between rollouts, so that updates can use the
+            memory.
+        kv_cache_memory_bytes: size of the KV cache in bytes; None takes what
             ``gpu_memory_utilization`` leaves on a GPU, 512 MiB on a CPU.
-        max_sequences: completions decoded at once; None: vLLM's number for the GPU (1024 on an
+        max_sequences: completions decoded at once; None: vLLM's default for the GPU (1024 on an
             H100), 256 on a CPU.
-        enforce_eager: switch CUDA graphs off, which starts sooner and samples slower. A CPU has
-            none.
+        enforce_eager: switch CUDA graphs off: faster start, slower sampling. No effect on a CPU.
 
     Raises:
         ConfigurationError: a value breaks its rule, ``sleep`` is set without a GPU, or vLLM is not
@@ -149,9 +149,9 @@ class VLLMEngine(RolloutEngine):
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
-        """Start the engine with random weights; a second call with the same model keeps it.
+        """Start vLLM with random weights; a later call for the same model keeps it running.
 
-        A process holds one engine: the start closes any other. See ``RolloutEngine.setup``.
+        A process holds one engine, so a start closes any other. See ``RolloutEngine.setup``.
 
         Raises:
             ConfigurationError: vLLM cannot run this model here.
@@ -180,8 +180,8 @@ class VLLMEngine(RolloutEngine):
         """Copy the student's weights, one tensor at a time, and empty the prefix cache.
 
         Raises:
-            ConfigurationError: vLLM cannot take the weights of this model.
-            TrainingStopped: the engine has sampled before, and does not take the weights.
+            ConfigurationError: vLLM cannot load the weights of this model.
+            TrainingStopped: vLLM fails to load them although it has sampled before.
         """
         tensors, reason = HubWeights(weights, self.dtype).tensors(), None
         try:
@@ -189,7 +189,7 @@ class VLLMEngine(RolloutEngine):
                 self._take(self._started(), tensors)
         except Exception as error:
             reason = error
-            for _ in tensors:  # the other ranks gather a sharded student with this one
+            for _ in tensors:  # the other ranks still gather a sharded student with this one
                 pass
         agree(reason)
         self.version = version
@@ -201,8 +201,8 @@ class VLLMEngine(RolloutEngine):
 
         Raises:
             ConfigurationError: vLLM cannot sample from this model.
-            TrainingStopped: a prompt is empty, too long, or holds an unknown id, or vLLM fails
-                after it has sampled before.
+            TrainingStopped: a prompt is empty, too long, or holds an unknown id, there are no
+                weights yet, or vLLM fails although it has sampled before.
         """
         check_requests(prompts, sampling, self._vocab_size, self.context)
         llm = self._started()
@@ -220,13 +220,13 @@ class VLLMEngine(RolloutEngine):
                 max_tokens=sampling.max_tokens,
                 logprobs=0,
                 stop_token_ids=list(self._ends),
-                ignore_eos=True,  # only the end tokens above count, not those of the model's files
+                ignore_eos=True,  # stop at the end tokens above, not at those of the model's files
                 detokenize=False,
                 **limits(sampling),
             )
             for _, seed in requests
         ]
-        # Rollouts run under the trainer's autocast, which must not act on the engine.
+        # Rollouts run under the trainer's autocast, which must not change vLLM's types.
         no_autocast = torch.autocast(_device_type(), enabled=False)
         # After an error vLLM would wait for requests that never end.
         with self._in_one_line("sample", self.close), no_autocast:
@@ -248,14 +248,14 @@ class VLLMEngine(RolloutEngine):
             after_reload(self._model)
         if self.sleep:
             llm.wake_up(tags=["kv_cache"])
-        # Cached keys and values come from the old weights.
+        # Its keys and values come from the old weights.
         if llm.reset_prefix_cache() is False:
             raise RuntimeError("the prefix cache is still in use")
 
     def release(self) -> None:
         """Free the GPU's memory for the updates, if ``sleep`` is on."""
         if self.sleep and self.version not in (None, ASLEEP):
-            self._started().sleep(level=2)  # drops the weights: the next rollout copies them again
+            self._started().sleep(level=2)  # drops the weights; the next rollout pushes them again
             self.version = ASLEEP
 
     def _completion(self, output: Any) -> Completion:
@@ -310,7 +310,7 @@ class VLLMEngine(RolloutEngine):
 
     @contextmanager
     def _in_one_line(self, what: str, then: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Raise vLLM's errors in one line; ``then`` runs before that."""
+        """Call ``then`` after an error of vLLM, and raise the error as one line."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Turns an error of vLLM into one line with its reason and a cure."""
+"""Turns an error of vLLM into one line with the reason and a cure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 
 MISSING = re.compile(r"No module named '(\w+)")
-# vLLM inspects a model's code in another process and leaves the reason in that process's log.
+# vLLM inspects a model's code in another process, and only that process's log has the reason.
 UNSAID = re.compile(r"\['(\w+)'.*\] failed to be inspected")
 KNOWN = re.compile(r" Supported architectures: .*")  # vLLM lists all of some 300
 
@@ -21,13 +21,14 @@ Importer = Callable[[str], Exception | None]
 def failure(
     error: Exception, what: str, path: str, sampled: bool, import_error: Importer
 ) -> Exception:
-    """Return the error of an engine in this process that failed, in one line.
+    """Return the one-line error to raise if vLLM fails in this process.
 
-    An engine that has never sampled cannot run the model; one that has sampled broke.
+    If vLLM has never sampled, it cannot run the model (``ConfigurationError``); else it broke
+    during the run (``TrainingStopped``).
 
     Args:
         error: the error that vLLM raised.
-        what: what the engine had to do, as in ``sample``.
+        what: what vLLM had to do, as in ``sample``.
         path: folder or hub name of the model.
         sampled: whether the engine has sampled before.
         import_error: see ``reason_and_cure``.
@@ -47,9 +48,9 @@ def failure(
 
 
 def described(error: BaseException) -> str:
-    """Return an error's message, with its type and place unless code raised it on purpose.
+    """Return an error's message, with type and line of code if no ``raise`` statement raised it.
 
-    An assertion has no message, and Python's messages do not say what they are about.
+    An assertion often has no message, and Python's messages do not say what they are about.
     """
     text = KNOWN.sub("", short(error)).rstrip(".")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line]
@@ -57,7 +58,7 @@ def described(error: BaseException) -> str:
         return text
     kind = type(error).__name__
     text = text if text == kind else f"{kind}: {text}"
-    # Frames of torch, and look-ups such as `__getattr__`, say less than the code that calls them.
+    # The code that calls torch or a look-up such as `__getattr__` says more than their frames.
     callers = [
         frame
         for frame in frames
@@ -73,7 +74,7 @@ def described(error: BaseException) -> str:
 def short(error: BaseException) -> str:
     """Return the message of an error in one line of at most about 300 characters."""
     text = str(error)
-    if hasattr(error, "errors"):  # pydantic's text surrounds the rule with other lines
+    if hasattr(error, "errors"):  # pydantic surrounds the message with other lines
         text = "; ".join(str(found.get("msg", found)) for found in error.errors())
     text = " ".join(text.removeprefix("Value error, ").split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -100,7 +101,7 @@ def reason_and_cure(error: Exception, import_error: Importer) -> tuple[str, str]
 
 
 def missing_package(error: BaseException) -> str:
-    """Return the missing package that caused an error; an empty text if no package is missing."""
+    """Return the missing package that caused an error; "" if no package is missing."""
     for cause in causes(error):
         named = MISSING.search(str(cause))
         name = getattr(cause, "name", None) or (named[1] if named else "")
@@ -112,7 +113,7 @@ def missing_package(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and, one after the other, the errors that caused it."""
+    """Yield an error, the error that caused it, and so on."""
     seen: set[int] = set()
     rest: BaseException | None = error
     while rest is not None and id(rest) not in seen:

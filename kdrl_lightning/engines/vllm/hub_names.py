@@ -1,4 +1,4 @@
-"""The student's weights with the names and layouts of its folder, as vLLM expects them.
+"""The student's weights under the names and in the layouts of its model folder, as vLLM needs them.
 
 transformers renames and fuses weights when it loads them (the experts of a layer become one
 tensor), and ``save_pretrained`` reverts that. This module reverts it one layer at a time.
@@ -18,19 +18,19 @@ from kdrl_lightning.models.weights import ModelWeights, narrowed
 
 # `Any`: transformers has no type that all models share.
 
-LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions join tensors of one layer, never of several
+LAYER = re.compile(r"(.*?\.\d+\.)")  # conversions fuse tensors of one layer, never of several
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class HubWeights:
     """Reads a model's weights as ``save_pretrained`` would write them.
 
-    Stored buffers are included: some routers of experts keep a correction there.
+    Stored buffers are included: some expert routers keep a correction bias there.
 
     Args:
         weights: weights of the student.
-        dtype: type of the engine; large weights are read in it, see ``narrowed``. None reads all
-            as they are stored.
+        dtype: type of the engine; large weights are cast to it, see ``narrowed``. None casts
+            nothing.
     """
 
     def __init__(self, weights: ModelWeights, dtype: torch.dtype | None = None) -> None:
@@ -41,26 +41,26 @@ class HubWeights:
             self._stored.pop(name, None)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and values; holds one tensor, or one layer's tensors that need conversion.
+        """Yield names and values; holds one tensor, or one layer if its tensors need conversion.
 
-        So the peak is the largest of these in the engine's type, and twice that while a layer is
-        converted: 1.2 GB for the embedding of Qwen3-8B (152k tokens of width 4096) in bfloat16.
+        The peak memory is the largest of these in the engine's type, and twice that while a layer
+        is converted: 1.2 GB for the embedding of Qwen3-8B (152k tokens of width 4096) in bfloat16.
 
-        Sharded tensors are gathered. Every rank must then iterate to the end, even if it does not
+        Sharded tensors are all-gathered, so every rank must iterate to the end, even if it does not
         need the weights.
         """
         for names in self._groups:
-            # No name is kept for what was read: the next group would be gathered while it exists.
+            # No variable: it would keep the last group alive while the next one is gathered.
             yield from self._converted({name: self._stored[name][1]() for name in names}).items()
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Yield name, type and whole shape of each tensor of ``tensors``; no collective."""
+        """Yield name, type and unsharded shape of each tensor of ``tensors``; no collective."""
         for names in self._groups:
             for name, tensor in self._converted({n: self._empty[n] for n in names}).items():
                 yield name, tensor.dtype, tuple(tensor.shape)
 
     def _unwritten(self) -> list[str]:
-        """Return the names that a folder does not hold, e.g. all names of a tied weight but one."""
+        """Return names that ``save_pretrained`` leaves out, e.g. all but one of a tied weight."""
         ignored = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         both = self._stored.keys()
@@ -85,8 +85,8 @@ class HubWeights:
 
     @cached_property
     def _new_names(self) -> dict[str, str]:
-        """Names in the folder of tensors that are at most renamed, by their names in the model."""
-        # We rename the whole model at once: some renamings depend on names seen before.
+        """Map names in the model to names in the folder, for tensors that need no conversion."""
+        # We rename the whole model at once, because some renamings depend on names seen before.
         turned = _revert(self._model, self._empty)
         names = {id(tensor): name for name, tensor in turned.items()}
         return {old: names[id(t)] for old, t in self._empty.items() if id(t) in names}
@@ -98,7 +98,7 @@ class HubWeights:
         for name in self._empty:
             layer = LAYER.match(name)
             alone = name in self._new_names or layer is None
-            # No name has a space, so a layer's key cannot be the name of a tensor.
+            # Tensor names have no space, so this key cannot clash with one.
             key = name if alone or layer is None else f"{layer[1]} converted"
             groups.setdefault(key, []).append(name)
         return list(groups.values())
@@ -112,9 +112,9 @@ class HubWeights:
         return {name: tensor for name, tensor in reverted.items() if self._is_read(name)}
 
     def _is_read(self, name: str) -> bool:
-        """Return whether a tensor is one of the hub's: LongCat's experts that do nothing have none.
+        """Return whether vLLM needs a tensor: it has none for LongCat's experts that do nothing.
 
-        transformers keeps values for them that it never reads.
+        transformers keeps values for these experts that it never reads.
         """
         config, expert = self._model.config.get_text_config(), EXPERT.search(name)
         idle = getattr(config, "zero_expert_num", None)

@@ -1,4 +1,4 @@
-"""Transport of weights from GPU to GPU, by vLLM's weight-transfer API.
+"""Sends weights from GPU to GPU, by vLLM's weight-transfer API.
 
 vLLM is imported only when weights are sent this way.
 """
@@ -23,9 +23,9 @@ from kdrl_lightning.errors import TrainingStopped
 
 
 class TransferRoute(WeightRoute):
-    """Sends weights from the first rank to one server after the other, tensor by tensor.
+    """Sends weights from the first rank to one server after the other, in buffers of 1 GiB.
 
-    The other ranks only join in gathering sharded weights. A restarted server cannot get the
+    The other ranks only help to gather sharded weights. A restarted server cannot get the
     weights again before the next push, so a restart stops the run.
 
     Args:
@@ -39,26 +39,27 @@ class TransferRoute(WeightRoute):
 
     def push(self, weights: HubWeights, servers: Sequence[ServerClient], label: str) -> None:
         """Send the weights to every server; see ``WeightRoute.push``."""
-        failure: Exception | None = None
+        failed: tuple[ServerClient, Exception] | None = None
         for server in servers:
             self._source.take(weights)
             try:
-                if failure is None:
+                if failed is None:
                     self._send(server, label)
-            except Exception as error:  # whatever it is, the other ranks wait for this one
-                failure = error
+            except Exception as error:  # the other ranks wait for this one, so raise it at the end
+                failed = server, error
             for _ in self._source.rest:  # the other ranks gather all weights
                 pass
-        if failure is not None:
+        if failed is not None:
+            refusing, failure = failed
             found = str(failure) or type(failure).__name__
             raise TrainingStopped(
-                f"the server {server.url} must take the weights through the transfer API: got "
+                f"the server {refusing.url} must take the weights through the transfer API: got "
                 f"{found}. Resume from the last checkpoint with `transfer: false`, which sends "
                 "weights through files."
             ) from failure
 
     def again(self, server: ServerClient, label: str) -> None:
-        """Raise: weights that were sent cannot be sent again.
+        """Raise an error, because these weights exist in no file.
 
         Raises:
             TrainingStopped: always.
@@ -74,7 +75,7 @@ class TransferRoute(WeightRoute):
             self._engine(server).send_weights()
             return
         with paused(server):
-            workers = len(server.rpc("name_student", ""))  # no label until all weights are there
+            workers = len(server.rpc("name_student", ""))  # no label until all weights arrived
             self._engine(server, workers).send_weights()
         server.rpc("name_student", label)
 
@@ -91,13 +92,13 @@ class TransferRoute(WeightRoute):
 
 
 def init_info(backend: str, server: ServerClient, world_size: int, rank: int) -> Any:
-    """Return vLLM's description of the NCCL group of trainer and server workers.
+    """Return vLLM's description of the NCCL group of the trainer and a server's workers.
 
     Args:
         backend: the transfer backend.
         server: the server.
-        world_size: processes in the group: the sender and the server's workers.
-        rank: rank of this process in the trainer.
+        world_size: number of processes in the group: the sender and the server's workers.
+        rank: this process's rank in the training run.
     """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -105,7 +106,7 @@ def init_info(backend: str, server: ServerClient, world_size: int, rank: int) ->
 
 
 def meeting_point(server: ServerClient) -> tuple[str, int]:
-    """Return an address of this machine that the server can reach, and a free port."""
+    """Return the address by which the server can reach this machine, and a free port."""
     parts = urlsplit(server.url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
         towards.connect((parts.hostname or "", parts.port or 80))
@@ -116,7 +117,7 @@ def meeting_point(server: ServerClient) -> tuple[str, int]:
 
 
 class Meta(NamedTuple):
-    """Name, type and whole shape of a tensor, which vLLM reads before the tensor arrives."""
+    """Name, type and unsharded shape of a tensor, which vLLM reads before the tensor arrives."""
 
     name: str
     dtype: torch.dtype
@@ -124,19 +125,19 @@ class Meta(NamedTuple):
 
 
 class Source:
-    """The weights of one push, which vLLM reads once."""
+    """Hands the weights of a push to vLLM, which reads them once."""
 
     def __init__(self) -> None:
         self.rest: Iterator[tuple[str, Tensor]] = iter(())
         self._meta: list[Meta] = []
 
     def take(self, weights: HubWeights) -> None:
-        """Take the weights of the next push."""
+        """Set the weights of the next push."""
         self.rest = weights.tensors()
         self._meta = [Meta(*described) for described in weights.described()]
 
     def metadata(self) -> list[Meta]:
-        """Return names, types and whole shapes; nothing is gathered."""
+        """Return names, types and unsharded shapes, without a gather."""
         return self._meta
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -145,12 +146,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Control:
-    """HTTP calls to a server that vLLM's sender needs, under the names that it uses."""
+    """HTTP calls to a server, under the names by which vLLM's sender calls them."""
 
     server: ServerClient
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let the server's workers connect to the sender."""
+        """Make the server's workers connect to the sender."""
         self.server.post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
@@ -158,9 +159,9 @@ class Control:
         self.server.post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """Let the server receive weights."""
+        """Make the server receive weights."""
         self.server.post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Let the server use the weights that it received."""
+        """Make the server use the weights that it received."""
         self.server.post("/finish_weight_update", {"weight_version": weight_version})

@@ -1,4 +1,4 @@
-"""vLLM's settings for an architecture; without them its log-probabilities are not the student's.
+"""Settings with which vLLM computes the student's log-probabilities, by architecture.
 
 ``VLLMEngine`` and ``python -m kdrl_lightning serve`` both use them.
 """
@@ -13,7 +13,7 @@ from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.loading import load_config
 
 # vLLM's code for these architectures keeps some weights where a reload does not find them, so
-# updates would be lost. If transformers' classes run the model, all weights arrive.
+# updates would be lost. With transformers' classes, vLLM reloads all weights.
 BY_TRANSFORMERS = {
     "apertus": "activation parameters, which vLLM rounds to bfloat16",
     "dbrx": "experts",
@@ -21,27 +21,27 @@ BY_TRANSFORMERS = {
     "gpt_oss": "sinks, and experts with their biases",
 }
 
-# Since vLLM 0.29 a token of these architectures sees `sliding_window` tokens besides itself; with
-# transformers' masks it sees one token less.
+# Since vLLM 0.29 a token of these architectures attends to `sliding_window` tokens besides itself;
+# with transformers' masks it attends to one less.
 LONGER_WINDOW = ("cohere2", "cohere2_moe")
 LONGER_SINCE = (0, 29)
 
-# vLLM's CPU kernel mistakes rows of one head for rows of several heads (LFM2, DeepSeek V2 and V3)
-# and rotates only the first tokens' queries and keys. vLLM's PyTorch code is right.
+# vLLM's CPU kernel mistakes rows of one head for rows of several heads (LFM2, DeepSeek V2 and V3),
+# and rotates the queries and keys of the first tokens only. vLLM's PyTorch code is correct.
 ROTARY_IN_TORCH = {"custom_ops": ["-rotary_embedding"]}
 
 
 def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
-    """Return the flags of vLLM's server for the model at ``path``; empty if it cannot be read.
+    """Return the flags that vLLM's server needs for a model; none if we cannot read its config.
 
     Args:
-        path: folder or hub name.
+        path: folder or hub name of the model.
         reloads: whether the server gets new weights later.
         on_gpu: whether vLLM runs on a GPU.
     """
     try:
         config = load_config(path).get_text_config()
-    except ConfigurationError:  # vLLM may know the architecture, and reports a missing model
+    except ConfigurationError:  # vLLM may know the architecture; it also reports a missing model
         return []
     options = options_of(config, on_gpu)
     if reloads:
@@ -55,7 +55,7 @@ def flags_of(path: str, reloads: bool, on_gpu: bool) -> list[str]:
 
 
 def implementation_of(model_type: str) -> str:
-    """Return vLLM's setting ``model_impl`` for an architecture: whose code must run it.
+    """Return vLLM's ``model_impl`` for an architecture: whose code runs the model.
 
     >>> implementation_of("gpt_oss"), implementation_of("qwen3")
     ('transformers', 'auto')
@@ -73,13 +73,13 @@ def options_of(config: HFConfig, on_gpu: bool) -> Tree:
     Returns:
         Arguments of ``vllm.LLM``; the server accepts the same ones as flags.
     """
-    # Prompts are token ids of text. Without this, vLLM loads processors of images and sound, which
-    # need packages, files and a tokenizer, and reserves memory for them.
+    # Prompts are text. Without this, vLLM loads processors of images and sound, which need
+    # packages, files and a tokenizer, and reserves memory for them.
     options: Tree = {"language_model_only": True}
     if not on_gpu:
         options["compilation_config"] = ROTARY_IN_TORCH
-        # A prompt that is cut into parts fails: vLLM then sets back a request's generator, which
-        # torch's generators for CPUs cannot do. It also cuts prompts to cache recurrent states.
+        # Chunked prefill fails: it rewinds a request's random generator, which torch's generators
+        # for CPUs cannot do. With prefix caching, vLLM also chunks prompts of recurrent models.
         options["enable_chunked_prefill"] = False
         options["enable_prefix_caching"] = not is_recurrent(config)
     if config.model_type in LONGER_WINDOW and vllm_version() >= LONGER_SINCE:
@@ -88,7 +88,7 @@ def options_of(config: HFConfig, on_gpu: bool) -> Tree:
 
 
 def is_recurrent(config: HFConfig) -> bool:
-    """Return whether a layer of a model keeps a state instead of keys and values."""
+    """Return whether a layer of a model keeps a recurrent state instead of keys and values."""
     kinds = set(getattr(config, "layer_types", None) or ())
     states = hasattr(config, "mamba_d_state") or hasattr(config, "state_size")
     return states or any("attention" not in kind or "linear" in kind for kind in kinds)

@@ -1,7 +1,7 @@
-"""vLLM inside the training process: one engine at a time, which leaves the process as it was.
+"""Runs vLLM inside the training process: one engine at a time, whose side effects we undo.
 
-vLLM expects a separate process: its start sets seeds, threads, the matmul precision and the
-current GPU, and its end destroys the process group.
+vLLM expects a separate process: when it starts, it sets seeds, threads, the matmul precision and
+the current GPU; when it stops, it destroys the process group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 
 # `Any`: vLLM is optional, and type checkers skip it.
 
-# vLLM reads these variables; values that the user has set are kept. It logs errors only.
+# Environment variables that vLLM reads: no usage statistics, and a log of errors only. We keep
+# values that the user has set.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 # The engine takes weights directly, so it must run in this process, whatever the user's shell says.
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -29,16 +30,16 @@ MEETING = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
 
 class RunningEngine:
-    """The vLLM engine of this process, which the next one closes.
+    """The one running vLLM of this process; the next one closes it.
 
-    It is also closed when its owner is dropped. vLLM's state is global: with ``sleep`` a second
-    engine fails, and on a GPU each one would reserve memory.
+    It also closes when its owner is garbage-collected. vLLM's state is global: with ``sleep`` a
+    second one fails, and on a GPU each one would reserve memory.
 
     Args:
-        llm: vLLM's engine.
-        owner: the engine that samples with it.
-        closed: called when vLLM stops, with the owner.
-        owns_group: vLLM made torch's process group, and may destroy it.
+        llm: the ``vllm.LLM``.
+        owner: the ``VLLMEngine`` that samples with it.
+        closed: called with the owner when vLLM stops.
+        owns_group: whether vLLM made torch's process group, and may destroy it.
     """
 
     current: ClassVar[RunningEngine | None] = None
@@ -54,7 +55,7 @@ class RunningEngine:
         weakref.finalize(owner, self.close)
 
     def close(self) -> None:
-        """Stop vLLM and free its memory; the trainer's process group stays. May be called twice."""
+        """Stop vLLM and free its memory; keep the trainer's process group. May be called twice."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
@@ -96,16 +97,17 @@ def _group_kept(owned: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[str | None]:
-    """Start vLLM inside on this rank's device; restore what it changes.
+    """Prepare this process for the start of vLLM on this rank's device, and restore it afterwards.
 
-    Restored are seeds, threads, the matmul precision, the current GPU and the launcher's variables.
+    On exit we restore random states, threads, the matmul precision, the current GPU and the
+    launcher's variables.
 
     Args:
         device: the device of the student's weights on this rank.
 
     Yields:
-        vLLM's executor backend: ``external_launcher`` on a GPU, whose index it takes from a
-        variable, and if there are several ranks; else None.
+        vLLM's executor backend: ``external_launcher``, which takes the GPU's index from a variable,
+        on a GPU or with several ranks; else None.
     """
     grouped = torch.distributed.is_initialized()
     several = grouped and torch.distributed.get_world_size() > 1
@@ -132,13 +134,13 @@ def undisturbed(device: torch.device) -> Iterator[str | None]:
 
 @contextmanager
 def _launcher_variables(device: torch.device, grouped: bool) -> Iterator[None]:
-    """Describe this rank as a launcher would, by its own device.
+    """Set the variables of ``torchrun`` inside the context, from this rank's device.
 
     SLURM sets no ``LOCAL_RANK``, and with ``devices: [3]`` no variable names the device.
 
     Args:
         device: the rank's device.
-        grouped: vLLM joins a process group; else it makes one of this process alone.
+        grouped: whether vLLM joins a process group; else it makes one of this process alone.
     """
     rank = torch.distributed.get_rank() if grouped else 0
     local = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK") or 0)
@@ -156,7 +158,7 @@ def _launcher_variables(device: torch.device, grouped: bool) -> Iterator[None]:
 
 @contextmanager
 def _hidden(names: tuple[str, ...]) -> Iterator[None]:
-    """Hide variables inside."""
+    """Remove environment variables inside the context."""
     before = {name: os.environ.pop(name, None) for name in names}
     try:
         yield
@@ -174,11 +176,11 @@ def _free_port() -> str:
 
 
 def _matmul_precision() -> Callable[[], None]:
-    """Return a function that restores the precision of float32 products."""
+    """Return a function that restores the current precision of float32 matrix products."""
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by torch's newer interface, which the older one cannot read
-        kinds: Any = torch.backends  # its types lack the newer interface
+    except RuntimeError:  # it was set by torch's newer API, which the older one cannot read
+        kinds: Any = torch.backends  # its type hints lack the newer API
         cuda, cpu = kinds.cuda.matmul, kinds.mkldnn.matmul
         before = cuda.fp32_precision, cpu.fp32_precision
 

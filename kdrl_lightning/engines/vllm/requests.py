@@ -1,4 +1,4 @@
-"""Checks of requests to vLLM and of its answers, for the engine in process and for servers."""
+"""Checks requests to vLLM and its answers, for the engine in this process and for servers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kdrl_lightning.models.end_tokens import first_end
 def check_requests(
     prompts: Sequence[list[int]], sampling: Sampling, vocab_size: int, context: int
 ) -> None:
-    """Refuse prompts that vLLM cannot take: an unknown id would crash its engine.
+    """Refuse prompts that vLLM cannot sample from; an unknown token id would crash it.
 
     Args:
         prompts: P lists of token ids.
-        sampling: settings with the longest completion.
-        vocab_size: all ids must be below it.
+        sampling: gives the longest completion.
+        vocab_size: upper bound of all ids.
         context: longest prompt and completion together, in tokens.
 
     Raises:
@@ -46,12 +46,12 @@ def check_requests(
 
 
 def limits(sampling: Sampling) -> Tree:
-    """Return which tokens vLLM samples from, by its names."""
+    """Return the limits on the sampled tokens, under vLLM's names."""
     return {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
 
 
 def context_of(config: HFConfig, max_model_len: int | None) -> int:
-    """Return the longest prompt and completion together, in tokens.
+    """Return the longest prompt and completion together that vLLM must hold, in tokens.
 
     Args:
         config: configuration of the text model.
@@ -77,7 +77,7 @@ def context_of(config: HFConfig, max_model_len: int | None) -> int:
 def warn_of_one_rotary(model: HFModel, context: int) -> None:
     """Warn if vLLM and the trainer use different rotary embeddings for short rows.
 
-    Of longrope's two embeddings vLLM uses one for all rows, chosen by its longest sequence.
+    longrope has two embeddings. vLLM uses the same one for all rows, chosen by its context length.
 
     Args:
         model: the student.
@@ -95,7 +95,7 @@ def warn_of_one_rotary(model: HFModel, context: int) -> None:
 
 
 def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
-    """Return a ``Completion``, after a check that its parts fit together.
+    """Return a ``Completion`` after checking vLLM's answer.
 
     Args:
         ids: sampled token ids.

@@ -1,4 +1,4 @@
-"""Whether an engine's part of a GPU has room for the model, before anything is loaded."""
+"""Checks, before models load, that the engine's part of the GPU has room for the model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kdrl_lightning.models.loading import skeleton_causal_lm
 
 
 def needed_bytes(path: str, dtype: torch.dtype, context: int, cache: int | None) -> int:
-    """Return the bytes of a model's weights, and of a cache that holds one row.
+    """Return the bytes of a model's weights and of its KV cache, by default for one row.
 
     Args:
         path: folder or hub name of the model.
         dtype: type of weights and cache.
         context: longest prompt and completion together, in tokens.
-        cache: size of the cache in bytes, if it is given.
+        cache: size of the cache in bytes; None takes that of one row of ``context`` tokens.
     """
     model = skeleton_causal_lm(path)
     weights: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -33,18 +33,18 @@ def check_room(
     share: float,
     device: torch.device,
 ) -> None:
-    """Check that the engine's part of the GPU holds the weights and one row.
+    """Check that the engine's part of the GPU has room for the weights and the KV cache.
 
     Args:
         path: folder or hub name of the model.
         dtype: type of weights and cache.
         context: longest prompt and completion together, in tokens.
-        cache: size of the cache in bytes, if it is given.
-        share: the engine's part of the GPU's memory.
+        cache: size of the cache in bytes; None takes that of one row of ``context`` tokens.
+        share: the engine's part of the GPU's memory, in (0, 1].
         device: the GPU.
 
     Raises:
-        ConfigurationError: it does not.
+        ConfigurationError: it has too little room.
     """
     total = torch.cuda.mem_get_info(device)[1]
     needed = needed_bytes(path, dtype, context, cache)

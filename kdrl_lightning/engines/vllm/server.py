@@ -1,4 +1,4 @@
-"""Sampling with vLLM servers, on other GPUs or on other machines."""
+"""Sampling with vLLM servers, on other GPUs or other machines."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_c
 from kdrl_lightning.models.end_tokens import as_ids
 from kdrl_lightning.models.weights import ModelWeights
 
-# Requests at once to a server by the student's device. On a GPU vLLM decodes up to 1024 rows; half
-# of that keeps the connections below the usual limit of 1024 open files.
+# Concurrent requests to a server, by the student's device. On a GPU vLLM decodes up to 1024 rows;
+# half of that stays below the usual limit of 1024 open files.
 AT_ONCE = {"cuda": 512, "cpu": 128}
 
 
 class VLLMServerEngine(RolloutEngine):
-    """Samples on servers that ``python -m kdrl_lightning serve`` starts; they divide the prompts.
+    """Samples on servers started by ``python -m kdrl_lightning serve``, which share the prompts.
 
-    The engine sends weights in one of two ways: the trainer writes files to ``weights_folder``,
+    Weights reach the servers in one of two ways: the trainer writes files to ``weights_folder``,
     which each server loads, or vLLM's weight-transfer API copies them from GPU to GPU.
 
-    The engine uses a server's answers only if the server held the current weights before and after.
-    A server that was restarted in between gets the weights again and samples again; the seeds are
-    the same, and so are the completions.
+    The engine uses a server's answers only if the server held the current weights before and after
+    sampling. If a server restarted in between, it loads the weights and samples again; the seeds
+    are the same, and so are the completions.
 
     Args:
         urls: addresses of the servers, e.g. ``http://127.0.0.1:8000``.
@@ -53,8 +53,8 @@ class VLLMServerEngine(RolloutEngine):
             servers offer it (``serve --transfer nccl``) and the student is on a GPU.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
-        max_sequences: requests at once to each server, each on a connection; None: 512 if the
-            student is on a GPU, else 128.
+        max_sequences: concurrent requests to each server, each on its own connection; None: 512 if
+            the student is on a GPU, else 128.
         max_model_len: longest prompt and completion together, in tokens; None takes the servers'
             limit.
 
@@ -99,7 +99,7 @@ class VLLMServerEngine(RolloutEngine):
 
         Raises:
             ConfigurationError: ``weights_folder`` does not exist, or ``max_model_len`` is too long.
-            TrainingStopped: a server does not answer one of the ranks, or serves another model.
+            TrainingStopped: a rank cannot reach a server, or a server serves another model.
         """
         agreed(lambda: self._check(weights, eos_token_id))
         if self.max_sequences is None:
@@ -154,17 +154,17 @@ class VLLMServerEngine(RolloutEngine):
         """Send the weights to every server; all ranks must call it, but only the first one sends.
 
         Raises:
-            TrainingStopped: a server does not answer, or does not take the weights.
+            TrainingStopped: the disk is full, or a server does not answer or refuses the weights.
         """
         label, failure = [f"{version}-{uuid.uuid4().hex}"], None
         if ranks()[1] > 1:
-            torch.distributed.barrier()  # until no rank samples from the old weights
+            torch.distributed.barrier()  # wait until no rank samples from the old weights
             torch.distributed.broadcast_object_list(label)
         self._label = label[0]
         route = agreed(lambda: self._route_of(weights))
         try:
             route.push(HubWeights(weights, self.dtype), self._servers, self._label)
-        except Exception as error:  # the first rank may fail alone
+        except Exception as error:  # if the first rank fails alone, `agree` stops the others
             failure = error
         agree(failure)
         self.version = version
@@ -185,7 +185,7 @@ class VLLMServerEngine(RolloutEngine):
             )
         requests = [(i, seed) for i, group in enumerate(seeds) for seed in group]
         first, count = ranks()[0], len(self._servers)
-        # A group stays on one server, which then has the prompt in its cache.
+        # All requests of a group go to one server, whose prefix cache then has the prompt.
         shares = [
             [r for r in requests if (r[0] + first) % count == place] for place in range(count)
         ]
@@ -240,7 +240,7 @@ class VLLMServerEngine(RolloutEngine):
             self._route.again(server, self._label)
 
     def _route_of(self, weights: ModelWeights) -> WeightRoute:
-        """Return the way in which weights are sent; the first call chooses it."""
+        """Return the transport of weights, by files or by NCCL; the first call chooses it."""
         if self._route is None:
             on_gpu = next(weights.model.parameters()).device.type == "cuda"
             offered = len(self._backends) == 1 and "" not in self._backends

@@ -1,4 +1,4 @@
-"""Sampling the teacher's completions on servers that hold the teacher."""
+"""Sampling the teacher's completions on vLLM servers that serve the teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdrl_lightning.models.weights import ModelWeights
 
 
 class VLLMTeacherEngine(VLLMServerEngine):
-    """Samples from vLLM servers with the weights that they have, e.g. those of a ``ServerTeacher``.
+    """Samples from the model that vLLM servers hold, e.g. the servers of a ``ServerTeacher``.
 
     The engine never sends weights, so any ``vllm serve`` works.
 
@@ -22,7 +22,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
         api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
-        max_sequences: requests at once to each server.
+        max_sequences: concurrent requests to each server.
     """
 
     has_own_weights = True
@@ -47,7 +47,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
     def setup(
         self, weights: ModelWeights, eos_token_id: int | Sequence[int], pad_token_id: int
     ) -> None:
-        """Read every server's context limit, and the number of tokens from ``weights``.
+        """Read every server's context length, and the vocabulary size from ``weights``.
 
         Raises:
             TrainingStopped: a server does not answer.

@@ -1,7 +1,7 @@
 """Methods that ``python -m kdrl_lightning serve`` adds to vLLM's worker.
 
-The trainer calls them by ``/collective_rpc``. vLLM mixes the class into its worker, so this module
-does not import vLLM.
+The trainer calls them through ``/collective_rpc``. vLLM mixes the class into its worker, so this
+module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NAME = f"{__name__}.StudentWorker"
 
 
 def before_reload(model: Any) -> None:
-    """Make CPU kernels of experts pack the weights that arrive next, and name what loads them.
+    """Prepare vLLM's model for new weights: remove packed expert kernels, name weight loaders.
 
-    vLLM packs weights only when it makes a kernel, and writes unpacked weights into it later. So we
-    remove the kernel before a reload. A reload also asks for the name of every function that loads
-    a weight; those of MiniMax M2 are partial functions, which have none.
+    On a CPU, vLLM packs expert weights only when it makes a kernel, and a reload would write
+    unpacked weights into it. So we remove the kernel. A reload also reads ``__name__`` of every
+    weight loader; those of MiniMax M2 are partial functions, which have none.
     """
     for parameter in model.parameters():
         loader = getattr(parameter, "weight_loader", None)
@@ -40,10 +40,10 @@ def before_reload(model: Any) -> None:
 
 
 def give_group(router: Any) -> None:
-    """Make a CPU router of experts do what it only does for experts in groups (vLLM 0.32).
+    """Put all experts of a CPU router into one group: vLLM 0.32 routes wrongly without groups.
 
-    Without groups it ignores its correction bias (Ernie 4.5) and refuses the scores of sigmoids
-    (Laguna, MiniMax M2). One group of all experts makes the same choice with both.
+    Without groups the router ignores its correction bias (Ernie 4.5) and refuses sigmoid scores
+    (Laguna, MiniMax M2). With a single group it selects the right experts.
     """
     if type(router).__name__ != "CPURouter" or router.use_grouped_topk:
         return
@@ -53,9 +53,9 @@ def give_group(router: Any) -> None:
 
 
 def after_reload(model: Any) -> None:
-    """Make a CPU pack a head that is tied to the embedding, after the new weights have arrived.
+    """Pack a tied head again on a CPU, after the new weights have arrived.
 
-    vLLM packs a weight only if it arrives under its name, and a folder names tied weights once.
+    vLLM packs a weight only if it arrives under its name, and tied weights are sent under one name.
     """
     modules = [m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)]
     shared = Counter(id(module.weight) for module in modules)
@@ -67,7 +67,7 @@ def after_reload(model: Any) -> None:
 
 
 class StudentWorker:
-    """Loads the student's weights from files, and reports which weights the server holds."""
+    """Loads the student's weights, and reports which weights the server holds."""
 
     student_label = ""
 
@@ -79,9 +79,9 @@ class StudentWorker:
             label: name of these weights, which ``student`` returns from now on.
 
         Returns:
-            The label, or under ``error`` what went wrong.
+            The label, or the reason of a failure under ``error``.
         """
-        self.student_label = ""  # no label until all weights are there
+        self.student_label = ""  # no label until all weights arrived
         try:
             before_reload(self.get_model())
             self.reload_weights(weights_iterator=read_shards(Path(folder)))
@@ -92,17 +92,17 @@ class StudentWorker:
         return {"label": label}
 
     def name_student(self: Any, label: str) -> dict[str, str]:
-        """Set the label of weights that arrived in another way.
+        """Set the label of weights that the transfer API sends.
 
         Args:
-            label: name of the weights; an empty text if the transfer begins now.
+            label: name of the weights, after the transfer; "" before it.
         """
         (after_reload if label else before_reload)(self.get_model())
         self.student_label = label
         return {"label": label}
 
     def student(self: Any) -> dict[str, str]:
-        """Return the label of the weights, empty before the first, and the server's settings."""
+        """Return the label of the weights, "" before the first push, and the server's settings."""
         model = self.vllm_config.model_config
         return {
             "label": self.student_label,

@@ -1,4 +1,4 @@
-"""What checks work with: the device, a folder, and random models that are written on first use."""
+"""What checks work with: the device, a folder, timers, and random models written on first use."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Shape:
     Attributes:
         width: hidden size.
         layers: number of transformer layers.
-        heads: query heads; there is one key-value head for every two of them.
+        heads: number of query heads; every two of them share one key-value head.
         head_dim: width of a head.
         mlp: width of the feed-forward layer.
-        vocab: rows of the embedding.
-        window: tokens of a sliding window in every layer; None for none.
+        vocab: number of rows of the embedding.
+        window: tokens of the sliding window in every layer; None for full attention.
     """
 
     width: int
@@ -39,7 +39,7 @@ class Shape:
     window: int | None = None
 
 
-# Qwen3-0.6B's shape, its first four layers, and these with a sliding window; for a CPU, small ones.
+# Qwen3-0.6B, its first four layers, and these with a sliding window; small models for a CPU.
 ON_GPU = {
     "model": Shape(1024, 28, 16, 128, 3072, 151_936),
     "few-layers": Shape(1024, 4, 16, 128, 3072, 151_936),
@@ -55,11 +55,11 @@ CHARACTERS = "0123456789+=,#"
 
 @dataclass(frozen=True)
 class Bench:
-    """A machine to check.
+    """The machine to check.
 
     Attributes:
-        folder: for files that all checks share.
-        device: where models run.
+        folder: folder for files that all checks share.
+        device: device on which models run.
         gpus: number of GPUs.
     """
 
@@ -78,7 +78,7 @@ class Bench:
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     def shape(self, name: str) -> Shape:
-        """Return the shape of a model, ``model``, ``few-layers`` or ``window``."""
+        """Return the shape of the model ``model``, ``few-layers`` or ``window``."""
         return (ON_GPU if self.on_gpu else ON_CPU)[name]
 
     def path(self, name: str) -> str:
@@ -89,18 +89,18 @@ class Bench:
         return str(folder)
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:  # a transformers model
-        """Load a model onto the device."""
+        """Return a model on the device; see ``shape`` for its name."""
         with torch.device("cpu"):
             model = load_causal_lm(self.path(name), dtype or self.dtype)
         return model.to(self.device)
 
     def wait(self) -> None:
-        """Wait until the device has done all its work."""
+        """Wait until the GPU has finished its queued work."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object], repeats: int = 3) -> float:
-        """Return the median time of some work, after one run that warms up."""
+        """Return the median seconds that ``work`` takes, after one warm-up run."""
         times = []
         for _ in range(repeats + 1):
             self.wait()
@@ -111,7 +111,7 @@ class Bench:
         return statistics.median(times[1:])
 
     def peak(self, work: Callable[[], object]) -> int | None:
-        """Return the bytes that some work allocates at its peak; None on a CPU."""
+        """Return the peak of the bytes that ``work`` allocates; None on a CPU."""
         if not self.on_gpu:
             work()
             return None
@@ -130,7 +130,7 @@ def write_model(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
 
     names = ["<pad>", "<eos>", *CHARACTERS]
     names += [f"t{i}" for i in range(len(names), shape.vocab)]
-    make: Any = Qwen2Tokenizer  # its annotation forbids having no unknown token
+    make: Any = Qwen2Tokenizer  # its type hints forbid `unk_token=None`
     tokenizer = make(
         vocab={name: i for i, name in enumerate(names)},
         merges=[],

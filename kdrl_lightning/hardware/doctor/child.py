@@ -19,7 +19,7 @@ from kdrl_lightning.hardware.doctor.findings import NotReachedError
 
 
 def main(name: str, folder: Path) -> None:
-    """Run a check; write each finding to ``NAME.jsonl`` when it is made, and last how it ended."""
+    """Run a check; write each finding to ``NAME.jsonl`` at once, and at the end how it ended."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     bench = Bench(folder, torch.device("cuda", 0) if gpus else torch.device("cpu"), gpus)
     check = importlib.import_module(f"kdrl_lightning.hardware.doctor.checks.{name}")

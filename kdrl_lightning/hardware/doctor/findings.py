@@ -1,4 +1,4 @@
-"""What a check finds: a value, its bound, and whether it keeps to it."""
+"""What a check finds: a value, its bound, and whether the value keeps to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class NotReachedError(Exception):
-    """A check cannot run on this machine; says why."""
+    """Raised if a check cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Finding:
     Attributes:
         what: what was measured.
         value: the measured value, with its unit.
-        bound: the rule that it must keep; empty for information.
-        passed: whether it keeps the rule; None for information.
+        bound: the bound on the value; empty if there is none.
+        passed: whether the value keeps to the bound; None if there is none.
     """
 
     what: str
@@ -27,7 +27,7 @@ class Finding:
 
 
 def info(what: str, value: object) -> Finding:
-    """Return a finding without a rule."""
+    """Return a finding without a bound."""
     return Finding(what, str(value))
 
 
@@ -51,7 +51,7 @@ def equal(what: str, found: object, wanted: object) -> Finding:
 
 
 def holds(what: str, passed: bool) -> Finding:
-    """Return a finding for a rule that holds or not."""
+    """Return a finding that passes if a statement holds: "yes" or "no"."""
     return Finding(what, "yes" if passed else "no", "yes", passed)
 
 

@@ -1,4 +1,4 @@
-"""Short runs of the program, each in a separate process: training, and servers."""
+"""Starts the program in separate processes: short training runs, and servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdrl_lightning.hardware.doctor.bench import Bench
 
 # Small: 4 prompts with 4 completions each, two optimizer steps per rollout.
 SMALL = (
-    "--config=kdrl",  # its loss is not 0 where all rewards are equal
+    "--config=kdrl",  # its loss is not 0 if all rewards are equal
     "--data.rollout.prompts_per_rollout=4",
     "--data.rollout.group_size=4",
     "--data.rollout.minibatches_per_rollout=2",
@@ -28,7 +28,7 @@ SMALL = (
     "--data.val_prompts.size=16",
 )
 
-# The model that servers serve, and their longest row.
+# The model that servers load, and their context length.
 SERVED, CONTEXT = "few-layers", 1024
 # Seconds that a server may take to start.
 PATIENCE = 240.0
@@ -40,8 +40,8 @@ class Run:
 
     Attributes:
         code: exit code.
-        output: what it printed.
-        folder: where it wrote.
+        output: text that it printed.
+        folder: folder that it wrote to.
     """
 
     code: int
@@ -50,13 +50,13 @@ class Run:
 
     @property
     def last_line(self) -> str:
-        """The last line of the output: of a failed run, the error."""
+        """The last line of the output that mentions an error; the last line if none does."""
         lines = [line for line in self.output.splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()]
         return (errors or lines or [""])[-1][:300]
 
     def column(self, name: str) -> list[float]:
-        """Return a column of the newest ``metrics.csv``, without its gaps."""
+        """Return a column of the newest ``metrics.csv``, without empty cells."""
         newest = max(self.folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
         with newest.open() as lines:
             return [float(row[name]) for row in csv.DictReader(lines) if row.get(name)]
@@ -74,8 +74,8 @@ def fit(
 
     Args:
         bench: the machine.
-        name: names the run's folder.
-        flags: further settings; they win over those of ``SMALL``.
+        name: name of the run's folder.
+        flags: further flags, which override those of ``SMALL``.
         devices: number of processes.
         limit: seconds after which the run is killed.
         env: further environment variables.
@@ -93,7 +93,7 @@ def fit(
 
 
 def program(arguments: Sequence[str], folder: Path, limit: float, env: Mapping[str, str]) -> Run:
-    """Run ``python -m kdrl_lightning`` with arguments."""
+    """Run ``python -m kdrl_lightning`` with arguments, and return the finished run."""
     process = subprocess.run(
         [sys.executable, "-m", "kdrl_lightning", *arguments],
         stdout=subprocess.PIPE,
@@ -107,7 +107,7 @@ def program(arguments: Sequence[str], folder: Path, limit: float, env: Mapping[s
 
 
 class Address(NamedTuple):
-    """Where a server listens, and the key that it wants."""
+    """URL and API key of a server."""
 
     url: str
     key: str
@@ -117,12 +117,12 @@ class Address(NamedTuple):
 def served(
     bench: Bench, name: str, *flags: str, env: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Address]:
-    """Start a server of the small model; end it afterwards.
+    """Start a vLLM server of the small model, without waiting until it answers; end it on exit.
 
     Args:
         bench: the machine.
-        name: names the file of its output.
-        flags: of ``serve``.
+        name: part of the name of its log file.
+        flags: further flags of ``serve``.
         env: further environment variables.
     """
     with socket.socket() as free:

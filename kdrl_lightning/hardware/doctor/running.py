@@ -1,4 +1,4 @@
-"""The list of checks, and the process that runs one of them with a time limit."""
+"""The list of checks, and how to run one in a process with a time limit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Verdict: TypeAlias = Literal["passed", "failed", "not reached"]
 
 @dataclass(frozen=True)
 class Check:
-    """A check of the machine; the module of the same name holds its function ``run``.
+    """A check of the machine, whose function ``run`` is in the module of the same name.
 
     Attributes:
         name: name of the module.
-        title: what it checks.
-        limit: seconds after which it is ended.
+        title: what it checks, for the table.
+        limit: seconds after which its process is killed.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Check:
 
 
 CHECKS = (
-    Check("start", "versions, and a step of training by command line and in Python", 180),
+    Check("start", "a few training steps from the command line and in Python", 180),
     Check("head", "the language-model head against float64, and its speed", 120),
     Check("attention", "padded rows, shared prompts and sliding windows", 120),
     Check("engine", "vLLM in the training process: weights, seeds, sleep", 300),
@@ -47,13 +47,14 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check gave.
+    """The result of a check.
 
     Attributes:
         check: the check.
-        verdict: ``failed`` if a finding failed or the check ended early.
+        verdict: ``failed`` if a finding failed or the check ended early; ``not reached`` if this
+            machine cannot run it.
         seconds: how long it ran.
-        findings: in the order in which they were made.
+        findings: its findings, in order.
         reason: why it failed or was not reached; empty if it passed.
     """
 
@@ -64,7 +65,7 @@ class Outcome:
     reason: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """Return the outcome for a JSON file."""
+        """Return the outcome as a dictionary for JSON."""
         return {
             "name": self.check.name,
             "title": self.check.title,
@@ -76,12 +77,12 @@ class Outcome:
 
 
 def run(check: Check, folder: Path, limit: float | None = None) -> Outcome:
-    """Run a check in a separate process, and end that process after the time limit.
+    """Run a check in a separate process, and kill that process after the time limit.
 
     Args:
         check: the check.
-        folder: for the files that checks share; the check's output goes there too.
-        limit: replaces the check's time limit, in seconds.
+        folder: folder for files that checks share and for the check's output.
+        limit: seconds; None takes the check's own limit.
     """
     limit = check.limit if limit is None else limit
     found, log = folder / f"{check.name}.jsonl", folder / f"{check.name}.log"
@@ -115,7 +116,7 @@ def run(check: Check, folder: Path, limit: float | None = None) -> Outcome:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process with everything that it started."""
+    """Kill a process and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -125,5 +126,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def chosen(names: list[str] | None) -> Iterator[Check]:
-    """Yield the checks of these names, in the list's order; None yields all."""
+    """Yield the checks with these names, in the order of ``CHECKS``; None yields all."""
     yield from (check for check in CHECKS if names is None or check.name in names)

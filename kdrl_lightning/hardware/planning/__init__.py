@@ -1,1 +1,1 @@
-"""Plans a run before it starts: memory of each phase, disk, seconds, and the setting to change."""
+"""Plans a run before it starts: memory of each phase, disk, seconds, and settings to change."""

@@ -1,4 +1,4 @@
-"""Completions of given lengths, for a rehearsal."""
+"""Makes batches of given lengths, and their scores, for a rehearsal."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from kdrl_lightning.teachers.own_prompt.groups import OwnPrompt, with_prompts
 def make_batch(
     rows: int, prompt: int, completion: int, group: int, vocabulary: int
 ) -> RolloutBatch:
-    """Return completions of one length, all different.
+    """Return a batch of different completions of equal length.
 
     Args:
         rows: number of completions.
         prompt: tokens of each prompt.
         completion: tokens of each completion.
         group: completions per prompt.
-        vocabulary: ids are below it.
+        vocabulary: upper bound of the token ids.
     """
     draw = torch.Generator().manual_seed(0)
-    # Under `without_numbers`: integers are real.
+    # Inside `without_numbers`, integers stay real.
     ids = torch.randint(0, vocabulary, (rows, completion), generator=draw)
     prompts = [[(3 + i // max(group, 1)) % vocabulary] * prompt for i in range(rows)]
     groups = [i // max(group, 1) for i in range(rows)]
@@ -39,13 +39,13 @@ def make_batch(
 def with_own_prompts(
     batch: RolloutBatch, own: OwnPrompts, longest: int, vocabulary: int
 ) -> RolloutBatch:
-    """Return completions with the prompts that the teacher reads.
+    """Return a batch with the prompts that the teacher reads.
 
     Args:
         batch: completions.
         own: the longest of these prompts.
-        longest: tokens of the student's longest prompt; a shorter one has a shorter one here.
-        vocabulary: ids are below it.
+        longest: tokens of the student's longest prompt; a shorter batch gets shorter prompts.
+        vocabulary: upper bound of the token ids.
     """
     tokens = math.ceil(int(batch.prompt_lengths.max()) * own.tokens / longest)
     places = range(len(batch)) if own.differ else batch.group_ids.tolist()
@@ -55,12 +55,12 @@ def with_own_prompts(
 def joined_rows(batch: RolloutBatch, own: OwnPrompts | None, job: Job) -> int:
     """Return how many completions frozen models score in one pass, after the longest prompts.
 
-    They join micro-batches up to ``FROZEN_TOKENS``, in which a prompt counts once per group.
+    A pass joins micro-batches up to ``FROZEN_TOKENS``, where a prompt counts once per group.
 
     Args:
         batch: a micro-batch.
-        own: the prompts that they read; None: the student's.
-        job: the run's limits.
+        own: the prompts that the models read; None: the student's.
+        job: gives the run's limits.
     """
     prompt = int(batch.prompt_lengths.max()) if own is None else own.tokens
     completion = batch.completion_ids.shape[1]
@@ -76,7 +76,7 @@ def joined_rows(batch: RolloutBatch, own: OwnPrompts | None, job: Job) -> int:
 
 
 def in_pairs(batch: RolloutBatch) -> RolloutBatch:
-    """Return each row twice, as a group whose rewards differ, for rules that compare a group."""
+    """Return each row twice, as a group with different rewards, for group-relative advantages."""
     rows = [*range(len(batch)), *range(len(batch))]
     return batch.select(rows).replace(
         group_ids=torch.tensor(rows),
@@ -91,11 +91,11 @@ def zeros_of_ids(objective: Objective, batch: RolloutBatch) -> Tensor | None:
 
 
 def with_scores(batch: RolloutBatch, module: KDRLModule, max_tokens: int) -> RolloutBatch:
-    """Return completions with all that an update finds: real zeros, because only shapes count.
+    """Return a batch with all fields that an update reads, filled with real zeros.
 
     Args:
         batch: completions.
-        module: asks for the scores, and prepares the batch.
+        module: decides which scores the batch has, and prepares it.
         max_tokens: the token limit of a completion.
     """
     objective, scores = module.objective, torch.zeros(batch.completion_ids.shape)

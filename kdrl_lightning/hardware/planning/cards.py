@@ -1,4 +1,4 @@
-"""Known GPUs with their memory and speed, and amounts of memory in words."""
+"""Known GPUs with their memory and speed, and a parser for amounts of memory such as 80GB."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its maker describes it.
+    """Memory and peak speed of a GPU, from its data sheet.
 
     Attributes:
-        memory: bytes that a process finds on it.
-        flops: dense products in bfloat16 with sums in float32, per second.
-        bandwidth: bytes per second of its memory.
+        name: name for ``--card``.
+        memory: bytes, as the driver reports them.
+        flops: dense bfloat16 operations per second, with float32 accumulation.
+        bandwidth: memory bandwidth in bytes per second.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Card:
     bandwidth: float
 
 
-# Data sheets of NVIDIA; memory as the driver reports it.
+# From NVIDIA's data sheets; memory as the driver reports it.
 CARDS = (
     Card("A100-80GB", 79.2 * 2**30, 312e12, 2.04e12),
     Card("H100", 79.1 * 2**30, 989e12, 3.35e12),
@@ -39,7 +40,7 @@ CARDS = (
 
 
 def card_named(name: str) -> Card:
-    """Return a known GPU.
+    """Return a known GPU by its name; case, spaces and hyphens do not matter.
 
     Raises:
         ConfigurationError: the name is unknown.
@@ -61,7 +62,7 @@ def bytes_of(text: str) -> float:
     """Return an amount of memory in bytes.
 
     Raises:
-        ConfigurationError: it has no number, no unit or an unknown one.
+        ConfigurationError: the number or a known unit is missing.
 
     >>> bytes_of("80GB"), bytes_of("1.5 gib")
     (80000000000.0, 1610612736.0)

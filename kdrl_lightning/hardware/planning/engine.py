@@ -1,4 +1,4 @@
-"""Memory of the engine on a trainer's card: while it samples, takes weights, and waits."""
+"""Plans the engine's memory on a trainer's GPU: while it samples, takes weights, and waits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kdrl_lightning.models.prompt_cache import SPARE, growing_cache
 
 # `Any`: models and caches of transformers share no typed base.
 
-# Completions that the transformers engine decodes at once, if no memory is given to fill.
+# Completions that we assume the transformers engine decodes at once if the memory is unknown.
 UNBOUNDED = 256
-# Completions with which decoding is counted.
+# Numbers of completions with which we count decoding.
 DECODED = 2, 4
 
 
@@ -30,12 +30,17 @@ def copies(run: Rehearsal) -> bool:
 
 
 def copy_bytes(run: Rehearsal) -> float:
-    """Return the size of that copy, in the type that the trainer computes in."""
+    """Return the bytes of that copy, in the type that the trainer computes in."""
     return run.whole_copy(2 if run.job.mixed else None)
 
 
 def awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
-    """Return what the engine holds during updates."""
+    """Return the bytes that the engine holds during updates, by what holds them.
+
+    Args:
+        run: the rehearsal.
+        memory: bytes of a device; None if unknown.
+    """
     sampler = run.job.sampler
     if sampler.kind == "vllm" and not sampler.sleep:
         return {"engine": engine_bytes(run, memory)}
@@ -43,7 +48,7 @@ def awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
 
 
 def sampling(run: Rehearsal, memory: float | None) -> dict[str, float]:
-    """Return what is held while completions are sampled, without the transformers engine's cache.
+    """Return the bytes held during sampling, without the transformers engine's KV cache.
 
     Args:
         run: the rehearsal.
@@ -56,7 +61,10 @@ def sampling(run: Rehearsal, memory: float | None) -> dict[str, float]:
 
 
 def decoding(run: Rehearsal) -> list[float]:
-    """Return bytes to decode so many completions as ``DECODED`` says; else none are needed."""
+    """Return the transformers engine's bytes to decode each number of completions in ``DECODED``.
+
+    Other engines need none: the list is empty.
+    """
     if run.job.sampler.kind != "transformers":
         return []
     return [float(decode(run, rows).peak) for rows in DECODED]
@@ -65,11 +73,11 @@ def decoding(run: Rehearsal) -> list[float]:
 def with_cache(
     parts: dict[str, float], decoded: list[float], config: Any, job: Job, usable: float | None
 ) -> dict[str, float]:
-    """Add the transformers engine's cache, for as many completions as it decodes at once.
+    """Add the transformers engine's KV cache, for as many completions as it decodes at once.
 
     Args:
-        parts: what is held in addition to it.
-        decoded: see ``decoding``; memory is a line in the completions.
+        parts: the other bytes held, by what holds them.
+        decoded: see ``decoding``; memory is linear in the number of completions.
         config: configuration of the whole student.
         job: settings of the run.
         usable: bytes that tensors can take; None if unknown.
@@ -82,7 +90,7 @@ def with_cache(
 
 
 def pushing(run: Rehearsal) -> dict[str, float]:
-    """Return what is held while the engine takes weights; of a sleeping vLLM only these."""
+    """Return the bytes held while the engine takes weights; vLLM counts with its weights alone."""
     parts: dict[str, float] = dict(run.held)
     if run.job.sampler.kind == "vllm":
         parts["engine"] = run.whole_copy(engine_itemsize(run))
@@ -105,7 +113,7 @@ def rows_at_once(job: Job, config: Any, usable: float | None, held: float) -> in
 
 
 def engine_bytes(run: Rehearsal, memory: float | None) -> float:
-    """Return what vLLM takes while it samples: its part of the card, or weights and cache."""
+    """Return vLLM's bytes while it samples: its part of the GPU, or weights and KV cache."""
     sampler, weights = run.job.sampler, run.whole_copy(engine_itemsize(run))
     if sampler.cache_bytes is not None:
         return weights + sampler.cache_bytes
@@ -121,7 +129,7 @@ def engine_itemsize(run: Rehearsal) -> int:
 
 
 def cache_values(run: Rehearsal, tokens: int = 64) -> float:
-    """Return how many numbers an engine's cache holds per token of a sequence."""
+    """Return how many numbers a KV cache holds per token of a sequence."""
     cache = _filled(run, whole_model(run), torch.zeros(1, tokens, dtype=torch.long))
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     return float(sum(part.numel() for part in parts if part is not None) / tokens)
@@ -135,9 +143,9 @@ def whole_model(run: Rehearsal) -> Any:
 
 
 def decode(run: Rehearsal, rows: int) -> Cost:
-    """Decode one token of so many completions that are nearly as long as they may be.
+    """Count the last decoding step of the transformers engine, for ``rows`` of full length.
 
-    This is the transformers engine. Its cache grows by a quarter whenever it is full.
+    Its KV cache grows by a quarter whenever it is full.
     """
     job, model, meter = run.job, whole_model(run), run.meter
     end = room = 0
@@ -147,11 +155,11 @@ def decode(run: Rehearsal, rows: int) -> Cost:
     before = meter.restart()
     width = job.longest - 1
     cache = _filled(run, model, torch.zeros(1, end, dtype=torch.long))
-    meter.restart()  # without the pass over the prompt, which is one row here
+    meter.restart()  # leaves out the pass over the prompt, which is a single row here
     cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
     for layer in cache.layers:
         layer.keys, layer.values = (part[:, :, :width] for part in layer.room)
-    # Rows leave when they end: one layer after the other is copied, beside what it had.
+    # When rows end, the cache is copied layer by layer, so one layer exists twice.
     cache.batch_select_indices(torch.arange(rows))
     ids = torch.zeros(rows, 1, dtype=torch.long)
     # Prompts of different lengths have a mask.
@@ -166,7 +174,7 @@ def decode(run: Rehearsal, rows: int) -> Cost:
             use_cache=True,
         ).logits[:, -1]
         logits = logits.float()
-        # torch copies what it sums in another type; each completion then gets its row of the sums.
+        # torch copies what it sums in another type; then each completion gets its row of the sums.
         shares = (logits - logits.amax(-1, keepdim=True)).exp()
         wide = shares.double()
         edges = wide.cumsum(-1)

@@ -1,4 +1,4 @@
-"""What a plan reads of a run besides the module: ranks, lengths, micro-batches and engine."""
+"""The settings of a run that a plan needs besides the module: ranks, lengths, batches, engine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Strategy = Literal["single", "ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """The engine that samples rollouts, as far as it needs memory of a trainer's card.
+    """The engine's settings that decide its memory on a trainer's GPU.
 
     Attributes:
         kind: ``transformers``, ``vllm`` or ``elsewhere`` (servers, or an engine that we cannot
             plan).
-        max_sequences: completions decoded at once; None: what the engine chooses.
-        max_cached_tokens: tokens in the transformers engine's cache; None: what it has room for.
-        share: part of the card that vLLM takes, weights and cache together.
-        sleep: vLLM frees that part during updates.
-        dtype: type of vLLM's weights and cache; ``auto`` is bfloat16 on a GPU.
-        cache_bytes: size of vLLM's cache; None: what its part leaves.
-        context: longest sequence that vLLM accepts; None: the model's.
+        max_sequences: completions decoded at once; None: the engine's default.
+        max_cached_tokens: tokens in the transformers engine's KV cache; None: as many as fit.
+        share: part of the GPU's memory that vLLM takes for weights and KV cache, in (0, 1].
+        sleep: whether vLLM frees that part during updates.
+        dtype: type of vLLM's weights and KV cache; ``auto`` is bfloat16 on a GPU.
+        cache_bytes: size of vLLM's KV cache; None: what its part leaves.
+        context: longest sequence that vLLM accepts; None: the model's limit.
     """
 
     kind: Literal["transformers", "vllm", "elsewhere"] = "transformers"
@@ -45,23 +45,24 @@ class Job:
     Attributes:
         rollout: how rollouts are sampled and used.
         sampler: the engine.
-        ranks: processes, one per device.
-        strategy: how they share the work.
-        precision: the trainer's.
-        reduces_each: fsdp2 reduces gradients after every micro-batch, not once per step.
-        on_gpu: plan for GPUs; AdamW then works on lists of tensors.
-        accumulate: micro-batches of an optimizer step.
-        clips: gradients are clipped.
+        ranks: number of processes, one per device.
+        strategy: how ranks share the work.
+        precision: the trainer's precision, e.g. ``bf16-mixed``.
+        reduces_each: whether fsdp2 reduces gradients after every micro-batch, not once per step.
+        on_gpu: whether to plan for GPUs, where AdamW works on lists of tensors (``foreach``).
+        accumulate: micro-batches per optimizer step.
+        clips: whether gradients are clipped.
         others: completions per prompt that the teacher adds.
-        longest_prompt: in tokens.
-        mean_completion: in tokens; None: half of ``max_tokens``. Only seconds depend on it.
-        kept_checkpoints: how many stay on the disk.
-        model_configs: files of configurations by the name of their model.
-        teacher_prompt: tokens of the longest prompt that the teacher reads; None: what follows from
-            its template and its context.
+        longest_prompt: tokens of the longest prompt.
+        mean_completion: mean tokens of a completion, which only seconds depend on; None: half of
+            ``max_tokens``.
+        kept_checkpoints: number of checkpoints that stay on the disk.
+        model_configs: files or folders with a ``config.json``, by the name of the model.
+        teacher_prompt: tokens of the longest prompt that the teacher reads; None: computed from its
+            template and context.
         teacher_tokens: the teacher's tokens per token of the student, if it has another tokenizer;
             None: counted with both tokenizers, or assumed.
-        depth: build the student with so many layers; None: with all.
+        depth: number of layers to build the student with; None: all.
     """
 
     rollout: RolloutSettings = RolloutSettings()
@@ -105,12 +106,12 @@ class Job:
 
     @property
     def group(self) -> int:
-        """Completions of a prompt."""
+        """Completions per prompt."""
         return self.rollout.group_size + self.others
 
     @property
     def rows(self) -> int:
-        """Completions of one optimizer step on one rank."""
+        """Completions per optimizer step on one rank."""
         unit = self.rollout.minibatches_per_rollout * self.ranks
         return self.rollout.prompts_per_rollout // unit * self.group
 
@@ -121,9 +122,9 @@ class Job:
 
     @property
     def largest_micro_batch(self) -> int:
-        """Tokens of the largest micro-batch.
+        """Tokens of the largest micro-batch: the configured limit, but at least one full row.
 
-        It is the limit of the configuration; without one, every completion is as long as it can be.
+        Without a limit, we assume that every prompt and completion has the full length.
         """
         worst = -(-self.rows // self.accumulate) * self.longest
         return max(self.longest, self.rollout.max_tokens_per_micro_batch or worst)
@@ -136,7 +137,12 @@ class Job:
 
 # `Any` below: the parsed settings of a class, as jsonargparse gives them.
 def sampler_of(engine: Any, on_gpu: bool) -> Sampler:
-    """Return what is planned of a configured engine; None is the transformers engine."""
+    """Return the settings of a configured engine that a plan needs.
+
+    Args:
+        engine: class and arguments; None is the transformers engine.
+        on_gpu: whether to plan for GPUs; only there vLLM can sleep.
+    """
     if engine is None:
         return Sampler()
     name = str(engine["class_path"]).rsplit(".", 1)[-1]

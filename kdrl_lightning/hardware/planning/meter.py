@@ -1,7 +1,7 @@
-"""Runs the library's code without numbers, and counts its memory and its products.
+"""Runs the library's code on fake tensors, and counts its memory and floating-point operations.
 
-Token ids, masks and lengths stay real tensors, because they decide shapes. Everything in floating
-point is one of torch's fake tensors: it has a shape, a type and a storage of a size, but no memory.
+Token ids, masks and lengths stay real tensors, because they decide shapes. Every floating-point
+tensor is one of torch's fake tensors: it has a shape, a type and a size of storage, but no memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase takes on one rank.
+    """Memory and operations of a phase on one rank.
 
     Attributes:
-        peak: bytes above what was held before.
-        kept: bytes that the forward pass keeps for the backward pass.
-        flops: operations.
-        whole: bytes of gradients that are not reduced yet, beyond a rank's own part of them.
+        peak: bytes at the peak, above those held before.
+        kept: bytes of activations that the forward pass keeps for the backward pass.
+        flops: floating-point operations.
+        whole: bytes of unreduced gradients of all parameters, above those of the rank's shard.
     """
 
     peak: int = 0
@@ -45,7 +45,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Typical:
-    """Operations of so many completions of mean length: to score them, and to train on them."""
+    """Operations for ``rows`` completions of mean length: to score them, and to train on them."""
 
     rows: int
     score: float
@@ -55,16 +55,14 @@ class Typical:
 class Meter(TorchDispatchMode):
     """Counts bytes of live tensors and their peak, and floating-point operations.
 
-    Without ``numbers`` it works on real tensors.
-
     Args:
-        numbers: makes the fake tensors; see ``without_numbers``.
+        numbers: makes fake tensors, see ``without_numbers``; None: count real tensors.
 
     Attributes:
-        bytes: of all storages that operations have made and that are alive.
+        bytes: size of all live storages that operations have made.
         peak: the largest value of ``bytes`` since ``restart``.
-        flops: of matrix products and attention since ``restart``, two per multiplication. Of causal
-            attention only the half that a flash kernel computes.
+        flops: operations of matrix products and attention since ``restart``, two per
+            multiplication. Causal attention counts half, as a flash kernel computes it.
     """
 
     # `Any` in this file: torch's types of operators, their arguments and results.
@@ -76,12 +74,12 @@ class Meter(TorchDispatchMode):
         self._held: dict[int, tuple[Any, int]] = {}  # by storage: a reference to it, and its bytes
 
     def restart(self) -> int:
-        """Count peak and operations from here on; return the bytes that are held now."""
+        """Start to count peak and operations anew; return the bytes that are held now."""
         self.peak, self.flops = self.bytes, 0
         return self.bytes
 
     def count(self, storage: Any) -> None:
-        """Count a storage, or its new size."""
+        """Count a storage; if it is counted already, count its new size."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self._held:
 
@@ -95,18 +93,18 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
     def resized(self, storage: Any) -> None:
-        """Count the new size of a storage, if it is one of those counted."""
+        """Count the new size of a storage, if the meter counts this storage."""
         if storage._cdata in self._held:
             self.count(storage)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation and count what it makes."""
+        """Run an operation and count its results."""
         kwargs = kwargs or {}
         tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
         if any(isinstance(x, DTensor) for x in tensors):
-            return NotImplemented  # it comes again with the part of this rank
+            return NotImplemented  # torch calls again with this rank's shard
         out = self._run(func, tensors, args, kwargs)
         self.flops += flops_of(func, args, kwargs, out)
         for made in _tensors((out,)):
@@ -121,7 +119,7 @@ class Meter(TorchDispatchMode):
                 with _disable_current_modes():
                     return func(*args, **kwargs)
             return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default:  # a number that nobody knows
+        if func is aten._local_scalar_dense.default:  # `.item()` of an unknown number
             kind = tensors[0].dtype
             return True if kind == torch.bool else 0.0 if kind.is_floating_point else 0
         if func is aten.index.Tensor:
@@ -134,7 +132,7 @@ class Meter(TorchDispatchMode):
                 (args, kwargs),
             )
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.is_floating_point():  # nearly always
+        if isinstance(out, Tensor) and out.is_floating_point():  # the common case, kept fast
             return out
         return tree_map_only(FakeTensor, _numbered, out)
 
@@ -143,8 +141,8 @@ class Meter(TorchDispatchMode):
 def without_numbers() -> Iterator[Meter]:
     """Make every new floating-point tensor a fake one, and yield the meter that counts them.
 
-    A condition on unknown numbers is true, and a number read from a fake tensor is 0. Unknown
-    integers (a most likely token, a sampled one) become 0, 1, 2, ...
+    A boolean read from a fake tensor is true, and a number is 0. Unknown integers (such as sampled
+    tokens) become 0, 1, 2, ...
     """
     numbers = FakeTensorMode()
     meter = Meter(numbers)
@@ -155,8 +153,7 @@ def without_numbers() -> Iterator[Meter]:
         meter.resized(storage)
         return out
 
-    # FSDP2 frees and fills gathered weights by the size of their storage, which is not an
-    # operation.
+    # FSDP2 frees and refills gathered weights by resizing their storage, which is no operation.
     torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
     try:
         with numbers, meter:
@@ -166,7 +163,7 @@ def without_numbers() -> Iterator[Meter]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among an operation's arguments; torch's walk is far slower."""
+    """Yield the tensors among an operation's arguments; far faster than torch's ``tree_map``."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -175,7 +172,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Return the floating-point operations of a product or of attention; 0 for all else."""
+    """Return the floating-point operations of a matrix product or attention; 0 for the rest."""
     packet = func._overloadpacket
     if packet is FLASH:
         query, key, value = args[:3]
@@ -192,7 +189,7 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 @cache
 def _counts(packet: Any) -> Any:
-    """Return torch's rule for an operator, also for the form that changes its first argument."""
+    """Return torch's rule to count an operator or its in-place form; None if it has none."""
     name = packet.__name__
     inplace = name.endswith("_") and not name.startswith("_")
     return flop_registry.get(getattr(aten, name[:-1], packet) if inplace else packet)
@@ -206,7 +203,7 @@ def _numbered(made: Tensor) -> Tensor:
 
 
 def _makes_floats(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether a function of no tensor makes a large tensor of floats."""
+    """Return whether a function without tensor arguments makes a floating-point tensor."""
     if func._overloadpacket in (aten.scalar_tensor, aten.randint, aten.randperm):
         return False
     kind = kwargs.get("dtype")
@@ -219,13 +216,13 @@ def _makes_floats(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _seen(causal: bool, key: Tensor, every: int) -> int:
-    """Return what a kernel computes of the operations of a whole square of queries and keys."""
+    """Return how many operations of full attention a kernel computes: about half if causal."""
     length = int(key.shape[-2])
     return every * (length + 1) // (2 * length) if causal else every
 
 
 def _as_places(indices: Any) -> list[Any]:
-    """Return indices with the places of a mask in place of the mask, which decides a shape."""
+    """Replace masks by the positions of their true entries, because these decide a shape."""
     places: list[Any] = []
     for index in indices:
         if isinstance(index, Tensor) and index.dtype == torch.bool:

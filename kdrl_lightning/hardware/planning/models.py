@@ -1,4 +1,4 @@
-"""Models of a run without weights, as their configurations describe them."""
+"""Builds the models of a run from their configurations, with fake weights."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from kdrl_lightning.teachers.local import LocalTeacher
 
 # `Any`: models and configurations of transformers share no typed base.
 
-# A student of more layers is counted with fewer, unless its configuration says that they differ.
+# We count a student of more layers with fewer, unless its configuration says that layers differ.
 DEEP = 8
 MIXED = ("first_k_dense_replace", "num_kv_shared_layers", "mlp_only_layers", "moe_layer_freq")
 
 
 def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Scorer:
-    """Build the student as ``load_scorer`` does, without weights."""
+    """Build the student as ``load_scorer`` does, with fake weights."""
     model = student_config_model(module, job)
     fixed = frozen_names(model)
     for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def student_of(module: KDRLModule, job: Job, sharding: Sharding | None) -> Score
 
 
 def second_student(module: KDRLModule, job: Job, sharding: Sharding | None) -> Scorer:
-    """Build a second, frozen model of the student, as ``SelfTeacher`` loads it, without weights."""
+    """Build a second, frozen copy of the student, as ``SelfTeacher`` does, with fake weights."""
     model = allot(student_config_model(module, job).requires_grad_(False))
     scorer = Scorer(model, chunk_size=chunk_of(module.chunk_size, rows_of_head(model), job))
     scorer.shares = may_share(scorer, sharding)
@@ -63,9 +63,12 @@ def second_student(module: KDRLModule, job: Job, sharding: Sharding | None) -> S
 
 
 def plain_model(module: KDRLModule, job: Job, dtype: torch.dtype | None = None) -> Any:
-    """Return the student's model without adapters, with weights that have no numbers.
+    """Return the student's model without adapters, with fake weights.
 
-    They are of the type ``dtype``; None takes the student's.
+    Args:
+        module: the module of the run.
+        job: the run's other settings.
+        dtype: type of the weights; None: the student's.
     """
     return allot(student_config_model(module, job, dtype))
 
@@ -92,7 +95,7 @@ def depth_of(module: KDRLModule, job: Job) -> int | None:
 
 
 def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) -> Scorer:
-    """Build a teacher's scorer as it loads it, without weights."""
+    """Build the scorer of a ``LocalTeacher`` as the teacher does, with fake weights."""
     config = config_of(model_path(teacher.model), job.model_configs)
     own = getattr(config, "dtype", None) or torch.float32
     chosen = own if teacher.dtype == "auto" else teacher.dtype
@@ -104,7 +107,7 @@ def frozen_scorer(teacher: LocalTeacher, job: Job, sharding: Sharding | None) ->
 
 
 def reference_of(module: KDRLModule, job: Job) -> Teacher | None:
-    """Return the reference that ``KDRLModule.setup`` chooses, unless another one is configured."""
+    """Return the reference that ``KDRLModule.setup`` uses by default; None if none is needed."""
     if not module.objective.needs_reference:
         return None
     double, adapters = job.precision == "64-true", module.lora is not None
@@ -113,21 +116,21 @@ def reference_of(module: KDRLModule, job: Job) -> Teacher | None:
 
 
 def chunk_of(given: int | None, vocabulary: int, job: Job) -> int:
-    """Return the rows of a chunk of logits on the device of the run."""
+    """Return how many rows of logits the head computes at once on the run's device."""
     return given or auto_chunk_size(vocabulary, "cuda" if job.on_gpu else "cpu")
 
 
 def rows_of_head(model: Any) -> int:
-    """Return the rows of a model's head."""
+    """Return the number of rows of a model's head."""
     return len(model.get_output_embeddings().weight)
 
 
 def largest_layer(model: Any, mixed: bool) -> int:
-    """Return bytes of a model's largest layer in the type that it computes in.
+    """Return the bytes of a model's largest layer in its compute type.
 
     Args:
         model: a sharded model.
-        mixed: trained weights are computed in 16 bits.
+        mixed: whether trained weights are cast to 16 bits.
     """
     sizes = []
     for layer in decoder_layers(model):
@@ -140,7 +143,7 @@ def largest_layer(model: Any, mixed: bool) -> int:
 def weightless(config: Any, dtype: torch.dtype, trunk: Trunk = Trunk()) -> Any:
     """Return a transformers model of a configuration on the ``meta`` device.
 
-    Flash kernels of other packages keep what torch's kernels keep, which stands in for them.
+    It uses torch's attention, which keeps the same tensors as other packages' flash kernels.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -155,9 +158,9 @@ def weightless(config: Any, dtype: torch.dtype, trunk: Trunk = Trunk()) -> Any:
 
 
 def allot(model: Any) -> Any:
-    """Give a model on the ``meta`` device weights on the CPU that have no numbers; return it.
+    """Give a model on the ``meta`` device fake weights on the CPU; return the model.
 
-    ``nn.Module.to`` cannot swap fake tensors that something refers to.
+    ``nn.Module.to`` cannot swap fake tensors that have other references.
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -175,7 +178,10 @@ def allot(model: Any) -> Any:
 
 
 def may_share(scorer: Scorer, sharding: Sharding | None) -> bool:
-    """Return whether a plain decoder would run shared prompts once; ``verify`` needs numbers."""
+    """Return whether the scorer would run shared prompts once.
+
+    We decide by the configuration, because ``Scorer.verify`` needs real numbers.
+    """
     config = scorer.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return sharding is None and decoder_of(scorer.model) is not None and kinds == {"full_attention"}
@@ -183,7 +189,10 @@ def may_share(scorer: Scorer, sharding: Sharding | None) -> bool:
 
 @contextmanager
 def process_group(ranks: int) -> Iterator[Any]:
-    """Make a process group of so many ranks that sends nothing, and yield its mesh.
+    """Make a fake process group, which sends nothing, and yield its mesh.
+
+    Args:
+        ranks: number of ranks in the group.
 
     Raises:
         ConfigurationError: this process is in a group already.
@@ -203,7 +212,7 @@ def process_group(ranks: int) -> Iterator[Any]:
 
 
 def work_on_lists(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer work on lists of tensors, which torch does by itself on a GPU."""
+    """Make an optimizer work on lists of tensors (``foreach``), torch's default on a GPU."""
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True

@@ -1,4 +1,4 @@
-"""Will a run fit? Memory of each phase on one rank, and the settings that make it fit."""
+"""Computes whether a run fits: memory of each phase on one rank, and settings that make it fit."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from kdrl_lightning.models.loading import model_path
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
-# What a GPU holds besides tensors: the driver's context and the libraries' buffers. An assumption.
+# Assumed bytes on a GPU besides tensors: the driver's context and the libraries' buffers.
 CONTEXT = 1.2e9
-# Room for the gaps in torch's allocator. An assumption.
+# Assumed fragmentation of torch's allocator, as a part of the tensors.
 GAPS = 0.04
 MOST_CHANGES = 4
-# Layers with which a deep student is counted.
+# Numbers of layers with which we count a deep student.
 DEPTHS = 2, 4
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a rollout.
+    """Memory of a phase of a rollout.
 
     Attributes:
-        name: ``sample``, ``push``, ``score``, ``update`` or ``step``.
+        name: ``sample``, ``score``, ``update``, ``step`` or ``push``.
         parts: bytes on one rank at the peak, by what takes them.
     """
 
@@ -59,17 +59,17 @@ class Plan:
     """What a run needs on one rank, by calculation.
 
     Attributes:
-        phases: in the order of a rollout.
+        phases: memory of each phase, in the order of a rollout.
         memory: bytes of a device that tensors can take; None if no memory was given.
-        tokens: of the largest micro-batch.
-        largest: most tokens of a micro-batch that fit; None if one completion does not, or no
-            memory was given.
+        tokens: tokens of the largest micro-batch.
+        largest: most tokens of a micro-batch that fit; None if not even one completion fits, or
+            no memory was given.
         checkpoint: bytes of one checkpoint on the disk.
-        kept: checkpoints that stay.
+        kept: number of checkpoints that stay on the disk.
         head: bytes of the tables of one chunk of logits, a part of the workspace.
-        seconds: of a rollout, by the name of a card.
-        cures: settings that make it fit, if it does not; empty if we know none.
-        notes: what the plan assumes.
+        seconds: seconds of a rollout, by the name of a GPU.
+        cures: settings that make the run fit, if it does not; empty if we find none.
+        notes: assumptions of the plan.
     """
 
     phases: list[Phase]
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def worst(self) -> Phase:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
@@ -95,7 +95,7 @@ class Plan:
 
     # `Any`: values of JSON.
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values, in bytes and seconds."""
+        """Return the plan as a dictionary for JSON, in bytes and seconds."""
         return {
             "fits": self.fits,
             "usable_bytes": self.memory,
@@ -119,17 +119,17 @@ def plan(
     cards: tuple[Card, ...] = (),
     cure: bool = True,
 ) -> Plan:
-    """Return what a run needs, counted without weights and without its devices.
+    """Return what a run needs, counted without loading weights and without using GPUs.
 
     Args:
         module: the module of the run; it is not changed.
         job: the run's other settings.
-        memory: bytes of a device; None: do not judge.
+        memory: bytes of a device; None: give no verdict.
         cards: GPUs to estimate seconds for.
-        cure: look for settings that make it fit, if it does not.
+        cure: whether to look for settings that make the run fit, if it does not.
 
     Raises:
-        ConfigurationError: a model's configuration is absent, or settings contradict.
+        ConfigurationError: a model's configuration is missing, or settings contradict each other.
 
     Example::
 
@@ -168,12 +168,14 @@ def usable_of(job: Job, memory: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Counted:
-    """What one rehearsal counts; every number is a line in the student's layers.
+    """What one rehearsal counts; every number is linear in the number of the student's layers.
 
     Attributes:
-        phases: with the largest micro-batch.
+        phases: all phases, with the largest micro-batch.
         other: ``score`` and ``update`` with a micro-batch of another size, ``other_tokens(job)``.
-        work: operations and sizes, for seconds.
+        checkpoint: bytes of one checkpoint.
+        head: bytes of the tables of one chunk of logits.
+        work: operations and sizes, from which seconds follow.
         decoded: bytes to decode some completions; see ``decoding``.
     """
 
@@ -186,9 +188,9 @@ class Counted:
 
 
 def at_full_depth(module: KDRLModule, job: Job, count: Callable[[Rehearsal], Counted]) -> Counted:
-    """Count a run; a deep student is counted with few layers, twice.
+    """Count a run; count a deep student at two small depths and extrapolate to its depth.
 
-    Equal layers add equal bytes and operations, so that two depths give those of any depth.
+    Equal layers add equal bytes and operations, so two depths give those of any depth.
     """
     layers = depth_of(module, job)
     if layers is None:
@@ -237,10 +239,10 @@ def _counted(run: Rehearsal, memory: float | None, timed: bool) -> Counted:
 
 
 def other_tokens(job: Job) -> int | None:
-    """Return a second size of a micro-batch to count; None if a step has one completion.
+    """Return a second micro-batch size to count; None if a step has a single completion.
 
-    It is near the first, because memory grows faster while a micro-batch is smaller than a chunk of
-    the head.
+    It is close to the first size, because memory grows faster while a micro-batch is smaller than a
+    chunk of the head.
     """
     if job.largest_micro_batch > job.longest:
         return max(job.longest, job.largest_micro_batch // 2 // job.longest * job.longest)
@@ -280,9 +282,9 @@ def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[
 
 
 def _largest(made: Counted, job: Job, usable: float) -> int | None:
-    """Return the most tokens of a micro-batch that fit; memory is a line in the tokens.
+    """Return the most tokens of a micro-batch that fit; memory is linear in the tokens.
 
-    It would not be where attention keeps a square of them, which no kernel that we use does.
+    No attention kernel that we use keeps a matrix of tokens by tokens, which would be quadratic.
     """
     tokens, other = job.largest_micro_batch, other_tokens(job)
     least, most = job.longest, job.rows * job.longest
@@ -300,9 +302,9 @@ def _largest(made: Counted, job: Job, usable: float) -> int | None:
 
 
 def cures(module: KDRLModule, job: Job, memory: float | None, made: Plan) -> list[str]:
-    """Return settings that make a run fit, found by planning it with them.
+    """Return settings that make a run fit, found by planning the run with them.
 
-    Each change cures the phase that needs most after the changes before it.
+    Each change lowers the phase that needs the most memory after the earlier changes.
     """
     module, said = copy.deepcopy(module), []
     for _ in range(MOST_CHANGES):
@@ -318,9 +320,9 @@ def cures(module: KDRLModule, job: Job, memory: float | None, made: Plan) -> lis
 
 
 def next_change(module: KDRLModule, job: Job, made: Plan) -> tuple[str, Job] | None:
-    """Return a setting that lowers the phase that needs most, and the job with it.
+    """Return a setting that lowers the phase that needs the most memory, and the job with it.
 
-    The module is changed in place.
+    Settings of the module are changed in place. None: we know no such setting.
     """
     phase, sampler = made.worst.name, job.sampler
     assert made.memory is not None

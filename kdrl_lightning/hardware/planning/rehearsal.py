@@ -1,8 +1,8 @@
-"""Rehearses a run with fake tensors: builds its models and takes its steps, on one rank.
+"""Rehearses a run on fake tensors: builds its models and runs its steps, for one rank.
 
-The code that runs is that of training: ``KDRLModule.training_step``, scorers, objectives, FSDP2 and
-the optimizer. Devices are CPUs to torch, whose attention keeps the same tensors as a GPU's flash
-kernel. Models and caches of transformers are ``Any``.
+It runs the code of training: ``KDRLModule.training_step``, scorers, objectives, FSDP2 and the
+optimizer. Tensors are on the CPU, where torch's attention keeps the same tensors as a GPU's flash
+kernel. Models and caches of transformers are typed ``Any``.
 """
 
 from __future__ import annotations
@@ -57,17 +57,18 @@ WARM_UP = 2, 6, 6  # rows, tokens of a prompt, tokens of a completion
 
 @dataclass
 class Rehearsal:
-    """A run that is built but has no numbers.
+    """A run that is built on fake tensors; its methods return the cost of each phase.
 
     Attributes:
-        job: settings.
+        job: settings of the run.
         module: the module, with a student.
-        meter: counts.
-        optimizer: over the student's weights, with its moments.
-        held: bytes by what holds them: ``student``, ``teacher``, ``reference``, ``moments``, and
-            ``gradients``, which Lightning keeps from a step to the next one's backward pass.
-        away: bytes of models that wait in the host's memory.
-        frozen: the frozen models.
+        meter: counts bytes and operations.
+        optimizer: the optimizer of the student's weights, with its moments.
+        held: bytes held in all phases, by what holds them: ``student``, ``teacher``,
+            ``reference``, ``moments``, ``ddp's buckets``, and ``gradients``, which Lightning keeps
+            from a step until the next backward pass.
+        away: bytes of models that are offloaded to the host's memory.
+        frozen: scorers of the frozen models.
         own: the prompts that the teacher reads; None: the student's.
         known: costs of frozen models that do not depend on the student's depth.
     """
@@ -89,7 +90,7 @@ class Rehearsal:
         return self.module.student
 
     def update(self, tokens: int) -> Cost:
-        """Take a micro-batch forward and backward, after others of the same step."""
+        """Run a micro-batch forward and backward, after earlier ones of the same step."""
         return self._update(self.filled(self._batch(tokens)))
 
     def _update(self, batch: RolloutBatch) -> Cost:
@@ -111,7 +112,7 @@ class Rehearsal:
         return cost
 
     def _leave_whole_gradients(self) -> None:
-        """Take a small micro-batch as all but the last of a step: FSDP2 reduces no gradient."""
+        """Run a small micro-batch as one before the last of a step: FSDP2 reduces no gradient."""
         units = [m for m in self.student.modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
@@ -145,12 +146,12 @@ class Rehearsal:
     def _score(
         self, batch: RolloutBatch, reads: RolloutBatch, other: RolloutBatch
     ) -> dict[str, Cost]:
-        """Score by each model.
+        """Return the cost of scoring with each model.
 
         Args:
-            batch: what the student scores.
-            reads: what the teacher scores.
-            other: what the reference scores.
+            batch: the batch that the student scores.
+            reads: the batch that the teacher scores.
+            other: the batch that the reference scores.
         """
         frozen = self.module.frozen
         costs = {"student": self._cost(self.module.score, batch)}
@@ -173,13 +174,13 @@ class Rehearsal:
         return Cost(self.meter.peak - before, flops=self.meter.flops)
 
     def taught(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the batch with the prompts that the teacher reads, if they are its own."""
+        """Return the batch with the teacher's own prompts, if it has them."""
         if self.own is None:
             return batch
         return with_own_prompts(batch, self.own, self.job.longest_prompt, self.rows_of_ids)
 
     def _largest_read(self, batch: RolloutBatch, tokens: int) -> RolloutBatch:
-        """Return the largest pass of the teacher: ``max_tokens_per_micro_batch`` limits its tokens.
+        """Return the teacher's largest batch; ``max_tokens_per_micro_batch`` limits its tokens.
 
         Args:
             batch: the largest micro-batch.
@@ -192,7 +193,7 @@ class Rehearsal:
         if self.job.rollout.max_tokens_per_micro_batch is not None:
             rows = max(1, tokens // own.length(batch.completion_ids.shape[1]))
         active = self.module.frozen.active
-        if active is not None and active.aligns:  # passes are joined, then cut
+        if active is not None and active.aligns:  # it joins micro-batches, then cuts them
             wide = self._joined(self.taught(batch), own)
             return wide.select(range(min(rows, len(wide))))
         return self._joined(self.taught(batch.select(range(min(rows, len(batch))))), own)
@@ -246,13 +247,13 @@ class Rehearsal:
         return Cost(self.meter.peak - before)
 
     def whole_copy(self, itemsize: int | None = None) -> int:
-        """Return bytes of all weights of the student on one device."""
+        """Return the bytes of an unsharded student; ``itemsize``: bytes per weight, if changed."""
         shapes = {id(p): p for n, p in self.student.model.named_parameters() if "lora_" not in n}
         return sum(p.numel() * (itemsize or p.element_size()) for p in shapes.values())
 
     @property
     def layers(self) -> int:
-        """Layers of the student."""
+        """Number of the student's layers."""
         return int(self.student.model.config.get_text_config().num_hidden_layers)
 
     def head_chunk(self) -> int:
@@ -270,20 +271,20 @@ class Rehearsal:
         return self.meter.peak - before
 
     def next_layer(self) -> int:
-        """Return bytes of the layer that FSDP2 fetches on a GPU while another one computes."""
+        """Return the bytes of the layer that FSDP2 prefetches on a GPU while another computes."""
         if not (self.student.sharded and self.job.on_gpu):
             return 0
         models = [self.student.model, *(scorer.model for scorer in self.frozen)]
         return max((largest_layer(model, self.job.mixed) for model in models), default=0)
 
     def second_table(self) -> int:
-        """Return bytes of a compiled head's second table, which plain torch has no need of."""
+        """Return the bytes of a second table of logits, which only a compiled head needs."""
         vocabulary = self.rows_of_ids
         rows = chunk_of(self.module.chunk_size, vocabulary, self.job)
         return 4 * rows * vocabulary if self.job.on_gpu else 0
 
     def checkpoint(self) -> int:
-        """Return bytes of a checkpoint of all ranks.
+        """Return the bytes of a checkpoint, all ranks together.
 
         It holds trained weights, their moments, and the weights that self-teachers keep.
         """
@@ -294,11 +295,11 @@ class Rehearsal:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def computing(self, plain: bool = False) -> Any:
-        """Return the context of the trainer's precision; ``plain``: without it."""
+        """Return the context manager of the trainer's precision; an empty one if ``plain``."""
         return nullcontext() if plain else self.module.trainer.precision_plugin.forward_context()
 
     def _batch(self, tokens: int) -> RolloutBatch:
-        """Return completions with so many tokens, as long as they may be."""
+        """Return a batch with about this number of tokens, in rows of the full length."""
         job = self.job
         rows = max(1, tokens // job.longest)
         longest = tokens // rows
@@ -307,24 +308,24 @@ class Rehearsal:
 
     @property
     def rows_of_ids(self) -> int:
-        """Ids are below this."""
+        """Number of rows of the head, an upper bound of token ids."""
         return int(self.student.head().weight.shape[0])
 
     def filled(self, batch: RolloutBatch) -> RolloutBatch:
-        """Fill what an update finds in its batch."""
+        """Return a batch with all fields that an update reads."""
         return with_scores(self.taught(batch), self.module, self.job.rollout.max_tokens)
 
 
 @contextmanager
 def rehearse(module: KDRLModule, job: Job) -> Iterator[Rehearsal]:
-    """Build a run without numbers, and take a first small step.
+    """Build a run on fake tensors, and take a first small step.
 
     Args:
-        module: a module that is not set up; it is used up.
+        module: a module that is not set up; do not use it afterwards.
         job: the other settings.
 
     Raises:
-        ConfigurationError: a configuration is absent, or a process group exists already.
+        ConfigurationError: a model's configuration is missing, or a process group exists already.
     """
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -378,7 +379,7 @@ def _built(module: KDRLModule, job: Job, meter: Meter, sharding: Sharding | None
     held["gradients"] = sum(local(p).numel() * p.element_size() for p in run._trained())
     if job.strategy == "ddp":  # a second copy of the gradients, from which it sends them
         held["ddp's buckets"] = held["gradients"]
-    # The first pass fills torch's caches of shapes, whose tensors are not part of the run's memory.
+    # The first pass fills torch's caches, whose tensors are not part of the run's memory.
     run._small_backward()
     run.optimizer.zero_grad()
     before = meter.bytes

@@ -1,4 +1,4 @@
-"""A plan as text for a terminal."""
+"""Formats a plan as text for a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ SAYS = {
 
 
 def report(made: Plan) -> str:
-    """Return a plan as a table with its verdict.
-
-    Args:
-        made: the plan.
-    """
+    """Return a plan as a table, with notes and the verdict."""
     lines = ["Memory on one rank at the peak of each phase, by calculation:", ""]
     lines += [f"  {'phase':<8}{'GB':>8}   of which"]
     lines += [_row(phase) for phase in made.phases]

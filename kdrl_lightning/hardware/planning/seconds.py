@@ -1,4 +1,4 @@
-"""Seconds of a rollout on a GPU, by calculation from operations and bytes. Nothing is measured."""
+"""Estimates the seconds of a rollout on a GPU from operations and bytes, without measurements."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from kdrl_lightning.hardware.planning.engine import awake, cache_values
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal
 
-# Assumptions: shares of a card's data sheet that training, scoring and decoding reach, and seconds
-# of a layer's kernels for one token, which no batch makes shorter without CUDA graphs.
+# Assumptions: the parts of the data sheet's peak that training, scoring and decoding reach, and the
+# seconds to launch a layer's kernels, which bound a decoding step without CUDA graphs.
 TRAINS, SCORES, READS = 0.4, 0.5, 0.6
 LAUNCHES = 25 * 6e-6
-# Completions that vLLM decodes at once by default: on cards with so much memory, and on others.
+# Bytes of a large GPU, and the completions that vLLM decodes at once there and on other GPUs.
 LARGE_CARD, ON_LARGE, ON_OTHERS = 70 * 2**30, 1024, 256
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a rollout on each rank, plus or minus a half.
+    """Seconds of a rollout on each rank, ± 50 %.
 
     Attributes:
-        sample: the engine.
-        score: teacher, reference and the student in advance.
-        update: all optimizer steps.
+        sample: seconds in which the engine samples.
+        score: seconds in which teacher, reference and student score before the updates.
+        update: seconds of all optimizer steps.
     """
 
     sample: float
@@ -34,7 +34,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All of a rollout, without pushes, rewards and communication."""
+        """The sum, without pushes, rewards and communication."""
         return self.sample + self.score + self.update
 
     def as_dict(self) -> dict[str, float]:
@@ -49,10 +49,10 @@ class Work:
     Attributes:
         score: operations to score all completions.
         update: operations of one pass of updates over all completions.
-        weights: numbers in the student.
-        cache: numbers that an engine keeps per token.
-        layers: of the student.
-        held: bytes on the card besides what sampling needs.
+        weights: number of the student's weights.
+        cache: numbers in a KV cache per token.
+        layers: number of the student's layers.
+        held: bytes on the GPU besides those for sampling.
     """
 
     score: float
@@ -67,7 +67,7 @@ NO_WORK = Work(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def work_of(run: Rehearsal) -> Work:
-    """Count the work of a rollout."""
+    """Return the operations and sizes of a rank's part of a rollout."""
     job, costs = run.job, run.typical()
     share = job.rows * job.rollout.minibatches_per_rollout / costs.rows
     held = sum(run.held.values()) + sum(awake(run, None).values())
@@ -82,7 +82,7 @@ def work_of(run: Rehearsal) -> Work:
 
 
 def seconds_of(work: Work, job: Job, card: Card) -> Seconds:
-    """Return seconds for completions of typical length."""
+    """Return the seconds of a rollout on a GPU, for completions of mean length."""
     return Seconds(
         _sampling(work, job, card) if job.sampler.kind != "elsewhere" else 0.0,
         work.score / (card.flops * SCORES),
@@ -91,7 +91,7 @@ def seconds_of(work: Work, job: Job, card: Card) -> Seconds:
 
 
 def _sampling(work: Work, job: Job, card: Card) -> float:
-    """Return seconds to decode a rank's completions: reading weights and cache bounds each step."""
+    """Return seconds to decode a rank's completions; memory bandwidth limits each step."""
     graphs = job.sampler.kind == "vllm"
     size = 2 if graphs or job.mixed else 4
     weights = work.weights * size
@@ -106,7 +106,7 @@ def _sampling(work: Work, job: Job, card: Card) -> float:
 
 
 def _at_once(work: Work, job: Job, card: Card, size: int) -> float:
-    """Return how many completions an engine decodes at once on a card; ``size`` is in bytes."""
+    """Return how many completions an engine decodes at once, with ``size`` bytes per number."""
     sampler, value = job.sampler, work.cache * size
     if sampler.kind == "vllm":
         large = card.memory > LARGE_CARD and not card.name.startswith("A100")

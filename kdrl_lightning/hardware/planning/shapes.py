@@ -1,4 +1,4 @@
-"""Configurations of models by name, without their weights and without a network."""
+"""Finds the configuration of a model by its name, without weights and without a network."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SHIPPED = Path(__file__).with_name("shapes.json")
 def config_of(name: str, given: Mapping[str, str]) -> Any:
     """Return a model's configuration.
 
-    The file that ``given`` names comes first, then the shapes that this library ships, then the
-    folder or the hub's cache.
+    It comes from the file in ``given``, else from the configurations that this library ships, else
+    from the model's folder or the hub's cache.
 
     Args:
         name: folder or hub name.
         given: files or folders with a ``config.json``, by the name of the model.
 
     Raises:
-        ConfigurationError: there is none, or it is not one of a known architecture.
+        ConfigurationError: there is none, or transformers does not know its architecture.
     """
     if name in given:
         return _from_values(_read(given[name], name), name)

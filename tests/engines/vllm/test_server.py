@@ -18,6 +18,8 @@ from helpers.with_vllm.need import ROOT, need_vllm, run
 from helpers.with_vllm.scripted import Scripted
 from kdrl_lightning.cli.serve import command, parse, serve
 from kdrl_lightning.engines import Sampling, VLLMServerEngine
+from kdrl_lightning.engines.http_client import ServerClient, clients
+from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.vllm.nccl_transport import TransferRoute
 from kdrl_lightning.engines.weight_files import read_shards, write_shards
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped
@@ -305,6 +307,19 @@ def test_the_transfer_api_is_used_where_all_servers_offer_it(
     made = VLLMServerEngine([server.url], transfer=True)
     made.setup(weights, EOS, PAD)
     assert isinstance(made._route_of(weights), TransferRoute)
+
+
+def test_a_failed_transfer_names_the_server_that_refused(
+    weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(_: TransferRoute, server: ServerClient, __: str) -> None:
+        if "first" in server.url:
+            raise ValueError("a wrong shape")
+
+    monkeypatch.setattr(TransferRoute, "_send", send)
+    servers = clients(["http://first:1", "http://second:1"], None, 1.0, 0.0)
+    with pytest.raises(TrainingStopped, match=r"server http://first:1 must take .* a wrong shape"):
+        TransferRoute("nccl").push(HubWeights(weights), servers, "1")
 
 
 @pytest.mark.gpu

@@ -70,5 +70,5 @@ def test_a_push_that_is_not_read_right_after_it_is_found(
     assert failed == [f"step {n}: difference after the push" for n in (1, 2, 3)] * late
     assert {f.what for f in findings} >= {
         *("first push by NCCL, with its connection", "push by NCCL"),
-        *("difference after the last push", "the server names the last push"),
+        *("difference after the last push", "the engine has the last push's version"),
     }

@@ -1,1 +1,1 @@
-"""What a later file or flag does to the settings of an earlier one."""
+"""Merges a later file or flag over earlier settings, and notes what it replaces."""

@@ -1,7 +1,7 @@
-"""Lays a file over earlier settings as over its ``base``: mappings key by key.
+"""Merges a second ``--config`` file over earlier settings as over a ``base``: mappings key by key.
 
-jsonargparse would replace a mapping whole if a second ``--config`` has it, too. A value by flag
-replaces. Actions and values are ``Any``, as in jsonargparse.
+jsonargparse would replace the whole mapping. A flag still replaces it. Actions and values are
+typed ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _groups: ContextVar[tuple[str, ...]] = ContextVar("groups", default=())
 def check_type(
     self: Any, value: Value, append: bool = False, cfg: Any = None, mode: Any = None
 ) -> Any:
-    """Return a value as ``ActionTypeHint._check_type`` does, a mapping over the earlier one.
+    """Replace ``ActionTypeHint._check_type``: merge a mapping over the earlier one, then check it.
 
     Notes what the value replaces.
     """
@@ -48,7 +48,7 @@ def check_type(
 
 
 def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Read a file of a group, e.g. ``--trainer=trainer.yaml``, over the group's earlier settings.
+    """Merge the file of a group, e.g. ``--trainer=trainer.yaml``, over its earlier settings.
 
     Notes what the file replaces.
     """
@@ -70,7 +70,7 @@ def load_group(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def laid_over(before: Any, value: Any, where: str) -> Any:
-    """Return a mapping of a file merged over an earlier one; any other value as it is.
+    """Return a mapping merged over an earlier one; other values unchanged.
 
     >>> laid_over({"hours": 1}, {"minutes": 30}, "trainer.max_time")
     {'hours': 1, 'minutes': 30}

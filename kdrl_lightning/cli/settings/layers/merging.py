@@ -1,4 +1,4 @@
-"""Merges the settings of a file over those of its base."""
+"""Merges the settings of a file over those of its ``base``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ CLASS = {"class_path", "init_args", "dict_kwargs"}
 def merge(base: Any, over: Any, where: str = "") -> Any:
     """Return ``over`` merged into ``base``: mappings key by key, anything else replaced.
 
-    Settings by name that are laid over a class are its arguments, as with two files on the command
-    line. A different ``class_path`` replaces the whole class, so that it gets no argument of the
-    other (``init_args`` of a base without a class are for the class that comes). A mapping of other
-    names, e.g. of evaluation sets, replaces a class, too. A list under ``name+`` is added to the
-    list of ``base``.
+    A mapping without ``class_path`` that is merged over a class gives arguments of this class, as
+    with two files on the command line. A different ``class_path`` replaces the class with all its
+    arguments; if ``base`` has only ``init_args``, they go to the class of ``over``. A mapping whose
+    keys are no arguments of the class, e.g. names of evaluation sets, also replaces it. A list
+    under ``name+`` is appended to the list of ``base``.
 
     Args:
         base: the settings of a base file.
-        over: those of the file that has this base.
-        where: name of the setting; empty for all.
+        over: the settings of the file that names this base.
+        where: name of the setting; empty for the whole file.
 
     >>> merge({"a": {"x": 1, "y": 2}, "b": [1], "c": [1]}, {"a": {"y": 3}, "b": [2], "c+": [2]})
     {'a': {'x': 1, 'y': 3}, 'b': [2], 'c': [1, 2]}
@@ -41,7 +41,7 @@ def merge(base: Any, over: Any, where: str = "") -> Any:
             note_dropped(where, chosen(base), str(base["class_path"]), over)
             return over
     if over is None and "." not in where and isinstance(base, dict) and "class_path" not in base:
-        return base  # a group in which all lines are comments
+        return base  # all lines of the group are comments
     if not isinstance(base, dict) or not isinstance(over, dict):
         _note_lost(where, base, over)
         return over
@@ -81,7 +81,7 @@ def _merged(base: dict[Any, Any], over: dict[Any, Any], where: str) -> dict[Any,
 
 
 def _class_for(base: Any, over: Any) -> Any:
-    """Return a base that is the name of a class as a class, if its arguments are laid over it."""
+    """Return a class name as ``class_path``, if ``over`` gives its arguments; else the base."""
     arguments = isinstance(over, dict) and "class_path" not in over
     if isinstance(base, str) and is_name(base) and arguments and not by_name(over):
         return {"class_path": base}
@@ -89,21 +89,21 @@ def _class_for(base: Any, over: Any) -> Any:
 
 
 def _are_arguments(base: dict[str, Any], over: dict[str, Any]) -> bool:
-    """Return whether settings by name are arguments of a base's class.
+    """Return whether the keys of ``over`` are arguments of the base's class.
 
-    A mapping of mappings may also hold e.g. evaluation sets by name.
+    If all values are mappings, the keys may also be names, e.g. of evaluation sets.
     """
     if not by_name(over) or set(over) & set(base.get("init_args") or {}):
         return True
     try:
         kind: Any = locate(str(base["class_path"]))
         return callable(kind) and set(over) <= set(inspect.signature(kind).parameters)
-    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it shows no arguments
+    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it has no signature
         return False
 
 
 def _same(one: object, other: object) -> bool:
-    """Return whether two names are of one class; a name may lack its module."""
+    """Return whether two names mean the same class; a name may lack its module."""
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return bool(one == other)
     if one.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
@@ -118,7 +118,8 @@ def _same(one: object, other: object) -> bool:
 
 
 def _note_lost(where: str, base: object, over: object) -> None:
-    listed = isinstance(over, list) and is_spec(base) and contents(over)  # a class is a list of one
+    # A single class counts as a list of one.
+    listed = isinstance(over, list) and is_spec(base) and contents(over)
     kind = "list" if isinstance(base, list) or listed else "settings"
     note_lost(where, base, held(base), over, f"the {kind} of its base")
 

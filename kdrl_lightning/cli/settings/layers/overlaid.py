@@ -1,6 +1,6 @@
-"""Checks the values that a later file replaces, which nothing else would read.
+"""Checks values of a base file that a later file replaces, because jsonargparse never sees them.
 
-Values and actions are ``Any``, as in jsonargparse.
+Values and actions are typed ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from kdrl_lightning.common.untyped import Value
 
-# Layers that were read, until the parser checks them.
+# Layers that we have read and the parser has not checked yet.
 _read: list[Layer] = []
 
 
 class Layer(NamedTuple):
-    """The settings of a base file, and those that are merged over them."""
+    """The settings of a base file (``below``), and those that are merged over them (``over``)."""
 
     file: str
     below: Mapping[str, Any]
@@ -25,17 +25,17 @@ class Layer(NamedTuple):
 
 
 def keep(layer: Layer) -> None:
-    """Keep a layer until the parser checks it, see ``mistakes``."""
+    """Store a layer until the parser checks it, see ``mistakes``."""
     _read.append(layer)
 
 
 def forget() -> None:
-    """Forget the layers that no parser has checked."""
+    """Remove the stored layers."""
     _read.clear()
 
 
 def mistakes(actions: Iterable[Any]) -> list[tuple[str, Exception]]:
-    """Return (file, error) for each replaced value that its setting would refuse.
+    """Return (file, error) for each replaced value that is invalid, and remove the layers.
 
     Args:
         actions: the actions of the parser that reads the files.
@@ -44,7 +44,7 @@ def mistakes(actions: Iterable[Any]) -> list[tuple[str, Exception]]:
     for action in actions if _read else ():
         for file, below, over in _read if hasattr(action, "_typehint") else ():
             value = _at(below, action.dest)
-            # `merge` notes a mapping that a class replaces.
+            # If a class replaces a mapping, `merge` has noted it.
             partial = isinstance(value, Mapping) and "class_path" not in value
             if value is None or _at(over, action.dest) in (None, value) or partial:
                 continue
@@ -58,11 +58,11 @@ def mistakes(actions: Iterable[Any]) -> list[tuple[str, Exception]]:
 
 
 def overruled(words: Sequence[str], read: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
-    """Yield (flag, file) for each flag that a file after it sets, too: the file counts.
+    """Yield (flag, file) for each flag that a later ``--config`` file sets, too: the file wins.
 
     Args:
         words: the command line.
-        read: ``value of --config -> settings``.
+        read: returns the settings of a value of ``--config``.
 
     >>> list(overruled(["--a.b=1", "--config", "x.yaml", "--a.c=2"], lambda _: {"a": {"b": 3}}))
     [('--a.b', 'x.yaml')]

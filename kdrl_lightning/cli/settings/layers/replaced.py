@@ -1,6 +1,6 @@
-"""Notes what is lost when a list, a mapping by name, or a class is replaced.
+"""Notes what is lost when a new value replaces a list, a mapping or a class.
 
-Actions and values are ``Any``, as in jsonargparse.
+Actions and values are typed ``Any``, as in jsonargparse.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kdrl_lightning.common.untyped import Tree, Value
 
 
 class Given(NamedTuple):
-    """Name of a class in a list, with the names of its arguments."""
+    """Name of a class in a list, with the names of the arguments that it is given."""
 
     name: str
     arguments: tuple[str, ...]
@@ -26,12 +26,12 @@ class Given(NamedTuple):
 def note_lost(
     where: str, before: object, had: Any, after: object, what: str = "an earlier value"
 ) -> None:
-    """Note what is lost of an earlier value, unless null or false says that nothing is wanted.
+    """Note which parts of an earlier value are lost, unless the new value is null or false.
 
     Args:
         where: name of the setting.
         before: the earlier value.
-        had: what it has, see ``held``, taken before jsonargparse changed it.
+        had: its contents, see ``held``, taken before jsonargparse changed them.
         after: the new value.
         what: description of the earlier value, for users.
     """
@@ -46,7 +46,7 @@ def note_lost(
         cure = "Repeat it to keep it." if others else ""
     elif is_spec(before) and not (classes and isinstance(after, list)):
         if is_spec(after):
-            return  # `discard` notes what another class loses
+            return  # `discard` notes which arguments are lost
         lost = missing(had, [Given(had[0].name, ())])
     elif _rows(before) and _rows(after):
         return
@@ -58,7 +58,7 @@ def note_lost(
 
 
 def held(value: Any) -> list[Given] | dict[str, Any] | None:
-    """Return the contents of an earlier value: of a class its chosen arguments, of rows a count."""
+    """Return the contents of a value: for a class its ``chosen`` arguments, for rows a count."""
     if is_spec(value):
         return [Given(str(value.get("class_path")).rsplit(".", 1)[-1], tuple(chosen(value)))]
     found = contents(value)
@@ -73,22 +73,22 @@ def _rows(value: object) -> bool:
 
 
 def chosen(spec: Any, without: Collection[str] = ()) -> list[str]:
-    """Return the names of a class's arguments that differ from its own defaults.
+    """Return the names of a class's arguments that differ from their defaults.
 
     Args:
         spec: class and arguments.
-        without: names that do not count.
+        without: names to leave out.
     """
     given = {name: value for name, value in _arguments(spec).items() if name not in without}
     try:
         kind = locate(str(spec.get("class_path"))) if given else None  # this imports torch
         return not_default(kind, given) if callable(kind) else list(given)
-    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it shows no arguments
+    except (ErrorDuringImport, TypeError, ValueError):  # the last two: it has no signature
         return list(given)
 
 
 def contents(value: Value) -> list[Given] | Tree | None:
-    """Return the classes in a list, or a single class in a list; a mapping by name as it is.
+    """Return the classes in a list, a single class as a list of one, or a mapping as a dict.
 
     >>> contents([{"class_path": "a.B", "init_args": {"x": 1}}, "C", 3])
     [Given(name='B', arguments=('x',)), Given(name='C', arguments=())]
@@ -103,7 +103,7 @@ def contents(value: Value) -> list[Given] | Tree | None:
 
 
 def missing(had: list[Given], has: list[Given]) -> list[str]:
-    """Return the classes, and arguments of classes, that are not in the second list.
+    """Return, as text, the classes and arguments of classes that the second list lacks.
 
     >>> missing([Given("A", ("x", "y")), Given("B", ()), Given("B", ())], contents(["A", "B"]))
     ['`x`, `y` of A', 'B']
@@ -122,7 +122,7 @@ def missing(had: list[Given], has: list[Given]) -> list[str]:
 
 
 def is_name(item: object) -> bool:
-    """Return whether a text can name a class; names of columns or modules cannot."""
+    """Return whether a value can be a class name: its last part starts with a capital."""
     last = item.rsplit(".", 1)[-1] if isinstance(item, str) else ""
     return last.isidentifier() and last[0].isupper()
 
@@ -139,7 +139,7 @@ def _arguments(spec: Any) -> Tree:
 
 
 def is_default(value: Value, default: Any) -> bool:
-    """Return whether a value is its setting's default, or the default class with arguments."""
+    """Return whether a value is the default, or the default class with more arguments."""
     if is_spec(value) and is_spec(default) and value["class_path"] == default["class_path"]:
         return _arguments(default).items() <= _arguments(value).items()
     return bool(value == default)

@@ -1,1 +1,1 @@
-"""The checks of the doctor: each module has a function ``run`` that yields findings."""
+"""The checks of ``doctor``: each module has a function ``run`` that yields findings."""

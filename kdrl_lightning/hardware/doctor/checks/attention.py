@@ -1,4 +1,4 @@
-"""Attention: padded rows against single rows, shared prompts, sliding windows, and the kernel."""
+"""Checks attention: padded rows, shared prompts, sliding windows, and which kernel runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kdrl_lightning.hardware.doctor.bench import Bench
 from kdrl_lightning.hardware.doctor.findings import Finding, at_most, holds, info
@@ -17,7 +16,7 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Check the numbers in both types, then the time of shared prompts and the kernel."""
+    """Check log-probs in float32 and bfloat16, then time shared prompts and name the kernel."""
     for name in ("few-layers", "window"):
         for dtype in BOUNDS:
             scorer = Scorer(bench.load(name, dtype))
@@ -32,7 +31,7 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 
 def padding_gap(bench: Bench, scorer: Scorer) -> float:
-    """Return the mean difference between rows of unequal lengths in one call and alone, in nats."""
+    """Return the mean difference in nats between scoring rows in one padded batch and alone."""
     rows = [random_ids(bench, length, seed) for seed, length in enumerate((40, 90, 200, 131))]
     prompts = [len(row) // 3 for row in rows]
     together = scorer.chosen(rows, prompts)
@@ -41,7 +40,7 @@ def padding_gap(bench: Bench, scorer: Scorer) -> float:
 
 
 def shared_prompts(bench: Bench) -> Iterator[Finding]:
-    """Compare a prompt that is run once with one that is run for each of its completions."""
+    """Compare running a prompt once with running it for each of its completions."""
     prompt, each, group = (1024, 512, 8) if bench.on_gpu else (64, 32, 4)
     scorer = Scorer(bench.load("few-layers"))
     start = random_ids(bench, prompt, 0)
@@ -69,7 +68,7 @@ def shared_prompts(bench: Bench) -> Iterator[Finding]:
 
 
 def kernels(bench: Bench) -> Iterator[Finding]:
-    """Name the attention kernel that padded rows take."""
+    """Name the attention kernels that padded rows use, and check that one is a flash kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     scorer = Scorer(bench.load("few-layers"))
@@ -89,9 +88,3 @@ def random_ids(bench: Bench, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows = bench.shape("few-layers").vocab
     return torch.randint(2, rows, (length,), generator=generator).to(bench.device)
-
-
-def padded(rows: list[Tensor]) -> Tensor:
-    """Return rows as one tensor, padded on the right with 0."""
-    width = max(map(len, rows))
-    return torch.stack([functional.pad(row, (0, width - len(row))) for row in rows])

@@ -1,4 +1,4 @@
-"""vLLM inside the training process: that it changes nothing there, and follows the weights."""
+"""Checks vLLM in the training process: it must change nothing there, and follow the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ END = 1
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Start an engine, train in the same process, put it to sleep, and start a second one."""
+    """Start an engine and train in the same process; start a second one, and put one to sleep."""
     if importlib.util.find_spec("vllm") is None:
         raise NotReachedError("vLLM is not installed")
     scorer = Scorer(bench.load("few-layers"))
@@ -62,7 +62,7 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 
 def started(bench: Bench, weights: ModelWeights, **settings: Any) -> VLLMEngine:
-    """Return an engine with the student's weights; it takes at most a third of a GPU."""
+    """Return a new engine with the student's weights, in at most 30 % of the GPU's memory."""
     engine = VLLMEngine(gpu_memory_utilization=0.3, max_model_len=64, max_sequences=8, **settings)
     engine.setup(weights, END, 0)
     engine.update_weights(weights, 0)
@@ -79,13 +79,13 @@ def replaced(
 
 
 def one_rank(bench: Bench) -> None:
-    """Make a process group of this process alone, as a trainer with one rank has."""
+    """Create a process group of this process alone, as a trainer with one rank does."""
     backend, store = "nccl" if bench.on_gpu else "gloo", torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def state(bench: Bench) -> dict[str, object]:
-    """Return what an engine must not change in the trainer's process."""
+    """Return the settings of this process that an engine must not change, by name."""
     return {
         "matrix product precision": torch.get_float32_matmul_precision(),
         "random state": hash(tuple(torch.get_rng_state().tolist())),
@@ -106,7 +106,7 @@ def describe(engine: VLLMEngine) -> str:
 
 
 def difference(made: list[list[Completion]], scorer: Scorer) -> float:
-    """Return the mean difference between the engine's log-probabilities and the scorer's."""
+    """Return the mean difference in nats between an engine's and the scorer's log-probs."""
     device = scorer.head().weight.device
     pairs = [(p, c) for p, group in zip(PROMPTS, made, strict=True) for c in group]
     rows = [torch.tensor([*p, *c.ids], device=device) for p, c in pairs]
@@ -140,7 +140,7 @@ def follows_training(
 def sleeps(
     bench: Bench, engine: VLLMEngine, scorer: Scorer, weights: ModelWeights
 ) -> Iterator[Finding]:
-    """Put an engine to sleep three times; it must give its memory back and come back right."""
+    """Put an engine to sleep three times; it must free its memory and then sample correctly."""
     engine.close()
     free = torch.cuda.mem_get_info()[0]
     engine = started(bench, weights, sleep=True)
@@ -166,5 +166,5 @@ def refuses(engine: VLLMEngine) -> bool:
 
 
 def ids(made: list[list[Completion]]) -> list[list[int]]:
-    """Return the tokens of all completions."""
+    """Return the token ids of all completions."""
     return [completion.ids for group in made for completion in group]

@@ -1,4 +1,4 @@
-"""The language-model head: numbers against float64, and time and memory by chunk size."""
+"""Checks the lm-head: results against float64, and time and memory by chunk size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdrl_lightning.hardware.doctor.bench import Bench
 from kdrl_lightning.hardware.doctor.findings import Finding, at_least, at_most, info
 from kdrl_lightning.losses.logprobs import Head, auto_chunk_size, token_scores
 
-# Name -> width and rows; the heads of Qwen3-0.6B and Qwen3-8B, and a small one for a CPU.
+# Name -> hidden size and vocabulary of Qwen3-0.6B's and Qwen3-8B's head; a small one for a CPU.
 ON_GPU = {"0.6B head": (1024, 151_936), "8B head": (4096, 151_936)}
 ON_CPU = {"small head": (64, 8_000)}
 # Bytes of float32 logits in a chunk.
@@ -22,7 +22,7 @@ BOUNDS = {torch.float32: (1e-4, 0.99999), torch.bfloat16: (0.02, 0.999)}
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Check accuracy, then measure chunk sizes."""
+    """Check the accuracy of each head, then measure chunk sizes."""
     for name, (width, rows) in (ON_GPU if bench.on_gpu else ON_CPU).items():
         for dtype in BOUNDS:
             yield from accuracy(bench, name, width, rows, dtype)

@@ -1,4 +1,4 @@
-"""Several GPUs: ddp and fsdp2 with vLLM, SLURM's variables, an error on one rank, NCCL pushes."""
+"""Checks two processes: ddp and fsdp2 with vLLM, SLURM, an error on one rank, NCCL pushes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from kdrl_lightning.models.scorer import Scorer
 from kdrl_lightning.models.weights import ModelWeights
 
 STEPS = "--trainer.max_steps=2"
-# Seconds after which all ranks must have ended once one of them has failed.
+# Seconds within which all ranks must end after one has failed.
 PATIENCE = 60.0
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Train with two processes; on GPUs, with an engine on each."""
+    """Train with two processes; on GPUs, also with an engine on each."""
     if bench.gpus == 1:
         raise NotReachedError("it needs two GPUs")
     for strategy in ("ddp", "fsdp2"):
@@ -65,7 +65,7 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 
 def one_rank_fails(bench: Bench) -> Iterator[Finding]:
-    """Name a folder that cannot be made; all ranks must end in time."""
+    """Train into a folder that rank 0 cannot create; all ranks must end in time."""
     file = bench.folder / "a-file"
     file.touch()
     blocked = file / "runs"
@@ -94,7 +94,7 @@ def named_as_the_reason(run: Run, folder: Path) -> bool:
 
 
 def by_nccl(bench: Bench) -> Iterator[Finding]:
-    """Train while a server on the second GPU follows; each push is read right after it."""
+    """Train, push weights by NCCL to a server on the second GPU, and check each push."""
     scorer = Scorer(bench.load(SERVED))
     weights = ModelWeights(scorer.model, bench.path(SERVED))
     second = {"CUDA_VISIBLE_DEVICES": "1"}
@@ -116,4 +116,4 @@ def by_nccl(bench: Bench) -> Iterator[Finding]:
         yield info("push by NCCL: memory on the trainer's GPU", f"{(peak or 0) / 2**30:.2f} GiB")
         gap = difference(engine.generate(PROMPTS, SEEDS, SAMPLING), scorer)
         yield at_most("difference after the last push", gap, BOUND[bench.dtype], "nats")
-        yield holds("the server names the last push", engine.version == 5)
+        yield holds("the engine has the last push's version", engine.version == 5)

@@ -1,4 +1,4 @@
-"""The first hour in small: one step by the command line and one in Python."""
+"""Checks that training starts: a few steps from the command line, and two in Python."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kdrl_lightning.tiny import ColumnAddition, TinyModel, addition_reward
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Train for a few steps both ways."""
+    """Train for a few steps from the command line and in Python."""
     yield info("CPU cores", len(os.sched_getaffinity(0)))
-    yield from ended("fit by the command line", fit(bench, "start", "--trainer.max_steps=4"))
+    yield from ended("fit from the command line", fit(bench, "start", "--trainer.max_steps=4"))
     if bench.on_gpu:
         mixed = fit(bench, "mixed", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed")
         yield from ended("the same in bf16-mixed", mixed)
@@ -31,7 +31,7 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 
 def ended(what: str, run: Run) -> Iterator[Finding]:
-    """Yield the exit code of a run that must succeed, and the reason if it did not."""
+    """Yield the exit code of a run that must succeed, and its last line if it failed."""
     yield equal(f"{what}: exit code", run.code, 0)
     if run.code:
         yield info(f"{what}: last line", run.last_line)

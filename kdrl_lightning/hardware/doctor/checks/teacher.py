@@ -1,4 +1,4 @@
-"""A teacher on the device, offloaded and served, and the log-probabilities of named tokens."""
+"""Checks a teacher on the device, offloaded and served, also its log-probs of given tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdrl_lightning.teachers import LocalTeacher, ServerTeacher
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Score the same batch with both placements, and by a server."""
+    """Score the same batch with local teachers, and with a served one."""
     yield from placements(bench)
     if importlib.util.find_spec("vllm") is None:
         yield info("served teacher", "not reached: vLLM is not installed")
@@ -27,7 +27,7 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 
 def placements(bench: Bench) -> Iterator[Finding]:
-    """Score the same batch with both placements."""
+    """Compare a teacher on the device with an offloaded one."""
     path, batch = bench.path("few-layers"), scored_batch(bench)
     asked = batch.completion_ids[..., None].expand(-1, -1, 2)
     scores = []
@@ -44,7 +44,7 @@ def placements(bench: Bench) -> Iterator[Finding]:
     gap = (here.logprobs - away.logprobs).abs().max().item()
     yield at_most("offloaded against on the device", gap, 1e-3, "nats")
     gap = (here.topk_logprobs[..., 0] - here.logprobs).abs().max().item()
-    yield at_most("named tokens against sampled ones", gap, 1e-3, "nats")
+    yield at_most("sampled tokens scored as given ones", gap, 1e-3, "nats")
 
 
 def scored_batch(bench: Bench) -> RolloutBatch:
@@ -76,5 +76,5 @@ def as_teacher(bench: Bench) -> Iterator[Finding]:
     yield at_most("served teacher against a local one", gap, bound, "nats")
     assert there.topk_logprobs is not None
     gap = (there.topk_logprobs[..., 0] - there.logprobs)[mask].abs().mean().item()
-    yield at_most("its named tokens against sampled ones", gap, bound, "nats")
+    yield at_most("served teacher: sampled tokens scored as given ones", gap, bound, "nats")
     yield info(f"served teacher: {mask.sum()} tokens", f"{seconds:.3g} s")

@@ -1,4 +1,4 @@
-"""Tokens per second: sampling with both engines, and updates of the student."""
+"""Measures tokens per second: sampling with both engines, and updates of the student."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kdrl_lightning.models.weights import ModelWeights
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    """Measure updates first: an engine then takes what memory is left."""
+    """Measure updates first, because engines keep GPU memory."""
     prompt, rows = (256, ((8, 2048), (1, 16_384))) if bench.on_gpu else (16, ((4, 64),))
     for count, length in rows:
         yield from updates(bench, count, length)
@@ -38,8 +38,8 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 
 def engines(size: int, context: int) -> Iterator[RolloutEngine]:
-    """Yield the engines that are installed; each is closed before the next one starts."""
-    if size <= 512:  # its cache grows with every row
+    """Yield the installed engines; close each before the next one starts."""
+    if size <= 512:  # beyond that, its KV cache takes too much memory
         yield TransformersEngine(max_sequences=size)
     if importlib.util.find_spec("vllm") is not None:
         engine = VLLMEngine(0.4, max_model_len=context, max_sequences=size)
@@ -66,7 +66,7 @@ def sampling(
 
 
 def updates(bench: Bench, count: int, length: int) -> Iterator[Finding]:
-    """Measure updates on ``count`` rows of ``length`` tokens; long rows recompute layers."""
+    """Measure updates on ``count`` rows of ``length`` tokens; long rows use checkpointing."""
     scorer = Scorer(bench.load("model", torch.float32))
     scorer.train()
     recomputed = length > 4096
@@ -101,10 +101,10 @@ def updates(bench: Bench, count: int, length: int) -> Iterator[Finding]:
     attention = shape.layers * shape.heads * shape.head_dim * length
     flops = 6 * (weights + attention) * tokens / whole
     yield info(label, f"{tokens / whole:,.0f} tokens a second")
-    yield info(f"{label}: achieved, without recomputing", f"{flops / 1e12:.3g} TFLOP/s")
+    yield info(f"{label}: achieved, recomputation not counted", f"{flops / 1e12:.3g} TFLOP/s")
     name = torch.cuda.get_device_name() if bench.on_gpu else "a CPU"
-    yield info(f"{label}: share of the card's products (MFU)", utilisation(flops, name))
-    yield info(f"{label}: share of the head", f"{part / whole:.0%}")
+    yield info(f"{label}: part of the GPU's peak (MFU)", utilisation(flops, name))
+    yield info(f"{label}: time in the lm-head", f"{part / whole:.0%}")
     if peak is not None:
         yield info(f"{label}: peak above weights", f"{peak / 2**30:.1f} GiB")
     if bench.on_gpu:
@@ -112,11 +112,11 @@ def updates(bench: Bench, count: int, length: int) -> Iterator[Finding]:
 
 
 def utilisation(flops: float, device: str) -> str:
-    """Return what share of a known card's products in bfloat16 a step reaches.
+    """Return which part of a known GPU's bfloat16 peak a step reaches.
 
     Args:
-        flops: operations per second.
-        device: name of the card, as its driver gives it.
+        flops: floating-point operations per second.
+        device: name of the GPU, as its driver gives it.
 
     >>> utilisation(400e12, "NVIDIA H100 80GB HBM3"), utilisation(1e12, "a CPU")
     ('40 %', 'unknown: no data sheet of a CPU')

@@ -1,1 +1,1 @@
-"""The teachers of a plan: what stands in for them, and what they read."""
+"""Teachers in a plan: their stand-ins with fake weights, and how many tokens they read."""

@@ -1,4 +1,4 @@
-"""How many tokens a teacher reads: its own prompt, and its own tokenizer's count."""
+"""Computes how many tokens a teacher reads, with its own prompt or its own tokenizer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from kdrl_lightning.teachers.own_prompt.prompt import PLACES, TeacherPrompt
 from kdrl_lightning.teachers.own_prompt.teacher import PromptedTeacher
 from kdrl_lightning.teachers.self_teachers.found import self_teachers, walk
 
-# Characters of a token, at least: an assumption if the tokenizer is not available.
+# Assumed characters per token if the tokenizer is not available; most have more.
 CHARACTERS = 3
-# A teacher's tokens per token of the student, if a tokenizer is not available. An assumption: with
-# one token per digit, mathematics takes up to so many.
+# Assumed tokens of the teacher per token of the student if a tokenizer is not available: about the
+# most for mathematics with one token per digit.
 OTHER_TOKENS = 1.25
 SAMPLE = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
@@ -43,9 +43,9 @@ class OwnPrompts:
     """The prompts that a teacher reads instead of the student's.
 
     Attributes:
-        tokens: of the longest one.
-        differ: they differ within a group.
-        note: what we assumed; empty if nothing.
+        tokens: tokens of the longest prompt.
+        differ: whether prompts differ within a group.
+        note: assumption behind ``tokens``, for the user; empty if there is none.
         per_token: the teacher's tokens per token of the student.
     """
 
@@ -55,14 +55,14 @@ class OwnPrompts:
     per_token: float = 1.0
 
     def length(self, completion: int) -> int:
-        """Return the tokens that the teacher reads of so many tokens of the student."""
+        """Return the length of the teacher's row for a completion of this many student tokens."""
         return self.tokens + math.ceil(self.per_token * completion)
 
 
 def tokens_per_token(module: KDRLModule, job: Job) -> tuple[float | None, str]:
-    """Return a teacher's tokens per token of the student, and what we assumed.
+    """Return a teacher's tokens per token of the student, and a note on how we know.
 
-    None if its tokens are the student's.
+    The number is None if both use the same tokens.
     """
     found = [t for t, _ in walk(module.teacher) if isinstance(t, CrossTokenizerTeacher)]
     if not found or module.objective.divergence is not None:
@@ -87,12 +87,12 @@ def tokens_per_token(module: KDRLModule, job: Job) -> tuple[float | None, str]:
 
 
 def _at_hand(path: str) -> bool:
-    """Return whether a tokenizer can be read without a network."""
+    """Return whether a tokenizer is on this machine, in a folder or the hub's cache."""
     if Path(path).is_dir():
         return any((Path(path) / name).exists() for name in TOKENIZERS)
     try:
         return isinstance(try_to_load_from_cache(path, "tokenizer.json"), str)
-    except HFValidationError:  # a folder that is not there yet
+    except HFValidationError:  # a folder that does not exist yet
         return False
 
 
@@ -100,8 +100,8 @@ def own_prompts_of(module: KDRLModule, job: Job, share: float | None) -> OwnProm
     """Return the longest prompts that the teacher reads; None if they are the student's.
 
     Args:
-        module: has the teacher.
-        job: the run's lengths.
+        module: the module with the teacher.
+        job: gives the run's lengths.
         share: the teacher's tokens per token of the student; None: its tokens are the student's.
     """
     teachers = [found for found, _ in walk(module.teacher)]
@@ -125,9 +125,9 @@ def own_prompts_of(module: KDRLModule, job: Job, share: float | None) -> OwnProm
 
 
 def _length(prompt: TeacherPrompt, job: Job, count: Callable[[str], int]) -> tuple[int, str]:
-    """Return the tokens of the longest prompt that is written, and what we assumed.
+    """Return the tokens of the longest prompt of a template, and a note on assumptions.
 
-    A completion whose prompt would be longer than ``max_tokens`` is read after the student's.
+    If a prompt would exceed the template's ``max_tokens``, the teacher reads the student's.
     """
     form = (
         prompt.form if isinstance(prompt.form, str) else "".join(m["content"] for m in prompt.form)
@@ -150,7 +150,7 @@ def _length(prompt: TeacherPrompt, job: Job, count: Callable[[str], int]) -> tup
 
 
 def _counter(path: str) -> Callable[[str], int]:
-    """Return what counts the tokens of a text: the student's tokenizer, or a rule of thumb."""
+    """Return a function that counts a text's tokens, with a tokenizer or ``CHARACTERS``."""
     if not _at_hand(path):
         return lambda text: math.ceil(len(text) / CHARACTERS)
     tokenizer = load_tokenizer(path)
@@ -158,7 +158,7 @@ def _counter(path: str) -> Callable[[str], int]:
 
 
 def _differs(context: Context | None) -> bool:
-    """Return whether a context is made of completions, not of the row."""
+    """Return whether a context differs within a group: it reads completions, not just the row."""
     return context is not None and any(
         not isinstance(part, RowContext) and not list(part.parts())[1:] for part in context.parts()
     )

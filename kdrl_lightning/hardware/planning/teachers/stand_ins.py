@@ -1,4 +1,4 @@
-"""The teacher of a rehearsal: the configured one, with models that have no numbers."""
+"""Builds the teacher of a rehearsal: the configured one, with fake weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from kdrl_lightning.teachers.wrapped import WrappedTeacher
 
 
 class Elsewhere(Teacher):
-    """A teacher that scores on other devices."""
+    """Stands in for a teacher on other devices, which costs this rank nothing."""
 
     def prepare(self) -> None:
         """Do nothing."""
@@ -53,10 +53,10 @@ class Elsewhere(Teacher):
 
 
 class Weightless(Elsewhere):
-    """A frozen model in this process, as ``LocalTeacher`` is one.
+    """Stands in for a ``LocalTeacher``: a frozen model with fake weights.
 
     Args:
-        scorer: its model.
+        scorer: the scorer of the model.
     """
 
     gives_states = True
@@ -66,7 +66,7 @@ class Weightless(Elsewhere):
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
-        """Whether the model runs each prompt once for all its completions."""
+        """Whether the model runs a prompt once for all its completions, as the scorer does."""
         return self.scorer.shares
 
     @torch.no_grad()
@@ -76,17 +76,17 @@ class Weightless(Elsewhere):
 
     @torch.no_grad()
     def states(self, batch: RolloutBatch) -> Other:
-        """Return the states of one forward pass, and the head."""
+        """Return the hidden states of one forward pass, and the head."""
         return self.scorer.states(batch)
 
 
 class OtherTokens(WrappedTeacher):
-    """A teacher that reads completions in its own tokens, as ``CrossTokenizerTeacher`` does.
+    """Stands in for a ``CrossTokenizerTeacher``, which reads completions in its own tokens.
 
     Args:
         teacher: the wrapped teacher.
-        share: its tokens per token of the student.
-        rows: rows of its embedding.
+        share: the teacher's tokens per token of the student.
+        rows: number of rows of the teacher's embedding.
     """
 
     has_own_prompt = True
@@ -99,7 +99,7 @@ class OtherTokens(WrappedTeacher):
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Score its own tokens; every token of the student is a chunk."""
+        """Score as many tokens as the teacher reads; each token of the student is a chunk."""
         assert batch.teacher_prompt_ids is not None
         many = math.ceil(self.share)
         completions = [
@@ -117,16 +117,16 @@ class OtherTokens(WrappedTeacher):
 
 
 class Stand:
-    """Builds what stands in for teachers.
+    """Builds the stand-in of a teacher.
 
     Args:
         student: the student of the rehearsal.
-        frozen: makes the model of a ``LocalTeacher``.
-        second: makes a second, frozen model of the student.
-        share: the teacher's tokens per token of the student; None: its tokens are the student's.
+        frozen: builds the model of a ``LocalTeacher``.
+        second: builds a second, frozen copy of the student.
+        share: the teacher's tokens per token of the student; None: both use the same tokens.
 
     Attributes:
-        models: all frozen models that were made.
+        models: all frozen models that it has built.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Stand:
         self.models: list[Scorer] = []
 
     def of(self, teacher: Teacher) -> Teacher:
-        """Return what stands in for a teacher and all that it wraps."""
+        """Return the stand-in of a teacher and of all that it wraps."""
         if isinstance(teacher, LocalTeacher):
             self.models.append(self._frozen(teacher))
             return Weightless(self.models[-1])
@@ -177,7 +177,7 @@ class Stand:
         return SecondModel(self.student, self.models[-1])
 
     def _largest(self, teacher: RoutedTeacher) -> Teacher:
-        """Return the teacher with the most weights, which may get all completions of a pass."""
+        """Return the stand-in with the most weights; it may get all completions of a pass."""
         made: list[tuple[int, Teacher]] = []
         for inner in teacher.teachers.values():
             before = len(self.models)
@@ -188,11 +188,11 @@ class Stand:
 
 
 def follows_student(teacher: Teacher | None) -> bool:
-    """Return whether a teacher computes with weights of the student."""
+    """Return whether a teacher computes with the student's weights."""
     with_adapters = any(isinstance(found, AdapterOffTeacher) for found, _ in walk(teacher))
     return with_adapters or bool(self_teachers(teacher))
 
 
 def local_teachers(teacher: Any) -> list[LocalTeacher]:
-    """Return the teachers in this process that a teacher consists of."""
+    """Return all ``LocalTeacher``s among a teacher and those that it wraps."""
     return [found for found, _ in walk(teacher) if isinstance(found, LocalTeacher)]
