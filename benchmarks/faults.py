@@ -34,9 +34,9 @@ from fault_cases.runs import UPDATES, save_models  # noqa: E402
 
 PAGE = """# Faults on purpose
 
-`benchmarks/faults.py` injects faults into small runs ({steps} updates per rollout, a checkpoint after
-it) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we start the
-same command again with `--ckpt_path last`; some runs get several faults. When a run ends, the
+`benchmarks/faults.py` injects faults into small runs ({steps} updates per rollout, a checkpoint
+after it) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we start
+the same command again with `--ckpt_path last`; some runs get several faults. When a run ends, the
 exported student and all logged numbers must equal those of an undisturbed run byte for byte. A
 fault costs at most the updates of the current rollout.
 
