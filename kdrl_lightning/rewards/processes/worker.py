@@ -81,7 +81,7 @@ def _end_of(child: int, pipe: Connection, trainer: int) -> int:
     """Wait for a child's end and return its status; kill it if the training process has ended."""
     try:
         descriptor = os.pidfd_open(child)
-    except (AttributeError, OSError):  # not Linux, or an old one; the CPU limit must suffice
+    except (AttributeError, OSError):  # not Linux, or an old kernel; the limit on CPU time must do
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)

@@ -212,7 +212,7 @@ class _Worker:
         if kind == "failed":
             raise content[0]
         if kind == "ready":
-            calls.again(self.call)  # None if the previous child was killed; else it died
+            calls.again(self.call)  # the call, if any, during which the previous child died
             self.child = content[0]
         else:
             ticket, result, error = content
