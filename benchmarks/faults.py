@@ -34,23 +34,24 @@ from fault_cases.runs import UPDATES, save_models  # noqa: E402
 
 PAGE = """# Faults on purpose
 
-`benchmarks/faults.py` injects faults into small runs ({steps} updates a rollout, a checkpoint after
-each rollout) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we
-start the same command again with `--ckpt_path last`. When it ends, the exported student and all
-logged numbers must equal those of an undisturbed run byte for byte. A run loses at most the current
-rollout.
+`benchmarks/faults.py` injects faults into small runs ({steps} updates per rollout, a checkpoint
+after it) on one device, two processes under `ddp` and two under `fsdp2`. After each fault we start
+the same command again with `--ckpt_path last`; some runs get several faults. When a run ends, the
+exported student and all logged numbers must equal those of an undisturbed run byte for byte. A
+fault costs at most the updates of the current rollout.
 
 {table}
 {note}
-Seed {seed}; {seconds:.0f} s on {machine}. Every fault with its moment:
-[faults.json](faults/faults.json). To repeat it:
+Seed {seed}; {seconds:.0f} s on {machine}. Every fault and its moment are in
+[faults.json](faults/faults.json). To repeat the campaign:
 
 ```bash
 python benchmarks/faults.py --out docs/faults --kills {kills} --seed {seed}
 ```
 
-{others}An engine inside the training process (`VLLMEngine`) dies with it, so the first row covers
-it. A flipped bit that is not refused is in an unused byte of an archive, and changes no value.
+{others}An engine in the training process (`VLLMEngine`) dies with that process, so the first row
+covers it. A flipped bit that is not refused is in an unused byte of an archive and changes no
+value.
 
 What a user sees:
 
@@ -62,8 +63,8 @@ What a user sees:
   checkpoints stay, and half-written files are deleted. If the disk is full at the end, the line
   names the checkpoint that holds the student, and the command that exports it. An export never
   replaces a model before the new one is complete.
-- If a reward's process dies, it is replaced and its call is made once more; if that process dies
-  too, the completion counts as a failure of the reward.
+- If a worker process of the reward dies, a new one repeats the call; if that one dies, too, the
+  completion counts as a failure of the reward.
 - A server that is unreachable for less than `max_away_s` gets its weights again; after that the run
   stops and names the server's URL.
 """
@@ -120,7 +121,7 @@ def others(out: Path) -> str:
     return (
         "\n".join(
             [
-                "Other moments; a file has the parts that were measured after their last repair:",
+                "Campaigns at other moments (files have only parts measured after their last fix):",
                 "",
                 *lines,
                 "",
@@ -144,7 +145,7 @@ def write_page(out: Path, done: list[Part], every: list[Part], kills: int, seed:
         steps=UPDATES, table=table(done), note=notes(done, every), seed=seed, kills=kills,
         others=others(out),
         seconds=sum(part.seconds for part in done),
-        machine=f"{platform.machine()} with one thread a process",
+        machine=f"{platform.machine()} with one thread per process",
     )  # fmt: skip
     (out.parent / "faults.md").write_text(page)
 

@@ -101,6 +101,14 @@ def measure(point: dict[str, Any], threads: int, steps: int) -> dict[str, float]
     return {"seconds": result["step"], "mb": result["above_mb"]}
 
 
+TITLE = "# How the cost of a step grows: figures"
+INTRODUCTION = (
+    "[The page on time and memory](../speed.md#how-cost-grows) describes the runs. *MB above the "
+    "state* is memory above weights, gradients and moments; *exponent* is the power of the value "
+    "with which a column grows."
+)
+
+
 def exponent(x: list[float], y: list[float]) -> float:
     """Return the slope in the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
@@ -122,8 +130,8 @@ def law(record: dict[str, Any]) -> list[str]:
     slope, fixed = np.polyfit(rows, mb, 1)
     worst = max(abs(slope * t + fixed - m) / m for t, m in zip(rows, mb, strict=True))
     lines = [
-        f"Memory against tokens of the micro-batch: {fixed:.0f} MB + {1000 * slope:.1f} MB per "
-        f"thousand tokens, at most {worst:.0%} off; exponent of what is above the constant "
+        f"Memory by tokens of the micro-batch: {fixed:.0f} MB + {1000 * slope:.1f} MB per thousand "
+        f"tokens (at most {worst:.0%} off); the part above {fixed:.0f} MB grows with the power "
         f"{exponent(rows, [m - fixed for m in mb]):.2f}."
     ]
     for name in (n for n in SERIES if n.startswith("vocabulary")):
@@ -133,7 +141,7 @@ def law(record: dict[str, Any]) -> list[str]:
         for heads in (0, 1, 2):
             small, large = (at[v] - heads * head[v] for v in (32_000.0, 152_000.0))
             lines.append(
-                f"{name}: beyond {heads} temporaries of the head's size, {small:.0f} MB at "
+                f"{name}, minus {heads} temporaries of the head's size: {small:.0f} MB at "
                 f"V = 32,000 and {large:.0f} MB at 152,000 ({large / small - 1:+.0%})."
             )
     return lines
@@ -194,7 +202,8 @@ def main() -> None:
             record["points"][name].append(point | measure(point, args.threads, args.steps))
             print(name, record["points"][name][-1], flush=True)
     (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = [record["machine"], "", *table(record), "", *(f"- {x}" for x in law(record)), ""]
+    head = [TITLE, "", f"{record['machine']}. {INTRODUCTION}"]
+    text = [*head, "", *table(record), "", *(f"- {x}" for x in law(record)), ""]
     (args.out / "scaling.md").write_text("\n".join(text))
     plot(record, args.out / "scaling.png")
     print("\n".join(text))

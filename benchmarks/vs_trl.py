@@ -93,6 +93,16 @@ def child(text: str) -> None:
     print("RESULT " + json.dumps(run(job)))
 
 
+TITLE = "# Compared with TRL: all figures"
+INTRODUCTION = (
+    "[The page on time and memory](../speed.md) describes the cases. Columns *ours* and *TRL* are "
+    "medians over runs; the last two are median and range of the ratio of paired runs. "
+    "*generation*, *scoring*, *training* and *step* are seconds of a step, *above_mb* is memory "
+    "above weights, gradients and moments, and *peak_mb* the peak. *tokens_per_s* counts the "
+    "whole step, *generated_per_s* sampling alone."
+)
+
+
 def table(cases: list[str], record: dict[str, Any]) -> list[str]:
     """Return a table: medians of both sides, and median and range of the ratio of paired runs."""
     lines = [
@@ -188,7 +198,8 @@ def main() -> None:
                     pairs[run][side] = in_fresh_process(job_of(case, side, args, run))
                     file.write_text(json.dumps(record, indent=1) + "\n")
                     print(case, run, side, pairs[run][side], flush=True)
-    lines = [f"{record['machine']}; precision {args.precision}", "", *table(args.cases, record), ""]
+    head = [TITLE, "", f"{record['machine']}; precision {args.precision}. {INTRODUCTION}", ""]
+    lines = [*head, *table(args.cases, record), ""]
     lines += [*shares(record), ""]
     file.with_suffix(".md").write_text("\n".join(lines))
     plot(args.cases, record, file.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Prompt sources: sized, indexable, rows are dicts with a ``prompt``."""
+"""Prompt sources: sized sequences of rows, which are dicts with a ``prompt``."""
 
 from kdrl_lightning.prompts.base import (
     EncodedPrompt,

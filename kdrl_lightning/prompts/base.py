@@ -16,8 +16,8 @@ class PromptSource(ABC):
     """A sized sequence of rows; a list of dicts works wherever a source is expected.
 
     Each row has a ``prompt``: a string, or a list of chat messages (``{"role": ..., "content":
-    ...}``), which is rendered with the tokenizer's chat template and the row's ``template_args``,
-    if it has any. The reward gets all other columns.
+    ...}``), which is rendered with the tokenizer's chat template and the row's ``template_args``
+    (if there are any). The reward gets all other columns.
     """
 
     @abstractmethod
@@ -29,11 +29,11 @@ class PromptSource(ABC):
         """Return one row."""
 
     def where(self, index: int) -> str:
-        """Describe where a row comes from, for error messages; empty if its number says enough."""
+        """Describe where a row comes from, for error messages; empty if its number is enough."""
         return ""
 
 
-# A reward is tried on at most this number of kinds of rows before a run.
+# Before a run, the reward is tried on a row of at most this many kinds.
 MOST_KINDS = 50
 
 Prompts: TypeAlias = PromptSource | Sequence[Row]
@@ -66,8 +66,8 @@ def encode_all(source: Prompts, name: str, tokenizer: HFTokenizer) -> list[Encod
 def first_of_each_kind(rows: Iterable[Row], most: int = MOST_KINDS) -> list[Row]:
     """Return one row of each kind, i.e. of each combination of column names and ``source``.
 
-    If there are more than ``most`` kinds (e.g. because every row has another ``source``), ``most``
-    of them are drawn, always the same.
+    If there are more than ``most`` kinds (e.g. because every row has another ``source``), the
+    result is a sample of ``most`` of them, the same for every call.
 
     >>> first_of_each_kind([{"a": 1}, {"a": 2}, {"b": 1}, {"a": 1, "source": "x"}])
     [{'a': 1}, {'b': 1}, {'a': 1, 'source': 'x'}]

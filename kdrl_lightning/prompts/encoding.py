@@ -24,7 +24,7 @@ from kdrl_lightning.prompts.turns import (
 
 # `Any`: the content of users' messages.
 
-# Characters that a text's first token rarely takes in.
+# Characters that rarely merge with the text after them into one token.
 FRONTS = ("\n", "=", "x")
 
 
@@ -70,7 +70,7 @@ def encode_prompt(tokenizer: HFTokenizer, row: Row, ends: Collection[int] = ()) 
 
 
 def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
-    """Encode a text, which begins with BOS if it was already rendered with a chat template."""
+    """Encode a text; one that was already rendered with a chat template may begin with BOS."""
     if is_json_of_messages(text):
         raise ConfigurationError(
             "a prompt must be a string or a list of chat messages: got messages as a string, "
@@ -92,12 +92,12 @@ def _encode_text(tokenizer: HFTokenizer, text: str) -> list[int]:
 def encode_inside(tokenizer: HFTokenizer, text: str) -> list[int]:
     """Return the token ids of a text that continues another one.
 
-    Some tokenizers (Llama 2, Mistral, Phi-3) put a space in front of whatever they encode, which
-    has no place in the middle of a text. We encode a character in front and drop it again.
+    Some tokenizers (Llama 2, Mistral, Phi-3) put a space before everything that they encode, which
+    would be wrong in the middle of a text. So we encode the text after a character and drop that.
 
     Args:
         tokenizer: the tokenizer.
-        text: the continuation, without a space that is not its own.
+        text: the continuation, exactly as it is in the whole text.
     """
     one, alone = (_bare_ids(tokenizer, part) for part in ("1", text))
     if " " in str(tokenizer.decode([*one, *one])):
@@ -172,7 +172,7 @@ def _encode_messages(tokenizer: HFTokenizer, messages: Sequence[Any], row: Row) 
 def _rendered(
     tokenizer: HFTokenizer, turns: Sequence[Tree], options: Mapping[str, Any]
 ) -> tuple[list[int], str]:
-    """Return a conversation's token ids and text; contents are parts if texts are not rendered."""
+    """Return a conversation's ids and text; contents become parts if strings are not rendered."""
     arguments = {name: one for name, one in options.items() if name not in OURS | {CONTINUE}}
     continued = bool(options.get(CONTINUE))
     errors: list[Exception] = []
@@ -193,7 +193,7 @@ def _rendered(
 
 
 def warn_of_ignored(rows: Iterable[Row], tokenizer: HFTokenizer) -> None:
-    """Warn of arguments of the chat template that the template does not read."""
+    """Warn about `template_args` that the chat template does not read."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     given = [plain(row.get(TEMPLATE_ARGS)) for row in rows]
     names = {str(name) for one in given if isinstance(one, dict) for name in without_none(one)}
@@ -218,7 +218,7 @@ def _is_true(value: object) -> bool:
 def _answering(
     tokenizer: HFTokenizer, turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
 ) -> set[str]:
-    """Return the names of the role whose turn the model writes, such as Gemma's `model`."""
+    """Return the names of the role that the model answers as, such as Gemma's `model`."""
     last = turns[-1]["role"]
     if last in ROLES:
         return {"assistant"}

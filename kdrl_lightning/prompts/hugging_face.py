@@ -38,7 +38,7 @@ class HFPrompts(PromptSource):
     """Rows of a dataset; each row keeps all its columns and gets ``prompt`` (and ``answer``).
 
     Name a nested column with a dot: ``reward_model.ground_truth``. A column of classes
-    (``ClassLabel``) holds their names. Texts of a file stay as they are: a column of a CSV file
+    (``ClassLabel``) gives their names. Texts of a file stay as they are: a column of a CSV file
     with a number like 007 or 1.50 is text, and so is a date in JSON.
 
     Args:
@@ -48,11 +48,11 @@ class HFPrompts(PromptSource):
         split: the dataset's split. A file has only ``train``.
         prompt_column: column with the question, a text or chat messages.
         answer_column: column that becomes ``answer``; None changes no column.
-        take: number of rows, from the first on; None: all.
+        take: number of rows to keep, from the first; None: all.
         chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        examples: solved questions before the question, each with ``prompt`` and ``answer``.
         suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
@@ -113,14 +113,14 @@ class HFPrompts(PromptSource):
 
 
 class StreamedHFPrompts(HFPrompts):
-    """The first rows of a dataset, of which only these are downloaded, at every start.
+    """The first rows of a dataset; every run downloads only these rows.
 
-    Rows and the other arguments are those of ``HFPrompts``. All rows are in memory.
+    Rows and other arguments are as for ``HFPrompts``. The rows are kept in memory.
 
     Args:
         path: name on the hub, a file (JSONL, JSON, Parquet, CSV, Arrow), or a folder that
             ``save_to_disk`` wrote.
-        take: number of rows, from the first on.
+        take: number of rows to keep, from the first.
         name: the dataset's configuration on the hub.
         split: the dataset's split. A file has only ``train``.
         prompt_column: column with the question, a text or chat messages.
@@ -128,7 +128,7 @@ class StreamedHFPrompts(HFPrompts):
         chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        examples: solved questions before the question, each with ``prompt`` and ``answer``.
         suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """

@@ -20,7 +20,7 @@ from kdrl_lightning.prompts.messages import PromptForm
 class JSONLPrompts(PromptSource):
     """Rows of a file with one JSON object per line; each row keeps all its columns.
 
-    Needs no other library, and keeps only the lines' positions in memory.
+    It needs no other library, and keeps only the positions of lines in memory.
 
     Args:
         path: the file.
@@ -28,7 +28,7 @@ class JSONLPrompts(PromptSource):
         chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        examples: solved questions before the question, each with ``prompt`` and ``answer``.
         suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """
@@ -61,7 +61,7 @@ class JSONLines(Sequence[Row]):
 
     Args:
         path: the file.
-        column: a column that every row must have; None: a row may have any.
+        column: a column that every row must have; None: rows may have any columns.
 
     Raises:
         ConfigurationError: the file or a line cannot be read, or the file has no rows.
@@ -144,7 +144,7 @@ def _check(text: str, where: str, column: str | None) -> None:
 
 # `Any`: what JSON can hold.
 def _once(pairs: list[tuple[str, Any]]) -> Tree:
-    """Return a JSON object; `json` would keep the last of two equal keys.
+    """Build a JSON object with unique keys; `json` would keep the last of two equal keys.
 
     Raises:
         KeyError: a key occurs twice.

@@ -1,4 +1,4 @@
-"""Knights and Knaves puzzles with 2 to 8 people: the paper's PPL2 to PPL8."""
+"""Knights and Knaves puzzles with 2 to 8 people: the papers' PPL2 to PPL8."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
 
     The puzzles come from reasoning-gym's generator (after arXiv 2410.23123), which draws statements
     until exactly one assignment of roles fits them: about 1 ms a puzzle with 2 people, 16 ms with
-    8. The names of the two roles change from puzzle to puzzle. With 2 people and depth 2 there are
-    only some hundred pairs of statements, so another seed gives other names, but many of the same
+    8. The names of the two roles differ from puzzle to puzzle. With 2 people and depth 2 there are
+    only some hundred pairs of statements, so another seed gives other names, but often the same
     pairs.
 
     Args:
@@ -27,7 +27,7 @@ class KnightsAndKnavesPrompts(ReasoningGymPrompts):
         chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        examples: solved questions before the question, each with ``prompt`` and ``answer``.
         suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """

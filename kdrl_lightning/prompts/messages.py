@@ -27,8 +27,8 @@ def check_template_args(arguments: object, where: str = "") -> None:
         where: words before the setting's name, e.g. ``the column ``.
 
     Raises:
-        ConfigurationError: they are no mapping of names, set what we set, or give a chat template
-            that is no text.
+        ConfigurationError: they are not a mapping of names, contain an argument that we set, or
+            their chat template is not a text.
     """
     named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
     if not isinstance(arguments, Mapping) or not named or set(arguments) & OURS:
@@ -52,8 +52,8 @@ class PromptForm:
         system: system message of a chat, unless the question has one (needs ``chat``).
         template_args: arguments of the chat template, e.g. ``enable_thinking: false`` (needs
             ``chat``).
-        examples: solved questions to show before the question, each with ``prompt`` and ``answer``:
-            turns of a chat, or text with an empty line after each.
+        examples: solved questions before the question, each with ``prompt`` and ``answer``: turns
+            of a chat, or text with an empty line after each.
         suffix: text to add to every question, e.g. the form that the answer must have.
         prefill: beginning of every answer, which the model continues (needs ``chat``). The reward
             does not see it as part of the completion.
@@ -102,12 +102,12 @@ class PromptForm:
         self.prefill = prefill
 
     def __call__(self, question: object) -> object:
-        """Return the prompt of a question; a list of messages becomes the end of the chat."""
+        """Return the prompt of a question; if that is a list of messages, they end the chat."""
         if hasattr(question, "tolist"):
             question = plain(question)
         if isinstance(question, str):
             if not question.strip() or is_json_of_messages(question):
-                return question  # the encoding refuses it; added text would hide the mistake
+                return question  # the encoding refuses it; a suffix would hide the mistake
             text = question + self.suffix
             return self._chat([message("user", text)]) if self.chat else self._text(text)
         if isinstance(question, list | tuple):

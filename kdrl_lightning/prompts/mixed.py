@@ -15,14 +15,14 @@ from kdrl_lightning.prompts.base import Prompts, PromptSource
 class MixedPrompts(PromptSource):
     """Rows of several sources, mixed by weight; each row gets its source's name as ``source``.
 
-    The first n rows have the proportions of the weights for every n, to within one row per source:
-    among the sources that have got less than their share, the one whose next row is due first comes
-    next. Each source's rows are shuffled with the seed; after its last row, it is shuffled again.
+    For every n, the first n rows have the proportions of the weights, to within one row per source:
+    of the sources with fewer rows than their share, the one whose next row is due first comes next.
+    Each source's rows are shuffled with the seed; after its last row, they are shuffled again.
 
     Args:
         sources: prompt sources by name.
-        weights: weight of each source, above 0, in any unit; None: the sources' sizes.
-        size: number of rows; None: stop before a row would be repeated.
+        weights: weight of each source, above 0; only ratios count; None: the sources' sizes.
+        size: number of rows; None: the mixture ends before a row would be repeated.
         seed: seed of the shuffles.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A source's prompts: a sample is checked before the run, and each is encoded when it is drawn."""
+"""A source's prompts: a sample is checked before the run, the rest when they are drawn."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHECKED_ROWS = 1_000
 
 @dataclass(frozen=True)
 class PromptRules:
-    """The rules that every prompt must keep.
+    """The rules that every prompt must satisfy.
 
     Attributes:
         limit: maximum number of tokens.
-        why: reason of the limit, for error messages.
+        why: reason for the limit, for error messages.
         refused: ranges of lengths below ``limit`` that are not allowed either, with their reasons.
         drop: leave out prompts that are too long, instead of stopping the run.
-        vocabularies: rows of each model's embedding, by the model's name; token ids must be lower.
+        vocabularies: number of rows of each model's embedding, by the model's name.
         ends: end tokens with which no prompt may end, besides the tokenizer's ``eos_token``.
         checks: functions that raise ``ConfigurationError`` for a row that cannot be used; see
             ``require``.
@@ -57,14 +57,13 @@ class PromptSet(Sequence[EncodedPrompt]):
     """A source's prompts with their token ids.
 
     A source of at most ``most`` rows is encoded at once and kept. Of a larger source, a seeded
-    sample is checked, and each row is encoded when it is drawn, so that no memory is needed per
-    row.
+    sample is checked, and each row is encoded when it is drawn, so that rows need no memory.
 
     Args:
         source: the rows.
         name: the setting that names the source, for error messages.
         tokenizer: the student's tokenizer.
-        rules: the rules that every prompt must keep.
+        rules: the rules that every prompt must satisfy.
         most: number of rows to check; see ``CHECKED_ROWS``.
         seed: seed of the sample.
 
@@ -137,7 +136,7 @@ class PromptSet(Sequence[EncodedPrompt]):
 
     @property
     def bound(self) -> int:
-        """Most tokens that a prompt may have, also one that is not checked yet."""
+        """Most tokens that a prompt may have, including those that are not checked yet."""
         return self.longest if self.whole else int(min(self.rules.limit, 1 << 30))
 
     def limit(self, limit: int | None, why: str) -> None:
@@ -145,7 +144,7 @@ class PromptSet(Sequence[EncodedPrompt]):
 
         Args:
             limit: maximum number of tokens; None changes nothing.
-            why: reason of the limit, for error messages.
+            why: reason for the limit, for error messages.
         """
         if limit is not None and limit < self.rules.limit:
             self.rules = replace(self.rules, limit=limit, why=why)
@@ -183,7 +182,7 @@ class PromptSet(Sequence[EncodedPrompt]):
         return BadRow(f"row {number} of `{self.name}`{place}: {reason}")
 
     def left_out(self) -> str:
-        """Return a line on the prompts that are left out as too long; empty if there are none."""
+        """Return a line on the prompts that are dropped as too long; empty if there are none."""
         if not self.overlong:
             return ""
         # Each has more tokens than its limit, so more than the lowest limit.
@@ -250,7 +249,7 @@ def sample_rows(count: int, most: int, seed: int) -> list[int]:
 
 
 def check_ids(ids: Sequence[int], rows: int, model: str, tokenizer: HFTokenizer) -> None:
-    """Check that a model has an embedding for every token; a GPU would only fail an assertion.
+    """Check that a model has an embedding for every token; on a GPU, only an assertion fails.
 
     Args:
         ids: token ids of one prompt or completion.

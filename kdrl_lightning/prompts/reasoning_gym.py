@@ -13,16 +13,16 @@ from kdrl_lightning.prompts.messages import PromptForm
 
 # `Any`: reasoning-gym's classes and arguments, and those of users' chat templates.
 
-# reasoning-gym draws item i of a data set from seed + i, so that the sets of neighbouring seeds
-# differ in one item only. Our seeds are multiplied by this stride.
+# reasoning-gym draws item i of a data set from seed + i, so the sets of neighbouring seeds would
+# differ in one item only. We multiply our seeds by this stride.
 SEED_STRIDE = 10_000_000
 
 
 class ReasoningGymPrompts(PromptSource):
     """Generated items of one task; each row has ``prompt``, ``question``, ``answer``, ``metadata``.
 
-    A row depends only on its index, the seed and the task's arguments. Two seeds never share the
-    generator's items, but small tasks repeat themselves.
+    A row depends only on its index, the seed and the task's arguments. Two seeds never share an
+    item's random state, but a task with few different items generates some of them again.
 
     Args:
         task: name of the data set, e.g. ``chain_sum``.
@@ -32,7 +32,7 @@ class ReasoningGymPrompts(PromptSource):
         chat: make chat messages, for the tokenizer's chat template.
         system: system message (needs ``chat``).
         template_args: arguments of the chat template (needs ``chat``).
-        examples: solved questions to show before it, each with ``prompt`` and ``answer``.
+        examples: solved questions before the question, each with ``prompt`` and ``answer``.
         suffix: text to add to every question.
         prefill: the beginning of every answer, which the model continues (needs ``chat``).
     """

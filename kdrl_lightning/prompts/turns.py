@@ -15,10 +15,10 @@ from kdrl_lightning.errors import ConfigurationError
 # Roles that chat templates know; a role that the template itself names is accepted, too.
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 
-# Replaces a message that was found; no text can hold it.
+# Replaces a message that was found; no valid text contains it.
 GAP = "\ud800"
 
-# For private use: no vocabulary has it.
+# A character for private use, which no vocabulary has.
 NO_CHARACTER = "\U000f0000"
 
 # Words that switch a model's thinking, and that its template removes (SmolLM3).
@@ -79,7 +79,8 @@ def clean_messages(messages: Sequence[Any], template: str) -> list[Tree]:
 
     Raises:
         ValueError: an entry is not a message.
-        ConfigurationError: a text template would not render a message correctly.
+        ConfigurationError: there is no message, or one has an unknown role or content that is not
+            valid text.
     """
     turns = []
     for number, turn in enumerate(messages):
@@ -127,7 +128,7 @@ def _joined(parts: Sequence[Any], number: int) -> str:
 def _check_content(turn: Mapping[str, Any], number: int) -> None:
     role, content = turn["role"], turn.get("content")
     if role in ("tool", "function", "ipython") or (content is None and turn.get("tool_calls")):
-        return  # a tool may return any value, and a message with a tool call needs no text
+        return  # a tool may return any value; a message with a tool call needs no text
     if not isinstance(content, str):
         found = "none" if content is None else f"{type(content).__name__} {content!r:.40}"
         raise ConfigurationError(
@@ -137,10 +138,10 @@ def _check_content(turn: Mapping[str, Any], number: int) -> None:
 
 
 def check_unicode(text: str) -> None:
-    """Check that a text can be encoded; JSON can hold half of a pair of surrogates.
+    """Check that a text can be encoded; JSON can contain half of a surrogate pair.
 
     Raises:
-        ConfigurationError: it cannot.
+        ConfigurationError: it cannot be encoded.
     """
     try:
         text.encode()
@@ -155,10 +156,10 @@ def check_unicode(text: str) -> None:
 def check_characters(tokenizer: HFTokenizer, text: str, what: str = "prompt") -> None:
     """Check that a tokenizer drops no character of a text.
 
-    Most tokenizers have bytes or an unknown token for what they do not know.
+    Most tokenizers encode unknown characters as bytes or as an unknown token.
 
     Raises:
-        ConfigurationError: it drops one.
+        ConfigurationError: the tokenizer drops a character.
     """
     if tokenizer(NO_CHARACTER, add_special_tokens=False)["input_ids"]:
         return
@@ -195,7 +196,7 @@ def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
         if turn["role"] in ("system", "developer", "user") and isinstance(turn.get("content"), str)
     ]
     lost = []
-    # The longest first, each in a separate place: "1" is not a part of "1 + 1".
+    # The longest first; each needs a place of its own: "1" must not be found inside "1 + 1".
     for number, role, content in sorted(asked, key=lambda one: -len(one[2])):
         # Some templates write JSON.
         forms = [SWITCH.split(content), [json.dumps(content, ensure_ascii=False)[1:-1]]]

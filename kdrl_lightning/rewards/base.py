@@ -1,4 +1,4 @@
-"""The reward protocol: what a reward gets, what it returns, and how many samples are judged."""
+"""The reward protocol: what a reward gets and returns, and how a list of samples is judged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kdrl_lightning.common.untyped import Row
 
 # `Any`: what a user's function may return, until it is checked.
 
-LARGEST = 3.4e38  # of float32
-ATOMS = (str, int, float, bool, bytes, type(None))  # what nobody can change in place
+LARGEST = 3.4e38  # the largest float32, rounded down
+ATOMS = (str, int, float, bool, bytes, type(None))  # immutable: they need no copy
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Verdict:
         reward: the value that the policy learns from.
         correct: the verifier accepts the completion.
         parts: the components of the reward by name; each is logged as ``reward/<name>_mean``.
-        feedback: what the environment says of the completion, e.g. the error of a failed test, for
-            a teacher that reads it (``FeedbackContext``); empty without any.
+        feedback: what the environment says about the completion, e.g. the error of a failed test,
+            for a teacher with a ``FeedbackContext``; empty if there is none.
     """
 
     reward: float
@@ -67,33 +67,34 @@ class Verdict:
 
 
 class TaskReward(ABC):
-    """Base class of rewards with checks or processes; a plain function of one sample works, too."""
+    """Base class of rewards with checks or processes; a function of one sample is a reward, too."""
 
     @abstractmethod
     def __call__(self, sample: Sample) -> float | Verdict:
         """Judge one sample; raise only if the reward itself fails, not for a wrong completion."""
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge several samples; the result of one that fails is its exception."""
+        """Judge several samples; return the exception of each on which the reward fails."""
         return [attempt(self, sample) for sample in samples]
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the answer that majority@k compares: the extraction that the verdict judged.
+        """Return the answer that majority@k compares: the text on which the verdict is based.
 
         A completion whose answer is None does not vote. The default is the whole text, stripped.
         """
         return sample.text.strip()
 
     def check(self, row: Row) -> None:
-        """Check a row before training; raise if no completion of it could be judged."""
+        """Check a row before training; raise if the reward could judge no completion of it."""
         for child in self.children():
             if isinstance(child, TaskReward):
                 child.check(row)
 
     def list_as_text(self, row: Row) -> str | None:
-        """Return an answer of the row that counts as one text, but is the text of a list or a dict.
+        """Return the row's answer if it is a list or a dict written as text; else None.
 
-        Files keep lists of accepted answers as such texts; no completion would equal one.
+        Some files keep a list of accepted answers as such a text. It counts as one answer, which
+        no completion would equal.
         """
         tasks = (child for child in self.children() if isinstance(child, TaskReward))
         return next(filter(None, (child.list_as_text(row) for child in tasks)), None)
@@ -124,7 +125,7 @@ class BatchReward(TaskReward):
 
     @abstractmethod
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge several samples; the result of one that fails is its exception."""
+        """Judge several samples; return the exception of each on which the reward fails."""
 
     def __call__(self, sample: Sample) -> float | Verdict:
         """Judge one sample."""
@@ -179,7 +180,7 @@ def walk(reward: Reward) -> Iterator[Reward]:
 
 
 def attempt(call: Callable[[Any], Any], argument: Any) -> Any:
-    """Return the result of a call, or its exception; ``sys.exit`` in it does not end the run."""
+    """Return the result of a call, or its exception; a ``sys.exit`` in it counts as an error."""
     try:
         return call(argument)
     except Exception as error:
@@ -199,7 +200,7 @@ def _checked(result: Any) -> Verdict | Exception:
         if not isinstance(feedback, str):
             raise TypeError(f"feedback must be a string: got {feedback!r:.60}")
         return Verdict(reward, bool(_number("correct", verdict.correct)), parts, feedback)
-    except Exception as error:  # whatever a foreign type raises when it is read as a number
+    except Exception as error:  # converting a user's type to a number may raise anything
         return error
 
 

@@ -1,4 +1,4 @@
-"""Checks that an object can be called with samples, and finds it from another process."""
+"""Checks that a reward can be called, and says how another process can load it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class CodeReward(BatchReward):
       and prints an output. Outputs are compared line by line; white space at the ends of a line is
       ignored.
 
-    The text of a list or a dict, as a CSV file has it, is read as such.
+    A list or a dict that is written as text, as in a CSV file, is parsed.
 
     Programs run in bubblewrap with only the standard library: without network, files, other
     processes or environment variables, and with limits on time, memory and output. If bubblewrap
@@ -73,7 +73,7 @@ class CodeReward(BatchReward):
         return last_program(sample.text)
 
     def check(self, row: Row) -> None:
-        """Check that the row's tests can be read; those of the first rows must fail for no program.
+        """Check that tests can be read and, for the first rows, that an empty program fails them.
 
         Raises:
             KeyError: the row has no such column.
@@ -132,7 +132,7 @@ def read_tests(tests: object) -> str | list[tuple[str, str]]:
     """
     tests = tests.tolist() if hasattr(tests, "tolist") else tests  # numpy's, from Parquet
     if isinstance(tests, str):
-        # As an assertion, the text of a list or a dict would test nothing.
+        # As an assertion, a list or a dict as text would test nothing.
         tests = read_container(tests) or [tests]
     if isinstance(tests, Mapping) and {"inputs", "outputs"} <= set(tests):
         columns = [tests["inputs"], tests["outputs"]]
@@ -148,7 +148,7 @@ def read_tests(tests: object) -> str | list[tuple[str, str]]:
 
 
 def _is_program(text: str) -> bool:
-    """Return whether Python can read a text; tests that it cannot read fail for any program."""
+    """Return whether Python can parse a text; otherwise, every program would fail these tests."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

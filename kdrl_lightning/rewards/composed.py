@@ -108,7 +108,7 @@ class RoutedReward(BatchReward):
         self.column = column
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge the samples, those of each reward in one call."""
+        """Judge the samples; each reward gets all of its samples in one call."""
         results: list[float | Verdict | Exception] = [
             KeyError(f"no reward for {self.column} {sample.row.get(self.column)!r}")
             for sample in samples
@@ -131,7 +131,7 @@ class RoutedReward(BatchReward):
             reward.check(row)
 
     def list_as_text(self, row: Row) -> str | None:
-        """Ask the row's reward."""
+        """Return what the row's reward returns."""
         reward = self._of(row)
         return reward.list_as_text(row) if isinstance(reward, TaskReward) else None
 

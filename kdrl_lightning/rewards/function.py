@@ -16,11 +16,12 @@ class RewardFunction(BatchReward):
     """Uses a Python function, given by its import path, as a reward.
 
     The function may also be a partial, a bound method or an object with ``__call__``, but not a
-    class, a lambda or an asynchronous function. It runs in worker processes, which are killed with
-    all that they have started if a call exceeds the time limit. So import what it needs in its
-    module, and keep no state. If it needs the state or the GPU of the training process, set
-    ``time_limit_s: null``: it then runs in the training process, and a call that hangs cannot be
-    stopped. A plain function given directly as the reward also runs in the training process.
+    class, a lambda or an asynchronous function. It runs in worker processes. If a call exceeds the
+    time limit, its process is killed with all processes that it has started. So the function's
+    module must import what the function needs, and the function must not keep state between calls.
+    If it needs the state or the GPU of the training process, set ``time_limit_s: null``: it then
+    runs in the training process, and a call that hangs cannot be stopped. A plain function given
+    directly as the reward also runs in the training process.
 
     Args:
         function: takes one ``Sample`` and returns a number or a ``Verdict``; with ``batch``, takes

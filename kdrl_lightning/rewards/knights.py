@@ -1,4 +1,4 @@
-"""Logic-RL's reward for Knights and Knaves: a part for the format and one for the answer."""
+"""Logic-RL's reward for Knights and Knaves: the sum of a format reward and an answer reward."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ class LengthPenalty(TaskReward):
     ``WeightedRewards``.
 
     Args:
-        max_tokens: token limit of a completion, as in ``data.max_tokens``.
+        max_tokens: token limit of a completion, as in ``data.rollout.max_tokens``.
         buffer_tokens: tokens over which the penalty falls, from 1 to ``max_tokens``.
 
     Raises:

@@ -20,7 +20,7 @@ from kdrl_lightning.rewards.processes.workers import WorkerPool
 
 # `Any`: math-verify and sympy have no types.
 
-# Longer answers count as wrong: no task asks for them, and parsers take very long to read them.
+# Longer answers count as wrong: no task needs them, and parsers take very long to read them.
 LONGEST_ANSWER = 1000
 INTEGER = re.compile(r"[+-]?\d{1,18}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z ]*")
@@ -44,10 +44,10 @@ STYLE = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox)\s*\{([^{}]*)\}"
 )
 CHOICE = re.compile(r"(?<![A-Za-z])([A-Z])\s*[).:](?!\d)")
-# What may surround a whole answer: emphasis of Markdown, and the marks of a formula.
+# LaTeX's delimiters of a formula around a whole answer.
 AROUND = re.compile(r"\\\[(.*)\\\]|\\\((.*)\\\)", re.S)
-# Spaces of LaTeX after an answer; the space of the last one is gone already.
-BEHIND = re.compile(r"(?<=\S)(?:\s|~|\\[,;:!]|\\quad|\\ |\\$)+$")
+# LaTeX's spaces after an answer; a final `\ ` has lost its space to `strip`.
+TRAILING = re.compile(r"(?<=\S)(?:\s|~|\\[,;:!]|\\quad|\\ |\\$)+$")
 
 
 class MathReward(BatchReward):
@@ -109,13 +109,13 @@ class MathReward(BatchReward):
         self.references(row)
 
     def list_as_text(self, row: Row) -> str | None:
-        """Return the answer if it is the text of a list, but no interval, point, set or vector."""
+        """Return the answer if it is a list as text, and cannot be an interval, set or vector."""
         found = list_as_text(row, self.answer_column)
         several = found and not set("'\"") & set(found) and not LIST_OF_ONE.fullmatch(found)
         return None if several else found
 
     def answer(self, sample: Sample) -> str | None:
-        """Return the answer that votes in majority@k; integers and words have one spelling.
+        """Return the answer that votes in majority@k, with integers and words normalised.
 
         Votes are compared as texts: 1/2 and 0.5 are two answers, both of which may be right.
         """
@@ -128,7 +128,7 @@ class MathReward(BatchReward):
         return word if len(word) == 1 else word.lower()
 
     def given(self, text: str) -> str | None:
-        """Return a completion's answer; None if it has none, or one of over 1000 characters."""
+        """Return a completion's answer; None if there is none, or it has over 1000 characters."""
         found = last_boxed(text) if self.marker is None else after_marker(text, self.marker)
         if found is None:
             return None
@@ -174,7 +174,7 @@ class MathReward(BatchReward):
 
 
 def equal_at_once(gold: str, answer: str) -> bool | None:
-    """Compare two answers without a parser; return None if that cannot decide.
+    """Compare two answers without a parser; return None if only a parser can decide.
 
     >>> equal_at_once("72", "072"), equal_at_once("yes", "No"), equal_at_once("1/2", "0.5")
     (True, False, True)
@@ -195,7 +195,7 @@ def equal_at_once(gold: str, answer: str) -> bool | None:
         given = _plain(answer)
         if len(word) > 1:
             return given.lower() == word.lower()
-        labels = CHOICE.findall(given)  # (C) 5
+        labels = CHOICE.findall(given)  # e.g. C in `(C) 5`
         return given == word or (labels == [word] and given.startswith(word))
     sides = numeric_sides(answer)
     if sides and contradicts(sides):
@@ -226,7 +226,7 @@ def equal(pair: tuple[str, str]) -> bool:
     def parsed(text: str) -> list[Any]:
         config = [math_verify.LatexExtractionConfig()]
         text = E_NOTATION.sub(r"\1\\times 10^{\2}", text)
-        # Without its time-outs, which use signals.
+        # No time limit of math-verify's, which uses signals; the worker process has one.
         found: list[Any] = math_verify.parse(f"${text}$", config, parsing_timeout=None)
         return found
 
@@ -240,9 +240,9 @@ def equal(pair: tuple[str, str]) -> bool:
 
 
 def alike(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether the numbers in what math-verify parsed agree to six digits, not only six places.
+    """Check whether two parsed answers agree to six digits, and not only to six decimal places.
 
-    Symbols are given values. What cannot be evaluated is left to math-verify.
+    Symbols get fixed values. What cannot be evaluated counts as equal: math-verify has decided.
     """
     ours, theirs = _values(gold[0]), _values(answer[0])
     if ours is None or theirs is None or len(ours) != len(theirs):
@@ -274,7 +274,7 @@ def _bare(text: str) -> str:
     text = re.sub(r"\\varnothing(?![A-Za-z])", r"\\emptyset", text.strip(" \t\r\n*`"))
     found = AROUND.fullmatch(text)
     text = (found[1] or found[2] or "") if found else text
-    text = BEHIND.sub("", text.strip().strip("$").strip())
+    text = TRAILING.sub("", text.strip().strip("$").strip())
     text = "-" + text[1:] if text.startswith("–") else text
     return text.rstrip(".").strip()
 

@@ -119,7 +119,7 @@ def score(asked: tuple[str | None, str | None, Row]) -> float:
         return 0.0
     best = max(_credit(scorer, answer, one) for one in _with_each_answer(row))
     if best >= 1.0 and answer in CONSTANTS and always_right(task, answer):
-        # In 0.1.25, game_of_life_halting does so with any text, complex_arithmetic with nan.
+        # In reasoning-gym 0.1.25, game_of_life_halting accepts any text, complex_arithmetic nan.
         raise ConfigurationError(
             f"`task` must have a scorer that rejects wrong answers: got {task}, whose scorer in "
             f"reasoning-gym gives {answer!r} full credit for most questions. Choose another task, "
@@ -139,7 +139,8 @@ def _credit(scorer: Any, answer: str, row: Row) -> float:
     try:
         return float(scorer(answer, row))
     except Exception:
-        # Some scorers raise if they cannot read an answer; they must be able to read the right one.
+        # Some scorers raise if they cannot read an answer; not being able to read the right one is
+        # a failure.
         if row.get("answer") is not None:
             scorer(str(row["answer"]), row)
         return 0.0

@@ -1,4 +1,4 @@
-"""Keeps what a data set's file says: texts that look like dates, and the names of classes."""
+"""Finds columns whose values `datasets` changes: dates, long numbers and numbers of classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 # `Any` in this file: features of `datasets`, and values of a row.
 
 DIGITS, BLOCK = 16, 1 << 20
-LONG = re.compile(rb"[:,\[\s]-?[0-9]{%d}" % DIGITS)  # not inside of a text like "id-123"
+LONG = re.compile(rb"[:,\[\s]-?[0-9]{%d}" % DIGITS)  # not inside a text like "id-123"
 
 
 def has_times(features: Any) -> bool:
@@ -41,7 +41,7 @@ def has_names(feature: Any) -> bool:
 
 
 def with_names(feature: Any, value: Any) -> Any:
-    """Return a value with the name of each class in place of its number; -1 has no name."""
+    """Return a value with class names in place of their numbers; -1 (no class) becomes None."""
     if value is None:
         return None
     if hasattr(feature, "int2str"):

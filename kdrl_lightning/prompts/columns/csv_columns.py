@@ -25,7 +25,7 @@ MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN
 
 
 def text_columns(path: Path) -> list[str]:
-    """Return the columns of a CSV file that hold a text which the reader would change.
+    """Return the columns of a CSV file with a text that the reader would change.
 
     These are numbers in a form that a number would lose (007, 1.50, +5, 12345678901234567890), and
     words that the reader takes for missing (None, NA); a warning names the latter.

@@ -16,9 +16,9 @@ from kdrl_lightning.prompts.base import Prompts, PromptSource
 class ParsedPrompts(PromptSource):
     """The rows of another source, with the texts of lists and dicts read as lists and dicts.
 
-    CSV files keep a list of accepted answers as its text: ``['72', '73']``. The forms of JSON, of
-    Python, and of numpy are read (see ``read_container``). A text that is no list or dict stays as
-    it is.
+    CSV files store a list of accepted answers as text: ``['72', '73']``. Texts are read if JSON,
+    Python, numpy, torch or pandas wrote them (see ``read_container``). A text that is no list or
+    dict stays as it is.
 
     Args:
         source: the rows.

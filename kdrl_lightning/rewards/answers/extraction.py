@@ -71,10 +71,9 @@ def in_think_format(text: str, opened: bool) -> bool:
 def answer_of(reward: Reward, sample: Sample) -> str | None:
     """Return the answer that majority@k compares; None if the completion has none.
 
-    The answer is the extraction that the verdict judged (``TaskReward.answer``). If that method
-    fails, a warning is issued and there is no answer. A plain function has no such method: its
-    answer is the whole text. Texts with reasoning are hardly ever equal, so that majority@k is then
-    no more than pass@1.
+    The answer is the text on which the verdict is based (``TaskReward.answer``). If that method
+    fails, a warning says so, and there is no answer. For a plain function, the answer is the whole
+    text. Texts with reasoning are hardly ever equal, so majority@k is then close to pass@1.
     """
     extract = getattr(reward, "answer", None)
     if not callable(extract):

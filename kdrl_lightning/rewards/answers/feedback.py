@@ -19,13 +19,13 @@ LONGEST = 200  # characters of an answer in the feedback
 class AnswerFeedback(BatchReward):
     """Adds one line on a wrong completion to a reward that compares answers.
 
-    The line is the verdict's ``feedback``, which a ``FeedbackContext`` shows to a teacher. What the
-    reward itself says is kept instead, and a correct completion gets none. ``shows`` decides how
-    much the line tells:
+    The line is the verdict's ``feedback``, which a ``FeedbackContext`` shows to a teacher. If the
+    reward returns feedback itself, that is kept. A correct completion gets none. ``shows`` decides
+    how much the line tells:
 
-    - ``form``: that the answer is missing, or that the completion was cut before it; nothing of a
-      wrong answer.
-    - ``verdict``: also that the answer is wrong, with the answer as the reward has read it.
+    - ``form``: that the answer is missing, or that the completion was truncated before it; nothing
+      about a wrong answer.
+    - ``verdict``: also that the answer is wrong, with the answer that the reward has extracted.
     - ``reference``: also the right answer.
 
     Args:
@@ -58,12 +58,12 @@ class AnswerFeedback(BatchReward):
         self.answer_column = answer_column
 
     def judge(self, samples: Sequence[Sample]) -> list[float | Verdict | Exception]:
-        """Judge the samples with the reward, and say what is wrong."""
+        """Judge the samples with the reward, and add feedback to wrong ones."""
         results = judge(self.reward, samples)
         return [self._with(one, s) for one, s in zip(results, samples, strict=True)]
 
     def children(self) -> Sequence[Reward]:
-        """Return the reward."""
+        """Return the wrapped reward."""
         return [self.reward]
 
     def answer(self, sample: Sample) -> str | None:
@@ -74,7 +74,7 @@ class AnswerFeedback(BatchReward):
         """Check the row with the reward, and that it has an answer if the line shows it.
 
         Raises:
-            ConfigurationError: it has none.
+            ConfigurationError: the row has no answer.
         """
         if isinstance(self.reward, TaskReward):
             self.reward.check(row)
@@ -102,7 +102,7 @@ class AnswerFeedback(BatchReward):
 
 
 def one_line(text: str) -> str:
-    r"""Return a text in one line, cut if it is long.
+    r"""Return a text in one line, truncated after ``LONGEST`` characters.
 
     >>> one_line("x = 1\n  or 2")
     'x = 1 or 2'

@@ -16,12 +16,13 @@ from kdrl_lightning.common.written_values import read_container
 from kdrl_lightning.errors import ConfigurationError
 
 ROW_CHARACTERS = 120
-# Narrow types with the fewest digits that their values have as a float64, with the digits of a
-# decimal that they keep, and with about their range. A float64 with fewer digits was written so.
+# Narrow float types, each with the fewest digits that its rounded values have as a float64, the
+# digits of a decimal that it keeps, and about its range. A float64 with fewer digits is a decimal
+# that somebody wrote.
 NARROW = ((np.float32, 15, 6, 1e-37, 1e38), (np.float16, 10, 3, 1e-4, 6e4))
-# Characters that do not show, as texts of web pages have them at their ends.
+# Invisible characters, which texts from web pages have at their ends.
 INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
-WIDER = {"longdouble", "float96", "float128"}  # numpy gives them no Python type
+WIDER = {"longdouble", "float96", "float128"}  # numpy's `item` does not make them Python floats
 
 
 def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
@@ -30,12 +31,13 @@ def accepted(row: Row, column: str = "answer") -> tuple[str, ...]:
     - A text counts as it is, bytes are decoded as UTF-8.
     - A whole float counts with and without its fraction (pandas turns a column of integers with an
       empty cell into floats). A tiny or huge float counts with and without its exponent. A float
-      with the noise of a sum (0.1 + 0.2) also counts as 0.3, and one that was in 32 or 16 bits
-      (0.10000000149, 0.0999755859375) also as 0.1.
+      with the rounding error of a sum (0.1 + 0.2) also counts as 0.3, and one that was stored in
+      32 or 16 bits (0.10000000149, 0.0999755859375) also as 0.1.
     - A bool counts in both spellings, ``True`` and ``true``.
-    - White space and characters that do not show are left out at both ends; letters count in any
-      of Unicode's forms (NFC).
-    - A time counts with a space and with a T before the hour; midnight also counts as the date.
+    - White space at the ends of a text is ignored. The text also counts without invisible
+      characters there, and in Unicode's composed form (NFC).
+    - A time counts with a space and with a T before the hour; midnight also counts as the date
+      alone.
     - Each entry of a list, tuple, set or array counts; missing entries are skipped.
 
     Args:
@@ -84,7 +86,7 @@ def missing(value: object) -> bool:
 
 
 def list_as_text(row: Row, column: str = "answer") -> str | None:
-    """Return a row's answer if it is the text of a flat list or of a dict; else None.
+    """Return a row's answer if it is a flat list or a dict written as text; else None.
 
     >>> list_as_text({"answer": "['72', '73']"}), list_as_text({"answer": "72"})
     ("['72', '73']", None)
@@ -155,7 +157,7 @@ def _of_decimal(value: Decimal, text: str) -> list[str]:
 
 
 def _of_single(value: float) -> list[str]:
-    """Return the short text of a value that was stored as float32 or 16; else an empty list."""
+    """Return the short text of a value that was stored as float32 or float16; else no text."""
     for kind, fewest, kept, smallest, largest in NARROW:
         if _digits(value) < fewest or not smallest <= abs(value) < largest:
             continue
@@ -202,9 +204,9 @@ def _shortest(value: Value, whole: float) -> float:
 
 
 def _time(value: Value) -> Value:
-    """Return a time of numpy as Python's, or as text if Python's cannot express it.
+    """Convert a time of numpy to Python's type, or to text if that type cannot express it.
 
-    Those have no nanoseconds, and no month without a day.
+    Python's times have no nanoseconds, and no month without a day.
 
     Raises:
         TypeError: it is a duration, or several values in one.

@@ -16,12 +16,13 @@ from kdrl_lightning.rewards.callables import require_callable
 
 @dataclass(frozen=True)
 class RewardFailures:
-    """What follows when the reward fails on a completion.
+    """What happens if the reward fails on a completion.
 
     Args:
-        max_frac: stop when the reward fails on more than this part of a rollout, and on more than
-            one completion, in [0, 1].
-        reward: what a completion gets on which the reward fails; it counts as wrong.
+        max_frac: stop if the reward fails on more than this fraction of a rollout's completions,
+            and on more than one; in [0, 1].
+        reward: the reward of a completion on which the reward fails; the completion counts as
+            wrong.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -41,17 +42,17 @@ class RewardRunner:
     Args:
         reward: any callable of one sample, or a ``TaskReward``. If it returns a plain number, the
             completion counts as correct if the number is at least 1.
-        failures: what follows if the reward fails.
+        failures: what happens if the reward fails.
 
     Attributes:
         failures: number of failures so far, including evaluations.
 
     Raises:
-        ConfigurationError: a value is out of range, or the reward cannot be called.
+        ConfigurationError: the reward, or one that it combines, cannot be called with a sample.
     """
 
     def __init__(self, reward: Reward, failures: RewardFailures = RewardFailures()) -> None:
-        # This imports torch, which the processes of a reward do without.
+        # Imported here because it imports torch, which the reward's processes do not need.
         from kdrl_lightning.rewards.processes.surroundings import Surroundings
 
         for part in walk(reward):
@@ -66,7 +67,7 @@ class RewardRunner:
     def try_once(self, row: Row) -> None:
         """Try the reward on a real row before training.
 
-        The reward judges an empty completion, which students do produce, and a text.
+        The reward judges an empty completion, which students do produce, and the prompt as one.
 
         Raises:
             ConfigurationError: the reward raises, or does not return a finite number.
@@ -92,10 +93,10 @@ class RewardRunner:
         return texts, self._judge([Sample(text, [0] * len(text), row) for text in texts])
 
     def require_feedback(self, rows: Iterable[Row]) -> None:
-        """Check that the reward says something of wrong completions, for a teacher that reads it.
+        """Check that the reward gives feedback on wrong completions, for a ``FeedbackContext``.
 
         Raises:
-            ConfigurationError: it gives no feedback to the completions that ``try_once`` tries.
+            ConfigurationError: it gives none on the completions that ``try_once`` tries.
         """
         for row in rows:
             verdicts = [v for v in self._tried(row)[1] if isinstance(v, Verdict)]
@@ -108,11 +109,11 @@ class RewardRunner:
         )
 
     def warn_of_lists(self, rows: Sequence[Row], name: str) -> None:
-        """Warn if answers are texts of lists or dicts, which count as one text each.
+        """Warn if answers are lists or dicts written as text, which count as one answer each.
 
         Args:
             rows: the rows of one set.
-            name: the setting that names the set.
+            name: the setting that gives the set, for the message.
         """
         if not isinstance(self.reward, TaskReward):
             return

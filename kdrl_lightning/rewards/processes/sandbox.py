@@ -33,7 +33,7 @@ FORBIDDEN_ON = {
     "aarch64": (0xC00000B7, (220, 435, 97, 268, 40, 117, 194, 186, 279, 425, 198, 199)),
 }
 # Runs in the sandbox: sets the limits (set outside, they would also apply to bubblewrap), runs the
-# program, and then prints a random word that the program does not know.
+# program, and then prints a random word, which the program does not know, as proof of its end.
 HARNESS = """
 import resource, sys
 _, memory, seconds, size, word = sys.argv
@@ -150,7 +150,7 @@ def _bubblewrap() -> tuple[str, ...]:
 
 @cache
 def _filter() -> bytes:
-    """Return the seccomp program: forbidden calls fail with EPERM, calls of another ABI kill."""
+    """Return the seccomp program: forbidden calls get EPERM, calls of another ABI are killed."""
     architecture, numbers = FORBIDDEN_ON[platform.machine()]
     load, equal, least, answer = 0x20, 0x15, 0x35, 0x06
     denied, allowed, killed = 0x00050001, 0x7FFF0000, 0x80000000

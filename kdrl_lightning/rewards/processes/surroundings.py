@@ -1,8 +1,8 @@
-"""Undoes what a user's function changes in the training process beyond the function's objects.
+"""Restores settings of the training process that a user's reward function has changed.
 
-What decides the numbers of a run, or how it is stopped, is restored: torch's defaults, the handlers
-of signals, the working folder. Environment variables, warning filters, log levels and the locale
-are left as the function leaves them: they do not change what is trained.
+These are the settings that decide a run's numbers, or how it is stopped: torch's defaults, signal
+handlers, the working folder. Environment variables, warning filters, log levels and the locale stay
+as the function leaves them: they do not change what is trained.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def _handlers() -> list[Any]:
 
 
 def _set_handlers(handlers: list[Any]) -> None:
-    if threading.current_thread() is threading.main_thread():  # no other may set one
+    if threading.current_thread() is threading.main_thread():  # no other thread may set one
         for number, handler in zip(SIGNALS, handlers, strict=True):
-            if handler is not None:  # not set by Python
+            if handler is not None:  # None: Python did not set the handler
                 signal.signal(number, handler)
 
 
@@ -101,12 +101,12 @@ ALL = (
 
 @contextmanager
 def restored(tell: Callable[[str], object], settings: tuple[Setting, ...] = ALL) -> Iterator[None]:
-    """Restore settings that change inside.
+    """Restore settings that change inside the context.
 
     Args:
         tell: gets a text such as "torch's default dtype from torch.float32 to torch.float64" for
             each setting that changed.
-        settings: the settings.
+        settings: the settings to restore.
     """
     before = [setting.read() for setting in settings]
     try:
@@ -121,19 +121,19 @@ def restored(tell: Callable[[str], object], settings: tuple[Setting, ...] = ALL)
 
 
 class Surroundings:
-    """Keeps a reward's effects on the training process apart from the run.
+    """Protects the run from what a reward changes in the training process.
 
-    The reward has separate random states of Python, numpy and torch on the CPU: they continue
-    where they stopped, and whatever it draws or seeds, the run's generators stay as they were.
+    The reward has separate random states for Python, numpy and torch on the CPU, which continue
+    from call to call. Whatever it draws or seeds, the run's random states stay as they were.
     """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
-        self._states: Any = None  # at first, those of the run
+        self._states: Any = None  # None: the first call starts from the run's states
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Call the reward inside; what it changes of the process is undone afterwards."""
+        """Undo what a call of the reward inside the context changes in the process."""
         runs = _random_states()
         if self._states is not None:
             _set_random_states(self._states)
@@ -167,7 +167,7 @@ def _set_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:
 
 @contextmanager
 def _working_folder_kept() -> Iterator[None]:
-    """Return to the working folder, which a reward may leave; the run's paths start there."""
+    """Return to the working folder at the end: the run's relative paths start there."""
     # Linux can hold a folder that its user may not list.
     here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
     try:

@@ -1,10 +1,9 @@
 """The worker process of ``WorkerPool``: imports a function once and forks children that call it.
 
-The process gets the number of an open pipe. It is a new interpreter with one thread and without
-the threads of the training process, so that forking is safe. A child that was killed is replaced in
-milliseconds, without another import. When a child ends, the worker kills the processes that the
-child has started: they become the worker's children. If the training process has ended, the worker
-kills all of them and ends.
+The process gets the number of an open pipe. It is a new interpreter with a single thread, so that
+forking is safe. A child that was killed is replaced in milliseconds, without another import. When a
+child ends, the worker adopts the processes that the child has started, and kills them. If the
+training process has ended, the worker kills all of them and ends.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def _end_of(child: int, pipe: Connection, trainer: int) -> int:
     """Wait for a child's end and return its status; kill it if the training process has ended."""
     try:
         descriptor = os.pidfd_open(child)
-    except (AttributeError, OSError):  # not Linux, or an old one; the CPU limit must suffice
+    except (AttributeError, OSError):  # not Linux, or an old kernel; the limit on CPU time must do
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -90,7 +89,7 @@ def _end_of(child: int, pipe: Connection, trainer: int) -> int:
     happened: dict[int, int] = {}
     while not happened and os.getppid() == trainer:
         happened = dict(poll.poll(LOOK_SECONDS * 1000))
-        for orphan in set(_children()) - {child}:  # without a wait they stay as zombies
+        for orphan in set(_children()) - {child}:  # without a wait they remain zombies
             with suppress(ChildProcessError):
                 os.waitpid(orphan, os.WNOHANG)
     os.close(descriptor)
@@ -133,7 +132,7 @@ def _serve(pipe: Connection, function: Any, seconds: float) -> NoReturn:
         pipe.send(("ready", os.getpid()))
         while True:
             ticket, argument = pipe.recv()
-            # If the parent has ended and cannot kill this process, the kernel does.
+            # If the parent has ended and cannot kill a hanging call, the kernel does.
             limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * seconds) + 2)
             try:
                 answer = pickle.dumps(("done", ticket, function(argument), None))

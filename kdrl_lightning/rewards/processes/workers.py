@@ -1,4 +1,4 @@
-"""A pool of processes that call a function with a time limit, and kill and replace what hangs.
+"""A pool of processes that call a function with a time limit; hanging processes are replaced.
 
 It is written by hand because ``multiprocessing`` and ``concurrent.futures`` cannot stop one call of
 many, and import the user's main module again in each process.
@@ -35,8 +35,8 @@ class WorkerPool:
 
     A process that dies, e.g. because it has no memory left, is replaced, and its call is made once
     more. The processes start at the first call, end with ``close`` or with this process, and are
-    left out when the pool is pickled. Calls that hang cost about ``hanging / workers * seconds``,
-    and keep their cores busy. Each process may use 2 GiB for its data.
+    left out when the pool is pickled. ``n`` hanging calls take about ``n / workers * seconds``, and
+    may keep cores busy. Each process may use 2 GiB for its data.
 
     Args:
         function: a function at the top level of a module, or a partial, a bound method or an object
@@ -75,6 +75,7 @@ class WorkerPool:
 
         Raises:
             Exception: the processes cannot import the function, or it fails on ``first``.
+            TimeoutError: a process is not ready in time.
             TrainingStopped: the processes end before they are ready.
         """
         calls = _Calls(arguments)
@@ -89,7 +90,7 @@ class WorkerPool:
                     if calls.waiting and worker.ready and not worker.send(calls):
                         self._replace(place, calls)
                 self._collect(calls)
-        except BaseException:  # late replies would be taken for those of later calls
+        except BaseException:  # a later `map` would take late replies for its own
             self.close()
             raise
         return calls.results
@@ -135,7 +136,7 @@ class WorkerPool:
 
 
 class _Calls:
-    """The calls of one ``map``: those that wait, and the results of the others."""
+    """The calls of one ``map``: those that wait for a process, and the results of the others."""
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         self.arguments = arguments
@@ -144,7 +145,7 @@ class _Calls:
         self._died: set[int] = set()
 
     def again(self, call: int | None) -> None:
-        """Repeat a call whose process died; if a second process dies of it, the call fails."""
+        """Repeat a call whose process died; if a second process dies, too, the call fails."""
         if call is None:
             return
         if call in self._died:
@@ -155,7 +156,7 @@ class _Calls:
 
 
 class _Worker:
-    """A process and its state: it starts, is ready, or works on a call, until a deadline."""
+    """A worker process and its state: starting, ready, or working on a call until a deadline."""
 
     def __init__(self, target: tuple[Any, ...], seconds: float) -> None:
         self.seconds = seconds
@@ -211,7 +212,7 @@ class _Worker:
         if kind == "failed":
             raise content[0]
         if kind == "ready":
-            calls.again(self.call)  # the child before it died during this call, or was killed
+            calls.again(self.call)  # the call, if any, during which the previous child died
             self.child = content[0]
         else:
             ticket, result, error = content
