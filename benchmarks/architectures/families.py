@@ -1,8 +1,8 @@
 """Builds small random models of every causal language model type of transformers.
 
 One table of sizes fits all types: a size is set if the type's configuration has a field of that
-name. ``SPECIAL`` has what a type needs beyond that; ``LEFT_OUT`` says for which types no small model
-is built, and why.
+name. ``SPECIAL`` has what a type needs beyond that; ``LEFT_OUT`` says for which types no small
+model is built, and why.
 
 Configurations, models and tokenizers are ``Any``: transformers has no types that all share.
 """
