@@ -18,7 +18,7 @@ KEY = "a key of the tests"
 
 
 class RealServer:
-    """``python -m kdrl_lightning serve`` for a folder; healthy some 20 s later."""
+    """Runs ``python -m kdrl_lightning serve`` on a folder; it is healthy after some 20 s."""
 
     key = KEY
 
@@ -67,7 +67,7 @@ class RealServer:
             )
 
     def wait(self, seconds: float = 180.0) -> None:
-        """Return when it is healthy."""
+        """Wait until the server is healthy."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
@@ -76,7 +76,7 @@ class RealServer:
         raise TimeoutError(f"no server after {seconds} s: {self.log}")
 
     def kill(self) -> None:
-        """As when a machine goes down: no goodbye. A server that was killed before stays dead."""
+        """Kill the server as if its machine went down; do nothing if it is dead."""
         if self._process.returncode is not None:
             return
         with suppress(ProcessLookupError):  # it has ended by itself
