@@ -4,8 +4,8 @@ It also writes the cost of each recipe into its header and into configs/recipes/
 that differ only in their loss share a plan. Nothing needs a network, weights or a GPU.
 
     python benchmarks/recipes.py --out docs/plan
-    python benchmarks/recipes.py --out docs/plan --only kdrl hardware/node8    # these anew
-    python benchmarks/recipes.py --out docs/plan --only                        # the texts alone
+    python benchmarks/recipes.py --out docs/plan --only kdrl hardware/node8    # plan these again
+    python benchmarks/recipes.py --out docs/plan --only                        # write the texts
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ average.
 def update(
     table: dict[str, dict[str, str]], name: str, columns: list[str]
 ) -> dict[str, dict[str, str]]:
-    """Return the table with the chosen cells of one type made anew; write the results of vLLM."""
+    """Return the table with the chosen cells of one type updated; write the results of vLLM."""
     own = [c for c in columns if c in cases.COLUMNS]
     found = try_family(name, own) if own else {}
     table = {**table, name: {**table.get(name, {}), **found}}
