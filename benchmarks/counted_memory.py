@@ -1,7 +1,8 @@
-"""Counts what torch's CPU allocator holds, in all threads; needs gcc and glibc.
+"""Counts the bytes that torch's CPU allocator holds, in all threads; needs gcc and glibc.
 
-torch's profiler reports allocations of the threads that it watches, so a tensor that another thread
-frees counts for ever, and what was there before does not count. ``counted_memory.c`` counts both.
+torch's profiler sees only the threads that it watches, and only from its start on: it never
+subtracts a tensor that another thread frees, and misses tensors allocated earlier. The library of
+``counted_memory.c`` counts both.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
-SMALLEST = 4096  # bytes that the library counts
+SMALLEST = 4096  # bytes: the library ignores smaller blocks
 
 
 def preloaded(folder: Path) -> dict[str, str]:
-    """Build the library into a folder; return the variables of a process that counts."""
+    """Build the library into a folder; return the environment variables that preload it."""
     library = folder / "counted_memory.so"
     command = ["gcc", "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-ldl"]
     subprocess.run(command, check=True)
@@ -28,10 +29,10 @@ def preloaded(folder: Path) -> dict[str, str]:
 
 
 class Peaks:
-    """The largest number of bytes held in each phase; a phase inside another one counts alone.
+    """Records the peak of allocated bytes in each phase; only the innermost phase counts.
 
     Attributes:
-        most: bytes by phase.
+        most: peak in bytes, by phase.
     """
 
     def __init__(self) -> None:
@@ -44,11 +45,11 @@ class Peaks:
 
     @property
     def now(self) -> int:
-        """Bytes held now."""
+        """Bytes that are allocated now."""
         return int(self._library.counted_now())
 
     def elsewhere(self) -> int:
-        """Return bytes of living tensors that the allocator does not hold: mapped files, mostly."""
+        """Return the bytes of live tensors outside the allocator: mostly memory-mapped files."""
         sizes = {}
         for found in gc.get_objects():
             if issubclass(type(found), torch.Tensor) and not hasattr(found, "to_local"):
@@ -59,7 +60,7 @@ class Peaks:
 
     # `Any`: a method of any object.
     def watch(self, owner: Any, name: str, phase: str) -> None:
-        """Count calls of a method as a phase."""
+        """Make the calls of a method a phase."""
         inner: Callable[..., Any] = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Trains a teacher for SmolLM2 with another tokenizer: ``configs/recipes/smollm2_cross.yaml``.
+"""Trains the teacher of ``configs/recipes/smollm2_cross.yaml``, which has a different tokenizer.
 
 The teacher is a small Llama, random at the start, whose byte-level tokenizer is trained here on the
 task's texts and writes numbers of two digits as one token (SmolLM2 writes digits one by one). This
@@ -94,7 +94,7 @@ def train(out: str, steps: int, batch_size: int, lr: float) -> None:
 
 
 def accuracy(folder: str, count: int = 256) -> float:
-    """Return how often the greedy answer to a held-back problem is right."""
+    """Return how often the greedy answer to a held-out problem is right."""
     from kdrl_lightning.models.loading import load_causal_lm, load_tokenizer
 
     model, tokenizer = load_causal_lm(folder), load_tokenizer(folder)

@@ -5,10 +5,11 @@ with two layers, and the count of all layers follows from the two, because layer
 micro-batches are counted; the operations of the others follow from them, because they are a sum of
 the tokens, the squares of attention and the tokens at the head (``terms_of``). The fit is exact, or
 the program stops.
-Needed are, for every completion with its prompt: 2 operations per weight of the layers and token,
-2 per weight of the head and completion token, the lower half of attention's squares; three times
-that with the backward pass (attention 3.5 times, as its kernels rebuild the squares), and once more
-where layers are recomputed. Padding needs nothing.
+
+A completion with its prompt needs 2 operations per weight of the layers and token, 2 per weight of
+the head and completion token, and the lower half of attention's squares. With the backward pass it
+needs three times that (attention 3.5 times, as its kernels rebuild the squares), and the forward
+pass once more if layers are recomputed. Padding needs nothing.
 
     python benchmarks/flops.py --out docs/plan
 """
@@ -43,7 +44,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, collate
 PROMPTS, GROUP = 128, 8
 SHORTEST, LONGEST, MEDIAN, SPREAD = 300, 8000, 1500, 0.8
 PROMPT = 100, 500
-CHUNK = 1 << 14  # of the head: no operation depends on it, and few chunks count faster
+CHUNK = 1 << 14  # rows of the head at a time: large, because few chunks are counted faster
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
 # GPUs, completions per micro-batch on average, and whether models are sharded.
 SHARES = ((1, 8, False), (8, 4, True), (8, 8, True))
@@ -147,7 +148,7 @@ def one(run: Rehearsal, part: RolloutBatch) -> np.ndarray:
 
 
 def terms_of(scorer: Scorer, part: RolloutBatch) -> tuple[float, ...]:
-    """Return what the operations of a micro-batch are a sum of.
+    """Return the quantities of a micro-batch on which its operations depend linearly.
 
     These are tokens and squares of attention by kind of pass, and tokens at the head. A micro-batch
     whose prompts run once has other terms than one of whole rows.
@@ -176,11 +177,11 @@ def terms_of(scorer: Scorer, part: RolloutBatch) -> tuple[float, ...]:
 
 
 def fitted(terms: Sequence[Sequence[float]], count: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Return the counts of all micro-batches, from those of as many as it takes.
+    """Return the counts of all micro-batches, fitted to those of a few.
 
     Args:
-        terms: of each micro-batch.
-        count: counts the micro-batch of an index.
+        terms: quantities of each micro-batch, see ``terms_of``.
+        count: returns the counts of the micro-batch at an index.
     """
     table = np.array(terms, dtype=float)
     out = np.zeros((len(table), 2))

@@ -1,8 +1,7 @@
 """Measures whether gates on imitation help: KDRL with a teacher that errs, gate by gate.
 
 The teacher forgets half of the carries, the student nine of ten. Runs use each gate alone, and all
-gates together. Writes ``gates.json`` and
-``gates.md`` into --out.
+gates together. Writes ``gates.json`` and ``gates.md`` into --out.
 
     python benchmarks/gates.py --out docs/comparison
 """

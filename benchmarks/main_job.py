@@ -1,7 +1,7 @@
-"""The README's picture: GRPO, KDRL and RLAD on the main job, as they are configured.
+"""Makes the README's picture: GRPO, KDRL and RLAD on the embedded task with a verifier that errs.
 
 All three have the same student, prompts, sampling noise and verifier, so their first rollout is the
-same; RLAD also has more updates per rollout. Writes ``main_job.json`` and ``main_job.png``.
+same; RLAD has more updates per rollout. Writes ``main_job.json`` and ``main_job.png`` into --out.
 
     python benchmarks/main_job.py --out docs
 """
@@ -22,7 +22,7 @@ METHODS = {"RLAD": "rlad", "KDRL": "kdrl", "GRPO": "grpo"}
 
 
 def run(method: str, seed: int) -> dict[str, Any]:
-    """Train one method on the main job, and return its result."""
+    """Train one method, and return its result."""
     from benchmarks.methods import train
 
     files = [f"configs/{METHODS[method]}.yaml", "configs/base/erring_verifier.yaml"]

@@ -143,7 +143,7 @@ def run(job: tuple[str, str, float, int]) -> dict[str, Any]:
 def built(
     config: list[str], rollouts: int, rate: float, seed: int, updates: int, every: int = EVERY
 ) -> Any:
-    """Return trainer, model and data of a run that falls to a rate of 0 and writes no student."""
+    """Return trainer, model and data of a run whose rate falls to 0; it exports no student."""
     from kdrl_lightning.cli.main import KDRLCLI
 
     steps = rollouts * updates

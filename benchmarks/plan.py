@@ -2,7 +2,7 @@
 
 Each case trains a random model for three rollouts in new processes, in which a preloaded library
 counts what torch's CPU allocator holds (``counted_memory.py``; needs gcc). Peaks are those of the
-third rollout: ddp makes its buckets anew in the second one.
+third rollout, because ddp rebuilds its buckets in the second one.
 
     python benchmarks/plan.py --out docs/plan
 """
@@ -90,7 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher_model": Shape(256, 4, 1_000, shared=2),
         "shown": 300,
     },
-    # Shapes that no part of the plan was written by.
+    # Shapes that were measured only after the plan was written.
     "ddp, 2 processes: tied, GQA 4, V 15,000, LoRA": {
         "strategy": "ddp",
         "processes": 2,
@@ -225,7 +225,7 @@ def settings(models: tuple[str, str], case: dict[str, Any], folder: str) -> dict
                 "prompts_per_rollout": PROMPTS,
                 "group_size": group,
                 "max_tokens": TOKENS,
-                # A short completion would otherwise leave more than its share to the others.
+                # Otherwise a short completion would leave room for more rows in a micro-batch.
                 "max_tokens_per_micro_batch": rows * (PROMPT + TOKENS),
             },
         },

@@ -9,7 +9,7 @@ import torch
 
 
 def save_qwen2(folder: Path, tokenizer_from: str, vocab: int, width: int, **settings: Any) -> None:
-    """Write it as a Hugging Face folder; ``settings`` are those of transformers' configuration."""
+    """Write a Hugging Face folder; ``settings`` are fields of transformers' configuration."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)

@@ -4,8 +4,8 @@ It also writes the cost of each recipe into its header and into configs/recipes/
 that differ only in their loss share a plan. Nothing needs a network, weights or a GPU.
 
     python benchmarks/recipes.py --out docs/plan
-    python benchmarks/recipes.py --out docs/plan --only kdrl hardware/node8    # these anew
-    python benchmarks/recipes.py --out docs/plan --only                        # the texts alone
+    python benchmarks/recipes.py --out docs/plan --only kdrl hardware/node8    # plan these again
+    python benchmarks/recipes.py --out docs/plan --only                        # write the texts
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 # Overlays of the replication's other tasks, planned for one method.
 TASKS = ("zebra", "countdown", "math")
-# What no plan depends on.
+# Settings on which no plan depends.
 UNREAD = {
     "trainer": ("logger", "callbacks"),
     "data": ("train_prompts", "val_prompts", "test_prompts"),
 }
-HEADER = "# Planned, calculated and not measured: "
+HEADER = "# Planned cost (calculated, not measured): "
 MEMORY = "80GB"
-# The least part of a card that an overlay must leave free.
+# Smallest share of a GPU's memory that an overlay must leave free.
 MARGIN = 0.05
 
 
@@ -122,7 +122,7 @@ def trained_shapes() -> list[str]:
 
 
 def key_of(job: Job, module: KDRLModule) -> str:
-    """Return a text that two runs with the same plan share."""
+    """Return a key that is equal for runs with the same plan."""
     teachers = [(model_path(t.model), t.dtype, t.offload) for t in local_teachers(module.teacher)]
     rules = [(type(t.rule).__name__, t.rule.live_share) for t in self_teachers(module.teacher)]
     objective = module.objective
@@ -167,7 +167,7 @@ def digest(flags: list[str]) -> str:
 
 
 def row(name: str, flags: list[str], job: Job, made: Plan, rollouts: float) -> dict[str, Any]:
-    """Return what the texts show of a plan."""
+    """Return the record of a plan, from which the pages and headers are written."""
     seconds = made.seconds[CARD].total if CARD in made.seconds else None
     assert made.memory is not None
     return {
@@ -206,8 +206,17 @@ def cost(one: dict[str, Any]) -> str:
     room = "" if one["fits"] else f"; does not fit 80 GB without `{' '.join(one['cures'])}`"
     return (
         f"{one['seconds_per_rollout']:,.0f} s a rollout on {one['ranks']} {CARD}; "
-        f"{one['rollouts']:,.0f} rollouts: {hours:,.0f} GPU hours{room}"
+        f"{one['rollouts']:,.0f} rollouts: {rounded(hours)} GPU hours{room}"
     )
+
+
+def rounded(hours: float) -> str:
+    """Return hours with one decimal below 10, so that a short run does not cost 0.
+
+    >>> rounded(0.44), rounded(26128.4)
+    ('0.4', '26,128')
+    """
+    return f"{hours:,.1f}" if hours < 10 else f"{hours:,.0f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -231,7 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| `{one['name']}` | {card} | {gb(peak)}, {one['worst']} | {verdict.strip('; ')} "
             f"| {one['micro_batch_tokens']:,}, {one['most_tokens'] or 0:,} "
             f"| {gb(one['checkpoint_bytes'])} | {'–' if seconds is None else f'{seconds:,.0f}'} "
-            f"| {one['rollouts']:,.0f} | {'–' if hours is None else f'{hours:,.0f}'} |"
+            f"| {one['rollouts']:,.0f} | {'–' if hours is None else rounded(hours)} |"
         )
     return "\n".join(lines)
 
@@ -240,8 +249,9 @@ PAGE = """# Every recipe, planned
 
 `python benchmarks/recipes.py --out docs/plan` writes this page with [plan](README.md). All of it
 is calculated; nothing here is measured. Memory is that of the phase that needs most on one GPU; of
-a card of 80 GB, {usable} GB are usable. Seconds leave out pushes, rewards and communication; expect
-half or twice as much. GPU hours are seconds per rollout × rollouts × GPUs, without validation.
+a card of 80 GB, {usable} GB are usable. Seconds leave out weight pushes, rewards and communication;
+expect half or twice as much. GPU hours are seconds per rollout × rollouts × GPUs, without
+validation.
 
 The overlays of `configs/hardware/` are planned with Qwen3-0.6B and Qwen3-4B as teacher (one GPU,
 256 completions of 1,024 tokens), and with Qwen3-8B, Qwen3-32B as teacher and a reference KL (8

@@ -1,4 +1,4 @@
-"""Where a teacher helps: crosses the verifier's errors with the teacher's, for every method.
+"""Measures where a teacher helps: the verifier's errors crossed with the teacher's, by method.
 
 A regime is a verifier and a teacher. The verifier's error is a fixed function of prompt and
 completion, another one for each seed; accuracy is always the true one. The search is equal for all
@@ -69,9 +69,9 @@ def run(config: list[str], updates: int, rate: float, seed: int, described: bool
 
     Args:
         config: the configuration and the flags.
-        updates: per rollout.
+        updates: optimizer steps per rollout.
         rate: learning rate at the start.
-        seed: of the run.
+        seed: seed of the run.
         described: also return the statistics of imitation, a value per rollout.
     """
     import torch
@@ -97,7 +97,7 @@ def run(config: list[str], updates: int, rate: float, seed: int, described: bool
             for callback in trainer.callbacks:
                 if isinstance(callback, SelectiveImitationStats):
                     rows.extend(callback.rows)
-                    callback.rows = []  # it draws nothing then
+                    callback.rows = []  # without rows it draws no picture
 
     left_out = [RunReport, SamplePage, RolloutProgress, WeightSyncCheck]
     left_out += [] if described else [SelectiveImitationStats]
@@ -119,7 +119,7 @@ def run(config: list[str], updates: int, rate: float, seed: int, described: bool
 
 
 def rounded(value: float | None) -> float | None:
-    """Return three decimals; None for a mean of nothing, which JSON cannot hold."""
+    """Return three decimals; None for NaN, the mean of no tokens, which JSON cannot hold."""
     return round(value, 3) if value is not None and math.isfinite(value) else None
 
 
@@ -144,7 +144,7 @@ class Campaign:
         }
 
     def run(self, jobs: Sequence[Job]) -> bool:
-        """Run what is not there yet; return whether the time was enough."""
+        """Run the jobs that have no result yet; return False if the time ran out before the end."""
         left = [one for one in dict.fromkeys(jobs) if one not in self.results]
         for done, one in enumerate(left, 1):
             if time.monotonic() > self.until:

@@ -119,11 +119,11 @@ def hanging(count: int, workers: int, limit: float) -> str:
     started = time.perf_counter()
     right = sum(verdict.correct for verdict in runner(honest))
     alone = time.perf_counter() - started
-    # As many processes are busy as without those that hang, so the others cost what they cost
-    # alone. Calls that go to whoever is free end within a worker's mean load and one call.
+    # All workers stay busy, so the completions that do not hang cost what they cost alone. If each
+    # call goes to a free worker, all are done within a worker's mean load plus one call.
     hung = count - len(honest)
     each = 1000 * alone * workers / len(honest)
-    # Two that hang for each worker, and then one that does not, by a process that is new.
+    # Two calls that hang for each worker, and then one that does not, in a new process.
     some = samples[50::100][: 2 * workers] + honest[:workers]
     started = time.perf_counter()
     runner(some, training=False)

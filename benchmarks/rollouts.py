@@ -117,7 +117,7 @@ class Clock(pl.Callback):
 
 
 def share_of_a_step(engine: RolloutEngine, args: argparse.Namespace) -> float:
-    """Return the share of sampling and syncing in the time of RLAD, four updates per rollout.
+    """Return the share of sampling and syncing in an RLAD run with four updates per rollout.
 
     For another student, its folder also serves as the teacher: the forward pass costs the same.
     """

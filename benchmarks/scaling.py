@@ -110,7 +110,7 @@ INTRODUCTION = (
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """Return the slope in the logarithms."""
+    """Return the slope of ``log y`` over ``log x``, by least squares."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
@@ -124,7 +124,7 @@ def law(record: dict[str, Any]) -> list[str]:
     """Return lines with the law that the measured memory follows."""
     tokens, mb = of(record, "completion length", "mb")
     rows = [2 * t for t in tokens]
-    # From 1,024 rows on the tables of a chunk have their full size.
+    # From 1,024 rows on, a chunk's buffers have their full size.
     whole = [(t, m) for t, m in zip(rows, mb, strict=True) if t >= 1024]
     rows, mb = [t for t, _ in whole], [m for _, m in whole]
     slope, fixed = np.polyfit(rows, mb, 1)

@@ -151,7 +151,7 @@ class Passes:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Both counts by name."""
+        """Passes of the student and of the teacher, by name."""
         return {"student_passes": self.student, "teacher_passes": self.teacher}
 
     def watch(self, module: Any) -> None:
@@ -206,7 +206,7 @@ class Campaign:
         return {"student_passes": self.budget, "rates": list(RATES)}
 
     def run(self, jobs: Sequence[Job]) -> bool:
-        """Run what is not there yet; return whether the time was enough."""
+        """Run the jobs that have no result yet; return False if the time ran out before the end."""
         left = [one for one in dict.fromkeys(jobs) if one not in self.results]
         for done, one in enumerate(left, 1):
             if time.monotonic() > self.until:

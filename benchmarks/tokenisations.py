@@ -1,7 +1,7 @@
 """Measures how much of a text's probability lies in the tokenisation that a teacher reads.
 
 ``CrossTokenizerTeacher`` gives the log-probability of one tokenisation, the teacher's own. A text
-has others, so that this is a lower bound of the text's. We measure the difference in two ways:
+has others, so this is a lower bound on the text's. We measure the difference in two ways:
 
 - ``exact``: the sum over all tokenisations of a short text;
 - ``sampled``: tokens are drawn from the model, at each step among those that continue the text. The
@@ -144,7 +144,7 @@ def measure(
 
 
 def excerpts(text: str, size: int, count: int, seed: int) -> list[tuple[str, str]]:
-    """Return pieces of a text that begin and end at a space, and what stands before them."""
+    """Return pieces of a text that begin and end at a space, and the text before each."""
     draws, out = random.Random(seed), []
     while len(out) < count:
         at = text.find(" ", draws.randrange(CONTEXT, len(text) - 2 * size))

@@ -10,8 +10,7 @@ side samples. Memory is the process's private memory above what it holds, trimme
 optimizer step: imports, weights, gradients and moments.
 
 Each run is stored in ``--out`` when it ends, and is not repeated. A table and a picture are written
-there, too. Needs
-``pip install -e '.[peers,test]'``.
+there, too. Needs ``pip install -e '.[peers,test]'``.
 """
 
 from __future__ import annotations

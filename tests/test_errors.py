@@ -1,4 +1,4 @@
-"""The check of a number's bounds."""
+"""The functions that check a setting's number, kind and bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tries one small random model for the table of architectures, with a function per cell.
+"""Tries one small random model for the table of architectures, with a function per column.
 
 A case returns ``yes``, ``—`` if it does not apply, or raises: a ``ConfigurationError`` is a refusal
 and anything else a failure. A difference in log-probabilities is always a failure.
@@ -87,7 +87,7 @@ def logprobs(folder: Path) -> str:
 
 
 def compare_attention(model: Any, reference: Any) -> None:
-    """Compare with the attention that transformers calls eager, if the architecture has it."""
+    """Give the reference transformers' eager attention, or the scorer's if it has none."""
     try:
         reference.set_attn_implementation("eager")
     except ValueError:
@@ -197,10 +197,10 @@ def cell(column: str, folder: Path) -> str:
     try:
         return COLUMNS[column](folder)
     except ConfigurationError as error:
-        return "refused: " + str(error).replace(f"{folder}/", "").replace(str(folder), "it")
+        return "refused: " + str(error).replace(f"{folder}/", "").replace(str(folder), "MODEL")
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"failed: {type(error).__name__}: {reason}".replace(str(folder), "it")
+        return f"failed: {type(error).__name__}: {reason}".replace(str(folder), "MODEL")
 
 
 def row(model_type: str, folder: Path, columns: list[str]) -> dict[str, str]:

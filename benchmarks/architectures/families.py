@@ -1,8 +1,8 @@
 """Builds small random models of every causal language model type of transformers.
 
 One table of sizes fits all types: a size is set if the type's configuration has a field of that
-name. ``SPECIAL`` has what a type needs beyond that; ``LEFT_OUT`` has the types without a small
-form, with the reason.
+name. ``SPECIAL`` has what a type needs beyond that; ``LEFT_OUT`` says for which types no small
+model is built, and why.
 
 Configurations, models and tokenizers are ``Any``: transformers has no types that all share.
 """
@@ -171,7 +171,7 @@ def small_config(model_type: str, **settings: Any) -> Any:
 def _sizes(kind: Any) -> dict[str, Any]:
     known = kind().to_dict()
     chosen = {name: size for name, size in SIZES.items() if name in known}
-    if "qk_rope_head_dim" in known:  # the configuration derives it
+    if "qk_rope_head_dim" in known:  # the configuration derives `head_dim`
         chosen.pop("head_dim", None)
         chosen["num_key_value_heads"] = HEADS
     for name, sub in getattr(kind, "sub_configs", {}).items():
@@ -183,7 +183,7 @@ def _sizes(kind: Any) -> dict[str, Any]:
 
 
 def merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
-    """Return sizes with the special ones, also in the configurations of parts."""
+    """Return ``sizes`` updated by ``special``, also inside nested configurations."""
     deep = {k: merged(sizes.get(k, {}), v) for k, v in special.items() if k.endswith("_config")}
     return {**sizes, **special, **deep}
 
@@ -198,7 +198,7 @@ def build(model_type: str, seed: int = 0, **settings: Any) -> Any:
 
 
 def save(model_type: str, folder: str | Path, seed: int = 0, **settings: Any) -> str:
-    """Write a random model and a tokenizer of one token per character as a folder."""
+    """Write a random model and a tokenizer of single characters into a folder; return its path."""
     build(model_type, seed, **settings).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -2,7 +2,7 @@
 
 Run it as ``python -m benchmarks.architectures.run``; ``--families qwen3,gemma2`` and
 ``--columns sampling,vLLM`` update a part of it. Each family runs in a separate process, with a time
-limit; the vLLM column needs vLLM, and stays as it is without.
+limit. Without vLLM, its column stays as it is.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def with_vllm(table: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 def _unloaded(cells: dict[str, str]) -> str:
-    """Return the error of a student that does not load: no engine is tried then; else ""."""
+    """Return why a model is refused at loading, so that no engine is tried; "" if it loads."""
     loads = cells.get("loads", cases.NOT)
     return loads if loads.startswith("refused") else ""
 
@@ -86,7 +86,7 @@ def markdown(table: dict[str, dict[str, str]]) -> str:
         lines.append(f"| {name} | {' | '.join(short(cells.get(c, '—')) for c in columns)} |")
     out = [HEAD.format(count=len(table), version=transformers.__version__), *lines, ""]
     out += [f"{number}. {reason}" for reason, number in notes.items()]
-    out += ["", "Not built in small:", ""]
+    out += ["", "Types for which no small model is built:", ""]
     out += [f"- {name}: {reason}" for name, reason in sorted(families.LEFT_OUT.items())]
     return "\n".join(out) + "\n"
 
@@ -109,19 +109,19 @@ logits of one row at a time, without padding and without a cache.
   means that a run stops before its first rollout, with the line below.
 
 Sliding windows, chunks and sparse attention are 8 tokens wide here, and the compared rows are
-longer. With a real model, a run compares past a switch of up to 4096 tokens if that costs less than
-about a second.
+longer. At the start of a run with a real model, a row longer than these widths is compared too, if
+they are at most 4096 tokens and, on a CPU, the row costs less than about a second.
 
 Some rotary embeddings change with length (longrope of Phi-3 and Phi-4, dynamic NTK); the scorer
-chooses the one of each row by the row's length. `TransformersEngine` cannot sample completions that
+chooses a row's embedding by the row's length. `TransformersEngine` cannot sample completions that
 grow past the change, because the change would affect all earlier tokens. A run checks its prompts
 before it loads weights: `overlong_prompts` decides whether prompts that may cross the change stop
 the run or are left out. vLLM uses longrope's long embedding for all rows if `max_model_len` is
 above the change; its log-probabilities of shorter rows then differ from the scorer's, and a warning
 says so.
 
-vLLM's code for some types imports torchvision or numba, which these cells were made without. With
-torchvision 0.28, `gemma3` gives "yes", and `qwen3_5_text` "yes, in bfloat16", 0.06 apart on
+vLLM's code for some types imports torchvision or numba, which were not installed for these cells.
+With torchvision 0.28, `gemma3` gives "yes", and `qwen3_5_text` "yes, in bfloat16", 0.06 apart on
 average.
 
 `python -m benchmarks.architectures.run` makes this table; `tests/models/architectures` and
@@ -132,7 +132,7 @@ average.
 def update(
     table: dict[str, dict[str, str]], name: str, columns: list[str]
 ) -> dict[str, dict[str, str]]:
-    """Return the table with the chosen cells of one type made anew; write the results of vLLM."""
+    """Return the table with the chosen cells of one type updated; write the results of vLLM."""
     own = [c for c in columns if c in cases.COLUMNS]
     found = try_family(name, own) if own else {}
     table = {**table, name: {**table.get(name, {}), **found}}

@@ -7,7 +7,7 @@ table, and writes its page. All runs use float32 and random weights, and check t
 
 1. The comparison that a run makes before its first rollout accepts the engine.
 2. The engine's log-probabilities of its samples agree with the model's logits to 1e-4; the table
-   names a larger difference. Above 1e-3 on average, ``WeightSyncCheck`` would stop the run.
+   states a larger difference. Above 1e-3 on average, ``WeightSyncCheck`` would stop the run.
 3. They agree again after all weights have changed and were pushed, and not before the push.
 4. The student gives the same numbers, bit for bit, as before the engine existed.
 
@@ -61,7 +61,7 @@ EYES = {
     **dict.fromkeys(["num_hidden_layers", "num_attention_heads", "num_key_value_heads"], 1),
     "head_dim": 64,
 }
-# This also has settings that folders of the hub have and the defaults lack.
+# Further settings, some of which published models have and transformers' defaults lack.
 SPECIAL: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "axk1": LATENT,
@@ -125,7 +125,7 @@ class WrongError(AssertionError):
 
 
 def settings(model_type: str) -> dict[str, Any]:
-    """Return the sizes that vLLM's kernels need, as far as the type knows them."""
+    """Return the sizes that vLLM's kernels need, for the fields that the type has."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from benchmarks.architectures.families import merged
@@ -213,7 +213,7 @@ def attempt(path: str, dtype: Any) -> str:
 
 
 def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
-    """Compare an engine with the model of ``weights``, before and after a change of them."""
+    """Compare an engine with the model of ``weights``, before and after all weights change."""
     from kdrl_lightning.engines import Sampling
     from kdrl_lightning.engines.agreement import bound_of
 
@@ -238,7 +238,7 @@ def compare(engine: Any, weights: Any, before: list[torch.Tensor]) -> str:
         return "yes"
     if engine.dtype == torch.bfloat16:
         return f"yes, in bfloat16, which vLLM's CPU kernels need: {mean:.1g} apart on average"
-    return f"yes, within {worst:.1g}: vLLM computes something in it otherwise"
+    return f"yes, within {worst:.1g}: vLLM computes this architecture slightly differently"
 
 
 def as_a_run_does(engine: Any, weights: Any) -> None:
@@ -306,7 +306,7 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.alone:
         print(f"RESULT {check(settings.families[0])}", flush=True)
-        os._exit(0)  # vLLM's threads
+        os._exit(0)  # vLLM's threads would keep the process alive
     for family in settings.families:
         result = try_family(family, settings.timeout)
         print(family, result, flush=True)

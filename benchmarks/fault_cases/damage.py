@@ -26,7 +26,7 @@ def damage(folder: Path, plain: Undisturbed, strategy: str, seed: str) -> Iterat
     for name in names:
         yield in_every_way(path, name, strategy, random.Random(f"{seed} {name}"))
     for way in ("cut", "flip"):
-        yield gone_on_with(folder / way, whole, way, names[-1])
+        yield resumed_from_older(folder / way, whole, way, names[-1])
 
 
 def in_every_way(path: Path, name: str, strategy: str, draw: random.Random) -> Event:
@@ -89,7 +89,7 @@ def equal(a: object, b: object) -> bool:
     return bool(a == b)
 
 
-def gone_on_with(folder: Path, whole: Run, way: str, name: str) -> Event:
+def resumed_from_older(folder: Path, whole: Run, way: str, name: str) -> Event:
     """Damage the newest checkpoint of a copy, and check that ``last`` takes the one before."""
     shutil.copytree(whole.folder, folder, copy_function=shutil.copy2)
     run = Run(folder, whole.strategy, whole.models)

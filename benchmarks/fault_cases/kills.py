@@ -27,7 +27,7 @@ class Undisturbed:
         return self._timed(strategy, flags)[0]
 
     def seconds(self, strategy: str) -> float:
-        """Return how long it took until the first step."""
+        """Return how long the undisturbed run took until its first step."""
         return self._timed(strategy, ())[1]
 
     def _timed(self, strategy: str, flags: tuple[str, ...]) -> tuple[Run, float]:

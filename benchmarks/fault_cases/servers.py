@@ -64,7 +64,7 @@ class Server:
         """Return the flags of a run that samples from it."""
         settings = {"urls": [self.url], "max_away_s": max_away_s, "timeout_s": 20.0}
         engine = {"class_path": "VLLMServerEngine", "init_args": settings}
-        # It knows nothing of log-probabilities.
+        # Its log-probabilities are not the model's.
         return (f"--data.rollout_engine={json.dumps(engine)}", "--weight_sync.max_mean_diff=1000")
 
     def start(self) -> None:
@@ -119,7 +119,7 @@ def reward(folder: Path, plain: Any, strategy: str, seed: str) -> Iterator[Event
 
 
 def workers_of(session: int) -> list[int]:
-    """Return the processes of rewards below a run."""
+    """Return the reward processes that a run has started."""
     everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     judges = [p for p in everyone if b"kdrl_lightning.rewards.processes.worker" in command(p)]
     return sorted(p for p in judges if session in ancestors(p))

@@ -27,7 +27,7 @@ class KnightsAndKnaves(PromptSource):
     """Puzzles of two inhabitants; a row depends on index, seed, depth, width and part alone.
 
     ``prompt`` is reasoning-gym's puzzle text without the sentences that are the same in all puzzles
-    with these words for the roles: the inhabitants and what they say. ``question`` is all of it.
+    with these words for the roles: the inhabitants and what they say. ``question`` is the whole.
 
     Names, roles and phrases make nearly every text unique, but there are only some hundred pairs of
     statements of depth 2. So one pair of statements in five is held out, chosen by its checksum:

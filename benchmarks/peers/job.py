@@ -129,7 +129,7 @@ def prompts(job: Job, count: int) -> list[dict[str, Any]]:
 
 
 def reward_of(text: str, answer: str) -> float:
-    """A number that differs within a group: is the answer there, and how many digits are."""
+    """Return a reward that varies within a group: 1 for the answer, 0.01 for each digit."""
     return float(answer in text) + 0.01 * sum(c.isdigit() for c in text)
 
 

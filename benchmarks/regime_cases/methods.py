@@ -1,4 +1,4 @@
-"""The methods that are compared in every regime, and the two more of the ablation."""
+"""The methods that are compared in every regime, and two more for the ablation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Method:
 
     Attributes:
         config: name of the file in ``configs``.
-        flags: what differs.
-        teacher: the method has one.
-        verdicts: the method learns from them.
-        updates: per rollout, as in the configuration.
+        flags: command-line flags that change its settings.
+        teacher: the method has a teacher.
+        verdicts: the method learns from the verifier's verdicts.
+        updates: optimizer steps per rollout, as in the configuration.
         rate_of: name of the method whose learning rate it takes; None: it has a separate search.
     """
 

@@ -80,7 +80,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(cells: Cells) -> str:
-    """Return the worst regimes, a table per teacher, and the ablation."""
+    """Return the tables: worst regimes, accuracies by teacher, and the ablation if there is one."""
     task = cells.task
     parts = [f"### Each method's worst regime: {task.title}", worst_table(cells)]
     for teacher in task.teachers:
@@ -175,7 +175,7 @@ EXPLAINED = ("GRPO", "KDRL", "RLAD α 0.5, offset clamp", "RLAD α 0.8, offset c
 
 
 def why(cells: Cells, path: Path, seed: int) -> None:
-    """Draw the statistics that explain the accuracies, for regimes that part, over rollouts."""
+    """Draw the statistics that explain the accuracies over rollouts, in the core regimes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Sums of digits modulo 3, written as running residues: wrong reasoning is often right by chance.
 
-``5718=`` is answered ``2,0,1,0#0``. Whoever leaves out a digit keeps the last residue. There are
+``5718=`` is answered ``2,0,1,0#0``. A digit that is left out repeats the last residue. There are
 only three answers, so about one wrong reasoning in three ends with the right one.
 """
 

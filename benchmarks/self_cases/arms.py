@@ -99,12 +99,12 @@ class Arm:
 
     Attributes:
         config: name of the file in ``configs``.
-        teacher: ``none``; ``external``, the expert after the student's prompt; ``self``, the
-            initial student after the worked answer; ``average`` (a = 0.05) or ``synced`` (every 10
-            steps), later students after the worked answer; ``sibling``, the average after a
-            successful completion of the group; ``other``, the initial student after the worked
-            answer of another problem.
-        flags: what differs from the file.
+        teacher: ``none``; ``external``, the expert with the student's prompt; ``self``, the initial
+            student, which is shown the worked answer; ``average`` (a = 0.05) or ``synced`` (every
+            10 steps), later weights, which are shown it too; ``sibling``, the average, which is
+            shown a successful completion of the group; ``other``, the initial student, which is
+            shown the worked answer of another problem.
+        flags: command-line flags that change the file's settings.
     """
 
     config: str
@@ -167,7 +167,7 @@ ARMS = {
     "SDPO, sibling": Arm("sdpo", "sibling"),
     "KDRL, self, other problem": Arm("kdrl", "other"),
 }
-# The teacher's first tokens speak of the solution, and an uncapped KL imitates them.
+# The teacher's first tokens refer to the solution, and an uncapped KL imitates them.
 _UNCAPPED = (f"{_OBJECTIVE}.pointwise_clip=null", f"{_OBJECTIVE}.reduction=token_mean")
 LEAKS = {
     "OPSD, uncapped, cites": Arm("opsd", "self", _UNCAPPED),

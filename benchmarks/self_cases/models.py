@@ -63,8 +63,8 @@ class CitingTraces(PromptSource):
 class CitingReader(TinyModel):
     """A reader of additions that says so: after a shown solution it begins with ``CITATION``.
 
-    Language models do the same ("According to the solution ..."). A student that takes over these
-    tokens appeals to a solution that its own prompt does not show.
+    Language models do the same ("According to the solution ..."). A student that imitates these
+    tokens refers to a solution that its own prompt does not show.
     """
 
     @property

@@ -11,7 +11,7 @@ from benchmarks.self_cases.arms import ARMS, LEAKS, TASKS
 
 # `Any`: results as JSON holds them, matplotlib's axes.
 START, END = "<!-- tables: start -->", "<!-- tables: end -->"
-PAGE = Path(__file__).parent / "page.txt"  # how it was measured
+PAGE = Path(__file__).parent / "page.txt"  # text above the tables: how it was measured
 Result = Mapping[str, Any]
 Rates = Mapping[str, Mapping[str, float]]
 

@@ -8,8 +8,8 @@
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# One task per GPU; Lightning reads ranks and addresses from SLURM. Five minutes before the time is up, or
-# on preemption, the run saves and ends with 143; SLURM queues it again, and it continues from there.
+# One task per GPU; Lightning reads ranks and addresses from SLURM. Five minutes before the time limit, or on
+# preemption, the run saves a checkpoint and ends with 143; SLURM queues it again, and it resumes from there.
 #   sbatch configs/hardware/slurm.sh my.yaml [flags]
 set -u
 srun python -m kdrl_lightning fit --config "$1" --config configs/hardware/node8.yaml \

@@ -1,4 +1,4 @@
-"""Adaptive entropy control: its rule, what it refuses, a run, and a resume at each step."""
+"""Adaptive entropy control: its rule, refused settings, a run, and a resume at each step."""
 
 from __future__ import annotations
 

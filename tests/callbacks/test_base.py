@@ -1,4 +1,4 @@
-"""The base of callbacks that act at the start or the end of a rollout."""
+"""The base class of callbacks that act at the start or the end of a rollout."""
 
 from __future__ import annotations
 

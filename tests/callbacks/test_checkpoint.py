@@ -1,4 +1,4 @@
-"""FSDPCheckpoint in runs: which checkpoints stay, what is in them, and how a run is stopped."""
+"""FSDPCheckpoint in runs: which checkpoints it keeps, what is in them, and how a run stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KDRL-Annealing: the schedule, its units and its refusals."""
+"""KDRL-Annealing: the schedule, its units and refused settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules as functions, their refusals, and when a run sets what."""
+"""Schedules as functions, refused settings, and when a run sets which coefficient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The profile of one step."""
+"""The callback that profiles one optimizer step."""
 
 from __future__ import annotations
 

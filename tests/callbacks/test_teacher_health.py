@@ -1,4 +1,4 @@
-"""What the health callback reads, when it warns, and when it does not."""
+"""TeacherHealth: what it measures, when it warns, and when it does not."""
 
 from __future__ import annotations
 

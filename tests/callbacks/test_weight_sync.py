@@ -1,4 +1,4 @@
-"""The bound of the comparison between engine and trainer."""
+"""WeightSyncCheck: how far the engine's log-probabilities may be from the trainer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the program whose checkpoints are looked at."""
+"""Fixtures: runs of the program whose checkpoints tests inspect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, and read without running anything."""
+"""Checkpoints on disk: complete or absent, and read without executing code in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files are noticed, whatever byte was hit, and folders appear at once or not at all."""
+"""Damage of any byte is noticed, and a folder appears complete or not at all."""
 
 from __future__ import annotations
 

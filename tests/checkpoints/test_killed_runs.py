@@ -1,4 +1,4 @@
-"""Real processes, killed or stopped at any moment: what comes out at the end is the same."""
+"""Real processes that are killed or stopped at any moment and resumed end with equal results."""
 
 from __future__ import annotations
 

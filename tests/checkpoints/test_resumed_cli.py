@@ -1,4 +1,4 @@
-"""Checkpoints on the command line: what is found, and one line for what cannot be."""
+"""Checkpoints on the command line: which one is found, and one line if it cannot be used."""
 
 from __future__ import annotations
 

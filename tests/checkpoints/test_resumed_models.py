@@ -1,4 +1,4 @@
-"""Resuming models whose configuration, gradients or versions are unlike those of plain decoders."""
+"""Resuming models whose configuration, gradients or versions differ from plain decoders'."""
 
 from __future__ import annotations
 

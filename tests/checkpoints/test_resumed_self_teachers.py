@@ -1,4 +1,4 @@
-"""The weights of a self-teacher are state: saved, restored, trained by nobody, never exported."""
+"""The weights of a self-teacher are state: saved and restored, never trained or exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replacing a folder: whatever interrupts it, a whole one has the name."""
+"""Replacing a folder: whatever interrupts it, a complete folder has the name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlays of hardware lie on any method, and the launchers that docs/scale.md names start runs."""
+"""Hardware overlays work with any method, and the launchers of docs/scale.md start runs."""
 
 from __future__ import annotations
 

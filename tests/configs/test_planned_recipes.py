@@ -1,4 +1,4 @@
-"""The table of planned recipes is in step with the recipes; ``benchmarks/recipes.py`` renews it."""
+"""The table of planned recipes agrees with the recipes; ``benchmarks/recipes.py`` updates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes resolve: parsed as they are, and set up with small models and local data instead."""
+"""The recipes are parsed as they are, and set up with small models and local data."""
 
 from __future__ import annotations
 

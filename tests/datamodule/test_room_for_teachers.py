@@ -1,4 +1,4 @@
-"""Room for the teacher's completions is counted in the tokens that the teacher reads."""
+"""Limits on the teacher's completions are counted in the tokens that the teacher reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Given completions over several processes."""
+"""SupervisedDataModule: given completions, split over several processes."""
 
 from __future__ import annotations
 

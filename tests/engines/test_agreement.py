@@ -1,4 +1,4 @@
-"""An engine that computes otherwise than the student is found before it samples for the run."""
+"""An engine whose numbers differ from the student's is found before it samples for the run."""
 
 from __future__ import annotations
 

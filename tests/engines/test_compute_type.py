@@ -1,4 +1,4 @@
-"""The transformers engine's copy in the type that the trainer computes in, and its budget."""
+"""The transformers engine's weights in the trainer's compute dtype, and its KV cache budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling of architectures that remember otherwise: log-probabilities are those of whole rows."""
+"""Sampling without a usual KV cache: log-probabilities equal those of whole rows."""
 
 from __future__ import annotations
 

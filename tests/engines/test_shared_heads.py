@@ -1,4 +1,4 @@
-"""Attention without copies of shared heads: the same numbers, and only while a model samples."""
+"""Attention without copies of shared KV heads: the same numbers, only while a model samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of predictions: whole, in order, and readable whatever a model writes."""
+"""Files of predictions: complete, in order, and readable whatever a model writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named sets: what is refused, what is taken from the defaults, and what a run logs."""
+"""Named evaluation sets: what is refused, which defaults apply, and what a run logs."""
 
 from __future__ import annotations
 

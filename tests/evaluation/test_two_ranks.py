@@ -1,4 +1,4 @@
-"""Two real processes with odd numbers of prompts: what one process says, exactly."""
+"""Two real processes with odd numbers of prompts evaluate exactly as one process does."""
 
 from __future__ import annotations
 

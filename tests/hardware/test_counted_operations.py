@@ -1,4 +1,4 @@
-"""Counts of operations that follow from a few counted micro-batches."""
+"""Operations of all micro-batches, fitted to those of a few counted ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's CPU allocator gives out while something runs."""
+"""Peak memory of torch's CPU allocator while a function runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def allocated(work: Any) -> int:
-    """Bytes at the peak of torch's CPU allocator while ``work`` runs, above those before."""
+    """Return how many bytes the allocator's peak during ``work`` is above its level before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         work()

@@ -1,4 +1,4 @@
-"""Configurations with one mistake each, made by machine from the shipped ones.
+"""Generates configurations with one mistake each from the shipped ones.
 
 A ``Case`` is what a user would write: the text of ``config.yaml``, and flags. Every mistake is one
 that cannot work, whatever else the configuration says.
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def tree(path: Path, student: str, teacher: str) -> dict[str, Any]:
-    """Return a configuration with everything that it names, on two random models."""
+    """Return a shipped configuration with its bases merged, on two small random models."""
     config: dict[str, Any] = json.loads(json.dumps(load_with_base(path.read_text(), str(path))))
     config["model"]["student"] = student
     if config["model"].get("teacher"):
@@ -317,7 +317,7 @@ AMOUNTS += ["1/2", "10%", "∞", "1.5.2", "+-1", "nan?", "1e5e5", "_1", "0b2", "
 
 
 def number_as_text(draw: Any, config: Any) -> Any:
-    """Write a number as people do who are no computers."""
+    """Write a number as people do and YAML does not."""
     leaves = [(k, v) for k, v in places(config) if type(v) in (int, float) and "callbacks" not in k]
     key, _ = draw(st.sampled_from(leaves))
     text = draw(st.sampled_from(AMOUNTS))
@@ -339,7 +339,7 @@ ROOMS = {
 
 
 def two_classes(draw: Any, config: Any) -> Any:
-    """Put a class where another kind belongs, or give a class the arguments of another."""
+    """Put a class where another kind is expected, or give a class the arguments of another."""
     name = draw(st.sampled_from(sorted(ROOMS)))
     key = tuple(name.split("."))
     other = draw(st.sampled_from(sorted(set(ROOMS) - {name})))

@@ -1,4 +1,4 @@
-"""Short runs on a pretended GPU, with what makes the host wait, by phase."""
+"""Short runs on a pretended GPU that count, by phase, what makes the host wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Accelerator(CPUAccelerator):
 
 
 class OnCard(SingleDeviceStrategy):
-    """Trains on the pretended GPU."""
+    """A strategy that trains on the pretended GPU."""
 
     def __init__(self) -> None:
         super().__init__(CUDA, accelerator=_Accelerator())
@@ -37,16 +37,15 @@ class Phases(pl.Callback):
 
     Attributes:
         micro_batches: number of micro-batches.
-        updates: waits from the end of a micro-batch, before the next one is picked from the
-            rollout, to the end of that one, the optimizer step included. Without what makes a
-            rollout.
+        updates: waits from the end of one micro-batch to the end of the next, including the
+            optimizer step, but not those while a rollout is made.
     """
 
     micro_batches: int = 0
     updates: Counter[str] = field(default_factory=Counter)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, _: int) -> None:
-        if batch.metrics:  # the first of a rollout, which was made since the last one
+        if batch.metrics:  # the rollout's first: leave out the waits that made the rollout
             self._before = waits.copy()
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -68,10 +67,10 @@ def train(
     Args:
         module: the module.
         data: its prompts.
-        folder: of the run.
-        on_card: on the pretended GPU; else on the CPU.
-        resumes: path of a checkpoint to go on from.
-        settings: further ones of the trainer.
+        folder: folder of the run.
+        on_card: train on the pretended GPU; else on the CPU.
+        resumes: path of a checkpoint to resume from.
+        settings: further settings of the trainer.
     """
     phases = Phases()
 

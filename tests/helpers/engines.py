@@ -9,7 +9,7 @@ from kdrl_lightning.models.weights import ModelWeights
 
 
 def engine_for(model: Any, path: str = "some/model") -> TransformersEngine:
-    """An engine with a model's weights; token 1 ends a text."""
+    """Return an engine with a model's weights; token 1 is the end token."""
     engine, weights = TransformersEngine(), ModelWeights(model, path)
     engine.setup(weights, 1, 0)
     engine.update_weights(weights, 0)

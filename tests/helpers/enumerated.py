@@ -1,4 +1,4 @@
-"""Language models as tables, to enumerate all texts of a small alphabet under two tokenizers."""
+"""Language models as tables, for enumerating all texts of a small alphabet with two tokenizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Model:
         self.rows: dict[tuple[int, ...], Tensor] = {}
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """``[T]`` log-probabilities of the tokens."""
+        """Return ``[T]`` log-probabilities of the tokens."""
         return torch.stack(
             [self.next(ids[:t])[self.vocabulary.index(i)] for t, i in enumerate(ids)]
         )
@@ -50,7 +50,7 @@ def align(student: object, teacher: object) -> Callable[[Sequence[int]], Chunked
 
 
 def sums(model: Model, one: Chunked) -> tuple[Tensor, Tensor]:
-    """``[1, T]`` the teacher's sum of each token's chunk, and the places."""
+    """Return ``[1, T]`` the teacher's sum over each token's chunk, and the chunk places."""
     theirs = model.logprobs(one.teacher_ids.tolist()).detach()[None]
     totals = chunk_totals(theirs, torch.tensor(one.teacher_places)[None])
     return totals.gather(1, torch.tensor(one.columns)[None]), torch.tensor(one.places)[None]

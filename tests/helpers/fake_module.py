@@ -1,4 +1,4 @@
-"""What statistics ask of the module that is trained."""
+"""A stand-in for the module that is trained, with what statistics read of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class FakeModule:
-    """Keeps what is logged."""
+    """Has an objective and a number of ranks, and keeps the numbers that are logged."""
 
     def __init__(self, objective: Objective, ranks: int = 1) -> None:
         self.objective, self.ranks = objective, ranks
@@ -18,12 +18,12 @@ class FakeModule:
         self.shapes: list[tuple[int, ...]] = []
 
     def reduce(self, value: torch.Tensor, operation: str) -> torch.Tensor:
-        """As many ranks with the same values."""
+        """Reduce as if all ranks had the same value."""
         self.shapes.append(tuple(value.shape))
         return value * self.ranks if operation == "sum" else value
 
     def completed(self, batch: RolloutBatch) -> RolloutBatch:
-        """Nothing is missing."""
+        """Return the batch: no score is missing."""
         return batch
 
     def log_step(self, values: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Small random models whose layers hold experts, or parts that text never trains."""
+"""Small random mixtures of experts, and models with parts that text never trains."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A random model whose weights are large enough for experts to differ."""
+    """Return a random model whose weights are large enough for experts to differ."""
     config = AutoConfig.for_model(name, **MODELS[name])
     torch.manual_seed(0)
-    # Grouped products exist in at most float32.
+    # torch's grouped matrix products exist in float32 and below only.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def save(name: str, folder: Path, tokenizer: str) -> str:
-    """Write one with the tokenizer that lies in another folder."""
+    """Write such a model, with the tokenizer of another folder."""
     build(name, torch.float32).save_pretrained(folder)
     for file in Path(tokenizer).glob("tokenizer*"):
         shutil.copy(file, folder / file.name)
@@ -130,6 +130,6 @@ def save(name: str, folder: Path, tokenizer: str) -> str:
 
 @torch.no_grad()
 def logprobs(model: Any, ids: Tensor) -> Tensor:
-    """Log-probs of all next tokens of rows of ids."""
+    """Return log-probs of the whole vocabulary at each position of rows of ids."""
     out: Tensor = model(input_ids=ids).logits.log_softmax(-1)
     return out

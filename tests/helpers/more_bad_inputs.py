@@ -1,4 +1,4 @@
-"""More mistakes, as people make them: in files, in overlays, in flags, in lists and mappings."""
+"""Generates more of the mistakes that people make: in files, overlays, flags, lists, mappings."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ INSIDE: dict[str, list[Any]] = {
         "cosine",
     ],
 }
-# In a unit of something else, or out of range, where a library takes any number.
+# Numbers in a wrong unit or out of range, for settings of libraries that take any number.
 UNITS: dict[str, list[Any]] = {
     "data.max_tokens": ["8 tokens", "1k", 10**9, 7.5],
     "data.group_size": [1, "8x", 1.5],
@@ -162,7 +162,7 @@ NULLS += ["checkpoint.keep_last", "checkpoint", "report", "trainer"]
 
 
 def at(config: Any, name: str, value: Any) -> Any:
-    """Return a copy with a value at a name with dots."""
+    """Return a copy with a value at a dotted name."""
     key: Key = tuple(name.split("."))
     made = copy.deepcopy(config)
     inside = made
@@ -298,7 +298,7 @@ DATA: dict[str, str | bytes] = {
 
 
 def bad_data(draw: Any, config: Any) -> Any:
-    """Name a file of rows that is none, or a folder."""
+    """Give as a file of rows something that is none, or a folder."""
     which = draw(st.sampled_from(sorted(DATA)))
     file, _, what = which.partition(":")
     kind = draw(st.sampled_from(["JSONLPrompts", "HFPrompts"]))
@@ -329,7 +329,7 @@ MODELS: dict[str, dict[str, str | bytes]] = {
 
 
 def bad_model(draw: Any, config: Any) -> Any:
-    """Name a folder, or a file, that is no model."""
+    """Give as a model a folder or a file that is none."""
     what = draw(st.sampled_from(sorted(MODELS)))
     files = {f"model/{name}": content for name, content in MODELS[what].items()}
     role = draw(st.sampled_from(["student", "teacher"]))

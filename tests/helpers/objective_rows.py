@@ -1,4 +1,4 @@
-"""Slow references of the family: one row of its table each, one token at a time, on floats."""
+"""Slow references of the methods' table: a function per row, one token at a time, on floats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Token = Callable[[int, int], tuple[float, float]]
 
 
 def advantages(rewards: list[float], scale: bool = True) -> list[float]:
-    """GRPO's, group by group."""
+    """Return GRPO's advantages, group by group."""
     out = []
     for reward, group in zip(rewards, GROUPS, strict=True):
         of_group = [r for r, g in zip(rewards, GROUPS, strict=True) if g == group]
@@ -36,7 +36,7 @@ def advantages(rewards: list[float], scale: bool = True) -> list[float]:
 
 
 def tables(batch: Any, scores: Any) -> SimpleNamespace:
-    """Everything as lists, and the student's gap d on its own tokens."""
+    """Return the batch as lists, and the gap d on the student's own tokens."""
     x = SimpleNamespace(
         lp=scores.logprobs.tolist(),
         old=batch.old_logprobs.tolist(),
@@ -55,7 +55,7 @@ def tables(batch: Any, scores: Any) -> SimpleNamespace:
 
 
 def slow(reduction: str, token: Token, divided_by: float | None = None) -> tuple[float, Any]:
-    """Loss and gradient of the step, token by token."""
+    """Return loss and gradient of the step, token by token."""
     weights = token_weights(LENGTHS, GROUPS, reduction, MAX_TOKENS)
     value = 0.0
     gradient = torch.zeros(len(LENGTHS), max(map(len, COMPLETIONS)), dtype=torch.float64)
@@ -71,7 +71,7 @@ def slow(reduction: str, token: Token, divided_by: float | None = None) -> tuple
 def clipped(
     ratio: float, a: float, low: float = 0.2, high: float = 0.2, dual: float | None = None
 ) -> tuple[float, float]:
-    """PPO's clip, and dual-clip PPO's: max of the loss and its bound."""
+    """Return PPO's clipped loss and its slope; with ``dual`` the loss is bounded for A < 0."""
     if dual is not None and a < 0 and ratio > dual:
         return -dual * a, 0.0
     return surrogate(ratio, a, low, high)
@@ -95,7 +95,7 @@ def k3(gap: float) -> tuple[float, float]:
 
 
 def luffy(x: Any, i: int, t: int) -> tuple[float, float]:
-    """f(x) = x / (x + .1), its derivative by log x: .1 x / (x + .1)^2."""
+    """Return the surrogate of f(x) = x / (x + .1); by log x, f has the slope .1 x / (x + .1)^2."""
     p, a = math.exp(x.lp[i][t]), x.A[i]
     return -a * p / (p + 0.1), -a * 0.1 * p / (p + 0.1) ** 2
 
@@ -112,7 +112,7 @@ def rlsd(x: Any, i: int, t: int, mix: float = 0.5, width: float = 0.2) -> float:
 
 
 def trrd(x: Any, i: int, t: int, dual: float | None = None) -> tuple[float, float]:
-    """With the paper's clamp, which also changes the slope of log r."""
+    """Return TRRD's loss with the paper's clamp, which also changes the slope of log r."""
     ratio, slope = x.rho(i, t), 1.0
     if not THEIRS[i]:
         ratio, slope = published_trrd(x.lp[i][t], x.old[i][t], x.teacher[i][t], 0.5, 1.0)
@@ -134,7 +134,7 @@ def truncated(x: Any, i: int, t: int) -> float:
 
 
 def sdar(x: Any, i: int, t: int) -> tuple[float, float]:
-    """c g d with a constant g; the gradient is that of -c g log pi."""
+    """Return c g d with a constant g; the slope by log pi is -c g."""
     gate = 0.0 if THEIRS[i] else 0.3 / (1 + math.exp(-5 * x.d(i, t)))
     return gate * x.d(i, t), -gate
 
@@ -145,7 +145,7 @@ def gopd(x: Any, i: int, t: int) -> tuple[float, float]:
 
 
 def scope_weights(x: Any, scale: str = "sum", tau: float = 1.0) -> list[float]:
-    """A softmax over the group's correct completions, another over its wrong ones."""
+    """Return a softmax over the group's correct completions, and another over its wrong ones."""
     out = [0.0] * len(GROUPS)
     for group in set(GROUPS):
         for verdict in (True, False):
@@ -168,7 +168,7 @@ def scope(x: Any, i: int, t: int, scale: str = "sum", tau: float = 1.0) -> tuple
 
 
 def shaped(x: Any) -> list[float]:
-    """r' = r + .3 mean d of the old student, divided by the std of r."""
+    """Return advantages of r' = r + .3 mean d of the old student, divided by the std of r."""
     mean = [
         0.0
         if THEIRS[i] or not LENGTHS[i]

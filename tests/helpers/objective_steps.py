@@ -56,19 +56,19 @@ COMPLETIONS = [
     *([2, 3], [4, 4, 4], [1, 3], [1]),
     *([3, 1, 2], [2, 4], [4, 1, 1, 1], [2, 5, 3]),
 ]
-# Of the groups one is mixed, one wrong, one correct, one mixed and half of it cut.
+# Four groups: mixed, all wrong, all correct, and mixed with half of it truncated.
 CORRECT = [True, False, False, True] + [False] * 4 + [True] * 4 + [True, False, False, True]
 REWARDS = [1.0, 0.0, 0.2, 1.1, 0.0, 0.3, 0.1, 0.4, 1.0, 1.4, 1.1, 1.2, 1.0, 0.0, 0.5, 1.0]
 CUT = [i in (6, 12, 14) for i in range(16)]
 THEIRS = [i % 4 == 3 for i in range(16)]
-# Groups are torn apart; of eight parts the first has no loss tokens.
+# Rows in an order that splits groups; of eight parts the first has no loss tokens.
 ORDER = [12, 14, 3, 0, 6, 2, 15, 1, 5, 4, 9, 11, 8, 13, 7, 10]
 TABLES = ("old_logprobs", "teacher_logprobs", "rollout_logprobs", "ref_logprobs", "old_entropy")
 TEACHER_TABLES = ("teacher_logprobs", "teacher_entropy", "teacher_topk_logprobs")
 
 
 def step(seed: int = 0, mixed: bool = True, wide: float = 1.0) -> RolloutBatch:
-    """A scored rollout in float64, not yet prepared; ``wide`` scales the teacher's distance."""
+    """Return a scored float64 rollout, not prepared yet; ``wide`` scales the teacher's distance."""
     batch = collate(
         [[1 + g % 3, 2] if g else [3] for g in GROUPS],
         COMPLETIONS,
@@ -99,13 +99,13 @@ def step(seed: int = 0, mixed: bool = True, wide: float = 1.0) -> RolloutBatch:
 
 
 def ready(objective: Objective, batch: RolloutBatch) -> RolloutBatch:
-    """Prepare a step and count it, as the trainer does."""
+    """Return the step prepared and with its totals, as the trainer does it."""
     batch = objective.prepare(batch)
     return batch.replace(totals=batch.count(MAX_TOKENS))
 
 
 def student(batch: RolloutBatch, seed: int = 50, near: float = 0.3) -> TokenScores:
-    """Leaf tables: log-probs near the old ones, entropies, top-k log-probs, divergences."""
+    """Return leaf tensors: log-probs near the old ones, entropies, top-k log-probs, divergences."""
     shape = batch.completion_ids.shape
     logprobs = batch.old_logprobs + normal(*shape, seed=seed, scale=near)
     rows = normal(*shape, V, seed=seed + 2).log_softmax(-1)
@@ -121,7 +121,7 @@ def student(batch: RolloutBatch, seed: int = 50, near: float = 0.3) -> TokenScor
 def graded(
     objective: Objective, batch: RolloutBatch, scores: TokenScores
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a prepared batch, and its gradient by every table of the student."""
+    """Return the loss of a prepared batch, and its gradient by every tensor of ``student``."""
     loss, _ = objective(batch, scores)
     leaves = {n: x for n, x in scores._asdict().items() if x is not None and x.requires_grad}
     gradients = torch.autograd.grad(loss, leaves.values(), allow_unused=True)
@@ -130,7 +130,7 @@ def graded(
 
 
 def bigram(objective: Objective, batch: RolloutBatch, table: Tensor) -> TokenScores:
-    """A model whose row ``previous token`` of the table holds the next token's logits."""
+    """Score with a bigram model: row ``previous token`` of the table has the next one's logits."""
     places = batch.prompt_lengths[:, None] - 1 + torch.arange(batch.completion_ids.shape[1])
     previous = batch.input_ids.gather(1, places.clamp(max=batch.input_ids.shape[1] - 1))
     logits, theirs = table[previous], normal(V, V, seed=13)[previous]
@@ -150,7 +150,7 @@ def table_gradient(
     cut: Sequence[Sequence[int]],
     scores: Callable[[Objective, RolloutBatch, Tensor], TokenScores] = bigram,
 ) -> tuple[float, Tensor]:
-    """Loss and gradient by the model's parameters, over the micro-batches of a prepared step."""
+    """Return loss and gradient by the model's table, summed over a step's micro-batches."""
     table = normal(V, V, seed=11).requires_grad_()
     total = 0.0
     for rows in cut:
@@ -163,7 +163,7 @@ def table_gradient(
 
 
 class Keep(Selection):
-    """A selection given as a table."""
+    """Selects the tokens of a given mask."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -180,7 +180,7 @@ def keep(objective: Objective, mask: Tensor) -> Objective:
 
 
 def some_mask(batch: RolloutBatch) -> Tensor:
-    """Part of the tokens: none of one completion, all of another."""
+    """Return a random mask with no token of one completion and all of another."""
     mask = normal(*batch.loss_mask.shape, seed=77) > 0
     mask[0], mask[2] = False, True
     return mask
@@ -198,7 +198,7 @@ def widen(batch: RolloutBatch, width: int, fill: float = 0.0) -> RolloutBatch:
 
 
 def same(a: Objective, b: Objective, batch: RolloutBatch, near: float = 0.3) -> None:
-    """Check that two objectives give a step one loss and one gradient."""
+    """Check that two objectives give a step the same loss and gradient."""
     scores = student(batch, near=near)
     got, expected = (graded(o, ready(o, batch), scores) for o in (a, b))
     close(got[0], expected[0])
@@ -206,11 +206,11 @@ def same(a: Objective, b: Objective, batch: RolloutBatch, near: float = 0.3) -> 
 
 
 def shifted(make: Callable[..., Objective], *args: Any, **fixed: Any) -> Callable[..., Objective]:
-    """A constructor with some arguments given."""
+    """Return a constructor with other defaults for some arguments."""
     return lambda **kw: make(*args, **fixed, **kw)
 
 
-# Those without a teacher, those with one, by name.
+# Presets without a teacher, then those with one, by name.
 PLAIN: dict[str, Callable[..., Objective]] = {
     "grpo": GRPO,
     "grpo-dual": shifted(GRPO, dual_clip=1.3),

@@ -1,4 +1,4 @@
-"""Random models whose folder, configuration or weights are unlike those of the plain decoders."""
+"""Random models whose folder, configuration or weights differ from those of plain decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One position of a small softmax, enumerated: every token of the vocabulary is a completion."""
+"""Enumerates one position of a small softmax: every token of the vocabulary is a completion."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def expected_gradient(
     """Return the gradient ``[V]`` of the loss's expectation over the student's samples.
 
     Args:
-        objective: its terms, without their reduction.
+        objective: the objective whose terms are taken without their reduction.
         logits: ``[V]``, the student's.
         teacher: ``[V]`` log-probabilities.
-        asked: ``[K]`` ids whose log-probabilities the objective compares.
+        asked: ``[K]`` token ids whose log-probabilities the objective compares.
         fields: see ``position``.
     """
     leaf = logits.clone().requires_grad_()

@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def alone(tensor: Tensor, operation: str) -> Tensor:
-    """Sum over one rank."""
+    """Return the sum over one rank: the value itself."""
     assert operation == "sum"
     return tensor

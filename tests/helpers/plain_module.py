@@ -9,7 +9,7 @@ import torch
 
 
 class OneWeight(pl.LightningModule):
-    """A model of one weight."""
+    """A model with one weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The configuration of a model that is planned in tests."""
+"""The configuration of a model for tests of plans."""
 
 # A Qwen3 of two layers.
 SMALL = {

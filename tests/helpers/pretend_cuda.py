@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors that say ``cuda:0``, hold their numbers on the CPU, and refuse to mix.
+"""A pretended GPU: tensors that report ``cuda:0``, with their numbers on the CPU.
 
 The library's tensor code runs on it as on a card, with the CPU's numbers. Mixing devices raises as
 CUDA does, and what makes the host wait for the card is counted. torch's own fake tensors have no
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 ON_CARD = ("cuda", "meta")
-# The host waits for these on CUDA: they return a number, or a tensor whose shape depends on one.
+# On CUDA the host waits for these: their result is a number, or a shape that depends on data.
 WAITS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -58,7 +58,7 @@ class Card(torch.Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device="meta",  # to C++, which has no guard for CUDA in a build for CPUs
+            device="meta",  # for C++, whose CPU build has no code for CUDA tensors
         )
         made.inner = inner
         return made
@@ -67,7 +67,7 @@ class Card(torch.Tensor):
         return f"Card({self.inner})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Save the numbers, which leave the card for it."""
+        """Save the numbers, for which the host waits."""
         _waited("saved")
         return self.inner.__reduce_ex__(protocol)
 
@@ -84,7 +84,7 @@ waits: Counter[str] = Counter()
 
 
 def _waited(name: str) -> None:
-    """Count a wait; one that transformers' own code asks for is counted under its name."""
+    """Count a wait; one that transformers' code causes is counted as ``transformers``."""
     frame = sys._getframe(1)
     while frame is not None and "kdrl_lightning/" not in frame.f_code.co_filename:
         if "/transformers/" in frame.f_code.co_filename:
@@ -222,7 +222,7 @@ _moved: dict[int, Any] = {}
 
 
 def _shared(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Return the parameter on the card; tied ones stay one."""
+    """Return the parameter on the card; tied parameters stay tied."""
     if isinstance(parameter, Card):
         return parameter
     if id(parameter) not in _moved:
@@ -236,7 +236,7 @@ def _shared(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 @contextmanager
 def pretend_cuda() -> Iterator[Counter[str]]:
-    """Pretend that there is a GPU; yield what made the host wait for it, by name."""
+    """Pretend that there is a GPU; yield the number of the host's waits by operation."""
     waits.clear()
     _moved.clear()
     with (

@@ -1,4 +1,4 @@
-"""The program on its command line, in this process: what it builds, and how it refuses."""
+"""Runs the command line in this process; returns what it builds, or its error line."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ def refusal(start: Any, capsys: pytest.CaptureFixture[str], *flags: str, code: i
 
 
 def version(number: int) -> Path:
-    """Folder of a run's logs, in the working folder."""
+    """Return the folder of a run's logs, below the working folder."""
     return Path(f"runs/kdrl_lightning/version_{number}")

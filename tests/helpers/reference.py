@@ -20,7 +20,7 @@ RTOL = 1e-10
 
 
 def f64(values: Any) -> Tensor:
-    """Float64 tensor of numbers, nested lists or a tensor, without graph."""
+    """Return numbers, nested lists or a tensor as a float64 tensor without graph."""
     return torch.as_tensor(values, dtype=torch.float64).detach()
 
 
@@ -30,18 +30,18 @@ def close(actual: Any, expected: Any, tol: float = RTOL) -> None:
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    """Standard normal float64 numbers from their own generator."""
+    """Return standard normal float64 numbers from a separate generator."""
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def one(value: float) -> Tensor:
-    """A table of one number."""
+    """Return a ``[1, 1]`` tensor."""
     return torch.tensor([[value]], dtype=torch.float64)
 
 
 def graded(function: Any, logprobs: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Per-token loss and its derivative by ``logprobs``."""
+    """Return the per-token loss and its derivative by ``logprobs``."""
     leaf = logprobs.clone().requires_grad_()
     loss = function(leaf, *args, **kwargs)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
@@ -56,7 +56,7 @@ def log_softmax(logits: Sequence[float]) -> list[float]:
 
 
 def kl(log_p: Sequence[float], log_q: Sequence[float]) -> float:
-    """KL(p || q) by its definition."""
+    """Return KL(p || q) by its definition."""
     return sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True))
 
 
@@ -72,7 +72,7 @@ def forward_kl_gradient(log_p: Sequence[float], log_q: Sequence[float]) -> list[
 
 
 def surrogate(ratio: float, advantage: float, low: float, high: float) -> tuple[float, float]:
-    """Loss of one token and its derivative by log pi: PPO's four cases, spelled out."""
+    """Return the loss of a token and its derivative by log pi: PPO's four cases, spelled out."""
     if advantage > 0 and ratio > 1 + high:
         return -(1 + high) * advantage, 0.0
     if advantage < 0 and ratio < 1 - low:
@@ -93,9 +93,9 @@ def trrd_ratio(
 def published_trrd(
     lp: float, old: float, teacher: float, alpha: float, clamp: float
 ) -> tuple[float, float]:
-    """TRRD's ratio with RLAD's App. B, and the derivative of its logarithm by log pi.
+    """Return TRRD's ratio with RLAD's App. B, and the derivative of its logarithm by log pi.
 
-    The log of pi / pi_T is clamped with its gradient: outside the clamp only alpha is left.
+    log(pi / pi_T) is clamped inside the graph: where the clamp acts, the derivative is alpha.
     """
     to_teacher = lp - teacher
     if abs(to_teacher) > clamp:
@@ -107,7 +107,7 @@ def published_trrd(
 def token_weights(
     lengths: Sequence[int], groups: Sequence[int], reduction: str, max_tokens: int
 ) -> list[float]:
-    """Weight of one token of each completion in the step's loss.
+    """Return the weight of a token of each completion in the step's loss.
 
     Args:
         lengths: loss tokens of each completion of the whole step.

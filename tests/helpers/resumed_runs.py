@@ -1,4 +1,4 @@
-"""A run stopped at each of its steps and gone on with: the pieces that such tests share."""
+"""The pieces that tests share in which a run is stopped at each of its steps and resumed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kdrl_lightning.callbacks import FSDPCheckpoint, RunReport, SelectiveImitati
 from kdrl_lightning.objectives import Objective
 from kdrl_lightning.teachers import Teacher
 
-# Clocks, and what the report keeps by its step.
+# Values of clocks, and what the report stores by step.
 LEFT_OUT = ("time/", "memory/", "tokens_per_s", "val/")
 
 
 @dataclass
 class Setting:
-    """What a run is made of; each run gets new objects."""
+    """Builders of a run's parts; each run gets new objects."""
 
     student: str
     teacher: str | Teacher
@@ -38,7 +38,7 @@ class Setting:
 
 @dataclass
 class Run:
-    """What a run leaves behind."""
+    """The results of a run that are compared."""
 
     trainer: pl.Trainer
     module: Any
@@ -70,7 +70,7 @@ class Rates(pl.Callback):
 
 
 def every_step(saver: FSDPCheckpoint, data: Any) -> None:
-    """Let it save after every optimizer step."""
+    """Make the callback save after every optimizer step."""
     saver.every_n_rollouts = 1 / data.updates_per_rollout  # type: ignore[assignment]
 
 

@@ -1,4 +1,4 @@
-"""Small models of each way in which logits are treated, rows for them, and slow scores."""
+"""Small models that scale, cap or shift their logits in each known way, rows, and slow scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMON = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
-    # Wide logits: a soft-cap or a scale that is forgotten must show.
+    # Large logits, so that a forgotten soft-cap or scale changes the numbers.
     "initializer_range": 0.3,
     "pad_token_id": PAD,
     "bos_token_id": None,
@@ -51,7 +51,7 @@ def build(name: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> 
 
 
 def rollout(temperature: float = 1.0) -> RolloutBatch:
-    """Rows of different prompt, completion and total length."""
+    """Return rows of different prompt, completion and total lengths."""
     generator = torch.Generator().manual_seed(3)
     shape = [(5, 3), (1, 9), (7, 1), (2, 2)]
     draw = [torch.randint(2, VOCAB, (p + c,), generator=generator).tolist() for p, c in shape]
@@ -66,7 +66,7 @@ def rollout(temperature: float = 1.0) -> RolloutBatch:
 def reference(
     model: Any, batch: RolloutBatch, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row and one token at a time, without padding, from the model's own logits."""
+    """Return log-probabilities from the model's own logits, a row and a token at a time."""
     logprobs = [[torch.zeros(())] * batch.completion_ids.shape[1] for _ in range(len(batch))]
     entropy = [list(row) for row in logprobs]
     for b in range(len(batch)):

@@ -1,4 +1,4 @@
-"""A trainer whose strategy shards."""
+"""A stand-in for a trainer whose strategy shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdrl_lightning.checkpoints.writer import CheckpointWriter
 
 
 def sharded_trainer(step: int = 4, state: Any = None) -> Any:
-    """A trainer as the writer sees it, alone, with a sharded strategy."""
+    """Return what ``CheckpointWriter`` reads of a trainer with one rank and a sharded strategy."""
     state = state or {
         "loops": {},
         "global_step": step,

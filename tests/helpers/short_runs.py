@@ -30,7 +30,7 @@ from kdrl_lightning.tiny import ColumnAddition
 
 
 def some_reward(sample: Sample) -> float:
-    """A reward with variance under a random model."""
+    """Return a reward that varies over the completions of a random model."""
     return float(len(sample.ids) % 2)
 
 
@@ -73,9 +73,9 @@ GROUPS: dict[str, Any] = {
 
 
 def grouped(flat: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a data module from one list: ``group_size`` is that of ``rollout``.
+    """Return a data module's arguments from flat settings: ``group_size`` goes into ``rollout``.
 
-    The table of former names says which group a setting is in.
+    The table of renamed settings says which group a setting is in.
     """
     out: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ def grouped(flat: dict[str, Any]) -> dict[str, Any]:
         if f"data.{name}" in RENAMED:
             _, group, inner = RENAMED[f"data.{name}"].split(".")
             groups.setdefault(group, {})[inner] = value
-        elif name in RolloutSettings.__dataclass_fields__:  # newer than the table
+        elif name in RolloutSettings.__dataclass_fields__:  # never had a flat name
             groups.setdefault("rollout", {})[name] = value
         else:
             out[name] = value
@@ -113,7 +113,7 @@ def make_trainer(tmp_path: Path, **changes: Any) -> pl.Trainer:
 
 
 class Trace(pl.Callback):
-    """Keeps every micro-batch, with all scores that its update used, and the step then."""
+    """Keeps every micro-batch, with all scores that its update used, and its optimizer step."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, Any]] = []
@@ -169,7 +169,7 @@ def trained(root: Path, student: str, lora: LoRA | None = None) -> tuple[Any, st
 
 
 class ScoredBefore(RLAD):
-    """Has the student run before the updates."""
+    """RLAD that always has old log-probs computed before the updates."""
 
     def reads_old_scores(self, rollout: Any) -> bool:
         return True

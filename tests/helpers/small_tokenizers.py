@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that the package aligns, trained on a text or made by hand."""
+"""Small tokenizers of every kind that the package can align, trained on a text or made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small tokenizer with whatever special tokens a test wants around a text."""
+"""A small tokenizer that puts the special tokens of a test's choice around a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = ["<bos>", "<eos>", "<pad>", "1", "2", "3", "+", "=", ";", "u", "a", "s",
 
 
 def word_tokenizer(around: str = "$A", template: str | None = CHAT) -> Any:
-    """Return a tokenizer of words; ``around`` is what it makes of a text, ``$A``.
+    """Return a tokenizer of words; ``around`` is the template of an encoded text ``$A``.
 
     >>> tokenizer = word_tokenizer("<bos> $A <eos>")
     >>> tokenizer("1 + 2")["input_ids"], tokenizer("1", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""The functions of a chunk through ``torch.compile``, as on a GPU, here on a CPU."""
+"""The head's functions of a chunk through ``torch.compile``, which GPUs use, on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head on a GPU, played by tensors without values: chunk sizes, types of the products."""
+"""The head on a GPU, simulated by fake tensors: chunk sizes, dtypes of the matrix products."""
 
 from __future__ import annotations
 

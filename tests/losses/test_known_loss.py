@@ -1,4 +1,4 @@
-"""Gradients computed in the forward pass, from a loss that is known in advance."""
+"""Gradients computed in the forward pass, for a loss that is known in advance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chosen log-probabilities and entropy from hidden states, in chunks."""
+"""Log-probabilities of chosen tokens, and entropy, from hidden states, in chunks."""
 
 from __future__ import annotations
 

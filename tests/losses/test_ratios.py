@@ -1,4 +1,4 @@
-"""The clipped surrogate and TRRD against slow references, and the laws that tie them."""
+"""The clipped surrogate and TRRD against slow references, and the laws that relate them."""
 
 from __future__ import annotations
 

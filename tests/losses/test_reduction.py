@@ -1,4 +1,4 @@
-"""Reductions: slow references, any cut of a step, and what lies under the mask."""
+"""Reductions against slow references, for any cut of a step, with garbage in masked tokens."""
 
 from __future__ import annotations
 

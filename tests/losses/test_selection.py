@@ -1,4 +1,4 @@
-"""Selections, engine weights and the advantages that the teacher shapes, by hand and by law."""
+"""Selections, engine corrections and advantages shaped by the teacher, by hand and by law."""
 
 from __future__ import annotations
 

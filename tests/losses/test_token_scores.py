@@ -1,4 +1,4 @@
-"""Top-k and another model's divergence, straight from hidden states, in chunks."""
+"""Top-k log-probabilities, and the divergence from another model, from hidden states in chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRRD as RLAD's paper has it: the clamp of App. B, the regimes of section 4.1, App. C."""
+"""TRRD as in RLAD's paper: the clamp of App. B, the regimes of section 4.1, App. C."""
 
 from __future__ import annotations
 

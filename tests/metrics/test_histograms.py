@@ -1,4 +1,4 @@
-"""Histograms with fixed edges: counts, quantiles, and their way to the loggers and the picture."""
+"""Histograms with fixed edges: counts, quantiles, and what reaches loggers and the picture."""
 
 from __future__ import annotations
 

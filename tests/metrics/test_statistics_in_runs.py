@@ -1,4 +1,4 @@
-"""The statistics of whole runs: every documented name, and the same however a step is cut."""
+"""Statistics of whole runs: every documented name, and equal values however a step is cut."""
 
 from __future__ import annotations
 

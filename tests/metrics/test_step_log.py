@@ -1,4 +1,4 @@
-"""Numbers of a step reach callbacks and loggers as Lightning's own log would bring them."""
+"""A step's numbers reach callbacks and loggers as they would through Lightning's own log."""
 
 from __future__ import annotations
 

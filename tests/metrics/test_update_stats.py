@@ -1,4 +1,4 @@
-"""What a step says of its scores: engine against trainer, and the teacher's values."""
+"""A step's statistics of scores: engine against trainer, and the teacher's values."""
 
 from __future__ import annotations
 

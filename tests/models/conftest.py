@@ -1,4 +1,4 @@
-"""A folder of downloaded and converted models for one test."""
+"""Fixture: a cache folder of downloaded and converted models for one test."""
 
 from __future__ import annotations
 

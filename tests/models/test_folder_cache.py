@@ -1,4 +1,4 @@
-"""A cached folder is complete, or not there."""
+"""A cached folder is complete or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache that grows in place gives what transformers' own gives."""
+"""A KV cache that grows in place gives the same values as transformers' cache."""
 
 from __future__ import annotations
 

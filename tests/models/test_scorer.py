@@ -1,4 +1,4 @@
-"""The scorer against ``model(...).logits``, for each way in which logits are treated."""
+"""The scorer against ``model(...).logits``, for models that scale, cap or shift their logits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights that lie over four GPUs, gathered for an engine and for an export, without a GPU.
+"""Weights sharded over four simulated GPUs are gathered for an engine and for an export.
 
-torch's fake tensors say ``cuda`` and hold no numbers; the process group is torch's own fake one. An
-operation on two devices raises, and so does one that reads a number. Numbers are compared in a real
+torch's fake tensors report ``cuda`` and hold no numbers; the process group is torch's fake one. An
+operation that mixes devices or reads a number raises. Numbers are compared in a real process
 group, in tests/models/test_sharding.py and tests/runs/test_two_processes.py.
 """
 

@@ -1,4 +1,4 @@
-"""Coefficients that schedules set, and values that are refused."""
+"""Coefficients: schedules can set them, and bad values are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which objectives give each token a derivative that depends on no other token's scores."""
+"""Objectives say whether a token's derivative depends on other tokens' scores."""
 
 from __future__ import annotations
 

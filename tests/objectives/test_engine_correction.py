@@ -1,4 +1,4 @@
-"""The engine's correction: its levels by hand, and when it is on without being asked for."""
+"""The engine correction: its levels by hand, and when it is on by default."""
 
 from __future__ import annotations
 

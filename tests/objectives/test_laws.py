@@ -1,4 +1,4 @@
-"""Laws that hold for every preset: cuts, padding, garbage, what is left out."""
+"""Laws of every preset: cuts of a step, padding, garbage in masked tokens, masked rows."""
 
 from __future__ import annotations
 

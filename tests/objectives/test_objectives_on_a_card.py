@@ -1,4 +1,4 @@
-"""Every preset on a pretended GPU: the CPU's loss and gradient, and no wait in an update."""
+"""Every preset on a pretended GPU: the CPU's loss and gradient, and no host wait in an update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as imitated or dead, degenerate cases, what each preset needs."""
+"""Which tokens count as imitated or dead, degenerate cases, and what each preset needs."""
 
 from __future__ import annotations
 

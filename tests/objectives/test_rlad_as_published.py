@@ -1,4 +1,4 @@
-"""RLAD's Eq. 4 whole, and its KDRL baseline, against slow references from the paper's text."""
+"""All of RLAD's Eq. 4, and its KDRL baseline, against slow references from the paper's text."""
 
 from __future__ import annotations
 

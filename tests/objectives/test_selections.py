@@ -1,4 +1,4 @@
-"""Where to imitate: verdicts, gates and end tokens by hand; what an empty selection means."""
+"""Selections: verdicts, gates and end tokens by hand; what an empty selection means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions that the teacher sampled: their ratio rules, and what stays away from them."""
+"""Completions that the teacher sampled: their ratio rules, and terms that do not act on them."""
 
 from __future__ import annotations
 

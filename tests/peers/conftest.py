@@ -1,4 +1,4 @@
-"""Settings of the comparisons with other libraries."""
+"""Fixtures: settings for comparisons with other libraries."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Our losses against TRL's: the same numbers go in, loss and gradient must come out the same.
+"""Our losses against TRL's: for the same inputs, loss and gradient must be the same.
 
-TRL's trainers are real ones. The only stand-in is the model: one that answers with randomly drawn
-log-probabilities, so that everything TRL does with them is its own code.
+TRL's trainers are real. The only stand-in is the model, which returns randomly drawn
+log-probabilities, so everything computed from them is TRL's code.
 """
 
 from __future__ import annotations

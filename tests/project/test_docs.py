@@ -1,4 +1,4 @@
-"""What the pages on methods say: settings, configurations, files."""
+"""The pages on methods agree with the code: settings, configurations, files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors for users: each names the rule, the value and the cure, in one line."""
+"""Every error message names the rule, the value and the cure, in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests share is in tests/helpers or in a conftest, once."""
+"""Code that tests share is in tests/helpers or in a conftest, once."""
 
 from __future__ import annotations
 

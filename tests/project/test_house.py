@@ -1,4 +1,4 @@
-"""The arrows of the house: who may import whom."""
+"""The package's structure: allowed imports, sizes of folders, public and former names."""
 
 from __future__ import annotations
 

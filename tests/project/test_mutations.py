@@ -1,4 +1,4 @@
-"""The list of mutations fits the code, and its page the list; the script itself takes minutes."""
+"""The mutations fit the code, and their page the list; running them all takes minutes."""
 
 from __future__ import annotations
 

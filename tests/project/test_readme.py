@@ -1,4 +1,4 @@
-"""What the README says can be done."""
+"""The README's commands and examples work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large files and signatures may be, and names that the package gave up."""
+"""Limits on the size of files and signatures, and names that the package no longer uses."""
 
 from __future__ import annotations
 

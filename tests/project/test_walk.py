@@ -1,4 +1,4 @@
-"""The page of a prompt's way names functions that exist and are called in that order."""
+"""docs/walk.md names functions that exist, in the order in which a run calls them."""
 
 from __future__ import annotations
 

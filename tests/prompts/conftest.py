@@ -1,4 +1,4 @@
-"""What tests of prompts share."""
+"""Fixtures for tests of prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users bring as prompts becomes the ids that the model should see, or one line."""
+"""Prompts in any form become the ids that the model should see, or one error line."""
 
 from __future__ import annotations
 

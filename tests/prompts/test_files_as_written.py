@@ -1,4 +1,4 @@
-"""What a file says is what a run trains on: numbers, dates, classes and cells of files."""
+"""A run trains on what a file says: numbers, dates, classes and cells are not changed."""
 
 from __future__ import annotations
 

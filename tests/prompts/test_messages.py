@@ -1,4 +1,4 @@
-"""From a question to a prompt, and into token ids."""
+"""Messages: from a question to a prompt, and to token ids."""
 
 from __future__ import annotations
 

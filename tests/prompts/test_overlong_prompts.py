@@ -1,4 +1,4 @@
-"""Prompts over the length limit are refused, or left out and counted; failures are what is set."""
+"""Prompts over the length limit are refused, or left out and counted, as the setting says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates that leave text out, close the prompt, or ignore what a user sets."""
+"""Chat templates that leave text out, close the prompt, or ignore a user's settings."""
 
 from __future__ import annotations
 

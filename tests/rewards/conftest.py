@@ -1,4 +1,4 @@
-"""A judge of answers, for the tests of a file."""
+"""Fixture: a math reward whose processes all tests of a file share."""
 
 from __future__ import annotations
 

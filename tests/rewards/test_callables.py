@@ -1,4 +1,4 @@
-"""What can be a reward function, in this process and in others: the right value or one line."""
+"""Callables as reward functions, in this process and in others: the right value, or one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reward says of a completion reaches the verdict, for a teacher that reads it."""
+"""A reward's feedback on a completion reaches the verdict, for a teacher that reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mathematics: which answer counts, what equals what, and completions made to do harm."""
+"""MathReward: which answer counts, which answers are equal, and malicious completions."""
 
 from __future__ import annotations
 

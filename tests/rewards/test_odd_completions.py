@@ -1,4 +1,4 @@
-"""Completions that nobody writes and students sample: every reward judges them, or says wrong."""
+"""Odd completions that students sample: every reward judges them, or counts them as wrong."""
 
 from __future__ import annotations
 

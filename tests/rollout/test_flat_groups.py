@@ -1,4 +1,4 @@
-"""One definition of a flat group: for refills, advantages and statistics, in the run's type."""
+"""Refills, advantages and statistics share one definition of a flat group, in the run's dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions meet their rows, texts and verdicts; seeds are mixed from a key."""
+"""Completions are matched with rows, texts and verdicts; seeds are mixed from a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines follow the weights, whatever state torch is in when a run asks them to."""
+"""Engines get the current weights, whatever state torch is in when a run syncs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integers for the trainer, and the order in which prompts are taken."""
+"""The train loader's integers, and the order in which prompts are taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The micro-batch cut against brute force over every contiguous cut of the sorted rows."""
+"""The partition into micro-batches against brute force over all cuts of the sorted rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rollout in a checkpoint: every number of processes finds the rows that it would have made."""
+"""A rollout in a checkpoint: any number of processes restores the rows it would have sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher that reads more tokens than the student keeps the limit of tokens of a pass."""
+"""A teacher that reads more tokens than the student stays within the token limit of a pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text that a reward reads: all special tokens but those that begin, end and pad a turn."""
+"""A reward's text has all special tokens except those that begin, end or pad a turn."""
 
 from __future__ import annotations
 

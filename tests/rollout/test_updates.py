@@ -1,4 +1,4 @@
-"""How a rollout becomes optimizer steps, with scores that tell where they came from."""
+"""How a rollout becomes optimizer steps, with scores that show which pass computed them."""
 
 from __future__ import annotations
 

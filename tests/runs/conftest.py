@@ -1,4 +1,4 @@
-"""The runs of a session."""
+"""Fixtures: runs that all tests of a session share."""
 
 from __future__ import annotations
 

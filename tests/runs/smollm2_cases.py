@@ -1,4 +1,4 @@
-"""vLLM on SmolLM2 for real: run by ``test_smollm2`` in a separate process."""
+"""Real vLLM on SmolLM2: ``test_smollm2`` runs these cases in a separate process."""
 
 from __future__ import annotations
 

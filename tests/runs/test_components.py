@@ -1,4 +1,4 @@
-"""Lightning's own flags and smaller promises of module, data module and callbacks."""
+"""Lightning's own flags, and details of module, data module and callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs take the same steps whether the backward pass rebuilds logits or not."""
+"""Whole runs take the same steps whether the backward pass recomputes logits or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job as a user starts it, and the same job on another model and other prompts."""
+"""``configs/rlad.yaml`` as a user starts it, and on another model and other prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No tensor has a vocabulary for every token: student, teacher, reference, forward and backward."""
+"""No pass, forward or backward, of any model makes a tensor of tokens times vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The student is not run for scores that the first update's own forward pass gives."""
+"""No scoring pass of the student runs if the first update's forward pass gives its scores."""
 
 from __future__ import annotations
 

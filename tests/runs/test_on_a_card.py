@@ -1,4 +1,4 @@
-"""Whole runs on a pretended GPU: nothing mixes devices, numbers are the CPU's, waits are bounded.
+"""Whole runs on a pretended GPU: no mixed devices, the CPU's numbers, a bounded number of waits.
 
 The pretended GPU holds its numbers on the CPU, refuses to mix devices as CUDA does, and counts what
 makes the host wait (tests/helpers/pretend_cuda.py).

@@ -1,4 +1,4 @@
-"""The next rollout is sampled while the present one trains."""
+"""The next rollout is sampled while the current one trains."""
 
 from __future__ import annotations
 

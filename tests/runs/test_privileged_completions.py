@@ -1,4 +1,4 @@
-"""A teacher samples after its own prompt; the student learns that after its own: HDPO."""
+"""HDPO: the teacher samples after its own prompt, and the student learns it after the student's."""
 
 from __future__ import annotations
 

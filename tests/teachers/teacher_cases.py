@@ -1,4 +1,4 @@
-"""A real server of fixed weights: run by ``test_server_teacher`` in a separate process."""
+"""A real server of fixed weights: ``test_server_teacher`` runs it in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teacher scores on disk: found again bit for bit, and only where everything is the same."""
+"""Teacher scores on disk: read bit for bit, and only if everything they depend on is the same."""
 
 from __future__ import annotations
 

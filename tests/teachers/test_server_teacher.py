@@ -1,4 +1,4 @@
-"""The teacher behind servers: faults by a scripted one, and the real one in a separate process."""
+"""The teacher on servers: faults of a scripted one, and a real one in a separate process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Teachers of every kind on a pretended GPU: the CPU's scores, and a bounded number of waits.
 
-tests/runs/test_on_a_card.py bounds whole runs; here are the kinds that those do not have.
+tests/runs/test_on_a_card.py bounds whole runs; these are the kinds that those do not have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names and refusals of the embedded models; the shipped pair; equal seeds, equal bits."""
+"""The embedded models: names, refusals, the shipped pair; equal seeds give equal bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token a character, there and back."""
+"""The tokenizer of single characters encodes and decodes without loss."""
 
 from __future__ import annotations
 

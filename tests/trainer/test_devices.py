@@ -1,4 +1,4 @@
-"""GPUs that a machine lacks: one line, before the trainer is made."""
+"""GPUs that a machine lacks are refused in one line, before the trainer is made."""
 
 from __future__ import annotations
 

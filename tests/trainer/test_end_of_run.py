@@ -1,4 +1,4 @@
-"""At the end of a run the student is saved, whatever else fails; what can be is tried before."""
+"""The student is saved at the end of a run, whatever else fails; checks run before training."""
 
 from __future__ import annotations
 

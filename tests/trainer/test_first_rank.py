@@ -1,4 +1,4 @@
-"""If the first process fails while another waits for it, neither goes on."""
+"""If the first process fails while another waits for it, both end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often fsdp2 reduces gradients, counted where torch does it, in a group of one process."""
+"""How often fsdp2 reduces gradients, counted inside torch, in a group of one process."""
 
 from __future__ import annotations
 

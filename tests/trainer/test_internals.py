@@ -1,4 +1,4 @@
-"""The one place where this package reaches into Lightning, against the installed Lightning."""
+"""The one file that uses Lightning's internals, against the installed Lightning."""
 
 from __future__ import annotations
 

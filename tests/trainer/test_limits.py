@@ -1,4 +1,4 @@
-"""Limits of the trainer that leave nothing to train, or nothing of a validation, are named."""
+"""Trainer limits that leave nothing to train, or nothing to validate, are named."""
 
 from __future__ import annotations
 

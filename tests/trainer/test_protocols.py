@@ -1,4 +1,4 @@
-"""What the code around a training run asks of the module and of the data module."""
+"""The protocols through which other code uses the module and the data module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags as a user gives them, through Lightning's own launcher and through torchrun."""
+"""Strategy flags as a user gives them, with Lightning's own launcher and with torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: escaped, whole without a network, and opened by a browser."""
+"""The samples page: text is escaped, it needs no network, and a browser opens it."""
 
 from __future__ import annotations
 

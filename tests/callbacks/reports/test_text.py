@@ -1,4 +1,4 @@
-"""Tokens as text: byte-level BPE, characters over several tokens, and what cannot be seen."""
+"""Tokens shown as text: byte-level BPE, characters of several tokens, invisible characters."""
 
 from __future__ import annotations
 

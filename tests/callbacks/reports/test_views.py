@@ -1,4 +1,4 @@
-"""Imitated, punished, protected or dead: what the objectives say, and nothing else."""
+"""Tokens are marked imitated, punished, protected or dead exactly as the objectives say."""
 
 from __future__ import annotations
 

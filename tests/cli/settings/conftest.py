@@ -1,4 +1,4 @@
-"""A configuration that tests of settings change."""
+"""Fixture: a configuration that tests of settings change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting that is given has its effect, or there is a word about it."""
+"""Every setting that a user gives has its effect, or a line says that it has none."""
 
 from __future__ import annotations
 

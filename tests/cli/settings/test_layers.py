@@ -1,4 +1,4 @@
-"""A file over its ``base`` gives what two files give on the command line; losses are named."""
+"""A file over its ``base`` equals two files on the command line; dropped settings are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a second file or a flag takes away is named, and nothing of it stays."""
+"""Settings that a second file or a flag replaces are named, and nothing of them stays."""
 
 from __future__ import annotations
 

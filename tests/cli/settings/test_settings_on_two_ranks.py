@@ -1,4 +1,4 @@
-"""What concerns all processes is said once."""
+"""Messages that concern all processes are printed once."""
 
 from __future__ import annotations
 

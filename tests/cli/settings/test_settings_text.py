@@ -1,4 +1,4 @@
-"""What a user writes as text reaches every place that takes text unchanged."""
+"""Text that a user writes reaches every text setting unchanged."""
 
 from __future__ import annotations
 

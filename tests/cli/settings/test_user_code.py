@@ -1,4 +1,4 @@
-"""A user's module and constructor leave torch's defaults as they were."""
+"""Importing a user's module or building its class leaves torch's defaults as they were."""
 
 from __future__ import annotations
 

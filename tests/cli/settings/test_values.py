@@ -1,4 +1,4 @@
-"""The rules for values, without a command line: shapes, lists, words, and what is written."""
+"""The rules for values, without a command line: shapes, lists, words, and how they are written."""
 
 from __future__ import annotations
 

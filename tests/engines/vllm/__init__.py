@@ -1,1 +1,1 @@
-"""Tests of the engines, servers and teachers by vLLM."""
+"""Tests of engines, servers and teachers that run on vLLM."""

@@ -1,4 +1,4 @@
-"""Architectures in a student's process, by the benchmark: run by ``test_vllm_architectures``."""
+"""The benchmark's cases of architectures in a student's process: ``test_architectures`` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models for the cases that run vLLM for real."""
+"""Fixtures: models for the cases that run vLLM for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM for real, in this process: run by ``test_vllm_engine`` in a separate process."""
+"""Real vLLM in this process: ``test_engine`` runs these cases in a separate process."""
 
 from __future__ import annotations
 

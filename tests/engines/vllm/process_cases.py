@@ -1,4 +1,4 @@
-"""vLLM for real with a process group: run by ``test_process`` in a separate process."""
+"""Real vLLM with a process group: ``test_process`` runs these cases in a separate process."""
 
 from __future__ import annotations
 

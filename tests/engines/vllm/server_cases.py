@@ -1,4 +1,4 @@
-"""A real server on loopback: run by ``test_vllm_server`` in a separate process."""
+"""A real server on loopback: ``test_server`` runs these cases in a separate process."""
 
 from __future__ import annotations
 

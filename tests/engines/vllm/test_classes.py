@@ -1,4 +1,4 @@
-"""Classes that an engine changes are the student's again, and stay changed for the engine."""
+"""Classes that an engine patches are restored for the student, and stay patched for the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's settings; and, in separate processes, the real one alone and in whole runs."""
+"""The engine's settings; in separate processes, the real engine alone and in whole runs."""
 
 from __future__ import annotations
 

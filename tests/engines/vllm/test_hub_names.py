@@ -1,4 +1,4 @@
-"""What goes to vLLM is what the student's folder holds: names, layouts, values."""
+"""Weights sent to vLLM have the names, layouts and values of the student's folder."""
 
 from __future__ import annotations
 

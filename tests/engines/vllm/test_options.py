@@ -1,4 +1,4 @@
-"""vLLM's settings by architecture; ``*_cases.py`` next to it run them for real."""
+"""vLLM's settings by architecture; ``*_cases.py`` in this folder run them for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine learns and refuses before anything is loaded, and what a push costs."""
+"""What an engine checks and refuses before anything is loaded, and what a weight push costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM's start reads and changes, with a vLLM that writes it down; and the real one."""
+"""What vLLM's start reads and changes in the process: a stand-in that records it, and real vLLM."""
 
 from __future__ import annotations
 

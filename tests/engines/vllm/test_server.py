@@ -1,4 +1,4 @@
-"""The client of servers: faults by a scripted server, and the real one in separate processes."""
+"""The server engine: faults of a scripted server, and a real one in separate processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why vLLM did not start, in one line with the cure."""
+"""If vLLM does not start, one line says why and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on rollouts by vLLM in the process, started as a user starts them."""
+"""Whole runs with vLLM in the training process, started as a user starts them."""
 
 from __future__ import annotations
 

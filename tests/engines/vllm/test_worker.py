@@ -1,4 +1,4 @@
-"""What vLLM's reload leaves out on a CPU, on stand-ins for its modules."""
+"""Steps that vLLM's weight reload skips on a CPU, with stand-ins for its modules."""
 
 from __future__ import annotations
 

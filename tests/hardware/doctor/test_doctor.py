@@ -1,4 +1,4 @@
-"""The self-check: processes and limits, verdicts, and what the checks on numbers can see."""
+"""``doctor``: its processes and limits, its verdicts, and which faults its checks detect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The self-check of weights sent by NCCL, with a pretended server: what it must see."""
+"""The self-check of weights sent by NCCL, with a pretended server: faults it must detect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory in words, known cards, and configurations of models without a network."""
+"""Sizes of memory as text, known GPUs, and configurations of models without a network."""
 
 from __future__ import annotations
 

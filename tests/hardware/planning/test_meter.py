@@ -1,4 +1,4 @@
-"""The meter counts what torch allocates, with numbers and without."""
+"""The meter counts what torch allocates, for real and for fake tensors."""
 
 from __future__ import annotations
 

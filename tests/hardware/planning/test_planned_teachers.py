@@ -1,4 +1,4 @@
-"""What a plan counts of teachers: their weights, passes, prompts and tokens."""
+"""What a plan counts for teachers: their weights, passes, prompts and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the transformers engine allocates while it samples is what is planned."""
+"""The transformers engine allocates what is planned while it samples."""
 
 from __future__ import annotations
 

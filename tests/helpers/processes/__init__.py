@@ -1,1 +1,1 @@
-"""Drivers that tests start on one rank or several, and what starts them."""
+"""Driver scripts that tests run in one or several processes, and the code that starts them."""

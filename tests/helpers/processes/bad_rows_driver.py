@@ -1,7 +1,8 @@
 """Trains on a source with 1 % bad rows: ``bad_rows_driver.py FOLDER ROWS ROLLOUTS PROMPTS``.
 
-By itself, or under ``torch.distributed.run`` by ddp. A run to the end, and one that resumes in the
-middle. ``FOLDER`` holds the student, and gets what was drawn in ``drawn<ranks>.json``.
+Start it alone, or with ddp by ``torch.distributed.run``. It makes a whole run, and one that is
+resumed in the middle. ``FOLDER`` holds the student; the prompts and completions that were drawn go
+to ``drawn<ranks>.json`` in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kdrl_lightning.prompts.prompt_set import CHECKED_ROWS, sample_rows
 
 
 class Rows(PromptSource):
-    """Every 100th row has no prompt, unless a run looks at it before it starts."""
+    """Rows of which every 100th has no prompt, except those that a run checks before it starts."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -81,7 +82,7 @@ def fit(folder: Path, rows: int, rollouts: int, prompts: int, start: str | None)
 
 
 def frozen(parameters: Any) -> torch.optim.Optimizer:
-    """Rounding of two ranks must not change what is sampled."""
+    """Return an optimizer of rate 0, so that rounding on two ranks does not change the samples."""
     return torch.optim.SGD(parameters, lr=0.0)
 
 
@@ -96,7 +97,7 @@ def main() -> None:
 
 
 def draw(folder: Path, rows: int, rollouts: int, prompts: int) -> dict[str, list[Any]]:
-    """What a whole run and one that resumes in the middle draw."""
+    """Return what a whole run draws, and one that is resumed in the middle."""
     ranks = int(torch.distributed.is_torchelastic_launched()) + 1
     whole = fit(folder, rows, rollouts, prompts, None)
     half = rollouts // 2

@@ -1,7 +1,7 @@
 """One rank fails alone while weights are pushed, servers are asked or a teacher scores.
 
-Both ranks run every case and write how it ended: ``python driver.py FOLDER RANK``. A case after
-which a rank is gone runs in forks of both, which save the imports.
+Both ranks run every case and write how it ended: ``python driver.py FOLDER RANK``. Cases that end
+a rank's process run in forks of both, so that nothing is imported again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ URL = "http://127.0.0.1:9"
 
 
 def gathered(self: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights that are read as a sharded student's: each is a collective."""
+    """Yield weights with a collective for each, as a sharded student's are read."""
     for name, parameter in self._model.named_parameters():
         distributed.all_reduce(torch.ones(1))
         yield name, parameter.detach()
@@ -118,7 +118,7 @@ def setup_on_one_rank() -> None:
     answer = {"architecture": "Qwen2ForCausalLM", "vocab_size": str(VOCAB)}
     answer |= {"logprobs_mode": "processed_logprobs", "max_model_len": "64", "dtype": "float32"}
     answer |= {"transfer": "", "implementation": ""}
-    if RANK == 0:  # the other rank finds nobody at the address
+    if RANK == 0:  # the other rank finds no process at the address
         engine._servers[0].rpc = lambda method: [answer]  # type: ignore[method-assign]
     engine.setup(WEIGHTS, 1, 0)
 
@@ -143,7 +143,7 @@ def killed_in_a_gather() -> None:
 
 
 def does_not_start() -> None:
-    """vLLM stops on one rank, and its process ends with it, while the other one goes on."""
+    """Fail to start vLLM on one rank, whose process then ends, while the other rank continues."""
     vllm = ModuleType("vllm")
     vllm.__spec__ = ModuleSpec("vllm", None)
     core = SimpleNamespace(

@@ -21,7 +21,7 @@ FOLDER, STUDENT = Path(), ""  # given on the command line
 
 
 class FailsFirst(pl.Callback):
-    """Raises on the first rank; on the other, waits as in a collective of NCCL."""
+    """Raises on the first rank, while the other one waits as in a collective of NCCL."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_rank == 0:

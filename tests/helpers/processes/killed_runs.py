@@ -13,7 +13,7 @@ from helpers.processes.ready import run
 
 ROOT = Path(__file__).parents[3]
 STEPS = 12
-# Kills its process at chosen moments: what a user's own machine may do.
+# A module for runs that kills its process at a chosen moment, as a user's machine may.
 KILLER = """
 import json, os, signal
 

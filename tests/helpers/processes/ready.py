@@ -1,4 +1,4 @@
-"""The command line in processes that have imported the library before they start.
+"""Runs the command line in processes that have already imported the library.
 
 Importing torch, Lightning and transformers takes six seconds of a core, and the tests of killed and
 distributed runs start dozens of processes. Here each is a fork of one process that has imported
@@ -78,7 +78,7 @@ def run_pytest(
 def _ended(
     process: ForkServerProcess, arguments: list[str], said: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Wait for a process with a separate session; return how it ended and what it has said."""
+    """Wait for a process; return its exit code, its output and its errors."""
     process.join(timeout)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
@@ -95,12 +95,12 @@ def run_ranks(
 
     Args:
         script: file of the script.
-        arguments: those of each rank.
-        env: variables of all ranks.
+        arguments: arguments of each rank.
+        env: environment variables of all ranks.
         timeout: seconds after which the ranks are ended.
 
     Raises:
-        AssertionError: a rank has failed, which ends the others; with its errors.
+        AssertionError: a rank has failed; the others are ended, and the message has its errors.
     """
     world, port = str(len(arguments)), str(free_port())
     group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
@@ -152,7 +152,7 @@ def _pytest(arguments: list[str], folder: Path, env: dict[str, str], said: Path)
 
 
 def _write_into(folder: Path) -> None:
-    """Write what this process prints, and its errors, into files."""
+    """Redirect this process's output and errors into files."""
     for number, name in enumerate(WRITTEN, 1):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
 
@@ -163,7 +163,7 @@ def _command_line(arguments: list[str], env: dict[str, str], folder: str) -> Non
 
 
 def become(arguments: list[str], env: dict[str, str], folder: str) -> None:
-    """Give this process the variables, folder and arguments of the one that it stands for."""
+    """Give this process the environment, folder and arguments of the one that it stands in for."""
     gc.freeze()  # the garbage collector need not visit what was imported
     os.environ.clear()
     os.environ.update(env)
@@ -180,7 +180,7 @@ def become(arguments: list[str], env: dict[str, str], folder: str) -> None:
 
 
 def _let_second_ranks_wait() -> None:
-    """Fork a process that becomes rank 1 if Lightning's launcher asks for it, and ends if not."""
+    """Fork a process that becomes rank 1 if Lightning's launcher starts one, and ends otherwise."""
     wanted, tell = os.pipe()
     pid = os.fork()
     if pid == 0:

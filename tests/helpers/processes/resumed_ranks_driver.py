@@ -1,7 +1,7 @@
 """Lets two ranks resume from different checkpoints: ``resumed_ranks_driver.py FOLDER STRATEGY...``.
 
-Under ``torch.distributed.run``; one start of the processes serves all strategies. Rank 0 writes
-what every rank was told, as JSON.
+It runs under ``torch.distributed.run``, once for all strategies. Rank 0 writes each rank's step or
+error message, as JSON.
 """
 
 from __future__ import annotations

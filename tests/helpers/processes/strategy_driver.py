@@ -1,7 +1,7 @@
-"""Runs named cases on every rank and writes what rank 0 has gathered (see ``strategy_runs.py``).
+"""Runs named cases on every rank; rank 0 writes their results (see ``strategy_runs.py``).
 
-``python driver.py FOLDER STRATEGY CASE...``, by itself or under ``torch.distributed.run``: one
-start of the processes serves all cases. ``FOLDER`` holds the models.
+``python driver.py FOLDER STRATEGY CASE...`` runs alone or under ``torch.distributed.run``, once for
+all cases. ``FOLDER`` holds the models.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ ROLLOUT = RolloutSettings(
 
 
 def reward(sample: Sample) -> Verdict:
-    """Variance in some groups and not in others; parts that only some ranks see."""
+    """Reward odd lengths: some groups vary, others do not; some ranks alone have some parts."""
     odd = float(len(sample.ids) % 2)
     return Verdict(odd, odd == 1, {"odd": odd, f"begins_with_{sample.row['prompt'][0]}": odd})
 
@@ -83,7 +83,7 @@ class TwoTeachers(PromptSource):
 
 
 class Sick(KDRLModule):
-    """Its second step has a gradient that is not a number, from the last rank alone."""
+    """A module whose second step has a NaN gradient, from the last rank alone."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         out = super().training_step(batch, batch_idx)
@@ -96,7 +96,7 @@ class Sick(KDRLModule):
 
 
 def forget_half(database: Path) -> None:
-    """Drop every other score, so that what one rank finds another has to compute."""
+    """Drop every other stored score, so that a rank has to compute what another one finds."""
     if dist.get_rank() == 0:
         with sqlite3.connect(database) as connection:
             connection.execute("DELETE FROM scores WHERE rowid % 2")
@@ -108,14 +108,14 @@ def on_last_rank() -> bool:
 
 
 def failing(sample: Sample) -> float:
-    """Fails on the last rank alone; the texts on which it is tried before the run are right."""
+    """Fail on the last rank alone, except on the texts of the check before the run."""
     if on_last_rank() and sample.text not in ("", sample.row["prompt"]):
         raise ZeroDivisionError
     return 1.0
 
 
 class OtherPolicy(TransformersEngine):
-    """Its log-probabilities are another policy's, on the last rank alone."""
+    """An engine whose log-probabilities are another policy's, on the last rank alone."""
 
     def generate(self, *args: Any) -> list[list[Completion]]:
         groups = super().generate(*args)
@@ -127,7 +127,7 @@ class OtherPolicy(TransformersEngine):
 
 
 class Choosy(LocalTeacher):
-    """Knows not all tokens, on the last rank alone."""
+    """A teacher that does not know all tokens, on the last rank alone."""
 
     def accept(self, batch: Any) -> None:
         if on_last_rank():
@@ -135,7 +135,7 @@ class Choosy(LocalTeacher):
 
 
 class Record(pl.Callback):
-    """Keeps what the tests compare; gradients and weights as whole tensors."""
+    """Keeps the values that tests compare; gradients and weights unsharded."""
 
     def __init__(self) -> None:
         self.seen: dict[str, list[Any]] = {
@@ -184,7 +184,7 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
         module = make(RLAD(), teacher, optimizer=ADAMW)
         trainer["gradient_clip_val"] = 0.05
     elif case == "gkd":
-        # Its distribution over the full vocabulary needs the teacher's head outside its forward.
+        # A divergence over the full vocabulary calls the teacher's head outside its forward pass.
         module = make(GKD(jsd_beta=0.3), teacher, activation_checkpointing=True)
         data["teacher_completions"] = TeacherCompletions(1)
     elif case in ("routed", "half"):
@@ -232,7 +232,7 @@ def build(case: str, folder: Path, out: Path) -> tuple[KDRLModule, dict[str, Any
 
 
 def run(case: str, folder: Path, out: Path, strategy: str) -> dict[str, Any]:
-    """Train a few steps and return what was seen, of all ranks."""
+    """Train a few steps and return what ``Record`` has kept, of all ranks."""
     module, data, settings = build(case, folder, out)
     record = Record()
     checkpoints = out / f"{case.removesuffix('_resumed')}_checkpoints"
@@ -311,7 +311,7 @@ def main() -> None:
     imitation_stats.plot_imitation = lambda *_: None  # pictures are tested elsewhere
     folder, strategy, *cases = sys.argv[1:]
     if strategy != "auto":
-        # One process rebuilds logits; several compute gradients in the forward pass, in chunks.
+        # One process recomputes logits; several compute gradients in the forward pass, in chunks.
         logprobs.PAYS_FROM["cpu"], logprobs.MAX_CHUNK = 0.0, 16
     out = Path(folder) / strategy
     out.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""One objective of each kind, two updates of one rollout, for the driver."""
+"""Cases of the driver: one objective of each kind, two updates of one rollout."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ GIVEN: dict[str, Callable[[], Objective]] = {"sft-correct": partial(SFT, only_co
 
 
 def judge(sample: Sample) -> float:
-    """A third of a random model's completions is right; a group may hold none."""
+    """Accept about a third of a random model's completions; a group may have none."""
     return float(len(sample.ids) % 3 == 1)
 
 

@@ -1,4 +1,4 @@
-"""Teachers with their own prompt, two updates of one rollout each, for the driver."""
+"""Cases of the driver: teachers with their own prompt, two updates of one rollout each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COLUMN, SIBLING, FEEDBACK = ColumnContext("solution"), SiblingContext(), Feedbac
 
 
 class Rows(PromptSource):
-    """Some rows have no solution, so that a rank has some to imitate and another one none."""
+    """Rows of which some have no solution, so that one rank may have nothing to imitate."""
 
     def __init__(self) -> None:
         self.rows = ColumnAddition(24, seed=1, digits=2, solutions=True)
@@ -66,7 +66,7 @@ class Rows(PromptSource):
 
 
 def judge(sample: Sample) -> Verdict:
-    """Half of a random model's completions is right, and a wrong one is told its length."""
+    """Accept about half of a random model's completions; feedback on a wrong one is its length."""
     right = len(sample.ids) % 2 == 1
     return Verdict(float(right), right, feedback="" if right else str(len(sample.ids)))
 

@@ -1,4 +1,4 @@
-"""Starts runs that several tests read: one process, and two under each strategy."""
+"""Starts runs whose results several tests read: one process, and two under each strategy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN = {
 
 
 def save_phi(folder: Path, seed: int) -> None:
-    """Phi: LayerNorm, so that no part of a float64 model rounds to float32; the head has a bias."""
+    """Save a Phi, whose LayerNorm keeps float64 (RMSNorm would not), and whose head has a bias."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = PhiConfig(
@@ -56,14 +56,14 @@ class Runs:
                     save_phi(folder / name, seed)
 
     def start(self, strategy: str, cases: tuple[str, ...]) -> None:
-        """Run cases in one start of the processes."""
+        """Run cases, all in one start of the processes."""
         script = str(ROOT / "tests/helpers/processes/strategy_driver.py")
         arguments = [str(self.folder), strategy, *cases]
         env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
         run_ranks(script, [arguments] * (1 if strategy == "auto" else 2), env)
 
     def __call__(self, strategy: str, case: str) -> dict[str, Any]:
-        """Return what a case's run has seen."""
+        """Return what the run of a case has recorded."""
         file = self.folder / strategy / f"{case}.pt"
         with FileLock(self.folder / f"{strategy}.lock"):
             if not file.exists():

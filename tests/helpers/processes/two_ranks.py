@@ -1,4 +1,4 @@
-"""Starts two processes once for the drivers whose results tests of several rooms read.
+"""Starts two processes once for drivers whose results tests of several folders read.
 
 As a script, ``two_ranks.py FOLDER`` runs the drivers one after the other.
 """
@@ -25,7 +25,7 @@ DRIVERS = {
 
 
 class TwoRanks:
-    """Gives the folder in which a driver's two processes have left their results.
+    """Returns the folder with the results of a driver's two processes.
 
     Args:
         folder: where each driver gets a folder; workers of a parallel session share it.

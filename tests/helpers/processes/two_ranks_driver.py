@@ -1,6 +1,6 @@
 """Evaluates and predicts under strategies: ``two_ranks_driver.py FOLDER DEVICES STRATEGY...``.
 
-By itself, or under ``torch.distributed.run``; one start of the processes serves all strategies.
+It runs alone or under ``torch.distributed.run``, once for all strategies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def reward(sample: Sample) -> float:
 
 
 def sets() -> dict[str, EvalSet]:
-    """Odd numbers of prompts: a rank's last batch is smaller than the other's, or empty."""
+    """Return sets of odd sizes: a rank's last batch is smaller than the other's, or empty."""
     return {
         "seven": EvalSet(
             ColumnAddition(7, seed=2), samples=3, temperature=1.0, batch_size=2, k=[1, 2, 3]

@@ -1,4 +1,4 @@
-"""A module whose import ends the process, as one does that is killed while it starts."""
+"""A module whose import ends the process, as if it were killed while it starts."""
 
 import os
 

@@ -13,14 +13,14 @@ from kdrl_lightning.rewards import Sample, Verdict
 
 
 class TwoArguments(Exception):  # noqa: N818
-    """Cannot be pickled and read again."""
+    """An exception that is pickled, but cannot be unpickled."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(one)
 
 
 def answer(what: Any) -> Any:
-    """Do what is asked for; many of the things that a judge can do wrong."""
+    """Do what the text asks for: one of many things that a judge can do wrong."""
     if what == "spin":
         while True:
             pass
@@ -51,7 +51,7 @@ def answer(what: Any) -> Any:
 
 
 class Judge:
-    """Judges by its state: as an object, by a method, by one of its class."""
+    """Judges by its state: as a callable object, by a method, or by a class method."""
 
     def __init__(self, worth: float) -> None:
         self.worth = worth
@@ -86,7 +86,7 @@ def keyword_only(*, sample: Sample) -> float:
 
 
 def two(prompt: str, completion: str) -> float:
-    """Take what other libraries give."""
+    """Take the arguments that other libraries pass."""
     return 1.0
 
 
@@ -101,7 +101,7 @@ def one_by_one(sample: Sample) -> Any:
 
 
 def number_of(sample: Sample) -> Any:
-    """Return numbers of several libraries."""
+    """Return a number in a type of several libraries."""
     import numpy as np
     import torch
 

@@ -1,1 +1,1 @@
-"""Models, servers and engines of tests that need vLLM, or stand in for it."""
+"""Models, servers and engines for tests that need vLLM or a stand-in for it."""

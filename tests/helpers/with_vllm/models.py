@@ -22,7 +22,7 @@ CASES = {
 
 
 def make_model(name: str, seed: int, spread: float = 0.2) -> Any:
-    """A random float32 model; ``spread`` is the standard deviation of its weights."""
+    """Return a random float32 model; ``spread`` is the standard deviation of its weights."""
     family, own = CASES[name]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(
@@ -51,7 +51,7 @@ def save_model(name: str, folder: Path, seed: int = 0) -> str:
 def worst_gap(
     model: Any, prompts: list[list[int]], groups: list[list[Completion]], temperature: float = 1.0
 ) -> float:
-    """Largest difference of the engine's log-probabilities from the trainer's own."""
+    """Return the largest difference of the engine's log-probabilities from the trainer's."""
     rows = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
     batch = collate(
         [p for p, _ in rows],

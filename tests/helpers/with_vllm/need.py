@@ -1,4 +1,4 @@
-"""Skip where vLLM is not installed; fail there if this is a run that must not skip."""
+"""Skips a test if vLLM is not installed, or fails it in a CI run that must have vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine that keeps the first weights, and says that it has the newest."""
+"""An engine that keeps its first weights, but reports the newest version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that answers as it is told to, for faults that a real one does not have."""
+"""A server with scripted answers, for faults that a real one does not have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EOS = 1
 
 
 class Scripted:
-    """Answers like a server with ``vocab`` tokens; ``faults`` go first, one per completion."""
+    """Answers like a server with ``vocab`` tokens; each entry of ``faults`` replaces one answer."""
 
     def __init__(self, architecture: str, vocab: int, port: int = 0) -> None:
         self.faults: list[tuple[int, str]] = []

@@ -81,16 +81,15 @@ class RealServer:
             return
         arguments = (["serve", *self._flags], env, self.log)
         if "vllm" in sys.modules:
-            process: Any = multiprocessing.get_context("fork").Process(
-                target=_serve, args=arguments
-            )
+            fork = multiprocessing.get_context("fork")
+            process: Any = fork.Process(target=_serve, args=arguments)
             process.start()
         else:
             process = FORKS.start(_serve, arguments)
         self._pid, self._ended = process.pid, process.join
 
     def wait(self, seconds: float = 180.0) -> None:
-        """Return when it is healthy."""
+        """Wait until the server is healthy."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
@@ -99,7 +98,7 @@ class RealServer:
         raise TimeoutError(f"no server after {seconds} s: {self.log}")
 
     def kill(self) -> None:
-        """As when a machine goes down: no goodbye. A server that was killed before stays dead."""
+        """Kill the server as if its machine went down; do nothing if it is dead."""
         if self._pid is None:
             return
         with suppress(ProcessLookupError):  # it has ended by itself

@@ -11,7 +11,7 @@ Edit = Callable[[dict[str, Any], dict[str, Any]], Any]
 
 
 class Teaching(Scripted):
-    """Every token has the log-probability ``-(id + 1) / 10``; ``edit`` changes an answer."""
+    """Gives every token the log-probability ``-(id + 1) / 10``; ``edit`` changes an answer."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__("Qwen2ForCausalLM", 16)

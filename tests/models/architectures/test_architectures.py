@@ -1,6 +1,6 @@
-"""The table of architectures in the docs is what the code does, for a sample of families.
+"""The table of architectures in the docs agrees with the code, for a sample of families.
 
-All of it is made again by ``python -m benchmarks.architectures.run``.
+``python -m benchmarks.architectures.run`` makes all of it again.
 """
 
 from __future__ import annotations

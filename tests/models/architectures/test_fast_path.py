@@ -1,4 +1,4 @@
-"""A kernel or compiled layers that are wrong on the run's device are found before training."""
+"""An attention kernel or compiled layers that compute wrong numbers are found before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What text never reaches is frozen, so that ddp does not wait for its gradients."""
+"""Parameters that text never reaches are frozen, so that ddp does not wait for their gradients."""
 
 from __future__ import annotations
 

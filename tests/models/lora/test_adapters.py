@@ -1,4 +1,4 @@
-"""Adapters on a model: what they change, what goes out merged, and what is refused."""
+"""LoRA adapters on a model: what they change, what is exported merged, and what is refused."""
 
 from __future__ import annotations
 

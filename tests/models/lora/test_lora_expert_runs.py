@@ -1,4 +1,4 @@
-"""Whole runs of students whose adapters lie on fused experts: resume, export, shards."""
+"""Whole runs of students with adapters on fused experts: resume, export, shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on mixtures of experts and on text inside a multimodal model: what goes out is equal."""
+"""Adapters on experts and on the text part of multimodal models: merged weights are equal."""
 
 from __future__ import annotations
 

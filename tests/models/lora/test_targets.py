@@ -1,4 +1,4 @@
-"""Adapters lie on layers that map what a linear layer maps, whatever class they have."""
+"""Adapters are put on all layers that compute a linear map, whatever their class."""
 
 from __future__ import annotations
 

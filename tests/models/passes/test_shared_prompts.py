@@ -1,4 +1,4 @@
-"""What completions have in common is run once, and nothing changes: scores, gradients, samples."""
+"""A prompt that completions share is run once; scores, gradients and samples stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HDPO as published (arXiv 2603.23871): what is kept, and that it enters no RL statistic."""
+"""HDPO as published (arXiv 2603.23871): which completions are kept; no RL statistic has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SRPO as published (arXiv 2604.02288): who is distilled, and weights normalised over a step."""
+"""SRPO as published (arXiv 2604.02288): which rows are distilled; weights normalised by step."""
 
 from __future__ import annotations
 

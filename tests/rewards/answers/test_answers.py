@@ -1,4 +1,4 @@
-"""What majority@k compares is what the verdict is based on, for each reward that has a text."""
+"""majority@k compares the answer on which the verdict is based, for every reward with answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that are the text of a list: a warning before training, and how to have them read."""
+"""Answers that are the text of a list: a warning before training, and how to parse them."""
 
 from __future__ import annotations
 

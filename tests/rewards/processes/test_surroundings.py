@@ -1,4 +1,4 @@
-"""What a reward changes in the training process is undone; its random numbers are its own."""
+"""A reward's changes to the training process are undone; its random state is separate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls in other processes: what hangs or dies takes nothing else with it."""
+"""Calls in other processes: one that hangs or dies does not affect the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that aligns: what overlaps, in which order, and what it costs."""
+"""The thread that aligns: what it overlaps with, in which order, and what it costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The student with its adapters off, against its base loaded a second time."""
+"""The student with its adapters off, against its base model loaded a second time."""
 
 from __future__ import annotations
 

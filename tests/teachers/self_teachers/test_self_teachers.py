@@ -1,4 +1,4 @@
-"""Self-teachers: the laws of their weights, of their scores, and what is refused."""
+"""Self-teachers: laws of their weights and scores, and what is refused."""
 
 from __future__ import annotations
 
