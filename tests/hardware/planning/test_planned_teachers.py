@@ -34,8 +34,9 @@ from kdrl_lightning import (
 from kdrl_lightning.engines.vllm.room import needed_bytes
 from kdrl_lightning.hardware.planning.engine import engine_bytes
 from kdrl_lightning.hardware.planning.job import Job, Sampler
-from kdrl_lightning.hardware.planning.planner import _counted, at_full_depth, plan
-from kdrl_lightning.hardware.planning.rehearsal import rehearse
+from kdrl_lightning.hardware.planning.planner import Counted, at_full_depth, plan
+from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
+from kdrl_lightning.hardware.planning.seconds import work_of
 from kdrl_lightning.hardware.planning.teachers.own_prompts import own_prompts_of, tokens_per_token
 from kdrl_lightning.teachers import HardSync, InitialWeights, MovingAverage, TrustRegion
 from kdrl_lightning.teachers.frozen import FrozenModels
@@ -86,10 +87,14 @@ def test_a_checkpoint_holds_the_weights_that_follow_the_student(job: Job) -> Non
         assert saved(SelfTeacher(rule)) == pytest.approx(plain * 4 / 3, rel=1e-3)
 
 
+def only_work(run: Rehearsal) -> Counted:
+    return Counted([], [], 0, 0, work_of(run), [])
+
+
 def test_a_teacher_of_the_students_weights_is_as_deep_as_the_student(job: Job) -> None:
     def scored(teacher: Teacher) -> float:
         module = KDRLModule("deep", KDRL(0.3), teacher, lora=LoRA(rank=2))
-        return at_full_depth(module, job, lambda run: _counted(run, None, True)).work.score
+        return at_full_depth(module, job, only_work).work.score
 
     own, local = scored(AdapterOffTeacher()), scored(LocalTeacher("deep"))
     assert own == pytest.approx(local, rel=0.05)
