@@ -1,6 +1,6 @@
 """Callbacks: schedules, statistics, checks, health, checkpoints, progress, report, samples."""
 
-from kdrl_lightning.callbacks import weight_sync
+from kdrl_lightning.callbacks import weight_sync_check
 from kdrl_lightning.callbacks.base import RolloutCallback
 from kdrl_lightning.callbacks.checkpoint import FSDPCheckpoint
 from kdrl_lightning.callbacks.imitation_stats import SelectiveImitationStats
@@ -16,7 +16,7 @@ from kdrl_lightning.callbacks.schedules.coefficient_schedule import (
 from kdrl_lightning.callbacks.step_profile import StepProfile
 from kdrl_lightning.callbacks.teacher_health import TeacherHealth
 from kdrl_lightning.callbacks.threads import CPUThreads
-from kdrl_lightning.callbacks.weight_sync import WeightSyncCheck
+from kdrl_lightning.callbacks.weight_sync_check import WeightSyncCheck
 
 __all__ = [
     "AdaptiveEntropy",
@@ -38,5 +38,5 @@ __all__ = [
 
 def __getattr__(name: str) -> type[WeightSyncCheck]:
     if name == "WeightSync":  # its name in 0.1
-        return weight_sync.__getattr__(name)
+        return weight_sync_check.__getattr__(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -100,7 +100,7 @@ class RolloutBatch:
             With ``chunk_places``: the sum of the teacher's log-probabilities over the chunk.
         chunk_places: ``[B, T]`` int64, how many tokens of its chunk precede a token, if the
             teacher has another tokenizer; -1 on tokens that it cannot score. None: each token is a
-            chunk. ``losses/chunks.py`` computes with it.
+            chunk. ``losses/teacher_chunks.py`` computes with it.
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_ids: ``[B, T, K]`` int64, the teacher's most likely tokens, best first; None:

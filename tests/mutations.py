@@ -34,10 +34,10 @@ POLICY_FAMILY = "losses/ratios.py", "losses/test_ratios_family.py"
 REDUCTION = "losses/reduction.py", "losses/test_reduction.py"
 LOGPROBS = "losses/logprobs.py", "losses/test_logprobs.py"
 SCORES = "losses/logprobs.py", "losses/test_token_scores.py"
-CHUNK = "losses/head/chunk_math.py", "losses/test_logprobs_backward.py"
+CHUNK = "losses/head/chunk_math.py", "losses/test_chunked_logprobs.py"
 SCORED_CHUNK = "losses/head/chunk_math.py", "losses/test_token_scores.py"
-PRODUCTS = "losses/head/head_products.py", "losses/test_logprobs_backward.py"
-KNOWN_LOSS = "losses/head/logprobs_backward.py", "losses/test_known_loss.py"
+PRODUCTS = "losses/head/head_products.py", "losses/test_chunked_logprobs.py"
+KNOWN_LOSS = "losses/head/chunked_logprobs.py", "losses/test_known_loss.py"
 IMPORTANCE = "losses/corrections.py", "losses/test_selection.py"
 SELECTION = "losses/selection.py", "losses/test_selection.py"
 ADVANTAGES = "losses/advantages.py", "losses/test_advantages.py"
@@ -120,7 +120,7 @@ VERIFIED = "models/architectures/verification.py", "models/architectures/test_ve
 SCORED = "models/scorer.py", "models/architectures/test_verification.py"
 PREFIXES = "engines/prefixes.py", "engines/test_prefixes.py"
 WAYS = "engines/transformers_engine.py", "engines/test_prefixes.py"
-SHARED_HEADS = "engines/shared_heads.py", "engines/test_shared_heads.py"
+SHARED_HEADS = "engines/grouped_query_attention.py", "engines/test_grouped_query_attention.py"
 ROUTED = "teachers/routed.py", "teachers/test_routed_teacher.py"
 STEP_LOG = "metrics/step_log.py", "metrics/test_step_log.py"
 FRAME_PENDING = "objectives/policy.py", "runs/test_old_scores.py"
@@ -134,7 +134,7 @@ VIEWS = "callbacks/reports/views.py", "callbacks/reports/test_views.py"
 ERRING = "tiny/verifier.py", "tiny/test_verifier.py"
 CALLBACK_STATS = "callbacks/imitation_stats.py", "callbacks/test_imitation_stats.py"
 HUB_NAMES = "engines/vllm/hub_names.py", "engines/vllm/test_hub_names.py"
-KEPT_CLASSES = "engines/vllm/classes.py", "engines/vllm/test_classes.py"
+KEPT_CLASSES = "engines/vllm/transformers_classes.py", "engines/vllm/test_transformers_classes.py"
 RELOAD = "engines/vllm/worker.py", "engines/vllm/test_worker.py"
 OPTIONS = "engines/vllm/options.py", "engines/vllm/test_options.py"
 RESUMED_LOG = "module.py", "checkpoints/test_resumed_log.py"
@@ -157,7 +157,7 @@ OWN_TEMPLATE = "teachers/own_prompt/prompt.py", "teachers/own_prompt/test_teache
 FRAME_CONTEXTS = "objectives/policy.py", "objectives/test_rows_without_context.py"
 RULES_CONTEXTS = "objectives/advantages.py", "objectives/test_rows_without_context.py"
 
-CHUNKS = "losses/chunks.py", "losses/test_chunks.py"
+CHUNKS = "losses/teacher_chunks.py", "losses/test_teacher_chunks.py"
 CHUNKED_KL = "objectives/divergences.py", "objectives/test_objectives_of_chunks.py"
 CHUNKED_FRAME = "objectives/policy.py", "objectives/test_objectives_of_chunks.py"
 CHUNKED_RATIO = "objectives/ratios.py", "objectives/test_objectives_of_chunks.py"
@@ -642,7 +642,7 @@ MUTATIONS = [
     Mutation("log-probs: one chunk", LOGPROBS, "size = chunk_size or", "size = len(ids) + 1 or"),
     Mutation(
         "log-probs: chunks kept for backward",
-        ("losses/head/logprobs_backward.py", SCORES[1]),
+        ("losses/head/chunked_logprobs.py", SCORES[1]),
         "run.log_norm, values.entropy, values.tail)",
         "run.log_norm, values.entropy, hidden.new_zeros(len(ids), len(weight)))",
     ),
@@ -1087,7 +1087,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scores: first rows asked again",
-        ("losses/head/logprobs_backward.py", SCORES[1]),
+        ("losses/head/chunked_logprobs.py", SCORES[1]),
         "else self.work.asked[rows]\n        for",
         "else self.work.asked[: len(ids)]\n        for",
     ),
@@ -1749,13 +1749,13 @@ MUTATIONS = [
     ),
     Mutation(
         "chosen: the least likely",
-        ("losses/head/logprobs_backward.py", "losses/test_token_scores.py"),
+        ("losses/head/chunked_logprobs.py", "losses/test_token_scores.py"),
         "part.topk(top_k, -1)",
         "part.topk(top_k, -1, largest=False)",
     ),
     Mutation(
         "chosen: the least likely one",
-        ("losses/head/logprobs_backward.py", "losses/test_token_scores.py"),
+        ("losses/head/chunked_logprobs.py", "losses/test_token_scores.py"),
         "torch.argmax(part,",
         "torch.argmin(part,",
     ),
@@ -1767,13 +1767,13 @@ MUTATIONS = [
     ),
     Mutation(
         "chosen: padding rows count",
-        ("losses/logprobs.py", "losses/test_logprobs_backward.py"),
+        ("losses/logprobs.py", "losses/test_chunked_logprobs.py"),
         "head.weight[:vocab], bias,",
         "head.weight, head.bias,",
     ),
     Mutation(
         "chosen: first rows of a chunk",
-        ("losses/head/logprobs_backward.py", "losses/test_logprobs_backward.py"),
+        ("losses/head/chunked_logprobs.py", "losses/test_chunked_logprobs.py"),
         "found = self.work.math.score(part, ids[tile])",
         "found = self.work.math.score(part, ids[: len(part)])",
     ),
@@ -2873,7 +2873,7 @@ MUTATIONS = [
     ),
     Mutation(
         "groups: flat on Python's floats",
-        ("rollout/prompt_order.py", "rollout/test_flat_groups.py"),
+        ("rollout/refills.py", "rollout/test_flat_groups.py"),
         "dtype=reward_dtype())",
         "dtype=torch.float64)",
     ),
@@ -3440,7 +3440,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loading: a tokenizer's mistake is the configuration's",
-        ("models/architectures/reading.py", "models/test_loading.py"),
+        ("models/architectures/load_errors.py", "models/test_loading.py"),
         'if part == "tokenizer":',
         "if False:",
     ),

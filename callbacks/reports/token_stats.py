@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from kdrl_lightning.losses import k1, k3
-from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
+from kdrl_lightning.losses.teacher_chunks import chunk_share, whole_chunks
 from kdrl_lightning.metrics import Histograms, StepStats
 from kdrl_lightning.objectives.base import Objective, teacher_logprobs
 from kdrl_lightning.objectives.ratios import TrustRegionRatio

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
 from kdrl_lightning.engines.cache_budget import CacheBudget
+from kdrl_lightning.engines.grouped_query_attention import shared_heads_in_place
 from kdrl_lightning.engines.prefixes import (
     WAYS,
     PaddedPrefixes,
@@ -27,7 +28,6 @@ from kdrl_lightning.engines.prefixes import (
 )
 from kdrl_lightning.engines.replica import filled_replica
 from kdrl_lightning.engines.restriction import restricted
-from kdrl_lightning.engines.shared_heads import shared_heads_in_place
 from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.models.architectures.rotary import decide_per_row
 from kdrl_lightning.models.architectures.switches import changes, may_change, probe_length

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from kdrl_lightning.errors import ConfigurationError, require_count
 from kdrl_lightning.losses.head.chunk_math import Divergence, Transform, math_for
+from kdrl_lightning.losses.head.chunked_logprobs import ChosenTokens, Compared, Values, Work
 from kdrl_lightning.losses.head.head_products import computing_dtype, project
-from kdrl_lightning.losses.head.logprobs_backward import ChosenTokens, Compared, Values, Work
 
 # We raise teachers' log-probabilities to this floor: adding e^-30 to 1 changes nothing in float32,
 # and a lower or infinite value would dominate a loss.
@@ -98,7 +98,7 @@ class TokenScores(NamedTuple):
         tail_logprobs: ``[N]`` log-probability of all tokens that ``topk_logprobs`` leaves out; None
             from a teacher that does not return it.
         chunk_places: ``[B, T]`` int64, chunks of a teacher with another tokenizer, see
-            ``losses/chunks.py``; None: each token has its own score.
+            ``losses/teacher_chunks.py``; None: each token has its own score.
         other: the scores that another model gives the same tokens, without gradient.
     """
 

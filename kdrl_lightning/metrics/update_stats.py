@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kdrl_lightning.errors import TrainingStopped
 from kdrl_lightning.losses import k3
-from kdrl_lightning.losses.chunks import chunk_sizes
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
+from kdrl_lightning.losses.teacher_chunks import chunk_sizes
 from kdrl_lightning.metrics.step_stats import Reduce, StepStats
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 

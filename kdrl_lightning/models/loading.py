@@ -17,8 +17,8 @@ from kdrl_lightning.common.untyped import HFConfig, HFModel, HFTokenizer, Tree
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.models.architectures.generation import generation_config, read_generation
 from kdrl_lightning.models.architectures.implementations import keep_precision, keep_soft_caps
+from kdrl_lightning.models.architectures.load_errors import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.models.architectures.loaded import check_loaded
-from kdrl_lightning.models.architectures.reading import TOKENIZERS, reading, refuse_adapter
 from kdrl_lightning.models.architectures.values import check_stored
 
 # `Any`: the content of a JSON file; the classes of transformers have no types.

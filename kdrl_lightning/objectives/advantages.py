@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
 from kdrl_lightning.losses.advantages import group_relative, reweighted, shaped
-from kdrl_lightning.losses.chunks import chunk_share
+from kdrl_lightning.losses.teacher_chunks import chunk_share
 from kdrl_lightning.objectives.base import Part, check_coefficient, known, teacher_logprobs
 from kdrl_lightning.rollout_batch import RolloutBatch
 

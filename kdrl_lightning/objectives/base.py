@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between
-from kdrl_lightning.losses.chunks import teacher_beside, whole_chunks
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import TokenScores
 from kdrl_lightning.losses.reduction import (
@@ -20,6 +19,7 @@ from kdrl_lightning.losses.reduction import (
     sequence_mean,
     token_mean,
 )
+from kdrl_lightning.losses.teacher_chunks import teacher_beside, whole_chunks
 from kdrl_lightning.rollout_batch import RolloutBatch
 
 Reduction = Literal["token_mean", "sequence_mean", "constant_length", "group_token_mean"]

@@ -17,9 +17,9 @@ from kdrl_lightning.losses import (
     policy_gradient_kl,
     with_tail,
 )
-from kdrl_lightning.losses.chunks import chunk_share, chunk_totals
 from kdrl_lightning.losses.head.chunk_math import Divergence
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR
+from kdrl_lightning.losses.teacher_chunks import chunk_share, chunk_totals
 from kdrl_lightning.objectives.base import Part, check_coefficient, known, teacher_logprobs
 from kdrl_lightning.objectives.ratios import Ratio
 from kdrl_lightning.rollout_batch import RolloutBatch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import TokenScores, k3
-from kdrl_lightning.losses.chunks import whole_chunks
+from kdrl_lightning.losses.teacher_chunks import whole_chunks
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.base import (
     Objective,

@@ -21,8 +21,8 @@ from kdrl_lightning.losses import (
     trrd_log_ratio,
     trrd_surrogate,
 )
-from kdrl_lightning.losses.chunks import whole_chunks
 from kdrl_lightning.losses.ratios import refuse_two_clamps
+from kdrl_lightning.losses.teacher_chunks import whole_chunks
 from kdrl_lightning.objectives.base import Part, check_coefficient, known, teacher_logprobs
 from kdrl_lightning.rollout_batch import RolloutBatch
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdrl_lightning.errors import ConfigurationError, require_between, require_count
 from kdrl_lightning.losses import aligned, beneficial, certain, wrong_completions, wrong_groups
-from kdrl_lightning.losses.chunks import chunk_share, whole_chunks
+from kdrl_lightning.losses.teacher_chunks import chunk_share, whole_chunks
 from kdrl_lightning.objectives.base import Part, known, teacher_logprobs
 from kdrl_lightning.rollout_batch import STUDENT, RolloutBatch
 

@@ -20,8 +20,8 @@ from kdrl_lightning.rollout.prompt_order import (
     TEACHER_NOISE,
     TRAIN_NOISE,
     Slots,
-    fill_groups,
 )
+from kdrl_lightning.rollout.refills import fill_groups
 from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch, collate
 
 # Enough tokens to notice that weights differ, and few compared with a rollout.

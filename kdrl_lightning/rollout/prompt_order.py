@@ -1,16 +1,11 @@
-"""The groups of a rollout: slots, their prompts and noise, and refills for flat groups."""
+"""The groups of a rollout: slots, their prompts and their noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kdrl_lightning.engines.base import noise_seed
-from kdrl_lightning.rollout.generation import Judged
 from kdrl_lightning.rollout.settings import RolloutSettings
-from kdrl_lightning.rollout_batch import flat_groups, reward_dtype
 
 # Streams of noise: student rollouts, evaluation, teacher completions, probes of the weight sync.
 TRAIN_NOISE, EVALUATION_NOISE, TEACHER_NOISE, PROBE_NOISE = 0, 1, 2, 3
@@ -60,39 +55,3 @@ class Slots:
         """Return the seeds of ``size`` completions of a slot; ``stream`` is one of ``*_NOISE``."""
         index = attempt * self.count + slot
         return [noise_seed(self.seed, stream, rollout, index, k) for k in range(size)]
-
-
-def fill_groups(
-    slots: Sequence[int],
-    sample: Callable[[list[int], int], list[list[Judged]]],
-    max_refills: int,
-) -> tuple[list[list[Judged]], list[list[Judged]]]:
-    """Return a sampled group per slot, and refill groups with equal rewards from other prompts.
-
-    This is DAPO's dynamic sampling (arXiv 2503.14476): a group without variance gives no policy
-    gradient. A group that is still flat after the last refill stays. We compare rewards in the type
-    of the batch, so that a group is replaced if and only if its advantages would be 0.
-
-    Args:
-        slots: slots to fill.
-        sample: ``(slots, attempt) -> groups``, one per slot.
-        max_refills: attempts after the first.
-
-    Returns:
-        The groups in the order of the slots, and those that were replaced.
-    """
-    filled: dict[int, list[Judged]] = {}
-    replaced: list[list[Judged]] = []
-    flat = list(slots)
-    for attempt in range(max_refills + 1):
-        filled.update(zip(flat, sample(flat, attempt), strict=True))
-        flat = [s for s in flat if _is_flat(filled[s])]
-        if not flat or attempt == max_refills:
-            break
-        replaced += [filled[s] for s in flat]
-    return [filled[s] for s in slots], replaced
-
-
-def _is_flat(group: Sequence[Judged]) -> bool:
-    rewards = torch.tensor([j.verdict.reward for j in group], dtype=reward_dtype())
-    return bool(flat_groups(rewards, torch.zeros(len(group), dtype=torch.long)).all())

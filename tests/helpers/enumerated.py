@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.reference import normal
-from kdrl_lightning.losses.chunks import chunk_totals
+from kdrl_lightning.losses.teacher_chunks import chunk_totals
 from kdrl_lightning.teachers.cross_tokenizer import Aligner, Chunked, TokenBytes
 
 END = 1

@@ -13,8 +13,8 @@ from torch import Tensor
 from helpers.reference import close, normal
 from kdrl_lightning.losses import TokenScores, generalized_jsd, logprobs, token_scores
 from kdrl_lightning.losses.head.chunk_math import Slopes, plain_math
+from kdrl_lightning.losses.head.chunked_logprobs import common_factor
 from kdrl_lightning.losses.head.head_products import HeadProducts
-from kdrl_lightning.losses.head.logprobs_backward import common_factor
 from kdrl_lightning.losses.logprobs import Head, Other
 
 N, H, V = 7, 3, 11

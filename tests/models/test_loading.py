@@ -14,8 +14,8 @@ from transformers import T5Config
 
 from helpers.moe_models import save as save_moe
 from kdrl_lightning.errors import ConfigurationError
+from kdrl_lightning.models.architectures.load_errors import reading
 from kdrl_lightning.models.architectures.loaded import check_used
-from kdrl_lightning.models.architectures.reading import reading
 from kdrl_lightning.models.architectures.values import check_floats, check_stored
 from kdrl_lightning.models.end_tokens import end_tokens
 from kdrl_lightning.models.loading import (
@@ -293,7 +293,7 @@ def test_weights_that_are_none_are_no_mistake_of_the_configuration(student_folde
 
 def test_a_hub_name_in_the_cache_is_not_a_misspelling(student_folder, monkeypatch):
     file = str(Path(student_folder) / "config.json")
-    place = "kdrl_lightning.models.architectures.reading.try_to_load_from_cache"
+    place = "kdrl_lightning.models.architectures.load_errors.try_to_load_from_cache"
     monkeypatch.setattr(place, lambda *_: file)
     words = r"got some/model \(exists; no\)\. Correct tokenizer_config\.json"
     with pytest.raises(ConfigurationError, match=words), reading("some/model", "tokenizer"):

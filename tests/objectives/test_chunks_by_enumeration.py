@@ -21,7 +21,7 @@ from helpers.enumerated import END, Model, align, sums
 from helpers.objective_steps import MAX_TOKENS, ready
 from helpers.reference import close, f64
 from helpers.small_tokenizers import by_hand, wrapped
-from kdrl_lightning.losses.chunks import teacher_beside
+from kdrl_lightning.losses.teacher_chunks import teacher_beside
 from kdrl_lightning.objectives import KDRL, RLAD, OnPolicyDistillation, TokenScores
 from kdrl_lightning.rollout_batch import RolloutBatch, collate
 from kdrl_lightning.teachers.cross_tokenizer import TokenBytes

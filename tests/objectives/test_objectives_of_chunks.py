@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.objective_steps import TAUGHT, ready, step, student
 from helpers.reference import close
-from kdrl_lightning.losses.chunks import chunk_sizes, chunk_totals
+from kdrl_lightning.losses.teacher_chunks import chunk_sizes, chunk_totals
 from kdrl_lightning.objectives import (
     GRPO,
     KDRL,

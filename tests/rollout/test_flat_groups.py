@@ -16,7 +16,7 @@ from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.losses.advantages import group_relative, shaped
 from kdrl_lightning.rewards import RewardRunner, Sample, Verdict
 from kdrl_lightning.rollout.generation import Judged
-from kdrl_lightning.rollout.prompt_order import fill_groups
+from kdrl_lightning.rollout.refills import fill_groups
 from kdrl_lightning.rollout.statistics import RolloutWatch
 from kdrl_lightning.rollout_batch import collate, flat_groups
 

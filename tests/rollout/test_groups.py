@@ -21,8 +21,8 @@ from kdrl_lightning.rollout.prompt_order import (
     EVALUATION_NOISE,
     TEACHER_NOISE,
     TRAIN_NOISE,
-    fill_groups,
 )
+from kdrl_lightning.rollout.refills import fill_groups
 from kdrl_lightning.rollout_batch import STUDENT, TEACHER
 
 

@@ -14,7 +14,6 @@ import torch
 
 from kdrl_lightning.common.distributed import agree
 from kdrl_lightning.engines.base import Completion, RolloutEngine, Sampling
-from kdrl_lightning.engines.vllm.classes import classes_kept
 from kdrl_lightning.engines.vllm.errors import failure
 from kdrl_lightning.engines.vllm.hub_names import HubWeights
 from kdrl_lightning.engines.vllm.options import implementation_of, options_of
@@ -27,6 +26,7 @@ from kdrl_lightning.engines.vllm.requests import (
     warn_of_one_rotary,
 )
 from kdrl_lightning.engines.vllm.room import check_room
+from kdrl_lightning.engines.vllm.transformers_classes import classes_kept
 from kdrl_lightning.engines.vllm.worker import after_reload, before_reload
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_count
 from kdrl_lightning.models.end_tokens import as_ids

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_lightning.engines.cache_budget import CPU_BYTES, SHARE, CacheBudget
-from kdrl_lightning.engines.shared_heads import shared_heads_in_place
+from kdrl_lightning.engines.grouped_query_attention import shared_heads_in_place
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.meter import Cost
 from kdrl_lightning.hardware.planning.models import plain_model

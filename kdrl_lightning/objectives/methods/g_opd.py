@@ -8,7 +8,7 @@ from torch import Tensor
 from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses.advantages import extrapolated
-from kdrl_lightning.losses.chunks import chunk_totals
+from kdrl_lightning.losses.teacher_chunks import chunk_totals
 from kdrl_lightning.objectives.advantages import GapAdvantage
 from kdrl_lightning.objectives.base import known
 from kdrl_lightning.objectives.policy import PolicyObjective

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.losses import shares
-from kdrl_lightning.losses.chunks import chunk_share
+from kdrl_lightning.losses.teacher_chunks import chunk_share
 from kdrl_lightning.objectives.advantages import Advantage, by_group
 from kdrl_lightning.objectives.base import known
 from kdrl_lightning.objectives.policy import PolicyObjective

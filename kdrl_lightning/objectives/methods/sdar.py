@@ -8,7 +8,7 @@ from torch import Tensor
 from kdrl_lightning.common.untyped import PolicySetting
 from kdrl_lightning.errors import require_between
 from kdrl_lightning.losses import TokenScores, gate
-from kdrl_lightning.losses.chunks import chunk_share
+from kdrl_lightning.losses.teacher_chunks import chunk_share
 from kdrl_lightning.objectives.advantages import Advantage
 from kdrl_lightning.objectives.base import check_coefficient, teacher_logprobs
 from kdrl_lightning.objectives.divergences import DistillTerm

@@ -16,8 +16,8 @@ from torch import Tensor
 from kdrl_lightning.common.untyped import HFTokenizer, Row
 from kdrl_lightning.engines.base import Completion
 from kdrl_lightning.errors import ConfigurationError, TrainingStopped, require_count
-from kdrl_lightning.losses.chunks import chunk_totals
 from kdrl_lightning.losses.logprobs import LOGPROB_FLOOR, Other, TokenScores
+from kdrl_lightning.losses.teacher_chunks import chunk_totals
 from kdrl_lightning.models.end_tokens import EndTokens, end_tokens
 from kdrl_lightning.models.pretrained import Pretrained
 from kdrl_lightning.models.weights import ModelWeights

@@ -45,7 +45,7 @@ class LiveWeights(WeightRule):
 
 
 class MovingAverage(WeightRule):
-    """An exponential moving average: ``kept <- (1 - a) kept + a student`` after each step.
+    """An exponential moving average (EMA): ``kept <- (1 - a) kept + a student`` after each step.
 
     Steps that were skipped for a gradient that is not finite do not move it. It is kept in the type
     of the trained weights, which is float32 or wider. With LoRA the factors A and B are averaged,

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 
 from kdrl_lightning.hardware.planning.job import Job
 from kdrl_lightning.hardware.planning.shapes import config_of
-from kdrl_lightning.models.architectures.reading import TOKENIZERS
+from kdrl_lightning.models.architectures.load_errors import TOKENIZERS
 from kdrl_lightning.models.loading import load_tokenizer, model_path
 from kdrl_lightning.module import KDRLModule
 from kdrl_lightning.teachers.cross_tokenizer.teacher import (

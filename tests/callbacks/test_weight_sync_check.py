@@ -34,9 +34,9 @@ def test_a_negative_bound_is_refused() -> None:
 
 def test_the_old_name_still_works() -> None:
     from kdrl_lightning import callbacks
-    from kdrl_lightning.callbacks import weight_sync
+    from kdrl_lightning.callbacks import weight_sync_check
 
-    for module in (callbacks, weight_sync):
+    for module in (callbacks, weight_sync_check):
         with pytest.warns(FutureWarning, match="`WeightSync` is now `WeightSyncCheck`"):
             assert module.WeightSync is WeightSyncCheck
         with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

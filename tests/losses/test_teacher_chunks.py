@@ -15,7 +15,7 @@ from helpers.enumerated import END, Model, align, sums
 from helpers.reference import close, f64, normal
 from helpers.small_tokenizers import SPECIAL, by_hand, wrapped
 from kdrl_lightning.losses import k2, k3, policy_gradient_kl, trrd_surrogate
-from kdrl_lightning.losses.chunks import (
+from kdrl_lightning.losses.teacher_chunks import (
     chunk_share,
     chunk_sizes,
     chunk_totals,

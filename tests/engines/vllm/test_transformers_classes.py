@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdrl_lightning.engines.vllm.classes import classes_kept
+from kdrl_lightning.engines.vllm.transformers_classes import classes_kept
 
 
 class Wrapper:

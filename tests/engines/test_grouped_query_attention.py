@@ -10,8 +10,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers.small_models import build
-from kdrl_lightning.engines import Completion, Sampling, TransformersEngine, shared_heads
-from kdrl_lightning.engines.shared_heads import attend, has_copies_to_save, shared_heads_in_place
+from kdrl_lightning.engines import Completion, Sampling, TransformersEngine, grouped_query_attention
+from kdrl_lightning.engines.grouped_query_attention import (
+    attend,
+    has_copies_to_save,
+    shared_heads_in_place,
+)
 from kdrl_lightning.models.weights import ModelWeights
 
 PROMPTS = [[5, 9, 23, 4, 51], [7], [3, 14, 3, 3, 88, 60, 41, 7, 9, 11, 13], [12, 11, 10, 9, 8]]
@@ -85,11 +89,11 @@ def test_samples_stay_as_they_were_bit_by_bit(
         used.append((query.shape[1], key.shape[1]))
         return torch.nn.functional.scaled_dot_product_attention(query, key, *args, **settings)
 
-    monkeypatch.setattr(shared_heads, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(grouped_query_attention, "scaled_dot_product_attention", note)
     ours = drawn(model)
     assert set(used) == {(4, 2)}
     used.clear()
-    monkeypatch.setattr(shared_heads, "has_copies_to_save", lambda model: False)
+    monkeypatch.setattr(grouped_query_attention, "has_copies_to_save", lambda model: False)
     assert drawn(model) == ours
     assert not used
 
@@ -97,7 +101,7 @@ def test_samples_stay_as_they_were_bit_by_bit(
 def test_a_model_has_its_attention_back_afterwards() -> None:
     model, other = build("llama"), build("llama")
     with shared_heads_in_place(model):
-        assert model.config._attn_implementation == shared_heads.NAME
+        assert model.config._attn_implementation == grouped_query_attention.NAME
         assert other.config._attn_implementation == "sdpa"
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     assert model.config._attn_implementation == "sdpa"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.reference import close, normal
 from kdrl_lightning.losses.head.chunk_math import Transform, plain_math
-from kdrl_lightning.losses.head.logprobs_backward import ChosenTokens, Work
+from kdrl_lightning.losses.head.chunked_logprobs import ChosenTokens, Work
 from kdrl_lightning.losses.logprobs import Head, token_scores
 
 N, H, V = 7, 3, 11
