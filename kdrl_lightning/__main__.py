@@ -209,7 +209,7 @@ def command() -> None:
     try:
         main()
     finally:
-        # The work is done. During Python's shutdown, Ctrl-C would kill the process without a message.
+        # The work is done; while Python shuts down, Ctrl-C would end the process without a message.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

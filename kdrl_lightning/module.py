@@ -294,7 +294,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         return batch.completed(self._found)
 
     def _forward(self, batch: RolloutBatch, states: Other | None) -> TokenScores:
-        """Run the student with gradient; with a teacher, also find the student's most likely tokens."""
+        """Run the student with gradient; with a teacher, also return the student's top tokens."""
         top_k, divergence = int(self.teacher is not None), self.objective.divergence
 
         def loss(scores: TokenScores) -> Tensor:
