@@ -67,7 +67,7 @@ class Verdict:
 
 
 class TaskReward(ABC):
-    """Base class of rewards with checks or processes; a plain function of one sample needs no class."""
+    """Base class of rewards with checks or processes; without these, a plain function will do."""
 
     @abstractmethod
     def __call__(self, sample: Sample) -> float | Verdict:
