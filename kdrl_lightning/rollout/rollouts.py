@@ -297,7 +297,7 @@ class RolloutSource:
     def _waits(self, batch: RolloutBatch) -> Waits:
         """Return which scores the updates compute anyway and ``prepare`` does not read.
 
-        None with several epochs: a replay needs scores from before the first update.
+        With several epochs there are none: a replay needs scores from before the first update.
         """
         objective, once = self.live.module.objective, self.epochs == 1
         runs_teacher = once and objective.divergence is not None

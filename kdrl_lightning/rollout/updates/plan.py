@@ -97,7 +97,7 @@ def plan_updates(
     The student scores the same micro-batches that the updates use. So old log-probabilities equal
     those of the first update bit for bit, and scoring needs no more memory than an update. Teacher
     and reference score joined micro-batches up to ``cut.frozen_tokens``, so that they run a prompt
-    that several micro-batches share only once.
+    only once, even if several micro-batches share it.
 
     Args:
         batch: this rank's completions; groups are in the order of their mini-batches.
