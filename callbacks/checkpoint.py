@@ -43,12 +43,13 @@ class FSDPCheckpoint(RolloutCallback, ModelCheckpoint):
 
     A resumed run gets a new run folder, and so a new folder of checkpoints.
 
-    The callback saves at the end of every ``every_n_rollouts``-th rollout; if a validation follows,
-    it saves after that. It keeps the newest ``keep_last`` checkpoints, and the ``save_top_k`` best
-    of those with a validation. On SIGTERM or Ctrl-C all processes finish the optimizer step, save,
-    and stop; a second Ctrl-C stops at once. After that, and after an exception, you can resume from
-    the last checkpoint. ``fit --ckpt_path last`` continues from the newest intact checkpoint under
-    the logger's name, whatever its version; ``best`` is the best one of this run.
+    The callback saves at the end of every ``every_n_rollouts``-th rollout, and at ``max_steps``; if
+    a validation follows, it saves after that. It keeps the newest ``keep_last`` checkpoints, and
+    the ``save_top_k`` best of those with a validation. On SIGTERM, SIGHUP or Ctrl-C all processes
+    finish the optimizer step, save, and stop; a second Ctrl-C stops at once. After that, and after
+    an exception, you can resume from the last checkpoint. ``fit --ckpt_path last`` continues from
+    the newest intact checkpoint under the logger's name, whatever its version; in Python,
+    ``ckpt_path="best"`` names the best one of the run that has just ended.
 
     The class extends ``ModelCheckpoint``, so that Lightning knows the last and the best checkpoint.
     It replaces the hooks and file names of ``ModelCheckpoint``, which saves before a validation: a

@@ -62,9 +62,9 @@ class RunReport(RolloutCallback):
     """Measures the accuracy of student and teacher, and writes the run folder.
 
     The student is measured before and after training, the teacher before. The run folder is the
-    logger's (or ``default_root_dir``); if another run uses it, the run takes a new folder next
-    to it. The callback writes ``summary.json``, ``curves.png`` and ``student/``, the trained
-    student as a Hugging Face folder. It writes the student even if something else fails.
+    logger's (or ``default_root_dir``); if another run uses it, ``run_folder`` makes a new one. The
+    callback writes ``summary.json``, ``curves.png`` and ``student/``, the trained student as a
+    Hugging Face folder. It writes the student even if something else fails.
 
     Put it after the callbacks that log the values it shows, e.g. ``SelectiveImitationStats``.
 

@@ -1,4 +1,4 @@
-"""Watches whether a self-teacher, or a teacher with its own prompt, does harm."""
+"""Warns if a self-teacher, or a teacher with its own prompt, harms the student."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def teacher_weights(module: TrainedModule) -> ModelWeights | None:
 def row_prompt(
     teacher: Teacher | None, tokenizer: HFTokenizer
 ) -> Callable[[Row], list[int] | None] | None:
-    """Return a function that writes a teacher's own prompt for a row; None if rows do not suffice.
+    """Return a function that writes a teacher's prompt for a row; None if it needs more than a row.
 
     A context of siblings or feedback, for example, is not known before the student has answered.
     The function returns None for a row without a context.

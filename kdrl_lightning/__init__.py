@@ -1,4 +1,4 @@
-"""PyTorch-Lightning components for reinforcement learning and distillation at once (KDRL, RLAD).
+"""PyTorch-Lightning components for joint reinforcement learning and distillation (KDRL, RLAD).
 
 Names are loaded on first use: importing the package imports neither Lightning, nor transformers,
 nor vLLM.
@@ -179,7 +179,7 @@ if TYPE_CHECKING:
     from kdrl_lightning.teachers import TeacherPrompt as TeacherPrompt
 
 
-# `Any`: type checkers give the names found here the type that this returns.
+# `Any`: type checkers take this return type as the type of every name found here.
 def __getattr__(name: str) -> Any:
     if name in old_names.GONE:
         raise AttributeError(f"`{name}` is gone: {old_names.GONE[name]}")

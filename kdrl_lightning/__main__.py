@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _exit_on_ctrl_c(error)
     except (SystemExit, Exception) as error:
         # After Ctrl-C Lightning exits with 1, or its shutdown of the run raises another error.
-        pressed = _ctrl_c_behind(error)
+        pressed = _ctrl_c_in(error)
         if pressed is not None:
             _exit_on_ctrl_c(pressed)
         raise
@@ -72,7 +72,7 @@ def _run(args: Sequence[str] | None) -> None:
         _exit(error, 2)
     except Exception as error:
         _exit_if_interrupted(error)
-        mistake = _mistake_behind(error) or path_error(error)
+        mistake = _mistake_in(error) or path_error(error)
         if mistake is not None:
             _exit(mistake, 2)
         lost = lost_peer(error)
@@ -115,10 +115,10 @@ def _subcommand(given: Sequence[str], args: Sequence[str] | None) -> None:
 
 
 def _without_torch(given: Sequence[str]) -> bool:
-    """Run a subcommand that needs no torch, whose import takes seconds.
+    """Run the subcommand if it does not need torch, which takes seconds to import.
 
     Returns:
-        Whether the arguments name such a subcommand.
+        Whether it was run.
     """
     from kdrl_lightning.cli.help import help_text
 
@@ -160,8 +160,8 @@ def _exit_on_ctrl_c(error: KeyboardInterrupt) -> NoReturn:
     _exit(Interrupted(words, signal.SIGINT), 128 + signal.SIGINT, error, FIRST_S)
 
 
-def _ctrl_c_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """Return the Ctrl-C during whose handling an error was raised; None if there was none."""
+def _ctrl_c_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C that was being handled when ``error`` was raised; None without one."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
@@ -174,7 +174,7 @@ def _exit_if_interrupted(error: Exception) -> None:
         _exit(signalled, 128 + signalled.number, error)
 
 
-def _mistake_behind(error: BaseException | None) -> ConfigurationError | None:
+def _mistake_in(error: BaseException | None) -> ConfigurationError | None:
     """Return the user's mistake, which a parser may have wrapped in other errors."""
     while error is not None and not isinstance(error, ConfigurationError):
         error = error.__cause__ or error.__context__
@@ -193,7 +193,7 @@ def _exit(
     error: Exception, code: int, cause: BaseException | None = None, waits_s: float = 0.0
 ) -> NoReturn:
     words = " ".join(str(error).split())
-    if len(words) > LONGEST:  # it may quote a whole file
+    if len(words) > LONGEST:  # e.g. a parser's message that quotes a whole file
         words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
     if _first_to_say(words, waits_s):
         # The screen may show the first process's progress bar, without a line break after it.
@@ -209,7 +209,7 @@ def command() -> None:
     try:
         main()
     finally:
-        # All is written. During Python's shutdown Ctrl-C would kill the process without a message.
+        # The work is done; while Python shuts down, Ctrl-C would end the process without a message.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

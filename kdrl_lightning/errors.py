@@ -122,7 +122,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def path_error(error: BaseException | None) -> ConfigurationError | None:
-    """Return an error for the user if a path that no file can have caused ``error``, else None.
+    """Return an error for the user if an impossible path caused ``error``, else None.
 
     >>> print(path_error(NotADirectoryError(20, "Not a directory", "run.yaml/x")))
     a path must be one that can exist: got Not a directory: run.yaml/x. Correct it in the settings.

@@ -64,8 +64,9 @@ from kdrl_lightning.trainer.strategies import check_unreached, refuse_fsdp1, sha
 class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningModule):
     """Trains a student on rollouts, with a frozen teacher if the objective needs one.
 
-    The teacher is not a submodule, so parameters, optimizers, gradient buckets and checkpoints hold
-    only the student. Checkpoints also hold a self-teacher's weights that follow the student's.
+    The teacher is not a submodule, so optimizers, gradient buckets and checkpoints hold only the
+    student. The exception is a self-teacher whose weights follow the student's, e.g. as a moving
+    average: checkpoints hold these, too.
 
     Args:
         student: Hugging Face folder, hub name, or model source of the student.
@@ -83,7 +84,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
             fit into 64 MiB, at most 1024; on CUDA as many as fit into 1 GiB.
         attn_implementation: attention kernel of student and reference, by its name in transformers
             (``sdpa``, ``eager``, ``flash_attention_2``, ...); None: transformers' choice, usually
-            ``sdpa``, which takes a flash kernel on a GPU because rows have no mask.
+            ``sdpa``, which uses a flash kernel on a GPU because rows need no mask.
         compile: run the layers of student and reference through ``torch.compile``; if it fails, a
             warning says why, and they run without it.
         reference: model of the reference KL and of G-OPD; None: the student before training.
@@ -145,7 +146,7 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         return self.frozen.seconds
 
     def prepare_data(self) -> None:
-        """Let model sources make their models, on one process."""
+        """Create the models of model sources, on one process."""
         _ = self.student_path
         self.frozen.prepare()
 
@@ -322,10 +323,10 @@ class KDRLModule(EvaluationSteps, SelfTeacherSteps, StudentFacts, pl.LightningMo
         clip_gradients(plugin, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log_step(self, values: Mapping[str, float | None]) -> None:
-        """Log numbers of this optimizer step, equal on all ranks, as ``log_dict`` does.
+        """Log values of this optimizer step, which must be equal on all ranks.
 
-        Rows of the log repeat a number until it is logged again, at most for the rollout's steps;
-        None leaves the field empty.
+        Later rows of the log repeat a value until it is logged again or the rollout ends. None
+        leaves the field empty.
         """
         self._step_log.add(self.trainer, values)
 

@@ -74,7 +74,7 @@ class RolloutBatch:
         group_ids: ``[B]`` int64, one number for all completions of a prompt.
         group_tokens: ``[B]``, loss tokens of the completion's whole group.
         rewards: ``[B]``, the composite reward; float64 in a float64 run, else float32.
-        correct: ``[B]`` bool, the verifier's answer.
+        correct: ``[B]`` bool: the verifier accepts the completion.
         truncated: ``[B]`` bool: the completion was cut at the token limit.
         policy_version: ``[B]`` int64, optimizer step of the weights that sampled the completion.
         temperature: sampling temperature; all log-probabilities are taken at it.
@@ -104,7 +104,7 @@ class RolloutBatch:
         teacher_entropy: ``[B, T]`` nats.
         teacher_top_ids: ``[B, T]`` int64, the teacher's most likely token.
         teacher_topk_ids: ``[B, T, K]`` int64, the teacher's most likely tokens, best first; None:
-            the objective does not ask for them.
+            the objective does not need them.
         teacher_topk_logprobs: ``[B, T, K]``, the teacher's at ``teacher_topk_ids``; without these,
             at ``topk_ids``.
         teacher_tail_logprobs: ``[B, T]``, the teacher's for all other tokens taken together.
@@ -347,7 +347,7 @@ def collate(
         group_ids: B group numbers.
         pad_id: padding token after the end of a row; it is in no mask.
         rewards: B rewards, kept in ``reward_dtype()``; None: zeros.
-        correct: B verifier answers; None: False.
+        correct: B decisions of the verifier; None: False.
         truncated: B flags: the completion was cut at the token limit; None: False.
         policy_version: B counts of optimizer steps; None: zeros.
         rollout_logprobs: B lists aligned with ``completions``.

@@ -90,8 +90,8 @@ teacher finds the token less likely than the student does; blue: more likely.</p
 gradient. <span class="t unused">Grey</span>: not part of the loss. <span class="t">·</span>: a
 token that holds some bytes of a character. <span class="t">Tokens</span><span
 class="t joined">without a gap</span>: a teacher with another tokenizer scored them together, and d
-is that of all of them. Point at a token for its numbers: log-probabilities of
-student and teacher, gap, advantage A.</p>
+is their joint gap. Point at a token for its numbers: log-probabilities of student and teacher, gap,
+advantage A.</p>
 </div>"""
 
 

@@ -1,6 +1,6 @@
 """Finds the text that each token adds, and makes invisible characters visible.
 
-We wrote our own because tokenizers' ``DecodeStream`` needs a fast tokenizer, returns nothing for
+We do not use tokenizers' ``DecodeStream``, because it needs a fast tokenizer, returns nothing for
 the bytes of a broken character, and does not say which token completes a character.
 """
 

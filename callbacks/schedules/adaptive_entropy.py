@@ -81,7 +81,7 @@ class AdaptiveEntropy(RolloutCallback):
         return coefficient if entropy <= self.target else 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that nothing else sets ``entropy_coef``."""
+        """Check that no other callback sets ``entropy_coef``."""
         if stage != "fit":
             return
         rivals = [

@@ -1,7 +1,7 @@
 """Reads checkpoints, after checking that they are intact and safe.
 
 A checkpoint is one file, or under ``fsdp2`` a folder of shards, in Lightning's formats.
-Lightning loads the weights; these checks run before.
+Lightning loads the weights; these checks run before that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INDEX_NAMES = {
 def read_metadata(path: str) -> State:
     """Return a checkpoint's content, but not a folder's weights; tensors stay on disk.
 
-    It compares every byte with the checkpoint's checksums first.
+    Before that, it verifies the checkpoint's checksums, which cover every byte.
 
     Raises:
         ConfigurationError: it is missing or damaged, or holds more than tensors and plain values.

@@ -65,7 +65,7 @@ def optimizer_name(module: TrainedModule) -> str:
 
 
 def agree_before_loading(trainer: pl.Trainer, mark: Callable[[str | None], str | None]) -> None:
-    """Let all processes compare their checkpoints before any of them reads its own.
+    """Let all processes compare their checkpoints before any of them reads one.
 
     Each process finds ``last`` by itself, or gets a path from its launcher. If the paths differ,
     ddp would train on moments and positions of different runs, and fsdp2 would read the first
@@ -100,8 +100,7 @@ def require_same(
         reduce: ``(tensor, "max") -> tensor`` over ranks.
 
     Raises:
-        ConfigurationError: on all processes, if they hold different checkpoints, even under the
-            same path.
+        ConfigurationError: on all processes, if their checkpoints differ, even under the same path.
     """
     mark = mark or str(path)
     first, first_mark = broadcast(path), broadcast(mark)

@@ -16,7 +16,7 @@ from kdrl_lightning.common.untyped import Tree
 from kdrl_lightning.errors import ConfigurationError
 
 PROGRAM = "python -m kdrl_lightning"
-# Folder -> heading in the list, which leaves out folders called base: other files build on theirs.
+# Folder -> heading in the list. Files in folders called base are not listed: others build on them.
 HEADINGS = {
     "": "Methods on the built-in task. Each runs on a CPU as it is, without a download.",
     "self_teachers": "Methods whose teacher is the student itself, on the built-in task.",

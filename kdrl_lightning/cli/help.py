@@ -108,7 +108,7 @@ Read on:
 
 
 def help_text(args: Sequence[str]) -> str | None:
-    """Return the help screen that a command line asks for; None if it asks for none.
+    """Return the help screen that a command line requests; None if it requests none.
 
     Args:
         args: the command line after the program.

@@ -1,4 +1,4 @@
-"""Reads configurations with ``base: other.yaml``, which build on that file and list differences.
+"""Reads configurations that build on another file (``base: other.yaml``) and list differences.
 
 jsonargparse merges files only on the command line (``--config a --config b``), but a method should
 be one file that runs by itself.

@@ -110,8 +110,8 @@ def lost_peer(error: BaseException | None) -> TrainingStopped | None:
 def first_to_say(message: str, waits_s: float = 0.0) -> bool:
     """Return whether this process is the first of its run to report a message.
 
-    A process that cannot ask the others counts as the first. Tasks of SLURM that have no process
-    group yet can only ask those on the same node.
+    A process that cannot reach the others counts as the first. SLURM tasks without a process group
+    reach only those on the same node.
 
     Args:
         message: what it would report.

@@ -128,7 +128,7 @@ def install() -> None:
         sys.meta_path.append(MovedModules())
 
 
-# `Any`: type checkers give a name found by a module's `__getattr__` the type that this returns.
+# `Any`: type checkers take this return type as the type of names found by a module's `__getattr__`.
 def names_of(*modules: str) -> Callable[[str], Any]:
     """Return a ``__getattr__`` for a package that has the name of a former module.
 

@@ -186,7 +186,7 @@ class RolloutDataModule(pl.LightningDataModule):
             warn_of_ignored((row for s in sets for row, _ in s.sample), module.tokenizer)
         self.rewards.start()
         for prompts in sets:
-            # Run the reward on one row of each kind; of all others, only check the form.
+            # Run the reward on one row of each kind; let it check all other rows.
             kinds = first_of_each_kind(row for row, _ in prompts.sample)
             prompts.ask(self.rewards.try_once, kinds)
             prompts.require(lambda row: self.rewards.check([row]))
@@ -219,7 +219,7 @@ class RolloutDataModule(pl.LightningDataModule):
         limit = longest_that_fits(trainer, settings, group)
         prompts.limit(limit, "`max_tokens_per_micro_batch`")
         if teacher is not None:
-            prompts.require(teacher.route)  # a row without a teacher stops the run here
+            prompts.require(teacher.route)  # raises for a row without a teacher
             check_contexts(teacher, group)
             prompts.require(partial(teacher.check_row, tokenizer=module.tokenizer))
             line = teacher.check_rows([row for row, _ in prompts.sample], module.tokenizer)

@@ -1,4 +1,4 @@
-"""A data module for supervised fine-tuning on given completions."""
+"""A data module for supervised fine-tuning (SFT) on given completions."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def encode_completion(tokenizer: HFTokenizer, row: Row, ends: EndTokens) -> list
 
 
 class SupervisedDataModule(pl.LightningDataModule):
-    """Yields batches of given completions, each closed by an end token.
+    """Yields given completions for supervised fine-tuning, each closed by an end token.
 
     For a prompt of messages, the end token is the one with which the chat template closes a turn,
     if it is an end token of the model; otherwise it is the tokenizer's ``eos_token``.

@@ -45,7 +45,7 @@ class TeacherPrompts:
 
     @property
     def of_student(self) -> list[tuple[range, str]]:
-        """Lengths that the student's prompts must not have if the teacher reads them, too."""
+        """Prompt lengths to refuse; empty if the teacher does not read the student's prompts."""
         own = self.teacher is not None and self.teacher.has_own_prompt
         return [] if own else self.limits
 

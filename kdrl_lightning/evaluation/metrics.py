@@ -15,14 +15,14 @@ from kdrl_lightning.evaluation.sets import AVERAGE
 class EvaluationMetrics:
     """Holds one ``EvaluationMetric`` per set, created when the set's first batch arrives.
 
-    This is not a ``Module``, so that no checkpoint holds its states and no precision rounds them.
+    This is not a ``Module``, so checkpoints lack its states and no precision rounds them.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, EvaluationMetric] = {}
 
     def add(self, batch: EvaluationBatch, device: torch.device) -> None:
-        """Add a batch; all ranks must add the same number, in the same order, even if empty."""
+        """Add a batch, maybe empty; all ranks must add equally many, in the same order."""
         name = batch.of.name
         if name not in self._metrics:
             self._metrics[name] = EvaluationMetric(batch.of.ks).to(device)

@@ -50,7 +50,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One of several evaluation sets; for None it takes the data module's ``evaluation`` value.
+    """One of several evaluation sets; None means the value of the data module's ``evaluation``.
 
     Attributes:
         prompts: the rows.

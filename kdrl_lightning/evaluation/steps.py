@@ -11,7 +11,7 @@ from kdrl_lightning.evaluation.metrics import EvaluationMetrics
 
 
 class EvaluationSteps:
-    """The evaluation half of a ``LightningModule``: it measures judged completions.
+    """The evaluation steps of a ``LightningModule``: they measure judged completions.
 
     List it before ``LightningModule`` among a class's bases, so that its hooks replace Lightning's.
     """

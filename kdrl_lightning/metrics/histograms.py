@@ -46,7 +46,7 @@ class Histogram:
 
 
 class Histograms:
-    """Collects one histogram per name, each over its own range.
+    """Collects one histogram per name, each over a fixed range.
 
     Args:
         ranges: per name the left edge of the first bin and the right edge of the last one.

@@ -71,5 +71,5 @@ class NonFiniteSteps:
 
 
 def _full(value: Tensor) -> Tensor:
-    """Return a plain tensor, also of sharded parameters."""
+    """Return the whole tensor of a possibly sharded one."""
     return value.full_tensor() if isinstance(value, DTensor) else value

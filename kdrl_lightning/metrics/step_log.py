@@ -1,8 +1,8 @@
 """The log of optimizer steps: callbacks see each value at once, loggers get a row per step.
 
 We do not use ``LightningModule.log``, which takes a quarter of a millisecond per value: it copies
-the description of a metric that can be reduced in many ways. Here the numbers are final, about 45
-per step, and that call took a tenth of the time of the embedded task (docs/speed.md).
+the description of a metric that can be reduced in many ways. We log about 45 final values per
+step, and that call took a tenth of the time of the embedded task (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LoggedRun(Protocol):
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """Values of Lightning's ``logged_metrics``."""
+        """The values logged last."""
 
     @property
     def strategy(self) -> Placed:
@@ -65,9 +65,9 @@ class LoggedRun(Protocol):
 
 
 class StepLog:
-    """Collects values as ``log_dict`` does; a name keeps its last value until ``forget``.
+    """Collects the values of optimizer steps; a name keeps its last value until ``forget``.
 
-    None removes a name: a mean over nothing leaves a gap in the log instead of its last value.
+    None removes a name, so that a mean over nothing leaves a gap in the log.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class StepLog:
     def end_step(self, trainer: LoggedRun) -> None:
         """Write the row once; after the last step of a rollout also forget the values.
 
-        So each row of a rollout's steps has the rollout's numbers.
+        So the rows of all steps of a rollout have the values that are logged once per rollout.
         """
         self.write_once(trainer)
         if ends_rollout(trainer):

@@ -95,8 +95,8 @@ class StepStats:
     def with_gaps(self, values: Mapping[str, float]) -> dict[str, float | None]:
         """Return the values, with None for names that only an earlier step measured.
 
-        Without None a log would repeat the earlier value. A name that begins with ``rollout/`` gets
-        no None: one step measures it, and it holds for all steps of the rollout.
+        Without None a log would repeat the earlier value. Names that begin with ``rollout/`` get no
+        None: one step measures their values for all steps of the rollout.
         """
         gaps = dict.fromkeys(self._shown - values.keys())
         self._shown |= {name for name in values if not name.startswith("rollout/")}

@@ -33,7 +33,7 @@ class PromptSource(ABC):
         return ""
 
 
-# Before a run, the reward is tried on a row of at most this many kinds.
+# Before a run, we try the reward on one row each of at most this many kinds.
 MOST_KINDS = 50
 
 Prompts: TypeAlias = PromptSource | Sequence[Row]

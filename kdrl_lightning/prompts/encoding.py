@@ -218,7 +218,7 @@ def _is_true(value: object) -> bool:
 def _answering(
     tokenizer: HFTokenizer, turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
 ) -> set[str]:
-    """Return the names of the role that the model answers as, such as Gemma's `model`."""
+    """Return the names of the role in which the model answers, such as Gemma's `model`."""
     last = turns[-1]["role"]
     if last in ROLES:
         return {"assistant"}

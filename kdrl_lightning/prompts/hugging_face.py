@@ -37,9 +37,9 @@ READERS = {
 class HFPrompts(PromptSource):
     """Rows of a dataset; each row keeps all its columns and gets ``prompt`` (and ``answer``).
 
-    Name a nested column with a dot: ``reward_model.ground_truth``. A column of classes
-    (``ClassLabel``) gives their names. Texts of a file stay as they are: a column of a CSV file
-    with a number like 007 or 1.50 is text, and so is a date in JSON.
+    Name a nested column with a dot: ``reward_model.ground_truth``. A ``ClassLabel`` column has the
+    names of the classes. Texts of a file stay as they are: a column of a CSV file with a number
+    like 007 or 1.50 is text, and so is a date in JSON.
 
     Args:
         path: name on the hub, a file (JSONL, JSON, Parquet, CSV, Arrow), or a folder that

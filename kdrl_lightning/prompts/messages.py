@@ -102,7 +102,7 @@ class PromptForm:
         self.prefill = prefill
 
     def __call__(self, question: object) -> object:
-        """Return the prompt of a question; if that is a list of messages, they end the chat."""
+        """Return the prompt of a question, which is a text or the last messages of a chat."""
         if hasattr(question, "tolist"):
             question = plain(question)
         if isinstance(question, str):

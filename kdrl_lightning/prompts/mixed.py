@@ -15,8 +15,7 @@ from kdrl_lightning.prompts.base import Prompts, PromptSource
 class MixedPrompts(PromptSource):
     """Rows of several sources, mixed by weight; each row gets its source's name as ``source``.
 
-    For every n, the first n rows have the proportions of the weights, to within one row per source:
-    of the sources with fewer rows than their share, the one whose next row is due first comes next.
+    For every n, the first n rows have the proportions of the weights, to within one row per source.
     Each source's rows are shuffled with the seed; after its last row, they are shuffled again.
 
     Args:
@@ -79,7 +78,10 @@ class MixedPrompts(PromptSource):
 def _interleave(
     shares: list[float], sizes: list[int], size: int | None, seed: int
 ) -> tuple[array[int], array[int]]:
-    """Return the source's index and the row of each position; without a size, repeat no row."""
+    """Return the source's index and the row of each position; without a size, repeat no row.
+
+    Of the sources with fewer rows than their share, we take the one whose next row is due first.
+    """
     taken = [0] * len(shares)
     orders: dict[int, NDArray[np.int64]] = {}
     whiches, rows = array("i"), array("q")

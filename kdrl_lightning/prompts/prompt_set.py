@@ -249,7 +249,7 @@ def sample_rows(count: int, most: int, seed: int) -> list[int]:
 
 
 def check_ids(ids: Sequence[int], rows: int, model: str, tokenizer: HFTokenizer) -> None:
-    """Check that a model has an embedding for every token; on a GPU, only an assertion fails.
+    """Check that a model has an embedding for every token; a GPU would only fail an assertion.
 
     Args:
         ids: token ids of one prompt or completion.

@@ -196,7 +196,7 @@ def check_rendered(turns: Sequence[Mapping[str, Any]], text: str) -> None:
         if turn["role"] in ("system", "developer", "user") and isinstance(turn.get("content"), str)
     ]
     lost = []
-    # The longest first; each needs a place of its own: "1" must not be found inside "1 + 1".
+    # The longest first, each in a separate place: "1" must not be found inside "1 + 1".
     for number, role, content in sorted(asked, key=lambda one: -len(one[2])):
         # Some templates write JSON.
         forms = [SWITCH.split(content), [json.dumps(content, ensure_ascii=False)[1:-1]]]

@@ -67,7 +67,7 @@ class Verdict:
 
 
 class TaskReward(ABC):
-    """Base class of rewards with checks or processes; a function of one sample is a reward, too."""
+    """Base class of rewards with checks or processes; without these, a plain function will do."""
 
     @abstractmethod
     def __call__(self, sample: Sample) -> float | Verdict:

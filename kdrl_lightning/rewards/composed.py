@@ -131,7 +131,7 @@ class RoutedReward(BatchReward):
             reward.check(row)
 
     def list_as_text(self, row: Row) -> str | None:
-        """Return what the row's reward returns."""
+        """Return the answer if the row's reward reports a list or a dict as text; else None."""
         reward = self._of(row)
         return reward.list_as_text(row) if isinstance(reward, TaskReward) else None
 

@@ -71,7 +71,7 @@ class ReasoningGymReward(BatchReward):
 
         Raises:
             ConfigurationError: the task's scorer gives full credit to a constant on most rows, or
-                none to the answer of the row.
+                not to the answer of the row.
         """
         task = self.task or str(row["metadata"]["source_dataset"])
         if task in self._probed:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 # Stop if more than this share of the prompts drawn in the last rollouts could not be used.
 MAX_BAD_FRAC, LAST_ROLLOUTS = 0.1, 10
-# This many unusable rows in one slot stop the run; it warns of this many rows, then only counts.
+# MOST_TRIES unusable rows in one slot stop the run; it warns of the first NAMED rows, then counts.
 MOST_TRIES, NAMED = 100, 5
 
 

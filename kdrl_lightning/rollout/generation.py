@@ -79,7 +79,7 @@ def sample_and_judge(
         training: whether a failing reward may stop the run.
         source: ``STUDENT`` or ``TEACHER``, whichever samples.
         ends: the student's end tokens; None: only the tokenizer's.
-        translate: converts a teacher's completions to the student's tokens; None: they have them.
+        translate: converts a teacher's completions to the student's tokens; None: leaves them.
 
     Returns:
         One entry per completion; completions of a prompt are next to each other.

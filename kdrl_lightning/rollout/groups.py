@@ -73,8 +73,10 @@ class GroupShare:
 class Collector:
     """Fills the groups of a rollout with completions of the student, then of the teacher.
 
+    A group is all completions of one prompt. Groups are numbered; the number is the group's slot.
+
     Attributes:
-        slots: gives each group of a rollout its prompt and sampling noise.
+        slots: decides the prompt and the sampling noise of each slot.
         student: the student's completions of each group.
         teacher: the teacher's completions of each group.
         teacher_seconds: seconds that the teacher's engine took to generate.
@@ -121,7 +123,7 @@ class Collector:
             The batch, its groups, and the groups that were replaced.
 
         Raises:
-            TrainingStopped: ``MOST_TRIES`` rows in a row cannot be used for one slot.
+            TrainingStopped: ``MOST_TRIES`` consecutive rows of a slot cannot be used.
         """
         # 1. Sample a group for each of this rank's slots; replace groups with equal rewards.
         groups, replaced = fill_groups(
@@ -155,8 +157,8 @@ class Collector:
     ) -> list[Row]:
         """Return a row of another prompt for each of this rank's groups.
 
-        It is the slot's row of the next rollout, whatever the number of ranks; no other slot of
-        this rollout has it.
+        This is the row that the slot gets in the next rollout. It does not depend on the number of
+        ranks, and no other slot of this rollout has it.
         """
         slots = self.slots.of_rank(rank, world_size)
         return [row for row, _ in self._prompts(rollout + 1, prompts, slots)[0]]
@@ -164,9 +166,9 @@ class Collector:
     def ahead(
         self, rollout: int, prompts: Sequence[EncodedPrompt], rank: int, world_size: int, ask: Ask
     ) -> list[Request]:
-        """Return the first requests of ``collect`` to engines that can sample during training.
+        """Return those requests of ``collect`` that engines can answer while the student trains.
 
-        They leave out a teacher that answers only failed prompts, which are not known yet.
+        Refills must wait for rewards, and so must a teacher that answers only failed prompts.
         """
         slots = self.slots.of_rank(rank, world_size)
         chosen = self._prompts(rollout, prompts, slots)[0]

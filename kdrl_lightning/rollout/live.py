@@ -1,4 +1,4 @@
-"""Sampling in a run: sync engines to the current weights, then sample and judge.
+"""Sync engines to the current weights, then sample completions and let the rewards judge them.
 
 Threads can sample the next rollout in advance, while the current one trains.
 """
@@ -91,7 +91,7 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Taker:
-    """An engine that first looks among completions sampled in advance."""
+    """An engine that returns completions sampled in advance, if there are any for the request."""
 
     engine: RolloutEngine
     jobs: list[tuple[Request, Future[Groups]]]
@@ -99,7 +99,7 @@ class Taker:
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], sampling: Sampling
     ) -> Groups:
-        """Return those sampled in advance with these seeds and settings; else sample now."""
+        """Return completions sampled in advance with these seeds and settings; else sample now."""
         wanted = (self.engine, list(seeds), sampling)
         for request, future in self.jobs:
             if (request.engine, request.seeds, request.sampling) == wanted:
@@ -184,9 +184,9 @@ class LiveSampler:
         return time.perf_counter() - started
 
     def _compare_moved(self, engine: RolloutEngine, weights: ModelWeights) -> None:
-        """Compare after moving the weights that are equal in their tensor; all ranks must call it.
+        """Compare with noise added to tensors whose values are all equal; all ranks must call it.
 
-        Weights that are all 0 or all 1 can hide a difference until training changes them.
+        Values that are all 0 or all 1 can hide a difference until training changes them.
         """
         parts = equal_weights(weights.model)
         if not float(self.module.reduce(torch.tensor([float(len(parts))]), "sum")):
@@ -195,7 +195,7 @@ class LiveSampler:
             engine.update_weights(weights, self.trainer.global_step)
             self._compare(engine, weights, MOVED)
         engine.release()
-        engine.version = None  # it holds the moved weights
+        engine.version = None  # it has the noisy weights
 
     def _compare(self, engine: RolloutEngine, weights: ModelWeights, which: str) -> None:
         """Compare an engine's log-probabilities with the student's; all ranks must call it."""

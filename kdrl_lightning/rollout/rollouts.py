@@ -1,4 +1,4 @@
-"""The rollouts of a run: each is made when training asks for its first micro-batch."""
+"""The rollouts of a run: each is made when training needs its first micro-batch."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ class RolloutSource:
         return teacher.sampling_weights() or module.weights()
 
     def _start_next(self, rollout: int) -> float:
-        """Begin to sample the next rollout while this one trains; return the sync's seconds."""
+        """Begin to sample the next rollout while this one trains; return the sync time in s."""
         self.live.ahead.drop()
         if rollout * self.updates >= self.live.trainer.estimated_stepping_batches:
             return 0.0  # the run ends before its first update
@@ -297,7 +297,7 @@ class RolloutSource:
     def _waits(self, batch: RolloutBatch) -> Waits:
         """Return which scores the updates compute anyway and ``prepare`` does not read.
 
-        A replay needs scores from before the first update, so with several epochs there are none.
+        With several epochs there are none: a replay needs scores from before the first update.
         """
         objective, once = self.live.module.objective, self.epochs == 1
         runs_teacher = once and objective.divergence is not None

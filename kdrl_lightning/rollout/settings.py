@@ -30,7 +30,7 @@ class RolloutSettings:
             gives one update.
         epochs_per_rollout: number of passes over a rollout.
         max_off_policy_steps: how many rollouts old the sampling weights may be. 0: always current.
-            1: an engine that can (``VLLMServerEngine``) samples the next rollout while this one
+            1: an asynchronous engine (``VLLMServerEngine``) samples the next rollout while this one
             trains, and importance weights on sampled tokens correct for it.
         rollouts_per_epoch: rollouts of one trainer epoch, after which validation runs; None: enough
             to use each prompt once.

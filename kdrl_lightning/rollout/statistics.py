@@ -117,8 +117,8 @@ class RolloutWatch:
     def with_gaps(self, metrics: Mapping[str, float]) -> dict[str, float | None]:
         """Return a rollout's metrics, with None for names that only an earlier one measured.
 
-        A rollout may have no completion of the teacher, none of the student, or no reward of a
-        kind. Without None, callbacks would read the values of an earlier rollout.
+        A rollout may have no completion of the teacher or of the student, or lack a reward part.
+        Without None, callbacks would read the values of an earlier rollout.
         """
         gaps = dict.fromkeys(self.names - metrics.keys())
         self.names |= metrics.keys()

@@ -11,7 +11,7 @@ from kdrl_lightning.rewards.base import BatchReward, Reward, Sample, Verdict, ju
 
 
 class ErringVerifier(BatchReward):
-    """Another reward, with errors: it accepts some wrong completions and rejects some right ones.
+    """Adds errors to a reward: it accepts some wrong completions and rejects some right ones.
 
     Whether it errs depends on the seed, the prompt and the text alone, so the same completion
     always gets the same verdict, as with a flawed real verifier. A wrong verdict has reward 1 or 0.

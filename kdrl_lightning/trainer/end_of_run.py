@@ -38,7 +38,7 @@ def check_space(needs: Mapping[Path, int]) -> None:
         needs: bytes per folder, which need not exist yet.
 
     Raises:
-        ConfigurationError: one cannot be made or written, or a disk is too full.
+        ConfigurationError: a folder cannot be made or written, or a disk is too full.
     """
     disks: dict[int, int] = {}
     for folder, size in needs.items():
@@ -122,7 +122,7 @@ def save_student(
                 )
                 replace_folder(half, folder)
         except BaseException as error:
-            shutil.rmtree(half, ignore_errors=True)  # or it would keep the disk full
+            shutil.rmtree(half, ignore_errors=True)  # a partial export would keep the disk full
             if isinstance(error, OSError | SafetensorError):
                 raise not_exported(trainer, str(folder), error) from error
             raise

@@ -62,7 +62,7 @@ def check_step(make: OptimizerCallable) -> None:
     weight.grad = torch.zeros_like(weight)
     try:
         optimizer = make([weight])
-    except Exception:  # it needs the student's own weights, or its arguments are wrong
+    except Exception:  # it needs the student's parameters, or its arguments are wrong
         return
     takes_closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if takes_closure is not None and takes_closure.default is inspect.Parameter.empty:
@@ -93,7 +93,7 @@ def state_names(make: OptimizerCallable) -> set[str]:
     try:
         optimizer = make([weight])
         optimizer.step()
-    except Exception:  # it needs the student's own weights
+    except Exception:  # it needs the student's parameters
         return set()
     return set(optimizer.state[weight])
 

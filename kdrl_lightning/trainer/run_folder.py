@@ -23,8 +23,8 @@ from kdrl_lightning.trainer.protocols import is_trial_run
 # An empty file that reserves a folder for one run before the run writes anything else.
 MARK = ".run"
 CONFIG = "config.yaml"
-# A folder with one of these is taken: by a run of an earlier version, which wrote no mark, or by
-# a user's own files, which a run would overwrite.
+# A folder with one of these is not free: it belongs to a run of an earlier version, which wrote no
+# mark, or has files of a user, which a run would overwrite.
 WRITTEN = ("checkpoints/step=*.ckpt", "student", "summary.json", "samples.html", CONFIG)
 
 _folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()

@@ -24,7 +24,7 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
-    """Records SIGTERM, SIGHUP and Ctrl-C until ``agreed`` is called; a second Ctrl-C stops at once.
+    """Records SIGTERM, SIGHUP and Ctrl-C, which ``agreed`` reports; a second Ctrl-C stops at once.
 
     It replaces Lightning's handlers, one of which runs a collective inside the signal handler.
 
@@ -35,16 +35,16 @@ class StopSignals:
     def __init__(self, last_words: Callable[[], str]) -> None:
         self._handlers: dict[int, Handler] = {}
         self._number = 0
-        self._speaks = False
+        self._prints = False
         self._last_words = last_words
 
-    def listen(self, speaks: bool) -> None:
+    def listen(self, prints: bool) -> None:
         """Start to handle the signals, if this is the main thread.
 
         Args:
-            speaks: whether this rank prints messages.
+            prints: whether this rank prints messages.
         """
-        self._number, self._speaks = 0, speaks
+        self._number, self._prints = 0, prints
         if threading.current_thread() is threading.main_thread():
             for number in NAMES:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -77,7 +77,7 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == self._number == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped at once by Ctrl-C: {self._last_words()}")
-        if number == signal.SIGINT and self._speaks:
+        if number == signal.SIGINT and self._prints:
             os.write(2, NOTICE)  # the signal may have interrupted a print
         if number == signal.SIGHUP:
             _leave_terminal()

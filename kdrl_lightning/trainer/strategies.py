@@ -71,7 +71,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients on their ranks, for all micro-batches of a step but the last.
+        """Skip the reduction of gradients, in all micro-batches of a step but the last.
 
         Lightning's method supports only DDP.
         """
@@ -88,7 +88,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def setup_environment(self) -> None:
-        """Make every process data-parallel; Lightning's "auto" would make only one per node so."""
+        """Make every process data-parallel; Lightning's "auto" would count one per node."""
         set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
@@ -118,7 +118,7 @@ def register() -> None:
 
 
 def end_with_children() -> None:
-    """Let the launching process exit with the code of a process that it started, if that fails.
+    """Make the launching process exit with the exit code of a child process that failed.
 
     Lightning would kill the launching process with SIGKILL, because it may be waiting in C++ code,
     where Python handles no signal, e.g. at the start of a process group. Then Ctrl-C would not exit
@@ -149,8 +149,8 @@ def end_with_children() -> None:
 def end_children(strategy: Strategy, error: BaseException) -> None:
     """End the processes that Lightning's launcher started, after an error in this one.
 
-    If this process fails alone, they wait for it in a collective: with NCCL for half an hour, even
-    after this process has ended. If all fail, they end by themselves.
+    If only this process fails, the others wait for it in a collective: with NCCL for half an hour,
+    even after this process has ended. If all fail, they end by themselves.
 
     Args:
         strategy: the run's strategy.

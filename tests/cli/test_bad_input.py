@@ -251,7 +251,7 @@ CLI_CASES = {
     ),
     "at least -5 steps": (
         ["--trainer.min_steps=-5"],
-        "`trainer.min_steps` must be at least 0: got -5. 0 asks for none.",
+        "`trainer.min_steps` must be at least 0: got -5. 0 sets no minimum.",
     ),
     "a clip below 0, which clips nothing": (
         ["--trainer.gradient_clip_val=-1"],

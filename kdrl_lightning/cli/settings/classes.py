@@ -30,20 +30,20 @@ NestedArg = util.NestedArg
 
 
 def check_spec(val: object, members: Iterable[object]) -> None:
-    """Check that all arguments of a class stand below ``init_args``.
+    """Check that all arguments of a class are below ``init_args``.
 
     Args:
         val: the value of a setting.
         members: the types for which the value can be meant.
 
     Raises:
-        ValueError: an argument stands next to ``class_path``, or ``init_args`` is misspelt.
+        ValueError: an argument is next to ``class_path``, or ``init_args`` is misspelt.
     """
     kinds = [m for m in members if m is not NoneType]
     if not isinstance(val, Mapping | Namespace) or "class_path" not in val:
         return
     held = set(vars(val) if isinstance(val, Namespace) else val) - SPEC
-    names = [name for name in held if not str(name).startswith("__")]  # jsonargparse's own
+    names = [name for name in held if not str(name).startswith("__")]  # jsonargparse adds these
     if not names or not kinds or not all(is_class(m) for m in kinds):
         return
     listed = ", ".join(f"`{name}`" for name in sorted(map(str, names)))

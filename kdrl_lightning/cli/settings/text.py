@@ -21,7 +21,7 @@ BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 BOOL, NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 STR = "tag:yaml.org,2002:str"
-# These rules of YAML 1.1 surprise users: it reads dates and the value `=`, 1e5 as text, 1:30 as
+# These rules of YAML 1.1 surprise users: it converts dates and `=`, and reads 1e5 as text, 1:30 as
 # 90, and 010 as 8.
 LEFT_OUT = {FLOAT, INT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}
 WHOLE = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")

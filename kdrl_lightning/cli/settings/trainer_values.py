@@ -14,8 +14,8 @@ LEAST = (
     ("accumulate_grad_batches", 1, "It is the number of micro-batches of an optimizer step."),
     ("gradient_clip_val", 0, "0 clips nothing."),
     ("log_every_n_steps", 0, "0 logs nothing."),
-    ("min_steps", 0, "0 asks for none."),
-    ("min_epochs", 0, "0 asks for none."),
+    ("min_steps", 0, "0 sets no minimum."),
+    ("min_epochs", 0, "0 sets no minimum."),
     ("num_sanity_val_steps", -1, "-1 takes all batches."),
 )
 TIMES = ("days", "hours", "minutes", "seconds", "weeks", "milliseconds", "microseconds")

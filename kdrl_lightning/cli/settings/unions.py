@@ -118,7 +118,7 @@ def adapt(val: Any, typehint: object, *args: object, **kwargs: object) -> Any:
         val = val.clone()
         val["dict_kwargs"] = plain(val["dict_kwargs"])
     if isinstance(val, NestedArg) and is_class(typehint):
-        # The class's own parser decides whether the text of this argument is YAML.
+        # The parser of the class decides whether the text of this argument is YAML.
         given = kwargs.get("orig_val")
         val = given if isinstance(given, NestedArg) else val
     if _is_named(typehint) and isinstance(val, dict):

@@ -1,4 +1,4 @@
-"""What checks work with: the device, a folder, timers, and random models written on first use."""
+"""Tools for checks: the device, a folder, timers, and random models written on first use."""
 
 from __future__ import annotations
 

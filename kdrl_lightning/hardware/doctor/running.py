@@ -82,7 +82,7 @@ def run(check: Check, folder: Path, limit: float | None = None) -> Outcome:
     Args:
         check: the check.
         folder: folder for files that checks share and for the check's output.
-        limit: seconds; None takes the check's own limit.
+        limit: seconds; None: the check's ``limit``.
     """
     limit = check.limit if limit is None else limit
     found, log = folder / f"{check.name}.jsonl", folder / f"{check.name}.log"

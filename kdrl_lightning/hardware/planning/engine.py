@@ -35,7 +35,7 @@ def copy_bytes(run: Rehearsal) -> float:
 
 
 def awake(run: Rehearsal, memory: float | None) -> dict[str, float]:
-    """Return the bytes that the engine holds during updates, by what holds them.
+    """Return the engine's bytes during updates, by part of the plan.
 
     Args:
         run: the rehearsal.
@@ -76,7 +76,7 @@ def with_cache(
     """Add the transformers engine's KV cache, for as many completions as it decodes at once.
 
     Args:
-        parts: the other bytes held, by what holds them.
+        parts: all other bytes held during sampling, by part of the plan.
         decoded: see ``decoding``; memory is linear in the number of completions.
         config: configuration of the whole student.
         job: settings of the run.
@@ -90,7 +90,7 @@ def with_cache(
 
 
 def pushing(run: Rehearsal) -> dict[str, float]:
-    """Return the bytes held while the engine takes weights; vLLM counts with its weights alone."""
+    """Return the bytes held while the engine takes weights; of vLLM only its weights count."""
     parts: dict[str, float] = dict(run.held)
     if run.job.sampler.kind == "vllm":
         parts["engine"] = run.whole_copy(engine_itemsize(run))
@@ -123,7 +123,7 @@ def engine_bytes(run: Rehearsal, memory: float | None) -> float:
 
 
 def engine_itemsize(run: Rehearsal) -> int:
-    """Return bytes of a number of vLLM's weights and cache."""
+    """Return the bytes of one number in vLLM's weights and KV cache."""
     auto = 2 if run.job.on_gpu else 4
     return {"float32": 4, "bfloat16": 2, "float16": 2}.get(run.job.sampler.dtype, auto)
 

@@ -42,7 +42,7 @@ class Phase:
 
     Attributes:
         name: ``sample``, ``score``, ``update``, ``step`` or ``push``.
-        parts: bytes on one rank at the peak, by what takes them.
+        parts: bytes on one rank at the peak, by name (``student``, ``activations``, ...).
     """
 
     name: str

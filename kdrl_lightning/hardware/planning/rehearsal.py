@@ -64,7 +64,7 @@ class Rehearsal:
         module: the module, with a student.
         meter: counts bytes and operations.
         optimizer: the optimizer of the student's weights, with its moments.
-        held: bytes held in all phases, by what holds them: ``student``, ``teacher``,
+        held: bytes held in all phases, by part of the plan: ``student``, ``teacher``,
             ``reference``, ``moments``, ``ddp's buckets``, and ``gradients``, which Lightning keeps
             from a step until the next backward pass.
         away: bytes of models that are offloaded to the host's memory.
@@ -112,7 +112,7 @@ class Rehearsal:
         return cost
 
     def _leave_whole_gradients(self) -> None:
-        """Run a small micro-batch as one before the last of a step: FSDP2 reduces no gradient."""
+        """Run a small micro-batch without reducing gradients, as before the last one of a step."""
         units = [m for m in self.student.modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
@@ -139,7 +139,7 @@ class Rehearsal:
         return [p for p in self.student.parameters() if p.requires_grad]
 
     def score(self, tokens: int) -> dict[str, Cost]:
-        """Score completions without gradient, as the rollout's start does, by each model."""
+        """Return the cost of scoring without gradient at the start of a rollout, by model."""
         batch = self._batch(tokens)
         return self._score(batch, self._largest_read(batch, tokens), self._joined(batch, None))
 

@@ -52,7 +52,7 @@ class Work:
         weights: number of the student's weights.
         cache: numbers in a KV cache per token.
         layers: number of the student's layers.
-        held: bytes on the GPU besides those for sampling.
+        held: bytes on the GPU that the KV cache cannot use.
     """
 
     score: float

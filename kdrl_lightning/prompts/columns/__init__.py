@@ -1,1 +1,1 @@
-"""Columns of files: what their cells say, and cells that hold a list or a dict as text."""
+"""Columns of files: which must stay text, and which hold lists or dicts written as text."""

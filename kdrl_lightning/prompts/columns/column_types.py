@@ -1,4 +1,4 @@
-"""Finds columns whose values `datasets` changes: dates, long numbers and numbers of classes."""
+"""Finds columns whose values `datasets` changes: dates, long numbers and class names."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def has_long_numbers(file: Path) -> bool:
 
 
 def has_names(feature: Any) -> bool:
-    """Return whether a column holds numbers of classes, at any depth."""
+    """Return whether a column holds class ids (``ClassLabel``), at any depth."""
     if isinstance(feature, Mapping):
         return any(has_names(one) for one in feature.values())
     return hasattr(feature, "int2str") or has_names(getattr(feature, "feature", {}))
 
 
 def with_names(feature: Any, value: Any) -> Any:
-    """Return a value with class names in place of their numbers; -1 (no class) becomes None."""
+    """Return a value with class names in place of class ids; -1 (no class) becomes None."""
     if value is None:
         return None
     if hasattr(feature, "int2str"):

@@ -1,7 +1,7 @@
 """Finds the columns of a CSV file that must stay text, and refuses a file whose rows would shift.
 
-pandas reads `1.50` as 1.5 and `007` as 7, so the answer of the file would be wrong; it takes the
-first column as an index if rows have more cells than the header.
+pandas reads `1.50` as 1.5 and `007` as 7, which would change reference answers. If rows have more
+cells than the header, it takes the first column as an index.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kdrl_lightning.errors import ConfigurationError
 NUMBER = re.compile(
     r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?inf(?:inity)?", re.I
 )
-# As Python writes whole numbers; a float64 holds all of 15 digits.
+# Whole numbers as Python writes them; a float64 is exact up to 15 digits.
 WHOLE = re.compile(r"-?[1-9][0-9]{0,14}|0")
 # What pandas takes for a missing value, besides an empty cell.
 MISSING = {"None", "null", "NULL", "nan", "NaN", "-nan", "-NaN", "NA", "N/A", "n/a", "<NA>"}

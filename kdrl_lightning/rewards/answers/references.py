@@ -16,9 +16,9 @@ from kdrl_lightning.common.written_values import read_container
 from kdrl_lightning.errors import ConfigurationError
 
 ROW_CHARACTERS = 120
-# Narrow float types, each with the fewest digits that its rounded values have as a float64, the
-# digits of a decimal that it keeps, and about its range. A float64 with fewer digits is a decimal
-# that somebody wrote.
+# Narrow float types. For each: how many digits its rounded values have at least as a float64 (a
+# float64 with fewer digits is a decimal that somebody wrote), how many digits of a decimal survive
+# the rounding, and its approximate range.
 NARROW = ((np.float32, 15, 6, 1e-37, 1e38), (np.float16, 10, 3, 1e-4, 6e4))
 # Invisible characters, which texts from web pages have at their ends.
 INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
@@ -132,7 +132,7 @@ def _texts(value: object, inside: bool = False) -> Iterable[str]:
         return [str(value), str(value).lower()]
     if isinstance(value, float):
         texts = _of_decimal(Decimal(repr(value)), repr(value))
-        if value.is_integer():  # it has no noise: 2**53 is not 9007199254740990
+        if value.is_integer():  # no rounding error: 2**53 must not match 9007199254740990
             return texts
         short = Decimal(f"{value:.15g}")
         return [*texts, *_of_decimal(short, str(short))[:1], *_of_single(value)]

@@ -67,7 +67,7 @@ class RewardRunner:
     def try_once(self, row: Row) -> None:
         """Try the reward on a real row before training.
 
-        The reward judges an empty completion, which students do produce, and the prompt as one.
+        The reward judges two completions: an empty one, which students do produce, and the prompt.
 
         Raises:
             ConfigurationError: the reward raises, or does not return a finite number.

@@ -168,7 +168,7 @@ def _set_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:
 @contextmanager
 def _working_folder_kept() -> Iterator[None]:
     """Return to the working folder at the end: the run's relative paths start there."""
-    # Linux can hold a folder that its user may not list.
+    # O_PATH (Linux) also opens a folder that the user may not list.
     here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
     try:
         yield

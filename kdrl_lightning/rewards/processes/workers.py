@@ -34,8 +34,8 @@ class WorkerPool:
     """Calls a function of one argument in several processes, with a time limit per call.
 
     A process that dies, e.g. because it has no memory left, is replaced, and its call is made once
-    more. The processes start at the first call, end with ``close`` or with this process, and are
-    left out when the pool is pickled. ``n`` hanging calls take about ``n / workers * seconds``, and
+    more. The processes start at the first call and end with ``close`` or with this process. A
+    pickled pool has no processes. ``n`` hanging calls take about ``n / workers * seconds``, and
     may keep cores busy. Each process may use 2 GiB for its data.
 
     Args:
@@ -90,7 +90,7 @@ class WorkerPool:
                     if calls.waiting and worker.ready and not worker.send(calls):
                         self._replace(place, calls)
                 self._collect(calls)
-        except BaseException:  # a later `map` would take late replies for its own
+        except BaseException:  # a later `map` would mistake late replies for replies to its calls
             self.close()
             raise
         return calls.results

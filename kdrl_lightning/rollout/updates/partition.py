@@ -76,10 +76,10 @@ def teacher_passes(
     max_tokens: float,
     reduce: Callable[[Tensor, str], Tensor],
 ) -> Iterator[list[int]]:
-    """Yield the rows of each pass of a teacher, within a limit on the teacher's own tokens.
+    """Yield the rows of each pass of a teacher, within a limit on the teacher's tokens.
 
-    A row that is longer than the limit gets a pass of its own. Read the generator while you score:
-    each part's lengths wait for the alignment of its completions with the teacher's tokens.
+    A row that is longer than the limit gets a separate pass. Score while you iterate: each part
+    waits for the alignment of its completions with the teacher's tokens.
 
     Args:
         parts: lists of rows of ``batch``, within the limit for the student.
@@ -139,8 +139,8 @@ def _cheapest_cut(ordered: Floats, parts: int, limit: float) -> tuple[float, lis
 def _add_part(ordered: Floats, total: Floats, part: int, limit: float) -> tuple[Floats, Ints]:
     """Find where to start one more part, for every row at which that part may end.
 
-    The best start never moves left when the end moves right. So we solve the ends by halving, each
-    between the answers of its two solved neighbours: ``O(n log n)`` instead of ``O(n^2)``.
+    The best start never moves left when the end moves right. So we divide and conquer, and search
+    each start between those of two solved ends: ``O(n log n)`` instead of ``O(n^2)``.
 
     Returns:
         The fewest padded tokens up to each end, and the last row of the part before it.

@@ -97,7 +97,7 @@ def plan_updates(
     The student scores the same micro-batches that the updates use. So old log-probabilities equal
     those of the first update bit for bit, and scoring needs no more memory than an update. Teacher
     and reference score joined micro-batches up to ``cut.frozen_tokens``, so that they run a prompt
-    in several micro-batches only once.
+    only once, even if several micro-batches share it.
 
     Args:
         batch: this rank's completions; groups are in the order of their mini-batches.
@@ -115,8 +115,8 @@ def plan_updates(
     # 3. Score with the reference, and with the teacher unless each update runs it.
     parts = [*first, *later]
     batch = guard(partial(score_frozen, batch, parts, cut, scoring, waits))
-    # 4. Let the objective decide what holds for the whole rollout. It gets the student's scores of
-    #    all completions or of none.
+    # 4. Let the objective set its fields, e.g. advantages. It gets the student's scores of all
+    #    completions or of none.
     hidden = OLD_FIELDS if waits.student else ()
     kept = {name: getattr(batch, name) for name in hidden}
     batch = scoring.prepare(batch.replace(**dict.fromkeys(hidden))).replace(**kept)

@@ -1,4 +1,4 @@
-"""Scores a rollout with student, reference and teacher, each in passes of its own size."""
+"""Scores a rollout with student, reference and teacher, each in passes of a suitable size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEACHER_FIELDS = (
 # Most tokens of one pass by teacher or reference. Such a pass keeps no activations for a gradient,
 # so it can be larger than a micro-batch.
 FROZEN_TOKENS = 4096
-# A layer repeats a shared prompt's keys and values for each row: up to this many times the tokens.
+# Layers copy a shared prompt's keys and values for each row: at most this many times the tokens.
 REPEATED = 4
 
 
@@ -85,7 +85,7 @@ def score_frozen(
 def score_taught(
     batch: RolloutBatch, parts: list[list[int]], cut: Cut, scoring: Scoring
 ) -> RolloutBatch:
-    """Return the batch with the teacher's scores, in passes that keep the limit of tokens."""
+    """Return the batch with the teacher's scores, in passes within the token limit."""
     teacher, tokens, limit = cut.teacher, cut.frozen_tokens, cut.max_micro_tokens
     read = batch if batch.teacher_prompt_ids is None else _by_prompt(as_read(batch))
     passes: Iterable[list[int]]
@@ -129,7 +129,7 @@ def joined(parts: list[list[int]], batch: RolloutBatch, max_tokens: float) -> li
 
 
 def _by_prompt(batch: RolloutBatch) -> RolloutBatch:
-    """Return the batch with new groups: the rows with equal prompts.
+    """Return the batch regrouped by equal prompts.
 
     The teacher's prompts can differ within a group of the student, and be equal in two groups.
     """

@@ -53,7 +53,7 @@ def check_devices(accelerator: object, devices: object) -> None:
 def check_memory(path: str, device: torch.device, ranks: int, adapters: bool) -> None:
     """Refuse a GPU that cannot even hold a student's weights and their gradients.
 
-    Moments, teacher and activations come on top; ``plan`` counts them.
+    Moments, teacher and activations need more memory; ``plan`` counts them.
 
     Args:
         path: folder or hub name of the student.

@@ -118,7 +118,7 @@ def check_teacher_completions(
         engine: samples the student's completions.
 
     Raises:
-        ConfigurationError: the teacher cannot, or the objective does not.
+        ConfigurationError: the teacher cannot sample, or the objective does not use them.
     """
     if not share.count:
         if getattr(objective, "teacher_tokens", None) is not None:  # of a PolicyObjective

@@ -19,8 +19,9 @@ def check_limits(trainer: Trainer) -> None:
 
     Raises:
         ConfigurationError: ``max_steps``, ``max_epochs`` or ``max_time`` leaves nothing;
-            ``val_check_interval`` or ``check_val_every_n_epoch`` is not above 0; or the former is a
-            time and there are several processes, which would not validate at the same step.
+            ``val_check_interval`` or ``check_val_every_n_epoch`` is not above 0; or
+            ``val_check_interval`` is a time in a run of several processes, which would validate at
+            different steps.
     """
     for name in ("max_steps", "max_epochs"):
         if getattr(trainer, name) == 0:

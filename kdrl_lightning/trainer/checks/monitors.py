@@ -112,6 +112,6 @@ def monitored(callback: pl.Callback) -> str:
 
 
 def _is_lightnings(callback: pl.Callback) -> bool:
-    """Return whether a callback is an EarlyStopping or ModelCheckpoint, and no class of ours."""
+    """Return whether a callback is an EarlyStopping or ModelCheckpoint of Lightning or a user."""
     ours = type(callback).__module__.startswith(KNOWN[0])
     return isinstance(callback, EarlyStopping | ModelCheckpoint) and not ours

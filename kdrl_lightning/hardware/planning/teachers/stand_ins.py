@@ -81,7 +81,7 @@ class Weightless(Elsewhere):
 
 
 class OtherTokens(WrappedTeacher):
-    """Stands in for a ``CrossTokenizerTeacher``, which reads completions in its own tokens.
+    """Stands in for a ``CrossTokenizerTeacher``, which reads completions in other tokens.
 
     Args:
         teacher: the wrapped teacher.
