@@ -121,7 +121,8 @@ def others(out: Path) -> str:
     return (
         "\n".join(
             [
-                "Campaigns at other moments (files have only parts measured after their last fix):",
+                "More runs, with faults at other moments (each file has only what we measured "
+                "after its last fix):",
                 "",
                 *lines,
                 "",

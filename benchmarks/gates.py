@@ -32,6 +32,11 @@ GATES: dict[str, dict[str, float]] = {
         "exploration_entropy": 0.3,
     },
 }
+TITLE = """# Gates on imitation: the figures
+
+[The comparison](README.md#gates-on-imitation) explains them.
+
+"""
 
 
 def run(gate: str, seed: int) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def main() -> None:
             print(f"{gate} seed {seed}: {last['greedy']:.3f} {last['sampled']:.3f}", flush=True)
     (args.out / "gates.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
-    (args.out / "gates.md").write_text(text)
+    (args.out / "gates.md").write_text(TITLE + text)
     print(text)
 
 

@@ -278,6 +278,13 @@ def chosen(results: list[dict[str, Any]], setting: str, method: str) -> list[dic
     return [r for r in results if (r["setting"], r["method"]) == (setting, method) and r["chosen"]]
 
 
+TITLE = """# All methods compared: the tables
+
+[The comparison](README.md) explains the columns and the results.
+
+"""
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Return Markdown tables for each setting: mean (lowest - highest) over seeds."""
     lines = []
@@ -412,7 +419,7 @@ def main() -> None:
     record = {"machine": machine, "results": results}
     file.write_text(json.dumps(record, indent=1) + "\n")
     text = table(results)
-    (args.out / "methods.md").write_text(text)
+    (args.out / "methods.md").write_text(TITLE + text)
     plot(results, args.out / "methods.png")
     print(text)
 

@@ -246,9 +246,11 @@ def main() -> None:
     record = {"machine": machine, "weights": weights, "adapters": adapters, "runs": records}
     (args.out / "scale.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [
+        "# Memory and time of training: measured and calculated",
+        "",
         f"{weights / 1e6:.1f} M weights in student and teacher each, float32; {machine}."
         if not adapters
-        else f"{weights / 1e6:.1f} M weights below {adapters / 1e6:.2f} M of adapters, float32; "
+        else f"{weights / 1e6:.1f} M frozen and {adapters / 1e6:.2f} M adapter weights, float32; "
         f"{machine}.",
         "",
         "| strategy | processes | peak MB per process | calculated | s per step | s to save "

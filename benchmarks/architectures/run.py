@@ -93,9 +93,9 @@ def markdown(table: dict[str, dict[str, str]]) -> str:
 
 HEAD = """# Architectures
 
-The table has all {count} types of causal language models that transformers {version} can build,
-each as a random model of about 0.2 million parameters. Each cell compares with the model's own
-logits of one row at a time, without padding and without a cache.
+This page shows what works for each of the {count} types of causal language models that
+transformers {version} can build, tried as a random model of about 0.2 million parameters. Each
+cell compares with the model's logits of one row at a time, without padding and without a cache.
 
 - loads: the scorer accepts the model. If it refuses one, it does so before training, in one line.
 - log-probs: the log-probabilities of completions of different lengths in one batch.

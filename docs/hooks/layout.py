@@ -1,4 +1,4 @@
-"""Site hook: a page with a wide table also gets the room of the table of contents."""
+"""Site hook: pages with a wide table have no table of contents, so that the table has room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEAD = re.compile(rf"^\|(?:\s*:?-+:?\s*\|){{{WIDE},}}\s*$", re.M)
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Hide the table of contents, which is next to the text."""
+    """Hide the table of contents if the page has a wide table."""
     if HEAD.search(markdown):
         page.meta.setdefault("hide", []).append("toc")
     return markdown

@@ -1,6 +1,7 @@
 """Site hook: links that work in the repository also work on the site.
 
-The README is the site's first page. Links to files outside ``docs/`` become the file's path.
+The README is the site's first page. A link to a file outside ``docs/`` is
+replaced by the file's path.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def relinked(text: str, source: str, page: str) -> str:
-    """Return Markdown whose links hold on the site.
+    """Return Markdown whose links work on the site.
 
     Args:
         text: Markdown, with links relative to ``source``.
@@ -67,5 +68,5 @@ def relinked(text: str, source: str, page: str) -> str:
 
 
 def unpaired(text: str) -> str:
-    """Return Markdown in which ``[0, 1] [R]`` is no link, as on GitHub."""
+    """Return Markdown in which ``[0, 1] [R]`` stays plain text, as on GitHub."""
     return CODE_OR_PAIR.sub(lambda match: match[1] or "] \\[", text)

@@ -1,4 +1,4 @@
-"""Site hook: the pages of the API reference, one for each room of the package."""
+"""Site hook: generate the API reference, one page per entry of `ROOMS`, and a list of names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOMS = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages."""
+    """Add the pages of the reference to the site."""
     package = griffe.load(PACKAGE, search_paths=[config.config_file_path.rpartition("/")[0]])
     assert isinstance(package, griffe.Module)
     pages = {name: room_page(package, *room) for name, room in ROOMS.items()}
@@ -47,14 +47,14 @@ def room_page(package: griffe.Module, title: str, modules: list[str]) -> str:
 
 
 def names_page(package: griffe.Module) -> str:
-    """Return a page that lists the package's names, and describes those that no room shows."""
+    """Return a page that lists the package's names, and describes those without another page."""
     shown = {
         package[name][member].canonical_path
         for _, modules in ROOMS.values()
         for name in modules
         for member in public_names(package[name])
     }
-    exported = importlib.import_module(PACKAGE).__all__  # built at import, which is light
+    exported = importlib.import_module(PACKAGE).__all__  # only importing the package builds it
     members = [package[name] for name in exported if name != "__version__"]
     lines = [f"# Names of `{PACKAGE}`", "", package.docstring.value, ""]
     lines += ["| name | what it is |", "| --- | --- |"]
@@ -66,7 +66,7 @@ def names_page(package: griffe.Module) -> str:
 
 
 def escaped(cell: str) -> str:
-    """Return text for a cell of a table, in which only code may hold a bare ``|``."""
+    """Return text for a table cell: ``|`` is escaped, except inside code."""
     return re.sub(r"(`+[^`]*`+)|\|", lambda match: match[1] or "\\|", cell)
 
 

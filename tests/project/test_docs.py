@@ -91,7 +91,7 @@ def test_every_page_has_its_sections(page: Path) -> None:
     heads = re.findall(r"^## (.+)$", text, re.M)
     assert heads[:2] == ["Formula", "When to use it"]
     assert heads[2:-2] and all(re.fullmatch(r"Settings( of `\w+`)?", h) for h in heads[2:-2])
-    assert heads[-2:] == ["What goes wrong", "Proven by"]
+    assert heads[-2:] == ["What goes wrong", "Tests"]
     assert text.count("$$") >= 2 and text.count("$$") % 2 == 0
 
 
