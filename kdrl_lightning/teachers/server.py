@@ -99,7 +99,7 @@ class ServerTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and completion that all servers can read; None before ``load``."""
+        """Maximum length of prompt plus completion on all servers; None before ``load``."""
         return self._context - 1 if self._context else None
 
     @property
@@ -128,7 +128,7 @@ class ServerTeacher(Teacher):
         """Refuse every temperature but 1.
 
         Raises:
-            ConfigurationError: the temperature is another.
+            ConfigurationError: the temperature is not 1.
         """
         if temperature != 1.0:
             raise ConfigurationError(

@@ -67,7 +67,7 @@ class Trunk:
             use_kernel(model, self.attn_implementation)
 
     def settle(self, model: HFModel) -> None:
-        """Set the run's kernel after ``verify``, which may have changed it to one that is right.
+        """Set the run's kernel after ``verify``, which may have switched to eager attention.
 
         Raises:
             ConfigurationError: the model cannot use the kernel, or gives wrong logits with it.

@@ -21,7 +21,7 @@ class Job(NamedTuple):
     Attributes:
         ids: the completion's token ids (int64), as bytes.
         end: the teacher's end token.
-        most: most tokens that fit into the teacher's context after its prompt.
+        most: maximum number of tokens that fit into the teacher's context after its prompt.
     """
 
     ids: bytes

@@ -127,7 +127,7 @@ class TeacherPrompt:
 
 
 def filled(template: str, prompt: str, context: str) -> str:
-    r"""Return a template with its places filled; places in the inserted texts stay as they are.
+    r"""Return a template with its placeholders filled; those in inserted texts stay as they are.
 
     >>> filled("{prompt}\n{context} \\boxed{5}", "Is {context} a word?", "Yes.")
     'Is {context} a word?\nYes. \\boxed{5}'
@@ -159,19 +159,19 @@ def _check_form(template: object) -> None:
 
 
 def _check_template(template: str | Sequence[Mapping[str, str]], has_context: bool) -> None:
-    """Refuse a template whose places do not fit the context, or that ends with an answer."""
+    """Refuse a template whose placeholders do not fit the context, or that ends with an answer."""
     messages = [] if isinstance(template, str) else template
     text = template if isinstance(template, str) else "".join(m["content"] for m in messages)
     found = set(PLACES.findall(text))
     if "prompt" not in found:
         raise ConfigurationError(
-            f"`template` must have the place {{prompt}} for the student's prompt: got {text!r:.80}."
-            " Add it."
+            "`template` must have the placeholder {prompt} for the student's prompt: got "
+            f"{text!r:.80}. Add it."
         )
     if has_context and "context" not in found:
         raise ConfigurationError(
-            f"`template` must have the place {{context}} for the context: got {text!r:.80}. Add "
-            "it, or leave `context` out."
+            f"`template` must have the placeholder {{context}} for the context: got {text!r:.80}. "
+            "Add it, or leave `context` out."
         )
     if not has_context and "context" in found:
         raise ConfigurationError(
