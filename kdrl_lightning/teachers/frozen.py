@@ -1,4 +1,4 @@
-"""The models of a run that are not trained: the teacher, and the reference of the reference KL."""
+"""The frozen models of a run: the teacher, and the reference, by default the initial student."""
 
 from __future__ import annotations
 

@@ -140,7 +140,8 @@ def _launcher_variables(device: torch.device, grouped: bool) -> Iterator[None]:
 
     Args:
         device: the rank's device.
-        grouped: whether vLLM joins a process group; else it makes one of this process alone.
+        grouped: whether vLLM joins the trainer's process group; else it makes one of this process
+            alone.
     """
     rank = torch.distributed.get_rank() if grouped else 0
     local = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK") or 0)
