@@ -1,4 +1,4 @@
-"""Checks that an engine that runs other code than the student computes the same log-probabilities.
+"""Checks that an engine with other model code computes the student's log-probabilities.
 
 Two implementations of an architecture can differ, and a push can lose weights. We compare a few
 tokens after the first push, before the engine samples for the run.

@@ -61,7 +61,7 @@ class Completion:
 
 
 class RolloutEngine(ABC):
-    """Samples completions from the student's current weights.
+    """Base class of engines: samples completions, by default from the student's current weights.
 
     Attributes:
         version: the ``policy_version`` of the weights that it holds; None before the first push.
@@ -118,7 +118,7 @@ class RolloutEngine(ABC):
             device: the device of the model on this rank.
 
         Raises:
-            ConfigurationError: it cannot. Most engines raise nothing.
+            ConfigurationError: the engine cannot. Most engines raise nothing.
         """
 
     @abstractmethod

@@ -84,8 +84,8 @@ def shaped(
         scale_by_std: divide by the group's standard deviation of ``rewards``.
         eps: term added to the standard deviation.
         has_gap: ``[P, G]`` bool, False for completions that the teacher does not score because they
-            have no context. They keep the plain advantage, and the mean gap of the others is taken
-            over the others alone. None: all have a gap.
+            have no context. They keep the plain advantage; the group's mean gap leaves them out.
+            None: all have a gap.
 
     Returns:
         ``[P, G]`` advantages.

@@ -25,7 +25,10 @@ from kdrl_lightning.models.architectures.values import check_stored
 
 
 class ModelSource(ABC):
-    """Names a Hugging Face model folder or hub name, and may create the folder first."""
+    """Base class of objects that name a model; ``path`` may create its folder first.
+
+    Use it in place of a folder or hub name, see ``GGUFModel``.
+    """
 
     @abstractmethod
     def path(self) -> str:

@@ -37,7 +37,7 @@ class OwnVocabulary(NamedTuple):
 
 
 class Teacher(ABC):
-    """Scores completions with a frozen model.
+    """Base class of teachers: scores completions with a frozen model.
 
     A teacher is a plain object, not a submodule, so that optimizers and checkpoints do not see it.
 

@@ -26,8 +26,8 @@ from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 class RoutedTeacher(Teacher):
     """Scores each completion with the teacher that a column of its prompt row names.
 
-    A teacher must share the student's vocabulary, or be a ``CrossTokenizerTeacher``. A routed
-    teacher does not generate.
+    A teacher must share the student's vocabulary, or be a ``CrossTokenizerTeacher``. No engine in
+    this process can sample from a routed teacher.
 
     Args:
         teachers: the teachers by name, at least one.

@@ -52,13 +52,14 @@ class Row(NamedTuple):
 
 
 class ServerTeacher(Teacher):
-    """Scores completions on vLLM servers, which divide the completions among them.
+    """Scores completions on vLLM servers, and divides the completions among them.
 
-    One request with ``prompt_logprobs`` gives the log-probabilities of a completion and the
-    teacher's most likely tokens. Scores of the student's top-k ids need one more prompt for each
-    position (its prefix is cached): they are exact, but slow. Servers do not return the teacher's
-    entropy. Log-probabilities are normalised over all rows of the teacher's head, those of a
-    ``LocalTeacher`` over the student's rows.
+    Start one with ``python -m kdrl_lightning serve --teacher``; any ``vllm serve`` works, too. One
+    request with ``prompt_logprobs`` gives the log-probabilities of a completion and the teacher's
+    most likely tokens. Scores of the student's top-k ids need one more prompt for each position
+    (its prefix is cached): they are exact, but slow. Servers do not return the teacher's entropy.
+    Log-probabilities are normalised over all rows of the teacher's head; a ``LocalTeacher`` uses
+    the student's rows only.
 
     Args:
         model: folder or hub name of the served model; tokenizer and configuration are read from it.

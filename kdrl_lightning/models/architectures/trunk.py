@@ -106,7 +106,7 @@ def kernel_of(model: HFModel) -> str:
 
 
 class Layer:
-    """A layer's forward, compiled once it is switched on.
+    """A layer's forward, which runs compiled as soon as ``on`` is True.
 
     Passes with a KV cache run uncompiled: a cache changes in each pass, so the compiler would make
     one graph per layer, and a pass that failed halfway could not be repeated.

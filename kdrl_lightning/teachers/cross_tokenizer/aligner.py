@@ -91,7 +91,7 @@ class Aligner:
         counts = np.fromiter(map(len, bodies), np.int64, len(bodies))
         ids = self.student.index(np.concatenate(bodies))
         segments = self.segments(ids, counts)
-        # 2. Encode and align each different segment once.
+        # 2. Encode and align each distinct segment once.
         parts = align_parts(
             [ids[segments.starts[n] :][: segments.sizes[n]] for n in segments.examples],
             self.student,
@@ -99,7 +99,7 @@ class Aligner:
             self.encode,
             self.max_chunk_tokens,
         )
-        # 3. Copy them to all their places, and add the end tokens.
+        # 3. Copy them to all their occurrences, and add the end tokens.
         rows, whole = _placed(parts, segments, counts, np.cumsum(self.student.lengths[ids]))
         limits: Sequence[int | None] = most or [None] * len(rows)
         return [
@@ -134,7 +134,7 @@ def _placed(
     """Build the rows from aligned segments; return them, and which the teacher reads whole.
 
     Args:
-        parts: the different segments, aligned.
+        parts: the distinct segments, aligned.
         segments: where they are in the rows.
         counts: ``[B]``, tokens of each row.
         ends: ``[T]``, the byte at which each token ends, over all rows.

@@ -12,7 +12,7 @@ from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints, cut
 from kdrl_lightning.teachers.cross_tokenizer.text_encoder import TextEncoder
 from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
 
-# The place of a token for which the teacher has no score.
+# In `places`: the teacher has no score for the token.
 NO_SCORE = -1
 
 

@@ -27,7 +27,7 @@ class Translator:
     def __call__(
         self, completions: Sequence[Completion], ends: Sequence[int], most: int
     ) -> tuple[list[Completion], int]:
-        """Return completions in the student's tokens, and how many of them are not whole.
+        """Return completions in the student's tokens, and how many of them are cut short.
 
         If the student's tokens cannot write all of a completion within ``most``, the student gets
         its beginning, marked as truncated.

@@ -1,4 +1,4 @@
-"""How a teacher's own prompt is written: from the row's prompt, a template and a context."""
+"""Writes a teacher's own prompt from the row's prompt, a template and a context."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WITH_CONTEXT = "{prompt}\n\n{context}"
 class TeacherPrompt:
     r"""Writes the prompt that the teacher reads instead of the student's.
 
-    It is made from the row's messages by the chat template, never from decoded text. Braces other
-    than those of ``{prompt}`` and ``{context}`` stay as they are.
+    It is written from the row's text, or by the chat template from its messages, never from decoded
+    tokens. Braces other than those of ``{prompt}`` and ``{context}`` stay as they are.
 
     Args:
         context: what the teacher sees besides the prompt; None: nothing.
