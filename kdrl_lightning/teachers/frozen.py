@@ -43,7 +43,7 @@ class FrozenModels:
     Attributes:
         active: the teacher that this run uses; None if it uses none, e.g. an evaluation.
         reference: the initial student, or the configured model; None if nothing reads it.
-        seconds: how long the teacher has scored in this run so far.
+        seconds: how long the teacher has scored so far in this run, in seconds.
     """
 
     def __init__(self, teacher: Teacher | None, reference: Teacher | None = None) -> None:
