@@ -3543,8 +3543,8 @@ MUTATIONS = [
     Mutation(
         "SDPO: the engine's weights forgotten",
         SDPO,
-        'give the weights."""\n        return True',
-        'give the weights."""\n        return False',
+        'depend on the sampled tokens."""\n        return True',
+        'depend on the sampled tokens."""\n        return False',
     ),
     Mutation(
         "SDPO: hybrid weights both losses alike",

@@ -1,10 +1,10 @@
-"""Checks that an engine that runs other code than the student computes the same log-probabilities.
+"""Checks that an engine with other model code computes the student's log-probabilities.
 
 Two implementations of an architecture can differ, and a push can lose weights. We compare a few
 tokens after the first push, before the engine samples for the run.
 
-Weights that are all zero or all one can hide a difference until training changes them: a gate that
-is closed, a bias that is not added. So the first comparison changes these weights a little.
+Weights that are all zero or all one can hide a difference until training changes them, e.g. a bias
+that an engine does not add. So the first comparison changes these weights a little.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def bound_of(precision: str, dtype: torch.dtype | None) -> float:
 
     Args:
         precision: the trainer's, e.g. ``bf16-mixed``.
-        dtype: type that the engine computes in; None: the trainer's.
+        dtype: dtype that the engine computes in; None: the trainer's.
 
     >>> bound_of("32-true", torch.float32), bound_of("bf16-mixed", None)
     (0.001, 0.1)

@@ -61,7 +61,7 @@ class Completion:
 
 
 class RolloutEngine(ABC):
-    """Samples completions from the student's current weights.
+    """Base class of engines: samples completions, by default from the student's current weights.
 
     Attributes:
         version: the ``policy_version`` of the weights that it holds; None before the first push.
@@ -69,7 +69,7 @@ class RolloutEngine(ABC):
         supports_async: it samples outside the training process, from a copy of the weights, so a
             thread may call it while the student trains.
         has_own_weights: it samples from other weights than the student's; we push none to it.
-        dtype: the type that it computes in; None: the trainer's.
+        dtype: the dtype that it computes in; None: the trainer's.
         compared: it runs other code than the student, so we compare its log-probabilities with
             the student's after the first push, before it samples for the run.
         context: longest prompt and completion together, in tokens; None: the student's limit.
@@ -118,7 +118,7 @@ class RolloutEngine(ABC):
             device: the device of the model on this rank.
 
         Raises:
-            ConfigurationError: it cannot. Most engines raise nothing.
+            ConfigurationError: the engine cannot. Most engines raise nothing.
         """
 
     @abstractmethod
@@ -135,7 +135,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Take the student's weights and remember their version."""
+        """Load the student's weights and store their version."""
 
     @abstractmethod
     def generate(

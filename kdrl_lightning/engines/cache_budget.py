@@ -24,7 +24,7 @@ def token_bytes(config: HFConfig, dtype: torch.dtype) -> int:
 
     Args:
         config: configuration of the model.
-        dtype: type of the cache.
+        dtype: dtype of the cache.
     """
     text = config.get_text_config()
 
@@ -41,8 +41,8 @@ class CacheBudget:
     """Limits how many rows are decoded at once, by the memory of their KV cache.
 
     Args:
-        max_tokens: tokens in the cache at once, prompts included; None: what fits half of the
-            GPU's free memory, 4 GiB on a CPU.
+        max_tokens: tokens in the cache at once, prompts included; None: as many as fit into half of
+            the GPU's free memory, or into 4 GiB on a CPU.
         max_rows: rows at once; None: no limit on a GPU, 256 on a CPU.
     """
 
@@ -71,12 +71,12 @@ class CacheBudget:
         lengths: list[int],
         on_cpu: bool,
     ) -> list[int]:
-        """Return the same for a given amount of memory, without a model.
+        """Return what ``rows`` returns, from given memory and configuration.
 
         Args:
             memory: bytes that the cache may take.
             config: configuration of the model.
-            dtype: type of the cache.
+            dtype: dtype of the cache.
             vocabulary: number of rows of the model's head.
             lengths: longest prompt and completion together, in tokens.
             on_cpu: whether the model decodes on a CPU.

@@ -200,7 +200,7 @@ def clients(
 
     Args:
         urls: addresses of the servers, at least one.
-        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
+        api_key: key of the servers; None: the environment variable ``VLLM_API_KEY``.
         timeout_s: longest wait for any part of an answer, in seconds.
         max_away_s: how long a server may be unreachable, in seconds.
 

@@ -45,8 +45,7 @@ class Prefixes(ABC):
         """Append one token to each row and return the logits ``[R, V]`` of the next tokens.
 
         Args:
-            before: ``[R]``, each row's place among the rows of the previous step; None if the rows
-                are the same.
+            before: ``[R]``, each row's index in the previous step; None if the rows are the same.
             token: ``[R]``, the new token of each row.
         """
 

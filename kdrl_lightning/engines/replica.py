@@ -1,4 +1,4 @@
-"""A full copy of a model on every rank, in the type that the trainer computes in."""
+"""A full copy of a model on every rank, in the dtype that the trainer computes in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdrl_lightning.models.weights import ModelWeights, plain_name
 
 @torch.no_grad()
 def filled_replica(weights: ModelWeights, replica: HFModel = None) -> HFModel:
-    """Return an unsharded copy of a model in its compute type; all ranks must call it.
+    """Return an unsharded copy of a model in its compute dtype; all ranks must call it.
 
     We gather one tensor at a time, so a rank holds the copy and at most one tensor twice.
 

@@ -63,9 +63,9 @@ class TransformersEngine(RolloutEngine):
     log-probabilities differ from the trainer's by rounding, so objectives apply importance weights.
     The copy takes memory in addition to the student. If that is too much, use vLLM.
 
-    On a GPU this engine is for first tries, and a run says so: by calculation, Qwen3-0.6B
-    takes 6 to 11 times as long as with vLLM on one H100 (1,024 completions of 2,048 tokens). Nobody
-    has measured it yet.
+    On a GPU use this engine only for first tries; a run warns. By calculation, Qwen3-0.6B takes 6
+    to 11 times as long as with vLLM on one H100 (1,024 completions of 2,048 tokens). Nobody has
+    measured it yet.
 
     Args:
         max_sequences: completions decoded at once; None: 256 on a CPU, as many as fit into the
@@ -156,7 +156,7 @@ class TransformersEngine(RolloutEngine):
         refuse_crossing(self._model, [len(p) for p in prompts], sampling.max_tokens)
         if self._way is None:
             self._way = PaddedPrefixes if is_ordinary(self._model) else self._choose_way()
-        # A copy already has its compute type. Autocast would compute parts of it in float32, which
+        # A copy already has its compute dtype. Autocast would compute parts of it in float32, which
         # would double the cache.
         autocast = torch.is_autocast_enabled(self._model.device.type) and self._replica is None
         with torch.autocast(self._model.device.type, enabled=autocast):
@@ -267,7 +267,7 @@ class TransformersEngine(RolloutEngine):
         """Return whether sampled log-probabilities equal those of single rows up to rounding.
 
         A cache that leaves out a detail (Nemotron-H's lower bound on time steps) is only slightly
-        off. So we measure rounding: the same gap without a cache.
+        off. So we compare the gap with rounding alone: the gap of sampling without a cache.
         """
         gap = self._sampling_gap(way)
         if self._model.get_output_embeddings().weight.dtype.itemsize < 4:

@@ -52,8 +52,8 @@ class FileRoute(WeightRoute):
     """Writes weights to files, which each server loads; a restarted server loads them again.
 
     Args:
-        folder: a folder on a file system that trainer and servers share; None takes a temporary
-            folder of this machine.
+        folder: a folder on a file system that trainer and servers share; None: a temporary folder
+            of this machine.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -114,7 +114,7 @@ class FileRoute(WeightRoute):
 
 @contextmanager
 def paused(server: ServerClient) -> Iterator[None]:
-    """Pause a server while it takes weights, and empty its prefix cache afterwards.
+    """Pause a server inside the context, which sends weights, and then empty its prefix cache.
 
     The server first finishes its running requests.
 

@@ -83,9 +83,9 @@ def shaped(
         teacher_kl_coef: beta.
         scale_by_std: divide by the group's standard deviation of ``rewards``.
         eps: term added to the standard deviation.
-        has_gap: ``[P, G]`` bool, False for completions that the teacher does not score for lack of
-            a context. They keep the plain advantage; the others are compared with each other's mean
-            gap. None: all have a gap.
+        has_gap: ``[P, G]`` bool, False for completions that the teacher does not score because they
+            have no context. They keep the plain advantage; the group's mean gap leaves them out.
+            None: all have a gap.
 
     Returns:
         ``[P, G]`` advantages.

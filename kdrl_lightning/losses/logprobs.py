@@ -23,10 +23,10 @@ from kdrl_lightning.losses.head.head_products import computing_dtype, project
 # We raise teachers' log-probabilities to this floor: adding e^-30 to 1 changes nothing in float32,
 # and a lower or infinite value would dominate a loss.
 LOGPROB_FLOOR = -30.0
-# Floating-point operations of a chunk's logits from which the forward pass should compute the
-# gradients, too. This saves a recomputation of the logits and costs a call of the objective, about
-# 2 ms. The GPU works on the chunk during the call; it idles only if three products take less than
-# the call (calculated with 400 TFLOP/s, not measured).
+# If a chunk's logits take at least this many floating-point operations, the forward pass should
+# compute the gradients, too. This saves a recomputation of the logits and costs a call of the
+# objective, about 2 ms. The GPU works on the chunk during the call; it idles only if three products
+# take less than the call (calculated with 400 TFLOP/s, not measured).
 PAYS_FROM = {"cpu": 2e9, "cuda": 2.7e11}
 
 # Chunks on CUDA are large: small matrix products would not fill the GPU, and each chunk reads and
@@ -46,7 +46,7 @@ class Head:
         scale: factor on the logits (Granite divides them, Cohere multiplies them).
         softcap: the c of ``c * tanh(logits / c)`` (Gemma 2), or None.
         vocab_size: number of rows to use, which cuts off a teacher's padding rows; None: all.
-        swap: two ids to exchange the logits of (a teacher's end token and the student's), or None.
+        swap: two ids whose logits are exchanged (a teacher's end token and the student's), or None.
     """
 
     weight: Tensor
@@ -127,8 +127,8 @@ class Other(NamedTuple):
         head: its head.
         scored: whether to return its scores of the tokens (log-probability, entropy, most likely
             token) in ``TokenScores.other``.
-        per_row: whether it read other prompts than the first model, so that equal rows of the first
-            may differ for it.
+        per_row: whether it read other prompts than the first model, so rows that are equal for the
+            first may differ for it.
     """
 
     hidden: Tensor

@@ -65,12 +65,12 @@ def aligned(
 
 
 def beneficial(advantages: Tensor, threshold: float) -> Tensor:
-    """Return a mask of the shape of ``advantages``: True if they are at least ``threshold``."""
+    """Return a mask shaped like ``advantages``: True for values of at least ``threshold``."""
     return advantages >= threshold
 
 
 def certain(old_entropy: Tensor, threshold: float) -> Tensor:
-    """Return a mask of the shape of ``old_entropy``: True if it is at most ``threshold``.
+    """Return a mask shaped like ``old_entropy``: True for values of at most ``threshold``.
 
     Both are in nats, and the entropy is the student's. On the other tokens the student may explore.
     """

@@ -62,7 +62,7 @@ def teacher_beside(teacher_logprobs: Tensor, logprobs: Tensor, places: Tensor | 
 def chunk_share(values: Tensor, places: Tensor | None) -> Tensor:
     """Divide each chunk's value by the chunk's number of tokens, but not its gradient.
 
-    So a chunk's loss that is repeated at each of its tokens counts once in a sum, while each token
+    A loss that is repeated at each token of a chunk then counts once in a sum, while each token
     gets the full gradient.
 
     Args:

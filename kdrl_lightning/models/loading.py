@@ -25,7 +25,10 @@ from kdrl_lightning.models.architectures.values import check_stored
 
 
 class ModelSource(ABC):
-    """Names a Hugging Face model folder or hub name, and may create the folder first."""
+    """Base class of objects that name a model; ``path`` may create its folder first.
+
+    Use it in place of a folder or hub name, see ``GGUFModel``.
+    """
 
     @abstractmethod
     def path(self) -> str:
@@ -47,7 +50,7 @@ def load_causal_lm(path: str, dtype: torch.dtype | str = "auto") -> HFModel:
 
     Args:
         path: folder or hub name.
-        dtype: dtype of the weights; ``auto`` takes the checkpoint's.
+        dtype: dtype of the weights; ``auto`` uses the checkpoint's.
 
     Raises:
         ConfigurationError: there is no model at ``path``, or its weights do not fit config.json.
@@ -215,8 +218,8 @@ def empty_causal_lm(
 ) -> HFModel:
     """Return a model of the same class and configuration with uninitialised weights.
 
-    ``dtype`` None takes the dtype of ``like``. Buffers that no checkpoint holds, such as rotary
-    frequencies, have their values.
+    If ``dtype`` is None, it is that of ``like``. Buffers that no checkpoint holds, such as rotary
+    frequencies, have their usual values.
     """
     from transformers.initialization import no_init_weights
 
@@ -249,7 +252,7 @@ def unfilled_causal_lm(path: str, dtype: torch.dtype | str) -> tuple[HFModel, Pa
 
     Args:
         path: folder or hub name; the weight files of a hub name are downloaded.
-        dtype: dtype of the weights; ``auto`` takes the configuration's.
+        dtype: dtype of the weights; ``auto`` uses the configuration's.
 
     Returns:
         The model on the CPU in evaluation mode, and the folder with its weight files.

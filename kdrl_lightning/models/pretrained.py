@@ -43,7 +43,7 @@ class Pretrained:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence, prompt and completion together, that the model can take."""
+        """Maximum length of prompt plus completion, in tokens."""
         return context_length(self.path)
 
     @property
@@ -83,7 +83,7 @@ class StudentFacts:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence, prompt and completion together, that the student can take."""
+        """Maximum length of prompt plus completion, in tokens."""
         return self.pretrained.context_length
 
     @property
@@ -93,7 +93,7 @@ class StudentFacts:
 
 
 def context_length(path: str) -> int:
-    """Return the longest sequence, prompt and completion together, that a model can take.
+    """Return a model's maximum length of prompt plus completion, in tokens.
 
     It is 2^30 if the configuration has no ``max_position_embeddings``.
 

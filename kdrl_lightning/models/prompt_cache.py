@@ -36,7 +36,7 @@ class _Layer(DynamicLayer):
 
 
 class Recording(_Layer):
-    """Keeps the keys and values of one pass over prompts; repeating the pass gives the same."""
+    """Keeps the keys and values of a pass over prompts; activation checkpointing may repeat it."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

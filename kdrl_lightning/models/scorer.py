@@ -62,8 +62,8 @@ class Scorer(nn.Module):
 
     Attributes:
         sharded: whether parameters are sharded over ranks; a call is then a collective.
-        shares: whether equal rows run once, and prompts may; ``verify`` decides.
-        sharing: decides by tokens or seconds whether a call runs prompts once.
+        shares: whether equal rows run once, and equal prompts may; ``verify`` decides.
+        sharing: decides by tokens or seconds whether a call runs equal prompts once.
         pads: whether rows of different lengths may be padded to one pass; ``verify`` decides.
         unreached: trainable parameters that get no gradient from short rows.
         at_head: whether to take the head's input instead of the decoder's output as hidden states;
@@ -266,7 +266,7 @@ class Scorer(nn.Module):
         return self.sharing.pays(shared, tokens, once, each)
 
     def states(self, batch: RolloutBatch) -> Other:
-        """Return hidden states of a batch's completions and the head, to compare another model.
+        """Return a batch's hidden states and the head, for a comparison with another model.
 
         The divergence's backward pass still needs the head. By then a sharded head is no longer
         gathered, so we copy it: ``V * H`` values on every rank for the length of a micro-batch,

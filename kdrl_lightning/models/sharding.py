@@ -116,7 +116,7 @@ def load_scorer(
 
     Args:
         path: Hugging Face folder or hub name.
-        dtype: dtype of the weights; ``auto`` takes the checkpoint's.
+        dtype: dtype of the weights; ``auto`` uses the checkpoint's.
         sharding: splits the weights over ranks; None keeps them whole.
         vocab_size: number of the head's rows to use; None uses all.
         swap: two ids whose logits are exchanged, or None.
@@ -125,7 +125,8 @@ def load_scorer(
         activation_checkpointing: recompute each layer in the backward pass.
         lora: adapters to train instead of the model.
         seed: seed of the adapters' initial weights.
-        chunk_size: tokens whose logits exist at once; None takes about 64 MiB, on CUDA 1 GiB.
+        chunk_size: tokens whose logits exist at once; None: as many as fit into about 64 MiB, on
+            CUDA into 1 GiB.
         trunk: attention kernel and compilation of the layers.
 
     Raises:

@@ -37,7 +37,7 @@ class ModelWeights:
         model: the live transformers model; an engine in this process may sample from it directly.
         path: the folder or hub name that it was loaded from.
         merged: add adapters to the weights that they adapt; else adapters are left out.
-        end_token_ids: a teacher's end tokens; None takes the student's.
+        end_token_ids: a teacher's end tokens; None: the student's.
         vocab_size: number of rows to sample from, if a teacher has more or fewer than the student;
             else None.
         compute_dtype: dtype in which the trainer computes; None: the weights' dtype.

@@ -108,9 +108,9 @@ class SumAdvantage(Advantage):
 class VerdictAdvantage(Advantage):
     """Gives A to correct completions and the gap d to wrong ones: SRPO (arXiv 2604.02288).
 
-    ``d = log pi_T - log pi``, without gradient. A wrong completion that the teacher has no context
-    for keeps A, as in the paper. SRPO was published with a self-teacher; this form, in which d is
-    an advantage, is that of arXiv 2609.04108.
+    ``d = log pi_T - log pi``, without gradient. A wrong completion without a context (see
+    ``PromptedTeacher``) keeps A, as in the paper. SRPO was published with a self-teacher; this
+    form, in which d is an advantage, comes from arXiv 2609.04108.
 
     Args:
         scale_by_std: divide A by the group's standard deviation.
@@ -119,7 +119,7 @@ class VerdictAdvantage(Advantage):
     needs_teacher = True
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Return A or d, as the verifier's verdict says."""
+        """Return A for correct completions and those without a context, else d."""
         without = False if batch.has_context is None else ~batch.has_context
         rewarded = batch.correct | without
         return torch.where(rewarded[:, None], super().__call__(batch, gap), gap)

@@ -59,10 +59,10 @@ class Part:
 
     Attributes:
         needs_teacher: the part reads the teacher's log-probabilities.
-        reads_old_scores: to prepare a rollout, the part reads the student's or the teacher's scores
-            of it.
-        couples_tokens: a token's derivative depends on the scores of other tokens, as with a ratio
-            of whole completions.
+        reads_old_scores: the part reads the student's or the teacher's scores when a rollout is
+            prepared.
+        couples_tokens: the derivative of a token's loss depends on the scores of other tokens, as
+            with a ratio of whole completions.
         needs_reference: the part reads ``ref_logprobs``.
         needs_teacher_entropy: the part reads ``teacher_entropy``.
     """
@@ -103,7 +103,7 @@ class Term:
 
 
 class Objective(ABC):
-    """A loss over rollouts.
+    """Base class of all losses over rollouts.
 
     A subclass yields its terms in ``terms``. In ``prepare`` it computes what it needs once for a
     whole rollout: advantages, and the tokens to imitate.
@@ -118,8 +118,8 @@ class Objective(ABC):
         needs_groups: the objective compares the completions of one prompt.
         takes_teacher_completions: the objective has a rule for completions that the teacher
             sampled.
-        asks_for_failed: the teacher samples only for prompts that the student fails in all its
-            completions.
+        asks_for_failed: the teacher samples only for prompts for which no completion of the student
+            is correct.
         top_k: number of the student's most likely tokens that the teacher scores; 0: none.
         teacher_top_k: number of the teacher's most likely tokens that both models score; 0: none.
         divergence: full-vocabulary divergence from the teacher, computed in each update; None
@@ -151,10 +151,10 @@ class Objective(ABC):
 
     @property
     def couples_tokens(self) -> bool:
-        """Whether the derivative by a token's score depends on scores of other tokens.
+        """Whether the derivative of a token's loss depends on the scores of other tokens.
 
         If not, the head's gradients are computed in the forward pass, which is faster. By default
-        it is True if any part says so. A wrong answer costs time, but changes no gradient.
+        it is True if it is for any part. A wrong answer costs time, but changes no gradient.
         """
         return any(part.couples_tokens for part in self.parts() if part is not self)
 
@@ -193,9 +193,9 @@ class Objective(ABC):
         return True
 
     def compared_ids(self, batch: RolloutBatch) -> Tensor | None:
-        """Return the ``[B, T, K]`` ids whose probabilities it compares; None without a top-k.
+        """Return the ``[B, T, K]`` ids whose probabilities are compared; None without a top-k.
 
-        They are the teacher's most likely tokens, or those of the student at rollout time.
+        They are the teacher's most likely tokens, or the student's at rollout time.
         """
         if self.teacher_top_k:
             return batch.teacher_topk_ids
@@ -206,7 +206,7 @@ class Objective(ABC):
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return two ``[B, T]`` bool, ratio below and ratio above its clip range; None: no clip."""
+        """Return two ``[B, T]`` masks: ratio below and above its clip range; None: no clip."""
         return None
 
     def token_advantages(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:

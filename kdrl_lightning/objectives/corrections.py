@@ -27,7 +27,7 @@ class EngineCorrection(Part):
 
 
 class NoCorrection(EngineCorrection):
-    """Leaves the engine's samples uncorrected, even if the engine is not exact."""
+    """Leaves samples uncorrected, even if the engine's log-probabilities are not the trainer's."""
 
     reads_old_scores = False
 

@@ -123,7 +123,7 @@ class SampledKL(DistillTerm):
         self.ratio_weight = ratio_weight
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Return the imitated tokens that the student sampled; the estimate holds for no others."""
+        """Return the imitated tokens that the student sampled: on others the estimate is wrong."""
         return super().where(batch) & batch.student_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -141,10 +141,10 @@ class SampledKL(DistillTerm):
 class VocabularyKL(DistillTerm):
     """The generalised Jensen-Shannon divergence of whole distributions: GKD (arXiv 2306.13649).
 
-    It compares distributions, so it also holds on the teacher's completions. Over the full
+    It compares distributions, so it is also valid on the teacher's completions. Over the full
     vocabulary it is exact at each position, and the teacher runs in every update. With ``top_k``
-    the teacher scores the student's most likely tokens once per rollout, and one bucket holds the
-    rest.
+    the teacher scores the student's most likely tokens once per rollout, and all other tokens share
+    one bucket.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.
@@ -223,7 +223,7 @@ class SurrogateTerm(DistillTerm):
         return self.distill_coef
 
     def where(self, batch: RolloutBatch) -> Tensor:
-        """Return every loss token: on those that are not imitated, the ratio has no teacher."""
+        """Return every loss token: on those not imitated, the ratio ignores the teacher."""
         return batch.loss_mask
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def named_kl(
     top_k: int = 64,
     per_imitated_token: bool = False,
 ) -> DistillTerm:
-    """Return the KL term of an estimator's name: forward KL for ``k3``, else reverse KL.
+    """Return the KL term that ``kl_estimator`` names: forward KL for ``k3``, else reverse KL.
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.

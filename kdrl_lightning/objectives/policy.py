@@ -1,4 +1,4 @@
-"""The frame of all policy methods: ratio rule x advantage rule, and the terms added to it."""
+"""``PolicyObjective``: a ratio rule times an advantage rule, plus further terms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kdrl_lightning.rollout_batch import TEACHER, RolloutBatch
 
 
 class PolicyObjective(Objective):
-    """A loss from parts: ``policy(ratio, advantage) + distill + ref_kl_coef KL(pi || pi_ref)``.
+    """A loss of parts: ``policy(ratio, advantage) + distill + ref_kl_coef KL(pi || pi_ref)``.
 
     GRPO, KDRL, RLAD and the others are this class with fixed parts. To mix methods, give this class
     the parts that you want.
@@ -40,15 +40,16 @@ class PolicyObjective(Objective):
         ratio: the ratio that multiplies the advantage, and its clip; None: no policy loss.
         advantage: rule that gives each token an advantage; None: no policy loss.
         distill: a distillation term added to the policy loss.
-        selection: rules for the tokens on which the teacher is imitated: those that every rule
-            selects; without a rule all tokens.
+        selection: rules that select the tokens on which the teacher is imitated; a token must pass
+            all of them. Empty: all tokens.
         teacher_tokens: ratio rule for completions that the teacher sampled.
         engine_correction: weights that correct the student's sampled tokens for an engine whose
             log-probabilities differ from the trainer's. None: ``TruncatedImportance`` if they can
             differ and a term reads sampled tokens, else nothing. ``NoCorrection`` switches it off.
         rl_coef: weight of the policy loss, at least 0.
-        ref_kl_coef: weight of the KL to the initial student, at least 0. It is estimated by k3 on
-            the student's samples, as GRPO's paper does: its gradient is that of the **forward** KL.
+        ref_kl_coef: weight of the KL to the module's ``reference``, by default the initial student;
+            at least 0. It is estimated by k3 on the student's samples, as in GRPO's paper, so it
+            has the gradient of the **forward** KL.
         reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus, at least 0.
 
@@ -116,7 +117,7 @@ class PolicyObjective(Objective):
 
     def prepare(self, rollout: RolloutBatch) -> RolloutBatch:
         """Return the rollout with advantages, the tokens to imitate and the engine correction."""
-        # Selections may read the advantages, and shaped advantages the selection.
+        # Prepare advantages twice: selections may read them, and shaped ones read the selection.
         mask = rollout.taught_mask
         if self.distill is None or self.distill.sampled:
             # On the teacher's samples only a divergence of distributions is valid.
@@ -204,7 +205,7 @@ class PolicyObjective(Objective):
         return self.advantage(batch, gap)
 
     def log_ratio(self, batch: RolloutBatch, logprobs: Tensor) -> Tensor:
-        """Return the clipped ratio's log; ``teacher_tokens`` gives it on the teacher's samples."""
+        """Return the clipped ratio's log: on the teacher's samples, that of ``teacher_tokens``."""
         ratio = self._shown()
         if ratio is None:
             return super().log_ratio(batch, logprobs)
@@ -214,7 +215,7 @@ class PolicyObjective(Objective):
         return torch.where(_theirs(batch), self.teacher_tokens.log_ratio(batch, logprobs), ours)
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the ratio rule's answer; ``teacher_tokens`` answers for the teacher's samples."""
+        """Return where the ratio of ``log_ratio`` is below, and where above, its clip range."""
         ratio = self._shown()
         if ratio is None:
             return None
@@ -282,7 +283,7 @@ def _check_second(
 def _neutral(batch: RolloutBatch, rows: Tensor, logprobs: Tensor) -> RolloutBatch:
     """Return the batch with every ratio 1 on ``rows``: an overflow there would give NaN gradients.
 
-    These are the rows of the other ratio rule.
+    The other ratio rule handles these rows.
     """
     names = ("old_logprobs", "rollout_logprobs", "teacher_logprobs")
     fields = {n: v for n in names if (v := getattr(batch, n)) is not None}

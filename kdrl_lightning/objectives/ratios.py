@@ -71,7 +71,7 @@ class Ratio(Part):
         return logprobs - known(batch.old_logprobs, "old_logprobs")
 
     def outside(self, batch: RolloutBatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two ``[B, T]`` bool: the ratio is below or above the clip range."""
+        """Return two ``[B, T]`` masks: ratio below and ratio above the clip range."""
         log_ratio = self.log_ratio(batch, logprobs)
         low = math.log1p(-self.clip_low) if self.clip_low < 1.0 else -math.inf
         return log_ratio < low, log_ratio > math.log1p(self.clip_high)
@@ -126,7 +126,7 @@ class SequenceRatio(Ratio):
 
 
 class WeightRatio(Ratio):
-    """A weight for ``A log pi``: rho, clipped and detached, as in CISPO (arXiv 2506.13585).
+    """A weight for ``A log pi``: ``pi / pi_old``, clipped and detached: CISPO (arXiv 2506.13585).
 
     Args:
         clip_high: the weight is at most ``1 + clip_high``.
@@ -149,7 +149,7 @@ class TrustRegionRatio(Ratio):
     """Trust Region Ratio Distillation's ratio: RLAD (arXiv 2602.22495, Eq. 3 and 4).
 
     ``r = (pi / pi_old)^alpha (pi / pi_T)^(1 - alpha)``. On tokens that are not imitated, and on the
-    teacher's completions, r is rho.
+    teacher's completions, r is ``rho = pi / pi_old``.
 
     Args:
         trrd_alpha: weight of the old student's anchor, in [0, 1]; 1 is GRPO. Published: 0.5.
@@ -252,10 +252,10 @@ class TrustRegionRatio(Ratio):
 
 
 class BehaviorRatio(Ratio):
-    """The clipped ratio ``pi / mu`` to the sampler's probabilities: importance sampling.
+    """The clipped ratio ``pi / mu`` to the sampler's probabilities mu: importance sampling.
 
-    Use it as ``teacher_tokens``. The log-probabilities of the teacher's completions are at the
-    teacher's sampling temperature.
+    Use it as ``teacher_tokens``. For the teacher's completions, mu is taken at the teacher's
+    sampling temperature.
     """
 
     @property

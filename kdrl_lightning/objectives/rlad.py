@@ -20,9 +20,9 @@ class RLAD(PolicyObjective):
     RLAD does not reinforce a rewarded token that the teacher finds improbable, and does not
     suppress a punished token that the teacher finds probable. At rho = 1 a clamp below
     ``log(1 + clip_high) / (1 - alpha)`` removes the first effect, and one below
-    ``-log(1 - clip_low) / (1 - alpha)`` the second. Run RLAD with 2 to 4 updates per rollout: only
-    further updates can use the wider clip range. To add this surrogate to another loss, use
-    ``SurrogateTerm``.
+    ``-log(1 - clip_low) / (1 - alpha)`` the second. Run RLAD with 2 to 4 updates per rollout: the
+    clip range that the teacher widens matters only after the first. To add this surrogate to
+    another loss, use ``SurrogateTerm``.
 
     As published: ``clip_high: 0.28``, ``reduction: sequence_mean``, and
     ``rl_coef: sqrt(G / (G - 1))`` for groups of G completions, because the paper divides by the

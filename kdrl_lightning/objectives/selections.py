@@ -66,7 +66,7 @@ class ExceptEndToken(Selection):
     reads_old_scores = False
 
     def __call__(self, rollout: RolloutBatch) -> Tensor:
-        """Return ``[B, T]`` bool: False on the last token of each completion that was not cut."""
+        """Return ``[B, T]`` bool: False on the last token of each untruncated completion."""
         columns = torch.arange(rollout.completion_ids.shape[1], device=rollout.truncated.device)
         last = columns == (rollout.completion_lengths - 1)[:, None]
         return ~(last & ~rollout.truncated[:, None])

@@ -17,7 +17,7 @@ class SFT(Objective):
     It is a baseline in KDRL's paper (arXiv 2506.02208, section 2.2).
 
     Args:
-        only_correct: train on the completions that the verifier accepts: rejection-sampled SFT.
+        only_correct: train only on completions that the verifier accepts: rejection-sampled SFT.
         reduction: how per-token values become one number, see ``losses/reduction.py``.
         entropy_coef: weight of the entropy bonus.
     """

@@ -37,22 +37,22 @@ class OwnVocabulary(NamedTuple):
 
 
 class Teacher(ABC):
-    """Scores completions with a frozen model.
+    """Base class of teachers: scores completions with a frozen model.
 
     A teacher is a plain object, not a submodule, so that optimizers and checkpoints do not see it.
 
     Attributes:
-        generates: the weights are in this process, so that an engine can sample from them.
-        moves: these weights follow the student's, so that an engine needs them for every rollout.
+        generates: the weights are in this process, so an engine can sample from them.
+        moves: these weights follow the student's, so an engine needs them for every rollout.
         gives_states: ``states`` works; divergences over the full vocabulary need it.
-        collective: ranks score together, so that all of them must call ``score`` equally often.
+        collective: ranks score together, so all of them must call ``score`` equally often.
         other_end: the end tokens of student and teacher, in words, if they differ and the teacher
             does not translate them; else None. ``check`` sets it.
         needs_lora: the teacher is the student without its adapters.
         knows_entropy: ``score`` returns the entropy of the teacher's distributions.
-        aligns: the teacher has another tokenizer, so that it scores only chunks of sampled tokens;
+        aligns: the teacher has another tokenizer, so it scores only chunks of sampled tokens;
             ``check`` sets it.
-        joins: one call may score several micro-batches, so that a prompt they share runs once.
+        joins: one call may score several micro-batches, so a prompt that they share runs once.
         has_own_prompt: the teacher reads completions after other prompts than the student's.
     """
 
@@ -84,7 +84,7 @@ class Teacher(ABC):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and completion together that it can read; None if unknown."""
+        """Maximum length of prompt plus completion, in tokens; None if unknown."""
         return None
 
     @property
@@ -166,14 +166,14 @@ class Teacher(ABC):
         """Receive the student, loaded from ``path``; only teachers that use its weights need it."""
 
     def accept(self, batch: RolloutBatch) -> None:  # noqa: B027
-        """Take completions before they are scored; raise ``TrainingStopped`` if they cannot be."""
+        """Receive completions to score later; raise ``TrainingStopped`` if that is impossible."""
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load the weights; a second call only moves them."""
 
     def release(self) -> None:  # noqa: B027
-        """Free the device memory that only scoring needs; the next ``score`` takes it again."""
+        """Free the device memory that only scoring needs; the next ``score`` allocates it again."""
 
     @abstractmethod
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
@@ -242,11 +242,11 @@ class Teacher(ABC):
         Args:
             completions: in the teacher's tokens.
             rows: the prompt row of each completion.
-            most: most tokens of a completion.
+            most: maximum number of tokens of a completion.
 
         Returns:
-            The completions, and how many of them the student's tokens cannot write whole within
-            ``most``.
+            The completions, and how many of them are cut short: they need more than ``most`` of the
+            student's tokens, or text that these cannot write.
         """
         return list(completions), 0
 

@@ -64,7 +64,7 @@ class CachedTeacher(WrappedTeacher):
         return self.teacher.states(batch)
 
     def score(self, batch: RolloutBatch, topk_ids: Tensor | None = None) -> TokenScores:
-        """Return scores from disk; the wrapped teacher scores the missing rows, which are stored.
+        """Return scores from disk; the wrapped teacher scores missing rows, and we store these.
 
         See ``Teacher.score``.
         """

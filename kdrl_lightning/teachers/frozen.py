@@ -1,4 +1,4 @@
-"""The models of a run that are not trained: the teacher, and the initial student as a reference."""
+"""The frozen models of a run: the teacher, and the reference, by default the initial student."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FrozenModels:
     Attributes:
         active: the teacher that this run uses; None if it uses none, e.g. an evaluation.
         reference: the initial student, or the configured model; None if nothing reads it.
-        seconds: time that the teacher has scored so far in the run.
+        seconds: how long the teacher has scored so far in this run, in seconds.
     """
 
     def __init__(self, teacher: Teacher | None, reference: Teacher | None = None) -> None:

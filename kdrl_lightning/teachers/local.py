@@ -36,9 +36,10 @@ class LocalTeacher(Teacher):
         model: a Hugging Face folder, hub name, or model source.
         dtype: torch dtype name of the weights; ``auto`` uses the checkpoint's.
         offload: keep the weights on the CPU and copy them to the device for scoring: layer by
-            layer under fsdp2, else all at once, once per rollout. Several offloaded teachers are
-            then on the device together. A teacher for a divergence over the full vocabulary stays
-            there until the next rollout. An offloaded teacher that is not sharded samples slowly.
+            layer under fsdp2, else all at once, once per rollout. During scoring, several offloaded
+            teachers are on the device at once. A teacher for a divergence over the full vocabulary
+            stays there until the next rollout. An offloaded teacher that is not sharded samples
+            slowly.
         translate_end_token: if teacher and student end with different tokens (a chat teacher with
             ``<|im_end|>``, a base student with ``<|endoftext|>``), swap the two tokens in the
             teacher's scores, so that its end token counts as the student's.
@@ -99,7 +100,7 @@ class LocalTeacher(Teacher):
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and completion together that the teacher can read."""
+        """Maximum length of prompt plus completion, in tokens."""
         return context_length(model_path(self.model))
 
     def prepare(self) -> None:

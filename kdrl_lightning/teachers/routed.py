@@ -26,8 +26,8 @@ from kdrl_lightning.teachers.own_prompt.groups import Group, OwnPrompt
 class RoutedTeacher(Teacher):
     """Scores each completion with the teacher that a column of its prompt row names.
 
-    A teacher must share the student's vocabulary, or be a ``CrossTokenizerTeacher``. A routed
-    teacher does not generate.
+    A teacher must share the student's vocabulary, or be a ``CrossTokenizerTeacher``. No engine in
+    this process can sample from a routed teacher.
 
     Args:
         teachers: the teachers by name, at least one.
@@ -84,7 +84,7 @@ class RoutedTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens that every teacher can read; None if no teacher knows."""
+        """Shortest context length of the teachers; None if no teacher knows its own."""
         known = (teacher.context_length for teacher in self.teachers.values())
         return min((length for length in known if length is not None), default=None)
 
@@ -257,7 +257,7 @@ def scatter(
     Args:
         whole: scores of the batch so far; None before the first part.
         part: scores of the rows, ``[R, T, ...]``; T may be shorter than the batch's.
-        rows: ``[R]``, places of the rows in the batch.
+        rows: ``[R]``, indices of the rows in the batch.
         batch: the whole batch, which gives the shape.
 
     Returns:

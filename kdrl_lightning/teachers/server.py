@@ -52,13 +52,14 @@ class Row(NamedTuple):
 
 
 class ServerTeacher(Teacher):
-    """Scores completions on vLLM servers, which divide the completions among them.
+    """Scores completions on vLLM servers, and divides the completions among them.
 
-    One request with ``prompt_logprobs`` gives the log-probabilities of a completion and the
-    teacher's most likely tokens. Scores of the student's top-k ids need one more prompt for each
-    position (its prefix is cached): they are exact, but slow. Servers do not return the teacher's
-    entropy. Log-probabilities are normalised over all rows of the teacher's head, those of a
-    ``LocalTeacher`` over the student's rows.
+    Start one with ``python -m kdrl_lightning serve --teacher``; any ``vllm serve`` works, too. One
+    request with ``prompt_logprobs`` gives the log-probabilities of a completion and the teacher's
+    most likely tokens. Scores of the student's top-k ids need one more prompt for each position
+    (its prefix is cached): they are exact, but slow. Servers do not return the teacher's entropy.
+    Log-probabilities are normalised over all rows of the teacher's head; a ``LocalTeacher`` uses
+    the student's rows only.
 
     Args:
         model: folder or hub name of the served model; tokenizer and configuration are read from it.
@@ -99,7 +100,7 @@ class ServerTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and completion that all servers can read; None before ``load``."""
+        """Maximum length of prompt plus completion on all servers; None before ``load``."""
         return self._context - 1 if self._context else None
 
     @property
@@ -128,7 +129,7 @@ class ServerTeacher(Teacher):
         """Refuse every temperature but 1.
 
         Raises:
-            ConfigurationError: the temperature is another.
+            ConfigurationError: the temperature is not 1.
         """
         if temperature != 1.0:
             raise ConfigurationError(

@@ -107,8 +107,8 @@ def different_ends(
         student: the student's tokenizer.
         teacher: the teacher's tokenizer.
         vocab_size: rows of the student's embedding.
-        ends: the tokens with which student and teacher end a completion; None takes the
-            ``eos_token`` of each tokenizer.
+        ends: the tokens with which student and teacher end a completion; None: the ``eos_token`` of
+            each tokenizer.
 
     Raises:
         ConfigurationError: the teacher's end token is ``vocab_size`` or higher.
@@ -218,7 +218,7 @@ def same_rules(
     other: HFTokenizer,
     steps: tuple[str, ...] = ("model", "normalizer", "pre_tokenizer"),
 ) -> bool:
-    """Return whether two tokenizers of one vocabulary split every text alike, as far as we know.
+    """Return whether two tokenizers of one vocabulary split texts alike, as far as we can tell.
 
     Args:
         one: a tokenizer.

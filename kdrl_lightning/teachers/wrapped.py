@@ -70,7 +70,7 @@ class WrappedTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens that the wrapped teacher can read."""
+        """The wrapped teacher's context length."""
         return self.teacher.context_length
 
     @property

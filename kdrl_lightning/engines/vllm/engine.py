@@ -49,23 +49,23 @@ class VLLMEngine(RolloutEngine):
     in bfloat16), so objectives apply importance weights unless you switch them off.
 
     Args:
-        gpu_memory_utilization: part of the GPU's memory that the engine may take for weights and
+        gpu_memory_utilization: fraction of the GPU's memory that the engine may use for weights and
             KV cache together, in (0, 1].
-        max_model_len: longest prompt and completion together, in tokens; None takes the longest of
-            the run. If the run checks only some prompts before it starts, it takes that length
-            from ``max_prompt_tokens``, else from the model's context.
-        dtype: type of the copy; ``auto`` is bfloat16 on a GPU and the student's type on a CPU.
+        max_model_len: longest prompt and completion together, in tokens; None: the longest of the
+            run. If only some prompts are checked before it starts, this length follows from
+            ``max_prompt_tokens``, or else from the model's context.
+        dtype: dtype of the copy; ``auto`` is bfloat16 on a GPU and the student's dtype on a CPU.
         sleep: on a GPU, free weights and KV cache between rollouts, so that updates can use the
             memory.
-        kv_cache_memory_bytes: size of the KV cache in bytes; None takes what
-            ``gpu_memory_utilization`` leaves on a GPU, 512 MiB on a CPU.
+        kv_cache_memory_bytes: size of the KV cache in bytes; None: what ``gpu_memory_utilization``
+            leaves on a GPU, 512 MiB on a CPU.
         max_sequences: completions decoded at once; None: vLLM's default for the GPU (1024 on an
             H100), 256 on a CPU.
         enforce_eager: switch CUDA graphs off: faster start, slower sampling. No effect on a CPU.
 
     Raises:
-        ConfigurationError: a value breaks its rule, ``sleep`` is set without a GPU, or vLLM is not
-            installed.
+        ConfigurationError: a value is out of its range, ``sleep`` is set without a GPU, or vLLM is
+            not installed.
     """
 
     exact = False
@@ -151,7 +151,7 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         """Start vLLM with random weights; a later call for the same model keeps it running.
 
-        A process holds one engine, so a start closes any other. See ``RolloutEngine.setup``.
+        A process can run only one, so this closes any other. See ``RolloutEngine.setup``.
 
         Raises:
             ConfigurationError: vLLM cannot run this model here.
@@ -226,7 +226,7 @@ class VLLMEngine(RolloutEngine):
             )
             for _, seed in requests
         ]
-        # Rollouts run under the trainer's autocast, which must not change vLLM's types.
+        # Rollouts run under the trainer's autocast, which must not change vLLM's dtypes.
         no_autocast = torch.autocast(_device_type(), enabled=False)
         # After an error vLLM would wait for requests that never end.
         with self._in_one_line("sample", self.close), no_autocast:

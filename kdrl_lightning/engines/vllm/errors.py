@@ -13,7 +13,7 @@ from kdrl_lightning.errors import ConfigurationError, TrainingStopped
 MISSING = re.compile(r"No module named '(\w+)")
 # vLLM inspects a model's code in another process, and only that process's log has the reason.
 UNSAID = re.compile(r"\['(\w+)'.*\] failed to be inspected")
-KNOWN = re.compile(r" Supported architectures: .*")  # vLLM lists all of some 300
+KNOWN = re.compile(r" Supported architectures: .*")  # vLLM lists about 300
 
 Importer = Callable[[str], Exception | None]
 

@@ -29,7 +29,7 @@ class HubWeights:
 
     Args:
         weights: weights of the student.
-        dtype: type of the engine; large weights are cast to it, see ``narrowed``. None casts
+        dtype: dtype of the engine; large weights are cast to it, see ``narrowed``. None casts
             nothing.
     """
 
@@ -41,9 +41,9 @@ class HubWeights:
             self._stored.pop(name, None)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and values; holds one tensor, or one layer if its tensors need conversion.
+        """Yield names and values, holding one tensor, or one layer if it needs conversion.
 
-        The peak memory is the largest of these in the engine's type, and twice that while a layer
+        The peak memory is the largest of these in the engine's dtype, and twice that while a layer
         is converted: 1.2 GB for the embedding of Qwen3-8B (152k tokens of width 4096) in bfloat16.
 
         Sharded tensors are all-gathered, so every rank must iterate to the end, even if it does not
@@ -54,7 +54,7 @@ class HubWeights:
             yield from self._converted({name: self._stored[name][1]() for name in names}).items()
 
     def described(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Yield name, type and unsharded shape of each tensor of ``tensors``; no collective."""
+        """Yield name, dtype and unsharded shape of each tensor of ``tensors``; no collective."""
         for names in self._groups:
             for name, tensor in self._converted({n: self._empty[n] for n in names}).items():
                 yield name, tensor.dtype, tuple(tensor.shape)
@@ -75,7 +75,7 @@ class HubWeights:
 
     @cached_property
     def _empty(self) -> dict[str, Tensor]:
-        """Tensors of the stored shapes and types on the meta device."""
+        """Tensors of the stored shapes and dtypes on the meta device."""
         return {
             name: narrowed(
                 torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), self._dtype

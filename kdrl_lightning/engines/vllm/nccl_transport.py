@@ -117,7 +117,7 @@ def meeting_point(server: ServerClient) -> tuple[str, int]:
 
 
 class Meta(NamedTuple):
-    """Name, type and unsharded shape of a tensor, which vLLM reads before the tensor arrives."""
+    """Name, dtype and unsharded shape of a tensor, which vLLM reads before the tensor arrives."""
 
     name: str
     dtype: torch.dtype
@@ -137,7 +137,7 @@ class Source:
         self._meta = [Meta(*described) for described in weights.described()]
 
     def metadata(self) -> list[Meta]:
-        """Return names, types and unsharded shapes, without a gather."""
+        """Return names, dtypes and unsharded shapes, without a gather."""
         return self._meta
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

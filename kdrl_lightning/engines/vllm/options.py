@@ -17,7 +17,7 @@ from kdrl_lightning.models.loading import load_config
 BY_TRANSFORMERS = {
     "apertus": "activation parameters, which vLLM rounds to bfloat16",
     "dbrx": "experts",
-    "gemma3n_text": "weights (by its code, numbers are not the student's)",
+    "gemma3n_text": "weights (vLLM's code computes other numbers than the student)",
     "gpt_oss": "sinks, and experts with their biases",
 }
 

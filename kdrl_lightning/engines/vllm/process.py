@@ -23,7 +23,7 @@ import torch
 # Environment variables that vLLM reads: no usage statistics, and a log of errors only. We keep
 # values that the user has set.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-# The engine takes weights directly, so it must run in this process, whatever the user's shell says.
+# We pass weights to vLLM as tensors, so it must run in this process, whatever the shell has set.
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -106,8 +106,8 @@ def undisturbed(device: torch.device) -> Iterator[str | None]:
         device: the device of the student's weights on this rank.
 
     Yields:
-        vLLM's executor backend: ``external_launcher``, which takes the GPU's index from a variable,
-        on a GPU or with several ranks; else None.
+        vLLM's executor backend: on a GPU or with several ranks ``external_launcher``, which reads
+        the GPU's index from an environment variable; else None.
     """
     grouped = torch.distributed.is_initialized()
     several = grouped and torch.distributed.get_world_size() > 1
@@ -140,7 +140,8 @@ def _launcher_variables(device: torch.device, grouped: bool) -> Iterator[None]:
 
     Args:
         device: the rank's device.
-        grouped: whether vLLM joins a process group; else it makes one of this process alone.
+        grouped: whether vLLM joins the trainer's process group; else it makes one of this process
+            alone.
     """
     rank = torch.distributed.get_rank() if grouped else 0
     local = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK") or 0)

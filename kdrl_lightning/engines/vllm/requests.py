@@ -19,8 +19,8 @@ def check_requests(
 
     Args:
         prompts: P lists of token ids.
-        sampling: gives the longest completion.
-        vocab_size: upper bound of all ids.
+        sampling: its ``max_tokens`` is the longest completion.
+        vocab_size: number of ids; each must be below it.
         context: longest prompt and completion together, in tokens.
 
     Raises:
@@ -55,7 +55,7 @@ def context_of(config: HFConfig, max_model_len: int | None) -> int:
 
     Args:
         config: configuration of the text model.
-        max_model_len: the user's limit; None takes the model's context.
+        max_model_len: the user's limit; None: the model's context.
 
     Raises:
         ConfigurationError: the limit exceeds the model's context, or neither is known.

@@ -16,9 +16,9 @@ def needed_bytes(path: str, dtype: torch.dtype, context: int, cache: int | None)
 
     Args:
         path: folder or hub name of the model.
-        dtype: type of weights and cache.
+        dtype: dtype of weights and cache.
         context: longest prompt and completion together, in tokens.
-        cache: size of the cache in bytes; None takes that of one row of ``context`` tokens.
+        cache: size of the cache in bytes; None: that of one row of ``context`` tokens.
     """
     model = skeleton_causal_lm(path)
     weights: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -37,14 +37,14 @@ def check_room(
 
     Args:
         path: folder or hub name of the model.
-        dtype: type of weights and cache.
+        dtype: dtype of weights and cache.
         context: longest prompt and completion together, in tokens.
-        cache: size of the cache in bytes; None takes that of one row of ``context`` tokens.
-        share: the engine's part of the GPU's memory, in (0, 1].
+        cache: size of the cache in bytes; None: that of one row of ``context`` tokens.
+        share: the engine's fraction of the GPU's memory, in (0, 1].
         device: the GPU.
 
     Raises:
-        ConfigurationError: it has too little room.
+        ConfigurationError: the engine has too little room.
     """
     total = torch.cuda.mem_get_info(device)[1]
     needed = needed_bytes(path, dtype, context, cache)

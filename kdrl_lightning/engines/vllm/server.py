@@ -35,7 +35,7 @@ AT_ONCE = {"cuda": 512, "cpu": 128}
 
 
 class VLLMServerEngine(RolloutEngine):
-    """Samples on servers started by ``python -m kdrl_lightning serve``, which share the prompts.
+    """Divides the prompts among vLLM servers that ``python -m kdrl_lightning serve`` started.
 
     Weights reach the servers in one of two ways: the trainer writes files to ``weights_folder``,
     which each server loads, or vLLM's weight-transfer API copies them from GPU to GPU.
@@ -46,17 +46,16 @@ class VLLMServerEngine(RolloutEngine):
 
     Args:
         urls: addresses of the servers, e.g. ``http://127.0.0.1:8000``.
-        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
-        weights_folder: a folder on a file system that trainer and servers share; None takes a
-            temporary folder of this machine.
+        api_key: key of the servers; None: the environment variable ``VLLM_API_KEY``.
+        weights_folder: a folder on a file system that trainer and servers share; None: a temporary
+            folder of this machine.
         transfer: send weights by vLLM's weight-transfer API instead of files; None does so if the
             servers offer it (``serve --transfer nccl``) and the student is on a GPU.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
         max_sequences: concurrent requests to each server, each on its own connection; None: 512 if
             the student is on a GPU, else 128.
-        max_model_len: longest prompt and completion together, in tokens; None takes the servers'
-            limit.
+        max_model_len: longest prompt and completion together, in tokens; None: the servers' limit.
 
     Raises:
         ConfigurationError: there is no URL, or a number is out of range.

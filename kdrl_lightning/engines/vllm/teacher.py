@@ -19,7 +19,7 @@ class VLLMTeacherEngine(VLLMServerEngine):
 
     Args:
         urls: addresses of the servers, e.g. ``http://127.0.0.1:8001``.
-        api_key: key of the servers; None takes the environment variable ``VLLM_API_KEY``.
+        api_key: key of the servers; None: the environment variable ``VLLM_API_KEY``.
         timeout_s: longest wait for one answer, in seconds.
         max_away_s: how long a server may be unreachable, restarts included, in seconds.
         max_sequences: concurrent requests to each server.

@@ -5,9 +5,8 @@ that intermediate results stay in the processor's cache: on one core, scoring a 
 V = 50,257 takes 1.4 ns a logit that way and 6.7 ns on the whole chunk. ``torch.compile`` fuses them
 into one or two passes over the chunk.
 
-We compile these functions instead of calling the kernels of Liger or cut-cross-entropy. These
-return a loss or a log-probability, but no entropy, top token or divergence with it, and run on a
-GPU only.
+We compile these functions instead of calling the kernels of Liger or cut-cross-entropy, which
+return a loss or a log-probability without entropy, top token or divergence, and run on GPUs only.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ FLOOR = -1e4
 
 # Logits that plain torch works on at once: 1 MiB of float32 on a CPU, 256 MiB on a GPU.
 CPU_LOGITS, GPU_LOGITS = 1 << 18, 1 << 26
-# A chunk of fake tensors has at most about this many tiles; a large chunk, as on a GPU, a quarter.
+# A tile is the part of a chunk that one call works on. A chunk of fake tensors has at most about
+# this many; a large chunk, as on a GPU, a quarter.
 FEW_TILES = 16
 
 # The name of these functions in a warning.
@@ -61,10 +61,10 @@ class Transform(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives of a loss with respect to n tokens' values; None: the loss does not use a value.
+    """Derivatives of a loss with respect to n tokens' values; None for a value that it ignores.
 
-    Each is ``[n]``. ``asked`` is ``[n, K]``: with respect to the log-probabilities of K further
-    tokens that the caller asked for.
+    Each is ``[n]``, except ``asked`` ``[n, K]``: it belongs to the log-probabilities of K further
+    tokens that the caller requested.
     """
 
     logprobs: Tensor | None
@@ -92,8 +92,8 @@ def score(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def score_asked(logits: Tensor, log_norm: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities ``[n, K]`` of K tokens, and ``[n]`` of all others together.
 
-    A token that this model does not have gets -inf, and so do the others if there are none. We sum
-    the others' exponentials, because 1 minus the K probabilities has no correct digit below 1e-7.
+    A token that this model does not have gets -inf; so does the second result if no token is left.
+    It sums exponentials, because 1 minus the K probabilities has no correct digit below 1e-7.
 
     Args:
         logits: ``[n, V]``.
@@ -116,7 +116,7 @@ def named(asked: Tensor, vocab: int) -> Tensor:
 def add_asked(
     table: Tensor, logits: Tensor, log_norm: Tensor, asked: Tensor, tail: Tensor, slopes: Slopes
 ) -> Tensor:
-    """Add the gradient that flows through ``slopes.asked`` and ``slopes.tail`` to the logits'.
+    """Add the gradient that flows through ``slopes.asked`` and ``slopes.tail`` to ``table``.
 
     Args:
         table: ``[n, V]``, the gradient with respect to the logits so far, changed in place.

@@ -15,8 +15,8 @@ class OrPlain:
     """Calls a function through ``torch.compile``; if that fails, warns and calls it uncompiled.
 
     Args:
-        function: what to call; it runs a second time if its compiled form fails, which must do no
-            harm.
+        function: what to call; a second call must do no harm, because it runs again if its compiled
+            form fails.
         part: what the function belongs to, for the warning. If one function of a part fails, all
             of them run uncompiled, without a second warning.
 

@@ -44,7 +44,7 @@ def freeze(model: HFModel, names: set[str], layers: Iterable[nn.Module]) -> list
     Args:
         model: the model to train.
         names: names of parameters that a short row does not reach.
-        layers: the model's layers, see ``decoder_layers``, with those of a vision tower.
+        layers: the model's layers, see ``decoder_layers``, including those of a vision tower.
 
     Returns:
         Those of ``names`` that stay trainable, sorted.

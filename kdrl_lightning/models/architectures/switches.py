@@ -36,7 +36,7 @@ def probe_length(model: HFModel, rotary: bool = True) -> int:
 
     Args:
         model: the model to check.
-        rotary: go past the switches that sampling refuses to cross, too; else stay below them.
+        rotary: also go past the switches that sampling refuses to cross; else stay below them.
 
     Returns:
         The length in tokens.

@@ -67,7 +67,7 @@ class Trunk:
             use_kernel(model, self.attn_implementation)
 
     def settle(self, model: HFModel) -> None:
-        """Set the run's kernel after ``verify``, which may have changed it to one that is right.
+        """Set the run's kernel after ``verify``, which may have switched to eager attention.
 
         Raises:
             ConfigurationError: the model cannot use the kernel, or gives wrong logits with it.
@@ -106,7 +106,7 @@ def kernel_of(model: HFModel) -> str:
 
 
 class Layer:
-    """A layer's forward, compiled once it is switched on.
+    """A layer's forward, which runs compiled as soon as ``on`` is True.
 
     Passes with a KV cache run uncompiled: a cache changes in each pass, so the compiler would make
     one graph per layer, and a pass that failed halfway could not be repeated.

@@ -15,7 +15,7 @@ from kdrl_lightning.common.untyped import HFModel
 from kdrl_lightning.errors import ConfigurationError
 
 INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # of safetensors
-LOOKED_AT = 4096  # values of a tensor that `is_whole` looks at, about
+LOOKED_AT = 4096  # about how many values of a tensor `is_whole` looks at
 FEW = 4  # a constant, a mask or ternary weights have at most this many distinct values
 
 

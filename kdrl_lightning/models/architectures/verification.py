@@ -127,7 +127,7 @@ def _whole_logits(scorer: Verified, rows: list[Tensor]) -> list[Tensor]:
 def spread_of(logits: list[Tensor]) -> float:
     """Return how much the log-probabilities of a position's tokens differ, in nats, at most 1.
 
-    The logits of an untrained model hardly differ, and then so do wrong ones from right ones. So we
+    The logits of an untrained model hardly differ, so wrong ones would look right. We therefore
     judge differences in proportion to this number.
 
     >>> round(spread_of([torch.tensor([[0.1, -0.1], [0.3, -0.3]])]), 6)

@@ -34,8 +34,8 @@ class LoRA:
         rank: columns of ``B`` and rows of ``A``, at least 1.
         alpha: scale, above 0; the update of a weight is multiplied by ``alpha / rank``.
         target_modules: names of the adapted linear layers or fused experts, e.g.
-            ``[q_proj, v_proj]`` or ``[experts.down_proj]``; ``all-linear`` takes all of both except
-            the head and routers.
+            ``[q_proj, v_proj]`` or ``[experts.down_proj]``; ``all-linear`` selects all of both
+            except the head and routers.
         dropout: must be 0, because rollouts and updates must see one policy.
 
     Raises:

@@ -38,12 +38,13 @@ def cuda_clock(work: Callable[[], object]) -> float:
 
 @dataclass
 class Sharing:
-    """Decides whether a micro-batch runs its prompts once, in two passes over fewer tokens.
+    """Decides whether a micro-batch runs shared prompts once, in two passes over fewer tokens.
 
-    A token of the second pass costs more: its attention has a mask, so it cannot use a flash
-    kernel, and a prompt's keys and values are copied for each row. On a CPU this hardly matters,
-    and the numbers of tokens decide. On a GPU we time both ways, without gradient, in the first
-    micro-batches that could share; from then on, these times decide.
+    The first pass runs prompts, the second completions. A token of the second costs more: its
+    attention has a mask, so it cannot use a flash kernel, and a prompt's keys and values are copied
+    for each row. On a CPU this hardly matters, and the numbers of tokens decide. On a GPU we time
+    both ways, without gradient, in the first micro-batches that could share; from then on, these
+    times decide.
 
     Attributes:
         clock: times both ways; None: the numbers of tokens decide.

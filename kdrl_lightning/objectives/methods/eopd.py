@@ -17,12 +17,12 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 
 
 class TeacherTopK(DistillTerm):
-    """A divergence from the teacher's most likely tokens, renormalised over them.
+    """A divergence from the teacher's distribution over its K most likely tokens, renormalised.
 
-    The student is not renormalised: its probability outside the teacher's K tokens goes into one
-    bucket, in which the teacher has 0. At ``jsd_beta`` 0 the divergence is ``sum_K T log(T / S)``,
-    as in EOPD (arXiv 2603.07079); at 0.5 it is the exact Jensen-Shannon divergence of the
-    renormalised teacher and the whole student, as HDPO (2603.23871) needs it.
+    The student is not renormalised: its probability outside these tokens goes into one bucket, in
+    which the teacher has 0. At ``jsd_beta`` 0 the divergence is ``sum_K T log(T / S)``, as in EOPD
+    (arXiv 2603.07079); at 0.5 it is the exact Jensen-Shannon divergence of the renormalised teacher
+    and the whole student, as in HDPO (2603.23871).
 
     Args:
         teacher_kl_coef: weight of the term, at least 0.

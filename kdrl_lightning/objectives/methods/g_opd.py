@@ -47,8 +47,9 @@ class GOPD(PolicyObjective):
 
     ``-min(rho a, clip(rho, 1 - clip_low, 1 + clip_high) a)`` per token, with the detached advantage
     ``a = log pi_T - log pi + (extrapolation - 1) (log pi_T - log pi_ref)``. The optimum is
-    ``pi_T^extrapolation pi_ref^(1 - extrapolation)``, normalised. pi_ref is the student before
-    training. Above 1 the method is ExOPD. Rewards are measured but do not enter the loss.
+    ``pi_T^extrapolation pi_ref^(1 - extrapolation)``, normalised. pi_ref is the module's
+    ``reference``, by default the student before training. With an ``extrapolation`` above 1 the
+    method is ExOPD. Rewards are measured but do not enter the loss.
 
     Args:
         extrapolation: see ``ExtrapolatedGap``.

@@ -22,7 +22,7 @@ from kdrl_lightning.rollout_batch import STUDENT, TEACHER, RolloutBatch
 class SolvedByTeacher(Selection):
     """Selects the teacher's correct completions for prompts that the student fails every time.
 
-    HDPO (arXiv 2603.23871) samples completions after the privileged prompt, and keeps only these.
+    In HDPO (arXiv 2603.23871) the teacher reads a privileged prompt; only these completions stay.
     """
 
     reads_old_scores = False

@@ -24,15 +24,15 @@ Scale = Literal["sum", "mean"]
 class RarityWeights(Advantage):
     """Gives w to correct completions and ``w d`` to wrong ones: SCOPE (arXiv 2604.10688).
 
-    Over the correct completions of a group, w is the softmax of ``-l_S / tau``, so that rare
-    successes count more; over the wrong ones it is the softmax of ``l_T / tau``, so that paths that
-    puzzle the teacher count less. l_S and l_T are a completion's mean log-probability per token, by
-    the old student and by the teacher; tau is a temperature. Completions outside the loss, and
-    wrong ones outside the selection or without a context, are in neither set.
+    Over the correct completions of a group, w is the softmax of ``-l_S / tau``, so rare successes
+    count more; over the wrong ones it is the softmax of ``l_T / tau``, so completions that the
+    teacher finds improbable count less. l_S and l_T are a completion's mean log-probability per
+    token under the old student and the teacher. Completions outside the loss, and wrong ones
+    outside the selection or without a context, get weight 0 and enter neither softmax.
 
     Args:
-        weight_temperature: tau, above 0. Published: 1. None: all weights of a set are equal.
-        scale: what is 1 over a set of weights: their ``sum``, as in the paper, or their ``mean``,
+        weight_temperature: tau, above 0. Published: 1. None: all weights of a softmax are equal.
+        scale: whether a softmax's weights have a ``sum`` of 1, as in the paper, or a ``mean`` of 1,
             as in its code.
 
     Raises:
@@ -68,7 +68,7 @@ class RarityWeights(Advantage):
         return by_group(rollout, self._weights, scores, members).to(rollout.rewards.dtype)
 
     def __call__(self, batch: RolloutBatch, gap: Tensor) -> Tensor:
-        """Return the weight, or the weighted gap, by the verifier's verdict."""
+        """Return w on correct completions, and ``w d`` on wrong ones."""
         weights = super().__call__(batch, gap)
         return torch.where(batch.correct[:, None], weights, weights * gap)
 

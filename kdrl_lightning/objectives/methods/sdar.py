@@ -20,9 +20,9 @@ from kdrl_lightning.rollout_batch import RolloutBatch
 class GatedGap(DistillTerm):
     """The gap ``g (log pi_T - log pi)`` with a detached gate g: SDAR's term (arXiv 2605.15155).
 
-    ``g = sigmoid(sharpness (log pi_T - log pi))``. The gradient by ``log pi`` is ``-g``: it makes
-    every sampled token more probable, above all those that the teacher likes. The value can be
-    negative, so it is not a divergence.
+    ``g = sigmoid(sharpness (log pi_T - log pi))``. The gradient with respect to ``log pi`` is
+    ``-g``: it makes every sampled token more probable, most of all those that the teacher prefers.
+    The value can be negative, so it is not a divergence.
 
     Args:
         distill_coef: weight of the term, at least 0. The examples of the published code use 0.01.
@@ -58,7 +58,7 @@ class GatedGap(DistillTerm):
 
 
 class SDAR(PolicyObjective):
-    """SDAR: GRPO plus a push up of all sampled tokens, gated by the teacher (arXiv 2605.15155).
+    """SDAR: GRPO plus a term that raises sampled tokens, gated by the teacher (arXiv 2605.15155).
 
     GRPO's surrogate plus ``distill_coef g (log pi_T - log pi)``, with the detached gate
     ``g = sigmoid(sharpness (log pi_T - log pi))``. We follow the published code, in which the

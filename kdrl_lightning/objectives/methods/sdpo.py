@@ -48,7 +48,7 @@ class CappedKL(VocabularyKL):
 
     @property
     def corrected(self) -> bool:
-        """Return True: the sampled tokens give the weights."""
+        """Return True: the weights depend on the sampled tokens."""
         return True
 
     def per_token(self, batch: RolloutBatch, scores: TokenScores, mask: Tensor) -> Tensor:
@@ -66,9 +66,11 @@ class SDPO(PolicyObjective):
     arXiv 2601.20802: the generalised Jensen-Shannon divergence over the student's ``top_k`` most
     likely tokens and a bucket for the rest, times ``sg(min(pi / pi_old, ratio_cap))``, divided by
     the distilled tokens of the step. As published the teacher is a moving average of the student
-    with a successful sibling or feedback in its prompt, and rows without one are not distilled.
+    with a successful sibling or feedback in its prompt; completions without either are not
+    distilled.
 
-    The hybrid adds ``reward_mix`` times GRPO's loss and ``1 - reward_mix`` times that divergence.
+    With ``reward_mix`` above 0 (the hybrid) the loss is ``reward_mix`` times GRPO's loss plus
+    ``1 - reward_mix`` times that divergence.
 
     Args:
         reward_mix: lambda, in [0, 1]: 0 is distillation alone. Published for the hybrid: 0.9.

@@ -80,7 +80,7 @@ class NotDistilled(Advantage):
 
 
 class PublishedSRPO(PolicyObjective):
-    """SRPO as published: wrong completions with a context are distilled, all else gets GRPO.
+    """SRPO as published: wrong completions with a context are distilled, the others get GRPO.
 
     arXiv 2604.02288. On distilled completions the loss of a token is
     ``w min(pi / pi_old, ratio_cap) JSD``, with the divergence of SDPO and

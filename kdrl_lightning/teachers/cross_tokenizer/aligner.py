@@ -29,7 +29,7 @@ class Chunked:
         teacher_places: ``[U]``, how many teacher tokens of its chunk precede a token.
         places: ``[T]``, how many tokens of its chunk precede a token; ``NO_SCORE`` if the
             teacher cannot score it.
-        columns: ``[T]``, place among the teacher's tokens of the first one of the token's chunk; 0
+        columns: ``[T]``, index in ``teacher_ids`` of the first token of the token's chunk; 0
             without a score.
         differs_at: first byte that the teacher's tokens do not write; None if they write all.
     """
@@ -52,7 +52,7 @@ class Aligner:
         student: the student's vocabulary.
         teacher: the teacher's.
         ends: tokens that end a completion of the student.
-        max_chunk_tokens: most tokens of a chunk, on either side; the teacher's scores of longer
+        max_chunk_tokens: longest chunk, in tokens of either side; the teacher's scores of longer
             chunks are left out. None: no limit.
     """
 
@@ -78,7 +78,7 @@ class Aligner:
         Args:
             completions: ids of each completion; one that was not truncated ends with an end token.
             ends: the teacher's end token of each completion.
-            most: largest number of teacher tokens of each completion; later ones are left out.
+            most: maximum number of teacher tokens of each completion; later ones are left out.
 
         Returns:
             One alignment per completion.
@@ -91,7 +91,7 @@ class Aligner:
         counts = np.fromiter(map(len, bodies), np.int64, len(bodies))
         ids = self.student.index(np.concatenate(bodies))
         segments = self.segments(ids, counts)
-        # 2. Encode and align each different segment once.
+        # 2. Encode and align each distinct segment once.
         parts = align_parts(
             [ids[segments.starts[n] :][: segments.sizes[n]] for n in segments.examples],
             self.student,
@@ -99,7 +99,7 @@ class Aligner:
             self.encode,
             self.max_chunk_tokens,
         )
-        # 3. Copy them to all their places, and add the end tokens.
+        # 3. Copy them to all their occurrences, and add the end tokens.
         rows, whole = _placed(parts, segments, counts, np.cumsum(self.student.lengths[ids]))
         limits: Sequence[int | None] = most or [None] * len(rows)
         return [
@@ -134,7 +134,7 @@ def _placed(
     """Build the rows from aligned segments; return them, and which the teacher reads whole.
 
     Args:
-        parts: the different segments, aligned.
+        parts: the distinct segments, aligned.
         segments: where they are in the rows.
         counts: ``[B]``, tokens of each row.
         ends: ``[T]``, the byte at which each token ends, over all rows.
@@ -180,14 +180,14 @@ def _placed(
 def _closed(
     row: Chunked, closing: int | None, end: int, read_whole: bool, limit: int | None
 ) -> Chunked:
-    """Return a row with its end token, cut to what the teacher's context holds.
+    """Return a row with its end token, truncated to the teacher's context.
 
     Args:
         row: without the end token.
         closing: the teacher's end token; None if the completion was truncated.
         end: a token for the teacher to read if the row is empty.
         read_whole: the teacher reads everything before the end token.
-        limit: most tokens of the teacher; None: no limit.
+        limit: maximum number of teacher tokens; None: no limit.
     """
     ids, their_places, places, columns, differs_at = (getattr(row, f.name) for f in fields(row))
     if closing is not None:
@@ -207,7 +207,7 @@ def _closed(
 
 
 def _spread(starts: Ints, sizes: Ints) -> Ints:
-    """Return the places of all tokens of segments: ``sizes`` places from each of ``starts`` on.
+    """Return the indices of all tokens of segments: ``sizes`` indices from each of ``starts`` on.
 
     >>> _spread(np.array([5, 0]), np.array([2, 1])).tolist()
     [5, 6, 0]

@@ -12,7 +12,7 @@ from kdrl_lightning.teachers.cross_tokenizer.chunks import Ints, cut
 from kdrl_lightning.teachers.cross_tokenizer.text_encoder import TextEncoder
 from kdrl_lightning.teachers.cross_tokenizer.token_bytes import TokenBytes
 
-# The place of a token for which the teacher has no score.
+# In `places`: the teacher has no score for the token.
 NO_SCORE = -1
 
 
@@ -20,8 +20,8 @@ class Parts(NamedTuple):
     """D aligned parts, flat over their tokens: N of the student, M of the teacher.
 
     Attributes:
-        starts: ``[D]``, place of a part's first student token.
-        their_starts: ``[D]``, place of its first teacher token.
+        starts: ``[D]``, index of a part's first student token.
+        their_starts: ``[D]``, index of its first teacher token.
         their_sizes: ``[D]``, number of its teacher tokens.
         teacher_ids: ``[M]`` token ids.
         teacher_places: ``[M]``, how many teacher tokens of its chunk precede a token.
@@ -51,8 +51,8 @@ def align_parts(
     """Write parts in the teacher's tokens, and cut both sides into minimal chunks.
 
     Args:
-        parts: D lists of plain tokens of the student, or of one special token, as places in its
-            vocabulary.
+        parts: D lists of indices into ``student.pieces``, either of plain tokens or of one special
+            token.
         student: the student's vocabulary.
         teacher: the teacher's.
         encode: the teacher's tokenizer.
@@ -106,7 +106,7 @@ def read(teacher: TokenBytes, text: bytes, ids: list[int]) -> tuple[list[int], i
         ids: the tokens; negative or unknown ones write nothing.
 
     Returns:
-        The tokens, and the place of that byte; None if they write the whole text.
+        The tokens, and the index of that byte; None if they write the whole text.
     """
     pieces = teacher.pieces
     known = next((n for n, i in enumerate(ids) if i < 0 or pieces[i] is None), len(ids))

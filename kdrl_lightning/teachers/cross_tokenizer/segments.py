@@ -1,7 +1,7 @@
-"""Cuts completions into segments, so that each different one is encoded only once.
+"""Cuts completions into segments, so that each distinct one is encoded only once.
 
 A rollout repeats its words. If the teacher writes a word the same way whatever its neighbours are,
-we encode and align each different word once, and copy the result to all its places by NumPy.
+we encode and align each distinct word once, and let NumPy copy the result to all its occurrences.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PRINTABLE = range(ord("!"), ord("~") + 1)
 
 
 class Segments(NamedTuple):
-    """N segments of all completions, D of which are different.
+    """N segments of all completions, D of them distinct.
 
     Attributes:
-        starts: ``[N]``, place of a segment's first token among the tokens of all completions.
+        starts: ``[N]``, index of a segment's first token among the tokens of all completions.
         sizes: ``[N]``, tokens of each segment.
-        which: ``[N]``, the number of each segment among the different ones.
-        examples: ``[D]``, a segment that equals each different one.
+        which: ``[N]``, the index of each segment among the distinct ones.
+        examples: ``[D]``, for each distinct segment the index of one that equals it.
     """
 
     starts: Ints
@@ -42,7 +42,8 @@ class Cutter:
 
     Args:
         student: the vocabulary of the completions.
-        words: cut there, too; the teacher's tokenizer must give the same tokens without the cut.
+        words: also cut texts into words, see above; the teacher's tokenizer must write the same
+            tokens with and without such a cut.
     """
 
     def __init__(self, student: TokenBytes, words: bool) -> None:
@@ -63,7 +64,7 @@ class Cutter:
         """Cut completions into segments, and find those that are equal.
 
         Args:
-            ids: ``[T]``, places in the vocabulary of all tokens, row after row.
+            ids: ``[T]``, all tokens as indices into the vocabulary, row after row.
             counts: ``[B]``, tokens of each row.
         """
         special = self._special[ids]
@@ -79,7 +80,7 @@ class Cutter:
         return Segments(starts, sizes, *self._different(ids, starts, sizes))
 
     def _different(self, ids: Ints, starts: Ints, sizes: Ints) -> tuple[Ints, Ints]:
-        """Return the number of each segment among the different ones, and an example of each."""
+        """Return each segment's index among the distinct ones, and an example of each of these."""
         if not len(starts):
             return starts, starts
         place = np.arange(len(ids)) - np.repeat(starts, sizes)
@@ -89,7 +90,7 @@ class Cutter:
         same = sizes[examples[which]] == sizes
         if same.all():
             same = ids[np.repeat(starts[examples[which]], sizes) + place] == ids
-        if not same.all():  # two segments have the same sum: count all segments as different
+        if not same.all():  # two segments have the same sum: count all segments as distinct
             which = examples = np.arange(len(starts))
         return which, examples
 

@@ -91,7 +91,7 @@ class CrossTokenizerTeacher(WrappedTeacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most of its own tokens that it can read; if it is served, as its configuration says."""
+        """Context length in the teacher's tokens; as configured, until servers report theirs."""
         known = self.teacher.context_length
         return self._theirs.context_length if known is None and self._theirs else known
 
@@ -130,8 +130,8 @@ class CrossTokenizerTeacher(WrappedTeacher):
         self._student_ends = ends
         self._worker = self._translator = None
         with warnings.catch_warnings():
-            # The teacher's own template renders its prompts, and the student samples no token of
-            # which only the teacher knows.
+            # The teacher's own template renders its prompts, and the student cannot sample tokens
+            # that only the teacher has.
             warnings.filterwarnings("ignore", "the chat templates of|the teacher .* has")
             if same_vocabulary(student_tokenizer, theirs.tokenizer):
                 self.teacher.check(student_tokenizer, student_path)

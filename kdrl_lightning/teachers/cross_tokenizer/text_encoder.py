@@ -98,7 +98,7 @@ def _without_special(spec: Tree, special: Mapping[int, str]) -> Tree:
     """
     model, unknown = dict(spec["model"]), unknown_token(spec["model"])
     names = {i: text for i, text in special.items() if text != unknown}
-    if isinstance(model.get("vocab"), list):  # of Unigram: an id is a place in the list
+    if isinstance(model.get("vocab"), list):  # of Unigram: an id is an index into the list
         model["vocab"] = [
             [f"{NONCHARACTER}{i}", LEAST] if i in names or i == unknown else entry
             for i, entry in enumerate(model["vocab"])

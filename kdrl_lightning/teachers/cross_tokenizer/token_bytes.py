@@ -70,7 +70,7 @@ class TokenBytes:
         }
 
     def index(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return ids as places in ``pieces``; ids above the vocabulary become the last place."""
+        """Return ids as indices into ``pieces``; ids above the vocabulary become the last one."""
         return np.minimum(ids, len(self.pieces) - 1)
 
     def text(self, ids: Sequence[int]) -> bytes:

@@ -27,7 +27,7 @@ class Translator:
     def __call__(
         self, completions: Sequence[Completion], ends: Sequence[int], most: int
     ) -> tuple[list[Completion], int]:
-        """Return completions in the student's tokens, and how many of them are not whole.
+        """Return completions in the student's tokens, and how many of them are cut short.
 
         If the student's tokens cannot write all of a completion within ``most``, the student gets
         its beginning, marked as truncated.
@@ -35,7 +35,7 @@ class Translator:
         Args:
             completions: in the teacher's tokens, with their log-probabilities.
             ends: the student's end token of each completion.
-            most: most tokens of a completion.
+            most: maximum number of tokens of a completion.
         """
         rows = self._aligner(
             [np.array(c.ids, np.int64) for c in completions], ends, [most] * len(completions)
@@ -61,7 +61,7 @@ def _shared(row: Chunked, logprobs: Sequence[float]) -> list[float]:
     >>> _shared(Chunked(ids, np.array([0, 1, 0]), zero, np.array([0, 2]), None), [-3.0, -1.0])
     [-1.5, -1.5, -1.0]
     """
-    # The roles are swapped: the row's "teacher" is the student that is written for.
+    # The roles are swapped: the row's `teacher_ids` and `teacher_places` are the student's.
     opens = np.maximum.accumulate(
         np.where(row.teacher_places == 0, np.arange(len(row.teacher_ids)), 0)
     )

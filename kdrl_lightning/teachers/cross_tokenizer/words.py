@@ -1,4 +1,4 @@
-"""Whether a tokenizer writes each word the same way, whatever its neighbours are."""
+"""Tests whether a tokenizer writes each word the same way, whatever its neighbours are."""
 
 from __future__ import annotations
 

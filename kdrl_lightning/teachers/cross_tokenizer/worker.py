@@ -10,8 +10,8 @@ import numpy as np
 
 from kdrl_lightning.teachers.cross_tokenizer.aligner import Aligner, Chunked
 
-# Completions per block: few, so that the first are ready soon; and not too few, because equal words
-# are encoded once per block.
+# Completions per block: few, so that the first are ready soon, but not too few, because equal words
+# are encoded again in each block.
 BLOCK = 512
 
 
@@ -21,7 +21,7 @@ class Job(NamedTuple):
     Attributes:
         ids: the completion's token ids (int64), as bytes.
         end: the teacher's end token.
-        most: most tokens that fit into the teacher's context after its prompt.
+        most: maximum number of tokens that fit into the teacher's context after its prompt.
     """
 
     ids: bytes
@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
 
 class AlignmentWorker:
-    """Aligns the current rollout in a thread, in blocks, and each different completion once.
+    """Aligns the current rollout in a thread, in blocks, and each distinct completion once.
 
     Meanwhile the student scores the rollout, and the teacher the completions that are aligned. The
     shortest completions come first, as in the micro-batches of an update.

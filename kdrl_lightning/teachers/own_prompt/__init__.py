@@ -1,1 +1,1 @@
-"""A teacher with its own prompt: what it shows besides the question, and how it is written."""
+"""Teachers with their own prompt: what it shows besides the question, and how it is written."""

@@ -14,7 +14,7 @@ from kdrl_lightning.prompts.turns import plain
 from kdrl_lightning.teachers.own_prompt.contexts import FixedContext, RowContext
 from kdrl_lightning.teachers.own_prompt.prompt import TeacherPrompt
 
-# A context of at least so many characters must not be in the student's prompt. A shorter one may,
+# A context of at least this many characters must not be in the student's prompt. A shorter one may,
 # e.g. the answer to a multiple-choice question.
 SHOWN_FROM = 12
 
@@ -43,13 +43,13 @@ def check_row(
 def check_rows(
     prompt: TeacherPrompt, rows: Sequence[Row], tokenizer: HFTokenizer, limit: float
 ) -> str:
-    """Check the contexts that follow from rows alone.
+    """Check the contexts that depend only on the rows.
 
     Args:
         prompt: the settings of the teacher's prompt.
         rows: the checked rows of the training prompts.
         tokenizer: the one that the teacher reads with.
-        limit: most tokens of a prompt.
+        limit: maximum number of tokens of a prompt.
 
     Returns:
         A line that says how many rows the teacher has no context for; empty if there are none.

@@ -17,7 +17,7 @@ class Context(ABC):
 
     Attributes:
         reads_siblings: the context is another completion of the group.
-        reads_feedback: the context is what the reward says of the completion.
+        reads_feedback: the context is what the reward says about the completion.
         reads_others: the context is about another prompt.
     """
 
@@ -35,7 +35,7 @@ class Context(ABC):
 
 
 class RowContext(Context):
-    """A context that follows from the prompt's row alone, so that it is known before a run."""
+    """A context that depends only on the prompt's row, so it is known before a run."""
 
     @abstractmethod
     def of_row(self, row: Row) -> str | None:
@@ -104,7 +104,7 @@ class OtherProblemContext(Context):
     context is not what helped (arXiv 2608.09228).
 
     Args:
-        context: a context that follows from the row, such as a ``ColumnContext``.
+        context: a context that depends only on the row, such as a ``ColumnContext``.
 
     Raises:
         ConfigurationError: ``context`` is no ``RowContext``.
@@ -130,10 +130,10 @@ class OtherProblemContext(Context):
 
 
 class SiblingContext(Context):
-    """Shows the first other success of the group: SDPO (arXiv 2601.20802).
+    """Shows the first other successful completion of the group: SDPO (arXiv 2601.20802).
 
     A completion is never its own context, so the only success of a group has none. The sibling's
-    thinking is cut out; a sibling that is nothing but thinking counts as no success.
+    thinking is cut out; a sibling with nothing but thinking does not count as a success.
 
     Args:
         threshold: smallest reward of a success.
@@ -231,7 +231,7 @@ def joined(texts: Mapping[str, str | None]) -> str:
 def without_thinking(text: str, before: str = "<think>", after: str = "</think>") -> str:
     r"""Return a completion without its thinking.
 
-    The prompt may have opened the thinking, and the token limit may have cut it.
+    The opening tag may be in the prompt, and the token limit may have cut off the closing one.
 
     >>> without_thinking("<think>hm</think>\n\n4"), without_thinking("hm</think>4")
     ('4', '4')

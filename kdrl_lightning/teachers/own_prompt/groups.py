@@ -16,7 +16,7 @@ from kdrl_lightning.rollout_batch import RolloutBatch, pad_rows
 
 
 class Attempt(Protocol):
-    """A completion with what a context may read of it."""
+    """A completion and what a context may read about it."""
 
     @property
     def row(self) -> Row:

@@ -1,4 +1,4 @@
-"""How a teacher's own prompt is written: from the row's prompt, a template and a context."""
+"""Writes a teacher's own prompt from the row's prompt, a template and a context."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WITH_CONTEXT = "{prompt}\n\n{context}"
 class TeacherPrompt:
     r"""Writes the prompt that the teacher reads instead of the student's.
 
-    It is made from the row's messages by the chat template, never from decoded text. Braces other
-    than those of ``{prompt}`` and ``{context}`` stay as they are.
+    It is written from the row's text, or by the chat template from its messages, never from decoded
+    tokens. Braces other than those of ``{prompt}`` and ``{context}`` stay as they are.
 
     Args:
         context: what the teacher sees besides the prompt; None: nothing.
@@ -127,7 +127,7 @@ class TeacherPrompt:
 
 
 def filled(template: str, prompt: str, context: str) -> str:
-    r"""Return a template with its places filled; places in the inserted texts stay as they are.
+    r"""Return a template with its placeholders filled; those in inserted texts stay as they are.
 
     >>> filled("{prompt}\n{context} \\boxed{5}", "Is {context} a word?", "Yes.")
     'Is {context} a word?\nYes. \\boxed{5}'
@@ -159,19 +159,19 @@ def _check_form(template: object) -> None:
 
 
 def _check_template(template: str | Sequence[Mapping[str, str]], has_context: bool) -> None:
-    """Refuse a template whose places do not fit the context, or that ends with an answer."""
+    """Refuse a template whose placeholders do not fit the context, or that ends with an answer."""
     messages = [] if isinstance(template, str) else template
     text = template if isinstance(template, str) else "".join(m["content"] for m in messages)
     found = set(PLACES.findall(text))
     if "prompt" not in found:
         raise ConfigurationError(
-            f"`template` must have the place {{prompt}} for the student's prompt: got {text!r:.80}."
-            " Add it."
+            "`template` must have the placeholder {prompt} for the student's prompt: got "
+            f"{text!r:.80}. Add it."
         )
     if has_context and "context" not in found:
         raise ConfigurationError(
-            f"`template` must have the place {{context}} for the context: got {text!r:.80}. Add "
-            "it, or leave `context` out."
+            f"`template` must have the placeholder {{context}} for the context: got {text!r:.80}. "
+            "Add it, or leave `context` out."
         )
     if not has_context and "context" in found:
         raise ConfigurationError(

@@ -105,8 +105,8 @@ class PromptedTeacher(WrappedTeacher):
 
         Args:
             group: the completions.
-            prompt: most tokens of a prompt.
-            whole: most tokens of prompt and completion together.
+            prompt: maximum length of a prompt, in tokens.
+            whole: maximum length of prompt plus completion, in tokens.
         """
         context = self.prompt.context
         texts = [""] * len(group.attempts) if context is None else context.of_group(group)
@@ -133,7 +133,7 @@ class PromptedTeacher(WrappedTeacher):
             return None
 
     def _longest(self) -> tuple[float, float]:
-        """Return the most tokens of a prompt, and of prompt and completion together."""
+        """Return the maximum length of a prompt, and of prompt plus completion, in tokens."""
         limit, context = self.prompt.max_tokens, self.context_length
         return (
             float("inf") if limit is None else limit,

@@ -41,7 +41,7 @@ class AdapterOffTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens that the student can read."""
+        """Maximum length of prompt plus completion, in tokens; None before ``look_at``."""
         return context_length(self._path) if self._path else None
 
     def prepare(self) -> None:

@@ -50,7 +50,7 @@ def kinds_of_self(teacher: Teacher | None) -> list[str]:
 
 
 def check_self_teachers(teacher: Teacher | None) -> None:
-    """Check that each self-teacher can differ from the student; warn if only its rate prevents it.
+    """Check that each self-teacher can differ from the student; warn if its rate prevents that.
 
     Raises:
         ConfigurationError: a teacher with the current weights reads the student's prompt.

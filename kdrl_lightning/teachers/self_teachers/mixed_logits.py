@@ -21,7 +21,7 @@ def mix(first: Other, second: Other, second_share: float, one_head: bool) -> Oth
         first: ``[N, H]`` states and head of one model.
         second: states and head of the other model, at the same tokens.
         second_share: a, in [0, 1].
-        one_head: both heads have the same weights, so that the states can be mixed instead.
+        one_head: both heads have the same weights, so the states can be mixed instead.
     """
     if one_head:
         return first._replace(hidden=torch.lerp(first.hidden, second.hidden, second_share))

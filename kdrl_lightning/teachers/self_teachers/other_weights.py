@@ -72,7 +72,7 @@ class SecondModel:
 
 
 class SecondAdapters:
-    """Second adapters of a LoRA student: the student computes with them while it scores."""
+    """Second adapters of a LoRA student, which replace its adapters while the teacher scores."""
 
     def __init__(self, student: Scorer) -> None:
         self._student = student

@@ -47,7 +47,7 @@ class LiveWeights(WeightRule):
 class MovingAverage(WeightRule):
     """An exponential moving average (EMA): ``kept <- (1 - a) kept + a student`` after each step.
 
-    Steps that were skipped for a gradient that is not finite do not move it. It is kept in the type
+    Steps that are skipped because of a non-finite gradient do not move it. It is kept in the dtype
     of the trained weights, which is float32 or wider. With LoRA the factors A and B are averaged,
     and the product of two averages is not the average of the products.
 
@@ -74,7 +74,7 @@ class MovingAverage(WeightRule):
 
 
 class HardSync(WeightRule):
-    """A copy of the student, renewed every N optimizer steps.
+    """A copy of the student, refreshed every N optimizer steps.
 
     Skipped steps do not count. RLSD (arXiv 2604.03128) uses 10, CRISP (arXiv 2603.05433) 50.
 

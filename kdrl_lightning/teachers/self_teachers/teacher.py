@@ -62,7 +62,7 @@ class SelfTeacher(Teacher):
 
     @property
     def generates(self) -> bool:  # type: ignore[override]
-        """Whether a single model has the teacher's distribution, so that an engine can hold it."""
+        """Whether one model has the teacher's distribution, so an engine can sample from it."""
         return self.rule.live_share in (0.0, 1.0)
 
     @property
@@ -82,7 +82,7 @@ class SelfTeacher(Teacher):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and completion together that the student can read."""
+        """Maximum length of prompt plus completion, in tokens; None before ``check``."""
         return getattr(self._config(), "max_position_embeddings", None) if self._path else None
 
     def _config(self) -> HFConfig:
@@ -201,8 +201,8 @@ class SelfTeacher(Teacher):
         """Return the weights that sample the teacher's completions.
 
         Raises:
-            ConfigurationError: they are a LoRA student's with other or no adapters, which no engine
-                holds.
+            ConfigurationError: they are a LoRA student's base model or second adapters, which no
+                engine can load.
         """
         if self.rule.live_share == 1.0:
             return ModelWeights(self._scorer().model, self._path)

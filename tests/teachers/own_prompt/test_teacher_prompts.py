@@ -100,10 +100,10 @@ def test_the_teachers_template_args_come_before_the_rows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"context": SHOWN, "template": "{context}"}, r"must have the place \{prompt\}"),
-        ({"context": SHOWN, "template": ""}, r"must have the place \{prompt\}.*got ''"),
-        ({"template": []}, r"must have the place \{prompt\}.*got ''"),
-        ({"context": SHOWN, "template": "{prompt}"}, r"must have the place \{context\}"),
+        ({"context": SHOWN, "template": "{context}"}, r"must have the placeholder \{prompt\}"),
+        ({"context": SHOWN, "template": ""}, r"must have the placeholder \{prompt\}.*got ''"),
+        ({"template": []}, r"must have the placeholder \{prompt\}.*got ''"),
+        ({"context": SHOWN, "template": "{prompt}"}, r"must have the placeholder \{context\}"),
         ({"template": "{prompt}{context}"}, r"must be without \{context\}"),
         ({"max_tokens": 0}, r"`max_tokens` must be at least 1: got 0"),
         (
