@@ -47,7 +47,7 @@ PROMPT = 100, 500
 CHUNK = 1 << 14  # rows of the head at a time: large, because few chunks are counted faster
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
 # GPUs, completions per micro-batch on average, and whether models are sharded.
-SHARES = ((1, 8, False), (8, 4, True), (8, 8, True))
+SHARES = ((1, 8, False), (8, 8, False), (8, 4, True), (8, 8, True))
 
 
 def lengths(seed: int) -> tuple[np.ndarray, np.ndarray]:
