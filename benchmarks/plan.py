@@ -119,7 +119,7 @@ PROMPT = 10  # tokens of the task's prompts
 METHODS = {
     "score": ("score", "score_teacher", "score_reference"),
     "update": ("training_step", "backward"),
-    "step": ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step"),
+    "step": ("on_before_optimizer_step", "configure_gradient_clipping"),
 }
 
 
@@ -145,10 +145,20 @@ class Measured(Callback):
             for phase, names in METHODS.items():
                 for name in names:
                     self.peaks.watch(pl_module, name, phase)
+            self._watch_optimizer(pl_module)
             engine = trainer.datamodule.rollout_engine
             self.peaks.watch(engine, "generate", "sample")
             self.peaks.watch(engine, "update_weights", "push")
             self.elsewhere = self.peaks.elsewhere()
+
+    def _watch_optimizer(self, module: Any) -> None:
+        """Count the optimizer as a step, but not the last micro-batch, which runs inside of it."""
+        inner = self.peaks.watched(module.optimizer_step, "step")
+
+        def step(epoch: int, index: int, optimizer: Any, closure: Any) -> None:
+            inner(epoch, index, optimizer, self.peaks.watched(closure, "update"))
+
+        module.optimizer_step = step
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         # Weights of a file that is mapped into memory are outside of torch's allocator.
