@@ -86,9 +86,13 @@ def pushing(run: Rehearsal) -> dict[str, float]:
     parts: dict[str, float] = dict(run.held)
     if run.job.sampler.kind == "vllm":
         parts["engine"] = run.whole_copy(engine_itemsize(run))
-    parts |= {"engine's copy": copy_bytes(run)} if copies(run) else {}
-    parts["push buffers"] = run.push().peak
-    return parts
+        parts["push buffers"] = run.push(engine_type(run)).peak
+    elif run.job.sampler.kind == "elsewhere":
+        parts["push buffers"] = run.push(None).peak
+    elif copies(run):
+        parts["engine's copy"] = copy_bytes(run)
+        parts["push buffers"] = run.push(torch.bfloat16 if run.job.mixed else None).peak
+    return parts  # the transformers engine reads nothing if it samples from the student itself
 
 
 def rows_at_once(job: Job, config: Any, usable: float | None, held: float) -> int:
@@ -114,10 +118,16 @@ def engine_bytes(run: Rehearsal, memory: float | None) -> float:
     return sampler.share * memory
 
 
+def engine_type(run: Rehearsal) -> torch.dtype:
+    """Return the type of vLLM's weights and cache."""
+    auto = torch.bfloat16 if run.job.on_gpu else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known.get(run.job.sampler.dtype, auto)
+
+
 def engine_itemsize(run: Rehearsal) -> int:
-    """Return bytes of a number of vLLM's weights and cache."""
-    auto = 2 if run.job.on_gpu else 4
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(run.job.sampler.dtype, auto)
+    """Return bytes of a number of that type."""
+    return engine_type(run).itemsize
 
 
 def cache_values(run: Rehearsal, tokens: int = 64) -> float:

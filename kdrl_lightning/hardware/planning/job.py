@@ -104,6 +104,11 @@ class Job:
         return self.precision == "bf16-mixed"
 
     @property
+    def exact(self) -> bool:
+        """Whether the engine's log-probabilities are the trainer's, see ``RolloutEngine.exact``."""
+        return self.sampler.kind == "transformers" and not self.mixed
+
+    @property
     def group(self) -> int:
         """Completions of a prompt."""
         return self.rollout.group_size + self.others

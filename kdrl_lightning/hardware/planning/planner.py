@@ -253,17 +253,20 @@ def _step(run: Rehearsal, waiting: dict[str, float]) -> Phase:
 
 def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[Phase, Phase]:
     """Return the phases that depend on the size of a micro-batch."""
-    costs = run.score(tokens)
-    name, cost = max(costs.items(), key=lambda item: item[1].peak)
-    sharded = run.student.sharded
-    offloaded = run.away if name == "teacher" and not sharded else 0
+    away = 0 if run.student.sharded else run.away
+    # The student scores first, before weights that wait in the host's memory are on the card.
+    offloaded, peak = max(
+        ((0 if name == "student" else away, cost.peak) for name, cost in run.score(tokens).items()),
+        key=sum,
+        default=(0, 0),
+    )
     fetched: dict[str, float] = {"next layer": run.next_layer()}
     score: dict[str, float] = {
         **run.held,
         **waiting,
         **fetched,
         "offloaded teacher": offloaded,
-        "workspace": cost.peak,
+        "workspace": peak,
     }
     update = run.update(tokens)
     parts = {
@@ -271,7 +274,7 @@ def _of_tokens(run: Rehearsal, tokens: int, waiting: dict[str, float]) -> tuple[
         **waiting,
         **fetched,
         # A teacher that the updates read stays on the card.
-        "offloaded teacher": run.away if run.module.objective.divergence and not sharded else 0,
+        "offloaded teacher": away if run.module.objective.divergence else 0,
         "gradients": run.held["gradients"] + update.whole,
         "activations": update.kept,
         "workspace": max(0, update.peak - update.kept) + run.second_table(),

@@ -32,6 +32,7 @@ from kdrl_lightning import (
 from kdrl_lightning.__main__ import main
 from kdrl_lightning.errors import ConfigurationError
 from kdrl_lightning.hardware.planning.cards import CARDS
+from kdrl_lightning.hardware.planning.engine import pushing
 from kdrl_lightning.hardware.planning.job import Job, Sampler, sampler_of
 from kdrl_lightning.hardware.planning.meter import Meter
 from kdrl_lightning.hardware.planning.planner import Phase, Plan, next_change, plan
@@ -156,6 +157,19 @@ def test_the_transformers_engine_fills_half_of_what_is_free_on_a_card(config: st
     assert cached(plan(module, fixed, 1.222e9, cure=False)) < cache / 10
     more = replace(card, sampler=Sampler(max_cached_tokens=80 * 32_768))
     assert plan(module, more, 1.222e9, cure=False).phases[0].total > usable
+
+
+def test_weights_travel_in_the_type_of_the_engine_that_takes_them(tmp_path: Path) -> None:
+    rows = 1 << 15  # the only weight that is large enough to be narrowed is the table of tokens
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SMALL | {"vocab_size": rows, "tie_word_embeddings": True}))
+    mixed = job(str(file), precision="bf16-mixed")
+    with rehearse(KDRLModule("small", GRPO()), mixed) as run:
+        assert pushing(run)["push buffers"] == 2 * rows * 64
+        run.job = replace(mixed, sampler=Sampler("vllm", dtype="float16"))
+        assert pushing(run)["push buffers"] == 2 * rows * 64
+        run.job = replace(mixed, precision="32-true")  # it samples from the student itself
+        assert "push buffers" not in pushing(run)
 
 
 def test_the_largest_micro_batch_is_the_largest_that_fits_and_the_cure(config: str) -> None:
