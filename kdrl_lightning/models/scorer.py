@@ -62,6 +62,7 @@ class Scorer(nn.Module):
 
     Attributes:
         sharded: parameters are split over ranks; a call is then a collective.
+        computes: type that FSDP2 casts the weights to for a pass; None: they keep theirs.
         shares: what completions of a call have in common is run once; ``verify`` decides.
         sharing: decides by tokens or seconds whether a call runs prompts once.
         pads: rows of different lengths go through one pass; ``verify`` decides.
@@ -82,6 +83,7 @@ class Scorer(nn.Module):
         self.swap = swap
         self.chunk_size = chunk_size
         self.sharded = False
+        self.computes: torch.dtype | None = None
         self.shares = False
         self.pads = True
         self.sharing = Sharing()
