@@ -128,10 +128,13 @@ class Job:
     def largest_micro_batch(self) -> int:
         """Tokens of the largest micro-batch.
 
-        It is the limit of the configuration; without one, every completion is as long as it can be.
+        It is the limit of the configuration, or all completions of a step but one for each other
+        micro-batch; without a limit, an equal part of the completions, as long as they can be.
         """
-        worst = -(-self.rows // self.accumulate) * self.longest
-        return max(self.longest, self.rollout.max_tokens_per_micro_batch or worst)
+        if self.rollout.max_tokens_per_micro_batch is None:
+            return -(-self.rows // self.accumulate) * self.longest
+        most = (self.rows - self.accumulate + 1) * self.longest
+        return max(self.longest, min(most, self.rollout.max_tokens_per_micro_batch))
 
     @property
     def typical(self) -> int:

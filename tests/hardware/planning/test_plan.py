@@ -159,6 +159,17 @@ def test_the_transformers_engine_fills_half_of_what_is_free_on_a_card(config: st
     assert plan(module, more, 1.222e9, cure=False).phases[0].total > usable
 
 
+def test_a_micro_batch_has_at_most_the_completions_of_a_step() -> None:
+    """Every other micro-batch of the step has at least one of them."""
+    rollout = RolloutSettings(8, 4, 60, max_tokens_per_micro_batch=100_000)
+    card = Job(rollout, accumulate=3, longest_prompt=20)
+    assert card.largest_micro_batch == (32 - 2) * 80
+    small = replace(rollout, max_tokens_per_micro_batch=900)
+    assert replace(card, rollout=small).largest_micro_batch == 900
+    unlimited = replace(rollout, max_tokens_per_micro_batch=None)
+    assert replace(card, rollout=unlimited).largest_micro_batch == 11 * 80
+
+
 def test_weights_travel_in_the_type_of_the_engine_that_takes_them(tmp_path: Path) -> None:
     rows = 1 << 15  # the only weight that is large enough to be narrowed is the table of tokens
     file = tmp_path / "config.json"
