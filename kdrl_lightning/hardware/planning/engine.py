@@ -168,14 +168,16 @@ def decode(run: Rehearsal, rows: int) -> Cost:
     mask = torch.ones(rows, width + 1, dtype=torch.long)
     attends = nullcontext() if job.on_gpu else shared_heads_in_place(model)
     with torch.no_grad(), run.computing(job.mixed), attends:
-        logits = model(
+        given = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        logits = logits.float()
+        logits = given.float()
+        if job.rollout.temperature != 1.0:
+            logits = logits / job.rollout.temperature
         # torch copies what it sums in another type; each completion then gets its row of the sums.
         shares = (logits - logits.amax(-1, keepdim=True)).exp()
         wide = shares.double()
