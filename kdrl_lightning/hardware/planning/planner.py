@@ -32,6 +32,10 @@ CONTEXT = 1.2e9
 # Room for the gaps in torch's allocator. An assumption.
 GAPS = 0.04
 MOST_CHANGES = 4
+# Two caches of 1,024 descriptors of 258 kB, one for each shape of a product.
+DESCRIPTORS = (
+    "oneDNN, which computes in bfloat16 on a CPU, keeps up to 0.5 GB, which are not planned"
+)
 # Layers with which a deep student is counted.
 DEPTHS = 2, 4
 
@@ -372,6 +376,8 @@ def _notes(module: KDRLModule, job: Job) -> list[str]:
     notes += [text for text in (assumed, own.note if own else "") if text]
     if job.on_gpu:
         notes.append(f"{CONTEXT / 1e9:g} GB of a card and {GAPS:.0%} of the tensors are set aside")
+    if job.mixed and not job.on_gpu:
+        notes.append(DESCRIPTORS)
     if job.rollout.max_tokens_per_micro_batch is None and job.accumulate > 1:
         notes.append(
             "without `max_tokens_per_micro_batch`, short completions batched with long ones can "

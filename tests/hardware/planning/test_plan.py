@@ -35,7 +35,7 @@ from kdrl_lightning.hardware.planning.cards import CARDS
 from kdrl_lightning.hardware.planning.engine import pushing
 from kdrl_lightning.hardware.planning.job import Job, Sampler, sampler_of
 from kdrl_lightning.hardware.planning.meter import Meter
-from kdrl_lightning.hardware.planning.planner import Phase, Plan, next_change, plan
+from kdrl_lightning.hardware.planning.planner import Phase, Plan, _notes, next_change, plan
 from kdrl_lightning.hardware.planning.rehearsal import Rehearsal, rehearse
 from kdrl_lightning.hardware.planning.report import verdict
 from kdrl_lightning.objectives import Objective
@@ -157,6 +157,16 @@ def test_the_transformers_engine_fills_half_of_what_is_free_on_a_card(config: st
     assert cached(plan(module, fixed, 1.222e9, cure=False)) < cache / 10
     more = replace(card, sampler=Sampler(max_cached_tokens=80 * 32_768))
     assert plan(module, more, 1.222e9, cure=False).phases[0].total > usable
+
+
+def test_what_a_cpu_keeps_of_products_in_16_bits_is_said(config: str) -> None:
+    for settings, said in (
+        (job(config, precision="bf16-mixed"), 1),
+        (job(config), 0),
+        (job(config, precision="bf16-mixed", on_gpu=True), 0),
+    ):
+        notes = _notes(KDRLModule("small", GRPO()), settings)
+        assert sum("oneDNN" in note for note in notes) == said
 
 
 def test_a_micro_batch_has_at_most_the_completions_of_a_step() -> None:
