@@ -3300,24 +3300,6 @@ MUTATIONS = [
         "",
     ),
     Mutation(
-        "plan: weights travel in the student's type",
-        ("hardware/planning/engine.py", "hardware/planning/test_plan.py"),
-        'parts["push buffers"] = run.push(torch.bfloat16 if run.job.mixed else None).peak',
-        'parts["push buffers"] = run.push(None).peak',
-    ),
-    Mutation(
-        "plan: an offloaded teacher takes nothing on a CPU",
-        ("hardware/planning/rehearsal.py", TAUGHT),
-        "        if teacher.offload and job.on_gpu:",
-        "        if teacher.offload:",
-    ),
-    Mutation(
-        "plan: every model scores before the updates",
-        ("hardware/planning/rehearsal.py", TAUGHT),
-        "        return {name: cost for name, cost in costs.items() if shares[name]}\n",
-        "        return costs\n",
-    ),
-    Mutation(
         "engine: the head is copied for each prompt",
         PREFIXES,
         "tuple(rows.contiguous() for rows in given)",

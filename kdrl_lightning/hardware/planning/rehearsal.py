@@ -143,9 +143,8 @@ class Rehearsal:
         Models are left out if the updates give all their scores.
         """
         batch = self._batch(tokens)
-        shares = self.shares(batch)
         costs = self._score(batch, self._largest_read(batch, tokens), self._joined(batch, None))
-        return {name: cost for name, cost in costs.items() if shares[name]}
+        return {name: cost for name, cost in costs.items() if self.shares(batch)[name]}
 
     def _score(
         self, batch: RolloutBatch, reads: RolloutBatch, other: RolloutBatch
@@ -217,8 +216,7 @@ class Rehearsal:
         length = job.longest_prompt // 2 + job.typical
         rows = max(1, min(job.rows, job.largest_micro_batch // length))
         batch = self._made(rows, max(1, job.longest_prompt // 2), job.typical)
-        shares = self.shares(batch)
-        costs = self._score(batch, self.taught(batch), batch)
+        costs, shares = self._score(batch, self.taught(batch), batch), self.shares(batch)
         score = sum(cost.flops * shares[name] for name, cost in costs.items())
         return Typical(rows, score, self.trained_flops(self.filled(batch)))
 
@@ -231,9 +229,9 @@ class Rehearsal:
         once = settings.epochs_per_rollout == 1
         waits = once and not objective.reads_old_scores(batch)
         runs_teacher = once and objective.divergence is not None
-        whole = not runs_teacher or objective.reads_teacher_scores(batch)
-        student = 1 - waits / settings.minibatches_per_rollout
-        return {"student": student, "teacher": float(whole), "reference": 1.0}
+        teacher = 1.0 - (runs_teacher and not objective.reads_teacher_scores(batch))
+        student = 1.0 - waits / settings.minibatches_per_rollout
+        return {"student": student, "teacher": teacher, "reference": 1.0}
 
     def step(self) -> Cost:
         """Check, clip and apply gradients."""
