@@ -62,6 +62,7 @@ class Scorer(nn.Module):
 
     Attributes:
         sharded: whether parameters are sharded over ranks; a call is then a collective.
+        computes: type that FSDP2 casts the weights to for a pass; None: they keep theirs.
         shares: whether equal rows run once, and equal prompts may; ``verify`` decides.
         sharing: decides by tokens or seconds whether a call runs equal prompts once.
         pads: whether rows of different lengths may be padded to one pass; ``verify`` decides.
@@ -83,6 +84,7 @@ class Scorer(nn.Module):
         self.swap = swap
         self.chunk_size = chunk_size
         self.sharded = False
+        self.computes: torch.dtype | None = None
         self.shares = False
         self.pads = True
         self.sharing = Sharing()
